@@ -1,0 +1,1 @@
+"""Chiron: SLO-aware, hierarchical autoscaling for LLM serving."""

@@ -1,0 +1,248 @@
+"""The vocabulary: requests, classes, instances, samples, decisions.
+
+Everything a policy returns and every rare input is a frozen value. ``Request`` and ``Instance`` are the two
+mutable records; the control plane owns them, the per-request path reads them in place. Units are in the names:
+seconds and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from chiron.core.ports import Engine
+
+Kind = Literal["interactive", "batch"]
+Role = Literal["interactive", "mixed", "batch"]
+State = Literal["starting", "ready", "draining", "gone"]
+Outcome = Literal["finished", "rejected", "failed", "cancelled"]
+
+ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestClass:
+    """What a kind of request was promised. ``inf`` means: no such promise."""
+
+    name: str
+    kind: Kind
+    ttft_s: float = inf
+    """Time to first token, seconds."""
+    itl_s: float = inf
+    """Inter-token latency, seconds: mean over the request's tokens."""
+    deadline_s: float = inf
+    """Seconds from arrival to the last token."""
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "itl_s", "deadline_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"class {self.name!r}: {name} is {getattr(self, name)}; it must be above 0")
+
+    @property
+    def interactive(self) -> bool:
+        return self.kind == "interactive"
+
+
+class Request:
+    """One request, from arrival to its end. ``payload`` is the driver's own (a body live, the true output length
+    in the simulator); no policy may read it."""
+
+    __slots__ = (
+        "arrival_s",
+        "cls",
+        "deadline_s",
+        "dispatch_s",
+        "evictions",
+        "finish_s",
+        "first_token_s",
+        "id",
+        "input_tokens",
+        "instance",
+        "interactive",
+        "kv_saved_on",
+        "kv_saved_tokens",
+        "max_output_tokens",
+        "model",
+        "outcome",
+        "payload",
+        "prefill_cost_s",
+        "reserved_tokens",
+        "tokens_done",
+    )
+
+    def __init__(
+        self,
+        id: int,
+        model: str,
+        cls: RequestClass,
+        arrival_s: float,
+        input_tokens: int,
+        payload: Any = None,
+        deadline_s: float | None = None,
+        max_output_tokens: int | None = None,
+    ) -> None:
+        self.id = id
+        self.model = model
+        self.cls = cls
+        self.interactive = cls.kind == "interactive"
+        self.arrival_s = arrival_s
+        self.input_tokens = input_tokens
+        self.payload = payload
+        self.deadline_s = arrival_s + cls.deadline_s if deadline_s is None else deadline_s
+        """Absolute time by which the last token is due."""
+        self.max_output_tokens = max_output_tokens
+        self.dispatch_s = -1.0
+        """First dispatch; -1 until then, as are the next two."""
+        self.first_token_s = -1.0
+        self.finish_s = -1.0
+        self.outcome: Outcome | None = None
+        self.instance: Instance | None = None
+        self.tokens_done = 0
+        """Output tokens known to be safe with us: updated when the request is evicted or ends."""
+        self.evictions = 0
+        self.kv_saved_tokens = 0
+        """Tokens whose KV an eviction saved in host memory; 0 means a resume prefills them again."""
+        self.kv_saved_on = -1
+        """Instance that holds the saved KV."""
+        self.reserved_tokens = 0
+        """KV tokens that dispatch counts for this request on its instance (an estimate)."""
+        self.prefill_cost_s = 0.0
+        """Seconds of prefill that dispatch counts for this request until its first token (an estimate)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceKind:
+    """A thing that can be started for a model: an engine on some GPUs."""
+
+    name: str
+    gpu: str
+    gpus: int
+    price_per_gpu_hour: float
+    kv_capacity_tokens: int
+    max_num_seqs: int
+    """The most sequences the engine can ever run at once; a max batch size never exceeds it."""
+    max_instances: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A served model: its kinds of instances in order of preference, and its fleet bounds (instances)."""
+
+    name: str
+    kinds: tuple[InstanceKind, ...]
+    min_instances: int = 1
+    max_instances: int = 50
+
+    def __post_init__(self) -> None:
+        if not self.kinds:
+            raise ValueError(f"model {self.name!r} has no instance kind")
+        if not 0 <= self.min_instances <= self.max_instances:
+            raise ValueError(
+                f"model {self.name!r}: min_instances {self.min_instances} must lie in 0..max_instances "
+                f"({self.max_instances})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What a scrape of one engine says. Totals only grow; a reader takes differences."""
+
+    instance_id: int
+    taken_s: float
+    running: int
+    waiting: int
+    """Sequences inside the engine that wait for a slot or for KV space."""
+    waiting_tokens: int
+    """KV tokens that those would need."""
+    head_tokens: int
+    """KV tokens that the first of those would need."""
+    kv_used_tokens: int
+    steps: int
+    busy_s: float
+    decode_tokens: int
+    prefill_tokens: int
+    context_tokens: float
+    """Sum over steps of the decoding sequences' contexts."""
+    preemptions: int
+
+
+class Instance:
+    """The control plane's record of one instance. Counters are kept, never recounted."""
+
+    __slots__ = (
+        "batch",
+        "class_counts",
+        "created_s",
+        "drain_started_s",
+        "engine",
+        "id",
+        "index",
+        "kind",
+        "kv_capacity_tokens",
+        "kv_reserved_tokens",
+        "local",
+        "max_batch_size",
+        "model",
+        "prefill_backlog_s",
+        "prefill_square_total",
+        "previous_sample",
+        "rank",
+        "ready_s",
+        "requests",
+        "role",
+        "running_interactive",
+        "sample",
+        "state",
+    )
+
+    def __init__(self, id: int, model: str, kind: InstanceKind, role: Role, created_s: float) -> None:
+        self.id = id
+        self.model = model
+        self.kind = kind
+        self.role: Role = role
+        self.state: State = "starting"
+        self.created_s = created_s
+        self.ready_s = -1.0
+        self.drain_started_s = -1.0
+        self.engine: Engine | None = None
+        self.rank = id
+        """Packing order: low ranks fill first."""
+        self.kv_capacity_tokens = kind.kv_capacity_tokens
+        self.max_batch_size = kind.max_num_seqs
+        self.requests: dict[int, Request] = {}
+        """Everything dispatched here that has not ended, in order of dispatch."""
+        self.batch: dict[int, Request] = {}
+        """The batch requests among them."""
+        self.running_interactive = 0
+        self.class_counts: dict[str, int] = {}
+        self.kv_reserved_tokens = 0
+        self.prefill_backlog_s = 0.0
+        """Estimated prefill seconds of requests that have no first token yet."""
+        self.prefill_square_total = 0.0
+        """Sum of squared prompt lengths whose prefill has ended: the attention term of prefill, seen from outside."""
+        self.sample: Sample | None = None
+        self.previous_sample: Sample | None = None
+        self.local: Any = None
+        """State of the local autoscaler's policy for this instance."""
+        self.index: Any = None
+        """The router's own note about this instance."""
+
+    @property
+    def running(self) -> int:
+        return len(self.requests)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was decided, why, and the numbers behind it. ``reason`` is one of a few constants."""
+
+    kind: Literal["fleet", "batch_size", "role", "migrate", "reject"]
+    subject: str
+    """Model of a fleet decision, instance of a local one."""
+    before: float
+    after: float
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)

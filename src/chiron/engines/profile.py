@@ -1,0 +1,67 @@
+"""Profiles: how long one engine step takes, and how much KV fits.
+
+One closed form, the *knee* (times in seconds inside, milliseconds in files because the tables are)::
+
+    step = h + (w0^4 + (f*(n + B))^4)^(1/4) + c*S + q*A
+
+with B decoding sequences, S the sum of their contexts (tokens), n prefill tokens in the step and A the attention
+work of those tokens, (o+n)^2 - o^2 for a chunk of n tokens at offset o. ``w0`` is the time to read the weights,
+``f`` the time per token once the GPU is compute bound; between the two the fourth power bends the knee. Against the
+linear form it halves the worst error on the measured grid (``chiron profile list`` prints both figures).
+
+For a fixed B a decode-only step is linear in S, so k steps still have a closed form: the simulator's fast-forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Step-time model and KV capacity of (model, GPU, TP, engine)."""
+
+    name: str
+    """For example ``llama-3.1-8b/a100/tp1``."""
+    model: str
+    gpu: str
+    tp: int
+    """GPUs of one instance."""
+    engine: str
+    h_ms: float
+    w0_ms: float
+    f_ms_per_token: float
+    c_ms_per_context_token: float
+    q_ms_per_token_squared: float
+    kv_capacity_tokens: int
+    kv_bytes_per_token: int
+    """Over all GPUs of the instance; sets what saving and restoring KV costs."""
+    max_num_seqs: int = 1024
+    max_num_batched_tokens: int = 2048
+    """Token budget of one step: decodes first, the rest for prefill chunks (vLLM's name and default)."""
+    step_overhead_ms: float = 0.0
+    """CPU time per step that the GPU waits for."""
+    request_overhead_ms: float = 0.0
+    """Per request, before its prefill can start (tokenizer, HTTP)."""
+    price_per_gpu_hour: float = 0.0
+    source: str = ""
+    mape: float = 0.0
+    """Mean absolute error against the measured grid, as a fraction."""
+    max_error: float = 0.0
+    """Worst error against that grid, as a fraction."""
+
+    def base_s(self, tokens: int) -> float:
+        """Seconds of a step that handles this many tokens (n + B), before attention."""
+        knee = (self.w0_ms**4 + (self.f_ms_per_token * tokens) ** 4) ** 0.25
+        return (self.h_ms + self.step_overhead_ms + knee) / 1000.0
+
+    def step_s(
+        self, *, decoding: int, context_tokens: float, prefill_tokens: int = 0, prefill_offset: int = 0
+    ) -> float:
+        """Seconds of one step (plain floats; the engine model quantises these coefficients to be exact)."""
+        attention = (prefill_offset + prefill_tokens) ** 2 - prefill_offset**2
+        return (
+            self.base_s(prefill_tokens + decoding)
+            + (self.c_ms_per_context_token * context_tokens + self.q_ms_per_token_squared * attention)
+            / 1000.0
+        )

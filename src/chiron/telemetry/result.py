@@ -1,0 +1,134 @@
+"""The result of one run: the figures, every request as columns, the fleet over time, every decision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chiron.core.types import RequestClass
+
+OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RequestTable:
+    """Every request of a run, in order of arrival; columns of equal length."""
+
+    model: npt.NDArray[np.int16]
+    """Index into ``Result.models``."""
+    cls: npt.NDArray[np.int16]
+    """Index into ``Result.classes``."""
+    arrival_s: npt.NDArray[np.float64]
+    dispatch_s: npt.NDArray[np.float64]
+    """First dispatch; -1 if none, as in the next two."""
+    first_token_s: npt.NDArray[np.float64]
+    finish_s: npt.NDArray[np.float64]
+    deadline_s: npt.NDArray[np.float64]
+    """Absolute; inf without one."""
+    input_tokens: npt.NDArray[np.int64]
+    output_tokens: npt.NDArray[np.int64]
+    outcome: npt.NDArray[np.int8]
+    """Index into ``OUTCOMES``."""
+    evictions: npt.NDArray[np.int16]
+
+    def ttft_s(self) -> npt.NDArray[np.float64]:
+        """Seconds to the first token; nan where there was none."""
+        return np.where(self.first_token_s >= 0, self.first_token_s - self.arrival_s, np.nan)
+
+    def itl_s(self) -> npt.NDArray[np.float64]:
+        """Mean seconds between a request's tokens; nan with fewer than two tokens or no finish."""
+        gaps = self.output_tokens - 1
+        with np.errstate(divide="ignore", invalid="ignore"):
+            mean = (self.finish_s - self.first_token_s) / gaps
+        return np.where((self.outcome == 0) & (gaps > 0), mean, np.nan)
+
+    def attained(self, classes: tuple[RequestClass, ...]) -> npt.NDArray[np.bool_]:
+        """Finished, with TTFT, mean ITL and deadline all met. One token has no ITL to miss."""
+        ttft = np.array([c.ttft_s for c in classes])[self.cls]
+        itl = np.array([c.itl_s for c in classes])[self.cls]
+        itl_seen = np.nan_to_num(self.itl_s(), nan=0.0)
+        on_time: npt.NDArray[np.bool_] = (
+            (self.outcome == 0)
+            & (self.first_token_s - self.arrival_s <= ttft)
+            & (itl_seen <= itl)
+            & (self.finish_s <= self.deadline_s)
+        )
+        return on_time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPoint:
+    """One model's fleet at one moment (one row per model and fleet tick)."""
+
+    t_s: float
+    model: str
+    ready: dict[str, int]
+    """Ready instances by role: interactive, mixed, batch."""
+    starting: int
+    draining: int
+    gpus: int
+    """GPUs billed: starting, ready and draining instances."""
+    planned: int
+    """Instances that the policy wants."""
+    running_interactive: int
+    running_batch: int
+    waiting_interactive: int
+    waiting_batch: int
+    ibp: float
+    """Interactive backpressure; nan where the policy has none, as for the next two."""
+    ibp_target: float
+    bbp: float
+    groups: tuple[tuple[float, int], ...]
+    """Queued batch groups: (deadline, requests), earliest first; at most 16."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSizePoint:
+    """A change of one instance's max batch size."""
+
+    t_s: float
+    instance_id: int
+    model: str
+    max_batch_size: int
+    running: int
+    itl_s: float
+    """Measured when it changed; nan if unknown."""
+    itl_slo_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecisionPoint:
+    """A decision with its reason and numbers, as logged."""
+
+    t_s: float
+    kind: str
+    subject: str
+    before: float
+    after: float
+    reason: str
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """One policy, one seed."""
+
+    policy: str
+    seed: int
+    scenario: str
+    """Name of the scenario."""
+    scenario_text: str
+    """The scenario as TOML: with policy and seed it reproduces the run."""
+    settings: dict[str, Any]
+    """The policy's settings, all of them."""
+    models: tuple[str, ...]
+    classes: tuple[RequestClass, ...]
+    summary: dict[str, Any]
+    """The object that ``--json`` writes (docs/result.schema.json)."""
+    requests: RequestTable
+    fleet: tuple[FleetPoint, ...]
+    batch_sizes: tuple[BatchSizePoint, ...]
+    decisions: tuple[DecisionPoint, ...]

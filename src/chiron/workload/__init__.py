@@ -1,0 +1,1 @@
+"""Workloads: traces read, generated, cut, scaled, mixed; batch jobs added. Columns of numpy, sorted by arrival."""

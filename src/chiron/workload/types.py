@@ -1,0 +1,58 @@
+"""A stream of requests as columns, and several streams labelled and merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from chiron.core.types import RequestClass
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRow:
+    """A row that a reader could not use."""
+
+    line: int
+    """1-based line (or row) number in the source."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """One unlabelled stream: arrivals in seconds from the start (sorted), prompt and output tokens (each >= 1)."""
+
+    arrival_s: Floats
+    input_tokens: Ints
+    output_tokens: Ints
+    source: str
+    """Where it came from, in words: file or name, licence, transformations."""
+    bad_rows: tuple[BadRow, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workload:
+    """What a simulation runs: requests of several models and classes, sorted by arrival."""
+
+    arrival_s: Floats
+    input_tokens: Ints
+    output_tokens: Ints
+    """True output lengths: for the engine only. No policy reads them."""
+    model: Ints
+    """Index into ``models``."""
+    cls: Ints
+    """Index into ``classes``."""
+    deadline_s: Floats
+    """Absolute seconds by which the last token is due; inf without a deadline."""
+    models: tuple[str, ...]
+    classes: tuple[RequestClass, ...]
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
