@@ -62,6 +62,5 @@ class Profile:
         attention = (prefill_offset + prefill_tokens) ** 2 - prefill_offset**2
         return (
             self.base_s(prefill_tokens + decoding)
-            + (self.c_ms_per_context_token * context_tokens + self.q_ms_per_token_squared * attention)
-            / 1000.0
+            + (self.c_ms_per_context_token * context_tokens + self.q_ms_per_token_squared * attention) / 1000.0
         )

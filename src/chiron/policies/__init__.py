@@ -1,1 +1,1 @@
-"""policies"""
+"""Pure policies: what Chiron and its rivals differ in."""

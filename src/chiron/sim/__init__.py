@@ -1,1 +1,1 @@
-"""sim"""
+"""The simulator: the control plane under virtual time, before a model of the engines."""
