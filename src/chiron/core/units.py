@@ -1,0 +1,48 @@
+"""Durations as people write them, read into seconds."""
+
+from __future__ import annotations
+
+import re
+from math import isfinite
+
+SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+ALLOWED = "a number of seconds, or numbers with the units ms, s, m, h, d from large to small, such as 45s, 10m, 1h30m"
+
+_NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+"
+_WHOLE = re.compile(rf"(?:{_NUMBER})")
+_PART = re.compile(rf"({_NUMBER})\s*(ms|s|m|h|d)\s*")
+
+
+class DurationError(ValueError):
+    """The text is not a duration. The message says what is allowed."""
+
+
+def parse_duration(value: str | float) -> float:
+    """Seconds in ``value``: finite and not negative.
+
+    ``"45s"``, ``"10m"``, ``"1h30m"``, ``"250ms"``, ``"2d"``; a bare number is seconds. Raises DurationError.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DurationError(f"duration {value!r}: expected {ALLOWED}")
+    seconds = _parse_text(value) if isinstance(value, str) else float(value)
+    if not isfinite(seconds) or seconds < 0:
+        raise DurationError(f"duration {value!r} must be finite and not negative: {ALLOWED}")
+    return seconds
+
+
+def _parse_text(text: str) -> float:
+    stripped = text.strip()
+    if _WHOLE.fullmatch(stripped):
+        return float(stripped)
+    seconds, at, last = 0.0, 0, float("inf")
+    while at < len(stripped):
+        part = _PART.match(stripped, at)
+        # Each unit once and from large to small, so that a slip such as "10m1h" is not read as something else.
+        if part is None or SECONDS[part[2]] >= last:
+            raise DurationError(f"duration {text!r}: expected {ALLOWED}")
+        last = SECONDS[part[2]]
+        seconds += float(part[1]) * last
+        at = part.end()
+    if at == 0:
+        raise DurationError(f"duration {text!r}: expected {ALLOWED}")
+    return seconds
