@@ -1,0 +1,602 @@
+"""A continuous-batching engine under virtual time, exact and in O(1) per step.
+
+The engine is iteration level, as vLLM's: every step decodes one token for each running sequence and spends what is
+left of the token budget on prefill chunks, first come first served. KV is counted in tokens; a prompt's KV is taken
+when it is admitted. When decode would run out of KV, the sequence admitted last is preempted and recomputed.
+
+State per instance is B (decoding sequences), S (sum of their contexts), and an iteration counter; a sequence's
+finishing iteration is known when its prefill ends. Between events, k decode-only steps take::
+
+    T(k) = k*(base(B) + c*S) + c*B * k*(k-1)/2
+
+so they are one event (a *segment*). A command that arrives meanwhile cuts the segment at the next step boundary.
+
+Exactness: the two terms of T(k) are rounded once a segment to multiples of 2^-32 s (a quarter of a nanosecond), so
+that sums and products of them are exact in floats up to 24 days. A segment's steps can then be added one by one
+(``step_mode``, the oracle) or in closed form with equal results, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from math import inf, sqrt
+from typing import Protocol
+
+from chiron.core.clock import VirtualClock, engine_key
+from chiron.core.types import Instance, Request, Sample
+from chiron.engines.profile import Profile
+
+_ROUND = 1.5 * 2.0**20
+"""Adding and subtracting this rounds a float below 2^19 to a multiple of 2^-32."""
+_SEGMENT_STEPS_MAX = 4096
+
+
+class EngineListener(Protocol):
+    """Who hears of progress: the control plane."""
+
+    def first_token(self, request: Request) -> None: ...
+    def finished(self, request: Request) -> None: ...
+    def evicted(self, request: Request) -> None: ...
+    def failed(self, request: Request, reason: str) -> None: ...
+
+
+class StepTimes:
+    """A profile's coefficients, ready for use; shared by all instances of a kind."""
+
+    __slots__ = ("base", "c", "q", "token_budget")
+
+    def __init__(self, profile: Profile) -> None:
+        self.token_budget = profile.max_num_batched_tokens
+        largest = max(self.token_budget, profile.max_num_seqs)
+        self.base = [profile.base_s(tokens) for tokens in range(largest + 1)]
+        self.c = profile.c_ms_per_context_token / 1000.0
+        self.q = profile.q_ms_per_token_squared / 1000.0
+        if not 1e-7 < self.base[1] <= self.base[-1] < 3600.0:
+            raise ValueError(f"profile {profile.name!r}: a step must take between 1e-7 s and an hour")
+
+
+class _Sequence:
+    """A request inside this engine."""
+
+    __slots__ = ("context", "evict", "finish_step", "generated", "join_step", "phase", "prefilled", "prompt", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.generated = request.tokens_done
+        self.prompt = request.input_tokens + request.tokens_done
+        """Tokens to prefill: on a resume without KV, those generated before count as prompt."""
+        self.prefilled = 0
+        self.context = 0
+        """Tokens in KV when it joined decoding."""
+        self.join_step = 0
+        self.finish_step = -1
+        self.phase = 0
+        self.evict = False
+
+
+_WAITING, _RESTORING, _PREFILL, _DECODE = 0, 1, 2, 3
+
+
+class EngineModel:
+    """One instance's engine; implements the ``Engine`` port. ``Request.payload`` is the true output length."""
+
+    __slots__ = (
+        "_base_s",
+        "_chunks",
+        "_clock",
+        "_decoding",
+        "_due_s",
+        "_evicting",
+        "_finishing",
+        "_fire",
+        "_growth_s",
+        "_held_tokens",
+        "_in_boundary",
+        "_key",
+        "_listener",
+        "_mixed_s",
+        "_prefilling",
+        "_ready",
+        "_rel_s",
+        "_restoring",
+        "_segment_context",
+        "_segment_start_s",
+        "_sequences",
+        "_serial",
+        "_step_mode",
+        "_steps_done",
+        "_steps_end",
+        "_times",
+        "_waiting",
+        "batch",
+        "busy_s",
+        "context_sum",
+        "context_tokens",
+        "decode_tokens",
+        "instance",
+        "kv_capacity_tokens",
+        "kv_seconds_per_token",
+        "kv_used_tokens",
+        "max_batch_size",
+        "preemptions",
+        "prefill_tokens",
+        "request_overhead_s",
+        "step",
+        "steps",
+    )
+
+    def __init__(
+        self,
+        *,
+        clock: VirtualClock,
+        instance: Instance,
+        profile: Profile,
+        times: StepTimes,
+        listener: EngineListener,
+        kv_seconds_per_token: float = 0.0,
+        step_mode: bool = False,
+    ) -> None:
+        self._clock = clock
+        self.instance = instance
+        self._times = times
+        self._listener = listener
+        self.kv_capacity_tokens = instance.kv_capacity_tokens
+        self.kv_seconds_per_token = kv_seconds_per_token
+        self.request_overhead_s = profile.request_overhead_ms / 1000.0
+        self.max_batch_size = min(instance.max_batch_size, profile.max_num_seqs)
+        self._step_mode = step_mode
+        self._key = engine_key(instance.id)
+        self._fire: Callable[[], None] = self._on_due
+        self._sequences: dict[int, _Sequence] = {}
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: deque[_Sequence] = deque()
+        self._restoring = 0
+        """Sequences whose saved KV is on its way in, or in and waiting for the next boundary (``_ready``)."""
+        self._ready: list[_Sequence] = []
+        self._held_tokens = 0
+        """KV that is being copied out."""
+        self._decoding: dict[int, _Sequence] = {}
+        self._finishing: list[tuple[int, int, _Sequence]] = []
+        self._evicting: list[_Sequence] = []
+        self._chunks: list[tuple[_Sequence, int]] = []
+        self._serial = 0
+        self._in_boundary = False
+        self._due_s = inf
+        # The segment under way: T(k) = k*_base_s + _growth_s*k*(k-1)/2 from _segment_start_s.
+        self._segment_start_s = -1.0
+        self._segment_context = 0
+        self._base_s = 0.0
+        self._growth_s = 0.0
+        self._steps_done = 0
+        self._steps_end = 0
+        self._rel_s = 0.0
+        self._mixed_s = 0.0
+        """Duration of the step with prefill that is under way; 0 when none is."""
+        self.batch = 0
+        self.context_sum = 0
+        self.kv_used_tokens = 0
+        self.step = 0
+        self.steps = 0
+        self.busy_s = 0.0
+        self.decode_tokens = 0
+        self.prefill_tokens = 0
+        self.context_tokens = 0.0
+        self.preemptions = 0
+
+    # -- the Engine port ---------------------------------------------------------------------------------------
+
+    def start(self, request: Request) -> None:
+        sequence = _Sequence(request)
+        self._sequences[request.id] = sequence
+        if request.input_tokens + int(request.payload) > self.kv_capacity_tokens:
+            self._clock.call_at(self._clock.now_s, lambda: self._give_up(sequence))
+        elif self.request_overhead_s > 0.0:
+            self._clock.call_later(self.request_overhead_s, lambda: self._enqueue(sequence))
+        else:
+            self._enqueue(sequence)
+
+    def evict(self, request: Request) -> None:
+        sequence = self._sequences.get(request.id)
+        if sequence is None or sequence.evict:
+            return
+        sequence.evict = True
+        self._evicting.append(sequence)
+        if self._due_s == inf and not self._in_boundary:
+            self._clock.call_at(self._clock.now_s, self._boundary_when_idle)
+        else:
+            self._cut()
+
+    def set_max_batch_size(self, max_batch_size: int) -> None:
+        self.max_batch_size = max_batch_size
+        if self._waiting:
+            self._wake()
+
+    # -- driver side -------------------------------------------------------------------------------------------
+
+    def sample(self) -> Sample:
+        """What a scrape would read now."""
+        done = self._steps_passed()
+        since, batch = done - self._steps_done, self.batch
+        elapsed = 0.0
+        context = 0.0
+        if since > 0:
+            elapsed = self._duration(done) - self._duration(self._steps_done)
+            context = since * float(self.context_sum) + batch * (since * (since - 1) // 2)
+        waiting_tokens = sum(s.prompt for s in self._waiting) if self._waiting else 0
+        return Sample(
+            instance_id=self.instance.id,
+            taken_s=self._clock.now_s,
+            running=batch + len(self._prefilling) + self._restoring,
+            waiting=len(self._waiting),
+            waiting_tokens=waiting_tokens,
+            head_tokens=self._waiting[0].prompt if self._waiting else 0,
+            kv_used_tokens=self.kv_used_tokens + batch * since,
+            steps=self.steps + since,
+            busy_s=self.busy_s + elapsed,
+            decode_tokens=self.decode_tokens + batch * since,
+            prefill_tokens=self.prefill_tokens,
+            context_tokens=self.context_tokens + context,
+            preemptions=self.preemptions,
+        )
+
+    def fail(self) -> None:
+        """The process died: nothing it held comes back."""
+        self._sequences.clear()
+        self._waiting.clear()
+        self._prefilling.clear()
+        self._decoding.clear()
+        self._finishing.clear()
+        self._evicting.clear()
+        self._chunks.clear()
+        self._ready.clear()
+        self.batch = self.context_sum = self.kv_used_tokens = self._restoring = self._held_tokens = 0
+        self._mixed_s = 0.0
+        self._due_s = inf
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def _enqueue(self, sequence: _Sequence) -> None:
+        if self._sequences.get(sequence.request.id) is not sequence:
+            return  # Evicted, or the engine died, before the request overhead was over.
+        self._waiting.append(sequence)
+        if self._in_boundary:
+            return
+        if self._due_s == inf:
+            self._plan(changed=True)
+        elif len(self._waiting) == 1:
+            self._cut_to_admit()
+
+    def _wake(self) -> None:
+        if self._in_boundary:
+            return
+        if self._due_s == inf:
+            self._plan(changed=True)
+        else:
+            self._cut_to_admit()
+
+    def _cut_to_admit(self) -> None:
+        """Cut the segment if the head of the queue may fit; KV only fills up meanwhile, so this errs on one side."""
+        if not self._waiting or self.batch + len(self._prefilling) + self._restoring >= self.max_batch_size:
+            return
+        if self.kv_used_tokens + self._waiting[0].prompt + self.batch <= self.kv_capacity_tokens:
+            self._cut()
+
+    def _cut(self) -> None:
+        """End the segment under way at its next step boundary. A step with prefill ends by itself."""
+        if self._mixed_s > 0.0 or self._in_boundary:
+            return
+        steps = self._steps_passed() + 1
+        if steps < self._steps_end:
+            self._steps_end = steps
+            self._due_s = self._segment_start_s + self._duration(steps)
+            self._clock.push(self._due_s, self._key, self._fire)
+
+    def _duration(self, steps: int) -> float:
+        return steps * self._base_s + self._growth_s * (steps * (steps - 1) // 2)
+
+    def _steps_passed(self) -> int:
+        """Steps of the segment that have ended by now, in the clock's total order."""
+        if self._mixed_s > 0.0 or self._due_s == inf:
+            return self._steps_done
+        clock = self._clock
+        now_s = clock.now_s
+        start_s, base_s, growth_s = self._segment_start_s, self._base_s, self._growth_s
+        elapsed = now_s - start_s
+        slope = base_s - 0.5 * growth_s
+        steps = int(2.0 * elapsed / (slope + sqrt(slope * slope + 2.0 * growth_s * elapsed)))
+        # The root is a float; the boundary is exact. Ties are ordered by key, as the heap would.
+        passed_tie = self._key < clock.key
+        while steps > 0:
+            end_s = start_s + (steps * base_s + growth_s * (steps * (steps - 1) // 2))
+            if end_s < now_s or (end_s == now_s and passed_tie):
+                break
+            steps -= 1
+        while True:
+            after = steps + 1
+            end_s = start_s + (after * base_s + growth_s * (after * (after - 1) // 2))
+            if end_s < now_s or (end_s == now_s and passed_tie):
+                steps = after
+            else:
+                return steps if steps > self._steps_done else self._steps_done
+
+    def _give_up(self, sequence: _Sequence) -> None:
+        if self._sequences.get(sequence.request.id) is sequence:
+            del self._sequences[sequence.request.id]
+            self._listener.failed(sequence.request, "longer than the instance's KV cache")
+
+    # -- the step boundary -------------------------------------------------------------------------------------
+
+    def _boundary_when_idle(self) -> None:
+        if self._due_s == inf:
+            self._in_boundary = True
+            self._evict_marked()
+            self._in_boundary = False
+            self._plan(changed=True)
+
+    def _on_due(self) -> None:
+        if self._clock.now_s != self._due_s:
+            return  # The timer was moved; this is the old one.
+        self._in_boundary = True
+        listener = self._listener
+        changed = False
+        batch = self.batch
+        if self._mixed_s > 0.0:
+            self.steps += 1
+            self.step += 1
+            self.busy_s += self._mixed_s
+            self._mixed_s = 0.0
+            self.decode_tokens += batch
+            self.context_tokens += self.context_sum
+            self.context_sum += batch
+            self.kv_used_tokens += batch
+            changed = True
+            self._finish_chunks()
+        else:
+            count = self._steps_end - self._steps_done
+            if self._step_mode:
+                self._rel_s += self._base_s + self._growth_s * self._steps_done
+                self.busy_s += self._base_s + self._growth_s * self._steps_done
+            else:
+                self.busy_s += self._duration(self._steps_end) - self._duration(self._steps_done)
+            self._steps_done = self._steps_end
+            self.steps += count
+            self.step += count
+            grown = batch * count
+            self.decode_tokens += grown
+            self.context_tokens += count * self.context_sum + batch * (count * (count - 1) // 2)
+            self.context_sum += grown
+            self.kv_used_tokens += grown
+        finishing = self._finishing
+        step = self.step
+        while finishing and finishing[0][0] <= step:
+            finish_step, _, sequence = heappop(finishing)
+            if sequence.finish_step != finish_step:
+                continue
+            changed = True
+            self._leave_decoding(sequence)
+            request = sequence.request
+            del self._sequences[request.id]
+            request.tokens_done = request.payload
+            listener.finished(request)
+        if self._evicting:
+            self._evict_marked()
+            changed = True
+        self._in_boundary = False
+        self._plan(changed)
+
+    def _finish_chunks(self) -> None:
+        for sequence, tokens in self._chunks:
+            self.prefill_tokens += tokens
+            sequence.prefilled += tokens
+            if sequence.prefilled < sequence.prompt:
+                continue
+            self._prefilling.popleft()
+            sequence.generated += 1
+            request = sequence.request
+            if sequence.generated >= request.payload:
+                self.kv_used_tokens -= sequence.prompt
+                del self._sequences[request.id]
+                request.tokens_done = request.payload
+                self._listener.first_token(request)
+                self._listener.finished(request)
+            else:
+                self._join_decoding(sequence, sequence.prompt)
+                self._listener.first_token(request)
+        self._chunks.clear()
+
+    def _join_decoding(self, sequence: _Sequence, context: int) -> None:
+        request = sequence.request
+        sequence.phase = _DECODE
+        sequence.context = context
+        sequence.join_step = self.step
+        sequence.finish_step = self.step + request.payload - sequence.generated
+        self.batch += 1
+        self.context_sum += context
+        self._decoding[request.id] = sequence
+        self._serial += 1
+        heappush(self._finishing, (sequence.finish_step, self._serial, sequence))
+
+    def _leave_decoding(self, sequence: _Sequence) -> int:
+        """Take it out; its context (tokens of KV that it held) is returned."""
+        steps = self.step - sequence.join_step
+        context = sequence.context + steps
+        sequence.generated += steps
+        sequence.finish_step = -1
+        self.batch -= 1
+        self.context_sum -= context
+        self.kv_used_tokens -= context
+        del self._decoding[sequence.request.id]
+        return context
+
+    def _evict_marked(self) -> None:
+        marked, self._evicting = self._evicting, []
+        for sequence in marked:
+            request = sequence.request
+            if self._sequences.pop(request.id, None) is None:
+                continue  # It finished first.
+            saved = 0
+            if sequence.phase == _DECODE:
+                saved = self._leave_decoding(sequence)
+                if self.kv_seconds_per_token > 0.0:
+                    self._hold_kv(saved)
+                else:
+                    saved = 0
+            elif sequence.phase == _PREFILL:
+                self._prefilling.remove(sequence)
+                self.kv_used_tokens -= sequence.prompt
+            elif sequence.phase == _RESTORING:
+                self._restoring -= 1
+                if sequence in self._ready:
+                    self._ready.remove(sequence)
+                self.kv_used_tokens -= sequence.context
+                saved = sequence.context
+            elif sequence in self._waiting:
+                self._waiting.remove(sequence)
+                saved = request.kv_saved_tokens
+            request.tokens_done = sequence.generated
+            request.kv_saved_tokens = saved
+            request.kv_saved_on = self.instance.id if saved else -1
+            self._listener.evicted(request)
+
+    def _hold_kv(self, tokens: int) -> None:
+        """KV being copied to host memory keeps its space until the copy ends."""
+        self.kv_used_tokens += tokens
+        self._held_tokens += tokens
+
+        def release() -> None:
+            if self._held_tokens >= tokens:
+                self.kv_used_tokens -= tokens
+                self._held_tokens -= tokens
+                self._wake()
+
+        self._clock.call_later(tokens * self.kv_seconds_per_token, release)
+
+    def _restore(self, sequence: _Sequence, tokens: int) -> None:
+        """Bring saved KV back in; the sequence decodes from the first boundary after."""
+        sequence.phase = _RESTORING
+        sequence.context = tokens
+        sequence.request.kv_saved_tokens = 0
+        self._restoring += 1
+
+        def restored() -> None:
+            if self._sequences.get(sequence.request.id) is sequence and not sequence.evict:
+                self._ready.append(sequence)
+                if self._due_s == inf:
+                    self._plan(changed=True)
+                else:
+                    self._cut()
+
+        self._clock.call_later(tokens * self.kv_seconds_per_token, restored)
+
+    # -- planning the next step --------------------------------------------------------------------------------
+
+    def _plan(self, changed: bool) -> None:
+        """Start the next step or segment. ``changed``: the decoding set differs from the segment's."""
+        if self._ready:
+            for sequence in self._ready:
+                self._restoring -= 1
+                self._join_decoding(sequence, sequence.context)
+            self._ready.clear()
+            changed = True
+        preempted = False
+        while self.kv_used_tokens + self.batch > self.kv_capacity_tokens:
+            if self.batch + len(self._prefilling) < 2:
+                # One sequence alone fits (``start`` checked); what is in its way is KV on its way in or out.
+                self._due_s = inf
+                return
+            self._preempt()
+            preempted = changed = True
+        if self._waiting and not preempted:
+            self._admit()
+        if self._prefilling and self._plan_prefill():
+            return
+        batch = self.batch
+        clock = self._clock
+        if batch == 0:
+            self._due_s = inf
+            return
+        if changed or self._steps_done >= _SEGMENT_STEPS_MAX:
+            self._segment_start_s = clock.now_s
+            self._steps_done = 0
+            self._rel_s = 0.0
+            times = self._times
+            self._growth_s = (times.c * batch + _ROUND) - _ROUND
+            self._base_s = (times.base[batch] + times.c * self.context_sum + _ROUND) - _ROUND
+        if self._step_mode:
+            self._steps_end = self._steps_done + 1
+            step_s = self._base_s + self._growth_s * self._steps_done
+            self._due_s = self._segment_start_s + (self._rel_s + step_s)
+        else:
+            finishing = self._finishing
+            while finishing[0][2].finish_step != finishing[0][0]:
+                heappop(finishing)
+            count = finishing[0][0] - self.step
+            room = (self.kv_capacity_tokens - self.kv_used_tokens) // batch
+            if room < count:
+                count = room if room > 0 else 1
+            end = self._steps_done + count
+            if end > _SEGMENT_STEPS_MAX:
+                end = _SEGMENT_STEPS_MAX
+            self._steps_end = end
+            self._due_s = self._segment_start_s + (end * self._base_s + self._growth_s * (end * (end - 1) // 2))
+        clock.push(self._due_s, self._key, self._fire)
+
+    def _admit(self) -> None:
+        """Move waiting sequences in while a slot and KV for the whole prompt are free."""
+        waiting, prefilling = self._waiting, self._prefilling
+        capacity = self.kv_capacity_tokens
+        while waiting and self.batch + len(prefilling) + self._restoring < self.max_batch_size:
+            sequence = waiting[0]
+            request = sequence.request
+            restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
+            need = restore or sequence.prompt
+            if self.kv_used_tokens + need + self.batch > capacity:
+                return
+            waiting.popleft()
+            self.kv_used_tokens += need
+            if restore:
+                self._restore(sequence, restore)
+            else:
+                sequence.phase = _PREFILL
+                prefilling.append(sequence)
+
+    def _plan_prefill(self) -> bool:
+        """Start a step with prefill chunks; False if decoding takes the whole token budget."""
+        batch = self.batch
+        budget = self._times.token_budget - batch
+        if budget <= 0:
+            return False
+        total = attention = 0
+        chunks = self._chunks
+        for sequence in self._prefilling:
+            done = sequence.prefilled
+            tokens = sequence.prompt - done
+            if tokens > budget - total:
+                tokens = budget - total
+            total += tokens
+            attention += tokens * (2 * done + tokens)
+            chunks.append((sequence, tokens))
+            if total >= budget:
+                break
+        times = self._times
+        step_s = times.base[batch + total] + (times.c * self.context_sum + times.q * attention)
+        self._mixed_s = (step_s + _ROUND) - _ROUND
+        self._due_s = self._clock.now_s + self._mixed_s
+        self._clock.push(self._due_s, self._key, self._fire)
+        return True
+
+    def _preempt(self) -> None:
+        """Recompute preemption: the sequence admitted last gives its KV back and queues first."""
+        self.preemptions += 1
+        if self._prefilling:
+            sequence = self._prefilling.pop()
+            self.kv_used_tokens -= sequence.prompt
+        else:
+            sequence = self._decoding[next(reversed(self._decoding))]
+            self._leave_decoding(sequence)
+        sequence.phase = _WAITING
+        sequence.prefilled = 0
+        sequence.prompt = sequence.request.input_tokens + sequence.generated
+        self._waiting.appendleft(sequence)

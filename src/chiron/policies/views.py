@@ -1,0 +1,198 @@
+"""What policies read and return: frozen values, taken once per decision.
+
+The views hold what a live controller would know: its own bookkeeping (queues, dispatches, first tokens, ends) at
+once, and what engines report (KV in use, step times) as old as the last scrape. No view holds a future arrival or a
+true output length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any
+
+from chiron.core.types import RequestClass, Role, State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """A learned step-time model: seconds = fixed + per_sequence*B + per_context*S + per_prefill*n + per_square*n^2."""
+
+    fixed_s: float
+    per_sequence_s: float
+    per_context_token_s: float
+    per_prefill_token_s: float
+    per_prefill_square_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassMix:
+    """What the requests of one class have looked like lately."""
+
+    cls: RequestClass
+    input_tokens: float
+    """Mean prompt."""
+    input_square: float
+    """Mean squared prompt."""
+    output_tokens: float
+    """Mean output of finished requests, shrunk towards the prior while few have finished."""
+    output_sd: float
+    finished: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """One instance at a fleet tick."""
+
+    id: int
+    role: Role
+    state: State
+    age_s: float
+    """Since ready, or since created while starting."""
+    dispatched: int
+    """Requests dispatched here that have not ended."""
+    dispatched_interactive: int
+    max_batch_size: int
+    kv_capacity_tokens: int
+    sample_age_s: float
+    """Age of the last scrape; inf before the first."""
+    running: int
+    """The next five as of that scrape (0 before the first)."""
+    waiting: int
+    waiting_tokens: int
+    head_tokens: int
+    kv_used_tokens: int
+    itl_s: float
+    """Mean step over the last scrape interval; nan when idle or unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """A request group: queued batch requests of similar deadline."""
+
+    deadline_s: float
+    requests: int
+    input_tokens: float
+    """Sum over the group, as the next two."""
+    input_square: float
+    output_tokens: float
+    """Expected output still to come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalView:
+    """Arrivals of one class since the last fleet tick."""
+
+    cls: RequestClass
+    requests: int
+    input_tokens: float
+    input_square: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView:
+    """One model at a fleet tick."""
+
+    name: str
+    min_instances: int
+    max_instances: int
+    gpus_per_instance: int
+    price_per_hour: float
+    """Of one instance of the preferred kind."""
+    kv_capacity_tokens: int
+    max_num_seqs: int
+    planned: Mapping[Role, int]
+    """The plan in force."""
+    instances: tuple[InstanceView, ...]
+    arrivals: tuple[ArrivalView, ...]
+    mixes: tuple[ClassMix, ...]
+    waiting_interactive: int
+    waiting_input_tokens: float
+    waiting_input_square: float
+    oldest_wait_s: float
+    """How long the first waiting interactive request has waited."""
+    groups: tuple[GroupView, ...]
+    """Earliest deadline first; groups beyond a limit are merged into the last."""
+    running_batch: int
+    attained: int
+    """Interactive requests that ended since the last tick with every promise kept, and those without."""
+    missed: int
+    step_times: StepTimes
+    cold_start_s: float
+    """From the plan to ready: measured, or the prior before the first start."""
+    cold_starts_seen: int
+
+    def count(self, *states: State, role: Role | None = None) -> int:
+        return sum(1 for i in self.instances if i.state in states and (role is None or i.role == role))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetView:
+    """Every model at a fleet tick."""
+
+    now_s: float
+    since_s: float
+    """Seconds since the last tick."""
+    models: tuple[ModelView, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """How many instances of each role one model should have, and why."""
+
+    counts: Mapping[Role, int]
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    ibp: float = nan
+    ibp_target: float = nan
+    bbp: float = nan
+
+
+FleetPlan = Mapping[str, ModelPlan]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalView:
+    """One instance, each time a scrape of it arrives."""
+
+    now_s: float
+    role: Role
+    max_batch_size: int
+    max_num_seqs: int
+    dispatched: int
+    binding: bool
+    """The cap held something back since the last scrape: a request waited while this instance was full."""
+    itl_slo_s: float
+    """Tightest ITL among the classes that run here; inf if none has one."""
+    itl_s: float
+    """Mean step time since the last scrape; nan when idle."""
+    decode_batch: float
+    """Mean decoding sequences per step since the last scrape."""
+    throughput: float
+    """Decoded tokens per second since the last scrape."""
+    class_counts: Mapping[str, int]
+    mixes: Mapping[str, ClassMix]
+    step_times: StepTimes
+    learned: bool
+    """The step-time model has seen enough to be trusted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalDecision:
+    """The max batch size from now on."""
+
+    max_batch_size: int
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migration:
+    """Move one running request between instances."""
+
+    source: int
+    destination: int
+
+
+PolicyState = Any
