@@ -58,6 +58,8 @@ class Setup:
     """Name in ``policies.registry.POLICIES``."""
     settings: Any
     """That policy's frozen settings dataclass."""
+    label: str = ""
+    """What results call it, so that one policy can run with several settings; empty: the policy's name."""
     seed: int = 0
     cold_start: ColdStart = ColdStart()
     failures: Failures = Failures()
