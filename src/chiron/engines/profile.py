@@ -15,6 +15,11 @@ For a fixed B a decode-only step is linear in S, so k steps still have a closed 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
+
+
+class ProfileError(ValueError):
+    """A profile, its file or the data to fit it is unusable. The message names the field, its value, what is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,21 @@ class Profile:
     """Mean absolute error against the measured grid, as a fraction."""
     max_error: float = 0.0
     """Worst error against that grid, as a fraction."""
+    linear_mape: float = 0.0
+    """The same two figures for the best linear form a + b*B + p*n + c*S + q*A on that grid: what the knee buys."""
+    linear_max_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not (isfinite(value) and value >= least):
+                raise ProfileError(
+                    f"profile {self.name!r}: {name} is {value!r}; it must be finite and at least {least}"
+                )
+        if not self.base_s(1) > 0:
+            raise ProfileError(
+                f"profile {self.name!r}: h_ms, w0_ms and f_ms_per_token are all 0; a step must take some time"
+            )
 
     def base_s(self, tokens: int) -> float:
         """Seconds of a step that handles this many tokens (n + B), before attention."""
@@ -64,3 +84,25 @@ class Profile:
             self.base_s(prefill_tokens + decoding)
             + (self.c_ms_per_context_token * context_tokens + self.q_ms_per_token_squared * attention) / 1000.0
         )
+
+
+_LEAST = {
+    "tp": 1,
+    "kv_capacity_tokens": 1,
+    "kv_bytes_per_token": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "h_ms": 0,
+    "w0_ms": 0,
+    "f_ms_per_token": 0,
+    "c_ms_per_context_token": 0,
+    "q_ms_per_token_squared": 0,
+    "step_overhead_ms": 0,
+    "request_overhead_ms": 0,
+    "price_per_gpu_hour": 0,
+    "mape": 0,
+    "max_error": 0,
+    "linear_mape": 0,
+    "linear_max_error": 0,
+}
+"""The least value of each number in a profile."""
