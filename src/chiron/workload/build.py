@@ -1,0 +1,115 @@
+"""Streams and batch jobs, labelled with model and class and merged into one workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from chiron.core.types import RequestClass
+from chiron.workload.errors import WorkloadSettingError, require
+from chiron.workload.lengths import Lengths, sample_lengths
+from chiron.workload.seeds import generator
+from chiron.workload.types import Floats, Ints, Trace, Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Stream:
+    """A trace whose requests are all for one model and of one class."""
+
+    trace: Trace
+    model: str
+    cls: RequestClass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchJob:
+    """Requests that arrive together and are due together."""
+
+    model: str
+    cls: RequestClass
+    at_s: float
+    """Arrival of all of them."""
+    requests: int
+    deadline_s: float
+    """Seconds after ``at_s``; it stands in place of the class's own deadline. inf: none."""
+    lengths: Lengths
+
+    def __post_init__(self) -> None:
+        require(0 <= self.at_s < inf, "at_s", self.at_s, "at least 0 and finite")
+        require(self.requests >= 1, "requests", self.requests, "at least 1")
+        require(self.deadline_s > 0, "deadline_s", self.deadline_s, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    model: str
+    cls: RequestClass
+    arrival_s: Floats
+    input_tokens: Ints
+    output_tokens: Ints
+    deadline_s: Floats
+
+
+def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (), *, seed: int = 0) -> Workload:
+    """Sorted by arrival; at equal times in the order given, streams before jobs.
+
+    A stream's requests are due at arrival + the class's ``deadline_s`` (inf without one). ``seed`` draws the lengths
+    of the jobs. Raises WorkloadSettingError if two classes share a name and differ, or if nothing arrives.
+    """
+    parts = [_of_stream(stream) for stream in streams]
+    parts += [_of_job(job, generator(seed, f"batch job {i}")) for i, job in enumerate(batch_jobs)]
+    if not any(len(part.arrival_s) for part in parts):
+        raise WorkloadSettingError("the workload is empty: it needs a stream or a batch job with at least one request")
+    models = tuple(dict.fromkeys(part.model for part in parts))
+    classes = _classes(parts)
+    arrival_s = np.concatenate([part.arrival_s for part in parts])
+    order = np.argsort(arrival_s, kind="stable")
+    return Workload(
+        arrival_s=arrival_s[order],
+        input_tokens=np.concatenate([part.input_tokens for part in parts])[order],
+        output_tokens=np.concatenate([part.output_tokens for part in parts])[order],
+        model=_labels(parts, [models.index(part.model) for part in parts])[order],
+        cls=_labels(parts, [classes.index(part.cls) for part in parts])[order],
+        deadline_s=np.concatenate([part.deadline_s for part in parts])[order],
+        models=models,
+        classes=classes,
+    )
+
+
+def _of_stream(stream: Stream) -> _Part:
+    return _Part(
+        model=stream.model,
+        cls=stream.cls,
+        arrival_s=stream.trace.arrival_s,
+        input_tokens=stream.trace.input_tokens,
+        output_tokens=stream.trace.output_tokens,
+        deadline_s=stream.trace.arrival_s + stream.cls.deadline_s,
+    )
+
+
+def _of_job(job: BatchJob, rng: np.random.Generator) -> _Part:
+    prompt, output = sample_lengths(job.lengths, job.requests, rng)
+    return _Part(
+        model=job.model,
+        cls=job.cls,
+        arrival_s=np.full(job.requests, float(job.at_s)),
+        input_tokens=prompt,
+        output_tokens=output,
+        deadline_s=np.full(job.requests, job.at_s + job.deadline_s),
+    )
+
+
+def _classes(parts: Sequence[_Part]) -> tuple[RequestClass, ...]:
+    by_name: dict[str, RequestClass] = {}
+    for part in parts:
+        known = by_name.setdefault(part.cls.name, part.cls)
+        if known != part.cls:
+            raise WorkloadSettingError(f"class {part.cls.name!r} is given twice and differs: {known} and {part.cls}")
+    return tuple(by_name.values())
+
+
+def _labels(parts: Sequence[_Part], values: Sequence[int]) -> Ints:
+    return np.repeat(np.array(values, dtype=np.int64), [len(part.arrival_s) for part in parts])
