@@ -10,7 +10,7 @@ import csv
 import gzip
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from chiron.engines.profile_fit import fit_profile
@@ -38,7 +38,7 @@ def main(directory: str) -> None:
         _write_profile(model, gpu, tp)
 
 
-def _write_grid(rows: list[Mapping[str, str]]) -> None:
+def _write_grid(rows: Sequence[Mapping[str, str]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -49,7 +49,7 @@ def _write_grid(rows: list[Mapping[str, str]]) -> None:
 
 
 def _write_profile(model: str, gpu: str, tp: int) -> None:
-    report = fit_profile(read_points(GRID, model=model, system=gpu, tp=tp))
+    report = fit_profile(read_points(GRID, model=model, system=gpu, tp=tp).points)
     shape = MODEL_SHAPES[model]
     profile = report.profile(
         name=f"{model}/{gpu}/tp{tp}",

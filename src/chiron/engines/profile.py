@@ -6,8 +6,8 @@ One closed form, the *knee* (times in seconds inside, milliseconds in files beca
 
 with B decoding sequences, S the sum of their contexts (tokens), n prefill tokens in the step and A the attention
 work of those tokens, (o+n)^2 - o^2 for a chunk of n tokens at offset o. ``w0`` is the time to read the weights,
-``f`` the time per token once the GPU is compute bound; between the two the fourth power bends the knee. Against the
-linear form it halves the worst error on the measured grid (``chiron profile list`` prints both figures).
+``f`` the time per token once the GPU is compute bound; between the two the fourth power bends the knee. On the packaged
+grid its error is 3-6 % on average and 10-22 % at worst, the linear form's 4-7 % and 19-33 % (``chiron profile list``).
 
 For a fixed B a decode-only step is linear in S, so k steps still have a closed form: the simulator's fast-forward.
 """
@@ -19,7 +19,7 @@ from math import isfinite
 
 
 class ProfileError(ValueError):
-    """A profile, its file or the data to fit it is unusable. The message names the field, its value, what is allowed."""
+    """A profile, its file or the data to fit it is unusable. The message names the field, value, what is allowed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Profile:
     def base_s(self, tokens: int) -> float:
         """Seconds of a step that handles this many tokens (n + B), before attention."""
         knee = (self.w0_ms**4 + (self.f_ms_per_token * tokens) ** 4) ** 0.25
-        return (self.h_ms + self.step_overhead_ms + knee) / 1000.0
+        return float(self.h_ms + self.step_overhead_ms + knee) / 1000.0
 
     def step_s(
         self, *, decoding: int, context_tokens: float, prefill_tokens: int = 0, prefill_offset: int = 0

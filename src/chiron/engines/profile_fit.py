@@ -47,17 +47,6 @@ class FitReport:
     """The point with the largest relative error."""
     worst_fitted_ms: float
 
-    def step_ms(self, point: StepPoint) -> float:
-        """What the fit says of a step."""
-        coefficients = [
-            self.h_ms,
-            self.w0_ms,
-            self.f_ms_per_token,
-            self.c_ms_per_context_token,
-            self.q_ms_per_token_squared,
-        ]
-        return float(_knee(np.array(coefficients), _Columns.of([point]))[0])
-
     def profile(
         self,
         *,
@@ -193,13 +182,13 @@ def _fit_knee(columns: _Columns, linear: Any) -> Any:
                 gtol=1e-12,
             )
             if best is None or found.cost < best[0] * (1 - 1e-9):
-                best = (found.cost, found.x * start)
+                # A coefficient that the data have no use for ends a hair above its bound: it is 0.
+                best = (found.cost, np.where(found.x < 1e-6, 0.0, found.x) * start)
     return best[1]
 
 
 def _round(coefficients: Any) -> Any:
-    # A coefficient at its bound comes back as a tiny positive number; below what the data can show it is 0.
-    return np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") if value > 1e-12 else 0.0 for value in coefficients])
+    return np.array([float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for value in coefficients])
 
 
 def _error(errors: Any) -> FitError:

@@ -37,45 +37,66 @@ PHASES = ("decode", "prefill", "mixed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPoint:
-    """One measured engine step."""
+    """One measured engine step, or the mean of several alike."""
 
     phase: str
-    decoding: int
+    decoding: float
     """Sequences that decode in the step."""
     context_len: float
     """Their mean context, tokens."""
-    prefill_tokens: int
+    prefill_tokens: float
     attention: float
     """Attention work of the prefill tokens, tokens squared: (o+n)^2 - o^2 of a chunk of n at offset o."""
     latency_ms: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurements:
+    """The points of one (model, system, TP), and its names as far as they are known."""
+
+    model: str | None
+    system: str | None
+    tp: int | None
+    points: tuple[StepPoint, ...]
+
+
 def read_points(
     path: str | Path, *, model: str | None = None, system: str | None = None, tp: int | None = None
-) -> list[StepPoint]:
-    """The points of one (model, system, tp) in a CSV. Raises ProfileError: what is wrong, in which line.
+) -> Measurements:
+    """The points of one (model, system, TP) in a CSV. Raises ProfileError: what is wrong, in which line.
 
-    The filters are needed only when the file holds more than one; ``model`` and ``system`` match the end of a
-    name in any case (``8B`` finds ``meta-llama/Meta-Llama-3.1-8B``) or its start (``h100`` finds ``h100_sxm``).
+    The filters are needed only when the file holds more than one, and only bind where it has such a column; ``model``
+    and ``system`` match the end of a name in any case (``8B`` finds ``meta-llama/Meta-Llama-3.1-8B``) or its start
+    (``h100`` finds ``h100_sxm``).
     """
     wanted = {"model": model, "system": system, "tp": None if tp is None else str(tp)}
     points: list[StepPoint] = []
     kinds: dict[tuple[str, ...], None] = {}
-    chosen: set[tuple[str, ...]] = set()
+    chosen: dict[tuple[str, ...], None] = {}
     for line, row in _rows(path):
         kind = tuple(row.get(name) or "" for name in wanted)
         kinds[kind] = None
-        if all(text is None or _matches(row.get(name) or "", text) for name, text in wanted.items()):
-            chosen.add(kind)
+        if all(
+            not (value and text) or _matches(value, text) for value, text in zip(kind, wanted.values(), strict=True)
+        ):
+            chosen[kind] = None
             points.append(_point(row, f"{path}, line {line}"))
     if not points:
-        there = "; ".join(_kind_text(kind) for kind in kinds) or "no rows"
-        asked = ", ".join(f"{name}={text}" for name, text in wanted.items() if text is not None) or "any"
-        raise ProfileError(f"{path}: nothing matches {asked}; the file holds: {there}")
+        asked = ", ".join(f"{name}={text}" for name, text in wanted.items() if text is not None)
+        raise ProfileError(
+            f"{path}: no rows" + (f" match {asked}; the file holds: {_kinds_text(kinds)}" if kinds else "")
+        )
     if len(chosen) > 1:
-        there = "; ".join(_kind_text(kind) for kind in kinds if kind in chosen)
-        raise ProfileError(f"{path}: choose one with model, system and tp; these all match: {there}")
-    return points
+        raise ProfileError(f"{path}: choose one with model, system and tp; these all match: {_kinds_text(chosen)}")
+    found_model, found_system, found_tp = next(iter(chosen))
+    if found_tp and not (found_tp.isdecimal() and int(found_tp) > 0):
+        raise ProfileError(f"{path}: tp is {found_tp!r}; expected a whole number, 1 or more")
+    return Measurements(
+        model=found_model or model,
+        system=found_system or system,
+        tp=int(found_tp) if found_tp else tp,
+        points=tuple(points),
+    )
 
 
 def grid_points(profile: Profile) -> list[StepPoint]:
@@ -94,7 +115,7 @@ def _rows(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             binary = gzip.GzipFile(fileobj=raw) if packed else raw
-            with TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:  # type: ignore[arg-type]
+            with TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
                 reader = csv.DictReader(text)
                 _check_header(reader.fieldnames, path)
                 for row in reader:
@@ -135,9 +156,9 @@ def _point(row: dict[str, str], where: str) -> StepPoint:
         attention = tokens * tokens
     return StepPoint(
         phase=phase or ("decode" if tokens == 0 else "mixed" if batch else "prefill"),
-        decoding=0 if phase == "prefill" else int(batch),
+        decoding=0 if phase == "prefill" else batch,
         context_len=context,
-        prefill_tokens=int(tokens),
+        prefill_tokens=tokens,
         attention=attention,
         latency_ms=latency_ms,
     )
@@ -156,9 +177,8 @@ def _number(row: dict[str, str], column: str, where: str) -> float:
 
 def _matches(name: str, wanted: str) -> bool:
     low, want = name.lower(), wanted.lower()
-    return low == want or low.endswith("-" + want) or low.endswith("/" + want) or low.startswith(want + "_")
+    return low == want or low.endswith(("-" + want, "/" + want)) or low.startswith(want + "_")
 
 
-def _kind_text(kind: tuple[str, ...]) -> str:
-    model, system, tp = kind
-    return f"model={model or '-'} system={system or '-'} tp={tp or '-'}"
+def _kinds_text(kinds: Iterable[tuple[str, ...]]) -> str:
+    return "; ".join(f"model={model or '-'} system={system or '-'} tp={tp or '-'}" for model, system, tp in kinds)
