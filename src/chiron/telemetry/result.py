@@ -127,8 +127,31 @@ class Result:
     models: tuple[str, ...]
     classes: tuple[RequestClass, ...]
     summary: dict[str, Any]
-    """The object that ``--json`` writes (docs/result.schema.json)."""
+    """The object that ``--json`` writes (``data/result.schema.json``)."""
     requests: RequestTable
     fleet: tuple[FleetPoint, ...]
     batch_sizes: tuple[BatchSizePoint, ...]
     decisions: tuple[DecisionPoint, ...]
+
+    def requests_frame(self) -> Any:
+        """One row per request (pandas DataFrame, extra ``report``); nan instead of -1 for what never happened."""
+        return frames().requests_frame(self)
+
+    def fleet_frame(self) -> Any:
+        """One row per model and fleet tick; roles and groups as columns ``ready_<role>``, ``groups``."""
+        return frames().fleet_frame(self)
+
+    def decisions_frame(self) -> Any:
+        """One row per decision; ``numbers`` stays a dict."""
+        return frames().decisions_frame(self)
+
+    def batch_sizes_frame(self) -> Any:
+        """One row per change of an instance's max batch size."""
+        return frames().batch_sizes_frame(self)
+
+
+def frames() -> Any:
+    """The module that needs pandas: imported at first use, so that a simulation does not."""
+    from chiron.telemetry import frames as module
+
+    return module

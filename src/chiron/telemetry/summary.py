@@ -1,0 +1,174 @@
+"""The figures of one run, as the JSON object that ``--json`` writes (``data/result.schema.json``).
+
+Attainment counts every request of a class: one that was rejected, failed, was cancelled or had not finished when the
+run stopped is a miss. What cannot be computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cache
+from importlib import resources
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from chiron.core.types import RequestClass
+from chiron.telemetry.errors import SummaryError
+from chiron.telemetry.result import OUTCOMES, RequestTable
+
+SCHEMA_VERSION = 1
+
+PlanChange = tuple[float, str, int, int]
+"""Seconds, model, planned instances before and after."""
+
+
+def summarise(
+    *,
+    policy: str,
+    seed: int,
+    classes: Sequence[RequestClass],
+    models: Sequence[str],
+    requests: RequestTable,
+    gpu_seconds: float,
+    cost: float,
+    gpus_peak: int,
+    instances_peak: int,
+    plan_changes: Sequence[PlanChange],
+    reversal_window_s: float,
+    gpu_hours_bound: float,
+    gpu_hours_bound_full: float,
+    cost_bound: float,
+    wall_s: float,
+    sim_s: float,
+    evictions: int,
+    preemptions: int,
+) -> dict[str, Any]:
+    """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
+    request at its SLO. Pure, and O(requests)."""
+    check_requests(requests, classes, models)
+    attained = requests.attained(tuple(classes))
+    counts = np.bincount(requests.outcome, minlength=len(OUTCOMES))
+    outcomes = {name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)}
+    finished = requests.outcome == 0
+    ttft_s, itl_s = requests.ttft_s(), requests.itl_s()
+    members = {c.name: requests.cls == index for index, c in enumerate(classes)}
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "policy": policy,
+        "seed": int(seed),
+        "requests": len(requests.arrival_s),
+        **outcomes,
+        "evictions": int(evictions),
+        "preemptions": int(preemptions),
+        "attainment": {name: float(attained[mine].mean()) for name, mine in members.items() if mine.any()},
+        "attainment_all": float(attained.mean()) if len(attained) else None,
+        "ttft_s": {name: spread(ttft_s[mine]) for name, mine in members.items() if mine.any()},
+        "itl_s": {name: spread(itl_s[mine]) for name, mine in members.items() if mine.any()},
+        "gpu_hours": float(gpu_seconds) / 3600,
+        "gpu_hours_bound": float(gpu_hours_bound),
+        "gpu_hours_bound_full": float(gpu_hours_bound_full),
+        "cost": float(cost),
+        "cost_bound": float(cost_bound),
+        "gpus_peak": int(gpus_peak),
+        "instances_peak": int(instances_peak),
+        "throughput_rps": ratio(outcomes["finished"], sim_s),
+        "tokens_per_gpu_s": ratio(requests.output_tokens[finished].sum(), gpu_seconds),
+        "slo_tokens_per_gpu_s": ratio(requests.output_tokens[attained].sum(), gpu_seconds),
+        "scaling_actions": sum(before != after for _, _, before, after in plan_changes),
+        "reversals": reversals(plan_changes, reversal_window_s),
+        "batch_late": batch_late(requests, classes),
+        "models": by_model(requests, models, attained),
+        "wall_s": float(wall_s),
+        "sim_s": float(sim_s),
+    }
+    check_summary(summary)
+    return summary
+
+
+def reversals(plan_changes: Sequence[PlanChange], window_s: float) -> int:
+    """Changes of a model's plan against the direction of its previous change, less than ``window_s`` after it."""
+    previous: dict[str, tuple[float, bool]] = {}
+    count = 0
+    for t_s, model, before, after in plan_changes:
+        if before == after:
+            continue
+        grows = after > before
+        last_s, grew = previous.get(model, (t_s, grows))
+        count += grows != grew and t_s - last_s < window_s
+        previous[model] = (t_s, grows)
+    return count
+
+
+def batch_late(requests: RequestTable, classes: Sequence[RequestClass]) -> int:
+    """Batch requests with a deadline that did not finish by it."""
+    is_batch = np.array([c.kind == "batch" for c in classes], dtype=np.bool_)[requests.cls]
+    late = (requests.outcome != 0) | (requests.finish_s > requests.deadline_s)
+    return int(np.count_nonzero(is_batch & np.isfinite(requests.deadline_s) & late))
+
+
+def by_model(
+    requests: RequestTable, models: Sequence[str], attained: npt.NDArray[np.bool_]
+) -> dict[str, dict[str, float | int | None]]:
+    """Requests, finished requests and attainment of each model; every model is listed."""
+    total = np.bincount(requests.model, minlength=len(models))
+    finished = np.bincount(requests.model, weights=requests.outcome == 0, minlength=len(models))
+    met = np.bincount(requests.model, weights=attained, minlength=len(models))
+    return {
+        name: {"requests": int(total[i]), "finished": int(finished[i]), "attainment": ratio(met[i], total[i])}
+        for i, name in enumerate(models)
+    }
+
+
+def spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    """Mean and quantiles of the values that are not nan; null where there are none."""
+    seen = values[~np.isnan(values)]
+    if not len(seen):
+        return {"mean": None, "p50": None, "p90": None, "p99": None}
+    p50, p90, p99 = np.quantile(seen, (0.5, 0.9, 0.99))
+    return {"mean": float(seen.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """``part / whole``; null over nothing."""
+    return float(part) / float(whole) if whole > 0 else None
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of a summary, as shipped."""
+    text = resources.files("chiron").joinpath("data/result.schema.json").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+def check_summary(summary: dict[str, Any]) -> None:
+    """Raise ``SummaryError`` unless the keys are the schema's, the version is ours and each figure is in range.
+
+    The nested objects are checked by the schema in the tests; here a mistake of a caller is what matters.
+    """
+    expected = schema()["properties"]
+    missing, unknown = sorted(expected.keys() - summary.keys()), sorted(summary.keys() - expected.keys())
+    if missing or unknown:
+        raise SummaryError(f"summary: missing keys {missing}, unknown keys {unknown}")
+    if summary["schema_version"] != SCHEMA_VERSION:
+        raise SummaryError(f"summary: schema_version is {summary['schema_version']!r}; this is for {SCHEMA_VERSION}")
+    for key, rule in expected.items():
+        value = summary[key]
+        if isinstance(value, int | float) and not (isfinite(value) and value >= rule.get("minimum", value)):
+            raise SummaryError(f"summary: {key} is {value}; it must be finite and at least {rule.get('minimum')}")
+
+
+def check_requests(requests: RequestTable, classes: Sequence[RequestClass], models: Sequence[str]) -> None:
+    """Raise ``SummaryError`` if columns differ in length or an index points nowhere."""
+    lengths = {field.name: len(getattr(requests, field.name)) for field in fields(requests)}
+    if len(set(lengths.values())) > 1:
+        raise SummaryError(f"requests: columns differ in length: {lengths}")
+    for column, names in (("cls", len(classes)), ("model", len(models)), ("outcome", len(OUTCOMES))):
+        values = getattr(requests, column)
+        if len(values) and not (values.min() >= 0 and values.max() < names):
+            raise SummaryError(f"requests: {column} spans {values.min()}..{values.max()}; allowed is 0..{names - 1}")

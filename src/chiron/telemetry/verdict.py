@@ -1,0 +1,241 @@
+"""Which policy did best, in a sentence that a reader can check against the table.
+
+A policy attains the target if every class does so in every seed. Among those the fewest GPU-hours (mean over seeds)
+win. Policies are compared over the seeds that all of them ran. Attainment is rounded down: 98.97 % is not 99 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+from chiron.telemetry.errors import ReportError
+from chiron.telemetry.result import Result
+
+TARGET = 0.99
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """A figure over seeds."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyRuns:
+    """The runs of one policy, by seed."""
+
+    policy: str
+    results: tuple[Result, ...]
+
+    def stat(self, *keys: str) -> Stat | None:
+        """The summary's figure under ``keys`` over seeds; None where no seed has one."""
+        values = [v for v in (lookup(r.summary, keys) for r in self.results) if v is not None]
+        return stat(values) if values else None
+
+    @property
+    def gpu_hours(self) -> float:
+        """Mean over seeds."""
+        return stat([r.summary["gpu_hours"] for r in self.results]).mean
+
+    @property
+    def over_bound(self) -> Stat | None:
+        """GPU-hours over the lower bound for what the run delivered; None without a bound."""
+        pairs = [(r.summary["gpu_hours"], r.summary["gpu_hours_bound"]) for r in self.results]
+        values = [hours / bound for hours, bound in pairs if bound > 0]
+        return stat(values) if values else None
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The class, and its attainment, that is lowest in any seed; ("", 0) if nothing was asked."""
+        every = [(share, name) for r in self.results for name, share in r.summary["attainment"].items()]
+        share, name = min(every, default=(0.0, ""))
+        return name, share
+
+    def attains(self, target: float) -> bool:
+        """Every class, in every seed."""
+        return self.worst[1] >= target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer first, then what a careful reader would ask."""
+
+    headline: str
+    notes: tuple[str, ...]
+    winner: str | None
+    """None if no policy attains the target."""
+    ranking: tuple[PolicyRuns, ...]
+    """Those that attain the target by GPU-hours, then the others by their worst class."""
+
+
+def verdict(results: Sequence[Result], *, target: float = TARGET) -> Verdict:
+    """Judge the runs of one scenario."""
+    if not 0 < target <= 1:
+        raise ReportError(f"target is {target}; it must lie in 0..1, for example 0.99")
+    runs, notes = comparable(group(results))
+    attaining = sorted((p for p in runs if p.attains(target)), key=lambda p: p.gpu_hours)
+    others = sorted((p for p in runs if not p.attains(target)), key=lambda p: (-p.worst[1], p.gpu_hours))
+    if attaining:
+        headline = praise(attaining, others, target)
+        notes += cheaper_but_worse(attaining[0], others)
+        notes += uncertain(attaining)
+    else:
+        headline = closest(others, target)
+    return Verdict(
+        headline=headline,
+        notes=tuple(notes),
+        winner=attaining[0].policy if attaining else None,
+        ranking=(*attaining, *others),
+    )
+
+
+def group(results: Sequence[Result]) -> list[PolicyRuns]:
+    """Runs by policy, in order of first appearance; one scenario, each seed once."""
+    if not results:
+        raise ReportError("there is no result to report")
+    scenarios = sorted({r.scenario for r in results})
+    if len(scenarios) > 1:
+        raise ReportError(f"results of different scenarios cannot be compared: {', '.join(scenarios)}")
+    if len({tuple(c.name for c in r.classes) for r in results}) > 1:
+        raise ReportError("results with different request classes cannot be compared")
+    by_policy: dict[str, list[Result]] = {}
+    for result in results:
+        runs = by_policy.setdefault(result.policy, [])
+        if any(result.seed == other.seed for other in runs):
+            raise ReportError(f"policy {result.policy!r} has two results for seed {result.seed}")
+        runs.append(result)
+    return [
+        PolicyRuns(policy=policy, results=tuple(sorted(runs, key=lambda r: r.seed)))
+        for policy, runs in by_policy.items()
+    ]
+
+
+def comparable(runs: list[PolicyRuns]) -> tuple[list[PolicyRuns], list[str]]:
+    """The runs over the seeds that all policies have, and what was left out."""
+    seeds = [{r.seed for r in p.results} for p in runs]
+    common = set.intersection(*seeds)
+    if all(mine == common for mine in seeds):
+        return runs, []
+    if not common:
+        return runs, ["The policies ran different seeds, so differences may be due to the seed."]
+    kept = [
+        PolicyRuns(policy=p.policy, results=tuple(r for r in p.results if r.seed in common))
+        for p in runs
+    ]  # fmt: skip
+    listed = ", ".join(str(seed) for seed in sorted(common))
+    return kept, [f"Only seeds that every policy ran are compared: {listed}."]
+
+
+def praise(attaining: list[PolicyRuns], others: list[PolicyRuns], target: float) -> str:
+    """The headline when some policy attains the target."""
+    best = attaining[0]
+    sure = f"attains at least {percent(target)} in every class"
+    spent = hours(best)
+    if not others and len(attaining) == 1:
+        return f"{best.policy} {sure} with {spent}{bound_phrase(best)}. No other policy ran, so nothing is compared."
+    if len(attaining) == 1:
+        near = others[0]
+        return (
+            f"{best.policy} is the only one of {1 + len(others)} policies that {sure}: it takes {spent}"
+            f"{bound_phrase(best)}. Next closest is {near.policy}: {shortfall(near)}."
+        )
+    runner_up = attaining[1]
+    return (
+        f"{best.policy} {sure} with the fewest GPU-hours: {hours(best, unit='')}, "
+        f"{saving(best, runner_up)}{bound_phrase(best)}."
+    )
+
+
+def saving(best: PolicyRuns, runner_up: PolicyRuns) -> str:
+    """How much less than the next that attains the target."""
+    less = 1 - best.gpu_hours / runner_up.gpu_hours if runner_up.gpu_hours > 0 else 0.0
+    name = f"{runner_up.policy} ({amount(runner_up.gpu_hours)})"
+    if less < 0.0005:
+        return f"the same as {name}, which also attains it"
+    return f"{percent(less)} fewer than {name}, the next that attains it"
+
+
+def closest(others: list[PolicyRuns], target: float) -> str:
+    """The headline when none attains the target."""
+    best = others[0]
+    if not best.worst[0]:
+        return "No request was made, so there is nothing to attain."
+    text = f"attains {percent(target)} in every class"
+    what = f"{shortfall(best)}{bound_phrase(best)}"
+    if len(others) == 1:
+        return f"{best.policy}, the only policy that ran, falls short of {percent(target)}: {what}."
+    return f"No policy {text}. {best.policy} comes closest: {what}."
+
+
+def cheaper_but_worse(best: PolicyRuns, others: list[PolicyRuns]) -> list[str]:
+    """Policies that spent less and missed the target: say so before the reader wonders."""
+    cheaper = sorted((p for p in others if p.gpu_hours < best.gpu_hours), key=lambda p: p.gpu_hours)
+    return [f"{p.policy} takes fewer GPU-hours but misses the target: {shortfall(p)}." for p in cheaper]
+
+
+def uncertain(attaining: list[PolicyRuns]) -> list[str]:
+    """What the seeds say about the order of the first two."""
+    if len(attaining) < 2:
+        return []
+    best, runner_up = attaining[:2]
+    theirs = {r.seed: r.summary["gpu_hours"] for r in runner_up.results}
+    pairs = [(r.summary["gpu_hours"], theirs[r.seed]) for r in best.results if r.seed in theirs]
+    if len(pairs) < 2:
+        return [] if pairs and len(best.results) > 1 else ["One seed: the spread between seeds is not known."]
+    wins = sum(mine < other for mine, other in pairs)
+    return [f"{best.policy} takes fewer GPU-hours than {runner_up.policy} in {wins} of {len(pairs)} seeds."]
+
+
+def shortfall(runs: PolicyRuns) -> str:
+    """The worst class and the price, as a phrase."""
+    name, share = runs.worst
+    return f"{percent(share)} in its worst class ({name}) with {amount(runs.gpu_hours)} GPU-hours"
+
+
+def hours(runs: PolicyRuns, unit: str = " GPU-hours") -> str:
+    """Mean GPU-hours, with the range if there are several seeds."""
+    figures = runs.stat("gpu_hours")
+    assert figures is not None
+    text = f"{amount(figures.mean)}{unit}"
+    if figures.n == 1:
+        return text
+    low, high = amount(figures.low), amount(figures.high)
+    spread = f"all {low}" if low == high else f"{low} to {high}"
+    return f"{text} (mean of {figures.n} seeds, {spread})"
+
+
+def bound_phrase(runs: PolicyRuns) -> str:
+    """How far above the lower bound; nothing without one."""
+    over = runs.over_bound
+    return "" if over is None else f"; {runs.policy} takes {over.mean:.2f} times the lower bound for what it delivered"
+
+
+def stat(values: Sequence[float]) -> Stat:
+    """Mean and range of at least one value."""
+    return Stat(mean=sum(values) / len(values), low=min(values), high=max(values), n=len(values))
+
+
+def lookup(summary: dict[str, Any], keys: Sequence[str]) -> float | None:
+    """A figure in nested objects; None if it is not there or null."""
+    value: Any = summary
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return None if value is None else float(value)
+
+
+def percent(share: float) -> str:
+    """A share as per cent, rounded down to a tenth so that no miss reads as a hit."""
+    tenths = floor(share * 1000 + 1e-9)
+    return f"{tenths // 10} %" if tenths % 10 == 0 else f"{tenths / 10:.1f} %"
+
+
+def amount(value: float) -> str:
+    """Three figures or so."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
