@@ -37,7 +37,13 @@ class Fleet(Protocol):
 class Journal(Protocol):
     """Hears everything worth remembering."""
 
+    wants_events: bool
+    """Whether ``event`` is called: it costs time on the path of every request."""
+
     def decided(self, now_s: float, decision: Decision) -> None: ...
+
+    def ended(self, request: Request) -> None:
+        """Its ``outcome`` is set; nothing more will happen to it."""
 
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:
         """``arrival``, ``dispatch``, ``first_token``, ``evicted``, ``ended`` with the request; ``created``,

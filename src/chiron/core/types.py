@@ -61,15 +61,18 @@ class Request:
         "id",
         "input_tokens",
         "instance",
+        "instance_saved",
         "interactive",
         "kv_saved_on",
         "kv_saved_tokens",
         "max_output_tokens",
+        "migrating_to",
         "model",
         "outcome",
         "payload",
         "prefill_cost_s",
         "reserved_tokens",
+        "retries",
         "tokens_done",
     )
 
@@ -103,10 +106,14 @@ class Request:
         self.tokens_done = 0
         """Output tokens known to be safe with us: updated when the request is evicted or ends."""
         self.evictions = 0
+        self.retries = 0
+        """Engine failures survived."""
         self.kv_saved_tokens = 0
         """Tokens whose KV an eviction saved in host memory; 0 means a resume prefills them again."""
         self.kv_saved_on = -1
-        """Instance that holds the saved KV."""
+        """Instance that holds the saved KV, by id; ``instance_saved`` is its record."""
+        self.instance_saved: Instance | None = None
+        self.migrating_to: Instance | None = None
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0
@@ -178,6 +185,7 @@ class Instance:
         "created_s",
         "drain_started_s",
         "engine",
+        "evicting",
         "id",
         "index",
         "kind",
@@ -187,6 +195,7 @@ class Instance:
         "max_batch_size",
         "model",
         "prefill_backlog_s",
+        "prefill_square_sampled",
         "prefill_square_total",
         "previous_sample",
         "rank",
@@ -216,6 +225,8 @@ class Instance:
         """Everything dispatched here that has not ended, in order of dispatch."""
         self.batch: dict[int, Request] = {}
         """The batch requests among them."""
+        self.evicting: dict[int, Request] = {}
+        """Told to leave; the engine has not let go yet."""
         self.running_interactive = 0
         self.class_counts: dict[str, int] = {}
         self.kv_reserved_tokens = 0
@@ -223,6 +234,8 @@ class Instance:
         """Estimated prefill seconds of requests that have no first token yet."""
         self.prefill_square_total = 0.0
         """Sum of squared prompt lengths whose prefill has ended: the attention term of prefill, seen from outside."""
+        self.prefill_square_sampled = 0.0
+        """That sum when the last scrape arrived."""
         self.sample: Sample | None = None
         self.previous_sample: Sample | None = None
         self.local: Any = None

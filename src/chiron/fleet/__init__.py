@@ -1,1 +1,1 @@
-"""fleet"""
+"""Fleets: where instances come from."""

@@ -20,8 +20,10 @@ class Estimates(Protocol):
 
     prefill_token_s: float
     prefill_square_s: float
-    expected_output: Mapping[str, float]
-    """Mean output tokens by class name."""
+
+    @property
+    def expected_output(self) -> Mapping[str, float]:
+        """Mean output tokens by class name."""
 
 
 class Router(Protocol):
@@ -76,8 +78,8 @@ class Policy:
     """Batch requests whose deadlines share a span of this length form a group."""
     migrate: MigrationHook | None = None
     migrate_period_s: float = 1.0
-    migration_downtime_s: float = 0.03
-    """What a live migration costs the request that moves."""
+    relabels: bool = False
+    """Roles are labels: a plan re-labels instances in order of rank instead of starting and draining."""
     drain_timeout_s: float = 120.0
     """Batch work still running on a draining instance after this long is evicted."""
 

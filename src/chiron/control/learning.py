@@ -1,0 +1,142 @@
+"""What the control plane learns of one model while it serves: step times and request lengths.
+
+Step times: recursive least squares on what scrapes show. Over a scrape interval an engine was busy for::
+
+    busy = fixed*steps + per_sequence*decode_tokens + per_context_token*context + per_prefill_token*n + per_square*n^2
+
+Each scrape of a busy instance is one equation, weighted by its own size so that relative errors count. Coefficients
+start at a weak prior; one or two hundred steps outweigh it. The learned form is linear where engines have a knee:
+it holds around where they have been running, which is where it is used.
+
+Lengths: exponential means over about a thousand requests, by class; outputs are those of finished requests.
+"""
+
+from __future__ import annotations
+
+from chiron.core.types import Request, RequestClass, Sample
+from chiron.policies.views import ClassMix, StepTimes
+
+PRIOR = (0.012, 4e-5, 6e-8, 6e-5, 1.5e-9)
+"""Weak: an 8B model on an A100, within a factor of a few for any other."""
+PRIOR_OUTPUT_TOKENS = 200.0
+PRIOR_INPUT_TOKENS = 1000.0
+_NOISE = 0.03**2
+_FORGET = 0.998
+_MEMORY = 1000
+"""Requests that a mean of lengths remembers."""
+_TRUSTED_UPDATES = 4
+
+
+class Mix:
+    """Running means of one class's lengths."""
+
+    __slots__ = ("cls", "finished", "input_mean", "input_square", "output_mean", "output_square", "seen")
+
+    def __init__(self, cls: RequestClass) -> None:
+        self.cls = cls
+        self.seen = 0
+        self.finished = 0
+        self.input_mean = PRIOR_INPUT_TOKENS
+        self.input_square = 2 * PRIOR_INPUT_TOKENS**2
+        self.output_mean = PRIOR_OUTPUT_TOKENS
+        self.output_square = 2 * PRIOR_OUTPUT_TOKENS**2
+
+    def arrived(self, input_tokens: int) -> None:
+        self.seen += 1
+        weight = 1.0 / (self.seen if self.seen < _MEMORY else _MEMORY)
+        self.input_mean += weight * (input_tokens - self.input_mean)
+        self.input_square += weight * (input_tokens * input_tokens - self.input_square)
+
+    def ended(self, output_tokens: int) -> None:
+        self.finished += 1
+        # The prior counts as ten requests: the first to finish are the short ones.
+        weight = 1.0 / (self.finished + 10 if self.finished < _MEMORY else _MEMORY)
+        self.output_mean += weight * (output_tokens - self.output_mean)
+        self.output_square += weight * (output_tokens * output_tokens - self.output_square)
+
+    def view(self) -> ClassMix:
+        variance = self.output_square - self.output_mean**2
+        return ClassMix(
+            cls=self.cls,
+            input_tokens=self.input_mean,
+            input_square=self.input_square,
+            output_tokens=self.output_mean,
+            output_sd=variance**0.5 if variance > 0 else 0.0,
+            finished=self.finished,
+        )
+
+
+class Learner:
+    """Implements ``policies.policy.Estimates`` for one model."""
+
+    def __init__(self, classes: tuple[RequestClass, ...]) -> None:
+        self.mixes = {c.name: Mix(c) for c in classes}
+        self._expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
+        self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}
+        self.updates = 0
+        # Coefficients in units of the prior, and their covariance.
+        self._theta = [1.0] * 5
+        self._covariance = [[1.0 if i == j else 0.0 for j in range(5)] for i in range(5)]
+        self.step_times = StepTimes(
+            fixed_s=PRIOR[0],
+            per_sequence_s=PRIOR[1],
+            per_context_token_s=PRIOR[2],
+            per_prefill_token_s=PRIOR[3],
+            per_prefill_square_s=PRIOR[4],
+        )
+        self.prefill_token_s = PRIOR[3]
+        self.prefill_square_s = PRIOR[4]
+
+    @property
+    def trusted(self) -> bool:
+        return self.updates >= _TRUSTED_UPDATES
+
+    @property
+    def expected_output(self) -> dict[str, float]:
+        return self._expected_output
+
+    def finished(self, request: Request) -> None:
+        mix = self.mixes[request.cls.name]
+        mix.ended(request.tokens_done)
+        self._expected_output[request.cls.name] = mix.output_mean
+
+    def observe(self, before: Sample, after: Sample, prefill_square: float) -> None:
+        """Learn from one instance's scrape interval; intervals that were mostly idle say nothing."""
+        busy_s = after.busy_s - before.busy_s
+        steps = after.steps - before.steps
+        if steps < 4 or busy_s <= 0.0:
+            return
+        raw = (
+            steps,
+            after.decode_tokens - before.decode_tokens,
+            after.context_tokens - before.context_tokens,
+            after.prefill_tokens - before.prefill_tokens,
+            prefill_square,
+        )
+        x = [value * prior / busy_s for value, prior in zip(raw, PRIOR, strict=True)]
+        theta, p = self._theta, self._covariance
+        px = [sum(row[j] * x[j] for j in range(5)) for row in p]
+        gain = 1.0 / (_NOISE + sum(x[i] * px[i] for i in range(5)))
+        error = 1.0 - sum(x[i] * theta[i] for i in range(5))
+        # Forgetting a direction without news would blow its covariance up: stop at the prior's.
+        forget = _FORGET if all(p[i][i] < 1.0 for i in range(5)) else 1.0
+        for i in range(5):
+            theta[i] += px[i] * gain * error
+            row, scaled = p[i], px[i] * gain
+            for j in range(5):
+                row[j] = (row[j] - scaled * px[j]) / forget
+        self.updates += 1
+
+    def publish(self) -> None:
+        """Make what was learned visible. A coefficient that noise drove to nothing keeps a twentieth of its prior."""
+        values = [max(t, 0.05) * prior for t, prior in zip(self._theta, PRIOR, strict=True)]
+        self.mix_views = {name: mix.view() for name, mix in self.mixes.items()}
+        self.step_times = StepTimes(
+            fixed_s=values[0],
+            per_sequence_s=values[1],
+            per_context_token_s=values[2],
+            per_prefill_token_s=values[3],
+            per_prefill_square_s=values[4],
+        )
+        self.prefill_token_s = values[3]
+        self.prefill_square_s = values[4]

@@ -1,0 +1,178 @@
+"""The control plane's state of one model, and the views that policies get of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import inf, nan
+
+from chiron.control.learning import Learner
+from chiron.control.queue import BatchQueue, InteractiveQueue
+from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
+from chiron.policies.policy import Policy
+from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
+
+COLD_START_PRIOR_S = 60.0
+"""Look-ahead before the first start has been timed; the paper's upper end."""
+
+
+class _Arrivals:
+    __slots__ = ("cls", "input_square", "input_tokens", "requests")
+
+    def __init__(self, cls: RequestClass) -> None:
+        self.cls = cls
+        self.requests = 0
+        self.input_tokens = 0
+        self.input_square = 0.0
+
+
+class ModelState:
+    """Queues, instances, router and what has been learned, of one model."""
+
+    def __init__(self, spec: ModelSpec, classes: tuple[RequestClass, ...], policy: Policy) -> None:
+        self.spec = spec
+        self.classes = {c.name: c for c in classes}
+        self.learner = Learner(classes)
+        self.router = policy.router(policy.settings, self.learner)
+        self.waiting = InteractiveQueue(demotes_late=policy.demotes_late)
+        self.batch = BatchQueue(policy.group_span_s)
+        self.instances: dict[int, Instance] = {}
+        self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
+        self.batch_size_hint = 0
+        """Max batch size last set anywhere: where a new instance starts."""
+        self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
+        self.attained = 0
+        self.missed = 0
+        self.cold_start_s = COLD_START_PRIOR_S
+        self.cold_starts_seen = 0
+        self.arrivals = {c.name: _Arrivals(c) for c in classes}
+
+    def arrived(self, request: Request) -> None:
+        tokens = request.input_tokens
+        name = request.cls.name
+        self.learner.mixes[name].arrived(tokens)
+        arrivals = self.arrivals[name]
+        arrivals.requests += 1
+        arrivals.input_tokens += tokens
+        arrivals.input_square += tokens * tokens
+
+    def ended(self, request: Request) -> None:
+        if not request.interactive:
+            return
+        cls, tokens = request.cls, request.tokens_done
+        kept = (
+            request.outcome == "finished"
+            and request.first_token_s - request.arrival_s <= cls.ttft_s
+            and (tokens == 1 or request.finish_s - request.first_token_s <= cls.itl_s * (tokens - 1))
+            and request.finish_s <= request.deadline_s
+        )
+        if kept:
+            self.attained += 1
+        else:
+            self.missed += 1
+
+    def started(self, instance: Instance) -> None:
+        """Learn the cold start from the time that this one took."""
+        took_s = instance.ready_s - instance.created_s
+        if took_s <= 0.0:
+            return
+        self.cold_starts_seen += 1
+        weight = 1.0 / min(self.cold_starts_seen, 5)
+        self.cold_start_s += weight * (took_s - self.cold_start_s)
+
+
+def instance_view(instance: Instance, now_s: float) -> InstanceView:
+    sample, before = instance.sample, instance.previous_sample
+    itl_s = nan
+    if sample is not None and before is not None and sample.steps > before.steps:
+        itl_s = (sample.busy_s - before.busy_s) / (sample.steps - before.steps)
+    since_s = instance.ready_s if instance.ready_s >= 0.0 else instance.created_s
+    return InstanceView(
+        id=instance.id,
+        role=instance.role,
+        state=instance.state,
+        age_s=now_s - since_s,
+        dispatched=len(instance.requests),
+        dispatched_interactive=instance.running_interactive,
+        max_batch_size=instance.max_batch_size,
+        kv_capacity_tokens=instance.kv_capacity_tokens,
+        sample_age_s=now_s - sample.taken_s if sample else inf,
+        running=sample.running if sample else 0,
+        waiting=sample.waiting if sample else 0,
+        waiting_tokens=sample.waiting_tokens if sample else 0,
+        head_tokens=sample.head_tokens if sample else 0,
+        kv_used_tokens=sample.kv_used_tokens if sample else 0,
+        itl_s=itl_s,
+    )
+
+
+def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
+    """A snapshot; unless it only peeks, it ends the interval over which arrivals and outcomes are counted."""
+    spec, kind = state.spec, state.spec.kinds[0]
+    arrivals = tuple(
+        ArrivalView(cls=a.cls, requests=a.requests, input_tokens=float(a.input_tokens), input_square=a.input_square)
+        for a in state.arrivals.values()
+    )
+    view = ModelView(
+        name=spec.name,
+        min_instances=spec.min_instances,
+        max_instances=spec.max_instances,
+        gpus_per_instance=kind.gpus,
+        price_per_hour=kind.gpus * kind.price_per_gpu_hour,
+        kv_capacity_tokens=kind.kv_capacity_tokens,
+        max_num_seqs=kind.max_num_seqs,
+        planned=dict(state.planned),
+        instances=tuple(instance_view(i, now_s) for i in state.instances.values()),
+        arrivals=arrivals,
+        mixes=tuple(mix.view() for mix in state.learner.mixes.values()),
+        waiting_interactive=len(state.waiting),
+        waiting_input_tokens=float(state.waiting.input_tokens),
+        waiting_input_square=state.waiting.input_square,
+        oldest_wait_s=max(0.0, now_s - state.waiting.oldest_arrival_s()),
+        groups=state.batch.views(state.learner.expected_output),
+        running_batch=sum(len(i.batch) for i in state.instances.values()),
+        attained=state.attained,
+        missed=state.missed,
+        step_times=state.learner.step_times,
+        cold_start_s=state.cold_start_s,
+        cold_starts_seen=state.cold_starts_seen,
+    )
+    if not peek:
+        state.attained = state.missed = 0
+        state.arrivals = {name: _Arrivals(cls) for name, cls in state.classes.items()}
+    return view
+
+
+def fleet_view(now_s: float, since_s: float, states: Iterable[ModelState], *, peek: bool = False) -> FleetView:
+    return FleetView(now_s=now_s, since_s=since_s, models=tuple(model_view(s, now_s, peek=peek) for s in states))
+
+
+def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView:
+    sample, before = instance.sample, instance.previous_sample
+    itl_s, decode_batch, throughput = nan, 0.0, 0.0
+    if sample is not None and before is not None and sample.steps > before.steps:
+        steps = sample.steps - before.steps
+        decoded = sample.decode_tokens - before.decode_tokens
+        itl_s = (sample.busy_s - before.busy_s) / steps
+        decode_batch = decoded / steps
+        throughput = decoded / (sample.taken_s - before.taken_s)
+    classes = state.classes
+    running = [classes[name] for name, count in instance.class_counts.items() if count > 0]
+    if instance.role != "batch":
+        # Room on the others is kept for interactive requests, so their SLO holds there at any time.
+        running.extend(c for c in classes.values() if c.interactive)
+    return LocalView(
+        now_s=now_s,
+        role=instance.role,
+        max_batch_size=instance.max_batch_size,
+        max_num_seqs=instance.kind.max_num_seqs,
+        dispatched=len(instance.requests),
+        binding=len(instance.requests) >= instance.max_batch_size,
+        itl_slo_s=min((c.itl_s for c in running), default=inf),
+        itl_s=itl_s,
+        decode_batch=decode_batch,
+        throughput=throughput,
+        class_counts={name: count for name, count in instance.class_counts.items() if count > 0},
+        mixes=state.learner.mix_views,
+        step_times=state.learner.step_times,
+        learned=state.learner.trusted,
+    )

@@ -1,0 +1,604 @@
+"""The control plane of a fleet of engines, whatever drives it.
+
+In: ``submit`` and ``cancel`` from clients; ``first_token``, ``finished``, ``evicted``, ``failed`` from engines;
+``instance_ready``, ``instance_failed`` from the fleet; ``sampled`` from the scraper. Out: the ports. Synchronous and
+single-threaded: every call runs to its end, and engines answer later.
+
+A request holds its place on an instance from dispatch until the engine lets go of it. An evicted one gives its place
+up at once: the engine takes it out at the same step boundary at which it lets the next one in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
+
+from chiron.control.model import ModelState, fleet_view, local_view
+from chiron.core.clock import VirtualClock
+from chiron.core.ports import Engine, Fleet, Journal
+from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Outcome, Request, RequestClass, Role, Sample
+from chiron.policies.policy import Policy
+from chiron.policies.views import FleetPlan, FleetView, Migration, ModelPlan
+
+RETRIES_MAX = 3
+"""Engine failures that a request survives before it fails itself."""
+LEARN_PER_SCRAPE = 8
+"""Instances whose scrape is learned from, per model and round: more say little new and cost time."""
+
+Observer = Callable[[FleetView, FleetPlan], None]
+
+
+class ControlPlane:
+    """Queues, dispatch, both loops and instance lifecycle of every model. ``core.ports`` names what it needs."""
+
+    def __init__(
+        self,
+        *,
+        clock: VirtualClock,
+        fleet: Fleet,
+        journal: Journal,
+        models: Sequence[ModelSpec],
+        classes: Sequence[RequestClass],
+        policy: Policy,
+        gpus_max: Mapping[str, int] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.clock = clock
+        self.policy = policy
+        self.models = {m.name: ModelState(m, tuple(classes), policy) for m in models}
+        self.instances: dict[int, Instance] = {}
+        """Every instance that is not gone."""
+        self.open_requests = 0
+        """Arrived and not ended."""
+        self.evictions = 0
+        self.migrations = 0
+        self._fleet = fleet
+        self._journal = journal
+        self._event = journal.event if journal.wants_events else None
+        self._observer = observer
+        self._gpus_free = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
+        self._next_instance = 1
+        self._fleet_state = None
+        self._migration_state = None
+        self._last_tick_s = 0.0
+
+    # -- lifecycle of the plane itself --------------------------------------------------------------------------
+
+    def adopt(self, model: str, count: int, attach: Callable[[Instance], Engine]) -> None:
+        """Take over ``count`` running instances of ``model`` at the start; ``attach`` gives each its engine."""
+        state = self.models[model]
+        split = (
+            self.policy.initial_roles(self.policy.settings, count) if self.policy.initial_roles else {"mixed": count}
+        )
+        for role, number in split.items():
+            for _ in range(number):
+                kind = self._free_kind(state)
+                if kind is None:
+                    raise ValueError(f"model {model!r}: the GPU limits do not allow {count} initial instances")
+                instance = self._new_instance(state, kind, role)  # type: ignore[arg-type]
+                self.instance_ready(instance, attach(instance))
+        state.planned = {role: split.get(role, 0) for role in ("interactive", "mixed", "batch")}
+
+    def begin(self) -> None:
+        """Start the periodic loops."""
+        policy = self.policy
+        self._last_tick_s = self.clock.now_s
+        self.clock.call_later(max(policy.fleet_first_s, policy.fleet_period_s), self._fleet_tick)
+        if policy.migrate is not None:
+            self.clock.call_later(policy.migrate_period_s, self._migration_tick)
+
+    # -- requests ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """A request arrives. It ends exactly once, in ``Journal.ended``."""
+        state = self.models[request.model]
+        self.open_requests += 1
+        if self._event is not None:
+            self._event(self.clock.now_s, "arrival", request, None)
+        state.arrived(request)
+        if request.input_tokens >= state.kv_capacity_tokens:
+            self._end(state, request, "rejected")
+        else:
+            self._enter(state, request)
+
+    def _enter(self, state: ModelState, request: Request) -> None:
+        """Dispatch or queue; who came earlier and waits goes first."""
+        if not request.interactive and self.policy.holds_batch:
+            state.batch.add(request)
+            self._release_batch(state)
+        elif len(state.waiting):
+            state.waiting.add(request)
+            self._pump(state)
+        elif not self._place(state, request):
+            state.waiting.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """The client left. Queued work is dropped, running work is stopped at the next step."""
+        if request.outcome is not None:
+            return
+        state = self.models[request.model]
+        instance = request.instance
+        if instance is None:
+            self._end(state, request, "cancelled")
+        elif request.id in instance.requests:
+            self._end(state, request, "cancelled")
+            self._evict(state, instance, request)
+
+    def _place(self, state: ModelState, request: Request) -> bool:
+        """Dispatch if an instance has room, or can be given room by evicting batch work."""
+        instance = state.router.choose(request)
+        if instance is None:
+            if not (self.policy.evicts and request.interactive):
+                return False
+            instance = state.router.choose_victim(request)
+            if instance is None:
+                return False
+            self._make_room(state, instance, request)
+        self._dispatch(state, request, instance)
+        return True
+
+    def _dispatch(self, state: ModelState, request: Request, instance: Instance) -> None:
+        now_s = self.clock.now_s
+        request.instance = instance
+        if request.dispatch_s < 0.0:
+            request.dispatch_s = now_s
+        if request.kv_saved_tokens and request.kv_saved_on != instance.id:
+            request.kv_saved_tokens = 0
+        instance.requests[request.id] = request
+        name = request.cls.name
+        counts = instance.class_counts
+        counts[name] = counts.get(name, 0) + 1
+        tokens = request.input_tokens + request.tokens_done
+        learner = state.learner
+        reserved = tokens + int(learner.expected_output[name])
+        request.reserved_tokens = reserved
+        instance.kv_reserved_tokens += reserved
+        cost = 0.0
+        if not request.kv_saved_tokens:
+            cost = tokens * (learner.prefill_token_s + tokens * learner.prefill_square_s)
+            instance.prefill_backlog_s += cost
+        request.prefill_cost_s = cost
+        if request.interactive:
+            instance.running_interactive += 1
+        else:
+            instance.batch[request.id] = request
+        if self._event is not None:
+            self._event(now_s, "dispatch", request, instance)
+        state.router.changed(instance)
+        engine = instance.engine
+        assert engine is not None
+        engine.start(request)
+        if request.interactive and instance.running_interactive == 1 and instance.batch:
+            self._retune(state, instance)
+
+    def _leave(self, state: ModelState, request: Request) -> Instance | None:
+        """Give up the request's place, if it still has one. Returns where it ran."""
+        instance = request.instance
+        if instance is None or instance.requests.pop(request.id, None) is None:
+            return instance
+        instance.class_counts[request.cls.name] -= 1
+        instance.kv_reserved_tokens -= request.reserved_tokens
+        if request.prefill_cost_s:
+            self._prefill_over(instance, request)
+        if request.interactive:
+            instance.running_interactive -= 1
+        else:
+            del instance.batch[request.id]
+        state.router.changed(instance)
+        return instance
+
+    def _prefill_over(self, instance: Instance, request: Request) -> None:
+        backlog = instance.prefill_backlog_s - request.prefill_cost_s
+        instance.prefill_backlog_s = backlog if backlog > 1e-9 else 0.0
+        request.prefill_cost_s = 0.0
+
+    def _end(self, state: ModelState, request: Request, outcome: Outcome) -> None:
+        assert request.outcome is None, "a request ends once"
+        request.outcome = outcome
+        request.finish_s = self.clock.now_s
+        self.open_requests -= 1
+        state.ended(request)
+        if self._event is not None:
+            self._event(self.clock.now_s, "ended", request, request.instance)
+        self._journal.ended(request)
+
+    # -- what engines report -----------------------------------------------------------------------------------
+
+    def first_token(self, request: Request) -> None:
+        """Prefill is over. After an eviction without KV this comes again; only the first time counts."""
+        instance = request.instance
+        assert instance is not None
+        if request.first_token_s < 0.0:
+            request.first_token_s = self.clock.now_s
+            if self._event is not None:
+                self._event(self.clock.now_s, "first_token", request, instance)
+        tokens = request.input_tokens
+        instance.prefill_square_total += tokens * tokens
+        state = self.models[request.model]
+        if request.prefill_cost_s and request.id in instance.requests:
+            self._prefill_over(instance, request)
+            state.router.changed(instance)
+            self._pump(state)
+
+    def finished(self, request: Request) -> None:
+        state = self.models[request.model]
+        instance = self._leave(state, request)
+        assert instance is not None
+        instance.evicting.pop(request.id, None)
+        if request.outcome is None:
+            state.learner.finished(request)
+            self._end(state, request, "finished")
+        self._after_leaving(state, instance)
+
+    def evicted(self, request: Request) -> None:
+        """The engine let go of it; ``tokens_done`` and saved KV are up to date."""
+        state = self.models[request.model]
+        instance = request.instance
+        assert instance is not None
+        instance.evicting.pop(request.id, None)
+        request.instance = None
+        request.instance_saved = instance if request.kv_saved_tokens else None
+        if self._event is not None:
+            self._event(self.clock.now_s, "evicted", request, instance)
+        destination, request.migrating_to = request.migrating_to, None
+        if request.outcome is None:
+            if destination is not None and destination.state == "ready":
+                if request.kv_saved_tokens:
+                    request.kv_saved_on = destination.id
+                self._dispatch(state, request, destination)
+            else:
+                self._enter(state, request)
+        self._after_leaving(state, instance)
+
+    def failed(self, request: Request, reason: str) -> None:
+        """The engine cannot run this request at all."""
+        state = self.models[request.model]
+        instance = self._leave(state, request)
+        assert instance is not None
+        instance.evicting.pop(request.id, None)
+        if request.outcome is None:
+            self._journal.decided(
+                self.clock.now_s,
+                Decision(kind="reject", subject=str(request.id), before=1, after=0, reason=reason.replace(" ", "_")),
+            )
+            self._end(state, request, "failed")
+        self._after_leaving(state, instance)
+
+    def _after_leaving(self, state: ModelState, instance: Instance) -> None:
+        if instance.state == "draining" and not instance.requests and not instance.evicting:
+            self._remove(instance)
+        self._pump(state)
+
+    def _pump(self, state: ModelState) -> None:
+        """Dispatch what waits, while there is room."""
+        if len(state.waiting):
+            now_s = self.clock.now_s
+            while (request := state.waiting.head(now_s)) is not None:
+                instance = state.router.choose(request)
+                if instance is None and self.policy.evicts and request.interactive:
+                    instance = state.router.choose_victim(request)
+                    if instance is not None:
+                        self._make_room(state, instance, request)
+                if instance is None:
+                    break
+                state.waiting.remove_head(request)
+                self._dispatch(state, request, instance)
+        if state.batch.count:
+            self._release_batch(state)
+
+    def _release_batch(self, state: ModelState) -> None:
+        batch, router = state.batch, state.router
+        while (request := batch.head()) is not None:
+            instance = router.choose(request)
+            if instance is None:
+                return
+            batch.remove_head(request)
+            self._dispatch(state, request, instance)
+
+    # -- eviction ----------------------------------------------------------------------------------------------
+
+    def _make_room(self, state: ModelState, instance: Instance, request: Request) -> None:
+        """Evict batch work, last come first, until the request fits by count and by KV."""
+        need = request.input_tokens + int(state.learner.expected_output[request.cls.name])
+        limit = instance.kv_capacity_tokens
+        while instance.batch and (
+            len(instance.requests) >= instance.max_batch_size or instance.kv_reserved_tokens + need > limit
+        ):
+            self._evict(state, instance, next(reversed(instance.batch.values())))
+
+    def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
+        self._leave(state, request)
+        instance.evicting[request.id] = request
+        request.evictions += 1
+        self.evictions += 1
+        engine = instance.engine
+        assert engine is not None
+        engine.evict(request)
+
+    # -- the local loop ----------------------------------------------------------------------------------------
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        """A round of scrapes arrives."""
+        learned: dict[str, int] = {}
+        fresh: list[Instance] = []
+        for sample in samples:
+            instance = self.instances.get(sample.instance_id)
+            if instance is None or instance.state == "starting":
+                continue
+            before, instance.previous_sample, instance.sample = instance.sample, instance.sample, sample
+            square = instance.prefill_square_total - instance.prefill_square_sampled
+            instance.prefill_square_sampled = instance.prefill_square_total
+            if before is None:
+                continue
+            fresh.append(instance)
+            count = learned.get(instance.model, 0)
+            if count < LEARN_PER_SCRAPE and sample.steps - before.steps >= 4:
+                learned[instance.model] = count + 1
+                self.models[instance.model].learner.observe(before, sample, square)
+        for name in learned:
+            self.models[name].learner.publish()
+        if self.policy.local is not None:
+            for instance in fresh:
+                if instance.state == "ready":
+                    self._retune(self.models[instance.model], instance)
+        for state in self.models.values():
+            self._pump(state)
+
+    def _retune(self, state: ModelState, instance: Instance) -> None:
+        """Ask the local autoscaler for this instance's max batch size."""
+        hook = self.policy.local
+        if hook is None:
+            return
+        view = local_view(state, instance, self.clock.now_s)
+        decision, instance.local = hook(self.policy.settings, instance.local, view)
+        if decision is None:
+            return
+        size = max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
+        before = instance.max_batch_size
+        if size != before:
+            self._set_batch_size(state, instance, size)
+            self._journal.decided(
+                self.clock.now_s,
+                Decision(
+                    kind="batch_size",
+                    subject=f"{instance.model}#{instance.id}",
+                    before=before,
+                    after=size,
+                    reason=decision.reason,
+                    numbers={"running": len(instance.requests), **decision.numbers},
+                ),
+            )
+        if self.policy.evicts and len(instance.requests) > size and instance.running_interactive:
+            while instance.batch and len(instance.requests) > size:
+                self._evict(state, instance, next(reversed(instance.batch.values())))
+
+    def _set_batch_size(self, state: ModelState, instance: Instance, size: int) -> None:
+        instance.max_batch_size = size
+        state.batch_size_hint = size
+        assert instance.engine is not None
+        instance.engine.set_max_batch_size(size)
+        state.router.changed(instance)
+
+    # -- the global loop ---------------------------------------------------------------------------------------
+
+    def _fleet_tick(self) -> None:
+        now_s = self.clock.now_s
+        policy = self.policy
+        view = fleet_view(now_s, now_s - self._last_tick_s, self.models.values())
+        self._last_tick_s = now_s
+        plan, self._fleet_state = policy.fleet(policy.settings, self._fleet_state, view)
+        for name, model_plan in plan.items():
+            self._adopt_plan(self.models[name], model_plan)
+        for state in self.models.values():
+            self._reconcile(state)
+            self._pump(state)
+        if self._observer is not None:
+            self._observer(view, plan)
+        self.clock.call_later(policy.fleet_period_s, self._fleet_tick)
+
+    def _adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
+        """Clamp to the model's bounds, remember, and log if anything changed."""
+        spec = state.spec
+        counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ("interactive", "mixed", "batch")}
+        excess = sum(counts.values()) - spec.max_instances
+        for role in ("batch", "mixed", "interactive"):
+            cut = min(max(excess, 0), counts[role])
+            counts[role] -= cut
+            excess -= cut
+        missing = spec.min_instances - sum(counts.values())
+        if missing > 0:
+            counts["mixed"] += missing
+        before = sum(state.planned.values())
+        after = sum(counts.values())
+        changed = counts != state.planned
+        state.planned = counts
+        if changed:
+            self._journal.decided(
+                self.clock.now_s,
+                Decision(
+                    kind="fleet" if before != after else "role",
+                    subject=spec.name,
+                    before=before,
+                    after=after,
+                    reason=plan.reason,
+                    numbers={**plan.numbers, **{role: float(n) for role, n in counts.items()}},
+                ),
+            )
+
+    def _reconcile(self, state: ModelState) -> None:
+        """Start and drain instances until the fleet is the plan."""
+        if self.policy.relabels:
+            total = sum(state.planned.values())
+            self._resize(
+                state, [i for i in state.instances.values() if i.state in ("starting", "ready")], total, "mixed"
+            )
+            self._relabel(state)
+            return
+        for role, count in state.planned.items():
+            live = [i for i in state.instances.values() if i.role == role and i.state in ("starting", "ready")]
+            self._resize(state, live, count, role)
+
+    def _resize(self, state: ModelState, live: list[Instance], count: int, role: Role) -> None:
+        for _ in range(count - len(live)):
+            if not self._revive(state, role) and not self._create(state, role):
+                break
+        if len(live) > count:
+            # First those that still start, then the emptiest; the newest of equals.
+            live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
+            for instance in live[: len(live) - count]:
+                self._drain(state, instance)
+
+    def _relabel(self, state: ModelState) -> None:
+        live = sorted((i for i in state.instances.values() if i.state in ("starting", "ready")), key=lambda i: i.rank)
+        labels: list[Role] = [role for role, count in state.planned.items() for _ in range(count)]
+        for instance, role in zip(live, labels, strict=False):
+            if instance.role != role:
+                instance.role = role
+                if instance.state == "ready":
+                    state.router.changed(instance)
+                    self._retune(state, instance)
+
+    def _revive(self, state: ModelState, role: Role) -> bool:
+        if not self.policy.revives:
+            return False
+        draining = [i for i in state.instances.values() if i.state == "draining"]
+        if not draining:
+            return False
+        instance = max(draining, key=lambda i: (len(i.requests), -i.id))
+        instance.state = "ready"
+        instance.role = role
+        state.router.add(instance)
+        self._instance_event("ready", instance)
+        return True
+
+    def _free_kind(self, state: ModelState) -> InstanceKind | None:
+        for kind in state.spec.kinds:
+            used = sum(1 for i in state.instances.values() if i.kind is kind)
+            if used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) >= kind.gpus:
+                return kind
+        return None
+
+    def _new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
+        instance = Instance(self._next_instance, state.spec.name, kind, role, self.clock.now_s)
+        self._next_instance += 1
+        limit = state.batch_size_hint or self.policy.initial_max_batch_size or kind.max_num_seqs
+        instance.max_batch_size = min(limit, kind.max_num_seqs)
+        self.instances[instance.id] = instance
+        state.instances[instance.id] = instance
+        if kind.gpu in self._gpus_free:
+            self._gpus_free[kind.gpu] -= kind.gpus
+        self._instance_event("created", instance)
+        return instance
+
+    def _create(self, state: ModelState, role: Role) -> bool:
+        kind = self._free_kind(state)
+        if kind is None:
+            return False
+        self._fleet.create(self._new_instance(state, kind, role))
+        return True
+
+    def _drain(self, state: ModelState, instance: Instance) -> None:
+        if instance.state == "starting":
+            self._remove(instance)
+            return
+        state.router.remove(instance)
+        instance.state = "draining"
+        instance.drain_started_s = started_s = self.clock.now_s
+        self._instance_event("draining", instance)
+        if not instance.requests and not instance.evicting:
+            self._remove(instance)
+            return
+
+        def hurry() -> None:
+            if instance.state == "draining" and instance.drain_started_s == started_s:
+                for request in list(instance.batch.values()):
+                    self._evict(state, instance, request)
+
+        self.clock.call_later(self.policy.drain_timeout_s, hurry)
+
+    def _remove(self, instance: Instance) -> None:
+        self._forget(instance)
+        self._fleet.remove(instance)
+        self._instance_event("gone", instance)
+
+    def _forget(self, instance: Instance) -> None:
+        assert not instance.requests, "an instance is drained before it is removed"
+        instance.state = "gone"
+        del self.instances[instance.id]
+        del self.models[instance.model].instances[instance.id]
+        if instance.kind.gpu in self._gpus_free:
+            self._gpus_free[instance.kind.gpu] += instance.kind.gpus
+
+    def _instance_event(self, name: str, instance: Instance) -> None:
+        if self._event is not None:
+            self._event(self.clock.now_s, name, None, instance)
+
+    # -- what the fleet reports --------------------------------------------------------------------------------
+
+    def instance_ready(self, instance: Instance, engine: Engine) -> None:
+        state = self.models[instance.model]
+        instance.engine = engine
+        instance.state = "ready"
+        instance.ready_s = self.clock.now_s
+        state.started(instance)
+        engine.set_max_batch_size(instance.max_batch_size)
+        self._instance_event("ready", instance)
+        state.router.add(instance)
+        self._pump(state)
+
+    def instance_failed(self, instance: Instance) -> None:
+        """It is gone with all it held. Work that no client has seen a token of starts again elsewhere."""
+        if instance.state == "gone":
+            return
+        state = self.models[instance.model]
+        if instance.state == "ready":
+            state.router.remove(instance)
+        instance.state = "draining"
+        lost = list(instance.requests.values()) + list(instance.evicting.values())
+        for request in lost:
+            self._leave(state, request)
+        instance.evicting.clear()
+        self._forget(instance)
+        self._instance_event("failed", instance)
+        for request in lost:
+            request.instance = None
+            request.migrating_to = None
+            request.kv_saved_tokens = 0
+            if request.outcome is not None:
+                continue
+            request.retries += 1
+            if request.retries > RETRIES_MAX or (request.interactive and request.first_token_s >= 0.0):
+                self._end(state, request, "failed")
+            else:
+                self._enter(state, request)
+        self._reconcile(state)
+        self._pump(state)
+
+    # -- migration ---------------------------------------------------------------------------------------------
+
+    def _migration_tick(self) -> None:
+        now_s = self.clock.now_s
+        policy = self.policy
+        assert policy.migrate is not None
+        view = fleet_view(now_s, 0.0, self.models.values(), peek=True)
+        moves, self._migration_state = policy.migrate(policy.settings, self._migration_state, view)
+        for move in moves:
+            self._migrate(move)
+        self.clock.call_later(policy.migrate_period_s, self._migration_tick)
+
+    def _migrate(self, move: Migration) -> None:
+        """Move the request dispatched last among those that decode (last come, first served)."""
+        source = self.instances.get(move.source)
+        destination = self.instances.get(move.destination)
+        if source is None or destination is None or destination.state != "ready":
+            return
+        state = self.models[source.model]
+        for request in reversed(list(source.requests.values())):
+            if request.first_token_s >= 0.0 and request.prefill_cost_s == 0.0:
+                request.migrating_to = destination
+                self._leave(state, request)
+                source.evicting[request.id] = request
+                self.migrations += 1
+                assert source.engine is not None
+                source.engine.evict(request)
+                return

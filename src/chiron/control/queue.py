@@ -1,0 +1,177 @@
+"""Queues of one model: interactive requests that found no room, and batch requests in groups by deadline."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from heapq import heappop, heappush
+from math import inf
+
+from chiron.core.types import Request
+from chiron.policies.views import GroupView
+
+BATCH_PATIENCE_S = 24 * 3600.0
+"""A batch request without a deadline is ordered as if it had this one, so that it is never starved for ever."""
+
+
+class InteractiveQueue:
+    """Earliest TTFT deadline first. Once late, a request waits behind those that can still be on time, except that
+    every fourth turn goes to the late ones: nobody waits for ever."""
+
+    LATE_TURN = 4
+
+    def __init__(self, *, demotes_late: bool) -> None:
+        self._demotes_late = demotes_late
+        self._heap: list[tuple[float, int, Request]] = []
+        self._late: deque[Request] = deque()
+        self._turn = 0
+        self.input_tokens = 0
+        self.input_square = 0.0
+
+    def __len__(self) -> int:
+        return len(self._heap) + len(self._late)
+
+    def __iter__(self) -> Iterable[Request]:
+        yield from (entry[2] for entry in self._heap)
+        yield from self._late
+
+    def add(self, request: Request) -> None:
+        heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+        self.input_tokens += request.input_tokens
+        self.input_square += float(request.input_tokens) ** 2
+
+    def head(self, now_s: float) -> Request | None:
+        """Whose turn it is; stays queued until ``remove_head``."""
+        heap = self._heap
+        while heap and (heap[0][2].outcome is not None or (self._demotes_late and heap[0][0] < now_s)):
+            request = heappop(heap)[2]
+            if request.outcome is None:
+                self._late.append(request)
+            else:
+                self._subtract(request)
+        while self._late and self._late[0].outcome is not None:
+            self._subtract(self._late.popleft())
+        if self._late and (not heap or self._turn >= self.LATE_TURN):
+            return self._late[0]
+        return heap[0][2] if heap else None
+
+    def remove_head(self, request: Request) -> None:
+        """Take out what ``head`` returned."""
+        self._subtract(request)
+        if self._heap and self._heap[0][2] is request:
+            heappop(self._heap)
+            self._turn += 1
+        else:
+            self._late.popleft()
+            self._turn = 0
+
+    def oldest_arrival_s(self) -> float:
+        """Of the first in either order; inf when empty."""
+        first = self._heap[0][2].arrival_s if self._heap else inf
+        return min(first, self._late[0].arrival_s if self._late else inf)
+
+    def _subtract(self, request: Request) -> None:
+        self.input_tokens -= request.input_tokens
+        self.input_square -= float(request.input_tokens) ** 2
+
+
+class _Group:
+    __slots__ = ("class_counts", "deadline_s", "done_tokens", "fresh", "input_square", "input_tokens", "resumed")
+
+    def __init__(self) -> None:
+        self.fresh: deque[Request] = deque()
+        self.resumed: deque[Request] = deque()
+        self.deadline_s = inf
+        self.input_tokens = 0
+        self.input_square = 0.0
+        self.done_tokens = 0
+        self.class_counts: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.fresh) + len(self.resumed)
+
+
+class BatchQueue:
+    """Request groups, earliest deadline first; inside a group first come first served, interrupted work first."""
+
+    def __init__(self, group_span_s: float) -> None:
+        self._span_s = group_span_s
+        self._groups: dict[int, _Group] = {}
+        self._order: list[int] = []
+        self.count = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterable[Request]:
+        for key in sorted(self._groups):
+            yield from self._groups[key].resumed
+            yield from self._groups[key].fresh
+
+    def add(self, request: Request) -> None:
+        deadline_s = min(request.deadline_s, request.arrival_s + BATCH_PATIENCE_S)
+        key = int(deadline_s // self._span_s)
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
+            heappush(self._order, key)
+        group.deadline_s = min(group.deadline_s, deadline_s)
+        if request.evictions or request.tokens_done:
+            group.resumed.append(request)
+        else:
+            group.fresh.append(request)
+        self._count(group, request, 1)
+
+    def head(self) -> Request | None:
+        while self._order:
+            group = self._groups[self._order[0]]
+            for queue in (group.resumed, group.fresh):
+                while queue:
+                    if queue[0].outcome is None:
+                        return queue[0]
+                    self._count(group, queue.popleft(), -1)
+            del self._groups[heappop(self._order)]
+        return None
+
+    def remove_head(self, request: Request) -> None:
+        """Take out what ``head`` returned."""
+        group = self._groups[self._order[0]]
+        queue = group.resumed or group.fresh
+        assert queue[0] is request
+        self._count(group, queue.popleft(), -1)
+
+    def views(self, expected_output: Mapping[str, float], limit: int = 64) -> tuple[GroupView, ...]:
+        """The groups, earliest first; those past ``limit`` are merged into the last one."""
+        merged: list[_Group] = []
+        views: list[GroupView] = []
+        for key in sorted(self._groups):
+            group = self._groups[key]
+            if len(group) == 0:
+                continue
+            if len(views) < limit - 1:
+                views.append(_view([group], expected_output))
+            else:
+                merged.append(group)
+        if merged:
+            views.append(_view(merged, expected_output))
+        return tuple(views)
+
+    def _count(self, group: _Group, request: Request, sign: int) -> None:
+        self.count += sign
+        group.input_tokens += sign * request.input_tokens
+        group.input_square += sign * float(request.input_tokens) ** 2
+        group.done_tokens += sign * request.tokens_done
+        name = request.cls.name
+        group.class_counts[name] = group.class_counts.get(name, 0) + sign
+
+
+def _view(groups: list[_Group], expected_output: Mapping[str, float]) -> GroupView:
+    output = sum(count * expected_output[name] for g in groups for name, count in g.class_counts.items())
+    requests = sum(len(g) for g in groups)
+    return GroupView(
+        deadline_s=groups[0].deadline_s,
+        requests=requests,
+        input_tokens=float(sum(g.input_tokens for g in groups)),
+        input_square=sum(g.input_square for g in groups),
+        output_tokens=max(float(requests), output - sum(g.done_tokens for g in groups)),
+    )

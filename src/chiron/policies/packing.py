@@ -1,0 +1,228 @@
+"""Preferential, packed dispatch: fill one instance before the next (paper, section 4 and 5; see DESIGN.md 5).
+
+Interactive requests go to the first instance, in order of rank, that has room: those of role interactive, then
+mixed, then batch. Batch requests fill from the other end, so that the two meet as late as they can and the
+instances between them stay empty enough to be given back. A heap per direction holds the instances that may have
+room; an entry is checked when it surfaces, so a dispatch costs O(log instances).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
+
+from chiron.core.types import Instance, Request
+from chiron.policies.capacity import KV_FILL
+from chiron.policies.policy import Estimates
+
+_PROBES_MAX = 8
+"""Instances with room in general that a request too large for them may pass over."""
+
+_ROLE_ORDER = {"interactive": 0, "mixed": 1, "batch": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackingSettings:
+    """Limits of one instance's share of work waiting to be prefilled."""
+
+    prefill_share_of_ttft: float = 0.25
+    """An interactive request goes where at most this share of its TTFT target of prefill waits before it."""
+    batch_prefill_share_of_ttft: float = 0.05
+    """Batch work is released to an instance shared with interactive work only while less than this waits there."""
+    batch_prefill_s: float = 2.0
+    """The same limit, in seconds, on an instance of role batch."""
+
+
+Entry = tuple[int, int, Instance]
+
+
+class _Note:
+    __slots__ = ("in_batch", "in_interactive", "in_victims", "open")
+
+    def __init__(self) -> None:
+        self.open = True
+        self.in_interactive = False
+        self.in_batch = False
+        self.in_victims = False
+
+
+class PackingRouter:
+    """Router of one model. ``strict_roles``: the paper's preference (own type, then mixed, no other)."""
+
+    def __init__(self, settings: PackingSettings, estimates: Estimates, *, strict_roles: bool = False) -> None:
+        self._settings = settings
+        self._estimates = estimates
+        self._strict = strict_roles
+        self._ttft_s = 0.0
+        """Largest finite TTFT target seen, and the smallest: they bound what any request may find."""
+        self._ttft_min_s = inf
+        self._interactive: list[Entry] = []
+        self._batch: list[Entry] = []
+        self._victims: list[Entry] = []
+
+    # -- the Router port ---------------------------------------------------------------------------------------
+
+    def add(self, instance: Instance) -> None:
+        instance.index = _Note()
+        self.changed(instance)
+
+    def remove(self, instance: Instance) -> None:
+        instance.index.open = False
+
+    def changed(self, instance: Instance) -> None:
+        note: _Note = instance.index
+        if not note.open:
+            return
+        if not note.in_interactive and self._room_interactive(instance):
+            note.in_interactive = True
+            heappush(self._interactive, (_ROLE_ORDER[instance.role], instance.rank, instance))
+        if not note.in_batch and self._room_batch(instance):
+            note.in_batch = True
+            heappush(self._batch, (-_ROLE_ORDER[instance.role], -instance.rank, instance))
+        if instance.batch and not note.in_victims:
+            note.in_victims = True
+            heappush(self._victims, (_ROLE_ORDER[instance.role], instance.rank, instance))
+
+    def choose(self, request: Request) -> Instance | None:
+        if request.interactive:
+            return self._choose_interactive(request)
+        return self._choose_batch(request)
+
+    def choose_victim(self, request: Request) -> Instance | None:
+        cost_s = self._prefill_s(request)
+        need = request.input_tokens + self._estimates.expected_output[request.cls.name]
+        passed: list[Entry] = []
+        chosen: Instance | None = None
+        heap = self._victims
+        while heap and len(passed) < _PROBES_MAX:
+            instance = heap[0][2]
+            note: _Note = instance.index
+            if not note.open or not instance.batch:
+                heappop(heap)
+                note.in_victims = False
+                continue
+            if (
+                instance.running_interactive < instance.max_batch_size
+                and self._prefill_fits(instance, request, cost_s)
+                and _kv_without_batch(instance) + need <= KV_FILL * instance.kv_capacity_tokens
+            ):
+                chosen = instance
+                break
+            passed.append(heappop(heap))
+        for entry in passed:
+            heappush(heap, entry)
+        return chosen
+
+    # -- interactive -------------------------------------------------------------------------------------------
+
+    def _choose_interactive(self, request: Request) -> Instance | None:
+        ttft_s = request.cls.ttft_s
+        if ttft_s != inf and not (self._ttft_min_s <= ttft_s <= self._ttft_s):
+            self._ttft_min_s = min(self._ttft_min_s, ttft_s)
+            self._ttft_s = max(self._ttft_s, ttft_s)
+        estimates = self._estimates
+        tokens = request.input_tokens + request.tokens_done
+        cost_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
+        need = tokens + estimates.expected_output[request.cls.name]
+        heap = self._interactive
+        passed: list[Entry] | None = None
+        chosen: Instance | None = None
+        while heap:
+            order, _, instance = heap[0]
+            if order != _ROLE_ORDER[instance.role] or not self._room_interactive(instance):
+                heappop(heap)
+                instance.index.in_interactive = False
+                if order != _ROLE_ORDER[instance.role]:
+                    self.changed(instance)
+                continue
+            kv_fits = instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens
+            if (kv_fits or not instance.requests) and self._prefill_fits(instance, request, cost_s):
+                chosen = instance
+                break
+            if passed is None:
+                passed = []
+            passed.append(heappop(heap))
+            if len(passed) >= _PROBES_MAX:
+                break
+        if passed is not None:
+            for entry in passed:
+                heappush(heap, entry)
+        return chosen
+
+    def _prefill_fits(self, instance: Instance, request: Request, cost_s: float) -> bool:
+        """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
+        limit_s = self._settings.prefill_share_of_ttft * request.cls.ttft_s
+        backlog_s = instance.prefill_backlog_s
+        return backlog_s == 0.0 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
+
+    def _prefill_s(self, request: Request) -> float:
+        tokens = request.input_tokens + request.tokens_done
+        return tokens * (self._estimates.prefill_token_s + tokens * self._estimates.prefill_square_s)
+
+    def _room_interactive(self, instance: Instance) -> bool:
+        return (
+            instance.index.open
+            and len(instance.requests) < instance.max_batch_size
+            and instance.kv_reserved_tokens < KV_FILL * instance.kv_capacity_tokens
+            and (
+                instance.prefill_backlog_s == 0.0
+                or instance.prefill_backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
+            )
+            and not (self._strict and instance.role == "batch")
+        )
+
+    # -- batch -------------------------------------------------------------------------------------------------
+
+    def _choose_batch(self, request: Request) -> Instance | None:
+        if request.kv_saved_tokens:
+            home = self._home(request)
+            if home is not None:
+                return home
+        need = request.input_tokens + request.tokens_done + self._estimates.expected_output[request.cls.name]
+        heap = self._batch
+        passed: list[Entry] = []
+        chosen: Instance | None = None
+        while heap and len(passed) < _PROBES_MAX:
+            order, _, instance = heap[0]
+            if order != -_ROLE_ORDER[instance.role] or not self._room_batch(instance):
+                heappop(heap)
+                instance.index.in_batch = False
+                if order != -_ROLE_ORDER[instance.role]:
+                    self.changed(instance)
+                continue
+            if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens or not instance.requests:
+                chosen = instance
+                break
+            passed.append(heappop(heap))
+        for entry in passed:
+            heappush(heap, entry)
+        return chosen
+
+    def _home(self, request: Request) -> Instance | None:
+        """The instance that holds the request's saved KV, if it has room."""
+        home = request.instance_saved
+        if home is not None and home.id == request.kv_saved_on and home.state == "ready" and self._room_batch(home):
+            return home
+        return None
+
+    def _room_batch(self, instance: Instance) -> bool:
+        if not instance.index.open or instance.role == "interactive":
+            return False
+        if len(instance.requests) >= instance.max_batch_size:
+            return False
+        if instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens:
+            return False
+        backlog_s = instance.prefill_backlog_s
+        if backlog_s == 0.0:
+            return True
+        if instance.role == "batch" and not instance.running_interactive:
+            return backlog_s < self._settings.batch_prefill_s
+        return backlog_s < min(
+            self._settings.batch_prefill_s, self._settings.batch_prefill_share_of_ttft * self._ttft_min_s
+        )
+
+
+def _kv_without_batch(instance: Instance) -> float:
+    """KV tokens reserved for interactive requests, about: their share by count."""
+    return instance.kv_reserved_tokens * instance.running_interactive / max(1, len(instance.requests))

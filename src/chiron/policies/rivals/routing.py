@@ -1,0 +1,57 @@
+"""Least-score routing over a lazy heap: the base that most rivals' routers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import heappop, heappush
+
+from chiron.core.types import Instance, Request
+
+
+class _Note:
+    __slots__ = ("open", "version")
+
+    def __init__(self) -> None:
+        self.open = True
+        self.version = 0
+
+
+class LeastRouter:
+    """Sends each request, whatever its class, to the ready instance with the least score; ties to the older one.
+
+    A score may depend on the instance's own counters only. Each change pushes a new entry; stale ones are dropped
+    when they surface: O(log n) a change.
+    """
+
+    def __init__(self, score: Callable[[Instance], float]) -> None:
+        self._score = score
+        self._heap: list[tuple[float, int, int, Instance]] = []
+
+    def add(self, instance: Instance) -> None:
+        if instance.index is None:
+            instance.index = _Note()
+        instance.index.open = True
+        self.changed(instance)
+
+    def remove(self, instance: Instance) -> None:
+        instance.index.open = False
+        instance.index.version += 1
+
+    def changed(self, instance: Instance) -> None:
+        note: _Note = instance.index
+        if note.open:
+            note.version += 1
+            heappush(self._heap, (self._score(instance), instance.id, note.version, instance))
+
+    def choose(self, request: Request) -> Instance | None:
+        heap = self._heap
+        while heap:
+            instance = heap[0][3]
+            note: _Note = instance.index
+            if note.open and heap[0][2] == note.version:
+                return instance
+            heappop(heap)
+        return None
+
+    def choose_victim(self, request: Request) -> Instance | None:
+        return None

@@ -1,0 +1,40 @@
+"""A static fleet: a fixed number of instances, each request to the one with the fewest outstanding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from chiron.policies.policy import Estimates, Policy
+from chiron.policies.rivals.routing import LeastRouter
+from chiron.policies.views import FleetPlan, FleetView, ModelPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticSettings:
+    instances: int = 0
+    """Instances of each model; 0: the initial fleet stays."""
+    max_num_seqs: int = 256
+    """Static max batch size: vLLM's default."""
+
+
+def decide_fleet(settings: StaticSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
+    plans = {}
+    for model in view.models:
+        count = settings.instances or max(sum(model.planned.values()), model.min_instances)
+        plans[model.name] = ModelPlan(counts={"mixed": count}, reason="static")
+    return plans, None
+
+
+def make_static(settings: StaticSettings) -> Policy:
+    def router(_: Any, estimates: Estimates) -> LeastRouter:
+        return LeastRouter(lambda instance: len(instance.requests))
+
+    return Policy(
+        name="static",
+        settings=settings,
+        router=router,
+        fleet=decide_fleet,
+        fleet_period_s=30.0,
+        initial_max_batch_size=settings.max_num_seqs,
+    )

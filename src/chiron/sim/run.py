@@ -1,0 +1,229 @@
+"""One simulation: the control plane, a model fleet of model engines, and a workload, under virtual time."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from math import isfinite
+from typing import Any, TextIO
+
+import numpy as np
+
+from chiron.control.plane import ControlPlane
+from chiron.core.clock import VirtualClock
+from chiron.core.types import Instance, Request
+from chiron.engines.model import EngineModel, StepTimes
+from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.policies.registry import make_policy
+from chiron.sim.bound import Bound, bound_of_run
+from chiron.sim.recorder import Recorder
+from chiron.sim.setup import Setup
+from chiron.telemetry.result import Result
+from chiron.telemetry.summary import summarise
+
+REVERSAL_WINDOW_S = 60.0
+"""A plan change against the previous one's direction within this time counts as a reversal, for every policy."""
+_CHUNK = 65_536
+
+Progress = Callable[[float], None]
+
+
+def simulate(
+    setup: Setup,
+    *,
+    progress: Progress | None = None,
+    step_mode: bool = False,
+    events: TextIO | None = None,
+    with_bound: bool = True,
+) -> Result:
+    """Run one policy on one workload.
+
+    ``progress`` hears the fraction of requests that ended. ``step_mode`` simulates every engine step by itself: the
+    slow oracle of the default, with equal results. ``events`` gets a JSON line per event. ``with_bound=False`` skips
+    the lower bound (its figures are then 0).
+    """
+    started = time.perf_counter()
+    simulation = Simulation(setup, step_mode=step_mode, events=events)
+    collecting = gc.isenabled()
+    gc.disable()  # Nothing here is cyclic garbage in quantity; scanning a million requests again and again is costly.
+    try:
+        simulation.run(progress)
+    finally:
+        if collecting:
+            gc.enable()
+    return simulation.result(wall_s=time.perf_counter() - started, with_bound=with_bound)
+
+
+class Simulation:
+    """The parts of a run, wired; for tests and tools that look inside. Most callers want ``simulate``."""
+
+    def __init__(self, setup: Setup, *, step_mode: bool = False, events: TextIO | None = None) -> None:
+        self.setup = setup
+        self.clock = VirtualClock()
+        self._step_mode = step_mode
+        self._times = {name: StepTimes(profile) for name, profile in setup.profiles.items()}
+        gpus_of = {m.name: m.kinds[0].gpus for m in setup.models}
+        self.recorder = Recorder(setup.workload, gpus_of, events)
+        cold, failures = setup.cold_start, setup.failures
+        self.fleet = FleetModel(
+            clock=self.clock,
+            times=FleetTimes(
+                node_start_s=cold.node_start_s,
+                model_load_s=cold.model_load_s,
+                warm_load_s=cold.warm_load_s,
+                warm_for_s=cold.warm_for_s,
+                jitter=cold.jitter,
+                mtbf_s=failures.mtbf_s,
+                start_failure=failures.start_failure,
+            ),
+            seed=setup.seed,
+            make_engine=self._make_engine,
+        )
+        self.preemptions = 0
+        self.policy = make_policy(setup.policy, setup.settings)
+        self.plane = ControlPlane(
+            clock=self.clock,
+            fleet=self.fleet,
+            journal=self.recorder,
+            models=setup.models,
+            classes=setup.workload.classes,
+            policy=self.policy,
+            gpus_max=setup.gpus_max,
+            observer=self.recorder.observe,
+        )
+        self.fleet.listener = self.plane
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Until the last request has ended, or the horizon."""
+        setup, clock, plane = self.setup, self.clock, self.plane
+        for model in setup.models:
+            plane.adopt(model.name, setup.initial.get(model.name, model.min_instances), self.fleet.attach_running)
+        plane.begin()
+        clock.call_later(setup.scrape_period_s, self._scrape)
+        for when_s in setup.failures.at:
+            clock.call_at(when_s, self.fleet.fail_one)
+        end_s = self._end_s()
+        submit, run_until = plane.submit, clock.run_until
+        total = max(1, len(setup.workload))
+        report_at = 0
+        for request in _requests(setup):
+            if request.arrival_s > end_s:
+                break
+            run_until(request.arrival_s)
+            submit(request)
+            if request.id >= report_at:
+                report_at = request.id + 1 + total // 200
+                if progress is not None:
+                    progress(self.recorder.ended_count / total)
+        next_report_s = clock.now_s
+        while plane.open_requests:
+            due_s = clock.next_s()
+            if due_s is None or due_s > end_s:
+                run_until(end_s)
+                break
+            clock.step()
+            if progress is not None and clock.now_s > next_report_s:
+                next_report_s = clock.now_s + 10.0
+                progress(self.recorder.ended_count / total)
+        self.preemptions += sum(e.preemptions for e in self.fleet.engines.values())
+        self.fleet.close()
+        if progress is not None:
+            progress(1.0)
+
+    def result(self, *, wall_s: float, with_bound: bool = True) -> Result:
+        setup, recorder, bill, workload = self.setup, self.recorder, self.fleet.bill, self.setup.workload
+        table = recorder.table()
+        end_s = self.clock.now_s
+        delivered, full = self._bounds(table, end_s) if with_bound else (None, None)
+        label = setup.label or setup.policy
+        summary = summarise(
+            policy=label,
+            seed=setup.seed,
+            classes=workload.classes,
+            models=workload.models,
+            requests=table,
+            gpu_seconds=sum(bill.gpu_seconds.values()),
+            cost=sum(bill.cost.values()),
+            gpus_peak=bill.gpus_peak,
+            instances_peak=bill.instances_peak,
+            plan_changes=recorder.plan_changes,
+            reversal_window_s=REVERSAL_WINDOW_S,
+            gpu_hours_bound=delivered.gpu_hours if delivered else 0.0,
+            gpu_hours_bound_full=full.gpu_hours if full else 0.0,
+            cost_bound=delivered.cost if delivered else 0.0,
+            wall_s=wall_s,
+            sim_s=end_s,
+            evictions=self.plane.evictions,
+            preemptions=self.preemptions,
+        )
+        return Result(
+            policy=label,
+            seed=setup.seed,
+            scenario=setup.scenario,
+            scenario_text=setup.scenario_text,
+            settings=_settings(self.policy.settings),
+            models=workload.models,
+            classes=workload.classes,
+            summary=summary,
+            requests=table,
+            fleet=tuple(recorder.fleet),
+            batch_sizes=tuple(recorder.batch_sizes),
+            decisions=tuple(recorder.decisions),
+        )
+
+    def _bounds(self, table: Any, end_s: float) -> tuple[Bound, Bound | None]:
+        return bound_of_run(self.setup, table, end_s), None
+
+    def _make_engine(self, instance: Instance) -> EngineModel:
+        kind = instance.kind.name
+        profile = self.setup.profiles[kind]
+        bandwidth = self.setup.kv_transfer_gb_per_s * 1e9
+        return EngineModel(
+            clock=self.clock,
+            instance=instance,
+            profile=profile,
+            times=self._times[kind],
+            listener=self.plane,
+            kv_seconds_per_token=profile.kv_bytes_per_token / bandwidth if bandwidth > 0 else 0.0,
+            step_mode=self._step_mode,
+        )
+
+    def _scrape(self) -> None:
+        """Read every engine now; the control plane hears of it later."""
+        samples = [engine.sample() for engine in self.fleet.engines.values()]
+        self.clock.call_later(self.setup.scrape_delay_s, lambda: self.plane.sampled(samples))
+        self.clock.call_later(self.setup.scrape_period_s, self._scrape)
+
+    def _end_s(self) -> float:
+        if isfinite(self.setup.horizon_s):
+            return self.setup.horizon_s
+        workload = self.setup.workload
+        deadlines = workload.deadline_s[np.isfinite(workload.deadline_s)]
+        last = max(float(workload.arrival_s[-1]), float(deadlines.max()) if len(deadlines) else 0.0)
+        return last + self.setup.grace_s
+
+
+def _requests(setup: Setup) -> Iterator[Request]:
+    """The workload's rows as requests, made when they arrive."""
+    workload = setup.workload
+    models, classes = workload.models, workload.classes
+    for start in range(0, len(workload), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        rows = zip(
+            workload.arrival_s[part].tolist(),
+            workload.input_tokens[part].tolist(),
+            workload.output_tokens[part].tolist(),
+            workload.model[part].tolist(),
+            workload.cls[part].tolist(),
+            workload.deadline_s[part].tolist(),
+            strict=True,
+        )
+        for row, (arrival_s, tokens_in, tokens_out, model, cls, deadline_s) in enumerate(rows, start):
+            yield Request(row, models[model], classes[cls], arrival_s, tokens_in, tokens_out, deadline_s)
+
+
+def _settings(settings: Any) -> dict[str, Any]:
+    made: dict[str, Any] = asdict(settings)
+    return made
