@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, nnls
 
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_points import PHASES, StepPoint
@@ -156,11 +155,15 @@ def _fit_linear(columns: _Columns) -> tuple[Any, Any]:
     # Terms differ by nine orders of magnitude; scaled to one length the solver is well conditioned.
     scale = np.sqrt((relative**2).sum(axis=0))
     scale[scale == 0] = 1.0
+    from scipy.optimize import nnls  # Here, because it takes 0.4 s that no other command should pay.
+
     solution = nnls(relative / scale, np.ones_like(columns.latency))[0] / scale
     return solution, design @ solution
 
 
 def _fit_knee(columns: _Columns, linear: Any) -> Any:
+    from scipy.optimize import least_squares
+
     a, b, p, c, q = linear
     # A term that the linear form has no use for starts small rather than at its bound, where it could not move.
     floor = 1e-3 * float(columns.latency.min())
