@@ -73,10 +73,10 @@ def small(
         ),
         decisions=(
             DecisionPoint(
-                t_s=3.0, kind="batch_size", subject="1", before=4, after=8, reason="below_slo", numbers={"bp": 0.5}
+                t_s=3.0, kind="batch_size", subject="1", before=4.0, after=8.0, reason="below_slo", numbers={"bp": 0.5}
             ),
             DecisionPoint(
-                t_s=10.0, kind="fleet", subject="llama", before=2, after=3, reason="ibp_high", numbers={"ibp": nan}
+                t_s=10.0, kind="fleet", subject="llama", before=2.0, after=3.0, reason="ibp_high", numbers={"ibp": nan}
             ),
         ),
     )
@@ -169,8 +169,8 @@ def hour(policy: str, *, seed: int = 0, slack: float = 1.3, lag_s: float = 60.0,
                     t_s=float(t),
                     kind="fleet",
                     subject="llama",
-                    before=previous,
-                    after=planned,
+                    before=float(previous),
+                    after=float(planned),
                     reason=reason,
                     numbers=numbers,
                 )

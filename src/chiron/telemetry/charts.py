@@ -32,8 +32,7 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
                 "marker": {"color": look.colour, "symbol": look.plotly_marker, "size": 13, "opacity": 0.9},
             }
         )
-    lowest = min(min(mine) for mine in shares.values())
-    room = max(100 - lowest, 2) * 0.08
+    width, height = tradeoff_span(runs, bound, target)
     shapes = [rule(y=100 * target)]
     notes = [note(f"target {percent(target)}", x=1, xref="paper", y=100 * target, xanchor="right", yanchor="top")]
     if bound:
@@ -42,13 +41,23 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
     return {
         "data": traces,
         "layout": {
-            "xaxis": {"title": {"text": "GPU-hours billed"}, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": "within SLO, worst class, %"}, "range": [lowest - room, 100 + room]},
+            "xaxis": {"title": {"text": "GPU-hours billed"}, "range": [0, width]},
+            "yaxis": {"title": {"text": "within SLO, worst class, %"}, "range": height},
             "shapes": shapes,
             "annotations": notes,
             "hovermode": "closest",
         },
     }
+
+
+def tradeoff_span(runs: Sequence[PolicyRuns], bound: float | None, target: float) -> tuple[float, tuple[float, float]]:
+    """Right end in GPU-hours, and bottom and top in per cent, that show every run, the bound and the target."""
+    hours = [r.summary["gpu_hours"] for p in runs for r in p.results]
+    lowest = 100 * min(
+        target, *(share for p in runs for r in p.results for share in r.summary["attainment"].values()), 1
+    )
+    room = (100 - lowest) * 0.08 + 0.1
+    return 1.06 * max(*hours, bound or 0.0, 1e-3), (lowest - room, 100 + room)
 
 
 def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Figure]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from chiron.core.types import ROLES
+from chiron.telemetry.charts import tradeoff_span
 from chiron.telemetry.errors import ReportError, need
 from chiron.telemetry.html import full_bound
 from chiron.telemetry.palette import LIMIT_COLOUR, ROLE_COLOURS, STARTING_COLOUR, Look, looks
@@ -97,6 +98,8 @@ def drawings(runs: Runs, seen: dict[str, Look], bound: float | None, target: flo
             lambda c, cls=cls, measure=measure: legend(latency(c.subplots(), runs, seen, cls, measure)),  # type: ignore[misc]
         )
     for policy in runs:
+        if not policy.results[0].fleet:
+            continue
         made[f"fleet-{safe(policy.policy)}"] = ((7.6, 4), lambda c, p=policy: roles(c, p))  # type: ignore[misc]
     return made
 
@@ -121,10 +124,9 @@ def tradeoff(ax: Any, runs: Runs, seen: dict[str, Look], bound: float | None, ta
             label=policy.policy,
             zorder=3,
         )
-    lowest = min(100 * min(r.summary["attainment"].values(), default=0.0) for p in runs for r in p.results)
-    room = max(100 - lowest, 2) * 0.08
-    ax.set_ylim(lowest - room, 100 + room)
-    ax.set_xlim(left=0)
+    width, height = tradeoff_span(runs, bound, target)
+    ax.set_xlim(0, width)
+    ax.set_ylim(*height)
     ax.axhline(100 * target, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
     note(ax, f"target {percent(target)}", (0.995, 100 * target), ax.get_yaxis_transform(), ha="right", va="top")
     if bound:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
@@ -83,7 +84,7 @@ def load_result(path: str | Path) -> Result:
             columns = {name: read_column(archive, name, path) for name in COLUMNS}
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not a saved result: {error}") from error
     return build(document, RequestTable(**columns), path)
 
