@@ -1,0 +1,284 @@
+"""Runs from a scenario: its workload (once per seed), its fleet, and one ``Setup`` per policy and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from math import ceil, inf
+from pathlib import Path
+
+import numpy as np
+
+from chiron.config.read import ConfigError, key_of
+from chiron.config.scenario import Scenario
+from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
+from chiron.core.types import InstanceKind, ModelSpec
+from chiron.engines.profile import Profile, ProfileError
+from chiron.engines.profile_store import load_profile
+from chiron.policies.registry import POLICIES
+from chiron.sim.bound_work import request_work_s
+from chiron.sim.setup import Setup
+from chiron.workload.build import BatchJob, Stream, build_workload
+from chiron.workload.errors import WorkloadError
+from chiron.workload.generate import Arrivals, ClosedLoop, generate
+from chiron.workload.lengths import ConstantTokens, IndependentLengths, Lengths, LognormalTokens
+from chiron.workload.load import load_lengths, load_trace
+from chiron.workload.transform import concat
+from chiron.workload.types import Trace, Workload
+
+INITIAL_WINDOW_S = 300.0
+INITIAL_UTILISATION = 0.7
+STREAMS_PER_SEED = 1000
+"""Streams of one seed that draw independently of those of the next."""
+
+
+def setups(
+    scenario: Scenario, policies: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[Setup]:
+    """One setup per policy and seed, all seeds of the first policy first (defaults: the scenario's).
+
+    Those of one seed share their workload. Raises ConfigError, WorkloadError, ProfileError or OSError.
+    """
+    choices = {label: scenario.choice(label) for label in policies or scenario.labels}
+    fleet = {name: _kinds(scenario, name, section) for name, section in scenario.models.items()}
+    profiles = _by_kind(fleet)
+    by_seed = {}
+    for seed in dict.fromkeys(seeds or scenario.seeds):
+        workload = workload_of(scenario, seed)
+        # In the workload's order, so that its model numbers count in both.
+        names = sorted(fleet, key=lambda name: workload.models.index(name) if name in workload.models else len(fleet))
+        specs = tuple(_spec(name, scenario.models[name], fleet[name]) for name in names)
+        by_seed[seed] = workload, specs, _initial(scenario, workload, specs, profiles)
+    return [
+        Setup(
+            scenario=scenario.name,
+            scenario_text=scenario.text,
+            models=specs,
+            profiles=profiles,
+            initial=initial,
+            gpus_max=dict(scenario.gpus),
+            workload=workload,
+            policy=choice.policy,
+            settings=choice.settings,
+            label=label,
+            seed=seed,
+            cold_start=scenario.cold_start,
+            failures=scenario.failures,
+            scrape_period_s=scenario.telemetry.scrape_period_s,
+            scrape_delay_s=scenario.telemetry.scrape_delay_s,
+            kv_transfer_gb_per_s=scenario.kv_transfer_gb_per_s,
+            horizon_s=scenario.horizon_s,
+            grace_s=scenario.grace_s,
+        )
+        for label, choice in choices.items()
+        for seed, (workload, specs, initial) in by_seed.items()
+    ]
+
+
+def workload_of(scenario: Scenario, seed: int) -> Workload:
+    """The requests of one seed: streams and batch jobs, scaled, and cut at the scenario's duration."""
+    streams, jobs = [], []
+    for i, stream in enumerate(scenario.workload):
+        with _at(f"workload[{i}]"):
+            trace = _trace(scenario, stream, seed, i)
+            streams.append(Stream(trace=trace, model=stream.model, cls=scenario.classes[stream.class_]))
+    for i, job in enumerate(scenario.batch_job):
+        cls = scenario.classes[job.class_]
+        with _at(f"batch_job[{i}]"):
+            jobs.append(
+                BatchJob(
+                    model=job.model,
+                    cls=cls,
+                    at_s=job.at_s,
+                    requests=max(1, round(job.requests * scenario.scale)),
+                    deadline_s=cls.deadline_s if job.deadline_s is None else job.deadline_s,
+                    lengths=_lengths(scenario, job.lengths),
+                )
+            )
+    with _at("workload"):
+        return _cut(build_workload(streams, jobs, seed=seed), scenario.duration_s)
+
+
+def policy_rows() -> list[tuple[str, str, str]]:
+    """Name, what it does, and ``key = default`` of each setting, of every policy."""
+    return [
+        (name, entry.about, ", ".join(f"{key} {value}" for key, value in settings_of(entry.settings()).items()))
+        for name, entry in POLICIES.items()
+    ]
+
+
+def settings_of(settings: object) -> dict[str, object]:
+    """Settings by the keys that a scenario file uses."""
+    flat: dict[str, object] = {}
+    for field in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            flat |= {f"{field.name}.{key}": inner for key, inner in settings_of(value).items()}
+        else:
+            flat[key_of(field.name)] = value
+    return flat
+
+
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Put the path of a section in front of what others say about its values."""
+    try:
+        yield
+    except (WorkloadError, ProfileError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _trace(scenario: Scenario, stream: StreamSection, seed: int, number: int) -> Trace:
+    factor = stream.rate_scale * scenario.scale
+    if stream.generate is not None:
+        trace = _generated(scenario, stream.generate, factor, seed, f"stream {number}")
+    else:
+        trace = load_trace(
+            _source(scenario, stream.trace),
+            format=stream.format,
+            start_s=stream.start_s,
+            duration_s=stream.duration_s,
+            rate_scale=factor,
+            seed=seed * STREAMS_PER_SEED + number,
+        )
+    if stream.repeat > 1:
+        trace = concat([trace] * stream.repeat)
+    return replace(trace, arrival_s=trace.arrival_s + stream.offset_s)
+
+
+def _generated(scenario: Scenario, section: GenerateSection, factor: float, seed: int, name: str) -> Trace:
+    return generate(
+        _faster(section.arrivals, factor),
+        duration_s=section.duration_s,
+        lengths=_lengths(scenario, section.lengths),
+        seed=seed,
+        name=name,
+    )
+
+
+def _faster(arrivals: Arrivals, factor: float) -> Arrivals:
+    if isinstance(arrivals, ClosedLoop):
+        return replace(arrivals, users=max(1, round(arrivals.users * factor)))
+    return replace(arrivals, rate=arrivals.rate * factor)
+
+
+def _lengths(scenario: Scenario, lengths: str | LengthsSection) -> Lengths:
+    if isinstance(lengths, str):
+        return load_lengths(_source(scenario, lengths))
+    return IndependentLengths(input=_field(lengths.input), output=_field(lengths.output))
+
+
+def _field(tokens: int | LognormalTokens) -> ConstantTokens | LognormalTokens:
+    return ConstantTokens(tokens=tokens) if isinstance(tokens, int) else tokens
+
+
+def _source(scenario: Scenario, name: str) -> str | Path:
+    """A path relative to the scenario file if there is such a file, else the name as it is."""
+    path = scenario.directory / name
+    return path if path.is_file() else name
+
+
+def _cut(workload: Workload, duration_s: float) -> Workload:
+    if duration_s == inf:
+        return workload
+    count = int(np.searchsorted(workload.arrival_s, duration_s))
+    if count == 0:
+        first = float(workload.arrival_s[0])
+        raise ConfigError(f"duration: {duration_s:g} s holds no request; the first arrives at {first:g} s")
+    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s")
+    return replace(workload, **{name: getattr(workload, name)[:count] for name in columns})
+
+
+def _kinds(scenario: Scenario, model: str, section: ModelSection) -> list[tuple[InstanceKind, Profile]]:
+    pairs = []
+    for i, instance in enumerate(section.instances):
+        with _at(f"models.{model}.instances[{i}]"):
+            profile = _adapted(load_profile(_source(scenario, instance.profile)), instance)
+            pairs.append((_kind(profile, instance), profile))
+    return pairs
+
+
+def _adapted(profile: Profile, instance: InstanceSection) -> Profile:
+    """The profile with what the scenario changes of it."""
+    changes: dict[str, object] = {
+        name: value
+        for name in ("price_per_gpu_hour", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens")
+        if (value := getattr(instance, name)) is not None
+    }
+    if instance.step_overhead_s is not None:
+        changes["step_overhead_ms"] = instance.step_overhead_s * 1000
+    if instance.request_overhead_s is not None:
+        changes["request_overhead_ms"] = instance.request_overhead_s * 1000
+    return replace(profile, **changes)  # type: ignore[arg-type]
+
+
+def _kind(profile: Profile, instance: InstanceSection) -> InstanceKind:
+    return InstanceKind(
+        name=instance.name or profile.name,
+        gpu=profile.gpu,
+        gpus=profile.tp,
+        price_per_gpu_hour=profile.price_per_gpu_hour,
+        kv_capacity_tokens=profile.kv_capacity_tokens,
+        max_num_seqs=profile.max_num_seqs,
+        max_instances=instance.max_instances,
+    )
+
+
+def _by_kind(fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> dict[str, Profile]:
+    profiles: dict[str, Profile] = {}
+    for model, pairs in fleet.items():
+        names = [kind.name for kind, _ in pairs]
+        for i, (kind, profile) in enumerate(pairs):
+            if names.count(kind.name) > 1 or profiles.setdefault(kind.name, profile) != profile:
+                raise ConfigError(
+                    f"models.{model}.instances[{i}]: the name {kind.name!r} already stands for another kind of "
+                    "instance; give this one a name of its own"
+                )
+    return profiles
+
+
+def _spec(name: str, section: ModelSection, pairs: Sequence[tuple[InstanceKind, Profile]]) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        kinds=tuple(kind for kind, _ in pairs),
+        min_instances=section.min_instances,
+        max_instances=section.max_instances,
+    )
+
+
+def _initial(
+    scenario: Scenario, workload: Workload, specs: Sequence[ModelSpec], profiles: Mapping[str, Profile]
+) -> dict[str, int]:
+    """Ready instances at time 0 by model, within what exists."""
+    left = dict(scenario.gpus)
+    initial = {}
+    for spec in specs:
+        kind, wanted = spec.kinds[0], scenario.models[spec.name].initial
+        count = _needed(workload, spec, profiles[kind.name]) if wanted == "auto" else wanted
+        room = min(kind.max_instances, int(left.get(kind.gpu, inf) // kind.gpus) if kind.gpu in left else 1_000_000)
+        if wanted != "auto" and count > room:
+            raise ConfigError(
+                f"models.{spec.name}.initial: {count} instances of {kind.name} do not fit; there is room for {room}"
+            )
+        initial[spec.name] = min(count, room)
+        if kind.gpu in left:
+            left[kind.gpu] -= initial[spec.name] * kind.gpus
+    return initial
+
+
+def _needed(workload: Workload, spec: ModelSpec, profile: Profile) -> int:
+    """Instances for the mean interactive work of the first minutes, within the model's bounds.
+
+    Batch work is left out: it can wait, and counting a job of a million requests would start a fleet for it.
+    """
+    window_s = min(INITIAL_WINDOW_S, float(workload.arrival_s[-1]) or 1.0)
+    interactive = np.array([cls.interactive for cls in workload.classes])
+    itl_s = np.array([cls.itl_s for cls in workload.classes])
+    chosen = interactive[workload.cls] & (workload.arrival_s < window_s)
+    chosen &= np.array([name == spec.name for name in workload.models])[workload.model]
+    work_s = request_work_s(
+        profile, workload.input_tokens[chosen], workload.output_tokens[chosen], itl_s[workload.cls[chosen]]
+    )
+    needed = ceil(float(work_s.sum()) / (window_s * INITIAL_UTILISATION))
+    return min(max(needed, spec.min_instances), spec.max_instances)

@@ -1,0 +1,165 @@
+"""The tables of a scenario file that are not part of another package's own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+from chiron.config.read import ConfigError, read_record, suggest
+from chiron.workload.generate import KINDS, Arrivals
+from chiron.workload.lengths import LognormalTokens
+
+
+def require(fine: bool, key: str, value: object, allowed: str) -> None:
+    """For ``__post_init__``: the reader puts the path of the table in front."""
+    if not fine:
+        raise ValueError(f"{key} is {value!r}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """How soon the control plane learns what engines do."""
+
+    scrape_period_s: float = 1.0
+    """Between two looks at an engine."""
+    scrape_delay_s: float = 0.2
+    """Between an engine's state and the control plane's knowledge of it."""
+
+    def __post_init__(self) -> None:
+        require(self.scrape_period_s > 0, "scrape_period", self.scrape_period_s, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSection:
+    """A kind of instance: a profile, and what to change of it."""
+
+    profile: str
+    """Name of a packaged profile (``chiron profile list``), or a path to a profile file."""
+    name: str = ""
+    """What results call it; default: the profile's name."""
+    price_per_gpu_hour: float | None = None
+    """Default: the profile's."""
+    max_instances: int = 1_000_000
+    """Of this kind; besides the model's own bound."""
+    max_num_seqs: int | None = None
+    """Most sequences that the engine runs at once; default: the profile's, as for the next four."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step."""
+    kv_capacity_tokens: int | None = None
+    step_overhead_s: float | None = None
+    """CPU time per step that the GPU waits for."""
+    request_overhead_s: float | None = None
+    """Per request, before its prefill can start."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_instances", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "1 or more")
+        price = self.price_per_gpu_hour
+        require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """A served model, the instances it can run on (preferred first), and the bounds of its fleet."""
+
+    instances: tuple[InstanceSection, ...]
+    min_instances: int = 1
+    max_instances: int = 50
+    initial: Literal["auto"] | int = "auto"
+    """Instances that are ready at time 0, the same for every policy. ``"auto"``: what the interactive work of the
+    first 5 minutes needs at 70 % utilisation, as if the fleet had been running before."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.instances), "instances", [], "a list with at least one { profile = ... }")
+        require(self.min_instances >= 0, "min_instances", self.min_instances, "0 or more")
+        most = self.max_instances
+        require(most >= max(1, self.min_instances), "max_instances", most, "1 or more, and at least min_instances")
+        if self.initial != "auto":
+            require(0 <= self.initial <= most, "initial", self.initial, f"'auto' or 0 to max_instances ({most})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthsSection:
+    """Prompt and output lengths drawn independently: a number of tokens, or a lognormal."""
+
+    input: int | LognormalTokens
+    output: int | LognormalTokens
+
+    def __post_init__(self) -> None:
+        for key in ("input", "output"):
+            value = getattr(self, key)
+            require(not isinstance(value, int) or value >= 1, key, value, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateSection:
+    """A generated stream: ``kind``, ``duration``, ``lengths``, and the settings of that kind of arrivals."""
+
+    arrivals: Arrivals
+    duration_s: float
+    lengths: str | LengthsSection
+    """A packaged length set or trace, a path, or ``{ input, output }``."""
+
+    @classmethod
+    def from_table(cls, table: object, path: str) -> GenerateSection:
+        if not isinstance(table, Mapping) or "kind" not in table:
+            raise ConfigError(f"{path}: {table!r} must be a table with kind ({', '.join(KINDS)}), duration, lengths")
+        if table["kind"] not in KINDS:
+            raise ConfigError(f"{path}.kind: {table['kind']!r}; {suggest(str(table['kind']), KINDS)}")
+        own = {"duration", "lengths"}
+        settings = {key: value for key, value in table.items() if key not in own | {"kind"}}
+        arrivals = read_record(KINDS[table["kind"]], settings, path)
+        return read_record(cls, {key: table[key] for key in own & table.keys()}, path, arrivals=arrivals)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamSection:
+    """Requests of one model and class: a trace, or a generated stream."""
+
+    model: str
+    class_: str
+    trace: str = ""
+    """A packaged trace (``chiron trace list``) or a path; give either this or ``generate``."""
+    format: str = "auto"
+    """Of a trace file; auto: recognised by its header."""
+    generate: GenerateSection | None = None
+    start_s: float = 0.0
+    """Where in the trace to begin."""
+    duration_s: float = inf
+    """How much of it to take."""
+    rate_scale: float = 1.0
+    """Multiplies the rate and keeps the bursts as they are in proportion."""
+    repeat: int = 1
+    """Play it this many times, one after the other."""
+    offset_s: float = 0.0
+    """When the stream begins in the simulation."""
+
+    def __post_init__(self) -> None:
+        if bool(self.trace) == (self.generate is not None):
+            raise ValueError("give either trace or generate")
+        if self.generate is not None and (self.start_s, self.duration_s, self.format) != (0.0, inf, "auto"):
+            raise ValueError("start, duration and format belong to a trace; generate has a duration of its own")
+        require(self.duration_s > 0, "duration", self.duration_s, "above 0")
+        require(self.rate_scale > 0, "rate_scale", self.rate_scale, "above 0")
+        require(self.repeat >= 1, "repeat", self.repeat, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchJobSection:
+    """Many batch requests that arrive at once."""
+
+    model: str
+    class_: str
+    requests: int
+    lengths: str | LengthsSection
+    at_s: float = 0.0
+    """When they arrive."""
+    deadline_s: float | None = None
+    """From the arrival to the last token of each; default: the class's."""
+
+    def __post_init__(self) -> None:
+        require(self.requests >= 1, "requests", self.requests, "1 or more")
+        require(self.deadline_s is None or self.deadline_s > 0, "deadline", self.deadline_s, "above 0")
