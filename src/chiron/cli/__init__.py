@@ -1,0 +1,47 @@
+"""The command line. Results go to stdout, everything else to stderr.
+
+Exit status: 0 done, 1 a run failed by a fault of the program, 2 bad input, 130 stopped by ctrl-C (what was done by
+then is written).
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+from typing import Any
+
+import typer
+
+from chiron.cli import run
+from chiron.cli.explain import explain
+from chiron.cli.group import ErrorsInALine
+from chiron.cli.profile import app as profile_app
+from chiron.cli.trace import app as trace_app
+
+app = typer.Typer(
+    cls=ErrorsInALine,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="SLO-aware, hierarchical autoscaling for LLM serving, and the simulator that proves it on your trace.",
+    epilog="Start with: `chiron compare demo --report report.html`",
+)
+app.command()(run.simulate)
+app.command()(run.compare)
+app.command()(run.bound)
+app.command()(explain)
+app.command()(run.scenarios)
+app.command()(run.policies)
+app.add_typer(trace_app, name="trace")
+app.add_typer(profile_app, name="profile")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(installed_version("chiron-serving"))
+
+
+def main() -> Any:
+    """The console script."""
+    return app()
