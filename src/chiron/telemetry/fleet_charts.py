@@ -75,7 +75,7 @@ def queue(points: Sequence[FleetPoint], end_s: float, limit: int = POINTS_MAX) -
         data.append(band(x, rest, "other batch", STARTING_COLOUR))
     data.append(band(x, [p.waiting_interactive for p in kept], "interactive", ROLE_COLOURS["interactive"]))
     made = timed(data, end_s, "requests waiting")
-    made["layout"]["shapes"] = [rule(x=last / per) for _, last in bins if last <= end_s]
+    made["layout"]["shapes"] = [rule(x=last / per) for first, last in bins if first == last <= end_s]
     return made
 
 

@@ -27,8 +27,10 @@ from chiron.telemetry.verdict import TARGET, Verdict, group, verdict
 
 DECISIONS_SHOWN = 300
 """Per policy."""
-POINTS_TOTAL = 40_000
-"""Points that the charts over time share, so that many policies and models still make a small file."""
+POINTS_TOTAL = 70_000
+"""Points that the charts over time share, so that many policies and models still make a file below 6 MB."""
+TRACES_PER_VIEW = 20
+"""Lines and bands in the charts of one policy and model, roughly."""
 
 
 def write_report(
@@ -85,7 +87,8 @@ def report_html(
 def page_data(judged: Verdict, seen: dict[str, Look], *, bound: float | None, target: float) -> str:
     """What ``report.js`` draws, as JSON that cannot end its script element."""
     firsts = [p.results[0] for p in judged.ranking]
-    limit = max(150, min(POINTS_MAX, POINTS_TOTAL // sum(len(r.models) for r in firsts)))
+    views = sum(len(r.models) for r in firsts)
+    limit = max(60, min(POINTS_MAX, POINTS_TOTAL // (TRACES_PER_VIEW * views)))
     data = {
         "colours": {name: look.colour for name, look in seen.items()},
         "tradeoff": charts.tradeoff(judged.ranking, seen, bound, target),
