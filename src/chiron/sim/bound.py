@@ -184,11 +184,11 @@ def _model_bound(setup: Setup, spec: ModelSpec, demand: Demand, end_s: float) ->
 
 
 def floor_instances(setup: Setup, spec: ModelSpec) -> int:
-    """Instances that are paid for at every moment, whatever a policy decides: none if instances may fail."""
+    """Instances that are ready, so paid for, at every moment whatever a policy decides; 0 if they may fail."""
     failures = setup.failures
     if failures.at or isfinite(failures.mtbf_s) or failures.start_failure > 0.0:
         return 0
-    return min(spec.min_instances, setup.initial.get(spec.name, 0))
+    return min(spec.min_instances, setup.initial.get(spec.name, spec.min_instances))
 
 
 def _supplies(setup: Setup, spec: ModelSpec) -> list[Supply]:
