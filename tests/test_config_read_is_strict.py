@@ -115,6 +115,16 @@ def test_a_field_that_the_caller_gives_is_no_key() -> None:
         read_record(Outer, {"theta": 1, "name": "mine"}, "p", name="theirs")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noisy:
+    noise: float = 0.0
+    noise_s: float = 60.0
+
+
+def test_a_duration_beside_a_field_of_its_short_name_keeps_its_suffix() -> None:
+    assert read_record(Noisy, {"noise": 0.5, "noise_s": "1m"}, "p") == Noisy(noise=0.5, noise_s=60.0)
+
+
 def test_true_is_not_the_choice_one() -> None:
     with pytest.raises(ConfigError):
         read_value(Literal[1, 2], True, "p")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import inf
 from pathlib import Path
 
@@ -9,7 +10,12 @@ import numpy as np
 import pytest
 
 from chiron.config import ConfigError, Scenario, load_scenario, scenario_files, setups
+from chiron.config.read import keys_of
 from chiron.config.scenario import parse_scenario
+from chiron.config.sections import BatchJobSection, InstanceSection, ModelSection, StreamSection, Telemetry
+from chiron.core.types import RequestClass
+from chiron.sim.setup import ColdStart, Failures
+from chiron.workload.generate import KINDS
 from scenario_text import SMALL
 
 
@@ -175,6 +181,28 @@ def test_one_name_for_two_kinds_of_instance_is_refused() -> None:
     twice = "models.llama.instances=[{profile='llama-3.1-8b/a100/tp1'}, {profile='llama-3.1-8b/a100/tp1'}]"
     with pytest.raises(ConfigError, match=r"instances\[0\]: the name .* give this one a name of its own"):
         setups(small(twice))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        Scenario,
+        RequestClass,
+        ModelSection,
+        InstanceSection,
+        StreamSection,
+        BatchJobSection,
+        ColdStart,
+        Failures,
+        Telemetry,
+    ]
+    + list(KINDS.values()),
+)
+def test_the_manual_names_every_key(section: type) -> None:
+    manual = (Path(__file__).parent.parent / "docs" / "scenario.md").read_text(encoding="utf-8")
+    own = {"text", "directory"} if section is Scenario else set()
+    missing = [key for key in keys_of(section) if key not in own and not re.search(rf"\b{key}\b", manual)]
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", list(scenario_files()))

@@ -38,6 +38,7 @@ def explain(
 
     Example: `chiron simulate demo --save run.chiron && chiron explain run.chiron --at 12:30`
     """
+    at_s = None if at is None else parse_moment(at)
     result = load_result(file)
     models = _models(result, model)
     console = Console(highlight=False)
@@ -45,10 +46,10 @@ def explain(
     for name in models:
         decisions = [d for d in result.decisions if d.kind == "fleet" and d.subject == name]
         fleet = [p for p in result.fleet if p.model == name]
-        if at is None:
+        if at_s is None:
             _print_overview(console, name, decisions)
         else:
-            for line in moment(name, decisions, fleet, parse_moment(at)):
+            for line in moment(name, decisions, fleet, at_s):
                 console.print(line, soft_wrap=True)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from math import ceil, inf
 from pathlib import Path
 
 import numpy as np
 
-from chiron.config.read import ConfigError, key_of
+from chiron.config.read import ConfigError, fields_by_key
 from chiron.config.scenario import Scenario
 from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
 from chiron.core.types import InstanceKind, ModelSpec
@@ -111,12 +111,11 @@ def policy_rows() -> list[tuple[str, str, str]]:
 def settings_of(settings: object) -> dict[str, object]:
     """Settings by the keys that a scenario file uses."""
     flat: dict[str, object] = {}
-    for field in fields(settings):  # type: ignore[arg-type]
+    for key, field in fields_by_key(settings).items():
         value = getattr(settings, field.name)
-        if is_dataclass(value):
-            flat |= {f"{field.name}.{key}": inner for key, inner in settings_of(value).items()}
-        else:
-            flat[key_of(field.name)] = value
+        flat |= (
+            {f"{key}.{inner}": v for inner, v in settings_of(value).items()} if is_dataclass(value) else {key: value}
+        )
     return flat
 
 

@@ -4,7 +4,8 @@ One dataclass is one table; its field names, types and defaults are the schema, 
 ranges. Two rules tie names to keys:
 
 - a field ``hold_s`` is the key ``hold`` and reads a duration (``"45s"``, ``"10m"``, or a number of seconds); so does
-  a field named ``at``. A rate such as ``gb_per_s`` is a number and keeps its name;
+  a field named ``at``. A rate such as ``gb_per_s`` is a number and keeps its name, and ``noise_s`` keeps it beside
+  a field ``noise``;
 - a trailing underscore is dropped: ``class_`` is the key ``class``.
 
 A dataclass whose table does not map to its fields one by one has a class method ``from_table(table, path)``.
@@ -39,14 +40,18 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     return f"{hint}allowed: {', '.join(words) if words else 'nothing'}"
 
 
-def key_of(name: str) -> str:
-    """The key in a file of the field ``name``."""
-    return (name.removesuffix("_s") if _is_duration(name) else name).rstrip("_")
+def fields_by_key(kind: Any) -> dict[str, Field[Any]]:
+    """Every key that a table of this dataclass may have, in order, with its field."""
+    names = {field.name for field in fields(kind)}
+    found = {}
+    for field in fields(kind):
+        short = field.name.removesuffix("_s") if _is_duration(field.name) else field.name
+        found[field.name if short != field.name and short in names else short.rstrip("_")] = field
+    return found
 
 
-def keys_of(kind: type) -> list[str]:
-    """Every key that a table of this dataclass may have."""
-    return [key_of(field.name) for field in fields(kind)]
+def keys_of(kind: Any) -> list[str]:
+    return list(fields_by_key(kind))
 
 
 def read_record(kind: type[T], table: object, path: str, **given: object) -> T:
@@ -54,7 +59,7 @@ def read_record(kind: type[T], table: object, path: str, **given: object) -> T:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: {table!r} must be a table with the keys {', '.join(keys_of(kind))}")
     hints = get_type_hints(kind)
-    known = {key_of(field.name): field for field in fields(kind) if field.name not in given}  # type: ignore[arg-type]
+    known = {key: field for key, field in fields_by_key(kind).items() if field.name not in given}
     values = dict(given)
     for key, value in table.items():
         if key not in known:
