@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +25,7 @@ from chiron.workload.writers import write_trace
 
 CLIENTS_DEFAULT_S = 600.0
 """Slice of a client model (ServeGen) that `inspect` and `plot` take unless told."""
+_BAD_ROWS_SHOWN = 10
 
 app = typer.Typer(
     cls=ErrorsInALine,
@@ -97,6 +98,8 @@ def inspect(
     """Requests, rates, burstiness, lengths, bad rows, source."""
     console = Console()
     if _is_lengths(source):
+        if duration is not None or parse_duration(start) > 0 or scale != 1:
+            raise WorkloadSettingError(f"{source} has no arrivals: --start, --duration and --scale do not apply")
         _print_lengths(console, load_lengths(source))
         return
     _print_trace(console, _load(source, from_, start, duration, scale, seed, bad_rows_max, CLIENTS_DEFAULT_S))
@@ -314,9 +317,15 @@ def _print_trace(console: Console, trace: Trace) -> None:
     stats = trace_stats(trace)
     _print_facts(console, _facts(trace, stats))
     if stats.windows:
+        console.print(
+            "\n[bold]Rates and burstiness[/] (dispersion: variance / mean of the counts; 1 is steady Poisson)"
+        )
         console.print(_windows_table(stats))
+    console.print("\n[bold]Lengths[/]")
     console.print(_lengths_table(stats.input_tokens, stats.output_tokens))
     if trace.bad_rows:
+        first = f", the first {_BAD_ROWS_SHOWN}" if len(trace.bad_rows) > _BAD_ROWS_SHOWN else ""
+        console.print(f"\n[bold]Bad rows[/] ({len(trace.bad_rows):,}{first})", highlight=False)
         console.print(_bad_rows_table(trace))
 
 
@@ -326,7 +335,7 @@ def _facts(trace: Trace, stats: TraceStats) -> dict[str, str]:
         "requests": f"{stats.requests:,} over {_span(stats.span_s)}",
         "mean rate": f"{stats.rate:,.2f} requests/s, {stats.input_tokens_per_s:,.0f} prompt and "
         f"{stats.output_tokens_per_s:,.0f} output tokens/s",
-        "gaps": f"CV {stats.gap_cv:.2f} (1 is Poisson)",
+        "gaps": "too few" if isnan(stats.gap_cv) else f"CV {stats.gap_cv:.2f} (1 is Poisson)",
         "bad rows": f"{len(trace.bad_rows):,} left out" if trace.bad_rows else "none",
     }
 
@@ -342,7 +351,6 @@ def _print_facts(console: Console, facts: dict[str, str]) -> None:
 
 def _windows_table(stats: TraceStats) -> Table:
     table = _table("window", "windows", "p50 1/s", "p99 1/s", "max 1/s", "dispersion", "largest rise")
-    table.title = "rates and burstiness (dispersion: variance / mean of the counts; 1 is Poisson at a steady rate)"
     for window in stats.windows:
         table.add_row(
             f"{window.window_s:g} s",
@@ -356,6 +364,7 @@ def _windows_table(stats: TraceStats) -> Table:
 
 def _print_lengths(console: Console, lengths: EmpiricalLengths) -> None:
     _print_facts(console, {"source": lengths.source, "pairs": f"{len(lengths.input_tokens):,}, without arrivals"})
+    console.print()
     console.print(_lengths_table(quantiles(lengths.input_tokens), quantiles(lengths.output_tokens)))
 
 
@@ -367,16 +376,15 @@ def _lengths_table(prompt: Quantiles, output: Quantiles) -> Table:
     return table
 
 
-def _bad_rows_table(trace: Trace, shown: int = 10) -> Table:
+def _bad_rows_table(trace: Trace) -> Table:
     table = _table("line", "why")
-    table.title = f"bad rows ({len(trace.bad_rows):,}{f'; the first {shown}' if len(trace.bad_rows) > shown else ''})"
-    for row in trace.bad_rows[:shown]:
+    for row in trace.bad_rows[:_BAD_ROWS_SHOWN]:
         table.add_row(f"{row.line:,}", Text(row.why))
     return table
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="italic")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
     words = {"what", "holds", "source and licence", "why"}
     for name in others:

@@ -60,11 +60,12 @@ def _rate(panel: Axes, arrival_s: Floats) -> None:
 
 
 def _histogram(panel: Axes, trace: Trace) -> None:
-    longest = max(int(trace.input_tokens.max()), int(trace.output_tokens.max()), 2)
-    bins = np.geomspace(1, longest, 40)
+    longest = _longest(trace)
+    bins = np.geomspace(1, longest + 1, 40)
     for tokens, colour, label in _fields(trace):
         panel.hist(tokens, bins=bins.tolist(), color=colour, alpha=0.6, label=label)
-    panel.set(title="lengths", xlabel="tokens", ylabel="requests", xscale="log")
+    panel.set(title="lengths", ylabel="requests")
+    _token_axis(panel, longest)
     panel.legend(frameon=False)
 
 
@@ -72,22 +73,38 @@ def _cdf(panel: Axes, trace: Trace) -> None:
     share = np.linspace(0, 1, _CURVE_POINTS)
     for tokens, colour, label in _fields(trace):
         panel.plot(np.quantile(tokens, share), share, color=colour, label=label)
-    panel.set(title="lengths, cumulative", xlabel="tokens", ylabel="share of requests", xscale="log")
-    panel.legend(frameon=False, loc="lower right")
+    panel.set(title="lengths, cumulative", ylabel="share of requests", ylim=(0, 1.02))
+    _token_axis(panel, _longest(trace))
+    panel.legend(frameon=False)
 
 
 def _gaps(panel: Axes, arrival_s: Floats) -> None:
     gaps = np.diff(arrival_s)
-    panel.set(title="gaps between arrivals", xlabel="longer than (s)", ylabel="share of gaps", yscale="log")
+    panel.set(title="gaps between arrivals", xlabel="longer than (s)", ylabel="share of gaps")
     if not len(gaps) or gaps.max() <= 0:
-        panel.text(0.5, 0.5, "all at once", transform=panel.transAxes, ha="center")
+        panel.text(0.5, 0.5, "no gap above 0", transform=panel.transAxes, ha="center")
         return
-    # Evenly spaced in rank and, for the tail, in its logarithm.
-    share = np.unique(np.concatenate([np.linspace(0, 1, 500), 1 - np.geomspace(1 / len(gaps), 1, 500)]))
-    panel.plot(np.quantile(gaps, share[:-1]), 1 - share[:-1], color=PROMPT, label="trace")
-    poisson_s = np.linspace(0, gaps.mean() * np.log(len(gaps) + 1), 200)
-    panel.plot(poisson_s, np.exp(-poisson_s / gaps.mean()), color=_GREY, linestyle="--", label="Poisson")
-    panel.legend(frameon=False)
+    mean_s = float(gaps.mean())
+    # Evenly spaced in rank, and for the tail in the logarithm of it.
+    share = np.unique(np.concatenate([np.linspace(0, 1, 500), 1 - np.geomspace(1 / len(gaps), 1, 500)]))[:-1]
+    panel.plot(np.quantile(gaps, share), 1 - share, color=PROMPT, label="trace")
+    poisson_s = np.geomspace(mean_s / 1000, mean_s * np.log(len(gaps) + 1), 200)
+    panel.plot(poisson_s, np.exp(-poisson_s / mean_s), color=_GREY, linestyle="--", label="Poisson, same rate")
+    panel.set(xscale="log", yscale="log", xlim=(mean_s / 1000, max(float(gaps.max()), poisson_s[-1]) * 1.3))
+    panel.legend(frameon=False, loc="lower left")
+
+
+def _longest(trace: Trace) -> int:
+    return max(int(trace.input_tokens.max()), int(trace.output_tokens.max()), 10)
+
+
+def _token_axis(panel: Axes, longest: int) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    panel.set(xscale="log", xlabel="tokens", xlim=(1, longest * 1.2))
+    # Round powers of ten only: minor labels of a narrow range would overlap.
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens:,.0f}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _fields(trace: Trace) -> tuple[tuple[Ints, str, str], ...]:

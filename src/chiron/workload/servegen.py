@@ -109,7 +109,7 @@ def synthesise(
         input_tokens=prompt,
         output_tokens=output,
         source=(
-            f"{data.name}, synthesised from ServeGen's clients: seconds {start_s:g} to {end_s:g} of "
+            f"{data.name}, synthesised from ServeGen's clients: seconds {start_s:,.10g} to {end_s:,.10g} of "
             f"{data.duration_s / 86_400:g} days, rates x {rate_scale:g}, seed {seed}; lengths from tables of "
             f"{len(EDGES) - 1} bin means, prompt and output independent; {pooled:.0%} of the requests are of clients "
             "without published lengths and draw from the other clients'"

@@ -39,14 +39,13 @@ def slice_trace(trace: Trace, *, start_s: float = 0.0, duration_s: float = inf) 
     first, last = np.searchsorted(trace.arrival_s, [start_s, start_s + duration_s])
     if first == last:
         span = f"{trace.arrival_s[0]:g} s to {trace.arrival_s[-1]:g} s" if len(trace) else "nothing"
-        raise WorkloadSettingError(
-            f"start {start_s:g} s, duration {duration_s:g} s hold no request: the trace covers {span}"
-        )
+        kept = f"start {start_s:g} s" + ("" if duration_s == inf else f", duration {duration_s:g} s")
+        raise WorkloadSettingError(f"{kept}: no request there; the trace covers {span}")
     return Trace(
         arrival_s=trace.arrival_s[first:last] - start_s,
         input_tokens=trace.input_tokens[first:last],
         output_tokens=trace.output_tokens[first:last],
-        source=f"{trace.source}; from {start_s:g} s for {duration_s:g} s",
+        source=f"{trace.source}; from {start_s:g} s {'on' if duration_s == inf else f'for {duration_s:g} s'}",
         bad_rows=trace.bad_rows,
     )
 
