@@ -165,7 +165,8 @@ def latency(ax: Any, runs: Runs, seen: dict[str, Look], cls: int, measure: str) 
             zorder=9 - depth,
         )
     if measure == "deadline":
-        ax.set_xlim(left=0)
+        ends = [float(c.value[-1]) for c in curves if len(c.value)]
+        ax.set_xlim(0, 1.06 * max(*ends, limit, 0.0))
     else:
         low, high, ticks = log_axis(curves, limit)
         ax.set_xscale("log")
@@ -199,7 +200,7 @@ def roles(canvas: Any, policy: PolicyRuns) -> None:
 
 def note(ax: Any, text: str, spot: tuple[float, float], transform: Any, **style: Any) -> None:
     """Small words in the chart."""
-    ax.text(*spot, text, transform=transform, fontsize=8.5, color="#4c5666", **style)
+    ax.text(*spot, text, transform=transform, fontsize=8.5, color="#4c5666", in_layout=False, **style)
 
 
 def legend(ax: Any) -> None:
