@@ -183,21 +183,13 @@ def test_one_name_for_two_kinds_of_instance_is_refused() -> None:
         setups(small(twice))
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        Scenario,
-        RequestClass,
-        ModelSection,
-        InstanceSection,
-        StreamSection,
-        BatchJobSection,
-        ColdStart,
-        Failures,
-        Telemetry,
-    ]
-    + list(KINDS.values()),
-)
+SECTIONS = [
+    *(Scenario, RequestClass, ModelSection, InstanceSection, StreamSection, BatchJobSection),
+    *(ColdStart, Failures, Telemetry, *KINDS.values()),
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_manual_names_every_key(section: type) -> None:
     manual = (Path(__file__).parent.parent / "docs" / "scenario.md").read_text(encoding="utf-8")
     own = {"text", "directory"} if section is Scenario else set()

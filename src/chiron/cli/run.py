@@ -13,11 +13,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from chiron.cli.table import print_results, results_console
 from chiron.config import ConfigError, Scenario, load_scenario, scenario_files, setups
+from chiron.config.build import policy_rows
 from chiron.core.units import parse_duration
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Done, Run, run_many
@@ -33,9 +35,11 @@ ScenarioArgument = Annotated[
 ]
 PolicyOption = Annotated[
     list[str] | None,
-    typer.Option("--policy", "-p", help="A policy, or a label of the file's [policies]. Repeat for several."),
+    typer.Option("--policy", "-p", help="A policy (`chiron policies`) or a label of the file. Repeatable."),
 ]
-SeedOption = Annotated[list[int] | None, typer.Option("--seed", "-s", help="A seed. Repeat for several.", min=0)]
+SeedOption = Annotated[
+    list[int] | None, typer.Option("--seed", "-s", help="A seed; default: the scenario's. Repeatable.", min=0)
+]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write a JSON array, one object per policy and seed; - is stdout."),
@@ -116,7 +120,7 @@ def simulate(
 
     - `chiron simulate azure -p chiron --duration 10m --json -`
 
-    - `chiron simulate my.toml -p chiron --set policies.chiron.theta=0.5 --save run.chiron`
+    - `chiron simulate my.toml -p chiron --set policies.chiron.utilisation=0.8 --save run.chiron`
     """
     outputs = Outputs(json=json_, report=report, figures=figures, events=events, save=save)
     loaded = _load(scenario, set_, scale, duration)
@@ -180,12 +184,11 @@ def scenarios() -> None:
 
 def policies() -> None:
     """List the policies, with their settings and defaults."""
-    from chiron.config.build import policy_rows
-
-    table = Table("policy", "what it does", "settings (defaults)", box=None, pad_edge=False, header_style="bold")
+    console = Console(highlight=False)
     for name, about, settings in policy_rows():
-        table.add_row(name, about, settings)
-    Console().print(table)
+        console.print(f"[bold]{name}[/bold]: {about}")
+        listed = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        console.print(Padding(listed or "no settings", (0, 0, 1, 4)), markup=False)
 
 
 def _print_bound(console: Console, setup: Setup) -> None:

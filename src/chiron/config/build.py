@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
-from math import ceil, inf
+from math import ceil, inf, isfinite
 from pathlib import Path
 
 import numpy as np
 
-from chiron.config.read import ConfigError, fields_by_key
+from chiron.config.read import ConfigError, fields_by_key, is_duration
 from chiron.config.scenario import Scenario
 from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
 from chiron.core.types import InstanceKind, ModelSpec
@@ -100,22 +100,22 @@ def workload_of(scenario: Scenario, seed: int) -> Workload:
         return _cut(build_workload(streams, jobs, seed=seed), scenario.duration_s)
 
 
-def policy_rows() -> list[tuple[str, str, str]]:
-    """Name, what it does, and ``key = default`` of each setting, of every policy."""
-    return [
-        (name, entry.about, ", ".join(f"{key} {value}" for key, value in settings_of(entry.settings()).items()))
-        for name, entry in POLICIES.items()
-    ]
+def policy_rows() -> list[tuple[str, str, dict[str, str]]]:
+    """Name, what it does, and the default of each setting as a scenario file would have it, of every policy."""
+    return [(name, entry.about, settings_of(entry.settings())) for name, entry in POLICIES.items()]
 
 
-def settings_of(settings: object) -> dict[str, object]:
-    """Settings by the keys that a scenario file uses."""
-    flat: dict[str, object] = {}
+def settings_of(settings: object) -> dict[str, str]:
+    """Settings by the keys and in the words of a scenario file."""
+    flat: dict[str, str] = {}
     for key, field in fields_by_key(settings).items():
         value = getattr(settings, field.name)
-        flat |= (
-            {f"{key}.{inner}": v for inner, v in settings_of(value).items()} if is_dataclass(value) else {key: value}
-        )
+        if is_dataclass(value):
+            flat |= {f"{key}.{name}": text for name, text in settings_of(value).items()}
+        elif isinstance(value, float) and isfinite(value) and is_duration(field.name):
+            flat[key] = f'"{value:g}s"'
+        else:
+            flat[key] = str(value).lower() if isinstance(value, bool) else repr(value)
     return flat
 
 

@@ -45,7 +45,7 @@ def fields_by_key(kind: Any) -> dict[str, Field[Any]]:
     names = {field.name for field in fields(kind)}
     found = {}
     for field in fields(kind):
-        short = field.name.removesuffix("_s") if _is_duration(field.name) else field.name
+        short = field.name.removesuffix("_s") if is_duration(field.name) else field.name
         found[field.name if short != field.name and short in names else short.rstrip("_")] = field
     return found
 
@@ -66,7 +66,7 @@ def read_record(kind: type[T], table: object, path: str, **given: object) -> T:
             raise ConfigError(f"{join(path, key)}: unknown key (value {value!r}); {suggest(key, known)}")
         field = known[key]
         values[field.name] = _read(
-            hints[field.name], value, join(path, key), _is_duration(field.name), field.default == inf
+            hints[field.name], value, join(path, key), is_duration(field.name), field.default == inf
         )
     missing = [key for key, field in known.items() if field.name not in values and _required(field)]
     if missing:
@@ -93,7 +93,8 @@ def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _is_duration(name: str) -> bool:
+def is_duration(name: str) -> bool:
+    """Whether a field of this name holds seconds."""
     return name == "at" or (name.endswith("_s") and not name.endswith("_per_s"))
 
 
@@ -176,6 +177,6 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(repr, get_args(kind)))
     if is_dataclass(kind):
-        return f"a table ({', '.join(keys_of(kind))})"  # type: ignore[arg-type]
+        return f"a table ({', '.join(keys_of(kind))})"
     names = {float: "a finite number", int: "a whole number", str: "text in quotes", bool: "true or false"}
     return names.get(kind, str(kind))
