@@ -99,6 +99,10 @@ def test_no_request_is_said_plainly() -> None:
     assert verdict([run("a", 1.0, attainment={})]).headline == "No request was made, so there is nothing to attain."
 
 
+def test_exactly_the_target_attains_it() -> None:
+    assert verdict([run("a", 6.0, met=0.99), run("b", 10.0)]).winner == "a"
+
+
 def test_the_target_decides() -> None:
     results = [run("a", 6.0, met=0.95), run("b", 10.0)]
     assert verdict(results, target=0.9).winner == "a"

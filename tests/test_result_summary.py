@@ -85,6 +85,7 @@ def test_late_batch_is_batch_with_a_deadline_that_was_not_met() -> None:
         {"cls": 1, "outcome": 4, "finish_s": -1.0, "deadline_s": 1800.0},
         {"cls": 1, "finish_s": 1799.0, "deadline_s": 1800.0},
         {"cls": 1, "finish_s": 5000.0, "deadline_s": inf},
+        {"cls": 1, "outcome": 4, "finish_s": -1.0, "deadline_s": inf},
         {"cls": 0, "finish_s": 1801.0, "deadline_s": 1800.0},
     ]
     assert summary_of(requests(rows))["batch_late"] == 2
