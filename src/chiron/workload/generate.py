@@ -183,7 +183,7 @@ def _spike_edges(spikes: Spikes, duration_s: float) -> tuple[Floats, Floats]:
     starts = np.arange(spikes.period_s / 2, duration_s, spikes.period_s)
     edges = np.concatenate([[0.0], np.column_stack([starts, starts + spikes.length_s]).ravel(), [duration_s]])
     edges = np.minimum(edges, duration_s)
-    rates = np.full(len(edges) - 1, spikes.rate)
+    rates = np.full(len(edges) - 1, float(spikes.rate))
     rates[1::2] *= spikes.factor
     return edges, rates
 

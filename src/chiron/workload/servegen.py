@@ -178,9 +178,10 @@ def _lengths(data: ServeGen, arrival_s: Floats, client_of: Ints, rng: np.random.
     donors = np.flatnonzero(rows[:, 0] >= 0)
     without = rows[client_of, 0] < 0
     weights = data.counts[donors].sum(axis=1, dtype=np.float64)
-    drawn = rng.choice(donors, size=int(without.sum()), p=weights / weights.sum())
     source = client_of.copy()
-    source[without] = drawn
+    if without.any():
+        weights = weights / weights.sum() if weights.any() else None
+        source[without] = rng.choice(donors, size=int(without.sum()), p=weights)
     row = rows[source, (arrival_s // LENGTH_WINDOW_S).astype(np.int64)]
     prompt = data.input_table[row, _bins(len(row), rng)]
     output = data.output_table[row, _bins(len(row), rng)]
@@ -279,6 +280,8 @@ def _length_tables(
     ends = np.r_[starts[1:], len(key)]
     tables = {int(key[a]): _bin_means(value[a:b], prob[a:b]) for a, b in zip(starts, ends, strict=True)}
     both = sorted(k for k in tables if not k & 1 and k | 1 in tables)
+    if not both:
+        raise TraceFormatError("the lengths hold no client with both input_tokens and output_tokens")
     return (
         np.array([k >> 32 for k in both], np.int16),
         np.array([(k & 0xFFFFFFFF) >> 1 for k in both], np.int16),

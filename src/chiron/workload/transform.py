@@ -2,14 +2,18 @@
 
 **Scaling the rate.** "Ten times this trace" has to say what happens to burstiness. Thinning or jittered copies make
 any trace more like Poisson; copies without jitter make it clump; compressing time keeps every gap's shape but ends
-the day early. We keep two things at two time scales, separated by a window (by default wide enough for about 100
-arrivals, so that the count of a window is rate rather than chance):
+the day early. We keep two things at two time scales, separated by a window (by default the time in which a typical
+request sees 100 more, so that the count of a window is rate rather than chance):
 
 - above the window, the *rate profile*: every window holds ``factor`` times its arrivals, so day shapes and spikes
   stay as tall in proportion as they were;
 - inside it, the *process*: the window's own arrivals run past ``factor`` times as fast, as on a wheel that turns
   ``factor`` times a window from a random angle. Gaps keep their distribution up to the scale, hence their CV, and so
   does the variance-to-mean ratio of short counts. Poisson stays Poisson, Gamma stays Gamma.
+
+So silences longer than a window stay as long as they were while gaps inside windows shrink, and a burst shorter than
+a window becomes several shorter ones. With a factor that is not whole, the total is ``factor`` times the arrivals
+only on average: a part turn catches more or fewer of a window's bursts.
 
 The first turn of the wheel keeps each arrival's own lengths; further turns borrow lengths from arrivals nearby, so
 that one rare huge prompt does not come ``factor`` times within seconds.
@@ -53,7 +57,7 @@ def slice_trace(trace: Trace, *, start_s: float = 0.0, duration_s: float = inf) 
 def scale_rate(trace: Trace, factor: float, *, window_s: float | None = None, seed: int = 0) -> Trace:
     """The trace at ``factor`` times its rate, over the same time, as bursty as before (see the module's text).
 
-    ``window_s`` separates the two time scales; None derives it from the mean rate.
+    ``window_s`` separates the two time scales; None derives it from the arrivals.
     """
     require(0 < factor < inf, "rate scale", factor, "above 0 and finite")
     require(window_s is None or 0 < window_s < inf, "window_s", window_s, "above 0 and finite")
@@ -62,7 +66,7 @@ def scale_rate(trace: Trace, factor: float, *, window_s: float | None = None, se
         return trace
     span_s = float(trace.arrival_s[-1]) * (1 + 1 / count) or 1.0
     if window_s is None:
-        window_s = min(max(_WINDOW_ARRIVALS * span_s / count, _WINDOW_MIN_S), _WINDOW_MAX_S)
+        window_s = _default_window_s(trace, span_s)
     windows = max(1, round(span_s / window_s))
     width_s = span_s / windows
     rng = generator(seed, "scale rate")
@@ -84,6 +88,12 @@ def scale_rate(trace: Trace, factor: float, *, window_s: float | None = None, se
         source=f"{trace.source}; rate x {factor:g} (windows of {width_s:.3g} s, seed {seed})",
         bad_rows=trace.bad_rows,
     )
+
+
+def _default_window_s(trace: Trace, span_s: float) -> float:
+    ahead_s = trace.arrival_s[_WINDOW_ARRIVALS:] - trace.arrival_s[:-_WINDOW_ARRIVALS]
+    typical_s = float(np.median(ahead_s)) if len(ahead_s) else span_s
+    return min(max(typical_s, _WINDOW_MIN_S), _WINDOW_MAX_S)
 
 
 def concat(traces: Sequence[Trace], *, gap_s: float = 0.0) -> Trace:
