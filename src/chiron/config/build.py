@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
-from math import ceil, inf, isfinite
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from chiron.core.types import InstanceKind, ModelSpec
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.policies.registry import POLICIES
-from chiron.sim.bound_work import request_work_s
+from chiron.sim.initial import initial_instances
 from chiron.sim.setup import Setup
 from chiron.workload.build import BatchJob, Stream, build_workload
 from chiron.workload.errors import WorkloadError
@@ -254,7 +254,7 @@ def _initial(
     initial = {}
     for spec in specs:
         kind, wanted = spec.kinds[0], scenario.models[spec.name].initial
-        count = _needed(workload, spec, profiles[kind.name]) if wanted == "auto" else wanted
+        count = initial_instances(workload, spec, profiles[kind.name]) if wanted == "auto" else wanted
         room = min(kind.max_instances, int(left.get(kind.gpu, inf) // kind.gpus) if kind.gpu in left else 1_000_000)
         if wanted != "auto" and count > room:
             raise ConfigError(
@@ -264,20 +264,3 @@ def _initial(
         if kind.gpu in left:
             left[kind.gpu] -= initial[spec.name] * kind.gpus
     return initial
-
-
-def _needed(workload: Workload, spec: ModelSpec, profile: Profile) -> int:
-    """Instances for the mean interactive work of the first minutes, within the model's bounds.
-
-    Batch work is left out: it can wait, and counting a job of a million requests would start a fleet for it.
-    """
-    window_s = min(INITIAL_WINDOW_S, float(workload.arrival_s[-1]) or 1.0)
-    interactive = np.array([cls.interactive for cls in workload.classes])
-    itl_s = np.array([cls.itl_s for cls in workload.classes])
-    chosen = interactive[workload.cls] & (workload.arrival_s < window_s)
-    chosen &= np.array([name == spec.name for name in workload.models])[workload.model]
-    work_s = request_work_s(
-        profile, workload.input_tokens[chosen], workload.output_tokens[chosen], itl_s[workload.cls[chosen]]
-    )
-    needed = ceil(float(work_s.sum()) / (window_s * INITIAL_UTILISATION))
-    return min(max(needed, spec.min_instances), spec.max_instances)

@@ -1,12 +1,12 @@
 """What the control plane learns of one model while it serves: step times and request lengths.
 
-Step times: recursive least squares on what scrapes show. Over a scrape interval an engine was busy for::
+Step times: least squares, older scrapes fading, on what scrapes show. Over a scrape interval an engine was busy for::
 
     busy = fixed*steps + per_sequence*decode_tokens + per_context_token*context + per_prefill_token*n + per_square*n^2
 
-Each scrape of a busy instance is one equation, weighted by its own size so that relative errors count. Coefficients
-start at a weak prior; one or two hundred steps outweigh it. The learned form is linear where engines have a knee:
-it holds around where they have been running, which is where it is used.
+Each scrape of a busy instance is one equation, divided by its own size so that relative errors count. A weak prior
+(ridge) stands in for what the traffic has not shown; one or two hundred steps outweigh it. The learned form is linear
+where engines have a knee: it holds around where they have been running, which is where it is used.
 
 Lengths: exponential means over about a thousand requests, by class; outputs are those of finished requests.
 """
@@ -20,8 +20,10 @@ PRIOR = (0.012, 4e-5, 6e-8, 6e-5, 1.5e-9)
 """Weak: an 8B model on an A100, within a factor of a few for any other."""
 PRIOR_OUTPUT_TOKENS = 200.0
 PRIOR_INPUT_TOKENS = 1000.0
-_NOISE = 0.03**2
-_FORGET = 0.998
+_RIDGE = 0.001
+"""Weight of the prior: that of one equation with 3 % error against a prior sure within a factor of about two."""
+_FADE = 0.998
+"""Weight that an equation keeps when the next one comes: a few hundred are remembered."""
 _MEMORY = 1000
 """Requests that a mean of lengths remembers."""
 _TRUSTED_UPDATES = 4
@@ -74,9 +76,9 @@ class Learner:
         self._expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
         self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}
         self.updates = 0
-        # Coefficients in units of the prior, and their covariance.
-        self._theta = [1.0] * 5
-        self._covariance = [[1.0 if i == j else 0.0 for j in range(5)] for i in range(5)]
+        # Normal equations for the coefficients in units of the prior.
+        self._normal = [[0.0] * 5 for _ in range(5)]
+        self._moment = [0.0] * 5
         self.step_times = StepTimes(
             fixed_s=PRIOR[0],
             per_sequence_s=PRIOR[1],
@@ -114,22 +116,18 @@ class Learner:
             prefill_square,
         )
         x = [value * prior / busy_s for value, prior in zip(raw, PRIOR, strict=True)]
-        theta, p = self._theta, self._covariance
-        px = [sum(row[j] * x[j] for j in range(5)) for row in p]
-        gain = 1.0 / (_NOISE + sum(x[i] * px[i] for i in range(5)))
-        error = 1.0 - sum(x[i] * theta[i] for i in range(5))
-        # Forgetting a direction without news would blow its covariance up: stop at the prior's.
-        forget = _FORGET if all(p[i][i] < 1.0 for i in range(5)) else 1.0
-        for i in range(5):
-            theta[i] += px[i] * gain * error
-            row, scaled = p[i], px[i] * gain
+        moment = self._moment
+        for i, row in enumerate(self._normal):
+            x_i = x[i]
             for j in range(5):
-                row[j] = (row[j] - scaled * px[j]) / forget
+                row[j] = _FADE * row[j] + x_i * x[j]
+            moment[i] = _FADE * moment[i] + x_i
         self.updates += 1
 
     def publish(self) -> None:
         """Make what was learned visible. A coefficient that noise drove to nothing keeps a twentieth of its prior."""
-        values = [max(t, 0.05) * prior for t, prior in zip(self._theta, PRIOR, strict=True)]
+        theta = _solve(self._normal, self._moment)
+        values = [min(50.0, max(0.05, t)) * prior for t, prior in zip(theta, PRIOR, strict=True)]
         self.mix_views = {name: mix.view() for name, mix in self.mixes.items()}
         self.step_times = StepTimes(
             fixed_s=values[0],
@@ -140,3 +138,22 @@ class Learner:
         )
         self.prefill_token_s = values[3]
         self.prefill_square_s = values[4]
+
+
+def _solve(normal: list[list[float]], moment: list[float]) -> list[float]:
+    """The ridge solution, by elimination: with the ridge the matrix is positive definite, so no pivot vanishes."""
+    size = len(moment)
+    rows = [[*row, right + _RIDGE] for row, right in zip(normal, moment, strict=True)]
+    for i in range(size):
+        rows[i][i] += _RIDGE
+    for i in range(size):
+        pivot = rows[i]
+        for row in rows[i + 1 :]:
+            factor = row[i] / pivot[i]
+            for j in range(i, size + 1):
+                row[j] -= factor * pivot[j]
+    solution = [0.0] * size
+    for i in reversed(range(size)):
+        known = sum(rows[i][j] * solution[j] for j in range(i + 1, size))
+        solution[i] = (rows[i][size] - known) / rows[i][i]
+    return solution

@@ -16,10 +16,13 @@ COLD_START_PRIOR_S = 60.0
 
 
 class _Arrivals:
-    __slots__ = ("cls", "input_square", "input_tokens", "requests")
+    """Arrivals of one class in one second."""
 
-    def __init__(self, cls: RequestClass) -> None:
+    __slots__ = ("cls", "input_square", "input_tokens", "requests", "second")
+
+    def __init__(self, cls: RequestClass, second: int) -> None:
         self.cls = cls
+        self.second = second
         self.requests = 0
         self.input_tokens = 0
         self.input_square = 0.0
@@ -44,16 +47,27 @@ class ModelState:
         self.missed = 0
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
-        self.arrivals = {c.name: _Arrivals(c) for c in classes}
+        self.arrivals: list[_Arrivals] = []
+        """By class and second, since the last fleet tick."""
+        self._arriving = {c.name: _Arrivals(c, -1) for c in classes}
 
     def arrived(self, request: Request) -> None:
         tokens = request.input_tokens
         name = request.cls.name
         self.learner.mixes[name].arrived(tokens)
-        arrivals = self.arrivals[name]
+        arrivals = self._arriving[name]
+        second = int(request.arrival_s)
+        if arrivals.second != second:
+            arrivals = self._arriving[name] = _Arrivals(request.cls, second)
+            self.arrivals.append(arrivals)
         arrivals.requests += 1
         arrivals.input_tokens += tokens
         arrivals.input_square += tokens * tokens
+
+    def end_interval(self) -> None:
+        """Count arrivals from here: what has been seen is not seen again."""
+        self.arrivals = []
+        self._arriving = {name: _Arrivals(cls, -1) for name, cls in self.classes.items()}
 
     def ended(self, request: Request) -> None:
         if not request.interactive:
@@ -109,8 +123,14 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
     """A snapshot; unless it only peeks, it ends the interval over which arrivals and outcomes are counted."""
     spec, kind = state.spec, state.spec.kinds[0]
     arrivals = tuple(
-        ArrivalView(cls=a.cls, requests=a.requests, input_tokens=float(a.input_tokens), input_square=a.input_square)
-        for a in state.arrivals.values()
+        ArrivalView(
+            second=a.second,
+            cls=a.cls,
+            requests=a.requests,
+            input_tokens=float(a.input_tokens),
+            input_square=a.input_square,
+        )
+        for a in state.arrivals
     )
     view = ModelView(
         name=spec.name,
@@ -138,7 +158,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
     )
     if not peek:
         state.attained = state.missed = 0
-        state.arrivals = {name: _Arrivals(cls) for name, cls in state.classes.items()}
+        state.end_interval()
     return view
 
 

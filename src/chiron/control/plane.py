@@ -283,7 +283,7 @@ class ControlPlane:
                     break
                 state.waiting.remove_head(request)
                 self._dispatch(state, request, instance)
-        if state.batch.count:
+        if state.batch.count and not len(state.waiting):
             self._release_batch(state)
 
     def _release_batch(self, state: ModelState) -> None:
@@ -309,6 +309,7 @@ class ControlPlane:
     def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
         self._leave(state, request)
         instance.evicting[request.id] = request
+        instance.batch_held_until_s = self.clock.now_s + self.policy.eviction_pause_s
         request.evictions += 1
         self.evictions += 1
         engine = instance.engine
@@ -328,6 +329,10 @@ class ControlPlane:
             before, instance.previous_sample, instance.sample = instance.sample, instance.sample, sample
             square = instance.prefill_square_total - instance.prefill_square_sampled
             instance.prefill_square_sampled = instance.prefill_square_total
+            if 0.0 <= instance.batch_held_until_s <= self.clock.now_s:
+                instance.batch_held_until_s = -1.0
+                if instance.state == "ready":
+                    self.models[instance.model].router.changed(instance)
             if before is None:
                 continue
             fresh.append(instance)

@@ -181,6 +181,7 @@ class Instance:
 
     __slots__ = (
         "batch",
+        "batch_held_until_s",
         "class_counts",
         "created_s",
         "drain_started_s",
@@ -225,6 +226,8 @@ class Instance:
         """Everything dispatched here that has not ended, in order of dispatch."""
         self.batch: dict[int, Request] = {}
         """The batch requests among them."""
+        self.batch_held_until_s = -1.0
+        """No batch work is released here before this: interactive requests needed the room a moment ago."""
         self.evicting: dict[int, Request] = {}
         """Told to leave; the engine has not let go yet."""
         self.running_interactive = 0

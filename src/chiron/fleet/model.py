@@ -16,7 +16,6 @@ from typing import Protocol
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine
 from chiron.core.types import Instance
-from chiron.engines.model import EngineModel
 
 
 class FleetListener(Protocol):
@@ -24,6 +23,14 @@ class FleetListener(Protocol):
 
     def instance_ready(self, instance: Instance, engine: Engine) -> None: ...
     def instance_failed(self, instance: Instance) -> None: ...
+
+
+class ModelledEngine(Engine, Protocol):
+    """An engine that can be killed."""
+
+    instance: Instance
+
+    def fail(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +81,12 @@ class FleetModel:
         clock: VirtualClock,
         times: FleetTimes,
         seed: int,
-        make_engine: Callable[[Instance], EngineModel],
+        make_engine: Callable[[Instance], ModelledEngine],
     ) -> None:
         self.bill = Bill()
         self.listener: FleetListener | None = None
         """Set once the control plane exists; it needs a fleet to be made."""
-        self.engines: dict[int, EngineModel] = {}
+        self.engines: dict[int, ModelledEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
         self._times = times
@@ -117,7 +124,7 @@ class FleetModel:
         else:
             loading()
 
-    def attach_running(self, instance: Instance) -> EngineModel:
+    def attach_running(self, instance: Instance) -> ModelledEngine:
         """The engine of an instance that has been up since before the start; billed from now."""
         self._bill_from_now(instance)
         return self._attach(instance)
@@ -145,7 +152,7 @@ class FleetModel:
     def _random(self, instance: Instance) -> Random:
         return Random(f"{self._seed}:instance:{instance.id}")
 
-    def _attach(self, instance: Instance) -> EngineModel:
+    def _attach(self, instance: Instance) -> ModelledEngine:
         engine = self._make_engine(instance)
         self.engines[instance.id] = engine
         if isfinite(self._times.mtbf_s):
@@ -153,7 +160,7 @@ class FleetModel:
             self._clock.call_later(lifetime_s, lambda: self._fail(engine))
         return engine
 
-    def _fail(self, engine: EngineModel) -> None:
+    def _fail(self, engine: ModelledEngine) -> None:
         instance = engine.instance
         if self.engines.pop(instance.id, None) is None:
             return

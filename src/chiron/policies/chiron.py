@@ -4,29 +4,34 @@ Local (every scrape): the learned step-time model gives the batch size whose mea
 the instance, corrected by what was measured; a cap that holds nothing back is never raised.
 
 Global, interactive (every tick): load is arriving work over one instance's capacity, so the paper's busy instances
-become a fraction; IBP = load / instances. The fleet is ``forecast * headroom``: the forecast looks ahead by the
-measured cold start, and the headroom 1/Theta is a quantile of how much load has exceeded its own forecast over one
-cold start (the paper takes Theta from the spike ratio over one model load).
+become a fraction; IBP = load / instances, and its target Theta = 1/headroom. How far back to average, how long to
+wait before shrinking, and the headroom over that average are chosen by a backtest over the last hour
+(``policies.headroom``): what would have kept the promises, given the measured cold start, with the fewest
+instances.
 
 Global, batch: queued work in order of deadline, less what the spare capacity of the interactive fleet will do by
 then, over the time left. Instances are added when that demand nears what one instance can still do in time: late
 enough that valleys do most of it for nothing, early enough to be safe.
 
 Changes in opposite directions are at least ``hold_s`` apart, and the fleet shrinks only to the largest size wanted
-over ``settle_s``.
+over the settling time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, inf, isfinite, isnan, sqrt
+from math import ceil, floor, inf, isfinite, isnan
 from typing import Any
+
+import numpy as np
 
 from chiron.core.types import Role
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s, work_s
+from chiron.policies.headroom import Floats, Headroom, Rule, choose_headroom, window_mean
 from chiron.policies.packing import PackingRouter, PackingSettings
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.views import (
+    ClassMix,
     FleetPlan,
     FleetView,
     LocalDecision,
@@ -55,25 +60,36 @@ class ChironSettings:
     """Batch requests whose deadlines share a span of this length form a request group."""
     # Global loop.
     tick_s: float = 5.0
-    utilisation: float = 0.9
+    utilisation: float = 0.95
     """Share of an instance's capacity that the interactive fleet is planned with."""
-    spike_quantile: float = 0.97
-    """Headroom covers this quantile of load over forecast, within one cold start."""
-    headroom_prior: float = 1.3
-    """Load over forecast before it has been observed; weighs ``headroom_prior_weight`` observations."""
-    headroom_prior_weight: int = 10
-    headroom_memory: int = 720
-    """Observations (ticks) remembered: one hour at 5 s."""
-    smoothing_s: float = 15.0
-    """Window of the load that must be served; queueing within TTFT absorbs what is shorter."""
-    trend_window_s: float = 180.0
-    """Window of the trend that the forecast extends."""
+    miss_max: float = 0.005
+    """Share of each class's requests that the backtest may let miss: half of what 99 % attainment allows."""
+    slack_share: float = 0.55
+    """Share of TTFT, less the prompt's own prefill, that waiting may take; the rest is the instance's own queue."""
+    windows_s: tuple[int, ...] = (15, 60, 180, 600, 1800)
+    """Averages of the load that the backtest chooses from."""
+    settles_s: tuple[int, ...] = (60, 300, 1800)
+    """Times to stay small before shrinking, likewise."""
+    memory_s: int = 3600
+    """History that the backtest runs over."""
+    backtest_s: float = 60.0
+    """Time between backtests."""
+    prior_load: float = 0.6
+    """Load per instance of the fleet found at the start: believed for ``prior_s`` before it, until seen otherwise."""
+    prior_s: int = 600
+    headroom_prior: float = 1.5
+    """Headroom until ``learning_s`` of traffic has been seen."""
+    learning_s: float = 600.0
+    margin: float = 0.05
+    """Added to the headroom that the past would have needed."""
+    margin_unseen: float = 0.2
+    """More of it while less than ``memory_s`` has been seen."""
     look_ahead: bool = True
-    """Forecast at the cold start's distance; off: size for the present load."""
+    """The backtest's fleet follows the load one cold start late, as the real one does; off: at once."""
+    adapt_headroom: bool = True
+    """Off: ``headroom_prior`` over the 60 s mean, for ever."""
     hold_s: float = 60.0
     """Least time between changes in opposite directions."""
-    settle_s: float = 120.0
-    """The fleet shrinks to the largest size wanted over this long."""
     # Batch.
     spare_trust: float = 0.8
     """Share of the forecast spare capacity that deadlines may rely on."""
@@ -132,25 +148,19 @@ def decide_batch_size(
     return LocalDecision(max_batch_size=size, reason=reason, numbers=numbers), state
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """A forecast that waits to be compared with what came."""
-
-    made_s: float
-    until_s: float
-    forecast: float
-    peak: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelMemory:
     """What the global loop remembers of one model."""
 
-    loads: tuple[tuple[float, float], ...] = ()
-    """(time, load in instances) per tick."""
-    pending: tuple[Pending, ...] = ()
-    ratios: tuple[float, ...] = ()
-    """Peak load over forecast, latest last."""
+    began_s: float
+    """Time of the first second remembered; the prior lies before the first tick."""
+    load: Floats
+    """Instances' worth of interactive work that arrived in each second since."""
+    counts: Floats
+    """Interactive requests by class and second, shape (classes, seconds)."""
+    headroom: Headroom
+    backtest_s: float
+    """Time of the last backtest."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, instances wanted) over the settling window."""
     last_change_s: float = -inf
@@ -170,28 +180,26 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     plans: dict[str, ModelPlan] = {}
     memories: State = {}
     for model in view.models:
-        plans[model.name], memories[model.name] = _decide_model(
-            settings, state.get(model.name, ModelMemory()), model, view.now_s, view.since_s
-        )
+        memory = state.get(model.name) or _first_memory(settings, model, view.now_s - view.since_s)
+        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
     return plans, memories
 
 
 def _decide_model(
-    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, since_s: float
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, ModelMemory]:
-    serving = interactive_capacity(settings, model)
+    serving = interactive_capacity(settings, model, memory)
     rate = serving.work_rate * settings.utilisation
-    load = arriving_work_s(model) / max(since_s, 1e-9) / rate
-    memory = _remember_load(settings, memory, now_s, load, model.cold_start_s)
-    level, ahead = _forecast(settings, memory, now_s, model.cold_start_s)
-    headroom = _headroom(settings, memory)
+    memory = _remember(settings, memory, model, now_s, rate)
+    memory = _backtested(settings, memory, model, now_s)
     memory = replace(memory, pressure=_pressure(memory.pressure, model))
-    backlog = _backlog(model, serving, settings)
-    recent = _mean_load(memory, now_s, settings.smoothing_s)
-    needed = max(ahead * headroom * memory.pressure, recent) + backlog
-    interactive = _whole(needed)
-    interactive = max(interactive, model.min_instances)
-    extra, bbp, batch_numbers = _batch_extra(settings, memory, model, serving, now_s, interactive, level)
+    level = window_mean(memory.load, memory.headroom.rule.window_s)
+    recent = window_mean(memory.load, 60)
+    headroom = memory.headroom.h * memory.pressure
+    backlog = _backlog(model, serving, settings, recent)
+    needed = max(level * headroom, recent) + backlog
+    interactive = max(_whole(needed), model.min_instances)
+    extra, bbp, batch_numbers = _batch_extra(settings, memory, model, serving, now_s, interactive)
     memory = replace(memory, extra=extra)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
@@ -199,10 +207,12 @@ def _decide_model(
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
     numbers = {
-        "load": load,
-        "forecast": ahead,
-        "headroom": headroom,
+        "load": recent,
+        "level": level,
+        "headroom": memory.headroom.h,
         "pressure": memory.pressure,
+        "window_s": float(memory.headroom.rule.window_s),
+        "settle_s": float(memory.headroom.rule.settle_s),
         "backlog": backlog,
         "capacity_batch": serving.batch_size,
         "work_rate": rate,
@@ -215,7 +225,7 @@ def _decide_model(
         reason=reason,
         numbers=numbers,
         ibp=recent / live,
-        ibp_target=1.0 / (headroom * memory.pressure),
+        ibp_target=1.0 / headroom,
         bbp=float(bbp),
     )
     return plan, memory
@@ -224,15 +234,18 @@ def _decide_model(
 # -- load and capacity -------------------------------------------------------------------------------------------
 
 
-def _interactive_rates(model: ModelView) -> list[tuple[float, Any]]:
-    by_name = {a.cls.name: a.requests for a in model.arrivals}
-    return [(by_name.get(m.cls.name, 0) + 1e-6, m) for m in model.mixes if m.cls.interactive]
+def _interactive(model: ModelView) -> list[ClassMix]:
+    return [m for m in model.mixes if m.cls.interactive]
 
 
-def interactive_capacity(settings: ChironSettings, model: ModelView) -> Capacity:
-    """One instance's capacity for the interactive mix that arrives now."""
-    weighted = _interactive_rates(model)
-    slo_s = min((m.cls.itl_s for weight, m in weighted if weight > 0.5), default=inf)
+def interactive_capacity(settings: ChironSettings, model: ModelView, memory: ModelMemory) -> Capacity:
+    """One instance's capacity for the interactive mix of the last two minutes."""
+    mixes = _interactive(model)
+    rates = memory.counts[:, -120:].sum(axis=1).tolist() if memory.counts.shape[1] else [0.0] * len(mixes)
+    weighted = [(rate + 1e-6, mix) for rate, mix in zip(rates, mixes, strict=True)]
+    slo_s = min(
+        (m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=min((m.cls.itl_s for m in mixes), default=inf)
+    )
     return capacity(
         model.step_times,
         weighted,
@@ -242,86 +255,94 @@ def interactive_capacity(settings: ChironSettings, model: ModelView) -> Capacity
     )
 
 
-def arriving_work_s(model: ModelView) -> float:
-    """Marginal work, seconds, of the interactive requests that arrived since the last tick."""
+def _first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
+    """Before anything is known, the fleet that was found is taken as right for its load."""
+    seconds = settings.prior_s
+    instances = max(1, model.count("ready", "starting"))
+    rule = Rule(window_s=60, settle_s=1800)
+    return ModelMemory(
+        began_s=floor(now_s) - seconds,
+        load=np.full(seconds, settings.prior_load * instances),
+        counts=np.zeros((len(_interactive(model)), seconds)),
+        headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
+        backtest_s=now_s,
+    )
+
+
+def _remember(
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float
+) -> ModelMemory:
+    """Append the seconds since the last tick."""
+    have = memory.load.shape[0]
+    seconds = max(0, floor(now_s) - round(memory.began_s) - have)
+    mixes = _interactive(model)
+    rows = {m.cls.name: row for row, m in enumerate(mixes)}
     times = model.step_times
-    outputs = {m.cls.name: m.output_tokens for m in model.mixes}
-    total = 0.0
+    load = np.zeros(seconds)
+    counts = np.zeros((len(mixes), seconds))
     for arrival in model.arrivals:
-        if arrival.cls.interactive and arrival.requests:
-            context = arrival.input_tokens / arrival.requests
-            total += prefill_s(times, arrival.input_tokens, arrival.input_square)
-            total += arrival.requests * decode_s(times, context, outputs[arrival.cls.name])
-    return total
+        row = rows.get(arrival.cls.name)
+        if row is None or seconds == 0:
+            continue
+        # What arrived in the second under way at the last tick is counted with the first one after.
+        place = min(max(arrival.second - round(memory.began_s) - have, 0), seconds - 1)
+        context = arrival.input_tokens / arrival.requests
+        work = prefill_s(times, arrival.input_tokens, arrival.input_square)
+        work += arrival.requests * decode_s(times, context, mixes[row].output_tokens)
+        load[place] += work / rate
+        counts[row, place] += arrival.requests
+    keep = settings.memory_s
+    loads = np.concatenate((memory.load, load))
+    drop = max(0, len(loads) - keep)
+    return replace(
+        memory,
+        began_s=memory.began_s + drop,
+        load=loads[drop:],
+        counts=np.concatenate((memory.counts, counts), axis=1)[:, drop:],
+    )
 
 
-def _backlog(model: ModelView, serving: Capacity, settings: ChironSettings) -> float:
-    """Instances that would clear the interactive queue within one tick and a cold start."""
+def _backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:
+    """Choose the rule anew, once there is something to learn from."""
+    seconds = memory.load.shape[0]
+    seen_s = seconds - settings.prior_s if seconds < settings.memory_s else inf
+    due = now_s - memory.backtest_s >= settings.backtest_s
+    if not settings.adapt_headroom or seen_s < settings.learning_s or not due or not memory.counts.any():
+        return memory
+    times = model.step_times
+    slacks = [
+        max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
+        for m in _interactive(model)
+    ]
+    headroom = choose_headroom(
+        memory.load,
+        memory.counts,
+        slacks,
+        [Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s],
+        cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
+        tick_s=settings.tick_s,
+        miss_max=settings.miss_max,
+        floor=model.min_instances,
+        ceiling=model.max_instances,
+    )
+    # An hour shows rare bursts that ten minutes do not.
+    unseen = 1.0 - min(1.0, seen_s / settings.memory_s)
+    margin = 1.0 + settings.margin + settings.margin_unseen * unseen
+    return replace(memory, headroom=replace(headroom, h=headroom.h * margin), backtest_s=now_s)
+
+
+def _backlog(model: ModelView, serving: Capacity, settings: ChironSettings, load: float) -> float:
+    """Instances that would clear the part of the interactive queue that the present fleet cannot clear by the time
+    a new one is up."""
     if model.waiting_interactive == 0:
         return 0.0
     outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
     context = model.waiting_input_tokens / model.waiting_interactive
     work = prefill_s(model.step_times, model.waiting_input_tokens, model.waiting_input_square)
     work += model.waiting_interactive * decode_s(model.step_times, context, sum(outputs) / len(outputs))
-    return work / serving.work_rate / (settings.tick_s + model.cold_start_s)
-
-
-def _remember_load(
-    settings: ChironSettings, memory: ModelMemory, now_s: float, load: float, cold_start_s: float
-) -> ModelMemory:
-    keep_s = max(settings.trend_window_s, 60.0, settings.smoothing_s)
-    loads = (*(p for p in memory.loads if p[0] > now_s - keep_s), (now_s, load))
-    memory = replace(memory, loads=loads)
-    smooth = _mean_load(memory, now_s, settings.smoothing_s)
-    ratios = list(memory.ratios)
-    pending: list[Pending] = []
-    for item in memory.pending:
-        seen = replace(item, peak=max(item.peak, smooth)) if now_s - item.made_s >= settings.smoothing_s else item
-        if now_s >= item.until_s:
-            ratios.append(seen.peak / item.forecast if item.forecast > 0 else 1.0)
-        else:
-            pending.append(seen)
-    _, ahead = _forecast(settings, memory, now_s, cold_start_s)
-    reach_s = max(cold_start_s, settings.smoothing_s) + settings.tick_s
-    pending.append(Pending(made_s=now_s, until_s=now_s + reach_s, forecast=ahead, peak=0.0))
-    return replace(memory, pending=tuple(pending), ratios=tuple(ratios[-settings.headroom_memory :]))
-
-
-def _mean_load(memory: ModelMemory, now_s: float, window_s: float) -> float:
-    recent = [load for t, load in memory.loads if t > now_s - window_s]
-    return sum(recent) / len(recent) if recent else 0.0
-
-
-def _forecast(settings: ChironSettings, memory: ModelMemory, now_s: float, cold_start_s: float) -> tuple[float, float]:
-    """(level now, load expected one cold start from now). A trend counts only as far as it stands out of noise."""
-    level = _mean_load(memory, now_s, 60.0)
-    points = [(t - now_s, load) for t, load in memory.loads if t > now_s - settings.trend_window_s]
-    count = len(points)
-    if not settings.look_ahead or count < 6:
-        return level, level
-    mean_t = sum(t for t, _ in points) / count
-    mean_y = sum(y for _, y in points) / count
-    spread = sum((t - mean_t) ** 2 for t, _ in points)
-    slope = sum((t - mean_t) * (y - mean_y) for t, y in points) / spread
-    residual = sum((y - mean_y - slope * (t - mean_t)) ** 2 for t, y in points) / (count - 2)
-    error = sqrt(residual / spread)
-    certain = max(0.0, abs(slope) - error)
-    trend = certain if slope > 0 else -certain
-    # From the middle of the level's own window to one cold start ahead.
-    reach_s = cold_start_s + settings.tick_s + min(30.0, settings.trend_window_s / 2)
-    ahead = level + trend * reach_s
-    return level, max(ahead, 0.5 * level, 0.0) if trend < 0 else ahead
-
-
-def _headroom(settings: ChironSettings, memory: ModelMemory) -> float:
-    """1/Theta: the quantile of load over forecast, with the prior's observations mixed in."""
-    ratios = sorted(memory.ratios)
-    weight = settings.headroom_prior_weight
-    if len(ratios) < 4:
-        return settings.headroom_prior
-    observed = ratios[min(len(ratios) - 1, int(settings.spike_quantile * len(ratios)))]
-    share = weight / (weight + len(ratios))
-    return max(1.0, share * settings.headroom_prior + (1.0 - share) * observed)
+    reach_s = settings.tick_s + model.cold_start_s
+    spare = max(0.0, model.count("ready") - load)
+    return max(0.0, work / serving.work_rate / reach_s - spare)
 
 
 def _pressure(pressure: float, model: ModelView) -> float:
@@ -330,7 +351,7 @@ def _pressure(pressure: float, model: ModelView) -> float:
     if ended == 0:
         return pressure
     if model.missed > 0.01 * ended:
-        return min(1.5, pressure + 0.02)
+        return min(1.25, pressure + 0.01)
     return max(1.0, pressure - 0.002)
 
 
@@ -349,7 +370,6 @@ def _batch_extra(
     serving: Capacity,
     now_s: float,
     interactive: int,
-    level: float,
 ) -> tuple[int, int, dict[str, float]]:
     """(instances to add for batch deadlines, BBP, numbers)."""
     if not model.groups:
@@ -366,8 +386,9 @@ def _batch_extra(
     )
     duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for _, m in batch_mixes)
     # Load is in units of an instance at the planned utilisation; batch work may use it all.
-    spare = max(0.0, interactive - level * settings.utilisation) * serving.work_rate
-    present = max(0.0, model.count("ready") - level * settings.utilisation) * serving.work_rate
+    average = window_mean(memory.load, 600) * settings.utilisation
+    spare = max(0.0, interactive - average) * serving.work_rate
+    present = max(0.0, model.count("ready") - average) * serving.work_rate
     ahead = 0.0
     demand = -inf
     bbp = 0
@@ -400,7 +421,8 @@ def _settle(
 ) -> tuple[int, str, ModelMemory]:
     """Turn what is wanted now into the plan: up at once, down when it stayed down, and never back within the hold."""
     current = sum(model.planned.values())
-    window = (*(w for w in memory.wanted if w[0] > now_s - settings.settle_s), (now_s, wanted))
+    settle_s = max(memory.headroom.rule.settle_s, settings.hold_s)
+    window = (*(w for w in memory.wanted if w[0] > now_s - max(settings.settles_s)), (now_s, wanted))
     memory = replace(memory, wanted=window)
     held_s = now_s - memory.last_change_s
     if wanted > current:
@@ -408,9 +430,9 @@ def _settle(
             return current, "hold_after_down", memory
         reason = "batch_deadlines" if extra and wanted - extra <= current else "interactive_load"
         return wanted, reason, replace(memory, last_change_s=now_s, last_direction=1)
-    peak = max(count for _, count in window)
+    peak = max(count for t, count in window if t > now_s - settle_s)
     if peak < current:
-        settled = now_s - window[0][0] >= 0.9 * settings.settle_s - settings.tick_s
+        settled = now_s - window[0][0] >= 0.9 * settle_s - settings.tick_s
         if not settled or (memory.last_direction > 0 and held_s < settings.hold_s):
             return current, "hold_before_down", memory
         return peak, "load_fell", replace(memory, last_change_s=now_s, last_direction=-1)

@@ -3,7 +3,8 @@
 Interactive requests go to the first instance, in order of rank, that has room: those of role interactive, then
 mixed, then batch. Batch requests fill from the other end, so that the two meet as late as they can and the
 instances between them stay empty enough to be given back. A heap per direction holds the instances that may have
-room; an entry is checked when it surfaces, so a dispatch costs O(log instances).
+room; an entry is checked when it surfaces. One that has no room for a request of common size leaves the heap until
+its load changes, so a dispatch costs O(log instances), amortised over load changes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from chiron.policies.capacity import KV_FILL
 from chiron.policies.policy import Estimates
 
 _PROBES_MAX = 8
-"""Instances with room in general that a request too large for them may pass over."""
+"""Instances with room in general that an unusually large request may pass over."""
+_USUAL = 2.0
+"""A request within this multiple of the mean is of common size."""
 
 _ROLE_ORDER = {"interactive": 0, "mixed": 1, "batch": 2}
 
@@ -57,6 +60,9 @@ class PackingRouter:
         self._ttft_s = 0.0
         """Largest finite TTFT target seen, and the smallest: they bound what any request may find."""
         self._ttft_min_s = inf
+        self._cost_mean_s = 0.0
+        self._need_mean = 0.0
+        self._batch_need_mean = 0.0
         self._interactive: list[Entry] = []
         self._batch: list[Entry] = []
         self._victims: list[Entry] = []
@@ -125,6 +131,7 @@ class PackingRouter:
         tokens = request.input_tokens + request.tokens_done
         cost_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
         need = tokens + estimates.expected_output[request.cls.name]
+        usual = self._is_usual(cost_s, need)
         heap = self._interactive
         passed: list[Entry] | None = None
         chosen: Instance | None = None
@@ -140,15 +147,24 @@ class PackingRouter:
             if (kv_fits or not instance.requests) and self._prefill_fits(instance, request, cost_s):
                 chosen = instance
                 break
+            entry = heappop(heap)
+            if usual:
+                instance.index.in_interactive = False
+                continue
             if passed is None:
                 passed = []
-            passed.append(heappop(heap))
+            passed.append(entry)
             if len(passed) >= _PROBES_MAX:
                 break
         if passed is not None:
             for entry in passed:
                 heappush(heap, entry)
         return chosen
+
+    def _is_usual(self, cost_s: float, need: float) -> bool:
+        self._cost_mean_s += 0.01 * (cost_s - self._cost_mean_s)
+        self._need_mean += 0.01 * (need - self._need_mean)
+        return cost_s <= _USUAL * self._cost_mean_s and need <= _USUAL * self._need_mean
 
     def _prefill_fits(self, instance: Instance, request: Request, cost_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
@@ -180,6 +196,8 @@ class PackingRouter:
             if home is not None:
                 return home
         need = request.input_tokens + request.tokens_done + self._estimates.expected_output[request.cls.name]
+        self._batch_need_mean += 0.01 * (need - self._batch_need_mean)
+        usual = need <= _USUAL * self._batch_need_mean
         heap = self._batch
         passed: list[Entry] = []
         chosen: Instance | None = None
@@ -194,7 +212,11 @@ class PackingRouter:
             if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens or not instance.requests:
                 chosen = instance
                 break
-            passed.append(heappop(heap))
+            entry = heappop(heap)
+            if usual:
+                instance.index.in_batch = False
+            else:
+                passed.append(entry)
         for entry in passed:
             heappush(heap, entry)
         return chosen
@@ -207,7 +229,7 @@ class PackingRouter:
         return None
 
     def _room_batch(self, instance: Instance) -> bool:
-        if not instance.index.open or instance.role == "interactive":
+        if not instance.index.open or instance.role == "interactive" or instance.batch_held_until_s >= 0.0:
             return False
         if len(instance.requests) >= instance.max_batch_size:
             return False

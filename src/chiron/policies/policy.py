@@ -70,6 +70,8 @@ class Policy:
     holds_batch: bool = False
     """Batch requests wait in the global queue until a router has room for them."""
     evicts: bool = False
+    eviction_pause_s: float = 5.0
+    """After an eviction, the instance gets no new batch work for this long."""
     revives: bool = False
     """A scale-up takes draining instances back first."""
     demotes_late: bool = False

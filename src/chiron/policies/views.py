@@ -82,8 +82,10 @@ class GroupView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalView:
-    """Arrivals of one class since the last fleet tick."""
+    """Arrivals of one class in one second, since the last fleet tick."""
 
+    second: int
+    """Whole seconds on the control plane's clock."""
     cls: RequestClass
     requests: int
     input_tokens: float

@@ -63,6 +63,8 @@ class Simulation:
         self.setup = setup
         self.clock = VirtualClock()
         self._step_mode = step_mode
+        self._engines: list[EngineModel] = []
+        """Every engine there ever was."""
         self._times = {name: StepTimes(profile) for name, profile in setup.profiles.items()}
         gpus_of = {m.name: m.kinds[0].gpus for m in setup.models}
         self.recorder = Recorder(setup.workload, gpus_of, events)
@@ -81,7 +83,6 @@ class Simulation:
             seed=setup.seed,
             make_engine=self._make_engine,
         )
-        self.preemptions = 0
         self.policy = make_policy(setup.policy, setup.settings)
         self.plane = ControlPlane(
             clock=self.clock,
@@ -127,7 +128,6 @@ class Simulation:
             if progress is not None and clock.now_s > next_report_s:
                 next_report_s = clock.now_s + 10.0
                 progress(self.recorder.ended_count / total)
-        self.preemptions += sum(e.preemptions for e in self.fleet.engines.values())
         self.fleet.close()
         if progress is not None:
             progress(1.0)
@@ -156,7 +156,7 @@ class Simulation:
             wall_s=wall_s,
             sim_s=end_s,
             evictions=self.plane.evictions,
-            preemptions=self.preemptions,
+            preemptions=sum(engine.preemptions for engine in self._engines),
         )
         return Result(
             policy=label,
@@ -180,7 +180,7 @@ class Simulation:
         kind = instance.kind.name
         profile = self.setup.profiles[kind]
         bandwidth = self.setup.kv_transfer_gb_per_s * 1e9
-        return EngineModel(
+        engine = EngineModel(
             clock=self.clock,
             instance=instance,
             profile=profile,
@@ -189,10 +189,13 @@ class Simulation:
             kv_seconds_per_token=profile.kv_bytes_per_token / bandwidth if bandwidth > 0 else 0.0,
             step_mode=self._step_mode,
         )
+        self._engines.append(engine)
+        return engine
 
     def _scrape(self) -> None:
         """Read every engine now; the control plane hears of it later."""
-        samples = [engine.sample() for engine in self.fleet.engines.values()]
+        alive = self.fleet.engines
+        samples = [engine.sample() for engine in self._engines if engine.instance.id in alive]
         self.clock.call_later(self.setup.scrape_delay_s, lambda: self.plane.sampled(samples))
         self.clock.call_later(self.setup.scrape_period_s, self._scrape)
 
