@@ -111,8 +111,8 @@ def test_a_saved_result_holds_the_text_that_reproduces_it(saved: Path) -> None:
         (["simulate", "SMALL", "--json", "/nowhere/x.json"], "error: /nowhere/x.json: there is no directory /nowhere"),
         (["simulate", "SMALL", "--report", "."], "error: .: is a directory; name a file"),
         (["bound", "SMALL", "--set", "gpus.a100=x"], "gpus.a100: 'x' must be a whole number"),
-        (["explain", "SMALL"], "is not a saved result"),
-        (["explain", "nowhere.chiron"], "error: cannot read nowhere.chiron"),
+        (["explain", "SMALL"], "line 1 is not an event"),
+        (["explain", "nowhere.chiron"], "No such file or directory: 'nowhere.chiron'"),
         (["explain", "SAVED", "--at", "noon"], "error: duration 'noon': expected"),
         (["explain", "SAVED", "--model", "lama"], "error: --model 'lama': did you mean 'llama'"),
     ],
@@ -146,6 +146,21 @@ def test_explain_lists_reasons_and_tells_the_story_of_a_moment(saved: Path) -> N
     assert "Why: " in story
     assert "Fleet: " in story
     assert "Work: " in story
+
+
+def test_an_event_log_tells_the_same_story_even_if_its_last_line_was_cut_off(scenario: Path, saved: Path) -> None:
+    log = scenario.with_name("log.jsonl")
+    again = load_result(saved).scenario_text
+    scenario.write_text(again)
+    call("simulate", scenario, "-p", "chiron", "-s", 1, "--events", log)
+    with log.open("a") as lines:
+        lines.write('{"t":1e9,"eve')
+    growth = next(d for d in load_result(saved).decisions if d.kind == "fleet" and d.after > d.before)
+    stories = [call("explain", file, "--at", f"{growth.t_s + 1}s").stdout for file in (saved, log)]
+    pattern = r"The plan grew .*\n.*Why: .*|(?<=Fleet: ).*(?= draining)|Next: .*"
+    assert re.findall(pattern, stories[0]) == re.findall(pattern, stories[1])
+    assert len(re.findall(pattern, stories[0])) == 3
+    assert "waiting" in stories[1]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("41:00", 2460), ("1:02:03", 3723), ("41m", 2460), ("2460", 2460)])

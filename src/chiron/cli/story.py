@@ -1,0 +1,158 @@
+"""What ``chiron explain`` tells from: a saved result, or an event log."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+from chiron.config import ConfigError
+from chiron.telemetry.result import DecisionPoint, FleetPoint
+from chiron.telemetry.store import load_result
+
+
+class LogError(ConfigError):
+    """A file is no event log. The message names the line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """A run, as far as it can be told."""
+
+    title: str
+    models: tuple[str, ...]
+    decisions: tuple[DecisionPoint, ...]
+    """Of the fleet, all models, in order of time."""
+    ends_s: float
+    state: Callable[[str, float], Iterable[str]]
+    """The fleet and the queue of a model at a moment, in lines."""
+
+
+def load_story(path: Path) -> Story:
+    """From a file that ``--save`` or ``--events`` wrote. Raises LogError, StoreError or OSError."""
+    return _of_result(path) if zipfile.is_zipfile(path) else _of_log(path)
+
+
+def show_moment(t_s: float) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+    minutes, seconds = divmod(round(t_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _of_result(path: Path) -> Story:
+    result = load_result(path)
+
+    def state(model: str, at_s: float) -> Iterable[str]:
+        points = [point for point in result.fleet if point.model == model and point.t_s <= at_s]
+        return _tell_point(points[-1]) if points else ()
+
+    return Story(
+        title=f"{result.scenario}, policy {result.policy}, seed {result.seed}",
+        models=result.models,
+        decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
+        ends_s=max((point.t_s for point in result.fleet), default=0.0),
+        state=state,
+    )
+
+
+def _tell_point(point: FleetPoint) -> Iterator[str]:
+    yield (
+        f"Fleet: {_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
+        f"{point.gpus} GPUs billed, {point.planned} instances planned."
+    )
+    yield (
+        f"Work: {point.running_interactive:,} interactive and {point.running_batch:,} batch requests running, "
+        f"{point.waiting_interactive:,} and {point.waiting_batch:,} waiting."
+    )
+    if isfinite(point.ibp):
+        target = f" (target {point.ibp_target:.2f})" if isfinite(point.ibp_target) else ""
+        yield f"Interactive backpressure (busy / interactive and mixed instances): {point.ibp:.2f}{target}."
+    if isfinite(point.bbp):
+        yield f"Batch backpressure (groups that would be late): {point.bbp:g}."
+    for deadline_s, requests in point.groups:
+        due = f"due at {show_moment(deadline_s)}" if isfinite(deadline_s) else "without a deadline"
+        yield f"Queued batch group: {requests:,} requests {due}."
+
+
+def _roles(ready: Mapping[str, int]) -> str:
+    roles = ", ".join(f"{count} {role}" for role, count in ready.items() if count)
+    return f"{sum(ready.values())} ready" + (f" ({roles})" if roles else "")
+
+
+def _of_log(path: Path) -> Story:
+    events = tuple(_read_log(path))
+    models = dict.fromkeys(str(event["model"]) for event in events if "model" in event)
+
+    def state(model: str, at_s: float) -> Iterable[str]:
+        return _tell_events([event for event in events if event["t"] <= at_s], model)
+
+    return Story(
+        title=f"event log {path.name}",
+        models=tuple(models),
+        decisions=tuple(
+            _decision(event) for event in events if event["event"] == "decision" and event["kind"] == "fleet"
+        ),
+        ends_s=events[-1]["t"] if events else 0.0,
+        state=state,
+    )
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Events in order; a last line that was cut off is left out, as an interrupted run leaves one."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number > 1 and not line.endswith("\n"):
+                    return
+                raise LogError(
+                    f"{path}: line {number} is not an event: {error}; name a file of --save or --events"
+                ) from None
+            if not isinstance(event, dict) or not {"t", "event"} <= event.keys():
+                raise LogError(f"{path}: line {number} is not an event: it has no t and event")
+            yield event
+
+
+def _decision(event: Mapping[str, Any]) -> DecisionPoint:
+    return DecisionPoint(
+        t_s=event["t"],
+        kind=event["kind"],
+        subject=event["subject"],
+        before=event["before"],
+        after=event["after"],
+        reason=event["reason"],
+        numbers={name: nan if value is None else value for name, value in event["numbers"].items()},
+    )
+
+
+def _tell_events(events: Sequence[Mapping[str, Any]], model: str) -> Iterator[str]:
+    """Replay: what instances and requests of the model were last heard of."""
+    instances: dict[int, tuple[str, str]] = {}
+    classes: dict[int, str] = {}
+    last: dict[int, str] = {}
+    for event in events:
+        name = event["event"]
+        if "request" in event:
+            if event.get("model") == model:
+                classes[event["request"]] = event["class"]
+            if event["request"] in classes:
+                last[event["request"]] = name
+        elif event.get("model") == model:
+            instances[event["instance"]] = (name, event["role"])
+    states = Counter(state for state, _ in instances.values())
+    ready = Counter(role for state, role in instances.values() if state == "ready")
+    yield f"Fleet: {_roles(ready)}, {states['created']} starting, {states['draining']} draining."
+    running = Counter(classes[request] for request, name in last.items() if name in ("dispatch", "first_token"))
+    waiting = Counter(classes[request] for request, name in last.items() if name in ("arrival", "evicted"))
+    yield f"Work: running {_counts(running)}; waiting {_counts(waiting)}."
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(counts.items())) or "none"
