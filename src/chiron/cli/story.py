@@ -63,7 +63,7 @@ def _of_result(path: Path) -> Story:
 
 def _tell_point(point: FleetPoint) -> Iterator[str]:
     yield (
-        f"Fleet: {_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
+        f"Fleet as decided upon at {show_moment(point.t_s)}: {_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
         f"{point.gpus} GPUs billed, {point.planned} instances planned."
     )
     yield (
@@ -95,9 +95,7 @@ def _of_log(path: Path) -> Story:
     return Story(
         title=f"event log {path.name}",
         models=tuple(models),
-        decisions=tuple(
-            _decision(event) for event in events if event["event"] == "decision" and event["kind"] == "fleet"
-        ),
+        decisions=tuple(_decision(event) for event in events if event.get("kind") == "fleet"),
         ends_s=events[-1]["t"] if events else 0.0,
         state=state,
     )
@@ -113,10 +111,10 @@ def _read_log(path: Path) -> Iterator[dict[str, Any]]:
                 if number > 1 and not line.endswith("\n"):
                     return
                 raise LogError(
-                    f"{path}: line {number} is not an event: {error}; name a file of --save or --events"
+                    f"{path}: line {number} is not an event ({error}); name a file that --save or --events wrote"
                 ) from None
-            if not isinstance(event, dict) or not {"t", "event"} <= event.keys():
-                raise LogError(f"{path}: line {number} is not an event: it has no t and event")
+            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("t"), int | float):
+                raise LogError(f"{path}: line {number} is not an event: it has no event and time t")
             yield event
 
 
