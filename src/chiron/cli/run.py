@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import tomllib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -177,8 +178,8 @@ def bound(
 def scenarios() -> None:
     """List the packaged scenarios."""
     table = Table("name", "what it shows", box=None, pad_edge=False, header_style="bold")
-    for name in scenario_files():
-        table.add_row(name, load_scenario(name).description)
+    for name, file in scenario_files().items():
+        table.add_row(name, tomllib.loads(file.read_text(encoding="utf-8"))["description"])
     Console().print(table)
 
 

@@ -63,7 +63,8 @@ def _of_result(path: Path) -> Story:
 
 def _tell_point(point: FleetPoint) -> Iterator[str]:
     yield (
-        f"Fleet as decided upon at {show_moment(point.t_s)}: {_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
+        f"Fleet as decided upon at {show_moment(point.t_s)}: "
+        f"{_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
         f"{point.gpus} GPUs billed, {point.planned} instances planned."
     )
     yield (
