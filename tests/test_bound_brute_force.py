@@ -167,7 +167,7 @@ def scheduled(seed: int, kinds: list[Profile], *, same: bool, requests: int) -> 
     return batcher, demand
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(profile=profiles(), seed=st.integers(0, 10**9), same=st.booleans(), requests=st.integers(1, 14))
 def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
     profile: Profile, seed: int, same: bool, requests: int
@@ -181,7 +181,7 @@ def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
             assert charged <= busy_s * (1 + 1e-9), (sharing.name, tangent)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     first=profiles(),
     second=profiles(),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_BINS = 1 << 16
+_BINS_MAX = 1 << 16
 _SLOTS = 1024
 
 
@@ -22,15 +22,16 @@ def peak_load(arrival_s: Floats, due_s: Floats, load: Floats) -> Floats:
     """
     if not len(load):
         return np.zeros(0)
+    bins = min(_BINS_MAX, 1024 + 64 * len(load))
     finite = due_s[np.isfinite(due_s)]
     start_s = float(arrival_s.min())
     span_s = max(float(arrival_s.max()), float(finite.max(initial=start_s))) - start_s
-    per_s = (_BINS - 1) / span_s if span_s > 0.0 else 0.0
+    per_s = (bins - 1) / span_s if span_s > 0.0 else 0.0
     first = ((arrival_s - start_s) * per_s).astype(np.int64)
     last = ((np.minimum(np.maximum(due_s, arrival_s), start_s + span_s) - start_s) * per_s).astype(np.int64)
-    change = np.bincount(first, load, _BINS + 1) - np.bincount(last + 1, load, _BINS + 1)
+    change = np.bincount(first, load, bins + 1) - np.bincount(last + 1, load, bins + 1)
     # The sum of many floats may come out a little low; a bound needs it a little high.
-    level = np.cumsum(change)[:_BINS] + 1e-12 * float(load.sum())
+    level = np.cumsum(change)[:bins] + 1e-12 * float(load.sum())
     return np.maximum(_range_max(level, first, last), load) * (1.0 + 1e-12)
 
 
