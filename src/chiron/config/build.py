@@ -220,6 +220,7 @@ def _kind(profile: Profile, instance: InstanceSection) -> InstanceKind:
         price_per_gpu_hour=profile.price_per_gpu_hour,
         kv_capacity_tokens=profile.kv_capacity_tokens,
         max_num_seqs=profile.max_num_seqs,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
         max_instances=instance.max_instances,
     )
 

@@ -45,6 +45,8 @@ class ModelState:
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
         self.attained = 0
         self.missed = 0
+        self.itl_missed = 0.0
+        """Share of interactive requests that missed their ITL SLO: exponential mean over some 500."""
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
         self.arrivals: list[_Arrivals] = []
@@ -73,10 +75,12 @@ class ModelState:
         if not request.interactive:
             return
         cls, tokens = request.cls, request.tokens_done
+        slow = tokens > 1 and request.finish_s - request.first_token_s > cls.itl_s * (tokens - 1)
+        self.itl_missed += 0.002 * (slow - self.itl_missed)
         kept = (
             request.outcome == "finished"
             and request.first_token_s - request.arrival_s <= cls.ttft_s
-            and (tokens == 1 or request.finish_s - request.first_token_s <= cls.itl_s * (tokens - 1))
+            and not slow
             and request.finish_s <= request.deadline_s
         )
         if kept:
@@ -152,6 +156,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         running_batch=sum(len(i.batch) for i in state.instances.values()),
         attained=state.attained,
         missed=state.missed,
+        itl_missed=state.itl_missed,
         step_times=state.learner.step_times,
         cold_start_s=state.cold_start_s,
         cold_starts_seen=state.cold_starts_seen,
@@ -185,6 +190,9 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         role=instance.role,
         max_batch_size=instance.max_batch_size,
         max_num_seqs=instance.kind.max_num_seqs,
+        max_num_batched_tokens=instance.kind.max_num_batched_tokens,
+        prefill_limit_s=instance.prefill_limit_s,
+        itl_missed=state.itl_missed,
         dispatched=len(instance.requests),
         binding=len(instance.requests) >= instance.max_batch_size,
         itl_slo_s=min((c.itl_s for c in running), default=inf),

@@ -358,6 +358,9 @@ class ControlPlane:
         decision, instance.local = hook(self.policy.settings, instance.local, view)
         if decision is None:
             return
+        if decision.prefill_limit_s != instance.prefill_limit_s:
+            instance.prefill_limit_s = decision.prefill_limit_s
+            state.router.changed(instance)
         size = max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
         before = instance.max_batch_size
         if size != before:
@@ -451,6 +454,10 @@ class ControlPlane:
             # First those that still start, then the emptiest; the newest of equals.
             live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
             for instance in live[: len(live) - count]:
+                # While successors still start, the model keeps the instances that its bounds promise.
+                ready = sum(1 for i in state.instances.values() if i.state == "ready")
+                if instance.state == "ready" and ready <= state.spec.min_instances:
+                    break
                 self._drain(state, instance)
 
     def _relabel(self, state: ModelState) -> None:
@@ -549,6 +556,7 @@ class ControlPlane:
         engine.set_max_batch_size(instance.max_batch_size)
         self._instance_event("ready", instance)
         state.router.add(instance)
+        self._retune(state, instance)
         self._pump(state)
 
     def instance_failed(self, instance: Instance) -> None:

@@ -34,6 +34,7 @@ from chiron.policies.views import (
     ClassMix,
     FleetPlan,
     FleetView,
+    GroupView,
     LocalDecision,
     LocalView,
     ModelPlan,
@@ -50,6 +51,10 @@ class ChironSettings:
     """Until step times are learned (a few seconds of traffic)."""
     itl_margin: float = 0.9
     """Share of the ITL SLO that batch sizes aim at: the mean over an instance hides some spread over requests."""
+    itl_missed_max: float = 0.003
+    """Share of requests that may miss the ITL SLO before the aim is lowered."""
+    itl_gain: float = 10.0
+    """How much: 1 % of requests more lowers it by a tenth; at most by half."""
     # Dispatch.
     packing: PackingSettings = PackingSettings()
     evict: bool = True
@@ -91,8 +96,8 @@ class ChironSettings:
     hold_s: float = 60.0
     """Least time between changes in opposite directions."""
     # Batch.
-    spare_trust: float = 0.8
-    """Share of the forecast spare capacity that deadlines may rely on."""
+    spare_trust: float = 0.6
+    """Share of the spare capacity that deadlines may rely on before it has been measured."""
     start_share: float = 0.6
     """A batch instance is added when overdue work would fill this share of its time to the deadline."""
     fill: float = 0.85
@@ -115,37 +120,62 @@ def decide_batch_size(
     """Jump to the batch size whose mean step meets the tightest SLO."""
     state = state or LocalState()
     slo_s = view.itl_slo_s
+    before = view.max_batch_size
     if not isfinite(slo_s):
-        if view.binding and view.max_batch_size < view.max_num_seqs:
+        if (view.binding and before < view.max_num_seqs) or isfinite(view.prefill_limit_s):
             return LocalDecision(max_batch_size=view.max_num_seqs, reason="no_itl_slo"), state
         return None, state
-    counts = view.class_counts
+    counts = view.class_counts or {name: 1 for name, mix in view.mixes.items() if mix.cls.interactive}
     running = sum(counts.values())
     if not view.learned or running == 0:
         return None, state
     times = view.step_times
-    slope = (
-        sum(
-            count * work_s(times, view.mixes[name]) / max(view.mixes[name].output_tokens, 1.0)
-            for name, count in counts.items()
-        )
-        / running
-    )
+    slope = context = 0.0
+    for name, count in counts.items():
+        mix = view.mixes[name]
+        slope += count / running * work_s(times, mix) / max(mix.output_tokens, 1.0)
+        context += count / running * (mix.input_tokens + mix.output_tokens)
     if not isnan(view.itl_s) and view.decode_batch >= 1.0:
         predicted = times.fixed_s + slope * view.decode_batch
         ratio = min(2.0, max(0.5, view.itl_s / predicted))
         state = replace(state, correction=state.correction + 0.2 * (ratio - state.correction))
-    target_s = settings.itl_margin * slo_s / state.correction
-    size = int((target_s - times.fixed_s) / slope)
+    target_s = itl_target_s(settings, slo_s, view.itl_missed)
+    limit_s = _prefill_limit_s(view, target_s, context)
+    size = int((target_s / state.correction - times.fixed_s) / slope)
     size = max(1, min(size, view.max_num_seqs))
-    before = view.max_batch_size
-    numbers = {"itl_s": view.itl_s, "itl_slo_s": slo_s, "slope_s": slope, "correction": state.correction}
-    if abs(size - before) <= 0.05 * before:
-        return None, state
-    if size > before and not view.binding and view.dispatched < 0.8 * before:
-        return None, state
     reason = "itl_below_slo" if size > before else "itl_above_slo"
-    return LocalDecision(max_batch_size=size, reason=reason, numbers=numbers), state
+    if abs(size - before) <= 0.05 * before or (size > before and not view.binding and view.dispatched < 0.8 * before):
+        size, reason = before, "steady"
+        if limit_s == view.prefill_limit_s or abs(limit_s - view.prefill_limit_s) <= 0.1 * limit_s:
+            return None, state
+    numbers = {
+        "itl_s": view.itl_s,
+        "itl_slo_s": slo_s,
+        "itl_target_s": target_s,
+        "slope_s": slope,
+        "correction": state.correction,
+        "prefill_limit_s": limit_s,
+    }
+    return LocalDecision(max_batch_size=size, prefill_limit_s=limit_s, reason=reason, numbers=numbers), state
+
+
+def itl_target_s(settings: ChironSettings, slo_s: float, missed: float) -> float:
+    """The mean step to aim at: below the SLO by a margin that grows while requests miss it."""
+    tight = 1.0 - settings.itl_gain * max(0.0, missed - settings.itl_missed_max)
+    return settings.itl_margin * max(0.5, tight) * slo_s
+
+
+def _prefill_limit_s(view: LocalView, target_s: float, context: float) -> float:
+    """Prefill in flight that keeps the longest step within the target; inf where the engine's own token budget does.
+
+    Requests of a few tokens have no long steps to average with: for them each step counts.
+    """
+    times = view.step_times
+    decoding_s = view.decode_batch * (times.per_sequence_s + times.per_context_token_s * context)
+    full_s = times.fixed_s + decoding_s + times.per_prefill_token_s * view.max_num_batched_tokens
+    if full_s <= target_s:
+        return inf
+    return max(target_s - times.fixed_s - decoding_s, 0.1 * target_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,6 +199,12 @@ class ModelMemory:
     """Instances added for batch deadlines."""
     pressure: float = 1.0
     """Grows while promises are missed, and decays after."""
+    spare_trust: float = 0.0
+    """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
+    batch_work_s: float = 0.0
+    """Queued batch work at the last tick, and the spare capacity and batch instances that then stood against it."""
+    batch_spare: float = 0.0
+    batch_own: float = 0.0
 
 
 State = dict[str, ModelMemory]
@@ -199,8 +235,7 @@ def _decide_model(
     backlog = _backlog(model, serving, settings, recent)
     needed = max(level * headroom, recent) + backlog
     interactive = max(_whole(needed), model.min_instances)
-    extra, bbp, batch_numbers = _batch_extra(settings, memory, model, serving, now_s, interactive)
-    memory = replace(memory, extra=extra)
+    extra, bbp, batch_numbers, memory = _batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
     batch = min(extra, max(0, total - min(interactive, total)))
@@ -249,7 +284,7 @@ def interactive_capacity(settings: ChironSettings, model: ModelView, memory: Mod
     return capacity(
         model.step_times,
         weighted,
-        itl_target_s=settings.itl_margin * slo_s,
+        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed),
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )
@@ -370,47 +405,80 @@ def _batch_extra(
     serving: Capacity,
     now_s: float,
     interactive: int,
-) -> tuple[int, int, dict[str, float]]:
-    """(instances to add for batch deadlines, BBP, numbers)."""
+) -> tuple[int, int, dict[str, float], ModelMemory]:
+    """(instances to add for batch deadlines, BBP, numbers, memory)."""
     if not model.groups:
-        return 0, 0, {}
-    batch_mixes = [(1.0, m) for m in model.mixes if not m.cls.interactive and m.finished + model.running_batch > 0]
-    batch_mixes = batch_mixes or [(1.0, m) for m in model.mixes if not m.cls.interactive]
-    slo_s = min((m.cls.itl_s for _, m in batch_mixes), default=inf)
+        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0)
+    mixes = [m for m in model.mixes if not m.cls.interactive]
+    seen = [m for m in mixes if m.finished] or mixes
     own = capacity(
         model.step_times,
-        batch_mixes,
-        itl_target_s=settings.itl_margin * slo_s,
+        [(1.0, m) for m in seen],
+        itl_target_s=settings.itl_margin * min(m.cls.itl_s for m in seen),
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )
-    duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for _, m in batch_mixes)
+    work = [_group_work_s(model, group) for group in model.groups]
+    memory = _measure_spare(settings, memory, model, sum(work))
+    trust = memory.spare_trust or settings.spare_trust
     # Load is in units of an instance at the planned utilisation; batch work may use it all.
     average = window_mean(memory.load, 600) * settings.utilisation
     spare = max(0.0, interactive - average) * serving.work_rate
-    present = max(0.0, model.count("ready") - average) * serving.work_rate
-    ahead = 0.0
-    demand = -inf
-    bbp = 0
-    for group in model.groups:
-        context = group.input_tokens / group.requests
-        output = group.output_tokens / group.requests
-        ahead += prefill_s(model.step_times, group.input_tokens, group.input_square)
-        ahead += group.requests * decode_s(model.step_times, context, output)
+    ready = model.count("ready")
+    present = trust * max(0.0, min(ready, interactive) - average) * serving.work_rate
+    present += max(0, ready - interactive) * own.work_rate
+    duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
+    ahead, demand, bbp = 0.0, -inf, 0
+    for group, group_work in zip(model.groups, work, strict=True):
+        ahead += group_work
         left_s = group.deadline_s - now_s
         usable_s = max(settings.tick_s, left_s * (1.0 - settings.deadline_margin) - duration_s)
-        if ahead > present * usable_s:
-            bbp += 1
-        overdue = ahead - settings.spare_trust * spare * usable_s
+        bbp += ahead > present * usable_s
+        overdue = ahead - trust * spare * usable_s
         demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
-    numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead}
+    numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead, "spare_trust": trust}
+    extra = _batch_instances(settings, memory.extra, demand, ahead / own.work_rate)
+    memory = replace(
+        memory,
+        extra=extra,
+        batch_work_s=ahead,
+        batch_spare=max(0.0, min(ready, interactive) - average) * serving.work_rate,
+        batch_own=max(0, ready - interactive) * own.work_rate,
+    )
+    return extra, bbp, numbers, memory
+
+
+def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float) -> int:
+    """Whole instances for a demand: none until one would be well used, then until it is done."""
     if not settings.plan_batch:
-        return max(1, ceil(ahead / own.work_rate / 300.0)), bbp, numbers
-    if demand <= 0.05:
-        return 0, bbp, numbers
-    if memory.extra == 0 and demand < settings.start_share:
-        return 0, bbp, numbers
-    return max(1, ceil(demand / settings.fill)), bbp, numbers
+        return max(1, ceil(work / 300.0))
+    if demand <= 0.05 or (running == 0 and demand < settings.start_share):
+        return 0
+    return max(1, ceil(demand / settings.fill))
+
+
+def _group_work_s(model: ModelView, group: GroupView) -> float:
+    context = group.input_tokens / group.requests
+    output = group.output_tokens / group.requests
+    work = prefill_s(model.step_times, group.input_tokens, group.input_square)
+    return work + group.requests * decode_s(model.step_times, context, output)
+
+
+def _measure_spare(settings: ChironSettings, memory: ModelMemory, model: ModelView, work: float) -> ModelMemory:
+    """Compare what left the batch queue since the last tick with the capacity that stood against it."""
+    if memory.batch_work_s <= 0.0 or memory.batch_spare < 0.1:
+        return memory
+    arrived = 0.0
+    outputs = {m.cls.name: m.output_tokens for m in model.mixes}
+    for arrival in model.arrivals:
+        if not arrival.cls.interactive:
+            context = arrival.input_tokens / arrival.requests
+            arrived += prefill_s(model.step_times, arrival.input_tokens, arrival.input_square)
+            arrived += arrival.requests * decode_s(model.step_times, context, outputs[arrival.cls.name])
+    released = (memory.batch_work_s + arrived - work) / settings.tick_s
+    ratio = min(1.2, max(0.05, (released - memory.batch_own) / memory.batch_spare))
+    before = memory.spare_trust or settings.spare_trust
+    return replace(memory, spare_trust=before + 0.05 * (ratio - before))
 
 
 # -- holding -----------------------------------------------------------------------------------------------------

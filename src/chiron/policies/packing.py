@@ -33,6 +33,8 @@ class PackingSettings:
     """An interactive request goes where at most this share of its TTFT target of prefill waits before it."""
     batch_prefill_share_of_ttft: float = 0.05
     """Batch work is released to an instance shared with interactive work only while less than this waits there."""
+    batch_reserve: float = 0.1
+    """Share of the max batch size that batch work leaves free on an instance shared with interactive work."""
     batch_prefill_s: float = 2.0
     """The same limit, in seconds, on an instance of role batch."""
 
@@ -169,6 +171,8 @@ class PackingRouter:
     def _prefill_fits(self, instance: Instance, request: Request, cost_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
         limit_s = self._settings.prefill_share_of_ttft * request.cls.ttft_s
+        if instance.prefill_limit_s < limit_s:
+            limit_s = instance.prefill_limit_s
         backlog_s = instance.prefill_backlog_s
         return backlog_s == 0.0 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
 
@@ -183,7 +187,10 @@ class PackingRouter:
             and instance.kv_reserved_tokens < KV_FILL * instance.kv_capacity_tokens
             and (
                 instance.prefill_backlog_s == 0.0
-                or instance.prefill_backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
+                or (
+                    instance.prefill_backlog_s < instance.prefill_limit_s
+                    and instance.prefill_backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
+                )
             )
             and not (self._strict and instance.role == "batch")
         )
@@ -196,6 +203,7 @@ class PackingRouter:
             if home is not None:
                 return home
         need = request.input_tokens + request.tokens_done + self._estimates.expected_output[request.cls.name]
+        cost_s = self._prefill_s(request)
         self._batch_need_mean += 0.01 * (need - self._batch_need_mean)
         usual = need <= _USUAL * self._batch_need_mean
         heap = self._batch
@@ -209,7 +217,7 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens or not instance.requests:
+            if self._batch_fits(instance, need, cost_s):
                 chosen = instance
                 break
             entry = heappop(heap)
@@ -231,18 +239,29 @@ class PackingRouter:
     def _room_batch(self, instance: Instance) -> bool:
         if not instance.index.open or instance.role == "interactive" or instance.batch_held_until_s >= 0.0:
             return False
-        if len(instance.requests) >= instance.max_batch_size:
+        settings = self._settings
+        running = len(instance.requests)
+        own = instance.role == "batch" and not instance.running_interactive
+        if running >= (instance.max_batch_size if own else (1.0 - settings.batch_reserve) * instance.max_batch_size):
             return False
         if instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens:
             return False
         backlog_s = instance.prefill_backlog_s
         if backlog_s == 0.0:
             return True
-        if instance.role == "batch" and not instance.running_interactive:
-            return backlog_s < self._settings.batch_prefill_s
+        if own:
+            return backlog_s < settings.batch_prefill_s
         return backlog_s < min(
-            self._settings.batch_prefill_s, self._settings.batch_prefill_share_of_ttft * self._ttft_min_s
+            settings.batch_prefill_s,
+            settings.batch_prefill_share_of_ttft * self._ttft_min_s,
+            instance.prefill_limit_s,
         )
+
+    def _batch_fits(self, instance: Instance, need: float, cost_s: float) -> bool:
+        """Room by KV; and beside interactive requests no prompt that would stretch their steps past the limit."""
+        if instance.running_interactive and instance.prefill_backlog_s + cost_s > instance.prefill_limit_s:
+            return False
+        return instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens or not instance.requests
 
 
 def _kv_without_batch(instance: Instance) -> float:

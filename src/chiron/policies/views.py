@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import nan
+from math import inf, nan
 from typing import Any
 
 from chiron.core.types import RequestClass, Role, State
@@ -120,6 +120,8 @@ class ModelView:
     attained: int
     """Interactive requests that ended since the last tick with every promise kept, and those without."""
     missed: int
+    itl_missed: float
+    """Share of recent interactive requests that missed their ITL SLO."""
     step_times: StepTimes
     cold_start_s: float
     """From the plan to ready: measured, or the prior before the first start."""
@@ -162,6 +164,11 @@ class LocalView:
     role: Role
     max_batch_size: int
     max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_limit_s: float
+    """The limit in force; inf: none."""
+    itl_missed: float
+    """Share of this model's recent interactive requests that missed their ITL SLO."""
     dispatched: int
     binding: bool
     """The cap held something back since the last scrape: a request waited while this instance was full."""
@@ -186,6 +193,8 @@ class LocalDecision:
 
     max_batch_size: int
     reason: str
+    prefill_limit_s: float = inf
+    """Most estimated prefill seconds in flight on this instance from now on."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

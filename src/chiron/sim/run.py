@@ -17,10 +17,10 @@ from chiron.core.types import Instance, Request
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.fleet.model import FleetModel, FleetTimes
 from chiron.policies.registry import make_policy
-from chiron.sim.bound import Bound, bound_of_run
+from chiron.sim.bound import Bound, bound, bound_of_run
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
-from chiron.telemetry.result import Result
+from chiron.telemetry.result import RequestTable, Result
 from chiron.telemetry.summary import summarise
 
 REVERSAL_WINDOW_S = 60.0
@@ -173,8 +173,8 @@ class Simulation:
             decisions=tuple(recorder.decisions),
         )
 
-    def _bounds(self, table: Any, end_s: float) -> tuple[Bound, Bound | None]:
-        return bound_of_run(self.setup, table, end_s), None
+    def _bounds(self, table: RequestTable, end_s: float) -> tuple[Bound, Bound]:
+        return bound_of_run(self.setup, table, end_s), bound(self.setup)
 
     def _make_engine(self, instance: Instance) -> EngineModel:
         kind = instance.kind.name
