@@ -1,0 +1,106 @@
+# Needs Python 3.11 or later with venv, and make. Everything else comes from the pinned lock files.
+
+VENV ?= .venv
+OUT ?= out
+BIN := $(VENV)/bin
+# The first interpreter that is new enough and can make virtual environments.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Quiet: what fails is still shown.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -qq
+
+PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid spikes two-models
+SEEDS ?= 1 2 3
+# Policies to publish; empty: all there are.
+POLICIES ?=
+# What each part of chiron buys: the same policy with one part off.
+ABLATED ?= azure spikes
+ABLATIONS ?= no-look-ahead:look_ahead=false no-backtest:adapt_headroom=false no-batch-plan:plan_batch=false \
+	no-eviction:evict=false no-late-turn:demote_late=false
+DYNAMO_PYTHON ?=
+
+SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow test-all lint format bench figures lock clean
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## Compare policies on real traffic: table, verdict, report (two minutes)
+	@mkdir -p $(OUT)
+	@$(BIN)/chiron compare demo --report $(OUT)/report.html --json $(OUT)/results.json --figures $(OUT)/figures
+	@echo
+	@echo "Report: $(OUT)/report.html    Figures: $(OUT)/figures    Numbers: $(OUT)/results.json"
+
+test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.dev ## The slow tests only
+	@$(BIN)/python -m pytest -n 2 -m slow
+
+test-all: $(VENV)/.dev ## Every test
+	@$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev ## Style, types, and which package may import which
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## Lay the code out as `make lint` wants it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNAMO_PYTHON=its interpreter
+	@mkdir -p $(OUT)
+	@$(BIN)/python bench/simulator.py --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
+
+figures: $(VENV)/.demo $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json) ## Run what is published; write docs/results.md and docs/figures (long)
+	@mkdir -p docs/figures
+	@for s in $(PUBLISHED); do cp $(OUT)/published/$$s/overview.svg docs/figures/$$s.svg; done
+	@cp $(OUT)/published/$(firstword $(PUBLISHED))/overview.svg docs/figures/overview.svg
+	@$(BIN)/python tools/results_table.py $(filter %.json,$^) > $(OUT)/published/results.md
+	@cp $(OUT)/published/results.md docs/results.md
+	@echo "docs/results.md and docs/figures are up to date"
+
+$(OUT)/published/%.ablation.json: $(SOURCES) | $(VENV)/.demo
+	@mkdir -p $(@D)
+	@$(BIN)/chiron compare $* -p chiron $(SEEDS:%=-s %) --json $@ \
+		$(foreach a,$(ABLATIONS),-p $(firstword $(subst :, ,$a)) \
+		--set policies.$(firstword $(subst :, ,$a)).policy=chiron \
+		--set policies.$(firstword $(subst :, ,$a)).$(lastword $(subst :, ,$a)))
+
+$(OUT)/published/%.json: $(SOURCES) | $(VENV)/.demo
+	@mkdir -p $(@D)
+	@$(BIN)/chiron compare $* $(SEEDS:%=-s %) --json $@ --figures $(OUT)/published/$* \
+		$(if $(POLICIES),$(POLICIES:%=-p %),$$($(BIN)/python -c \
+		'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))'))
+
+lock: ## Pin the newest versions of everything, in both lock files
+	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock
+	@$(OUT)/lock/bin/python -m pip install --disable-pip-version-check -qq 'setuptools>=77' '.[report]'
+	@$(OUT)/lock/bin/python -m pip freeze --all | grep -v -e '^pip==' -e '^chiron-serving' > requirements.lock
+	@$(OUT)/lock/bin/python -m pip install --disable-pip-version-check -qq '.[dev]'
+	@$(OUT)/lock/bin/python -m pip freeze --all | grep -v -e '^pip==' -e '^chiron-serving' > requirements-dev.lock
+	@rm -rf $(OUT)/lock
+
+clean: ## Remove what was made, but not the virtual environment
+	@rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# Stamps: installed once, and again when the pins change.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; set PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing the pinned packages (once; a minute or so) ..."
+	@$(INSTALL) -r requirements.lock
+	@$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.demo
+	@echo "Installing the tools for development (once) ..."
+	@$(INSTALL) -r requirements-dev.lock
+	@touch $@
