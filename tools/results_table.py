@@ -32,8 +32,8 @@ INTRODUCTION = (
     "- **p99**: by class, in the order of the columns before.\n"
     "- **reversed**: changes of the plan against the direction of the one before, within 60 s of it.\n"
     "- Several seeds: the mean, and the range in brackets where it shows.\n"
-    f"- Policies that keep at least {TARGET:.0%} of every class in every seed come first, the cheapest on top. The others follow, "
-    "nearest to it first.",
+    f"- Policies that keep at least {TARGET:.0%} of every class in every seed come first, the cheapest on top. "
+    "The others follow, nearest to it first.",
 )
 
 
