@@ -96,6 +96,7 @@ class EngineModel:
         "_in_boundary",
         "_key",
         "_listener",
+        "_max_num_seqs",
         "_mixed_s",
         "_prefilling",
         "_ready",
@@ -145,6 +146,7 @@ class EngineModel:
         self.kv_capacity_tokens = instance.kv_capacity_tokens
         self.kv_seconds_per_token = kv_seconds_per_token
         self.request_overhead_s = profile.request_overhead_ms / 1000.0
+        self._max_num_seqs = profile.max_num_seqs
         self.max_batch_size = min(instance.max_batch_size, profile.max_num_seqs)
         self._step_mode = step_mode
         self._key = engine_key(instance.id)
@@ -209,7 +211,7 @@ class EngineModel:
             self._cut()
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
-        self.max_batch_size = max_batch_size
+        self.max_batch_size = min(max_batch_size, self._max_num_seqs)
         if self._waiting:
             self._wake()
 
@@ -298,7 +300,7 @@ class EngineModel:
 
     def _steps_passed(self) -> int:
         """Steps of the segment that have ended by now, in the clock's total order."""
-        if self._mixed_s > 0.0 or self._due_s == inf:
+        if self._in_boundary or self._mixed_s > 0.0 or self._due_s == inf:
             return self._steps_done
         clock = self._clock
         now_s = clock.now_s
@@ -331,9 +333,12 @@ class EngineModel:
     def _boundary_when_idle(self) -> None:
         if self._due_s == inf:
             self._in_boundary = True
-            self._evict_marked()
+            while self._evicting:
+                self._evict_marked()
             self._in_boundary = False
             self._plan(changed=True)
+        else:
+            self._cut()  # Something started at this very moment.
 
     def _on_due(self) -> None:
         if self._clock.now_s != self._due_s:
@@ -380,7 +385,7 @@ class EngineModel:
             del self._sequences[request.id]
             request.tokens_done = request.payload
             listener.finished(request)
-        if self._evicting:
+        while self._evicting:  # Whoever hears of one may ask for another.
             self._evict_marked()
             changed = True
         self._in_boundary = False
@@ -452,8 +457,9 @@ class EngineModel:
                     self._ready.remove(sequence)
                 self.kv_used_tokens -= sequence.context
                 saved = sequence.context
-            elif sequence in self._waiting:
-                self._waiting.remove(sequence)
+            else:
+                if sequence in self._waiting:  # Else its request overhead is not over.
+                    self._waiting.remove(sequence)
                 saved = request.kv_saved_tokens
             request.tokens_done = sequence.generated
             request.kv_saved_tokens = saved

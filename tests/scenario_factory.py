@@ -1,0 +1,366 @@
+"""Small random simulations for the law tests: tiny KV, ties, failures, every kind of instance lifecycle.
+
+``Wild`` is a policy that decides at random, as a pure function of what it sees: it takes the control plane and the
+engine to corners that no sensible policy visits. Times are often multiples of 1/64 s, which floats hold exactly, so
+that simultaneous events really are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
+from random import Random
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.engines.profile import Profile
+from chiron.policies.chiron import ChironSettings
+from chiron.policies.packing import PackingRouter, PackingSettings
+from chiron.policies.policy import Estimates, Policy, PolicyEntry, Router
+from chiron.policies.registry import POLICIES
+from chiron.policies.rivals.routing import LeastRouter
+from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan
+from chiron.sim.run import Simulation
+from chiron.sim.setup import ColdStart, Failures, Setup
+from chiron.telemetry.result import Result
+from chiron.workload.types import Workload
+
+TICK_S = 1 / 64
+CLASSES = (
+    RequestClass(name="chat", kind="interactive", ttft_s=1.0, itl_s=0.05),
+    RequestClass(name="agent", kind="interactive", ttft_s=4.0),
+    RequestClass(name="night", kind="batch", deadline_s=60.0),
+    RequestClass(name="someday", kind="batch"),
+)
+PROFILE = Profile(
+    name="small",
+    model="m0",
+    gpu="g",
+    tp=1,
+    engine="e",
+    h_ms=1000 / 64,
+    w0_ms=0.0,
+    f_ms_per_token=0.0,
+    c_ms_per_context_token=0.0,
+    q_ms_per_token_squared=0.0,
+    kv_capacity_tokens=200,
+    kv_bytes_per_token=1_000_000,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    price_per_gpu_hour=1.0,
+)
+
+
+def kind_of(profile: Profile, **changes: Any) -> InstanceKind:
+    """An instance kind that runs this profile."""
+    kind = InstanceKind(
+        name=profile.name,
+        gpu=profile.gpu,
+        gpus=profile.tp,
+        price_per_gpu_hour=profile.price_per_gpu_hour,
+        kv_capacity_tokens=profile.kv_capacity_tokens,
+        max_num_seqs=profile.max_num_seqs,
+    )
+    return replace(kind, **changes)
+
+
+def workload_of(rows: list[tuple[float, int, int, int, int]], models: tuple[str, ...] = ("m0",)) -> Workload:
+    """From (arrival s, input tokens, output tokens, model, class) rows, in any order."""
+    rows = sorted(rows)
+    columns = [np.array([row[i] for row in rows], dtype=np.int64) for i in range(1, 5)]
+    arrival_s = np.array([row[0] for row in rows], dtype=np.float64)
+    return Workload(
+        arrival_s=arrival_s,
+        input_tokens=columns[0],
+        output_tokens=columns[1],
+        model=columns[2],
+        cls=columns[3],
+        deadline_s=arrival_s + np.array([c.deadline_s for c in CLASSES])[columns[3]],
+        models=models,
+        classes=CLASSES,
+    )
+
+
+def setup_of(
+    rows: list[tuple[float, int, int, int, int]],
+    *,
+    policy: str = "static",
+    settings: Any = None,
+    profile: Profile = PROFILE,
+    model: ModelSpec | None = None,
+    initial: int = 1,
+    **changes: Any,
+) -> Setup:
+    """One model, one profile, no noise: for scenarios that are worked out by hand."""
+    defaults = {"static": StaticSettings, "chiron": ChironSettings, "wild": WildSettings}
+    base = Setup(
+        scenario="by hand",
+        models=(model or ModelSpec(name="m0", kinds=(kind_of(profile),), min_instances=1, max_instances=4),),
+        profiles={profile.name: profile},
+        initial={"m0": initial},
+        workload=workload_of(rows),
+        policy=policy,
+        settings=settings or defaults[policy](),
+        cold_start=ColdStart(node_start_s=1.0, model_load_s=2.0, warm_load_s=1.0, warm_for_s=30.0, jitter=0.0),
+    )
+    return replace(base, **changes)
+
+
+# -- a policy that does anything ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WildSettings:
+    """What ``wild`` may do. Its draws are named by seed and by what it sees."""
+
+    seed: int = 0
+    packs: bool = True
+    strict_roles: bool = False
+    holds_batch: bool = True
+    evicts: bool = True
+    eviction_pause_s: float = 1.0
+    revives: bool = True
+    relabels: bool = False
+    demotes_late: bool = True
+    migrates: bool = False
+    resizes: bool = True
+    caps: bool = True
+    tick_s: float = 2.0
+    drain_timeout_s: float = 3.0
+    group_span_s: float = 10.0
+
+
+def make_wild(settings: WildSettings) -> Policy:
+    """Any fleet, any cap, any move."""
+
+    def router(_: Any, estimates: Estimates) -> Router:
+        if settings.packs:
+            return PackingRouter(PackingSettings(), estimates, strict_roles=settings.strict_roles)
+        return LeastRouter(lambda instance: len(instance.requests))
+
+    return Policy(
+        name="wild",
+        settings=settings,
+        router=router,
+        fleet=_wild_fleet,
+        fleet_period_s=settings.tick_s,
+        local=_wild_cap if settings.caps else None,
+        holds_batch=settings.holds_batch,
+        evicts=settings.evicts,
+        eviction_pause_s=settings.eviction_pause_s,
+        revives=settings.revives,
+        relabels=settings.relabels,
+        demotes_late=settings.demotes_late,
+        group_span_s=settings.group_span_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        migrate=_wild_moves if settings.migrates else None,
+        migrate_period_s=0.5,
+    )
+
+
+def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
+    plans = {}
+    for model in view.models:
+        draw = Random(f"{settings.seed}:fleet:{model.name}:{view.now_s}")
+        counts = dict(model.planned)
+        if settings.resizes and draw.random() < 0.6:
+            counts = {"interactive": draw.randint(0, 1), "mixed": draw.randint(0, 2), "batch": draw.randint(0, 1)}
+        seen = {f"kv_{i.id}": float(i.kv_used_tokens) for i in model.instances}
+        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen)
+    return plans, None
+
+
+def _wild_cap(settings: WildSettings, state: None, view: LocalView) -> tuple[LocalDecision | None, None]:
+    draw = Random(f"{settings.seed}:cap:{view.now_s}:{view.dispatched}:{view.throughput}")
+    if draw.random() < 0.5:
+        return None, None
+    size = draw.choice((1, 2, 3, view.max_num_seqs))
+    seen = {"itl_s": view.itl_s, "decode_batch": view.decode_batch, "throughput": view.throughput}
+    return LocalDecision(max_batch_size=size, reason="wild", numbers=seen), None
+
+
+def _wild_moves(settings: WildSettings, state: None, view: FleetView) -> tuple[tuple[Migration, ...], None]:
+    draw = Random(f"{settings.seed}:moves:{view.now_s}")
+    moves = []
+    for model in view.models:
+        ids = [i.id for i in model.instances if i.state == "ready"]
+        if len(ids) >= 2:
+            source, destination = draw.sample(ids, 2)
+            moves.append(Migration(source=source, destination=destination))
+    return tuple(moves), None
+
+
+WILD = PolicyEntry(settings=WildSettings, make=make_wild, about="random decisions, for tests")
+
+
+# -- running --------------------------------------------------------------------------------------------------------
+
+
+def build(setup: Setup, *, step_mode: bool = False, events: io.StringIO | None = None) -> Simulation:
+    """The simulation, not yet run; ``wild`` exists only while it is made."""
+    POLICIES["wild"] = WILD
+    try:
+        return Simulation(setup, step_mode=step_mode, events=events)
+    finally:
+        del POLICIES["wild"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What is left of a finished simulation."""
+
+    simulation: Simulation
+    result: Result
+    log: str
+    """The event log, as written."""
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.splitlines()]
+
+
+def run(setup: Setup, *, step_mode: bool = False, before: Callable[[Simulation], None] | None = None) -> Run:
+    """Simulate, keep the log. ``before`` may look at or change the simulation before it runs."""
+    events = io.StringIO()
+    simulation = build(setup, step_mode=step_mode, events=events)
+    if before is not None:
+        before(simulation)
+    simulation.run()
+    result = simulation.result(wall_s=0.0, with_bound=False)
+    return Run(simulation=simulation, result=result, log=events.getvalue())
+
+
+def everything(run: Run) -> dict[str, str]:
+    """All that a run left, as text: equal text means bit-equal figures."""
+    requests = run.result.requests
+    return {
+        "log": run.log,
+        "times": repr([requests.dispatch_s.tolist(), requests.first_token_s.tolist(), requests.finish_s.tolist()]),
+        "ends": repr([requests.outcome.tolist(), requests.evictions.tolist()]),
+        "decisions": repr(run.result.decisions),
+        "fleet": repr(run.result.fleet),
+        "batch_sizes": repr(run.result.batch_sizes),
+        "summary": repr(run.result.summary),
+    }
+
+
+# -- strategies -----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def profiles(draw: st.DrawFn, name: str = "small") -> Profile:
+    """A small engine: KV for a handful of requests, a token budget of a few prompts."""
+    return Profile(
+        name=name,
+        model="m",
+        gpu=draw(st.sampled_from(("g", "h"))),
+        tp=draw(st.sampled_from((1, 2))),
+        engine="e",
+        h_ms=draw(st.sampled_from((1000 / 64, 1000 / 64, 10.0, 17.3))),
+        w0_ms=draw(st.sampled_from((0.0, 3.0))),
+        f_ms_per_token=draw(st.sampled_from((0.0, 0.5))),
+        c_ms_per_context_token=draw(st.sampled_from((0.0, 0.013))),
+        q_ms_per_token_squared=draw(st.sampled_from((0.0, 0.002))),
+        kv_capacity_tokens=draw(st.sampled_from((47, 90, 200, 350, 700, 1500))),
+        kv_bytes_per_token=draw(st.sampled_from((1_000, 20_000_000))),
+        max_num_seqs=draw(st.sampled_from((1, 3, 8, 16))),
+        max_num_batched_tokens=draw(st.sampled_from((4, 16, 64))),
+        request_overhead_ms=draw(st.sampled_from((0.0, 0.0, 1000 / 64, 7.0))),
+        step_overhead_ms=draw(st.sampled_from((0.0, 1.0))),
+        price_per_gpu_hour=1.5,
+    )
+
+
+@st.composite
+def workloads(draw: st.DrawFn, models: tuple[str, ...]) -> Workload:
+    """Bursts and stragglers; most arrivals on a grid of 1/64 s, so that many coincide with each other and with steps.
+
+    Rows come from a seed: lists drawn one by one are mostly short, and short ones never fill an engine.
+    """
+    random = Random(draw(st.integers(0, 10_000)))
+    span_s = draw(st.sampled_from((2, 6, 20)))
+    input_max = draw(st.sampled_from((8, 60)))
+    output_max = draw(st.sampled_from((2, 30, 30, 300)))
+    classes = draw(st.sampled_from(((0,), (0, 0, 1, 2, 2, 3), (0, 2, 2, 2), (2, 3))))
+    rows = []
+    for _ in range(draw(st.integers(10, 60))):
+        grid_s = random.choice((1.0, 1.0, TICK_S, 0.001))
+        arrival_s = round(random.uniform(0, span_s) / grid_s) * grid_s
+        lengths = random.randint(1, input_max), random.randint(1, output_max)
+        rows.append((arrival_s, *lengths, random.randrange(len(models)), random.choice(classes)))
+    return workload_of(rows, models)
+
+
+wild_settings = st.builds(
+    WildSettings,
+    seed=st.integers(0, 9),
+    packs=st.sampled_from((True, False, False)),
+    strict_roles=st.booleans(),
+    holds_batch=st.booleans(),
+    evicts=st.sampled_from((True, True, False)),
+    eviction_pause_s=st.sampled_from((0.0, 1.0)),
+    revives=st.booleans(),
+    relabels=st.booleans(),
+    demotes_late=st.booleans(),
+    migrates=st.booleans(),
+    resizes=st.booleans(),
+    caps=st.booleans(),
+    tick_s=st.sampled_from((1.0, 2.5)),
+    drain_timeout_s=st.sampled_from((0.5, 3.0)),
+)
+
+
+@st.composite
+def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
+    """Any small setup. ``policy`` fixes which one runs; most run ``wild``."""
+    names = tuple(f"m{n}" for n in range(draw(st.sampled_from((1, 1, 2, 3)))))
+    specs, made = [], {}
+    for name in names:
+        kinds = []
+        for index in range(draw(st.sampled_from((1, 1, 2)))):
+            profile = draw(profiles(name=f"{name}-{index}"))
+            made[profile.name] = profile
+            kinds.append(kind_of(profile, max_instances=draw(st.sampled_from((2, 1_000_000)))))
+        least = draw(st.integers(0, 1))
+        specs.append(ModelSpec(name=name, kinds=tuple(kinds), min_instances=least, max_instances=3))
+    chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", "chiron", "static")))
+    settings: Any = {
+        "wild": wild_settings,
+        "chiron": st.just(ChironSettings(tick_s=2.0, hold_s=6.0)),
+        "static": st.builds(StaticSettings, max_num_seqs=st.integers(1, 12)),
+    }[chosen]
+    return Setup(
+        scenario="random",
+        models=tuple(specs),
+        profiles=made,
+        initial={spec.name: draw(st.integers(spec.min_instances, 2)) for spec in specs},
+        # Room for the initial fleets (two instances of two GPUs each), and sometimes for nothing more.
+        gpus_max=draw(st.sampled_from(({}, {"g": 12, "h": 12}, {"g": 13, "h": 20}))),
+        workload=draw(workloads(names)),
+        policy=chosen,
+        settings=draw(settings),
+        seed=draw(st.integers(0, 99)),
+        cold_start=ColdStart(
+            node_start_s=draw(st.sampled_from((0.0, 1.0))),
+            model_load_s=draw(st.sampled_from((1.0, 2.7))),
+            warm_load_s=draw(st.sampled_from((0.5, 1.0))),
+            warm_for_s=10.0,
+            jitter=draw(st.sampled_from((0.0, 0.2))),
+        ),
+        failures=Failures(
+            mtbf_s=draw(st.sampled_from((inf, inf, 15.0))),
+            at=tuple(draw(st.lists(st.sampled_from((1.0, 4.0, 4.5, 9.0)), max_size=2))),
+            start_failure=draw(st.sampled_from((0.0, 0.0, 0.4))),
+        ),
+        scrape_period_s=draw(st.sampled_from((0.5, 1.0))),
+        scrape_delay_s=draw(st.sampled_from((0.0, 0.2))),
+        kv_transfer_gb_per_s=draw(st.sampled_from((0.0, 1.0, 20.0))),
+        horizon_s=60.0,
+    )
