@@ -156,7 +156,7 @@ def test_offset_and_repeat_move_and_multiply_a_stream(tmp_path: Path) -> None:
     assert chat.tolist() == [20.0, 24.0, 24.0, 28.0]
 
 
-def test_auto_initial_is_the_interactive_work_at_seventy_per_cent() -> None:
+def test_auto_initial_follows_the_interactive_work_and_no_batch() -> None:
     # 4 requests/s of 0.16 GPU-seconds or so keep about one A100 busy; the 10,000 batch requests do not count.
     plain = setups(small())[0].initial["llama"]
     assert plain == setups(small("batch_job.0.requests=10000"))[0].initial["llama"]

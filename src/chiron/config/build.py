@@ -27,8 +27,6 @@ from chiron.workload.load import load_lengths, load_trace
 from chiron.workload.transform import concat
 from chiron.workload.types import Trace, Workload
 
-INITIAL_WINDOW_S = 300.0
-INITIAL_UTILISATION = 0.7
 STREAMS_PER_SEED = 1000
 """Streams of one seed that draw independently of those of the next."""
 
