@@ -13,8 +13,7 @@ Global, batch: queued work in order of deadline, less what the spare capacity of
 then, over the time left. Instances are added when that demand nears what one instance can still do in time: late
 enough that valleys do most of it for nothing, early enough to be safe.
 
-Changes in opposite directions are at least ``hold_s`` apart, and the fleet shrinks only to the largest size wanted
-over the settling time.
+Changes in opposite directions are at least ``hold_s`` apart.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import numpy as np
 
 from chiron.core.types import Role
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s, work_s
-from chiron.policies.headroom import Floats, Headroom, Rule, choose_headroom, window_mean
+from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed, window_mean
 from chiron.policies.packing import PackingRouter, PackingSettings
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.views import (
@@ -67,9 +66,9 @@ class ChironSettings:
     tick_s: float = 5.0
     utilisation: float = 0.95
     """Share of an instance's capacity that the interactive fleet is planned with."""
-    miss_max: float = 0.005
+    miss_max: float = 0.006
     """Share of each class's requests that the backtest may let miss: half of what 99 % attainment allows."""
-    slack_share: float = 0.55
+    slack_share: float = 0.7
     """Share of TTFT, less the prompt's own prefill, that waiting may take; the rest is the instance's own queue."""
     windows_s: tuple[int, ...] = (15, 60, 180, 600, 1800)
     """Averages of the load that the backtest chooses from."""
@@ -85,10 +84,12 @@ class ChironSettings:
     headroom_prior: float = 1.5
     """Headroom until ``learning_s`` of traffic has been seen."""
     learning_s: float = 600.0
-    margin: float = 0.05
+    margin: float = 0.0
     """Added to the headroom that the past would have needed."""
-    margin_unseen: float = 0.2
+    margin_unseen: float = 0.1
     """More of it while less than ``memory_s`` has been seen."""
+    floor_over_load: float = 1.15
+    """The fleet is never planned below this many times the last minute's load."""
     look_ahead: bool = True
     """The backtest's fleet follows the load one cold start late, as the real one does; off: at once."""
     adapt_headroom: bool = True
@@ -192,7 +193,7 @@ class ModelMemory:
     backtest_s: float
     """Time of the last backtest."""
     wanted: tuple[tuple[float, int], ...] = ()
-    """(time, instances wanted) over the settling window."""
+    """(time, instances wanted) over the hold time."""
     last_change_s: float = -inf
     last_direction: int = 0
     extra: int = 0
@@ -229,11 +230,11 @@ def _decide_model(
     memory = _remember(settings, memory, model, now_s, rate)
     memory = _backtested(settings, memory, model, now_s)
     memory = replace(memory, pressure=_pressure(memory.pressure, model))
-    level = window_mean(memory.load, memory.headroom.rule.window_s)
+    level = followed(memory.load, memory.headroom.rule, settings.tick_s)
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
     backlog = _backlog(model, serving, settings, recent)
-    needed = max(level * headroom, recent) + backlog
+    needed = max(level * headroom, settings.floor_over_load * recent) + backlog
     interactive = max(_whole(needed), model.min_instances)
     extra, bbp, batch_numbers, memory = _batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
@@ -294,7 +295,7 @@ def _first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> M
     """Before anything is known, the fleet that was found is taken as right for its load."""
     seconds = settings.prior_s
     instances = max(1, model.count("ready", "starting"))
-    rule = Rule(window_s=60, settle_s=1800)
+    rule = Rule(window_s=60, settle_s=600)
     return ModelMemory(
         began_s=floor(now_s) - seconds,
         load=np.full(seconds, settings.prior_load * instances),
@@ -353,12 +354,13 @@ def _backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView,
         memory.load,
         memory.counts,
         slacks,
-        [Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s],
+        [CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)],
         cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
         tick_s=settings.tick_s,
         miss_max=settings.miss_max,
         floor=model.min_instances,
         ceiling=model.max_instances,
+        current=memory.headroom.rule,
     )
     # An hour shows rare bursts that ten minutes do not.
     unseen = 1.0 - min(1.0, seen_s / settings.memory_s)
@@ -487,21 +489,21 @@ def _measure_spare(settings: ChironSettings, memory: ModelMemory, model: ModelVi
 def _settle(
     settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, wanted: int, extra: int
 ) -> tuple[int, str, ModelMemory]:
-    """Turn what is wanted now into the plan: up at once, down when it stayed down, and never back within the hold."""
+    """Turn what is wanted now into the plan, never back within the hold. A shrinking fleet goes no lower than the
+    most that was wanted meanwhile."""
     current = sum(model.planned.values())
-    settle_s = max(memory.headroom.rule.settle_s, settings.hold_s)
-    window = (*(w for w in memory.wanted if w[0] > now_s - max(settings.settles_s)), (now_s, wanted))
+    window = (*(w for w in memory.wanted if w[0] > now_s - settings.hold_s), (now_s, wanted))
     memory = replace(memory, wanted=window)
-    held_s = now_s - memory.last_change_s
+    held = now_s - memory.last_change_s < settings.hold_s
     if wanted > current:
-        if memory.last_direction < 0 and held_s < settings.hold_s:
+        if memory.last_direction < 0 and held:
             return current, "hold_after_down", memory
         reason = "batch_deadlines" if extra and wanted - extra <= current else "interactive_load"
         return wanted, reason, replace(memory, last_change_s=now_s, last_direction=1)
-    peak = max(count for t, count in window if t > now_s - settle_s)
+    peak = max(count for _, count in window)
     if peak < current:
-        settled = now_s - window[0][0] >= 0.9 * settle_s - settings.tick_s
-        if not settled or (memory.last_direction > 0 and held_s < settings.hold_s):
+        settled = now_s - window[0][0] >= settings.hold_s - 1.5 * settings.tick_s
+        if not settled or (memory.last_direction > 0 and held):
             return current, "hold_before_down", memory
         return peak, "load_fell", replace(memory, last_change_s=now_s, last_direction=-1)
     return current, "steady", memory
