@@ -280,6 +280,7 @@ class ControlPlane:
                     if instance is not None:
                         self._make_room(state, instance, request)
                 if instance is None:
+                    self._shed_batch(state, request, now_s)
                     break
                 state.waiting.remove_head(request)
                 self._dispatch(state, request, instance)
@@ -305,6 +306,14 @@ class ControlPlane:
             len(instance.requests) >= instance.max_batch_size or instance.kv_reserved_tokens + need > limit
         ):
             self._evict(state, instance, next(reversed(instance.batch.values())))
+
+    def _shed_batch(self, state: ModelState, request: Request, now_s: float) -> None:
+        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step."""
+        if self.policy.evicts and now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s:
+            instance = state.router.busiest_with_batch()
+            if instance is not None:
+                for victim in reversed(list(instance.batch.values())):
+                    self._evict(state, instance, victim)
 
     def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
         self._leave(state, request)

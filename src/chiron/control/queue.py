@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from heapq import heappop, heappush
 from math import inf
 
@@ -31,7 +31,7 @@ class InteractiveQueue:
     def __len__(self) -> int:
         return len(self._heap) + len(self._late)
 
-    def __iter__(self) -> Iterable[Request]:
+    def __iter__(self) -> Iterator[Request]:
         yield from (entry[2] for entry in self._heap)
         yield from self._late
 
@@ -103,7 +103,7 @@ class BatchQueue:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterable[Request]:
+    def __iter__(self) -> Iterator[Request]:
         for key in sorted(self._groups):
             yield from self._groups[key].resumed
             yield from self._groups[key].fresh

@@ -111,6 +111,7 @@ class EngineModel:
         "_steps_end",
         "_times",
         "_waiting",
+        "_waiting_tokens",
         "batch",
         "busy_s",
         "context_sum",
@@ -153,6 +154,7 @@ class EngineModel:
         self._fire: Callable[[], None] = self._on_due
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
+        self._waiting_tokens = 0
         self._prefilling: deque[_Sequence] = deque()
         self._restoring = 0
         """Sequences whose saved KV is on its way in, or in and waiting for the next boundary (``_ready``)."""
@@ -226,13 +228,12 @@ class EngineModel:
         if since > 0:
             elapsed = self._duration(done) - self._duration(self._steps_done)
             context = since * float(self.context_sum) + batch * (since * (since - 1) // 2)
-        waiting_tokens = sum(s.prompt for s in self._waiting) if self._waiting else 0
         return Sample(
             instance_id=self.instance.id,
             taken_s=self._clock.now_s,
             running=batch + len(self._prefilling) + self._restoring,
             waiting=len(self._waiting),
-            waiting_tokens=waiting_tokens,
+            waiting_tokens=self._waiting_tokens,
             head_tokens=self._waiting[0].prompt if self._waiting else 0,
             kv_used_tokens=self.kv_used_tokens + batch * since,
             steps=self.steps + since,
@@ -247,6 +248,7 @@ class EngineModel:
         """The process died: nothing it held comes back."""
         self._sequences.clear()
         self._waiting.clear()
+        self._waiting_tokens = 0
         self._prefilling.clear()
         self._decoding.clear()
         self._finishing.clear()
@@ -263,6 +265,7 @@ class EngineModel:
         if self._sequences.get(sequence.request.id) is not sequence:
             return  # Evicted, or the engine died, before the request overhead was over.
         self._waiting.append(sequence)
+        self._waiting_tokens += sequence.prompt
         if self._in_boundary:
             return
         if self._due_s == inf:
@@ -460,6 +463,7 @@ class EngineModel:
             else:
                 if sequence in self._waiting:  # Else its request overhead is not over.
                     self._waiting.remove(sequence)
+                    self._waiting_tokens -= sequence.prompt
                 saved = request.kv_saved_tokens
             request.tokens_done = sequence.generated
             request.kv_saved_tokens = saved
@@ -561,6 +565,7 @@ class EngineModel:
             if self.kv_used_tokens + need + self.batch > capacity:
                 return
             waiting.popleft()
+            self._waiting_tokens -= sequence.prompt
             self.kv_used_tokens += need
             if restore:
                 self._restore(sequence, restore)
@@ -606,3 +611,4 @@ class EngineModel:
         sequence.prefilled = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated
         self._waiting.appendleft(sequence)
+        self._waiting_tokens += sequence.prompt

@@ -122,6 +122,16 @@ class PackingRouter:
             heappush(heap, entry)
         return chosen
 
+    def busiest_with_batch(self) -> Instance | None:
+        heap = self._victims
+        while heap:
+            instance = heap[0][2]
+            if instance.index.open and instance.batch:
+                return instance
+            heappop(heap)
+            instance.index.in_victims = False
+        return None
+
     # -- interactive -------------------------------------------------------------------------------------------
 
     def _choose_interactive(self, request: Request) -> Instance | None:

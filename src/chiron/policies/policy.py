@@ -44,6 +44,9 @@ class Router(Protocol):
     def choose_victim(self, request: Request) -> Instance | None:
         """An instance where evicting batch work would make room for this interactive request; None: there is none."""
 
+    def busiest_with_batch(self) -> Instance | None:
+        """The first instance, in packing order, that runs batch work beside what waits; None: there is none."""
+
 
 LocalHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
@@ -70,6 +73,9 @@ class Policy:
     holds_batch: bool = False
     """Batch requests wait in the global queue until a router has room for them."""
     evicts: bool = False
+    shed_after: float = 0.1
+    """With ``evicts``: once a queued interactive request has waited this share of its TTFT, batch work makes way on
+    one instance after another, so that prefill has the steps to itself."""
     eviction_pause_s: float = 5.0
     """After an eviction, the instance gets no new batch work for this long."""
     revives: bool = False

@@ -55,3 +55,6 @@ class LeastRouter:
 
     def choose_victim(self, request: Request) -> Instance | None:
         return None
+
+    def busiest_with_batch(self) -> Instance | None:
+        return None
