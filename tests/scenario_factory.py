@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from chiron.core.clock import VirtualClock
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.profile import Profile
 from chiron.policies.chiron import ChironSettings
@@ -98,8 +99,7 @@ def setup_of(
     initial: int = 1,
     **changes: Any,
 ) -> Setup:
-    """One model, one profile, no noise: for scenarios that are worked out by hand."""
-    defaults = {"static": StaticSettings, "chiron": ChironSettings, "wild": WildSettings}
+    """One model, one profile, no noise: for scenarios that are worked out by hand. No settings: the defaults."""
     base = Setup(
         scenario="by hand",
         models=(model or ModelSpec(name="m0", kinds=(kind_of(profile),), min_instances=1, max_instances=4),),
@@ -107,7 +107,7 @@ def setup_of(
         initial={"m0": initial},
         workload=workload_of(rows),
         policy=policy,
-        settings=settings or defaults[policy](),
+        settings=settings,
         cold_start=ColdStart(node_start_s=1.0, model_load_s=2.0, warm_load_s=1.0, warm_for_s=30.0, jitter=0.0),
     )
     return replace(base, **changes)
@@ -203,11 +203,13 @@ WILD = PolicyEntry(settings=WildSettings, make=make_wild, about="random decision
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-def build(setup: Setup, *, step_mode: bool = False, events: io.StringIO | None = None) -> Simulation:
+def build(
+    setup: Setup, *, step_mode: bool = False, events: io.StringIO | None = None, clock: VirtualClock | None = None
+) -> Simulation:
     """The simulation, not yet run; ``wild`` exists only while it is made."""
     POLICIES["wild"] = WILD
     try:
-        return Simulation(setup, step_mode=step_mode, events=events)
+        return Simulation(setup, step_mode=step_mode, events=events, clock=clock)
     finally:
         del POLICIES["wild"]
 
@@ -226,15 +228,40 @@ class Run:
         return [json.loads(line) for line in self.log.splitlines()]
 
 
-def run(setup: Setup, *, step_mode: bool = False, before: Callable[[Simulation], None] | None = None) -> Run:
-    """Simulate, keep the log. ``before`` may look at or change the simulation before it runs."""
+def run(
+    setup: Setup,
+    *,
+    step_mode: bool = False,
+    clock: VirtualClock | None = None,
+    watch: Callable[[Simulation], None] | None = None,
+) -> Run:
+    """Simulate and keep the log. ``watch`` looks inside after every event."""
     events = io.StringIO()
-    simulation = build(setup, step_mode=step_mode, events=events)
-    if before is not None:
-        before(simulation)
+    watched = WatchedClock() if watch is not None else None
+    simulation = build(setup, step_mode=step_mode, events=events, clock=watched or clock)
+    if watched is not None and watch is not None:
+        watched.watch = lambda: watch(simulation)
     simulation.run()
     result = simulation.result(wall_s=0.0, with_bound=False)
     return Run(simulation=simulation, result=result, log=events.getvalue())
+
+
+class WatchedClock(VirtualClock):
+    """Calls ``watch`` after every timer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch: Callable[[], None] = lambda: None
+
+    def run_until(self, end_s: float) -> None:
+        while (next_s := self.next_s()) is not None and next_s <= end_s:
+            self.step()
+        super().run_until(end_s)
+
+    def step(self) -> bool:
+        fired = super().step()
+        self.watch()
+        return fired
 
 
 def everything(run: Run) -> dict[str, str]:
@@ -319,7 +346,7 @@ wild_settings = st.builds(
 
 @st.composite
 def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
-    """Any small setup. ``policy`` fixes which one runs; most run ``wild``."""
+    """Any small setup. ``policy`` fixes which one runs; by default many run ``wild``."""
     names = tuple(f"m{n}" for n in range(draw(st.sampled_from((1, 1, 2, 3)))))
     specs, made = [], {}
     for name in names:
@@ -330,12 +357,12 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
             kinds.append(kind_of(profile, max_instances=draw(st.sampled_from((2, 1_000_000)))))
         least = draw(st.integers(0, 1))
         specs.append(ModelSpec(name=name, kinds=tuple(kinds), min_instances=least, max_instances=3))
-    chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", "chiron", "static")))
+    chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", *sorted(POLICIES))))
     settings: Any = {
         "wild": wild_settings,
         "chiron": st.just(ChironSettings(tick_s=2.0, hold_s=6.0)),
         "static": st.builds(StaticSettings, max_num_seqs=st.integers(1, 12)),
-    }[chosen]
+    }.get(chosen, st.none())
     return Setup(
         scenario="random",
         models=tuple(specs),
@@ -363,4 +390,23 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
         scrape_delay_s=draw(st.sampled_from((0.0, 0.2))),
         kv_transfer_gb_per_s=draw(st.sampled_from((0.0, 1.0, 20.0))),
         horizon_s=60.0,
+    )
+
+
+def example_setup(policy: str) -> Setup:
+    """One fixed scenario of 150 requests with pressure, failures and cold starts."""
+    random = Random("example")
+    rows = [
+        (random.uniform(0, 30), random.randint(1, 40), random.randint(1, 60), 0, random.randrange(4))
+        for _ in range(150)
+    ]
+    wild = WildSettings(packs=False, migrates=True)
+    return setup_of(
+        rows,
+        policy=policy,
+        settings=wild if policy == "wild" else None,
+        initial=2,
+        failures=Failures(at=(5.0, 12.0), start_failure=0.2),
+        horizon_s=120.0,
+        seed=7,
     )

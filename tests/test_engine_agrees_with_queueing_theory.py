@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from chiron.core.clock import VirtualClock
@@ -15,6 +15,8 @@ from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of
 
 SERVER = replace(PROFILE, h_ms=1000 / 64, max_num_seqs=1, kv_capacity_tokens=1_000_000)
 """One request at a time; a token a step, a step 1/64 s."""
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 COUNT = 60_000
 LOAD = 0.6
 
@@ -36,7 +38,7 @@ class Finishes:
     def failed(self, request: Request, reason: str) -> None: ...
 
 
-def waits(arrival_s: Sequence[float], tokens: Sequence[int]) -> np.ndarray:
+def waits(arrival_s: Floats, tokens: Ints) -> Floats:
     """Seconds from arrival to the start of service, from the engine model."""
     clock = VirtualClock()
     ear = Finishes(clock)
@@ -47,33 +49,35 @@ def waits(arrival_s: Sequence[float], tokens: Sequence[int]) -> np.ndarray:
         times=StepTimes(SERVER),
         listener=ear,
     )
-    for number, (arrives_s, length) in enumerate(zip(arrival_s, tokens, strict=True)):
+    for number, (arrives_s, length) in enumerate(zip(arrival_s.tolist(), tokens.tolist(), strict=True)):
         clock.run_until(arrives_s)
         engine.start(Request(number, "m0", CLASSES[0], arrives_s, 1, length))
     clock.run_until(1e9)
-    return np.array(ear.finish_s) - np.array(tokens) * TICK_S - np.array(arrival_s)
+    starts: Floats = np.array(ear.finish_s) - tokens * TICK_S
+    waited: Floats = starts - arrival_s
+    return waited
 
 
-def lindley(arrival_s: np.ndarray, service_s: np.ndarray) -> np.ndarray:
-    """Waits of a single first-come-first-served server."""
-    wait_s = np.zeros(len(arrival_s))
+def lindley(arrival_s: Floats, tokens: Ints) -> Floats:
+    """Waits of a single first-come-first-served server, a step a token."""
+    wait_s, service_s = np.zeros(len(arrival_s)), tokens * TICK_S
     for n in range(1, len(arrival_s)):
         free_s = arrival_s[n - 1] + wait_s[n - 1] + service_s[n - 1]
         wait_s[n] = max(0.0, free_s - arrival_s[n])
     return wait_s
 
 
-def poisson(mean_service_s: float, seed: int) -> np.ndarray:
+def poisson(mean_service_s: float, seed: int) -> Floats:
     gaps = np.random.default_rng(seed).exponential(mean_service_s / LOAD, COUNT)
-    arrivals: np.ndarray = np.cumsum(gaps)
+    arrivals: Floats = np.cumsum(gaps)
     return arrivals
 
 
 def test_constant_service_waits_as_an_m_d_1_queue_does() -> None:
     arrival_s = poisson(TICK_S, seed=1)
-    tokens = np.ones(COUNT, dtype=int)
-    seen = waits(arrival_s.tolist(), tokens.tolist())
-    assert seen == pytest.approx(lindley(arrival_s, tokens * TICK_S), abs=1e-6)
+    tokens = np.ones(COUNT, dtype=np.int64)
+    seen = waits(arrival_s, tokens)
+    assert seen == pytest.approx(lindley(arrival_s, tokens), abs=1e-6)
     assert seen.mean() == pytest.approx(LOAD * TICK_S / (2 * (1 - LOAD)), rel=0.05)
 
 
@@ -81,7 +85,7 @@ def test_exponential_service_waits_as_an_m_m_1_queue_does() -> None:
     mean_tokens = 50
     tokens = np.random.default_rng(2).geometric(1 / mean_tokens, COUNT)
     arrival_s = poisson(mean_tokens * TICK_S, seed=3)
-    seen = waits(arrival_s.tolist(), tokens.tolist())
-    assert seen == pytest.approx(lindley(arrival_s, tokens * TICK_S), abs=1e-6)
+    seen = waits(arrival_s, tokens)
+    assert seen == pytest.approx(lindley(arrival_s, tokens), abs=1e-6)
     # M/M/1: mean wait = load / (1 - load) services; whole tokens make it (1 - 1/(2*50)) of that (Pollaczek-Khinchine).
     assert seen.mean() == pytest.approx(LOAD / (1 - LOAD) * mean_tokens * TICK_S, rel=0.05)

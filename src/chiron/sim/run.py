@@ -59,9 +59,16 @@ def simulate(
 class Simulation:
     """The parts of a run, wired; for tests and tools that look inside. Most callers want ``simulate``."""
 
-    def __init__(self, setup: Setup, *, step_mode: bool = False, events: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        step_mode: bool = False,
+        events: TextIO | None = None,
+        clock: VirtualClock | None = None,
+    ) -> None:
         self.setup = setup
-        self.clock = VirtualClock()
+        self.clock = clock or VirtualClock()
         self._step_mode = step_mode
         self._engines: list[EngineModel] = []
         """Every engine there ever was."""
