@@ -11,8 +11,9 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -q
 
 PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid spikes two-models
 SEEDS ?= 1 2 3
-# Policies to publish; empty: all there are.
+# Policies in the published tables (empty: all there are), and those in the figures: more than seven cannot be told apart.
 POLICIES ?=
+SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned static
 # What each part of chiron buys: the same policy with one part off.
 ABLATED ?= azure spikes
 ABLATIONS ?= no-look-ahead:look_ahead=false no-backtest:adapt_headroom=false no-batch-plan:plan_batch=false \
@@ -57,11 +58,13 @@ bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNA
 	@mkdir -p $(OUT)
 	@$(BIN)/python bench/simulator.py --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
 
-figures: $(VENV)/.demo $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json) ## Run what is published; write docs/results.md and docs/figures (long)
+TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
+
+figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) ## Run what is published; write docs/results.md and docs/figures (long)
 	@mkdir -p docs/figures
-	@for s in $(PUBLISHED); do cp $(OUT)/published/$$s/overview.svg docs/figures/$$s.svg; done
-	@cp $(OUT)/published/$(firstword $(PUBLISHED))/overview.svg docs/figures/overview.svg
-	@$(BIN)/python tools/results_table.py $(filter %.json,$^) > $(OUT)/published/results.md
+	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
+	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
+	@$(BIN)/python tools/results_table.py --figures figures $(TABLES) > $(OUT)/published/results.md
 	@cp $(OUT)/published/results.md docs/results.md
 	@echo "docs/results.md and docs/figures are up to date"
 
@@ -74,9 +77,14 @@ $(OUT)/published/%.ablation.json: $(SOURCES) | $(VENV)/.demo
 
 $(OUT)/published/%.json: $(SOURCES) | $(VENV)/.demo
 	@mkdir -p $(@D)
-	@$(BIN)/chiron compare $* $(SEEDS:%=-s %) --json $@ --figures $(OUT)/published/$* \
+	@$(BIN)/chiron compare $* $(SEEDS:%=-s %) --json $@ \
 		$(if $(POLICIES),$(POLICIES:%=-p %),$$($(BIN)/python -c \
 		'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))'))
+
+$(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo
+	@mkdir -p $(@D)
+	@$(BIN)/chiron compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$*
+	@cp $(OUT)/published/$*/overview.svg $@
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock

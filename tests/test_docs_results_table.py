@@ -17,8 +17,8 @@ from scenario_text import SMALL
 TOOL = Path(__file__).parent.parent / "tools" / "results_table.py"
 
 
-def page(*files: Path) -> str:
-    done = subprocess.run([sys.executable, str(TOOL), *map(str, files)], capture_output=True, text=True, check=True)
+def page(*arguments: str | Path) -> str:
+    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, check=True)
     return done.stdout
 
 
@@ -88,6 +88,12 @@ def test_one_bad_seed_is_enough_to_miss_the_target(tmp_path: Path) -> None:
     glance = rows(text.split("## a")[0])
     assert glance["`even`"] == ["**3.00**", "**3.00**"]
     assert glance["`uneven`"] == ["1.00 (98.50%)", "1.00 (98.50%)"]
+
+
+def test_each_scenario_shows_its_figure_only_if_asked(tmp_path: Path) -> None:
+    file = write(tmp_path / "azure.json", [run("chiron", 1, 1.0, 4.0)])
+    assert "](figures/azure.svg)" in page("--figures", "figures", file)
+    assert ".svg" not in page(file)
 
 
 def test_an_ablation_is_compared_with_the_whole(tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
-"""The figures of published runs as a Markdown page: ``python tools/results_table.py FILE.json ... > docs/results.md``.
+"""The figures of published runs as a Markdown page::
+
+    python tools/results_table.py [--figures FOLDER] FILE.json ... > docs/results.md
 
 Each file is what ``chiron compare SCENARIO --json`` wrote, named ``SCENARIO.json``; one named
-``SCENARIO.ablation.json`` holds chiron beside itself with one part off. ``make figures`` makes them all.
+``SCENARIO.ablation.json`` holds chiron beside itself with one part off. With ``--figures``, each scenario
+shows FOLDER/SCENARIO.svg. ``make figures`` makes them all.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -95,8 +99,8 @@ def classes_of(policies: Sequence[Policy]) -> list[str]:
     return list(dict.fromkeys(name for p in policies for run in p.runs for name in run["attainment"]))
 
 
-def page(paths: Sequence[Path]) -> str:
-    """The whole document."""
+def page(paths: Sequence[Path], pictures: str | None) -> str:
+    """The whole document. ``pictures``: folder of the scenarios' figures, as seen from the page."""
     comparisons = {p.name.removesuffix(".json"): read(p) for p in paths if not p.name.endswith(ABLATION)}
     ablations = {p.name.removesuffix(ABLATION): read(p) for p in paths if p.name.endswith(ABLATION)}
     parts = [*INTRODUCTION]
@@ -112,6 +116,8 @@ def page(paths: Sequence[Path]) -> str:
             + "`",
             comparison(policies),
         ]
+        if pictures is not None:
+            parts.append(f"![{scenario}: attainment against GPU-hours, fleets, latencies]({pictures}/{scenario}.svg)")
     if ablations:
         parts += [
             "## What each part of chiron buys",
@@ -229,15 +235,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main(arguments: Sequence[str]) -> None:
-    if not arguments:
-        raise SystemExit("usage: results_table.py FILE.json ... > docs/results.md")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Published results as a Markdown page, on stdout.")
+    parser.add_argument("files", metavar="FILE.json", nargs="+", type=Path)
+    parser.add_argument("--figures", metavar="FOLDER", help="where the page finds SCENARIO.svg")
+    options = parser.parse_args()
     try:
-        sys.stdout.write(page([Path(argument) for argument in arguments]))
+        sys.stdout.write(page(options.files, options.figures))
     except ResultsError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
