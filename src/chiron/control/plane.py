@@ -106,7 +106,7 @@ class ControlPlane:
         if not request.interactive and self.policy.holds_batch:
             state.batch.add(request)
             self._release_batch(state)
-        elif len(state.waiting):
+        elif state.waiting.count:
             state.waiting.add(request)
             self._pump(state)
         elif not self._place(state, request):
@@ -218,7 +218,8 @@ class ControlPlane:
         if request.prefill_cost_s and request.id in instance.requests:
             self._prefill_over(instance, request)
             state.router.changed(instance)
-            self._pump(state)
+            if state.waiting.count or state.batch.count:
+                self._pump(state)
 
     def finished(self, request: Request) -> None:
         state = self.models[request.model]
@@ -267,11 +268,12 @@ class ControlPlane:
     def _after_leaving(self, state: ModelState, instance: Instance) -> None:
         if instance.state == "draining" and not instance.requests and not instance.evicting:
             self._remove(instance)
-        self._pump(state)
+        if state.waiting.count or state.batch.count:
+            self._pump(state)
 
     def _pump(self, state: ModelState) -> None:
         """Dispatch what waits, while there is room."""
-        if len(state.waiting):
+        if state.waiting.count:
             now_s = self.clock.now_s
             while (request := state.waiting.head(now_s)) is not None:
                 instance = state.router.choose(request)
@@ -284,7 +286,7 @@ class ControlPlane:
                     break
                 state.waiting.remove_head(request)
                 self._dispatch(state, request, instance)
-        if state.batch.count and not len(state.waiting):
+        if state.batch.count and not state.waiting.count:
             self._release_batch(state)
 
     def _release_batch(self, state: ModelState) -> None:

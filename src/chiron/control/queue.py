@@ -25,11 +25,12 @@ class InteractiveQueue:
         self._heap: list[tuple[float, int, Request]] = []
         self._late: deque[Request] = deque()
         self._turn = 0
+        self.count = 0
         self.input_tokens = 0
         self.input_square = 0.0
 
     def __len__(self) -> int:
-        return len(self._heap) + len(self._late)
+        return self.count
 
     def __iter__(self) -> Iterator[Request]:
         yield from (entry[2] for entry in self._heap)
@@ -37,6 +38,7 @@ class InteractiveQueue:
 
     def add(self, request: Request) -> None:
         heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+        self.count += 1
         self.input_tokens += request.input_tokens
         self.input_square += float(request.input_tokens) ** 2
 
@@ -71,6 +73,7 @@ class InteractiveQueue:
         return min(first, self._late[0].arrival_s if self._late else inf)
 
     def _subtract(self, request: Request) -> None:
+        self.count -= 1
         self.input_tokens -= request.input_tokens
         self.input_square -= float(request.input_tokens) ** 2
 

@@ -68,7 +68,7 @@ class ChironSettings:
     """Share of an instance's capacity that the interactive fleet is planned with."""
     miss_max: float = 0.006
     """Share of each class's requests that the backtest may let miss: half of what 99 % attainment allows."""
-    slack_share: float = 0.7
+    slack_share: float = 0.8
     """Share of TTFT, less the prompt's own prefill, that waiting may take; the rest is the instance's own queue."""
     windows_s: tuple[int, ...] = (15, 60, 180, 600, 1800)
     """Averages of the load that the backtest chooses from."""
@@ -86,9 +86,9 @@ class ChironSettings:
     learning_s: float = 600.0
     margin: float = 0.0
     """Added to the headroom that the past would have needed."""
-    margin_unseen: float = 0.1
+    margin_unseen: float = 0.15
     """More of it while less than ``memory_s`` has been seen."""
-    floor_over_load: float = 1.15
+    floor_over_load: float = 1.05
     """The fleet is never planned below this many times the last minute's load."""
     look_ahead: bool = True
     """The backtest's fleet follows the load one cold start late, as the real one does; off: at once."""

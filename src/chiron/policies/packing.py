@@ -191,18 +191,17 @@ class PackingRouter:
         return tokens * (self._estimates.prefill_token_s + tokens * self._estimates.prefill_square_s)
 
     def _room_interactive(self, instance: Instance) -> bool:
-        return (
-            instance.index.open
-            and len(instance.requests) < instance.max_batch_size
-            and instance.kv_reserved_tokens < KV_FILL * instance.kv_capacity_tokens
-            and (
-                instance.prefill_backlog_s == 0.0
-                or (
-                    instance.prefill_backlog_s < instance.prefill_limit_s
-                    and instance.prefill_backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
-                )
-            )
-            and not (self._strict and instance.role == "batch")
+        if (
+            not instance.index.open
+            or len(instance.requests) >= instance.max_batch_size
+            or instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens
+            or (self._strict and instance.role == "batch")
+        ):
+            return False
+        backlog_s = instance.prefill_backlog_s
+        return backlog_s == 0.0 or (
+            backlog_s < instance.prefill_limit_s
+            and backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
         )
 
     # -- batch -------------------------------------------------------------------------------------------------
