@@ -61,7 +61,7 @@ bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNA
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
 
 figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) ## Run what is published; write docs/results.md and docs/figures (long)
-	@mkdir -p docs/figures
+	@mkdir -p docs/figures && rm -f docs/figures/*.svg
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
 	@$(BIN)/python tools/results_table.py --figures figures $(TABLES) > $(OUT)/published/results.md
