@@ -50,6 +50,10 @@ class ChironSettings:
     """Until step times are learned (a few seconds of traffic)."""
     itl_margin: float = 0.9
     """Share of the ITL SLO that batch sizes aim at: the mean over an instance hides some spread over requests."""
+    tune_batch_size: bool = True
+    """Off: ``initial_max_batch_size`` for ever, as a static engine flag."""
+    limit_prefill: bool = True
+    """Bound the longest step by the prefill in flight where the ITL SLO is tighter than the engine's token budget."""
     itl_missed_max: float = 0.003
     """Share of requests that may miss the ITL SLO before the aim is lowered."""
     itl_gain: float = 10.0
@@ -141,7 +145,7 @@ def decide_batch_size(
         ratio = min(2.0, max(0.5, view.itl_s / predicted))
         state = replace(state, correction=state.correction + 0.2 * (ratio - state.correction))
     target_s = itl_target_s(settings, slo_s, view.itl_missed)
-    limit_s = _prefill_limit_s(view, target_s, context)
+    limit_s = _prefill_limit_s(view, target_s, context) if settings.limit_prefill else inf
     size = int((target_s / state.correction - times.fixed_s) / slope)
     size = max(1, min(size, view.max_num_seqs))
     reason = "itl_below_slo" if size > before else "itl_above_slo"
@@ -517,7 +521,7 @@ def make_chiron(settings: ChironSettings) -> Policy:
         name="chiron",
         settings=settings,
         router=router,
-        local=decide_batch_size,
+        local=decide_batch_size if settings.tune_batch_size else None,
         fleet=decide_fleet,
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.initial_max_batch_size,
