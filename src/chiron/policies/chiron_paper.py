@@ -34,7 +34,6 @@ from chiron.policies.views import (
     ClassMix,
     FleetPlan,
     FleetView,
-    GroupView,
     InstanceView,
     LocalDecision,
     LocalView,
@@ -69,8 +68,10 @@ class ChironPaperSettings:
     """The throughput term counts only while the cap is full: load alone moves throughput too."""
     throughput_after_increase: bool = True
     """... and only if the last move was an increase: a halving lowers throughput and would be answered by the next."""
+    throughput_needs_loss: bool = True
+    """... and only as a loss of more than ``throughput_tolerance``. Near a plateau the ratio is close to 1: as it
+    stands it would stop the growth far below the SLO, and at 1 halve B for ever."""
     throughput_tolerance: float = 0.05
-    """... and as a ratio beyond this; at a plateau the ratio is 1, and B would be halved for ever."""
     # Dispatch.
     packing: PackingSettings = PackingSettings()
     """What "has no capacity" means besides B and KV: see ``policies.packing``; unknown."""
@@ -149,7 +150,13 @@ def decide_batch_size(
     latency = view.itl_s / view.itl_slo_s
     throughput = throughput_backpressure(settings, state, view)
     backpressure = max(latency, throughput)
-    numbers = {"bp": backpressure, "lbp": latency, "tbp": throughput}
+    numbers = {
+        "itl_s": view.itl_s,
+        "itl_slo_s": view.itl_slo_s,
+        "bp": backpressure,
+        "lbp": latency,
+        "tbp": throughput,
+    }
     if backpressure < 1.0:
         if settings.grow_needs_binding and not view.binding:
             return None, state
@@ -177,7 +184,10 @@ def throughput_backpressure(settings: ChironPaperSettings, state: LocalState, vi
     )
     if closed or state.throughput <= 0.0 or view.throughput <= 0.0:
         return 0.0
-    return state.throughput / view.throughput / (1.0 + settings.throughput_tolerance)
+    ratio = state.throughput / view.throughput
+    if settings.throughput_needs_loss and ratio <= 1.0 + settings.throughput_tolerance:
+        return 0.0
+    return ratio
 
 
 # -- global --------------------------------------------------------------------------------------------------------
@@ -196,9 +206,7 @@ class Memory:
 State = dict[str, Memory]
 
 
-def decide_fleet(
-    settings: ChironPaperSettings, state: State | None, view: FleetView
-) -> tuple[FleetPlan, State]:
+def decide_fleet(settings: ChironPaperSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: IBP sizes interactive and mixed, BBP sizes batch."""
     state = state or {}
     plans: dict[str, ModelPlan] = {}
@@ -217,21 +225,21 @@ def _decide_model(
     serving = [i for i in model.instances if i.state in ("ready", "starting") and i.role != "batch"]
     busy = sum(1 for i in serving if i.dispatched_interactive > 0)
     theta = _theta(settings, memory, model)
-    wanted = min(max(ceil(busy / theta - ROUNDING), model.min_instances), model.max_instances)
-    window = (*(w for w in memory.wanted if w[0] > now_s - settings.shrink_after_s), (now_s, wanted))
+    # An empty fleet has no busy instance; whoever waits needs one.
+    least = max(model.min_instances, 1 if model.waiting_interactive else 0)
+    wanted = min(max(ceil(busy / theta - ROUNDING), least), model.max_instances)
     current = model.planned.get("interactive", 0) + model.planned.get("mixed", 0)
+    history = memory.wanted or ((now_s, current),)
+    window = (*(w for w in history if w[0] > now_s - settings.shrink_after_s), (now_s, wanted))
     # Up at once; down to the most that was wanted lately.
     count = max(wanted, min(current, max(n for _, n in window)))
-    if not memory.wanted:
-        count = max(wanted, current)
     interactive, mixed = _split(settings, count, model)
     batch, bbp = _batch_instances(settings, model, now_s)
-    before = sum(model.planned.values())
     counts: dict[Role, int] = {"interactive": interactive, "mixed": mixed, "batch": batch}
     plan = ModelPlan(
         counts=counts,
         reason=_reason(count, current, batch, model.planned.get("batch", 0)),
-        numbers={"busy": float(busy), "theta": theta, "wanted": float(wanted), "before": float(before)},
+        numbers={"busy": float(busy), "theta": theta, "wanted": float(wanted)},
         ibp=busy / max(1, len(serving)),
         ibp_target=theta,
         bbp=float(bbp),
@@ -301,25 +309,18 @@ def _batch_instances(settings: ChironPaperSettings, model: ModelView, now_s: flo
     own_s = (mean + settings.quantile_z * spread) * step_s
     delay_s = model.cold_start_s if settings.count_cold_start else 0.0
     tokens, requests = 0.5 * model.running_batch * mean, float(model.running_batch)
-    late, needed = 0, present
+    late, added = 0, 0
     for group in model.groups:
         tokens += group.output_tokens
         requests += group.requests
         left_s = group.deadline_s - now_s - own_s
-        ahead = tokens + settings.quantile_z * spread * sqrt(requests)
-        if ahead > (spare + present) * rate * max(left_s, 0.0):
+        missing = tokens + settings.quantile_z * spread * sqrt(requests) - (spare + present) * rate * max(left_s, 0.0)
+        if missing > 0.0:
             late += 1
-            needed = max(needed, present + _added(group, ahead, left_s, delay_s, rate, spare + present))
-    return min(needed, model.max_instances), late
-
-
-def _added(group: GroupView, ahead: float, left_s: float, delay_s: float, rate: float, present: float) -> int:
-    """Instances to add so that the group is on time; if it is too late for that, enough for all of it at once."""
-    usable_s = left_s - delay_s
-    if usable_s <= delay_s:
-        usable_s = max(usable_s, delay_s, 1.0)
-    missing = ahead - present * rate * max(left_s, 0.0)
-    return min(max(1, ceil(missing / (rate * usable_s) - ROUNDING)), group.requests)
+            # What no instance could save any more is worked off within a cold start's time.
+            usable_s = max(left_s - delay_s, delay_s, settings.tick_s)
+            added = max(added, ceil(missing / (rate * usable_s) - ROUNDING))
+    return min(present + added, model.max_instances), late
 
 
 def spare_share(instance: InstanceView) -> float:
@@ -380,6 +381,8 @@ def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
         initial_roles=initial_roles,
         holds_batch=True,
         evicts=True,
+        # Evicting batch work for want of prefill is ours; the sources know eviction for want of room.
+        shed_after=inf,
         revives=settings.revive,
         group_span_s=settings.group_span_s,
     )

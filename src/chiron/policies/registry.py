@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from chiron.policies.chiron import ChironSettings, make_chiron
+from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSettings, make_chiron_paper
 from chiron.policies.policy import Policy, PolicyEntry
+from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
+from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix
 from chiron.policies.rivals.static import StaticSettings, make_static
 
 POLICIES: dict[str, PolicyEntry] = {
@@ -13,6 +16,46 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=ChironSettings,
         make=make_chiron,
         about="ours: learned batch sizes, forecast fleet, batch planned by deadline into spare capacity",
+    ),
+    "chiron-paper": PolicyEntry(
+        settings=ChironPaperSettings,
+        make=make_chiron_paper,
+        about="the published design as far as it is public: step-wise batch sizes, three pools, IBP and BBP",
+    ),
+    "chiron-paper-tuned": PolicyEntry(
+        settings=ChironPaperTunedSettings,
+        make=make_chiron_paper,
+        about="chiron-paper with Theta found by the fair tuning",
+    ),
+    "llumnix": PolicyEntry(
+        settings=LlumnixSettings,
+        make=make_llumnix,
+        about="Llumnix (OSDI '24): dispatch, migration and scaling by free KV per request",
+    ),
+    "llumnix-tuned": PolicyEntry(
+        settings=LlumnixTunedSettings,
+        make=make_llumnix,
+        about="llumnix with thresholds and batch size found by the fair tuning",
+    ),
+    "hpa-queue": PolicyEntry(
+        settings=HpaSettings,
+        make=make_hpa,
+        about="Kubernetes HPA on waiting requests per engine, least outstanding requests first",
+    ),
+    "hpa-queue-tuned": PolicyEntry(
+        settings=HpaQueueTunedSettings,
+        make=make_hpa,
+        about="hpa-queue with target and batch size found by the fair tuning",
+    ),
+    "hpa-kv": PolicyEntry(
+        settings=HpaKvSettings,
+        make=make_hpa,
+        about="Kubernetes HPA on the share of KV in use, least outstanding requests first",
+    ),
+    "hpa-kv-tuned": PolicyEntry(
+        settings=HpaKvTunedSettings,
+        make=make_hpa,
+        about="hpa-kv with target and batch size found by the fair tuning",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

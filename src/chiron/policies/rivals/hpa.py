@@ -166,7 +166,7 @@ def _decide_model(settings: HpaSettings, memory: Memory, model: ModelView, now_s
     settled = stabilised(settings, history, current, now_s)
     recent = tuple(c for c in memory.changes if c[0] > now_s - settings.rate_period_s)
     count = rate_limited(settings, settled, current, [change for _, change in recent])
-    count = min(max(count, model.min_instances), model.max_instances)
+    count = min(max(count, model.min_instances, 1), model.max_instances)
     if count != current:
         recent = (*recent, (now_s, count - current))
     mean = sum(metrics) / len(metrics)

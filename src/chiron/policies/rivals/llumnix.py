@@ -163,7 +163,7 @@ def _decide_model(settings: LlumnixSettings, model: ModelView) -> ModelPlan:
             added += 1
         return _plan(current + added, "freeness_low", numbers)
     if down > settings.scale_down_blocks and not model.count("draining"):
-        return _plan(max(current - 1, model.min_instances), "freeness_high", numbers)
+        return _plan(max(current - 1, model.min_instances, 1), "freeness_high", numbers)
     return _plan(current, "steady", numbers)
 
 
