@@ -13,6 +13,8 @@ Lengths: exponential means over about a thousand requests, by class; outputs are
 
 from __future__ import annotations
 
+from math import isfinite
+
 from chiron.core.types import Request, RequestClass, Sample
 from chiron.policies.views import ClassMix, StepTimes
 
@@ -106,7 +108,7 @@ class Learner:
         """Learn from one instance's scrape interval; intervals that were mostly idle say nothing."""
         busy_s = after.busy_s - before.busy_s
         steps = after.steps - before.steps
-        if steps < 4 or busy_s <= 0.0:
+        if not (steps >= 4 and busy_s > 0.0):
             return
         raw = (
             steps,
@@ -116,6 +118,8 @@ class Learner:
             prefill_square,
         )
         x = [value * prior / busy_s for value, prior in zip(raw, PRIOR, strict=True)]
+        if not all(map(isfinite, x)):
+            return  # One broken scrape must not spoil what is known.
         moment = self._moment
         for i, row in enumerate(self._normal):
             x_i = x[i]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import inf, nan
 
 from chiron.control.learning import Learner
@@ -140,6 +140,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         name=spec.name,
         min_instances=spec.min_instances,
         max_instances=spec.max_instances,
+        gpu=kind.gpu,
         gpus_per_instance=kind.gpus,
         price_per_hour=kind.gpus * kind.price_per_gpu_hour,
         kv_capacity_tokens=kind.kv_capacity_tokens,
@@ -167,8 +168,16 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
     return view
 
 
-def fleet_view(now_s: float, since_s: float, states: Iterable[ModelState], *, peek: bool = False) -> FleetView:
-    return FleetView(now_s=now_s, since_s=since_s, models=tuple(model_view(s, now_s, peek=peek) for s in states))
+def fleet_view(
+    now_s: float,
+    since_s: float,
+    states: Iterable[ModelState],
+    gpus_max: Mapping[str, float],
+    *,
+    peek: bool = False,
+) -> FleetView:
+    models = tuple(model_view(s, now_s, peek=peek) for s in states)
+    return FleetView(now_s=now_s, since_s=since_s, models=models, gpus_max=gpus_max)
 
 
 def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView:

@@ -56,7 +56,8 @@ class ControlPlane:
         self._journal = journal
         self._event = journal.event if journal.wants_events else None
         self._observer = observer
-        self._gpus_free = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
+        self._gpus_max = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
+        self._gpus_free = dict(self._gpus_max)
         self._next_instance = 1
         self._fleet_state = None
         self._migration_state = None
@@ -118,11 +119,12 @@ class ControlPlane:
             return
         state = self.models[request.model]
         instance = request.instance
+        self._end(state, request, "cancelled")
         if instance is None:
-            self._end(state, request, "cancelled")
+            (state.batch if not request.interactive and self.policy.holds_batch else state.waiting).forget(request)
+            self._pump(state)  # It may have been in the way of the next one.
         elif request.id in instance.requests:
-            self._end(state, request, "cancelled")
-            self._evict(state, instance, request)
+            self._stop(state, instance, request)
 
     def _place(self, state: ModelState, request: Request) -> bool:
         """Dispatch if an instance has room, or can be given room by evicting batch work."""
@@ -208,7 +210,7 @@ class ControlPlane:
         """Prefill is over. After an eviction without KV this comes again; only the first time counts."""
         instance = request.instance
         assert instance is not None
-        if request.first_token_s < 0.0:
+        if request.first_token_s < 0.0 and request.outcome is None:
             request.first_token_s = self.clock.now_s
             if self._event is not None:
                 self._event(self.clock.now_s, "first_token", request, instance)
@@ -239,7 +241,7 @@ class ControlPlane:
         instance.evicting.pop(request.id, None)
         request.instance = None
         request.instance_saved = instance if request.kv_saved_tokens else None
-        if self._event is not None:
+        if self._event is not None and request.outcome is None:
             self._event(self.clock.now_s, "evicted", request, instance)
         destination, request.migrating_to = request.migrating_to, None
         if request.outcome is None:
@@ -318,14 +320,17 @@ class ControlPlane:
                     self._evict(state, instance, victim)
 
     def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
-        self._leave(state, request)
-        instance.evicting[request.id] = request
         instance.batch_held_until_s = self.clock.now_s + self.policy.eviction_pause_s
         request.evictions += 1
         self.evictions += 1
-        engine = instance.engine
-        assert engine is not None
-        engine.evict(request)
+        self._stop(state, instance, request)
+
+    def _stop(self, state: ModelState, instance: Instance, request: Request) -> None:
+        """Take its place away; the engine lets go of it at the next step."""
+        self._leave(state, request)
+        instance.evicting[request.id] = request
+        assert instance.engine is not None
+        instance.engine.evict(request)
 
     # -- the local loop ----------------------------------------------------------------------------------------
 
@@ -340,10 +345,7 @@ class ControlPlane:
             before, instance.previous_sample, instance.sample = instance.sample, instance.sample, sample
             square = instance.prefill_square_total - instance.prefill_square_sampled
             instance.prefill_square_sampled = instance.prefill_square_total
-            if 0.0 <= instance.batch_held_until_s <= self.clock.now_s:
-                instance.batch_held_until_s = -1.0
-                if instance.state == "ready":
-                    self.models[instance.model].router.changed(instance)
+            self._end_hold(instance)
             if before is None:
                 continue
             fresh.append(instance)
@@ -359,6 +361,13 @@ class ControlPlane:
                     self._retune(self.models[instance.model], instance)
         for state in self.models.values():
             self._pump(state)
+
+    def _end_hold(self, instance: Instance) -> None:
+        """Let batch work back in once the pause after an eviction is over."""
+        if 0.0 <= instance.batch_held_until_s <= self.clock.now_s:
+            instance.batch_held_until_s = -1.0
+            if instance.state == "ready":
+                self.models[instance.model].router.changed(instance)
 
     def _retune(self, state: ModelState, instance: Instance) -> None:
         """Ask the local autoscaler for this instance's max batch size."""
@@ -403,11 +412,13 @@ class ControlPlane:
     def _fleet_tick(self) -> None:
         now_s = self.clock.now_s
         policy = self.policy
-        view = fleet_view(now_s, now_s - self._last_tick_s, self.models.values())
+        view = fleet_view(now_s, now_s - self._last_tick_s, self.models.values(), self._gpus_max)
         self._last_tick_s = now_s
         plan, self._fleet_state = policy.fleet(policy.settings, self._fleet_state, view)
         for name, model_plan in plan.items():
             self._adopt_plan(self.models[name], model_plan)
+        for instance in self.instances.values():
+            self._end_hold(instance)  # Scrapes do it sooner, but they may be missing.
         for state in self.models.values():
             self._reconcile(state)
             self._pump(state)
@@ -604,7 +615,7 @@ class ControlPlane:
         now_s = self.clock.now_s
         policy = self.policy
         assert policy.migrate is not None
-        view = fleet_view(now_s, 0.0, self.models.values(), peek=True)
+        view = fleet_view(now_s, 0.0, self.models.values(), self._gpus_max, peek=True)
         moves, self._migration_state = policy.migrate(policy.settings, self._migration_state, view)
         for move in moves:
             self._migrate(move)
@@ -620,9 +631,6 @@ class ControlPlane:
         for request in reversed(list(source.requests.values())):
             if request.first_token_s >= 0.0 and request.prefill_cost_s == 0.0:
                 request.migrating_to = destination
-                self._leave(state, request)
-                source.evicting[request.id] = request
                 self.migrations += 1
-                assert source.engine is not None
-                source.engine.evict(request)
+                self._stop(state, source, request)
                 return

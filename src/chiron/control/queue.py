@@ -33,8 +33,8 @@ class InteractiveQueue:
         return self.count
 
     def __iter__(self) -> Iterator[Request]:
-        yield from (entry[2] for entry in self._heap)
-        yield from self._late
+        yield from (entry[2] for entry in self._heap if entry[2].outcome is None)
+        yield from (request for request in self._late if request.outcome is None)
 
     def add(self, request: Request) -> None:
         heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
@@ -42,17 +42,17 @@ class InteractiveQueue:
         self.input_tokens += request.input_tokens
         self.input_square += float(request.input_tokens) ** 2
 
+    def forget(self, request: Request) -> None:
+        """It ended while it was queued: counted no more, dropped when it surfaces."""
+        self._subtract(request)
+
     def head(self, now_s: float) -> Request | None:
         """Whose turn it is; stays queued until ``remove_head``."""
         heap = self._heap
-        while heap and (heap[0][2].outcome is not None or (self._demotes_late and heap[0][0] < now_s)):
-            request = heappop(heap)[2]
-            if request.outcome is None:
-                self._late.append(request)
-            else:
-                self._subtract(request)
-        while self._late and self._late[0].outcome is not None:
-            self._subtract(self._late.popleft())
+        self._drop_ended()
+        while heap and self._demotes_late and heap[0][0] < now_s:
+            self._late.append(heappop(heap)[2])
+            self._drop_ended()
         if self._late and (not heap or self._turn >= self.LATE_TURN):
             return self._late[0]
         return heap[0][2] if heap else None
@@ -69,8 +69,16 @@ class InteractiveQueue:
 
     def oldest_arrival_s(self) -> float:
         """Of the first in either order; inf when empty."""
+        self._drop_ended()
         first = self._heap[0][2].arrival_s if self._heap else inf
         return min(first, self._late[0].arrival_s if self._late else inf)
+
+    def _drop_ended(self) -> None:
+        """Only the fronts matter."""
+        while self._heap and self._heap[0][2].outcome is not None:
+            heappop(self._heap)
+        while self._late and self._late[0].outcome is not None:
+            self._late.popleft()
 
     def _subtract(self, request: Request) -> None:
         self.count -= 1
@@ -79,19 +87,29 @@ class InteractiveQueue:
 
 
 class _Group:
-    __slots__ = ("class_counts", "deadline_s", "done_tokens", "fresh", "input_square", "input_tokens", "resumed")
+    __slots__ = (
+        "class_counts",
+        "count",
+        "deadline_s",
+        "done_tokens",
+        "fresh",
+        "input_square",
+        "input_tokens",
+        "resumed",
+    )
 
     def __init__(self) -> None:
         self.fresh: deque[Request] = deque()
         self.resumed: deque[Request] = deque()
         self.deadline_s = inf
+        self.count = 0
         self.input_tokens = 0
         self.input_square = 0.0
         self.done_tokens = 0
         self.class_counts: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self.fresh) + len(self.resumed)
+        return self.count
 
 
 class BatchQueue:
@@ -108,11 +126,11 @@ class BatchQueue:
 
     def __iter__(self) -> Iterator[Request]:
         for key in sorted(self._groups):
-            yield from self._groups[key].resumed
-            yield from self._groups[key].fresh
+            group = self._groups[key]
+            yield from (r for queue in (group.resumed, group.fresh) for r in queue if r.outcome is None)
 
     def add(self, request: Request) -> None:
-        deadline_s = min(request.deadline_s, request.arrival_s + BATCH_PATIENCE_S)
+        deadline_s = _order_s(request)
         key = int(deadline_s // self._span_s)
         group = self._groups.get(key)
         if group is None:
@@ -125,6 +143,10 @@ class BatchQueue:
             group.fresh.append(request)
         self._count(group, request, 1)
 
+    def forget(self, request: Request) -> None:
+        """It ended while it was queued: counted no more, dropped when it surfaces."""
+        self._count(self._groups[int(_order_s(request) // self._span_s)], request, -1)
+
     def head(self) -> Request | None:
         while self._order:
             group = self._groups[self._order[0]]
@@ -132,7 +154,7 @@ class BatchQueue:
                 while queue:
                     if queue[0].outcome is None:
                         return queue[0]
-                    self._count(group, queue.popleft(), -1)
+                    queue.popleft()
             del self._groups[heappop(self._order)]
         return None
 
@@ -161,11 +183,17 @@ class BatchQueue:
 
     def _count(self, group: _Group, request: Request, sign: int) -> None:
         self.count += sign
+        group.count += sign
         group.input_tokens += sign * request.input_tokens
         group.input_square += sign * float(request.input_tokens) ** 2
         group.done_tokens += sign * request.tokens_done
         name = request.cls.name
         group.class_counts[name] = group.class_counts.get(name, 0) + sign
+
+
+def _order_s(request: Request) -> float:
+    """The deadline that orders it."""
+    return min(request.deadline_s, request.arrival_s + BATCH_PATIENCE_S)
 
 
 def _view(groups: list[_Group], expected_output: Mapping[str, float]) -> GroupView:

@@ -223,7 +223,34 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     for model in view.models:
         memory = state.get(model.name) or _first_memory(settings, model, view.now_s - view.since_s)
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return share_gpus(plans, view), memories
+
+
+def share_gpus(plans: dict[str, ModelPlan], view: FleetView) -> dict[str, ModelPlan]:
+    """Where models together want more GPUs than exist: batch instances give way first, then every model's fleet
+    shrinks in proportion, never below its minimum."""
+    shared = dict(plans)
+    for gpu, limit in view.gpus_max.items():
+        models = [m for m in view.models if m.gpu == gpu]
+        excess = sum(sum(shared[m.name].counts.values()) * m.gpus_per_instance for m in models) - limit
+        roles: tuple[Role, ...] = ("batch", "mixed")
+        for role in roles:
+            while excess > 0:
+                able = [m for m in models if shared[m.name].counts.get(role, 0) > 0]
+                able = [m for m in able if sum(shared[m.name].counts.values()) > m.min_instances]
+                if not able:
+                    break
+                # The one that keeps the largest share of what it wanted gives next.
+                model = max(able, key=lambda m: _kept(shared[m.name], plans[m.name]))
+                plan = shared[model.name]
+                counts = {**plan.counts, role: plan.counts[role] - 1}
+                shared[model.name] = replace(plan, counts=counts, reason="gpu_limit")
+                excess -= model.gpus_per_instance
+    return shared
+
+
+def _kept(now: ModelPlan, wanted: ModelPlan) -> float:
+    return sum(now.counts.values()) / max(1, sum(wanted.counts.values()))
 
 
 def _decide_model(

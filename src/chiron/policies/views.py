@@ -99,6 +99,8 @@ class ModelView:
     name: str
     min_instances: int
     max_instances: int
+    gpu: str
+    """GPU type of the preferred kind, and how many of it one instance takes."""
     gpus_per_instance: int
     price_per_hour: float
     """Of one instance of the preferred kind."""
@@ -139,6 +141,8 @@ class FleetView:
     since_s: float
     """Seconds since the last tick."""
     models: tuple[ModelView, ...]
+    gpus_max: Mapping[str, float] = field(default_factory=dict)
+    """GPUs of each type that exist; a type not named is unlimited."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
