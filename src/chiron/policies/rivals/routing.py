@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from chiron.core.types import Instance, Request
 
@@ -20,12 +20,13 @@ class LeastRouter:
     """Sends each request, whatever its class, to the ready instance with the least score; ties to the older one.
 
     A score may depend on the instance's own counters only. Each change pushes a new entry; stale ones are dropped
-    when they surface: O(log n) a change.
+    when they surface, and all together once they are most of the heap: O(log n) a change, amortised.
     """
 
     def __init__(self, score: Callable[[Instance], float]) -> None:
         self._score = score
         self._heap: list[tuple[float, int, int, Instance]] = []
+        self._heap_max = 64
 
     def add(self, instance: Instance) -> None:
         if instance.index is None:
@@ -42,6 +43,10 @@ class LeastRouter:
         if note.open:
             note.version += 1
             heappush(self._heap, (self._score(instance), instance.id, note.version, instance))
+            if len(self._heap) > self._heap_max:
+                self._heap = [entry for entry in self._heap if entry[2] == entry[3].index.version]
+                heapify(self._heap)
+                self._heap_max = 64 + 2 * len(self._heap)
 
     def choose(self, request: Request) -> Instance | None:
         heap = self._heap
