@@ -39,7 +39,7 @@ class Bench:
         self.chattiness = 0.3
         """Probability that a callback gives a command."""
 
-    # -- what the engine reports -----------------------------------------------------------------------------------
+    # -- what the engine reports ----------------------------------------------------------------
 
     def first_token(self, request: Request) -> None:
         self.prefills += 1
@@ -61,7 +61,7 @@ class Bench:
             self.clock.call_later(self.random.choice((0.0, TICK_S, 1.0)), lambda: self.start(request))
         self.answer()
 
-    # -- commands ----------------------------------------------------------------------------------------------------
+    # -- commands ----------------------------------------------------------------
 
     def start(self, request: Request) -> None:
         self.inside[request.id] = request
@@ -81,7 +81,7 @@ class Bench:
         if self.random.random() < self.chattiness:
             self.random.choice((self.evict_one, self.resize, self.scrape))()
 
-    # -- books ---------------------------------------------------------------------------------------------------------
+    # -- books ----------------------------------------------------------------
 
     def end(self, request: Request, outcome: str) -> None:
         assert request.id not in self.ended, "a request ends once"

@@ -13,7 +13,7 @@ Lengths: exponential means over about a thousand requests, by class; outputs are
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 
 from chiron.core.types import Request, RequestClass, Sample
 from chiron.policies.views import ClassMix, StepTimes
@@ -108,7 +108,7 @@ class Learner:
         """Learn from one instance's scrape interval; intervals that were mostly idle say nothing."""
         busy_s = after.busy_s - before.busy_s
         steps = after.steps - before.steps
-        if not (steps >= 4 and busy_s > 0.0):
+        if not (steps >= 4 and 0.0 < busy_s < inf):
             return
         raw = (
             steps,
