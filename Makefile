@@ -16,15 +16,16 @@ POLICIES ?=
 SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned static
 # What each part of chiron buys: the same policy with one part off.
 ABLATED ?= azure spikes
-ABLATIONS ?= no-look-ahead:look_ahead=false no-backtest:adapt_headroom=false no-batch-plan:plan_batch=false \
-	no-eviction:evict=false no-late-turn:demote_late=false
+ABLATIONS ?= no-batch-size-tuning:tune_batch_size=false no-prefill-limit:limit_prefill=false no-eviction:evict=false \
+	no-late-turn:demote_late=false no-look-ahead:look_ahead=false no-backtest:adapt_headroom=false \
+	no-batch-plan:plan_batch=false
 DYNAMO_PYTHON ?=
 
 SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint format bench figures lock clean
+.PHONY: help demo test test-slow test-all lint format bench tune figures lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -59,6 +60,9 @@ bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNA
 	@$(BIN)/python bench/simulator.py --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
 
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
+
+tune: $(VENV)/.demo ## Tune the rivals fairly, on traffic that is not published (ten minutes)
+	@$(BIN)/python bench/tune_rivals.py
 
 figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) ## Run what is published; write docs/results.md and docs/figures (long)
 	@mkdir -p docs/figures && rm -f docs/figures/*.svg
