@@ -98,6 +98,10 @@ class ChironSettings:
     """The backtest's fleet follows the load one cold start late, as the real one does; off: at once."""
     adapt_headroom: bool = True
     """Off: ``headroom_prior`` over the 60 s mean, for ever."""
+    keep_last_s: float = 300.0
+    """The last instance stays this long after the last interactive request (with ``min_instances = 0``)."""
+    stale_s: float = 30.0
+    """The fleet does not shrink while no engine has been scraped for this long."""
     hold_s: float = 60.0
     """Least time between changes in opposite directions."""
     # Batch.
@@ -266,7 +270,9 @@ def _decide_model(
     headroom = memory.headroom.h * memory.pressure
     backlog = _backlog(model, serving, settings, recent)
     needed = max(level * headroom, settings.floor_over_load * recent) + backlog
-    interactive = max(_whole(needed), model.min_instances)
+    # However small the load, somebody has to serve it.
+    present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
+    interactive = max(_whole(needed), model.min_instances, 1 if present else 0)
     extra, bbp, batch_numbers, memory = _batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
@@ -396,7 +402,10 @@ def _backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView,
     # An hour shows rare bursts that ten minutes do not.
     unseen = 1.0 - min(1.0, seen_s / settings.memory_s)
     margin = 1.0 + settings.margin + settings.margin_unseen * unseen
-    return replace(memory, headroom=replace(headroom, h=headroom.h * margin), backtest_s=now_s)
+    h = headroom.h * margin
+    if headroom.rule == CONSTANT:
+        h = float(round(h))  # Whole instances already: rounding a small margin up would double a fleet of one.
+    return replace(memory, headroom=replace(headroom, h=h), backtest_s=now_s)
 
 
 def _backlog(model: ModelView, serving: Capacity, settings: ChironSettings, load: float) -> float:
@@ -536,8 +545,16 @@ def _settle(
         settled = now_s - window[0][0] >= settings.hold_s - 1.5 * settings.tick_s
         if not settled or (memory.last_direction > 0 and held):
             return current, "hold_before_down", memory
+        if _stale(settings, model):
+            return current, "stale_metrics", memory
         return peak, "load_fell", replace(memory, last_change_s=now_s, last_direction=-1)
     return current, "steady", memory
+
+
+def _stale(settings: ChironSettings, model: ModelView) -> bool:
+    """No engine has been heard of lately: whatever the load seems to be, do not take instances away."""
+    ages = [i.sample_age_s for i in model.instances if i.state == "ready"]
+    return bool(ages) and min(ages) > settings.stale_s
 
 
 def make_chiron(settings: ChironSettings) -> Policy:

@@ -1,0 +1,189 @@
+"""The global loop of ``chiron``: tables, and laws over random loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chiron.policies.capacity import capacity, work_s
+from chiron.policies.chiron import ChironSettings, decide_fleet, share_gpus
+from chiron.policies.headroom import CONSTANT, Rule, choose_headroom, followed
+from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
+from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model
+
+TIMES = StepTimes(
+    fixed_s=0.01,
+    per_sequence_s=1e-4,
+    per_context_token_s=0.0,
+    per_prefill_token_s=1e-4,
+    per_prefill_square_s=0.0,
+)
+
+
+def test_capacity_is_what_the_formula_says() -> None:
+    chat = replace(mix(CHAT), input_tokens=1000.0, input_square=1e6, output_tokens=100.0)
+    # w = 1e-4*1000 + 100*1e-4 = 0.11 s; s = 1.1 ms; B = (0.12 - 0.01)/0.0011 = 100; D = 0.12.
+    assert work_s(TIMES, chat) == pytest.approx(0.11)
+    found = capacity(TIMES, [(1.0, chat)], itl_target_s=0.12, kv_capacity_tokens=1e9, max_num_seqs=1024)
+    assert found.batch_size == pytest.approx(100.0)
+    assert found.step_s == pytest.approx(0.12)
+    assert found.work_rate == pytest.approx(1 - 0.01 / 0.12)
+
+
+@pytest.mark.parametrize(
+    ("kv", "seqs", "batch"),
+    [(1e9, 50, 50.0), (0.5 * 1100 * 100, 1024, 47.5)],
+    ids=["the engine's own limit", "KV, at 95 % of it"],
+)
+def test_capacity_is_limited_by_what_binds(kv: float, seqs: int, batch: float) -> None:
+    chat = replace(mix(CHAT), input_tokens=1000.0, input_square=1e6, output_tokens=100.0)
+    found = capacity(TIMES, [(1.0, chat)], itl_target_s=0.12, kv_capacity_tokens=kv, max_num_seqs=seqs)
+    assert found.batch_size == pytest.approx(batch)
+
+
+def choose(load: np.ndarray, *rules: Rule, cold_start_s: float = 60.0, slack_s: float = 2.0, miss_max: float = 0.005):
+    counts = np.ceil(load)[None, :]
+    return choose_headroom(
+        load, counts, [slack_s], rules, cold_start_s=cold_start_s, tick_s=5.0, miss_max=miss_max, floor=1, ceiling=100
+    )
+
+
+def test_steady_load_needs_little_headroom() -> None:
+    found = choose(np.full(1800, 7.6), Rule(window_s=60, settle_s=60))
+    assert found.instances == 8.0
+
+
+def test_spikes_faster_than_a_start_must_be_there_beforehand() -> None:
+    load = np.full(3600, 4.0)
+    for start in range(300, 3600, 360):
+        load[start : start + 60] = 12.0
+    slow = choose(load, Rule(window_s=60, settle_s=60), cold_start_s=60.0)
+    fast = choose(load, Rule(window_s=15, settle_s=60), cold_start_s=0.0)
+    assert slow.h > 2.0, "nothing that follows a minute late can do with less"
+    assert fast.instances < slow.instances
+
+
+def test_bursts_without_memory_end_with_a_constant_fleet() -> None:
+    draw = np.random.default_rng(1)
+    load = np.where(draw.random(3600) < 0.02, 40.0, 1.0)
+    rules = [CONSTANT, *(Rule(window_s=w, settle_s=s) for w in (15, 60, 600) for s in (60, 300))]
+    found = choose(load, *rules)
+    assert found.instances <= min(choose(load, rule).instances for rule in rules) * 1.03 + 1e-9
+
+
+def test_a_ramp_is_followed_rather_than_covered_for_ever() -> None:
+    load = np.linspace(1.0, 30.0, 3600)
+    found = choose(load, CONSTANT, Rule(window_s=60, settle_s=60))
+    assert found.rule != CONSTANT
+    assert found.instances < 20.0
+
+
+def test_what_is_followed_now_is_the_largest_window_mean_of_the_settling_time() -> None:
+    load = np.concatenate((np.full(300, 2.0), np.full(60, 9.0), np.full(100, 2.0)))
+    assert followed(load, Rule(window_s=60, settle_s=300), 5.0) == pytest.approx(9.0)
+    assert followed(load, Rule(window_s=60, settle_s=30), 5.0) < 4.0
+    assert followed(load, CONSTANT, 5.0) == 1.0
+
+
+def arrivals(now_s: float, requests: int, tick_s: float = 5.0) -> tuple[ArrivalView, ...]:
+    """``requests`` chat prompts of 500 tokens, spread over the seconds of a tick."""
+    seconds = int(tick_s)
+    each = [requests // seconds + (1 if i < requests % seconds else 0) for i in range(seconds)]
+    return tuple(
+        ArrivalView(second=int(now_s - tick_s) + i, cls=CHAT, requests=n, input_tokens=500.0 * n, input_square=4e5 * n)
+        for i, n in enumerate(each)
+        if n
+    )
+
+
+def drive(loads: list[int], hold_s: float = 60.0, **changes: object) -> list[tuple[float, int]]:
+    """The plans (time, instances) of a fleet that follows its plan at once, for a load per tick."""
+    ours = ChironSettings(hold_s=hold_s, learning_s=60.0, prior_s=60)
+    count, state, plans = 4, None, []
+    for tick, requests in enumerate(loads):
+        now_s = 5.0 * (tick + 1)
+        view = fleet(
+            model([instance(id=i) for i in range(count)], arrivals=arrivals(now_s, requests), **changes),
+            now_s=now_s,
+            since_s=5.0,
+        )
+        plan, state = decide_fleet(ours, state, view)
+        count = sum(plan["llama"].counts.values())
+        plans.append((now_s, count))
+    return plans
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 400), min_size=20, max_size=80))
+def test_plans_stay_in_bounds_and_never_turn_back_within_the_hold(loads: list[int]) -> None:
+    plans = drive(loads)
+    last_change_s, direction, before = -inf, 0, 4
+    for now_s, count in plans:
+        assert 1 <= count <= 50
+        if count != before:
+            turn = 1 if count > before else -1
+            assert turn == direction or now_s - last_change_s >= 60.0 or direction == 0
+            last_change_s, direction, before = now_s, turn, count
+
+
+def test_more_load_never_means_fewer_instances() -> None:
+    finals = [drive([requests] * 200)[-1][1] for requests in (0, 50, 100, 200, 400)]
+    assert finals == sorted(finals)
+    assert finals[0] == 1
+    assert finals[-1] > 3
+
+
+def test_a_model_scales_to_zero_and_back_only_when_asked() -> None:
+    assert drive([50] * 20 + [0] * 200, min_instances=0)[-1][1] == 0
+    assert drive([0] * 200 + [1], min_instances=0)[-1][1] == 1, "one small request is enough"
+
+
+def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:
+    silent = drive([0] * 200)
+    assert silent[-1][1] == 1
+    ours = ChironSettings(learning_s=60.0, prior_s=60)
+    state = None
+    for tick in range(200):
+        now_s = 5.0 * (tick + 1)
+        deaf = [replace(instance(id=i), sample_age_s=100.0) for i in range(4)]
+        plan, state = decide_fleet(ours, state, fleet(model(deaf), now_s=now_s, since_s=5.0))
+        assert sum(plan["llama"].counts.values()) == 4
+    assert plan["llama"].reason == "stale_metrics"
+
+
+def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:
+    ours = ChironSettings()
+
+    def planned(deadline_s: float) -> tuple[int, float]:
+        queued = group(deadline_s=deadline_s, requests=4000)
+        view = fleet(model([instance(id=i) for i in range(4)], groups=(queued,)), now_s=1000.0, since_s=5.0)
+        plan, _ = decide_fleet(ours, None, view)
+        return plan["llama"].counts["batch"], plan["llama"].bbp
+
+    assert planned(1e6) == (0, 0.0)
+    batch, bbp = planned(1100.0)
+    assert batch > 0
+    assert bbp == 1.0
+
+
+def test_models_that_share_gpus_give_up_batch_first() -> None:
+    one = model([instance(id=i) for i in range(4)], name="a")
+    two = model([instance(id=i) for i in range(4)], name="b")
+    plans = {
+        "a": ModelPlan(counts={"interactive": 0, "mixed": 4, "batch": 4}, reason="interactive_load"),
+        "b": ModelPlan(counts={"interactive": 0, "mixed": 6, "batch": 0}, reason="interactive_load"),
+    }
+    view = replace(fleet(one, two), gpus_max={"A100": 10.0})
+    shared = share_gpus(plans, view)
+    assert shared["a"].counts["batch"] == 0
+    assert shared["b"].counts["mixed"] == 6
+    tight = share_gpus(plans, replace(view, gpus_max={"A100": 5.0}))
+    assert sum(sum(p.counts.values()) for p in tight.values()) == 5
+    assert tight["a"].counts["mixed"] == 3, "both keep about the same share of what they wanted"
+    assert tight["a"].reason == "gpu_limit"
+    assert JOBS.kind == "batch"
