@@ -1,0 +1,114 @@
+"""Every policy by its name: a short run through the real simulator, and the tuned ones against what was found."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from chiron.cli import app
+from chiron.config import Scenario, setups
+from chiron.config.scenario import parse_scenario
+from chiron.policies.registry import POLICIES
+from chiron.sim.run import simulate
+from chiron.telemetry.result import Result
+
+SMALL = """
+[classes.chat]
+kind = "interactive"
+ttft = "5s"
+itl = "200ms"
+[classes.jobs]
+kind = "batch"
+deadline = "4m"
+[models.llama]
+instances = [{ profile = "llama-3.1-8b/a100/tp1" }]
+initial = 4
+max_instances = 8
+[cold_start]
+node_start = "5s"
+model_load = "10s"
+[[workload]]
+model = "llama"
+class = "chat"
+generate = { kind = "spikes", rate = 20, factor = 3, length = "20s", period = "60s", duration = "3m", lengths = { input = 800, output = 120 } }
+[[batch_job]]
+model = "llama"
+class = "jobs"
+at = "20s"
+requests = 600
+lengths = { input = 500, output = 150 }
+"""  # noqa: E501
+
+
+def run(policy: str, text: str = SMALL) -> Result:
+    scenario: Scenario = parse_scenario(text, directory=Path())
+    (setup,) = setups(scenario, policies=[policy])
+    return simulate(setup, with_bound=False)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_run_ends_every_request_within_the_bounds(policy: str) -> None:
+    result = run(policy)
+    assert result.summary["finished"] == result.summary["requests"]
+    assert result.summary["instances_peak"] <= 8
+    assert all(sum(point.ready.values()) + point.starting >= 1 for point in result.fleet)
+    assert result.summary["attainment"]["chat"] > 0.3
+
+
+def test_llumnix_migrates_and_comes_down_when_idle() -> None:
+    result = run("llumnix")
+    reasons = Counter(d.reason for d in result.decisions if d.kind == "fleet")
+    assert reasons["freeness_high"] >= 2
+    assert result.fleet[-1].planned < 4
+
+
+def test_chiron_paper_holds_batch_work_and_lets_interactive_requests_pass() -> None:
+    text = SMALL.replace("requests = 600", "requests = 3_000")
+    paper, llumnix = run("chiron-paper", text), run("llumnix", text)
+    assert max(point.waiting_batch for point in paper.fleet) > 0
+    assert max(point.waiting_batch for point in llumnix.fleet) == 0  # it dispatches all at once
+    assert paper.summary["attainment"]["chat"] > llumnix.summary["attainment"]["chat"]
+    assert paper.summary["attainment"]["jobs"] == llumnix.summary["attainment"]["jobs"] == 1.0
+
+
+def test_chiron_paper_adds_batch_instances_for_a_deadline_and_gives_them_back() -> None:
+    tight = SMALL.replace("requests = 600", "requests = 20_000").replace("max_instances = 8", "max_instances = 16")
+    fleet = run("chiron-paper", tight.replace('deadline = "4m"', 'deadline = "150s"')).fleet
+    assert max(point.ready["batch"] for point in fleet) >= 1
+    assert fleet[-1].ready["batch"] == 0
+    assert max(point.bbp for point in fleet) >= 1
+
+
+def test_tuned_policies_carry_what_the_tuning_found() -> None:
+    found = json.loads((resources.files("chiron") / "data" / "tuned.json").read_text(encoding="utf-8"))
+    assert found["command"] == "python bench/tune_rivals.py"
+    assert set(found["chosen"]) == {name.removesuffix("-tuned") for name in POLICIES if name.endswith("-tuned")}
+    for name, row in found["chosen"].items():
+        settings = POLICIES[f"{name}-tuned"].settings()
+        for key, value in row["settings"].items():
+            assert getattr(settings, key) == pytest.approx(value, abs=1e-6), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("policies.llumnix.scale_up_blocks=70", "scale_up_blocks is 70.0; it must be below scale_down_blocks (60.0)"),
+        ("policies.hpa-queue.target=0", "target is 0.0; it must be above 0"),
+        ("policies.hpa-kv.metric='cpu'", "policies.hpa-kv.metric"),
+        ("policies.chiron-paper.theta=1.5", "theta is 1.5; it must be above 0 and at most 1"),
+        ("policies.chiron-paper.packing.prefil=1", "policies.chiron-paper.packing.prefil: unknown key"),
+    ],
+)
+def test_bad_settings_are_errors_that_say_where(assignment: str, message: str, tmp_path: Any) -> None:
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL, encoding="utf-8")
+    policy = assignment.split(".")[1]
+    answer = CliRunner().invoke(app, ["simulate", str(file), "-p", policy, "--set", assignment])
+    assert answer.exit_code == 2
+    assert message in " ".join(answer.output.split())
