@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from chiron.core.clock import VirtualClock
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.profile import Profile
-from chiron.policies.chiron import ChironSettings
+from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.packing import PackingRouter, PackingSettings
 from chiron.policies.policy import Estimates, Policy, PolicyEntry, Router
 from chiron.policies.registry import POLICIES

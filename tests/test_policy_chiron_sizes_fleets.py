@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiron.policies.capacity import capacity, work_s
-from chiron.policies.chiron import ChironSettings, decide_fleet, share_gpus
+from chiron.policies.chiron import decide_fleet, share_gpus
+from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Rule, choose_headroom, followed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model

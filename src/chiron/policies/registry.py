@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from chiron.policies.chiron import ChironSettings, make_chiron
+from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSettings, make_chiron_paper
+from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix

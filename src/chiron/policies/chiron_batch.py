@@ -1,0 +1,95 @@
+"""``chiron``, global loop: batch work planned by deadline into spare capacity, and instances for what is left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, inf
+
+from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
+from chiron.policies.chiron_load import ModelMemory
+from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.headroom import window_mean
+from chiron.policies.views import GroupView, ModelView
+
+
+def batch_extra(
+    settings: ChironSettings,
+    memory: ModelMemory,
+    model: ModelView,
+    serving: Capacity,
+    now_s: float,
+    interactive: int,
+) -> tuple[int, int, dict[str, float], ModelMemory]:
+    """(instances to add for batch deadlines, BBP, numbers, memory)."""
+    if not model.groups:
+        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0)
+    mixes = [m for m in model.mixes if not m.cls.interactive]
+    seen = [m for m in mixes if m.finished] or mixes
+    own = capacity(
+        model.step_times,
+        [(1.0, m) for m in seen],
+        itl_target_s=settings.itl_margin * min(m.cls.itl_s for m in seen),
+        kv_capacity_tokens=model.kv_capacity_tokens,
+        max_num_seqs=model.max_num_seqs,
+    )
+    work = [_group_work_s(model, group) for group in model.groups]
+    memory = _measure_spare(settings, memory, model, sum(work))
+    trust = memory.spare_trust or settings.spare_trust
+    # Load is in units of an instance at the planned utilisation; batch work may use it all.
+    average = window_mean(memory.load, 600) * settings.utilisation
+    spare = max(0.0, interactive - average) * serving.work_rate
+    ready = model.count("ready")
+    present = trust * max(0.0, min(ready, interactive) - average) * serving.work_rate
+    present += max(0, ready - interactive) * own.work_rate
+    duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
+    ahead, demand, bbp = 0.0, -inf, 0
+    for group, group_work in zip(model.groups, work, strict=True):
+        ahead += group_work
+        left_s = group.deadline_s - now_s
+        usable_s = max(settings.tick_s, left_s * (1.0 - settings.deadline_margin) - duration_s)
+        bbp += ahead > present * usable_s
+        overdue = ahead - trust * spare * usable_s
+        demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
+    numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead, "spare_trust": trust}
+    extra = _batch_instances(settings, memory.extra, demand, ahead / own.work_rate)
+    memory = replace(
+        memory,
+        extra=extra,
+        batch_work_s=ahead,
+        batch_spare=max(0.0, min(ready, interactive) - average) * serving.work_rate,
+        batch_own=max(0, ready - interactive) * own.work_rate,
+    )
+    return extra, bbp, numbers, memory
+
+
+def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float) -> int:
+    """Whole instances for a demand: none until one would be well used, then until it is done."""
+    if not settings.plan_batch:
+        return max(1, ceil(work / 300.0))
+    if demand <= 0.05 or (running == 0 and demand < settings.start_share):
+        return 0
+    return max(1, ceil(demand / settings.fill))
+
+
+def _group_work_s(model: ModelView, group: GroupView) -> float:
+    context = group.input_tokens / group.requests
+    output = group.output_tokens / group.requests
+    work = prefill_s(model.step_times, group.input_tokens, group.input_square)
+    return work + group.requests * decode_s(model.step_times, context, output)
+
+
+def _measure_spare(settings: ChironSettings, memory: ModelMemory, model: ModelView, work: float) -> ModelMemory:
+    """Compare what left the batch queue since the last tick with the capacity that stood against it."""
+    if memory.batch_work_s <= 0.0 or memory.batch_spare < 0.1:
+        return memory
+    arrived = 0.0
+    outputs = {m.cls.name: m.output_tokens for m in model.mixes}
+    for arrival in model.arrivals:
+        if not arrival.cls.interactive:
+            context = arrival.input_tokens / arrival.requests
+            arrived += prefill_s(model.step_times, arrival.input_tokens, arrival.input_square)
+            arrived += arrival.requests * decode_s(model.step_times, context, outputs[arrival.cls.name])
+    released = (memory.batch_work_s + arrived - work) / settings.tick_s
+    ratio = min(1.2, max(0.05, (released - memory.batch_own) / memory.batch_spare))
+    before = memory.spare_trust or settings.spare_trust
+    return replace(memory, spare_trust=before + 0.05 * (ratio - before))

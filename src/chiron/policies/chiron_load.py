@@ -1,0 +1,171 @@
+"""``chiron``, global loop: interactive load, its history, and the fleet that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, floor, inf
+
+import numpy as np
+
+from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
+from chiron.policies.chiron_local import itl_target_s
+from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom
+from chiron.policies.views import ClassMix, ModelView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelMemory:
+    """What the global loop remembers of one model."""
+
+    began_s: float
+    """Time of the first second remembered; the prior lies before the first tick."""
+    load: Floats
+    """Instances' worth of interactive work that arrived in each second since."""
+    counts: Floats
+    """Interactive requests by class and second, shape (classes, seconds)."""
+    headroom: Headroom
+    backtest_s: float
+    """Time of the last backtest."""
+    wanted: tuple[tuple[float, int], ...] = ()
+    """(time, instances wanted) over the hold time."""
+    last_change_s: float = -inf
+    last_direction: int = 0
+    extra: int = 0
+    """Instances added for batch deadlines."""
+    pressure: float = 1.0
+    """Grows while promises are missed, and decays after."""
+    spare_trust: float = 0.0
+    """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
+    batch_work_s: float = 0.0
+    """Queued batch work at the last tick, and the spare capacity and batch instances that then stood against it."""
+    batch_spare: float = 0.0
+    batch_own: float = 0.0
+
+
+def _interactive(model: ModelView) -> list[ClassMix]:
+    return [m for m in model.mixes if m.cls.interactive]
+
+
+def interactive_capacity(settings: ChironSettings, model: ModelView, memory: ModelMemory) -> Capacity:
+    """One instance's capacity for the interactive mix of the last two minutes."""
+    mixes = _interactive(model)
+    rates = memory.counts[:, -120:].sum(axis=1).tolist() if memory.counts.shape[1] else [0.0] * len(mixes)
+    weighted = [(rate + 1e-6, mix) for rate, mix in zip(rates, mixes, strict=True)]
+    slo_s = min(
+        (m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=min((m.cls.itl_s for m in mixes), default=inf)
+    )
+    return capacity(
+        model.step_times,
+        weighted,
+        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed),
+        kv_capacity_tokens=model.kv_capacity_tokens,
+        max_num_seqs=model.max_num_seqs,
+    )
+
+
+def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
+    """Before anything is known, the fleet that was found is taken as right for its load."""
+    seconds = settings.prior_s
+    instances = max(1, model.count("ready", "starting"))
+    rule = Rule(window_s=60, settle_s=600)
+    return ModelMemory(
+        began_s=floor(now_s) - seconds,
+        load=np.full(seconds, settings.prior_load * instances),
+        counts=np.zeros((len(_interactive(model)), seconds)),
+        headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
+        backtest_s=now_s,
+    )
+
+
+def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float) -> ModelMemory:
+    """Append the seconds since the last tick."""
+    have = memory.load.shape[0]
+    seconds = max(0, floor(now_s) - round(memory.began_s) - have)
+    mixes = _interactive(model)
+    rows = {m.cls.name: row for row, m in enumerate(mixes)}
+    times = model.step_times
+    load = np.zeros(seconds)
+    counts = np.zeros((len(mixes), seconds))
+    for arrival in model.arrivals:
+        row = rows.get(arrival.cls.name)
+        if row is None or seconds == 0:
+            continue
+        # What arrived in the second under way at the last tick is counted with the first one after.
+        place = min(max(arrival.second - round(memory.began_s) - have, 0), seconds - 1)
+        context = arrival.input_tokens / arrival.requests
+        work = prefill_s(times, arrival.input_tokens, arrival.input_square)
+        work += arrival.requests * decode_s(times, context, mixes[row].output_tokens)
+        load[place] += work / rate
+        counts[row, place] += arrival.requests
+    keep = settings.memory_s
+    loads = np.concatenate((memory.load, load))
+    drop = max(0, len(loads) - keep)
+    return replace(
+        memory,
+        began_s=memory.began_s + drop,
+        load=loads[drop:],
+        counts=np.concatenate((memory.counts, counts), axis=1)[:, drop:],
+    )
+
+
+def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:
+    """Choose the rule anew, once there is something to learn from."""
+    seconds = memory.load.shape[0]
+    seen_s = seconds - settings.prior_s if seconds < settings.memory_s else inf
+    due = now_s - memory.backtest_s >= settings.backtest_s
+    if not settings.adapt_headroom or seen_s < settings.learning_s or not due or not memory.counts.any():
+        return memory
+    times = model.step_times
+    slacks = [
+        max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
+        for m in _interactive(model)
+    ]
+    headroom = choose_headroom(
+        memory.load,
+        memory.counts,
+        slacks,
+        [CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)],
+        cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
+        tick_s=settings.tick_s,
+        miss_max=settings.miss_max,
+        floor=model.min_instances,
+        ceiling=model.max_instances,
+        current=memory.headroom.rule,
+    )
+    # An hour shows rare bursts that ten minutes do not.
+    unseen = 1.0 - min(1.0, seen_s / settings.memory_s)
+    margin = 1.0 + settings.margin + settings.margin_unseen * unseen
+    h = headroom.h * margin
+    if headroom.rule == CONSTANT:
+        h = float(round(h))  # Whole instances already: rounding a small margin up would double a fleet of one.
+    return replace(memory, headroom=replace(headroom, h=h), backtest_s=now_s)
+
+
+def backlog(model: ModelView, serving: Capacity, settings: ChironSettings, load: float) -> float:
+    """Instances that would clear the part of the interactive queue that the present fleet cannot clear by the time
+    a new one is up."""
+    if model.waiting_interactive == 0:
+        return 0.0
+    outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
+    context = model.waiting_input_tokens / model.waiting_interactive
+    work = prefill_s(model.step_times, model.waiting_input_tokens, model.waiting_input_square)
+    work += model.waiting_interactive * decode_s(model.step_times, context, sum(outputs) / len(outputs))
+    reach_s = settings.tick_s + model.cold_start_s
+    spare = max(0.0, model.count("ready") - load)
+    return max(0.0, work / serving.work_rate / reach_s - spare)
+
+
+def pressure(before: float, model: ModelView) -> float:
+    """Missed promises raise the headroom; kept ones let it decay."""
+    ended = model.attained + model.missed
+    if ended == 0:
+        return before
+    if model.missed > 0.01 * ended:
+        return min(1.25, before + 0.01)
+    return max(1.0, before - 0.002)
+
+
+def whole(instances: float) -> int:
+    """Whole instances, forgiving a twentieth of one."""
+    return max(0, ceil(instances - 0.05))

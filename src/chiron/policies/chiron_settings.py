@@ -1,0 +1,83 @@
+"""Settings of ``chiron``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chiron.policies.packing import PackingSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChironSettings:
+    """Settings of ``chiron``. One set serves every workload that we publish figures for."""
+
+    # Local loop.
+    initial_max_batch_size: int = 128
+    """Until step times are learned (a few seconds of traffic)."""
+    itl_margin: float = 0.9
+    """Share of the ITL SLO that batch sizes aim at: the mean over an instance hides some spread over requests."""
+    tune_batch_size: bool = True
+    """Off: ``initial_max_batch_size`` for ever, as a static engine flag."""
+    limit_prefill: bool = True
+    """Bound the longest step by the prefill in flight where the ITL SLO is tighter than the engine's token budget."""
+    itl_missed_max: float = 0.003
+    """Share of requests that may miss the ITL SLO before the aim is lowered."""
+    itl_gain: float = 10.0
+    """How much: 1 % of requests more lowers it by a tenth; at most by half."""
+    # Dispatch.
+    packing: PackingSettings = PackingSettings()
+    evict: bool = True
+    """Interactive requests may evict batch work."""
+    demote_late: bool = True
+    """A queued request that has missed its TTFT waits behind those that can still meet it."""
+    group_span_s: float = 300.0
+    """Batch requests whose deadlines share a span of this length form a request group."""
+    # Global loop.
+    tick_s: float = 5.0
+    utilisation: float = 0.95
+    """Share of an instance's capacity that the interactive fleet is planned with."""
+    miss_max: float = 0.006
+    """Share of each class's requests that the backtest may let miss: half of what 99 % attainment allows."""
+    slack_share: float = 0.8
+    """Share of TTFT, less the prompt's own prefill, that waiting may take; the rest is the instance's own queue."""
+    windows_s: tuple[int, ...] = (15, 60, 180, 600, 1800)
+    """Averages of the load that the backtest chooses from."""
+    settles_s: tuple[int, ...] = (60, 300, 1800)
+    """Times to stay small before shrinking, likewise."""
+    memory_s: int = 3600
+    """History that the backtest runs over."""
+    backtest_s: float = 60.0
+    """Time between backtests."""
+    prior_load: float = 0.6
+    """Load per instance of the fleet found at the start: believed for ``prior_s`` before it, until seen otherwise."""
+    prior_s: int = 600
+    headroom_prior: float = 1.5
+    """Headroom until ``learning_s`` of traffic has been seen."""
+    learning_s: float = 600.0
+    margin: float = 0.0
+    """Added to the headroom that the past would have needed."""
+    margin_unseen: float = 0.15
+    """More of it while less than ``memory_s`` has been seen."""
+    floor_over_load: float = 1.05
+    """The fleet is never planned below this many times the last minute's load."""
+    look_ahead: bool = True
+    """The backtest's fleet follows the load one cold start late, as the real one does; off: at once."""
+    adapt_headroom: bool = True
+    """Off: ``headroom_prior`` over the 60 s mean, for ever."""
+    keep_last_s: float = 300.0
+    """The last instance stays this long after the last interactive request (with ``min_instances = 0``)."""
+    stale_s: float = 30.0
+    """The fleet does not shrink while no engine has been scraped for this long."""
+    hold_s: float = 60.0
+    """Least time between changes in opposite directions."""
+    # Batch.
+    spare_trust: float = 0.6
+    """Share of the spare capacity that deadlines may rely on before it has been measured."""
+    start_share: float = 0.6
+    """A batch instance is added when overdue work would fill this share of its time to the deadline."""
+    fill: float = 0.85
+    """Share of an added instance's time that the plan counts on."""
+    deadline_margin: float = 0.1
+    """Share of the time to each deadline that is kept in hand, besides one request's own duration."""
+    plan_batch: bool = True
+    """Off: batch instances are added as soon as batch work queues (what the paper argues against)."""
