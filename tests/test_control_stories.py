@@ -172,6 +172,9 @@ def test_batch_work_on_a_draining_instance_moves_on_after_the_drain_timeout() ->
     moved = [job for job in jobs if job.evictions]
     assert moved
     assert all(job.tokens_done == 2000 for job in jobs)
+    names = [name for name, _ in stage.log]
+    assert names.count("evicted") == len(moved) > 1
+    assert names.index("gone") > max(n for n, name in enumerate(names) if name == "evicted"), "drained, then removed"
 
 
 def test_an_instance_told_to_go_while_it_starts_goes_at_once_and_never_gets_ready() -> None:

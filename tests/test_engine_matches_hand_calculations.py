@@ -201,6 +201,23 @@ def test_an_eviction_asked_for_in_answer_to_another_happens_at_the_same_step() -
     assert engine.batch == 0
 
 
+def test_an_eviction_at_the_moment_work_starts_happens_at_the_next_step() -> None:
+    clock, engine, ear = bench(replace(PROFILE, request_overhead_ms=10_000 / 64), transfer_s=TICK_S)
+    resumed, other = request(1, 4, 60), request(2, 4, 60)
+    engine.start(resumed)
+    clock.run_until(13.5 * TICK_S)
+    engine.evict(resumed)
+    clock.run_until(100 * TICK_S)
+    assert resumed.kv_saved_tokens == 7
+    # From here: 10 steps of overhead, 7 to copy its KV in; at that very moment the other, in its overhead, is evicted.
+    clock.call_at(117 * TICK_S, lambda: engine.evict(other))
+    engine.start(resumed)
+    clock.run_until(110 * TICK_S)
+    engine.start(other)
+    clock.run_until(10.0)
+    assert ear.heard[-2:] == [(118, "evicted", 2), (117 + 56, "done", 1)]
+
+
 def test_a_request_longer_than_the_kv_cache_is_refused_alone() -> None:
     clock, engine, ear = bench(replace(PROFILE, kv_capacity_tokens=20))
     engine.start(request(1, 15, 6))
