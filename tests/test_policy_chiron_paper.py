@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chiron.core.types import Role
 from chiron.policies.chiron_paper import (
     ChironPaperSettings,
     LocalState,
@@ -155,10 +156,29 @@ def test_one_pool_grows_and_the_other_keeps_its_size() -> None:
     assert counts(ChironPaperSettings(grow="interactive"), one) == (10, 2, 0)
 
 
+@pytest.mark.parametrize(
+    ("grow", "expected"),
+    [("mixed", [(2, 4), (1, 1), (2, 6)]), ("interactive", [(2, 4), (0, 2), (4, 4)])],
+)
+def test_the_pool_that_does_not_grow_returns_to_its_size(grow: Any, expected: list[tuple[int, int]]) -> None:
+    settings = ChironPaperSettings(theta=1.0, shrink_after_s=0.0, grow=grow)
+    state, splits = None, []
+    planned: dict[Role, int] = {"interactive": 2, "mixed": 4, "batch": 0}
+    for active in (6, 2, 8):
+        one = model((*busy(active), *fleet_of(10 - active, first=50)), planned=planned)
+        plans, state = decide_fleet(settings, state, fleet(one))
+        planned = dict(plans["llama"].counts)
+        splits.append((planned["interactive"], planned["mixed"]))
+    assert splits == expected
+
+
 def test_the_fleet_shrinks_to_the_most_of_the_last_minute() -> None:
     state, totals = None, []
     for i in range(10):
-        one = model((*busy(3 if i == 0 else 1), *fleet_of(9, first=50)), planned={"mixed": 12 if i < 8 else 9})
+        one = model(
+            (*busy(3 if i == 0 else 1), *fleet_of(9, first=50)),
+            planned={"interactive": 0, "mixed": 12 if i < 8 else 9, "batch": 0},
+        )
         plans, state = decide_fleet(PAPER, state, fleet(one, now_s=1000.0 + 10.0 * i))
         totals.append(sum(plans["llama"].counts.values()))
     # 9 were wanted at first and 3 since; the size found, 12, is on record too.
@@ -284,7 +304,12 @@ def test_scrapes_play_no_part_in_the_fleet(fleet_made: list[tuple[bool, Any]]) -
 def test_more_busy_never_means_fewer(active: int, more: int, most: int, least: int) -> None:
     def of(number: int) -> int:
         live = (*busy(number), *fleet_of(24 - number, first=50))
-        one = model(live, min_instances=min(least, most), max_instances=most, planned={"mixed": min(24, most)})
+        one = model(
+            live,
+            min_instances=min(least, most),
+            max_instances=most,
+            planned={"interactive": 0, "mixed": min(24, most), "batch": 0},
+        )
         return sum(counts(PAPER, one))
 
     assert min(least, most) <= of(active) <= of(active + more) <= most

@@ -88,8 +88,9 @@ class ChironPaperSettings:
     theta_max: float = 0.9
     history_s: int = 3600
     grow: Literal["mixed", "interactive"] = "mixed"
-    """Pool that grows and shrinks; unknown. Over-provisioned mixed instances can do batch work meanwhile, which the
-    paper wants of spare capacity; interactive ones idle. The other keeps its initial size."""
+    """Pool that follows N; unknown. The other keeps its initial size as far as N allows, and one instance is always
+    mixed. Over-provisioned mixed instances do batch work meanwhile, which the paper wants of spare capacity;
+    interactive ones idle, and near the bounds of the fleet they take the place of batch instances."""
     interactive_share: float = 1 / 3
     """Share of the initial fleet of role interactive, the rest is mixed; unknown. Theta's: what is expected busy."""
     shrink_after_s: float = 60.0
@@ -197,6 +198,8 @@ def throughput_backpressure(settings: ChironPaperSettings, state: LocalState, vi
 class Memory:
     """What the global loop remembers of one model."""
 
+    kept: int
+    """Instances of the pool that does not grow, as found."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, interactive and mixed instances wanted) over ``shrink_after_s``."""
     arrivals: npt.NDArray[np.float64]
@@ -212,7 +215,7 @@ def decide_fleet(settings: ChironPaperSettings, state: State | None, view: Fleet
     plans: dict[str, ModelPlan] = {}
     memories: State = {}
     for model in view.models:
-        memory = state.get(model.name) or Memory(arrivals=np.zeros(0))
+        memory = state.get(model.name) or _first_memory(settings, model)
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view)
     return plans, memories
 
@@ -233,7 +236,7 @@ def _decide_model(
     window = (*(w for w in history if w[0] > now_s - settings.shrink_after_s), (now_s, wanted))
     # Up at once; down to the most that was wanted lately.
     count = max(wanted, min(current, max(n for _, n in window)))
-    interactive, mixed = _split(settings, count, model)
+    interactive, mixed = _split(settings, memory.kept, count)
     batch, bbp = _batch_instances(settings, model, now_s)
     counts: dict[Role, int] = {"interactive": interactive, "mixed": mixed, "batch": batch}
     plan = ModelPlan(
@@ -247,12 +250,15 @@ def _decide_model(
     return plan, replace(memory, wanted=window)
 
 
-def _split(settings: ChironPaperSettings, count: int, model: ModelView) -> tuple[int, int]:
-    """(interactive, mixed) instances of ``count``: one pool grows, the other keeps its size as far as it can."""
-    if settings.grow == "mixed":
-        interactive = min(model.planned.get("interactive", 0), count)
-        return interactive, count - interactive
-    mixed = min(model.planned.get("mixed", 0), count)
+def _first_memory(settings: ChironPaperSettings, model: ModelView) -> Memory:
+    kept = model.planned["interactive" if settings.grow == "mixed" else "mixed"]
+    return Memory(kept=kept, arrivals=np.zeros(0))
+
+
+def _split(settings: ChironPaperSettings, kept: int, count: int) -> tuple[int, int]:
+    """(interactive, mixed) instances of ``count``."""
+    mixed = count - kept if settings.grow == "mixed" else kept
+    mixed = min(max(mixed, 1), count)
     return count - mixed, mixed
 
 
