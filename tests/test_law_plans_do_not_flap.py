@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chiron.policies.chiron import ChironSettings, decide_fleet
+from chiron.policies.chiron import decide_fleet
+from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.registry import POLICIES, make_policy
 from chiron.policies.views import ModelView
 from chiron.sim.setup import Setup

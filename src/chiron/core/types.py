@@ -131,6 +131,8 @@ class InstanceKind:
     kv_capacity_tokens: int
     max_num_seqs: int
     """The most sequences the engine can ever run at once; a max batch size never exceeds it."""
+    max_num_batched_tokens: int = 2048
+    """The engine's token budget of one step."""
     max_instances: int = 1_000_000
 
 
@@ -196,6 +198,7 @@ class Instance:
         "max_batch_size",
         "model",
         "prefill_backlog_s",
+        "prefill_limit_s",
         "prefill_square_sampled",
         "prefill_square_total",
         "previous_sample",
@@ -235,6 +238,8 @@ class Instance:
         self.kv_reserved_tokens = 0
         self.prefill_backlog_s = 0.0
         """Estimated prefill seconds of requests that have no first token yet."""
+        self.prefill_limit_s = inf
+        """Most of that which the local autoscaler wants in flight: it bounds the longest step."""
         self.prefill_square_total = 0.0
         """Sum of squared prompt lengths whose prefill has ended: the attention term of prefill, seen from outside."""
         self.prefill_square_sampled = 0.0

@@ -49,11 +49,12 @@ class ChironSettings:
     backtest_s: float = 60.0
     """Time between backtests."""
     prior_load: float = 0.6
-    """Load per instance of the fleet found at the start: believed for ``prior_s`` before it, until seen otherwise."""
+    """Load per instance that the fleet found at the start is taken to have carried for ``prior_s`` before."""
     prior_s: int = 600
     headroom_prior: float = 1.5
-    """Headroom until ``learning_s`` of traffic has been seen."""
+    """Headroom over the busiest of the last ten minutes until ``learning_s`` of traffic has been seen."""
     learning_s: float = 600.0
+    """Traffic to be seen before the first backtest, seconds."""
     margin: float = 0.0
     """Added to the headroom that the past would have needed."""
     margin_unseen: float = 0.15

@@ -1,8 +1,8 @@
 """The fleet that runs at time 0 when a scenario says ``initial = "auto"``: the same for every policy.
 
 It stands for a service that has been running before: the least number of instances that, held for the first ten
-minutes, would keep 99.5 % of each interactive class within half its TTFT (as a fluid queue), and no less than the
-mean work needs at 70 % utilisation. Batch work is left out: it can wait.
+minutes, would keep 99.5 % of each interactive class within half its TTFT (as a fluid queue), and no less
+than the mean work needs at 70 % utilisation. Batch work is left out: it can wait.
 """
 
 from __future__ import annotations
