@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from chiron.policies.capacity import capacity, work_s
 from chiron.policies.chiron import decide_fleet, share_gpus
+from chiron.policies.chiron_load import first_memory
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Rule, choose_headroom, followed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
@@ -172,19 +173,28 @@ def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:
     assert bbp == 1.0
 
 
-def test_models_that_share_gpus_give_up_batch_first() -> None:
+def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
+    ours = ChironSettings()
     one = model([instance(id=i) for i in range(4)], name="a")
     two = model([instance(id=i) for i in range(4)], name="b")
-    plans = {
-        "a": ModelPlan(counts={"interactive": 0, "mixed": 4, "batch": 4}, reason="interactive_load"),
-        "b": ModelPlan(counts={"interactive": 0, "mixed": 6, "batch": 0}, reason="interactive_load"),
-    }
     view = replace(fleet(one, two), gpus_max={"A100": 10.0})
-    shared = share_gpus(plans, view)
-    assert shared["a"].counts["batch"] == 0
-    assert shared["b"].counts["mixed"] == 6
-    tight = share_gpus(plans, replace(view, gpus_max={"A100": 5.0}))
-    assert sum(sum(p.counts.values()) for p in tight.values()) == 5
-    assert tight["a"].counts["mixed"] == 3, "both keep about the same share of what they wanted"
-    assert tight["a"].reason == "gpu_limit"
+    memories = {m.name: first_memory(ours, m, 0.0) for m in (one, two)}
+
+    def shared(a: dict[str, int], b: dict[str, int]):
+        plans = {
+            "a": ModelPlan(counts={"interactive": 0, **a}, reason="interactive_load"),
+            "b": ModelPlan(counts={"interactive": 0, **b}, reason="interactive_load"),
+        }
+        return share_gpus(ours, plans, memories, view)
+
+    plans, _ = shared({"mixed": 4, "batch": 4}, {"mixed": 6, "batch": 0})
+    assert plans["a"].counts == {"interactive": 0, "mixed": 4, "batch": 0}
+    assert plans["b"].counts["mixed"] == 6
+    plans, _ = shared({"mixed": 9, "batch": 0}, {"mixed": 9, "batch": 0})
+    assert (plans["a"].counts["mixed"], plans["b"].counts["mixed"]) == (5, 5)
+    assert plans["a"].reason == "gpu_limit"
+    plans, after = shared({"mixed": 2, "batch": 2}, {"mixed": 8, "batch": 0})
+    assert plans["a"].counts["batch"] == 0, "batch instances give way to another model's interactive growth"
+    assert plans["b"].counts["mixed"] == 8
+    assert after["a"].last_direction == -1, "and it is remembered as a change"
     assert JOBS.kind == "batch"

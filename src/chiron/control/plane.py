@@ -106,7 +106,8 @@ class ControlPlane:
         """Dispatch or queue; who came earlier and waits goes first."""
         if not request.interactive and self.policy.holds_batch:
             state.batch.add(request)
-            self._release_batch(state)
+            if not state.waiting.count:
+                self._release_batch(state)
         elif state.waiting.count:
             state.waiting.add(request)
             self._pump(state)

@@ -51,34 +51,59 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     for model in view.models:
         memory = state.get(model.name) or first_memory(settings, model, view.now_s - view.since_s)
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return share_gpus(plans, view), memories
+    return share_gpus(settings, plans, memories, view)
 
 
-def share_gpus(plans: dict[str, ModelPlan], view: FleetView) -> dict[str, ModelPlan]:
-    """Where models together want more GPUs than exist: batch instances give way first, then every model's fleet
-    shrinks in proportion, never below its minimum."""
-    shared = dict(plans)
+def share_gpus(
+    settings: ChironSettings, plans: dict[str, ModelPlan], memories: State, view: FleetView
+) -> tuple[dict[str, ModelPlan], State]:
+    """Fit the plans into the GPUs that exist.
+
+    Growth for batch is refused first; then batch instances elsewhere give way to interactive growth, unless they
+    came within the hold time; then interactive growth is refused, in proportion. What runs interactive work is never
+    taken away here, so the limit adds no change of direction.
+    """
+    plans, memories = dict(plans), dict(memories)
     for gpu, limit in view.gpus_max.items():
         models = [m for m in view.models if m.gpu == gpu]
-        excess = sum(sum(shared[m.name].counts.values()) * m.gpus_per_instance for m in models) - limit
-        roles: tuple[Role, ...] = ("batch", "mixed")
-        for role in roles:
+        wanted = {m.name: _total(plans[m.name]) for m in models}
+        present = {m.name: sum(m.planned.values()) for m in models}
+        excess = sum(wanted[m.name] * m.gpus_per_instance for m in models) - limit
+        for stage in (_batch_growth, _idle_batch, _growth):
             while excess > 0:
-                able = [m for m in models if shared[m.name].counts.get(role, 0) > 0]
-                able = [m for m in able if sum(shared[m.name].counts.values()) > m.min_instances]
+                able = [m for m in models if stage(settings, plans[m.name], memories[m.name], m, view.now_s)]
                 if not able:
                     break
                 # The one that keeps the largest share of what it wanted gives next.
-                model = max(able, key=lambda m: _kept(shared[m.name], plans[m.name]))
-                plan = shared[model.name]
+                model = max(able, key=lambda m: _total(plans[m.name]) / wanted[m.name])
+                plan = plans[model.name]
+                role: Role = "batch" if plan.counts["batch"] > 0 else "mixed"
                 counts = {**plan.counts, role: plan.counts[role] - 1}
-                shared[model.name] = replace(plan, counts=counts, reason="gpu_limit")
+                plans[model.name] = replace(plan, counts=counts, reason="gpu_limit")
                 excess -= model.gpus_per_instance
-    return shared
+        for m in models:
+            if _total(plans[m.name]) < present[m.name] <= wanted[m.name]:
+                memories[m.name] = replace(memories[m.name], last_change_s=view.now_s, last_direction=-1)
+    return plans, memories
 
 
-def _kept(now: ModelPlan, wanted: ModelPlan) -> float:
-    return sum(now.counts.values()) / max(1, sum(wanted.counts.values()))
+def _total(plan: ModelPlan) -> int:
+    return sum(plan.counts.values())
+
+
+def _batch_growth(
+    settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float
+) -> bool:
+    return plan.counts["batch"] > 0 and _total(plan) > sum(model.planned.values())
+
+
+def _idle_batch(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float) -> bool:
+    free = memory.last_direction <= 0 or now_s - memory.last_change_s >= settings.hold_s
+    return plan.counts["batch"] > 0 and free and _total(plan) > model.min_instances
+
+
+def _growth(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float) -> bool:
+    return _total(plan) > sum(model.planned.values())
 
 
 def _decide_model(

@@ -156,11 +156,12 @@ class PackingRouter:
                     self.changed(instance)
                 continue
             kv_fits = instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens
-            if (kv_fits or not instance.requests) and self._prefill_fits(instance, request, cost_s):
+            alone = not instance.requests and tokens < instance.kv_capacity_tokens
+            if (kv_fits or alone) and self._prefill_fits(instance, request, cost_s):
                 chosen = instance
                 break
             entry = heappop(heap)
-            if usual:
+            if usual and tokens < instance.kv_capacity_tokens:
                 instance.index.in_interactive = False
                 continue
             if passed is None:
@@ -211,7 +212,8 @@ class PackingRouter:
             home = self._home(request)
             if home is not None:
                 return home
-        need = request.input_tokens + request.tokens_done + self._estimates.expected_output[request.cls.name]
+        tokens = request.input_tokens + request.tokens_done
+        need = tokens + self._estimates.expected_output[request.cls.name]
         cost_s = self._prefill_s(request)
         self._batch_need_mean += 0.01 * (need - self._batch_need_mean)
         usual = need <= _USUAL * self._batch_need_mean
@@ -226,11 +228,11 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if self._batch_fits(instance, need, cost_s):
+            if self._batch_fits(instance, tokens, need, cost_s):
                 chosen = instance
                 break
             entry = heappop(heap)
-            if usual:
+            if usual and tokens < instance.kv_capacity_tokens:
                 instance.index.in_batch = False
             else:
                 passed.append(entry)
@@ -266,11 +268,13 @@ class PackingRouter:
             instance.prefill_limit_s,
         )
 
-    def _batch_fits(self, instance: Instance, need: float, cost_s: float) -> bool:
+    def _batch_fits(self, instance: Instance, tokens: int, need: float, cost_s: float) -> bool:
         """Room by KV; and beside interactive requests no prompt that would stretch their steps past the limit."""
         if instance.running_interactive and instance.prefill_backlog_s + cost_s > instance.prefill_limit_s:
             return False
-        return instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens or not instance.requests
+        if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens:
+            return True
+        return not instance.requests and tokens < instance.kv_capacity_tokens
 
 
 def _kv_without_batch(instance: Instance) -> float:

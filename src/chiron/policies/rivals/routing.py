@@ -50,13 +50,20 @@ class LeastRouter:
 
     def choose(self, request: Request) -> Instance | None:
         heap = self._heap
-        while heap:
+        too_small: list[tuple[float, int, int, Instance]] = []
+        chosen: Instance | None = None
+        while heap and chosen is None:
             instance = heap[0][3]
             note: _Note = instance.index
-            if note.open and heap[0][2] == note.version:
-                return instance
-            heappop(heap)
-        return None
+            if not note.open or heap[0][2] != note.version:
+                heappop(heap)
+            elif request.input_tokens >= instance.kv_capacity_tokens:
+                too_small.append(heappop(heap))
+            else:
+                chosen = instance
+        for entry in too_small:
+            heappush(heap, entry)
+        return chosen
 
     def choose_victim(self, request: Request) -> Instance | None:
         return None
