@@ -11,14 +11,14 @@ up at once: the engine takes it out at the same step boundary at which it lets t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf
 
+from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal
-from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Outcome, Request, RequestClass, Role, Sample
+from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Request, RequestClass, Sample
 from chiron.policies.policy import Policy
-from chiron.policies.views import FleetPlan, FleetView, Migration, ModelPlan
+from chiron.policies.views import FleetPlan, FleetView, Migration
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
@@ -46,19 +46,25 @@ class ControlPlane:
         self.clock = clock
         self.policy = policy
         self.models = {m.name: ModelState(m, tuple(classes), policy) for m in models}
-        self.instances: dict[int, Instance] = {}
-        """Every instance that is not gone."""
         self.open_requests = 0
         """Arrived and not ended."""
         self.evictions = 0
         self.migrations = 0
-        self._fleet = fleet
         self._journal = journal
         self._event = journal.event if journal.wants_events else None
         self._observer = observer
         self._gpus_max = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
-        self._gpus_free = dict(self._gpus_max)
-        self._next_instance = 1
+        self._lifecycle = Lifecycle(
+            clock=clock,
+            fleet=fleet,
+            journal=journal,
+            policy=policy,
+            gpus_max=self._gpus_max,
+            evict=self._evict,
+            retune=self._retune,
+        )
+        self.instances = self._lifecycle.instances
+        """Every instance that is not gone, by id."""
         self._fleet_state = None
         self._migration_state = None
         self._last_tick_s = 0.0
@@ -73,10 +79,10 @@ class ControlPlane:
         )
         for role, number in split.items():
             for _ in range(number):
-                kind = self._free_kind(state)
+                kind = self._lifecycle.free_kind(state)
                 if kind is None:
                     raise ValueError(f"model {model!r}: the GPU limits do not allow {count} initial instances")
-                instance = self._new_instance(state, kind, role)  # type: ignore[arg-type]
+                instance = self._lifecycle.new_instance(state, kind, role)  # type: ignore[arg-type]
                 self.instance_ready(instance, attach(instance))
         state.planned = {role: split.get(role, 0) for role in ("interactive", "mixed", "batch")}
 
@@ -270,7 +276,7 @@ class ControlPlane:
 
     def _after_leaving(self, state: ModelState, instance: Instance) -> None:
         if instance.state == "draining" and not instance.requests and not instance.evicting:
-            self._remove(instance)
+            self._lifecycle.remove(state, instance)
         if state.waiting.count or state.batch.count:
             self._pump(state)
 
@@ -417,156 +423,15 @@ class ControlPlane:
         self._last_tick_s = now_s
         plan, self._fleet_state = policy.fleet(policy.settings, self._fleet_state, view)
         for name, model_plan in plan.items():
-            self._adopt_plan(self.models[name], model_plan)
+            self._lifecycle.adopt_plan(self.models[name], model_plan)
         for instance in self.instances.values():
             self._end_hold(instance)  # Scrapes do it sooner, but they may be missing.
         for state in self.models.values():
-            self._reconcile(state)
+            self._lifecycle.reconcile(state)
             self._pump(state)
         if self._observer is not None:
             self._observer(view, plan)
         self.clock.call_later(policy.fleet_period_s, self._fleet_tick)
-
-    def _adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
-        """Clamp to the model's bounds, remember, and log if anything changed."""
-        spec = state.spec
-        counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ("interactive", "mixed", "batch")}
-        excess = sum(counts.values()) - spec.max_instances
-        for role in ("batch", "mixed", "interactive"):
-            cut = min(max(excess, 0), counts[role])
-            counts[role] -= cut
-            excess -= cut
-        missing = spec.min_instances - sum(counts.values())
-        if missing > 0:
-            counts["mixed"] += missing
-        before = sum(state.planned.values())
-        after = sum(counts.values())
-        changed = counts != state.planned
-        state.planned = counts
-        if changed:
-            self._journal.decided(
-                self.clock.now_s,
-                Decision(
-                    kind="fleet" if before != after else "role",
-                    subject=spec.name,
-                    before=before,
-                    after=after,
-                    reason=plan.reason,
-                    numbers={**plan.numbers, **{role: float(n) for role, n in counts.items()}},
-                ),
-            )
-
-    def _reconcile(self, state: ModelState) -> None:
-        """Start and drain instances until the fleet is the plan."""
-        if self.policy.relabels:
-            total = sum(state.planned.values())
-            self._resize(
-                state, [i for i in state.instances.values() if i.state in ("starting", "ready")], total, "mixed"
-            )
-            self._relabel(state)
-            return
-        for role, count in state.planned.items():
-            live = [i for i in state.instances.values() if i.role == role and i.state in ("starting", "ready")]
-            self._resize(state, live, count, role)
-
-    def _resize(self, state: ModelState, live: list[Instance], count: int, role: Role) -> None:
-        for _ in range(count - len(live)):
-            if not self._revive(state, role) and not self._create(state, role):
-                break
-        if len(live) > count:
-            # First those that still start, then the emptiest; the newest of equals.
-            live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
-            for instance in live[: len(live) - count]:
-                # While successors still start, the model keeps the instances that its bounds promise.
-                ready = sum(1 for i in state.instances.values() if i.state == "ready")
-                if instance.state == "ready" and ready <= state.spec.min_instances:
-                    break
-                self._drain(state, instance)
-
-    def _relabel(self, state: ModelState) -> None:
-        live = sorted((i for i in state.instances.values() if i.state in ("starting", "ready")), key=lambda i: i.rank)
-        labels: list[Role] = [role for role, count in state.planned.items() for _ in range(count)]
-        for instance, role in zip(live, labels, strict=False):
-            if instance.role != role:
-                instance.role = role
-                if instance.state == "ready":
-                    state.router.changed(instance)
-                    self._retune(state, instance)
-
-    def _revive(self, state: ModelState, role: Role) -> bool:
-        if not self.policy.revives:
-            return False
-        draining = [i for i in state.instances.values() if i.state == "draining"]
-        if not draining:
-            return False
-        instance = max(draining, key=lambda i: (len(i.requests), -i.id))
-        instance.state = "ready"
-        instance.role = role
-        state.router.add(instance)
-        self._instance_event("ready", instance)
-        return True
-
-    def _free_kind(self, state: ModelState) -> InstanceKind | None:
-        for kind in state.spec.kinds:
-            used = sum(1 for i in state.instances.values() if i.kind is kind)
-            if used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) >= kind.gpus:
-                return kind
-        return None
-
-    def _new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
-        instance = Instance(self._next_instance, state.spec.name, kind, role, self.clock.now_s)
-        self._next_instance += 1
-        limit = state.batch_size_hint or self.policy.initial_max_batch_size or kind.max_num_seqs
-        instance.max_batch_size = min(limit, kind.max_num_seqs)
-        self.instances[instance.id] = instance
-        state.instances[instance.id] = instance
-        if kind.gpu in self._gpus_free:
-            self._gpus_free[kind.gpu] -= kind.gpus
-        self._instance_event("created", instance)
-        return instance
-
-    def _create(self, state: ModelState, role: Role) -> bool:
-        kind = self._free_kind(state)
-        if kind is None:
-            return False
-        self._fleet.create(self._new_instance(state, kind, role))
-        return True
-
-    def _drain(self, state: ModelState, instance: Instance) -> None:
-        if instance.state == "starting":
-            self._remove(instance)
-            return
-        state.router.remove(instance)
-        instance.state = "draining"
-        instance.drain_started_s = started_s = self.clock.now_s
-        self._instance_event("draining", instance)
-        if not instance.requests and not instance.evicting:
-            self._remove(instance)
-            return
-
-        def hurry() -> None:
-            if instance.state == "draining" and instance.drain_started_s == started_s:
-                for request in list(instance.batch.values()):
-                    self._evict(state, instance, request)
-
-        self.clock.call_later(self.policy.drain_timeout_s, hurry)
-
-    def _remove(self, instance: Instance) -> None:
-        self._forget(instance)
-        self._fleet.remove(instance)
-        self._instance_event("gone", instance)
-
-    def _forget(self, instance: Instance) -> None:
-        assert not instance.requests, "an instance is drained before it is removed"
-        instance.state = "gone"
-        del self.instances[instance.id]
-        del self.models[instance.model].instances[instance.id]
-        if instance.kind.gpu in self._gpus_free:
-            self._gpus_free[instance.kind.gpu] += instance.kind.gpus
-
-    def _instance_event(self, name: str, instance: Instance) -> None:
-        if self._event is not None:
-            self._event(self.clock.now_s, name, None, instance)
 
     # -- what the fleet reports --------------------------------------------------------------------------------
 
@@ -577,7 +442,7 @@ class ControlPlane:
         instance.ready_s = self.clock.now_s
         state.started(instance)
         engine.set_max_batch_size(instance.max_batch_size)
-        self._instance_event("ready", instance)
+        self._lifecycle.announce("ready", instance)
         state.router.add(instance)
         self._retune(state, instance)
         self._pump(state)
@@ -587,6 +452,7 @@ class ControlPlane:
         if instance.state == "gone":
             return
         state = self.models[instance.model]
+        started = instance.state != "starting"
         if instance.state == "ready":
             state.router.remove(instance)
         instance.state = "draining"
@@ -594,8 +460,8 @@ class ControlPlane:
         for request in lost:
             self._leave(state, request)
         instance.evicting.clear()
-        self._forget(instance)
-        self._instance_event("failed", instance)
+        self._lifecycle.forget(state, instance)
+        self._lifecycle.announce("failed", instance)
         for request in lost:
             request.instance = None
             request.migrating_to = None
@@ -607,7 +473,8 @@ class ControlPlane:
                 self._end(state, request, "failed")
             else:
                 self._enter(state, request)
-        self._reconcile(state)
+        if started:  # A start that failed is tried again at the next tick: failing at once must not be a loop.
+            self._lifecycle.reconcile(state)
         self._pump(state)
 
     # -- migration ---------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class FleetModel:
 
     def fail_one(self) -> None:
         """One ready instance, drawn by seed, dies."""
-        alive = sorted(self.engines)
+        alive = sorted(i for i, engine in self.engines.items() if engine.instance.state == "ready")
         if alive:
             self._fail(self.engines[alive[self._failure_draws.randrange(len(alive))]])
 

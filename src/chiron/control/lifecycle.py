@@ -1,0 +1,184 @@
+"""Instances from plan to gone: started, drained, taken back, re-labelled, within bounds and GPU limits.
+
+States: ``starting`` -> ``ready`` -> ``draining`` -> ``gone``; a start that is no longer wanted, and a failure, go
+straight to ``gone``; a draining instance may be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import inf
+
+from chiron.control.model import ModelState
+from chiron.core.clock import VirtualClock
+from chiron.core.ports import Fleet, Journal
+from chiron.core.types import Decision, Instance, InstanceKind, Request, Role
+from chiron.policies.policy import Policy
+from chiron.policies.views import ModelPlan
+
+
+class Lifecycle:
+    """Makes every model's fleet its plan. ``evict`` and ``retune`` are the control plane's own."""
+
+    def __init__(
+        self,
+        *,
+        clock: VirtualClock,
+        fleet: Fleet,
+        journal: Journal,
+        policy: Policy,
+        gpus_max: Mapping[str, float],
+        evict: Callable[[ModelState, Instance, Request], None],
+        retune: Callable[[ModelState, Instance], None],
+    ) -> None:
+        self.instances: dict[int, Instance] = {}
+        """Every instance that is not gone."""
+        self._clock = clock
+        self._fleet = fleet
+        self._journal = journal
+        self._policy = policy
+        self._gpus_free = dict(gpus_max)
+        self._evict = evict
+        self._retune = retune
+        self._next_instance = 1
+
+    def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
+        """Clamp to the model's bounds, remember, and log if anything changed."""
+        spec = state.spec
+        counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ("interactive", "mixed", "batch")}
+        excess = sum(counts.values()) - spec.max_instances
+        for role in ("batch", "mixed", "interactive"):
+            cut = min(max(excess, 0), counts[role])
+            counts[role] -= cut
+            excess -= cut
+        missing = spec.min_instances - sum(counts.values())
+        if missing > 0:
+            counts["mixed"] += missing
+        before = sum(state.planned.values())
+        after = sum(counts.values())
+        changed = counts != state.planned
+        state.planned = counts
+        if changed:
+            self._journal.decided(
+                self._clock.now_s,
+                Decision(
+                    kind="fleet" if before != after else "role",
+                    subject=spec.name,
+                    before=before,
+                    after=after,
+                    reason=plan.reason,
+                    numbers={**plan.numbers, **{role: float(n) for role, n in counts.items()}},
+                ),
+            )
+
+    def reconcile(self, state: ModelState) -> None:
+        """Start and drain instances until the fleet is the plan."""
+        if self._policy.relabels:
+            total = sum(state.planned.values())
+            self._resize(
+                state, [i for i in state.instances.values() if i.state in ("starting", "ready")], total, "mixed"
+            )
+            self._relabel(state)
+            return
+        for role, count in state.planned.items():
+            live = [i for i in state.instances.values() if i.role == role and i.state in ("starting", "ready")]
+            self._resize(state, live, count, role)
+
+    def _resize(self, state: ModelState, live: list[Instance], count: int, role: Role) -> None:
+        for _ in range(count - len(live)):
+            if not self._revive(state, role) and not self._create(state, role):
+                break
+        if len(live) > count:
+            # First those that still start, then the emptiest; the newest of equals.
+            live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
+            for instance in live[: len(live) - count]:
+                # While successors still start, the model keeps the instances that its bounds promise.
+                ready = sum(1 for i in state.instances.values() if i.state == "ready")
+                if instance.state == "ready" and ready <= state.spec.min_instances:
+                    break
+                self._drain(state, instance)
+
+    def _relabel(self, state: ModelState) -> None:
+        live = sorted((i for i in state.instances.values() if i.state in ("starting", "ready")), key=lambda i: i.rank)
+        labels: list[Role] = [role for role, count in state.planned.items() for _ in range(count)]
+        for instance, role in zip(live, labels, strict=False):
+            if instance.role != role:
+                instance.role = role
+                if instance.state == "ready":
+                    state.router.changed(instance)
+                    self._retune(state, instance)
+
+    def _revive(self, state: ModelState, role: Role) -> bool:
+        if not self._policy.revives:
+            return False
+        draining = [i for i in state.instances.values() if i.state == "draining"]
+        if not draining:
+            return False
+        instance = max(draining, key=lambda i: (len(i.requests), -i.id))
+        instance.state = "ready"
+        instance.role = role
+        state.router.add(instance)
+        self.announce("ready", instance)
+        return True
+
+    def free_kind(self, state: ModelState) -> InstanceKind | None:
+        for kind in state.spec.kinds:
+            used = sum(1 for i in state.instances.values() if i.kind is kind)
+            if used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) >= kind.gpus:
+                return kind
+        return None
+
+    def new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
+        instance = Instance(self._next_instance, state.spec.name, kind, role, self._clock.now_s)
+        self._next_instance += 1
+        limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
+        instance.max_batch_size = min(limit, kind.max_num_seqs)
+        self.instances[instance.id] = instance
+        state.instances[instance.id] = instance
+        if kind.gpu in self._gpus_free:
+            self._gpus_free[kind.gpu] -= kind.gpus
+        self.announce("created", instance)
+        return instance
+
+    def _create(self, state: ModelState, role: Role) -> bool:
+        kind = self.free_kind(state)
+        if kind is None:
+            return False
+        self._fleet.create(self.new_instance(state, kind, role))
+        return True
+
+    def _drain(self, state: ModelState, instance: Instance) -> None:
+        if instance.state == "starting":
+            self.remove(state, instance)
+            return
+        state.router.remove(instance)
+        instance.state = "draining"
+        instance.drain_started_s = started_s = self._clock.now_s
+        self.announce("draining", instance)
+        if not instance.requests and not instance.evicting:
+            self.remove(state, instance)
+            return
+
+        def hurry() -> None:
+            if instance.state == "draining" and instance.drain_started_s == started_s:
+                for request in list(instance.batch.values()):
+                    self._evict(state, instance, request)
+
+        self._clock.call_later(self._policy.drain_timeout_s, hurry)
+
+    def remove(self, state: ModelState, instance: Instance) -> None:
+        self.forget(state, instance)
+        self._fleet.remove(instance)
+        self.announce("gone", instance)
+
+    def forget(self, state: ModelState, instance: Instance) -> None:
+        assert not instance.requests, "an instance is drained before it is removed"
+        instance.state = "gone"
+        del self.instances[instance.id]
+        del state.instances[instance.id]
+        if instance.kind.gpu in self._gpus_free:
+            self._gpus_free[instance.kind.gpu] += instance.kind.gpus
+
+    def announce(self, name: str, instance: Instance) -> None:
+        if self._journal.wants_events:
+            self._journal.event(self._clock.now_s, name, None, instance)
