@@ -56,7 +56,8 @@ class VirtualClock:
         """Call ``callback`` at ``when_s`` (seconds), or now if that has passed."""
         timer = Timer(callback)
         self._sequence += 1
-        heappush(self._heap, (when_s if when_s > self.now_s else self.now_s, self._sequence, timer))
+        entry: tuple[float, int, Callback] = (max(when_s, self.now_s), self._sequence, timer)
+        heappush(self._heap, entry)
         return timer
 
     def call_later(self, delay_s: float, callback: Callback) -> Timer:

@@ -51,6 +51,8 @@ class Bill:
 
     def __init__(self) -> None:
         self.gpu_seconds: dict[str, float] = {}
+        self.loading_gpu_seconds = 0.0
+        """The part of them before an instance was ready."""
         self.cost: dict[str, float] = {}
         self.gpus = 0
         self.gpus_peak = 0
@@ -113,6 +115,7 @@ class FleetModel:
         def loaded() -> None:
             if instance.state != "starting":
                 return
+            self.bill.loading_gpu_seconds += load_s * spread * instance.kind.gpus
             if fails:
                 self._stop_billing(instance)
                 self._heard_by().instance_failed(instance)

@@ -70,7 +70,7 @@ class Simulation:
         self.setup = setup
         self.clock = clock or VirtualClock()
         self._step_mode = step_mode
-        self._engines: list[EngineModel] = []
+        self.engines: list[EngineModel] = []
         """Every engine there ever was."""
         self._times = {name: StepTimes(profile) for name, profile in setup.profiles.items()}
         gpus_of = {m.name: m.kinds[0].gpus for m in setup.models}
@@ -163,7 +163,7 @@ class Simulation:
             wall_s=wall_s,
             sim_s=end_s,
             evictions=self.plane.evictions,
-            preemptions=sum(engine.preemptions for engine in self._engines),
+            preemptions=sum(engine.preemptions for engine in self.engines),
         )
         return Result(
             policy=label,
@@ -196,13 +196,13 @@ class Simulation:
             kv_seconds_per_token=profile.kv_bytes_per_token / bandwidth if bandwidth > 0 else 0.0,
             step_mode=self._step_mode,
         )
-        self._engines.append(engine)
+        self.engines.append(engine)
         return engine
 
     def _scrape(self) -> None:
         """Read every engine now; the control plane hears of it later."""
         alive = self.fleet.engines
-        samples = [engine.sample() for engine in self._engines if engine.instance.id in alive]
+        samples = [engine.sample() for engine in self.engines if engine.instance.id in alive]
         self.clock.call_later(self.setup.scrape_delay_s, lambda: self.plane.sampled(samples))
         self.clock.call_later(self.setup.scrape_period_s, self._scrape)
 
