@@ -71,7 +71,8 @@ def model(instances: Iterable[InstanceView], **changes: Any) -> ModelView:
     given: dict[str, Any] = {
         "name": "llama", "min_instances": 1, "max_instances": 50, "gpu": "A100", "gpus_per_instance": 1,
         "price_per_hour": 2.0, "kv_capacity_tokens": 16_000, "max_num_seqs": 1024, "planned": planned,
-        "instances": instances, "arrivals": (), "mixes": (mix(CHAT), mix(JOBS)), "waiting_interactive": 0, "waiting_input_tokens": 0.0,
+        "instances": instances, "arrivals": (), "mixes": (mix(CHAT), mix(JOBS)),
+        "waiting_interactive": 0, "waiting_input_tokens": 0.0,
         "waiting_input_square": 0.0, "oldest_wait_s": 0.0, "groups": (), "running_batch": 0, "attained": 0,
         "missed": 0, "itl_missed": 0.0, "step_times": TIMES, "cold_start_s": 60.0, "cold_starts_seen": 1,
     }  # fmt: skip
