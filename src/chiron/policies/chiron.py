@@ -28,6 +28,7 @@ from chiron.policies.chiron_load import (
     backlog,
     backtested,
     first_memory,
+    growing_to,
     interactive_capacity,
     pressure,
     remember,
@@ -118,7 +119,8 @@ def _decide_model(
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
     behind = backlog(model, serving, settings, recent)
-    needed = max(level * headroom, settings.floor_over_load * recent) + behind
+    growing = growing_to(settings, memory, model)
+    needed = max(level * headroom, growing, settings.floor_over_load * recent) + behind
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), model.min_instances, 1 if present else 0)
@@ -132,6 +134,7 @@ def _decide_model(
         "load": recent,
         "level": level,
         "headroom": memory.headroom.h,
+        "growing": growing,
         "pressure": memory.pressure,
         "window_s": float(memory.headroom.rule.window_s),
         "settle_s": float(memory.headroom.rule.settle_s),

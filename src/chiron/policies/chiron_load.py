@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, floor, inf
+from math import ceil, floor, inf, sqrt
 
 import numpy as np
 
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
 from chiron.policies.chiron_local import itl_target_s
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom
+from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -62,6 +62,9 @@ def interactive_capacity(settings: ChironSettings, model: ModelView, memory: Mod
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )
+
+
+_TREND_BIN_S = 10
 
 
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
@@ -116,11 +119,7 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
     due = now_s - memory.backtest_s >= settings.backtest_s
     if not settings.adapt_headroom or seen_s < settings.learning_s or not due or not memory.counts.any():
         return memory
-    times = model.step_times
-    slacks = [
-        max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
-        for m in _interactive(model)
-    ]
+    slacks = _slacks_s(settings, model)
     headroom = choose_headroom(
         memory.load,
         memory.counts,
@@ -140,6 +139,36 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
     if headroom.rule == CONSTANT:
         h = float(round(h))  # Whole instances already: rounding a small margin up would double a fleet of one.
     return replace(memory, headroom=replace(headroom, h=h), backtest_s=now_s)
+
+
+def _slacks_s(settings: ChironSettings, model: ModelView) -> list[float]:
+    """How long the requests of each interactive class can wait."""
+    times = model.step_times
+    return [
+        max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
+        for m in _interactive(model)
+    ]
+
+
+def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Load by the time that an instance planned now is needed, if the last minute and a half goes on: as far as its
+    slope stands out of noise, and one cold start ahead, less the time that requests can wait. Capped, because a burst
+    rises as steeply as a wave and is over before an instance is up."""
+    bins = settings.trend_s // _TREND_BIN_S
+    if not settings.follow_trend or memory.load.shape[0] < settings.trend_s:
+        return 0.0
+    means = memory.load[-bins * _TREND_BIN_S :].reshape(bins, _TREND_BIN_S).mean(axis=1)
+    t = (np.arange(bins) - (bins - 1) / 2.0) * _TREND_BIN_S
+    spread = float((t**2).sum())
+    slope = float((t * means).sum()) / spread
+    residual = float(((means - means.mean() - slope * t) ** 2).sum()) / (bins - 2)
+    certain = slope - 1.5 * sqrt(residual / spread)
+    if certain <= 0.0:
+        return 0.0
+    reach_s = model.cold_start_s + settings.tick_s - min(_slacks_s(settings, model), default=0.0)
+    ahead = float(means[-2:].mean()) + certain * max(0.0, reach_s)
+    busiest = followed(memory.load, Rule(window_s=60, settle_s=settings.memory_s), settings.tick_s)
+    return float(min(ahead, settings.trend_cap * busiest))
 
 
 def backlog(model: ModelView, serving: Capacity, settings: ChironSettings, load: float) -> float:

@@ -59,6 +59,12 @@ class ChironSettings:
     """Added to the headroom that the past would have needed."""
     margin_unseen: float = 0.15
     """More of it while less than ``memory_s`` has been seen."""
+    follow_trend: bool = True
+    """A load that grows steadily is planned for as it will be one cold start from now."""
+    trend_s: int = 90
+    """Window of that trend."""
+    trend_cap: float = 1.5
+    """At most this many times the busiest minute of the last hour."""
     floor_over_load: float = 1.05
     """The fleet is never planned below this many times the last minute's load."""
     look_ahead: bool = True

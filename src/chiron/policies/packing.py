@@ -111,7 +111,8 @@ class PackingRouter:
                 note.in_victims = False
                 continue
             if (
-                instance.running_interactive < instance.max_batch_size
+                not (self._strict and instance.role == "batch")
+                and instance.running_interactive < instance.max_batch_size
                 and self._prefill_fits(instance, request, cost_s)
                 and _kv_without_batch(instance) + need <= KV_FILL * instance.kv_capacity_tokens
             ):
