@@ -9,13 +9,13 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 # Quiet: what fails is still shown.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -qq
 
-PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid spikes two-models
-SEEDS ?= 1 2 3
+PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid two-models
+SEEDS ?= 1 2
 # Policies in the published tables (empty: all there are), and those in the figures: more than seven cannot be told apart.
 POLICIES ?=
 SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned static
 # What each part of chiron buys: the same policy with one part off.
-ABLATED ?= azure mooncake servegen-m-small
+ABLATED ?= azure mooncake
 ABLATIONS ?= no-batch-size-tuning:tune_batch_size=false no-prefill-limit:limit_prefill=false no-eviction:evict=false \
 	no-late-turn:demote_late=false no-look-ahead:look_ahead=false no-trend:follow_trend=false no-backtest:adapt_headroom=false \
 	no-batch-plan:plan_batch=false
