@@ -99,6 +99,11 @@ class Learner:
     def expected_output(self) -> dict[str, float]:
         return self._expected_output
 
+    def seen_names(self) -> list[str]:
+        """Classes that this model has had requests of; all of them before the first. What another model was promised
+        is not this one's concern."""
+        return [name for name, mix in self.mixes.items() if mix.seen] or list(self.mixes)
+
     def finished(self, request: Request) -> None:
         mix = self.mixes[request.cls.name]
         mix.ended(request.tokens_done)

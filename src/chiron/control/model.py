@@ -193,7 +193,7 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
     running = [classes[name] for name, count in instance.class_counts.items() if count > 0]
     if instance.role != "batch":
         # Room on the others is kept for interactive requests, so their SLO holds there at any time.
-        running.extend(c for c in classes.values() if c.interactive)
+        running.extend(classes[name] for name in state.learner.seen_names() if classes[name].interactive)
     return LocalView(
         now_s=now_s,
         role=instance.role,
@@ -209,7 +209,7 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         decode_batch=decode_batch,
         throughput=throughput,
         class_counts={name: count for name, count in instance.class_counts.items() if count > 0},
-        mixes=state.learner.mix_views,
+        mixes={name: state.learner.mix_views[name] for name in state.learner.seen_names()},
         step_times=state.learner.step_times,
         learned=state.learner.trusted,
     )

@@ -165,7 +165,9 @@ def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) 
     certain = slope - 1.5 * sqrt(residual / spread)
     if certain <= 0.0:
         return 0.0
-    reach_s = model.cold_start_s + settings.tick_s - min(_slacks_s(settings, model), default=0.0)
+    arrived = [bool(row.any()) for row in memory.counts]
+    slacks = [s for s, seen in zip(_slacks_s(settings, model), arrived, strict=True) if seen]
+    reach_s = model.cold_start_s + settings.tick_s - min(slacks, default=0.0)
     ahead = float(means[-2:].mean()) + certain * max(0.0, reach_s)
     busiest = followed(memory.load, Rule(window_s=60, settle_s=settings.memory_s), settings.tick_s)
     return float(min(ahead, settings.trend_cap * busiest))
