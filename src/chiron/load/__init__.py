@@ -1,0 +1,1 @@
+"""An open-loop load generator against any OpenAI-compatible endpoint."""

@@ -1,0 +1,1 @@
+"""Durable batch jobs: the port, and SQLite behind it."""
