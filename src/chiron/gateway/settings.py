@@ -1,0 +1,242 @@
+"""What the gateway can be told, as frozen values. ``config.serve`` reads them from a file; so can you make them.
+
+Durations are seconds, sizes bytes. Every queue, wait and body has a limit here. Hashes and keys stay out of ``repr``,
+so that no log of a configuration shows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+
+if TYPE_CHECKING:
+    from chiron.fleet.local import LocalFleetSettings
+    from chiron.gateway.keys import Key
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+DAY_S = 86_400.0
+
+
+def _check(fine: bool, key: str, value: object, allowed: str) -> None:
+    if not fine:
+        raise ValueError(f"{key} is {value!r}; it must be {allowed}")
+
+
+def _above_zero(settings: Any, *but: str) -> None:
+    """Every number of a settings dataclass is finite and above 0, except those named."""
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and each.name not in but:
+            key = each.name.removesuffix("_s")
+            _check(isfinite(value) and value > 0, key, value, "above 0, and finite")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Where the gateway listens, and where it keeps what must survive it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Beyond loopback it needs API keys (or ``open_without_keys``)."""
+    port: int = 8000
+    """0: any free port, printed at the start."""
+    data: str = "chiron-data"
+    """Directory of the batch store, the event log and the engines' logs; relative to the config file."""
+    tls_cert: str = ""
+    """PEM file with the certificate chain; with ``tls_key`` the gateway speaks HTTPS."""
+    tls_key: str = ""
+    """PEM file with the private key, not encrypted."""
+    open_without_keys: bool = False
+    """Listen beyond loopback although no API key is set: anybody who reaches the port may use the models."""
+    grace_s: float = 30.0
+    """At a stop, how long running requests may still take before they are cut."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.host), "host", self.host, "an address or a host name, such as '127.0.0.1' or '0.0.0.0'")
+        _check(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+        _check(bool(self.data), "data", self.data, "a directory")
+        pair = "set together with " + ("tls_key" if self.tls_cert else "tls_cert")
+        _check(bool(self.tls_cert) == bool(self.tls_key), "tls_cert" if self.tls_cert else "tls_key", "alone", pair)
+
+    @property
+    def tls(self) -> bool:
+        return bool(self.tls_cert)
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the port."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """Limits on what clients send and on how long anything waits."""
+
+    body_max_bytes: int = 32 * MIB
+    """Body of a request, uploads of files apart (413 beyond)."""
+    header_max_bytes: int = 64 * KIB
+    """Request line and headers together (431 beyond)."""
+    headers_max: int = 100
+    """Headers of a request (431 beyond)."""
+    connections_max: int = 10_000
+    """Open client connections; more are closed at once."""
+    queue_max: int = 10_000
+    """Interactive requests of one model that wait for an instance (429 beyond)."""
+    queue_wait_max_s: float = 300.0
+    """How long one may wait there (503 beyond). Must cover a cold start if the fleet scales to zero."""
+    request_timeout_s: float = 3600.0
+    """From arrival to the last token (504, or the stream is cut with an error event)."""
+    idle_s: float = 75.0
+    """A kept connection without a request is closed after this."""
+    header_timeout_s: float = 20.0
+    """From a request's first byte to the end of its headers."""
+    body_timeout_s: float = 120.0
+    """To the end of its body."""
+    client_stall_s: float = 60.0
+    """A client that reads nothing for this long while its answer waits is cut off."""
+    retry_after_s: float = 1.0
+    """The least Retry-After of a 429 or 503, and what it says when nothing better is known."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSettings:
+    """Limits of the batch API and of how much of the store is in flight."""
+
+    window_max: int = 512
+    """Items of one model taken out of the store at a time: queued or running in the control plane."""
+    items_max: int = 1_000_000
+    """Lines of one input file."""
+    file_max_bytes: int = 8 * GIB
+    """One uploaded file (413 beyond)."""
+    line_max_bytes: int = 8 * MIB
+    """One line of an input file."""
+    completion_window_min_s: float = 60.0
+    """The shortest ``completion_window`` that is accepted."""
+    completion_window_max_s: float = 30 * DAY_S
+    """The longest."""
+    retention_s: float = 30 * DAY_S
+    """Files and ended batches older than this are deleted."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self)
+        least, most = self.completion_window_min_s, self.completion_window_max_s
+        _check(least <= most, "completion_window_min", least, f"at most completion_window_max ({most:g} s)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetrySettings:
+    """How often engines are looked at, and where the event log goes."""
+
+    scrape_period_s: float = 1.0
+    """Between two looks at an engine's metrics."""
+    event_log: str = ""
+    """File of the event log (JSON lines); relative to the config file; empty: ``events.jsonl`` in the data
+    directory; ``"off"``: none."""
+    rotate_bytes: int = 256 * MIB
+    """The event log starts a new file at this size."""
+    rotate_keep: int = 8
+    """Older files of the event log that are kept."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "rotate_keep")
+        _check(self.rotate_keep >= 0, "rotate_keep", self.rotate_keep, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindSettings:
+    """One kind of instance of a model: what it is to the control plane, and how it comes to be. Either ``endpoints``
+    (they run already) or ``command`` (the local fleet starts it) is set."""
+
+    kind: InstanceKind
+    engine: str
+    """Name of a row in ``engines.rows.ENGINES``."""
+    endpoints: tuple[str, ...] = ()
+    """Base URLs without a path, such as ``http://127.0.0.1:8001``."""
+    command: tuple[str, ...] = ()
+    """The process of one instance. ``{port}`` stands for a free port; without it the process chooses one and says so
+    in its ready line."""
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Added to the environment of the process. It may hold tokens, so it is not shown."""
+    served_model_name: str = ""
+    """The model's name inside the engine, put into requests on their way; empty: the model's own name."""
+    api_key: str = field(default="", repr=False)
+    """Sent to the endpoints as a bearer token."""
+    kv_capacity_known: bool = True
+    """False: ``kind.kv_capacity_tokens`` is a guess; believe the engine's metrics if they say."""
+    profile: str = ""
+    """Name or path of the profile whose timing the engine has, if it is an emulated or a paced one."""
+
+    def __post_init__(self) -> None:
+        if bool(self.endpoints) == bool(self.command):
+            raise ValueError(f"kind {self.kind.name!r}: give either endpoints or a command")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """One served model."""
+
+    name: str
+    kinds: tuple[KindSettings, ...]
+    """In order of preference."""
+    classes: tuple[str, ...]
+    """Names of the request classes that it serves."""
+    default_class: str
+    """Of a request that does not say; interactive."""
+    batch_class: str
+    """Of batch items and of ``service_tier: flex``; empty: the model takes no batch work."""
+    min_instances: int = 1
+    max_instances: int = 4
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use for it."""
+
+    def spec(self) -> ModelSpec:
+        """What the control plane needs of it."""
+        return ModelSpec(
+            name=self.name,
+            kinds=tuple(each.kind for each in self.kinds),
+            min_instances=self.min_instances,
+            max_instances=self.max_instances,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that a gateway is started with."""
+
+    data: Path
+    """Absolute."""
+    event_log: Path | None
+    """Absolute; None: no event log."""
+    server: ServerSettings
+    limits: LimitSettings
+    batch: BatchSettings
+    telemetry: TelemetrySettings
+    fleet: LocalFleetSettings
+    devices: tuple[str, ...]
+    """GPU numbers that the local fleet hands out to processes, each to one at a time; empty: it hands out none."""
+    gpus: Mapping[str, int]
+    """GPUs of each type that exist; a type not named is unlimited."""
+    classes: Mapping[str, RequestClass]
+    models: tuple[ModelSettings, ...]
+    policy: str
+    """Name in ``policies.registry.POLICIES``."""
+    policy_settings: Any
+    """That policy's frozen settings dataclass."""
+    keys: tuple[Key, ...] = field(default=(), repr=False)
+    admin_key_hash: str = field(default="", repr=False)
+    """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are open on loopback and closed elsewhere."""
+    text: str = field(default="", repr=False)
+    """The config file as written, plus the overrides."""
