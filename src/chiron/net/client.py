@@ -1,0 +1,415 @@
+"""HTTP/1.1 connections to one server, pooled, for relaying: a request is bytes, an answer is calls on a receiver.
+
+The pool gives out the connection used last, so that those beyond the need grow old and close. A reused connection that
+the server had closed meanwhile shows as lost before any answer; such a request is sent once more on a new connection,
+because nobody has seen it yet. Everything else that goes wrong is the receiver's to judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl as ssl_module
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import httptools
+
+Header = tuple[bytes, bytes]
+
+BODY_MAX_BYTES = 64 * 1024 * 1024
+_HEAD_MAX_BYTES = 256 * 1024
+
+
+class NetError(Exception):
+    """A request got no complete answer. The message says of which server, and why.
+
+    ConnectError | ConnectionLostError | TimedOutError | AnswerError
+    """
+
+
+class ConnectError(NetError):
+    """No connection: the server is not there, or refuses."""
+
+
+class ConnectionLostError(NetError):
+    """The server closed before its answer was complete."""
+
+
+class TimedOutError(NetError):
+    """No answer in time."""
+
+
+class AnswerError(NetError):
+    """Not HTTP, or larger than allowed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A whole answer. Header names are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Receiver(Protocol):
+    """Hears the answer to one request. After ``on_end`` or ``on_error`` nothing comes."""
+
+    def on_head(self, status: int, headers: list[Header]) -> None: ...
+
+    def on_data(self, data: bytes) -> None:
+        """A part of the body, without its chunk framing; at most one call per block that the socket gave."""
+
+    def on_end(self) -> None: ...
+    def on_error(self, error: NetError) -> None: ...
+
+
+class Call:
+    """A request under way."""
+
+    __slots__ = ("_connection", "_message", "_origin", "_paused", "_reused", "over", "receiver")
+
+    def __init__(self, origin: Origin, message: bytes, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.over = False
+        self._origin = origin
+        self._message = message
+        self._connection: _Connection | None = None
+        self._reused = False
+        self._paused = False
+
+    def cancel(self) -> None:
+        """Close its connection, so that the server knows; the receiver hears nothing more."""
+        if self.over:
+            return
+        self.over = True
+        if self._connection is not None:
+            self._connection.close()
+
+    def pause(self) -> None:
+        """Read no more of the answer for now."""
+        self._paused = True
+        if self._connection is not None and not self.over:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._connection is not None and not self.over:
+            self._connection.resume()
+
+    def _fail(self, error: NetError) -> None:
+        if not self.over:
+            self.over = True
+            self.receiver.on_error(error)
+
+
+class Origin:
+    """One server, such as ``http://127.0.0.1:8001`` or ``unix:/run/engine.sock``; a path after the host prefixes
+    the path of every request. Raises ValueError for another form of URL."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float = 5.0,
+        idle_max: int = 64,
+        idle_s: float = 30.0,
+        keepalive: bool = True,
+        verify: bool = True,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._unix: str | None = None
+        self._ssl: ssl_module.SSLContext | None = None
+        self._prefix = b""
+        if url.startswith("unix:"):
+            self._unix, self._host, self._port = url.removeprefix("unix:"), "localhost", 0
+        else:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"{url!r}: expected http://HOST[:PORT], https://HOST[:PORT] or unix:/PATH")
+            self._host = parts.hostname
+            self._port = parts.port or (443 if parts.scheme == "https" else 80)
+            self._prefix = parts.path.rstrip("/").encode()
+            if parts.scheme == "https":
+                self._ssl = ssl_module.create_default_context()
+                if not verify:
+                    self._ssl.check_hostname = False
+                    self._ssl.verify_mode = ssl_module.CERT_NONE
+        name = f"[{self._host}]" if ":" in self._host else self._host
+        default = self._unix is not None or self._port == (443 if self._ssl else 80)
+        self._host_line = f"host: {name if default else f'{name}:{self._port}'}\r\n".encode()
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_max = idle_max if keepalive else 0
+        self._idle_s = idle_s
+        self._idle: list[_Connection] = []
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._open: set[_Connection] = set()
+        self._closed = False
+
+    def send(self, method: bytes, path: bytes, headers: Sequence[Header], body: bytes, receiver: Receiver) -> Call:
+        """Send a request. ``host``, ``content-length`` and ``connection`` are added here."""
+        parts = [method, b" ", self._prefix, path, b" HTTP/1.1\r\n", self._host_line]
+        parts += [b"%b: %b\r\n" % header for header in headers]
+        if body or method not in (b"GET", b"HEAD"):
+            parts.append(b"content-length: %d\r\n" % len(body))
+        if not self._idle_max:
+            parts.append(b"connection: close\r\n")
+        parts += (b"\r\n", body)
+        call = Call(self, b"".join(parts), receiver)
+        self._dispatch(call)
+        return call
+
+    async def fetch(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = 10.0,
+        body_max: int = BODY_MAX_BYTES,
+    ) -> Response:
+        """A whole answer in ``timeout_s``. Raises NetError."""
+        receiver = _Gather(body_max)
+        lines = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+        call = self.send(method.encode(), path.encode(), lines, body, receiver)
+        try:
+            return await asyncio.wait_for(receiver.future, timeout_s)
+        except TimeoutError:
+            raise TimedOutError(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        """Close every connection; calls under way hear that they were lost."""
+        self._closed = True
+        for task in list(self._connecting):
+            task.cancel()
+        if self._connecting:
+            await asyncio.wait(self._connecting, timeout=1.0)
+        for connection in list(self._open):
+            connection.close()
+        await asyncio.sleep(0)
+
+    def _dispatch(self, call: Call, *, fresh: bool = False) -> None:
+        idle = self._idle
+        while idle and not fresh:
+            connection = idle.pop()
+            if connection.usable():
+                call._reused = True
+                connection.carry(call)
+                return
+        call._reused = False
+        task = asyncio.get_running_loop().create_task(self._connect(call))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, call: Call) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                if self._unix is not None:
+                    _, connection = await loop.create_unix_connection(lambda: _Connection(self), self._unix)
+                else:
+                    _, connection = await loop.create_connection(
+                        lambda: _Connection(self), self._host, self._port, ssl=self._ssl
+                    )
+        except TimeoutError:
+            call._fail(ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s"))
+        except OSError as error:
+            call._fail(ConnectError(f"{self.url}: cannot connect: {error.strerror or error}"))
+        except asyncio.CancelledError:
+            call._fail(ConnectError(f"{self.url}: closed"))
+        else:
+            if call.over:
+                connection.rest()
+            else:
+                connection.carry(call)
+
+    def _done(self, connection: _Connection) -> None:
+        """A connection is free again."""
+        if self._closed or len(self._idle) >= self._idle_max:
+            connection.close()
+        else:
+            self._idle.append(connection)
+
+    def _lost(self, connection: _Connection) -> None:
+        self._open.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; carries one call at a time."""
+
+    def __init__(self, origin: Origin) -> None:
+        self._origin = origin
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._parser: Any = None
+        self._call: Call | None = None
+        self._headers: list[Header] = []
+        self._pieces: list[bytes] = []
+        self._head_seen = False
+        self._any = False
+        self._ended = False
+        self._closed = False
+        self._paused = False
+        self._idle_since_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._origin._open.add(self)
+
+    def usable(self) -> bool:
+        if self._closed or self._transport.is_closing():
+            return False
+        if asyncio.get_running_loop().time() - self._idle_since_s > self._origin._idle_s:
+            self.close()
+            return False
+        return True
+
+    def carry(self, call: Call) -> None:
+        self._call = call
+        call._connection = self
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers = []
+        self._pieces = []
+        self._head_seen = self._any = self._ended = False
+        if call._paused:
+            self.pause()
+        self._transport.write(call._message)
+
+    def rest(self) -> None:
+        """Wait for the next call."""
+        self._idle_since_s = asyncio.get_running_loop().time()
+        self._origin._done(self)
+
+    def close(self) -> None:
+        self._closed = True
+        self._call = None
+        self._transport.abort()
+
+    def pause(self) -> None:
+        if not self._paused and not self._closed:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and not self._closed:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        call = self._call
+        if call is None:
+            self.close()  # Bytes that nobody asked for.
+            return
+        self._any = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+            cause = error.__context__
+            if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+                self.close()
+                raise cause from None
+            self._give_up(call, AnswerError(f"{self._origin.url}: not an HTTP/1.1 answer: {error}"))
+            return
+        if call.over:
+            return
+        pieces = self._pieces
+        if pieces:
+            self._pieces = []
+            call.receiver.on_data(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if self._ended:
+            self._finish(call)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = True
+        origin = self._origin
+        origin._lost(self)
+        call, self._call = self._call, None
+        if call is None or call.over:
+            return
+        if call._reused and not self._any and not origin._closed:
+            origin._dispatch(call, fresh=True)
+            return
+        if self._head_seen and self._until_close():
+            call.over = True
+            call.receiver.on_end()
+            return
+        when = "in the middle of its answer" if self._any else "before its answer"
+        call._fail(ConnectionLostError(f"{origin.url}: the connection was lost {when}"))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name.lower(), value))
+        if len(self._headers) > 1000:
+            raise httptools.HttpParserError("too many headers")
+
+    def on_headers_complete(self) -> None:
+        call = self._call
+        status = self._parser.get_status_code()
+        if status < 200 or call is None or call.over:
+            return
+        self._head_seen = True
+        call.receiver.on_head(status, self._headers)
+
+    def on_body(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() < 200:
+            self._headers = []
+            return
+        self._ended = True
+
+    def _finish(self, call: Call) -> None:
+        call.over = True
+        self._call = None
+        if self._parser.should_keep_alive() and not self._closed:
+            self.resume()
+            self.rest()
+        else:
+            self.close()
+        call.receiver.on_end()
+
+    def _until_close(self) -> bool:
+        """Whether the body's end is the connection's."""
+        names = {name for name, _ in self._headers}
+        return b"content-length" not in names and b"transfer-encoding" not in names
+
+    def _give_up(self, call: Call, error: NetError) -> None:
+        self.close()
+        call._fail(error)
+
+
+class _Gather:
+    """A receiver that collects the whole answer."""
+
+    def __init__(self, body_max: int) -> None:
+        self.future: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
+        self._body_max = body_max
+        self._status = 0
+        self._headers: list[Header] = []
+        self._pieces: list[bytes] = []
+        self._length = 0
+
+    def on_head(self, status: int, headers: list[Header]) -> None:
+        self._status, self._headers = status, headers
+
+    def on_data(self, data: bytes) -> None:
+        self._length += len(data)
+        if self._length > self._body_max:
+            self.on_error(AnswerError(f"an answer of more than {self._body_max} bytes"))
+        else:
+            self._pieces.append(data)
+
+    def on_end(self) -> None:
+        if not self.future.done():
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers}
+            self.future.set_result(Response(status=self._status, headers=headers, body=b"".join(self._pieces)))
+
+    def on_error(self, error: NetError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)

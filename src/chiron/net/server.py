@@ -1,0 +1,623 @@
+"""An HTTP/1.1 server for the gateway's hot path: asyncio, httptools, and as little per request as can be.
+
+A handler is a plain function that gets a complete request and answers at once or later, from anywhere on the loop.
+Requests that belong to an ASGI application go to it with their body streamed (``net.asgi``). One connection serves one
+request at a time; what a client pipelines waits in order.
+
+Limits: bytes and number of headers, bytes of a body, connections, and how long a client may take to send its head,
+its body, or to read its answer. One sweep a second enforces the times, so a request costs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl as ssl_module
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from json import dumps
+from typing import Any
+
+import httptools
+
+log = logging.getLogger("chiron.http")
+
+Header = tuple[bytes, bytes]
+Handler = Callable[["Incoming"], None]
+
+_STATUS = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+_WRITE_HIGH_BYTES = 256 * 1024
+_READ_AHEAD_BYTES = 256 * 1024
+_PIPELINE_MAX = 16
+_ERROR_TYPES = {400: "invalid_request_error", 413: "invalid_request_error", 431: "invalid_request_error"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """Bounds of what one client may take. Bytes and seconds."""
+
+    body_max_bytes: int = 32 * 1024 * 1024
+    """Of a body that a handler gets whole; streamed ones bound themselves."""
+    header_max_bytes: int = 64 * 1024
+    """Request line and headers together."""
+    headers_max: int = 100
+    connections_max: int = 10_000
+    idle_s: float = 75.0
+    """A connection without a request is closed after this."""
+    header_timeout_s: float = 20.0
+    """From the first byte of a head to its last."""
+    body_timeout_s: float = 120.0
+    """Longest silence inside a body."""
+    stall_s: float = 60.0
+    """A client that takes nothing of a waiting answer for this long is cut off."""
+
+
+class Incoming:
+    """One request, and the way to answer it."""
+
+    __slots__ = (
+        "_body_length",
+        "_chunked",
+        "_connection",
+        "_keep_alive",
+        "_pieces",
+        "_started",
+        "_written",
+        "body",
+        "closed",
+        "complete",
+        "context",
+        "headers",
+        "method",
+        "on_body",
+        "on_body_end",
+        "on_close",
+        "on_pause",
+        "on_resume",
+        "path",
+        "query",
+        "streams",
+        "version",
+    )
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self.method = b""
+        self.path = ""
+        self.query = b""
+        self.version = "1.1"
+        self.headers: list[Header] = []
+        """Names are lower-case."""
+        self.body = b""
+        self.complete = False
+        """The whole request is here."""
+        self.streams = False
+        """The body is handed on in pieces (``on_body``) and not collected."""
+        self.closed = False
+        """The answer is over, or the client has left."""
+        self.on_close: Callable[[], None] | None = None
+        """The client left before the answer was complete."""
+        self.on_pause: Callable[[], None] | None = None
+        """The client reads slower than it is written to."""
+        self.on_resume: Callable[[], None] | None = None
+        self.on_body: Callable[[bytes], None] | None = None
+        self.on_body_end: Callable[[], None] | None = None
+        self.context: Any = None
+        """The handler's own."""
+        self._pieces: list[bytes] = []
+        self._body_length = 0
+        self._keep_alive = True
+        self._started = False
+        self._chunked = False
+        self._written = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the answer's head has been sent: it is too late for an error status."""
+        return self._started
+
+    @property
+    def client(self) -> tuple[str, int]:
+        return self._connection.peer
+
+    @property
+    def secure(self) -> bool:
+        return self._connection.secure
+
+    @property
+    def paused(self) -> bool:
+        return self._connection.write_paused
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of this (lower-case) name."""
+        for key, value in self.headers:
+            if key == name:
+                return value
+        return None
+
+    def respond(
+        self,
+        status: int,
+        body: bytes = b"",
+        content_type: bytes = b"application/json",
+        headers: Sequence[Header] = (),
+    ) -> None:
+        """The whole answer in one write."""
+        if self.closed:
+            return
+        assert not self._started, "an answer starts once"
+        head = self._head(status, headers)
+        head.append(b"content-type: %b\r\ncontent-length: %d\r\n\r\n" % (content_type, len(body)))
+        if self.method != b"HEAD":
+            head.append(body)
+        self._started = True
+        self._connection.write(b"".join(head))
+        self._over()
+
+    def start(self, status: int, headers: Sequence[Header] = (), length: int | None = None) -> None:
+        """The head of an answer whose body comes in pieces; chunked if its length is not known."""
+        if self.closed:
+            return
+        assert not self._started, "an answer starts once"
+        head = self._head(status, headers)
+        if length is not None:
+            head.append(b"content-length: %d\r\n\r\n" % length)
+        elif status in (204, 304) or status < 200:
+            head.append(b"\r\n")
+        elif self.version == "1.0":
+            self._keep_alive = False  # The end of the connection is the end of the body.
+            head.append(b"\r\n")
+        else:
+            self._chunked = True
+            head.append(b"transfer-encoding: chunked\r\n\r\n")
+        self._started = True
+        self._connection.write(b"".join(head))
+
+    def write(self, data: bytes) -> None:
+        if self.closed or not data or self.method == b"HEAD":
+            return
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._connection.write(data)
+
+    def finish(self) -> None:
+        """The body is complete."""
+        if self.closed:
+            return
+        if self._chunked and self.method != b"HEAD":
+            self._connection.write(b"0\r\n\r\n")
+        self._over()
+
+    def abort(self) -> None:
+        """Cut the connection: the client sees that the answer is not complete."""
+        if not self.closed:
+            self.closed = True
+            self._connection.abort()
+
+    def pause_body(self) -> None:
+        self._connection.pause_reading()
+
+    def resume_body(self) -> None:
+        self._connection.resume_reading()
+
+    def _head(self, status: int, headers: Sequence[Header]) -> list[bytes]:
+        connection = self._connection
+        parts = [_STATUS.get(status) or b"HTTP/1.1 %d Status\r\n" % status, connection.server.date_line]
+        parts += [b"%b: %b\r\n" % header for header in headers]
+        if not self.complete or connection.server.closing:
+            self._keep_alive = False  # What is left of the body cannot be told from the next request.
+        if not self._keep_alive:
+            parts.append(b"connection: close\r\n")
+        elif self.version == "1.0":
+            parts.append(b"connection: keep-alive\r\n")
+        return parts
+
+    def _over(self) -> None:
+        self.closed = True
+        self._connection.answered(self)
+
+
+class _Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.peer: tuple[str, int] = ("", 0)
+        self.secure = False
+        self.write_paused = False
+        self.deadline_s = 0.0
+        """When the sweep acts; inf-like while a handler works."""
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._parser: Any = None
+        self._reading: Incoming | None = None
+        """The request whose head or body is being read."""
+        self._serving: Incoming | None = None
+        self._waiting: deque[Incoming] = deque()
+        self._head_bytes = 0
+        self._url = b""
+        self._read_paused = 0
+        self._broken = False
+        self._lost = False
+
+    # -- asyncio ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
+        peer = transport.get_extra_info("peername")
+        self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("", 0)
+        self.secure = transport.get_extra_info("sslcontext") is not None
+        server = self.server
+        server.connections.add(self)
+        self._parser = httptools.HttpRequestParser(self)
+        self.deadline_s = server.now_s + server.limits.header_timeout_s
+        if len(server.connections) > server.limits.connections_max:
+            self._refuse(503, "too many connections", "service_unavailable")
+
+    def data_received(self, data: bytes) -> None:
+        if self._broken:
+            return
+        reading = self._reading
+        if reading is None or not reading.method:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(400, "upgrades are not supported", "bad_request")
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+            if not self._broken:
+                cause = error.__context__
+                if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+                    log.error("a request handler failed", exc_info=cause)
+                    self._refuse(500, "internal error", "internal_error")
+                else:
+                    self._refuse(400, "not an HTTP/1.1 request", "bad_request")
+        else:
+            reading = self._reading
+            if reading is not None and not reading.method and self._head_bytes > self.server.limits.header_max_bytes:
+                self._refuse_head()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self.server.connections.discard(self)
+        leaving = [r for r in (self._serving, self._reading) if r is not None]
+        self._serving = self._reading = None
+        self._waiting.clear()
+        for request in dict.fromkeys(leaving):
+            if not request.closed:
+                request.closed = True
+                if request.on_close is not None:
+                    request.on_close()
+        self.server.left(self)
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.deadline_s = self.server.now_s + self.server.limits.stall_s
+        if self._serving is not None and self._serving.on_pause is not None:
+            self._serving.on_pause()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self._next_deadline()
+        if self._serving is not None and self._serving.on_resume is not None:
+            self._serving.on_resume()
+
+    # -- httptools --------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._reading = Incoming(self)
+        self._url = b""
+        self.deadline_s = self.server.now_s + self.server.limits.header_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        assert self._reading is not None
+        self._reading.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        request = self._reading
+        if request is None or self._broken:
+            return
+        limits = self.server.limits
+        parser = self._parser
+        if len(request.headers) > limits.headers_max or self._head_bytes > limits.header_max_bytes + _READ_AHEAD_BYTES:
+            self._refuse_head()
+            return
+        self._head_bytes = 0
+        request.method = parser.get_method()
+        request.version = parser.get_http_version()
+        request._keep_alive = parser.should_keep_alive()
+        path, _, request.query = self._url.partition(b"?")
+        if not path.startswith(b"/"):  # An absolute URL, as proxies send it.
+            path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
+        request.path = path.decode("latin-1")
+        self.deadline_s = self.server.now_s + limits.body_timeout_s
+        is_app = self.server.is_app
+        request.streams = is_app is not None and is_app(request)
+        if not request.streams:
+            length = request.header(b"content-length")
+            if length is not None and int(length) > limits.body_max_bytes:
+                self._refuse_body()
+                return
+        expect = request.header(b"expect")
+        if expect is not None and expect.lower() == b"100-continue" and not self._waiting and self._serving is None:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if request.streams:
+            self._enqueue(request)
+
+    def on_body(self, data: bytes) -> None:
+        request = self._reading
+        if request is None or self._broken:
+            return
+        self.deadline_s = self.server.now_s + self.server.limits.body_timeout_s
+        if request.on_body is not None:
+            request.on_body(data)
+            return
+        request._body_length += len(data)
+        if request._body_length > self.server.limits.body_max_bytes and not request.streams:
+            self._refuse_body()
+            return
+        request._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        request = self._reading
+        if request is None or self._broken:
+            return
+        self._reading = None
+        self._head_bytes = 0
+        request.complete = True
+        if request.streams:
+            self._next_deadline()
+            if request.on_body_end is not None:
+                request.on_body_end()
+            return
+        pieces = request._pieces
+        request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        request._pieces = []
+        self._enqueue(request)
+
+    # -- requests in turn -------------------------------------------------------------------------------------
+
+    def _enqueue(self, request: Incoming) -> None:
+        if self._serving is None:
+            self._serve(request)
+            return
+        self._waiting.append(request)
+        if len(self._waiting) == 1:
+            self.pause_reading()
+        if len(self._waiting) > _PIPELINE_MAX:
+            self._refuse(400, f"more than {_PIPELINE_MAX} requests in flight on one connection", "bad_request")
+
+    def _serve(self, request: Incoming) -> None:
+        self._serving = request
+        self._next_deadline()
+        server = self.server
+        try:
+            if request.streams:
+                assert server.app is not None
+                server.app(request)
+                early = request._pieces
+                request._pieces = []
+                if request.on_body is not None:
+                    for piece in early:
+                        request.on_body(piece)
+                if request.complete and request.on_body_end is not None:
+                    request.on_body_end()
+            else:
+                server.handle(request)
+        except Exception:
+            log.exception("a request handler failed")
+            if not request.started:
+                request.respond(500, error_body(500, "internal error", "internal_error"))
+            else:
+                request.abort()
+
+    def answered(self, request: Incoming) -> None:
+        """The answer to ``request`` is complete."""
+        if self._serving is request:
+            self._serving = None
+        if self._lost:
+            return
+        if not request._keep_alive or not request.complete or self._broken or self.server.closing:
+            self._broken = True
+            self._transport.close()
+            return
+        if self._waiting:
+            following = self._waiting.popleft()
+            if not self._waiting:
+                self.resume_reading()
+            self._serve(following)
+        else:
+            self._next_deadline()
+
+    def _next_deadline(self) -> None:
+        """When the sweep should look again, given what the connection does."""
+        limits, now_s = self.server.limits, self.server.now_s
+        if self.write_paused:
+            self.deadline_s = now_s + limits.stall_s
+        elif self._serving is not None and (self._reading is None or self._read_paused):
+            self.deadline_s = now_s + 1e9
+        elif self._reading is not None:
+            self.deadline_s = now_s + limits.body_timeout_s
+        else:
+            self.deadline_s = now_s + limits.idle_s
+
+    @property
+    def idle(self) -> bool:
+        return self._serving is None and not self._waiting and self._reading is None
+
+    def expire(self) -> None:
+        """The sweep: a deadline has passed."""
+        if self._serving is None and self._reading is not None and not self.write_paused:
+            self._refuse(408, "the request took too long to arrive", "request_timeout")
+        elif self._reading is not None and self._serving is self._reading and not self._serving.started:
+            self._refuse(408, "the body took too long to arrive", "request_timeout")
+        elif self._serving is None:
+            self._transport.close()
+        else:
+            self.abort()
+
+    # -- bytes ------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if not self._lost:
+            self._transport.write(data)
+
+    def abort(self) -> None:
+        self._broken = True
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def pause_reading(self) -> None:
+        self._read_paused += 1
+        if self._read_paused == 1 and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._read_paused:
+            self._read_paused -= 1
+            if not self._read_paused and not self._transport.is_closing():
+                self._transport.resume_reading()
+                self._next_deadline()
+
+    def _refuse_head(self) -> None:
+        limits = self.server.limits
+        allowed = f"at most {limits.header_max_bytes} bytes and {limits.headers_max} headers"
+        self._refuse(431, f"the request's head is too large; allowed: {allowed}", "headers_too_large")
+
+    def _refuse_body(self) -> None:
+        allowed = self.server.limits.body_max_bytes
+        self._refuse(413, f"the request's body is too large; allowed: {allowed} bytes", "request_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """An answer that the handler never hears of, and the end of the connection."""
+        if self._broken:
+            return
+        request = self._reading or Incoming(self)
+        if self._serving is not None and self._serving is not request:
+            self._broken = True
+            self._transport.close()
+            return
+        request.complete = False
+        self._broken = True
+        if request.closed or request.started:
+            self._transport.close()
+            return
+        if request.on_close is not None:
+            request.on_close()
+        request.respond(status, error_body(status, message, code))
+
+
+class HttpServer:
+    """A listening server. ``serve`` makes one."""
+
+    def __init__(
+        self,
+        handle: Handler,
+        limits: ServerLimits,
+        app: Handler | None,
+        is_app: Callable[[Incoming], bool] | None,
+    ) -> None:
+        self.handle = handle
+        self.limits = limits
+        self.app = app
+        self.is_app = is_app
+        self.port = 0
+        self.connections: set[_Connection] = set()
+        self.closing = False
+        self.now_s = 0.0
+        """Seconds, as of the last sweep."""
+        self.date_line = b""
+        self._loop = asyncio.get_running_loop()
+        self._listener: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Event = asyncio.Event()
+        self._sweep()
+
+    async def listen(self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None) -> None:
+        def factory() -> _Connection:
+            return _Connection(self)
+
+        if path is not None:
+            self._listener = await self._loop.create_unix_server(factory, path=path, backlog=2048)
+            return
+        self._listener = await self._loop.create_server(factory, host, port, ssl=ssl, backlog=2048)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def close(self, grace_s: float = 5.0) -> None:
+        """Accept nothing more, let open requests end for up to ``grace_s``, then cut them off."""
+        self.closing = True
+        if self._listener is not None:
+            self._listener.close()
+        for connection in [c for c in self.connections if c.idle]:
+            connection.close()
+        if self.connections and grace_s > 0:
+            self._drained.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), grace_s)
+        for connection in list(self.connections):
+            connection.abort()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        # Aborted transports say goodbye on the next turn of the loop.
+        await asyncio.sleep(0)
+
+    def left(self, connection: _Connection) -> None:
+        if self.closing and not self.connections:
+            self._drained.set()
+
+    def _sweep(self) -> None:
+        self.now_s = self._loop.time()
+        self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
+        for connection in [c for c in self.connections if c.deadline_s < self.now_s]:
+            connection.expire()
+        self._sweeper = self._loop.call_later(1.0, self._sweep)
+
+
+async def serve(
+    handle: Handler,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    path: str | None = None,
+    ssl: ssl_module.SSLContext | None = None,
+    limits: ServerLimits | None = None,
+    app: Any = None,
+    is_app: Callable[[Incoming], bool] | None = None,
+) -> HttpServer:
+    """Listen on ``host:port`` (0: a free one; see ``HttpServer.port``) or on the unix socket ``path``.
+
+    Requests for which ``is_app`` is true go to the ASGI application ``app`` (all of them, if only ``app`` is given
+    and ``is_app`` is not).
+    """
+    hosted: Handler | None = None
+    if app is not None:
+        from chiron.net.asgi import host_app
+
+        hosted = host_app(app)
+        if is_app is None:
+            is_app = _always
+    server = HttpServer(handle, limits or ServerLimits(), hosted, is_app)
+    await server.listen(host, port, path, ssl)
+    return server
+
+
+def _always(_: Incoming) -> bool:
+    return True
+
+
+def error_body(status: int, message: str, code: str) -> bytes:
+    """An OpenAI error object."""
+    kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
