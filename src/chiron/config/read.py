@@ -1,11 +1,12 @@
 """Plain values, as TOML gives them, into frozen dataclasses: strictly, with errors that say where and what.
 
 One dataclass is one table; its field names, types and defaults are the schema, and its ``__post_init__`` checks the
-ranges. Two rules tie names to keys:
+ranges. Three rules tie names to keys:
 
 - a field ``hold_s`` is the key ``hold`` and reads a duration (``"45s"``, ``"10m"``, or a number of seconds); so does
   a field named ``at``. A rate such as ``gb_per_s`` is a number and keeps its name, and ``noise_s`` keeps it beside
   a field ``noise``;
+- a whole number in a field ``body_max_bytes`` keeps its name and may also be text with a unit (``"32MiB"``);
 - a trailing underscore is dropped: ``class_`` is the key ``class``.
 
 A dataclass whose table does not map to its fields one by one has a class method ``from_table(table, path)``.
@@ -20,16 +21,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from math import inf, isfinite
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from chiron.core.units import DurationError, parse_duration
+from chiron.core.units import DurationError, SizeError, parse_duration, parse_size
 
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A scenario cannot be used. The message names the path, the value and what is allowed."""
+    """A scenario or a serve config cannot be used. The message names the path, the value and what is allowed."""
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
@@ -65,6 +67,8 @@ def read_record(kind: type[T], table: object, path: str, **given: object) -> T:
         if key not in known:
             raise ConfigError(f"{join(path, key)}: unknown key (value {value!r}); {suggest(key, known)}")
         field = known[key]
+        if hints[field.name] is int and field.name.endswith("_bytes") and isinstance(value, str):
+            value = _read_size(value, join(path, key))
         values[field.name] = _read(
             hints[field.name], value, join(path, key), is_duration(field.name), field.default == inf
         )
@@ -87,6 +91,24 @@ def construct(kind: type[T], path: str, values: Mapping[str, object]) -> T:
 def read_value(kind: Any, value: object, path: str) -> Any:
     """``value`` as the type ``kind``: a number, text, bool, Literal, tuple, Mapping, dataclass or a union of them."""
     return _read(kind, value, path, seconds=False, infinite=False)
+
+
+def named_tables(table: Mapping[str, Any], key: str, required: bool = False) -> Mapping[str, Any]:
+    """The tables ``[key.NAME]``, by name."""
+    section = table.get(key, {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{key}: {section!r} must be tables by name, [{key}.NAME]")
+    if required and not section:
+        raise ConfigError(f"{key}: missing; add at least one [{key}.NAME]")
+    return section
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def join(path: str, key: str) -> str:
@@ -134,6 +156,13 @@ def _read_scalar(kind: Any, value: object, path: str, seconds: bool, infinite: b
     if kind in (bool, int, str) and type(value) is kind:
         return value
     raise ConfigError(f"{path}: {value!r} must be {_words(kind)}")
+
+
+def _read_size(value: str, path: str) -> int:
+    try:
+        return parse_size(value)
+    except SizeError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _read_choice(kind: Any, value: object, path: str) -> Any:

@@ -6,7 +6,6 @@ into a ``Scenario``; ``config.build`` makes runs of it.
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from chiron.config.read import ConfigError, keys_of, read_record, suggest
+from chiron.config.overrides import Override, apply_overrides, override_text
+from chiron.config.policies import PolicyChoice, read_policy
+from chiron.config.read import ConfigError, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.sections import BatchJobSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
 from chiron.policies.registry import POLICIES
@@ -24,23 +25,6 @@ from chiron.sim.setup import ColdStart, Failures
 
 DEFAULT_POLICIES = ("chiron", "chiron-paper", "llumnix", "hpa-queue", "hpa-kv", "static")
 """What runs when neither the file nor the caller names policies."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Override:
-    """One value set over the file's own, as ``--set path=value`` does."""
-
-    path: str
-    """Dotted, for example ``classes.chat.ttft`` or ``workload.0.rate_scale``."""
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyChoice:
-    """A policy with its settings, under the label that results show."""
-
-    policy: str
-    settings: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +119,7 @@ def load_scenario(source: str | Path, overrides: Sequence[str] = ()) -> Scenario
     if name in packaged and not path.is_file():
         text, directory = packaged[name].read_text(encoding="utf-8"), Path()
     elif path.is_file():
-        text, directory = _read_text(path), path.parent
+        text, directory = read_text(path), path.parent
     else:
         raise ConfigError(f"scenario {name!r} is neither a file nor a packaged scenario; {suggest(name, packaged)}")
     text = "".join([text, *map(override_text, overrides)])
@@ -160,33 +144,8 @@ def scenario_files() -> dict[str, Traversable]:
     return dict(sorted(found.items()))
 
 
-def override_text(assignment: str) -> str:
-    """``path=value`` as an [[override]] table, which can follow any TOML text. The value is TOML, or else text."""
-    path, equals, value = assignment.partition("=")
-    if not equals or not path.strip():
-        raise ConfigError(f"--set {assignment!r}: expected path=value, for example classes.chat.ttft=2s")
-    return f"\n[[override]]\npath = {json.dumps(path.strip())}\nvalue = {_as_toml(value.strip())}\n"
-
-
-def _as_toml(value: str) -> str:
-    try:
-        parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
-        return json.dumps(value, ensure_ascii=False)
-    return value if list(parsed) == ["value"] else json.dumps(value, ensure_ascii=False)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-
-
 def _read_scenario(table: dict[str, Any], text: str, directory: Path, name: str) -> Scenario:
-    for i, entry in enumerate(_tables(table, "override")):
-        override = read_record(Override, entry, f"override[{i}]")
-        _apply(table, override, f"override[{i}] ({override.path})")
+    apply_overrides(table)
     keys = [key for key in keys_of(Scenario) if key not in ("text", "directory")]
     for key, value in table.items():
         if key not in keys:
@@ -194,74 +153,12 @@ def _read_scenario(table: dict[str, Any], text: str, directory: Path, name: str)
     given = {
         "classes": {
             key: read_record(RequestClass, entry, f"classes.{key}", name=key)
-            for key, entry in _named(table, "classes", required=True).items()
+            for key, entry in named_tables(table, "classes", required=True).items()
         },
-        "policies": {key: _read_policy(key, entry) for key, entry in _named(table, "policies").items()},
+        "policies": {key: read_policy(key, entry) for key, entry in named_tables(table, "policies").items()},
     }
     rest = {key: value for key, value in table.items() if key not in given}
     return read_record(Scenario, {"name": name, **rest}, "", text=text, directory=directory, **given)
-
-
-def _read_policy(label: str, table: object) -> PolicyChoice:
-    path = f"policies.{label}"
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{path}: {table!r} must be a table of settings")
-    policy = table.get("policy", label)
-    if policy not in POLICIES:
-        where = f"{path}.policy" if "policy" in table else path
-        raise ConfigError(f"{where}: unknown policy {policy!r}; {suggest(str(policy), POLICIES)}")
-    settings = {key: value for key, value in table.items() if key != "policy"}
-    return PolicyChoice(policy=policy, settings=read_record(POLICIES[policy].settings, settings, path))
-
-
-def _named(table: Mapping[str, Any], key: str, required: bool = False) -> Mapping[str, Any]:
-    section = table.get(key, {})
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"{key}: {section!r} must be tables by name, [{key}.NAME]")
-    if required and not section:
-        raise ConfigError(f"{key}: missing; add at least one [{key}.NAME]")
-    return section
-
-
-def _tables(table: Mapping[str, Any], key: str) -> list[Any]:
-    entries = table.get(key, [])
-    if not isinstance(entries, list):
-        raise ConfigError(f"{key}: {entries!r} must be tables, [[{key}]]")
-    return entries
-
-
-def _apply(table: dict[str, Any], override: Override, path: str) -> None:
-    """Set one value in place. Tables on the way are made; entries of lists must exist."""
-    at: Any = table
-    *parents, last = _parts(override.path, path)
-    for part in parents:
-        at = at[_index(at, part, path)] if isinstance(at, list) else at.setdefault(part, {})
-        if not isinstance(at, dict | list):
-            raise ConfigError(f"{path}: {part!r} is a value ({at!r}), not a table")
-    if isinstance(at, list):
-        at[_index(at, last, path)] = override.value
-    else:
-        at[last] = override.value
-
-
-def _parts(dotted: str, path: str) -> list[str]:
-    """The keys of a dotted TOML key: a name with dots in it is quoted, as in ``models."llama-3.1".initial``."""
-    try:
-        found: Any = tomllib.loads(f"{dotted} = 0")
-    except tomllib.TOMLDecodeError:
-        raise ConfigError(f"{path}: not a dotted path; quote names that have other letters than a-z 0-9 _ -") from None
-    parts: list[str] = []
-    while isinstance(found, dict):
-        (key,) = found
-        parts.append(key)
-        found = found[key]
-    return parts
-
-
-def _index(entries: list[Any], part: str, path: str) -> int:
-    if not part.isdecimal() or int(part) >= len(entries):
-        raise ConfigError(f"{path}: {part!r} must be the number of an entry, 0 to {len(entries) - 1}")
-    return int(part)
 
 
 def _require(fine: bool, path: str, value: object, what: str) -> None:

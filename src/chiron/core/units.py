@@ -1,4 +1,4 @@
-"""Durations as people write them, read into seconds."""
+"""Durations and sizes as people write them, read into seconds and bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,20 @@ from math import isfinite
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 ALLOWED = "a number of seconds, or numbers with the units ms, s, m, h, d from large to small, such as 45s, 10m, 1h30m"
 
+BYTES: dict[str, int] = {"": 1, "b": 1} | {
+    f"{letter}{infix}b": base**power
+    for infix, base in (("", 1000), ("i", 1024))
+    for power, letter in enumerate("kmgt", start=1)
+}
+SIZES_ALLOWED = "a whole number of bytes, or a number with the unit kB, MB, GB, TB, KiB, MiB, GiB or TiB, such as 32MiB"
+
 _NUMBER = r"\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+"
 _WHOLE = re.compile(rf"(?:{_NUMBER})")
 _PART = re.compile(rf"({_NUMBER})\s*(ms|s|m|h|d)\s*")
+
+
+class SizeError(ValueError):
+    """The text is not a size. The message says what is allowed."""
 
 
 class DurationError(ValueError):
@@ -46,3 +57,12 @@ def _parse_text(text: str) -> float:
     if at == 0:
         raise DurationError(f"duration {text!r}: expected {ALLOWED}")
     return seconds
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``"32MiB"``, ``"8 GB"`` or ``"1048576"``; whatever the case of the letters. Raises SizeError."""
+    part = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if part is None else BYTES.get(part[2].lower())
+    if part is None or unit is None:
+        raise SizeError(f"size {text!r}: expected {SIZES_ALLOWED}")
+    return round(float(part[1]) * unit)
