@@ -60,8 +60,10 @@ def test_without_keys_everybody_is_anonymous_and_any_secret_will_do() -> None:
     keys = KeyRing()
     assert keys.check(None) is ANONYMOUS
     assert keys.check(b"Bearer sk-whatever") is ANONYMOUS
-    assert keys.check_admin(None).admin
-    guarded = KeyRing(admin_hash=hashed(ADMIN))
+    assert KeyRing(admin_open=True).check_admin(None).admin
+    with pytest.raises(ApiError):
+        keys.check_admin(None)
+    guarded = KeyRing(admin_hash=hashed(ADMIN), admin_open=True)
     assert guarded.check(b"Bearer sk-whatever") is ANONYMOUS
     assert guarded.check(bearer(ADMIN)).admin
     with pytest.raises(ApiError):

@@ -73,11 +73,10 @@ class KeyRing:
     """All keys, and how much of its limits each has left.
 
     Without keys everybody is ``ANONYMOUS`` and any secret is accepted, since clients insist on sending one. Without
-    keys and without an admin key, everybody is the admin too: the server then listens on loopback only, unless its
-    owner said otherwise.
+    an admin key, ``admin_open`` says whether the admin's routes are open to everybody, as they may be on loopback.
     """
 
-    def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "") -> None:
+    def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "", *, admin_open: bool = False) -> None:
         self._keys: dict[str, Key] = {}
         self._buckets: dict[str, tuple[_Bucket, _Bucket]] = {}
         names: set[str] = set()
@@ -93,6 +92,7 @@ class KeyRing:
             if key.requests_per_minute < inf or key.tokens_per_minute < inf:
                 self._buckets[key.name] = (_Bucket(key.requests_per_minute), _Bucket(key.tokens_per_minute))
         self.open = not keys
+        self.admin_open = admin_open and not admin_hash
         self.admin = Key(name=ADMIN, hash=admin_hash, admin=True)
         if admin_hash in self._keys:
             raise ValueError(f"key {self._keys[admin_hash].name!r} has the admin key's hash")
@@ -117,9 +117,9 @@ class KeyRing:
 
     def check_admin(self, authorization: bytes | None) -> Key:
         """The admin's key. Raises ApiError 401, or 403 for a key that is not the admin's."""
+        if self.admin_open:
+            return self.admin
         if not self.admin.hash:
-            if self.open:
-                return self.admin
             raise forbidden("No admin key is configured; set admin_key_hash in the server's config.")
         secret = _bearer(authorization)
         if secret is None:

@@ -1,0 +1,203 @@
+"""A streamed answer, put together, is the answer that would have come in one piece."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+
+from chiron.gateway.collect import CollectError, Collector
+
+HEAD = {"id": "chatcmpl-1", "created": 7, "model": "m", "system_fingerprint": "fp"}
+
+
+def event(value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def chunk(*choices: dict[str, Any], **top: Any) -> bytes:
+    return event({**HEAD, "object": "chat.completion.chunk", "choices": list(choices), **top})
+
+
+def said(text: str, index: int = 0, **fields: Any) -> dict[str, Any]:
+    return {"index": index, "delta": {"content": text}, "finish_reason": None, **fields}
+
+
+def end(reason: str = "stop", index: int = 0) -> dict[str, Any]:
+    return {"index": index, "delta": {}, "finish_reason": reason}
+
+
+STREAM = (
+    chunk({"index": 0, "delta": {"role": "assistant", "content": ""}})
+    + b": a comment\r\n\r\n"
+    + chunk(said("Grüß", token_ids=[1, 2]))
+    + chunk(said(" Gott", token_ids=[3]))
+    + chunk(end())
+    + chunk(usage={"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8})
+    + b"data: [DONE]\n\n"
+)
+
+
+def collect(data: bytes, chat: bool = True, **options: Any) -> Collector:
+    collector = Collector(chat, **options)
+    collector.feed(data)
+    return collector
+
+
+def test_a_chat_answer() -> None:
+    collector = collect(STREAM)
+    assert collector.done
+    assert collector.tokens == 3
+    assert collector.token_ids == [1, 2, 3]
+    answer = collector.result()
+    assert answer == {
+        **HEAD,
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Grüß Gott", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+    }
+    ChatCompletion.model_validate(answer, strict=True)
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=40), st.booleans())
+def test_wherever_the_stream_is_split(cuts: list[int], crlf: bool) -> None:
+    stream = STREAM.replace(b"\n", b"\r\n") if crlf else STREAM
+    edges = [0, *sorted(cuts), len(stream)]
+    collector = Collector(True)
+    for start, stop in pairwise(edges):
+        collector.feed(stream[start:stop])
+    assert collector.result() == collect(STREAM).result()
+
+
+def test_several_choices_and_tool_calls() -> None:
+    def tool(index: int, **fields: Any) -> dict[str, Any]:
+        return {"index": 0, "delta": {"tool_calls": [{"index": index, **fields}]}}
+
+    data = (
+        chunk(tool(0, id="call_1", type="function", function={"name": "look", "arguments": ""}))
+        + chunk(tool(0, function={"arguments": '{"q":'}), said("b", 1))
+        + chunk(tool(1, id="call_2", type="function", function={"name": "go", "arguments": "{}"}))
+        + chunk(tool(0, type="function", function={"name": "look", "arguments": '"x"}'}), said("c", 1))
+        + chunk(end("tool_calls"), end("length", 1))
+    )
+    answer = collect(data).result()
+    first, second = answer["choices"]
+    assert first["message"]["content"] is None
+    assert first["message"]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"q":"x"}'}},
+        {"id": "call_2", "type": "function", "function": {"name": "go", "arguments": "{}"}},
+    ]
+    assert second["message"]["content"] == "bc"
+    assert second["finish_reason"] == "length"
+    ChatCompletion.model_validate(answer, strict=True)
+
+
+def test_fields_that_nobody_told_us_about_come_through() -> None:
+    data = (
+        chunk({"index": 0, "delta": {"reasoning_content": "let me"}})
+        + chunk({"index": 0, "delta": {"reasoning_content": " think"}})
+        + chunk(said("42"))
+        + chunk({"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": 13}, service_tier="flex")
+    )
+    answer = collect(data).result()
+    assert answer["choices"][0]["message"]["reasoning_content"] == "let me think"
+    assert answer["choices"][0]["stop_reason"] == 13
+    assert answer["service_tier"] == "flex"
+
+
+def test_log_probabilities_of_chats() -> None:
+    def entry(token: str) -> dict[str, Any]:
+        return {"token": token, "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+
+    data = (
+        chunk(said("a", logprobs={"content": [entry("a")], "refusal": None}))
+        + chunk(said("b", logprobs={"content": [entry("b")], "refusal": None}))
+        + chunk(end())
+    )
+    assert collect(data).result()["choices"][0]["logprobs"] == {"content": [entry("a"), entry("b")]}
+
+
+def test_a_completion() -> None:
+    def part(text: str, reason: str | None = None, **fields: Any) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, **fields}
+        return event({**HEAD, "object": "text_completion", "choices": [choice]})
+
+    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0}], "text_offset": [0]}
+    collector = collect(part("one", logprobs=logprobs) + part(" two", "length", logprobs=logprobs), chat=False)
+    answer = collector.result()
+    assert answer["choices"][0]["text"] == "one two"
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["a", "a"]
+    assert collector.tokens == 2
+    Completion.model_validate(answer, strict=True)
+
+
+def test_an_answer_over_two_streams() -> None:
+    collector = Collector(True, keep_token_ids=True)
+    first = chunk(said("one", token_ids=[1])) + chunk(said(" two", token_ids=[2]))
+    collector.feed(first[:-10])
+    assert collector.token_ids == [1]
+    collector.resume()
+    collector.feed(chunk(said(" two", token_ids=[2])) + chunk(end()))
+    answer = collector.result()
+    assert answer["choices"][0]["message"]["content"] == "one two"
+    assert answer["choices"][0]["token_ids"] == [1, 2]
+    collector.reset()
+    assert collector.tokens == 0
+    collector.feed(STREAM)
+    assert collector.result()["choices"][0]["message"]["content"] == "Grüß Gott"
+
+
+def test_an_answer_cut_off_is_no_answer() -> None:
+    collector = collect(chunk(said("half")))
+    assert not collector.done
+    assert collector.partial()["choices"][0]["message"]["content"] == "half"
+    assert collector.partial()["choices"][0]["finish_reason"] is None
+    with pytest.raises(CollectError, match="ended before"):
+        collector.result()
+    with pytest.raises(CollectError, match="ended before"):
+        Collector(True).result()
+
+
+def test_an_error_in_the_stream() -> None:
+    collector = collect(chunk(said("half")) + event({"error": {"message": "out of memory", "code": 500}}))
+    assert collector.done
+    assert collector.error == {"message": "out of memory", "code": 500}
+    with pytest.raises(CollectError, match="out of memory"):
+        collector.result()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"data: {nope\n\n",
+        b"data: [1]\n\n",
+        b'data: {"choices": [3]}\n\n',
+        b'data: {"choices": [{"index": "x"}]}\n\n',
+        b"data: \xff\n\n",
+    ],
+)
+def test_a_stream_of_nonsense_is_refused(data: bytes) -> None:
+    with pytest.raises(CollectError):
+        collect(data)
+
+
+def test_memory_is_bounded() -> None:
+    collector = Collector(True, bytes_max=1000)
+    with pytest.raises(CollectError, match="1000 bytes"):
+        collector.feed(b"data: never ends" * 100)
+    endless = Collector(True, bytes_max=1000)
+    for _ in range(10):
+        endless.feed(b"data: " + b"x" * 94)
+    with pytest.raises(CollectError):
+        endless.feed(b"x")
