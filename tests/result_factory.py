@@ -82,6 +82,16 @@ def small(
     )
 
 
+def unseen(policy: str, *, met: float = 1.0) -> Result:
+    """``small`` as a client measures it, who sees no GPU."""
+    known = small(policy, met=met)
+    hidden = (
+        "gpu_hours", "gpu_hours_bound", "gpu_hours_bound_full", "cost", "cost_bound", "gpus_peak", "instances_peak",
+        "tokens_per_gpu_s", "slo_tokens_per_gpu_s", "scaling_actions", "reversals", "evictions", "preemptions",
+    )  # fmt: skip
+    return replace(known, summary=known.summary | dict.fromkeys(hidden), fleet=(), batch_sizes=(), decisions=())
+
+
 def tick(t_s: float, *, mixed: int = 1, model: str = "llama", **changes: Any) -> FleetPoint:
     """One row of the fleet with ``mixed`` mixed instances of one GPU."""
     plain = FleetPoint(

@@ -20,7 +20,7 @@ from chiron.telemetry.html import report_html, write_report
 from chiron.telemetry.palette import looks
 from chiron.telemetry.result import DecisionPoint
 from chiron.telemetry.series import cdf, latency_cdf, log_axis, thin
-from result_factory import hour, small, tick
+from result_factory import hour, small, tick, unseen
 
 
 class Page(HTMLParser):
@@ -243,3 +243,9 @@ def test_figures_of_an_empty_run_and_of_a_wrong_format(tmp_path: Path) -> None:
     assert write_figures([bare], tmp_path, formats=("svg",))
     with pytest.raises(ReportError, match=r"formats is \['gif'\]; allowed are png, svg, pdf"):
         write_figures([bare], tmp_path, formats=("gif",))
+
+
+def test_the_page_of_a_run_whose_gpus_nobody_saw_shows_no_zero() -> None:
+    page = report_html([unseen("gateway")])
+    assert '<td class="none">–</td>' in page
+    assert '"tradeoff":{"data":[]' in page

@@ -9,7 +9,7 @@ import pytest
 from chiron.telemetry.errors import ReportError
 from chiron.telemetry.result import Result
 from chiron.telemetry.verdict import percent, verdict
-from result_factory import small
+from result_factory import small, unseen
 
 
 def run(policy: str, gpu_hours: float, met: float = 1.0, seed: int = 0, **changes: Any) -> Result:
@@ -133,3 +133,16 @@ def test_what_cannot_be_compared_is_refused() -> None:
     ):
         with pytest.raises(ReportError, match=message):
             verdict(results)
+
+
+def test_figures_that_nobody_can_see_are_not_ranked_and_not_shown_as_zero() -> None:
+    alone = verdict([unseen("gateway")])
+    assert alone.headline == "gateway attains at least 99 % in every class."
+    assert alone.ranking[0].over_bound is None
+    both = verdict([unseen("gateway"), unseen("direct"), run("chiron", 10.0)])
+    assert both.headline.startswith("chiron attains at least 99 % in every class with the fewest GPU-hours: 10.00, ")
+    assert "gateway also attains it, with GPU-hours that are not known" in both.headline
+    two = verdict([unseen("gateway"), unseen("direct")])
+    assert two.headline == "gateway and direct attain at least 99 % in every class."
+    missed = verdict([unseen("gateway", met=0.9)])
+    assert missed.headline.endswith("falls short of 99 %: 90 % in its worst class (chat).")

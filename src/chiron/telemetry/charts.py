@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, log10
+from math import isfinite, log10, nan
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,15 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
     traces: list[dict[str, Any]] = []
     shares = {p.policy: [100 * min(r.summary["attainment"].values(), default=0.0) for r in p.results] for p in runs}
     for policy in runs:
+        if policy.stat("gpu_hours") is None:
+            continue
         look = looks[policy.policy]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
                 "name": policy.policy,
-                "x": numbers(r.summary["gpu_hours"] for r in policy.results),
+                "x": numbers(nan if r.summary["gpu_hours"] is None else r.summary["gpu_hours"] for r in policy.results),
                 "y": numbers(shares[policy.policy]),
                 "text": [f"{policy.policy}, seed {r.seed}" for r in policy.results],
                 "hovertemplate": "%{text}<br>%{x:.2f} GPU-hours<br>%{y:.2f} % in its worst class<extra></extra>",
@@ -52,12 +54,12 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
 
 def tradeoff_span(runs: Sequence[PolicyRuns], bound: float | None, target: float) -> tuple[float, tuple[float, float]]:
     """Right end in GPU-hours, and bottom and top in per cent, that show every run, the bound and the target."""
-    hours = [r.summary["gpu_hours"] for p in runs for r in p.results]
+    hours = [figures.high for p in runs if (figures := p.stat("gpu_hours")) is not None]
     lowest = 100 * min(
         target, *(share for p in runs for r in p.results for share in r.summary["attainment"].values()), 1
     )
     room = (100 - lowest) * 0.08 + 0.1
-    return 1.06 * max(*hours, bound or 0.0, 1e-3), (lowest - room, 100 + room)
+    return 1.06 * max([*hours, bound or 0.0, 1e-3]), (lowest - room, 100 + room)
 
 
 def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Figure]:

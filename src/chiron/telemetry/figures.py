@@ -6,7 +6,7 @@ Equal results give equal files: SVG ids are salted with a constant and carry no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def tradeoff(ax: Any, runs: Runs, seen: dict[str, Look], bound: float | None, ta
     for policy in runs:
         look = seen[policy.policy]
         ax.scatter(
-            [r.summary["gpu_hours"] for r in policy.results],
+            [nan if r.summary["gpu_hours"] is None else r.summary["gpu_hours"] for r in policy.results],
             [100 * min(r.summary["attainment"].values(), default=0.0) for r in policy.results],
             color=look.colour,
             marker=look.matplotlib_marker,

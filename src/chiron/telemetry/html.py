@@ -144,7 +144,7 @@ def importance(decision: DecisionPoint) -> tuple[int, int]:
 
 def full_bound(results: Sequence[Result], bounds: Mapping[int, float] | None) -> float | None:
     """Mean over seeds of the GPU-hours that full attainment needs at least; None if unknown."""
-    by_seed = {r.seed: float(r.summary["gpu_hours_bound_full"]) for r in results} | dict(bounds or {})
+    by_seed = {r.seed: float(r.summary["gpu_hours_bound_full"] or 0) for r in results} | dict(bounds or {})
     known = [by_seed[seed] for seed in sorted({r.seed for r in results}) if by_seed[seed] > 0]
     return sum(known) / len(known) if known else None
 
@@ -166,7 +166,7 @@ def subtitle(results: Sequence[Result]) -> str:
     first = runs[0].results[0]
     parts = [
         f"{first.summary['requests']:,} requests",
-        f"{first.summary['sim_s'] / 3600:.2f} h simulated",
+        f"{first.summary['sim_s'] / 3600:.2f} h of traffic",
         counted(len(first.models), "model"),
         counted(len(runs), "policy", "policies"),
         f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})",

@@ -39,11 +39,13 @@ class RequestTable:
         return np.where(self.first_token_s >= 0, self.first_token_s - self.arrival_s, np.nan)
 
     def itl_s(self) -> npt.NDArray[np.float64]:
-        """Mean seconds between a request's tokens; nan with fewer than two tokens or no finish."""
+        """Mean seconds between a request's tokens; nan with fewer than two tokens or no finish.
+
+        A request that finished without a first token being seen (a batch job tells only its results) has none."""
         gaps = self.output_tokens - 1
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = (self.finish_s - self.first_token_s) / gaps
-        return np.where((self.outcome == 0) & (gaps > 0), mean, np.nan)
+        return np.where((self.outcome == 0) & (gaps > 0) & (self.first_token_s >= 0), mean, np.nan)
 
     def attained(self, classes: tuple[RequestClass, ...]) -> npt.NDArray[np.bool_]:
         """Finished, with TTFT, mean ITL and deadline all met. One token has no ITL to miss."""

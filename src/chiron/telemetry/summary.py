@@ -34,22 +34,22 @@ def summarise(
     classes: Sequence[RequestClass],
     models: Sequence[str],
     requests: RequestTable,
-    gpu_seconds: float,
-    cost: float,
-    gpus_peak: int,
-    instances_peak: int,
-    plan_changes: Sequence[PlanChange],
+    gpu_seconds: float | None,
+    cost: float | None,
+    gpus_peak: int | None,
+    instances_peak: int | None,
+    plan_changes: Sequence[PlanChange] | None,
     reversal_window_s: float,
-    gpu_hours_bound: float,
-    gpu_hours_bound_full: float,
-    cost_bound: float,
+    gpu_hours_bound: float | None,
+    gpu_hours_bound_full: float | None,
+    cost_bound: float | None,
     wall_s: float,
     sim_s: float,
-    evictions: int,
-    preemptions: int,
+    evictions: int | None,
+    preemptions: int | None,
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
-    request at its SLO. Pure, and O(requests)."""
+    request at its SLO. None stands for what whoever measured cannot see: a client knows no GPU. Pure, O(requests)."""
     check_requests(requests, classes, models)
     attained = requests.attained(tuple(classes))
     counts = np.bincount(requests.outcome, minlength=len(OUTCOMES))
@@ -63,24 +63,24 @@ def summarise(
         "seed": int(seed),
         "requests": len(requests.arrival_s),
         **outcomes,
-        "evictions": int(evictions),
-        "preemptions": int(preemptions),
+        "evictions": whole(evictions),
+        "preemptions": whole(preemptions),
         "attainment": {name: float(attained[mine].mean()) for name, mine in members.items() if mine.any()},
         "attainment_all": float(attained.mean()) if len(attained) else None,
         "ttft_s": {name: spread(ttft_s[mine]) for name, mine in members.items() if mine.any()},
         "itl_s": {name: spread(itl_s[mine]) for name, mine in members.items() if mine.any()},
-        "gpu_hours": float(gpu_seconds) / 3600,
-        "gpu_hours_bound": float(gpu_hours_bound),
-        "gpu_hours_bound_full": float(gpu_hours_bound_full),
-        "cost": float(cost),
-        "cost_bound": float(cost_bound),
-        "gpus_peak": int(gpus_peak),
-        "instances_peak": int(instances_peak),
+        "gpu_hours": None if gpu_seconds is None else float(gpu_seconds) / 3600,
+        "gpu_hours_bound": real(gpu_hours_bound),
+        "gpu_hours_bound_full": real(gpu_hours_bound_full),
+        "cost": real(cost),
+        "cost_bound": real(cost_bound),
+        "gpus_peak": whole(gpus_peak),
+        "instances_peak": whole(instances_peak),
         "throughput_rps": ratio(outcomes["finished"], sim_s),
         "tokens_per_gpu_s": ratio(requests.output_tokens[finished].sum(), gpu_seconds),
         "slo_tokens_per_gpu_s": ratio(requests.output_tokens[attained].sum(), gpu_seconds),
-        "scaling_actions": sum(before != after for _, _, before, after in plan_changes),
-        "reversals": reversals(plan_changes, reversal_window_s),
+        "scaling_actions": None if plan_changes is None else sum(a != b for _, _, a, b in plan_changes),
+        "reversals": None if plan_changes is None else reversals(plan_changes, reversal_window_s),
         "batch_late": batch_late(requests, classes),
         "models": by_model(requests, models, attained),
         "wall_s": float(wall_s),
@@ -133,9 +133,19 @@ def spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:
     return {"mean": float(seen.mean()), "p50": float(p50), "p90": float(p90), "p99": float(p99)}
 
 
-def ratio(part: float, whole: float) -> float | None:
-    """``part / whole``; null over nothing."""
-    return float(part) / float(whole) if whole > 0 else None
+def ratio(part: float, whole: float | None) -> float | None:
+    """``part / whole``; null over nothing and over what is not known."""
+    return float(part) / float(whole) if whole is not None and whole > 0 else None
+
+
+def real(value: float | None) -> float | None:
+    """A plain float, also of a NumPy one; null if unknown."""
+    return None if value is None else float(value)
+
+
+def whole(value: int | None) -> int | None:
+    """A plain int, also of a NumPy one; null if unknown."""
+    return None if value is None else int(value)
 
 
 @cache

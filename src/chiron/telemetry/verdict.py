@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 from typing import Any
 
 from chiron.telemetry.errors import ReportError
@@ -41,14 +41,15 @@ class PolicyRuns:
 
     @property
     def gpu_hours(self) -> float:
-        """Mean over seeds."""
-        return stat([r.summary["gpu_hours"] for r in self.results]).mean
+        """Mean over seeds; inf where nobody knows (a load generator sees no GPU), so that known figures rank first."""
+        figures = self.stat("gpu_hours")
+        return inf if figures is None else figures.mean
 
     @property
     def over_bound(self) -> Stat | None:
         """GPU-hours over the lower bound for what the run delivered; None without a bound."""
         pairs = [(r.summary["gpu_hours"], r.summary["gpu_hours_bound"]) for r in self.results]
-        values = [hours / bound for hours, bound in pairs if bound > 0]
+        values = [hours / bound for hours, bound in pairs if hours is not None and bound is not None and bound > 0]
         return stat(values) if values else None
 
     @property
@@ -137,6 +138,9 @@ def praise(attaining: list[PolicyRuns], others: list[PolicyRuns], target: float)
     """The headline when some policy attains the target."""
     best = attaining[0]
     sure = f"attains at least {percent(target)} in every class"
+    if best.gpu_hours == inf:
+        who = sequence([p.policy for p in attaining])
+        return f"{who} {sure}." if len(attaining) == 1 else f"{who} attain {sure.removeprefix('attains ')}."
     spent = hours(best)
     if not others and len(attaining) == 1:
         return f"{best.policy} {sure} with {spent}{bound_phrase(best)}. No other policy ran, so nothing is compared."
@@ -155,6 +159,8 @@ def praise(attaining: list[PolicyRuns], others: list[PolicyRuns], target: float)
 
 def saving(best: PolicyRuns, runner_up: PolicyRuns) -> str:
     """How much less than the next that attains the target."""
+    if runner_up.gpu_hours == inf:
+        return f"{runner_up.policy} also attains it, with GPU-hours that are not known"
     less = 1 - best.gpu_hours / runner_up.gpu_hours if runner_up.gpu_hours > 0 else 0.0
     name = f"{runner_up.policy} ({amount(runner_up.gpu_hours)})"
     if less < 0.0005:
@@ -176,6 +182,8 @@ def closest(others: list[PolicyRuns], target: float) -> str:
 
 def cheaper_but_worse(best: PolicyRuns, others: list[PolicyRuns]) -> list[str]:
     """Policies that spent less and missed the target: say so before the reader wonders."""
+    if best.gpu_hours == inf:
+        return []
     cheaper = sorted((p for p in others if p.gpu_hours < best.gpu_hours), key=lambda p: p.gpu_hours)
     return [f"{p.policy} takes fewer GPU-hours but misses the target: {shortfall(p)}." for p in cheaper]
 
@@ -187,6 +195,8 @@ def uncertain(attaining: list[PolicyRuns]) -> list[str]:
     best, runner_up = attaining[:2]
     theirs = {r.seed: r.summary["gpu_hours"] for r in runner_up.results}
     pairs = [(r.summary["gpu_hours"], theirs[r.seed]) for r in best.results if r.seed in theirs]
+    if any(figure is None for pair in pairs for figure in pair):
+        return []
     if len(pairs) < 2:
         return [] if pairs and len(best.results) > 1 else ["One seed: the spread between seeds is not known."]
     wins = sum(mine < other for mine, other in pairs)
@@ -196,7 +206,13 @@ def uncertain(attaining: list[PolicyRuns]) -> list[str]:
 def shortfall(runs: PolicyRuns) -> str:
     """The worst class and the price, as a phrase."""
     name, share = runs.worst
-    return f"{percent(share)} in its worst class ({name}) with {amount(runs.gpu_hours)} GPU-hours"
+    spent = "" if runs.gpu_hours == inf else f" with {amount(runs.gpu_hours)} GPU-hours"
+    return f"{percent(share)} in its worst class ({name}){spent}"
+
+
+def sequence(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def hours(runs: PolicyRuns, unit: str = " GPU-hours") -> str:
