@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,13 +10,9 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from chiron.config import ConfigError
+from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.result import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
-
-
-class LogError(ConfigError):
-    """A file is no event log. The message names the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +82,7 @@ def _roles(ready: Mapping[str, int]) -> str:
 
 
 def _of_log(path: Path) -> Story:
-    events = tuple(_read_log(path))
+    events = tuple(read_event_log(path, last_run=True))
     models = dict.fromkeys(str(event["model"]) for event in events if "model" in event)
 
     def state(model: str, at_s: float) -> Iterable[str]:
@@ -100,23 +95,6 @@ def _of_log(path: Path) -> Story:
         ends_s=events[-1]["t"] if events else 0.0,
         state=state,
     )
-
-
-def _read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Events in order; a last line that was cut off is left out, as an interrupted run leaves one."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number > 1 and not line.endswith("\n"):
-                    return
-                raise LogError(
-                    f"{path}: line {number} is not an event ({error}); name a file that --save or --events wrote"
-                ) from None
-            if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("t"), int | float):
-                raise LogError(f"{path}: line {number} is not an event: it has no event and time t")
-            yield event
 
 
 def _decision(event: Mapping[str, Any]) -> DecisionPoint:
@@ -134,8 +112,8 @@ def _decision(event: Mapping[str, Any]) -> DecisionPoint:
 def _tell_events(events: Sequence[Mapping[str, Any]], model: str) -> Iterator[str]:
     """Replay: what instances and requests of the model were last heard of."""
     instances: dict[int, tuple[str, str]] = {}
-    classes: dict[int, str] = {}
-    last: dict[int, str] = {}
+    classes: dict[int | str, str] = {}
+    last: dict[int | str, str] = {}
     for event in events:
         name = event["event"]
         if "request" in event:

@@ -2,6 +2,7 @@
 
 TelemetryError(ValueError)
 ├── ExtraError      an optional package is not installed
+├── LogError        a file that is no event log
 ├── ReportError     results that cannot be reported together
 ├── StoreError      a saved result that cannot be read or written
 └── SummaryError    figures that contradict each other
@@ -19,6 +20,10 @@ class TelemetryError(ValueError):
 
 class ExtraError(TelemetryError):
     """An optional package is missing; the message says how to get it."""
+
+
+class LogError(TelemetryError):
+    """A file is no event log. The message names the line."""
 
 
 class ReportError(TelemetryError):

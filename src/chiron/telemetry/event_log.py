@@ -1,0 +1,117 @@
+"""The event log: one JSON object a line, from the simulator (``--events``) or from the gateway.
+
+Every line has ``t`` (seconds since the run began) and ``event``. The gateway starts each of its files with an event
+``log``: ``at`` is the wall time of that line, ``run`` the wall time at ``t == 0``, which also names the run. It rotates
+its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on; a restart begins a new file too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from chiron.core.types import Decision
+from chiron.telemetry.errors import LogError
+
+
+def decision_line(now_s: float, decision: Decision) -> dict[str, Any]:
+    """A decision as a line of the log; JSON has no nan, so such a number is null."""
+    return {
+        "t": now_s,
+        "event": "decision",
+        "kind": decision.kind,
+        "subject": decision.subject,
+        "before": decision.before,
+        "after": decision.after,
+        "reason": decision.reason,
+        "numbers": {name: None if value != value else value for name, value in decision.numbers.items()},
+    }
+
+
+def read_event_log(path: str | Path, *, last_run: bool = False) -> Iterator[dict[str, Any]]:
+    """The events of ``path`` and of its rotated files, oldest first; ``last_run``: only of the newest run in them.
+
+    A last line that was cut off, as kill -9 leaves one, is passed over in every file. Reading while the log is being
+    written is allowed. Raises LogError, naming file and line, for anything else that is no event, and OSError.
+    """
+    with ExitStack() as stack:
+        files = [(name, stack.enter_context(file)) for name, file in _open(Path(path))]
+        if last_run:
+            files = _of_last_run(files)
+        for name, file in files:
+            yield from _events(name, file)
+
+
+def log_files(path: Path) -> list[Path]:
+    """``path`` and its rotated files, newest first, as far as they exist."""
+    numbered = []
+    prefix = path.name + "."
+    for file in path.parent.glob(f"{_literal(prefix)}*"):
+        number = file.name.removeprefix(prefix)
+        if number.isdecimal():
+            numbered.append((int(number), file))
+    return [path] * path.exists() + [file for _, file in sorted(numbered)]
+
+
+def _literal(text: str) -> str:
+    """``text`` for a glob pattern, standing for itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _open(path: Path) -> list[tuple[Path, BinaryIO]]:
+    """Oldest first. Opened from the newest on, so that a rotation meanwhile shows a file twice, never not at all."""
+    opened: list[tuple[Path, BinaryIO]] = []
+    seen: set[tuple[int, int]] = set()
+    for name in log_files(path) or [path]:
+        try:
+            file = name.open("rb")
+        except FileNotFoundError:
+            if opened or name != path:
+                continue  # Rotated out meanwhile.
+            raise
+        about = os.fstat(file.fileno())
+        if (about.st_dev, about.st_ino) in seen:
+            file.close()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        opened.append((name, file))
+    opened.reverse()
+    return opened
+
+
+def _of_last_run(files: list[tuple[Path, BinaryIO]]) -> list[tuple[Path, BinaryIO]]:
+    """The files from the first that belongs to the same run as the last one."""
+    runs = [_run(file) for _, file in files]
+    first = len(files) - 1
+    while first > 0 and runs[first] is not None and runs[first - 1] == runs[first]:
+        first -= 1
+    return files[max(first, 0) :]
+
+
+def _run(file: BinaryIO) -> str | None:
+    """The run that wrote this file, by its first line; the simulator's logs do not say."""
+    try:
+        head = json.loads(file.readline())
+    except ValueError:
+        head = None
+    file.seek(0)
+    return str(head["run"]) if isinstance(head, dict) and head.get("event") == "log" and "run" in head else None
+
+
+def _events(name: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file, 1):
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            if not line.endswith(b"\n") and (number > 1 or line.startswith(b'{"t":')):
+                return
+            raise LogError(
+                f"{name}: line {number} is not an event ({error}); name a file that --save or --events wrote"
+            ) from None
+        if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("t"), int | float):
+            raise LogError(f"{name}: line {number} is not an event: it has no event and time t")
+        yield event

@@ -1,0 +1,93 @@
+"""What a run leaves behind besides its requests: the fleet over time, batch sizes, decisions.
+
+The simulator and the gateway record alike, so that both give the same report and the same answers to ``explain``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from math import nan
+
+from chiron.core.types import Decision
+from chiron.policies.views import FleetPlan, FleetView, ModelView
+from chiron.telemetry.result import BatchSizePoint, DecisionPoint, FleetPoint
+
+
+class Timeline:
+    """Points in order of time. With ``points_max``, each kind keeps its newest ones only."""
+
+    def __init__(self, gpus_of: Mapping[str, int], points_max: int | None = None) -> None:
+        self.fleet: deque[FleetPoint] = deque(maxlen=points_max)
+        self.batch_sizes: deque[BatchSizePoint] = deque(maxlen=points_max)
+        self.decisions: deque[DecisionPoint] = deque(maxlen=points_max)
+        self.plan_changes: deque[tuple[float, str, int, int]] = deque(maxlen=points_max)
+        """Seconds, model, planned instances before and after."""
+        self._gpus_of = gpus_of
+
+    def decided(self, now_s: float, decision: Decision) -> None:
+        numbers = dict(decision.numbers)
+        self.decisions.append(
+            DecisionPoint(
+                t_s=now_s,
+                kind=decision.kind,
+                subject=decision.subject,
+                before=decision.before,
+                after=decision.after,
+                reason=decision.reason,
+                numbers=numbers,
+            )
+        )
+        if decision.kind == "fleet":
+            self.plan_changes.append((now_s, decision.subject, int(decision.before), int(decision.after)))
+        elif decision.kind == "batch_size":
+            model, _, instance = decision.subject.rpartition("#")
+            self.batch_sizes.append(
+                BatchSizePoint(
+                    t_s=now_s,
+                    instance_id=int(instance),
+                    model=model,
+                    max_batch_size=int(decision.after),
+                    running=int(numbers.get("running", 0)),
+                    itl_s=numbers.get("itl_s", nan),
+                    itl_slo_s=numbers.get("itl_slo_s", nan),
+                )
+            )
+
+    def observe(self, view: FleetView, plan: FleetPlan) -> None:
+        """The fleet at a tick, and what the policy made of it."""
+        for model in view.models:
+            self.fleet.append(fleet_point(view.now_s, model, plan, self._gpus_of[model.name]))
+
+
+def fleet_point(now_s: float, model: ModelView, plan: FleetPlan, gpus: int) -> FleetPoint:
+    """One model's fleet at a tick; ``gpus`` is what one of its instances takes."""
+    ready = {"interactive": 0, "mixed": 0, "batch": 0}
+    running_interactive = running = starting = draining = 0
+    for instance in model.instances:
+        if instance.state == "ready":
+            ready[instance.role] += 1
+        elif instance.state == "starting":
+            starting += 1
+        else:
+            draining += 1
+        running_interactive += instance.dispatched_interactive
+        running += instance.dispatched
+    made = plan.get(model.name)
+    return FleetPoint(
+        t_s=now_s,
+        model=model.name,
+        ready=ready,
+        starting=starting,
+        draining=draining,
+        gpus=len(model.instances) * gpus,
+        planned=sum(made.counts.values()) if made else sum(model.planned.values()),
+        running_interactive=running_interactive,
+        running_batch=running - running_interactive,
+        waiting_interactive=model.waiting_interactive,
+        waiting_batch=sum(g.requests for g in model.groups),
+        ibp=made.ibp if made else nan,
+        ibp_target=made.ibp_target if made else nan,
+        bbp=made.bbp if made else nan,
+        groups=tuple((g.deadline_s, g.requests) for g in model.groups[:16]),
+    )
