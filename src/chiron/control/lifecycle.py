@@ -30,6 +30,7 @@ class Lifecycle:
         gpus_max: Mapping[str, float],
         evict: Callable[[ModelState, Instance, Request], None],
         retune: Callable[[ModelState, Instance], None],
+        actuates: bool = True,
     ) -> None:
         self.instances: dict[int, Instance] = {}
         """Every instance that is not gone."""
@@ -40,6 +41,7 @@ class Lifecycle:
         self._gpus_free = dict(gpus_max)
         self._evict = evict
         self._retune = retune
+        self._actuates = actuates
         self._next_instance = 1
 
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
@@ -54,10 +56,14 @@ class Lifecycle:
         missing = spec.min_instances - sum(counts.values())
         if missing > 0:
             counts["mixed"] += missing
-        before = sum(state.planned.values())
+        previous = state.planned if self._actuates else state.advised or state.planned
+        before = sum(previous.values())
         after = sum(counts.values())
-        changed = counts != state.planned
-        state.planned = counts
+        changed = counts != previous
+        if self._actuates:
+            state.planned = counts
+        else:
+            state.advised = counts
         if changed:
             self._journal.decided(
                 self._clock.now_s,

@@ -40,6 +40,8 @@ class ModelState:
         self.batch = BatchQueue(policy.group_span_s)
         self.instances: dict[int, Instance] = {}
         self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
+        self.advised: dict[Role, int] = {}
+        """The last plan, while plans are only journalled."""
         self.batch_size_hint = 0
         """Max batch size last set anywhere: where a new instance starts."""
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)

@@ -11,6 +11,7 @@ up at once: the engine takes it out at the same step boundary at which it lets t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
@@ -18,7 +19,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal
 from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Request, RequestClass, Sample
 from chiron.policies.policy import Policy
-from chiron.policies.views import FleetPlan, FleetView, Migration
+from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
@@ -42,9 +43,15 @@ class ControlPlane:
         policy: Policy,
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
+        actuates: bool = True,
     ) -> None:
+        """``actuates=False``: decisions are journalled and nothing else; the fleet stays as it was started, batch
+        sizes stay at what the engines allow, and nothing is evicted."""
+        if not actuates:
+            policy = replace(policy, evicts=False, initial_max_batch_size=None)
         self.clock = clock
         self.policy = policy
+        self.actuates = actuates
         self.models = {m.name: ModelState(m, tuple(classes), policy) for m in models}
         self.open_requests = 0
         """Arrived and not ended."""
@@ -62,12 +69,16 @@ class ControlPlane:
             gpus_max=self._gpus_max,
             evict=self._evict,
             retune=self._retune,
+            actuates=actuates,
         )
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
         self._fleet_state = None
         self._migration_state = None
         self._last_tick_s = 0.0
+        self._advised: dict[int, int] = {}
+        """Max batch size last journalled of an instance, while nothing is actuated."""
+        self._waking = False
 
     # -- lifecycle of the plane itself --------------------------------------------------------------------------
 
@@ -85,6 +96,15 @@ class ControlPlane:
                 instance = self._lifecycle.new_instance(state, kind, role)  # type: ignore[arg-type]
                 self.instance_ready(instance, attach(instance))
         state.planned = {role: split.get(role, 0) for role in ("interactive", "mixed", "batch")}
+
+    def request_initial(self, model: str, count: int) -> None:
+        """Ask the fleet for the first ``count`` instances of ``model``; they become ready when they do."""
+        state = self.models[model]
+        split = (
+            self.policy.initial_roles(self.policy.settings, count) if self.policy.initial_roles else {"mixed": count}
+        )
+        state.planned = {role: split.get(role, 0) for role in ("interactive", "mixed", "batch")}
+        self._lifecycle.reconcile(state)
 
     def begin(self) -> None:
         """Start the periodic loops."""
@@ -107,6 +127,23 @@ class ControlPlane:
             self._end(state, request, "rejected")
         else:
             self._enter(state, request)
+            if not state.instances and not self._waking:
+                # Nobody is there to serve it: do not wait for the next tick to start somebody.
+                self._waking = True
+                self.clock.call_at(self.clock.now_s, self._wake)
+
+    def hold_batch(
+        self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
+    ) -> None:
+        """Tell planners of batch work that is not submitted yet (differences; negative takes it off).
+
+        ``deadline_s`` is absolute; one (deadline, class) must be taken off as it was put on.
+        """
+        state = self.models[model]
+        state.batch.hold(deadline_s, cls, requests, input_tokens, input_square)
+        if requests > 0 and not state.instances and not self._waking:
+            self._waking = True
+            self.clock.call_at(self.clock.now_s, self._wake)
 
     def _enter(self, state: ModelState, request: Request) -> None:
         """Dispatch or queue; who came earlier and waits goes first."""
@@ -260,6 +297,27 @@ class ControlPlane:
                 self._enter(state, request)
         self._after_leaving(state, instance)
 
+    def lost(self, request: Request) -> None:
+        """The engine gave it up without an answer, and lives on. It runs again, here or elsewhere, a few times."""
+        state = self.models[request.model]
+        instance = self._leave(state, request)
+        assert instance is not None
+        instance.evicting.pop(request.id, None)
+        request.instance = None
+        request.migrating_to = None
+        request.kv_saved_tokens = 0
+        if request.outcome is None:
+            self._retry(state, request)
+        self._after_leaving(state, instance)
+
+    def _retry(self, state: ModelState, request: Request) -> None:
+        """Once more, unless that has been tried enough or a client has seen a part of the answer."""
+        request.retries += 1
+        if request.retries > RETRIES_MAX or (request.interactive and request.first_token_s >= 0.0):
+            self._end(state, request, "failed")
+        else:
+            self._enter(state, request)
+
     def failed(self, request: Request, reason: str) -> None:
         """The engine cannot run this request at all."""
         state = self.models[request.model]
@@ -385,6 +443,9 @@ class ControlPlane:
         decision, instance.local = hook(self.policy.settings, instance.local, view)
         if decision is None:
             return
+        if not self.actuates:
+            self._advise_batch_size(instance, decision)
+            return
         if decision.prefill_limit_s != instance.prefill_limit_s:
             instance.prefill_limit_s = decision.prefill_limit_s
             state.router.changed(instance)
@@ -392,20 +453,30 @@ class ControlPlane:
         before = instance.max_batch_size
         if size != before:
             self._set_batch_size(state, instance, size)
-            self._journal.decided(
-                self.clock.now_s,
-                Decision(
-                    kind="batch_size",
-                    subject=f"{instance.model}#{instance.id}",
-                    before=before,
-                    after=size,
-                    reason=decision.reason,
-                    numbers={"running": len(instance.requests), **decision.numbers},
-                ),
-            )
+            self._journal_batch_size(instance, before, size, decision)
         if self.policy.evicts and len(instance.requests) > size and instance.running_interactive:
             while instance.batch and len(instance.requests) > size:
                 self._evict(state, instance, next(reversed(instance.batch.values())))
+
+    def _advise_batch_size(self, instance: Instance, decision: LocalDecision) -> None:
+        size = max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
+        before = self._advised.get(instance.id, instance.max_batch_size)
+        if size != before:
+            self._advised[instance.id] = size
+            self._journal_batch_size(instance, before, size, decision)
+
+    def _journal_batch_size(self, instance: Instance, before: int, size: int, decision: LocalDecision) -> None:
+        self._journal.decided(
+            self.clock.now_s,
+            Decision(
+                kind="batch_size",
+                subject=f"{instance.model}#{instance.id}",
+                before=before,
+                after=size,
+                reason=decision.reason,
+                numbers={"running": len(instance.requests), **decision.numbers},
+            ),
+        )
 
     def _set_batch_size(self, state: ModelState, instance: Instance, size: int) -> None:
         instance.max_batch_size = size
@@ -417,6 +488,18 @@ class ControlPlane:
     # -- the global loop ---------------------------------------------------------------------------------------
 
     def _fleet_tick(self) -> None:
+        try:
+            self._tick()
+        finally:  # Live, a faulty tick must not be the last one.
+            self.clock.call_later(self.policy.fleet_period_s, self._fleet_tick)
+
+    def _wake(self) -> None:
+        """A tick out of turn: something waits and there is no instance at all."""
+        self._waking = False
+        if any(not s.instances and (s.waiting.count or s.batch.count or s.batch.held) for s in self.models.values()):
+            self._tick()
+
+    def _tick(self) -> None:
         now_s = self.clock.now_s
         policy = self.policy
         view = fleet_view(now_s, now_s - self._last_tick_s, self.models.values(), self._gpus_max)
@@ -431,7 +514,6 @@ class ControlPlane:
             self._pump(state)
         if self._observer is not None:
             self._observer(view, plan)
-        self.clock.call_later(policy.fleet_period_s, self._fleet_tick)
 
     # -- what the fleet reports --------------------------------------------------------------------------------
 
@@ -468,11 +550,7 @@ class ControlPlane:
             request.kv_saved_tokens = 0
             if request.outcome is not None:
                 continue
-            request.retries += 1
-            if request.retries > RETRIES_MAX or (request.interactive and request.first_token_s >= 0.0):
-                self._end(state, request, "failed")
-            else:
-                self._enter(state, request)
+            self._retry(state, request)
         if started:  # A start that failed is tried again at the next tick: failing at once must not be a loop.
             self._lifecycle.reconcile(state)
         self._pump(state)

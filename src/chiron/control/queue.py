@@ -119,6 +119,7 @@ class BatchQueue:
         self._span_s = group_span_s
         self._groups: dict[int, _Group] = {}
         self._order: list[int] = []
+        self._held: dict[int, _Group] = {}
         self.count = 0
 
     def __len__(self) -> int:
@@ -142,6 +143,26 @@ class BatchQueue:
         else:
             group.fresh.append(request)
         self._count(group, request, 1)
+
+    def hold(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
+        """Count work of class ``name`` that waits elsewhere, to be added later; negative figures take it off again.
+
+        A job may have more requests than fit in memory: planners must know of all of them, dispatch only of the next.
+        """
+        key = int(deadline_s // self._span_s)
+        group = self._held.setdefault(key, _Group())
+        group.deadline_s = min(group.deadline_s, deadline_s)
+        group.count += requests
+        group.input_tokens += input_tokens
+        group.input_square += input_square
+        group.class_counts[name] = group.class_counts.get(name, 0) + requests
+        if group.count <= 0:
+            del self._held[key]
+
+    @property
+    def held(self) -> int:
+        """Requests that wait elsewhere."""
+        return sum(group.count for group in self._held.values())
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
@@ -169,14 +190,14 @@ class BatchQueue:
         """The groups, earliest first; those past ``limit`` are merged into the last one."""
         merged: list[_Group] = []
         views: list[GroupView] = []
-        for key in sorted(self._groups):
-            group = self._groups[key]
-            if len(group) == 0:
+        for key in sorted(self._groups.keys() | self._held.keys()):
+            parts = [group for groups in (self._groups, self._held) if (group := groups.get(key)) and group.count > 0]
+            if not parts:
                 continue
             if len(views) < limit - 1:
-                views.append(_view([group], expected_output))
+                views.append(_view(parts, expected_output))
             else:
-                merged.append(group)
+                merged.extend(parts)
         if merged:
             views.append(_view(merged, expected_output))
         return tuple(views)
@@ -200,7 +221,7 @@ def _view(groups: list[_Group], expected_output: Mapping[str, float]) -> GroupVi
     output = sum(count * expected_output[name] for g in groups for name, count in g.class_counts.items())
     requests = sum(len(g) for g in groups)
     return GroupView(
-        deadline_s=groups[0].deadline_s,
+        deadline_s=min(g.deadline_s for g in groups),
         requests=requests,
         input_tokens=float(sum(g.input_tokens for g in groups)),
         input_square=sum(g.input_square for g in groups),
