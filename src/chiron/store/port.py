@@ -1,0 +1,299 @@
+"""The durable store of batch work: what the gateway asks of it, and the values that cross.
+
+An implementation promises: what an awaited call answered is on disk; each item of an accepted batch ends with exactly
+one result line, whatever is killed when; and memory does not grow with the size of a file or a batch.
+
+Times named ``_s`` are wall-clock seconds since the epoch, or durations in seconds. ``owner`` is the name of an API key
+("" where no keys are used): a key sees its own files and batches only, and ``owner=None`` sees all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+class StoreError(Exception):
+    """Something the store was asked for did not happen. The message says what and why."""
+
+
+class NotFound(StoreError):  # noqa: N818
+    """No such file, batch or cursor, or it belongs to another key."""
+
+
+class Conflict(StoreError):  # noqa: N818
+    """What is asked does not fit the state: a file in use is deleted, an ended batch is cancelled."""
+
+
+class TooLarge(StoreError):  # noqa: N818
+    """More bytes than the caller allowed."""
+
+
+class StoreFull(StoreError):  # noqa: N818
+    """No room on the disk or in the quota. Nothing was changed; the same call works once there is room."""
+
+
+class StoreLocked(StoreError):  # noqa: N818
+    """Another process has the directory open."""
+
+
+class StoreCorrupt(StoreError):  # noqa: N818
+    """The database is damaged, or not one of ours."""
+
+
+class StoreClosed(StoreError):  # noqa: N818
+    """The store is not open, or is closing."""
+
+
+BatchStatus = Literal[
+    "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
+]
+ENDED: frozenset[str] = frozenset({"failed", "completed", "expired", "cancelled"})
+"""Statuses that a batch never leaves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    id: str
+    """``file-`` and hexadecimal digits."""
+    purpose: str
+    filename: str
+    bytes: int
+    created_s: float
+    owner: str
+    status: str = "processed"
+    batch_id: str | None = None
+    """The batch whose output or error lines this is; None for an uploaded file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineError:
+    """Why a line of an input file cannot be used."""
+
+    code: str
+    """A low-cardinality constant, such as ``invalid_json_line``."""
+    message: str
+    param: str | None = None
+    """The field at fault."""
+    line: int | None = None
+    """1 is the first line. The store sets it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemSpec:
+    """What ``check`` found out about a line of an input file."""
+
+    custom_id: str
+    model: str
+    input_bytes: int
+    """Size of the prompt, for whoever estimates the work: summed up, plain and squared, in ``PendingWork``."""
+    body_offset: int = 0
+    """Where, in the line that ``check`` got, the bytes begin that ``Item.body`` shall hold."""
+    body_bytes: int | None = None
+    """How many bytes those are; None: to the end of the line. So by default ``Item.body`` is the whole line."""
+
+
+Check = Callable[[bytes], ItemSpec | LineError]
+"""Reads one line (UTF-8, no byte order mark, stripped, not empty). Pure, and called on a thread of the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputLimits:
+    """What an input file may hold."""
+
+    items_max: int = 1_000_000
+    """Lines that are not blank. Checking for duplicate ids takes about 30 bytes of memory each meanwhile."""
+    line_bytes_max: int = 8 << 20
+    errors_max: int = 100
+    """Errors kept for the user. Reading stops at as many."""
+
+    def __post_init__(self) -> None:
+        assert 0 < self.items_max < 1 << 32, self.items_max
+        assert self.line_bytes_max > 0, self.line_bytes_max
+        assert self.errors_max > 0, self.errors_max
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A batch and its progress. Counts are exact as of the last commit."""
+
+    id: str
+    """``batch_`` and hexadecimal digits."""
+    owner: str
+    input_file_id: str
+    endpoint: str
+    completion_window: str
+    """As the user wrote it."""
+    status: BatchStatus
+    metadata: Mapping[str, str]
+    created_s: float
+    expires_s: float
+    """The deadline."""
+    in_progress_s: float | None = None
+    finalizing_s: float | None = None
+    completed_s: float | None = None
+    failed_s: float | None = None
+    expired_s: float | None = None
+    cancelling_s: float | None = None
+    cancelled_s: float | None = None
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    """Items with a line in the error file; at the end also those that never ran (``batch_expired``, ...)."""
+    errors: tuple[LineError, ...] = ()
+    """Why the batch failed as a whole; mostly lines of the input file."""
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    """Set when the batch ends, each only if it has lines."""
+    model: str | None = None
+    """None until validated, and when the items name several models."""
+    recent: tuple[tuple[int, int], ...] = ()
+    """(start in seconds, items ended) per slot of ``progress.SLOT_S`` seconds, over the last minute; oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One leased request of a batch."""
+
+    batch_id: str
+    index: int
+    """Place among the items of the input file, from 0."""
+    custom_id: str
+    model: str
+    endpoint: str
+    body: bytes
+    """The part of the input line that ``ItemSpec`` pointed at (the whole line by default)."""
+    deadline_s: float
+    attempts: int
+    """Failed attempts so far, as told to ``release``. Survives a restart."""
+    owner: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The end of an item."""
+
+    batch_id: str
+    index: int
+    ok: bool
+    """Whether the line belongs into the output file; else it belongs into the error file."""
+    line: bytes
+    """JSON without a line break."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingWork:
+    """Items of one batch and model that are neither ended nor leased."""
+
+    batch_id: str
+    model: str
+    deadline_s: float
+    items: int
+    input_bytes: int
+    input_bytes_square: int
+    """Sum of the squares: with the count and the sum it gives the spread of lengths."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Swept:
+    """What ``sweep`` removed."""
+
+    batches: int
+    files: int
+
+
+class Upload(Protocol):
+    """A file on its way in. It exists once ``commit`` has returned; a crash before that leaves nothing."""
+
+    async def write(self, data: bytes) -> None:
+        """Raises ``TooLarge`` and ``StoreFull``; the upload can then only be aborted."""
+
+    async def commit(self) -> StoredFile: ...
+
+    async def abort(self) -> None:
+        """Forget it. Does nothing after ``commit`` or a first ``abort``."""
+
+
+class BatchStore(Protocol):
+    """Files, batches and their items. All methods may raise ``StoreError``; ``StoreFull`` where they write."""
+
+    async def open(self) -> None:
+        """Take the store. Items leased by a process that is gone are pending again, half-made files are removed.
+        Raises ``StoreLocked`` and ``StoreCorrupt``."""
+
+    async def close(self) -> None:
+        """Wait for what was asked and let go. Nothing is lost without it."""
+
+    async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> Upload: ...
+
+    async def get_file(self, file_id: str, owner: str | None) -> StoredFile: ...
+
+    async def list_files(
+        self,
+        owner: str | None,
+        after: str | None = None,
+        limit: int = 100,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
+    ) -> list[StoredFile]:
+        """By time of creation, from behind the file ``after``. Ask for one more than a page to know if there is one."""
+
+    async def delete_file(self, file_id: str, owner: str | None) -> None:
+        """Raises ``Conflict`` for the input of a batch that has not ended."""
+
+    def read_file(self, file_id: str, owner: str | None) -> AsyncIterator[bytes]:
+        """Its content in blocks. Lines of output and error files come in the order of the input. Raises ``NotFound``
+        at the first block, or later if the file is deleted meanwhile: the content is never silently cut short."""
+
+    def read_results(self, batch_id: str, ok: bool, owner: str | None = None) -> AsyncIterator[bytes]:
+        """The lines there are so far of the output (``ok``) or error file, also of a batch that has not ended."""
+
+    async def create_batch(
+        self,
+        *,
+        owner: str,
+        input_file_id: str,
+        endpoint: str,
+        completion_window: str,
+        deadline_s: float,
+        metadata: Mapping[str, str],
+        now_s: float,
+    ) -> Batch:
+        """A batch in ``validating``. Raises ``NotFound`` if the owner has no such file."""
+
+    async def validate(self, batch_id: str, check: Check, limits: InputLimits) -> Batch:
+        """Read the input file and make its lines items. Ends in ``in_progress``, in ``failed`` with the errors, or in
+        ``cancelled`` if that was asked meanwhile. Starts over if it is called again after a crash or ``StoreFull``."""
+
+    async def unvalidated(self) -> list[Batch]:
+        """Batches in ``validating``, oldest first."""
+
+    async def get_batch(self, batch_id: str, owner: str | None) -> Batch: ...
+
+    async def list_batches(self, owner: str | None, after: str | None = None, limit: int = 20) -> list[Batch]:
+        """Newest first, from behind the batch ``after``."""
+
+    async def cancel_batch(self, batch_id: str, now_s: float, owner: str | None = None) -> Batch:
+        """``cancelling`` while items are leased, else ``cancelled``. Raises ``Conflict`` if it ended otherwise."""
+
+    async def lease(self, model: str, limit: int, before_deadline_s: float | None = None) -> list[Item]:
+        """Up to ``limit`` pending items, earliest deadline first, then oldest batch, then input order. They are the
+        caller's until ``finish``, ``release`` or the end of the process."""
+
+    async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
+        """Keep these results. A second result for an item, or one for a batch that has ended, is ignored."""
+
+    async def release(self, items: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
+        """Give leased items, as (batch id, index), back; they are leased again before others of their batch."""
+
+    async def pending(self) -> list[PendingWork]:
+        """By deadline."""
+
+    async def expire(self, now_s: float) -> list[str]:
+        """Call this every second or so. Batches past their deadline lease nothing any more and are returned, once;
+        they are ``finalizing`` while items are leased, then ``expired``, and items that never ran get their line in
+        the error file. Also ends batches whose last leased items were released."""
+
+    async def sweep(self, now_s: float) -> Swept:
+        """Remove what ended, and uploads unused, longer ago than the store's retention."""
