@@ -174,6 +174,10 @@ class KindSettings:
     """The model's name inside the engine, put into requests on their way; empty: the model's own name."""
     api_key: str = field(default="", repr=False)
     """Sent to the endpoints as a bearer token."""
+    start_timeout_s: float = 300.0
+    """From the start of a process to its first good health check; a large model's weights take minutes."""
+    stop_timeout_s: float = 10.0
+    """Between SIGTERM and SIGKILL of a process."""
     kv_capacity_known: bool = True
     """False: ``kind.kv_capacity_tokens`` is a guess; believe the engine's metrics if they say."""
     profile: str = ""
@@ -182,6 +186,11 @@ class KindSettings:
     def __post_init__(self) -> None:
         if bool(self.endpoints) == bool(self.command):
             raise ValueError(f"kind {self.kind.name!r}: give either endpoints or a command")
+
+    @property
+    def devices(self) -> int:
+        """GPUs of this machine that one process of this kind must be given: none for what only emulates them."""
+        return 0 if self.endpoints or self.kind.gpu == "cpu" or self.engine == "emulated" else self.kind.gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
