@@ -267,6 +267,16 @@ class ControlPlane:
             if state.waiting.count or state.batch.count:
                 self._pump(state)
 
+    def prefilled(self, request: Request) -> None:
+        """Its prefill is presumably over: for drivers that cannot see the first token of an answer in one piece."""
+        instance = request.instance
+        if instance is not None and request.prefill_cost_s and request.id in instance.requests:
+            state = self.models[request.model]
+            self._prefill_over(instance, request)
+            state.router.changed(instance)
+            if state.waiting.count or state.batch.count:
+                self._pump(state)
+
     def finished(self, request: Request) -> None:
         state = self.models[request.model]
         instance = self._leave(state, request)

@@ -1,0 +1,211 @@
+"""From an HTTP request to a request of the control plane: whose, which model, which class, how long a prompt.
+
+Class of a request, first match wins: header ``x-chiron-class`` (a class by name), ``service_tier: "flex"`` (the
+model's batch class), SLO headers ``x-slo-ttft-ms`` and ``x-slo-tpot-ms`` (the model's interactive class whose ITL is
+nearest below what is asked, with the asked values as its promises), else the model's default class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import isfinite
+from typing import Any
+
+import orjson
+
+from chiron.core.types import RequestClass
+from chiron.gateway.errors import ApiError, invalid, model_not_found
+from chiron.gateway.keys import Key
+from chiron.gateway.settings import ModelSettings
+from chiron.net.server import Incoming
+
+BYTES_PER_TOKEN = 4.0
+"""Of English text, until the engine's usage figures tell better."""
+_RATIO_WEIGHT = 0.02
+_SLO_MAX_MS = 3_600_000.0
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """A model as the front knows it."""
+
+    settings: ModelSettings
+    classes: Mapping[str, RequestClass]
+    """Those that it serves."""
+    kv_capacity_tokens: int
+    bytes_per_token: float = BYTES_PER_TOKEN
+    """Learned from prompt lengths that the engine reports."""
+
+    def learn(self, prompt_bytes: int, prompt_tokens: int) -> None:
+        if prompt_bytes > 0 and prompt_tokens > 0:
+            seen = min(16.0, max(0.25, prompt_bytes / prompt_tokens))
+            self.bytes_per_token += _RATIO_WEIGHT * (seen - self.bytes_per_token)
+
+    def tokens(self, prompt_bytes: int) -> int:
+        """An estimate; never so long that the control plane would refuse what the engine might take."""
+        return max(1, min(int(prompt_bytes / self.bytes_per_token), self.kv_capacity_tokens - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What admission found out about one request."""
+
+    fields: dict[str, Any]
+    """The body, parsed."""
+    model: ServedModel
+    cls: RequestClass
+    input_tokens: int
+    prompt_bytes: int
+    """0 when the prompt came as token ids: their number is exact."""
+    stream: bool
+
+
+class Models:
+    """Served models by name and alias."""
+
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+        self.by_name = dict(models)
+        self._found = dict(models)
+        for served in models.values():
+            for alias in served.settings.aliases:
+                self._found.setdefault(alias, served)
+
+    def find(self, name: object, key: Key) -> ServedModel:
+        """Raises ApiError 404 or 403."""
+        served = self._found.get(name) if isinstance(name, str) else None
+        if served is None:
+            if not isinstance(name, str):
+                raise invalid(
+                    "model: missing, or not text" if name is None else f"model: {name!r} is not text", param="model"
+                )
+            known = [n for n in self.by_name if not key.models or n in key.models]
+            raise model_not_found(name[:200], known)
+        key.permit(model=served.settings.name)
+        return served
+
+
+def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
+    """Raises ApiError with the status that the client gets."""
+    fields = _parse(incoming.body)
+    served = models.find(fields.get("model"), key)
+    cls = _class_of(incoming, fields, served)
+    key.permit(cls=cls.name)
+    stream = fields.get("stream")
+    if stream is not None and not isinstance(stream, bool):
+        raise invalid(f"stream: {stream!r} must be true or false", param="stream")
+    chat = incoming.path.endswith("/chat/completions")
+    exact, size = _prompt_size(fields, chat)
+    return Admitted(
+        fields=fields,
+        model=served,
+        cls=cls,
+        input_tokens=max(1, size) if exact else served.tokens(size),
+        prompt_bytes=0 if exact else size,
+        stream=bool(stream),
+    )
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"The body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise invalid(f"The body must be a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def _class_of(incoming: Incoming, fields: dict[str, Any], served: ServedModel) -> RequestClass:
+    settings, classes = served.settings, served.classes
+    named = ttft = tpot = None
+    for name, value in incoming.headers:
+        if name[:2] != b"x-":
+            continue
+        if name == b"x-chiron-class":
+            named = value.decode("latin-1")
+        elif name == b"x-slo-ttft-ms":
+            ttft = _milliseconds("x-slo-ttft-ms", value)
+        elif name == b"x-slo-tpot-ms":
+            tpot = _milliseconds("x-slo-tpot-ms", value)
+    if named is not None:
+        cls = classes.get(named)
+        if cls is None:
+            allowed = ", ".join(classes)
+            raise invalid(f"x-chiron-class: {named!r} is no class of {settings.name!r}; allowed: {allowed}")
+    elif fields.get("service_tier") == "flex":
+        if not settings.batch_class:
+            raise invalid(f"service_tier: 'flex' is not offered for {settings.name!r}", param="service_tier")
+        return classes[settings.batch_class]
+    else:
+        cls = classes[settings.default_class]
+    if ttft is None and tpot is None:
+        return cls
+    if named is None and tpot is not None:
+        cls = _nearest(tuple(c for c in classes.values() if c.interactive), tpot)
+    return _promised(cls, ttft, tpot)
+
+
+@lru_cache(maxsize=1024)
+def _nearest(classes: tuple[RequestClass, ...], itl_s: float) -> RequestClass:
+    """The class that engines run fast enough for: the loosest ITL that is no looser than asked, else the tightest."""
+    fitting = [c for c in classes if c.itl_s <= itl_s]
+    return max(fitting, key=lambda c: c.itl_s) if fitting else min(classes, key=lambda c: c.itl_s)
+
+
+@lru_cache(maxsize=4096)
+def _promised(cls: RequestClass, ttft_s: float | None, itl_s: float | None) -> RequestClass:
+    """The class with the promises that the client asked for."""
+    return replace(cls, ttft_s=cls.ttft_s if ttft_s is None else ttft_s, itl_s=cls.itl_s if itl_s is None else itl_s)
+
+
+def _milliseconds(name: str, value: bytes) -> float:
+    text = value.decode("latin-1").strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not (isfinite(number) and 0.0 < number <= _SLO_MAX_MS):
+        raise invalid(f"{name}: {text!r} must be a number of milliseconds above 0 and at most {_SLO_MAX_MS:.0f}")
+    return number / 1000.0
+
+
+def prompt_bytes(fields: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
+    """(True, tokens) for a prompt of token ids, else (False, bytes of text). Anything odd counts as little: the
+    engine is the judge of what it takes."""
+    try:
+        return _prompt_size(fields, chat)
+    except ApiError:
+        return False, 1
+
+
+def _prompt_size(fields: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
+    if chat:
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise invalid("messages: a list with at least one message is required", param="messages")
+        return False, sum(_message_bytes(message) for message in messages)
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str):
+        return False, len(prompt)
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(token, int) for token in prompt):
+            return True, len(prompt)
+        if all(isinstance(part, str) for part in prompt):
+            return False, sum(map(len, prompt))
+        if all(isinstance(part, list) for part in prompt):
+            return True, sum(map(len, prompt))
+    raise invalid("prompt: text, a list of texts or a list of token ids is required", param="prompt")
+
+
+def _message_bytes(message: object) -> int:
+    if not isinstance(message, dict):
+        raise invalid(f"messages: {str(message)[:80]!r} is not an object with role and content", param="messages")
+    content = message.get("content")
+    if isinstance(content, str):
+        return len(content) + 8
+    if isinstance(content, list):
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        return sum(len(text) for text in texts if isinstance(text, str)) + 8
+    return 8

@@ -1,0 +1,369 @@
+"""Requests on their way: what is sent upstream, and what becomes of the answer.
+
+``RelayCall`` passes an interactive client's request on as it came and the answer back as it comes. ``CollectedCall``
+asks for a stream and puts the answer together, so that the request can be interrupted and gone on with: for batch
+items, and, as ``FlexCall``, for clients that wait for an answer of the batch class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from chiron.core.types import Request
+from chiron.engines.rows import EngineRow
+from chiron.gateway.collect import CollectError, Collector
+from chiron.gateway.errors import ApiError, internal, invalid, timed_out, unavailable
+from chiron.gateway.upstream import UpstreamFailure
+from chiron.net.client import Call, Header
+from chiron.net.server import Incoming
+
+_DROPPED = frozenset({b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"date", b"server"})
+"""Headers of an engine's answer that speak of its connection, not of the answer."""
+_ANSWER_MAX_BYTES = 1 << 20
+"""Of an engine's refusal of a collected request."""
+
+
+class RelayCall:
+    """An interactive client's request: bytes in, bytes out. ``Request.payload``; implements ``Upcall``."""
+
+    __slots__ = (
+        "_answer_headers",
+        "_body",
+        "_call",
+        "_chat",
+        "_done",
+        "_fields",
+        "_length",
+        "_status",
+        "error",
+        "incoming",
+        "key_name",
+        "path",
+        "prompt_bytes",
+        "refusal",
+        "request_id",
+        "responded",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        incoming: Incoming,
+        *,
+        fields: dict[str, Any],
+        stream: bool,
+        prompt_bytes: int,
+        request_id: str,
+        key_name: str,
+        responded: Callable[[int], None],
+    ) -> None:
+        self.incoming = incoming
+        self.path = incoming.path.encode()
+        self.streams = stream
+        self.prompt_bytes = prompt_bytes
+        self.request_id = request_id
+        self.key_name = key_name
+        self.error: UpstreamFailure | None = None
+        self.refusal: ApiError | None = None
+        """Why the gateway itself ended it."""
+        self.responded = responded
+        self._fields = fields
+        self._body = incoming.body
+        self._chat = incoming.path.endswith("/chat/completions")
+        self._call: Call | None = None
+        self._status = 0
+        self._length: int | None = None
+        self._answer_headers: list[Header] = []
+        self._done = False
+        incoming.body = b""
+        incoming.on_pause = self._pause
+        incoming.on_resume = self._resume
+
+    # -- Upcall ------------------------------------------------------------------------------------------------
+
+    @property
+    def visible(self) -> bool:
+        return self.incoming.started
+
+    def message(self, row: EngineRow, model: str, request: Request) -> bytes:
+        if self._fields.get("model") == model:
+            return self._body
+        return orjson.dumps(self._fields | {"model": model})
+
+    def headers(self) -> Sequence[Header]:
+        return ((b"x-request-id", self.request_id.encode()),)
+
+    def begin(self, call: Call, status: int, headers: list[Header]) -> None:
+        self._call = call
+        self._status = status
+        self._length = None
+        kept = [(b"x-request-id", self.request_id.encode())]
+        for name, value in headers:
+            if name not in _DROPPED and name != b"x-request-id":
+                kept.append((name, value))
+            elif name == b"content-length" and value.isdigit():
+                self._length = int(value)
+        self._answer_headers = kept
+
+    def data(self, data: bytes) -> int:
+        incoming = self.incoming
+        if not incoming.started:
+            if self._length == len(data):
+                self._whole(data)
+                return 0
+            incoming.start(self._status, self._answer_headers, self._length)
+            self.responded(self._status)
+            if incoming.paused:
+                self._pause()
+        incoming.write(data)
+        # The stream's first event may be a role and its last is no token; usage corrects the count at the end.
+        return data.count(b"data:") if self.streams else 0
+
+    def end(self) -> str:
+        incoming = self.incoming
+        if self._done or incoming.closed:
+            return ""
+        self._done = True
+        if not incoming.started:
+            self._whole(b"")
+        elif not incoming.closed:
+            incoming.finish()
+        return ""
+
+    def cut(self, resumes: bool) -> int:
+        return 0
+
+    # -- the rest ----------------------------------------------------------------------------------------------
+
+    def ended(self, request: Request) -> None:
+        """The control plane is done with it; the client may still wait for a word."""
+        incoming = self.incoming
+        if incoming.closed or request.outcome == "finished":
+            return
+        if request.outcome == "failed" and self._done:
+            return  # The engine's own answer was passed on.
+        refusal = self.refusal
+        if not incoming.started:
+            error = self.error
+            if refusal is None and error is not None and error.status and error.body:
+                kind = error.content_type or b"application/json"
+                incoming.respond(error.status, error.body, kind, ((b"x-request-id", self.request_id.encode()),))
+                self.responded(error.status)
+            else:
+                self.refuse(refusal or _reason(request, error))
+        elif self.streams:
+            incoming.write(b"\n\n" + (refusal or _reason(request, self.error)).event())
+            incoming.finish()
+        else:
+            incoming.abort()
+
+    def refuse(self, error: ApiError) -> None:
+        refuse(self.incoming, error, self.request_id)
+        self.responded(error.status)
+
+    def _whole(self, body: bytes) -> None:
+        self._done = True
+        kind = b"application/json"
+        headers = []
+        for name, value in self._answer_headers:
+            if name == b"content-type":
+                kind = value
+            else:
+                headers.append((name, value))
+        self.incoming.respond(self._status, body, kind, headers)
+        self.responded(self._status)
+
+    def _pause(self) -> None:
+        if self._call is not None:
+            self._call.pause()
+
+    def _resume(self) -> None:
+        if self._call is not None:
+            self._call.resume()
+
+
+class CollectedCall:
+    """A request whose answer is put together here, over as many tries and streams as it takes. ``Upcall``."""
+
+    streams = True
+    visible = False
+
+    def __init__(
+        self, *, path: bytes, fields: dict[str, Any], request_id: str, key_name: str, answer_max_bytes: int = 64 << 20
+    ) -> None:
+        self.path = path
+        self.request_id = request_id
+        self.key_name = key_name
+        self.prompt_bytes = 0
+        self.error: UpstreamFailure | None = None
+        self.status = 0
+        """The engine's, of the answer that counts."""
+        self.answer = b""
+        """Body of a refusal by the engine."""
+        self.collector = Collector(
+            path.endswith(b"/chat/completions"),
+            bytes_max=answer_max_bytes,
+            keep_token_ids=bool(fields.get("return_token_ids")),
+        )
+        self._fields = fields
+
+    def message(self, row: EngineRow, model: str, request: Request) -> bytes:
+        body = self._fields | {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+        if row.resumes:
+            body["return_token_ids"] = True
+            if request.tokens_done:
+                body["resume_token_ids"] = self.collector.token_ids
+        return orjson.dumps(body)
+
+    def headers(self) -> Sequence[Header]:
+        return ((b"x-request-id", self.request_id.encode()),)
+
+    def begin(self, call: Call, status: int, headers: list[Header]) -> None:
+        self.status = status
+        self.answer = b""
+
+    def data(self, data: bytes) -> int:
+        if self.status >= 300:
+            if len(self.answer) < _ANSWER_MAX_BYTES:
+                self.answer += data
+            return 0
+        before = self.collector.tokens
+        try:
+            self.collector.feed(data)
+        except CollectError as error:
+            raise ValueError(str(error)) from None
+        return max(0, self.collector.tokens - before)
+
+    def end(self) -> str:
+        if self.status >= 300:
+            return ""
+        try:
+            self.collector.result()
+        except CollectError as error:
+            return str(error)
+        return ""
+
+    def cut(self, resumes: bool) -> int:
+        if resumes and self.collector.token_ids:
+            self.collector.resume()
+            return len(self.collector.token_ids)
+        self.collector.reset()
+        return 0
+
+    def ended(self, request: Request) -> None:
+        """For those who wait for it."""
+
+
+class FlexCall(CollectedCall):
+    """A client waits for an answer of the batch class (``service_tier: "flex"``). It comes in one piece, also as a
+    stream; until then a stream gets a comment now and then, so that nothing on the way closes it."""
+
+    def __init__(
+        self,
+        incoming: Incoming,
+        *,
+        fields: dict[str, Any],
+        stream: bool,
+        prompt_bytes: int,
+        request_id: str,
+        key_name: str,
+        responded: Callable[[int], None],
+    ) -> None:
+        super().__init__(path=incoming.path.encode(), fields=fields, request_id=request_id, key_name=key_name)
+        self.incoming = incoming
+        self.prompt_bytes = prompt_bytes
+        self.refusal: ApiError | None = None
+        self.responded = responded
+        self._wants_stream = stream
+        self._wants_usage = bool((fields.get("stream_options") or {}).get("include_usage")) if stream else True
+        incoming.body = b""
+
+    def remind(self) -> None:
+        """Say that it still waits."""
+        if self._wants_stream and not self.incoming.closed and not self.incoming.paused:
+            self._start_stream()
+            self.incoming.write(b": waiting\n\n")
+
+    def ended(self, request: Request) -> None:
+        if self.incoming.closed:
+            return
+        if request.outcome == "finished":
+            self._deliver()
+        elif self.refusal is None and self.status >= 300 and self.answer:
+            self._say(self.status, self.answer)
+        else:
+            error = self.refusal or _reason(request, self.error)
+            self._say(error.status, error.body(), error.headers)
+
+    def refuse(self, error: ApiError) -> None:
+        self._say(error.status, error.body(), error.headers)
+
+    def _deliver(self) -> None:
+        answer = self.collector.result()
+        if not self._wants_stream:
+            self._say(200, orjson.dumps(answer | {"service_tier": "flex"}))
+            return
+        self._start_stream()
+        usage = answer.pop("usage", None)
+        chat = answer["object"] == "chat.completion"
+        if chat:
+            answer["object"] = "chat.completion.chunk"
+            for choice in answer["choices"]:
+                choice["delta"] = choice.pop("message")
+                for i, tool in enumerate(choice["delta"].get("tool_calls") or ()):
+                    tool.setdefault("index", i)
+        write = self.incoming.write
+        write(b"data: " + orjson.dumps(answer) + b"\n\n")
+        if usage is not None and self._wants_usage:
+            write(b"data: " + orjson.dumps(answer | {"choices": [], "usage": usage}) + b"\n\n")
+        write(b"data: [DONE]\n\n")
+        self.incoming.finish()
+
+    def _start_stream(self) -> None:
+        if not self.incoming.started:
+            head = ((b"content-type", b"text/event-stream"), (b"x-request-id", self.request_id.encode()))
+            self.incoming.start(200, head)
+            self.responded(200)
+
+    def _say(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+        if self.incoming.started:
+            self.incoming.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
+            self.incoming.finish()
+        else:
+            named = [*headers, (b"x-request-id", self.request_id.encode())]
+            self.incoming.respond(status, body, b"application/json", named)
+            self.responded(status)
+
+
+def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:
+    """Answer with an error object."""
+    headers = list(error.headers)
+    if request_id:
+        headers.append((b"x-request-id", request_id.encode()))
+    incoming.respond(error.status, error.body(), b"application/json", headers)
+
+
+def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
+    """What to tell a client whose request the control plane ended."""
+    if request.outcome == "rejected":
+        return invalid(
+            f"The prompt of about {request.input_tokens} tokens is longer than any instance can hold.",
+            code="context_length_exceeded",
+        )
+    if failure is None:
+        return internal(getattr(request.payload, "request_id", ""))
+    tries = request.retries
+    if failure.status in (429, 503):
+        return unavailable(f"No engine would take the request after {tries} tries: {failure.message}.", 1.0)
+    if failure.status == 504:
+        return timed_out(f"The engine did not answer in time ({tries} tries).")
+    if failure.status == 0 and request.first_token_s >= 0.0:
+        return ApiError(
+            502, "The engine was lost in the middle of its answer.", type="server_error", code="engine_lost"
+        )
+    return ApiError(
+        502, f"No engine answered after {tries} tries: {failure.message}.", type="server_error", code="bad_gateway"
+    )

@@ -1,0 +1,140 @@
+"""The hot path: completions from clients to the control plane.
+
+``handle`` is called by the HTTP server with a whole request. It answers bad ones at once and submits the others;
+everything after that is the control plane's doing, and the request's call (``calls``) speaks with the client.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from secrets import token_hex
+
+from chiron.control.plane import ControlPlane
+from chiron.core.types import Request
+from chiron.gateway.admission import Models, admit
+from chiron.gateway.calls import FlexCall, RelayCall, refuse
+from chiron.gateway.errors import ApiError, internal, timed_out, too_many, unavailable
+from chiron.gateway.keys import KeyRing
+from chiron.gateway.settings import LimitSettings
+from chiron.net.clock import LiveClock
+from chiron.net.server import Incoming
+
+log = logging.getLogger("chiron.front")
+
+HOT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+REMIND_S = 15.0
+"""Between two signs of life to a client that waits for a flex stream."""
+
+
+class Front:
+    """Clients' side of the gateway, for completions."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        plane: ControlPlane,
+        models: Models,
+        keys: KeyRing,
+        limits: LimitSettings,
+        next_id: Callable[[], int],
+        responded: Callable[[int], None],
+    ) -> None:
+        self.open: dict[int, Request] = {}
+        """Requests whose clients wait."""
+        self.draining = False
+        self._clock = clock
+        self._plane = plane
+        self._models = models
+        self._keys = keys
+        self._limits = limits
+        self._next_id = next_id
+        self._responded = responded
+        self._boot = token_hex(4)
+        self._reminded_s = 0.0
+
+    def takes(self, incoming: Incoming) -> bool:
+        """Whether this request is for the hot path."""
+        return incoming.method == b"POST" and incoming.path in HOT_PATHS
+
+    def handle(self, incoming: Incoming) -> None:
+        try:
+            self._admit(incoming)
+        except ApiError as error:
+            refuse(incoming, error)
+            self._responded(error.status)
+
+    def watch(self) -> None:
+        """Once a second, posted: end what has waited or run too long."""
+        now_s = self._clock.now_s
+        limits = self._limits
+        remind = now_s - self._reminded_s >= REMIND_S
+        if remind:
+            self._reminded_s = now_s
+        for request in list(self.open.values()):
+            waited_s = now_s - request.arrival_s
+            call: RelayCall | FlexCall = request.payload
+            if waited_s > limits.request_timeout_s and request.interactive:
+                call.refusal = timed_out(f"The answer took longer than {limits.request_timeout_s:g} s.")
+                self._plane.cancel(request)
+            elif request.interactive and request.dispatch_s < 0.0 and waited_s > limits.queue_wait_max_s:
+                call.refusal = unavailable(
+                    f"No instance had room within {limits.queue_wait_max_s:g} s.", limits.retry_after_s
+                )
+                self._plane.cancel(request)
+            elif not request.interactive and now_s > request.deadline_s:
+                call.refusal = timed_out("The deadline of the request's class has passed.")
+                self._plane.cancel(request)
+            elif remind and isinstance(call, FlexCall):
+                call.remind()
+
+    def ended(self, request: Request) -> None:
+        """The control plane ended a request; those of others are ignored."""
+        if self.open.pop(request.id, None) is not None:
+            request.payload.ended(request)
+
+    def _admit(self, incoming: Incoming) -> None:
+        limits = self._limits
+        if self.draining:
+            raise unavailable("The gateway is shutting down.", limits.retry_after_s)
+        key = self._keys.check(incoming.header(b"authorization"))
+        admitted = admit(incoming, key, self._models)
+        cls = admitted.cls
+        model = admitted.model.settings.name
+        state = self._plane.models[model]
+        waiting = state.waiting.count if cls.interactive else state.batch.count
+        if waiting >= limits.queue_max:
+            kind = "requests wait" if cls.interactive else "requests of the batch class wait"
+            raise too_many(f"{waiting} {kind} for {model!r} already.", limits.retry_after_s)
+        self._keys.take(key, self._clock.elapsed_s(), admitted.input_tokens)
+        number = self._next_id()
+        make = RelayCall if cls.interactive else FlexCall
+        call = make(
+            incoming,
+            fields=admitted.fields,
+            stream=admitted.stream,
+            prompt_bytes=admitted.prompt_bytes,
+            request_id=f"req-{self._boot}-{number:x}",
+            key_name=key.name,
+            responded=self._responded,
+        )
+
+        def submit() -> None:
+            request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
+            self.open[number] = request
+            incoming.on_close = lambda: self._left(request)
+            self._plane.submit(request)
+
+        try:
+            self._clock.post(submit)
+        except Exception:
+            log.exception("%s could not be submitted", call.request_id)
+            if number in self.open:
+                del self.open[number]
+            if not incoming.started:
+                refuse(incoming, internal(call.request_id))
+
+    def _left(self, request: Request) -> None:
+        """The client is gone: so is the need for an answer."""
+        self._clock.post(lambda: self._plane.cancel(request))

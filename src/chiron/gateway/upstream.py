@@ -1,0 +1,383 @@
+"""An engine behind HTTP as the control plane's ``Engine`` port.
+
+The control plane decides when a request starts and when it must leave; this module speaks with the engine. Tokens do
+not pass through the control plane: it hears of the first one, of the end, and of samples. What is relayed and what is
+collected is the affair of the request's payload, an ``Upcall``.
+
+Errors: until a client has seen a byte, whatever goes wrong (no connection, a lost one, 429 or 5xx) makes the request
+*lost*, and the control plane tries it again, here or elsewhere, a few times. ``FAILURES_MAX`` lost in a row with
+nothing in between are taken for a broken engine: the fleet is asked to look at it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from math import isfinite
+from typing import Protocol
+
+from chiron.core.types import Instance, Request
+from chiron.engines.rows import EngineRow
+from chiron.gateway.observe import EngineObserver
+from chiron.net.client import Call, ConnectError, Header, NetError, Origin
+from chiron.net.clock import LiveClock
+
+log = logging.getLogger("chiron.upstream")
+
+FAILURES_MAX = 2
+"""Requests lost in a row before an engine is suspected."""
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Statuses that say "not now" or "not me": another try may do."""
+ERROR_MAX_BYTES = 64 * 1024
+PRESUMED_PREFILLS = 1.5
+"""Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
+_USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*(\d+)')
+_TAIL_BYTES = 2048
+
+
+class EngineListener(Protocol):
+    """Who hears of progress: the control plane."""
+
+    def first_token(self, request: Request) -> None: ...
+    def prefilled(self, request: Request) -> None: ...
+    def finished(self, request: Request) -> None: ...
+    def evicted(self, request: Request) -> None: ...
+    def failed(self, request: Request, reason: str) -> None: ...
+    def lost(self, request: Request) -> None: ...
+
+
+class Upcall(Protocol):
+    """What is sent to an engine for one request, and what becomes of its answer: ``Request.payload``."""
+
+    path: bytes
+    """``/v1/chat/completions`` or ``/v1/completions``."""
+    streams: bool
+    """The engine is asked for server-sent events."""
+    error: UpstreamFailure | None
+    """Why the last try failed."""
+
+    @property
+    def visible(self) -> bool:
+        """A client has seen a part of the answer: it cannot be tried again."""
+
+    def message(self, row: EngineRow, model: str, request: Request) -> bytes:
+        """The body to send; ``model`` is what this engine calls it."""
+
+    def headers(self) -> Sequence[Header]:
+        """Beyond those that every upstream request has."""
+
+    def begin(self, call: Call, status: int, headers: list[Header]) -> None:
+        """An answer with this status begins (not one that will be tried again)."""
+
+    def data(self, data: bytes) -> int:
+        """A piece of its body. Returns how many tokens it holds."""
+
+    def end(self) -> str:
+        """The body is complete. Returns "" or, if the answer is not what it should be, why."""
+
+    def cut(self, resumes: bool) -> int:
+        """The engine was told to stop. Returns the output tokens that are safe with us (0: start again)."""
+
+
+class UpstreamFailure:
+    """One failed try: what the client is told if it was the last."""
+
+    __slots__ = ("body", "content_type", "message", "status")
+
+    def __init__(self, message: str, status: int = 0, body: bytes = b"", content_type: bytes = b"") -> None:
+        self.message = message
+        self.status = status
+        """The engine's; 0: it gave none."""
+        self.body = body
+        self.content_type = content_type
+
+
+class HttpEngine:
+    """One instance's engine; implements the ``Engine`` port. Made when the instance is ready."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        instance: Instance,
+        url: str,
+        row: EngineRow,
+        listener: EngineListener,
+        suspect: Callable[[Instance], None],
+        model: str,
+        api_key: str = "",
+        learn_usage: Callable[[Request, int], None] | None = None,
+    ) -> None:
+        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths."""
+        self.instance = instance
+        self.row = row
+        self.url = url
+        self.model = model
+        self.origin = Origin(url, keepalive=row.keepalive, idle_max=1024)
+        self.observer = EngineObserver(instance, clock.now_s)
+        self.metrics: dict[str, float] = {}
+        """The engine's figures at the last scrape, by our names."""
+        self.runs: dict[int, _Run] = {}
+        self.clock = clock
+        self.listener = listener
+        self.learn_usage = learn_usage
+        self.closed = False
+        self._suspect = suspect
+        self._failures = 0
+        self._limit = 0
+        self._limit_sent = 0
+        self._limit_call: Call | None = None
+        self._limit_path = row.limits_path.encode()
+        lines = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json")]
+        if api_key:
+            lines.append((b"authorization", b"Bearer " + api_key.encode()))
+        self.headers: tuple[Header, ...] = tuple(lines)
+
+    # -- the Engine port ---------------------------------------------------------------------------------------
+
+    def start(self, request: Request) -> None:
+        upcall: Upcall = request.payload
+        if request.tokens_done and not self.row.resumes:
+            request.tokens_done = upcall.cut(False)
+        run = _Run(self, request, upcall)
+        self.runs[request.id] = run
+        self.observer.entered(self.clock.now_s)
+        body = upcall.message(self.row, self.model, request)
+        run.call = self.origin.send(b"POST", upcall.path, [*self.headers, *upcall.headers()], body, run)
+        if not upcall.streams and request.prefill_cost_s:
+            # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
+            delay_s = PRESUMED_PREFILLS * self.instance.prefill_backlog_s
+            self.clock.call_later(delay_s, lambda: self._presume_prefilled(run))
+
+    def evict(self, request: Request) -> None:
+        run = self.runs.get(request.id)
+        if run is None:
+            return  # Its end is under way to the control plane.
+        run.over(cancel=True)
+        self._leave(run)
+        upcall: Upcall = request.payload
+        request.tokens_done = upcall.cut(self.row.resumes) if request.outcome is None else run.tokens
+        request.kv_saved_tokens = request.input_tokens + request.tokens_done if request.tokens_done else 0
+        request.kv_saved_on = self.instance.id
+        self.clock.call_at(self.clock.now_s, lambda: self.listener.evicted(request))
+
+    def set_max_batch_size(self, max_batch_size: int) -> None:
+        """The gate before the engine holds in any case; engines that can are told, one message at a time."""
+        self._limit = max_batch_size
+        if self._limit_path and self._limit_call is None and not self.closed:
+            self._send_limit()
+
+    # -- the rest ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The instance is gone. What runs is cut; call this before the control plane is told."""
+        self.closed = True
+        for run in list(self.runs.values()):
+            run.over(cancel=True)
+            if run.request.outcome is None:
+                run.request.tokens_done = run.upcall.cut(self.row.resumes)
+        self.runs.clear()
+        if self._limit_call is not None:
+            self._limit_call.cancel()
+
+    def _presume_prefilled(self, run: _Run) -> None:
+        if self.runs.get(run.request.id) is run:
+            self.listener.prefilled(run.request)
+
+    def _send_limit(self) -> None:
+        self._limit_sent = self._limit
+        body = b'{"limit": %d}' % self._limit
+        self._limit_call = self.origin.send(b"PUT", self._limit_path, self.headers, body, _LimitAnswer(self))
+
+    def limit_answered(self, status: int) -> None:
+        self._limit_call = None
+        if status in (404, 405):
+            self._limit_path = b""  # This engine has no such thing; the gate is enough.
+        elif status == 200 and self._limit != self._limit_sent and not self.closed:
+            self._send_limit()
+
+    def _leave(self, run: _Run) -> None:
+        if self.runs.pop(run.request.id, None) is not None:
+            self.observer.left(self.clock.now_s, run.request.input_tokens, run.tokens, decoded=run.decoding)
+
+    def ended(self, run: _Run) -> None:
+        """A complete answer."""
+        request = run.request
+        problem = run.upcall.end()
+        if problem:
+            self.lost(run, UpstreamFailure(problem), sound=False)
+            return
+        self._failures = 0
+
+        def report() -> None:
+            if request.outcome is None:
+                request.tokens_done = max(1, run.output_tokens())
+                if not run.upcall.streams:
+                    request.first_token_s = _unseen_first_token_s(request, self.clock.now_s)
+            if not run.decoding:
+                run.first()
+            self._leave(run)
+            if run.status >= 400:
+                self.listener.failed(request, f"engine answered {run.status}")
+            else:
+                if run.prompt_tokens and self.learn_usage is not None:
+                    self.learn_usage(request, run.prompt_tokens)
+                self.listener.finished(request)
+
+        self.clock.post(report)
+
+    def lost(self, run: _Run, failure: UpstreamFailure, *, connect: bool = False, sound: bool = True) -> None:
+        """No answer, or none that counts. ``sound``: what came of it so far can be gone on with."""
+        run.over(cancel=True)
+        run.upcall.error = failure
+        self._failures += 1
+        log.info("%s: %s", self.url, failure.message)
+        broken = connect or self._failures >= FAILURES_MAX
+
+        def report() -> None:
+            if run.request.id not in self.runs:
+                return
+            self._leave(run)
+            request = run.request
+            if request.first_token_s < 0.0 and run.upcall.visible:
+                self.listener.first_token(request)
+            if request.outcome is None:
+                request.tokens_done = run.upcall.cut(sound and self.row.resumes)
+            if broken:
+                self._suspect(self.instance)
+            if not self.closed:
+                self.listener.lost(request)
+
+        self.clock.post(report)
+
+
+class _Run:
+    """One request inside one engine: the receiver of its answer."""
+
+    __slots__ = (
+        "_engine",
+        "_error",
+        "_over",
+        "_tail",
+        "call",
+        "decoding",
+        "events",
+        "prompt_tokens",
+        "request",
+        "status",
+        "tokens",
+        "upcall",
+    )
+
+    def __init__(self, engine: HttpEngine, request: Request, upcall: Upcall) -> None:
+        self._engine = engine
+        self.request = request
+        self.upcall = upcall
+        self.call: Call | None = None
+        self.status = 0
+        self.decoding = False
+        self.tokens = request.tokens_done
+        """Output tokens seen so far."""
+        self.prompt_tokens = 0
+        self._tail = b""
+        self._error: list[bytes] | None = None
+        self._over = False
+
+    def over(self, *, cancel: bool) -> None:
+        self._over = True
+        if cancel and self.call is not None:
+            self.call.cancel()
+
+    # -- net.client.Receiver -----------------------------------------------------------------------------------
+
+    def on_head(self, status: int, headers: list[Header]) -> None:
+        self.status = status
+        if status in RETRIED:
+            self._error = []
+            self._tail = next((value for name, value in headers if name == b"content-type"), b"")
+            return
+        assert self.call is not None
+        self.upcall.begin(self.call, status, headers)
+
+    def on_data(self, data: bytes) -> None:
+        if self._error is not None:
+            if sum(map(len, self._error)) < ERROR_MAX_BYTES:
+                self._error.append(data)
+            return
+        try:
+            tokens = self.upcall.data(data)
+        except ValueError as error:
+            self._engine.lost(self, UpstreamFailure(str(error)), sound=False)
+            return
+        if self.upcall.streams and self.status < 300:
+            if not self.decoding and not self._over:
+                self._engine.clock.post(self.first)
+            observer = self._engine.observer
+            observer.tokens += tokens
+            observer.held_tokens += tokens
+            self.tokens += tokens
+        self._tail = data if len(data) >= _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
+
+    def on_end(self) -> None:
+        if self._over:
+            return
+        if self._error is not None:
+            body = b"".join(self._error)
+            message = f"the engine answered {self.status}"
+            self._engine.lost(self, UpstreamFailure(message, self.status, body, self._tail))
+            return
+        self._over = True
+        self._engine.ended(self)
+
+    def on_error(self, error: NetError) -> None:
+        if not self._over:
+            self._engine.lost(self, UpstreamFailure(str(error)), connect=isinstance(error, ConnectError))
+
+    # -- progress ----------------------------------------------------------------------------------------------
+
+    def first(self) -> None:
+        """The first token is here (posted)."""
+        if self.decoding or self.request.id not in self._engine.runs:
+            return
+        self.decoding = True
+        self._engine.observer.first_token(self._engine.clock.now_s, self.request.input_tokens)
+        self._engine.observer.held_tokens += self.tokens
+        self._engine.listener.first_token(self.request)
+
+    def output_tokens(self) -> int:
+        """As the engine's usage says, else as counted. Also notes the prompt's true length."""
+        counted = self.tokens
+        for kind, value in _USAGE.findall(self._tail):
+            if kind == b"prompt":
+                self.prompt_tokens = int(value)
+            else:
+                counted = int(value)
+        return counted
+
+
+class _LimitAnswer:
+    """Receiver of the answer to a new limit."""
+
+    def __init__(self, engine: HttpEngine) -> None:
+        self._engine = engine
+        self._status = 0
+
+    def on_head(self, status: int, headers: list[Header]) -> None:
+        self._status = status
+
+    def on_data(self, data: bytes) -> None:
+        pass
+
+    def on_end(self) -> None:
+        self._engine.limit_answered(self._status)
+
+    def on_error(self, error: NetError) -> None:
+        self._engine.limit_answered(0)
+
+
+def _unseen_first_token_s(request: Request, finish_s: float) -> float:
+    """When the first token of an answer in one piece counts as seen: so that TTFT and ITL are both met exactly when
+    the whole took no longer than both promises allow together."""
+    promised_s = request.cls.itl_s * max(0, request.tokens_done - 1)
+    return max(request.dispatch_s, finish_s - promised_s) if isfinite(promised_s) else request.dispatch_s
