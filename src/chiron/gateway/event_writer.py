@@ -1,0 +1,204 @@
+"""The event log's writer: lines are queued on the loop's thread, made and written on a thread of its own.
+
+A line is two tuples until the thread makes JSON of it. The thread works in small pieces with pauses between them: it
+shares the interpreter with the loop, and a long piece would be a pause of every stream.
+
+What a full disk or a full queue costs is lines of this log, never a request: they are counted, an event ``dropped``
+says how many, and writing goes on when it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from chiron.telemetry.event_log import log_files
+
+log = logging.getLogger("chiron.events")
+
+VERSION = 1
+"""Of the line format, in the first line of each file."""
+_PIECE = 32
+"""Lines made without a pause: about 50 microseconds."""
+_PAUSE_S = 0.0002
+_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+
+Fields = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventLogSettings:
+    """Where events go, and how much of them is kept."""
+
+    path: Path
+    """The file being written; older ones are ``NAME.1``, ``NAME.2`` and so on. Its directory must exist."""
+    rotate_bytes: int = 256 * 1024 * 1024
+    """A file that has reached this size is put aside and the next one begun."""
+    rotate_keep: int = 8
+    """Files kept besides the one being written; 0 keeps none."""
+    flush_s: float = 0.5
+    """Lines reach the file at latest this long after they were queued; kill -9 loses no more than that."""
+    queue_max: int = 100_000
+    """Lines that may wait for the disk; more are dropped and counted. One takes some 300 bytes."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("rotate_bytes", 4096), ("rotate_keep", 0), ("queue_max", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"event log: {name} is {getattr(self, name)}; it must be at least {low}")
+        if not 0.01 <= self.flush_s <= 3600.0:
+            raise ValueError(f"event log: flush_s is {self.flush_s}; it must lie in 0.01..3600")
+
+
+def wall_time(wall_s: float) -> str:
+    """Unix time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class EventWriter:
+    """``write`` from one thread, the loop's. OSError from the constructor: the file cannot be opened."""
+
+    def __init__(
+        self, settings: EventLogSettings, *, wall_origin_s: float, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """``wall_origin_s`` is the Unix time at ``t == 0``; ``facts`` go into the first line of every file."""
+        self.dropped = 0
+        """Lines that found the queue full."""
+        self.lost = 0
+        """Lines that could not be written."""
+        self._settings = settings
+        self._wall_origin_s = wall_origin_s
+        self._facts = dict(facts or {})
+        self._queue: deque[tuple[Fields, tuple[Any, ...]]] = deque()
+        self._queue_max = settings.queue_max
+        self._told = 0
+        """Lines dropped or lost that the log has told of."""
+        self._failing = False
+        self._at_s = 0.0
+        """Time of the line that is written next."""
+        self._fd = -1
+        self._size = 0
+        self._begin()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="chiron-event-log", daemon=True)
+        self._thread.start()
+
+    def write(self, fields: Fields, values: tuple[Any, ...]) -> None:
+        """Queue one line; the first field is ``t``. Values are not to change afterwards."""
+        if len(self._queue) < self._queue_max:
+            self._queue.append((fields, values))
+        else:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued and stop; lines that come later are not written."""
+        self._stop.set()
+        self._thread.join()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # -- the writer's thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._settings.flush_s):
+            self._drain()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Whatever is queued by now; a queue that grows all the time must not keep it here for ever."""
+        for _ in range(1 + len(self._queue) // _PIECE):
+            lines = self._piece()
+            if not lines:
+                break
+            self._append(lines)
+            if not self._stop.is_set():
+                time.sleep(_PAUSE_S)
+        missing = self.dropped + self.lost - self._told
+        if missing and self._write(orjson.dumps({"t": self._at_s, "event": "dropped", "lines": missing}) + b"\n"):
+            self._told += missing
+
+    def _piece(self) -> list[bytes]:
+        lines: list[bytes] = []
+        with suppress(IndexError):
+            self._at_s = self._queue[0][1][0]
+            for _ in range(_PIECE):
+                fields, values = self._queue.popleft()
+                try:
+                    line = dict(zip(fields, values, strict=True))
+                    lines.append(orjson.dumps(line, default=str, option=_OPTIONS))
+                except (TypeError, ValueError) as error:
+                    self.lost += 1
+                    log.error("an event could not be written: %s", error)
+        return lines
+
+    def _append(self, lines: list[bytes]) -> None:
+        if not self._write(b"".join(lines)):
+            self.lost += len(lines)
+
+    def _write(self, data: bytes) -> bool:
+        """All of it or nothing: half a line in the middle of a file would make the file unreadable."""
+        try:
+            if self._fd >= 0 and self._size >= self._settings.rotate_bytes:
+                os.close(self._fd)
+                self._fd = -1
+            if self._fd < 0:
+                self._begin()
+            written = 0
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+        except OSError as error:
+            if not self._failing:
+                log.error("the event log %s cannot be written, its lines are lost: %s", self._settings.path, error)
+            self._failing = True
+            if self._fd >= 0:
+                with suppress(OSError):
+                    os.ftruncate(self._fd, self._size)
+            return False
+        if self._failing:
+            log.warning("the event log %s is being written again", self._settings.path)
+        self._failing = False
+        self._size += len(data)
+        return True
+
+    def _begin(self) -> None:
+        """A new file, with its first line. What lies in its place, of an earlier run too, is put aside."""
+        path = self._settings.path
+        if path.exists() and path.stat().st_size:
+            self._put_aside()
+        head = {
+            "t": self._at_s,
+            "event": "log",
+            "version": VERSION,
+            "at": wall_time(self._wall_origin_s + self._at_s),
+            "run": wall_time(self._wall_origin_s),
+            **self._facts,
+        }
+        data = orjson.dumps(head, default=str, option=_OPTIONS)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        try:
+            os.write(fd, data)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd, self._size = fd, len(data)
+
+    def _put_aside(self) -> None:
+        """``NAME`` becomes ``NAME.1`` and so on, from the oldest; those beyond the kept count go."""
+        path, keep = self._settings.path, self._settings.rotate_keep
+        files = log_files(path)
+        for number, file in reversed(list(enumerate(files, 1))):
+            if number > keep:
+                file.unlink(missing_ok=True)
+            else:
+                file.rename(path.with_name(f"{path.name}.{number}"))

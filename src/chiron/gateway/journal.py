@@ -1,0 +1,200 @@
+"""The gateway's journal: hears everything from the control plane, and keeps what others ask for later.
+
+An event costs the loop's thread a few microseconds: counters are incremented, a line for the event log is queued as a
+tuple. JSON, files, Prometheus text and quantiles are made elsewhere or when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from chiron.core.types import Decision, Instance, Request, RequestClass
+from chiron.gateway.event_writer import EventWriter
+from chiron.gateway.live_result import LiveRecorder
+from chiron.gateway.tally import ClassTally
+from chiron.policies.views import FleetPlan, FleetView, ModelPlan
+from chiron.telemetry.event_log import decision_line
+from chiron.telemetry.result import DecisionPoint
+
+DECISIONS_KEPT = 100
+"""Of the newest, for the status."""
+REASONS_MAX = 100
+"""Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
+holds an engine's error text must not make new metrics for ever."""
+
+_ARRIVAL = ("t", "event", "request", "model", "class", "input_tokens", "key")
+_ON_INSTANCE = ("t", "event", "request", "instance")
+_INSTANCE = ("t", "event", "instance", "model", "role")
+_ENDED = (
+    "t",
+    "event",
+    "request",
+    "model",
+    "class",
+    "key",
+    "outcome",
+    "instance",
+    "input_tokens",
+    "output_tokens",
+    "queue_s",
+    "ttft_s",
+    "itl_s",
+    "duration_s",
+    "evictions",
+    "retries",
+)
+
+
+def request_name(request: Request) -> str:
+    """What clients and logs call it: ``payload.request_id`` if the driver gave one."""
+    return getattr(request.payload, "request_id", None) or str(request.id)
+
+
+def key_name(request: Request) -> str:
+    """Name of the API key it came with: ``payload.key_name``, empty without one. Never the key itself."""
+    return getattr(request.payload, "key_name", "")
+
+
+class LiveJournal:
+    """Implements the ``Journal`` port; ``observe`` is the control plane's observer."""
+
+    wants_events = True
+
+    def __init__(
+        self,
+        *,
+        writer: EventWriter | None = None,
+        recorder: LiveRecorder | None = None,
+        name_of: Callable[[Request], str] = request_name,
+        key_of: Callable[[Request], str] = key_name,
+    ) -> None:
+        self.writer = writer
+        self.recorder = recorder
+        self.tallies: dict[tuple[str, str], ClassTally] = {}
+        """By model and class, from the first arrival on."""
+        self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
+        self.decision_counts: Counter[tuple[str, str]] = Counter()
+        """By kind and reason."""
+        self.responses: Counter[int] = Counter()
+        """HTTP answers by status, as the gateway reports them with ``responded``."""
+        self.plans: FleetPlan = {}
+        """What the policy wanted at the last tick."""
+        self._write = writer.write if writer is not None else None
+        self._name_of = name_of
+        self._key_of = key_of
+
+    # -- the Journal port --------------------------------------------------------------------------------------
+
+    def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:
+        write = self._write
+        if request is None:
+            assert instance is not None
+            if write is not None:
+                write(_INSTANCE, (now_s, name, instance.id, instance.model, instance.role))
+            if self.recorder is not None:
+                self.recorder.instance_event(now_s, name, instance)
+        elif name == "arrival":
+            self._tally(request.model, request.cls).arrival(now_s)
+            if self.recorder is not None:
+                self.recorder.arrived(request)
+            if write is not None:
+                tokens = request.input_tokens
+                called, key = self._name_of(request), self._key_of(request)
+                write(_ARRIVAL, (now_s, name, called, request.model, request.cls.name, tokens, key))
+        elif name != "ended":  # ``ended`` says more.
+            if name == "first_token":
+                self._tally(request.model, request.cls).first_token(now_s, request)
+            elif name == "evicted":
+                self._tally(request.model, request.cls).evictions += 1
+            if write is not None:
+                write(_ON_INSTANCE, (now_s, name, self._name_of(request), instance.id if instance else None))
+
+    def ended(self, request: Request) -> None:
+        self._tally(request.model, request.cls).end(request)
+        if self.recorder is not None:
+            self.recorder.ended(request)
+        if self._write is not None:
+            self._write(_ENDED, self._end_line(request))
+
+    def decided(self, now_s: float, decision: Decision) -> None:
+        point = DecisionPoint(
+            t_s=now_s,
+            kind=decision.kind,
+            subject=decision.subject,
+            before=decision.before,
+            after=decision.after,
+            reason=decision.reason,
+            numbers=dict(decision.numbers),
+        )
+        self.decisions.append(point)
+        named = (decision.kind, decision.reason)
+        if named not in self.decision_counts and len(self.decision_counts) >= REASONS_MAX:
+            named = (decision.kind, "other")
+        self.decision_counts[named] += 1
+        if self.recorder is not None:
+            self.recorder.timeline.decided(now_s, decision)
+        if self._write is not None:
+            line = decision_line(now_s, decision)
+            self._write(tuple(line), tuple(line.values()))
+
+    # -- the rest ----------------------------------------------------------------------------------------------
+
+    def observe(self, view: FleetView, plan: FleetPlan) -> None:
+        self.plans = plan
+        if self.recorder is not None:
+            self.recorder.timeline.observe(view, plan)
+
+    def responded(self, status: int) -> None:
+        """An HTTP answer with this status went out."""
+        self.responses[status] += 1
+
+    def note(self, now_s: float, name: str, facts: dict[str, Any]) -> None:
+        """An event of the gateway itself, such as ``drain``, for the event log."""
+        if self._write is not None:
+            self._write(("t", "event", *facts), (now_s, name, *facts.values()))
+
+    @property
+    def dropped_lines(self) -> int:
+        """Lines that the event log lacks: the queue or the disk was full."""
+        return self.writer.dropped + self.writer.lost if self.writer is not None else 0
+
+    def plan_of(self, model: str) -> ModelPlan | None:
+        return self.plans.get(model)
+
+    def tallies_of(self, model: str) -> Sequence[ClassTally]:
+        return [tally for (name, _), tally in self.tallies.items() if name == model]
+
+    def close(self) -> None:
+        """Write what is queued. The figures stay readable."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _tally(self, model: str, cls: RequestClass) -> ClassTally:
+        tally = self.tallies.get((model, cls.name))
+        if tally is None:
+            tally = self.tallies[model, cls.name] = ClassTally(cls)
+        return tally
+
+    def _end_line(self, request: Request) -> tuple[Any, ...]:
+        arrival_s, first_s, finish_s = request.arrival_s, request.first_token_s, request.finish_s
+        dispatch_s, tokens, instance = request.dispatch_s, request.tokens_done, request.instance
+        return (
+            finish_s,
+            "ended",
+            self._name_of(request),
+            request.model,
+            request.cls.name,
+            self._key_of(request),
+            request.outcome,
+            instance.id if instance is not None else None,
+            request.input_tokens,
+            tokens,
+            dispatch_s - arrival_s if dispatch_s >= 0.0 else None,
+            first_s - arrival_s if first_s >= 0.0 else None,
+            (finish_s - first_s) / (tokens - 1) if tokens > 1 and first_s >= 0.0 else None,
+            finish_s - arrival_s,
+            request.evictions,
+            request.retries,
+        )

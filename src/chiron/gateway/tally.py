@@ -1,0 +1,234 @@
+"""Counts and distributions of requests by model and class, kept as they happen and read when somebody asks.
+
+Own accumulators instead of the metric library's: a request costs a few list increments here, under no lock, and the
+same numbers serve Prometheus, the status and the terminal view.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import exp, floor, inf, isfinite, log, nan
+
+from chiron.core.types import Request, RequestClass
+
+TTFT_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+ITL_BOUNDS_S = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
+E2E_BOUNDS_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
+QUEUE_BOUNDS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 86400.0)
+
+SLOT_S = 2.0
+SLOTS = 30
+"""A rolling distribution covers the last minute: this many slots, the newest one still filling."""
+HISTORY = 60
+"""Slots of history that the status shows: two minutes."""
+_PER_E = 20.0
+"""Buckets per factor e of a rolling distribution: a quantile is right to some 2.5 %."""
+_SHORTEST = 1e-6
+
+PROMISES = ("ttft", "itl", "deadline")
+
+
+class Histogram:
+    """Counts by upper bound (the last: beyond all bounds) and the sum, since the start."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Rolling:
+    """The distribution over the last minute, in buckets of equal ratio."""
+
+    __slots__ = ("_current", "_slot", "_slots", "_total")
+
+    def __init__(self) -> None:
+        self._slot = 0
+        self._current: dict[int, int] = {}
+        self._slots: deque[tuple[int, dict[int, int]]] = deque([(0, self._current)])
+        self._total: dict[int, int] = {}
+
+    def observe(self, now_s: float, value: float) -> None:
+        slot = int(now_s / SLOT_S)
+        if slot != self._slot:
+            self._turn(slot)
+        bucket = floor(log(value if value > _SHORTEST else _SHORTEST) * _PER_E)
+        self._current[bucket] = self._current.get(bucket, 0) + 1
+        self._total[bucket] = self._total.get(bucket, 0) + 1
+
+    def quantiles(self, now_s: float, shares: Sequence[float]) -> list[float]:
+        """At each share (0..1); nan while the last minute is empty."""
+        slot = int(now_s / SLOT_S)
+        if slot != self._slot:
+            self._turn(slot)
+        count = sum(self._total.values())
+        if not count:
+            return [nan] * len(shares)
+        buckets = sorted(self._total)
+        ranks = list(accumulate(self._total[bucket] for bucket in buckets))
+        return [exp((buckets[bisect_left(ranks, share * count)] + 0.5) / _PER_E) for share in shares]
+
+    def _turn(self, slot: int) -> None:
+        """Begin a slot and forget those of more than a minute ago."""
+        self._slot = slot
+        self._current = {}
+        self._slots.append((slot, self._current))
+        while self._slots[0][0] <= slot - SLOTS:
+            _, gone = self._slots.popleft()
+            for bucket, number in gone.items():
+                left = self._total[bucket] - number
+                if left:
+                    self._total[bucket] = left
+                else:
+                    del self._total[bucket]
+
+
+@dataclass(slots=True)
+class _Slot:
+    slot: int
+    arrivals: int = 0
+    ttft_max_s: float = 0.0
+
+
+class ClassTally:
+    """One class of one model, since the start unless said otherwise."""
+
+    __slots__ = (
+        "_history",
+        "_newest",
+        "arrived",
+        "attained",
+        "cls",
+        "e2e",
+        "evictions",
+        "generation_tokens",
+        "itl",
+        "itl_recent",
+        "kept",
+        "missed",
+        "missed_promise",
+        "outcomes",
+        "prompt_tokens",
+        "queue",
+        "retries",
+        "ttft",
+        "ttft_recent",
+    )
+
+    def __init__(self, cls: RequestClass) -> None:
+        self.cls = cls
+        self.arrived = 0
+        self.outcomes = {"finished": 0, "rejected": 0, "failed": 0, "cancelled": 0}
+        self.attained = 0
+        """Finished with every promise kept."""
+        self.missed = 0
+        """Ended otherwise; a client that left before a promise was broken counts neither here nor there."""
+        self.kept = dict.fromkeys(PROMISES, 0)
+        self.missed_promise = dict.fromkeys(PROMISES, 0)
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.evictions = 0
+        self.retries = 0
+        self.ttft = Histogram(TTFT_BOUNDS_S)
+        self.itl = Histogram(ITL_BOUNDS_S)
+        self.e2e = Histogram(E2E_BOUNDS_S)
+        self.queue = Histogram(QUEUE_BOUNDS_S)
+        self.ttft_recent = Rolling()
+        self.itl_recent = Rolling()
+        self._newest = _Slot(0)
+        self._history: deque[_Slot] = deque([self._newest], maxlen=HISTORY + 1)
+
+    @property
+    def ended(self) -> int:
+        return sum(self.outcomes.values())
+
+    def arrival(self, now_s: float) -> None:
+        self.arrived += 1
+        self._slot(now_s).arrivals += 1
+
+    def first_token(self, now_s: float, request: Request) -> None:
+        ttft_s = now_s - request.arrival_s
+        self.prompt_tokens += request.input_tokens
+        self.ttft.observe(ttft_s)
+        self.ttft_recent.observe(now_s, ttft_s)
+        slot = self._slot(now_s)
+        if ttft_s > slot.ttft_max_s:
+            slot.ttft_max_s = ttft_s
+
+    def end(self, request: Request) -> None:
+        outcome, finish_s, tokens = request.outcome, request.finish_s, request.tokens_done
+        assert outcome is not None
+        self.outcomes[outcome] += 1
+        self.generation_tokens += tokens
+        self.retries += request.retries
+        if request.dispatch_s >= 0.0:
+            self.queue.observe(request.dispatch_s - request.arrival_s)
+        if outcome == "finished":
+            self.e2e.observe(finish_s - request.arrival_s)
+            if tokens > 1:
+                itl_s = (finish_s - request.first_token_s) / (tokens - 1)
+                self.itl.observe(itl_s)
+                self.itl_recent.observe(finish_s, itl_s)
+        self._judge(request)
+
+    def history(self, now_s: float) -> tuple[list[int], list[float]]:
+        """Arrivals, and the longest TTFT in seconds (0: no first token), of each of the last ``HISTORY`` full slots."""
+        last = int(now_s / SLOT_S)
+        slots = {slot.slot: slot for slot in self._history}
+        wanted = [slots.get(n) for n in range(last - HISTORY, last)]
+        return [s.arrivals if s else 0 for s in wanted], [s.ttft_max_s if s else 0.0 for s in wanted]
+
+    def _slot(self, now_s: float) -> _Slot:
+        slot = int(now_s / SLOT_S)
+        if self._newest.slot != slot:
+            self._newest = _Slot(slot)
+            self._history.append(self._newest)
+        return self._newest
+
+    def _judge(self, request: Request) -> None:
+        broken = False
+        for promise, kept in _promises(request):
+            if kept:
+                self.kept[promise] += 1
+            else:
+                broken = True
+                self.missed_promise[promise] += 1
+        if request.outcome == "finished" and not broken:
+            self.attained += 1
+        elif broken or request.outcome != "cancelled":
+            self.missed += 1
+
+
+def _promises(request: Request) -> list[tuple[str, bool]]:
+    """Each promise that was made to an ended request and put to the test, and whether it was kept.
+
+    Work that was refused or failed keeps none. A client that left broke it off: only what was late by then counts.
+    """
+    cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
+    judged: list[tuple[str, bool]] = []
+    gave_up = outcome != "finished" and outcome != "cancelled"
+    if cls.ttft_s != inf:
+        late = (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > cls.ttft_s
+        if late or gave_up or first_s >= 0.0:
+            judged.append(("ttft", not (late or gave_up)))
+    if cls.itl_s != inf:
+        tokens = request.tokens_done
+        if outcome == "finished":
+            judged.append(("itl", tokens <= 1 or (finish_s - first_s) / (tokens - 1) <= cls.itl_s))
+        elif gave_up:
+            judged.append(("itl", False))
+    if isfinite(request.deadline_s):
+        late = finish_s > request.deadline_s
+        if late or outcome != "cancelled":
+            judged.append(("deadline", not (late or gave_up)))
+    return judged
