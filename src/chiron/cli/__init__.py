@@ -12,9 +12,14 @@ from typing import Any
 import typer
 
 from chiron.cli import run
+from chiron.cli.batch import app as batch_app
+from chiron.cli.doctor import doctor
 from chiron.cli.explain import explain
 from chiron.cli.group import ErrorsInALine
+from chiron.cli.init import init
+from chiron.cli.key import key
 from chiron.cli.profile import app as profile_app
+from chiron.cli.serve import serve
 from chiron.cli.trace import app as trace_app
 
 app = typer.Typer(
@@ -32,6 +37,11 @@ app.command()(run.bound)
 app.command()(explain)
 app.command()(run.scenarios)
 app.command()(run.policies)
+app.command()(serve)
+app.command()(init)
+app.command()(doctor)
+app.command()(key)
+app.add_typer(batch_app, name="batch")
 app.add_typer(trace_app, name="trace")
 app.add_typer(profile_app, name="profile")
 

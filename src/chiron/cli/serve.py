@@ -1,0 +1,196 @@
+"""``chiron serve``: the gateway, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chiron.cli.extras import needs, require_extras
+from chiron.config.read import ConfigError
+
+if TYPE_CHECKING:
+    from chiron.gateway.settings import ServeConfig
+
+DEFAULT_CONFIG = "chiron.toml"
+INTERRUPTED = 130
+FILES_PER_CONNECTION = 2
+"""A request holds the client's connection and one to an engine."""
+FILES_BESIDES = 1000
+"""Files that are open for other reasons: the store, logs, pipes to engines."""
+
+
+def serve(
+    config: Annotated[
+        Path, typer.Argument(metavar="[CONFIG]", help="The serve config; `chiron init` writes one.")
+    ] = Path(DEFAULT_CONFIG),
+    advise: Annotated[
+        bool,
+        typer.Option("--advise", help="Decide and log how many engines and which batch sizes, but change nothing."),
+    ] = False,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", "-p", help="A policy (`chiron policies`) or a label of the config's [policies]."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the config, such as `limits.queue_max=500`."),
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on, instead of the config's.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="Port, instead of the config's; 0: any free one.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Directory for batches and logs, instead of the config's."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Serve OpenAI's API before your engines, autoscaled.
+
+    Ctrl-C (or SIGTERM) stops: no new requests, running ones may finish within `server.grace`, batches go on at the next
+    start. A second ctrl-C stops at once.
+
+    Examples:
+
+    - `chiron init && chiron serve`
+
+    - `chiron serve chiron.toml --advise`
+
+    - `chiron serve chiron.toml --policy llumnix --set limits.queue_max=500`
+    """
+    loaded = load(config, overrides(set_, host, port, data), policy)
+    require_extras(extras_of(loaded))
+    with needs("serve"):
+        from chiron.gateway.service import run
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    raise_file_limit(loaded.limits.connections_max * FILES_PER_CONNECTION + FILES_BESIDES)
+
+    def ready(url: str) -> None:
+        typer.echo(welcome(loaded, url, advise), err=True)
+
+    async def body() -> None:
+        await run(loaded, advise=advise, on_ready=ready)
+
+    try:
+        stopped_by = run_until_stopped(body)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"server.port: {loaded.server.host}:{loaded.server.port} is in use by another program; "
+                "--port chooses another (0: any free one)"
+            ) from None
+        raise
+    typer.echo("stopped", err=True)
+    if stopped_by == signal.SIGINT:
+        raise typer.Exit(INTERRUPTED)
+
+
+def load(config: Path, assignments: list[str], policy: str | None) -> ServeConfig:
+    """The serve config, or one line that says what to install or to change."""
+    with needs("serve"):
+        from chiron.config.serve import load_serve
+    return load_serve(config, assignments, policy)
+
+
+def overrides(set_: list[str] | None, host: str | None, port: int | None, data: Path | None) -> list[str]:
+    """The command's options as ``path=value``; a later one wins."""
+    found = list(set_ or ())
+    if host is not None:
+        found.append(f"server.host={json.dumps(host)}")
+    if port is not None:
+        found.append(f"server.port={port}")
+    if data is not None:
+        # Relative to where the command runs, as every path of a command line is.
+        found.append(f"server.data={json.dumps(str(data.absolute()))}")
+    return found
+
+
+def extras_of(config: ServeConfig) -> list[str]:
+    """Extras of the package that this config needs."""
+    started = {kind.engine for model in config.models for kind in model.kinds if kind.command}
+    return ["serve", *(extra for extra in ("openvino", "llamacpp") if extra in started)]
+
+
+def welcome(config: ServeConfig, url: str, advise: bool) -> str:
+    """What a user wants to see at the start, and how to go on."""
+    lines = [f"chiron serves at {url}/v1" + ("  (advise: decides and logs, changes nothing)" if advise else "")]
+    for model in config.models:
+        kinds = ", ".join(_describe_kind(kind) for kind in model.kinds)
+        bounds = f"{model.min_instances} to {model.max_instances} instances"
+        lines.append(f"  model {model.name}: {kinds}; {bounds}; classes {', '.join(model.classes)}")
+    names = ", ".join(key.name for key in config.keys)
+    lines.append(f"  keys: {names or 'none, everybody who reaches the port may use every model'}")
+    lines.append(f"  policy: {config.policy}")
+    lines.append(f"  data: {config.data}")
+    lines.append(f"  event log: {config.event_log or 'off'}")
+    lines.append("Stop with ctrl-C.")
+    return "\n".join(lines)
+
+
+def _describe_kind(kind: Any) -> str:
+    where = f"{len(kind.endpoints)} endpoints" if kind.endpoints else "started here"
+    return f"{kind.kind.name.rpartition('/')[2]} ({where})"
+
+
+def run_until_stopped(body: Callable[[], Any]) -> int | None:
+    """Run a coroutine; the first SIGINT or SIGTERM cancels it, so that it can end well; a second ends the process at
+    once. Returns the signal that stopped it."""
+    stopped_by: list[int] = []
+
+    async def supervised() -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(body())
+
+        def stop(number: int) -> None:
+            if stopped_by:
+                # Engines die with this process: their keepers see the pipe close.
+                os._exit(128 + number)
+            stopped_by.append(number)
+            typer.echo("stopping: running requests may finish; once more stops at once", err=True)
+            task.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop, number)
+        try:
+            await task
+        except asyncio.CancelledError:
+            if not stopped_by:
+                raise
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(supervised())
+    return stopped_by[0] if stopped_by else None
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+def raise_file_limit(wanted: int) -> None:
+    """More open files for this process, as far as the system lets it; the usual 1,024 are few for a server."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

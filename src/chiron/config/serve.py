@@ -1,0 +1,290 @@
+"""The serve config: one TOML file, of which three lines are enough. docs/serve.md explains each key.
+
+``load_serve`` reads it into ``gateway.settings.ServeConfig``. Unknown keys, wrong types and values out of range are a
+``ConfigError`` that names file, path, value and what is allowed; secrets are never in it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from chiron.config.overrides import Override, apply_overrides, override_text
+from chiron.config.policies import PolicyChoice, read_policy
+from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
+from chiron.config.serve_kinds import instance_bounds, kind_settings
+from chiron.config.serve_sections import ServeModelSection
+from chiron.core.types import RequestClass
+from chiron.fleet.local import LocalFleetSettings
+from chiron.gateway.keys import ADMIN, Key
+from chiron.gateway.settings import (
+    BatchSettings,
+    KindSettings,
+    LimitSettings,
+    ModelSettings,
+    ServeConfig,
+    ServerSettings,
+    TelemetrySettings,
+)
+from chiron.policies.registry import POLICIES
+
+DEFAULT_CLASSES = {
+    "chat": RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1),
+    "batch": RequestClass(name="batch", kind="batch", deadline_s=86_400.0),
+}
+"""What requests are promised when the file has no ``[classes]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFile:
+    """The tables of the file, read one by one but not yet against each other."""
+
+    models: Mapping[str, ServeModelSection]
+    classes: Mapping[str, RequestClass]
+    policy: str = "chiron"
+    """A policy (``chiron policies``), or the label of one of the ``[policies]`` tables."""
+    policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
+    """Settings of policies, by label, as in scenario files."""
+    server: ServerSettings = field(default_factory=ServerSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    fleet: LocalFleetSettings = field(default_factory=LocalFleetSettings)
+    devices: tuple[str, ...] = ()
+    """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    """GPUs of each type that exist, for all models together; a type not named is unlimited."""
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    keys: tuple[Key, ...] = ()
+    """API keys; without any, everybody who reaches the port may use every model."""
+    admin_key_hash: str = ""
+    """Hash of the key for the admin routes (``chiron key``)."""
+    override: tuple[Override, ...] = ()
+    """Applied in order, before anything is read."""
+
+
+def load_serve(source: str | Path, overrides: Sequence[str] = (), policy: str | None = None) -> ServeConfig:
+    """The config in a file. ``overrides`` are ``path=value``; ``policy`` replaces the file's. Raises ConfigError."""
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; `chiron init {path}` writes one")
+    text = "".join([read_text(path), *map(override_text, overrides)])
+    return parse_serve(text, directory=path.absolute().parent, file=str(source), policy=policy)
+
+
+def parse_serve(text: str, *, directory: Path, file: str = "config", policy: str | None = None) -> ServeConfig:
+    """The config in TOML text. Its relative paths are relative to ``directory``; errors name ``file``."""
+    try:
+        table = tomllib.loads(text)
+        apply_overrides(table)
+        return _combine(_read_file(table), text, directory, policy)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def _read_file(table: Mapping[str, Any]) -> ServeFile:
+    allowed = keys_of(ServeFile)
+    for key, value in table.items():
+        if key not in allowed:
+            raise ConfigError(f"{key}: unknown key (value {value!r}); {suggest(key, allowed)}")
+    classes = {
+        name: read_record(RequestClass, entry, f"classes.{name}", name=name)
+        for name, entry in named_tables(table, "classes").items()
+    }
+    given = {
+        "models": {
+            name: ServeModelSection.from_table(entry, f'models."{name}"' if "." in name else f"models.{name}")
+            for name, entry in named_tables(table, "models", required=True).items()
+        },
+        "classes": classes or DEFAULT_CLASSES,
+        "policies": {name: read_policy(name, entry) for name, entry in named_tables(table, "policies").items()},
+        "keys": _read_keys(table.get("keys", [])),
+    }
+    return read_record(ServeFile, {key: value for key, value in table.items() if key not in given}, "", **given)
+
+
+def _read_keys(entries: object) -> tuple[Key, ...]:
+    if not isinstance(entries, list):
+        raise ConfigError("keys: must be tables, [[keys]]")
+    return tuple(_read_key(entry, f"keys[{i}]") for i, entry in enumerate(entries))
+
+
+def _read_key(entry: object, path: str) -> Key:
+    """One API key. Values are not shown in errors about unknown keys and hashes: they may be the secret itself."""
+    allowed = [key for key in keys_of(Key) if key != "admin"]
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{path}: must be a table with name and hash")
+    for key in entry:
+        if key not in allowed:
+            raise ConfigError(f"{path}.{key}: unknown key; {suggest(key, allowed)}")
+    name, hash_ = entry.get("name"), entry.get("hash")
+    if not isinstance(name, str) or not name or name == ADMIN:
+        raise ConfigError(f"{path}.name: {name!r} must be text, not empty and not {ADMIN!r}")
+    if not isinstance(hash_, str):
+        raise ConfigError(f"{path}.hash: missing, or not text; `chiron key --name {name}` makes one")
+    return read_record(Key, entry, path, admin=False)
+
+
+def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) -> ServeConfig:
+    """Everything that concerns more than one table."""
+    for gpu, count in file.gpus.items():
+        if count < 1:
+            raise ConfigError(f"gpus.{gpu}: {count}: must be 1 or more")
+    if len(set(file.devices)) != len(file.devices):
+        raise ConfigError(f"devices: {list(file.devices)!r}: each device once")
+    models = tuple(_model(name, section, file.classes, directory) for name, section in file.models.items())
+    _check_names(models)
+    _check_devices(models, file.devices)
+    _check_keys(file, models)
+    server = replace(
+        file.server,
+        tls_cert=_resolve(file.server.tls_cert, directory),
+        tls_key=_resolve(file.server.tls_key, directory),
+    )
+    if not server.loopback and not file.keys and not server.open_without_keys:
+        raise ConfigError(
+            f"server.host: {server.host!r} can be reached from other machines, and there are no API keys: add [[keys]] "
+            "(`chiron key` makes one), or set server.open_without_keys = true if everybody may use the models"
+        )
+    _check_no_loop(models, server)
+    choice = _choose_policy(file, policy)
+    data = Path(_resolve(server.data, directory))
+    log = file.telemetry.event_log
+    return construct(
+        ServeConfig,
+        "",
+        {
+            "data": data,
+            "event_log": None if log == "off" else Path(_resolve(log, directory)) if log else data / "events.jsonl",
+            "server": server,
+            "limits": file.limits,
+            "batch": file.batch,
+            "telemetry": file.telemetry,
+            "fleet": file.fleet,
+            "devices": file.devices,
+            "gpus": file.gpus,
+            "classes": file.classes,
+            "models": models,
+            "policy": choice.policy,
+            "policy_settings": choice.settings,
+            "keys": file.keys,
+            "admin_key_hash": file.admin_key_hash,
+            "text": text,
+        },
+    )
+
+
+def _resolve(path: str, directory: Path) -> str:
+    return str((directory / Path(path).expanduser()).absolute()) if path else ""
+
+
+def _model(
+    name: str, section: ServeModelSection, classes: Mapping[str, RequestClass], directory: Path
+) -> ModelSettings:
+    path = f'models."{name}"' if "." in name else f"models.{name}"
+    if not name.strip():
+        raise ConfigError("models: a model needs a name")
+    served = section.classes or tuple(classes)
+    for i, each in enumerate(served):
+        _require_name(f"{path}.classes[{i}]", each, classes)
+    kinds: list[KindSettings] = []
+    for i, instance in enumerate(section.instances):
+        where = path if len(section.instances) == 1 else f"{path}.instances[{i}]"
+        kind = kind_settings(instance, name, where, directory)
+        if any(kind.kind.name == other.kind.name for other in kinds):
+            raise ConfigError(f"{where}: another kind of this model is {kind.kind.name!r} too; give each a name")
+        kinds.append(kind)
+    least, most = instance_bounds(section, path)
+    return ModelSettings(
+        name=name,
+        kinds=tuple(kinds),
+        classes=served,
+        default_class=_pick(section.default_class, "interactive", served, classes, f"{path}.default_class")
+        or served[0],
+        batch_class=_pick(section.batch_class, "batch", served, classes, f"{path}.batch_class"),
+        min_instances=least,
+        max_instances=most,
+        aliases=section.aliases,
+    )
+
+
+def _pick(wanted: str, kind: str, served: Sequence[str], classes: Mapping[str, RequestClass], path: str) -> str:
+    """The named class, which must be of that kind and served; else the first such; else none."""
+    fitting = [name for name in served if classes[name].kind == kind]
+    if not wanted:
+        return fitting[0] if fitting else ""
+    if wanted not in fitting:
+        raise ConfigError(
+            f"{path}: {wanted!r} must be a class of kind {kind!r} of this model; {suggest(wanted, fitting)}"
+        )
+    return wanted
+
+
+def _check_names(models: Sequence[ModelSettings]) -> None:
+    owners: dict[str, str] = {}
+    for model in models:
+        for name in (model.name, *model.aliases):
+            if name in owners:
+                raise ConfigError(f"models: {name!r} names both {owners[name]!r} and {model.name!r}")
+            owners[name] = model.name
+
+
+def _check_devices(models: Sequence[ModelSettings], devices: Sequence[str]) -> None:
+    for model in models:
+        for kind in model.kinds:
+            if devices and kind.devices > len(devices):
+                raise ConfigError(f"devices: {list(devices)!r}: an instance of {kind.kind.name!r} needs {kind.devices}")
+
+
+def _check_no_loop(models: Sequence[ModelSettings], server: ServerSettings) -> None:
+    """An endpoint at the gateway's own address would send every request round and round."""
+    own = {
+        f"http{'s' if server.tls else ''}://{host}:{server.port}" for host in (server.host, "127.0.0.1", "localhost")
+    }
+    for model in models:
+        for url in (url for kind in model.kinds for url in kind.endpoints):
+            if url in own:
+                raise ConfigError(f"models: the endpoint {url} is where Chiron itself listens; set another server.port")
+
+
+def _check_keys(file: ServeFile, models: Sequence[ModelSettings]) -> None:
+    """Keys name what exists, and no two are the same."""
+    names = [model.name for model in models]
+    seen: dict[str, int] = {}
+    for i, key in enumerate(file.keys):
+        for j, model in enumerate(key.models):
+            _require_name(f"keys[{i}].models[{j}]", model, names)
+        for j, cls in enumerate(key.classes):
+            _require_name(f"keys[{i}].classes[{j}]", cls, file.classes)
+        for what in (f"name {key.name!r}", key.hash):
+            if what in seen:
+                raise ConfigError(f"keys[{i}]: has the {'name' if what != key.hash else 'hash'} of keys[{seen[what]}]")
+            seen[what] = i
+    if file.admin_key_hash and not re.fullmatch(r"sha256:[0-9a-f]{64}", file.admin_key_hash):
+        raise ConfigError("admin_key_hash: must be 'sha256:' and 64 hexadecimal digits; `chiron key --admin` makes one")
+    if file.admin_key_hash in seen:
+        raise ConfigError(
+            f"admin_key_hash: is the hash of keys[{seen[file.admin_key_hash]}]; the admin needs another key"
+        )
+
+
+def _choose_policy(file: ServeFile, policy: str | None) -> PolicyChoice:
+    label = policy or file.policy
+    if label in file.policies:
+        return file.policies[label]
+    if label in POLICIES:
+        return PolicyChoice(policy=label, settings=POLICIES[label].settings())
+    where = "--policy" if policy else "policy"
+    raise ConfigError(
+        f"{where}: unknown policy {label!r}; {suggest(label, dict.fromkeys([*file.policies, *POLICIES]))}"
+    )
+
+
+def _require_name(path: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:
+    if name not in known:
+        raise ConfigError(f"{path}: unknown name {name!r}; {suggest(name, known)}")

@@ -1,0 +1,145 @@
+"""The tables of the serve config that describe models and what they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
+from chiron.config.sections import require
+from chiron.engines.rows import ENGINES
+
+ENGINE_NAMES = (*ENGINES, "command")
+"""What ``engine`` may be: a row of the table of engines, or any program that speaks OpenAI's API."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeInstanceSection:
+    """A kind of instance: an engine that runs already, or one that Chiron starts."""
+
+    engine: str = ""
+    """``"vllm"``, ``"sglang"``, ``"tgi"``, ``"llamacpp"``, ``"openvino"`` (embedded), ``"emulated"``, ``"openai"``
+    (any other server) or ``"command"`` (any other program). Required."""
+    name: str = ""
+    """What logs and metrics call it; default: the engine's name. Needed if two kinds of one model would be alike."""
+    endpoints: tuple[str, ...] = ()
+    """Base URLs of engines that run already, such as ``http://127.0.0.1:8001``. Chiron does not start or stop them."""
+    command: tuple[str, ...] = ()
+    """Program and arguments of one engine process. ``{port}`` stands for a free port, ``{model}`` for the model's
+    name, ``{model_path}`` for ``model_path``."""
+    model_path: str = ""
+    """A GGUF file for ``openvino`` and ``llamacpp`` (without one: a toy model whose text is noise); what to load for
+    ``vllm`` and ``sglang`` (a directory or a hub name)."""
+    profile: str = ""
+    """The timing of an emulated engine: a packaged profile (``chiron profile list``) or a path."""
+    pace: str = ""
+    """A profile whose step times an ``openvino`` engine keeps at least, so that small machines can host a fleet."""
+    args: tuple[str, ...] = ()
+    """Added to the command of an engine that Chiron starts."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of its process."""
+    threads: int | None = None
+    """Inference threads of an ``openvino`` or ``llamacpp`` process; default: the engine's own choice."""
+    max_num_seqs: int | None = None
+    """Most sequences that the engine runs at once: give it the engine's own setting. Default: the profile's if
+    emulated, else 256 (``tgi`` 128, ``openvino`` 64, ``llamacpp`` 8)."""
+    max_num_batched_tokens: int | None = None
+    """The engine's token budget of one step. Default: the profile's if emulated, else 2048."""
+    kv_capacity_tokens: int | None = None
+    """Tokens of KV that fit one engine. Default: what its metrics say, and until then a guess."""
+    gpu: str = ""
+    """Type of GPU, for ``[gpus]`` and prices. Default: the profile's, ``"cpu"`` for ``openvino`` and ``llamacpp``."""
+    gpus: int | None = None
+    """GPUs of one instance; default 1, or the profile's."""
+    price_per_gpu_hour: float | None = None
+    """Default: the profile's if emulated, else 0."""
+    max_instances: int | None = None
+    """Of this kind; default: as many as there are endpoints, else no bound besides the model's."""
+    start_timeout_s: float = 300.0
+    """From the start of a process to its first good health check."""
+    stop_timeout_s: float = 10.0
+    """Between SIGTERM and SIGKILL of a process."""
+    served_model_name: str = ""
+    """The model's name inside the engine; default: the name in this file."""
+    api_key_file: str = ""
+    """A file that holds the key which the endpoints want; kept out of this file on purpose."""
+
+    def __post_init__(self) -> None:
+        if not self.engine:
+            raise ValueError(f"engine is missing; one of: {', '.join(ENGINE_NAMES)}")
+        if self.engine not in ENGINE_NAMES:
+            raise ValueError(f"engine is {self.engine!r}; {suggest(self.engine, ENGINE_NAMES)}")
+        whole = ("threads", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "gpus", "max_instances")
+        for key in whole:
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "1 or more")
+        for key in ("start_timeout", "stop_timeout"):
+            require(getattr(self, f"{key}_s") > 0, key, getattr(self, f"{key}_s"), "above 0")
+        price = self.price_per_gpu_hour
+        require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
+        if self.endpoints and self.command:
+            raise ValueError("give either endpoints (engines that run already) or command (to start them)")
+        self._check_only("endpoints", bool(self.endpoints), "command", "model_path", "args", "env", "threads", "pace")
+        self._check_only("command", not self.endpoints, "api_key_file")
+
+    def _check_only(self, what: str, applies: bool, *keys: str) -> None:
+        """Keys that mean nothing here are a mistake, not a wish to be ignored."""
+        for key in keys if applies else ():
+            if getattr(self, key):
+                belongs = "engines that Chiron starts" if what == "endpoints" else "endpoints"
+                raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {belongs}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeModelSection:
+    """A served model. The keys of an instance may stand here too: alone they are its one kind of instance, beside
+    ``instances`` they are defaults of each."""
+
+    instances: tuple[ServeInstanceSection, ...]
+    """Kinds of instances in order of preference."""
+    min_instances: int | None = None
+    """Default: 1; all of them if there are only endpoints, since they run anyway. 0: scale to zero."""
+    max_instances: int | None = None
+    """Default: as many as there are endpoints, plus 4 if Chiron starts engines (50 if they are emulated)."""
+    classes: tuple[str, ...] = ()
+    """Request classes that it serves; default: all."""
+    default_class: str = ""
+    """Class of a request that does not say; default: the first interactive one."""
+    batch_class: str = ""
+    """Class of batch items and of ``service_tier: flex``; default: the first batch one."""
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use for it."""
+
+    @classmethod
+    def from_table(cls, table: object, path: str) -> ServeModelSection:
+        own = [key for key in keys_of(cls) if key != "instances"]
+        shared_keys = [key for key in keys_of(ServeInstanceSection) if key not in (*own, "name")]
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{path}: {table!r} must be a table with engine and, for example, endpoints")
+        allowed = ["instances", *own, *shared_keys]
+        for key, value in table.items():
+            if key not in allowed:
+                raise ConfigError(f"{join(path, key)}: unknown key (value {value!r}); {suggest(key, allowed)}")
+        shared = {key: table[key] for key in shared_keys if key in table}
+        entries = table.get("instances")
+        if entries is None:
+            instances = [read_record(ServeInstanceSection, shared, path)]
+        elif not isinstance(entries, list) or not entries:
+            raise ConfigError(f"{path}.instances: {entries!r} must be a list of tables, such as {{ engine = 'vllm' }}")
+        else:
+            instances = [_read_instance(entry, shared, f"{path}.instances[{i}]") for i, entry in enumerate(entries)]
+        rest = {key: table[key] for key in own if key in table}
+        return read_record(cls, rest, path, instances=tuple(instances))
+
+    def __post_init__(self) -> None:
+        least, most = self.min_instances, self.max_instances
+        require(least is None or least >= 0, "min_instances", least, "0 or more")
+        require(most is None or most >= 1, "max_instances", most, "1 or more")
+        if least is not None and most is not None:
+            require(least <= most, "min_instances", least, f"at most max_instances ({most})")
+
+
+def _read_instance(entry: object, shared: Mapping[str, object], path: str) -> ServeInstanceSection:
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{path}: {entry!r} must be a table, such as {{ engine = 'vllm' }}")
+    return read_record(ServeInstanceSection, {**shared, **entry}, path)
