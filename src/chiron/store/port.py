@@ -206,6 +206,9 @@ class Swept:
 class Upload(Protocol):
     """A file on its way in. It exists once ``commit`` has returned; a crash before that leaves nothing."""
 
+    purpose: str
+    """May be changed until ``commit``: a form may name the purpose after the file."""
+
     async def write(self, data: bytes) -> None:
         """Raises ``TooLarge`` and ``StoreFull``; the upload can then only be aborted."""
 

@@ -1,0 +1,259 @@
+"""Operations on batches as a whole: made, begun, cancelled, ended, swept. They run on the writer's thread."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+from uuid import uuid4
+
+from chiron.store.database import FAILED, OK, OPEN, item_key
+from chiron.store.leases import Leases
+from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile
+from chiron.store.results import unfinished_bytes
+from chiron.store.writer import Transaction
+
+PURGE_STEP = 2_000
+"""Items whose rows are removed in one step: a few milliseconds."""
+
+_FIELDS = tuple(field.name for field in fields(Batch))
+SELECT_BATCH = f"SELECT no, output_bytes, error_bytes, {', '.join(_FIELDS)} FROM batches"
+
+
+def read_batch(row: sqlite3.Row) -> Batch:
+    values: dict[str, Any] = {name: row[name] for name in _FIELDS}
+    values["metadata"] = json.loads(values["metadata"])
+    values["errors"] = tuple(LineError(**error) for error in json.loads(values["errors"]))
+    values["recent"] = tuple((start, count) for start, count in json.loads(values["recent"]))
+    return Batch(**values)
+
+
+def find_batch(db: sqlite3.Connection, batch_id: str, owner: str | None = None) -> sqlite3.Row:
+    row: sqlite3.Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (batch_id,)).fetchone()
+    if row is None or owner not in (None, row["owner"]):
+        raise NotFound(f"no batch {batch_id!r}")
+    return row
+
+
+def find_file(db: sqlite3.Connection, file_id: str, owner: str | None = None) -> sqlite3.Row:
+    row: sqlite3.Row | None = db.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
+    if row is None or owner not in (None, row["owner"]):
+        raise NotFound(f"no file {file_id!r}")
+    return row
+
+
+def read_file_row(row: sqlite3.Row) -> StoredFile:
+    names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "batch_id")
+    return StoredFile(**{name: row[name] for name in names})
+
+
+def insert_file(db: sqlite3.Connection, file: StoredFile, state: int | None = None) -> None:
+    db.execute(
+        "INSERT INTO files(id, purpose, filename, bytes, created_s, owner, batch_id, state) VALUES(?,?,?,?,?,?,?,?)",
+        (file.id, file.purpose, file.filename, file.bytes, file.created_s, file.owner, file.batch_id, state),
+    )
+
+
+def new_file_id() -> str:
+    return f"file-{uuid4().hex}"
+
+
+def create_batch(
+    transaction: Transaction,
+    *,
+    owner: str,
+    input_file_id: str,
+    endpoint: str,
+    completion_window: str,
+    deadline_s: float,
+    metadata: Mapping[str, str],
+    now_s: float,
+) -> Batch:
+    file = find_file(transaction.db, input_file_id, owner)
+    if file["batch_id"] is not None:
+        raise Conflict(f"file {input_file_id!r} is the output of a batch; upload it to use it as input")
+    batch_id = f"batch_{uuid4().hex}"
+    transaction.db.execute(
+        "INSERT INTO batches(id, owner, input_file_id, endpoint, completion_window, status, metadata, created_s,"
+        " expires_s) VALUES(?,?,?,?,?,'validating',?,?,?)",
+        (batch_id, owner, input_file_id, endpoint, completion_window, json.dumps(dict(metadata)), now_s, deadline_s),
+    )
+    return read_batch(find_batch(transaction.db, batch_id))
+
+
+def update_batch(db: sqlite3.Connection, no: int, **values: object) -> None:
+    """``values`` by column; the names are ours."""
+    columns = ", ".join(f"{name} = ?" for name in values)
+    db.execute(f"UPDATE batches SET {columns} WHERE no = ?", (*values.values(), no))
+
+
+def fail_validation(transaction: Transaction, no: int, errors: list[LineError], now_s: float) -> None:
+    update_batch(transaction.db, no, status="failed", failed_s=now_s, errors=_errors_text(errors))
+    purge(transaction, no)
+
+
+def cancel_batch(transaction: Transaction, leases: Leases, batch_id: str, now_s: float, owner: str | None) -> Batch:
+    row = find_batch(transaction.db, batch_id, owner)
+    status = row["status"]
+    if status == "validating":
+        # The thread that validates notices at its next block of items.
+        update_batch(transaction.db, row["no"], status="cancelled", cancelling_s=now_s, cancelled_s=now_s)
+        purge(transaction, row["no"])
+    elif status == "in_progress":
+        update_batch(transaction.db, row["no"], status="cancelling", cancelling_s=now_s)
+        end_if_idle(transaction, leases, batch_id, now_s)
+    elif status not in ("cancelling", "cancelled"):
+        raise Conflict(f"batch {batch_id!r} is {status} and can no longer be cancelled")
+    return read_batch(find_batch(transaction.db, batch_id))
+
+
+def expire(transaction: Transaction, leases: Leases, now_s: float) -> list[str]:
+    """Those now past their deadline. Those that only wait for leased items end as soon as none is."""
+    db = transaction.db
+    # What could not be removed for want of room is tried again.
+    transaction.has_chores = True
+    late = db.execute(
+        "SELECT no, id FROM batches WHERE status = 'in_progress' AND expires_s <= ? ORDER BY expires_s, no", (now_s,)
+    ).fetchall()
+    for row in late:
+        update_batch(db, row["no"], status="finalizing", finalizing_s=now_s)
+    for row in db.execute("SELECT id FROM batches WHERE status IN ('finalizing', 'cancelling')").fetchall():
+        end_if_idle(transaction, leases, row["id"], now_s)
+    return [row["id"] for row in late]
+
+
+def end_if_idle(transaction: Transaction, leases: Leases, batch_id: str, now_s: float) -> None:
+    """End a batch that has all its results, or that leases no more and whose last leased item is back."""
+    row = find_batch(transaction.db, batch_id)
+    if row["completed"] + row["failed"] == row["total"]:
+        end_batch(transaction, leases, row, "cancelled" if row["status"] == "cancelling" else "completed", now_s)
+    elif row["status"] in ("finalizing", "cancelling") and not leases.count(row["no"]):
+        end_batch(transaction, leases, row, "expired" if row["status"] == "finalizing" else "cancelled", now_s)
+
+
+def end_batch(transaction: Transaction, leases: Leases, row: sqlite3.Row, status: BatchStatus, now_s: float) -> None:
+    """The batch leaves no item behind: those without a result count as failed, and their lines are made when read."""
+    db, no = transaction.db, row["no"]
+    open_items, id_bytes = db.execute(
+        "SELECT coalesce(sum(items), 0), coalesce(sum(id_bytes), 0) FROM work WHERE batch = ?", (no,)
+    ).fetchone()
+    failed = row["failed"] + open_items
+    error_bytes = row["error_bytes"] + unfinished_bytes(status, open_items, id_bytes)
+    values: dict[str, object] = {
+        "status": status,
+        f"{status}_s": now_s,
+        "finalizing_s": now_s if row["finalizing_s"] is None else row["finalizing_s"],
+        "failed": failed,
+        "error_bytes": error_bytes,
+        "recent": "[]",
+    }
+    if row["completed"]:
+        values["output_file_id"] = _add_results_file(db, row, "output", OK, row["output_bytes"], now_s)
+    if failed:
+        values["error_file_id"] = _add_results_file(db, row, "error", FAILED, error_bytes, now_s)
+    update_batch(db, no, **values)
+    db.execute("DELETE FROM work WHERE batch = ?", (no,))
+    leases.drop(no, transaction.undo)
+
+
+def lose_input(transaction: Transaction, leases: Leases, batch_id: str, now_s: float) -> None:
+    """End a batch whose input file was taken away behind our back: what is not done cannot be done."""
+    row = find_batch(transaction.db, batch_id)
+    if row["status"] not in ENDED:
+        message = f"the input file {row['input_file_id']!r} is no longer there, or shorter than it was"
+        errors = [LineError(code="input_file_missing", message=message, param="input_file_id")]
+        update_batch(transaction.db, row["no"], errors=_errors_text(errors))
+        end_batch(transaction, leases, row, "failed", now_s)
+
+
+def _errors_text(errors: list[LineError]) -> str:
+    return json.dumps([asdict(error) for error in errors])
+
+
+def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state: int, size: int, now_s: float) -> str:
+    file = StoredFile(
+        id=new_file_id(),
+        purpose="batch_output",
+        filename=f"{row['id']}_{name}.jsonl",
+        bytes=size,
+        created_s=now_s,
+        owner=row["owner"],
+        batch_id=row["id"],
+    )
+    insert_file(db, file, state)
+    return file.id
+
+
+def delete_file(transaction: Transaction, file_id: str, owner: str | None) -> None:
+    """Remove the row. The caller removes the plain file of an upload after the commit."""
+    db = transaction.db
+    row = find_file(db, file_id, owner)
+    if row["batch_id"] is not None:
+        purge(transaction, find_batch(db, row["batch_id"])["no"], row["state"])
+    elif (user := db.execute(_USER_OF_FILE, (file_id, *ENDED)).fetchone()) is not None:
+        raise Conflict(f"file {file_id!r} is the input of batch {user['id']!r}, which has not ended")
+    db.execute("DELETE FROM files WHERE no = ?", (row["no"],))
+
+
+_USER_OF_FILE = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({', '.join('?' * len(ENDED))})"
+
+
+def sweep(transaction: Transaction, before_s: float) -> tuple[int, list[str]]:
+    """Forget batches that ended before then and uploads from before then that no running batch needs. Returns how
+    many batches, and the ids of the uploads."""
+    db = transaction.db
+    marks = ", ".join("?" * len(ENDED))
+    old = db.execute(
+        f"SELECT no, id FROM batches WHERE status IN ({marks})"
+        " AND coalesce(completed_s, failed_s, expired_s, cancelled_s) <= ?",
+        (*ENDED, before_s),
+    ).fetchall()
+    for row in old:
+        db.execute("DELETE FROM files WHERE batch_id = ?", (row["id"],))
+        db.execute("DELETE FROM batches WHERE no = ?", (row["no"],))
+        purge(transaction, row["no"])
+    uploads = db.execute(
+        "DELETE FROM files WHERE batch_id IS NULL AND created_s <= ? AND NOT EXISTS"
+        f" (SELECT 1 FROM batches WHERE input_file_id = files.id AND status NOT IN ({marks})) RETURNING id",
+        (before_s, *ENDED),
+    ).fetchall()
+    return len(old), [row["id"] for row in uploads]
+
+
+def purge(transaction: Transaction, batch: int, state: int | None = None) -> None:
+    """Have the rows of a batch removed in small steps, also across restarts: results of items in ``state``, or all."""
+    transaction.has_chores = True
+    transaction.db.execute(
+        "INSERT INTO purges(batch, state, next_key) VALUES(?, ?, ?)", (batch, state, item_key(batch, 0))
+    )
+
+
+def purge_step(transaction: Transaction) -> None:
+    """The writer's chore: remove some rows of those to be removed."""
+    db = transaction.db
+    todo = db.execute("SELECT rowid, * FROM purges LIMIT 1").fetchone()
+    if todo is None:
+        return
+    transaction.has_chores = True
+    end = item_key(todo["batch"] + 1, 0)
+    last = db.execute(
+        "SELECT max(key) FROM (SELECT key FROM items WHERE key >= ? AND key < ? ORDER BY key LIMIT ?)",
+        (todo["next_key"], end, PURGE_STEP),
+    ).fetchone()[0]
+    if last is None:
+        db.execute("DELETE FROM purges WHERE rowid = ?", (todo["rowid"],))
+        return
+    span = (todo["next_key"], last)
+    if todo["state"] is None:
+        db.execute("DELETE FROM results WHERE key BETWEEN ? AND ?", span)
+        db.execute("DELETE FROM items WHERE key BETWEEN ? AND ?", span)
+    else:
+        assert todo["state"] != OPEN
+        db.execute(
+            "DELETE FROM results WHERE key BETWEEN ? AND ?"
+            " AND (SELECT state FROM items WHERE items.key = results.key) = ?",
+            (*span, todo["state"]),
+        )
+    db.execute("UPDATE purges SET next_key = ? WHERE rowid = ?", (last + 1, todo["rowid"]))

@@ -1,0 +1,264 @@
+"""Operations on items: lease, finish, release, and what is pending. They run on the writer's thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop
+from itertools import groupby
+from pathlib import Path
+
+from chiron.store.batches import end_if_idle, update_batch
+from chiron.store.database import FAILED, OK, OPEN, item_index, item_key
+from chiron.store.directory import disk_error, file_path
+from chiron.store.leases import LaneLeases, Leases
+from chiron.store.port import Ended, Item, PendingWork
+from chiron.store.progress import count_ends
+from chiron.store.results import id_size
+from chiron.store.writer import Transaction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leased:
+    """A leased item whose body is still to be read from the file."""
+
+    batch_id: str
+    owner: str
+    endpoint: str
+    deadline_s: float
+    input_file_id: str
+    index: int
+    custom_id: str
+    model: str
+    attempts: int
+    offset: int
+    bytes: int
+
+
+def lease(
+    db: sqlite3.Connection, leases: Leases, model: str, limit: int, before_deadline_s: float | None
+) -> list[Leased]:
+    """The cost grows with ``limit`` and the number of running batches, not with their items."""
+    found: list[Leased] = []
+    lanes = db.execute(
+        "SELECT batch, lane, work.items, id, owner, endpoint, expires_s, input_file_id FROM batches JOIN work"
+        " ON work.batch = batches.no WHERE status = 'in_progress' AND work.model = ? AND work.items > 0"
+        " AND (? IS NULL OR expires_s < ?) ORDER BY expires_s, no",
+        (model, before_deadline_s, before_deadline_s),
+    )
+    for row in lanes:
+        if len(found) >= limit:
+            break
+        lane = leases.lane(row["batch"], row["lane"])
+        if row["items"] <= len(lane.leased):
+            continue
+        taken = _take(db, lane, row["batch"], row["lane"], limit - len(found))
+        found += [_leased(row, model, item) for item in taken]
+    lanes.close()
+    return found
+
+
+def _leased(row: sqlite3.Row, model: str, item: sqlite3.Row) -> Leased:
+    return Leased(
+        batch_id=row["id"],
+        owner=row["owner"],
+        endpoint=row["endpoint"],
+        deadline_s=row["expires_s"],
+        input_file_id=row["input_file_id"],
+        index=item_index(item["key"]),
+        custom_id=item["custom_id"],
+        model=model,
+        attempts=item["attempts"],
+        offset=item["offset"],
+        bytes=item["bytes"],
+    )
+
+
+def _take(db: sqlite3.Connection, lane: LaneLeases, batch: int, number: int, limit: int) -> list[sqlite3.Row]:
+    """Lease up to ``limit`` open items of a lane: first those that came back, then on from the cursor."""
+    taken: list[sqlite3.Row] = []
+    while len(taken) < limit and lane.released:
+        index = heappop(lane.released)
+        row = db.execute(_ONE_OPEN, (item_key(batch, index),)).fetchone()
+        if row is not None and index not in lane.leased:
+            lane.take(index, row["input_bytes"])
+            taken.append(row)
+    wanted = limit - len(taken)
+    if wanted:
+        span = (item_key(batch, lane.cursor), item_key(batch + 1, 0))
+        fresh = db.execute(_NEXT_OPEN, (*span, number, wanted)).fetchall()
+        for row in fresh:
+            lane.take(item_index(row["key"]), row["input_bytes"])
+        taken += fresh
+        if fresh:
+            lane.cursor = item_index(fresh[-1]["key"]) + 1
+    return taken
+
+
+def read_bodies(directory: Path, leased: Sequence[Leased]) -> tuple[list[Item], list[str]]:
+    """The items with their bodies, and the ids of batches whose input file does not hold them any more."""
+    found: list[Item] = []
+    lost: list[str] = []
+    for batch_id, group in groupby(leased, key=lambda item: item.batch_id):
+        several = list(group)
+        bodies = _bodies(file_path(directory, several[0].input_file_id), several)
+        if any(len(body) != item.bytes for body, item in zip(bodies, several, strict=True)):
+            lost.append(batch_id)
+        else:
+            found += [_with_body(item, body) for item, body in zip(several, bodies, strict=True)]
+    return found, lost
+
+
+def _bodies(path: Path, leased: Sequence[Leased]) -> list[bytes]:
+    """Short where the file is."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return [os.pread(descriptor, item.bytes, item.offset) for item in leased]
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return [b""] * len(leased)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _with_body(leased: Leased, body: bytes) -> Item:
+    return Item(
+        batch_id=leased.batch_id,
+        index=leased.index,
+        custom_id=leased.custom_id,
+        model=leased.model,
+        endpoint=leased.endpoint,
+        body=body,
+        deadline_s=leased.deadline_s,
+        attempts=leased.attempts,
+        owner=leased.owner,
+    )
+
+
+_ITEM = "SELECT key, custom_id, attempts, offset, bytes, input_bytes FROM items"
+_ONE_OPEN = f"{_ITEM} WHERE key = ? AND state = {OPEN}"
+_NEXT_OPEN = f"{_ITEM} WHERE key >= ? AND key < ? AND lane = ? AND state = {OPEN} ORDER BY key LIMIT ?"
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What a lane no longer has open."""
+
+    items: int = 0
+    input_bytes: int = 0
+    input_bytes_square: int = 0
+    id_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Gains:
+    """What a batch has gained in results."""
+
+    items: Counter[int] = field(default_factory=Counter)
+    bytes: Counter[int] = field(default_factory=Counter)
+    lanes: defaultdict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+
+
+def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now_s: float) -> None:
+    by_batch: dict[str, list[Ended]] = {}
+    for one in ended:
+        by_batch.setdefault(one.batch_id, []).append(one)
+    for batch_id, results in by_batch.items():
+        row = transaction.db.execute(
+            "SELECT no, completed, failed, output_bytes, error_bytes, recent FROM batches"
+            " WHERE id = ? AND status IN ('in_progress', 'finalizing', 'cancelling')",
+            (batch_id,),
+        ).fetchone()
+        if row is None:
+            continue  # It ended without these; they are listed there as expired or cancelled.
+        gains = _keep(transaction, leases, row["no"], results)
+        if gains.lanes:
+            _count(transaction.db, row, gains, now_s)
+        end_if_idle(transaction, leases, batch_id, now_s)
+
+
+def _keep(transaction: Transaction, leases: Leases, batch: int, results: Sequence[Ended]) -> _Gains:
+    """Write the lines of items that have none."""
+    gains = _Gains()
+    db = transaction.db
+    for result in results:
+        state = OK if result.ok else FAILED
+        key = item_key(batch, result.index)
+        item = db.execute(_CLOSE, (state, key)).fetchone()
+        if item is None:
+            continue
+        lane, input_bytes, custom_id = item
+        db.execute("INSERT INTO results(key, line) VALUES(?, ?)", (key, result.line))
+        leases.end(batch, lane, result.index, transaction.undo)
+        gains.items[state] += 1
+        gains.bytes[state] += len(result.line) + 1
+        sums = gains.lanes[lane]
+        sums.items += 1
+        sums.input_bytes += input_bytes
+        sums.input_bytes_square += input_bytes * input_bytes
+        sums.id_bytes += id_size(custom_id)
+    return gains
+
+
+_CLOSE = f"UPDATE items SET state = ? WHERE key = ? AND state = {OPEN} RETURNING lane, input_bytes, custom_id"
+
+
+def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float) -> None:
+    recent = tuple((start, count) for start, count in json.loads(row["recent"]))
+    update_batch(
+        db,
+        row["no"],
+        completed=row["completed"] + gains.items[OK],
+        failed=row["failed"] + gains.items[FAILED],
+        output_bytes=row["output_bytes"] + gains.bytes[OK],
+        error_bytes=row["error_bytes"] + gains.bytes[FAILED],
+        recent=json.dumps(count_ends(recent, gains.items.total(), now_s)),
+    )
+    for lane, sums in gains.lanes.items():
+        db.execute(
+            "UPDATE work SET items = items - ?, input_bytes = input_bytes - ?,"
+            " input_bytes_square = input_bytes_square - ?, id_bytes = id_bytes - ? WHERE batch = ? AND lane = ?",
+            (sums.items, sums.input_bytes, sums.input_bytes_square, sums.id_bytes, row["no"], lane),
+        )
+
+
+def release(transaction: Transaction, leases: Leases, items: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
+    numbers: dict[str, int | None] = {}
+    for batch_id, index in items:
+        if batch_id not in numbers:
+            row = transaction.db.execute("SELECT no FROM batches WHERE id = ?", (batch_id,)).fetchone()
+            numbers[batch_id] = None if row is None else row["no"]
+        no = numbers[batch_id]
+        item = no and transaction.db.execute("SELECT lane FROM items WHERE key = ?", (item_key(no, index),)).fetchone()
+        if not no or not item:
+            continue
+        if leases.release(no, item["lane"], index, transaction.undo) and failed_attempt:
+            transaction.db.execute("UPDATE items SET attempts = attempts + 1 WHERE key = ?", (item_key(no, index),))
+
+
+def pending(db: sqlite3.Connection, leases: Leases) -> list[PendingWork]:
+    rows = db.execute(
+        "SELECT batch, lane, work.model, items, input_bytes, input_bytes_square, id, expires_s FROM batches JOIN work"
+        " ON work.batch = batches.no WHERE status = 'in_progress' AND items > 0 ORDER BY expires_s, no, lane"
+    )
+    found = []
+    for row in rows:
+        lane = leases.lane(row["batch"], row["lane"])
+        if row["items"] > len(lane.leased):
+            found.append(
+                PendingWork(
+                    batch_id=row["id"],
+                    model=row["model"],
+                    deadline_s=row["expires_s"],
+                    items=row["items"] - len(lane.leased),
+                    input_bytes=row["input_bytes"] - lane.input_bytes,
+                    input_bytes_square=row["input_bytes_square"] - lane.input_bytes_square,
+                )
+            )
+    return found

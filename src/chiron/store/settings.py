@@ -1,0 +1,39 @@
+"""Settings of the SQLite store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    retention_s: float = 30 * 86_400.0
+    """``sweep`` removes batches that ended, and uploads unused, this long ago. ``inf`` keeps them for ever."""
+    reserve_bytes: int = 256 << 20
+    """Uploads are refused when they would leave less room than this on the disk: accepted work still has to write
+    its results."""
+    database_bytes_max: int = 1 << 40
+    """The database (items and results, not uploaded files) may grow to this; ``StoreFull`` beyond."""
+    operations_max: int = 1_000
+    """Operations of callers in flight at a time; further callers wait."""
+    group_max: int = 256
+    """Operations committed in one transaction, with one wait for the disk."""
+    read_threads: int = 3
+    """Threads that read files and results, and write uploads."""
+    block_bytes: int = 256 << 10
+    """Files and results are read in blocks of about this size: what a slow reader holds in memory."""
+    check_bytes_max: int = 64 << 20
+    """A database up to this size is checked for damage as it is opened (a tenth of a second); of a larger one only
+    what is touched."""
+
+    def __post_init__(self) -> None:
+        for name in ("retention_s", "reserve_bytes", "check_bytes_max"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be 0 or more")
+        for name in ("operations_max", "group_max", "read_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be 1 or more")
+        if self.block_bytes < 4096:
+            raise ValueError(f"block_bytes: {self.block_bytes!r} must be 4096 or more")
+        if self.database_bytes_max < 1 << 20:
+            raise ValueError(f"database_bytes_max: {self.database_bytes_max!r} must be at least 1 MiB")

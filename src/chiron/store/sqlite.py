@@ -1,0 +1,382 @@
+"""The batch store on SQLite, in one directory, for one process.
+
+Three kinds of threads keep the event loop free: one writes (``writer``), a few read and take uploads, one validates.
+Readers have connections of their own; under the write-ahead log they and the writer do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import local
+from typing import Literal, TypeVar
+
+from chiron.store import batches, items
+from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, store_error
+from chiron.store.directory import disk_error, file_path, lock, remove_files, remove_orphans
+from chiron.store.leases import Leases
+from chiron.store.port import (
+    Batch,
+    Check,
+    Conflict,
+    Ended,
+    InputLimits,
+    Item,
+    NotFound,
+    PendingWork,
+    StoreClosed,
+    StoredFile,
+    Swept,
+)
+from chiron.store.results import Page, first_key, read_page
+from chiron.store.settings import StoreSettings
+from chiron.store.upload import FileUpload
+from chiron.store.validation import Validation
+from chiron.store.writer import Operation, Writer
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Opened:
+    """What exists while the store is open."""
+
+    lock: int
+    writer: Writer
+    readers: ThreadPoolExecutor
+    validator: ThreadPoolExecutor
+    places: asyncio.Semaphore
+    connections: list[sqlite3.Connection] = field(default_factory=list)
+    uploads: set[FileUpload] = field(default_factory=set)
+    validating: set[str] = field(default_factory=set)
+
+
+class SqliteStore:
+    """Implements ``BatchStore``. ``wall`` tells the time, in seconds since the epoch, where no caller does."""
+
+    def __init__(self, directory: Path, *, wall: Callable[[], float], settings: StoreSettings | None = None) -> None:
+        self.directory = directory
+        self.settings = settings or StoreSettings()
+        self._wall = wall
+        self._path = directory / DATABASE
+        self._leases = Leases()
+        self._of_thread = local()
+        self._now: _Opened | None = None
+
+    async def open(self) -> None:
+        if self._now is not None:
+            raise Conflict(f"{self.directory}: open already")
+        self._now = await asyncio.to_thread(self._open)
+
+    def _open(self) -> _Opened:
+        held = lock(self.directory)
+        try:
+            db = open_for_writing(self.directory, self.settings)
+            try:
+                uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
+                remove_orphans(self.directory, {row["id"] for row in uploads})
+            except BaseException:
+                db.close()
+                raise
+        except sqlite3.Error as error:
+            os.close(held)
+            raise store_error(error, self._path) from error
+        except BaseException:
+            os.close(held)
+            raise
+        self._leases = Leases()
+        self._of_thread = local()
+        return _Opened(
+            lock=held,
+            writer=Writer(db, self._path, self.settings.group_max, batches.purge_step),
+            readers=ThreadPoolExecutor(self.settings.read_threads, thread_name_prefix="store-reader"),
+            validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
+            places=asyncio.Semaphore(self.settings.operations_max),
+        )
+
+    async def close(self) -> None:
+        now, self._now = self._now, None
+        if now is None:
+            return
+        for upload in list(now.uploads):
+            await upload.abort()
+        await asyncio.to_thread(_close, now)
+
+    @property
+    def _opened(self) -> _Opened:
+        if self._now is None:
+            raise StoreClosed(f"{self.directory}: the store is not open")
+        return self._now
+
+    # Threads.
+
+    async def _write(self, operation: Operation[T], reads: bool = False) -> T:
+        """Run it on the writer's thread; answered after its commit. Being cancelled does not undo it."""
+        now = self._opened
+        async with now.places:
+            return await asyncio.shield(asyncio.wrap_future(now.writer.submit(operation, reads)))
+
+    async def _in_thread(self, run: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._opened.readers, run)
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        """Run a query on a reader's thread, in one snapshot."""
+        now = self._opened
+
+        def run() -> T:
+            try:
+                db: sqlite3.Connection | None = getattr(self._of_thread, "db", None)
+                if db is None:
+                    db = self._of_thread.db = open_for_reading(self.directory)
+                    now.connections.append(db)
+                db.execute("BEGIN")
+                try:
+                    return query(db)
+                finally:
+                    db.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                raise store_error(error, self._path) from error
+
+        return await self._in_thread(run)
+
+    # Files.
+
+    async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> FileUpload:
+        now = self._opened
+
+        async def insert(file: StoredFile) -> StoredFile:
+            await self._write(lambda transaction: batches.insert_file(transaction.db, file))
+            return file
+
+        upload = FileUpload(
+            directory=self.directory,
+            file=StoredFile(
+                id=batches.new_file_id(),
+                purpose=purpose,
+                filename=filename,
+                bytes=0,
+                created_s=self._wall(),
+                owner=owner,
+            ),
+            bytes_max=bytes_max,
+            settings=self.settings,
+            in_thread=self._in_thread,
+            insert=insert,
+            on_end=now.uploads.discard,
+        )
+        now.uploads.add(upload)
+        return upload
+
+    async def get_file(self, file_id: str, owner: str | None) -> StoredFile:
+        return await self._read(lambda db: batches.read_file_row(batches.find_file(db, file_id, owner)))
+
+    async def list_files(
+        self,
+        owner: str | None,
+        after: str | None = None,
+        limit: int = 100,
+        order: Literal["asc", "desc"] = "desc",
+        purpose: str | None = None,
+    ) -> list[StoredFile]:
+        def query(db: sqlite3.Connection) -> list[StoredFile]:
+            behind = None if after is None else batches.find_file(db, after, owner)["no"]
+            rows = db.execute(
+                "SELECT * FROM files WHERE (:owner IS NULL OR owner = :owner)"
+                " AND (:purpose IS NULL OR purpose = :purpose)"
+                f" AND (:behind IS NULL OR no {'>' if order == 'asc' else '<'} :behind)"
+                f" ORDER BY no {'ASC' if order == 'asc' else 'DESC'} LIMIT :limit",
+                {"owner": owner, "purpose": purpose, "behind": behind, "limit": limit},
+            )
+            return [batches.read_file_row(row) for row in rows]
+
+        return await self._read(query)
+
+    async def delete_file(self, file_id: str, owner: str | None) -> None:
+        await self._write(lambda transaction: batches.delete_file(transaction, file_id, owner))
+        await self._in_thread(lambda: remove_files(self.directory, [file_id]))
+
+    async def read_file(self, file_id: str, owner: str | None) -> AsyncIterator[bytes]:
+        row = await self._read(lambda db: batches.find_file(db, file_id, owner))
+        if row["batch_id"] is not None:
+            blocks = self._read_lines(row["batch_id"], row["state"], owner)
+        else:
+            blocks = self._read_upload(file_id)
+        async for block in blocks:
+            yield block
+
+    async def _read_upload(self, file_id: str) -> AsyncIterator[bytes]:
+        path = file_path(self.directory, file_id)
+        try:
+            # A file that is deleted while it is read can be read to its end.
+            stream = await self._in_thread(lambda: path.open("rb", buffering=0))
+            try:
+                while block := await self._in_thread(lambda: stream.read(self.settings.block_bytes)):
+                    yield block
+            finally:
+                stream.close()
+        except FileNotFoundError as error:
+            raise NotFound(f"no file {file_id!r}") from error
+        except OSError as error:
+            raise disk_error(error, path) from error
+
+    async def read_results(self, batch_id: str, ok: bool, owner: str | None = None) -> AsyncIterator[bytes]:
+        async for block in self._read_lines(batch_id, OK if ok else FAILED, owner):
+            yield block
+
+    async def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
+        def query(db: sqlite3.Connection) -> Page:
+            batch = batches.find_batch(db, batch_id, owner)
+            file_id = batch["output_file_id" if state == OK else "error_file_id"]
+            if file_id is not None:
+                # Its lines go with it.
+                batches.find_file(db, file_id)
+            from_key = first_key(batch["no"]) if next_key is None else next_key
+            return read_page(db, batch, state, from_key, self.settings.block_bytes)
+
+        next_key: int | None = None
+        while (page := await self._read(query)).lines:
+            next_key = page.next_key
+            yield page.lines
+
+    # Batches.
+
+    async def create_batch(
+        self,
+        *,
+        owner: str,
+        input_file_id: str,
+        endpoint: str,
+        completion_window: str,
+        deadline_s: float,
+        metadata: Mapping[str, str],
+        now_s: float,
+    ) -> Batch:
+        return await self._write(
+            lambda transaction: batches.create_batch(
+                transaction,
+                owner=owner,
+                input_file_id=input_file_id,
+                endpoint=endpoint,
+                completion_window=completion_window,
+                deadline_s=deadline_s,
+                metadata=metadata,
+                now_s=now_s,
+            )
+        )
+
+    async def validate(self, batch_id: str, check: Check, limits: InputLimits) -> Batch:
+        now = self._opened
+        batch = await self.get_batch(batch_id, None)
+        if batch.status != "validating":
+            return batch
+        if batch_id in now.validating:
+            raise Conflict(f"batch {batch_id!r} is being validated")
+
+        def submit(operation: Operation[bool]) -> Future[bool]:
+            return now.writer.submit(operation)
+
+        validation = Validation(
+            batch_id, file_path(self.directory, batch.input_file_id), check, limits, submit, self._wall
+        )
+
+        def run() -> None:
+            try:
+                validation.run()
+            finally:
+                now.validating.discard(batch_id)
+
+        now.validating.add(batch_id)
+        await asyncio.get_running_loop().run_in_executor(now.validator, run)
+        return await self.get_batch(batch_id, None)
+
+    async def unvalidated(self) -> list[Batch]:
+        return await self._read(
+            lambda db: [
+                batches.read_batch(row)
+                for row in db.execute(f"{batches.SELECT_BATCH} WHERE status = 'validating' ORDER BY no")
+            ]
+        )
+
+    async def get_batch(self, batch_id: str, owner: str | None) -> Batch:
+        return await self._read(lambda db: batches.read_batch(batches.find_batch(db, batch_id, owner)))
+
+    async def list_batches(self, owner: str | None, after: str | None = None, limit: int = 20) -> list[Batch]:
+        def query(db: sqlite3.Connection) -> list[Batch]:
+            behind = None if after is None else batches.find_batch(db, after, owner)["no"]
+            rows = db.execute(
+                f"{batches.SELECT_BATCH} WHERE (:owner IS NULL OR owner = :owner)"
+                " AND (:behind IS NULL OR no < :behind) ORDER BY no DESC LIMIT :limit",
+                {"owner": owner, "behind": behind, "limit": limit},
+            )
+            return [batches.read_batch(row) for row in rows]
+
+        return await self._read(query)
+
+    async def cancel_batch(self, batch_id: str, now_s: float, owner: str | None = None) -> Batch:
+        return await self._write(
+            lambda transaction: batches.cancel_batch(transaction, self._leases, batch_id, now_s, owner)
+        )
+
+    # Items.
+
+    async def lease(self, model: str, limit: int, before_deadline_s: float | None = None) -> list[Item]:
+        now = self._opened
+        future = now.writer.submit(
+            lambda transaction: items.lease(transaction.db, self._leases, model, limit, before_deadline_s), reads=True
+        )
+        leased: list[items.Leased] = []
+        try:
+            leased = await asyncio.shield(asyncio.wrap_future(future))
+            found, lost = await self._in_thread(lambda: items.read_bodies(self.directory, leased))
+        except BaseException:
+            # Whoever asked has gone or hears of an error; nobody else would ever give these back.
+            future.add_done_callback(lambda done: self._give_back(now.writer, done))
+            raise
+        for batch_id in lost:
+            await self._lose_input(batch_id)
+        return found
+
+    async def _lose_input(self, batch_id: str) -> None:
+        now_s = self._wall()
+        await self._write(lambda transaction: batches.lose_input(transaction, self._leases, batch_id, now_s))
+
+    def _give_back(self, writer: Writer, done: Future[list[items.Leased]]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            keys = [(item.batch_id, item.index) for item in done.result()]
+            writer.submit(lambda transaction: items.release(transaction, self._leases, keys, False))
+
+    async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
+        await self._write(lambda transaction: items.finish(transaction, self._leases, ended, now_s))
+
+    async def release(self, items_: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
+        await self._write(lambda transaction: items.release(transaction, self._leases, items_, failed_attempt))
+
+    async def pending(self) -> list[PendingWork]:
+        return await self._write(lambda transaction: items.pending(transaction.db, self._leases), reads=True)
+
+    # Time.
+
+    async def expire(self, now_s: float) -> list[str]:
+        return await self._write(lambda transaction: batches.expire(transaction, self._leases, now_s))
+
+    async def sweep(self, now_s: float) -> Swept:
+        count, files = await self._write(
+            lambda transaction: batches.sweep(transaction, now_s - self.settings.retention_s)
+        )
+        await self._in_thread(lambda: remove_files(self.directory, files))
+        return Swept(batches=count, files=len(files))
+
+
+def _close(now: _Opened) -> None:
+    now.writer.close()
+    # A validation under way ends at its next block.
+    now.validator.shutdown(wait=True, cancel_futures=True)
+    now.readers.shutdown(wait=True, cancel_futures=True)
+    for connection in now.connections:
+        connection.close()
+    os.close(now.lock)

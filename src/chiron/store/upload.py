@@ -1,0 +1,115 @@
+"""Uploaded files: written as they come, and known once their row is committed.
+
+A file has its final name from the start; what makes it a file of the store is its row, and files without a row are
+removed when the store opens. Its content and its directory entry are on disk before the row is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from io import FileIO
+from pathlib import Path
+
+from chiron.store.directory import check_room, disk_error, file_path, sync_directory
+from chiron.store.port import StoreClosed, StoredFile, TooLarge
+from chiron.store.settings import StoreSettings
+
+RunInThread = Callable[[Callable[[], None]], Awaitable[None]]
+BUFFER_BYTES = 1 << 20
+
+
+class FileUpload:
+    """Implements ``Upload``. ``insert`` commits the row."""
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        file: StoredFile,
+        bytes_max: int,
+        settings: StoreSettings,
+        in_thread: RunInThread,
+        insert: Callable[[StoredFile], Awaitable[StoredFile]],
+        on_end: Callable[[FileUpload], None],
+    ) -> None:
+        self._directory = directory
+        self._file = file
+        self._path = file_path(directory, file.id)
+        self._bytes_max = bytes_max
+        self._settings = settings
+        self._in_thread = in_thread
+        self._insert = insert
+        self._on_end = on_end
+        self._buffer: list[bytes] = []
+        self._buffered = 0
+        self._bytes = 0
+        self._stream: FileIO | None = None
+        self._ended = False
+
+    async def write(self, data: bytes) -> None:
+        if self._ended:
+            raise StoreClosed(f"{self._file.filename!r}: the upload has ended")
+        if self._bytes + len(data) > self._bytes_max:
+            raise TooLarge(f"{self._file.filename!r}: larger than {self._bytes_max} bytes")
+        self._bytes += len(data)
+        self._buffer.append(data)
+        self._buffered += len(data)
+        if self._buffered >= BUFFER_BYTES:
+            await self._in_thread(self._flush)
+
+    async def commit(self) -> StoredFile:
+        if self._ended:
+            raise StoreClosed(f"{self._file.filename!r}: the upload has ended")
+        await self._in_thread(self._flush_to_disk)
+        file = await self._insert(
+            StoredFile(
+                id=self._file.id,
+                purpose=self._file.purpose,
+                filename=self._file.filename,
+                bytes=self._bytes,
+                created_s=self._file.created_s,
+                owner=self._file.owner,
+            )
+        )
+        self._end()
+        return file
+
+    async def abort(self) -> None:
+        if not self._ended:
+            self._end()
+            await self._in_thread(self._discard)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._on_end(self)
+
+    def _flush(self) -> None:
+        try:
+            check_room(self._directory, self._settings.reserve_bytes)
+            if self._stream is None:
+                self._stream = FileIO(
+                    os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w"
+                )
+            data = memoryview(b"".join(self._buffer))
+            while data:
+                data = data[self._stream.write(data) :]
+        except OSError as error:
+            raise disk_error(error, self._path) from error
+        self._buffer.clear()
+        self._buffered = 0
+
+    def _flush_to_disk(self) -> None:
+        self._flush()
+        assert self._stream is not None
+        try:
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            sync_directory(self._directory)
+        except OSError as error:
+            raise disk_error(error, self._path) from error
+
+    def _discard(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._path.unlink(missing_ok=True)
