@@ -71,6 +71,7 @@ def serve(
     require_extras(extras_of(loaded))
     with needs("serve"):
         from chiron.gateway.service import run
+        from chiron.store.port import StoreError
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -91,6 +92,8 @@ def serve(
                 "--port chooses another (0: any free one)"
             ) from None
         raise
+    except StoreError as error:
+        raise ConfigError(f"server.data: {error}") from None
     typer.echo("stopped", err=True)
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)

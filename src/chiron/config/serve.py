@@ -17,9 +17,8 @@ from chiron.config.overrides import Override, apply_overrides, override_text
 from chiron.config.policies import PolicyChoice, read_policy
 from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.serve_kinds import instance_bounds, kind_settings
-from chiron.config.serve_sections import ServeModelSection
+from chiron.config.serve_sections import FleetSection, ServeModelSection
 from chiron.core.types import RequestClass
-from chiron.fleet.local import LocalFleetSettings
 from chiron.gateway.keys import ADMIN, Key
 from chiron.gateway.settings import (
     BatchSettings,
@@ -31,6 +30,7 @@ from chiron.gateway.settings import (
     TelemetrySettings,
 )
 from chiron.policies.registry import POLICIES
+from chiron.store.settings import StoreSettings
 
 DEFAULT_CLASSES = {
     "chat": RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1),
@@ -52,7 +52,8 @@ class ServeFile:
     server: ServerSettings = field(default_factory=ServerSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
-    fleet: LocalFleetSettings = field(default_factory=LocalFleetSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    fleet: FleetSection = field(default_factory=FleetSection)
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
     gpus: Mapping[str, int] = field(default_factory=dict)
@@ -104,6 +105,8 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
         "classes": classes or DEFAULT_CLASSES,
         "policies": {name: read_policy(name, entry) for name, entry in named_tables(table, "policies").items()},
         "keys": _read_keys(table.get("keys", [])),
+        # How long things are kept is said once, in [batch].
+        "store": read_record(StoreSettings, table.get("store", {}), "store", retention_s=StoreSettings().retention_s),
     }
     return read_record(ServeFile, {key: value for key, value in table.items() if key not in given}, "", **given)
 
@@ -165,7 +168,9 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "limits": file.limits,
             "batch": file.batch,
             "telemetry": file.telemetry,
-            "fleet": file.fleet,
+            "store": replace(file.store, retention_s=file.batch.retention_s),
+            "fleet": file.fleet.local(),
+            "static_fleet": file.fleet.static(),
             "devices": file.devices,
             "gpus": file.gpus,
             "classes": file.classes,

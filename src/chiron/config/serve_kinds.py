@@ -31,6 +31,7 @@ class EngineDefaults:
 
     gpu: str = "gpu"
     max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
     context_per_seq: int = 0
     """KV tokens of each sequence slot, for engines that divide their KV; 0: they share it."""
     command: tuple[str, ...] = ()
@@ -53,7 +54,7 @@ _DEFAULTS = {
     ),
     "tgi": EngineDefaults(max_num_seqs=128),
     "llamacpp": EngineDefaults(gpu="cpu", max_num_seqs=8, context_per_seq=2048),
-    "openvino": EngineDefaults(gpu="cpu", max_num_seqs=64),
+    "openvino": EngineDefaults(gpu="cpu", max_num_seqs=64, max_num_batched_tokens=512),
 }
 
 
@@ -92,6 +93,7 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
             "env": dict(section.env),
             "start_timeout_s": section.start_timeout_s,
             "stop_timeout_s": section.stop_timeout_s,
+            "log_bytes_max": section.log_bytes_max,
             "served_model_name": section.served_model_name,
             "api_key": _secret(section.api_key_file, f"{path}.api_key_file", directory),
             "kv_capacity_known": section.kv_capacity_tokens is not None or profile is not None or _divided(section),
@@ -116,7 +118,8 @@ def _instance_kind(
         price_per_gpu_hour=price if section.price_per_gpu_hour is None else section.price_per_gpu_hour,
         kv_capacity_tokens=section.kv_capacity_tokens or (profile.kv_capacity_tokens if profile else guess),
         max_num_seqs=seqs,
-        max_num_batched_tokens=section.max_num_batched_tokens or (profile.max_num_batched_tokens if profile else 2048),
+        max_num_batched_tokens=section.max_num_batched_tokens
+        or (profile.max_num_batched_tokens if profile else defaults.max_num_batched_tokens),
         max_instances=most,
     )
 
@@ -220,11 +223,13 @@ def _own_command(section: ServeInstanceSection, kind: InstanceKind, directory: P
         command += ["--kv-capacity-tokens", str(kind.kv_capacity_tokens)]
     else:
         given = _model_path(section, directory)
-        if given and not Path(given).is_file():
+        if given and not Path(given).exists():
             raise ConfigError(f"{path}.model_path: {section.model_path!r}: there is no such file (a GGUF file)")
         command += ["--model", given or "toy"]
     if section.engine == "openvino":
         command += ["--max-num-batched-tokens", str(kind.max_num_batched_tokens)]
+        if section.kv_capacity_tokens is not None:
+            command += ["--kv-capacity-tokens", str(section.kv_capacity_tokens)]
     command += ["--served-model-name", "{model}"]
     if section.threads is not None:
         command += ["--threads", str(section.threads)]

@@ -8,9 +8,51 @@ from dataclasses import dataclass, field
 from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
 from chiron.config.sections import require
 from chiron.engines.rows import ENGINES
+from chiron.fleet.health import HealthSettings
+from chiron.fleet.local import LocalFleetSettings
+from chiron.fleet.starts import BackoffSettings
+from chiron.fleet.static import RecoverySettings, StaticFleetSettings
 
 ENGINE_NAMES = (*ENGINES, "command")
 """What ``engine`` may be: a row of the table of engines, or any program that speaks OpenAI's API."""
+
+
+_LOCAL = LocalFleetSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSection:
+    """How engines are watched: those that Chiron starts, and those that run already."""
+
+    health: HealthSettings = field(default_factory=HealthSettings)
+    """Health checks of both."""
+    backoff: BackoffSettings = field(default_factory=BackoffSettings)
+    """Starts of an engine that keeps failing."""
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
+    """How an endpoint that failed comes back."""
+    usage_period_s: float = _LOCAL.usage_period_s
+    """Between two looks at the CPU and memory of engine processes."""
+    logs_kept: int = _LOCAL.logs_kept
+    """Log files of engines; the oldest go first, those of running ones never."""
+    reason_lines: int = _LOCAL.reason_lines
+    """Last lines of an engine's log that a failure's reason quotes."""
+
+    def __post_init__(self) -> None:
+        for key in ("logs_kept", "reason_lines"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require(self.usage_period_s > 0, "usage_period", self.usage_period_s, "above 0")
+
+    def local(self) -> LocalFleetSettings:
+        return LocalFleetSettings(
+            health=self.health,
+            backoff=self.backoff,
+            usage_period_s=self.usage_period_s,
+            logs_kept=self.logs_kept,
+            reason_lines=self.reason_lines,
+        )
+
+    def static(self) -> StaticFleetSettings:
+        return StaticFleetSettings(health=self.health, recovery=self.recovery)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +101,8 @@ class ServeInstanceSection:
     """From the start of a process to its first good health check."""
     stop_timeout_s: float = 10.0
     """Between SIGTERM and SIGKILL of a process."""
+    log_bytes_max: int = 8 << 20
+    """Size at which the log of one process is rotated, once; it takes at most twice that."""
     served_model_name: str = ""
     """The model's name inside the engine; default: the name in this file."""
     api_key_file: str = ""
@@ -75,6 +119,7 @@ class ServeInstanceSection:
             require(value is None or value >= 1, key, value, "1 or more")
         for key in ("start_timeout", "stop_timeout"):
             require(getattr(self, f"{key}_s") > 0, key, getattr(self, f"{key}_s"), "above 0")
+        require(self.log_bytes_max >= 1, "log_bytes_max", self.log_bytes_max, "1 or more")
         price = self.price_per_gpu_hour
         require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
         if self.endpoints and self.command:

@@ -17,7 +17,9 @@ from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 
 if TYPE_CHECKING:
     from chiron.fleet.local import LocalFleetSettings
+    from chiron.fleet.static import StaticFleetSettings
     from chiron.gateway.keys import Key
+    from chiron.store.settings import StoreSettings
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY_S = 86_400.0
@@ -178,6 +180,8 @@ class KindSettings:
     """From the start of a process to its first good health check; a large model's weights take minutes."""
     stop_timeout_s: float = 10.0
     """Between SIGTERM and SIGKILL of a process."""
+    log_bytes_max: int = 8 * MIB
+    """Size at which the log of one process is rotated, once."""
     kv_capacity_known: bool = True
     """False: ``kind.kv_capacity_tokens`` is a guess; believe the engine's metrics if they say."""
     profile: str = ""
@@ -233,7 +237,10 @@ class ServeConfig:
     limits: LimitSettings
     batch: BatchSettings
     telemetry: TelemetrySettings
+    store: StoreSettings
     fleet: LocalFleetSettings
+    static_fleet: StaticFleetSettings
+    """Of engines that run already."""
     devices: tuple[str, ...]
     """GPU numbers that the local fleet hands out to processes, each to one at a time; empty: it hands out none."""
     gpus: Mapping[str, int]
