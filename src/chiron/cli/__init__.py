@@ -18,6 +18,7 @@ from chiron.cli.explain import explain
 from chiron.cli.group import ErrorsInALine
 from chiron.cli.init import init
 from chiron.cli.key import key
+from chiron.cli.load import load
 from chiron.cli.profile import app as profile_app
 from chiron.cli.serve import serve
 from chiron.cli.trace import app as trace_app
@@ -40,6 +41,7 @@ app.command()(run.policies)
 app.command()(serve)
 app.command()(init)
 app.command()(doctor)
+app.command()(load)
 app.command()(key)
 app.add_typer(batch_app, name="batch")
 app.add_typer(trace_app, name="trace")

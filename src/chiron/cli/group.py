@@ -10,10 +10,11 @@ from typer.core import TyperGroup
 from chiron.config.read import ConfigError
 from chiron.core.units import DurationError
 from chiron.engines.profile import ProfileError
+from chiron.load.errors import LoadError
 from chiron.telemetry.errors import TelemetryError
 from chiron.workload.errors import WorkloadError
 
-BAD_INPUT = (ConfigError, DurationError, ProfileError, TelemetryError, WorkloadError, OSError)
+BAD_INPUT = (ConfigError, DurationError, LoadError, ProfileError, TelemetryError, WorkloadError, OSError)
 INTERRUPTED = 130
 
 

@@ -1,0 +1,183 @@
+"""A run's figures: as a telemetry ``Result`` for the report, and as plain JSON.
+
+A client sees neither GPUs nor decisions: those figures are null. TTFT counts from the moment a request was due, so
+that a generator that fell behind makes the server look worse, never better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chiron.load.run import LoadRun
+from chiron.telemetry.result import OUTCOMES, RequestTable, Result
+from chiron.telemetry.summary import ratio, spread, summarise
+from chiron.workload.types import Floats
+
+LATE_S = 0.05
+"""A send this much after its time is late."""
+LATE_SHARE_MAX = 0.01
+"""With more late sends than this the generator did not keep up, and its figures are in doubt."""
+JOB_FIGURES = ["id", "status", "submitted_s", "ended_s", "done", "failed", "results", "doubled", "missing", "error"]
+CPU_SHARE_MAX = 0.9
+"""Of one core. Above it, answers waited for this process before they were timed."""
+
+
+def result_of(run: LoadRun, label: str) -> Result:
+    """The run under a name, in the form that reports, ``--save`` and notebooks take."""
+    table = table_of(run)
+    work = run.plan.workload
+    summary = summarise(
+        policy=label,
+        seed=run.plan.seed,
+        classes=work.classes,
+        models=work.models,
+        requests=table,
+        gpu_seconds=None,
+        cost=None,
+        gpus_peak=None,
+        instances_peak=None,
+        plan_changes=None,
+        reversal_window_s=0.0,
+        gpu_hours_bound=None,
+        gpu_hours_bound_full=None,
+        cost_bound=None,
+        wall_s=run.wall_s,
+        sim_s=run.wall_s,
+        evictions=None,
+        preemptions=None,
+    )
+    return Result(
+        policy=label,
+        seed=run.plan.seed,
+        scenario=run.plan.name,
+        scenario_text=run.plan.text,
+        settings=figures(run),
+        models=work.models,
+        classes=work.classes,
+        summary=summary,
+        requests=table,
+        fleet=(),
+        batch_sizes=(),
+        decisions=(),
+    )
+
+
+def table_of(run: LoadRun) -> RequestTable:
+    """Every request whose time came, in order of arrival."""
+    record, work = run.record, run.plan.workload
+    rows = np.flatnonzero(record.attempted)
+    finished = record.outcome[rows] == OUTCOMES.index("finished")
+    return RequestTable(
+        model=work.model[rows].astype(np.int16),
+        cls=work.cls[rows].astype(np.int16),
+        arrival_s=work.arrival_s[rows],
+        dispatch_s=record.sent_s[rows],
+        first_token_s=record.first_s[rows],
+        finish_s=np.where(finished, record.last_s[rows], -1.0),
+        deadline_s=work.deadline_s[rows],
+        input_tokens=record.input_tokens[rows],
+        output_tokens=record.output_tokens[rows],
+        outcome=record.outcome[rows],
+        evictions=np.zeros(len(rows), dtype=np.int16),
+    )
+
+
+def figures(run: LoadRun) -> dict[str, Any]:
+    """Everything that was measured, as plain JSON."""
+    record, work = run.record, run.plan.workload
+    late_s = record.late_s()
+    table = table_of(run)
+    attained = table.attained(work.classes)
+    rows = np.flatnonzero(record.attempted)
+    ttft_s, itl_s = table.ttft_s(), table.itl_s()
+    classes = {}
+    for index, cls in enumerate(work.classes):
+        mine = table.cls == index
+        if mine.any():
+            counts = np.bincount(table.outcome[mine], minlength=len(OUTCOMES))
+            done = mine & (table.outcome == 0)
+            classes[cls.name] = {
+                "requests": int(mine.sum()),
+                **{name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)},
+                "attainment": float(attained[mine].mean()),
+                "ttft_s": spread(ttft_s[mine]),
+                "itl_s": spread(itl_s[mine]),
+                "gap_p99_s": spread(record.gap_p99_s[rows][mine]),
+                "gap_max_s": spread(record.gap_max_s[rows][mine]),
+                "input_tokens": int(table.input_tokens[done].sum()),
+                "output_tokens": int(table.output_tokens[done].sum()),
+                "tokens_per_s": ratio(float(table.output_tokens[done].sum()), run.wall_s),
+            }
+    finished = rows[record.outcome[rows] == 0]
+    counted = finished[record.counted[finished]]
+    return {
+        "digest": run.plan.digest,
+        "url": run.settings.url,
+        "api": run.settings.body.api,
+        "prompt": run.settings.body.prompt,
+        "ignore_eos": run.ignore_eos,
+        "planned": len(work),
+        "attempted": len(rows),
+        "sent": record.sent,
+        "not_sent": record.not_sent,
+        "stopped": run.stopped,
+        "wall_s": run.wall_s,
+        "cpu_share": run.cpu_share,
+        "late_s": spread(late_s) | {"max": float(late_s.max()) if len(late_s) else None},
+        "late_share": float((late_s > LATE_S).mean()) if len(late_s) else 0.0,
+        "statuses": {str(k): int(n) for k, n in zip(*np.unique(record.status[rows], return_counts=True), strict=True)},
+        "errors": dict(sorted(record.errors.items())),
+        "examples": dict(sorted(record.examples.items())),
+        "classes": classes,
+        "tokens": {
+            "counted_by_server": len(counted),
+            "finished": len(finished),
+            "input_wanted": int(work.input_tokens[counted].sum()),
+            "input": int(record.input_tokens[counted].sum()),
+            "output_wanted": int(work.output_tokens[counted].sum()),
+            "output": int(record.output_tokens[counted].sum()),
+        },
+        "jobs": [
+            {"model": job.job.model, "requests": len(job.job.rows), "window_s": job.job.window_s}
+            | {name: getattr(job, name) for name in JOB_FIGURES}
+            for job in run.jobs
+        ],
+        "warnings": warnings(run, late_s),
+    }
+
+
+def warnings(run: LoadRun, late_s: Floats) -> list[str]:
+    """What a reader must know before believing the figures, worst first."""
+    record = run.record
+    said = []
+    if record.not_sent:
+        said.append(
+            f"{record.not_sent:,} requests were NOT SENT: {run.settings.in_flight_max:,} were in flight already "
+            "(--in-flight-max); they count as failed"
+        )
+    late = late_s > LATE_S
+    if len(late_s) and late.mean() > LATE_SHARE_MAX:
+        said.append(
+            f"the generator did not keep up: {late.mean():.1%} of requests were sent more than {LATE_S * 1000:.0f} ms "
+            f"after their time (the latest {late_s.max():.2f} s); send less, or from several machines"
+        )
+    if run.cpu_share > CPU_SHARE_MAX:
+        said.append(
+            f"the generator used {run.cpu_share:.0%} of a core: answers may have waited for it before being timed"
+        )
+    for job in run.jobs:
+        if job.missing or job.doubled:
+            said.append(f"{job.name}: {job.missing:,} items have no result line, {job.doubled:,} have more than one")
+        if job.error:
+            said.append(f"{job.name}: {job.error}")
+    finished = record.outcome == 0
+    uncounted = int((finished & ~record.counted).sum())
+    if uncounted:
+        said.append(f"{uncounted:,} answers had no usage: events with text were counted instead of tokens")
+    said += run.notes
+    if run.stopped:
+        left = len(run.plan.workload) - int(record.attempted.sum())
+        said.append(f"stopped early: {left:,} of {len(run.plan.workload):,} requests were never due and are left out")
+    return said

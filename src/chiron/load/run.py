@@ -1,0 +1,261 @@
+"""The open loop: every request is sent at its time, whatever became of those before it.
+
+A generator that waits for answers slows down with the server and hides how slow it is (coordinated omission). Here
+the times are fixed beforehand and latencies count from them, not from the moment of sending. Should this process
+itself fall behind, the lateness of every send is on record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter, process_time
+
+from chiron.load.batch import JobState, prepare_job, run_job
+from chiron.load.body import Bodies
+from chiron.load.errors import TargetError
+from chiron.load.exchange import Exchange
+from chiron.load.plan import LoadPlan
+from chiron.load.probe import probe
+from chiron.load.record import Progress, Record
+from chiron.load.settings import LoadSettings
+from chiron.net.client import Origin
+
+SENDS_PER_TURN = 32
+"""Requests sent before answers are read again: a burst must not blind us."""
+LEAD_S = 0.1
+"""Between making everything ready and the run's time 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LoadRun:
+    """A run that is over."""
+
+    plan: LoadPlan
+    settings: LoadSettings
+    record: Record
+    jobs: tuple[JobState, ...]
+    wall_s: float
+    """From the run's time 0 to its end."""
+    cpu_share: float
+    """Of one core, used by this process."""
+    ignore_eos: bool
+    stopped: bool
+    """Before all was sent and answered."""
+    notes: tuple[str, ...]
+
+
+async def run_load(
+    plan: LoadPlan,
+    settings: LoadSettings,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    progress_period_s: float = 0.5,
+    stop: asyncio.Event | None = None,
+) -> LoadRun:
+    """Send a plan. Set ``stop`` to end early: nothing more is sent, and what is in flight has ``grace_s``.
+
+    Raises TargetError if the server cannot be used at all; what fails later is in the record.
+    """
+    try:
+        origin = Origin(
+            settings.origin,
+            connect_timeout_s=settings.connect_timeout_s,
+            idle_max=settings.in_flight_max,
+            keepalive=settings.keepalive,
+            verify=settings.verify,
+        )
+    except ValueError as error:
+        raise TargetError(f"url {error}") from None
+    stop = stop or asyncio.Event()
+    try:
+        probed = await probe(
+            origin,
+            plan,
+            settings.body,
+            ignore_eos=settings.ignore_eos,
+            calibrate=settings.calibrate,
+            timeout_s=settings.probe_timeout_s,
+        )
+        sender = _Sender(plan, settings, origin, probed.bodies, stop)
+        sender.on_progress, sender.progress_period_s = progress, progress_period_s
+        await sender.run()
+    finally:
+        await origin.close()
+    return LoadRun(
+        plan=plan,
+        settings=settings,
+        record=sender.record,
+        jobs=tuple(sender.jobs),
+        wall_s=sender.wall_s,
+        cpu_share=sender.cpu_share,
+        ignore_eos=probed.ignore_eos,
+        stopped=sender.stopped,
+        notes=probed.notes,
+    )
+
+
+class _Sender:
+    """One run's state."""
+
+    def __init__(
+        self, plan: LoadPlan, settings: LoadSettings, origin: Origin, bodies: Bodies, stop: asyncio.Event
+    ) -> None:
+        self.record = Record(plan)
+        self.jobs = [prepare_job(job, i, plan, bodies, settings) for i, job in enumerate(plan.jobs)]
+        self.on_progress: Callable[[Progress], None] | None = None
+        self.progress_period_s = 0.5
+        self.wall_s = 0.0
+        self.cpu_share = 0.0
+        self.stopped = False
+        self._plan = plan
+        self._settings = settings
+        self._origin = origin
+        self._bodies = bodies
+        self._stop = stop
+        self._loop = asyncio.get_running_loop()
+        self._due_s: list[float] = plan.workload.arrival_s[plan.single].tolist()
+        self._rows: list[int] = plan.single.tolist()
+        self._next = 0
+        self._start_s = 0.0
+        self._flying: dict[int, Exchange] = {}
+        """By row, in order of sending."""
+        self._idle = asyncio.Event()
+        self._sent_before = 0
+        self._fault: Exception | None = None
+
+    async def run(self) -> None:
+        loop = self._loop
+        gc.collect()
+        gc.freeze()  # The plan is large and does not change: no collection need look at it.
+        cpu_s = process_time()
+        self._start_s = perf_counter() + LEAD_S
+        loop.call_later(LEAD_S, self._send_due)
+        tasks = [
+            loop.create_task(self._until_answered()),
+            *(
+                loop.create_task(run_job(job, self._origin, self.record, self._settings, self._start_s, self._stop))
+                for job in self.jobs
+            ),
+        ]
+        try:
+            pending = set(tasks)
+            while pending:
+                period_s = self.progress_period_s
+                done, pending = await asyncio.wait(pending, timeout=period_s, return_when=asyncio.FIRST_EXCEPTION)
+                for task in done:
+                    task.result()
+                self._look()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            gc.unfreeze()
+        self.wall_s = perf_counter() - self._start_s
+        self.stopped = self._stop.is_set()
+        self.cpu_share = (process_time() - cpu_s) / max(self.wall_s + LEAD_S, 1e-9)
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def _send_due(self) -> None:
+        """Nobody awaits a timer: what goes wrong in it ends the run through the task that does wait."""
+        try:
+            self._send_turn()
+        except Exception as error:
+            self._fault = error
+            self._idle.set()
+
+    def _send_turn(self) -> None:
+        """Send what is due, a bounded number at a time, and come back for the rest."""
+        if self._stop.is_set():
+            return
+        turn_end = self._next + SENDS_PER_TURN
+        while self._next < len(self._rows):
+            wait_s = self._start_s + self._due_s[self._next] - perf_counter()
+            if wait_s > 0:
+                self._loop.call_later(wait_s, self._send_due)
+                return
+            if self._next >= turn_end:
+                self._loop.call_soon(self._send_due)
+                return
+            self._send(self._rows[self._next])
+            self._next += 1
+        if not self._flying:
+            self._idle.set()
+
+    def _send(self, row: int) -> None:
+        record = self.record
+        if len(self._flying) >= self._settings.in_flight_max:
+            record.held_back(row)
+            return
+        body, size = self._bodies.body(row, stream=True)
+        sent_s = perf_counter()
+        exchange = Exchange(row, sent_s, size, self._ended)
+        self._flying[row] = exchange
+        record.sent += 1
+        record.attempted[row] = True
+        record.sent_s[row] = sent_s - self._start_s
+        exchange.call = self._origin.send(b"POST", self._bodies.path, self._bodies.headers(row), body, exchange)
+
+    def _ended(self, exchange: Exchange) -> None:
+        del self._flying[exchange.row]
+        self.record.ended(exchange, self._start_s)
+        if exchange.prompt_tokens > 0 and exchange.text_bytes:
+            work = self._plan.workload
+            model = work.models[work.model[exchange.row]]
+            self._bodies.meters[model].observe(exchange.text_bytes, exchange.prompt_tokens)
+        if not self._flying and (self._next >= len(self._rows) or self._stop.is_set()):
+            self._idle.set()
+
+    # -- waiting -----------------------------------------------------------------------------------------------
+
+    async def _until_answered(self) -> None:
+        """Until every single request is over; after a stop, no longer than the grace."""
+        if not self._rows:
+            return
+        idle, stop = self._loop.create_task(self._idle.wait()), self._loop.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((idle, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not idle.done():
+                if self._flying:
+                    await asyncio.wait((idle,), timeout=self._settings.grace_s)
+                for exchange in list(self._flying.values()):
+                    exchange.abandon("cancelled", "stopped by us")
+        finally:
+            idle.cancel()
+            stop.cancel()
+        if self._fault is not None:
+            raise self._fault
+
+    def _look(self) -> None:
+        """Time out what takes too long, and tell of progress."""
+        oldest_s = perf_counter() - self._settings.request_timeout_s
+        for exchange in list(self._flying.values()):
+            if exchange.sent_s > oldest_s:
+                break
+            exchange.abandon("failed", "timeout", f"no end within {self._settings.request_timeout_s:g} s")
+        if self.on_progress is not None:
+            self.on_progress(self.snapshot())
+
+    def snapshot(self) -> Progress:
+        """The run, so far."""
+        record = self.record
+        sent, self._sent_before = record.sent - self._sent_before, record.sent
+        late_s = record.late_s()
+        return Progress(
+            elapsed_s=max(0.0, perf_counter() - self._start_s),
+            total_s=self._plan.last_s,
+            planned=len(self._rows),
+            sent=record.sent,
+            running=len(self._flying),
+            done=record.done,
+            not_sent=record.not_sent,
+            late_max_s=float(late_s.max()) if len(late_s) else 0.0,
+            sent_per_s=sent / self.progress_period_s,
+            errors=dict(record.errors),
+            classes=record.by_class(),
+            jobs=tuple(job.line() for job in self.jobs),
+            stopping=self._stop.is_set(),
+        )
