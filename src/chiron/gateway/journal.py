@@ -19,7 +19,7 @@ from chiron.telemetry.event_log import decision_line
 from chiron.telemetry.result import DecisionPoint
 
 DECISIONS_KEPT = 100
-"""Of the newest, for the status."""
+"""Of the newest, for the status; so many on batch sizes, and so many others."""
 REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
@@ -75,6 +75,8 @@ class LiveJournal:
         self.tallies: dict[tuple[str, str], ClassTally] = {}
         """By model and class, from the first arrival on."""
         self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
+        self.batch_sizes: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
+        """Decisions on batch sizes have a ring of their own: they are many and would push the others out."""
         self.decision_counts: Counter[tuple[str, str]] = Counter()
         """By kind and reason."""
         self.responses: Counter[int] = Counter()
@@ -128,7 +130,7 @@ class LiveJournal:
             reason=decision.reason,
             numbers=dict(decision.numbers),
         )
-        self.decisions.append(point)
+        (self.batch_sizes if decision.kind == "batch_size" else self.decisions).append(point)
         named = (decision.kind, decision.reason)
         if named not in self.decision_counts and len(self.decision_counts) >= REASONS_MAX:
             named = (decision.kind, "other")

@@ -77,7 +77,10 @@ def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> d
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,
         "models": [_model(state, journal, around, now_s) for state in plane.models.values()],
-        "decisions": [_decision(point, around) for point in journal.decisions],
+        "decisions": [
+            _decision(point, around)
+            for point in sorted((*journal.decisions, *journal.batch_sizes), key=lambda point: point.t_s)
+        ],
         "batches": [_batch(batch, around, now_s) for batch in _shown(around.batches)],
     }
 
