@@ -19,7 +19,7 @@ that sums and products of them are exact in floats up to 24 days. A segment's st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from math import inf, sqrt
 from typing import Protocol
@@ -107,6 +107,7 @@ class EngineModel:
         "_sequences",
         "_serial",
         "_step_mode",
+        "_stepped",
         "_steps_done",
         "_steps_end",
         "_times",
@@ -139,7 +140,11 @@ class EngineModel:
         listener: EngineListener,
         kv_seconds_per_token: float = 0.0,
         step_mode: bool = False,
+        stepped: Callable[[Iterable[int]], None] | None = None,
     ) -> None:
+        """``stepped``, in step mode, hears at the end of each step which requests (by id) decoded a token in it, before
+        the listener hears what else the step brought."""
+        assert stepped is None or step_mode, "a segment of steps has one end"
         self._clock = clock
         self.instance = instance
         self._times = times
@@ -150,8 +155,9 @@ class EngineModel:
         self._max_num_seqs = profile.max_num_seqs
         self.max_batch_size = min(instance.max_batch_size, profile.max_num_seqs)
         self._step_mode = step_mode
+        self._stepped = stepped
         self._key = engine_key(instance.id)
-        self._fire: Callable[[], None] = self._on_due
+        self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
         self._sequences: dict[int, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
         self._waiting_tokens = 0
@@ -342,6 +348,13 @@ class EngineModel:
             self._plan(changed=True)
         else:
             self._cut()  # Something started at this very moment.
+
+    def _on_due_told(self) -> None:
+        """``_on_due`` for who wants to hear of each step; apart, as most do not and it costs time."""
+        if self._clock.now_s == self._due_s and self.batch:
+            assert self._stepped is not None
+            self._stepped(self._decoding)
+        self._on_due()
 
     def _on_due(self) -> None:
         if self._clock.now_s != self._due_s:
