@@ -1,0 +1,148 @@
+"""What tests of real fleets share: stub engines, a listener that remembers, and waiting with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from chiron.core.ports import Engine
+from chiron.core.types import Instance, InstanceKind, Request
+from chiron.fleet.health import HealthSettings
+from chiron.fleet.local import LocalFleet, LocalFleetSettings, ProcessKind
+from chiron.fleet.starts import BackoffSettings
+from chiron.net.clock import LiveClock
+
+STUB = (sys.executable, "-I", "-S", str(Path(__file__).with_name("engine_stub.py")))
+
+QUICK_HEALTH = HealthSettings(
+    health_period_s=0.1, health_timeout_s=0.2, suspect_period_s=0.02, poll_first_s=0.02, poll_max_s=0.1
+)
+
+
+def quick_settings(**backoff: float) -> LocalFleetSettings:
+    given = {"backoff_first_s": 0.1, "backoff_max_s": 0.4, "stable_after_s": 0.3, "start_wait_s": 5.0, **backoff}
+    return LocalFleetSettings(
+        health=QUICK_HEALTH,
+        backoff=BackoffSettings(**given),  # type: ignore[arg-type]
+        usage_period_s=0.1,
+        logs_kept=6,
+    )
+
+
+def stub_kind(*switches: str, port: str | None = "{port}", **values: object) -> ProcessKind:
+    """A stub as a process kind; ``port=None``: it chooses one and prints the ready line."""
+    ports = ("--port", port) if port else ("--announce",)
+    return ProcessKind(command=(*STUB, *ports, *switches), **{"stop_timeout_s": 2.0, **values})  # type: ignore[arg-type]
+
+
+def an_instance(number: int, kind: str = "stub", model: str = "org/model") -> Instance:
+    shape = InstanceKind(name=kind, gpu="none", gpus=1, price_per_gpu_hour=1.0, kv_capacity_tokens=1000, max_num_seqs=8)
+    return Instance(number, model, shape, "mixed", 0.0)
+
+
+class FakeEngine:
+    """Takes calls and does nothing."""
+
+    def start(self, request: Request) -> None: ...
+    def evict(self, request: Request) -> None: ...
+    def set_max_batch_size(self, max_batch_size: int) -> None: ...
+
+
+class Heard:
+    """A fleet's listener. Every call must come inside a post of the clock."""
+
+    def __init__(self, clock: LiveClock) -> None:
+        self.ready: list[int] = []
+        self.failed: list[int] = []
+        self.urls: dict[int, str] = {}
+        self.changed_s: dict[int, float] = {}
+        self._clock = clock
+
+    def attach(self, instance: Instance, url: str) -> Engine:
+        self.urls[instance.id] = url
+        return FakeEngine()
+
+    def instance_ready(self, instance: Instance, engine: Engine) -> None:
+        assert self._clock._posting
+        instance.state = "ready"
+        self.changed_s[instance.id] = time.monotonic()
+        self.ready.append(instance.id)
+
+    def instance_failed(self, instance: Instance) -> None:
+        assert self._clock._posting
+        instance.state = "gone"
+        self.changed_s[instance.id] = time.monotonic()
+        self.failed.append(instance.id)
+
+
+@contextlib.asynccontextmanager
+async def local_fleet(
+    directory: Path, kinds: dict[str, ProcessKind], settings: LocalFleetSettings | None = None, **values: object
+) -> AsyncIterator[tuple[LocalFleet, Heard]]:
+    clock = LiveClock(asyncio.get_running_loop())
+    heard = Heard(clock)
+    fleet = LocalFleet(
+        clock=clock,
+        kinds=kinds,
+        attach=heard.attach,
+        directory=directory,
+        settings=settings or quick_settings(),
+        **values,  # type: ignore[arg-type]
+    )
+    fleet.listener = heard
+    try:
+        yield fleet, heard
+    finally:
+        await fleet.close()
+        clock.stop()
+        assert not psutil.Process().children(), "the fleet left processes or zombies behind"
+
+
+async def until(condition: Callable[[], object], what: str, timeout_s: float = 8.0) -> None:
+    """Poll; a failure names ``what`` was waited for."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+def until_sync(condition: Callable[[], object], what: str, timeout_s: float = 8.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+        time.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pid_in(path: Path) -> int:
+    """The process id that a stub wrote; 0 until then."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return 0
+
+
+def engines_below(pid: int) -> Iterator[psutil.Process]:
+    """The stub processes below a process."""
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "engine_stub.py" in " ".join(process.cmdline()) and "keeper.py" not in " ".join(process.cmdline()):
+                yield process
+
+
+def kill(pid: int, number: int = 9) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,226 @@
+"""Instances as processes: start, ready, failure, removal."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chiron.fleet.local import LocalFleet, ProcessKind
+from chiron.net.client import Origin
+from chiron.net.clock import LiveClock
+from fleet_factory import QUICK_HEALTH, alive, an_instance, kill, local_fleet, pid_in, quick_settings, stub_kind, until
+
+
+@pytest.mark.parametrize("port", ["{port}", None], ids=["given port", "ready line"])
+def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Path, port: str | None) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind(port=port)}) as (fleet, heard):
+            instance = an_instance(1)
+            fleet.create(instance)
+            assert not heard.ready, "a port's calls do not answer at once"
+            await until(lambda: heard.ready == [1], "ready")
+            origin = Origin(heard.urls[1])
+            assert (await origin.fetch("GET", "/v1/models")).status == 200
+            await origin.close()
+            await until(lambda: 1 in fleet.usage(), "usage")
+            usage = fleet.usage()[1]
+            assert usage.rss_bytes > 1_000_000
+            assert 0.0 <= usage.cpu_share < 2.0
+            fleet.remove(instance)
+            fleet.remove(instance)
+            await until(lambda: not alive(usage.pid), "the process is gone")
+            assert not heard.failed
+            assert not fleet.usage()
+
+    asyncio.run(story())
+
+
+def test_a_crash_is_noticed_at_once_and_says_why(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind()}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            killed_s = time.monotonic()
+            kill(fleet.usage()[1].pid, signal.SIGSEGV)
+            await until(lambda: heard.failed == [1], "failed")
+            assert heard.changed_s[1] - killed_s < 0.2
+            assert "killed by SIGSEGV" in fleet.reasons[1]
+            assert "stub: begins" in fleet.reasons[1], "the reason quotes the log"
+
+    asyncio.run(story())
+
+
+def test_a_start_that_exits_fails_with_the_last_lines_of_its_log(tmp_path: Path) -> None:
+    async def story() -> None:
+        kinds = {"stub": stub_kind("--exit-code", "7"), "none": ProcessKind(command=("/no/such/engine", "{port}"))}
+        async with local_fleet(tmp_path, kinds) as (fleet, heard):
+            fleet.create(an_instance(1))
+            fleet.create(an_instance(2, "none"))
+            await until(lambda: sorted(heard.failed) == [1, 2], "both failed")
+            assert "exited with status 7" in fleet.reasons[1]
+            assert "cannot load the model: out of luck" in fleet.reasons[1]
+            assert "cannot run '/no/such/engine': No such file or directory" in fleet.reasons[2]
+            assert not heard.ready
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("port", ["{port}", None], ids=["given port", "ready line"])
+def test_a_start_that_takes_too_long_fails(tmp_path: Path, port: str | None) -> None:
+    async def story() -> None:
+        kind = stub_kind("--start-delay", "60", port=port, start_timeout_s=0.4)
+        async with local_fleet(tmp_path, {"stub": kind}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.failed == [1], "failed")
+            assert "not ready within 0.4 s" in fleet.reasons[1]
+            why = "no ready line" if port is None else "cannot connect"
+            assert why in fleet.reasons[1]
+            await until(lambda: not psutil.Process().children(), "the process is gone")
+
+    asyncio.run(story())
+
+
+def test_an_instance_may_be_removed_while_it_starts(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind("--start-delay", "60")}) as (fleet, heard):
+            instances = [an_instance(number) for number in range(1, 5)]
+            for instance in instances:
+                fleet.create(instance)
+            fleet.remove(instances[0])  # Before its task ran at all.
+            for instance in instances[1:]:
+                await asyncio.sleep(0.01 * instance.id)  # At several points of its start.
+                fleet.remove(instance)
+            await until(lambda: not psutil.Process().children(), "all processes are gone")
+            assert not heard.ready
+            assert not heard.failed
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
+    async def story() -> None:
+        grandchild = tmp_path / "grandchild"
+        kind = stub_kind("--ignore-sigterm", "--grandchild", str(grandchild), stop_timeout_s=0.3)
+        async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
+            instance = an_instance(1)
+            fleet.create(instance)
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            pid = fleet.usage()[1].pid
+            removed_s = time.monotonic()
+            fleet.remove(instance)
+            await until(lambda: not alive(pid), "killed")
+            assert 0.25 < time.monotonic() - removed_s < 1.5
+            assert not alive(pid_in(grandchild))
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_stops_answering_fails_and_one_bad_check_does_not(tmp_path: Path) -> None:
+    async def story() -> None:
+        sick, deaf = tmp_path / "sick", tmp_path / "deaf"
+        kinds = {"sick": stub_kind("--sick", str(sick)), "deaf": stub_kind("--deaf", str(deaf))}
+        async with local_fleet(tmp_path / "logs", kinds) as (fleet, heard):
+            fleet.create(an_instance(1, "sick"))
+            fleet.create(an_instance(2, "deaf"))
+            await until(lambda: sorted(heard.ready) == [1, 2], "ready")
+            for _ in range(2):
+                sick.write_text("2")  # Two bad checks; three in a row would count.
+                await until(lambda: not sick.exists(), "two bad checks")
+                await asyncio.sleep(0.15)
+            assert not heard.failed
+            deaf.touch()
+            await until(lambda: heard.failed == [2], "the deaf one failed")
+            assert "no answer within 0.2 s" in fleet.reasons[2]
+            sick.touch()
+            await until(lambda: heard.failed == [2, 1], "the sick one failed")
+            assert "answers with status 503" in fleet.reasons[1]
+
+    asyncio.run(story())
+
+
+def test_a_suspected_instance_is_checked_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        sick = tmp_path / "sick"
+        settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=60.0))
+        async with local_fleet(tmp_path / "logs", {"stub": stub_kind("--sick", str(sick))}, settings) as (fleet, heard):
+            instance = an_instance(1)
+            fleet.create(instance)
+            await until(lambda: heard.ready == [1], "ready")
+            fleet.suspect(instance)
+            await asyncio.sleep(0.1)
+            assert not heard.failed, "a suspicion alone is no failure"
+            sick.touch()
+            fleet.suspect(instance)
+            await until(lambda: heard.failed == [1], "failed", 2.0)
+            fleet.suspect(instance)  # Gone by now: harmless.
+
+    asyncio.run(story())
+
+
+def test_the_environment_reaches_the_engine_but_not_the_settings_repr(tmp_path: Path) -> None:
+    async def story() -> None:
+        seen = tmp_path / "environment"
+        kind = stub_kind("--environment", str(seen), env={"STUB": "a secret"})
+        assert "a secret" not in repr(kind)
+        async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready, "ready")
+            assert "STUB=a secret" in seen.read_text()
+
+    asyncio.run(story())
+
+
+def test_instances_that_start_together_get_ports_of_their_own(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind()}) as (fleet, heard):
+            for number in range(1, 9):
+                fleet.create(an_instance(number))
+            await until(lambda: len(heard.ready) == 8, "all ready")
+            assert len(set(heard.urls.values())) == 8
+            began_s = time.monotonic()
+        assert time.monotonic() - began_s < 2.0, "all are stopped side by side"
+
+    asyncio.run(story())
+
+
+def test_a_port_that_somebody_else_took_fails_the_start_and_the_next_one_gets_another(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind(port="1")}) as (fleet, heard):
+            taken = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
+            fleet._kinds["stub"] = stub_kind(port=str(taken.sockets[0].getsockname()[1]))
+            fleet.create(an_instance(1))
+            await until(lambda: heard.failed == [1], "failed")
+            assert "Address already in use" in fleet.reasons[1]
+            fleet._kinds["stub"] = stub_kind()
+            fleet.create(an_instance(2))
+            await until(lambda: heard.ready == [2], "ready")
+            taken.close()
+            await taken.wait_closed()
+
+    asyncio.run(story())
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="command is empty"):
+        ProcessKind(command=())
+    with pytest.raises(ValueError, match="start_timeout_s is 0"):
+        ProcessKind(command=("engine",), start_timeout_s=0.0)
+
+    async def story() -> None:
+        clock = LiveClock(asyncio.get_running_loop())
+        with pytest.raises(ValueError, match="gpus is 3; there are 2 devices"):
+            LocalFleet(
+                clock=clock,
+                kinds={"big": stub_kind(gpus=3)},
+                attach=lambda _instance, _url: pytest.fail("never attached"),
+                directory=tmp_path,
+                devices=("0", "1"),
+            )
+
+    asyncio.run(story())
