@@ -161,8 +161,19 @@ class _Gains:
     """What a batch has gained in results."""
 
     items: Counter[int] = field(default_factory=Counter)
-    bytes: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[int] = field(default_factory=Counter)
+    """Bytes of lines with their line breaks."""
     lanes: defaultdict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
+    written: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def add(self, state: int, size: int, item: sqlite3.Row) -> None:
+        self.items[state] += 1
+        self.sizes[state] += size
+        sums = self.lanes[item["lane"]]
+        sums.items += 1
+        sums.input_bytes += item["input_bytes"]
+        sums.input_bytes_square += item["input_bytes"] ** 2
+        sums.id_bytes += id_size(item["custom_id"])
 
 
 def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now_s: float) -> None:
@@ -186,27 +197,34 @@ def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now
 def _keep(transaction: Transaction, leases: Leases, batch: int, results: Sequence[Ended]) -> _Gains:
     """Write the lines of items that have none."""
     gains = _Gains()
-    db = transaction.db
+    lines: dict[int, tuple[bytes, int]] = {}
     for result in results:
-        state = OK if result.ok else FAILED
-        key = item_key(batch, result.index)
-        item = db.execute(_CLOSE, (state, key)).fetchone()
-        if item is None:
-            continue
-        lane, input_bytes, custom_id = item
-        db.execute("INSERT INTO results(key, line) VALUES(?, ?)", (key, result.line))
-        leases.end(batch, lane, result.index, transaction.undo)
-        gains.items[state] += 1
-        gains.bytes[state] += len(result.line) + 1
-        sums = gains.lanes[lane]
-        sums.items += 1
-        sums.input_bytes += input_bytes
-        sums.input_bytes_square += input_bytes * input_bytes
-        sums.id_bytes += id_size(custom_id)
+        # Of two results for one item the first counts.
+        lines.setdefault(item_key(batch, result.index), (result.line, OK if result.ok else FAILED))
+    for state in (OK, FAILED):
+        keys = [key for key, (_, of_state) in lines.items() if of_state == state]
+        for start in range(0, len(keys), _KEYS_MAX):
+            for item in _close(transaction.db, state, keys[start : start + _KEYS_MAX]):
+                line = lines[item["key"]][0]
+                leases.end(batch, item["lane"], item_index(item["key"]), transaction.undo)
+                gains.add(state, len(line) + 1, item)
+                gains.written.append((item["key"], line))
+    transaction.db.executemany("INSERT INTO results(key, line) VALUES(?, ?)", gains.written)
     return gains
 
 
-_CLOSE = f"UPDATE items SET state = ? WHERE key = ? AND state = {OPEN} RETURNING lane, input_bytes, custom_id"
+_KEYS_MAX = 500
+"""Keys in one statement."""
+
+
+def _close(db: sqlite3.Connection, state: int, keys: Sequence[int]) -> list[sqlite3.Row]:
+    """Give open items their final state; returns those that were open."""
+    marks = ", ".join("?" * len(keys))
+    return db.execute(
+        f"UPDATE items SET state = ? WHERE state = {OPEN} AND key IN ({marks})"
+        " RETURNING key, lane, input_bytes, custom_id",
+        (state, *keys),
+    ).fetchall()
 
 
 def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float) -> None:
@@ -216,8 +234,8 @@ def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float
         row["no"],
         completed=row["completed"] + gains.items[OK],
         failed=row["failed"] + gains.items[FAILED],
-        output_bytes=row["output_bytes"] + gains.bytes[OK],
-        error_bytes=row["error_bytes"] + gains.bytes[FAILED],
+        output_bytes=row["output_bytes"] + gains.sizes[OK],
+        error_bytes=row["error_bytes"] + gains.sizes[FAILED],
         recent=json.dumps(count_ends(recent, gains.items.total(), now_s)),
     )
     for lane, sums in gains.lanes.items():
