@@ -320,6 +320,22 @@ class ControlPlane:
             self._retry(state, request)
         self._after_leaving(state, instance)
 
+    def avoid(self, instance: Instance, for_s: float) -> None:
+        """Dispatch nothing to an instance for a while: it loses requests, though it may be alive."""
+        if instance.state != "ready":
+            return
+        state = self.models[instance.model]
+        state.router.remove(instance)
+        instance.avoided_until_s = until_s = self.clock.now_s + for_s
+
+        def back() -> None:
+            if instance.state == "ready" and instance.avoided_until_s == until_s:
+                instance.avoided_until_s = -1.0
+                state.router.add(instance)
+                self._pump(state)
+
+        self.clock.call_later(for_s, back)
+
     def _retry(self, state: ModelState, request: Request) -> None:
         """Once more, unless that has been tried enough or a client has seen a part of the answer."""
         request.retries += 1

@@ -182,6 +182,7 @@ class Instance:
     """The control plane's record of one instance. Counters are kept, never recounted."""
 
     __slots__ = (
+        "avoided_until_s",
         "batch",
         "batch_held_until_s",
         "class_counts",
@@ -231,6 +232,8 @@ class Instance:
         """The batch requests among them."""
         self.batch_held_until_s = -1.0
         """No batch work is released here before this: interactive requests needed the room a moment ago."""
+        self.avoided_until_s = -1.0
+        """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}
         """Told to leave; the engine has not let go yet."""
         self.running_interactive = 0

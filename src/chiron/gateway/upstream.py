@@ -11,6 +11,7 @@ nothing in between are taken for a broken engine: the fleet is asked to look at 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from typing import Protocol
 
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import EngineRow
+from chiron.gateway.collect import CollectError
 from chiron.gateway.observe import EngineObserver
 from chiron.net.client import Call, ConnectError, Header, NetError, Origin
 from chiron.net.clock import LiveClock
@@ -27,6 +29,8 @@ log = logging.getLogger("chiron.upstream")
 
 FAILURES_MAX = 2
 """Requests lost in a row before an engine is suspected."""
+AVOID_S = 0.25
+"""How long nothing is sent to an engine that lost a request; doubled with each further one, up to 32 times."""
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses that say "not now" or "not me": another try may do."""
 ERROR_MAX_BYTES = 64 * 1024
@@ -45,6 +49,7 @@ class EngineListener(Protocol):
     def evicted(self, request: Request) -> None: ...
     def failed(self, request: Request, reason: str) -> None: ...
     def lost(self, request: Request) -> None: ...
+    def avoid(self, instance: Instance, for_s: float) -> None: ...
 
 
 class Upcall(Protocol):
@@ -108,8 +113,10 @@ class HttpEngine:
         model: str,
         api_key: str = "",
         learn_usage: Callable[[Request, int], None] | None = None,
+        sets_limit: bool = True,
     ) -> None:
-        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths."""
+        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths. Without
+        ``sets_limit`` the engine's own max batch size is left alone."""
         self.instance = instance
         self.row = row
         self.url = url
@@ -128,7 +135,8 @@ class HttpEngine:
         self._limit = 0
         self._limit_sent = 0
         self._limit_call: Call | None = None
-        self._limit_path = row.limits_path.encode()
+        self._limit_path = row.limits_path.encode() if sets_limit else b""
+        self._retiring: asyncio.Task[None] | None = None
         lines = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json")]
         if api_key:
             lines.append((b"authorization", b"Bearer " + api_key.encode()))
@@ -180,6 +188,10 @@ class HttpEngine:
         self.runs.clear()
         if self._limit_call is not None:
             self._limit_call.cancel()
+
+    def retire(self) -> None:
+        """Close its connections too."""
+        self._retiring = asyncio.get_running_loop().create_task(self.origin.close())
 
     def _presume_prefilled(self, run: _Run) -> None:
         if self.runs.get(run.request.id) is run:
@@ -234,6 +246,8 @@ class HttpEngine:
         self._failures += 1
         log.info("%s: %s", self.url, failure.message)
         broken = connect or self._failures >= FAILURES_MAX
+        # A 500 may be the request's own fault; anything else says that another instance should have the next try.
+        avoid_s = 0.0 if failure.status == 500 and not broken else AVOID_S * 2 ** min(self._failures - 1, 5)
 
         def report() -> None:
             if run.request.id not in self.runs:
@@ -246,6 +260,8 @@ class HttpEngine:
                 request.tokens_done = run.upcall.cut(sound and self.row.resumes)
             if broken:
                 self._suspect(self.instance)
+            if avoid_s and not self.closed:
+                self.listener.avoid(self.instance, avoid_s)
             if not self.closed:
                 self.listener.lost(request)
 
@@ -307,7 +323,7 @@ class _Run:
             return
         try:
             tokens = self.upcall.data(data)
-        except ValueError as error:
+        except (ValueError, CollectError) as error:
             self._engine.lost(self, UpstreamFailure(str(error)), sound=False)
             return
         if self.upcall.streams and self.status < 300:

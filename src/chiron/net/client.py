@@ -254,6 +254,7 @@ class _Connection(asyncio.Protocol):
         self._head_seen = False
         self._any = False
         self._ended = False
+        self._keep = False
         self._closed = False
         self._paused = False
         self._idle_since_s = 0.0
@@ -363,11 +364,13 @@ class _Connection(asyncio.Protocol):
             self._headers = []
             return
         self._ended = True
+        # Asked here, because the parser forgets it when it is ready for the next message.
+        self._keep = self._parser.should_keep_alive()
 
     def _finish(self, call: Call) -> None:
         call.over = True
         self._call = None
-        if self._parser.should_keep_alive() and not self._closed:
+        if self._keep and not self._closed:
             self.resume()
             self.rest()
         else:

@@ -1,0 +1,302 @@
+"""The gateway: everything wired, started, and stopped in order.
+
+``run`` serves until it is cancelled. ``Service`` is the same in parts, for tests and tools that look inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from chiron.control.plane import ControlPlane
+from chiron.core.types import Decision, Request
+from chiron.gateway.admission import Models, ServedModel
+from chiron.gateway.api.app import ApiState, make_app
+from chiron.gateway.batch_runner import BatchRunner
+from chiron.gateway.engines import Engines
+from chiron.gateway.event_writer import EventLogSettings, EventWriter
+from chiron.gateway.front import Front
+from chiron.gateway.journal import LiveJournal
+from chiron.gateway.keys import KeyRing
+from chiron.gateway.live_result import LiveRecorder
+from chiron.gateway.metrics import LoopLag, Metrics
+from chiron.gateway.scrape import Scraper
+from chiron.gateway.settings import LimitSettings, ServeConfig
+from chiron.gateway.status import Surroundings, status
+from chiron.gateway.upstream import HttpEngine
+from chiron.net.clock import LiveClock
+from chiron.net.server import HttpServer, ServerLimits, serve
+from chiron.policies.registry import make_policy
+from chiron.store.port import Batch, StoreError
+from chiron.store.settings import StoreSettings
+from chiron.store.sqlite import SqliteStore
+
+log = logging.getLogger("chiron.gateway")
+
+WATCH_S = 1.0
+"""Between two looks for requests that waited too long."""
+BATCHES_PERIOD_S = 1.0
+"""Between two looks at the store for the status page."""
+GC_FREEZE_THRESHOLD = 50_000
+"""Allocations between collections of the youngest generation: requests are freed by counting references."""
+
+
+class Service:
+    """One gateway."""
+
+    def __init__(self, config: ServeConfig, *, advise: bool = False) -> None:
+        """To be made on the loop that runs it. Raises ValueError or OSError for what cannot work."""
+        self.config = config
+        loop = asyncio.get_running_loop()
+        self.clock = LiveClock(loop)
+        config.data.mkdir(parents=True, exist_ok=True)
+        self._numbers = itertools.count(1)
+        self.models = Models({m.name: _served(config, m) for m in config.models})
+        self.keys = KeyRing(config.keys, config.admin_key_hash, admin_open=config.server.loopback)
+        specs = [m.spec() for m in config.models]
+        classes = list(config.classes.values())
+        self.recorder = LiveRecorder(models=specs, classes=classes)
+        self.journal = LiveJournal(writer=self._event_writer(), recorder=self.recorder)
+        self.engines = Engines(
+            clock=self.clock,
+            kinds=[kind for model in config.models for kind in model.kinds],
+            models=self.models.by_name,
+            directory=config.data / "logs",
+            fleet=config.fleet,
+            devices=config.devices,
+        )
+        self.plane = ControlPlane(
+            clock=self.clock,
+            fleet=self.engines,
+            journal=_EndsCalls(self.journal, self._call_ended),
+            models=specs,
+            classes=classes,
+            policy=make_policy(config.policy, config.policy_settings),
+            gpus_max=config.gpus,
+            observer=self.journal.observe,
+            actuates=not advise,
+        )
+        self.engines.plane = self.plane
+        self.scraper = Scraper(
+            clock=self.clock,
+            plane=self.plane,
+            engines=self.engines.live,
+            period_s=config.telemetry.scrape_period_s,
+            capacity_told=self._capacity_told,
+        )
+        self.front = Front(
+            clock=self.clock,
+            plane=self.plane,
+            models=self.models,
+            keys=self.keys,
+            limits=config.limits,
+            next_id=self._next_id,
+            responded=self.journal.responded,
+        )
+        self.store = SqliteStore(
+            config.data, wall=time.time, settings=StoreSettings(retention_s=config.batch.retention_s)
+        )
+        self.runner = BatchRunner(
+            store=self.store,
+            clock=self.clock,
+            plane=self.plane,
+            models=self.models,
+            keys=self.keys,
+            next_id=self._next_id,
+            settings=config.batch,
+        )
+        self.url = ""
+        self._lag = LoopLag(loop)
+        self._batches: list[Batch] = []
+        self._batch_look: asyncio.Task[None] | None = None
+        self.metrics = Metrics(self.plane, self.journal, self.around)
+        self._server: HttpServer | None = None
+
+    async def start(self) -> str:
+        """Open the store, ask for the first instances, listen. Returns the URL that clients use."""
+        config = self.config
+        await self.store.open()
+        self._server = await serve(
+            self.front.handle,
+            host=config.server.host,
+            port=config.server.port,
+            ssl=_tls(config),
+            limits=_server_limits(config.limits),
+            app=make_app(self._api_state()),
+            is_app=lambda incoming: not self.front.takes(incoming),
+        )
+        scheme = "https" if config.server.tls else "http"
+        host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+        self.url = f"{scheme}://{host}:{self._server.port}"
+        self.clock.post(self._begin)
+        await self.runner.start()
+        # What has been made so far stays; the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GC_FREEZE_THRESHOLD, 50, 100)
+        return self.url
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
+        self.front.draining = True
+        if self._server is not None:
+            closing = asyncio.ensure_future(
+                self._server.close(self.config.server.grace_s if grace_s is None else grace_s)
+            )
+            await self.runner.close()
+            await closing
+        self.clock.stop()
+        self._lag.close()
+        if self._batch_look is not None:
+            self._batch_look.cancel()
+        await self.engines.close()
+        await self.store.close()
+        self.journal.close()
+
+    def around(self) -> Surroundings:
+        """What the status page and the metrics show besides the control plane."""
+        return Surroundings(
+            url=self.url,
+            version=version("chiron-serving"),
+            wall_origin_s=self.clock.wall_origin_s,
+            instance_urls=self.engines.urls(),
+            usage=self.engines.usage(),
+            batches=self._batches,
+            loop_lag_s=self._lag.worst_s,
+            connections=len(self._server.connections) if self._server is not None else 0,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """The object of ``GET /chiron/status``."""
+        return status(self.plane, self.journal, self.around()) | {"batch_runner": self.runner.summary()}
+
+    def drain(self) -> None:
+        """Answer new requests with 503 from now on."""
+        self.front.draining = True
+        self.journal.note(self.clock.elapsed_s(), "drain", {})
+
+    def _begin(self) -> None:
+        for model in self.config.models:
+            self.plane.request_initial(model.name, model.min_instances)
+        self.plane.begin()
+        self.scraper.begin()
+        self.clock.call_later(WATCH_S, self._watch)
+        self.clock.call_later(0.0, self._look_at_batches)
+
+    def _watch(self) -> None:
+        self.clock.call_later(WATCH_S, self._watch)
+        self.front.watch()
+
+    def _look_at_batches(self) -> None:
+        self.clock.call_later(BATCHES_PERIOD_S, self._look_at_batches)
+        if self._batch_look is None or self._batch_look.done():
+            self._batch_look = asyncio.get_running_loop().create_task(self._read_batches())
+
+    async def _read_batches(self) -> None:
+        try:
+            self._batches = await self.store.list_batches(None, limit=100)
+        except StoreError as error:
+            log.warning("the status page shows no batches: %s", error)
+
+    def _call_ended(self, request: Request) -> None:
+        """Tell whoever waits for it."""
+        try:
+            if self.front.open.pop(request.id, None) is not None:
+                request.payload.ended(request)
+            elif request.outcome is not None:
+                request.payload.ended(request.outcome)
+        except Exception:
+            log.exception("the end of request %s could not be told", request.id)
+
+    def _capacity_told(self, engine: HttpEngine, tokens: int) -> None:
+        kinds = {kind.kind.name: kind for model in self.config.models for kind in model.kinds}
+        instance = engine.instance
+        if kinds[instance.kind.name].kv_capacity_known:
+            return
+        instance.kv_capacity_tokens = tokens
+        state = self.plane.models[instance.model]
+        state.kv_capacity_tokens = max(i.kv_capacity_tokens for i in state.instances.values())
+        self.models.by_name[instance.model].kv_capacity_tokens = state.kv_capacity_tokens
+        if instance.state == "ready":
+            state.router.changed(instance)
+
+    def _event_writer(self) -> EventWriter | None:
+        config, telemetry = self.config, self.config.telemetry
+        if config.event_log is None:
+            return None
+        config.event_log.parent.mkdir(parents=True, exist_ok=True)
+        settings = EventLogSettings(
+            path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
+        )
+        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy})
+
+    def _next_id(self) -> int:
+        return next(self._numbers)
+
+    def _api_state(self) -> ApiState:
+        raise NotImplementedError
+
+
+class _EndsCalls:
+    """A journal that also tells the request's own call that it is over."""
+
+    wants_events = True
+
+    def __init__(self, journal: LiveJournal, ended: Callable[[Request], None]) -> None:
+        self._journal = journal
+        self._tell = ended
+        self.event = journal.event
+        self.decided: Callable[[float, Decision], None] = journal.decided
+
+    def ended(self, request: Request) -> None:
+        self._journal.ended(request)
+        self._tell(request)
+
+
+async def run(config: ServeConfig, *, advise: bool = False, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until cancelled; then stop well. ``on_ready`` hears the URL."""
+    service = Service(config, advise=advise)
+    try:
+        url = await service.start()
+        if on_ready is not None:
+            on_ready(url)
+        await asyncio.Event().wait()
+    finally:
+        await service.stop()
+
+
+def _served(config: ServeConfig, model: Any) -> ServedModel:
+    return ServedModel(
+        settings=model,
+        classes={name: config.classes[name] for name in model.classes},
+        kv_capacity_tokens=max(kind.kind.kv_capacity_tokens for kind in model.kinds),
+    )
+
+
+def _tls(config: ServeConfig) -> ssl.SSLContext | None:
+    if not config.server.tls:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(config.server.tls_cert, config.server.tls_key)
+    return context
+
+
+def _server_limits(limits: LimitSettings) -> ServerLimits:
+    return ServerLimits(
+        body_max_bytes=limits.body_max_bytes,
+        header_max_bytes=limits.header_max_bytes,
+        headers_max=limits.headers_max,
+        connections_max=limits.connections_max,
+        idle_s=limits.idle_s,
+        header_timeout_s=limits.header_timeout_s,
+        body_timeout_s=limits.body_timeout_s,
+        stall_s=limits.client_stall_s,
+    )
