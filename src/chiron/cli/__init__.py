@@ -21,6 +21,7 @@ from chiron.cli.key import key
 from chiron.cli.load import load
 from chiron.cli.profile import app as profile_app
 from chiron.cli.serve import serve
+from chiron.cli.top import top
 from chiron.cli.trace import app as trace_app
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command()(serve)
 app.command()(init)
 app.command()(doctor)
 app.command()(load)
+app.command()(top)
 app.command()(key)
 app.add_typer(batch_app, name="batch")
 app.add_typer(trace_app, name="trace")

@@ -7,6 +7,7 @@ its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -63,24 +64,28 @@ def _literal(text: str) -> str:
 
 
 def _open(path: Path) -> list[tuple[Path, BinaryIO]]:
-    """Oldest first. Opened from the newest on, so that a rotation meanwhile shows a file twice, never not at all."""
-    opened: list[tuple[Path, BinaryIO]] = []
-    seen: set[tuple[int, int]] = set()
-    for name in log_files(path) or [path]:
-        try:
-            file = name.open("rb")
-        except FileNotFoundError:
-            if opened or name != path:
-                continue  # Rotated out meanwhile.
-            raise
-        about = os.fstat(file.fileno())
-        if (about.st_dev, about.st_ino) in seen:
-            file.close()
-            continue
-        seen.add((about.st_dev, about.st_ino))
-        opened.append((name, file))
-    opened.reverse()
-    return opened
+    """Oldest first. Raises FileNotFoundError if there is none.
+
+    Opened from the newest on, and looked for again at the end: a rotation meanwhile moves files towards the old end,
+    so that it shows one twice, never not at all.
+    """
+    opened: dict[tuple[int, int], tuple[Path, BinaryIO]] = {}
+    names: list[Path] = []
+    while new := [name for name in log_files(path) if name not in names]:
+        names += new
+        for name in new:
+            try:
+                file = name.open("rb")
+            except FileNotFoundError:
+                continue  # Rotated out.
+            about = os.fstat(file.fileno())
+            if (about.st_dev, about.st_ino) in opened:
+                file.close()
+            else:
+                opened[about.st_dev, about.st_ino] = (name, file)
+    if not opened:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return list(reversed(opened.values()))
 
 
 def _of_last_run(files: list[tuple[Path, BinaryIO]]) -> list[tuple[Path, BinaryIO]]:
@@ -107,7 +112,7 @@ def _events(name: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
         try:
             event = json.loads(line)
         except ValueError as error:
-            if not line.endswith(b"\n") and (number > 1 or line.startswith(b'{"t":')):
+            if not line.endswith(b"\n") and (number > 1 or line[:5] == b'{"t":'[: len(line)]):
                 return
             raise LogError(
                 f"{name}: line {number} is not an event ({error}); name a file that --save or --events wrote"
