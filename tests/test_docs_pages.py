@@ -153,10 +153,13 @@ def test_lock_files_hold_only_pins_and_development_adds_to_the_base() -> None:
 
 
 HOSTS = {
+    "127.0.0.1",
+    "HOST",
     "arxiv.org",
     "creativecommons.org",
     "github.com",
     "json-schema.org",
+    "localhost",
     "semver.org",
     "www.apache.org",
     "www.w3.org",

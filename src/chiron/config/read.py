@@ -67,7 +67,7 @@ def read_record(kind: type[T], table: object, path: str, **given: object) -> T:
         if key not in known:
             raise ConfigError(f"{join(path, key)}: unknown key (value {value!r}); {suggest(key, known)}")
         field = known[key]
-        if hints[field.name] is int and field.name.endswith("_bytes") and isinstance(value, str):
+        if hints[field.name] is int and "bytes" in field.name.split("_") and isinstance(value, str):
             value = _read_size(value, join(path, key))
         values[field.name] = _read(
             hints[field.name], value, join(path, key), is_duration(field.name), field.default == inf
