@@ -25,7 +25,9 @@ class EngineRow:
 
     Ours are: ``running``, ``waiting`` (sequences now); ``kv_usage`` (0 to 1); ``kv_blocks``, ``block_size``,
     ``kv_capacity_tokens``, ``kv_used_tokens``; and totals since the start: ``preemptions``, ``generation_tokens``,
-    ``prompt_tokens``, ``itl_sum_s``, ``itl_count``, ``steps``, ``busy_s``, ``context_tokens``."""
+    ``prompt_tokens``, ``itl_sum_s``, ``itl_count``, ``steps``, ``busy_s``, ``context_tokens``. Engines of ours tell
+    the rest of what a ``Sample`` holds too: ``decode_tokens`` (without first tokens), ``prefill_tokens`` (with those
+    computed again), ``waiting_tokens``, ``head_tokens``."""
     limits_path: str = ""
     """Takes PUT {"limit": n}: the max batch size inside the engine, live. Empty when the engine has no such thing; a
     404 from vLLM means that its plugin is not installed. The gate in front of the engine holds either way."""
@@ -58,6 +60,10 @@ _OURS = _VLLM | {
     "steps": ("chiron:engine_steps_total",),
     "busy_s": ("chiron:engine_busy_seconds_total",),
     "context_tokens": ("chiron:engine_context_tokens_total",),
+    "decode_tokens": ("chiron:engine_decode_tokens_total",),
+    "prefill_tokens": ("chiron:engine_prefill_tokens_total",),
+    "waiting_tokens": ("chiron:engine_waiting_tokens",),
+    "head_tokens": ("chiron:engine_head_tokens",),
 }
 
 # SGLang counts generated and prompt tokens when a request ends; its count of ITLs moves with every token.

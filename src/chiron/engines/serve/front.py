@@ -163,19 +163,24 @@ def respond_error(incoming: Incoming, error: RequestError) -> None:
     incoming.respond(error.status, error.body(), headers=headers)
 
 
-async def serve_until_stopped(front: Front, *, host: str, port: int, failed: asyncio.Event) -> None:
-    """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``."""
+async def serve_until_stopped(*fronts: Front, host: str, port: int, failed: asyncio.Event) -> None:
+    """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``.
+
+    Several engines get a port each, from ``port`` upwards unless it is 0.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = await serve(front.handle, host=host, port=port)
-    print(f"chiron-engine ready port={server.port}", flush=True)
+    servers = []
+    for index, front in enumerate(fronts):
+        servers.append(await serve(front.handle, host=host, port=port + index if port else 0))
+    print(f"chiron-engine ready port={','.join(str(server.port) for server in servers)}", flush=True)
     waits = [asyncio.ensure_future(event.wait()) for event in (stop, failed)]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-    await server.close(_STOP_GRACE_S)
+    await asyncio.gather(*(server.close(_STOP_GRACE_S) for server in servers))
 
 
 def run_on_loop(main: Coroutine[Any, Any, None]) -> None:

@@ -1,0 +1,310 @@
+"""One emulated instance: the simulator's engine model, in real time, with a client at the end of each sequence.
+
+The model decides when each step ends; whoever decoded in it gets one event then. What it says costs nothing
+(``filler``), so what a client measures is the profile's timing plus that of the sockets. A client that leaves frees its
+place at the end of the step under way, and its KV goes to host memory as after an eviction: the same request coming
+back with the tokens it got is copied back in, one that comes to another instance is prefilled again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Sample
+from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.profile import Profile
+from chiron.engines.serve.exposition import Totals, exposition
+from chiron.engines.serve.filler import LengthSettings, Output, plan_output, prompt_tokens, text_of, token_ids
+from chiron.engines.serve.front import Reply
+from chiron.engines.serve.openai import GenerationRequest, RequestError, Usage
+from chiron.net.clock import LiveClock
+from chiron.net.server import Incoming
+
+log = logging.getLogger("chiron.emulated")
+
+_CLASS = RequestClass(name="any", kind="batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedSettings:
+    """What an emulated instance has besides its profile."""
+
+    lengths: LengthSettings = field(default_factory=LengthSettings)
+    model_len_max: int = 131_072
+    """Prompt and answer together, tokens; never more than the KV cache holds."""
+    queue_max: int = 1024
+    """Requests that may wait inside for a slot or for KV; beyond, the answer is 429."""
+    kv_transfer_gb_per_s: float = 20.0
+    """To and from host memory. 0: KV is not saved, and whatever is interrupted is prefilled again."""
+    kv_saved_tokens_max: int = 4_000_000
+    """Host memory for KV of interrupted requests, in tokens; the longest forgotten goes first."""
+
+
+def at_speed(profile: Profile, speedup: float) -> Profile:
+    """The same engine, faster (above 1) or slower."""
+    times = {name: getattr(profile, name) / speedup for name in _TIMES}
+    return replace(profile, **times)
+
+
+_TIMES = (
+    "h_ms",
+    "w0_ms",
+    "f_ms_per_token",
+    "c_ms_per_context_token",
+    "q_ms_per_token_squared",
+    "step_overhead_ms",
+    "request_overhead_ms",
+)
+
+
+class EmulatedEngine:
+    """Serves requests with a profile's timing; hears of its model's progress (``EngineListener``)."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        number: int,
+        name: str,
+        profile: Profile,
+        times: StepTimes,
+        settings: EmulatedSettings,
+        speedup: float = 1.0,
+    ) -> None:
+        """``name`` is for metrics. ``profile`` and ``times`` are at their speed already; ``speedup`` is for
+        copies to host memory."""
+        self._clock = clock
+        self.profile = profile
+        self.settings = settings
+        self.model_len_max = min(settings.model_len_max, profile.kv_capacity_tokens)
+        bytes_per_s = settings.kv_transfer_gb_per_s * 1e9 * speedup
+        self.model = EngineModel(
+            clock=clock,
+            instance=Instance(number, profile.model, _kind(profile), "mixed", 0.0),
+            profile=profile,
+            times=times,
+            listener=self,
+            kv_seconds_per_token=profile.kv_bytes_per_token / bytes_per_s if bytes_per_s > 0 else 0.0,
+            step_mode=True,
+            stepped=self._stepped,
+        )
+        self.totals = Totals()
+        self.late_s = 0.0
+        """By how much the machine was behind at the ends of steps, added up: an emulation that it cannot keep up with
+        shows here."""
+        self._name = name
+        self._streams: dict[int, _Stream] = {}
+        self._saved: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        """Interrupted requests by digest: tokens generated, tokens of KV."""
+        self._saved_tokens = 0
+        self._next_id = 0
+
+    # -- from the front ------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
+        """Answer a request, now or step by step. Raises RequestError."""
+        prompt = prompt_tokens(request)
+        output = plan_output(request, self._tokens_max(request, prompt), self.settings.lengths)
+        self._next_id += 1
+        id = self._next_id
+        reply = Reply(request, incoming, id=f"{output.digest:016x}-{id}")
+        stream = _Stream(reply, len(request.resume_token_ids), output, prompt, self._clock.elapsed_s(), self.totals)
+        if len(request.resume_token_ids) >= output.tokens:
+            stream.end()  # The resumed part was the whole answer.
+            return
+        self._check_queue()
+        inner = Request(id, self.profile.model, _CLASS, stream.arrival_s, prompt, payload=output.tokens)
+        inner.tokens_done = stream.generated
+        self._restore(inner, request, output)
+        self._streams[id] = stream
+        self.totals.prompt_tokens += prompt
+        incoming.on_close = lambda: self._cancel(inner)
+        self._clock.post(lambda: self.model.start(inner))
+
+    def set_limit(self, limit: int) -> None:
+        self._clock.post(lambda: self.model.set_max_batch_size(limit))
+
+    def sample(self) -> Sample:
+        """What a scrape reads now."""
+        samples: list[Sample] = []
+        self._clock.post(lambda: samples.append(self.model.sample()))
+        return samples[0]
+
+    def limits(self) -> dict[str, int]:
+        sample = self.sample()
+        return {
+            "limit": self.model.max_batch_size,
+            "running": sample.running,
+            "waiting": sample.waiting,
+            "max_num_seqs": self.profile.max_num_seqs,
+            "kv_capacity_tokens": self.profile.kv_capacity_tokens,
+            "kv_used_tokens": sample.kv_used_tokens,
+        }
+
+    def metrics_text(self) -> str:
+        sample, totals, capacity = self.sample(), self.totals, self.profile.kv_capacity_tokens
+        totals.steps, totals.busy_s, totals.context_tokens = sample.steps, sample.busy_s, int(sample.context_tokens)
+        totals.decode_tokens, totals.prefill_tokens = sample.decode_tokens, sample.prefill_tokens
+        gauges = {
+            "vllm:num_requests_running": sample.running,
+            "vllm:num_requests_waiting": sample.waiting,
+            "vllm:kv_cache_usage_perc": sample.kv_used_tokens / capacity,
+            "chiron:engine_kv_capacity_tokens": capacity,
+            "chiron:engine_kv_used_tokens": sample.kv_used_tokens,
+            "chiron:engine_waiting_tokens": sample.waiting_tokens,
+            "chiron:engine_head_tokens": sample.head_tokens,
+            "chiron:engine_max_batch_size": self.model.max_batch_size,
+        }
+        counters = {
+            "vllm:num_preemptions_total": sample.preemptions,
+            "chiron:engine_late_seconds_total": self.late_s,
+        }
+        config = {"block_size": 1, "num_gpu_blocks": capacity}
+        return exposition(self._name, totals, gauges, config, counters)
+
+    def _tokens_max(self, request: GenerationRequest, prompt: int) -> int:
+        room = self.model_len_max - prompt
+        asked = request.max_tokens
+        if room < 1 or (asked is not None and asked > room):
+            wanted = f" and {asked} to generate" if asked is not None else ""
+            raise RequestError(
+                f"This model's maximum context length is {self.model_len_max} tokens; the request has {prompt} in its "
+                f"prompt{wanted}.",
+                code="context_length_exceeded",
+                param="max_tokens" if room >= 1 else ("messages" if request.chat else "prompt"),
+            )
+        return room if asked is None else asked
+
+    def _check_queue(self) -> None:
+        # Places that are free but not taken yet, because a step is under way, are no queue.
+        waiting = len(self._streams) - max(self.sample().running, self.model.max_batch_size)
+        if waiting >= self.settings.queue_max:
+            raise RequestError(
+                f"{waiting} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
+                status=429,
+                type="rate_limit_error",
+                code="queue_full",
+                retry_after_s=1,
+            )
+
+    # -- interrupted requests ------------------------------------------------------------------------------------
+
+    def _cancel(self, inner: Request) -> None:
+        self._clock.post(lambda: self.model.evict(inner))
+
+    def _restore(self, inner: Request, request: GenerationRequest, output: Output) -> None:
+        """Let a request that was interrupted here find its KV again."""
+        done = request.resume_token_ids
+        saved = self._saved.get(output.digest)
+        if not done or saved is None or saved[0] < len(done):
+            return
+        if list(done) != token_ids(output.digest, 0, len(done)):
+            return  # Not the tokens that this KV belongs to.
+        self._forget(output.digest)
+        # The last token was sent, but it is the next step that will put it into the KV.
+        inner.kv_saved_tokens = inner.input_tokens + len(done) - 1
+        inner.kv_saved_on = self.model.instance.id
+        self.totals.cached_tokens += inner.kv_saved_tokens
+
+    def _save(self, digest: int, generated: int, kv_tokens: int) -> None:
+        self._forget(digest)
+        self._saved[digest] = (generated, kv_tokens)
+        self._saved_tokens += kv_tokens
+        while self._saved_tokens > self.settings.kv_saved_tokens_max:
+            self._forget(next(iter(self._saved)))
+
+    def _forget(self, digest: int) -> None:
+        saved = self._saved.pop(digest, None)
+        if saved is not None:
+            self._saved_tokens -= saved[1]
+
+    # -- from the model ------------------------------------------------------------------------------------------
+
+    def _stepped(self, ids: Iterable[int]) -> None:
+        clock, streams = self._clock, self._streams
+        now_s = clock.now_s
+        self.late_s += max(0.0, clock.elapsed_s() - now_s)
+        for id in ids:
+            streams[id].token(now_s)
+
+    def first_token(self, request: Request) -> None:
+        self._streams[request.id].token(self._clock.now_s)
+
+    def finished(self, request: Request) -> None:
+        stream = self._streams.pop(request.id)
+        self.totals.finished[stream.output.finish_reason] += 1
+        self.totals.e2e.add(self._clock.now_s - stream.arrival_s)
+
+    def evicted(self, request: Request) -> None:
+        stream = self._streams.pop(request.id)
+        self.totals.cancelled += 1
+        if request.kv_saved_tokens:
+            self._save(stream.output.digest, request.tokens_done, request.kv_saved_tokens)
+
+    def failed(self, request: Request, reason: str) -> None:
+        stream = self._streams.pop(request.id)
+        log.error("request %d failed: %s", request.id, reason)
+        self.totals.finished["error"] += 1
+        stream.reply.fail(RequestError(f"The engine failed: {reason}.", status=500, type="server_error"))
+
+
+class _Stream:
+    """One request on its way out, token by token."""
+
+    __slots__ = ("_chars", "_last_s", "_prompt", "_totals", "arrival_s", "generated", "output", "reply")
+
+    def __init__(
+        self, reply: Reply, resumed: int, output: Output, prompt: int, arrival_s: float, totals: Totals
+    ) -> None:
+        self.reply = reply
+        self.output = output
+        self.arrival_s = arrival_s
+        self.generated = resumed
+        """Tokens from the very beginning."""
+        self._prompt = prompt
+        self._totals = totals
+        self._last_s = -1.0
+        self._chars = 0
+        """Characters of text before the next token; kept only where a stop string cuts the text."""
+        if output.chars is not None and resumed:
+            self._chars = len(text_of(token_ids(output.digest, 0, resumed), first=True))
+
+    def token(self, now_s: float) -> None:
+        """The step that just ended generated one token."""
+        output, totals = self.output, self._totals
+        start = self.generated
+        self.generated = start + 1
+        totals.generation_tokens += 1
+        if self._last_s >= 0.0:
+            totals.itl.add(now_s - self._last_s)
+        else:
+            totals.ttft.add(now_s - self.arrival_s)
+        self._last_s = now_s
+        ids = token_ids(output.digest, start, start + 1)
+        text = text_of(ids, first=start == 0)
+        if output.chars is not None:
+            before, self._chars = self._chars, self._chars + len(text)
+            text = text[: max(0, output.chars - before)]
+        if start + 1 < output.tokens:
+            self.reply.step(text, ids)
+        else:
+            self.end(text, ids)
+
+    def end(self, text: str = "", ids: Sequence[int] = ()) -> None:
+        usage = Usage(prompt_tokens=self._prompt, completion_tokens=self.generated)
+        self.reply.finish(text, ids, self.output.finish_reason, usage)
+
+
+def _kind(profile: Profile) -> InstanceKind:
+    return InstanceKind(
+        name="emulated",
+        gpu=profile.gpu,
+        gpus=profile.tp,
+        price_per_gpu_hour=profile.price_per_gpu_hour,
+        kv_capacity_tokens=profile.kv_capacity_tokens,
+        max_num_seqs=profile.max_num_seqs,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
+    )
