@@ -176,7 +176,9 @@ class Origin:
         lines = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         call = self.send(method.encode(), path.encode(), lines, body, receiver)
         try:
-            return await asyncio.wait_for(receiver.future, timeout_s)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_s):
+                return await receiver.future
         except TimeoutError:
             raise TimedOutError(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
         finally:
