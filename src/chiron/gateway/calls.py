@@ -214,8 +214,11 @@ class CollectedCall:
         body = self._fields | {"model": model, "stream": True, "stream_options": {"include_usage": True}}
         if row.resumes:
             body["return_token_ids"] = True
-            if request.tokens_done:
-                body["resume_token_ids"] = self.collector.token_ids
+        if row.resumes and request.tokens_done and self.collector.token_ids:
+            self.collector.resume()
+            body["resume_token_ids"] = self.collector.token_ids
+        else:
+            self.collector.reset()  # An engine that died in the middle left a part that nobody cut.
         return orjson.dumps(body)
 
     def headers(self) -> Sequence[Header]:

@@ -21,7 +21,7 @@ _SET_ONCE = frozenset({"role", "id", "type", "name"})
 """Strings in a delta that name something; some engines repeat them in every chunk."""
 
 
-class CollectError(Exception):
+class CollectError(ValueError):
     """The stream is not what it should be: no JSON, too large, or cut off."""
 
 
@@ -104,7 +104,8 @@ class Collector:
     @property
     def finished(self) -> bool:
         """Every choice says why it ended."""
-        return bool(self._choices) and all(c.fields.get("finish_reason") for c in self._choices.values())
+        choices = self._choices.values()
+        return bool(choices) and all(choice.fields.get("finish_reason") for choice in choices)
 
     def result(self) -> Json:
         """The whole answer. Raises CollectError if the stream was cut off."""

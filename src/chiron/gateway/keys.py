@@ -115,6 +115,12 @@ class KeyRing:
             raise unauthenticated("No API key. Send the header 'Authorization: Bearer YOUR_KEY'.")
         raise unauthenticated("Incorrect API key.")
 
+    def named(self, name: str) -> Key | None:
+        """The key that owns batches under this name; None if it is no longer configured."""
+        if name in ("", ADMIN):
+            return self.admin if name else ANONYMOUS
+        return next((key for key in self._keys.values() if key.name == name), None)
+
     def check_admin(self, authorization: bytes | None) -> Key:
         """The admin's key. Raises ApiError 401, or 403 for a key that is not the admin's."""
         if self.admin_open:

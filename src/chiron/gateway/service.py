@@ -18,7 +18,7 @@ from typing import Any
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Request
 from chiron.gateway.admission import Models, ServedModel
-from chiron.gateway.api.app import ApiState, make_app
+from chiron.gateway.api import ApiState, make_app
 from chiron.gateway.batch_runner import BatchRunner
 from chiron.gateway.engines import Engines
 from chiron.gateway.event_writer import EventLogSettings, EventWriter
@@ -208,10 +208,8 @@ class Service:
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
         try:
-            if self.front.open.pop(request.id, None) is not None:
-                request.payload.ended(request)
-            elif request.outcome is not None:
-                request.payload.ended(request.outcome)
+            self.front.open.pop(request.id, None)
+            request.payload.ended(request)
         except Exception:
             log.exception("the end of request %s could not be told", request.id)
 
@@ -241,7 +239,22 @@ class Service:
         return next(self._numbers)
 
     def _api_state(self) -> ApiState:
-        raise NotImplementedError
+        return ApiState(
+            store=self.store,
+            keys=self.keys,
+            models=self.models,
+            work=self.runner,
+            wall_s=lambda: self.clock.wall_s(self.clock.elapsed_s()),
+            started_s=self.clock.wall_origin_s,
+            ready=self._not_ready,
+            status=self.status,
+            drain=self.drain,
+            metrics=self.metrics.render,
+            batch=self.config.batch,
+        )
+
+    def _not_ready(self) -> str:
+        return "draining" if self.front.draining else ""
 
 
 class _EndsCalls:

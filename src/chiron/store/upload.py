@@ -33,6 +33,7 @@ class FileUpload:
         insert: Callable[[StoredFile], Awaitable[StoredFile]],
         on_end: Callable[[FileUpload], None],
     ) -> None:
+        self.purpose = file.purpose
         self._directory = directory
         self._file = file
         self._path = file_path(directory, file.id)
@@ -65,7 +66,7 @@ class FileUpload:
         file = await self._insert(
             StoredFile(
                 id=self._file.id,
-                purpose=self._file.purpose,
+                purpose=self.purpose,
                 filename=self._file.filename,
                 bytes=self._bytes,
                 created_s=self._file.created_s,

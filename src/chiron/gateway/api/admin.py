@@ -1,0 +1,67 @@
+"""Models, health, and the admin's pages."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chiron.gateway.api.files import authorization
+from chiron.gateway.api.resource import json_response
+from chiron.gateway.api.state import ApiState
+from chiron.gateway.errors import not_found
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class ModelPages:
+    def __init__(self, state: ApiState) -> None:
+        self._state = state
+
+    async def list(self, request: Request) -> Response:
+        key = self._state.keys.check(authorization(request))
+        names = [name for name in sorted(self._state.models.by_name) if not key.models or name in key.models]
+        return json_response({"object": "list", "data": [self._object(name) for name in names]})
+
+    async def get(self, request: Request) -> Response:
+        key = self._state.keys.check(authorization(request))
+        served = self._state.models.find(request.path_params["model"], key)
+        return json_response(self._object(served.settings.name))
+
+    def _object(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(self._state.started_s), "owned_by": "chiron"}
+
+
+class Admin:
+    def __init__(self, state: ApiState) -> None:
+        self._state = state
+        self._document = files("chiron").joinpath("data/openapi.json").read_bytes()
+
+    async def health(self, request: Request) -> Response:
+        """The process answers. It needs no key: probes have none."""
+        return json_response({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether it is worth sending requests here."""
+        why = self._state.ready()
+        return json_response({"status": why or "ready"}, 503 if why else 200)
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(self._document, media_type="application/json")
+
+    async def status(self, request: Request) -> Response:
+        self._state.keys.check_admin(authorization(request))
+        return json_response(self._state.status())
+
+    async def drain(self, request: Request) -> Response:
+        self._state.keys.check_admin(authorization(request))
+        self._state.drain()
+        return json_response({"status": "draining"}, 202)
+
+    async def metrics(self, request: Request) -> Response:
+        self._state.keys.check_admin(authorization(request))
+        if self._state.metrics is None:
+            raise not_found("This server keeps no metrics.")
+        return Response(self._state.metrics(), media_type=PROMETHEUS)

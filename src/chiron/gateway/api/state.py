@@ -1,0 +1,58 @@
+"""What the API's endpoints work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from chiron.gateway.admission import Models
+from chiron.gateway.keys import KeyRing
+from chiron.gateway.settings import BatchSettings
+from chiron.store.port import Batch, BatchStore
+
+
+class BatchWork(Protocol):
+    """Whoever validates and runs batches: ``batch_runner.BatchRunner``."""
+
+    @property
+    def busy(self) -> bool:
+        """Too many batches wait for validation."""
+
+    def created(self, batch: Batch) -> None: ...
+
+    async def cancel(self, batch_id: str, owner: str | None) -> Batch: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiLimits:
+    """Limits of the API besides the hot path; those that users change are in ``BatchSettings``."""
+
+    body_max_bytes: int = 1 << 20
+    """A JSON body."""
+    uploads_max: int = 64
+    """Files on their way in at a time; more get 429."""
+    upload_stall_s: float = 60.0
+    """An upload that brings nothing for so long is given up (408)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiState:
+    store: BatchStore
+    keys: KeyRing
+    models: Models
+    work: BatchWork
+    wall_s: Callable[[], float]
+    """Unix time, now."""
+    started_s: float
+    """Unix time at which the models became known."""
+    ready: Callable[[], str]
+    """Why the gateway cannot serve yet, or no longer; "" if it can."""
+    status: Callable[[], Mapping[str, Any]]
+    """The status page's content."""
+    drain: Callable[[], None]
+    """Take no new requests, finish those under way."""
+    metrics: Callable[[], bytes] | None = None
+    """Prometheus text; None: there is no such page."""
+    batch: BatchSettings = field(default_factory=BatchSettings)
+    limits: ApiLimits = field(default_factory=ApiLimits)

@@ -1,0 +1,83 @@
+"""One item of a batch on its way through the control plane and an engine: the payload of its ``Request``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from chiron.core.types import Request
+from chiron.gateway.batch_lines import answer_line, error_line, request_id
+from chiron.gateway.calls import CollectedCall
+from chiron.gateway.upstream import RETRIED
+from chiron.store.port import Ended, Item
+
+
+class BatchCall(CollectedCall):
+    """A leased item; ``on_end`` hears of its end, once."""
+
+    def __init__(
+        self, item: Item, body: dict[str, Any], answer_max_bytes: int, on_end: Callable[[BatchCall, Request], None]
+    ) -> None:
+        super().__init__(
+            path=item.endpoint.encode(),
+            fields=body,
+            request_id=request_id(item.batch_id, item.index),
+            key_name=item.owner,
+            answer_max_bytes=answer_max_bytes,
+        )
+        self.item = item
+        self.request: Request | None = None
+        self.withdrawn = ""
+        """Why it was taken back: a reason of ``batch_lines.REASONS``, or "" for a return to the store."""
+        self._on_end = on_end
+
+    def end(self) -> str:
+        """A refusal may also come inside the stream; like one with a status of its own it is an answer."""
+        said = self.collector.error
+        if self.status < 300 and said is not None:
+            code = said.get("code")
+            if isinstance(code, int) and 400 <= code < 500 and code not in RETRIED:
+                self.status, self.answer = code, orjson.dumps({"error": said})
+        return super().end()
+
+    def ended(self, request: Request) -> None:
+        self._on_end(self, request)
+
+    @property
+    def refused(self) -> bool:
+        """The engine said no, and would say so again."""
+        return 400 <= self.status < 500 and self.status not in RETRIED
+
+    def result(self) -> Ended:
+        """The result line of an answer, be it a refusal. Raises CollectError if there is none."""
+        status, body = (self.status, _json(self.answer)) if self.refused else (200, self.collector.result())
+        item = self.item
+        line = answer_line(item.batch_id, item.index, item.custom_id, status, body)
+        return Ended(batch_id=item.batch_id, index=item.index, ok=status < 400, line=line)
+
+
+def item_body(item: Item) -> dict[str, Any]:
+    """The request in the item's line, which was checked when the batch was validated."""
+    body: dict[str, Any] = orjson.loads(item.body)["body"]
+    return body
+
+
+def failure(item: Item, code: str, message: str) -> Ended:
+    """The end of an item that has no answer."""
+    line = error_line(item.batch_id, item.index, item.custom_id, code, message)
+    return Ended(batch_id=item.batch_id, index=item.index, ok=False, line=line)
+
+
+def output_limit(body: dict[str, Any]) -> int | None:
+    """The most output tokens that a request allows, if it says."""
+    limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {"error": {"message": body.decode("utf-8", "replace")}}

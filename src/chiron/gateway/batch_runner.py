@@ -1,0 +1,550 @@
+"""Brings batch work from the store to the control plane, and its results back.
+
+A job may have a million items; the control plane gets a window of them, earliest deadline first, and hears of the
+rest as a sum (``hold``), so that it can plan for all of it. Memory holds at most: the window, what engines run, and
+the suspects.
+
+**Suspects.** An item may be poison: whatever engine gets it dies, and takes its neighbours with it. So an item that
+the control plane gave up on is given back with a failed attempt and tried again as the only suspect of its model;
+innocent ones pass then, and the poison fails alone. When items fail one after the other and none succeeds, the engines
+are at fault rather than the items: what waits is taken back, and single items are tried, ever less often.
+
+Nothing here decides who runs where or when. All state that matters is in the store; a ``kill -9`` loses the work in
+flight and no result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from chiron.control.plane import RETRIES_MAX
+from chiron.core.clock import Callback, Timer
+from chiron.core.types import Request
+from chiron.gateway.admission import Models, ServedModel, prompt_bytes
+from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
+from chiron.gateway.batch_lines import ENDPOINTS, REASONS, by_name, line_check
+from chiron.gateway.collect import CollectError
+from chiron.gateway.keys import KeyRing
+from chiron.gateway.settings import BatchSettings
+from chiron.store.port import Batch, BatchStore, Ended, InputLimits, Item, NotFound, PendingWork, StoreError
+
+log = logging.getLogger("chiron.batch")
+
+Place = tuple[str, int]
+"""An item: batch id and index."""
+
+
+class RunnerClock(Protocol):
+    """``net.clock.LiveClock``, or a virtual one."""
+
+    now_s: float
+
+    def post(self, callback: Callback) -> None: ...
+    def call_later(self, delay_s: float, callback: Callback) -> Timer: ...
+    def wall_s(self, when_s: float) -> float: ...
+    def from_wall_s(self, wall_s: float) -> float: ...
+
+
+class BatchPlane(Protocol):
+    """What is asked of the control plane."""
+
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request: Request) -> None: ...
+    def hold_batch(
+        self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerSettings:
+    """What hardly anybody changes."""
+
+    attempts_max: int = 2
+    """Times that the control plane may give up on an item (after retries of its own) before it fails."""
+    failing_max: int = 3
+    """Items given up in a row, of one model, before the engines are taken to be at fault."""
+    finish_max: int = 256
+    """Results written at once."""
+    finish_wait_s: float = 0.02
+    """How long a result waits for others."""
+    unwritten_max: int = 4096
+    """Results in memory beyond which no new work is taken."""
+    poll_s: float = 1.0
+    """Between two looks for deadlines and new work."""
+    backoff_min_s: float = 0.2
+    """Before the next try when the store is full or engines fail; doubled each time."""
+    backoff_max_s: float = 30.0
+    validations_at_once: int = 2
+    validations_max: int = 1000
+    """Batches that wait for validation before the API says 429."""
+    sweep_period_s: float = 600.0
+    """Between two removals of what is past its retention."""
+    answer_max_bytes: int = 64 << 20
+    """One item's answer."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+class _Window:
+    """Work of one model that is out of the store."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+        self.cls = model.classes[model.settings.batch_class]
+        self.calls: dict[Place, BatchCall] = {}
+        """Submitted and not ended."""
+        self.suspects: deque[Item] = deque()
+        """Leased, to be tried one at a time."""
+        self.suspect: BatchCall | None = None
+        self.failing = 0
+        """Items given up since the last that got an answer."""
+        self.resume_s = 0.0
+        """Nothing is submitted before (the clock's time)."""
+
+    def queued(self) -> list[BatchCall]:
+        """Submitted, and not on an instance."""
+        return [call for call in self.calls.values() if call.request is not None and call.request.instance is None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    """Work that the control plane was told of, in its own units."""
+
+    deadline_s: float
+    items: int
+    input_tokens: int
+    input_square: float
+
+
+class BatchRunner:
+    """Runs all batch work of a gateway. One asyncio loop; ``start`` it once the store is open."""
+
+    def __init__(
+        self,
+        *,
+        store: BatchStore,
+        clock: RunnerClock,
+        plane: BatchPlane,
+        models: Models,
+        keys: KeyRing,
+        next_id: Callable[[], int],
+        settings: BatchSettings | None = None,
+        tuning: RunnerSettings | None = None,
+    ) -> None:
+        """``next_id`` gives ids of requests, shared with whoever else submits."""
+        self._store = store
+        self._clock = clock
+        self._plane = plane
+        self._names = by_name(model.settings for model in models.by_name.values())
+        self._windows = {name: _Window(m) for name, m in models.by_name.items() if m.settings.batch_class}
+        self._keys = keys
+        self._next_id = next_id
+        self._settings = settings or BatchSettings()
+        self._tuning = tuning or RunnerSettings()
+        self._limits = InputLimits(items_max=self._settings.items_max, line_bytes_max=self._settings.line_max_bytes)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unchecked: asyncio.Queue[Batch] = asyncio.Queue()
+        self._news = asyncio.Event()
+        self._results: list[Ended] = []
+        self._returned: list[tuple[Place, bool]] = []
+        """Items to give back, and whether that was a failed attempt."""
+        self._written = asyncio.Event()
+        self._write_timer: asyncio.TimerHandle | None = None
+        self._held: dict[tuple[str, str], _Held] = {}
+        """What the control plane was told of, by batch and model."""
+        self._dropped: dict[str, str] = {}
+        """Batches that were cancelled or expired of late, and the reason."""
+        self._ended_since = 0
+        self._next_sweep_s = 0.0
+        self._closing = False
+        self.paused = ""
+        """Why nothing goes on, if it does not: the store's complaint."""
+
+    # -- what the API calls ------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take up what the last process left."""
+        for batch in await self._store.unvalidated():
+            self._unchecked.put_nowait(batch)
+        loops = [self._validate_loop] * self._tuning.validations_at_once + [self._work_loop, self._write_loop]
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        self._clock.post(self._tick)
+
+    @property
+    def busy(self) -> bool:
+        """Too many batches wait for validation."""
+        return self._unchecked.qsize() >= self._tuning.validations_max
+
+    def created(self, batch: Batch) -> None:
+        """Validate it, then run it."""
+        self._unchecked.put_nowait(batch)
+
+    async def cancel(self, batch_id: str, owner: str | None) -> Batch:
+        """Cancel in the store, and stop what runs. Raises StoreError."""
+        batch = await self._store.cancel_batch(batch_id, self._wall_s(), owner)
+        self._drop(batch.id, "batch_cancelled")
+        return batch
+
+    def summary(self) -> dict[str, object]:
+        """For the status page."""
+        windows = self._windows.values()
+        return {
+            "submitted": sum(len(window.calls) for window in windows),
+            "queued": sum(len(window.queued()) for window in windows),
+            "suspects": sum(len(window.suspects) + (window.suspect is not None) for window in windows),
+            "in_store": sum(work.items for work in self._held.values()),
+            "unwritten": len(self._results),
+            "validating": self._unchecked.qsize(),
+            "paused": self.paused,
+            "failing_models": sorted(n for n, w in self._windows.items() if w.failing >= self._tuning.failing_max),
+        }
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Give everything back, write what is known. What does not work out in time is done at the next start."""
+        self._closing = True
+        self._news.set()
+        for window in self._windows.values():
+            self._withdraw(window.calls.values(), "")
+            self._return(window.suspects, failed=False)
+            window.suspects.clear()
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + timeout_s
+        for task in self._tasks[:-2]:  # Validation starts over.
+            task.cancel()
+        for task in self._tasks[-2:]:
+            self._written.set()
+            await asyncio.wait([task], timeout=max(0.0, end_s - loop.time()))
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._results:
+            log.warning("%d results of batch items could not be written; those items run again", len(self._results))
+
+    # -- validation --------------------------------------------------------------------------------------------
+
+    async def _validate_loop(self) -> None:
+        while True:
+            batch = await self._unchecked.get()
+            check = line_check(batch.endpoint, self._names, self._keys.named(batch.owner))
+            delay_s = self._tuning.backoff_min_s
+            while True:
+                try:
+                    batch = await self._store.validate(batch.id, check, self._limits)
+                    log.info("batch %s: %s, %d items", batch.id, batch.status, batch.total)
+                    break
+                except NotFound:
+                    break
+                except Exception as error:
+                    delay_s = await self._back_off(f"validation of {batch.id}", error, delay_s)
+            self._news.set()
+
+    # -- from the store to the control plane -------------------------------------------------------------------
+
+    async def _work_loop(self) -> None:
+        delay_s = self._tuning.backoff_min_s
+        while not self._closing:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self._look_after()
+                if not self.paused and len(self._results) < self._tuning.unwritten_max:
+                    await self._refill()
+                delay_s = self._tuning.backoff_min_s
+            except Exception as error:
+                delay_s = await self._back_off("taking batch work", error, delay_s)
+
+    def _tick(self) -> None:
+        if not self._closing:
+            self._news.set()
+            self._clock.call_later(self._tuning.poll_s, self._tick)
+
+    async def _look_after(self) -> None:
+        """Deadlines and retention."""
+        now_s = self._wall_s()
+        for batch_id in await self._store.expire(now_s):
+            log.info("batch %s expired", batch_id)
+            self._drop(batch_id, "batch_expired")
+        if now_s >= self._next_sweep_s:
+            self._next_sweep_s = now_s + self._tuning.sweep_period_s
+            swept = await self._store.sweep(now_s)
+            if swept.batches or swept.files:
+                log.info("removed %d batches and %d files past their retention", swept.batches, swept.files)
+
+    async def _refill(self) -> None:
+        """Take from the store what the windows have room for, and tell the control plane what is left."""
+        self._ended_since = 0
+        pending = await self._store.pending()
+        leased: list[tuple[_Window, list[Item]]] = []
+        for name, window in self._windows.items():
+            deadlines = [work.deadline_s for work in pending if work.model == name and work.items]
+            wish = self._wish(window, min(deadlines)) if deadlines and not self._closing else None
+            if wish is not None:
+                leased.append((window, await self._store.lease(name, *wish)))
+        if leased:
+            pending = await self._store.pending()
+
+        def deliver() -> None:
+            self._report_held(pending)
+            for window, items in leased:
+                for item in items:
+                    self._take(window, item)
+            for window in self._windows.values():
+                self._try_suspect(window)
+                self._trim(window)
+
+        self._clock.post(deliver)
+
+    def _wish(self, window: _Window, earliest_s: float) -> tuple[int, float | None] | None:
+        """How many items to lease, and before which deadline (Unix time); None: none."""
+        if self._clock.now_s < window.resume_s:
+            return None
+        if window.failing:
+            waits = window.suspects or window.suspect or window.calls
+            if window.failing >= self._tuning.failing_max:
+                return None if waits else (1, None)
+        queued, most = window.queued(), self._settings.window_max
+        if len(window.suspects) >= most:
+            return None
+        if len(queued) <= most // 2:
+            return most - len(queued), None
+        latest_s = max(call.item.deadline_s for call in queued)
+        return (most // 2, latest_s) if earliest_s < latest_s else None
+
+    def _take(self, window: _Window, item: Item) -> None:
+        reason = self._dropped.get(item.batch_id)
+        if reason is not None:
+            self._end(failure(item, reason, REASONS[reason]))
+        elif self._closing:
+            self._return([item], failed=False)
+        elif item.attempts:
+            window.suspects.append(item)
+        else:
+            self._submit(window, item)
+
+    def _submit(self, window: _Window, item: Item, *, suspect: bool = False) -> None:
+        body = item_body(item)
+        call = BatchCall(item, body, self._tuning.answer_max_bytes, self._ended)
+        exact, size = prompt_bytes(body, item.endpoint == ENDPOINTS[0])
+        call.prompt_bytes = 0 if exact else size
+        request = Request(
+            self._next_id(),
+            item.model,
+            window.cls,
+            self._clock.now_s,
+            max(1, size) if exact else window.model.tokens(size),
+            payload=call,
+            deadline_s=self._clock.from_wall_s(item.deadline_s),
+            max_output_tokens=output_limit(body),
+        )
+        call.request = request
+        window.calls[(item.batch_id, item.index)] = call
+        if suspect:
+            window.suspect = call
+            # It had its retries; once more is enough to tell bad luck from poison.
+            request.retries = RETRIES_MAX - 1
+        self._plane.submit(request)
+
+    def _try_suspect(self, window: _Window) -> None:
+        while window.suspects and window.suspect is None and self._clock.now_s >= window.resume_s:
+            self._submit(window, window.suspects.popleft(), suspect=True)
+
+    def _trim(self, window: _Window) -> None:
+        """Work with an earlier deadline came in: what is due last goes back."""
+        queued = window.queued()
+        over = len(queued) - self._settings.window_max
+        if over > 0:
+            fresh = [call for call in queued if not call.request.tokens_done]  # type: ignore[union-attr]
+            fresh.sort(key=lambda call: (call.item.deadline_s, call.item.index), reverse=True)
+            self._withdraw(fresh[:over], "")
+
+    def _report_held(self, pending: Iterable[PendingWork]) -> None:
+        """Tell the control plane what changed in the store."""
+        known = [work for work in pending if work.items and work.model in self._windows]
+        now = {(work.batch_id, work.model): self._held_of(work) for work in known}
+        for place in [*now, *(place for place in self._held if place not in now)]:
+            old, new = self._held.get(place), now.get(place)
+            if old != new:
+                # On before off: a group that is empty for a moment would be forgotten with what others put there.
+                for held, sign in ((new, 1), (old, -1)):
+                    if held is not None:
+                        self._plane.hold_batch(
+                            place[1],
+                            held.deadline_s,
+                            self._windows[place[1]].cls.name,
+                            sign * held.items,
+                            sign * held.input_tokens,
+                            sign * held.input_square,
+                        )
+        self._held = now
+
+    def _held_of(self, work: PendingWork) -> _Held:
+        per_token = self._windows[work.model].model.bytes_per_token
+        return _Held(
+            deadline_s=self._clock.from_wall_s(work.deadline_s),
+            items=work.items,
+            input_tokens=round(work.input_bytes / per_token),
+            input_square=work.input_bytes_square / (per_token * per_token),
+        )
+
+    # -- from the control plane to the store -------------------------------------------------------------------
+
+    def _ended(self, call: BatchCall, request: Request) -> None:
+        """The control plane has done with an item."""
+        item, outcome = call.item, request.outcome
+        window = self._windows[item.model]
+        window.calls.pop((item.batch_id, item.index), None)
+        if window.suspect is call:
+            window.suspect = None
+        self._count_end(window)
+        if outcome == "cancelled":
+            if call.withdrawn in REASONS:
+                self._end(failure(item, call.withdrawn, REASONS[call.withdrawn]))
+            else:
+                self._return([item], failed=False)
+        elif outcome == "rejected":
+            message = f"The prompt does not fit into the KV cache of any instance of model {item.model!r}."
+            self._end(failure(item, "context_length_exceeded", message))
+        elif outcome == "finished" or call.refused:
+            self._answered(window, call)
+        else:
+            self._failed(window, call, call.error.message if call.error else "no engine could run it")
+
+    def _count_end(self, window: _Window) -> None:
+        self._ended_since += 1
+        if self._ended_since >= max(1, self._settings.window_max // 8) or window.suspects or not window.calls:
+            self._news.set()
+
+    def _answered(self, window: _Window, call: BatchCall) -> None:
+        try:
+            self._end(call.result())
+        except CollectError as error:
+            self._failed(window, call, str(error))
+        else:
+            window.failing = 0
+
+    def _failed(self, window: _Window, call: BatchCall, reason: str) -> None:
+        item = call.item
+        window.failing += 1
+        log.warning("batch %s item %d failed: %s", item.batch_id, item.index, reason)
+        if item.attempts + 1 >= self._tuning.attempts_max:
+            tries = f"Given up after {item.attempts + 1} attempts, each with retries."
+            self._end(failure(item, "request_failed", f"{tries} The last one: {reason}"))
+        else:
+            self._return([item], failed=True)
+        if window.failing >= self._tuning.failing_max:
+            over = window.failing - self._tuning.failing_max
+            delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0 ** min(over, 30))
+            window.resume_s = self._clock.now_s + delay_s
+            self._clock.call_later(delay_s, self._news.set)
+            self._withdraw(window.queued(), "")
+
+    def _end(self, ended: Ended) -> None:
+        self._results.append(ended)
+        self._wake_writer(len(self._results) >= self._tuning.finish_max)
+
+    def _return(self, items: Iterable[Item], *, failed: bool) -> None:
+        self._returned.extend(((item.batch_id, item.index), failed) for item in items)
+        self._wake_writer(self._closing)
+
+    def _wake_writer(self, now: bool) -> None:
+        if now:
+            self._written.set()
+        elif self._write_timer is None:
+            loop = asyncio.get_running_loop()
+            self._write_timer = loop.call_later(self._tuning.finish_wait_s, self._written.set)
+
+    async def _write_loop(self) -> None:
+        """Results to disk, many at a time."""
+        delay_s = self._tuning.backoff_min_s
+        while True:
+            await self._written.wait()
+            self._written.clear()
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
+            while self._results or self._returned:
+                try:
+                    await self._write()
+                except Exception as error:
+                    self.paused = f"results cannot be written: {error}"
+                    delay_s = await self._back_off("writing results", error, delay_s)
+                    if self._closing:
+                        return
+                    continue
+                delay_s = self._tuning.backoff_min_s
+                if self.paused:
+                    self.paused = ""
+                    log.info("results are written again")
+                    self._news.set()
+            if self._closing and not any(window.calls for window in self._windows.values()):
+                return
+
+    async def _write(self) -> None:
+        chunk = self._results[: self._tuning.finish_max]
+        if chunk:
+            await self._store.finish(chunk, self._wall_s())
+            del self._results[: len(chunk)]
+        returned, self._returned = self._returned, []
+        for failed in (True, False):
+            places = [place for place, was_failed in returned if was_failed is failed]
+            if places:
+                try:
+                    await self._store.release(places, failed)
+                except Exception:
+                    self._returned.extend((place, failed) for place in places)
+                    raise
+        if returned:
+            self._news.set()
+
+    # -- taking back -------------------------------------------------------------------------------------------
+
+    def _drop(self, batch_id: str, reason: str) -> None:
+        """A batch is over: stop what runs of it."""
+        self._dropped[batch_id] = reason
+        while len(self._dropped) > 1000:
+            del self._dropped[next(iter(self._dropped))]
+        for window in self._windows.values():
+            self._withdraw([call for call in window.calls.values() if call.item.batch_id == batch_id], reason)
+            suspects = [item for item in window.suspects if item.batch_id == batch_id]
+            for item in suspects:
+                window.suspects.remove(item)
+                self._end(failure(item, reason, REASONS[reason]))
+        self._news.set()
+
+    def _withdraw(self, calls: Iterable[BatchCall], reason: str) -> None:
+        """Cancel in the control plane; its answer, ``_ended``, does the rest."""
+        calls = list(calls)
+
+        def cancel() -> None:
+            for call in calls:
+                assert call.request is not None
+                if call.request.outcome is None:
+                    call.withdrawn = reason
+                    self._plane.cancel(call.request)
+
+        self._clock.post(cancel)
+
+    # -- odds and ends -----------------------------------------------------------------------------------------
+
+    async def _back_off(self, what: str, error: BaseException, delay_s: float) -> float:
+        """Say what went wrong and wait. Returns the next delay."""
+        known = isinstance(error, StoreError)
+        log.warning("%s: %s; next try in %.1f s", what, error, delay_s, exc_info=None if known else error)
+        over = asyncio.Event()
+        self._clock.post(lambda: self._wake_later(delay_s, over))
+        await over.wait()
+        self._news.set()
+        return min(self._tuning.backoff_max_s, 2.0 * delay_s)
+
+    def _wake_later(self, delay_s: float, event: asyncio.Event) -> None:
+        self._clock.call_later(delay_s, event.set)
+
+    def _wall_s(self) -> float:
+        return self._clock.wall_s(self._clock.now_s)
