@@ -124,7 +124,7 @@ def input_blocks(items: int, line_bytes: int) -> AsyncIterator[bytes]:
 
 async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, object]:
     items, group = arguments.items, arguments.group
-    single = min(arguments.single, items // 2)
+    single, leased_only = min(arguments.single, items // 2), min(arguments.leased, items)
     store = SqliteStore(directory, wall=time.time)
     stages = []
     file_id = batch_id = ""
@@ -178,10 +178,9 @@ async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, objec
         await asyncio.gather(*(one() for _ in range(GROUPS)))
 
     async def lease_only() -> None:
-        taken: list[tuple[str, int]] = []
-        while leased := await store.lease("llama-3.1-8b", group):
-            taken += [(item.batch_id, item.index) for item in leased]
-        assert len(taken) == items, len(taken)
+        left = leased_only
+        while left > 0:
+            left -= len(await store.lease("llama-3.1-8b", min(group, left)))
         await store.close()  # The process is gone: all of them are pending again.
         await store.open()
 
@@ -212,7 +211,7 @@ async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, objec
 
     stages.append(await measure("uploaded", items, upload()))
     stages.append(await measure("validated", items, validate()))
-    stages.append(await measure("leased", items, lease_only()))
+    stages.append(await measure("leased, store reopened", leased_only, lease_only()))
     stages.append(await measure("finished one by one", single, finish_one_by_one()))
     stages.append(await measure("leased and finished", items - single, lease_and_finish(items - single)))
     stages.append(await measure("status and pending asked", 200, status()))
@@ -240,6 +239,7 @@ def main() -> int:
     parser.add_argument("--input-bytes", type=int, default=2048, help="bytes per line of the input file")
     parser.add_argument("--result-bytes", type=int, default=1024, help="bytes per result line")
     parser.add_argument("--group", type=int, default=256, help="items per lease and per finish")
+    parser.add_argument("--leased", type=int, default=50_000, help="items leased and left by a process that dies")
     parser.add_argument("--single", type=int, default=20_000, help="items finished one by one")
     parser.add_argument("--callers", type=int, default=64, help="callers that finish one by one")
     parser.add_argument("--switch-interval", type=float, default=0.005, help="seconds (Python's default: 0.005)")

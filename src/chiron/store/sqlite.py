@@ -100,12 +100,12 @@ class SqliteStore:
         )
 
     async def close(self) -> None:
+        if self._now is not None:
+            for upload in list(self._now.uploads):
+                await upload.abort()
         now, self._now = self._now, None
-        if now is None:
-            return
-        for upload in list(now.uploads):
-            await upload.abort()
-        await asyncio.to_thread(_close, now)
+        if now is not None:
+            await asyncio.to_thread(_close, now)
 
     @property
     def _opened(self) -> _Opened:
