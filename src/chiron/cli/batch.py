@@ -164,7 +164,7 @@ def results(
     server = _server(url, key, cacert)
     batch = server.get(_path(id))
     file_id = batch.get("error_file_id" if errors else "output_file_id")
-    if not file_id:
+    if not file_id or batch["status"] not in ENDED:
         raise ConfigError(_nothing_to_fetch(batch, errors))
     if output is None:
         server.download(file_id, sys.stdout.buffer, lambda _: None)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -201,16 +201,12 @@ def _memory() -> Check:
 
 
 def _versions(extra: str) -> Iterator[str]:
-    owners = packages_distributions()
     for module in EXTRAS[extra]:
-        if module in OPTIONAL and module not in owners:
-            yield f"{module} not installed (faster with it)"
-            continue
-        for package in owners.get(module, [module])[:1]:
-            try:
-                yield f"{package} {version(package)}"
-            except PackageNotFoundError:
-                yield package
+        name = module.replace("_", "-")
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} not installed (faster with it)" if module in OPTIONAL else name
 
 
 def _fsync_s(directory: Path) -> float:
