@@ -218,11 +218,12 @@ async def fetch(state: JobState, origin: Origin, record: Record, settings: LoadS
                 raise JobError(f"{name}: no end within {settings.batch.upload_timeout_s:g} s") from None
             finally:
                 lines.call.cancel()
-    state.missing = len(members) - len(seen) if state.status != "failed" else 0
+    # Of a job that was cancelled or refused, items that never ran have no line.
+    state.missing = len(members) - len(seen) if state.status in ("completed", "expired") else 0
     if state.missing or state.doubled:
         record.fault("batch result", f"{state.name}: {state.missing} items without a line, {state.doubled} doubled")
     for row in sorted(members - seen):
-        record.item(row, "failed", state.ended_s, None)
+        record.item(row, "cancelled" if state.status == "cancelled" else "failed", state.ended_s, None)
 
 
 def note(record: Record, row: int, result: dict[str, Any], at_s: float, status: str) -> None:

@@ -7,6 +7,8 @@ Every prompt begins with words of its own, so that a prefix cache does not answe
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from chiron.workload.seeds import generator
 from chiron.workload.types import Ints
 
@@ -32,24 +34,32 @@ _PER_TOKEN_MIN, _PER_TOKEN_MAX = 0.2, 50.0
 
 
 class Filler:
-    """Pools of text and of token ids, and where each row of a plan begins in them."""
+    """Where each row of a plan begins in the pools of text and of token ids."""
 
     def __init__(self, seed: int, rows: int) -> None:
-        rng = generator(seed, "prompt text")
-        chosen = rng.integers(0, len(WORDS), POOL_BYTES // 5)
-        self._text = " ".join(map(WORDS.__getitem__, chosen.tolist())).encode()[:POOL_BYTES]
-        ids = rng.integers(TOKEN_ID_FIRST, TOKEN_ID_LAST + 1, POOL_BYTES // 4)
-        self._ids = b"".join(b"%d," % one for one in ids.tolist())
+        self._seed = seed
         self._starts: Ints = generator(seed, "prompt starts").integers(0, POOL_BYTES // 4, max(rows, 1))
 
     def text(self, row: int, size: int) -> bytes:
         """``size`` bytes of words that need no escaping in JSON; it begins with the row's number."""
         head = b"%d " % row
-        return head + _slice(self._text, int(self._starts[row]), max(1, size - len(head)))
+        return head + _slice(_text_pool(self._seed), int(self._starts[row]), max(1, size - len(head)))
 
     def token_ids(self, row: int, count: int) -> bytes:
         """``count`` token ids as the inside of a JSON array."""
-        return _slice(self._ids, 4 * int(self._starts[row]), 4 * count)[:-1]
+        return _slice(_id_pool(self._seed), 4 * int(self._starts[row]), 4 * count)[:-1]
+
+
+@lru_cache(maxsize=1)
+def _text_pool(seed: int) -> bytes:
+    chosen = generator(seed, "prompt text").integers(0, len(WORDS), POOL_BYTES // 5)
+    return " ".join(map(WORDS.__getitem__, chosen.tolist())).encode()[:POOL_BYTES]
+
+
+@lru_cache(maxsize=1)
+def _id_pool(seed: int) -> bytes:
+    ids = generator(seed, "prompt ids").integers(TOKEN_ID_FIRST, TOKEN_ID_LAST + 1, POOL_BYTES // 4)
+    return b"".join(b"%d," % one for one in ids.tolist())
 
 
 class TokenMeter:
