@@ -91,6 +91,7 @@ _TGI = {
     "steps": ("tgi_batch_inference_count",),
 }
 
+# Of a request with n tokens llama.cpp times n - 1 gaps and counts n, so short answers look a little too fast.
 _LLAMACPP = {
     "running": ("llamacpp:requests_processing",),
     "waiting": ("llamacpp:requests_deferred",),
