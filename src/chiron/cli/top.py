@@ -58,7 +58,7 @@ def top(
 
     - `chiron top`
 
-    - `CHIRON_ADMIN_KEY=... chiron top --url https://gateway.example:8443 --cacert ca.pem`
+    - `CHIRON_ADMIN_KEY=... chiron top --url https://localhost:8443 --cacert ca.pem`
     """
     fetch = fetcher(url, key, cacert)
     console = Console(highlight=False)
