@@ -29,8 +29,6 @@ class BatchCall(CollectedCall):
         )
         self.item = item
         self.request: Request | None = None
-        self.withdrawn = ""
-        """Why it was taken back: a reason of ``batch_lines.REASONS``, or "" for a return to the store."""
         self._on_end = on_end
 
     def end(self) -> str:

@@ -22,12 +22,6 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 CUSTOM_ID_MAX = 512
 """Characters."""
 
-REASONS = {
-    "batch_expired": "The batch's completion window ended before this request was done.",
-    "batch_cancelled": "The batch was cancelled before this request was done.",
-}
-"""Ends of items that are nobody's fault."""
-
 
 def line_check(
     endpoint: str, models: Mapping[str, ModelSettings], key: Key | None

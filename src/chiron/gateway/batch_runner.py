@@ -27,7 +27,7 @@ from chiron.core.clock import Callback, Timer
 from chiron.core.types import Request
 from chiron.gateway.admission import Models, ServedModel, prompt_bytes
 from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
-from chiron.gateway.batch_lines import ENDPOINTS, REASONS, by_name, line_check
+from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
 from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
@@ -160,8 +160,8 @@ class BatchRunner:
         self._write_timer: asyncio.TimerHandle | None = None
         self._held: dict[tuple[str, str], _Held] = {}
         """What the control plane was told of, by batch and model."""
-        self._dropped: dict[str, str] = {}
-        """Batches that were cancelled or expired of late, and the reason."""
+        self._dropped: dict[str, None] = {}
+        """Batches that were cancelled or expired of late: a lease may be under way."""
         self._ended_since = 0
         self._next_sweep_s = 0.0
         self._closing = False
@@ -190,7 +190,7 @@ class BatchRunner:
     async def cancel(self, batch_id: str, owner: str | None) -> Batch:
         """Cancel in the store, and stop what runs. Raises StoreError."""
         batch = await self._store.cancel_batch(batch_id, self._wall_s(), owner)
-        self._drop(batch.id, "batch_cancelled")
+        self._drop(batch.id)
         return batch
 
     def summary(self) -> dict[str, object]:
@@ -212,7 +212,7 @@ class BatchRunner:
         self._closing = True
         self._news.set()
         for window in self._windows.values():
-            self._withdraw(window.calls.values(), "")
+            self._withdraw(window.calls.values())
             self._return(window.suspects, failed=False)
             window.suspects.clear()
         loop = asyncio.get_running_loop()
@@ -270,7 +270,7 @@ class BatchRunner:
         now_s = self._wall_s()
         for batch_id in await self._store.expire(now_s):
             log.info("batch %s expired", batch_id)
-            self._drop(batch_id, "batch_expired")
+            self._drop(batch_id)
         if now_s >= self._next_sweep_s:
             self._next_sweep_s = now_s + self._tuning.sweep_period_s
             swept = await self._store.sweep(now_s)
@@ -318,10 +318,7 @@ class BatchRunner:
         return (most // 2, latest_s) if earliest_s < latest_s else None
 
     def _take(self, window: _Window, item: Item) -> None:
-        reason = self._dropped.get(item.batch_id)
-        if reason is not None:
-            self._end(failure(item, reason, REASONS[reason]))
-        elif self._closing:
+        if self._closing or item.batch_id in self._dropped:
             self._return([item], failed=False)
         elif item.attempts:
             window.suspects.append(item)
@@ -362,7 +359,7 @@ class BatchRunner:
         if over > 0:
             fresh = [call for call in queued if not call.request.tokens_done]  # type: ignore[union-attr]
             fresh.sort(key=lambda call: (call.item.deadline_s, call.item.index), reverse=True)
-            self._withdraw(fresh[:over], "")
+            self._withdraw(fresh[:over])
 
     def _report_held(self, pending: Iterable[PendingWork]) -> None:
         """Tell the control plane what changed in the store."""
@@ -404,10 +401,7 @@ class BatchRunner:
             window.suspect = None
         self._count_end(window)
         if outcome == "cancelled":
-            if call.withdrawn in REASONS:
-                self._end(failure(item, call.withdrawn, REASONS[call.withdrawn]))
-            else:
-                self._return([item], failed=False)
+            self._return([item], failed=False)
         elif outcome == "rejected":
             message = f"The prompt does not fit into the KV cache of any instance of model {item.model!r}."
             self._end(failure(item, "context_length_exceeded", message))
@@ -443,7 +437,7 @@ class BatchRunner:
             delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0 ** min(over, 30))
             window.resume_s = self._clock.now_s + delay_s
             self._clock.call_later(delay_s, self._news.set)
-            self._withdraw(window.queued(), "")
+            self._withdraw(window.queued())
 
     def _end(self, ended: Ended) -> None:
         self._results.append(ended)
@@ -505,28 +499,26 @@ class BatchRunner:
 
     # -- taking back -------------------------------------------------------------------------------------------
 
-    def _drop(self, batch_id: str, reason: str) -> None:
-        """A batch is over: stop what runs of it."""
-        self._dropped[batch_id] = reason
+    def _drop(self, batch_id: str) -> None:
+        """A batch is over: stop what runs of it. Items that go back without a result end with the batch."""
+        self._dropped[batch_id] = None
         while len(self._dropped) > 1000:
             del self._dropped[next(iter(self._dropped))]
         for window in self._windows.values():
-            self._withdraw([call for call in window.calls.values() if call.item.batch_id == batch_id], reason)
+            self._withdraw(call for call in window.calls.values() if call.item.batch_id == batch_id)
             suspects = [item for item in window.suspects if item.batch_id == batch_id]
-            for item in suspects:
-                window.suspects.remove(item)
-                self._end(failure(item, reason, REASONS[reason]))
+            window.suspects = deque(item for item in window.suspects if item.batch_id != batch_id)
+            self._return(suspects, failed=False)
         self._news.set()
 
-    def _withdraw(self, calls: Iterable[BatchCall], reason: str) -> None:
-        """Cancel in the control plane; its answer, ``_ended``, does the rest."""
+    def _withdraw(self, calls: Iterable[BatchCall]) -> None:
+        """Cancel in the control plane; what it answers, ``_ended``, gives them back."""
         calls = list(calls)
 
         def cancel() -> None:
             for call in calls:
                 assert call.request is not None
                 if call.request.outcome is None:
-                    call.withdrawn = reason
                     self._plane.cancel(call.request)
 
         self._clock.post(cancel)
