@@ -56,20 +56,27 @@ def test_an_instance_that_lasted_is_replaced_at_once() -> None:
 def test_after_a_failure_one_start_is_tried_and_the_others_follow_its_success() -> None:
     async def story() -> None:
         loop = asyncio.get_running_loop()
-        starts = Starts(BackoffSettings(backoff_first_s=0.05, start_wait_s=0.4))
+        starts = Starts(BackoffSettings(backoff_first_s=0.05))
         starts.failed(began_s=loop.time(), ready_s=None, reason="no memory")
         turns = [loop.create_task(starts.turn(number)) for number in range(3)]
-        await asyncio.sleep(0.15)
+        await until(turns[0].done, "the first is tried")
+        await asyncio.sleep(0.1)
         assert [turn.done() for turn in turns] == [True, False, False]
         starts.over(0)  # It was removed: the next one is tried.
-        await asyncio.sleep(0.05)
-        assert [turn.done() for turn in turns] == [True, True, False]
+        await until(turns[1].done, "the second is tried")
+        assert not turns[2].done()
         starts.succeeded(1)
-        await asyncio.sleep(0.05)
-        assert all(turn.done() for turn in turns)
-        starts.failed(began_s=loop.time(), ready_s=None, reason="no memory")
+        await until(turns[2].done, "the third follows")
+
+    asyncio.run(story())
+
+
+def test_a_start_whose_turn_does_not_come_is_given_up_with_the_reason() -> None:
+    async def story() -> None:
+        starts = Starts(BackoffSettings(backoff_first_s=0.05, start_wait_s=0.2))
+        starts.failed(began_s=asyncio.get_running_loop().time(), ready_s=None, reason="no memory")
         await starts.turn("trial")
-        with pytest.raises(StartDelayedError, match=r"waited 0\.4 s for its turn: no memory"):
+        with pytest.raises(StartDelayedError, match=r"waited 0\.2 s for its turn: no memory"):
             await starts.turn("waits in vain")
 
     asyncio.run(story())
@@ -88,8 +95,7 @@ def test_a_crash_loop_slows_down_is_named_and_heals(tmp_path: Path) -> None:
             assert status.failures_total == 4
             times = [heard.changed_s[number] for number in range(1, 5)]
             gaps = [after - before for before, after in pairwise(times)]
-            assert 0.1 < gaps[0] < gaps[1] < gaps[2], gaps
-            assert gaps[2] > 0.4
+            assert all(gap > pause_s for gap, pause_s in zip(gaps, (0.1, 0.2, 0.4), strict=True)), gaps
             fleet._kinds["stub"] = stub_kind()
             fleet.create(an_instance(5))
             await until(lambda: heard.ready == [5], "ready")

@@ -51,7 +51,7 @@ def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str]
     return parent, engine, pid_in(directory / "grandchild"), keeper
 
 
-@pytest.mark.parametrize("switches", [(), ("--grandchild-session",), ("--ignore-sigterm",)])
+@pytest.mark.parametrize("switches", [("--grandchild-session",), ("--ignore-sigterm",)])
 def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switches: tuple[str, ...]) -> None:
     parent, *others = start_parent(tmp_path, *switches)
     assert all(alive(pid) for pid in others)
@@ -73,13 +73,10 @@ def test_what_survives_a_kill_9_of_everything_is_ended_by_the_next_gateway(tmp_p
     until_sync(lambda: not alive(grandchild), "gone", 3.0)
 
 
-@pytest.mark.parametrize("switches", [(), ("--grandchild-session",)])
-def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(
-    tmp_path: Path, switches: tuple[str, ...]
-) -> None:
+def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(tmp_path: Path) -> None:
     async def story() -> None:
         child = tmp_path / "grandchild"
-        kind = stub_kind("--grandchild", str(child), *switches)
+        kind = stub_kind("--grandchild", str(child), "--grandchild-session")
         async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
             fleet.create(an_instance(1))
             await until(lambda: heard.ready and fleet.usage(), "ready")
@@ -134,7 +131,7 @@ def test_the_keeper_forwards_output_and_exit_status() -> None:
     assert missing.stdout.startswith(b"error cannot run '/no/such/engine'")
 
 
-@pytest.mark.parametrize("how", ["pipe closed", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("how", ["pipe closed", "SIGTERM"])
 def test_the_keeper_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Path, how: str) -> None:
     child = tmp_path / "child"
     keeper = subprocess.Popen(

@@ -107,6 +107,8 @@ class LocalFleet:
         """Of running instances."""
         self._ports: set[int] = set()
         """Given to running instances; one of them may not have bound its own yet."""
+        self._spawning = asyncio.Lock()
+        """Making a process holds up the loop for milliseconds; several must not do so in a row."""
         self._cpu: dict[int, tuple[float, CpuTimes]] = {}
         self._usage: dict[int, ProcessUsage] = {}
         self._sampling: asyncio.Task[None] | None = None
@@ -217,15 +219,16 @@ class LocalFleet:
         self._logs.add(path)
         life.held.callback(self._logs.discard, path)
         prune_logs(self._directory, self._settings.logs_kept, self._logs)
-        process = await EngineProcess.start(
-            [argument.replace("{port}", str(port)) for argument in kind.command],
-            env=env,
-            stop_timeout_s=kind.stop_timeout_s,
-            log=path,
-            log_bytes_max=kind.log_bytes_max,
-            mark=f"{self._owner}/{id(self):x}.{instance.id}",
-        )
-        life.held.push_async_callback(process.stop)
+        async with self._spawning:
+            process = await EngineProcess.start(
+                [argument.replace("{port}", str(port)) for argument in kind.command],
+                env=env,
+                stop_timeout_s=kind.stop_timeout_s,
+                log=path,
+                log_bytes_max=kind.log_bytes_max,
+                mark=f"{self._owner}/{id(self):x}.{instance.id}",
+            )
+            life.held.push_async_callback(process.stop)
         self._processes[instance.id] = process, instance.kind.name
         life.held.callback(self._forget, instance.id)
         return process

@@ -1,0 +1,61 @@
+"""Whatever comes in whatever order, each instance is answered at most once and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from fleet_factory import an_instance, kill, local_fleet, quick_settings, stub_kind
+
+uvloop = pytest.importorskip("uvloop")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_creating_removing_suspecting_and_killing_at_random(tmp_path: Path, loop) -> None:  # type: ignore[no-untyped-def]
+    kinds = {
+        "sound": stub_kind(stop_timeout_s=0.5, gpus=1),
+        "parent": stub_kind("--grandchild", str(tmp_path / "child"), "--grandchild-session", port=None),
+        "short-lived": stub_kind("--life", "0.3"),
+        "broken": stub_kind("--exit-code", "1"),
+        "stubborn": stub_kind("--ignore-sigterm", stop_timeout_s=0.2),
+    }
+
+    async def story() -> None:
+        draws = Random("fleet chaos")
+        live = {}
+        created = 0
+        async with local_fleet(tmp_path / "logs", kinds, quick_settings(start_wait_s=1.0), devices=("0", "1", "2")) as (
+            fleet,
+            heard,
+        ):
+            end_s = time.monotonic() + 12.0
+            while time.monotonic() < end_s:
+                live = {number: instance for number, instance in live.items() if instance.state != "gone"}
+                draw = draws.random()
+                if draw < 0.5 and len(live) < 10:
+                    created += 1
+                    live[created] = an_instance(created, draws.choice(list(kinds)))
+                    fleet.create(live[created])
+                elif draw < 0.7 and live:
+                    fleet.remove(live.pop(draws.choice(list(live))))
+                elif draw < 0.8 and fleet._processes:
+                    process, _ = draws.choice(list(fleet._processes.values()))
+                    kill(draws.choice([process.keeper_pid, process.pid or process.keeper_pid]))
+                elif live:
+                    fleet.suspect(draws.choice(list(live.values())))
+                await asyncio.sleep(0.06 * draws.random())
+        assert created > 30
+        assert len(heard.ready) == len(set(heard.ready)) > 0
+        assert len(heard.failed) == len(set(heard.failed)) > 0
+        assert fleet.devices.free == 3
+        assert not fleet._ports
+        assert not fleet._processes
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(story())
