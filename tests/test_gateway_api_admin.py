@@ -1,0 +1,127 @@
+"""Models, health, the admin's pages, and what is not there."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from chiron.gateway.api.app import api_routes
+from gateway_site import ApiSite, two_keys
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[ApiSite]:
+    with ApiSite(tmp_path) as site:
+        yield site
+
+
+def ask(site: ApiSite, path: str, method: str = "GET", key: str = "") -> tuple[int, Any, Any]:
+    request = urllib.request.Request(site.url + path, method=method)
+    if key:
+        request.add_header("authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, response.read(), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read(), error.headers
+
+
+def test_models_by_name_by_alias_and_with_slashes(site: ApiSite) -> None:
+    with openai.OpenAI(base_url=site.url + "/v1", api_key="x", max_retries=0) as api:
+        assert [model.id for model in api.models.list()] == ["chat-only", "m", "org/n"]
+        assert api.models.retrieve("org/n").id == "org/n"
+        assert api.models.retrieve("alias").id == "m"
+        assert api.models.retrieve("m").owned_by == "chiron"
+        with pytest.raises(openai.NotFoundError, match="org/n") as caught:
+            api.models.retrieve("gpt-9")
+        assert caught.value.code == "model_not_found"
+
+
+def test_a_key_sees_the_models_it_may_use(tmp_path: Path) -> None:
+    with (
+        ApiSite(tmp_path, keys=two_keys()) as site,
+        openai.OpenAI(base_url=site.url + "/v1", api_key="sk-a", max_retries=0) as api,
+    ):
+        assert [model.id for model in api.models.list()] == ["m"]
+        with pytest.raises(openai.PermissionDeniedError):
+            api.models.retrieve("org/n")
+
+
+def test_probes_need_no_key_and_the_admin_does(tmp_path: Path) -> None:
+    with ApiSite(tmp_path, keys=two_keys()) as site:
+        assert ask(site, "/health")[0] == 200
+        assert ask(site, "/ready")[0] == 200
+        assert ask(site, "/openapi.json")[0] == 200
+        for path, method in (("/chiron/status", "GET"), ("/chiron/drain", "POST"), ("/metrics", "GET")):
+            assert ask(site, path, method)[0] == 401
+            assert ask(site, path, method, "sk-a")[0] == 403
+        assert ask(site, "/v1/models", key="sk-admin")[0] == 200
+        status, body, _ = ask(site, "/chiron/status", key="sk-admin")
+        assert status == 200
+        assert json.loads(body)["runner"]["paused"] == ""
+        status, body, headers = ask(site, "/metrics", key="sk-admin")
+        assert (status, body) == (200, b"up 1\n")
+        assert headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_a_drained_gateway_is_not_ready(site: ApiSite) -> None:
+    assert json.loads(ask(site, "/ready")[1]) == {"status": "ready"}
+    assert ask(site, "/chiron/drain", "POST")[0] == 202
+    status, body, _ = ask(site, "/ready")
+    assert (status, json.loads(body)) == (503, {"status": "draining"})
+    assert ask(site, "/health")[0] == 200
+
+
+def test_what_is_not_there_is_an_error_object(site: ApiSite) -> None:
+    for path in ("/", "/v1", "/v1/files/", "/v1/nope", "/v1/files/a/b", "/%00", "/v1/files/%ff"):
+        status, body, _ = ask(site, path)
+        assert status == 404, path
+        assert json.loads(body)["error"]["code"] == "not_found"
+
+
+def test_a_wrong_method_says_which_are_right(site: ApiSite) -> None:
+    for path, allowed in (
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/batches/x/cancel", "POST"),
+        ("/v1/chat/completions", "POST"),
+        ("/health", "GET, HEAD"),
+    ):
+        for method in ("PUT", "OPTIONS", "TRACE"):
+            status, body, headers = ask(site, path, method)
+            assert status == 405
+            assert headers["allow"] == allowed
+            assert json.loads(body)["error"]["code"] == "method_not_allowed"
+
+
+def test_head_is_get_without_the_body(site: ApiSite) -> None:
+    for path in ("/v1/models", "/health", "/openapi.json"):
+        status, body, headers = ask(site, path, "HEAD")
+        assert (status, body) == (200, b"")
+        assert int(headers["content-length"]) == len(ask(site, path)[1])
+
+
+def test_every_answer_has_an_id(site: ApiSite) -> None:
+    assert ask(site, "/v1/models")[2]["x-request-id"] != ask(site, "/v1/models")[2]["x-request-id"]
+
+
+def test_the_document_lists_what_the_application_serves(site: ApiSite) -> None:
+    document = json.loads(ask(site, "/openapi.json")[1])
+    described = {
+        (path, method.upper())
+        for path, item in document["paths"].items()
+        for method in item
+        if method in ("get", "post", "put", "delete", "patch")
+    }
+    served = {
+        (path.replace(":path}", "}"), method) for path, endpoints in api_routes(_STATE).items() for method in endpoints
+    }
+    assert described == served
+
+
+_STATE: Any = None

@@ -1,0 +1,188 @@
+"""Files by the official ``openai`` client, and by clients that do odd things."""
+
+import http.client
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from chiron.gateway.api.state import ApiLimits
+from chiron.gateway.settings import BatchSettings
+from gateway_site import ApiSite, two_keys
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[ApiSite]:
+    with ApiSite(tmp_path) as site:
+        yield site
+
+
+def client(site: ApiSite, key: str = "sk-any") -> openai.OpenAI:
+    return openai.OpenAI(base_url=site.url + "/v1", api_key=key, max_retries=0, timeout=20)
+
+
+def form(*parts: tuple[str, bytes]) -> bytes:
+    return b"".join(
+        b"--XX\r\ncontent-disposition: form-data; %b\r\n\r\n%b\r\n" % (head.encode(), body) for head, body in parts
+    )
+
+
+def post(site: ApiSite, body: bytes, kind: str = "multipart/form-data; boundary=XX") -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=10)
+    with closing(connection):
+        connection.request("POST", "/v1/files", body, {"content-type": kind})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def test_a_file_there_and_back(site: ApiSite) -> None:
+    data = bytes(range(256)) * 5000
+    with client(site) as api:
+        file = api.files.create(file=("Übung.jsonl", data), purpose="batch")
+        assert (file.bytes, file.filename, file.purpose, file.object) == (len(data), "Übung.jsonl", "batch", "file")
+        assert api.files.retrieve(file.id) == file
+        assert api.files.content(file.id).content == data
+        assert api.files.list().data == [file]
+        deleted = api.files.delete(file.id)
+        assert (deleted.id, deleted.deleted) == (file.id, True)
+        for call in (api.files.retrieve, api.files.content, api.files.delete):
+            with pytest.raises(openai.NotFoundError) as caught:
+                call(file.id)
+            assert caught.value.type == "not_found_error"
+
+
+def test_lists_come_in_pages_both_ways(site: ApiSite) -> None:
+    with client(site) as api:
+        ids = [api.files.create(file=b"x", purpose=purpose).id for purpose in ("batch", "user_data", "batch")]
+        assert [file.id for file in api.files.list(limit=1)] == ids[::-1]
+        assert [file.id for file in api.files.list(limit=2, order="asc")] == ids
+        assert [file.id for file in api.files.list(purpose="batch")] == [ids[2], ids[0]]
+        assert api.files.list(after=ids[1]).data[0].id == ids[0]
+        for bad in ({"limit": 0}, {"limit": 10_001}, {"limit": "x"}, {"order": "up"}):
+            with pytest.raises(openai.BadRequestError) as caught:
+                api.files.list(**bad)  # type: ignore[arg-type]
+            assert caught.value.param == next(iter(bad))
+        with pytest.raises(openai.NotFoundError):
+            api.files.list(after="file-none")
+
+
+def test_the_purpose_may_come_after_the_file(site: ApiSite) -> None:
+    parts = form(('name="file"; filename="a.jsonl"', b"data"), ('name="purpose"', b"batch")) + b"--XX--\r\n"
+    status, file = post(site, parts)
+    assert (status, file["purpose"], file["bytes"]) == (200, "batch", 4)
+    with client(site) as api:
+        assert api.files.retrieve(file["id"]).purpose == "batch"
+
+
+FILE = ('name="file"; filename="a.jsonl"', b"data")
+PURPOSE = ('name="purpose"', b"batch")
+END = b"--XX--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (form(FILE) + END, "purpose"),
+        (form(PURPOSE) + END, "file"),
+        (form(FILE, ('name="purpose"', b"lunch")) + END, "purpose"),
+        (form(PURPOSE, FILE, FILE) + END, "file"),
+        (form(PURPOSE, PURPOSE, FILE) + END, "purpose"),
+        (form(PURPOSE, ('name="file"', b"data")) + END, "file"),
+        (form(PURPOSE, FILE, ('name="extra"', b"1")) + END, "field"),
+        (form(("name=purpose; filename=p", b"batch"), FILE) + END, "purpose"),
+        (form(PURPOSE, FILE), None),
+        (form(PURPOSE, FILE)[:-20], None),
+        (b"garbage", None),
+        (b"", None),
+        (form(('name="purpose"', b"x" * 5000), FILE) + END, "purpose"),
+        (form(("nothing", b"x")) + END, None),
+        (form(*[('name="purpose"', b"batch")] * 40) + END, None),
+    ],
+)
+def test_forms_that_are_not_right_say_what_is_wrong(site: ApiSite, body: bytes, param: str | None) -> None:
+    status, answer = post(site, body)
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == param
+    with client(site) as api:
+        assert api.files.list().data == []
+
+
+def test_other_content_types_are_refused(site: ApiSite) -> None:
+    for kind in ("application/json", "multipart/form-data", "multipart/form-data; boundary=" + "x" * 300, "x\u00ff"):
+        assert post(site, b"{}", kind)[0] == 400
+
+
+def test_a_path_in_a_filename_is_dropped(site: ApiSite) -> None:
+    _, file = post(site, form(('name="file"; filename="../../etc/passwd"', b"x"), PURPOSE) + END)
+    assert file["filename"] == "passwd"
+
+
+def test_a_file_too_large_is_refused_before_and_while_it_comes(tmp_path: Path) -> None:
+    with ApiSite(tmp_path, batch=BatchSettings(file_max_bytes=100_000)) as site:
+        with client(site) as api:
+            assert api.files.create(file=b"x" * 100_000, purpose="batch").bytes == 100_000
+            for size in (100_001, 300_000):
+                with pytest.raises(openai.APIStatusError) as caught:
+                    api.files.create(file=b"x" * size, purpose="batch")
+                assert caught.value.status_code == 413
+                assert caught.value.code == "request_too_large"
+            assert len(api.files.list().data) == 1
+        assert len(list(tmp_path.rglob("file-*"))) == 1
+
+
+def test_an_upload_that_stalls_or_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    with ApiSite(tmp_path, limits=ApiLimits(upload_stall_s=0.3)) as site:
+        host, port = site.url.removeprefix("http://").split(":")
+        head = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=XX\r\n"
+        start = head + b"content-length: 10000\r\n\r\n" + form(PURPOSE, FILE)
+        with socket.create_connection((host, int(port)), timeout=5) as stalled:
+            stalled.sendall(start)
+            assert b" 408 " in stalled.recv(1000)
+        with socket.create_connection((host, int(port)), timeout=5) as gone:
+            gone.sendall(start)
+        with client(site) as api:
+            assert api.files.list().data == []
+    assert not list(tmp_path.rglob("file-*"))
+
+
+def test_too_many_uploads_at_once_get_429(tmp_path: Path) -> None:
+    with ApiSite(tmp_path, limits=ApiLimits(uploads_max=1, upload_stall_s=5)) as site:
+        host, port = site.url.removeprefix("http://").split(":")
+        head = b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-type: multipart/form-data; boundary=XX\r\n"
+        with socket.create_connection((host, int(port)), timeout=5) as first:
+            first.sendall(head + b"content-length: 10000\r\nexpect: 100-continue\r\n\r\n" + form(PURPOSE))
+            with client(site) as api:
+                refused = [error for _ in range(200) if (error := refusal(api)) is not None]
+            assert refused
+            assert refused[0].response.headers["retry-after"] == "2"
+
+
+def refusal(api: openai.OpenAI) -> openai.RateLimitError | None:
+    try:
+        api.files.create(file=b"x", purpose="batch")
+    except openai.RateLimitError as error:
+        return error
+    return None
+
+
+def test_a_key_sees_its_own_files_only(tmp_path: Path) -> None:
+    with (
+        ApiSite(tmp_path, keys=two_keys()) as site,
+        client(site, "sk-a") as a,
+        client(site, "sk-b") as b,
+        client(site, "sk-admin") as admin,
+    ):
+        file = a.files.create(file=b"mine", purpose="batch")
+        assert b.files.list().data == []
+        for call in (b.files.retrieve, b.files.content, b.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                call(file.id)
+        assert admin.files.content(file.id).content == b"mine"
+        status, _ = post(site, b"")
+        assert status == 401
