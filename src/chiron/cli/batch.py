@@ -38,6 +38,7 @@ VALIDATION_WAIT_S = 60.0
 """``submit`` waits this long for the server's opinion of the file; then it leaves the batch to itself."""
 RECONNECTS_MAX = 60
 """Polls in a row that may fail while a batch is watched: a gateway that restarts loses no batch."""
+PIPE_WIDTH = 160
 ENDED = ("completed", "failed", "expired", "cancelled")
 NOT_DONE = 1
 
@@ -164,8 +165,11 @@ def results(
     server = _server(url, key, cacert)
     batch = server.get(_path(id))
     file_id = batch.get("error_file_id" if errors else "output_file_id")
-    if not file_id or batch["status"] not in ENDED:
-        raise ConfigError(_nothing_to_fetch(batch, errors))
+    if batch["status"] not in ENDED:
+        raise ConfigError(f"{id}: {describe(batch)}; results can be fetched when it has ended")
+    if not file_id:
+        typer.echo(f"{id}: {describe(batch)}; no item {'failed' if errors else 'has a result'}", err=True)
+        return
     if output is None:
         server.download(file_id, sys.stdout.buffer, lambda _: None)
         sys.stdout.buffer.flush()
@@ -202,7 +206,10 @@ def list_(
     if not batches:
         typer.echo("no batches")
         return
-    table = Table("id", "status", "created", "deadline", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("id", no_wrap=True, min_width=max(len(batch["id"]) for batch in batches))
+    for heading in ("status", "created", "deadline"):
+        table.add_column(heading)
     for heading in ("done", "failed", "total"):
         table.add_column(heading, justify="right")
     for batch in batches:
@@ -211,7 +218,9 @@ def list_(
         table.add_row(
             batch["id"], batch["status"], _clock(batch["created_at"]), _clock(batch.get("expires_at")), *figures
         )
-    Console().print(table)
+    console = Console()
+    # A pipe has no width of its own, and lines that are broken help nobody there.
+    (console if console.is_terminal else Console(width=PIPE_WIDTH)).print(table)
 
 
 def describe(batch: dict[str, Any]) -> str:
@@ -326,13 +335,6 @@ def _follow(server: Server, batch: dict[str, Any]) -> None:
     _say(batch, Console())
     if batch["status"] != "completed":
         raise typer.Exit(NOT_DONE)
-
-
-def _nothing_to_fetch(batch: dict[str, Any], errors: bool) -> str:
-    if batch["status"] not in ENDED:
-        return f"{batch['id']}: {describe(batch)}; results can be fetched when it has ended"
-    what = "no item failed" if errors else "no item has a result"
-    return f"{batch['id']}: {describe(batch)}; {what}, so there is nothing to fetch"
 
 
 def _download(server: Server, file_id: str, target: Path) -> None:

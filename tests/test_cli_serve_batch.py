@@ -1,0 +1,238 @@
+"""``chiron serve`` in a process of its own with emulated engines, and ``chiron batch`` against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+pytest.importorskip("httptools")
+pytest.importorskip("psutil")
+
+from chiron.cli import app
+from chiron.gateway.keys import hash_secret
+
+SECRET = "sk-chiron-of-this-test"
+CONFIG = f"""
+[models.m]
+engine = "emulated"
+profile = "llama-3.1-8b/a100/tp1"
+args = ["--speedup", "50"]
+max_instances = 1
+
+[server]
+port = 0
+grace = "5s"
+
+[[keys]]
+name = "team"
+hash = "{hash_secret(SECRET.encode())}"
+"""
+START_TIMEOUT_S = 30.0
+
+runner = CliRunner()
+
+
+class Gateway:
+    """A running ``chiron serve``."""
+
+    def __init__(self, directory: Path, *options: str) -> None:
+        (directory / "chiron.toml").write_text(CONFIG)
+        self.log = directory / "stderr.txt"
+        command = [sys.executable, "-c", "from chiron.cli import main; main()", "serve", "chiron.toml", *options]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=log)
+        self.url = self._await_url()
+
+    def _await_url(self) -> str:
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < until_s and self.process.poll() is None:
+            found = re.search(r"serves at (http\S+)/v1", self.log.read_text())
+            if found:
+                return found[1]
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(f"no start: {self.log.read_text()}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout=20)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    running = Gateway(tmp_path_factory.mktemp("serve"))
+    yield running
+    assert running.stop() == 0, running.log.read_text()
+    assert "stopped" in running.log.read_text()
+    assert SECRET not in running.log.read_text()
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHIRON_API_KEY", SECRET)
+    return tmp_path
+
+
+def call(*arguments: object) -> Result:
+    return runner.invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def write_requests(path: Path, count: int, tokens: int = 5, model: str = "m") -> Path:
+    body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "hello"}]}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    path.write_text("".join(json.dumps({"custom_id": f"c{i}", **line}) + "\n" for i in range(count)))
+    return path
+
+
+def test_a_batch_is_submitted_followed_and_fetched_in_the_order_of_its_lines(gateway: Gateway, here: Path) -> None:
+    url = ["--url", gateway.url]
+    submitted = call(
+        "batch", "submit", write_requests(here / "r.jsonl", 60), "-w", "5m", "-m", "team=x", "--wait", *url
+    )
+    assert submitted.exit_code == 0, submitted.output
+    id = submitted.stdout.split()[0]
+    assert f"{id}: completed, 60 of 60 items (100.0 %)" in submitted.stdout
+    assert id in call("batch", "status", *url).stdout
+    shown = json.loads(call("batch", "status", id, "--json", *url).stdout)
+    assert (shown["metadata"], shown["completion_window"]) == ({"team": "x"}, "5m")
+    assert id in call("batch", "list", *url).stdout
+    call("batch", "results", id, "-o", "out.jsonl", *url)
+    lines = [json.loads(line) for line in (here / "out.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"c{i}" for i in range(60)]
+    assert {line["response"]["body"]["usage"]["completion_tokens"] for line in lines} == {5}
+    assert not (here / "out.jsonl.part").exists()
+    nothing = call("batch", "results", id, "--errors", *url)
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "no item failed" in nothing.stderr
+
+
+def test_a_file_with_bad_lines_is_refused_with_their_numbers(gateway: Gateway, here: Path) -> None:
+    path = write_requests(here / "r.jsonl", 3)
+    path.write_text(path.read_text() + "{not json\n" + json.dumps({"custom_id": "x", "method": "GET"}) + "\n")
+    result = call("batch", "submit", path, "--url", gateway.url)
+    assert result.exit_code == 2
+    assert "failed" in result.stderr
+    assert "line 4: " in result.stderr
+    assert "line 5: " in result.stderr
+
+
+def test_a_batch_can_be_cancelled_and_has_no_results_before_its_end(gateway: Gateway, here: Path) -> None:
+    url = ["--url", gateway.url]
+    many = write_requests(here / "r.jsonl", 2000, tokens=4000)
+    id = call("batch", "submit", many, "-w", "1h", *url).stdout.split()[0]
+    early = call("batch", "results", id, *url)
+    assert early.exit_code == 2
+    assert "results can be fetched when it has ended" in early.stderr
+    assert call("batch", "cancel", id, *url).exit_code == 0
+    followed = call("batch", "status", id, "--watch", *url)
+    assert "cancelled" in followed.stdout
+    assert call("batch", "status", "batch_nothing", *url).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["status", "--key", "wrong"], "401: Incorrect API key. (--key, or the variable CHIRON_API_KEY)"),
+        (["submit", "r.jsonl", "-w", "2s"], "completion_window"),
+        (["submit", "r.jsonl", "-w", "soon"], "error: duration 'soon': expected"),
+        (["submit", "r.jsonl", "-m", "x"], "--metadata 'x': expected KEY=VALUE"),
+        (["submit", "r.jsonl", "--endpoint", "/v1/nothing"], "endpoint is '/v1/nothing'; allowed: "),
+        (["submit", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
+        (["submit", "bad.jsonl"], "bad.jsonl: the first line is no batch request"),
+        (["cancel", "batch_x"], "404"),
+        (["list", "--url", "ftp://x"], "--url 'ftp://x': must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(
+    gateway: Gateway, here: Path, arguments: list[str], message: str
+) -> None:
+    write_requests(here / "r.jsonl", 1)
+    (here / "bad.jsonl").write_text("[1]\n")
+    result = call("batch", arguments[0], "--url", gateway.url, *arguments[1:])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    result = call("batch", "list", "--url", f"http://127.0.0.1:{port}")
+    assert result.exit_code == 2
+    assert "cannot connect: Connection refused; is `chiron serve` running there?" in result.stderr
+
+
+def test_a_download_that_breaks_off_is_an_error_and_leaves_no_file(here: Path) -> None:
+    batch = {"id": "b", "status": "completed", "output_file_id": "f", "error_file_id": None}
+    batch |= {"request_counts": {"total": 1, "completed": 1, "failed": 0}}
+    answers = [json.dumps(batch).encode(), b"x" * 10]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for body, length in zip(answers, (len(answers[0]), 100), strict=True):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % length + body)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        result = call("batch", "results", "b", "-o", "out.jsonl", "--url", f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert result.exit_code == 2
+    assert "the connection was lost after 10 bytes" in result.stderr
+    assert list(here.iterdir()) == []
+
+
+def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) -> None:
+    config = gateway.log.parent / "chiron.toml"
+    result = call("serve", config)
+    assert result.exit_code == 2
+    assert "in use by another process" in result.stderr
+    result = call("serve", config, "--data", "other", "--port", gateway.url.rpartition(":")[2])
+    assert result.exit_code == 2
+    assert "--port chooses another" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
+    first = Gateway(here)
+    port = first.url.rpartition(":")[2]
+    requests = write_requests(here / "r.jsonl", 300, tokens=2000)
+    program = [sys.executable, "-c", "from chiron.cli import main; main()"]
+    watch = subprocess.Popen(
+        [*program, "batch", "submit", str(requests), "--wait", "-w", "10m", "--url", first.url],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CHIRON_API_KEY": SECRET},
+    )
+    assert watch.stdout is not None
+    id = watch.stdout.readline().strip()
+    until_s = time.monotonic() + 30
+    while "in progress, 0 of" in call("batch", "status", id, "--url", first.url).stdout and time.monotonic() < until_s:
+        time.sleep(0.1)
+    first.stop(signal.SIGKILL)
+    second = Gateway(here, "--port", port)
+    said, _ = watch.communicate(timeout=120)
+    assert watch.returncode == 0
+    assert "completed, 300 of 300 items" in said
+    call("batch", "results", id, "-o", "out.jsonl", "--url", second.url)
+    assert len({json.loads(line)["custom_id"] for line in (here / "out.jsonl").read_text().splitlines()}) == 300
+    assert second.stop() == 0
