@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from http.client import HTTPConnection, HTTPResponse
+from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,19 @@ def ask(port: int, path: str, **fields: Any) -> bytes:
         connection.close()
 
 
-def open_stream(port: int) -> HTTPResponse:
-    """A stream that has begun and has long to go."""
+@contextmanager
+def open_stream(port: int) -> Iterator[None]:
+    """A stream that has begun and has long to go; leaving closes it."""
     connection = HTTPConnection("127.0.0.1", port, timeout=10)
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-    response = connection.getresponse()  # It owns the socket, as the server closes after each answer.
-    assert response.readline().startswith(b"data: ")
-    return response
+    response = connection.getresponse()
+    try:
+        assert response.readline().startswith(b"data: ")
+        yield
+    finally:
+        response.close()
+        connection.close()
 
 
 def figures(port: int) -> dict[str, float]:
@@ -97,7 +103,8 @@ def test_it_answers_streams_and_counts(server: tuple[subprocess.Popen[str], int]
 def test_a_client_that_leaves_frees_its_slot(server: tuple[subprocess.Popen[str], int]) -> None:
     _, port = server
     for _ in range(3 * SLOTS):
-        open_stream(port).close()
+        with open_stream(port):
+            pass
     deadline_s = time.monotonic() + 5
     while figures(port)["running"]:
         assert time.monotonic() < deadline_s
@@ -105,10 +112,9 @@ def test_a_client_that_leaves_frees_its_slot(server: tuple[subprocess.Popen[str]
 
 def test_it_stops_at_once_though_a_stream_runs(server: tuple[subprocess.Popen[str], int]) -> None:
     process, port = server
-    stream = open_stream(port)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=2) == 0
-    stream.close()
+    with open_stream(port):
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=2) == 0
 
 
 @pytest.mark.parametrize(
