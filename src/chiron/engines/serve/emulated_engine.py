@@ -25,6 +25,9 @@ from chiron.net.server import Incoming
 
 log = logging.getLogger("chiron.emulated")
 
+_LATE_S = 1.0
+"""Behind by more than this the log says so, every so often."""
+_WARN_EVERY_S = 30.0
 _CLASS = RequestClass(name="any", kind="batch")
 
 
@@ -95,6 +98,7 @@ class EmulatedEngine:
         self.late_s = 0.0
         """By how much the machine was behind at the ends of steps, added up: an emulation that it cannot keep up with
         shows here."""
+        self._warned_s = -_WARN_EVERY_S
         self._name = name
         self._streams: dict[int, _Stream] = {}
         self._saved: OrderedDict[int, tuple[int, int]] = OrderedDict()
@@ -226,7 +230,11 @@ class EmulatedEngine:
     def _stepped(self, ids: Iterable[int]) -> None:
         clock, streams = self._clock, self._streams
         now_s = clock.now_s
-        self.late_s += max(0.0, clock.elapsed_s() - now_s)
+        late_s = max(0.0, clock.elapsed_s() - now_s)
+        self.late_s += late_s
+        if late_s > _LATE_S and now_s > self._warned_s + _WARN_EVERY_S:
+            self._warned_s = now_s
+            log.warning("instance %d is %.1f s behind its profile: too much load here", self.model.instance.id, late_s)
         for id in ids:
             streams[id].token(now_s)
 
