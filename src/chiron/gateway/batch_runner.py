@@ -193,6 +193,14 @@ class BatchRunner:
         self._drop(batch.id)
         return batch
 
+    def in_flight(self) -> dict[str, int]:
+        """Items that are out of the store, by batch id."""
+        counts: dict[str, int] = {}
+        for window in self._windows.values():
+            for batch_id, _ in window.calls:
+                counts[batch_id] = counts.get(batch_id, 0) + 1
+        return counts
+
     def summary(self) -> dict[str, object]:
         """For the status page."""
         windows = self._windows.values()

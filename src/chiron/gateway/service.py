@@ -169,13 +169,16 @@ class Service:
             instance_urls=self.engines.urls(),
             usage=self.engines.usage(),
             batches=self._batches,
+            batch_in_flight=self.runner.in_flight(),
             loop_lag_s=self._lag.worst_s,
             connections=len(self._server.connections) if self._server is not None else 0,
         )
 
     def status(self) -> dict[str, Any]:
         """The object of ``GET /chiron/status``."""
-        return status(self.plane, self.journal, self.around()) | {"batch_runner": self.runner.summary()}
+        found: dict[str, Any] = {}
+        self.clock.post(lambda: found.update(status(self.plane, self.journal, self.around())))
+        return found | {"batch_runner": self.runner.summary()}
 
     def drain(self) -> None:
         """Answer new requests with 503 from now on."""

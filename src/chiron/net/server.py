@@ -545,10 +545,12 @@ class HttpServer:
         self._drained: asyncio.Event = asyncio.Event()
         self._sweep()
 
-    async def listen(self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None) -> None:
-        def factory() -> _Connection:
-            return _Connection(self)
+    def accept(self) -> asyncio.Protocol:
+        """The protocol of one more client: what a listening socket asks for, or a test with a transport of its own."""
+        return _Connection(self)
 
+    async def listen(self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None) -> None:
+        factory = self.accept
         if path is not None:
             self._listener = await self._loop.create_unix_server(factory, path=path, backlog=2048)
             return
