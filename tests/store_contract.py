@@ -147,6 +147,8 @@ async def a_file_exists_only_once_it_is_committed(site: Site) -> None:
         assert await store.list_files(None) == []
         with pytest.raises(TooLarge, match="10 bytes"):
             await incoming.write(b"678901")
+        with pytest.raises(StoreClosed, match="failed"):
+            await incoming.commit()
         await incoming.abort()
         await incoming.abort()
         with pytest.raises(StoreClosed):
@@ -189,6 +191,19 @@ async def a_key_sees_its_own_files_only(site: Site) -> None:
                 metadata={},
                 now_s=site.now_s,
             )
+
+
+async def text_that_is_no_text_does_no_harm(site: Site) -> None:
+    half = "\ud800"
+    async with site.store() as store:
+        incoming = await store.begin_file(half, half, "", 10)
+        file = await incoming.commit()
+        assert (await store.get_file(file.id, None)).filename == "?"
+        assert await store.list_files(None, purpose=half) == [file]
+        for call in (store.get_file(half, None), store.get_batch(half, None), store.list_files(None, after=half)):
+            with pytest.raises(NotFound):
+                await call
+        assert await store.list_files(None, limit=-1) == []
 
 
 async def lists_are_read_in_pages(site: Site) -> None:
@@ -262,6 +277,7 @@ BAD_FILES: list[tuple[str, bytes, list[tuple[int | None, str]]]] = [
         [(2, "line_too_long"), (3, "duplicate_custom_id")],
     ),
     ("too long without an end", line_of("b", text="x" * 9_000_000), [(1, "line_too_long")]),
+    ("half a character", b'{"custom_id": "\\ud800", "body": {"model": "m"}}', [(1, "invalid_json_line")]),
     ("too many", lines_of(12), [(11, "too_many_requests")]),
     (
         "the same id again",
@@ -777,6 +793,7 @@ CASES: list[Case] = [
     an_empty_file_is_a_file,
     a_file_exists_only_once_it_is_committed,
     a_key_sees_its_own_files_only,
+    text_that_is_no_text_does_no_harm,
     lists_are_read_in_pages,
     a_file_in_use_cannot_be_deleted,
     a_valid_file_becomes_items,

@@ -31,17 +31,22 @@ def read_batch(row: sqlite3.Row) -> Batch:
 
 
 def find_batch(db: sqlite3.Connection, batch_id: str, owner: str | None = None) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (batch_id,)).fetchone()
+    row: sqlite3.Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (storable(batch_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no batch {batch_id!r}")
     return row
 
 
 def find_file(db: sqlite3.Connection, file_id: str, owner: str | None = None) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
+    row: sqlite3.Row | None = db.execute("SELECT * FROM files WHERE id = ?", (storable(file_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no file {file_id!r}")
     return row
+
+
+def storable(text: str) -> str:
+    """Text as it can be stored: JSON and forms can carry halves of surrogate pairs, which UTF-8 cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def read_file_row(row: sqlite3.Row) -> StoredFile:

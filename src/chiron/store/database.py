@@ -61,6 +61,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 
 
 def item_key(batch: int, index: int) -> int:
+    assert 0 <= index < 1 << 32, index
     return batch << 32 | index
 
 
@@ -113,7 +114,7 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
     db.execute("PRAGMA journal_mode = WAL")
     page = db.execute("PRAGMA page_size").fetchone()[0]
     db.execute(f"PRAGMA max_page_count = {settings.database_bytes_max // page}")
-    db.execute(f"PRAGMA wal_autocheckpoint = {(32 << 20) // page}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {(16 << 20) // page}")
     db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
     db.execute("PRAGMA cache_size = -32768")
     if empty:

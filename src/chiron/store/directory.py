@@ -53,7 +53,8 @@ def remove_orphans(directory: Path, known: set[str]) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory / FILES, os.O_RDONLY)
+    """Put the names of the files in it on disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

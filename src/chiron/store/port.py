@@ -212,7 +212,8 @@ class Upload(Protocol):
     async def write(self, data: bytes) -> None:
         """Raises ``TooLarge`` and ``StoreFull``; the upload can then only be aborted."""
 
-    async def commit(self) -> StoredFile: ...
+    async def commit(self) -> StoredFile:
+        """Raises ``StoreFull``; the upload can then only be aborted."""
 
     async def abort(self) -> None:
         """Forget it. Does nothing after ``commit`` or a first ``abort``."""

@@ -19,7 +19,9 @@ class StoreSettings:
     group_max: int = 256
     """Operations committed in one transaction, with one wait for the disk."""
     read_threads: int = 3
-    """Threads that read files and results, and write uploads."""
+    """Threads that read files and results."""
+    upload_threads: int = 2
+    """Threads that write uploads: a large one waits for the disk for seconds at its end."""
     block_bytes: int = 256 << 10
     """Files and results are read in blocks of about this size: what a slow reader holds in memory."""
     check_bytes_max: int = 64 << 20
@@ -30,7 +32,7 @@ class StoreSettings:
         for name in ("retention_s", "reserve_bytes", "check_bytes_max"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be 0 or more")
-        for name in ("operations_max", "group_max", "read_threads"):
+        for name in ("operations_max", "group_max", "read_threads", "upload_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be 1 or more")
         if self.block_bytes < 4096:

@@ -1,6 +1,6 @@
 """The batch store on SQLite, in one directory, for one process.
 
-Three kinds of threads keep the event loop free: one writes (``writer``), a few read and take uploads, one validates.
+Its threads keep the event loop free: one writes (``writer``), a few read, a few take uploads, one validates.
 Readers have connections of their own; under the write-ahead log they and the writer do not wait for each other.
 """
 
@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 
 from chiron.store import batches, items
 from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, store_error
-from chiron.store.directory import disk_error, file_path, lock, remove_files, remove_orphans
+from chiron.store.directory import disk_error, file_path, lock, remove_files, remove_orphans, sync_directory
 from chiron.store.leases import Leases
 from chiron.store.port import (
     Batch,
@@ -49,6 +49,7 @@ class _Opened:
     lock: int
     writer: Writer
     readers: ThreadPoolExecutor
+    uploaders: ThreadPoolExecutor
     validator: ThreadPoolExecutor
     places: asyncio.Semaphore
     connections: list[sqlite3.Connection] = field(default_factory=list)
@@ -79,6 +80,7 @@ class SqliteStore:
             db = open_for_writing(self.directory, self.settings)
             try:
                 uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
+                sync_directory(self.directory)
                 remove_orphans(self.directory, {row["id"] for row in uploads})
             except BaseException:
                 db.close()
@@ -95,6 +97,7 @@ class SqliteStore:
             lock=held,
             writer=Writer(db, self._path, self.settings.group_max, batches.purge_step),
             readers=ThreadPoolExecutor(self.settings.read_threads, thread_name_prefix="store-reader"),
+            uploaders=ThreadPoolExecutor(self.settings.upload_threads, thread_name_prefix="store-uploader"),
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
             places=asyncio.Semaphore(self.settings.operations_max),
         )
@@ -157,15 +160,15 @@ class SqliteStore:
             directory=self.directory,
             file=StoredFile(
                 id=batches.new_file_id(),
-                purpose=purpose,
-                filename=filename,
+                purpose=batches.storable(purpose),
+                filename=batches.storable(filename),
                 bytes=0,
                 created_s=self._wall(),
                 owner=owner,
             ),
             bytes_max=bytes_max,
             settings=self.settings,
-            in_thread=self._in_thread,
+            in_thread=lambda run: asyncio.get_running_loop().run_in_executor(now.uploaders, run),
             insert=insert,
             on_end=now.uploads.discard,
         )
@@ -183,6 +186,8 @@ class SqliteStore:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> list[StoredFile]:
+        wanted = None if purpose is None else batches.storable(purpose)
+
         def query(db: sqlite3.Connection) -> list[StoredFile]:
             behind = None if after is None else batches.find_file(db, after, owner)["no"]
             rows = db.execute(
@@ -190,7 +195,12 @@ class SqliteStore:
                 " AND (:purpose IS NULL OR purpose = :purpose)"
                 f" AND (:behind IS NULL OR no {'>' if order == 'asc' else '<'} :behind)"
                 f" ORDER BY no {'ASC' if order == 'asc' else 'DESC'} LIMIT :limit",
-                {"owner": owner, "purpose": purpose, "behind": behind, "limit": limit},
+                {
+                    "owner": owner,
+                    "purpose": wanted,
+                    "behind": behind,
+                    "limit": max(0, limit),
+                },
             )
             return [batches.read_file_row(row) for row in rows]
 
@@ -311,7 +321,7 @@ class SqliteStore:
             rows = db.execute(
                 f"{batches.SELECT_BATCH} WHERE (:owner IS NULL OR owner = :owner)"
                 " AND (:behind IS NULL OR no < :behind) ORDER BY no DESC LIMIT :limit",
-                {"owner": owner, "behind": behind, "limit": limit},
+                {"owner": owner, "behind": behind, "limit": max(0, limit)},
             )
             return [batches.read_batch(row) for row in rows]
 
@@ -326,20 +336,21 @@ class SqliteStore:
 
     async def lease(self, model: str, limit: int, before_deadline_s: float | None = None) -> list[Item]:
         now = self._opened
-        future = now.writer.submit(
-            lambda transaction: items.lease(transaction.db, self._leases, model, limit, before_deadline_s), reads=True
-        )
-        leased: list[items.Leased] = []
-        try:
-            leased = await asyncio.shield(asyncio.wrap_future(future))
-            found, lost = await self._in_thread(lambda: items.read_bodies(self.directory, leased))
-        except BaseException:
-            # Whoever asked has gone or hears of an error; nobody else would ever give these back.
-            future.add_done_callback(lambda done: self._give_back(now.writer, done))
-            raise
-        for batch_id in lost:
-            await self._lose_input(batch_id)
-        return found
+        async with now.places:
+            future = now.writer.submit(
+                lambda transaction: items.lease(transaction.db, self._leases, model, limit, before_deadline_s),
+                reads=True,
+            )
+            try:
+                leased = await asyncio.shield(asyncio.wrap_future(future))
+                found, lost = await self._in_thread(lambda: items.read_bodies(self.directory, leased))
+                for batch_id in lost:
+                    await self._lose_input(batch_id)
+            except BaseException:
+                # Whoever asked has gone or hears of an error; nobody else would ever give these back.
+                future.add_done_callback(lambda done: self._give_back(now.writer, done))
+                raise
+            return found
 
     async def _lose_input(self, batch_id: str) -> None:
         now_s = self._wall()
@@ -376,6 +387,7 @@ def _close(now: _Opened) -> None:
     now.writer.close()
     # A validation under way ends at its next block.
     now.validator.shutdown(wait=True, cancel_futures=True)
+    now.uploaders.shutdown(wait=True)
     now.readers.shutdown(wait=True, cancel_futures=True)
     for connection in now.connections:
         connection.close()

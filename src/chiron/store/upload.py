@@ -47,11 +47,13 @@ class FileUpload:
         self._bytes = 0
         self._stream: FileIO | None = None
         self._ended = False
+        self._failed = False
+        """Something is missing on disk: it can only be aborted."""
 
     async def write(self, data: bytes) -> None:
-        if self._ended:
-            raise StoreClosed(f"{self._file.filename!r}: the upload has ended")
+        self._require_open()
         if self._bytes + len(data) > self._bytes_max:
+            self._failed = True
             raise TooLarge(f"{self._file.filename!r}: larger than {self._bytes_max} bytes")
         self._bytes += len(data)
         self._buffer.append(data)
@@ -60,8 +62,7 @@ class FileUpload:
             await self._in_thread(self._flush)
 
     async def commit(self) -> StoredFile:
-        if self._ended:
-            raise StoreClosed(f"{self._file.filename!r}: the upload has ended")
+        self._require_open()
         await self._in_thread(self._flush_to_disk)
         file = await self._insert(
             StoredFile(
@@ -81,11 +82,16 @@ class FileUpload:
             self._end()
             await self._in_thread(self._discard)
 
+    def _require_open(self) -> None:
+        if self._ended or self._failed:
+            raise StoreClosed(f"{self._file.filename!r}: the upload has {'ended' if self._ended else 'failed'}")
+
     def _end(self) -> None:
         self._ended = True
         self._on_end(self)
 
     def _flush(self) -> None:
+        self._failed = True
         try:
             check_room(self._directory, self._settings.reserve_bytes)
             if self._stream is None:
@@ -99,14 +105,16 @@ class FileUpload:
             raise disk_error(error, self._path) from error
         self._buffer.clear()
         self._buffered = 0
+        self._failed = False
 
     def _flush_to_disk(self) -> None:
         self._flush()
         assert self._stream is not None
+        self._failed = True
         try:
             os.fsync(self._stream.fileno())
             self._stream.close()
-            sync_directory(self._directory)
+            sync_directory(self._path.parent)
         except OSError as error:
             raise disk_error(error, self._path) from error
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from chiron.store.batches import fail_validation, find_batch, update_batch
+from chiron.store.batches import fail_validation, find_batch, storable, update_batch
 from chiron.store.database import OPEN, item_key
 from chiron.store.port import Check, InputLimits, ItemSpec, LineError
 from chiron.store.results import id_size
@@ -169,7 +169,13 @@ class Validation:
             except UnicodeDecodeError as error:
                 message = f"the line is not UTF-8: byte {error.start + 1} is 0x{line.text[error.start]:02x}"
                 return LineError(code="invalid_json_line", message=message)
-        return self._check(line.text)
+        spec = self._check(line.text)
+        if isinstance(spec, ItemSpec):
+            for name, value in (("custom_id", spec.custom_id), ("model", spec.model)):
+                if storable(value) != value:
+                    message = f"{value!r} holds half of a surrogate pair, which is no character"
+                    return LineError(code="invalid_json_line", message=message, param=name)
+        return spec
 
     def _insert(self, rows: list[_Row]) -> bool:
         def insert(transaction: Transaction) -> bool:

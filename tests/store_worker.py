@@ -1,0 +1,87 @@
+"""A process that works on a store until it is killed: ``python store_worker.py DIRECTORY ACKNOWLEDGED SEED BATCHES``.
+
+It uploads and submits batches, validates, leases, finishes and releases, all at once, and writes down what the store
+has acknowledged: one line per batch and per result, after the call has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import TextIO
+
+from chiron.store.port import ENDED, Ended
+from chiron.store.settings import StoreSettings
+from chiron.store.sqlite import SqliteStore
+from store_contract import LIMITS, MODEL, check, keys, lines_of
+
+ITEMS = 1200
+
+
+async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> None:
+    random = Random(seed)
+    store = SqliteStore(directory, wall=time.time, settings=StoreSettings(reserve_bytes=0))
+    await store.open()
+    print("open", flush=True)
+
+    def note(*words: object) -> None:
+        acknowledged.write(" ".join(map(str, words)) + "\n")
+        acknowledged.flush()
+
+    async def submit() -> None:
+        for batch in await store.unvalidated():
+            await store.validate(batch.id, check, LIMITS)
+        while len(await store.list_batches(None)) < count:
+            upload = await store.begin_file("batch", "in.jsonl", "", 1 << 30)
+            for block in (lines_of(ITEMS)[start : start + 20_000] for start in range(0, 1 << 30, 20_000)):
+                if not block:
+                    break
+                await upload.write(block)
+            file = await upload.commit()
+            now_s = time.time()
+            batch = await store.create_batch(
+                owner="",
+                input_file_id=file.id,
+                endpoint="/v1/completions",
+                completion_window="1h",
+                deadline_s=now_s + 3600,
+                metadata={},
+                now_s=now_s,
+            )
+            note("batch", batch.id)
+            await store.validate(batch.id, check, LIMITS)
+
+    async def run() -> None:
+        while any(batch.status not in ENDED for batch in await store.list_batches(None, limit=count)):
+            leased = await store.lease(MODEL, random.randrange(1, 40))
+            if leased and random.random() < 0.1:
+                await store.release(keys(leased), random.random() < 0.5)
+                continue
+            tokens = [f"{seed}.{random.random()}" for _ in leased]
+            ended = [
+                Ended(
+                    batch_id=item.batch_id,
+                    index=item.index,
+                    ok=random.random() < 0.9,
+                    line=json.dumps({"index": item.index, "token": token}).encode(),
+                )
+                for item, token in zip(leased, tokens, strict=True)
+            ]
+            await store.finish(ended, time.time())
+            for one, token in zip(ended, tokens, strict=True):
+                note("result", one.batch_id, one.index, one.ok, token)
+
+    await asyncio.gather(submit(), *(run() for _ in range(3)))
+    while len([batch for batch in await store.list_batches(None) if batch.status in ENDED]) < count:
+        await run()
+    await store.close()
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    with open(sys.argv[2], "a") as opened:
+        asyncio.run(work(Path(sys.argv[1]), opened, sys.argv[3], int(sys.argv[4])))

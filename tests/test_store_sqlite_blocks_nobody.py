@@ -1,0 +1,110 @@
+"""Large jobs: memory stays bounded, and who reads or uploads much does not hold up who writes little."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from chiron.store.port import BatchStore, Ended
+from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
+from store_sites import sqlite_site
+
+
+def test_a_slow_reader_holds_up_neither_writers_nor_the_log(tmp_path: Path) -> None:
+    async def run() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            batch = await start(site, store, 500)
+            readers = []
+            for _ in range(50):
+                leased = await store.lease(MODEL, 10)
+                await store.finish([result(item, text="x" * 100_000) for item in leased], site.now_s)
+                readers.append(aiter(store.read_results(batch.id, True)))
+                await anext(readers[-1])
+            # The log is copied into the database all the while, or it would hold all 50 MB.
+            assert (tmp_path / "batch.sqlite3-wal").stat().st_size < 25e6
+            lines = 0
+            async for block in readers[0]:
+                lines += block.count(b"\n")
+            assert 490 <= lines < 500
+
+    asyncio.run(run())
+
+
+def test_small_work_gets_in_between_large_work(tmp_path: Path) -> None:
+    async def run() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            small = await start(site, store, 100)
+            large = await submit(site, store, b"".join(line_of(f"{index}") + b"\n" for index in range(20_000)))
+            validation = asyncio.create_task(store.validate(large.id, check, LIMITS))
+            waits = []
+            for item in await store.lease(MODEL, 100):
+                before = time.perf_counter()
+                await store.finish([result(item)], site.now_s)
+                waits.append(time.perf_counter() - before)
+                if validation.done():
+                    break
+            assert sorted(waits)[len(waits) // 2] < 0.25
+            assert (await store.get_batch(small.id, None)).completed == len(waits)
+            assert (await validation).total == 20_000
+
+    asyncio.run(run())
+
+
+async def whole_job(site_path: Path, items: int) -> None:
+    site = sqlite_site(site_path)
+    async with site.store() as store:
+        incoming = await store.begin_file("batch", "in.jsonl", "", 1 << 34)
+        for index in range(items):
+            await incoming.write(line_of(f"id-{index}", text="x" * 2000) + b"\n")
+        file = await incoming.commit()
+        batch = await store.create_batch(
+            owner="",
+            input_file_id=file.id,
+            endpoint="/v1/completions",
+            completion_window="1h",
+            deadline_s=site.now_s + 3600,
+            metadata={},
+            now_s=site.now_s,
+        )
+        await store.validate(batch.id, check, LIMITS)
+        await finish_all(store, site.now_s)
+        batch = await store.get_batch(batch.id, None)
+        assert batch.output_file_id is not None
+        lines = 0
+        async for block in store.read_file(batch.output_file_id, None):
+            lines += block.count(b"\n")
+        assert lines == items
+
+
+async def finish_all(store: BatchStore, now_s: float) -> None:
+    while leased := await store.lease(MODEL, 256):
+        line = b"y" * 1000
+        ended = [Ended(batch_id=item.batch_id, index=item.index, ok=True, line=line) for item in leased]
+        await store.finish(ended, now_s)
+
+
+def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
+    peaks = []
+    for items in (500, 3_000):
+        gc.collect()
+        tracemalloc.start()
+        asyncio.run(whole_job(tmp_path / f"{items}", items))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # 2,500 more items of 3 KB each are 7.5 MB.
+    assert peaks[1] < peaks[0] + 1_000_000, peaks
+
+
+@pytest.mark.slow
+def test_three_hundred_thousand_items_fit_into_little_memory(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    asyncio.run(whole_job(tmp_path, 300_000))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024

@@ -1,0 +1,138 @@
+"""Opening a directory: one process at a time, nothing half-made left, and damage is told, not met later."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chiron.store.port import BatchStore, StoreCorrupt, StoreError, StoreLocked
+from chiron.store.settings import StoreSettings
+from store_contract import lines_of, start, upload
+from store_sites import sqlite_site
+
+HOLD = """
+import asyncio, sys, time
+from pathlib import Path
+from chiron.store.sqlite import SqliteStore
+async def main():
+    await SqliteStore(Path(sys.argv[1]), wall=time.time).open()
+    print("open", flush=True)
+    sys.stdin.read()
+    import os; os._exit(0)
+asyncio.run(main())
+"""
+
+
+def opened(directory: Path) -> BatchStore:
+    async def run() -> BatchStore:
+        async with sqlite_site(directory).store() as store:
+            await store.pending()
+            return store
+
+    return asyncio.run(run())
+
+
+def test_a_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(StoreLocked, match=rf"{tmp_path}.*pid {holder.pid}"):
+            opened(tmp_path)
+        holder.kill()
+        holder.wait(10)
+        opened(tmp_path)
+
+
+def test_a_store_that_failed_to_open_can_be_opened_later(tmp_path: Path) -> None:
+    database = tmp_path / "batch.sqlite3"
+    database.write_bytes(b"not a database at all" * 100)
+    for _ in range(2):
+        with pytest.raises(StoreCorrupt, match=r"batch\.sqlite3.*not a database"):
+            opened(tmp_path)
+    database.unlink()
+    opened(tmp_path)
+
+
+def test_the_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
+        db.execute("CREATE TABLE theirs(x)")
+    db.close()
+    before = (tmp_path / "batch.sqlite3").read_bytes()
+    with pytest.raises(StoreCorrupt, match="another program"):
+        opened(tmp_path)
+    assert (tmp_path / "batch.sqlite3").read_bytes() == before
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(StoreError, match="schema 99"):
+        opened(tmp_path)
+
+
+def test_damage_is_found_when_opening(tmp_path: Path) -> None:
+    async def fill() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            await start(site, store, 3000)
+
+    asyncio.run(fill())
+    database = tmp_path / "batch.sqlite3"
+    content = bytearray(database.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 20_000] = os.urandom(20_000)
+    database.write_bytes(content)
+    with pytest.raises(StoreCorrupt, match="restore a copy"):
+        opened(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="file"):
+        opened(tmp_path / "file" / "data")
+
+
+def test_files_of_cut_off_uploads_are_removed(tmp_path: Path) -> None:
+    async def run() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            kept = await upload(store, lines_of(3))
+        (tmp_path / "files" / "file-0123").write_bytes(b"half")
+        async with site.store() as store:
+            assert await store.list_files(None) == [kept]
+        assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
+
+    asyncio.run(run())
+
+
+def test_a_batch_whose_input_was_taken_away_ends_with_a_reason(tmp_path: Path) -> None:
+    async def run() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            lost = await start(site, store, 5)
+            fine = await start(site, store, 2)
+            (tmp_path / "files" / lost.input_file_id).write_bytes(lines_of(2))
+            leased = await store.lease("llama-3.1-8b", 10)
+            assert [(item.batch_id, item.index) for item in leased] == [(fine.id, 0), (fine.id, 1)]
+            lost = await store.get_batch(lost.id, None)
+            assert (lost.status, lost.failed, lost.errors[0].code) == ("failed", 5, "input_file_missing")
+            assert [work.batch_id for work in await store.pending()] == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["retention_s", "operations_max", "block_bytes", "database_bytes_max", "read_threads"])
+def test_settings_that_make_no_sense_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        StoreSettings(**{name: -1})
