@@ -364,6 +364,8 @@ class _Run:
     def output_tokens(self) -> int:
         """As the engine's usage says, else as counted. Also notes the prompt's true length."""
         counted = self.tokens
+        if self.upcall.streams and self._tail.rstrip().endswith(b"[DONE]"):
+            counted -= 1  # The last event is no token.
         for kind, value in _USAGE.findall(self._tail):
             if kind == b"prompt":
                 self.prompt_tokens = int(value)
