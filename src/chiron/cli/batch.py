@@ -109,7 +109,7 @@ def submit(
 
 @app.command()
 def status(
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Of the batch; default: the latest.")] = None,
+    id: Annotated[str | None, typer.Argument(metavar="ID", help="Of the batch; default: the latest.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it until it has ended.")] = False,
     json_: JsonOption = False,
     url: UrlOption = DEFAULT_URL,

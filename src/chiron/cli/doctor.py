@@ -38,7 +38,7 @@ FAILED = 1
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(metavar="[CONFIG]", help=f"A serve config; default: {DEFAULT_CONFIG} if there is one."),
+        typer.Argument(metavar="CONFIG", help=f"A serve config; default: {DEFAULT_CONFIG} if there is one."),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set a value, as for `chiron serve`.")

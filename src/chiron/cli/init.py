@@ -26,7 +26,7 @@ DEFAULT_ENDPOINTS = {"vllm": 8001, "sglang": 30000, "tgi": 3000, "openai": 8001}
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path(DEFAULT_CONFIG),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(DEFAULT_CONFIG),
     engine: Annotated[
         str,
         typer.Option("--engine", "-e", help="openvino (embedded), llamacpp, emulated, vllm, sglang, tgi, openai ..."),
@@ -36,7 +36,12 @@ def init(
         typer.Option("--endpoint", metavar="URL", help="An engine that runs already. Repeatable."),
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Its name in the API; engines must know it.")] = "",
-    model_path: Annotated[str, typer.Option("--model-path", help="What the engine loads: a GGUF file, or ...")] = "",
+    model_path: Annotated[
+        str,
+        typer.Option(
+            "--model-path", help="A GGUF file for openvino or llamacpp; a directory or hub name for vllm or sglang."
+        ),
+    ] = "",
     profile: Annotated[str, typer.Option("--profile", help="Of an emulated engine (`chiron profile list`).")] = "",
 ) -> None:
     """Write a commented config: every common key with its default. An existing file is never overwritten.

@@ -30,7 +30,7 @@ FILES_BESIDES = 1000
 
 def serve(
     config: Annotated[
-        Path, typer.Argument(metavar="[CONFIG]", help="The serve config; `chiron init` writes one.")
+        Path, typer.Argument(metavar="CONFIG", help="The serve config; `chiron init` writes one.")
     ] = Path(DEFAULT_CONFIG),
     advise: Annotated[
         bool,

@@ -230,6 +230,9 @@ def _own_command(section: ServeInstanceSection, kind: InstanceKind, directory: P
         command += ["--max-num-batched-tokens", str(kind.max_num_batched_tokens)]
         if section.kv_capacity_tokens is not None:
             command += ["--kv-capacity-tokens", str(section.kv_capacity_tokens)]
+    if section.engine == "llamacpp":
+        # Its KV is divided among its slots.
+        command += ["--ctx-per-seq", str(max(1, kind.kv_capacity_tokens // kind.max_num_seqs))]
     command += ["--served-model-name", "{model}"]
     if section.threads is not None:
         command += ["--threads", str(section.threads)]

@@ -11,7 +11,7 @@ from chiron.core.ports import Engine
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
 from chiron.fleet.local import LocalFleet, LocalFleetSettings, ProcessKind
-from chiron.fleet.static import StaticFleet, StaticKind
+from chiron.fleet.static import StaticFleet, StaticFleetSettings, StaticKind
 from chiron.fleet.usage import ProcessUsage
 from chiron.gateway.admission import ServedModel
 from chiron.gateway.settings import KindSettings
@@ -31,6 +31,7 @@ class Engines:
         directory: Path,
         fleet: LocalFleetSettings,
         devices: Sequence[str],
+        static_fleet: StaticFleetSettings | None = None,
     ) -> None:
         self.plane: ControlPlane | None = None
         """Set once it exists; it needs a fleet to be made."""
@@ -54,7 +55,7 @@ class Engines:
             )
             self.local.listener = self
         if static:
-            self.static = StaticFleet(clock=clock, kinds=static, attach=self._attach)
+            self.static = StaticFleet(clock=clock, kinds=static, attach=self._attach, settings=static_fleet)
             self.static.listener = self
 
     # -- the Fleet port ----------------------------------------------------------------------------------------
@@ -146,4 +147,5 @@ def _process(settings: KindSettings) -> ProcessKind:
         start_timeout_s=settings.start_timeout_s,
         stop_timeout_s=settings.stop_timeout_s,
         gpus=settings.devices,
+        log_bytes_max=settings.log_bytes_max,
     )

@@ -35,7 +35,6 @@ from chiron.net.clock import LiveClock
 from chiron.net.server import HttpServer, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.port import Batch, StoreError
-from chiron.store.settings import StoreSettings
 from chiron.store.sqlite import SqliteStore
 
 log = logging.getLogger("chiron.gateway")
@@ -71,6 +70,7 @@ class Service:
             directory=config.data / "logs",
             fleet=config.fleet,
             devices=config.devices,
+            static_fleet=config.static_fleet,
         )
         self.plane = ControlPlane(
             clock=self.clock,

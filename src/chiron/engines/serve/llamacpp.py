@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from chiron.engines.serve.options import whole
+from chiron.engines.serve.toy import toy_model
 
 log = logging.getLogger("chiron.llamacpp")
 
@@ -42,6 +43,7 @@ _WHERE_KNOWN = {
 }
 """Parameters that older wheels lack."""
 _GGUF_MAGIC = b"GGUF"
+_TOY = Path("toy")
 
 
 class EngineError(Exception):
@@ -77,6 +79,18 @@ def start_server(options: argparse.Namespace) -> Any:
         raise EngineError(f"llama.cpp did not start with {options.model}: {error or 'no reason given'}") from None
 
 
+def make_toy() -> Path:
+    """Raises EngineError."""
+    try:
+        path = toy_model()
+    except ImportError:
+        raise EngineError("the toy model needs the package gguf: pip install 'chiron-serving[llamacpp]'") from None
+    except OSError as error:
+        raise EngineError(f"the toy model cannot be written: {error}") from None
+    log.info("the toy model has random weights: its text is noise")
+    return path
+
+
 def check_model(path: Path) -> None:
     """Raises EngineError: llama.cpp itself may crash on what is no model."""
     try:
@@ -106,7 +120,7 @@ def wait_until_healthy(address: str) -> None:
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="chiron.engines.serve.llamacpp", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a GGUF file")
+    add("--model", type=Path, default=_TOY, help="a GGUF file, or 'toy': random weights, its text is noise")
     add("--served-model-name", nargs="+", help="names in its list of models; default: the file's")
     add("--host", default="127.0.0.1")
     add("--port", type=whole(0, 65_535), default=0, help="0: a free one")
@@ -123,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     try:
+        if options.model == _TOY:
+            options.model = make_toy()
         server = start_server(options)
         address = str(server.listening_address)
         wait_until_healthy(address)
