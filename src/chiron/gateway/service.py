@@ -100,9 +100,7 @@ class Service:
             next_id=self._next_id,
             responded=self.journal.responded,
         )
-        self.store = SqliteStore(
-            config.data, wall=time.time, settings=StoreSettings(retention_s=config.batch.retention_s)
-        )
+        self.store = SqliteStore(config.data, wall=time.time, settings=config.store)
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
