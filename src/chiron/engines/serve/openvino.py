@@ -40,6 +40,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     add("--host", default="127.0.0.1")
     add("--port", type=_whole(0, 65_535), default=0, help="0: a free one")
     add("--threads", type=_whole(0, 1024), default=model.threads, help="for inference; 0: OpenVINO's choice")
+    add("--precision", choices=("f32", "bf16", "f16"), default="", help="of inference; default: OpenVINO's choice")
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument("--cache-gb", type=_whole(1, 4096), default=model.cache_gb, help="KV cache, GiB")
     memory.add_argument("--kv-capacity-tokens", type=_whole(1), default=0, help="KV cache in tokens instead")
@@ -70,6 +71,7 @@ def load(options: argparse.Namespace) -> Model:
         ModelSettings(
             path=path,
             threads=options.threads,
+            precision=options.precision,
             cache_gb=options.cache_gb,
             kv_capacity_tokens=options.kv_capacity_tokens,
             max_num_seqs=options.max_num_seqs,

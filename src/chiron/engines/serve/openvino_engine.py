@@ -37,7 +37,7 @@ log = logging.getLogger("chiron.openvino")
 now_s = time.monotonic
 """The loop's clock, read at once: uvloop's own is as old as the loop's turn, and a step lies in between."""
 
-_LATE_S = 0.003
+_LATE_S = 0.005
 """A step may start this long after the last one's end was due and still count from there: timers are that coarse."""
 
 

@@ -33,6 +33,9 @@ class ModelSettings:
     """A GGUF file, or a directory with OpenVINO's own format."""
     threads: int = 0
     """For inference; 0: as many as OpenVINO takes."""
+    precision: str = ""
+    """Of inference, such as ``f32``; empty: OpenVINO's choice, bf16 where the CPU has it. In bf16 a token may differ
+    between a prefill and a decode step, so a greedy answer that was resumed or met a cached prefix may too."""
     cache_gb: int = 1
     """KV cache, GiB."""
     kv_capacity_tokens: int = 0
@@ -115,7 +118,9 @@ class Model:
             scheduler.cache_size = 0
         else:
             scheduler.cache_size = settings.cache_gb
-        properties = {"INFERENCE_NUM_THREADS": settings.threads} if settings.threads else {}
+        properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": settings.threads} if settings.threads else {}
+        if settings.precision:
+            properties["INFERENCE_PRECISION_HINT"] = settings.precision
         return self._genai.ContinuousBatchingPipeline(str(settings.path), scheduler, "CPU", properties)
 
     def _token_bytes(self) -> list[bytes]:
