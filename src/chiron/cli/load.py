@@ -346,7 +346,8 @@ def _write(result: Any, outputs: Outputs) -> None:
     if outputs.report is not None:
         from chiron.telemetry.html import write_report
 
-        write_report([result], outputs.report, command=shlex.join(["chiron", *without_secrets(sys.argv[1:])]))
+        command = shlex.join(["chiron", *without_secrets(sys.argv[1:])])
+        write_report([result], outputs.report, command=command, notes=result.settings["warnings"])
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

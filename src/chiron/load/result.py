@@ -161,7 +161,7 @@ def warnings(run: LoadRun, late_s: Floats) -> list[str]:
     if len(late_s) and late.mean() > LATE_SHARE_MAX:
         said.append(
             f"the generator did not keep up: {late.mean():.1%} of requests were sent more than {LATE_S * 1000:.0f} ms "
-            f"after their time (the latest {late_s.max():.2f} s); send less, or from several machines"
+            f"after their time (the latest {late_s.max():.2f} s); {remedy(run.cpu_share)}"
         )
     if run.cpu_share > CPU_SHARE_MAX:
         said.append(
@@ -181,3 +181,10 @@ def warnings(run: LoadRun, late_s: Floats) -> list[str]:
         left = len(run.plan.workload) - int(record.attempted.sum())
         said.append(f"stopped early: {left:,} of {len(run.plan.workload):,} requests were never due and are left out")
     return said
+
+
+def remedy(cpu_share: float) -> str:
+    """What helps a generator that is late: it had too much to do, or too little of the machine."""
+    if cpu_share > CPU_SHARE_MAX / 2:
+        return "send less, or from several machines"
+    return f"it used only {cpu_share:.0%} of a core, so other work on this machine held it up: send from another one"

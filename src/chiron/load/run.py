@@ -25,6 +25,8 @@ from chiron.net.client import Origin
 
 SENDS_PER_TURN = 32
 """Requests sent before answers are read again: a burst must not blind us."""
+TICK_S = 0.001
+"""The resolution of the loop's timers. Asked for less, some loops spin until the time has come."""
 LEAD_S = 0.1
 """Between making everything ready and the run's time 0."""
 
@@ -175,7 +177,7 @@ class _Sender:
         while self._next < len(self._rows):
             wait_s = self._start_s + self._due_s[self._next] - perf_counter()
             if wait_s > 0:
-                self._loop.call_later(wait_s, self._send_due)
+                self._loop.call_later(max(wait_s, TICK_S), self._send_due)
                 return
             if self._next >= turn_end:
                 self._loop.call_soon(self._send_due)

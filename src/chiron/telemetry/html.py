@@ -40,13 +40,15 @@ def write_report(
     bounds: Mapping[int, float] | None = None,
     target: float = TARGET,
     command: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the report of one scenario's runs and return its path.
 
     ``bounds``: GPU-hours that full attainment needs at least, by seed; by default those in the summaries.
-    ``command``: the command line that made the results; by default one that would.
+    ``command``: the command line that made the results; by default one that would. ``notes``: what a reader must know
+    before believing the figures; they stand beneath the verdict.
     """
-    page = report_html(results, bounds=bounds, target=target, command=command)
+    page = report_html(results, bounds=bounds, target=target, command=command, notes=notes)
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -60,6 +62,7 @@ def report_html(
     bounds: Mapping[int, float] | None = None,
     target: float = TARGET,
     command: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """The page as text."""
     judged = verdict(results, target=target)
@@ -73,7 +76,7 @@ def report_html(
         scenario=escape(first.scenario),
         subtitle=escape(subtitle(results)),
         headline=headline(judged, seen),
-        notes="".join(f"<li>{escape(line)}</li>" for line in judged.notes),
+        notes="".join(f"<li>{escape(line)}</li>" for line in (*judged.notes, *notes)),
         table=table(judged, seen, target=target, bound=bound),
         command=escape(command or rerun(results)),
         scenario_text=escape(first.scenario_text.strip() or "(no scenario file: made with the Python API)"),
@@ -166,12 +169,19 @@ def subtitle(results: Sequence[Result]) -> str:
     first = runs[0].results[0]
     parts = [
         f"{first.summary['requests']:,} requests",
-        f"{first.summary['sim_s'] / 3600:.2f} h of traffic",
+        f"{span(first.summary['sim_s'])} of traffic",
         counted(len(first.models), "model"),
         counted(len(runs), "policy", "policies"),
         f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})",
     ]
     return " · ".join(parts)
+
+
+def span(seconds: float) -> str:
+    """A duration in a unit that shows it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"
 
 
 def counted(n: int, one: str, many: str = "") -> str:

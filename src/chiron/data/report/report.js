@@ -109,6 +109,14 @@
   place("kind").addEventListener("change", drawDecisions);
   place("filter").addEventListener("input", drawDecisions);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  // What whoever measured could not see has no section: a load generator knows latencies, and no fleet.
+  const drawn = (figure) => Boolean(figure.data) && figure.data.some((trace) => trace.y.length);
+  const fleets = Object.values(data.views).flatMap((models) => Object.values(models)).flatMap((view) => Object.values(view));
+  const decided = Object.values(data.decisions).some((decisions) => decisions.total > 0);
+  const section = (id) => place(id).closest("section");
+  section("tradeoff").hidden = !drawn(data.tradeoff);
+  section("policies").hidden = !fleets.some(drawn);
+  section("decisions").hidden = section("policies").hidden && !decided;
   drawAll();
   fillDecisions();
 })();
