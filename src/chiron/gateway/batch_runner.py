@@ -445,7 +445,8 @@ class BatchRunner:
             delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0 ** min(over, 30))
             window.resume_s = self._clock.now_s + delay_s
             self._clock.call_later(delay_s, self._news.set)
-            self._withdraw(window.queued())
+            # Not at once: the control plane is in the middle of telling of this end.
+            self._clock.call_later(0.0, lambda: self._withdraw(window.queued()))
 
     def _end(self, ended: Ended) -> None:
         self._results.append(ended)

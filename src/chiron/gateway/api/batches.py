@@ -95,7 +95,7 @@ class Batches:
             raise invalid(f"completion_window: {error}", param="completion_window") from None
         if not least <= seconds <= most:
             raise invalid(
-                f"completion_window is {text[:100]!r}; it must be from {least:g}s to {most:g}s.",
+                f"completion_window is {text[:100]!r}; it must be from {least:.10g}s to {most:.10g}s.",
                 param="completion_window",
             )
         return seconds
@@ -171,11 +171,21 @@ def _check_expiry(value: object) -> None:
     """It is accepted as OpenAI's clients send it; how long files are kept is the server's setting."""
     if value is None:
         return
-    seconds = value.get("seconds") if isinstance(value, dict) else None
-    fine = isinstance(value, dict) and set(value) == {"anchor", "seconds"} and value["anchor"] == "created_at"
-    if not fine or type(seconds) is not int or not EXPIRES_MIN_S <= seconds <= EXPIRES_MAX_S:
+    fine = (
+        isinstance(value, dict)
+        and set(value) == {"anchor", "seconds"}
+        and value["anchor"] == "created_at"
+        and _whole(value["seconds"])
+        and EXPIRES_MIN_S <= value["seconds"] <= EXPIRES_MAX_S
+    )
+    if not fine:
         raise invalid(
             "output_expires_after must be an object with anchor 'created_at' and seconds, an integer from "
             f"{EXPIRES_MIN_S} to {EXPIRES_MAX_S}.",
             param="output_expires_after",
         )
+
+
+def _whole(value: object) -> bool:
+    """An integer as JSON has it: 3600.0 is one."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())

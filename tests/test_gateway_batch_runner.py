@@ -1,0 +1,374 @@
+"""The batch runner on the real store, before a fake control plane, under virtual time."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from chiron.core.clock import Callback, VirtualClock
+from chiron.gateway.batch_lines import line_check
+from chiron.gateway.batch_runner import BatchRunner, RunnerSettings
+from chiron.gateway.keys import Key, KeyRing
+from chiron.gateway.settings import BatchSettings
+from chiron.store.port import Batch, StoreFull
+from chiron.store.sqlite import SqliteStore
+from gateway_site import FakePlane, hashed, jsonl, line, models
+
+WALL_S = 1_800_000_000.0
+ENDPOINT = "/v1/chat/completions"
+TUNING = RunnerSettings(finish_wait_s=0.001)
+
+
+class Clock(VirtualClock):
+    """Virtual time with a date."""
+
+    def post(self, callback: Callback) -> None:
+        callback()
+
+    def wall_s(self, when_s: float) -> float:
+        return WALL_S + when_s
+
+    def from_wall_s(self, wall_s: float) -> float:
+        return wall_s - WALL_S
+
+
+class Site:
+    """A store, a plane, a runner; time moves when ``until`` says so."""
+
+    def __init__(self, directory: Path, answer: Callable[[str], Any] = str.upper, **options: Any) -> None:
+        self.clock = Clock()
+        self.plane = FakePlane(self.clock, answer)
+        self.store = options.pop("store", SqliteStore)(directory, wall=self.wall_s)
+        self.keys = options.pop("keys", KeyRing())
+        self._options: dict[str, Any] = {"tuning": TUNING} | options
+
+    def wall_s(self) -> float:
+        return self.clock.wall_s(self.clock.now_s)
+
+    async def start(self) -> "Site":
+        await self.store.open()
+        ids = iter(range(1, 1 << 40))
+        self.runner = BatchRunner(
+            store=self.store,
+            clock=self.clock,
+            plane=self.plane,
+            models=models(),
+            keys=self.keys,
+            next_id=lambda: next(ids),
+            **self._options,
+        )
+        await self.runner.start()
+        return self
+
+    async def stop(self) -> None:
+        await self.runner.close()
+        await self.store.close()
+
+    async def upload(self, *lines: dict[str, Any], window_s: float = 3600.0, owner: str = "") -> Batch:
+        upload = await self.store.begin_file("batch", "in.jsonl", owner, 1 << 30)
+        await upload.write(jsonl(*lines))
+        file = await upload.commit()
+        return await self.store.create_batch(
+            owner=owner,
+            input_file_id=file.id,
+            endpoint=ENDPOINT,
+            completion_window="1h",
+            deadline_s=self.wall_s() + window_s,
+            metadata={},
+            now_s=self.wall_s(),
+        )
+
+    async def submit(self, *lines: dict[str, Any], **options: Any) -> Batch:
+        batch = await self.upload(*lines, **options)
+        self.runner.created(batch)
+        return batch
+
+    async def until(self, done: Callable[[], Any], step_s: float = 0.05) -> None:
+        """Move both clocks until ``done`` (a value, or a coroutine's)."""
+        for _ in range(4000):
+            result = done()
+            if isinstance(result, Awaitable):
+                result = await result
+            if result:
+                return
+            self.clock.run_until(self.clock.now_s + step_s)
+            await asyncio.sleep(0.002)
+        raise AssertionError(f"never: {self.runner.summary()}")
+
+    async def ended(self, batch: Batch) -> Batch:
+        async def over() -> bool:
+            found = await self.store.get_batch(batch.id, None)
+            return found.status in ("completed", "failed", "expired", "cancelled")
+
+        await self.until(over)
+        return await self.store.get_batch(batch.id, None)
+
+    async def lines(self, file_id: str | None) -> list[dict[str, Any]]:
+        assert file_id is not None
+        data = b"".join([block async for block in self.store.read_file(file_id, None)])
+        return [json.loads(each) for each in data.splitlines()]
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 30))  # type: ignore[arg-type]
+
+
+def many(count: int, content: str = "x", prefix: str = "") -> list[dict[str, Any]]:
+    return [line(f"{prefix}{i}", f"{content} {i}") for i in range(count)]
+
+
+def test_the_window_bounds_what_is_out_and_the_rest_is_told_as_a_sum(tmp_path: Path) -> None:
+    async def test() -> None:
+        gate = {"open": False}
+        settings = BatchSettings(window_max=32)
+        site = Site(tmp_path, lambda text: text if gate["open"] else None, settings=settings)
+        await site.start()
+        batch = await site.submit(*many(500))
+        await site.until(lambda: len(site.plane.open) == 32)
+        assert site.plane.held_items == 468
+        (model, deadline_s), sums = next(iter(site.plane.held.items()))
+        assert model == "m"
+        assert abs(deadline_s - 3600.0) < 1.0
+        assert sums[1] > 468 * 2
+        assert sums[2] > sums[1]
+        gate["open"] = True
+        for request in list(site.plane.open.values()):
+            site.plane.settle(request)
+        done = await site.ended(batch)
+        assert (done.completed, done.failed) == (500, 0)
+        assert site.plane.most_open <= 32
+        assert site.plane.held_items == 0
+        assert all(abs(value) < 1e-6 for sums in site.plane.held.values() for value in sums)
+        assert [each["custom_id"] for each in await site.lines(done.output_file_id)] == [str(i) for i in range(500)]
+        await site.stop()
+
+    run(test)
+
+
+def test_requests_carry_class_deadline_and_limits(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = await Site(tmp_path, lambda text: None).start()
+        await site.submit(line("a", "four char " * 100, max_tokens=7), window_s=600.0)
+        await site.until(lambda: site.plane.open)
+        request = next(iter(site.plane.open.values()))
+        assert request.cls.name == "batch"
+        assert abs(request.deadline_s - 600.0) < 1.0
+        assert request.max_output_tokens == 7
+        assert 240 < request.input_tokens < 260
+        assert request.payload.request_id.startswith("batch_req_")
+        await site.stop()
+
+    run(test)
+
+
+def test_work_with_an_earlier_deadline_goes_first_and_later_work_goes_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = await Site(tmp_path, lambda text: None, settings=BatchSettings(window_max=8)).start()
+        await site.submit(*many(50, "late"), window_s=86_400.0)
+        await site.until(lambda: len(site.plane.open) == 8)
+        await site.submit(*many(4, "urgent"), window_s=600.0)
+        await site.until(lambda: sum("urgent" in each for each in site.plane.submitted) == 4)
+        assert len(site.plane.open) <= 8
+        await site.until(lambda: site.plane.held_items == 46)
+        await site.stop()
+
+    run(test)
+
+
+def test_a_poison_item_fails_alone(tmp_path: Path) -> None:
+    async def test() -> None:
+        """Whoever is submitted together with the poison dies with it, as neighbours on one engine do."""
+        site = Site(tmp_path, lambda text: None, settings=BatchSettings(window_max=16))
+        await site.start()
+        batch = await site.submit(*many(11), line("poison", "poison"), *many(11, prefix="n"))
+        crashes = 0
+
+        def engine() -> None:
+            nonlocal crashes
+            running = list(site.plane.open.values())
+            for request in running:
+                request.instance = SimpleNamespace()  # type: ignore[assignment]
+            if any("poison" in text(each) for each in running):
+                crashes += 1
+                for request in running:
+                    site.plane.end(request, "failed")
+            elif running:
+                site.plane.answer = str.upper
+                for request in running:
+                    site.plane.settle(request)
+                site.plane.answer = lambda text: None
+            site.clock.call_later(0.5, engine)
+
+        engine()
+        done = await site.ended(batch)
+        assert (done.completed, done.failed) == (22, 1)
+        assert crashes <= 4
+        (error,) = await site.lines(done.error_file_id)
+        assert error["custom_id"] == "poison"
+        assert error["error"]["code"] == "request_failed"
+        assert site.runner.summary()["suspects"] == 0
+        await site.stop()
+
+    def text(request: Any) -> str:
+        return str(request.payload._fields["messages"][0]["content"])
+
+    run(test)
+
+
+def test_engines_that_fail_everything_are_asked_less_and_less(tmp_path: Path) -> None:
+    async def test() -> None:
+        broken = {"now": True}
+        tuning = RunnerSettings(finish_wait_s=0.001, attempts_max=50)
+        site = Site(tmp_path, lambda text: "failed" if broken["now"] else text, tuning=tuning)
+        await site.start()
+        batch = await site.submit(*many(40))
+        await site.until(lambda: site.runner.summary()["failing_models"] == ["m"])
+        at_first = len(site.plane.submitted)
+        assert at_first <= 41
+        start_s = site.clock.now_s
+        await site.until(lambda: site.clock.now_s > start_s + 120.0, step_s=0.5)
+        assert len(site.plane.submitted) - at_first < 20
+        broken["now"] = False
+        done = await site.ended(batch)
+        assert (done.completed, done.failed) == (40, 0)
+        assert site.runner.summary()["failing_models"] == []
+        await site.stop()
+
+    run(test)
+
+
+class FullStore(SqliteStore):
+    """Has no room for results while ``full``."""
+
+    full = False
+
+    async def finish(self, ended: Any, now_s: float) -> None:
+        if self.full:
+            raise StoreFull("no space left on device")
+        await super().finish(ended, now_s)
+
+
+def test_a_full_disk_pauses_and_loses_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = Site(tmp_path, store=FullStore, settings=BatchSettings(window_max=16))
+        site.store.full = True
+        await site.start()
+        batch = await site.submit(*many(100))
+        await site.until(lambda: "no space left" in str(site.runner.summary()["paused"]))
+        submitted = len(site.plane.submitted)
+        start_s = site.clock.now_s
+        await site.until(lambda: site.clock.now_s > start_s + 60.0, step_s=0.5)
+        assert len(site.plane.submitted) <= submitted + 16
+        site.store.full = False
+        done = await site.ended(batch)
+        assert (done.completed, done.failed) == (100, 0)
+        assert max(Counter(site.plane.submitted).values()) == 1
+        assert site.runner.paused == ""
+        await site.stop()
+
+    run(test)
+
+
+def test_expiry_stops_what_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = await Site(tmp_path, lambda text: text if "quick" in text else None).start()
+        batch = await site.submit(*many(3, "quick"), *many(3, "slow", "s"), window_s=60.0)
+        await site.until(lambda: len(site.plane.open) == 3)
+        done = await site.ended(batch)
+        assert done.status == "expired"
+        assert 60.0 <= (done.expired_s or 0.0) - done.created_s < 65.0
+        assert (done.completed, done.failed) == (3, 3)
+        assert not site.plane.open
+        assert {each["error"]["code"] for each in await site.lines(done.error_file_id)} == {"batch_expired"}
+        await site.stop()
+
+    run(test)
+
+
+def test_cancelling_stops_what_runs_also_what_is_just_being_leased(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = await Site(tmp_path, lambda text: None, settings=BatchSettings(window_max=8)).start()
+        batch = await site.submit(*many(30))
+        other = await site.submit(line("other", "other"))
+        await site.until(lambda: len(site.plane.open) == 8)
+        await site.runner.cancel(batch.id, None)
+        done = await site.ended(batch)
+        assert (done.status, done.failed) == ("cancelled", 30)
+        await site.until(lambda: site.plane.submitted[-1] == "other")
+        await site.until(lambda: len(site.plane.open) == 1)
+        site.plane.answer = str.upper
+        site.plane.settle(next(iter(site.plane.open.values())))
+        assert (await site.ended(other)).status == "completed"
+        await site.stop()
+
+    run(test)
+
+
+def test_a_restart_takes_up_what_was_left(tmp_path: Path) -> None:
+    async def test() -> None:
+        first = await Site(tmp_path, lambda text: text if int(text.split()[1]) < 5 else None).start()
+        batch = await first.submit(*many(20))
+        await first.until(lambda: len(first.plane.open) == 15)
+        waiting = await first.upload(*many(3))
+        await first.stop()  # ``waiting`` was accepted, and nobody has looked at it.
+        second = await Site(tmp_path).start()
+        assert (await second.ended(batch)).completed == 20
+        assert (await second.ended(waiting)).completed == 3
+        assert Counter(second.plane.submitted)["x 4"] == 0  # Done before.
+        assert Counter(second.plane.submitted)["x 5"] == 1
+        await second.stop()
+
+    run(test)
+
+
+def test_answers_cut_off_are_tried_again_and_refusals_are_answers(tmp_path: Path) -> None:
+    async def test() -> None:
+        tries: Counter[str] = Counter()
+        half = b'data: {"choices": [{"index": 0, "delta": {"content": "ha"}}]}\n\n'
+        refusal = b'data: {"error": {"message": "too hot", "code": 400}}\n\n'
+
+        def answer(text: str) -> Any:
+            tries[text] += 1
+            if text == "cut":
+                return (200, half) if tries[text] < 2 else "ok"
+            return {"no": (422, b"not json"), "late no": (200, refusal)}.get(text, text)
+
+        site = await Site(tmp_path, answer).start()
+        done = await site.ended(await site.submit(line("a", "cut"), line("b", "no"), line("c", "late no")))
+        assert (done.completed, done.failed) == (1, 2)
+        assert (await site.lines(done.output_file_id))[0]["response"]["body"]["choices"][0]["message"][
+            "content"
+        ] == "ok"
+        no, late = await site.lines(done.error_file_id)
+        assert no["response"]["status_code"] == 422
+        assert no["response"]["body"]["error"]["message"] == "not json"
+        assert late["response"]["status_code"] == 400
+        assert late["response"]["body"]["error"]["message"] == "too hot"
+        assert tries == {"cut": 2, "no": 1, "late no": 1}
+        await site.stop()
+
+    run(test)
+
+
+def test_a_key_that_is_gone_fails_its_batch_with_the_reason(tmp_path: Path) -> None:
+    async def test() -> None:
+        key = Key(name="team", hash=hashed("sk-team"))
+        site = await Site(tmp_path, keys=KeyRing([key])).start()
+        assert (await site.ended(await site.submit(line("a"), owner="team"))).status == "completed"
+        failed = await site.ended(await site.submit(line("a"), owner="former"))
+        assert failed.status == "failed"
+        assert failed.errors[0].code == "permission_denied"
+        await site.stop()
+
+    run(test)
+
+
+def test_lines_nested_without_end_are_refused_or_counted() -> None:
+    names = {name: served.settings for name, served in models().by_name.items()}
+    check = line_check("/v1/completions", names, Key(name="a"))
+    deep = b'{"custom_id":"a","method":"POST","url":"/v1/completions","body":{"model":"m","prompt":%b1%b}}'
+    for depth in (5, 500, 100_000):
+        assert check(deep % (b"[" * depth, b"]" * depth)) is not None
