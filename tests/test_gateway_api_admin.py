@@ -79,7 +79,7 @@ def test_a_drained_gateway_is_not_ready(site: ApiSite) -> None:
 
 
 def test_what_is_not_there_is_an_error_object(site: ApiSite) -> None:
-    for path in ("/", "/v1", "/v1/files/", "/v1/nope", "/v1/files/a/b", "/%00", "/v1/files/%ff"):
+    for path in ("/", "/v1", "/v1/files/", "/v1/nope", "/v1/files/a/b", "/%00", "/v1/files/%ff", "/v1/models/a%0Ab"):
         status, body, _ = ask(site, path)
         assert status == 404, path
         assert json.loads(body)["error"]["code"] == "not_found"

@@ -19,9 +19,9 @@ from chiron.gateway.errors import internal
 def make_app(state: ApiState) -> Starlette:
     """The application; routes and methods are those of ``data/openapi.json``."""
     routes = [Route(path, Resource(endpoints)) for path, endpoints in api_routes(state).items()]
-    everything_else = Route("/{path:path}", Resource({}, otherwise=unknown_path))
-    app = Starlette(routes=[*routes, everything_else])
+    app = Starlette(routes=routes)
     app.router.redirect_slashes = False
+    app.router.default = Resource({}, otherwise=unknown_path)
     return app
 
 
