@@ -37,8 +37,9 @@ log = logging.getLogger("chiron.openvino")
 now_s = time.monotonic
 """The loop's clock, read at once: uvloop's own is as old as the loop's turn, and a step lies in between."""
 
-_LATE_S = 0.005
-"""A step may start this long after the last one's end was due and still count from there: timers are that coarse."""
+_LATE_S = 0.02
+"""A paced step that starts this much late at most counts from when it was due, so that coarse timers and a busy machine
+do not add up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +256,7 @@ class OpenVinoEngine:
             # Sequences that were cancelled are let go by one more step, even if nobody else is left.
             if not self._running and not self.model.pipeline.has_non_finished_requests():
                 self._stepping = False
+                self._due_s = 0.0  # Time without work is nobody's lateness.
                 return
             started_s = now_s()
             if self._pace is not None and started_s - self._due_s < _LATE_S:
@@ -298,10 +300,8 @@ class OpenVinoEngine:
                 sequence.prefill_left -= chunk
                 budget -= chunk
                 prefilled += chunk
-        totals, pace = self.totals, self._pace
-        totals.context_tokens += contexts
-        totals.prefill_tokens += prefilled
-        totals.decode_tokens += len(decoding)
+        self.totals.prefill_tokens += prefilled
+        pace = self._pace
         if pace is None or not self._running:
             return 0.0
         tokens = min(prefilled + len(decoding), len(pace.base) - 1)
@@ -309,7 +309,7 @@ class OpenVinoEngine:
 
     def _deliver(self, started_s: float) -> None:
         """Hand out what the step generated, let the loop serve its sockets, and go on."""
-        ended_s = now_s()
+        ended_s = now_s() if self._pace is None else self._due_s
         self.totals.steps += 1
         self.totals.busy_s += ended_s - started_s
         try:
@@ -354,6 +354,8 @@ class OpenVinoEngine:
             sequence.prefill_left = 0
             totals.ttft.add(ended_s - sequence.arrival_s)
         else:
+            totals.decode_tokens += tokens
+            totals.context_tokens += sequence.context
             totals.itl.add(ended_s - sequence.last_s)
         sequence.last_s = ended_s
 
