@@ -31,7 +31,9 @@ def answer() -> bytes:
     message = {"role": "assistant", "content": PAD * 2}
     usage = {"prompt_tokens": 60, "completion_tokens": 16, "total_tokens": 76}
     choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    body = json.dumps({"id": "chatcmpl-0", "object": "chat.completion", "model": "m", "choices": choices, "usage": usage})
+    body = json.dumps(
+        {"id": "chatcmpl-0", "object": "chat.completion", "model": "m", "choices": choices, "usage": usage}
+    )
     data = body.encode()
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
 

@@ -124,6 +124,7 @@ class RelayCall:
 
     def end(self) -> str:
         incoming = self.incoming
+        self._call = None  # No cycle is left behind.
         if self._done or incoming.closed:
             return ""
         self._done = True
@@ -141,6 +142,7 @@ class RelayCall:
     def ended(self, request: Request) -> None:
         """The control plane is done with it; the client may still wait for a word."""
         incoming = self.incoming
+        self._call = None
         if incoming.closed or request.outcome == "finished":
             return
         if request.outcome == "failed" and self._done:

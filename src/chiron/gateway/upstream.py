@@ -137,10 +137,10 @@ class HttpEngine:
         self._limit_call: Call | None = None
         self._limit_path = row.limits_path.encode() if sets_limit else b""
         self._retiring: asyncio.Task[None] | None = None
-        lines = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream, application/json")]
+        self.headers = b"content-type: application/json\r\naccept: text/event-stream, application/json\r\n"
+        """Of every request, as they go on the wire."""
         if api_key:
-            lines.append((b"authorization", b"Bearer " + api_key.encode()))
-        self.headers: tuple[Header, ...] = tuple(lines)
+            self.headers += b"authorization: Bearer %b\r\n" % api_key.encode()
 
     # -- the Engine port ---------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class HttpEngine:
         self.runs[request.id] = run
         self.observer.entered(self.clock.now_s)
         body = upcall.message(self.row, self.model, request)
-        run.call = self.origin.send(b"POST", upcall.path, [*self.headers, *upcall.headers()], body, run)
+        run.call = self.origin.send(b"POST", upcall.path, upcall.headers(), body, run, lines=self.headers)
         if not upcall.streams and request.prefill_cost_s:
             # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
             delay_s = PRESUMED_PREFILLS * self.instance.prefill_backlog_s
@@ -200,7 +200,7 @@ class HttpEngine:
     def _send_limit(self) -> None:
         self._limit_sent = self._limit
         body = b'{"limit": %d}' % self._limit
-        self._limit_call = self.origin.send(b"PUT", self._limit_path, self.headers, body, _LimitAnswer(self))
+        self._limit_call = self.origin.send(b"PUT", self._limit_path, (), body, _LimitAnswer(self), lines=self.headers)
 
     def limit_answered(self, status: int) -> None:
         self._limit_call = None
@@ -304,6 +304,7 @@ class _Run:
         self._over = True
         if cancel and self.call is not None:
             self.call.cancel()
+        self.call = None  # It refers to this run: no cycle is left behind.
 
     # -- net.client.Receiver -----------------------------------------------------------------------------------
 
@@ -343,10 +344,11 @@ class _Run:
             message = f"the engine answered {self.status}"
             self._engine.lost(self, UpstreamFailure(message, self.status, body, self._tail))
             return
-        self._over = True
+        self.over(cancel=False)
         self._engine.ended(self)
 
     def on_error(self, error: NetError) -> None:
+        self.call = None
         if not self._over:
             self._engine.lost(self, UpstreamFailure(str(error)), connect=isinstance(error, ConnectError))
 

@@ -148,9 +148,19 @@ class Origin:
         self._open: set[_Connection] = set()
         self._closed = False
 
-    def send(self, method: bytes, path: bytes, headers: Sequence[Header], body: bytes, receiver: Receiver) -> Call:
-        """Send a request. ``host``, ``content-length`` and ``connection`` are added here."""
-        parts = [method, b" ", self._prefix, path, b" HTTP/1.1\r\n", self._host_line]
+    def send(
+        self,
+        method: bytes,
+        path: bytes,
+        headers: Sequence[Header],
+        body: bytes,
+        receiver: Receiver,
+        *,
+        lines: bytes = b"",
+    ) -> Call:
+        """Send a request. ``host``, ``content-length`` and ``connection`` are added here. ``lines`` are more headers
+        in the form of the wire, each with its line end, for what never changes."""
+        parts = [method, b" ", self._prefix, path, b" HTTP/1.1\r\n", self._host_line, lines]
         parts += [b"%b: %b\r\n" % header for header in headers]
         if body or method not in (b"GET", b"HEAD"):
             parts.append(b"content-length: %d\r\n" % len(body))

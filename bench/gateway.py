@@ -1,0 +1,279 @@
+"""What the gateway costs: requests per second, CPU per request and per streamed chunk, added time to first token.
+
+    python bench/gateway.py [--seconds 4] [--json FILE]
+
+A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
+to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
+its event log, metrics, queue and policy. CPU is user and system time of the measured process. Small requests are sent
+by ``wrk`` if it is installed (it takes less of the load's core), else by a client here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chiron.net.client import Header, NetError, Origin
+
+HERE = Path(__file__).resolve().parent
+TICKS = os.sysconf("SC_CLK_TCK")
+PATH = b"/v1/chat/completions"
+PROMPT = "word " * 70
+SMALL = json.dumps({"model": "m", "max_tokens": 16, "messages": [{"role": "user", "content": PROMPT}]}).encode()
+STREAM = json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": PROMPT}]}).encode()
+JSON_BODY: list[Header] = [(b"content-type", b"application/json")]
+CONFIG = """
+[server]
+port = {port}
+data = "data"
+[models.m]
+engine = "openai"
+endpoints = ["http://127.0.0.1:{engine}"]
+
+"""
+LUA = 'wrk.method="POST"; wrk.path="{path}"; wrk.headers["content-type"]="application/json"; wrk.body=[[{body}]]'
+
+
+@dataclass
+class Stream:
+    """Receiver of one stream."""
+
+    sent_s: float
+    first_s: float = 0.0
+    chunks: int = 0
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    error: str = ""
+
+    def on_head(self, status: int, headers: list[Header]) -> None:
+        if status != 200:
+            self.error = f"status {status}"
+
+    def on_data(self, data: bytes) -> None:
+        if not self.first_s:
+            self.first_s = time.perf_counter()
+        self.chunks += data.count(b"data:")
+
+    def on_end(self) -> None:
+        self.done.set()
+
+    def on_error(self, error: NetError) -> None:
+        self.error = str(error)
+        self.done.set()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def cpu_s(pid: int) -> float:
+    """User and system seconds of a process and of its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def rss_mb(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def on_core(core: int, command: list[str]) -> list[str]:
+    return ["taskset", "-c", str(core), *command] if shutil.which("taskset") and (os.cpu_count() or 1) > 1 else command
+
+
+def start(stack: ExitStack, core: int, command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(on_core(core, command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
+
+    def stop() -> None:
+        process.terminate()
+        process.wait(30)
+
+    stack.callback(stop)
+    return process
+
+
+async def until_up(url: str, path: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        origin = Origin(url)
+        try:
+            answer = await origin.fetch("GET", path, timeout_s=1.0)
+            if answer.status == 200:
+                return
+        except NetError:
+            pass
+        finally:
+            await origin.close()
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{url}{path} does not answer")
+        await asyncio.sleep(0.05)
+
+
+def small_by_wrk(url: str, seconds: float, work: Path) -> float:
+    script = work / "post.lua"
+    script.write_text(LUA.format(path=PATH.decode(), body=SMALL.decode()))
+    command = on_core(0, ["wrk", "-t1", "-c32", f"-d{seconds:g}s", "-s", str(script), url])
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in said:
+        raise SystemExit(f"{url}: errors:\n{said}")
+    return float(next(line.split()[1] for line in said.splitlines() if line.startswith("Requests/sec")))
+
+
+async def small_by_us(url: str, seconds: float) -> float:
+    origin = Origin(url)
+    end_s = time.perf_counter() + seconds
+    headers = {"content-type": "application/json"}
+
+    async def client() -> int:
+        count = 0
+        while time.perf_counter() < end_s:
+            answer = await origin.fetch("POST", PATH.decode(), body=SMALL, headers=headers)
+            assert answer.status == 200, answer
+            count += 1
+        return count
+
+    counts = await asyncio.gather(*(client() for _ in range(32)))
+    await origin.close()
+    return sum(counts) / seconds
+
+
+async def streams(url: str, count: int) -> tuple[list[Stream], float]:
+    """``count`` streams at once, their starts spread over a second. Returns them and the seconds they took."""
+    origin = Origin(url, idle_max=count)
+    made = []
+    began_s = time.perf_counter()
+    for i in range(count):
+        due_s = began_s + i / count
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+        stream = Stream(time.perf_counter())
+        origin.send(b"POST", PATH, JSON_BODY, STREAM, stream)
+        made.append(stream)
+    await asyncio.gather(*(stream.done.wait() for stream in made))
+    took_s = time.perf_counter() - began_s
+    await origin.close()
+    failed = [stream.error for stream in made if stream.error]
+    if failed:
+        raise SystemExit(f"{url}: {len(failed)} streams failed: {failed[0]}")
+    return made, took_s
+
+
+def quantile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+async def measure(name: str, url: str, pid: int, seconds: float, load: dict[str, Any], work: Path) -> dict[str, Any]:
+    """One target's figures."""
+    small: Callable[[float], Any] = load["small"]
+    await asyncio.to_thread(small, url, 1.0)
+    before_s = cpu_s(pid)
+    began_s = time.perf_counter()
+    rate = await asyncio.to_thread(small, url, seconds)
+    share = (cpu_s(pid) - before_s) / (time.perf_counter() - began_s)
+    row: dict[str, Any] = {"target": name, "small_per_s": rate, "us_per_request": share / rate * 1e6}
+    for count, chunks, pace_s in load["streams"]:
+        before_s = cpu_s(pid)
+        made, took_s = await streams(load["paced"][name, count], count)
+        used_s = cpu_s(pid) - before_s
+        total = sum(stream.chunks for stream in made)
+        ttft = [stream.first_s - stream.sent_s for stream in made]
+        row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = {
+            "chunks_per_s": total / took_s,
+            "us_per_chunk": used_s / total * 1e6,
+            "ttft_p50_ms": statistics.median(ttft) * 1000,
+            "ttft_p99_ms": quantile(ttft, 0.99) * 1000,
+        }
+    row["rss_mb"] = rss_mb(pid)
+    return row
+
+
+async def run(seconds: float, plan: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        python = sys.executable
+        targets: dict[str, dict[int, str]] = {}
+        pids: dict[tuple[str, int], int] = {}
+        engines = {}
+        for count, chunks, pace_s in plan:
+            port = free_port()
+            mock = start(
+                stack, 0, [python, str(HERE / "gateway_mock.py"), str(port), f"--chunks={chunks}", f"--pace={pace_s}"]
+            )
+            engines[count] = port
+            targets.setdefault("straight to the engine", {})[count] = f"http://127.0.0.1:{port}"
+            pids["straight to the engine", count] = mock.pid
+            await until_up(f"http://127.0.0.1:{port}", "/health")
+        # Whatever is measured sees one engine at a time: one process for each.
+        for count, _, _ in plan:
+            relay, gate = free_port(), free_port()
+            engine = f"http://127.0.0.1:{engines[count]}"
+            process = start(stack, 1, [python, str(HERE / "gateway_relay.py"), str(relay), engine])
+            targets.setdefault("bare relay", {})[count] = f"http://127.0.0.1:{relay}"
+            pids["bare relay", count] = process.pid
+            folder = work / f"serve{count}"
+            folder.mkdir()
+            (folder / "chiron.toml").write_text(CONFIG.format(port=gate, engine=engines[count]))
+            serve = [python, "-m", "chiron", "serve", "chiron.toml"]
+            process = start(stack, 1, serve, cwd=folder)
+            targets.setdefault("chiron serve", {})[count] = f"http://127.0.0.1:{gate}"
+            pids["chiron serve", count] = process.pid
+            await until_up(f"http://127.0.0.1:{relay}", "/health")
+            await until_up(f"http://127.0.0.1:{gate}", "/ready")
+        by_wrk = shutil.which("wrk") is not None
+
+        def small(url: str, for_s: float) -> float:
+            return small_by_wrk(url, for_s, work) if by_wrk else asyncio.run(small_by_us(url, for_s))
+
+        rows = []
+        for name, urls in targets.items():
+            row: dict[str, Any] = {}
+            for count, chunks, pace_s in plan:
+                load = {"small": small, "streams": [(count, chunks, pace_s)], "paced": {(name, count): urls[count]}}
+                row |= await measure(name, urls[count], pids[name, count], seconds, load, work)
+            rows.append(row)
+            print_row(row, plan)
+        return rows
+
+
+def print_row(row: dict[str, Any], plan: list[tuple[int, int, float]]) -> None:
+    cells = [f"{row['target']:24}", f"{row['small_per_s']:8,.0f} req/s", f"{row['us_per_request']:5.0f} us/req"]
+    for count, chunks, pace_s in plan:
+        part = row[f"{count}x{chunks}@{pace_s * 1000:g}ms"]
+        cells.append(
+            f"{count} streams: {part['chunks_per_s']:7,.0f} chunks/s {part['us_per_chunk']:4.0f} us/chunk "
+            f"TTFT {part['ttft_p50_ms']:5.1f}/{part['ttft_p99_ms']:5.1f} ms"
+        )
+    print("  ".join([*cells, f"{row['rss_mb']:.0f} MB"]), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of small requests, per target")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 16 streams, one second")
+    given = parser.parse_args()
+    plan = [(16, 20, 0.010)] if given.quick else [(64, 200, 0.010), (512, 150, 0.015)]
+    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
+        os.sched_setaffinity(0, {0})
+    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan))
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
