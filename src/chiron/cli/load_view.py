@@ -52,7 +52,7 @@ def line(progress: Progress) -> str:
     """Progress in one line."""
     errors = sum(progress.errors.values())
     parts = [
-        f"{progress.elapsed_s:.0f} s of {progress.total_s:.0f} s",
+        elapsed(progress),
         f"sent {progress.sent:,} of {progress.planned:,}",
         f"running {progress.running:,}",
         f"done {progress.done:,}",
@@ -68,6 +68,13 @@ def line(progress: Progress) -> str:
     return ", ".join(parts)
 
 
+def elapsed(progress: Progress) -> str:
+    """How far the run is."""
+    if progress.elapsed_s < progress.total_s:
+        return f"{progress.elapsed_s:.0f} s of {progress.total_s:.0f} s"
+    return f"{progress.elapsed_s:.0f} s, waiting for answers"
+
+
 def screen(progress: Progress, title: str) -> RenderableType:
     """Progress as a small screen."""
     state = "stopping: waiting for answers" if progress.stopping else "ctrl-C stops sending and reports"
@@ -77,7 +84,7 @@ def screen(progress: Progress, title: str) -> RenderableType:
     done_s = min(progress.elapsed_s, progress.total_s)
     bar.add_row(
         ProgressBar(total=max(progress.total_s, 1e-9), completed=done_s, width=40),
-        f"{progress.elapsed_s:.0f} / {progress.total_s:.0f} s",
+        elapsed(progress),
         f"sent {progress.sent:,} / {progress.planned:,}",
         f"running {progress.running:,}",
         f"done {progress.done:,}",

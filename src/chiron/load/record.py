@@ -47,7 +47,7 @@ class Progress:
     not_sent: int
     late_max_s: float
     sent_per_s: float
-    """Over the last period."""
+    """Over the last few seconds."""
     errors: dict[str, int]
     classes: tuple[ClassProgress, ...]
     jobs: tuple[str, ...]

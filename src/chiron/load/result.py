@@ -179,7 +179,11 @@ def warnings(run: LoadRun, late_s: Floats) -> list[str]:
     said += run.notes
     if run.stopped:
         left = len(run.plan.workload) - int(record.attempted.sum())
-        said.append(f"stopped early: {left:,} of {len(run.plan.workload):,} requests were never due and are left out")
+        cut = int((record.outcome == OUTCOMES.index("cancelled")).sum())
+        said.append(
+            f"stopped early: {left:,} of {len(run.plan.workload):,} requests were never due and are left out"
+            + (f"; {cut:,} that we cancelled count as missed" if cut else "")
+        )
     return said
 
 

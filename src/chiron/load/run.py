@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, process_time
@@ -27,6 +28,8 @@ SENDS_PER_TURN = 32
 """Requests sent before answers are read again: a burst must not blind us."""
 TICK_S = 0.001
 """The resolution of the loop's timers. Asked for less, some loops spin until the time has come."""
+RATE_LOOKS = 10
+"""Progress tells the rate of sending over this many looks."""
 LEAD_S = 0.1
 """Between making everything ready and the run's time 0."""
 
@@ -125,7 +128,8 @@ class _Sender:
         self._flying: dict[int, Exchange] = {}
         """By row, in order of sending."""
         self._idle = asyncio.Event()
-        self._sent_before = 0
+        self._sent_lately: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=RATE_LOOKS)
+        """(when, sent by then) of the last looks."""
         self._fault: Exception | None = None
 
     async def run(self) -> None:
@@ -244,10 +248,12 @@ class _Sender:
     def snapshot(self) -> Progress:
         """The run, so far."""
         record = self.record
-        sent, self._sent_before = record.sent - self._sent_before, record.sent
+        elapsed_s = max(0.0, perf_counter() - self._start_s)
+        since_s, sent_before = self._sent_lately[0]
+        self._sent_lately.append((elapsed_s, record.sent))
         late_s = record.late_s()
         return Progress(
-            elapsed_s=max(0.0, perf_counter() - self._start_s),
+            elapsed_s=elapsed_s,
             total_s=self._plan.last_s,
             planned=len(self._rows),
             sent=record.sent,
@@ -255,7 +261,7 @@ class _Sender:
             done=record.done,
             not_sent=record.not_sent,
             late_max_s=float(late_s.max()) if len(late_s) else 0.0,
-            sent_per_s=sent / self.progress_period_s,
+            sent_per_s=(record.sent - sent_before) / max(elapsed_s - since_s, 1e-9),
             errors=dict(record.errors),
             classes=record.by_class(),
             jobs=tuple(job.line() for job in self.jobs),

@@ -37,7 +37,7 @@ class LoadSettings:
     """How a plan is sent."""
 
     url: str
-    """``http://host:port``, with or without ``/v1``."""
+    """Such as ``http://127.0.0.1:8000``, with or without ``/v1``."""
     body: BodySettings = field(default_factory=BodySettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     ignore_eos: bool | None = None
