@@ -15,7 +15,21 @@ import pytest
 
 from chiron.store.port import StoreFull
 from chiron.store.settings import StoreSettings
-from store_contract import LIMITS, MODEL, Site, check, content, line_of, result, results, start, submit, upload
+from store_contract import (
+    LIMITS,
+    MODEL,
+    Site,
+    check,
+    content,
+    indices,
+    keys,
+    line_of,
+    result,
+    results,
+    start,
+    submit,
+    upload,
+)
 from store_sites import sqlite_site
 
 
@@ -97,6 +111,9 @@ def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
                     await store.finish(ended, site.now_s)
                 with pytest.raises(StoreFull, match="no room"):
                     await upload(store, bytes(3 << 20))
+            with file_size_limit(1), pytest.raises(StoreFull):
+                await store.release(keys(leased), True)
+            assert min(indices(await store.lease(MODEL, 500))) == 500, "still leased, and leased again"
             await store.finish(ended, site.now_s)
             assert (await store.get_batch(batch.id, None)).completed == 500
         await finish_the_rest(site, batch.id)

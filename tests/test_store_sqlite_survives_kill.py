@@ -25,7 +25,7 @@ def run_worker(directory: Path, acknowledged: Path, seed: str, batches: int, kil
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "open\n"
-            process.wait(timeout=60 if kill_after_s is None else kill_after_s)
+            process.wait(timeout=120 if kill_after_s is None else kill_after_s)
         except subprocess.TimeoutExpired:
             process.kill()
             assert kill_after_s is not None, "it hangs"
@@ -50,7 +50,7 @@ async def read_all(directory: Path) -> dict[tuple[str, int], tuple[bool, str]]:
     return found
 
 
-@pytest.mark.parametrize(("kills", "batches"), [(5, 3), pytest.param(100, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "batches"), [(5, 3), pytest.param(100, 15, marks=pytest.mark.slow)])
 def test_each_item_ends_with_one_result(kills: int, batches: int, tmp_path: Path) -> None:
     random = Random(f"store:kill:{kills}")
     directory, acknowledged = tmp_path / "data", tmp_path / "acknowledged"

@@ -218,10 +218,6 @@ class Validation:
                 " VALUES(?, ?, ?, ?, ?, ?, ?)",
                 (no, work.lane, name, work.items, work.input_bytes, work.input_bytes_square, work.id_bytes),
             )
-        # A first attempt under other limits may have made more.
-        db.execute(
-            "DELETE FROM items WHERE key >= ? AND key < ?", (item_key(no, len(found.hashes)), item_key(no + 1, 0))
-        )
         model = next(iter(found.work)) if len(found.work) == 1 else None
         update_batch(db, no, status="in_progress", in_progress_s=self._now(), total=len(found.hashes), model=model)
         return True
