@@ -204,7 +204,7 @@ class ApiSite(AbstractContextManager["ApiSite"]):
             tuning=self._tuning,
         )
         await runner.start()
-        state = ApiState(
+        self.state = state = ApiState(
             store=store,
             keys=self._keys,
             models=served_models,

@@ -119,9 +119,17 @@ def test_the_document_lists_what_the_application_serves(site: ApiSite) -> None:
         if method in ("get", "post", "put", "delete", "patch")
     }
     served = {
-        (path.replace(":path}", "}"), method) for path, endpoints in api_routes(_STATE).items() for method in endpoints
+        (path.replace(":path}", "}"), method)
+        for path, endpoints in api_routes(site.state).items()
+        for method in endpoints
     }
     assert described == served
 
 
-_STATE: Any = None
+def test_the_document_names_models_where_no_key_is_asked_for(tmp_path: Path) -> None:
+    with ApiSite(tmp_path / "open") as site:
+        document = json.loads(ask(site, "/openapi.json")[1])
+        model = document["components"]["schemas"]["ChatRequest"]["properties"]["model"]
+        assert model["enum"] == ["chat-only", "m", "org/n"]
+    with ApiSite(tmp_path / "keys", keys=two_keys()) as site:
+        assert b"org/n" not in ask(site, "/openapi.json")[1]

@@ -98,12 +98,12 @@ class Site:
             await asyncio.sleep(0.002)
         raise AssertionError(f"never: {self.runner.summary()}")
 
-    async def ended(self, batch: Batch) -> Batch:
+    async def ended(self, batch: Batch, step_s: float = 0.05) -> Batch:
         async def over() -> bool:
             found = await self.store.get_batch(batch.id, None)
             return found.status in ("completed", "failed", "expired", "cancelled")
 
-        await self.until(over)
+        await self.until(over, step_s)
         return await self.store.get_batch(batch.id, None)
 
     async def lines(self, file_id: str | None) -> list[dict[str, Any]]:
@@ -277,7 +277,7 @@ def test_expiry_stops_what_runs_and_keeps_what_is_done(tmp_path: Path) -> None:
         site = await Site(tmp_path, lambda text: text if "quick" in text else None).start()
         batch = await site.submit(*many(3, "quick"), *many(3, "slow", "s"), window_s=60.0)
         await site.until(lambda: len(site.plane.open) == 3)
-        done = await site.ended(batch)
+        done = await site.ended(batch, step_s=0.5)
         assert done.status == "expired"
         assert 60.0 <= (done.expired_s or 0.0) - done.created_s < 65.0
         assert (done.completed, done.failed) == (3, 3)

@@ -24,7 +24,7 @@ from chiron.net.server import Incoming
 BYTES_PER_TOKEN = 4.0
 """Of English text, until the engine's usage figures tell better."""
 _RATIO_WEIGHT = 0.02
-_SLO_MAX_MS = 3_600_000.0
+_SLO_MIN_MS, _SLO_MAX_MS = 0.001, 3_600_000.0
 
 
 @dataclass(slots=True)
@@ -166,8 +166,8 @@ def _milliseconds(name: str, value: bytes) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not (isfinite(number) and 0.0 < number <= _SLO_MAX_MS):
-        raise invalid(f"{name}: {text!r} must be a number of milliseconds above 0 and at most {_SLO_MAX_MS:.0f}")
+    if not (isfinite(number) and _SLO_MIN_MS <= number <= _SLO_MAX_MS):
+        raise invalid(f"{name}: {text!r} must be a number of milliseconds from {_SLO_MIN_MS} to {_SLO_MAX_MS:.0f}")
     return number / 1000.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -34,10 +35,25 @@ class ModelPages:
         return {"id": name, "object": "model", "created": int(self._state.started_s), "owned_by": "chiron"}
 
 
+def describe(state: ApiState) -> bytes:
+    """The OpenAPI document. A server that asks nobody for a key names its models and classes in it, too."""
+    text = files("chiron").joinpath("data/openapi.json").read_bytes()
+    if not state.keys.open:
+        return text
+    served = state.models.by_name
+    document = orjson.loads(text)
+    components = document["components"]
+    for name in ("ChatRequest", "CompletionRequest"):
+        components["schemas"][name]["properties"]["model"]["enum"] = sorted(served)
+    classes = sorted({name for model in served.values() for name in model.classes})
+    components["parameters"]["RequestClass"]["schema"]["enum"] = classes
+    return orjson.dumps(document)
+
+
 class Admin:
     def __init__(self, state: ApiState) -> None:
         self._state = state
-        self._document = files("chiron").joinpath("data/openapi.json").read_bytes()
+        self._document = describe(state)
 
     async def health(self, request: Request) -> Response:
         """The process answers. It needs no key: probes have none."""
