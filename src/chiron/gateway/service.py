@@ -40,7 +40,7 @@ from chiron.store.sqlite import SqliteStore
 log = logging.getLogger("chiron.gateway")
 
 WATCH_S = 1.0
-"""Between two looks for requests that waited too long."""
+"""Between two looks for requests that waited too long, at clients and at engines."""
 BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
 GC_FREEZE_THRESHOLD = 50_000
@@ -54,7 +54,7 @@ class Service:
         """To be made on the loop that runs it. Raises ValueError or OSError for what cannot work."""
         self.config = config
         loop = asyncio.get_running_loop()
-        self.clock = LiveClock(loop)
+        self.clock = LiveClock(loop, time_s=time.monotonic)
         config.data.mkdir(parents=True, exist_ok=True)
         self._numbers = itertools.count(1)
         self.models = Models({m.name: _served(config, m) for m in config.models})
@@ -194,6 +194,8 @@ class Service:
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
         self.front.watch()
+        for engine in list(self.engines.live.values()):
+            engine.watch(self.config.limits.engine_stall_s)
 
     def _look_at_batches(self) -> None:
         self.clock.call_later(BATCHES_PERIOD_S, self._look_at_batches)

@@ -45,7 +45,8 @@ class _Cycle:
         self._left = False
         self._news = asyncio.Event()
         self._writable = asyncio.Event()
-        self._writable.set()
+        if not request.paused:  # The client may not have read the answer before this one.
+            self._writable.set()
         request.on_body = self._on_body
         request.on_body_end = self._on_body_end
         request.on_close = self._on_close

@@ -69,11 +69,12 @@ class Receiver(Protocol):
 class Call:
     """A request under way."""
 
-    __slots__ = ("_connection", "_message", "_origin", "_paused", "_reused", "over", "receiver")
+    __slots__ = ("_connection", "_head_only", "_message", "_origin", "_paused", "_reused", "over", "receiver")
 
-    def __init__(self, origin: Origin, message: bytes, receiver: Receiver) -> None:
+    def __init__(self, origin: Origin, message: bytes, receiver: Receiver, *, head_only: bool = False) -> None:
         self.receiver = receiver
         self.over = False
+        self._head_only = head_only
         self._origin = origin
         self._message = message
         self._connection: _Connection | None = None
@@ -167,8 +168,12 @@ class Origin:
         if not self._idle_max:
             parts.append(b"connection: close\r\n")
         parts += (b"\r\n", body)
-        call = Call(self, b"".join(parts), receiver)
-        self._dispatch(call)
+        call = Call(self, b"".join(parts), receiver, head_only=method == b"HEAD")
+        if self._closed:
+            closed = ConnectError(f"{self.url}: closed")
+            asyncio.get_running_loop().call_soon(call._fail, closed)
+        else:
+            self._dispatch(call)
         return call
 
     async def fetch(
@@ -181,7 +186,10 @@ class Origin:
         timeout_s: float = 10.0,
         body_max: int = BODY_MAX_BYTES,
     ) -> Response:
-        """A whole answer in ``timeout_s``. Raises NetError."""
+        """A whole answer in ``timeout_s``. Raises NetError, or ValueError for a line break in what is to be sent."""
+        for text in (method, path, *(part for header in (headers or {}).items() for part in header)):
+            if "\r" in text or "\n" in text:
+                raise ValueError(f"{text!r}: a line break would start another header")
         receiver = _Gather(body_max)
         lines = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
         call = self.send(method.encode(), path.encode(), lines, body, receiver)
@@ -202,7 +210,7 @@ class Origin:
         if self._connecting:
             await asyncio.wait(self._connecting, timeout=1.0)
         for connection in list(self._open):
-            connection.close()
+            connection.cut(f"{self.url}: closed")
         await asyncio.sleep(0)
 
     def _dispatch(self, call: Call, *, fresh: bool = False) -> None:
@@ -264,6 +272,8 @@ class _Connection(asyncio.Protocol):
         self._headers: list[Header] = []
         self._pieces: list[bytes] = []
         self._head_seen = False
+        self._head_bytes = 0
+        """Of heads, trailers and framing, since the last piece of a body."""
         self._any = False
         self._ended = False
         self._keep = False
@@ -289,6 +299,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers = []
         self._pieces = []
+        self._head_bytes = 0
         self._head_seen = self._any = self._ended = False
         if call._paused:
             self.pause()
@@ -303,6 +314,13 @@ class _Connection(asyncio.Protocol):
         self._closed = True
         self._call = None
         self._transport.abort()
+
+    def cut(self, why: str) -> None:
+        """Close; a call under way hears of it."""
+        call = self._call
+        self.close()
+        if call is not None:
+            call._fail(ConnectionLostError(why))
 
     def pause(self) -> None:
         if not self._paused and not self._closed:
@@ -320,6 +338,7 @@ class _Connection(asyncio.Protocol):
             self.close()  # Bytes that nobody asked for.
             return
         self._any = True
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
@@ -327,8 +346,10 @@ class _Connection(asyncio.Protocol):
             if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
                 self.close()
                 raise cause from None
-            self._give_up(call, AnswerError(f"{self._origin.url}: not an HTTP/1.1 answer: {error}"))
-            return
+            if not self._ended:
+                self._give_up(call, AnswerError(f"{self._origin.url}: not an HTTP/1.1 answer: {error}"))
+                return
+            self._keep = False  # The answer is complete; what follows it is not one.
         if call.over:
             return
         pieces = self._pieces
@@ -337,6 +358,8 @@ class _Connection(asyncio.Protocol):
             call.receiver.on_data(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if self._ended:
             self._finish(call)
+        elif self._head_bytes > _HEAD_MAX_BYTES:
+            self._give_up(call, AnswerError(f"{self._origin.url}: an answer's head of over {_HEAD_MAX_BYTES} bytes"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
@@ -348,30 +371,44 @@ class _Connection(asyncio.Protocol):
         if call._reused and not self._any and not origin._closed:
             origin._dispatch(call, fresh=True)
             return
-        if self._head_seen and self._until_close():
+        if self._head_seen and exc is None and self._until_close():
             call.over = True
             call.receiver.on_end()
             return
         when = "in the middle of its answer" if self._any else "before its answer"
         call._fail(ConnectionLostError(f"{origin.url}: the connection was lost {when}"))
 
+    def on_message_begin(self) -> None:
+        if self._ended:
+            self._keep = False  # An answer to no question.
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name.lower(), value))
-        if len(self._headers) > 1000:
-            raise httptools.HttpParserError("too many headers")
+        if not self._head_seen:  # Trailers are dropped.
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         call = self._call
         status = self._parser.get_status_code()
-        if status < 200 or call is None or call.over:
+        if status < 200 or call is None or call.over or self._ended:
             return
         self._head_seen = True
+        self._head_bytes = 0
+        if call._head_only:
+            # The parser cannot know that no body follows; the next call gets a new one.
+            self._keep = self._parser.should_keep_alive()
+            self._ended = True
         call.receiver.on_head(status, self._headers)
 
     def on_body(self, data: bytes) -> None:
-        self._pieces.append(data)
+        if not self._ended:
+            self._head_bytes = 0
+            self._pieces.append(data)
+        else:
+            self._keep = False
 
     def on_message_complete(self) -> None:
+        if self._ended:
+            return
         if self._parser.get_status_code() < 200:
             self._headers = []
             return

@@ -21,7 +21,17 @@ log = logging.getLogger("chiron.clock")
 class LiveClock(VirtualClock):
     """``now_s`` is seconds since the clock was made. Everything from outside comes in through ``post``."""
 
-    __slots__ = ("_armed_s", "_error", "_handle", "_loop", "_origin_s", "_posting", "_stopped", "wall_origin_s")
+    __slots__ = (
+        "_armed_s",
+        "_error",
+        "_handle",
+        "_loop",
+        "_origin_s",
+        "_posting",
+        "_stopped",
+        "_time",
+        "wall_origin_s",
+    )
 
     def __init__(
         self,
@@ -29,10 +39,14 @@ class LiveClock(VirtualClock):
         *,
         on_error: Callable[[BaseException], None] | None = None,
         wall_s: float | None = None,
+        time_s: Callable[[], float] | None = None,
     ) -> None:
+        """``time_s`` is a finer clock than the loop's own, of the same rate: uvloop's time goes in milliseconds and
+        stands still for a turn of the loop. Default: the loop's."""
         super().__init__()
         self._loop = loop
-        self._origin_s = loop.time()
+        self._time = time_s or loop.time
+        self._origin_s = self._time()
         self.wall_origin_s = time.time() if wall_s is None else wall_s
         """Unix time at ``now_s == 0``."""
         self._error = on_error or _log_error
@@ -43,7 +57,7 @@ class LiveClock(VirtualClock):
 
     def elapsed_s(self) -> float:
         """What ``now_s`` would be if something were posted now."""
-        return self._loop.time() - self._origin_s
+        return self._time() - self._origin_s
 
     def wall_s(self, when_s: float) -> float:
         """Unix time of a moment of this clock."""
@@ -78,7 +92,7 @@ class LiveClock(VirtualClock):
 
     def _catch_up(self) -> None:
         """Fire what is due, in order; a faulty callback must not take the rest with it."""
-        now_s = self._loop.time() - self._origin_s
+        now_s = self._time() - self._origin_s
         while True:
             try:
                 self.run_until(max(now_s, self.now_s))
@@ -107,7 +121,10 @@ class LiveClock(VirtualClock):
         if self._handle is not None:
             self._handle.cancel()
         self._armed_s = due_s
-        self._handle = self._loop.call_at(self._origin_s + due_s, self._wake)
+        if self._time == self._loop.time:
+            self._handle = self._loop.call_at(self._origin_s + due_s, self._wake)
+        else:
+            self._handle = self._loop.call_later(max(0.0, due_s - self.elapsed_s()), self._wake)
 
 
 def _log_error(error: BaseException) -> None:

@@ -31,8 +31,13 @@ Handler = Callable[["Incoming"], None]
 
 _STATUS = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
 _WRITE_HIGH_BYTES = 256 * 1024
-_READ_AHEAD_BYTES = 256 * 1024
 _PIPELINE_MAX = 16
+_PIECES_MAX = 256
+"""Pieces of a body that are kept apart: each costs far more memory than the two bytes that it may hold."""
+_BODY_RATE_MIN = 1024.0
+"""Bytes per second. A body that is late by more than its timeout at this rate is only meant to hold a connection."""
+_LINGER_S = 2.0
+"""How long what a refused client still sends is read and dropped, so that it sees why."""
 _ERROR_TYPES = {400: "invalid_request_error", 413: "invalid_request_error", 431: "invalid_request_error"}
 
 
@@ -51,7 +56,7 @@ class ServerLimits:
     header_timeout_s: float = 20.0
     """From the first byte of a head to its last."""
     body_timeout_s: float = 120.0
-    """Longest silence inside a body."""
+    """Longest silence inside a body; one that a handler gets whole may not trickle either."""
     stall_s: float = 60.0
     """A client that takes nothing of a waiting answer for this long is cut off."""
 
@@ -60,9 +65,11 @@ class Incoming:
     """One request, and the way to answer it."""
 
     __slots__ = (
+        "_body_begin_s",
         "_body_length",
         "_chunked",
         "_connection",
+        "_gathered",
         "_keep_alive",
         "_pieces",
         "_started",
@@ -109,7 +116,10 @@ class Incoming:
         self.context: Any = None
         """The handler's own."""
         self._pieces: list[bytes] = []
+        self._gathered: bytearray | None = None
+        """What came before the pieces."""
         self._body_length = 0
+        self._body_begin_s = 0.0
         self._keep_alive = True
         self._started = False
         self._chunked = False
@@ -151,9 +161,12 @@ class Incoming:
             return
         assert not self._started, "an answer starts once"
         head = self._head(status, headers)
-        head.append(b"content-type: %b\r\ncontent-length: %d\r\n\r\n" % (content_type, len(body)))
-        if self.method != b"HEAD":
-            head.append(body)
+        if status in (204, 304):
+            head.append(b"\r\n")
+        else:
+            head.append(b"content-type: %b\r\ncontent-length: %d\r\n\r\n" % (content_type, len(body)))
+            if self.method != b"HEAD":
+                head.append(body)
         self._started = True
         self._connection.write(b"".join(head))
         self._over()
@@ -220,6 +233,23 @@ class Incoming:
         self.closed = True
         self._connection.answered(self)
 
+    def _add(self, data: bytes) -> None:
+        """A part of the body that is collected."""
+        self._pieces.append(data)
+        self._body_length += len(data)
+        if len(self._pieces) == _PIECES_MAX:
+            self._gathered = self._gathered or bytearray()
+            self._gathered += b"".join(self._pieces)
+            self._pieces.clear()
+
+    def _collect(self) -> None:
+        pieces = self._pieces
+        if self._gathered is not None:
+            pieces.insert(0, bytes(self._gathered))
+            self._gathered = None
+        self.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._pieces = []
+
 
 class _Connection(asyncio.Protocol):
     """One client."""
@@ -238,9 +268,15 @@ class _Connection(asyncio.Protocol):
         self._serving: Incoming | None = None
         self._waiting: deque[Incoming] = deque()
         self._head_bytes = 0
+        """Received since the last request or the last piece of a body: heads, trailers, framing."""
+        self._block_bytes = 0
         self._url = b""
         self._read_paused = 0
-        self._broken = False
+        self._unsent_bytes = 0
+        """At the last look at a client that does not read."""
+        self._deaf = False
+        """No further input is looked at; what came before is still answered."""
+        self._lingers = False
         self._lost = False
 
     # -- asyncio ----------------------------------------------------------------------------------------------
@@ -257,29 +293,36 @@ class _Connection(asyncio.Protocol):
         self.deadline_s = server.now_s + server.limits.header_timeout_s
         if len(server.connections) > server.limits.connections_max:
             self._refuse(503, "too many connections", "service_unavailable")
+            self._hang_up(linger=False)
 
     def data_received(self, data: bytes) -> None:
-        if self._broken:
+        if self._deaf:
             return
-        reading = self._reading
-        if reading is None or not reading.method:
-            self._head_bytes += len(data)
+        self._block_bytes = len(data)
+        self._head_bytes += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "upgrades are not supported", "bad_request")
+            self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
-            if not self._broken:
-                cause = error.__context__
-                if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
-                    log.error("a request handler failed", exc_info=cause)
-                    self._refuse(500, "internal error", "internal_error")
-                else:
-                    self._refuse(400, "not an HTTP/1.1 request", "bad_request")
+            cause = error.__context__
+            if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+                log.error("a request handler failed", exc_info=cause)
+                self._refuse(500, "internal error", "internal_error")
+            else:
+                self._refuse(400, "not an HTTP/1.1 request", "bad_request")
         else:
-            reading = self._reading
-            if reading is not None and not reading.method and self._head_bytes > self.server.limits.header_max_bytes:
+            if self._reading is not None and self._head_bytes > self.server.limits.header_max_bytes:
                 self._refuse_head()
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                # An offer to switch protocols is declined by answering as if it had not been made.
+                self._parser = httptools.HttpRequestParser(self)
+                data = data[upgrade.args[0] :]
+            else:
+                return
 
     def eof_received(self) -> bool:
         return False
@@ -299,78 +342,105 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
+        self._unsent_bytes = self._transport.get_write_buffer_size()
         self.deadline_s = self.server.now_s + self.server.limits.stall_s
         if self._serving is not None and self._serving.on_pause is not None:
             self._serving.on_pause()
 
     def resume_writing(self) -> None:
         self.write_paused = False
+        if self._transport.is_closing():
+            return
         self._next_deadline()
-        if self._serving is not None and self._serving.on_resume is not None:
+        if self._serving is None:
+            self._serve_waiting()
+        elif self._serving.on_resume is not None:
             self._serving.on_resume()
 
     # -- httptools --------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        if self._deaf:
+            return
         self._reading = Incoming(self)
         self._url = b""
         self.deadline_s = self.server.now_s + self.server.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
-        self._url += url
+        if not self._deaf:
+            self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        assert self._reading is not None
-        self._reading.headers.append((name.lower(), value))
+        # Trailers are dropped: nothing that comes after the body may say whose it is, or what.
+        if self._reading is not None and not self._reading.method:
+            self._reading.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         request = self._reading
-        if request is None or self._broken:
+        if request is None or self._deaf:
             return
         limits = self.server.limits
         parser = self._parser
-        if len(request.headers) > limits.headers_max or self._head_bytes > limits.header_max_bytes + _READ_AHEAD_BYTES:
+        # A head is only counted exactly where the block that it came in leaves a doubt.
+        many = max(self._head_bytes, self._block_bytes) > limits.header_max_bytes
+        if len(request.headers) > limits.headers_max or (many and self._head_length() > limits.header_max_bytes):
             self._refuse_head()
             return
         self._head_bytes = 0
         request.method = parser.get_method()
         request.version = parser.get_http_version()
+        if request.version not in ("1.1", "1.0"):
+            self._refuse(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "http_version_not_supported")
+            return
+        if request.method == b"CONNECT":
+            self._refuse(405, "this is no proxy", "method_not_allowed")
+            return
         request._keep_alive = parser.should_keep_alive()
         path, _, request.query = self._url.partition(b"?")
         if not path.startswith(b"/"):  # An absolute URL, as proxies send it.
             path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
         request.path = path.decode("latin-1")
+        request._body_begin_s = self.server.now_s
         self.deadline_s = self.server.now_s + limits.body_timeout_s
+        length = request.header(b"content-length")
+        if length is None:
+            coding = request.header(b"transfer-encoding")
+            if coding is not None and (coding.lower() != b"chunked" or request.version == "1.0"):
+                self._refuse(501, "the only transfer coding is 'chunked', of HTTP/1.1", "not_implemented")
+                return
         is_app = self.server.is_app
         request.streams = is_app is not None and is_app(request)
-        if not request.streams:
-            length = request.header(b"content-length")
-            if length is not None and int(length) > limits.body_max_bytes:
-                self._refuse_body()
-                return
+        if not request.streams and length is not None and int(length) > limits.body_max_bytes:
+            self._refuse_body()
+            return
         expect = request.header(b"expect")
-        if expect is not None and expect.lower() == b"100-continue" and not self._waiting and self._serving is None:
+        if expect is not None and expect.lower() == b"100-continue" and self._ready and request.version == "1.1":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.streams:
             self._enqueue(request)
 
     def on_body(self, data: bytes) -> None:
         request = self._reading
-        if request is None or self._broken:
+        if request is None or self._deaf:
             return
-        self.deadline_s = self.server.now_s + self.server.limits.body_timeout_s
+        self._head_bytes = 0
+        now_s, limits = self.server.now_s, self.server.limits
+        self.deadline_s = now_s + limits.body_timeout_s
         if request.on_body is not None:
             request.on_body(data)
             return
-        request._body_length += len(data)
-        if request._body_length > self.server.limits.body_max_bytes and not request.streams:
+        request._add(data)
+        if request.streams:
+            return
+        if request._body_length > limits.body_max_bytes:
             self._refuse_body()
             return
-        request._pieces.append(data)
+        due_s = request._body_begin_s + request._body_length / _BODY_RATE_MIN
+        self.deadline_s = min(now_s, due_s) + limits.body_timeout_s
 
     def on_message_complete(self) -> None:
         request = self._reading
-        if request is None or self._broken:
+        if request is None or self._deaf:
             return
         self._reading = None
         self._head_bytes = 0
@@ -380,22 +450,37 @@ class _Connection(asyncio.Protocol):
             if request.on_body_end is not None:
                 request.on_body_end()
             return
-        pieces = request._pieces
-        request.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        request._pieces = []
+        request._collect()
         self._enqueue(request)
+
+    def _head_length(self) -> int:
+        assert self._reading is not None
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._reading.headers)
 
     # -- requests in turn -------------------------------------------------------------------------------------
 
+    @property
+    def _ready(self) -> bool:
+        """Nothing is under way, and the client has read enough of what it was answered before."""
+        return self._serving is None and not self._waiting and not self.write_paused
+
     def _enqueue(self, request: Incoming) -> None:
-        if self._serving is None:
+        if self._ready:
             self._serve(request)
+            return
+        if len(self._waiting) == _PIPELINE_MAX:
+            self._deaf = True  # Those before it are answered; it may be sent again on another connection.
             return
         self._waiting.append(request)
         if len(self._waiting) == 1:
             self.pause_reading()
-        if len(self._waiting) > _PIPELINE_MAX:
-            self._refuse(400, f"more than {_PIPELINE_MAX} requests in flight on one connection", "bad_request")
+
+    def _serve_waiting(self) -> None:
+        while self._waiting and self._serving is None and not self.write_paused and not self._transport.is_closing():
+            following = self._waiting.popleft()
+            if not self._waiting:
+                self.resume_reading()
+            self._serve(following)
 
     def _serve(self, request: Incoming) -> None:
         self._serving = request
@@ -405,11 +490,10 @@ class _Connection(asyncio.Protocol):
             if request.streams:
                 assert server.app is not None
                 server.app(request)
-                early = request._pieces
-                request._pieces = []
-                if request.on_body is not None:
-                    for piece in early:
-                        request.on_body(piece)
+                request._collect()
+                early, request.body = request.body, b""
+                if request.on_body is not None and early:
+                    request.on_body(early)
                 if request.complete and request.on_body_end is not None:
                     request.on_body_end()
             else:
@@ -423,29 +507,40 @@ class _Connection(asyncio.Protocol):
 
     def answered(self, request: Incoming) -> None:
         """The answer to ``request`` is complete."""
-        # No cycles: a request is freed at once, and the garbage collector has nothing to look for.
-        request.on_close = request.on_pause = request.on_resume = request.on_body = request.on_body_end = None
         if self._serving is request:
             self._serving = None
         if self._lost:
             return
-        if not request._keep_alive or not request.complete or self._broken or self.server.closing:
-            self._broken = True
-            self._transport.close()
-            return
-        if self._waiting:
-            following = self._waiting.popleft()
-            if not self._waiting:
-                self.resume_reading()
-            self._serve(following)
+        last = self._deaf and not self._waiting
+        if not request._keep_alive or not request.complete or last or self.server.closing:
+            self._hang_up(linger=last or not request.complete)
+        elif self._waiting:
+            self._serve_waiting()
         else:
             self._next_deadline()
+
+    def _hang_up(self, *, linger: bool) -> None:
+        """Close when what was written is sent. ``linger``: the client may still be sending; to close on it would
+        reset the connection and take the answer with it."""
+        self._deaf = True
+        self._waiting.clear()
+        self._lingers = linger
+        self.deadline_s = self.server.now_s + (_LINGER_S if linger else self.server.limits.stall_s)
+        if not linger:
+            self._transport.close()
+        elif not self._transport.is_closing():
+            self._read_paused = min(1, self._read_paused)
+            self.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
 
     def _next_deadline(self) -> None:
         """When the sweep should look again, given what the connection does."""
         limits, now_s = self.server.limits, self.server.now_s
         if self.write_paused:
             self.deadline_s = now_s + limits.stall_s
+        elif self._deaf and self._serving is None:
+            pass  # Hung up already.
         elif self._serving is not None and (self._reading is None or self._read_paused):
             self.deadline_s = now_s + 1e9
         elif self._reading is not None:
@@ -455,16 +550,25 @@ class _Connection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        return self._serving is None and not self._waiting and self._reading is None
+        return self._serving is None and not self._waiting and (self._reading is None or self._deaf)
 
     def expire(self) -> None:
         """The sweep: a deadline has passed."""
-        if self._serving is None and self._reading is not None and not self.write_paused:
+        unsent_bytes = self._transport.get_write_buffer_size()
+        if self._lingers:
+            self._hang_up(linger=False)
+        elif unsent_bytes and unsent_bytes < self._unsent_bytes:
+            self._unsent_bytes = unsent_bytes  # It reads, if slowly.
+            self.deadline_s = self.server.now_s + self.server.limits.stall_s
+        elif self._transport.is_closing() or self.write_paused:
+            self.abort()
+        elif self._reading is not None and self._serving is None:
             self._refuse(408, "the request took too long to arrive", "request_timeout")
         elif self._reading is not None and self._serving is self._reading and not self._serving.started:
             self._refuse(408, "the body took too long to arrive", "request_timeout")
         elif self._serving is None:
-            self._transport.close()
+            self._unsent_bytes = unsent_bytes
+            self._hang_up(linger=False)
         else:
             self.abort()
 
@@ -475,7 +579,7 @@ class _Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def abort(self) -> None:
-        self._broken = True
+        self._deaf = True
         self._transport.abort()
 
     def close(self) -> None:
@@ -504,17 +608,15 @@ class _Connection(asyncio.Protocol):
 
     def _refuse(self, status: int, message: str, code: str) -> None:
         """An answer that the handler never hears of, and the end of the connection."""
-        if self._broken:
+        if self._deaf:
             return
+        self._deaf = True
         request = self._reading or Incoming(self)
-        if self._serving is not None and self._serving is not request:
-            self._broken = True
-            self._transport.close()
-            return
+        if self._waiting or (self._serving is not None and self._serving is not request):
+            return  # Those before it are answered; then the connection closes.
         request.complete = False
-        self._broken = True
         if request.closed or request.started:
-            self._transport.close()
+            self.abort()
             return
         if request.on_close is not None:
             request.on_close()
@@ -556,7 +658,11 @@ class HttpServer:
         if path is not None:
             self._listener = await self._loop.create_unix_server(factory, path=path, backlog=2048)
             return
-        self._listener = await self._loop.create_server(factory, host, port, ssl=ssl, backlog=2048)
+        # Who does not get through a handshake is not counted yet, so it has no longer than for a head.
+        handshake_s = self.limits.header_timeout_s if ssl is not None else None
+        self._listener = await self._loop.create_server(
+            factory, host, port, ssl=ssl, backlog=2048, ssl_handshake_timeout=handshake_s
+        )
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def close(self, grace_s: float = 5.0) -> None:
