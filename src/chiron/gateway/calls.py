@@ -88,6 +88,10 @@ class RelayCall:
     def visible(self) -> bool:
         return self.incoming.started
 
+    @property
+    def held_up(self) -> bool:
+        return self.incoming.paused
+
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
         if self._fields.get("model") == model:
             return self._body
@@ -192,6 +196,7 @@ class CollectedCall:
 
     streams = True
     visible = False
+    held_up = False
 
     def __init__(
         self, *, path: bytes, fields: dict[str, Any], request_id: str, key_name: str, answer_max_bytes: int = 64 << 20

@@ -98,6 +98,9 @@ class LimitSettings:
     """How long one may wait there (503 beyond). Must cover a cold start if the fleet scales to zero."""
     request_timeout_s: float = 3600.0
     """From arrival to the last token (504, or the stream is cut with an error event)."""
+    engine_stall_s: float = 600.0
+    """An engine that sends nothing of a stream for this long loses the request, which is tried elsewhere if nobody has
+    seen a part of it. Long prompts may wait for minutes inside an engine, so this is no small number."""
     idle_s: float = 75.0
     """A kept connection without a request is closed after this."""
     header_timeout_s: float = 20.0

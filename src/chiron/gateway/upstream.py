@@ -66,6 +66,10 @@ class Upcall(Protocol):
     def visible(self) -> bool:
         """A client has seen a part of the answer: it cannot be tried again."""
 
+    @property
+    def held_up(self) -> bool:
+        """Nothing is read from the engine, because the client does not read either."""
+
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
         """The body to send; ``model`` is what this engine calls it."""
 
@@ -178,6 +182,14 @@ class HttpEngine:
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
+    def watch(self, stall_s: float) -> None:
+        """Now and then, posted: streams of which nothing has come for ``stall_s`` are lost. An engine that answers its
+        health checks may still have forgotten a request. Answers in one piece are silent by nature."""
+        now_s = self.clock.now_s
+        for run in list(self.runs.values()):
+            if run.silent_s(now_s) > stall_s:
+                self.lost(run, UpstreamFailure(f"the engine sent nothing for {stall_s:g} s", 504))
+
     def close(self) -> None:
         """The instance is gone. What runs is cut; call this before the control plane is told."""
         self.closed = True
@@ -274,6 +286,8 @@ class _Run:
     __slots__ = (
         "_engine",
         "_error",
+        "_heard",
+        "_heard_s",
         "_over",
         "_tail",
         "call",
@@ -299,6 +313,15 @@ class _Run:
         self._tail = b""
         self._error: list[bytes] | None = None
         self._over = False
+        self._heard = self._tail
+        """The tail at the last look, and when it had last changed."""
+        self._heard_s = engine.clock.now_s
+
+    def silent_s(self, now_s: float) -> float:
+        """For how long nothing has come, as exactly as this is asked often."""
+        if self._tail is not self._heard or self.upcall.held_up or not self.upcall.streams:
+            self._heard, self._heard_s = self._tail, now_s
+        return now_s - self._heard_s
 
     def over(self, *, cancel: bool) -> None:
         self._over = True
