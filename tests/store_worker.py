@@ -35,7 +35,7 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> 
     async def submit() -> None:
         for batch in await store.unvalidated():
             await store.validate(batch.id, check, LIMITS)
-        while len(await store.list_batches(None)) < count:
+        while len(await store.list_batches(None, limit=count)) < count:
             upload = await store.begin_file("batch", "in.jsonl", "", 1 << 30)
             for block in (lines_of(ITEMS)[start : start + 20_000] for start in range(0, 1 << 30, 20_000)):
                 if not block:
@@ -55,8 +55,12 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> 
             note("batch", batch.id)
             await store.validate(batch.id, check, LIMITS)
 
+    async def unfinished() -> bool:
+        batches = await store.list_batches(None, limit=count)
+        return len(batches) < count or any(batch.status not in ENDED for batch in batches)
+
     async def run() -> None:
-        while any(batch.status not in ENDED for batch in await store.list_batches(None, limit=count)):
+        while await unfinished():
             leased = await store.lease(MODEL, random.randrange(1, 40))
             if leased and random.random() < 0.1:
                 await store.release(keys(leased), random.random() < 0.5)
@@ -76,8 +80,6 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> 
                 note("result", one.batch_id, one.index, one.ok, token)
 
     await asyncio.gather(submit(), *(run() for _ in range(3)))
-    while len([batch for batch in await store.list_batches(None) if batch.status in ENDED]) < count:
-        await run()
     await store.close()
     print("done", flush=True)
 
