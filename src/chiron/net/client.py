@@ -356,6 +356,8 @@ class _Connection(asyncio.Protocol):
         if pieces:
             self._pieces = []
             call.receiver.on_data(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if call.over:
+            return  # Cancelled by who heard it.
         if self._ended:
             self._finish(call)
         elif self._head_bytes > _HEAD_MAX_BYTES:

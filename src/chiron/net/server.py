@@ -176,14 +176,14 @@ class Incoming:
         if self.closed:
             return
         assert not self._started, "an answer starts once"
-        head = self._head(status, headers)
-        if length is not None:
-            head.append(b"content-length: %d\r\n\r\n" % length)
-        elif status in (204, 304) or status < 200:
-            head.append(b"\r\n")
-        elif self.version == "1.0":
+        bodiless = status in (204, 304)
+        if self.version == "1.0" and length is None and not bodiless:
             self._keep_alive = False  # The end of the connection is the end of the body.
+        head = self._head(status, headers)
+        if bodiless or (self.version == "1.0" and length is None):
             head.append(b"\r\n")
+        elif length is not None:
+            head.append(b"content-length: %d\r\n\r\n" % length)
         else:
             self._chunked = True
             head.append(b"transfer-encoding: chunked\r\n\r\n")
@@ -277,6 +277,8 @@ class _Connection(asyncio.Protocol):
         self._deaf = False
         """No further input is looked at; what came before is still answered."""
         self._lingers = False
+        self._declining = False
+        """The head being read is our own, or its message's end is not the request's."""
         self._lost = False
 
     # -- asyncio ----------------------------------------------------------------------------------------------
@@ -318,11 +320,24 @@ class _Connection(asyncio.Protocol):
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # An offer to switch protocols is declined by answering as if it had not been made.
-                self._parser = httptools.HttpRequestParser(self)
                 data = data[upgrade.args[0] :]
+                self._decline_upgrade()
             else:
                 return
+
+    def _decline_upgrade(self) -> None:
+        """Answer as if no switch of protocols had been offered. The parser takes what follows the head for the other
+        protocol, a body too; another parser goes on, told how the body is framed and nothing else."""
+        self._parser = httptools.HttpRequestParser(self)
+        request = self._reading
+        if request is None or self._deaf:
+            return
+        framing = b"transfer-encoding: chunked"
+        if request.header(b"transfer-encoding") is None:
+            framing = b"content-length: " + (request.header(b"content-length") or b"0")
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n")
+        self._declining = False
+        self._parser.feed_data(b"\r\n")
 
     def eof_received(self) -> bool:
         return False
@@ -360,14 +375,14 @@ class _Connection(asyncio.Protocol):
     # -- httptools --------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        if self._deaf:
+        if self._deaf or self._declining:
             return
         self._reading = Incoming(self)
         self._url = b""
         self.deadline_s = self.server.now_s + self.server.limits.header_timeout_s
 
     def on_url(self, url: bytes) -> None:
-        if not self._deaf:
+        if not self._deaf and not self._declining:
             self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -377,7 +392,7 @@ class _Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         request = self._reading
-        if request is None or self._deaf:
+        if request is None or self._deaf or request.method:
             return
         limits = self.server.limits
         parser = self._parser
@@ -396,6 +411,7 @@ class _Connection(asyncio.Protocol):
             self._refuse(405, "this is no proxy", "method_not_allowed")
             return
         request._keep_alive = parser.should_keep_alive()
+        self._declining = parser.should_upgrade()
         path, _, request.query = self._url.partition(b"?")
         if not path.startswith(b"/"):  # An absolute URL, as proxies send it.
             path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
@@ -440,7 +456,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request = self._reading
-        if request is None or self._deaf:
+        if request is None or self._deaf or self._declining:
             return
         self._reading = None
         self._head_bytes = 0
