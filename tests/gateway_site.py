@@ -18,7 +18,8 @@ from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.api import ApiState, make_app
 from chiron.gateway.api.state import ApiLimits
 from chiron.gateway.batch_call import BatchCall
-from chiron.gateway.batch_runner import BatchRunner, RunnerSettings
+from chiron.gateway.batch_runner import BatchRunner
+from chiron.gateway.batch_tuning import RunnerSettings
 from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.settings import BatchSettings, ModelSettings
 from chiron.net.clock import LiveClock

@@ -23,31 +23,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chiron.control.plane import RETRIES_MAX
-from chiron.core.clock import Callback, Timer
 from chiron.core.types import Request
 from chiron.gateway.admission import Models, ServedModel, prompt_bytes
 from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
 from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
+from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off
+from chiron.gateway.batch_writer import Place, ResultWriter
 from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
-from chiron.store.port import Batch, BatchStore, Ended, InputLimits, Item, NotFound, PendingWork, StoreError
+from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork
 
 log = logging.getLogger("chiron.batch")
-
-Place = tuple[str, int]
-"""An item: batch id and index."""
-
-
-class RunnerClock(Protocol):
-    """``net.clock.LiveClock``, or a virtual one."""
-
-    now_s: float
-
-    def post(self, callback: Callback) -> None: ...
-    def call_later(self, delay_s: float, callback: Callback) -> Timer: ...
-    def wall_s(self, when_s: float) -> float: ...
-    def from_wall_s(self, wall_s: float) -> float: ...
 
 
 class BatchPlane(Protocol):
@@ -58,39 +45,6 @@ class BatchPlane(Protocol):
     def hold_batch(
         self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
     ) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerSettings:
-    """What hardly anybody changes."""
-
-    attempts_max: int = 2
-    """Times that the control plane may give up on an item (after retries of its own) before it fails."""
-    failing_max: int = 3
-    """Items given up in a row, of one model, before the engines are taken to be at fault."""
-    finish_max: int = 256
-    """Results written at once."""
-    finish_wait_s: float = 0.02
-    """How long a result waits for others."""
-    unwritten_max: int = 4096
-    """Results in memory beyond which no new work is taken."""
-    poll_s: float = 1.0
-    """Between two looks for deadlines and new work."""
-    backoff_min_s: float = 0.2
-    """Before the next try when the store is full or engines fail; doubled each time."""
-    backoff_max_s: float = 30.0
-    validations_at_once: int = 2
-    validations_max: int = 1000
-    """Batches that wait for validation before the API says 429."""
-    sweep_period_s: float = 600.0
-    """Between two removals of what is past its retention."""
-    answer_max_bytes: int = 64 << 20
-    """One item's answer."""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
 class _Window:
@@ -153,11 +107,7 @@ class BatchRunner:
         self._tasks: list[asyncio.Task[None]] = []
         self._unchecked: asyncio.Queue[Batch] = asyncio.Queue()
         self._news = asyncio.Event()
-        self._results: list[Ended] = []
-        self._returned: list[tuple[Place, bool]] = []
-        """Items to give back, and whether that was a failed attempt."""
-        self._written = asyncio.Event()
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._writer = ResultWriter(store=store, clock=clock, tuning=self._tuning, on_return=self._news.set)
         self._held: dict[tuple[str, str], _Held] = {}
         """What the control plane was told of, by batch and model."""
         self._dropped: dict[str, None] = {}
@@ -165,8 +115,6 @@ class BatchRunner:
         self._ended_since = 0
         self._next_sweep_s = 0.0
         self._closing = False
-        self.paused = ""
-        """Why nothing goes on, if it does not: the store's complaint."""
 
     # -- what the API calls ------------------------------------------------------------------------------------
 
@@ -174,9 +122,14 @@ class BatchRunner:
         """Take up what the last process left."""
         for batch in await self._store.unvalidated():
             self._unchecked.put_nowait(batch)
-        loops = [self._validate_loop] * self._tuning.validations_at_once + [self._work_loop, self._write_loop]
+        loops = [self._validate_loop] * self._tuning.validations_at_once + [self._work_loop, self._writer.run]
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
         self._clock.post(self._tick)
+
+    @property
+    def paused(self) -> str:
+        """Why nothing goes on, if it does not: the store's complaint."""
+        return self._writer.paused
 
     @property
     def busy(self) -> bool:
@@ -209,7 +162,7 @@ class BatchRunner:
             "queued": sum(len(window.queued()) for window in windows),
             "suspects": sum(len(window.suspects) + (window.suspect is not None) for window in windows),
             "in_store": sum(work.items for work in self._held.values()),
-            "unwritten": len(self._results),
+            "unwritten": self._writer.unwritten,
             "validating": self._unchecked.qsize(),
             "paused": self.paused,
             "failing_models": sorted(n for n, w in self._windows.items() if w.failing >= self._tuning.failing_max),
@@ -217,23 +170,25 @@ class BatchRunner:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Give everything back, write what is known. What does not work out in time is done at the next start."""
+        if self._closing or not self._tasks:
+            return
         self._closing = True
         self._news.set()
         for window in self._windows.values():
             self._withdraw(window.calls.values())
-            self._return(window.suspects, failed=False)
+            self._writer.give_back(window.suspects, failed=False)
             window.suspects.clear()
-        loop = asyncio.get_running_loop()
-        end_s = loop.time() + timeout_s
         for task in self._tasks[:-2]:  # Validation starts over.
             task.cancel()
-        for task in self._tasks[-2:]:
-            self._written.set()
-            await asyncio.wait([task], timeout=max(0.0, end_s - loop.time()))
-            task.cancel()
+        work, write = self._tasks[-2:]
+        await asyncio.wait([work], timeout=timeout_s / 2)
+        self._writer.close()
+        await asyncio.wait([write], timeout=timeout_s / 2)
+        work.cancel()
+        write.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._results:
-            log.warning("%d results of batch items could not be written; those items run again", len(self._results))
+        if self._writer.unwritten:
+            log.warning("%d results could not be written; those items run again", self._writer.unwritten)
 
     # -- validation --------------------------------------------------------------------------------------------
 
@@ -262,7 +217,7 @@ class BatchRunner:
             self._news.clear()
             try:
                 await self._look_after()
-                if not self.paused and len(self._results) < self._tuning.unwritten_max:
+                if not self._writer.full:
                     await self._refill()
                 delay_s = self._tuning.backoff_min_s
             except Exception as error:
@@ -327,7 +282,7 @@ class BatchRunner:
 
     def _take(self, window: _Window, item: Item) -> None:
         if self._closing or item.batch_id in self._dropped:
-            self._return([item], failed=False)
+            self._writer.give_back([item], failed=False)
         elif item.attempts:
             window.suspects.append(item)
         else:
@@ -409,10 +364,10 @@ class BatchRunner:
             window.suspect = None
         self._count_end(window)
         if outcome == "cancelled":
-            self._return([item], failed=False)
+            self._writer.give_back([item], failed=False)
         elif outcome == "rejected":
             message = f"The prompt does not fit into the KV cache of any instance of model {item.model!r}."
-            self._end(failure(item, "context_length_exceeded", message))
+            self._writer.add(failure(item, "context_length_exceeded", message))
         elif outcome == "finished" or call.refused:
             self._answered(window, call)
         else:
@@ -425,7 +380,7 @@ class BatchRunner:
 
     def _answered(self, window: _Window, call: BatchCall) -> None:
         try:
-            self._end(call.result())
+            self._writer.add(call.result())
         except CollectError as error:
             self._failed(window, call, str(error))
         else:
@@ -437,9 +392,9 @@ class BatchRunner:
         log.warning("batch %s item %d failed: %s", item.batch_id, item.index, reason)
         if item.attempts + 1 >= self._tuning.attempts_max:
             tries = f"Given up after {item.attempts + 1} attempts, each with retries."
-            self._end(failure(item, "request_failed", f"{tries} The last one: {reason}"))
+            self._writer.add(failure(item, "request_failed", f"{tries} The last one: {reason}"))
         else:
-            self._return([item], failed=True)
+            self._writer.give_back([item], failed=True)
         if window.failing >= self._tuning.failing_max:
             over = window.failing - self._tuning.failing_max
             delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0 ** min(over, 30))
@@ -447,64 +402,6 @@ class BatchRunner:
             self._clock.call_later(delay_s, self._news.set)
             # Not at once: the control plane is in the middle of telling of this end.
             self._clock.call_later(0.0, lambda: self._withdraw(window.queued()))
-
-    def _end(self, ended: Ended) -> None:
-        self._results.append(ended)
-        self._wake_writer(len(self._results) >= self._tuning.finish_max)
-
-    def _return(self, items: Iterable[Item], *, failed: bool) -> None:
-        self._returned.extend(((item.batch_id, item.index), failed) for item in items)
-        self._wake_writer(self._closing)
-
-    def _wake_writer(self, now: bool) -> None:
-        if now:
-            self._written.set()
-        elif self._write_timer is None:
-            loop = asyncio.get_running_loop()
-            self._write_timer = loop.call_later(self._tuning.finish_wait_s, self._written.set)
-
-    async def _write_loop(self) -> None:
-        """Results to disk, many at a time."""
-        delay_s = self._tuning.backoff_min_s
-        while True:
-            await self._written.wait()
-            self._written.clear()
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
-            while self._results or self._returned:
-                try:
-                    await self._write()
-                except Exception as error:
-                    self.paused = f"results cannot be written: {error}"
-                    delay_s = await self._back_off("writing results", error, delay_s)
-                    if self._closing:
-                        return
-                    continue
-                delay_s = self._tuning.backoff_min_s
-                if self.paused:
-                    self.paused = ""
-                    log.info("results are written again")
-                    self._news.set()
-            if self._closing and not any(window.calls for window in self._windows.values()):
-                return
-
-    async def _write(self) -> None:
-        chunk = self._results[: self._tuning.finish_max]
-        if chunk:
-            await self._store.finish(chunk, self._wall_s())
-            del self._results[: len(chunk)]
-        returned, self._returned = self._returned, []
-        for failed in (True, False):
-            places = [place for place, was_failed in returned if was_failed is failed]
-            if places:
-                try:
-                    await self._store.release(places, failed)
-                except Exception:
-                    self._returned.extend((place, failed) for place in places)
-                    raise
-        if returned:
-            self._news.set()
 
     # -- taking back -------------------------------------------------------------------------------------------
 
@@ -517,7 +414,7 @@ class BatchRunner:
             self._withdraw(call for call in window.calls.values() if call.item.batch_id == batch_id)
             suspects = [item for item in window.suspects if item.batch_id == batch_id]
             window.suspects = deque(item for item in window.suspects if item.batch_id != batch_id)
-            self._return(suspects, failed=False)
+            self._writer.give_back(suspects, failed=False)
         self._news.set()
 
     def _withdraw(self, calls: Iterable[BatchCall]) -> None:
@@ -535,17 +432,9 @@ class BatchRunner:
     # -- odds and ends -----------------------------------------------------------------------------------------
 
     async def _back_off(self, what: str, error: BaseException, delay_s: float) -> float:
-        """Say what went wrong and wait. Returns the next delay."""
-        known = isinstance(error, StoreError)
-        log.warning("%s: %s; next try in %.1f s", what, error, delay_s, exc_info=None if known else error)
-        over = asyncio.Event()
-        self._clock.post(lambda: self._wake_later(delay_s, over))
-        await over.wait()
+        next_s = await back_off(self._clock, self._tuning, what, error, delay_s)
         self._news.set()
-        return min(self._tuning.backoff_max_s, 2.0 * delay_s)
-
-    def _wake_later(self, delay_s: float, event: asyncio.Event) -> None:
-        self._clock.call_later(delay_s, event.set)
+        return next_s
 
     def _wall_s(self) -> float:
         return self._clock.wall_s(self._clock.now_s)
