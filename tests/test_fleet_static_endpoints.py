@@ -162,7 +162,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="urls is empty"):
         StaticKind(urls=())
     with pytest.raises(ValueError, match="each may be named once"):
-        StaticKind(urls=("http://a", "http://a"))
+        StaticKind(urls=("http://127.0.0.1:1", "http://127.0.0.1:1"))
     with pytest.raises(ValueError, match="recover_checks is 0"):
         RecoverySettings(recover_checks=0)
 

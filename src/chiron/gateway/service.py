@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import ssl
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -36,6 +37,9 @@ from chiron.net.server import HttpServer, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.port import Batch, StoreError
 from chiron.store.sqlite import SqliteStore
+from chiron.telemetry.errors import TelemetryError
+from chiron.telemetry.result import Result
+from chiron.telemetry.store import save_result
 
 log = logging.getLogger("chiron.gateway")
 
@@ -43,8 +47,12 @@ WATCH_S = 1.0
 """Between two looks for requests that waited too long, at clients and at engines."""
 BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
-GC_FREEZE_THRESHOLD = 50_000
+RESULT = "result.chiron"
+"""File in the data directory that a run leaves behind, for ``chiron explain`` and reports."""
+GC_THRESHOLD = 50_000
 """Allocations between collections of the youngest generation: requests are freed by counting references."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that computes (JSON lines of the event log, validation) may keep the loop waiting."""
 
 
 class Service:
@@ -138,7 +146,8 @@ class Service:
         # What has been made so far stays; the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(GC_FREEZE_THRESHOLD, 50, 100)
+        gc.set_threshold(GC_THRESHOLD, 50, 100)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
 
     async def stop(self, grace_s: float | None = None) -> None:
@@ -177,6 +186,12 @@ class Service:
         found: dict[str, Any] = {}
         self.clock.post(lambda: found.update(status(self.plane, self.journal, self.around())))
         return found | {"batch_runner": self.runner.summary()}
+
+    def result(self) -> Result:
+        """The run so far, as the simulator's reports have it. Without the config, which may hold tokens."""
+        return self.recorder.result(
+            self.clock.elapsed_s(), policy=self.plane.policy, label=self.config.policy, evictions=self.plane.evictions
+        )
 
     def drain(self) -> None:
         """Answer new requests with 503 from now on."""
@@ -277,15 +292,27 @@ class _EndsCalls:
 
 
 async def run(config: ServeConfig, *, advise: bool = False, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve until cancelled; then stop well. ``on_ready`` hears the URL."""
+    """Serve until cancelled; then stop well, and leave the run's result in the data directory. ``on_ready`` hears the
+    URL."""
     service = Service(config, advise=advise)
+    started = False
     try:
         url = await service.start()
+        started = True
         if on_ready is not None:
             on_ready(url)
         await asyncio.Event().wait()
     finally:
         await service.stop()
+        if started:
+            _save(service)
+
+
+def _save(service: Service) -> None:
+    try:
+        save_result(service.result(), service.config.data / RESULT)
+    except TelemetryError as error:
+        log.warning("the result of this run is not saved: %s", error)
 
 
 def _served(config: ServeConfig, model: Any) -> ServedModel:
