@@ -92,7 +92,7 @@ $(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock
-	@$(OUT)/lock/bin/python -m pip install --disable-pip-version-check -qq 'setuptools>=77' '.[report]'
+	@$(OUT)/lock/bin/python -m pip install --disable-pip-version-check -qq 'setuptools>=77' '.[report,serve,openvino]'
 	@$(OUT)/lock/bin/python -m pip freeze --all | grep -v -e '^pip==' -e '^chiron-serving' > requirements.lock
 	@$(OUT)/lock/bin/python -m pip install --disable-pip-version-check -qq '.[dev]'
 	@$(OUT)/lock/bin/python -m pip freeze --all | grep -v -e '^pip==' -e '^chiron-serving' > requirements-dev.lock
