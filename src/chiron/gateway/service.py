@@ -267,12 +267,25 @@ class Service:
             ready=self._not_ready,
             status=self.status,
             drain=self.drain,
-            metrics=self.metrics.render,
+            metrics=self._render_metrics,
             batch=self.config.batch,
         )
 
     def _not_ready(self) -> str:
-        return "draining" if self.front.draining else ""
+        """Why a load balancer should send nobody here; models that scale to zero are no reason."""
+        if self.front.draining:
+            return "draining"
+        lacking = [
+            name
+            for name, state in self.plane.models.items()
+            if state.spec.min_instances and not any(i.state == "ready" for i in state.instances.values())
+        ]
+        return f"no instance is ready of {', '.join(lacking)}" if lacking else ""
+
+    def _render_metrics(self) -> bytes:
+        page: list[bytes] = []
+        self.clock.post(lambda: page.append(self.metrics.render()))  # Gauges as of now, not of the last event.
+        return page[0]
 
 
 class _EndsCalls:
