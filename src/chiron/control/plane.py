@@ -258,8 +258,9 @@ class ControlPlane:
             request.first_token_s = self.clock.now_s
             if self._event is not None:
                 self._event(self.clock.now_s, "first_token", request, instance)
-        tokens = request.input_tokens
-        instance.prefill_square_total += tokens * tokens
+        if not request.kv_saved_tokens:  # Else nothing was prefilled.
+            tokens = request.input_tokens
+            instance.prefill_square_total += tokens * tokens
         state = self.models[request.model]
         if request.prefill_cost_s and request.id in instance.requests:
             self._prefill_over(instance, request)

@@ -7,6 +7,7 @@ items, and, as ``FlexCall``, for clients that wait for an answer of the batch cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ _DROPPED = frozenset({b"connection", b"keep-alive", b"content-length", b"transfe
 """Headers of an engine's answer that speak of its connection, not of the answer."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
+_TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"[^"]')
 
 
 class RelayCall:
@@ -36,6 +38,7 @@ class RelayCall:
         "_chat",
         "_done",
         "_fields",
+        "_first",
         "_length",
         "_status",
         "error",
@@ -73,6 +76,7 @@ class RelayCall:
         self._fields = fields
         self._body = incoming.body
         self._chat = incoming.path.endswith("/chat/completions")
+        self._first = True
         self._call: Call | None = None
         self._status = 0
         self._length: int | None = None
@@ -102,6 +106,7 @@ class RelayCall:
 
     def begin(self, call: Call, status: int, headers: list[Header]) -> None:
         self._call = call
+        self._first = True
         self._status = status
         self._length = None
         kept = [(b"x-request-id", self.request_id.encode())]
@@ -123,8 +128,13 @@ class RelayCall:
             if incoming.paused:
                 self._pause()
         incoming.write(data)
-        # The stream's first event may be a role and its last is no token; usage corrects the count at the end.
-        return data.count(b"data:") if self.streams else 0
+        if not self.streams:
+            return 0
+        # The first event may be a role alone, the last ones are a reason, usage and [DONE]. All between are tokens.
+        if self._first or b"[DONE]" in data or b'_reason":"' in data or b'_reason": "' in data:
+            self._first = False
+            return tokens_in(data)
+        return data.count(b"data:")
 
     def end(self) -> str:
         incoming = self.incoming
@@ -346,6 +356,11 @@ class FlexCall(CollectedCall):
             named = [*headers, (b"x-request-id", self.request_id.encode())]
             self.incoming.respond(status, body, b"application/json", named)
             self.responded(status)
+
+
+def tokens_in(data: bytes) -> int:
+    """Events in a block of a stream that hold text."""
+    return sum(_TEXT.search(event) is not None for event in data.split(b"data:")[1:])
 
 
 def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:

@@ -1,19 +1,33 @@
 """What one engine does, seen from the gateway: enough for the control plane even when the engine tells nothing.
 
-Every decoding request makes one token per engine step, so over an interval with the same requests::
+Every decoding request makes one token per engine step, so over an interval::
 
-    tokens = steps * decoding        and        ITL = busy / steps = (integral of decoding over time) / tokens
+    steps per second = tokens / (seconds that the requests behind them decoded, summed)
+    decode tokens    = steps per second * (integral of decoding requests over time)
 
-The integrals move only when a request begins or ends to decode; a relayed token costs two additions. What the engine's
-own metrics say (exact steps, KV in use, its queue) takes precedence where it says it.
+Streams show their tokens as they come. An answer in one piece shows at its end how many it had, and so how fast steps
+were while it decoded: late news, so it counts only while there are no streams. The integrals move only when a request
+begins or ends to decode; a relayed block costs two additions. An engine's own totals take precedence where it tells
+all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
+from typing import NamedTuple
 
 from chiron.core.types import Instance, Sample
+
+
+class EngineTotals(NamedTuple):
+    """The growing part of a ``Sample``."""
+
+    steps: float = 0.0
+    busy_s: float = 0.0
+    decode_tokens: float = 0.0
+    prefill_tokens: float = 0.0
+    context_tokens: float = 0.0
 
 
 class EngineObserver:
@@ -25,19 +39,20 @@ class EngineObserver:
         "_busy_s",
         "_context_s",
         "_decode_busy_s",
+        "_evidence_s",
         "_inputs",
         "_instance",
-        "_marked_batch_s",
-        "_marked_context_s",
-        "_marked_decode_busy_s",
-        "_marked_tokens",
-        "_prefill_steps",
-        "_steps",
-        "_token_steps",
+        "_pending",
+        "_piece_s",
+        "_piece_tokens",
+        "_seen",
+        "_seen_tokens",
+        "_told",
+        "_totals",
         "decoding",
         "held_tokens",
         "inside",
-        "prefill_tokens",
+        "streaming",
         "tokens",
     )
 
@@ -48,83 +63,120 @@ class EngineObserver:
         """Requests that the engine has and has not answered yet."""
         self.decoding = 0
         """Those of them that have their first token."""
+        self.streaming = 0
+        """Those of them whose tokens can be seen."""
         self.tokens = 0
-        """Output tokens after the first of each request, ever."""
+        """Output tokens of streams, ever, without the first of each."""
         self.held_tokens = 0
         """Output tokens of the requests that decode now."""
-        self.prefill_tokens = 0
         self._inputs = 0
-        self._busy_s = 0.0
-        self._decode_busy_s = 0.0
-        self._batch_s = 0.0
-        self._context_s = 0.0
-        self._prefill_steps = 0
-        self._steps = 0.0
-        self._token_steps = 0.0
-        """Sum over steps of the decoding requests' contexts."""
-        self._marked_batch_s = self._marked_context_s = self._marked_decode_busy_s = 0.0
-        self._marked_tokens = 0
+        self._seen_tokens = 0
+        self._evidence_s = 0.0
+        """Seconds of decoding behind the tokens of streams since the last sample that showed something."""
+        self._piece_tokens = 0
+        self._piece_s = 0.0
+        """Tokens of answers in one piece, and the seconds of decoding behind them, since then."""
+        self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0
+        self._pending = EngineTotals()
+        """Steps and tokens of prefill since then."""
+        self._seen = EngineTotals()
+        self._told: EngineTotals | None = None
+        self._totals = EngineTotals()
 
     def entered(self, now_s: float) -> None:
         self._advance(now_s)
         self.inside += 1
 
-    def first_token(self, now_s: float, input_tokens: int) -> None:
+    def first_token(self, now_s: float, input_tokens: int, *, prefilled: int, streams: bool = True) -> None:
+        """A request begins to decode. ``prefilled``: tokens computed for it, 0 if its KV was there already."""
         self._advance(now_s)
-        if not self.decoding:
-            self._prefill_steps += ceil(input_tokens / self._instance.kind.max_num_batched_tokens)
+        # Beside others its prefill shares their steps.
+        steps = 0 if self.decoding else ceil(prefilled / self._instance.kind.max_num_batched_tokens)
+        pending = self._pending
+        self._pending = pending._replace(steps=pending.steps + steps, prefill_tokens=pending.prefill_tokens + prefilled)
         self.decoding += 1
+        self.streaming += streams
         self._inputs += input_tokens
-        self.prefill_tokens += input_tokens
 
-    def left(self, now_s: float, input_tokens: int, output_tokens: int, *, decoded: bool) -> None:
+    def left(self, now_s: float, input_tokens: int, output_tokens: int, *, decoded: bool, streams: bool = True) -> None:
         """A request is over; ``output_tokens`` are those that were counted in ``held_tokens`` for it."""
         self._advance(now_s)
         self.inside -= 1
         if decoded:
             self.decoding -= 1
+            self.streaming -= streams
             self._inputs -= input_tokens
             self.held_tokens -= output_tokens
+
+    def answered(self, tokens: int, decoding_s: float) -> None:
+        """An answer in one piece: ``tokens`` after the first took ``decoding_s``."""
+        if tokens > 0 and decoding_s > 0.0:
+            self._piece_tokens += tokens
+            self._piece_s += decoding_s
 
     def sample(self, now_s: float, metrics: Mapping[str, float] | None = None) -> Sample:
         """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``)."""
         self._advance(now_s)
-        tokens, batch_s = self.tokens - self._marked_tokens, self._batch_s - self._marked_batch_s
-        if tokens > 0 and batch_s > 0.0:
-            steps = (self._decode_busy_s - self._marked_decode_busy_s) * tokens / batch_s
-            self._steps += steps
-            decode_busy_s = self._decode_busy_s - self._marked_decode_busy_s
-            if decode_busy_s > 0.0:
-                self._token_steps += (self._context_s - self._marked_context_s) / decode_busy_s * steps
-            self._marked_tokens = self.tokens
-            self._marked_batch_s = self._batch_s
-            self._marked_decode_busy_s = self._decode_busy_s
-            self._marked_context_s = self._context_s
         said = metrics or {}
-        capacity = self._instance.kv_capacity_tokens
+        totals = self._grow(_told(said))
+        waiting = int(said.get("waiting", 0))
+        mean_input = self._inputs // self.decoding if self.decoding else 1
         used = said.get("kv_used_tokens")
         if used is None and "kv_usage" in said:
-            used = said["kv_usage"] * said.get("kv_capacity_tokens", capacity)
-        exact = "steps" in said and "busy_s" in said
-        waiting = int(said.get("waiting", 0))
+            used = said["kv_usage"] * said.get("kv_capacity_tokens", self._instance.kv_capacity_tokens)
         return Sample(
             instance_id=self._instance.id,
             taken_s=now_s,
             running=int(said.get("running", self.inside)),
             waiting=waiting,
-            waiting_tokens=waiting * self._mean_input(),
-            head_tokens=self._mean_input() if waiting else 0,
+            waiting_tokens=int(said.get("waiting_tokens", waiting * mean_input)),
+            head_tokens=int(said.get("head_tokens", mean_input if waiting else 0)),
             kv_used_tokens=int(self._inputs + self.held_tokens if used is None else used),
-            steps=int(said["steps"] if exact else self._steps + self._prefill_steps),
-            busy_s=said["busy_s"] if exact else self._busy_s,
-            decode_tokens=int(said.get("generation_tokens", self.tokens)) if exact else self.tokens,
-            prefill_tokens=int(said.get("prompt_tokens", self.prefill_tokens)) if exact else self.prefill_tokens,
-            context_tokens=said.get("context_tokens", self._token_steps) if exact else self._token_steps,
+            steps=round(totals.steps),
+            busy_s=totals.busy_s,
+            decode_tokens=round(totals.decode_tokens),
+            prefill_tokens=round(totals.prefill_tokens),
+            context_tokens=totals.context_tokens,
             preemptions=int(said.get("preemptions", 0)),
         )
 
-    def _mean_input(self) -> int:
-        return self._inputs // self.decoding if self.decoding else 1
+    def _grow(self, told: EngineTotals | None) -> EngineTotals:
+        """Add what happened since the last sample: by the engine's word if it was heard both times and grew."""
+        seen, told_before = self._seen, self._told
+        self._show()
+        self._told = told
+        if told is None or told_before is None or told.steps < told_before.steps:
+            after, before = self._seen, seen
+        else:
+            after, before = told, told_before
+        self._totals = EngineTotals(*(t + a - b for t, a, b in zip(self._totals, after, before, strict=True)))
+        return self._totals
+
+    def _show(self) -> None:
+        """Turn what was seen since the last time into totals. Time of which nothing can be seen yet is kept for when
+        something can: a long prefill, or answers in one piece that are under way."""
+        per_s = self._steps_per_s()
+        if self.inside and not per_s:
+            return
+        seen, pending = self._seen, self._pending
+        self._seen = EngineTotals(
+            steps=seen.steps + per_s * self._decode_busy_s + pending.steps,
+            busy_s=seen.busy_s + self._busy_s,
+            decode_tokens=seen.decode_tokens + per_s * self._batch_s,
+            prefill_tokens=seen.prefill_tokens + pending.prefill_tokens,
+            context_tokens=seen.context_tokens + per_s * self._context_s,
+        )
+        self._pending = EngineTotals()
+        self._seen_tokens = self.tokens
+        self._piece_tokens = 0
+        self._piece_s = self._evidence_s = self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0
+
+    def _steps_per_s(self) -> float:
+        """While anything decodes; 0: not known."""
+        tokens = self.tokens - self._seen_tokens
+        if tokens > 0 and self._evidence_s > 0.0:
+            return tokens / self._evidence_s
+        return self._piece_tokens / self._piece_s if self._piece_tokens else 0.0
 
     def _advance(self, now_s: float) -> None:
         passed_s = now_s - self._at_s
@@ -135,5 +187,13 @@ class EngineObserver:
             self._busy_s += passed_s
         if self.decoding:
             self._decode_busy_s += passed_s
+            self._evidence_s += passed_s * self.streaming
             self._batch_s += passed_s * self.decoding
             self._context_s += passed_s * (self._inputs + self.held_tokens)
+
+
+def _told(said: Mapping[str, float]) -> EngineTotals | None:
+    """The totals of an engine that tells all of them: they fit together only if they are of one kind."""
+    if not said.keys() >= set(EngineTotals._fields):
+        return None
+    return EngineTotals(*(said[name] for name in EngineTotals._fields))

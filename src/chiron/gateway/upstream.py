@@ -206,7 +206,8 @@ class HttpEngine:
         self._retiring = asyncio.get_running_loop().create_task(self.origin.close())
 
     def _presume_prefilled(self, run: _Run) -> None:
-        if self.runs.get(run.request.id) is run:
+        if self.runs.get(run.request.id) is run and run.decoding_s < 0.0:
+            run.begin_decoding()
             self.listener.prefilled(run.request)
 
     def _send_limit(self) -> None:
@@ -223,7 +224,13 @@ class HttpEngine:
 
     def _leave(self, run: _Run) -> None:
         if self.runs.pop(run.request.id, None) is not None:
-            self.observer.left(self.clock.now_s, run.request.input_tokens, run.tokens, decoded=run.decoding)
+            self.observer.left(
+                self.clock.now_s,
+                run.request.input_tokens,
+                run.tokens,
+                decoded=run.decoding_s >= 0.0,
+                streams=run.upcall.streams,
+            )
 
     def ended(self, run: _Run) -> None:
         """A complete answer."""
@@ -235,12 +242,14 @@ class HttpEngine:
         self._failures = 0
 
         def report() -> None:
+            tokens = max(1, run.output_tokens())
             if request.outcome is None:
-                request.tokens_done = max(1, run.output_tokens())
+                request.tokens_done = tokens
                 if not run.upcall.streams:
                     request.first_token_s = _unseen_first_token_s(request, self.clock.now_s)
-            if not run.decoding:
+            if run.status < 400:
                 run.first()
+                run.count(tokens)
             self._leave(run)
             if run.status >= 400:
                 self.listener.failed(request, f"engine answered {run.status}")
@@ -290,13 +299,14 @@ class _Run:
         "_heard_s",
         "_over",
         "_tail",
+        "began_with",
         "call",
-        "decoding",
-        "events",
+        "decoding_s",
         "prompt_tokens",
         "request",
         "status",
         "tokens",
+        "told",
         "upcall",
     )
 
@@ -306,7 +316,11 @@ class _Run:
         self.upcall = upcall
         self.call: Call | None = None
         self.status = 0
-        self.decoding = False
+        self.told = False
+        """The control plane has heard of its first token."""
+        self.decoding_s = -1.0
+        """When it began to decode, as far as can be seen."""
+        self.began_with = request.tokens_done
         self.tokens = request.tokens_done
         """Output tokens seen so far."""
         self.prompt_tokens = 0
@@ -351,12 +365,13 @@ class _Run:
             self._engine.lost(self, UpstreamFailure(str(error)), sound=False)
             return
         if self.upcall.streams and self.status < 300:
-            if not self.decoding and not self._over:
-                self._engine.clock.post(self.first)
-            observer = self._engine.observer
-            observer.tokens += tokens
-            observer.held_tokens += tokens
             self.tokens += tokens
+            if self.told:
+                observer = self._engine.observer
+                observer.tokens += tokens
+                observer.held_tokens += tokens
+            elif tokens and not self._over:
+                self._engine.clock.post(self.first)
         self._tail = data if len(data) >= _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
 
     def on_end(self) -> None:
@@ -379,18 +394,31 @@ class _Run:
 
     def first(self) -> None:
         """The first token is here (posted)."""
-        if self.decoding or self.request.id not in self._engine.runs:
+        if self.told or self.request.id not in self._engine.runs:
             return
-        self.decoding = True
-        self._engine.observer.first_token(self._engine.clock.now_s, self.request.input_tokens)
-        self._engine.observer.held_tokens += self.tokens
+        self.told = True
+        if self.decoding_s < 0.0:
+            self.begin_decoding()
         self._engine.listener.first_token(self.request)
+
+    def begin_decoding(self) -> None:
+        engine, tokens = self._engine, self.request.input_tokens
+        self.decoding_s = engine.clock.now_s
+        prefilled = 0 if self.request.kv_saved_tokens else tokens + self.began_with
+        engine.observer.first_token(self.decoding_s, tokens, prefilled=prefilled, streams=self.upcall.streams)
+        engine.observer.held_tokens += self.tokens
+
+    def count(self, tokens: int) -> None:
+        """It ended with this many output tokens: put right what was counted in passing."""
+        observer = self._engine.observer
+        if self.upcall.streams:
+            observer.tokens += tokens - self.tokens
+        else:
+            observer.answered(tokens - 1, self._engine.clock.now_s - self.decoding_s)
 
     def output_tokens(self) -> int:
         """As the engine's usage says, else as counted. Also notes the prompt's true length."""
         counted = self.tokens
-        if self.upcall.streams and self._tail.rstrip().endswith(b"[DONE]"):
-            counted -= 1  # The last event is no token.
         for kind, value in _USAGE.findall(self._tail):
             if kind == b"prompt":
                 self.prompt_tokens = int(value)
