@@ -13,6 +13,7 @@ import typer
 
 from chiron.cli import run
 from chiron.cli.batch import app as batch_app
+from chiron.cli.demo import demo
 from chiron.cli.doctor import doctor
 from chiron.cli.explain import explain
 from chiron.cli.group import ErrorsInALine
@@ -39,6 +40,7 @@ app.command()(run.bound)
 app.command()(explain)
 app.command()(run.scenarios)
 app.command()(run.policies)
+app.command()(demo)
 app.command()(serve)
 app.command()(init)
 app.command()(doctor)
