@@ -91,6 +91,7 @@ class KeyRing:
             self._keys[key.hash] = key
             if key.requests_per_minute < inf or key.tokens_per_minute < inf:
                 self._buckets[key.name] = (_Bucket(key.requests_per_minute), _Bucket(key.tokens_per_minute))
+        self._by_name = {key.name: key for key in keys}
         self.open = not keys
         self.admin_open = admin_open and not admin_hash
         self.admin = Key(name=ADMIN, hash=admin_hash, admin=True)
@@ -119,7 +120,7 @@ class KeyRing:
         """The key that owns batches under this name; None if it is no longer configured."""
         if name in ("", ADMIN):
             return self.admin if name else ANONYMOUS
-        return next((key for key in self._keys.values() if key.name == name), None)
+        return self._by_name.get(name)
 
     def check_admin(self, authorization: bytes | None) -> Key:
         """The admin's key. Raises ApiError 401, or 403 for a key that is not the admin's."""

@@ -226,7 +226,10 @@ class Service:
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
         try:
-            self.front.open.pop(request.id, None)
+            if self.front.open.pop(request.id, None) is not None and request.tokens_done:
+                key = self.keys.named(request.payload.key_name)
+                if key is not None:
+                    self.keys.charge(key, request.tokens_done)
             request.payload.ended(request)
         except Exception:
             log.exception("the end of request %s could not be told", request.id)

@@ -8,6 +8,7 @@ because nobody has seen it yet. Everything else that goes wrong is the receiver'
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl as ssl_module
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
+
+log = logging.getLogger("chiron.http")
 
 Header = tuple[bytes, bytes]
 
@@ -344,8 +347,9 @@ class _Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
             cause = error.__context__
             if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
-                self.close()
-                raise cause from None
+                log.error("%s: the receiver of an answer failed", self._origin.url, exc_info=cause)
+                self._give_up(call, AnswerError(f"{self._origin.url}: the answer could not be taken in"))
+                return
             if not self._ended:
                 self._give_up(call, AnswerError(f"{self._origin.url}: not an HTTP/1.1 answer: {error}"))
                 return
