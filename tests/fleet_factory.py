@@ -63,20 +63,20 @@ class Heard:
         self.failed: list[int] = []
         self.urls: dict[int, str] = {}
         self.changed_s: dict[int, float] = {}
-        self._clock = clock
+        self.clock = clock
 
     def attach(self, instance: Instance, url: str) -> Engine:
         self.urls[instance.id] = url
         return FakeEngine()
 
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
-        assert self._clock._posting
+        assert self.clock._posting
         instance.state = "ready"
         self.changed_s[instance.id] = time.monotonic()
         self.ready.append(instance.id)
 
     def instance_failed(self, instance: Instance) -> None:
-        assert self._clock._posting
+        assert self.clock._posting
         instance.state = "gone"
         self.changed_s[instance.id] = time.monotonic()
         self.failed.append(instance.id)

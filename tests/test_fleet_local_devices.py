@@ -70,3 +70,19 @@ def test_devices_are_given_first_come_first_served_and_survive_cancellation() ->
 def test_a_device_named_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="each may be named once"):
         Devices(["0", "0"])
+
+
+def test_waiting_for_a_device_is_no_part_of_the_start(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind(gpus=1)}, devices=("0",)) as (fleet, heard):
+            first, second = an_instance(1), an_instance(2)
+            fleet.create(first)
+            fleet.create(second)
+            await until(lambda: heard.ready == [1], "the first is ready")
+            assert first.began_s >= 0.0
+            freed_s = heard.clock.elapsed_s()
+            fleet.remove(first)
+            await until(lambda: heard.ready == [1, 2], "the second is ready")
+            assert second.began_s >= freed_s - 0.01
+
+    asyncio.run(story())

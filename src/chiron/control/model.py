@@ -91,8 +91,8 @@ class ModelState:
             self.missed += 1
 
     def started(self, instance: Instance) -> None:
-        """Learn the cold start from the time that this one took."""
-        took_s = instance.ready_s - instance.created_s
+        """Learn the cold start from the time that this one took, without what it waited before."""
+        took_s = instance.ready_s - instance.began_s
         if took_s <= 0.0:
             return
         self.cold_starts_seen += 1

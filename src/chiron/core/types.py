@@ -185,6 +185,7 @@ class Instance:
         "avoided_until_s",
         "batch",
         "batch_held_until_s",
+        "began_s",
         "class_counts",
         "created_s",
         "drain_started_s",
@@ -219,6 +220,8 @@ class Instance:
         self.role: Role = role
         self.state: State = "starting"
         self.created_s = created_s
+        self.began_s = created_s
+        """When its start began; later than ``created_s`` if it had to wait for its turn or for a device."""
         self.ready_s = -1.0
         self.drain_started_s = -1.0
         self.engine: Engine | None = None

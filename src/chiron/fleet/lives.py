@@ -82,6 +82,8 @@ class Lives:
 
         def tell() -> None:
             if self._is_alive(life):
+                assert life.ready_s is not None
+                life.instance.began_s = self._clock.now_s - (life.ready_s - life.began_s)
                 assert self.listener is not None, "a fleet needs its listener before its first instance"
                 self.listener.instance_ready(life.instance, attach())
 

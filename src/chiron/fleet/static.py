@@ -162,14 +162,14 @@ class StaticFleet:
 
     async def _serve(self, life: Life) -> None:
         kind = life.instance.kind.name
-        endpoint = await self._bind(kind)
+        endpoint = await self._bind(kind, life)
         life.held.callback(self._let_go, kind, endpoint)
         self._lives.ready(life, lambda: self._attach(life.instance, endpoint.url))
         await endpoint.probe.until_failed(life.poke)
         self._recover(kind, endpoint)
         raise InstanceFailedError(f"the endpoint stopped answering: {endpoint.probe.reason}")
 
-    async def _bind(self, kind: str) -> Endpoint:
+    async def _bind(self, kind: str, life: Life) -> Endpoint:
         """An endpoint that just answered."""
         bind_timeout_s = self._settings.recovery.bind_timeout_s
         loop = asyncio.get_running_loop()
@@ -182,6 +182,7 @@ class StaticFleet:
                     raise InstanceFailedError(f"no endpoint within {bind_timeout_s:g} s: {self._why(kind)}")
                 continue
             endpoint.state = "checking"
+            life.began_s = loop.time()
             try:
                 passed = await endpoint.probe.passes()
             except asyncio.CancelledError:

@@ -4,7 +4,8 @@
 
 Steps take as long as the profile says, batches, KV and preemption are those of the simulator's engine, sockets and
 tokens are real; the text is filler. ``--fleet N`` serves N instances, each on a port of its own, from one process.
-Text prompts are counted at four bytes a token, lists of token ids exactly.
+``--start-delay S`` is a cold start: nobody is answered before S seconds are over. Text prompts are counted at four
+bytes a token, lists of token ids exactly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _FLEET_MAX = 1000
 
 async def run(options: argparse.Namespace, profile: Profile) -> None:
     """Serve until SIGTERM or SIGINT."""
+    await asyncio.sleep(options.start_delay)
     clock = LiveClock(asyncio.get_running_loop())
     fast = at_speed(profile, options.speedup)
     times = StepTimes(fast)
@@ -77,6 +79,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     add("--host", default="127.0.0.1")
     add("--port", type=whole(0, 65_535), default=0, help="0: a free one; with --fleet the first of N")
     add("--fleet", type=whole(1, _FLEET_MAX), default=1, help="instances in this process, each on its own port")
+    add("--start-delay", type=real(0.0, 3600.0), default=0.0, help="seconds before it listens: a cold start")
     add("--max-num-seqs", type=whole(1), help="sequences at once; default: the profile's")
     add("--kv-capacity-tokens", type=whole(1), help="default: the profile's")
     add("--max-model-len", type=whole(2), default=131_072, help="tokens of prompt and answer")
