@@ -111,7 +111,7 @@ def demo(
 
 
 def say(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(text, soft_wrap=not console.is_terminal, markup=False)
 
 
 def prepare(out: Path) -> None:
