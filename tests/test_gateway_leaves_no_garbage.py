@@ -1,4 +1,4 @@
-"""A request is freed when it ends: nothing of it waits for the garbage collector, whose pauses every client would feel."""
+"""A request is freed when it ends: nothing of it waits for the garbage collector, whose pauses clients would feel."""
 
 from __future__ import annotations
 
