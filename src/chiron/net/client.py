@@ -256,7 +256,11 @@ class Origin:
         if self._closed or len(self._idle) >= self._idle_max:
             connection.close()
         else:
-            self._idle.append(connection)
+            idle = self._idle
+            idle.append(connection)
+            # The last one in is the next one out: those below it would stay for ever after a burst.
+            if not idle[0].usable():
+                del idle[0]
 
     def _lost(self, connection: _Connection) -> None:
         self._open.discard(connection)
