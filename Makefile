@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 # Quiet: what fails is still shown.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -qq
+# Large downloads: their progress is shown.
+INSTALL_SHOWN = $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
 PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid two-models
 SEEDS ?= 1 2
@@ -25,12 +27,19 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint format bench tune figures lock clean
+.PHONY: help demo compare test test-slow test-all lint format bench tune figures lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
-demo: $(VENV)/.demo ## Compare policies on real traffic: table, verdict, report (two minutes)
+# As in `make demo DEMO='--duration 60s --engine emulated'`; `chiron demo --help` lists them.
+DEMO ?=
+
+demo: $(VENV)/.demo ## Live: real requests, real engines, one endpoint; a screen, a verdict, a report (three minutes)
+	@mkdir -p $(OUT)
+	@$(BIN)/chiron demo --out $(OUT)/demo $(DEMO)
+
+compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, verdict, report (a minute)
 	@mkdir -p $(OUT)
 	@$(BIN)/chiron compare demo --report $(OUT)/report.html --json $(OUT)/results.json --figures $(OUT)/figures
 	@echo
@@ -108,7 +117,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: requirements.lock pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the pinned packages (once; a minute or so) ..."
-	@$(INSTALL) -r requirements.lock
+	@$(INSTALL_SHOWN) -r requirements.lock
 	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -140,9 +140,9 @@ def test_news_are_changes_of_the_fleet_only() -> None:
 
 def test_captions_are_cut_to_the_width_and_say_what_goes_on() -> None:
     for elapsed_s, stopping, said in ((5.0, False, "ctrl-C"), (61.0, False, "last requests"), (5.0, True, "stopping")):
-        lines = captions(["x" * 200], elapsed_s, 60.0, stopping, 40)
+        lines = captions(["x" * 200], elapsed_s, 60.0, stopping, 7, 60)
         assert said in lines[0].plain
-        assert all(line.cell_len <= 40 for line in lines)
+        assert all(line.cell_len <= 60 for line in lines)
 
 
 # -- the verdict -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="SLO-aware, hierarchical autoscaling for LLM serving, and the simulator that proves it on your trace.",
-    epilog="Start with: `chiron compare demo --report report.html`",
+    epilog="Start with: `chiron demo`, or `chiron compare demo --report report.html`",
 )
 app.command()(run.simulate)
 app.command()(run.compare)

@@ -45,7 +45,7 @@ class DemoView:
         """``elapsed_s`` of the traffic's ``total_s``."""
         if self._live is not None:
             size = self._console.size
-            head = captions(self._caption, elapsed_s, total_s, stopping, size.width)
+            head = captions(self._caption, elapsed_s, total_s, stopping, status["evictions"], size.width)
             rest = screen(status, size.width, size.height - len(head))
             self._live.update(Group(*head, *rest), refresh=True)
             return
@@ -57,11 +57,14 @@ class DemoView:
             self._console.print(plain(status), soft_wrap=True, markup=False, highlight=False)
 
 
-def captions(caption: Sequence[str], elapsed_s: float, total_s: float, stopping: bool, width: int) -> list[Text]:
+def captions(
+    caption: Sequence[str], elapsed_s: float, total_s: float, stopping: bool, evictions: int, width: int
+) -> list[Text]:
     """The lines above the gateway's screen, cut to ``width``."""
     now_s = min(max(0.0, elapsed_s), total_s)
     state = "stopping" if stopping else "the last requests end" if elapsed_s > total_s else "ctrl-C ends it"
-    lines = [Text(f"demo {show_moment(now_s)} of {show_moment(total_s)} · {state}", style="bold yellow")]
+    head = f"demo {show_moment(now_s)} of {show_moment(total_s)} · {evictions:,} evictions · {state}"
+    lines = [Text(head, style="bold yellow")]
     lines += [Text(line, style="yellow") for line in caption]
     for line in lines:
         line.no_wrap, line.overflow = True, "ellipsis"
