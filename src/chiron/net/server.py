@@ -272,8 +272,9 @@ class _Connection(asyncio.Protocol):
         self._block_bytes = 0
         self._url = b""
         self._read_paused = 0
-        self._unsent_bytes = 0
-        """At the last look at a client that does not read."""
+        self._written_bytes = 0
+        self._taken_bytes = 0
+        """Of those written, at the last look at a client that does not read."""
         self._deaf = False
         """No further input is looked at; what came before is still answered."""
         self._lingers = False
@@ -357,7 +358,7 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.write_paused = True
-        self._unsent_bytes = self._transport.get_write_buffer_size()
+        self._taken_bytes = self._written_bytes - self._transport.get_write_buffer_size()
         self.deadline_s = self.server.now_s + self.server.limits.stall_s
         if self._serving is not None and self._serving.on_pause is not None:
             self._serving.on_pause()
@@ -573,10 +574,11 @@ class _Connection(asyncio.Protocol):
     def expire(self) -> None:
         """The sweep: a deadline has passed."""
         unsent_bytes = self._transport.get_write_buffer_size()
+        taken_bytes = self._written_bytes - unsent_bytes
         if self._lingers:
             self._hang_up(linger=False)
-        elif unsent_bytes and unsent_bytes < self._unsent_bytes:
-            self._unsent_bytes = unsent_bytes  # It reads, if slowly.
+        elif unsent_bytes and taken_bytes > self._taken_bytes:
+            self._taken_bytes = taken_bytes  # It reads, if slowly.
             self.deadline_s = self.server.now_s + self.server.limits.stall_s
         elif self._transport.is_closing() or self.write_paused:
             self.abort()
@@ -585,7 +587,6 @@ class _Connection(asyncio.Protocol):
         elif self._reading is not None and self._serving is self._reading and not self._serving.started:
             self._refuse(408, "the body took too long to arrive", "request_timeout")
         elif self._serving is None:
-            self._unsent_bytes = unsent_bytes
             self._hang_up(linger=False)
         else:
             self.abort()
@@ -594,6 +595,7 @@ class _Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         if not self._lost:
+            self._written_bytes += len(data)
             self._transport.write(data)
 
     def abort(self) -> None:
