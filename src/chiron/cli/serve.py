@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +79,7 @@ def serve(
     raise_file_limit(loaded.limits.connections_max * FILES_PER_CONNECTION + FILES_BESIDES)
 
     def ready(url: str) -> None:
-        typer.echo(welcome(loaded, url, advise), err=True)
+        say(welcome(loaded, url, advise))
 
     async def body() -> None:
         await run(loaded, advise=advise, on_ready=ready)
@@ -94,9 +95,15 @@ def serve(
         raise
     except StoreError as error:
         raise ConfigError(f"server.data: {error}") from None
-    typer.echo("stopped", err=True)
+    say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+
+
+def say(text: str) -> None:
+    """To the terminal, or to the file that stands for it; a full disk there must not keep anything from happening."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def load(config: Path, assignments: list[str], policy: str | None) -> ServeConfig:
@@ -160,8 +167,8 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
                 # Engines die with this process: their keepers see the pipe close.
                 os._exit(128 + number)
             stopped_by.append(number)
-            typer.echo("stopping: running requests may finish; once more stops at once", err=True)
             task.cancel()
+            say("stopping: running requests may finish; once more stops at once")
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop, number)
