@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import result_factory
 from chiron.cli import app
-from chiron.cli.demo import prepare
+from chiron.cli.demo import busy_and_total_s, machine_lines, prepare
 from chiron.cli.demo_story import about_traffic, demo_plan, full_length_s, honest, instances_max, write_config
 from chiron.cli.demo_verdict import verdict_lines
 from chiron.cli.demo_view import DemoView, captions, news, plain
@@ -193,6 +193,14 @@ def test_the_verdict_does_not_praise_a_job_that_failed_or_was_late() -> None:
     assert "12 result lines for 60 items" in cancelled
     assert "the job is cancelled" in cancelled
     assert "deadline" not in cancelled
+
+
+def test_a_machine_that_was_busy_with_other_work_is_said() -> None:
+    assert len(machine_lines(0.3, (10.0, 100.0), (20.0, 200.0))) == 1
+    assert len(machine_lines(0.3, (10.0, 100.0), (10.0, 100.0))) == 1
+    assert "97% busy" in machine_lines(0.3, (10.0, 100.0), (107.0, 200.0))[1]
+    busy_s, total_s = busy_and_total_s()
+    assert 0 <= busy_s <= total_s
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------

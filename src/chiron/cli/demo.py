@@ -44,6 +44,8 @@ INTERRUPTED = 130
 DURATION_MIN_S, DURATION_MAX_S = 20.0, 600.0
 GRACE_S = 2.0
 """After ctrl-C, for answers under way."""
+BUSY_MAX = 0.85
+"""Share of the machine's CPU time beyond which requests wait for a core."""
 MARK = "chiron.toml"
 """A directory that holds it, or nothing, may be written over."""
 NEXT_STEP = """Next, your own engines. Three lines in chiron.toml, then `chiron serve`:
@@ -95,7 +97,7 @@ def demo(
     say(console, f"Engines: {honest(embedded)}.")
     say(console, f"Traffic: {about_traffic(plan)}.")
     say(console, "Starting the gateway and its first engine ...")
-    started_s, cpu_before_s = time.monotonic(), cpu_s()
+    started_s, cpu_before_s, busy_before = time.monotonic(), cpu_s(), busy_and_total_s()
     try:
         with Gateway(out) as gateway:
             caption = [honest(embedded), about_traffic(plan)]
@@ -105,7 +107,8 @@ def demo(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(FAILED) from None
     cores = (cpu_s() - cpu_before_s) / (time.monotonic() - started_s)
-    conclude(console, out, run, config, [honest(embedded), about_traffic(plan)], cores)
+    about = [honest(embedded), about_traffic(plan)]
+    conclude(console, out, run, config, about, machine_lines(cores, busy_before, busy_and_total_s()))
     if run.stopped:
         raise typer.Exit(INTERRUPTED)
 
@@ -135,6 +138,28 @@ def cpu_s() -> float:
     """CPU time of this process and of all that it started and that has ended, to any depth."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def busy_and_total_s() -> tuple[float, float]:
+    """CPU time of the whole machine so far: of everybody's work, and of all there was."""
+    import psutil
+
+    times = psutil.cpu_times()
+    # Linux counts guests in the time of their users as well.
+    total_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    return total_s - times.idle - getattr(times, "iowait", 0.0), total_s
+
+
+def machine_lines(cores: float, before: tuple[float, float], after: tuple[float, float]) -> list[str]:
+    """What the demo took of the machine, and a warning if it had to share it."""
+    lines = [f"machine: {cores:.2f} of {os.cpu_count()} cores used, gateway, engines and client together"]
+    busy_s, total_s = (late - early for late, early in zip(after, before, strict=True))
+    if total_s > 0 and busy_s > BUSY_MAX * total_s:
+        lines.append(
+            f"warning: the machine was {busy_s / total_s:.0%} busy, mostly with other work; the latencies above "
+            "suffered from it"
+        )
+    return lines
 
 
 async def _play(plan: LoadPlan, gateway: Gateway, console: Console, caption: list[str], seed: int) -> LoadRun:
@@ -178,7 +203,7 @@ def _with_fast_loop(main: Any) -> Any:
     return asyncio.run(main)
 
 
-def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list[str], cores: float) -> None:
+def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list[str], machine: list[str]) -> None:
     """The verdict, the report, and where everything is."""
     with needs("serve"):
         from chiron.load.result import result_of
@@ -191,15 +216,12 @@ def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list
         raise ConfigError(f"{saved} is missing: the gateway did not end well; see {out / 'gateway.log'}")
     result = replace(load_result(saved), scenario="live demo", scenario_text=f"{config}\n\n{run.plan.text}")
     lines = verdict_lines(client.settings, result, instances_max())
+    lines += [*machine, *(f"warning: {text}" for text in client.settings["warnings"])]
     console.print()
     for line in lines:
         say(console, line)
-    machine = f"machine: {cores:.2f} of {os.cpu_count()} cores used, gateway, engines and client together"
-    say(console, machine)
-    for warning in client.settings["warnings"]:
-        say(console, f"warning: {warning}")
     console.print()
-    report = _report(out, result, [*about, *lines, machine, *client.settings["warnings"]])
+    report = _report(out, result, [*about, *lines])
     say(console, f"report     {report}")
     say(console, f"event log  {out / 'data' / 'events.jsonl'}")
     say(console, f"reasons    chiron explain {saved}")
