@@ -46,9 +46,9 @@ class ControlPlane:
         actuates: bool = True,
     ) -> None:
         """``actuates=False``: decisions are journalled and nothing else; the fleet stays as it was started, batch
-        sizes stay at what the engines allow, and nothing is evicted."""
+        sizes stay at what the engines allow, and nothing is evicted or moved."""
         if not actuates:
-            policy = replace(policy, evicts=False, initial_max_batch_size=None)
+            policy = replace(policy, evicts=False, migrate=None, initial_max_batch_size=None)
         self.clock = clock
         self.policy = policy
         self.actuates = actuates
