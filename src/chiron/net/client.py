@@ -148,7 +148,7 @@ class Origin:
         self._idle_max = idle_max if keepalive else 0
         self._idle_s = idle_s
         self._idle: list[_Connection] = []
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._connecting: dict[asyncio.Task[None], Call] = {}
         self._open: set[_Connection] = set()
         self._closed = False
 
@@ -208,10 +208,13 @@ class Origin:
     async def close(self) -> None:
         """Close every connection; calls under way hear that they were lost."""
         self._closed = True
-        for task in list(self._connecting):
+        connecting = dict(self._connecting)
+        for task in connecting:
             task.cancel()
-        if self._connecting:
-            await asyncio.wait(self._connecting, timeout=1.0)
+        if connecting:
+            await asyncio.wait(connecting, timeout=1.0)
+        for call in connecting.values():  # A task that never ran has told nobody.
+            call._fail(ConnectError(f"{self.url}: closed"))
         for connection in list(self._open):
             connection.cut(f"{self.url}: closed")
         await asyncio.sleep(0)
@@ -226,8 +229,8 @@ class Origin:
                 return
         call._reused = False
         task = asyncio.get_running_loop().create_task(self._connect(call))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._connecting[task] = call
+        task.add_done_callback(self._connecting.pop)
 
     async def _connect(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
@@ -241,8 +244,8 @@ class Origin:
                     )
         except TimeoutError:
             call._fail(ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s"))
-        except OSError as error:
-            call._fail(ConnectError(f"{self.url}: cannot connect: {error.strerror or error}"))
+        except (OSError, UnicodeError) as error:  # The latter for a host that cannot be a name.
+            call._fail(ConnectError(f"{self.url}: cannot connect: {getattr(error, 'strerror', None) or error}"))
         except asyncio.CancelledError:
             call._fail(ConnectError(f"{self.url}: closed"))
         else:
@@ -348,7 +351,11 @@ class _Connection(asyncio.Protocol):
         self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+        except (
+            httptools.HttpParserError,
+            httptools.HttpParserCallbackError,
+            httptools.HttpParserUpgrade,  # Not a HttpParserError; nobody asked for another protocol.
+        ) as error:
             cause = error.__context__
             if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
                 log.error("%s: the receiver of an answer failed", self._origin.url, exc_info=cause)
