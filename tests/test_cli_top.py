@@ -253,3 +253,32 @@ def test_while_it_runs_an_outage_is_noted_and_a_refusal_ends_it(told: dict[str, 
     assert shown.count("no status for 0 s, trying again") == 1
     assert "answered 503" in shown
     assert shown.count("decisions") == 3
+
+
+def test_engines_that_do_not_start_and_endpoints_that_do_not_answer_are_said_with_their_reasons(
+    told: dict[str, Any],
+) -> None:
+    status = copy.deepcopy(told)
+    model = status["models"][0]
+    assert (model["starts"], model["endpoints"]) == ([], [])
+    fine = {"kind": "m0/good", "state": "ok", "failures": 0, "failures_total": 9, "next_start_in_s": 0.0, "reason": "x"}
+    bad = {
+        "kind": "m0/vllm",
+        "state": "crash-looping",
+        "failures": 7,
+        "failures_total": 7,
+        "next_start_in_s": 42.0,
+        "reason": "it exited with status 1; last lines of /data/logs/m0-3.log:\nloading\nout of memory",
+    }
+    model["starts"] = [fine, bad]
+    model["endpoints"] = [
+        {"kind": "m0/gpu", "url": "http://gpu:8001", "state": "failed", "reason": "connection refused"},
+        {"kind": "m0/gpu", "url": "http://gpu:8002", "state": "bound", "reason": ""},
+    ]
+    shown = plain_lines(screen(status, 160, 50))
+    line = "vllm is crash-looping, 7 failures in a row, next start in 42 s: it exited with status 1: out of memory"
+    assert line in shown
+    assert "endpoint http://gpu:8001 failed: connection refused" in shown
+    assert "good is" not in shown
+    assert "gpu:8002" not in shown
+    assert len(screen(status, 60, 24)) <= 24

@@ -226,6 +226,7 @@ def _starting(instance: Mapping[str, Any], cold_start_s: float) -> Text:
 
 def _model_foot(model: Mapping[str, Any], width: int) -> list[Text]:
     queue = model["queue"]
+    troubles = [*_starts(model["starts"]), *_endpoints(model["endpoints"])]
     text = Text("  waiting ")
     text.append(f"{queue['interactive']:,} interactive", style="bold red" if queue["interactive"] else "")
     if queue["interactive"] and queue["oldest_wait_s"] is not None:
@@ -236,7 +237,27 @@ def _model_foot(model: Mapping[str, Any], width: int) -> list[Text]:
         due = "no deadline" if groups[0]["deadline_in_s"] is None else f"due in {_span(groups[0]['deadline_in_s'])}"
         text.append(f" in {len(groups)} group{'s' * (len(groups) > 1)}, first {due}")
     classes = sorted(model["classes"], key=lambda cls: cls["kind"] != "interactive")
-    return [text, *(line for cls in classes for line in _class(cls, width))]
+    return [*troubles, text, *(line for cls in classes for line in _class(cls, width))]
+
+
+def _starts(kinds: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """A line for each kind whose starts fail: how often, when the next try is, and what the engine said last."""
+    lines = []
+    for kind in kinds:
+        if kind["state"] != "ok":
+            what, *said = kind["reason"].splitlines() or [""]
+            why = f"{what.partition('; last lines of ')[0]}: {said[-1]}" if said else what
+            name = kind["kind"].rpartition("/")[2]
+            tries = f"{kind['failures']} failures in a row, next start in {kind['next_start_in_s']:.0f} s"
+            lines.append(Text(f"  {name} is {kind['state']}, {tries}: {why}", style="bold red"))
+    return lines
+
+
+def _endpoints(endpoints: Sequence[Mapping[str, Any]]) -> list[Text]:
+    failed = [each for each in endpoints if each["state"] == "failed"]
+    return [
+        Text(f"  endpoint {each['url']} failed: {' '.join(each['reason'].split())}", style="red") for each in failed
+    ]
 
 
 def _class(cls: Mapping[str, Any], width: int) -> list[Text]:

@@ -185,6 +185,11 @@ class LocalFleet:
             lines = tail(path, self._settings.reason_lines)
             reason = f"{error}; last lines of {path}:\n{lines}" if lines else str(error)
             starts.failed(began_s=life.began_s, ready_s=life.ready_s, reason=reason)
+            if (how := starts.status()).state != "ok":
+                kind_name, wait_s = life.instance.kind.name, how.next_start_in_s
+                log.warning(
+                    "%s is %s: %d failures in a row, next start in %.1f s", kind_name, how.state, how.failures, wait_s
+                )
             raise InstanceFailedError(reason) from error
 
     async def _run(self, life: Life, kind: ProcessKind, devices: tuple[str, ...], starts: Starts) -> None:

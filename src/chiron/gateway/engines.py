@@ -3,7 +3,7 @@ the engines of the instances that are ready."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from chiron.control.plane import ControlPlane
@@ -11,7 +11,8 @@ from chiron.core.ports import Engine
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
 from chiron.fleet.local import LocalFleet, LocalFleetSettings, ProcessKind
-from chiron.fleet.static import StaticFleet, StaticFleetSettings, StaticKind
+from chiron.fleet.starts import KindStatus
+from chiron.fleet.static import EndpointStatus, StaticFleet, StaticFleetSettings, StaticKind
 from chiron.fleet.usage import ProcessUsage
 from chiron.gateway.admission import ServedModel
 from chiron.gateway.settings import KindSettings
@@ -32,7 +33,9 @@ class Engines:
         fleet: LocalFleetSettings,
         devices: Sequence[str],
         static_fleet: StaticFleetSettings | None = None,
+        failed: Callable[[Instance, str], None] = lambda instance, reason: None,
     ) -> None:
+        """``failed`` hears of each instance that failed, and why."""
         self.plane: ControlPlane | None = None
         """Set once it exists; it needs a fleet to be made."""
         self.live: dict[int, HttpEngine] = {}
@@ -40,6 +43,7 @@ class Engines:
         self._clock = clock
         self._kinds = {each.kind.name: each for each in kinds}
         self._models = models
+        self._failed = failed
         static = {each.kind.name: _static(each) for each in kinds if each.endpoints}
         started = {each.kind.name: _process(each) for each in kinds if each.command}
         self.local: LocalFleet | None = None
@@ -76,6 +80,7 @@ class Engines:
 
     def instance_failed(self, instance: Instance) -> None:
         self._close(instance)
+        self._failed(instance, self._fleet_of(instance).reasons.get(instance.id, ""))
         self._plane().instance_failed(instance)
 
     # -- the rest ----------------------------------------------------------------------------------------------
@@ -86,6 +91,14 @@ class Engines:
 
     def usage(self) -> dict[int, ProcessUsage]:
         return self.local.usage() if self.local is not None else {}
+
+    def starts(self) -> dict[str, KindStatus]:
+        """How the starts of each kind go that the gateway starts itself."""
+        return self.local.status() if self.local is not None else {}
+
+    def endpoints(self) -> dict[str, dict[str, EndpointStatus]]:
+        """How the engines are that run already, by kind and URL."""
+        return self.static.status() if self.static is not None else {}
 
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}

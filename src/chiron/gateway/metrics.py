@@ -84,7 +84,7 @@ class _Collector(Collector):
         yield from self._distributions()
         yield from self._queues()
         yield from self._instances()
-        yield from self._fleet()
+        yield from self._fleet(around)
         yield from self._batches(around)
         yield from self._gateway(around)
 
@@ -152,7 +152,7 @@ class _Collector(Collector):
                 slo.add_metric(key, target_s)
         yield from (size, load, kv, slo)
 
-    def _fleet(self) -> Iterator[Metric]:
+    def _fleet(self, around: Surroundings) -> Iterator[Metric]:
         there = GaugeMetricFamily("chiron_instances", "Instances.", labels=("model", "role", "state"))
         planned = GaugeMetricFamily("chiron_instances_planned", "Instances that are wanted.", labels=("model", "role"))
         pressure = {
@@ -176,6 +176,18 @@ class _Collector(Collector):
                     family.add_metric((model,), value)
             cold.add_metric((model,), state.cold_start_s)
         yield from (there, planned, *pressure.values(), cold)
+        yield from self._starts(around)
+
+    def _starts(self, around: Surroundings) -> Iterator[Metric]:
+        labels = ("model", "kind")
+        failures = CounterMetricFamily("chiron_instance_failures", "Instances that failed, at any age.", labels=labels)
+        looping = GaugeMetricFamily("chiron_crash_looping", "1: start after start of a kind fails.", labels=labels)
+        for model, state in self._plane.models.items():
+            for kind in state.spec.kinds:
+                if (starts := around.starts.get(kind.name)) is not None:
+                    failures.add_metric((model, kind.name), starts.failures_total)
+                    looping.add_metric((model, kind.name), starts.state == "crash-looping")
+        yield from (failures, looping)
 
     def _batches(self, around: Surroundings) -> Iterator[Metric]:
         items = GaugeMetricFamily("chiron_batch_items", "Items of open batches.", labels=("model", "state"))

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from chiron.control.plane import ControlPlane
-from chiron.core.types import Decision, Request
+from chiron.core.types import Decision, Instance, Request
 from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.api import ApiState, make_app
 from chiron.gateway.batch_runner import BatchRunner
@@ -29,7 +29,7 @@ from chiron.gateway.keys import KeyRing
 from chiron.gateway.live_result import LiveRecorder
 from chiron.gateway.metrics import LoopLag, Metrics
 from chiron.gateway.scrape import Scraper
-from chiron.gateway.settings import LimitSettings, ServeConfig
+from chiron.gateway.settings import LimitSettings, ModelSettings, ServeConfig
 from chiron.gateway.status import Surroundings, status
 from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
@@ -79,11 +79,12 @@ class Service:
             fleet=config.fleet,
             devices=config.devices,
             static_fleet=config.static_fleet,
+            failed=self._instance_failed,
         )
         self.plane = ControlPlane(
             clock=self.clock,
             fleet=self.engines,
-            journal=_EndsCalls(self.journal, self._call_ended),
+            journal=_EndsCalls(self.journal, self._call_ended, advise=advise),
             models=specs,
             classes=classes,
             policy=make_policy(config.policy, config.policy_settings),
@@ -175,6 +176,8 @@ class Service:
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             usage=self.engines.usage(),
+            starts=self.engines.starts(),
+            endpoints=self.engines.endpoints(),
             batches=self._batches,
             batch_in_flight=self.runner.in_flight(),
             loop_lag_s=self._lag.worst_s,
@@ -200,7 +203,7 @@ class Service:
 
     def _begin(self) -> None:
         for model in self.config.models:
-            self.plane.request_initial(model.name, model.min_instances)
+            self.plane.request_initial(model.name, _initial(model, advise=not self.plane.actuates))
         self.plane.begin()
         self.scraper.begin()
         self.clock.call_later(WATCH_S, self._watch)
@@ -222,6 +225,10 @@ class Service:
             self._batches = await self.store.list_batches(None, limit=100)
         except StoreError as error:
             log.warning("the status page shows no batches: %s", error)
+
+    def _instance_failed(self, instance: Instance, reason: str) -> None:
+        facts = {"instance": instance.id, "model": instance.model, "kind": instance.kind.name, "reason": reason}
+        self.journal.note(self.clock.now_s, "failure", facts)
 
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
@@ -292,15 +299,21 @@ class Service:
 
 
 class _EndsCalls:
-    """A journal that also tells the request's own call that it is over."""
+    """A journal that also tells the request's own call that it is over, and an operator of changes of the fleet."""
 
     wants_events = True
 
-    def __init__(self, journal: LiveJournal, ended: Callable[[Request], None]) -> None:
+    def __init__(self, journal: LiveJournal, ended: Callable[[Request], None], *, advise: bool) -> None:
         self._journal = journal
         self._tell = ended
+        self._fleet = "advised fleet" if advise else "fleet"
         self.event = journal.event
-        self.decided: Callable[[float, Decision], None] = journal.decided
+
+    def decided(self, now_s: float, decision: Decision) -> None:
+        self._journal.decided(now_s, decision)
+        if decision.kind == "fleet":
+            before, after, why = decision.before, decision.after, decision.reason
+            log.info("%s of %s: %g -> %g instances: %s", self._fleet, decision.subject, before, after, why)
 
     def ended(self, request: Request) -> None:
         self._journal.ended(request)
@@ -329,6 +342,13 @@ def _save(service: Service) -> None:
         save_result(service.result(), service.config.data / RESULT)
     except TelemetryError as error:
         log.warning("the result of this run is not saved: %s", error)
+
+
+def _initial(model: ModelSettings, *, advise: bool) -> int:
+    """Instances to begin with. Where the fleet is to stay as it is, every endpoint takes part and no model has none."""
+    if not advise:
+        return model.min_instances
+    return min(model.max_instances, max(1, model.min_instances, sum(len(kind.endpoints) for kind in model.kinds)))
 
 
 def _served(config: ServeConfig, model: Any) -> ServedModel:

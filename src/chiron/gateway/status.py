@@ -40,6 +40,30 @@ class Usage(Protocol):
     def restarts(self) -> int: ...
 
 
+class StartStatus(Protocol):
+    """How the starts of a kind go; ``fleet.starts.KindStatus`` is one."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def failures_total(self) -> int: ...
+    @property
+    def next_start_in_s(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class EndpointHealth(Protocol):
+    """How an endpoint is; ``fleet.static.EndpointStatus`` is one."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
     """What the gateway knows and the control plane does not."""
@@ -51,6 +75,10 @@ class Surroundings:
     """Unix time at ``now_s == 0`` of the clock."""
     instance_urls: Mapping[int, str] = field(default_factory=dict)
     usage: Mapping[int, Usage] = field(default_factory=dict)
+    starts: Mapping[str, StartStatus] = field(default_factory=dict)
+    """By kind of instance, of those that the gateway starts itself."""
+    endpoints: Mapping[str, Mapping[str, EndpointHealth]] = field(default_factory=dict)
+    """By kind of instance and URL, of engines that run already."""
     batches: Sequence[Batch] = ()
     batch_in_flight: Mapping[str, int] = field(default_factory=dict)
     """Items leased from the store, by batch id."""
@@ -119,6 +147,12 @@ def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s:
         "bbp": _number(plan.bbp) if plan else None,
         "cold_start_s": state.cold_start_s,
         "instances": [_instance(state, i, around, now_s) for i in state.instances.values()],
+        "starts": [_start(kind.name, around.starts[kind.name]) for kind in spec.kinds if kind.name in around.starts],
+        "endpoints": [
+            {"kind": kind.name, "url": url, "state": health.state, "reason": health.reason}
+            for kind in spec.kinds
+            for url, health in around.endpoints.get(kind.name, {}).items()
+        ],
         "queue": {
             "interactive": len(state.waiting),
             "oldest_wait_s": max(0.0, now_s - oldest_s) if isfinite(oldest_s) else None,
@@ -159,6 +193,17 @@ def _instance(state: ModelState, instance: Instance, around: Surroundings, now_s
         "rss_bytes": usage.rss_bytes if usage else None,
         "pid": usage.pid if usage else None,
         "restarts": usage.restarts if usage else None,
+    }
+
+
+def _start(kind: str, starts: StartStatus) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "state": starts.state,
+        "failures": starts.failures,
+        "failures_total": starts.failures_total,
+        "next_start_in_s": starts.next_start_in_s,
+        "reason": starts.reason,
     }
 
 
