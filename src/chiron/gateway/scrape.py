@@ -77,5 +77,15 @@ class Scraper:
             capacity = int(engine.metrics.get("kv_capacity_tokens", 0))
             if capacity > 0 and capacity != engine.instance.kv_capacity_tokens:
                 self._capacity_told(engine, capacity)
+            own_limit = engine.own_limit.look(engine.metrics, engine.instance.max_batch_size)
+            if own_limit:
+                log.warning(
+                    "%s runs %d requests at once and lets others wait inside, though its max batch size here is %d; "
+                    "set max_num_seqs of kind %r to the engine's own limit",
+                    engine.url,
+                    own_limit,
+                    engine.instance.max_batch_size,
+                    engine.instance.kind.name,
+                )
             samples.append(engine.observer.sample(now_s, engine.metrics))
         self._plane.sampled(samples)

@@ -22,6 +22,7 @@ from chiron.core.types import Instance, Request
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError
 from chiron.gateway.observe import EngineObserver
+from chiron.gateway.own_limit import OwnLimit
 from chiron.net.client import Call, ConnectError, Header, NetError, Origin
 from chiron.net.clock import LiveClock
 
@@ -129,6 +130,7 @@ class HttpEngine:
         self.observer = EngineObserver(instance, clock.now_s)
         self.metrics: dict[str, float] = {}
         """The engine's figures at the last scrape, by our names."""
+        self.own_limit = OwnLimit()
         self.runs: dict[int, _Run] = {}
         self.clock = clock
         self.listener = listener
