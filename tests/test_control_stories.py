@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from chiron.control.plane import RETRIES_MAX, ControlPlane
+from chiron.control.plane import AVOID_ALONE_S, RETRIES_MAX, ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTimes
@@ -214,6 +214,22 @@ def test_an_interactive_request_that_nobody_saw_a_token_of_starts_again_elsewher
     assert request.outcome == "finished"
     assert request.retries == 1
     assert stage.said(request) == ["arrival", "dispatch", "dispatch", "first_token", "ended"]
+
+
+def test_an_instance_that_loses_requests_is_avoided_only_shortly_when_it_is_the_only_one() -> None:
+    pair, alone = Stage(ready=2), Stage(ready=1)
+    for stage in (pair, alone):
+        bad = stage.plane.instances[1]
+        stage.plane.avoid(bad, 8.0)
+        request = stage.send(1, 5)
+        stage.until(AVOID_ALONE_S)
+        assert request.instance is not bad or stage is alone
+        stage.until(2.0)
+        assert request.outcome == "finished"
+    assert alone.over[0].dispatch_s == AVOID_ALONE_S
+    assert pair.over[0].dispatch_s == 0.0
+    crowd = [pair.send(number, 200) for number in range(2, 6)]
+    assert all(request.instance is not pair.plane.instances[1] for request in crowd), "still avoided"
 
 
 def test_a_batch_request_resumes_once_after_its_instance_died() -> None:

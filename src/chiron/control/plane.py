@@ -23,6 +23,8 @@ from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
+AVOID_ALONE_S = 0.5
+"""Longest that the only instance of a model gets no requests after it lost some."""
 LEARN_PER_SCRAPE = 8
 """Instances whose scrape is learned from, per model and round: more say little new and cost time."""
 
@@ -322,10 +324,15 @@ class ControlPlane:
         self._after_leaving(state, instance)
 
     def avoid(self, instance: Instance, for_s: float) -> None:
-        """Dispatch nothing to an instance for a while: it loses requests, though it may be alive."""
+        """Dispatch nothing to an instance for a while: it loses requests, though it may be alive. While no other one
+        can take them it is only a short while: the fault may be in a request, and the others wait."""
         if instance.state != "ready":
             return
         state = self.models[instance.model]
+        if not any(
+            i.state == "ready" and i.avoided_until_s < 0.0 for i in state.instances.values() if i is not instance
+        ):
+            for_s = min(for_s, AVOID_ALONE_S)
         state.router.remove(instance)
         instance.avoided_until_s = until_s = self.clock.now_s + for_s
 
