@@ -90,8 +90,10 @@ class Diary:
 class FaultSite(AbstractContextManager["FaultSite"]):
     """``chiron serve`` on one data directory, over several lives. Nothing it started is left at the end."""
 
-    def __init__(self, directory: Path, text: str) -> None:
+    def __init__(self, directory: Path, text: str, *options: str) -> None:
+        """``options`` of ``chiron serve``."""
         self.directory = directory
+        self.options = options
         self.config = directory / "chiron.toml"
         self.config.write_text(text)
         self.port = free_port()
@@ -132,7 +134,7 @@ class FaultSite(AbstractContextManager["FaultSite"]):
         command = [sys.executable, "-c", "from chiron.cli import main; main()", "serve", str(self.config)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)],
+                [*command, "--port", str(self.port), *self.options],
                 cwd=self.directory,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
