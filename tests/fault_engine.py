@@ -1,7 +1,7 @@
 """The emulated engine with a diary, and with the faults that its prompts ask for: for tests of what survives what.
 
 A line per event goes to ``DIRECTORY/engine-PID.log`` as it happens, also if kill -9 comes next: ``start ID RESUMED``,
-``finish ID``, ``leave ID``; ID is the ``x-request-id`` that the gateway sent.
+``finish ID``, ``leave ID``; ID is the gateway's ``x-request-id`` but for the try.
 
 Marks in a prompt: ``<die>`` ends the process, ``<500>`` is answered with that status, ``<hang-up>`` breaks the
 connection, ``<hang>`` is never answered. Every request gets 503 with ``--sick``, and while ``DIRECTORY/sick`` exists.
@@ -37,7 +37,7 @@ class FaultyEngine(EmulatedEngine):
         self._ids: dict[int, str] = {}
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
-        id = (incoming.header(b"x-request-id") or b"-").decode()
+        id = (incoming.header(b"x-request-id") or b"-").decode().partition(".")[0]
         if self._sick or self._sick_file.exists():
             self._write(f"refuse {id}")
             raise RequestError("This engine is sick.", status=503, type="server_error")

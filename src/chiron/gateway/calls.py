@@ -21,7 +21,10 @@ from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
 
-_DROPPED = frozenset({b"connection", b"keep-alive", b"content-length", b"transfer-encoding", b"date", b"server"})
+_DROPPED = frozenset(
+    b"connection keep-alive content-length transfer-encoding date server upgrade trailer te proxy-connection "
+    b"proxy-authenticate proxy-authentication-info".split()
+)
 """Headers of an engine's answer that speak of its connection, not of the answer."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
@@ -134,7 +137,7 @@ class RelayCall:
         if self._first or b"[DONE]" in data or b'_reason":"' in data or b'_reason": "' in data:
             self._first = False
             return tokens_in(data)
-        return data.count(b"data:")
+        return data.count(b"\ndata:") + data.startswith(b"data:")
 
     def end(self) -> str:
         incoming = self.incoming
@@ -226,8 +229,10 @@ class CollectedCall:
             keep_token_ids=bool(fields.get("return_token_ids")),
         )
         self._fields = fields
+        self._tries = 0
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
+        self._tries += 1
         body = self._fields | {"model": model, "stream": True, "stream_options": {"include_usage": True}}
         if row.resumes:
             body["return_token_ids"] = True
@@ -239,7 +244,10 @@ class CollectedCall:
         return orjson.dumps(body)
 
     def headers(self) -> Sequence[Header]:
-        return ((b"x-request-id", self.request_id.encode()),)
+        # vLLM makes this its own id, and older ones refuse one that they have. An evicted request may come back before
+        # the engine has noticed that it left.
+        id = self.request_id if self._tries < 2 else f"{self.request_id}.{self._tries}"
+        return ((b"x-request-id", id.encode()),)
 
     def begin(self, call: Call, status: int, headers: list[Header]) -> None:
         self.status = status
@@ -360,7 +368,8 @@ class FlexCall(CollectedCall):
 
 def tokens_in(data: bytes) -> int:
     """Events in a block of a stream that hold text."""
-    return sum(_TEXT.search(event) is not None for event in data.split(b"data:")[1:])
+    # Only at the start of a line, where a text that is generated cannot be: JSON has no line breaks inside text.
+    return sum(_TEXT.search(event) is not None for event in (b"\n" + data).split(b"\ndata:")[1:])
 
 
 def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:
