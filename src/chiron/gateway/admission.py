@@ -24,6 +24,8 @@ from chiron.net.server import Incoming
 BYTES_PER_TOKEN = 4.0
 """Of English text, until the engine's usage figures tell better."""
 _RATIO_WEIGHT = 0.02
+NESTING_MAX = 250
+"""Levels of a JSON body."""
 _SLO_MIN_MS, _SLO_MAX_MS = 0.001, 3_600_000.0
 
 
@@ -78,7 +80,8 @@ class Models:
         if served is None:
             if not isinstance(name, str):
                 raise invalid(
-                    "model: missing, or not text" if name is None else f"model: {name!r} is not text", param="model"
+                    "model: missing, or not text" if name is None else f"model: {str(name)[:80]} is not text",
+                    param="model",
                 )
             known = [n for n in self.by_name if not key.models or n in key.models]
             raise model_not_found(name[:200], known)
@@ -94,7 +97,10 @@ def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
     key.permit(cls=cls.name)
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
-        raise invalid(f"stream: {stream!r} must be true or false", param="stream")
+        raise invalid(f"stream: {str(stream)[:80]!r} must be true or false", param="stream")
+    options = fields.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise invalid(f"stream_options: {str(options)[:80]!r} must be an object", param="stream_options")
     chat = incoming.path.endswith("/chat/completions")
     exact, size = _prompt_size(fields, chat)
     return Admitted(
@@ -114,7 +120,21 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise invalid(f"The body must be a JSON object, not {type(fields).__name__}")
+    if nested_too_deep(body, fields):
+        raise invalid(f"The body is nested deeper than {NESTING_MAX} levels")
     return fields
+
+
+def nested_too_deep(text: bytes, value: object) -> bool:
+    """Whether JSON that could be read is nested deeper than can be written again, as it must be for an engine that
+    has a name of its own for the model. Only a text with so many brackets can be, so most are not looked at."""
+    if text.count(b"[") + text.count(b"{") <= NESTING_MAX:
+        return False
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        return True
+    return False
 
 
 def _class_of(incoming: Incoming, fields: dict[str, Any], served: ServedModel) -> RequestClass:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from chiron.gateway.admission import BYTES_PER_TOKEN, prompt_bytes
+from chiron.gateway.admission import BYTES_PER_TOKEN, NESTING_MAX, nested_too_deep, prompt_bytes
 from chiron.gateway.errors import ApiError
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
@@ -35,6 +35,8 @@ def line_check(
             return LineError(code="invalid_json_line", message=f"This line is not parseable as valid JSON: {error}.")
         if not isinstance(value, dict):
             return LineError(code="invalid_json_line", message="This line is not a JSON object.")
+        if nested_too_deep(line, value):
+            return LineError(code="invalid_json_line", message=f"This line is nested deeper than {NESTING_MAX} levels.")
         return _check_frame(value, endpoint) or _check_body(value, endpoint, models, key)
 
     return check

@@ -1,0 +1,291 @@
+"""Between a client and engines that refuse, die, stall or flood; clients that leave, and clients that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiron.engines.metrics import parse_metrics
+from chiron.net.server import Incoming
+from live_gateway import until
+from scripted_engine import SSE, Reader, ScriptedEngine, before, body, chunk
+
+
+def whole(incoming: Incoming) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}
+    answer = {"id": "c", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+    incoming.respond(200, json.dumps(answer).encode())
+
+
+def refuses(status: int) -> Any:
+    error = {"error": {"message": f"engine says {status}", "type": "x", "param": None, "code": None}}
+    return lambda incoming: incoming.respond(status, json.dumps(error).encode())
+
+
+def hangs_up(incoming: Incoming) -> None:
+    incoming.abort()
+
+
+def dies_in_the_middle(incoming: Incoming) -> None:
+    incoming.start(200, SSE)
+    incoming.write(chunk("one"))
+    asyncio.get_running_loop().call_later(0.02, incoming.abort)
+
+
+@pytest.mark.parametrize("bad", [refuses(503), refuses(500), refuses(429), hangs_up])
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_the_first_byte_another_engine_has_a_try(tmp_path: Path, bad: Any, stream: bool) -> None:
+    async def main() -> None:
+        tries: list[str] = []
+
+        def first_fails(incoming: Incoming) -> None:
+            tries.append(incoming.header(b"x-request-id").decode())  # type: ignore[union-attr]
+            if len(tries) == 1:
+                bad(incoming)
+            elif stream:
+                incoming.start(200, SSE)
+                incoming.write(chunk("fine") + b"data: [DONE]\n\n")
+                incoming.finish()
+            else:
+                whole(incoming)
+
+        engines = ScriptedEngine(first_fails), ScriptedEngine(first_fails)
+        async with before(tmp_path, *engines, model="min_instances = 2") as (_, origin):
+            reader = await Reader(origin, body(stream=stream)).end()
+            assert (reader.status, reader.over) == (200, "end")
+            assert b"fine" in reader.data
+        assert len(tries) == 2
+        assert len(set(tries)) == 1
+
+    asyncio.run(main())
+
+
+def test_after_the_first_byte_a_stream_ends_with_an_error_event(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(dies_in_the_middle)
+        async with before(tmp_path, engine) as (_, origin):
+            reader = await Reader(origin, body(stream=True)).end()
+            assert (reader.status, reader.over) == (200, "end")
+            assert b"one" in reader.data
+            assert (reader.error["type"], reader.error["code"]) == ("server_error", "engine_lost")
+            assert b"[DONE]" not in reader.data
+        assert len(engine.seen) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("act", "status", "code"),
+    [
+        (refuses(400), 400, None),
+        (refuses(404), 404, None),
+        (refuses(503), 503, "engine"),
+        (hangs_up, 502, "bad_gateway"),
+    ],
+)
+def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code: str | None) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(act)
+        async with before(tmp_path, engine) as (_, origin):
+            reader = await Reader(origin, body()).end()
+            assert (reader.status, reader.over) == (status, "end")
+            error = json.loads(reader.data)["error"]
+            assert error["message"].startswith("engine says") or error["code"] == code
+        assert len(engine.seen) == (1 if 400 <= status < 500 else 4)
+
+    asyncio.run(main())
+
+
+def test_strange_headers_of_an_engine_do_not_reach_the_client(tmp_path: Path) -> None:
+    async def main() -> None:
+        def odd(incoming: Incoming) -> None:
+            headers = [(b"upgrade", b"x"), (b"trailer", b"y"), (b"proxy-authenticate", b"z"), (b"x-engine", b"kept")]
+            incoming.respond(200, b"{}", b"application/json", headers)
+
+        async with before(tmp_path, ScriptedEngine(odd)) as (_, origin):
+            answer = await origin.fetch("POST", "/v1/chat/completions", body=body())
+            assert answer.headers["x-engine"] == "kept"
+            assert not {"upgrade", "trailer", "proxy-authenticate"} & set(answer.headers)
+
+    asyncio.run(main())
+
+
+def test_the_whole_body_goes_to_the_engine_as_it_came(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(whole)
+        async with before(tmp_path, engine, model='aliases = ["other"]') as (_, origin):
+            sent = body(unheard_of={"a": [1, 2.5, None]}, seed=1)
+            spaced = b" \n" + sent.replace(b": ", b" :\t")
+            await Reader(origin, spaced).end()
+            await Reader(origin, sent.replace(b'"m"', b'"other"')).end()
+            deep = b'{"model":"other","messages":[{"role":"user","content":"x"}],"a":' + b"[" * 300 + b"]" * 300 + b"}"
+            assert (await Reader(origin, deep).end()).status == 400
+        assert engine.seen[0].body == spaced
+        assert json.loads(engine.seen[1].body) == json.loads(sent)
+        assert engine.seen[0].header(b"authorization") is None
+        assert len(engine.seen) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place_at_once(tmp_path: Path, stream: bool) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine) as (service, origin):
+            readers = [Reader(origin, body(stream=stream)) for _ in range(6)]
+            await until(lambda: len(engine.seen) == 4, "four run")
+            for incoming in engine.seen if stream else ():
+                incoming.start(200, SSE)
+                incoming.write(chunk("one"))
+            state = service.plane.models["m"]
+            assert state.waiting.count == 2
+            began_s = asyncio.get_running_loop().time()
+            for reader in (readers[0], readers[5]):  # One runs, the other waits.
+                reader.call.cancel()
+            await until(lambda: len(engine.left) == 1 and len(engine.seen) == 5, "one left and the next one is there")
+            assert asyncio.get_running_loop().time() - began_s < 0.5
+            assert state.waiting.count == 0
+            for incoming in engine.seen:
+                if not incoming.closed and not incoming.started:
+                    whole(incoming)
+                elif not incoming.closed:
+                    incoming.write(b"data: [DONE]\n\n")
+                    incoming.finish()
+            await until(lambda: not service.front.open, "all have ended")
+            assert [reader.over for reader in readers] == ["", "end", "end", "end", "end", ""]
+
+    asyncio.run(main())
+
+
+def test_limits_on_waiting(tmp_path: Path) -> None:
+    async def main() -> None:
+        limits = '[limits]\nqueue_max = 2\nqueue_wait_max = "1s"\nretry_after = "3s"\n'
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine, extra=limits) as (service, origin):
+            readers = [Reader(origin, body(stream=number % 2 == 1)) for number in range(6)]
+            await until(lambda: len(service.front.open) == 6, "six are there")
+            refused = await origin.fetch("POST", "/v1/chat/completions", body=body())
+            assert (refused.status, refused.headers["retry-after"]) == (429, "3")
+            assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
+            for reader in readers[4:]:
+                await reader.end()
+                assert (reader.status, json.loads(reader.data)["error"]["code"]) == (503, "service_unavailable")
+            assert len(engine.seen) == 4
+            for incoming in engine.seen:
+                whole(incoming)
+            for reader in readers[:4]:
+                assert (await reader.end()).status == 200
+
+    asyncio.run(main())
+
+
+def test_a_request_that_takes_too_long_is_504_or_an_error_event_and_its_engine_is_told(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine, extra='[limits]\nrequest_timeout = "500ms"\n') as (service, origin):
+            plain, stream = Reader(origin, body()), Reader(origin, body(stream=True))
+            await until(lambda: len(engine.seen) == 2, "both run")
+            engine.seen[1].start(200, SSE)
+            engine.seen[1].write(chunk("one"))
+            await plain.end()
+            await stream.end()
+            assert (plain.status, json.loads(plain.data)["error"]["code"]) == (504, "timeout")
+            assert (stream.status, stream.error["type"], b"one" in stream.data) == (200, "timeout_error", True)
+            await until(lambda: len(engine.left) == 2, "the engine is free")
+            assert not service.front.open
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_not_read_holds_its_engine_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine) as (service, origin):
+            reader = Reader(origin, body(stream=True))
+            await until(lambda: engine.seen, "it runs")
+            incoming = engine.seen[0]
+            incoming.start(200, SSE)
+            reader.call.pause()
+            written, event = 0, chunk("x" * 60_000)
+            paused: list[bool] = []
+            incoming.on_pause = lambda: paused.append(True)
+            while not paused:
+                incoming.write(event)
+                written += len(event)
+                await asyncio.sleep(0)
+                assert written < 64 << 20, "it all goes into memory"
+            (connection,) = (c for c in service._server.connections if c._serving is not None)  # type: ignore[union-attr]
+            assert connection._transport.get_write_buffer_size() < 2 << 20
+            reader.call.resume()
+            incoming.finish()
+            await reader.end()
+            assert len(reader.data) == written
+
+    asyncio.run(main())
+
+
+def test_tokens_in_the_metrics_are_those_of_the_usage(tmp_path: Path) -> None:
+    async def main() -> None:
+        def acts(incoming: Incoming) -> None:
+            asked = json.loads(incoming.body)
+            if not asked.get("stream"):
+                whole(incoming)
+                return
+            incoming.start(200, SSE)
+            role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+            incoming.write(chunk("", **role) + chunk("data: data: {") + chunk('"completion_tokens": 99'))
+            last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+            incoming.write(chunk("three") + chunk("", **last))
+            if (asked.get("stream_options") or {}).get("include_usage"):
+                incoming.write(chunk("", choices=[], usage={"prompt_tokens": 3, "completion_tokens": 30}))
+            incoming.write(b"data: [DONE]\n\n")
+            incoming.finish()
+
+        async with before(tmp_path, ScriptedEngine(acts)) as (_, origin):
+
+            async def made() -> float:
+                page = (await origin.fetch("GET", "/metrics")).body.decode()
+                return parse_metrics(page).get("chiron_generation_tokens_total", 0.0)
+
+            await Reader(origin, body()).end()
+            assert await made() == 7
+            await Reader(origin, body(stream=True)).end()
+            assert await made() == 7 + 3
+            await Reader(origin, body(stream=True, stream_options={"include_usage": True})).end()
+            assert await made() == 7 + 3 + 30
+
+    asyncio.run(main())
+
+
+def test_flex_waits_for_room_and_comes_in_one_piece(tmp_path: Path) -> None:
+    async def main() -> None:
+        def acts(incoming: Incoming) -> None:
+            incoming.start(200, SSE)
+            usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+            last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+            incoming.write(chunk("fi") + chunk("ne") + chunk("", **last) + chunk("", choices=[], usage=usage))
+            incoming.write(b"data: [DONE]\n\n")
+            incoming.finish()
+
+        engine = ScriptedEngine(acts)
+        async with before(tmp_path, engine) as (_, origin):
+            plain = await Reader(origin, body(service_tier="flex")).end()
+            answer = json.loads(plain.data)
+            assert (answer["choices"][0]["message"]["content"], answer["service_tier"]) == ("fine", "flex")
+            assert answer["usage"]["completion_tokens"] == 2
+            stream = await Reader(origin, body(service_tier="flex", stream=True)).end()
+            assert stream.data.count(b"data: ") == 2
+            assert stream.data.endswith(b"data: [DONE]\n\n")
+            assert b"usage" not in stream.data
+            for options in ("x", [1], 5):
+                odd = await Reader(origin, body(service_tier="flex", stream=True, stream_options=options)).end()
+                assert (odd.status, json.loads(odd.data)["error"]["param"]) == (400, "stream_options")
+        assert all(json.loads(incoming.body)["stream"] for incoming in engine.seen)
+
+    asyncio.run(main())
