@@ -176,7 +176,7 @@ class FaultSite(AbstractContextManager["FaultSite"]):
         return found
 
     def engines(self) -> list[psutil.Process]:
-        return self._running(lambda words: str(ENGINE) in words and not _keeps(words))
+        return self._running(lambda words: _serves(words) and not _keeps(words))
 
     def keepers(self) -> list[psutil.Process]:
         return self._running(_keeps)
@@ -219,6 +219,10 @@ class FaultSite(AbstractContextManager["FaultSite"]):
         finally:
             db.close()
         return {f"batch_req_{names[key >> 32]}_{key & 0xFFFFFFFF}" for key in keys}
+
+
+def _serves(words: list[str]) -> bool:
+    return str(ENGINE) in words or any(word.startswith("chiron.engines.serve.") for word in words)
 
 
 def _keeps(words: list[str]) -> bool:
