@@ -12,7 +12,7 @@ from chiron.config import load_scenario
 from chiron.config.read import ConfigError
 from chiron.load.plan import Lengths, LoadPlan
 
-LENGTHS = Lengths(input_scale=0.1, output_scale=0.6)
+LENGTHS = Lengths(input_scale=0.1, output_scale=0.5)
 """Two cores run a toy model: the traces' times are kept, their lengths are not."""
 WINDOW_MIN_S = 60.0
 """Shortest time to the batch job's deadline: the gateway takes no shorter ``completion_window``."""
