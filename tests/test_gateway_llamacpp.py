@@ -1,0 +1,82 @@
+"""llama.cpp behind the gateway: streams, answers in one piece and batch work; what is learned without its totals."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from chiron.engines.serve.toy import ToySettings, write_toy
+from engine_process import Stream, connected
+from live_gateway import ask, ready, serving, until
+
+pytestmark = pytest.mark.slow
+
+CONFIG = """
+[models.toy]
+engine = "llamacpp"
+model_path = "{model}"
+threads = 1
+max_num_seqs = 4
+max_instances = 1
+
+[classes.chat]
+kind = "interactive"
+ttft = "2s"
+itl = "100ms"
+
+[classes.batch]
+kind = "batch"
+deadline = "1h"
+"""
+CHAT = "/v1/chat/completions"
+
+
+def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
+    model = tmp_path / "small.gguf"
+    write_toy(model, ToySettings(hidden=256, layers=2))
+
+    async def body() -> None:
+        async with serving(tmp_path, CONFIG.format(model=model)) as service, connected(service.url) as origin:
+            instance, engine = await ready(service)
+            learner = service.plane.models["toy"].learner
+            done = False
+            tokens: list[int] = []
+
+            async def client(way: str) -> None:
+                while not done:
+                    chat: dict[str, Any] = {
+                        "model": "toy",
+                        "messages": [{"role": "user", "content": "ba be bi"}],
+                        "max_tokens": 80,
+                    }
+                    if way == "stream":
+                        stream = await Stream(origin, CHAT, chat | {"ignore_eos": True}).end()
+                        assert stream.complete
+                    else:
+                        tier = {"service_tier": "flex"} if way == "flex" else {}
+                        answer = await ask(service.url, CHAT, **{**chat, **tier})
+                        tokens.append(answer["usage"]["completion_tokens"])
+
+            work = [asyncio.create_task(client(way)) for way in ("stream", "stream", "piece", "flex", "flex")]
+            await until(lambda: learner.trusted, "step times are learned")
+            most = max(len(engine.runs), instance.running)
+            done = True
+            await asyncio.gather(*work)
+            assert 1 <= most <= 4
+            assert tokens
+            assert all(count == 80 for count in tokens)
+            assert not engine.runs
+            assert engine.observer.inside == engine.observer.decoding == engine.observer.held_tokens == 0
+            # Its own count of decode calls, which the control plane does not read, agrees with what was seen.
+            idle_s = service.clock.now_s
+            await until(lambda: instance.sample and instance.sample.taken_s > idle_s + 0.5, "a look at it at rest")
+            assert instance.sample is not None
+            assert instance.sample.steps == pytest.approx(engine.metrics["steps"], rel=0.15)
+            assert learner.mixes["chat"].output_mean < 200.0
+
+    asyncio.run(body())
