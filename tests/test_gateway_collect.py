@@ -169,6 +169,15 @@ def test_an_answer_cut_off_is_no_answer() -> None:
         Collector(True).result()
 
 
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_answer_that_the_engine_gave_up_is_no_answer(reason: str) -> None:
+    end = {"index": 0, "delta": {}, "finish_reason": reason}
+    collector = collect(chunk(said("half")) + event({"choices": [end]}) + b"data: [DONE]\n\n")
+    assert collector.finished
+    with pytest.raises(CollectError, match="gave the answer up"):
+        collector.result()
+
+
 def test_an_error_in_the_stream() -> None:
     collector = collect(chunk(said("half")) + event({"error": {"message": "out of memory", "code": 500}}))
     assert collector.done

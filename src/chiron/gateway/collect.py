@@ -19,6 +19,8 @@ Json = dict[str, Any]
 
 _SET_ONCE = frozenset({"role", "id", "type", "name"})
 """Strings in a delta that name something; some engines repeat them in every chunk."""
+_NOT_ENDS = frozenset({"abort", "error"})
+"""Finish reasons with which vLLM and SGLang end what they give up, when they pause or stop: half an answer."""
 
 
 class CollectError(ValueError):
@@ -113,6 +115,8 @@ class Collector:
             raise CollectError(f"the engine reported an error: {self.error.get('message', self.error)}")
         if not self.finished:
             raise CollectError("the engine's stream ended before the answer did")
+        if any(choice.fields["finish_reason"] in _NOT_ENDS for choice in self._choices.values()):
+            raise CollectError("the engine gave the answer up")
         return self.partial()
 
     def partial(self) -> Json:
