@@ -26,7 +26,7 @@ REASONS = {
     "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
     "load_fell": "for a while now, less has been enough",
     "itl_below_slo": "ITL leaves room below its SLO",
-    "itl_above_slo": "ITL is above its SLO",
+    "itl_above_slo": "ITL would exceed its SLO at that size",
     "no_itl_slo": "nothing that runs there has an ITL SLO",
 }
 """Sentences for reasons that need one. All others read well enough as they are logged."""
