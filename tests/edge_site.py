@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +28,16 @@ _MODEL = """
 [models.{name}]
 engine = "emulated"
 profile = "llama-3.1-8b/a100/tp1"
-args = ["--speedup", "100", "--output-mean", "20"]
+args = {args}
 max_instances = 1
 """
 
 
-def text(*, keys: bool = True, extra: str = "") -> str:
-    """The serve config."""
-    found = _MODEL.format(name="big") + 'aliases = ["gpt-4o"]\n' + _MODEL.format(name="small")
+def text(*, keys: bool = True, speedup: float = 100.0, args: Sequence[str] = (), extra: str = "") -> str:
+    """The serve config; ``args`` are the engines'."""
+    values = ["--speedup", str(speedup), "--output-mean", "20", *args]
+    found = _MODEL.format(name="big", args=values) + 'aliases = ["gpt-4o"]\n'
+    found += _MODEL.format(name="small", args=values)
     found += '[server]\nport = 0\ngrace = "2s"\n[store]\nreserve_bytes = 0\n[telemetry]\nscrape_period = "200ms"\n'
     found += '[classes.chat]\nkind = "interactive"\nttft = "2s"\nitl = "100ms"\n'
     found += '[classes.fast]\nkind = "interactive"\nttft = "500ms"\nitl = "20ms"\n'

@@ -1,0 +1,85 @@
+"""The whole API of a running ``chiron serve``, fuzzed from the document that it serves itself: no answer is a 500, and
+none is other than described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from edge_site import ask, chat, edge_site
+from fault_site import FaultSite
+
+schemathesis = pytest.importorskip("schemathesis")
+
+HOT = ["/v1/chat/completions", "/v1/completions"]
+ENDS_IT = "/chiron/drain"
+"""Everything after it is answered with 503."""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
+    with edge_site(tmp_path_factory.mktemp("fuzz"), keys=False, speedup=1000, args=["--max-model-len", "2000"]) as it:
+        yield it
+        assert ask(it.url + HOT[0], chat()).status == 200
+        assert ask(it.url + "/ready").status == 200
+        log = it.log.read_text()
+    assert "Traceback" not in log, log
+
+
+def hot_checks() -> list[Any]:
+    """What an engine takes beyond the document is its own affair, so a wrong body may get a good answer."""
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    return [
+        not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]
+
+
+def fuzz(site: FaultSite, mode: Any, examples: int) -> list[str]:
+    schema = schemathesis.openapi.from_url(site.url + "/openapi.json").exclude(path=ENDS_IT)
+    tried = []
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.query:
+            try_out(operation, mode, examples)
+            tried.append(operation.label)
+    return tried
+
+
+def try_out(operation: Any, mode: Any, examples: int) -> None:
+    options = {"checks": hot_checks()} if operation.path in HOT else {}
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
+    def run(case: Any) -> None:
+        case.call_and_validate(timeout=30, **options)
+
+    run()
+
+
+MODES = list(schemathesis.GenerationMode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_operation_does_what_the_document_says(site: FaultSite, mode: Any) -> None:
+    assert f"POST {HOT[0]}" in fuzz(site, mode, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_operation_many_times(site: FaultSite, mode: Any) -> None:
+    fuzz(site, mode, 300)
