@@ -150,6 +150,18 @@ def test_doctor_finds_a_healthy_engine_and_changes_nothing(engine: tuple[str, An
     assert [path.name for path in here.iterdir()] == ["chiron.toml"]
 
 
+@pytest.mark.parametrize("name", ["llamacpp", "tgi"])
+def test_doctor_minds_no_model_name_that_the_engine_does_not_mind(
+    engine: tuple[str, Any], here: Path, name: str
+) -> None:
+    url, _ = engine
+    call("init", "-e", "vllm", "--endpoint", url, "-m", "other")
+    config = here / "chiron.toml"
+    config.write_text(config.read_text().replace('"vllm"', f'"{name}"'))
+    line = doctor("chiron.toml")[f"endpoint {url}: models"]
+    assert (line["state"], line["found"]) == ("ok", f"m; {name} answers to 'other' too")
+
+
 @pytest.mark.parametrize(
     ("change", "model", "what", "state", "words"),
     [

@@ -46,7 +46,7 @@ def _one(url: str, kind: KindSettings, model: str) -> Iterator[Check]:
         yield check(what, f"GET {row.health_path} answers {status}", FAIL, _unauthorized(status) or hint)
         return
     try:
-        yield _models(url, kind, model)
+        yield _models(url, kind, model, row)
         yield _metrics(url, kind, row)
         yield _stream(url, kind, model)
     except (OSError, http.client.HTTPException) as error:
@@ -54,7 +54,7 @@ def _one(url: str, kind: KindSettings, model: str) -> Iterator[Check]:
         yield check(what, f"the connection was lost: {error or type(error).__name__}", FAIL, hint)
 
 
-def _models(url: str, kind: KindSettings, model: str) -> Check:
+def _models(url: str, kind: KindSettings, model: str, row: EngineRow) -> Check:
     what = f"endpoint {url}: models"
     status, body = _fetch(url, "GET", "/v1/models", kind)
     try:
@@ -65,6 +65,8 @@ def _models(url: str, kind: KindSettings, model: str) -> Check:
     if model in names:
         return check(what, model)
     shown = ", ".join(names) or "none"
+    if not row.minds_model_name:
+        return check(what, f"{shown}; {row.name} answers to {model!r} too")
     return check(what, f"it does not know {model!r}; it has: {shown}", FAIL, "set served_model_name to one of these")
 
 

@@ -35,6 +35,8 @@ class EngineRow:
     """Accepts ``resume_token_ids``: goes on with an answer that was interrupted."""
     keepalive: bool = True
     """Whether a connection may be used again after a stream."""
+    minds_model_name: bool = True
+    """False: it answers whatever the request calls its model."""
     serve_module: str = ""
     """``python -m`` this to start one; empty for engines that we do not ship."""
 
@@ -107,9 +109,15 @@ _LLAMACPP = {
 _ROWS = (
     EngineRow(name="vllm", metrics=_VLLM, limits_path="/chiron/limits"),
     EngineRow(name="sglang", metrics=_SGLANG),
-    EngineRow(name="tgi", metrics=_TGI),
+    EngineRow(name="tgi", metrics=_TGI, minds_model_name=False),
     # It resets connections that are used again after a stream.
-    EngineRow(name="llamacpp", metrics=_LLAMACPP, keepalive=False, serve_module="chiron.engines.serve.llamacpp"),
+    EngineRow(
+        name="llamacpp",
+        metrics=_LLAMACPP,
+        keepalive=False,
+        minds_model_name=False,
+        serve_module="chiron.engines.serve.llamacpp",
+    ),
     EngineRow(
         name="openvino",
         metrics=_OURS,
