@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf
+from random import Random
 
 import numpy as np
 import pytest
@@ -143,6 +144,16 @@ def test_more_load_never_means_fewer_instances() -> None:
 def test_a_model_scales_to_zero_and_back_only_when_asked() -> None:
     assert drive([50] * 20 + [0] * 200, min_instances=0)[-1][1] == 0
     assert drive([0] * 200 + [1], min_instances=0)[-1][1] == 1, "one small request is enough"
+
+
+def test_bursts_that_are_over_bring_nobody_back() -> None:
+    """While their history fades, rules change; none of them may start instances for traffic that is not there."""
+    draws = Random(1)
+    bursts = [draws.choice([0, 0, 0, 0, 300]) for _ in range(240)]
+    silence = [count for _, count in drive(bursts + [0] * 800, min_instances=0)[240:]]
+    assert silence[0] > 1
+    assert silence == sorted(silence, reverse=True)
+    assert silence[-1] == 0
 
 
 def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:

@@ -123,7 +123,8 @@ def _decide_model(
     needed = max(level * headroom, growing, settings.floor_over_load * recent) + behind
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
-    interactive = max(whole(needed), model.min_instances, 1 if present else 0)
+    interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model)
+    interactive = max(interactive, model.min_instances)
     extra, bbp, batch_numbers, memory = batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
@@ -154,6 +155,11 @@ def _decide_model(
         bbp=float(bbp),
     )
     return plan, memory
+
+
+def _without_requests(wanted: int, model: ModelView) -> int:
+    """Nobody has come for a while: nothing is added, whatever busier times would need, and the last one goes."""
+    return min(wanted, sum(model.planned.values())) if wanted > 1 else 0
 
 
 # -- holding -----------------------------------------------------------------------------------------------------
