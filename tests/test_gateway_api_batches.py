@@ -107,6 +107,7 @@ def test_a_bad_file_fails_with_line_numbers(site: ApiSite) -> None:
         jsonl(line("u") | {"body": [1]}),
         jsonl(line("v", model="chat-only")),
         jsonl(line("w", messages=[])),
+        jsonl(line("deep", metadata=0)).replace(b'"metadata": 0', b'"metadata": ' + b"[" * 300 + b"]" * 300),
     ]
     with client(site) as api:
         batch = wait(api, submit(api, b"\n".join([jsonl(line("ok")).strip(), *(b.strip() for b in bad)])).id)
@@ -125,6 +126,7 @@ def test_a_bad_file_fails_with_line_numbers(site: ApiSite) -> None:
             9: ("invalid_request", "body"),
             10: ("model_not_found", "body.model"),
             11: ("invalid_request", "body.messages"),
+            12: ("invalid_json_line", None),
         }
 
 
