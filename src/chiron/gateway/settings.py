@@ -91,7 +91,7 @@ class LimitSettings:
     headers_max: int = 100
     """Headers of a request (431 beyond)."""
     connections_max: int = 10_000
-    """Open client connections; more are closed at once."""
+    """Open client connections; more get a 503 and are closed at once."""
     queue_max: int = 10_000
     """Interactive requests of one model that wait for an instance (429 beyond)."""
     queue_wait_max_s: float = 300.0
@@ -106,7 +106,8 @@ class LimitSettings:
     header_timeout_s: float = 20.0
     """From a request's first byte to the end of its headers."""
     body_timeout_s: float = 120.0
-    """To the end of its body."""
+    """The longest silence inside its body (408 beyond); a body slower than 1 KiB/s is not forgiven more than this in
+    all. Uploads of files have bounds of their own."""
     client_stall_s: float = 60.0
     """A client that reads nothing for this long while its answer waits is cut off."""
     retry_after_s: float = 1.0
