@@ -82,9 +82,14 @@ class Diary:
     """What engines wrote about the requests they got."""
 
     counts: dict[str, Counter[str]]
-    """How often each request id was started, finished and left, by ``start``, ``finish`` and ``leave``."""
+    """How often what happened to each request id: ``start``, ``resume`` (a start that goes on with an answer),
+    ``finish``, ``leave``, ``refuse``."""
     running: dict[int, frozenset[str]]
     """What each engine has not ended, or had not when it died, by process id."""
+
+    def began(self, id: str) -> int:
+        """Starts of both kinds."""
+        return self.counts["start"][id] + self.counts["resume"][id]
 
 
 class FaultSite(AbstractContextManager["FaultSite"]):
@@ -199,13 +204,13 @@ class FaultSite(AbstractContextManager["FaultSite"]):
     # -- what is known of items --------------------------------------------------------------------------------
 
     def diary(self) -> Diary:
-        counts: dict[str, Counter[str]] = {what: Counter() for what in ("start", "finish", "leave", "refuse")}
+        counts: dict[str, Counter[str]] = {what: Counter() for what in ("start", "resume", "finish", "leave", "refuse")}
         running: dict[int, frozenset[str]] = {}
         for path in self.directory.glob("engine-*.log"):
             here: set[str] = set()
             for line in path.read_text().splitlines():
-                what, id, *_ = line.split()
-                counts[what][id] += 1
+                what, id, *resumed = line.split()
+                counts["resume" if resumed not in ([], ["0"]) else what][id] += 1
                 (here.add if what == "start" else here.discard)(id)
             running[int(path.stem.rpartition("-")[2])] = frozenset(here)
         return Diary(counts, running)
