@@ -137,6 +137,7 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("policy=chirron", r"policy: unknown policy 'chirron'; did you mean 'chiron'"),
         ("policies.chiron.utilisaton=1", r"policies\.chiron\.utilisaton: unknown key"),
         ("gpus.a100=0", r"gpus\.a100: 0: must be 1 or more"),
+        ("gpus.A100=8", r"gpus\.A100: no instance has GPUs of this type; "),
         ("devices=['0','0']", r"devices: .* each device once"),
         ("admin_key_hash=secret", r"admin_key_hash: must be 'sha256:'"),
         ("classes.chat.kind=x", r"classes\.chat\.kind: 'x'; .*allowed: interactive, batch"),

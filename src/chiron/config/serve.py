@@ -141,6 +141,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     if len(set(file.devices)) != len(file.devices):
         raise ConfigError(f"devices: {list(file.devices)!r}: each device once")
     models = tuple(_model(name, section, file.classes, directory) for name, section in file.models.items())
+    _check_gpus(file.gpus, models)
     _check_names(models)
     _check_devices(models, file.devices)
     _check_keys(file, models)
@@ -237,6 +238,14 @@ def _check_names(models: Sequence[ModelSettings]) -> None:
             if name in owners:
                 raise ConfigError(f"models: {name!r} names both {owners[name]!r} and {model.name!r}")
             owners[name] = model.name
+
+
+def _check_gpus(gpus: Mapping[str, int], models: Sequence[ModelSettings]) -> None:
+    """A limit on a type that no instance has would limit nothing, and its author would not know."""
+    types = dict.fromkeys(kind.kind.gpu for model in models for kind in model.kinds)
+    for gpu in gpus:
+        if gpu not in types:
+            raise ConfigError(f"gpus.{gpu}: no instance has GPUs of this type; {suggest(gpu, types)}")
 
 
 def _check_devices(models: Sequence[ModelSettings], devices: Sequence[str]) -> None:
