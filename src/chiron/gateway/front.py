@@ -14,7 +14,7 @@ from chiron.control.plane import ControlPlane
 from chiron.core.types import Request
 from chiron.gateway.admission import Models, admit
 from chiron.gateway.calls import FlexCall, RelayCall, refuse
-from chiron.gateway.errors import ApiError, internal, timed_out, too_many, unavailable
+from chiron.gateway.errors import ApiError, forbidden, internal, timed_out, too_many, unavailable
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock
@@ -55,8 +55,8 @@ class Front:
         self._reminded_s = 0.0
 
     def takes(self, incoming: Incoming) -> bool:
-        """Whether this request is for the hot path."""
-        return incoming.method == b"POST" and incoming.path in HOT_PATHS
+        """Whether this request is for the hot path, or to be refused before anybody looks at it."""
+        return (incoming.method == b"POST" and incoming.path in HOT_PATHS) or self._is_foreign(incoming)
 
     def handle(self, incoming: Incoming) -> None:
         try:
@@ -98,6 +98,8 @@ class Front:
         limits = self._limits
         if self.draining:
             raise unavailable("The gateway is shutting down.", limits.retry_after_s)
+        if self._is_foreign(incoming):
+            raise forbidden("Web pages of other sites may not use a gateway without API keys.")
         key = self._keys.check(incoming.header(b"authorization"))
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
@@ -134,6 +136,10 @@ class Front:
                 del self.open[number]
             if not incoming.started:
                 refuse(incoming, internal(call.request_id))
+
+    def _is_foreign(self, incoming: Incoming) -> bool:
+        """A browser says that a page of another site asks, and no key protects what it asks for."""
+        return self._keys.open and incoming.header(b"sec-fetch-site") == b"cross-site"
 
     def _left(self, request: Request) -> None:
         """The client is gone: so is the need for an answer."""
