@@ -1,0 +1,416 @@
+"""One client's connection: what it sends becomes requests, in turn; limits and time-outs hold."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import httptools
+
+from chiron.net.incoming import Incoming, error_body
+
+if TYPE_CHECKING:
+    from chiron.net.server import HttpServer
+
+log = logging.getLogger("chiron.http")
+
+_WRITE_HIGH_BYTES = 256 * 1024
+_PIPELINE_MAX = 16
+_BODY_RATE_MIN = 1024.0
+"""Bytes per second. A body that is late by more than its timeout at this rate is only meant to hold a connection."""
+_LINGER_S = 2.0
+"""How long what a refused client still sends is read and dropped, so that it sees why."""
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.peer: tuple[str, int] = ("", 0)
+        self.secure = False
+        self.write_paused = False
+        self.deadline_s = 0.0
+        """When the sweep acts; inf-like while a handler works."""
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._parser: Any = None
+        self._reading: Incoming | None = None
+        """The request whose head or body is being read."""
+        self._serving: Incoming | None = None
+        self._waiting: deque[Incoming] = deque()
+        self._head_bytes = 0
+        """Received since the last request or the last piece of a body: heads, trailers, framing."""
+        self._block_bytes = 0
+        self._url = b""
+        self._read_paused = 0
+        self._written_bytes = 0
+        self._taken_bytes = 0
+        """Of those written, at the last look at a client that does not read."""
+        self._deaf = False
+        """No further input is looked at; what came before is still answered."""
+        self._lingers = False
+        self._declining = False
+        """The head being read is our own, or its message's end is not the request's."""
+        self._lost = False
+
+    # -- asyncio ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
+        peer = transport.get_extra_info("peername")
+        self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("", 0)
+        self.secure = transport.get_extra_info("sslcontext") is not None
+        server = self.server
+        server.connections.add(self)
+        self._parser = httptools.HttpRequestParser(self)
+        self.deadline_s = server.now_s + server.limits.header_timeout_s
+        if len(server.connections) > server.limits.connections_max:
+            self._refuse(503, "too many connections", "service_unavailable")
+            self._hang_up(linger=False)
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._block_bytes = len(data)
+        self._head_bytes += len(data)
+        try:
+            self._feed(data)
+        except (httptools.HttpParserError, httptools.HttpParserCallbackError) as error:
+            cause = error.__context__
+            if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+                log.error("a request handler failed", exc_info=cause)
+                self._refuse(500, "internal error", "internal_error")
+            else:
+                self._refuse(400, "not an HTTP/1.1 request", "bad_request")
+        else:
+            if self._reading is not None and self._head_bytes > self.server.limits.header_max_bytes:
+                self._refuse_head()
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._decline_upgrade()
+            else:
+                return
+
+    def _decline_upgrade(self) -> None:
+        """Answer as if no switch of protocols had been offered. The parser takes what follows the head for the other
+        protocol, a body too; another parser goes on, told how the body is framed and nothing else."""
+        self._parser = httptools.HttpRequestParser(self)
+        request = self._reading
+        if request is None or self._deaf:
+            return
+        framing = b"transfer-encoding: chunked"
+        if request.header(b"transfer-encoding") is None:
+            framing = b"content-length: " + (request.header(b"content-length") or b"0")
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n" + framing + b"\r\n")
+        self._declining = False
+        self._parser.feed_data(b"\r\n")
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = True
+        self.server.connections.discard(self)
+        leaving = [r for r in (self._serving, self._reading) if r is not None]
+        self._serving = self._reading = None
+        self._waiting.clear()
+        for request in dict.fromkeys(leaving):
+            if not request.closed:
+                request.closed = True
+                if request.on_close is not None:
+                    request.on_close()
+        self.server.left(self)
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self._taken_bytes = self._written_bytes - self._transport.get_write_buffer_size()
+        self.deadline_s = self.server.now_s + self.server.limits.stall_s
+        if self._serving is not None and self._serving.on_pause is not None:
+            self._serving.on_pause()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self._transport.is_closing():
+            return
+        self._next_deadline()
+        if self._serving is None:
+            self._serve_waiting()
+        elif self._serving.on_resume is not None:
+            self._serving.on_resume()
+
+    # -- httptools --------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._deaf or self._declining:
+            return
+        self._reading = Incoming(self)
+        self._url = b""
+        self.deadline_s = self.server.now_s + self.server.limits.header_timeout_s
+
+    def on_url(self, url: bytes) -> None:
+        if not self._deaf and not self._declining:
+            self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers are dropped: nothing that comes after the body may say whose it is, or what.
+        if self._reading is not None and not self._reading.method:
+            self._reading.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        request = self._reading
+        if request is None or self._deaf or request.method:
+            return
+        limits = self.server.limits
+        parser = self._parser
+        # A head is only counted exactly where the block that it came in leaves a doubt.
+        many = max(self._head_bytes, self._block_bytes) > limits.header_max_bytes
+        if len(request.headers) > limits.headers_max or (many and self._head_length() > limits.header_max_bytes):
+            self._refuse_head()
+            return
+        self._head_bytes = 0
+        request.method = parser.get_method()
+        request.version = parser.get_http_version()
+        if request.version not in ("1.1", "1.0"):
+            self._refuse(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "http_version_not_supported")
+            return
+        if request.method == b"CONNECT":
+            self._refuse(405, "this is no proxy", "method_not_allowed")
+            return
+        request._keep_alive = parser.should_keep_alive()
+        self._declining = parser.should_upgrade()
+        path, _, request.query = self._url.partition(b"?")
+        if not path.startswith(b"/"):  # An absolute URL, as proxies send it.
+            path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
+        request.path = path.decode("latin-1")
+        request._body_begin_s = self.server.now_s
+        self.deadline_s = self.server.now_s + limits.body_timeout_s
+        length = request.header(b"content-length")
+        if length is None:
+            coding = request.header(b"transfer-encoding")
+            if coding is not None and (coding.lower() != b"chunked" or request.version == "1.0"):
+                self._refuse(501, "the only transfer coding is 'chunked', of HTTP/1.1", "not_implemented")
+                return
+        is_app = self.server.is_app
+        request.streams = is_app is not None and is_app(request)
+        if not request.streams and length is not None and int(length) > limits.body_max_bytes:
+            self._refuse_body()
+            return
+        expect = request.header(b"expect")
+        if expect is not None and expect.lower() == b"100-continue" and self._ready and request.version == "1.1":
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if request.streams:
+            self._enqueue(request)
+
+    def on_body(self, data: bytes) -> None:
+        request = self._reading
+        if request is None or self._deaf:
+            return
+        self._head_bytes = 0
+        now_s, limits = self.server.now_s, self.server.limits
+        self.deadline_s = now_s + limits.body_timeout_s
+        if request.on_body is not None:
+            request.on_body(data)
+            return
+        request._add(data)
+        if request.streams:
+            return
+        if request._body_length > limits.body_max_bytes:
+            self._refuse_body()
+            return
+        due_s = request._body_begin_s + request._body_length / _BODY_RATE_MIN
+        self.deadline_s = min(now_s, due_s) + limits.body_timeout_s
+
+    def on_message_complete(self) -> None:
+        request = self._reading
+        if request is None or self._deaf or self._declining:
+            return
+        self._reading = None
+        self._head_bytes = 0
+        request.complete = True
+        if request.streams:
+            self._next_deadline()
+            if request.on_body_end is not None:
+                request.on_body_end()
+            return
+        request._collect()
+        self._enqueue(request)
+
+    def _head_length(self) -> int:
+        assert self._reading is not None
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._reading.headers)
+
+    # -- requests in turn -------------------------------------------------------------------------------------
+
+    @property
+    def _ready(self) -> bool:
+        """Nothing is under way, and the client has read enough of what it was answered before."""
+        return self._serving is None and not self._waiting and not self.write_paused
+
+    def _enqueue(self, request: Incoming) -> None:
+        if self._ready:
+            self._serve(request)
+            return
+        if len(self._waiting) == _PIPELINE_MAX:
+            self._deaf = True  # Those before it are answered; it may be sent again on another connection.
+            return
+        self._waiting.append(request)
+        if len(self._waiting) == 1:
+            self.pause_reading()
+
+    def _serve_waiting(self) -> None:
+        while self._waiting and self._serving is None and not self.write_paused and not self._transport.is_closing():
+            following = self._waiting.popleft()
+            if not self._waiting:
+                self.resume_reading()
+            self._serve(following)
+
+    def _serve(self, request: Incoming) -> None:
+        self._serving = request
+        self._next_deadline()
+        server = self.server
+        try:
+            if request.streams:
+                assert server.app is not None
+                server.app(request)
+                request._collect()
+                early, request.body = request.body, b""
+                if request.on_body is not None and early:
+                    request.on_body(early)
+                if request.complete and request.on_body_end is not None:
+                    request.on_body_end()
+            else:
+                server.handle(request)
+        except Exception:
+            log.exception("a request handler failed")
+            if not request.started:
+                request.respond(500, error_body(500, "internal error", "internal_error"))
+            else:
+                request.abort()
+
+    def answered(self, request: Incoming) -> None:
+        """The answer to ``request`` is complete."""
+        # No cycles: a request is freed at once, and the garbage collector has nothing to look for.
+        request.on_close = request.on_pause = request.on_resume = request.on_body = request.on_body_end = None
+        if self._serving is request:
+            self._serving = None
+        if self._lost:
+            return
+        last = self._deaf and not self._waiting
+        if not request._keep_alive or not request.complete or last or self.server.closing:
+            self._hang_up(linger=last or not request.complete)
+        elif self._waiting:
+            self._serve_waiting()
+        else:
+            self._next_deadline()
+
+    def _hang_up(self, *, linger: bool) -> None:
+        """Close when what was written is sent. ``linger``: the client may still be sending; to close on it would
+        reset the connection and take the answer with it."""
+        self._deaf = True
+        self._waiting.clear()
+        self._lingers = linger
+        self.deadline_s = self.server.now_s + (_LINGER_S if linger else self.server.limits.stall_s)
+        if not linger:
+            self._transport.close()
+        elif not self._transport.is_closing():
+            self._read_paused = min(1, self._read_paused)
+            self.resume_reading()
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+
+    def _next_deadline(self) -> None:
+        """When the sweep should look again, given what the connection does."""
+        limits, now_s = self.server.limits, self.server.now_s
+        if self.write_paused:
+            self.deadline_s = now_s + limits.stall_s
+        elif self._deaf and self._serving is None:
+            pass  # Hung up already.
+        elif self._serving is not None and (self._reading is None or self._read_paused):
+            self.deadline_s = now_s + 1e9
+        elif self._reading is not None:
+            self.deadline_s = now_s + limits.body_timeout_s
+        else:
+            self.deadline_s = now_s + limits.idle_s
+
+    @property
+    def idle(self) -> bool:
+        return self._serving is None and not self._waiting and (self._reading is None or self._deaf)
+
+    def expire(self) -> None:
+        """The sweep: a deadline has passed."""
+        unsent_bytes = self._transport.get_write_buffer_size()
+        taken_bytes = self._written_bytes - unsent_bytes
+        if self._lingers:
+            self._hang_up(linger=False)
+        elif unsent_bytes and taken_bytes > self._taken_bytes:
+            self._taken_bytes = taken_bytes  # It reads, if slowly.
+            self.deadline_s = self.server.now_s + self.server.limits.stall_s
+        elif self._transport.is_closing() or self.write_paused:
+            self.abort()
+        elif self._reading is not None and self._serving is None:
+            self._refuse(408, "the request took too long to arrive", "request_timeout")
+        elif self._reading is not None and self._serving is self._reading and not self._serving.started:
+            self._refuse(408, "the body took too long to arrive", "request_timeout")
+        elif self._serving is None:
+            self._hang_up(linger=False)
+        else:
+            self.abort()
+
+    # -- bytes ------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if not self._lost:
+            self._written_bytes += len(data)
+            self._transport.write(data)
+
+    def abort(self) -> None:
+        self._deaf = True
+        self._transport.abort()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def pause_reading(self) -> None:
+        self._read_paused += 1
+        if self._read_paused == 1 and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._read_paused:
+            self._read_paused -= 1
+            if not self._read_paused and not self._transport.is_closing():
+                self._transport.resume_reading()
+                self._next_deadline()
+
+    def _refuse_head(self) -> None:
+        limits = self.server.limits
+        allowed = f"at most {limits.header_max_bytes} bytes and {limits.headers_max} headers"
+        self._refuse(431, f"the request's head is too large; allowed: {allowed}", "headers_too_large")
+
+    def _refuse_body(self) -> None:
+        allowed = self.server.limits.body_max_bytes
+        self._refuse(413, f"the request's body is too large; allowed: {allowed} bytes", "request_too_large")
+
+    def _refuse(self, status: int, message: str, code: str) -> None:
+        """An answer that the handler never hears of, and the end of the connection."""
+        if self._deaf:
+            return
+        self._deaf = True
+        request = self._reading or Incoming(self)
+        if self._waiting or (self._serving is not None and self._serving is not request):
+            return  # Those before it are answered; then the connection closes.
+        request.complete = False
+        if request.closed or request.started:
+            self.abort()
+            return
+        if request.on_close is not None:
+            request.on_close()
+        request.respond(status, error_body(status, message, code))
