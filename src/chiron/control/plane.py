@@ -420,6 +420,7 @@ class ControlPlane:
 
     def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
         instance.batch_held_until_s = self.clock.now_s + self.policy.eviction_pause_s
+        instance.batch_held_to = len(instance.batch) - 1
         request.evictions += 1
         self.evictions += 1
         self._stop(state, instance, request)
@@ -609,7 +610,7 @@ class ControlPlane:
             return
         state = self.models[source.model]
         for request in reversed(list(source.requests.values())):
-            if request.first_token_s >= 0.0 and request.prefill_cost_s == 0.0:
+            if request.first_token_s >= 0.0 and request.prefill_cost_s == 0.0 and not request.pinned:
                 request.migrating_to = destination
                 self.migrations += 1
                 self._stop(state, source, request)

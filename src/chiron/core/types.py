@@ -70,6 +70,7 @@ class Request:
         "model",
         "outcome",
         "payload",
+        "pinned",
         "prefill_cost_s",
         "reserved_tokens",
         "retries",
@@ -114,6 +115,8 @@ class Request:
         """Instance that holds the saved KV, by id; ``instance_saved`` is its record."""
         self.instance_saved: Instance | None = None
         self.migrating_to: Instance | None = None
+        self.pinned = False
+        """It must end where it runs: its client sees the answer as it comes, and another instance would begin anew."""
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0
@@ -184,6 +187,7 @@ class Instance:
     __slots__ = (
         "avoided_until_s",
         "batch",
+        "batch_held_to",
         "batch_held_until_s",
         "began_s",
         "class_counts",
@@ -234,7 +238,9 @@ class Instance:
         self.batch: dict[int, Request] = {}
         """The batch requests among them."""
         self.batch_held_until_s = -1.0
-        """No batch work is released here before this: interactive requests needed the room a moment ago."""
+        """Until then batch work here does not grow beyond ``batch_held_to`` requests, what the last eviction left:
+        interactive requests needed the room a moment ago, and may again."""
+        self.batch_held_to = 0
         self.avoided_until_s = -1.0
         """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}

@@ -124,6 +124,7 @@ class Front:
 
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
+            request.pinned = make is RelayCall
             self.open[number] = request
             incoming.on_close = lambda: self._left(request)
             self._plane.submit(request)
