@@ -365,6 +365,25 @@ def test_interactive_work_takes_the_place_of_batch_work_and_never_the_reverse() 
     assert all(chat.evictions == 0 for chat in chats)
 
 
+def test_after_an_eviction_batch_work_is_replaced_but_takes_no_more_room() -> None:
+    stage = Stage(policy=lambda policy: replace(policy, eviction_pause_s=8.0))
+    nights = [stage.send(n, length, NIGHT) for n, length in enumerate((120, 4000, 4000, 4000, 4000, 4000))]
+    stage.until(1.0)
+    (instance,) = stage.plane.instances.values()
+    assert len(instance.batch) == 4
+    chat = stage.send(10, 100)
+    stage.until(1.5)
+    assert (len(instance.batch), chat.first_token_s >= 0.0) == (3, True)
+    stage.until(6.0)
+    assert nights[0].outcome == chat.outcome == "finished"
+    assert len(instance.batch) == 3, "the one that ended was replaced; the place of the chat is kept for the next"
+    stage.send(11, 100)
+    stage.until(6.5)
+    assert stage.plane.evictions == 1
+    stage.until(11.0)
+    assert len(instance.batch) == 4
+
+
 def test_a_cancelled_request_frees_its_place_and_is_no_eviction() -> None:
     stage = Stage(ready=1)
     running = [stage.send(n, 1000) for n in range(4)]

@@ -72,7 +72,8 @@ def eligible(instance: Instance, *, interactive: bool) -> bool:
     """Empty, and free to take this kind of work. While evicted work leaves, its end will be answered by dispatch."""
     if instance.state != "ready" or instance.requests or instance.evicting:
         return False
-    return interactive or (instance.role != "interactive" and instance.batch_held_until_s < 0.0)
+    held = instance.batch_held_until_s >= 0.0 and len(instance.batch) >= instance.batch_held_to
+    return interactive or (instance.role != "interactive" and not held)
 
 
 def idle_while_waiting(simulation: Simulation) -> None:

@@ -86,6 +86,7 @@ class EmulatedEngine:
             call: Upcall = request.payload
             call.begin(_NO_CALL, 200, [(b"content-type", b"text/event-stream")])
             call.data(_event(call.path, "", None))
+        request.kv_saved_tokens = inner.kv_saved_tokens
         self._plane.first_token(request)
 
     def finished(self, inner: Request) -> None:

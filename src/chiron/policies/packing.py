@@ -249,7 +249,9 @@ class PackingRouter:
         return None
 
     def _room_batch(self, instance: Instance) -> bool:
-        if not instance.index.open or instance.role == "interactive" or instance.batch_held_until_s >= 0.0:
+        if not instance.index.open or instance.role == "interactive":
+            return False
+        if instance.batch_held_until_s >= 0.0 and len(instance.batch) >= instance.batch_held_to:
             return False
         settings = self._settings
         running = len(instance.requests)

@@ -77,7 +77,7 @@ class Policy:
     """With ``evicts``: once a queued interactive request has waited this share of its TTFT, batch work makes way on
     one instance after another, so that prefill has the steps to itself."""
     eviction_pause_s: float = 5.0
-    """After an eviction, the instance gets no new batch work for this long."""
+    """For this long after an eviction, batch work on the instance may be replaced as it ends, and not grow."""
     revives: bool = False
     """A scale-up takes draining instances back first."""
     demotes_late: bool = False
