@@ -60,6 +60,7 @@ class EmulatedEngine:
         inner.instance = self.instance
         inner.instance_saved = request.instance_saved
         self._pairs[request.id] = request, inner
+        request.pinned = False  # These engines move a request with its tokens; its client notices nothing.
         self.model.start(inner)
 
     def evict(self, request: Request) -> None:
