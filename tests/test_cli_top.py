@@ -272,13 +272,13 @@ def test_engines_that_do_not_start_and_endpoints_that_do_not_answer_are_said_wit
     }
     model["starts"] = [fine, bad]
     model["endpoints"] = [
-        {"kind": "m0/gpu", "url": "http://gpu:8001", "state": "failed", "reason": "connection refused"},
-        {"kind": "m0/gpu", "url": "http://gpu:8002", "state": "bound", "reason": ""},
+        {"kind": "m0/gpu", "url": "http://127.0.0.1:8001", "state": "failed", "reason": "connection refused"},
+        {"kind": "m0/gpu", "url": "http://127.0.0.1:8002", "state": "bound", "reason": ""},
     ]
     shown = plain_lines(screen(status, 160, 50))
     line = "vllm is crash-looping, 7 failures in a row, next start in 42 s: it exited with status 1: out of memory"
     assert line in shown
-    assert "endpoint http://gpu:8001 failed: connection refused" in shown
+    assert "endpoint http://127.0.0.1:8001 failed: connection refused" in shown
     assert "good is" not in shown
     assert "gpu:8002" not in shown
     assert len(screen(status, 60, 24)) <= 24

@@ -39,7 +39,7 @@ STREAM = (
     b"GET /one?a=b HTTP/1.1\r\nHost: x\r\n\r\n"
     b"POST /two HTTP/1.1\r\ncontent-length: 5\r\n\r\nhello"
     b"POST /three HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n4;x=y\r\ndefg\r\n0\r\nx-late: 1\r\n\r\n"
-    b"\r\nGET http://other/four?q HTTP/1.1\r\n\r\n"
+    b"\r\nGET http://localhost/four?q HTTP/1.1\r\n\r\n"
     b"DELETE /five HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
     b"POST /six HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c\r\ncontent-length: 2\r\n\r\nok"
     b"GET /seven HTTP/1.1\r\nconnection: close\r\n\r\n"
