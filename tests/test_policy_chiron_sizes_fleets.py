@@ -15,7 +15,7 @@ from chiron.policies.capacity import capacity, work_s
 from chiron.policies.chiron import decide_fleet, share_gpus
 from chiron.policies.chiron_load import first_memory
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Rule, choose_headroom, followed
+from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model
 
@@ -154,6 +154,19 @@ def test_bursts_that_are_over_bring_nobody_back() -> None:
     assert silence[0] > 1
     assert silence == sorted(silence, reverse=True)
     assert silence[-1] == 0
+
+
+@pytest.mark.parametrize(("least", "left"), [(0, 0), (1, 3)])
+def test_a_fleet_that_does_not_follow_the_load_goes_too_where_it_may_be_empty(least: int, left: int) -> None:
+    ours = ChironSettings(prior_s=60)
+    three = model([instance(id=i) for i in range(3)], min_instances=least)
+    memory = first_memory(ours, three, 0.0)
+    idle = replace(memory, load=np.zeros(600), counts=np.zeros((len(memory.counts), 600)), began_s=0.0)
+    state = {three.name: replace(idle, headroom=Headroom(rule=CONSTANT, h=3.0, instances=3.0))}
+    for tick in range(40):
+        now_s = 600.0 + 5.0 * tick
+        plan, state = decide_fleet(ours, state, fleet(three, now_s=now_s, since_s=5.0))
+    assert sum(plan[three.name].counts.values()) == left
 
 
 def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:

@@ -36,7 +36,7 @@ from chiron.policies.chiron_load import (
 )
 from chiron.policies.chiron_local import decide_batch_size
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import followed, window_mean
+from chiron.policies.headroom import CONSTANT, followed, window_mean
 from chiron.policies.packing import PackingRouter
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
@@ -123,7 +123,7 @@ def _decide_model(
     needed = max(level * headroom, growing, settings.floor_over_load * recent) + behind
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
-    interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model)
+    interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
     interactive = max(interactive, model.min_instances)
     extra, bbp, batch_numbers, memory = batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
@@ -157,8 +157,11 @@ def _decide_model(
     return plan, memory
 
 
-def _without_requests(wanted: int, model: ModelView) -> int:
-    """Nobody has come for a while: nothing is added, whatever busier times would need, and the last one goes."""
+def _without_requests(wanted: int, model: ModelView, memory: ModelMemory) -> int:
+    """Nobody has come for a while: nothing is added, whatever busier times would need, and the last one goes. A fleet
+    that does not follow the load would stay for ever, so where it may be empty all of it goes."""
+    if model.min_instances == 0 and memory.headroom.rule == CONSTANT:
+        return 0
     return min(wanted, sum(model.planned.values())) if wanted > 1 else 0
 
 
