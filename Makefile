@@ -27,10 +27,10 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-slow test-all lint format bench tune figures lock clean
+.PHONY: help demo compare test test-slow test-all lint format bench bench-live tune figures lock clean
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 # As in `make demo DEMO='--duration 60s --engine emulated'`; `chiron demo --help` lists them.
 DEMO ?=
@@ -67,6 +67,12 @@ format: $(VENV)/.dev ## Lay the code out as `make lint` wants it
 bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNAMO_PYTHON=its interpreter
 	@mkdir -p $(OUT)
 	@$(BIN)/python bench/simulator.py --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
+
+bench-live: $(VENV)/.demo ## Speed of the gateway and of the batch store; what protects interactive requests (fifteen minutes)
+	@mkdir -p $(OUT)
+	@$(BIN)/python bench/gateway.py --json $(OUT)/gateway.json
+	@$(BIN)/python bench/store.py --json $(OUT)/store.json
+	@$(BIN)/python bench/protection.py --json $(OUT)/protection.json
 
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
 

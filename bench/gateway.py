@@ -41,8 +41,7 @@ CONFIG = """
 port = {port}
 data = "data"
 [models.m]
-engine = "openai"
-endpoints = ["http://127.0.0.1:{engine}"]
+instances = [{{ engine = "openai", endpoints = ["http://127.0.0.1:{engine}"], max_num_seqs = 4096 }}]
 
 """
 LUA = 'wrk.method="POST"; wrk.path="{path}"; wrk.headers["content-type"]="application/json"; wrk.body=[[{body}]]'
