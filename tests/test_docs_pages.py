@@ -160,6 +160,7 @@ HOSTS = {
     "github.com",
     "json-schema.org",
     "localhost",
+    "localhost.invalid",
     "semver.org",
     "www.apache.org",
     "www.w3.org",
