@@ -203,12 +203,17 @@ def test_a_download_that_breaks_off_is_an_error_and_leaves_no_file(here: Path) -
 
 def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) -> None:
     config = gateway.log.parent / "chiron.toml"
+    events = gateway.log.parent / "chiron-data" / "events.jsonl"
+    log_before = events.stat().st_ino
     result = call("serve", config)
     assert result.exit_code == 2
-    assert "in use by another process" in result.stderr
+    assert f"in use by another process (pid {gateway.process.pid})" in result.stderr
+    assert "choose another directory with --data" in result.stderr
     result = call("serve", config, "--data", "other", "--port", gateway.url.rpartition(":")[2])
     assert result.exit_code == 2
     assert "--port chooses another" in result.stderr
+    assert [path.stat().st_ino for path in events.parent.glob("events.jsonl*")] == [log_before]
+    assert not Path("other", "events.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def serve(
     require_extras(extras_of(loaded))
     with needs("serve"):
         from chiron.gateway.service import run
-        from chiron.store.port import StoreError
+        from chiron.store.port import StoreError, StoreLocked
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -93,6 +93,9 @@ def serve(
                 "--port chooses another (0: any free one)"
             ) from None
         raise
+    except StoreLocked as error:
+        hint = "one gateway has a data directory at a time: stop that one, or choose another directory with --data"
+        raise ConfigError(f"server.data: {error}; {hint}") from None
     except StoreError as error:
         raise ConfigError(f"server.data: {error}") from None
     say("stopped")
@@ -137,7 +140,7 @@ def welcome(config: ServeConfig, url: str, advise: bool) -> str:
     lines = [f"chiron serves at {url}/v1" + ("  (advise: decides and logs, changes nothing)" if advise else "")]
     for model in config.models:
         kinds = ", ".join(_describe_kind(kind) for kind in model.kinds)
-        bounds = f"{model.min_instances} to {model.max_instances} instances"
+        bounds = _describe_bounds(model.min_instances, model.max_instances)
         lines.append(f"  model {model.name}: {kinds}; {bounds}; classes {', '.join(model.classes)}")
     names = ", ".join(key.name for key in config.keys)
     lines.append(f"  keys: {names or 'none, everybody who reaches the port may use every model'}")
@@ -148,8 +151,16 @@ def welcome(config: ServeConfig, url: str, advise: bool) -> str:
     return "\n".join(lines)
 
 
+def _describe_bounds(least: int, most: int) -> str:
+    return f"{least} to {_count(most, 'instance')}" if least != most else _count(most, "instance")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
+
+
 def _describe_kind(kind: Any) -> str:
-    where = f"{len(kind.endpoints)} endpoints" if kind.endpoints else "started here"
+    where = _count(len(kind.endpoints), "endpoint") if kind.endpoints else "started here"
     return f"{kind.kind.name.rpartition('/')[2]} ({where})"
 
 

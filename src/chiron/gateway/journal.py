@@ -87,6 +87,11 @@ class LiveJournal:
         self._name_of = name_of
         self._key_of = key_of
 
+    def log_to(self, writer: EventWriter | None) -> None:
+        """Write events there from now on; None: nowhere."""
+        self.writer = writer
+        self._write = writer.write if writer is not None else None
+
     # -- the Journal port --------------------------------------------------------------------------------------
 
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:

@@ -70,7 +70,7 @@ class Service:
         specs = [m.spec() for m in config.models]
         classes = list(config.classes.values())
         self.recorder = LiveRecorder(models=specs, classes=classes)
-        self.journal = LiveJournal(writer=self._event_writer(), recorder=self.recorder)
+        self.journal = LiveJournal(recorder=self.recorder)
         self.engines = Engines(
             clock=self.clock,
             kinds=[kind for model in config.models for kind in model.kinds],
@@ -139,6 +139,8 @@ class Service:
             app=make_app(self._api_state()),
             is_app=lambda incoming: not self.front.takes(incoming),
         )
+        # Not before data directory and port are ours: it puts aside the log that another gateway may be writing.
+        self.journal.log_to(self._event_writer())
         scheme = "https" if config.server.tls else "http"
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         self.url = f"{scheme}://{host}:{self._server.port}"
