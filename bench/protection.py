@@ -1,8 +1,8 @@
 """Interactive requests beside a batch job on one engine: what each costs the other, with and without Chiron.
 
-    python bench/protection.py [--repeats 3] [--seconds 15] [--json FILE]
+    python bench/protection.py [--repeats 3] [--seconds 20] [--json FILE]
 
-One embedded engine (OpenVINO GenAI, a small model with random weights), paced: its steps take as long as a profile says
+One embedded engine (OpenVINO GenAI, a tiny model with random weights), paced: its steps take as long as a profile says
 for their batch, context and prefill, so that two noisy cores stand in for a GPU. Queueing, continuous batching, KV,
 cancelling and resuming are real. A batch job keeps the engine full; interactive requests come as a Poisson process, the
 same in every case of a repeat. The cases take turns on the same engine process:
@@ -79,19 +79,20 @@ event_log = "off"
 class Load:
     """What is sent. Tokens, seconds, requests."""
 
-    profile: str = "llama-3.1-8b/a100/tp1"
+    profile: str = "llama-3.1-70b/a100/tp4"
     slots: int = 64
-    per_s: float = 12.0
+    per_s: float = 6.0
     chat_in: int = 150
     chat_out: int = 60
     batch_in: int = 200
-    batch_out: int = 400
+    batch_out: int = 300
+    """Mean; 40 % to 160 % of it."""
     batch_open: int = 128
     """Batch requests open at once where they go straight to the engine: twice what it runs."""
-    ttft_s: float = 1.0
-    itl_s: float = 0.05
-    warm_up_s: float = 6.0
-    seconds: float = 15.0
+    ttft_s: float = 2.0
+    itl_s: float = 0.1
+    warm_up_s: float = 10.0
+    seconds: float = 20.0
 
 
 @dataclass
@@ -131,6 +132,11 @@ def body(draw: random.Random, tokens_in: int, tokens_out: int, *, stream: bool) 
     } | ({"stream": True} if stream else {})
 
 
+def item(draw: random.Random, load: Load, *, stream: bool) -> dict[str, Any]:
+    """Of a batch job. Lengths differ, so that the job's requests do not all begin and end together."""
+    return body(draw, load.batch_in, round(load.batch_out * draw.uniform(0.4, 1.6)), stream=stream)
+
+
 def arrivals(draw: random.Random, per_s: float, seconds: float) -> list[float]:
     times, at_s = [], 0.0
     while (at_s := at_s + draw.expovariate(per_s)) < seconds:
@@ -164,7 +170,7 @@ async def batch_straight(url: str, load: Load, seed: str) -> AsyncIterator[None]
     async def client() -> None:
         while True:
             stream = Stream(time.perf_counter())
-            data = json.dumps(body(draw, load.batch_in, load.batch_out, stream=True)).encode()
+            data = json.dumps(item(draw, load, stream=True)).encode()
             call = origin.send(b"POST", CHAT.encode(), JSON_BODY, data, stream)
             try:
                 await stream.over.wait()
@@ -184,14 +190,14 @@ async def batch_straight(url: str, load: Load, seed: str) -> AsyncIterator[None]
 async def submit_batch(url: str, load: Load, seed: str) -> None:
     """A job that outlasts the measurement."""
     draw = random.Random(f"{seed}:batch")
-    items = int((load.warm_up_s + load.seconds) * 12_000 / load.batch_out) + load.batch_open
+    items = int((load.warm_up_s + load.seconds) * 5000 / load.batch_out) + load.batch_open
     lines = [
         json.dumps(
             {
                 "custom_id": str(i),
                 "method": "POST",
                 "url": CHAT,
-                "body": body(draw, load.batch_in, load.batch_out, stream=False),
+                "body": item(draw, load, stream=False),
             }
         )
         for i in range(items)
@@ -364,7 +370,7 @@ async def run(load: Load, repeats: int, cases: Sequence[str], model: Path | None
         work = Path(folder)
         path = model or work / "small.gguf"
         if model is None:
-            write_toy(path, ToySettings(hidden=128, layers=2))
+            write_toy(path, ToySettings(hidden=64, layers=1))
         command = [sys.executable, "-m", "chiron.engines.serve.openvino", "--port", "0", "--model", str(path)]
         command += ["--served-model-name", "m", "--threads", "1", "--max-num-seqs", str(load.slots)]
         command += ["--max-num-batched-tokens", "512", "--kv-capacity-tokens", str(load.slots * 2000)]
