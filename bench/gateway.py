@@ -37,6 +37,12 @@ SMALL = json.dumps({"model": "m", "max_tokens": 16, "messages": [{"role": "user"
 STREAM = json.dumps({"model": "m", "stream": True, "messages": [{"role": "user", "content": PROMPT}]}).encode()
 JSON_BODY: list[Header] = [(b"content-type", b"application/json")]
 CONFIG = """
+policy = "open"
+# Nothing waits for a max batch size to be learned: what is measured is the gateway, not its queue.
+[policies.open]
+policy = "chiron"
+initial_max_batch_size = 4096
+tune_batch_size = false
 [server]
 port = {port}
 data = "data"

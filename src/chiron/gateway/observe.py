@@ -42,7 +42,8 @@ class EngineObserver:
         "_evidence_s",
         "_inputs",
         "_instance",
-        "_pending",
+        "_pending_prefill",
+        "_pending_steps",
         "_piece_s",
         "_piece_tokens",
         "_seen",
@@ -77,7 +78,7 @@ class EngineObserver:
         self._piece_s = 0.0
         """Tokens of answers in one piece, and the seconds of decoding behind them, since then."""
         self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0
-        self._pending = EngineTotals()
+        self._pending_steps = self._pending_prefill = 0
         """Steps and tokens of prefill since then."""
         self._seen = EngineTotals()
         self._told: EngineTotals | None = None
@@ -90,10 +91,9 @@ class EngineObserver:
     def first_token(self, now_s: float, input_tokens: int, *, prefilled: int, streams: bool = True) -> None:
         """A request begins to decode. ``prefilled``: tokens computed for it, 0 if its KV was there already."""
         self._advance(now_s)
-        # Beside others its prefill shares their steps.
-        steps = 0 if self.decoding else ceil(prefilled / self._instance.kind.max_num_batched_tokens)
-        pending = self._pending
-        self._pending = pending._replace(steps=pending.steps + steps, prefill_tokens=pending.prefill_tokens + prefilled)
+        if not self.decoding:  # Beside others its prefill shares their steps.
+            self._pending_steps += ceil(prefilled / self._instance.kind.max_num_batched_tokens)
+        self._pending_prefill += prefilled
         self.decoding += 1
         self.streaming += streams
         self._inputs += input_tokens
@@ -158,15 +158,15 @@ class EngineObserver:
         per_s = self._steps_per_s()
         if self.inside and not per_s:
             return
-        seen, pending = self._seen, self._pending
+        seen = self._seen
         self._seen = EngineTotals(
-            steps=seen.steps + per_s * self._decode_busy_s + pending.steps,
+            steps=seen.steps + per_s * self._decode_busy_s + self._pending_steps,
             busy_s=seen.busy_s + self._busy_s,
             decode_tokens=seen.decode_tokens + per_s * self._batch_s,
-            prefill_tokens=seen.prefill_tokens + pending.prefill_tokens,
+            prefill_tokens=seen.prefill_tokens + self._pending_prefill,
             context_tokens=seen.context_tokens + per_s * self._context_s,
         )
-        self._pending = EngineTotals()
+        self._pending_steps = self._pending_prefill = 0
         self._seen_tokens = self.tokens
         self._piece_tokens = 0
         self._piece_s = self._evidence_s = self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl as ssl_module
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -298,7 +299,7 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         if self._closed or self._transport.is_closing():
             return False
-        if asyncio.get_running_loop().time() - self._idle_since_s > self._origin._idle_s:
+        if time.monotonic() - self._idle_since_s > self._origin._idle_s:
             self.close()
             return False
         return True
@@ -317,7 +318,7 @@ class _Connection(asyncio.Protocol):
 
     def rest(self) -> None:
         """Wait for the next call."""
-        self._idle_since_s = asyncio.get_running_loop().time()
+        self._idle_since_s = time.monotonic()
         self._origin._done(self)
 
     def close(self) -> None:
