@@ -96,7 +96,8 @@ def test_the_screen_fits(told: dict[str, Any], width: int, height: int, instance
 @pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24)])
 def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: int, height: int) -> None:
     text = plain_lines(screen(told, width, height))
-    for part in ("policy chiron", "http://127.0.0.1:8000", "IBP", "run/cap", "waiting 0 interactive", "TTFT p99"):
+    waiting = f"waiting {told['models'][0]['queue']['interactive']} interactive"
+    for part in ("policy chiron", "http://127.0.0.1:8000", "IBP", "run/cap", waiting, "TTFT p99"):
         assert part in text
     assert "in SLO" in text
     assert "345,024/700,000" in text
