@@ -17,10 +17,12 @@ from typer.testing import CliRunner, Result
 
 import chiron
 from chiron.cli import app
-from chiron.cli.explain import parse_moment
+from chiron.cli.explain import moment, parse_moment
+from chiron.cli.story import Story
 from chiron.config import load_scenario, setups
 from chiron.config.scenario import parse_scenario
 from chiron.sim.many import Run, run_many
+from chiron.telemetry.result import DecisionPoint
 from chiron.telemetry.store import load_result
 from scenario_text import SMALL
 
@@ -112,7 +114,7 @@ def test_a_saved_result_holds_the_text_that_reproduces_it(saved: Path) -> None:
         (["simulate", "SMALL", "--report", "."], "error: .: is a directory; name a file"),
         (["bound", "SMALL", "--set", "gpus.a100=x"], "gpus.a100: 'x' must be a whole number"),
         (["explain", "SMALL"], "line 1 is not an event"),
-        (["explain", "nowhere.chiron"], "No such file or directory: 'nowhere.chiron'"),
+        (["explain", "nowhere.chiron"], "error: nowhere.chiron: No such file or directory"),
         (["explain", "SAVED", "--at", "noon"], "error: duration 'noon': expected"),
         (["explain", "SAVED", "--model", "lama"], "error: --model 'lama': did you mean 'llama'"),
     ],
@@ -146,6 +148,18 @@ def test_explain_lists_reasons_and_tells_the_story_of_a_moment(saved: Path) -> N
     assert "Why: " in story
     assert "Fleet as decided upon" in story
     assert "Work: " in story
+
+
+def test_a_decision_is_told_at_the_second_that_it_is_shown_with() -> None:
+    decision = DecisionPoint(
+        t_s=10.3, kind="fleet", subject="m", before=1, after=3, reason="interactive_load", numbers={}
+    )
+    story = Story(title="", models=("m",), decisions=(decision,), ends_s=60.0, state=lambda _, at_s: [f"state {at_s}"])
+    told = list(moment(story, "m", parse_moment("0:10")))
+    assert "  The plan grew from 1 to 3 instances at 0:10." in told
+    assert "  state 10.3" in told
+    assert "had not changed" in "".join(moment(story, "m", parse_moment("0:09")))
+    assert "had not changed" in "".join(moment(story, "m", parse_moment("10.2s")))
 
 
 def test_an_event_log_tells_the_same_story_even_if_its_last_line_was_cut_off(scenario: Path, saved: Path) -> None:

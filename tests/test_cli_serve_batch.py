@@ -133,6 +133,14 @@ def test_a_file_with_bad_lines_is_refused_with_their_numbers(gateway: Gateway, h
     assert "line 5: " in result.stderr
 
 
+def test_of_many_bad_lines_the_first_are_shown(gateway: Gateway, here: Path) -> None:
+    path = write_requests(here / "r.jsonl", 30, model="nobody")
+    result = call("batch", "submit", path, "--url", gateway.url)
+    assert result.exit_code == 2
+    assert result.stderr.count("body.model is 'nobody'") == 10
+    assert f"and 20 more: chiron batch status {result.stdout.strip()} --json" in result.stderr
+
+
 def test_a_batch_can_be_cancelled_and_has_no_results_before_its_end(gateway: Gateway, here: Path) -> None:
     url = ["--url", gateway.url]
     many = write_requests(here / "r.jsonl", 2000, tokens=4000)
@@ -150,13 +158,18 @@ def test_a_batch_can_be_cancelled_and_has_no_results_before_its_end(gateway: Gat
     ("arguments", "message"),
     [
         (["status", "--key", "wrong"], "401: Incorrect API key. (--key, or the variable CHIRON_API_KEY)"),
-        (["submit", "r.jsonl", "-w", "2s"], "completion_window"),
+        (["submit", "r.jsonl", "-w", "2s"], "completion_window is '2s'; it must be from 1m to 30d."),
         (["submit", "r.jsonl", "-w", "soon"], "error: duration 'soon': expected"),
         (["submit", "r.jsonl", "-m", "x"], "--metadata 'x': expected KEY=VALUE"),
         (["submit", "r.jsonl", "--endpoint", "/v1/nothing"], "endpoint is '/v1/nothing'; allowed: "),
-        (["submit", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
+        (["submit", "none.jsonl"], "error: none.jsonl: No such file or directory"),
         (["submit", "bad.jsonl"], "bad.jsonl: the first line is no batch request"),
         (["cancel", "batch_x"], "404"),
+        (
+            ["list", "--url", "https://127.0.0.1", "--cacert", "none.pem"],
+            "--cacert none.pem: No such file or directory",
+        ),
+        (["list", "--url", "https://127.0.0.1", "--cacert", "bad.jsonl"], "--cacert bad.jsonl: holds no certificate"),
         (["list", "--url", "ftp://x"], "--url 'ftp://x': must be"),
     ],
 )

@@ -102,7 +102,7 @@ def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: i
     assert "in SLO" in text
     assert "345,024/700,000" in text
     assert "left 13:43 of 29:09" in text
-    assert "1 → 2 instances: interactive load needs more" in text
+    assert "1 → 2 instances: interactive load needs so many" in text
     for instance in told["models"][0]["instances"]:
         running = instance["running_interactive"] + instance["running_batch"]
         assert f"{running}/{instance['max_batch_size']}" in text
@@ -235,7 +235,7 @@ def test_a_wrong_answer_is_one_line_and_exit_status_2(answer: tuple[int, bytes],
 def test_nobody_at_the_address_and_an_address_that_is_none() -> None:
     nobody = CliRunner().invoke(app, ["top", "--url", "http://127.0.0.1:1"])
     assert (nobody.exit_code, nobody.output.count("\n")) == (2, 1)
-    assert "does not answer: [Errno 111] Connection refused" in nobody.output
+    assert "does not answer: Connection refused; is `chiron serve` running there? (--url)" in nobody.output
     for url in ("localhost:8000", "ftp://x", "http://"):
         with pytest.raises(ConfigError, match=r"--url .*: expected the gateway's address"):
             fetcher(url)

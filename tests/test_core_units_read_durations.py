@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chiron.core.units import DurationError, parse_duration
+from chiron.core.units import DurationError, parse_duration, show_duration
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,12 @@ def test_a_bad_duration_is_refused_with_what_is_allowed(text: str | float) -> No
 def test_a_value_that_is_no_length_of_time_is_refused(value: object) -> None:
     with pytest.raises(DurationError):
         parse_duration(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(60.0, "1m"), (2_592_000.0, "30d"), (5400.0, "90m"), (0.5, "0.5s"), (0.0, "0s"), (61.0, "61s")],
+)
+def test_a_duration_is_shown_as_it_is_written(seconds: float, text: str) -> None:
+    assert show_duration(seconds) == text
+    assert parse_duration(text) == seconds

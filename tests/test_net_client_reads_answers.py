@@ -413,5 +413,27 @@ def test_tls_is_checked_unless_told_otherwise(tmp_path: Path, monkeypatch: pytes
                     with pytest.raises(ConnectError):
                         await origin.fetch("GET", "/x")
                 await origin.close()
+            monkeypatch.setenv("SSL_CERT_FILE", "/nowhere")
+            for cacert in (cert, None):
+                origin = Origin(f"https://127.0.0.1:{server.port}", cacert=cacert)
+                if cacert:
+                    assert (await origin.fetch("GET", "/x")).status == 200
+                else:
+                    with pytest.raises(
+                        ConnectError, match=r"the certificate is not trusted \(self-signed certificate\)$"
+                    ):
+                        await origin.fetch("GET", "/x")
+                await origin.close()
+
+    asyncio.run(main())
+
+
+def test_https_to_a_server_without_tls_says_so() -> None:
+    async def main() -> None:
+        async with serving(Echo()) as server:
+            origin = Origin(f"https://127.0.0.1:{server.port}")
+            with pytest.raises(ConnectError, match="does not speak TLS at this port; try http://"):
+                await origin.fetch("GET", "/x")
+            await origin.close()
 
     asyncio.run(main())

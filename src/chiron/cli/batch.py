@@ -39,6 +39,8 @@ VALIDATION_WAIT_S = 60.0
 RECONNECTS_MAX = 60
 """Polls in a row that may fail while a batch is watched: a gateway that restarts loses no batch."""
 PIPE_WIDTH = 160
+ERRORS_SHOWN = 10
+"""Lines of a refused file; often all have the same error."""
 ENDED = ("completed", "failed", "expired", "cancelled")
 NOT_DONE = 1
 
@@ -302,9 +304,14 @@ def _say(batch: dict[str, Any], console: Console | None = None) -> None:
     """The batch in words, and what was wrong with its file."""
     console = console or Console(stderr=True)
     console.print(f"{batch['id']}: {describe(batch)}", highlight=False, markup=False, soft_wrap=True)
-    for error in (batch.get("errors") or {}).get("data", []):
+    errors = (batch.get("errors") or {}).get("data", [])
+    for error in errors[:ERRORS_SHOWN]:
         line = f"line {error['line']}: " if error.get("line") is not None else ""
         console.print(f"  {line}{error['message']}", highlight=False, markup=False, soft_wrap=True)
+    if len(errors) > ERRORS_SHOWN:
+        console.print(
+            f"  and {len(errors) - ERRORS_SHOWN} more: chiron batch status {batch['id']} --json", soft_wrap=True
+        )
 
 
 def _follow(server: Server, batch: dict[str, Any]) -> None:

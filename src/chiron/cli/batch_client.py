@@ -13,7 +13,9 @@ from secrets import token_hex
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlencode, urlsplit
 
+from chiron.cli.trust import trust_hint, trusting
 from chiron.config.read import ConfigError
+from chiron.net.reasons import reason_of
 
 BLOCK_BYTES = 1 << 18
 ANSWER_MAX_BYTES = 16 << 20
@@ -47,7 +49,7 @@ class Server:
         except ValueError as error:
             raise ConfigError(f"--url {url!r}: {error}") from None
         self._host = parts.hostname
-        self._tls = ssl.create_default_context(cafile=cacert) if parts.scheme == "https" else None
+        self._tls = trusting(cacert) if parts.scheme == "https" else None
         self._key = key
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
@@ -146,8 +148,7 @@ class Server:
         try:
             connection.connect()
         except ssl.SSLError as error:
-            hint = "; --cacert FILE names the authority to trust" if "CERTIFICATE" in str(error) else ""
-            raise ServerError(f"{self.url}: TLS failed: {error.reason or error}{hint}") from None
+            raise ServerError(f"{self.url}: cannot connect: {reason_of(error)}{trust_hint(error)}") from None
         except OSError as error:
             raise ServerError(
                 f"{self.url}: cannot connect: {error.strerror or error}; is `chiron serve` running there? (--url)"

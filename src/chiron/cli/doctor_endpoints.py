@@ -14,6 +14,7 @@ from chiron.cli.doctor_checks import FAIL, OK, WARN, Check, check
 from chiron.engines.metrics import read_row
 from chiron.engines.rows import ENGINES, EngineRow
 from chiron.gateway.settings import KindSettings, ServeConfig
+from chiron.net.reasons import reason_of
 
 TIMEOUT_S = 10.0
 STREAM_TIMEOUT_S = 60.0
@@ -37,9 +38,7 @@ def _one(url: str, kind: KindSettings, model: str) -> Iterator[Check]:
     try:
         status, _ = _fetch(url, "GET", row.health_path, kind)
     except (OSError, http.client.HTTPException) as error:
-        yield check(
-            what, f"cannot connect: {error or type(error).__name__}", FAIL, "start the engine, or correct its URL"
-        )
+        yield check(what, f"cannot connect: {reason_of(error)}", FAIL, "start the engine, or correct its URL")
         return
     if status != 200:
         hint = f"is it a {kind.engine} engine? engine = 'openai' needs no {row.health_path}"

@@ -22,7 +22,7 @@ LISTED = 5
 """Changes that the overview lists."""
 
 REASONS = {
-    "interactive_load": "interactive work, as it comes and as forecast, needs more instances than there were",
+    "interactive_load": "interactive work, as it comes and as forecast, needs so many instances",
     "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
     "load_fell": "for a while now, less has been enough",
     "itl_below_slo": "ITL leaves room below its SLO",
@@ -53,6 +53,8 @@ def explain(
     console = Console(highlight=False)
     models = _models(story, model)
     console.print(story.title, style="bold", soft_wrap=True)
+    if not models:
+        console.print("Nothing is in it yet: no request, no instance, no decision.")
     for name in models:
         if at_s is None:
             _print_overview(console, name, [d for d in story.decisions if d.subject == name])
@@ -73,8 +75,10 @@ def parse_moment(text: str) -> float:
 def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
     """One model around one moment, line by line."""
     changes = [d for d in story.decisions if d.subject == model and d.before != d.after]
-    earlier = [d for d in changes if d.t_s <= at_s]
-    later = [d for d in changes if d.t_s > at_s]
+    # Moments are shown to the second, so a whole second has what is shown with it.
+    whole = at_s == round(at_s)
+    earlier = [d for d in changes if (round(d.t_s) if whole else d.t_s) <= at_s]
+    later = changes[len(earlier) :]
     yield f"\n{model} at {show_moment(at_s)} ({at_s:,.0f} s)"
     if at_s > story.ends_s:
         yield f"  The run ended at {show_moment(story.ends_s)}; this is how it stood then."
@@ -82,7 +86,7 @@ def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
         yield from _tell(earlier[-1], at_s)
     else:
         yield "  The plan had not changed since the start."
-    for line in story.state(model, at_s):
+    for line in story.state(model, max(at_s, earlier[-1].t_s) if earlier else at_s):
         yield f"  {line}"
     if len(earlier) > 1:
         yield f"  Before it: {_brief(earlier[-2])}"
@@ -95,7 +99,7 @@ def words(name: str) -> str:
 
 
 def _tell(decision: DecisionPoint, at_s: float) -> Iterator[str]:
-    ago = round(at_s - decision.t_s)
+    ago = max(0, round(at_s - decision.t_s))
     when = f"at {show_moment(decision.t_s)}" + (f", {ago:,} s before" if ago else "")
     verb = "grew" if decision.after > decision.before else "shrank"
     yield f"  The plan {verb} from {decision.before:g} to {decision.after:g} instances {when}."
@@ -116,7 +120,7 @@ def _brief(decision: DecisionPoint) -> str:
 
 def _print_overview(console: Console, model: str, decisions: Sequence[DecisionPoint]) -> None:
     changes = [d for d in decisions if d.before != d.after]
-    console.print(f"\n{model}: {len(changes)} changes of the plan")
+    console.print(f"\n{model}: {len(changes)} change{'s' if len(changes) != 1 else ''} of the plan")
     table = Table("why", "grew", "shrank", box=None, pad_edge=False, header_style="bold")
     grew = Counter(d.reason for d in changes if d.after > d.before)
     shrank = Counter(d.reason for d in changes if d.after < d.before)

@@ -18,12 +18,19 @@ BAD_INPUT = (ConfigError, DurationError, LoadError, ProfileError, TelemetryError
 INTERRUPTED = 130
 
 
+def in_words(error: Exception) -> str:
+    """What went wrong with which file, without numbers of the system."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 class ErrorsInALine(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except BAD_INPUT as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {in_words(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)

@@ -31,6 +31,7 @@ from chiron.cli.load_plan import (
 from chiron.cli.load_view import LoadView, print_figures
 from chiron.cli.run import INTERRUPTED, Outputs
 from chiron.cli.table import results_console
+from chiron.cli.trust import checked
 from chiron.config import ConfigError
 from chiron.core.units import parse_duration
 from chiron.load.body import BodySettings
@@ -152,6 +153,10 @@ def load(
         str,
         limits("--batch-wait", metavar="TIME", help="How long after its deadline a batch job is waited for."),
     ] = "1m",
+    cacert: Annotated[
+        Path | None,
+        limits("--cacert", metavar="FILE", help="PEM file of the authority that signed the server's certificate."),
+    ] = None,
     insecure: Annotated[bool, limits("--insecure", help="Accept any TLS certificate.")] = False,
     keepalive: Annotated[bool, limits("--keepalive/--no-keepalive", help="Reuse connections.")] = True,
     seed: Annotated[
@@ -232,6 +237,7 @@ def load(
         grace_s=parse_duration(grace),
         keepalive=keepalive,
         verify=not insecure,
+        cacert=checked(cacert),
     )
     if dry_run:
         _describe(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,8 +17,10 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from chiron.cli.trust import trust_hint, trusting
 from chiron.cli.view import Status, one_line, render
 from chiron.config import ConfigError
+from chiron.net.reasons import reason_of
 
 PATH = "/chiron/status"
 TIMEOUT_S = 5.0
@@ -125,7 +126,7 @@ def fetcher(url: str, key: str = "", cacert: Path | None = None) -> Fetch:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--url {url!r}: expected the gateway's address, such as http://127.0.0.1:8000")
-    context = _context(cacert) if parts.scheme == "https" else None
+    context = trusting(cacert) if parts.scheme == "https" else None
     # No proxies and no redirects: an admin key goes to the gateway and nowhere else.
     opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context), _NoRedirect())
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -140,7 +141,13 @@ def fetcher(url: str, key: str = "", cacert: Path | None = None) -> Fetch:
             raise _refused(error.code, address) from None
         except (URLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise StatusError(f"{address} does not answer: {reason}", final=False) from None
+            why = reason_of(reason) if isinstance(reason, OSError) else reason
+            hint = (
+                "; is `chiron serve` running there? (--url)"
+                if isinstance(reason, ConnectionError)
+                else trust_hint(reason)
+            )
+            raise StatusError(f"{address} does not answer: {why}{hint}", final=False) from None
         return _read(body, address)
 
     return fetch
@@ -149,13 +156,6 @@ def fetcher(url: str, key: str = "", cacert: Path | None = None) -> Fetch:
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
-
-
-def _context(cacert: Path | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=cacert)
-    except OSError as error:
-        raise ConfigError(f"--cacert {cacert}: {error.strerror or error}") from None
 
 
 def _refused(code: int, address: str) -> StatusError:

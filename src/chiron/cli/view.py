@@ -25,7 +25,7 @@ RATE_SLOTS = 5
 """Slots of history that the rate shown is the mean of."""
 
 BRIEF = {
-    "interactive_load": "interactive load needs more",
+    "interactive_load": "interactive load needs so many",
     "batch_deadlines": "batch work would miss its deadlines",
     "load_fell": "less has been enough for a while",
 }

@@ -59,6 +59,14 @@ def _parse_text(text: str) -> float:
     return seconds
 
 
+def show_duration(seconds: float) -> str:
+    """The same in its largest unit that divides it, such as ``30d``, as parse_duration reads it."""
+    for unit, size in sorted(SECONDS.items(), key=lambda item: -item[1]):
+        if size >= 1.0 and seconds and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.10g}s"
+
+
 def parse_size(text: str) -> int:
     """Bytes in ``"32MiB"``, ``"8 GB"`` or ``"1048576"``; whatever the case of the letters. Raises SizeError."""
     part = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", text)

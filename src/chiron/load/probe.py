@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from chiron.load.body import Bodies, BodySettings, headers_of
 from chiron.load.errors import TargetError
 from chiron.load.plan import LoadPlan
-from chiron.net.client import NetError, Origin, Response
+from chiron.net.client import ConnectError, NetError, Origin, Response
 
 TOKENS = (40, 400)
 """Wanted lengths of the two probes of a model: two points make the line."""
@@ -90,8 +91,14 @@ async def ask(
             "POST", settings.path, body=body, headers=text_headers(headers_of(settings, None)), timeout_s=timeout_s
         )
     except NetError as error:
-        raise TargetError(f"no answer to a probe: {error}") from error
+        raise TargetError(f"no answer to a probe: {error}{_hint(error)}") from error
     return size, answer
+
+
+def _hint(error: NetError) -> str:
+    if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+        return "; --cacert FILE names the one to trust, --insecure trusts any"
+    return "; is the server running there? (--url)" if isinstance(error, ConnectError) else ""
 
 
 def text_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:

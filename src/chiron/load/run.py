@@ -71,6 +71,7 @@ async def run_load(
             idle_max=settings.in_flight_max,
             keepalive=settings.keepalive,
             verify=settings.verify,
+            cacert=settings.cacert,
         )
     except ValueError as error:
         raise TargetError(f"url {error}") from None

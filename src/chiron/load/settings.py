@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 
 from chiron.load.body import BodySettings
 from chiron.load.errors import require
@@ -57,6 +58,8 @@ class LoadSettings:
     """Reuse connections."""
     verify: bool = True
     """Check the server's certificate."""
+    cacert: Path | None = None
+    """PEM file of the authority that signed it; None: one of the system's."""
 
     def __post_init__(self) -> None:
         require(self.in_flight_max >= 1, "in_flight_max", self.in_flight_max, "1 or more")

@@ -13,10 +13,13 @@ import ssl as ssl_module
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httptools
+
+from chiron.net.reasons import reason_of
 
 log = logging.getLogger("chiron.http")
 
@@ -123,6 +126,7 @@ class Origin:
         idle_s: float = 30.0,
         keepalive: bool = True,
         verify: bool = True,
+        cacert: Path | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._unix: str | None = None
@@ -138,7 +142,7 @@ class Origin:
             self._port = parts.port or (443 if parts.scheme == "https" else 80)
             self._prefix = parts.path.rstrip("/").encode()
             if parts.scheme == "https":
-                self._ssl = ssl_module.create_default_context()
+                self._ssl = ssl_module.create_default_context(cafile=cacert)
                 if not verify:
                     self._ssl.check_hostname = False
                     self._ssl.verify_mode = ssl_module.CERT_NONE
@@ -246,7 +250,9 @@ class Origin:
         except TimeoutError:
             call._fail(ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s"))
         except (OSError, UnicodeError) as error:  # The latter for a host that cannot be a name.
-            call._fail(ConnectError(f"{self.url}: cannot connect: {getattr(error, 'strerror', None) or error}"))
+            failure = ConnectError(f"{self.url}: cannot connect: {reason_of(error)}")
+            failure.__cause__ = error
+            call._fail(failure)
         except asyncio.CancelledError:
             call._fail(ConnectError(f"{self.url}: closed"))
         else:

@@ -252,7 +252,7 @@ def _duplicates(
         name, line = custom_id(later), lines[later]
         first = first_lines.setdefault(name, line)
         if first != line:
-            message = f"custom_id {name!r} was used on line {first} already"
+            message = f"custom_id {name!r} was used on line {first} already."
             errors.append(LineError(code="duplicate_custom_id", message=message, param="custom_id", line=line))
         if len(errors) == errors_max:
             break

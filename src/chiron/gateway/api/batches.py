@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chiron.core.units import DurationError, parse_duration
+from chiron.core.units import DurationError, parse_duration, show_duration
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
 from chiron.gateway.api.state import ApiState
@@ -94,8 +94,9 @@ class Batches:
         except DurationError as error:
             raise invalid(f"completion_window: {error}", param="completion_window") from None
         if not least <= seconds <= most:
+            allowed = f"from {show_duration(least)} to {show_duration(most)}"
             raise invalid(
-                f"completion_window is {text[:100]!r}; it must be from {least:.10g}s to {most:.10g}s.",
+                f"completion_window is {text[:100]!r}; it must be {allowed}.",
                 param="completion_window",
             )
         return seconds
