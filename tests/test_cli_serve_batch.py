@@ -225,6 +225,9 @@ def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) 
     result = call("serve", config, "--data", "other", "--port", gateway.url.rpartition(":")[2])
     assert result.exit_code == 2
     assert "--port chooses another" in result.stderr
+    result = call("serve", config, "--data", "other", "--host", "192.0.2.1")
+    assert result.exit_code == 2
+    assert "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested address" in result.stderr
     assert [path.stat().st_ino for path in events.parent.glob("events.jsonl*")] == [log_before]
     assert not Path("other", "events.jsonl").exists()
 

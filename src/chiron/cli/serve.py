@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from chiron.cli.extras import needs, require_extras
 from chiron.config.read import ConfigError
 
 if TYPE_CHECKING:
-    from chiron.gateway.settings import ServeConfig
+    from chiron.gateway.settings import ServeConfig, ServerSettings
 
 DEFAULT_CONFIG = "chiron.toml"
 INTERRUPTED = 130
@@ -87,11 +88,9 @@ def serve(
     try:
         stopped_by = run_until_stopped(body)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"server.port: {loaded.server.host}:{loaded.server.port} is in use by another program; "
-                "--port chooses another (0: any free one)"
-            ) from None
+        refusal = _cannot_listen(error, loaded.server)
+        if refusal:
+            raise ConfigError(refusal) from None
         raise
     except StoreLocked as error:
         hint = "one gateway has a data directory at a time: stop that one, or choose another directory with --data"
@@ -101,6 +100,18 @@ def serve(
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+
+
+def _cannot_listen(error: OSError, server: ServerSettings) -> str:
+    """Why, and what to do; empty if the error is about something else, such as a file."""
+    where = f"{server.host}:{server.port}"
+    if error.errno == errno.EADDRINUSE:
+        return f"server.port: {where} is in use by another program; --port chooses another (0: any free one)"
+    if isinstance(error, socket.gaierror):
+        return f"server.host: cannot listen on {where}: {error.strerror}"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) and not error.filename:
+        return f"server.host: cannot listen on {where}: {os.strerror(error.errno)}"
+    return ""
 
 
 def say(text: str) -> None:
