@@ -210,7 +210,9 @@ def test_a_machine_that_was_busy_with_other_work_is_said() -> None:
 def running_demo(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Emulated engines; whatever is left at the end is killed."""
     command = [sys.executable, "-m", "chiron", "demo", "--engine", "emulated", "--out", str(out), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c
+    )
     try:
         yield process
     finally:
@@ -220,6 +222,11 @@ def running_demo(out: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
             left.kill()
         assert process.stdout is not None
         process.stdout.close()
+
+
+def heed_ctrl_c() -> None:
+    """As in a terminal: what runs in the background, tests included, may have been told to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def of_demo(out: Path) -> list[Any]:
