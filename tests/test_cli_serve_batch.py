@@ -232,6 +232,28 @@ def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) 
     assert not Path("other", "events.jsonl").exists()
 
 
+def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gateway, here: Path) -> None:
+    url = ["--url", gateway.url]
+    many = write_requests(here / "r.jsonl", 2000, tokens=4000)
+    program = [sys.executable, "-c", "from chiron.cli import main; main()"]
+    watch = subprocess.Popen(
+        [*program, "batch", "submit", str(many), "--wait", "-w", "1h", *url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"CHIRON_API_KEY": SECRET},
+    )
+    assert watch.stdout is not None
+    assert watch.stderr is not None
+    id = watch.stdout.readline().strip()
+    assert "in progress" in watch.stderr.readline()
+    watch.send_signal(signal.SIGINT)
+    _, said = watch.communicate(timeout=20)
+    assert watch.returncode == 130
+    assert f"the batch goes on; chiron batch status {id} --watch follows it again" in said
+    assert call("batch", "cancel", id, *url).exit_code == 0
+
+
 @pytest.mark.slow
 def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
     first = Gateway(here)

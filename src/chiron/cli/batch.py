@@ -316,6 +316,18 @@ def _say(batch: dict[str, Any], console: Console | None = None) -> None:
 
 def _follow(server: Server, batch: dict[str, Any]) -> None:
     """Watch a batch to its end. Ctrl-C stops the watching, not the batch."""
+    try:
+        batch = _watch(server, batch)
+    except KeyboardInterrupt:
+        typer.echo(f"the batch goes on; chiron batch status {batch['id']} --watch follows it again", err=True)
+        raise
+    _say(batch, Console())
+    if batch["status"] != "completed":
+        raise typer.Exit(NOT_DONE)
+
+
+def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch when it has ended; a bar until then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     failures = 0
@@ -339,9 +351,7 @@ def _follow(server: Server, batch: dict[str, Any]) -> None:
                 if error.status or failures > RECONNECTS_MAX:
                     raise
                 bars.update(task, description=str(error))
-    _say(batch, Console())
-    if batch["status"] != "completed":
-        raise typer.Exit(NOT_DONE)
+    return batch
 
 
 def _download(server: Server, file_id: str, target: Path) -> None:

@@ -178,7 +178,8 @@ def _model_head(model: Mapping[str, Any]) -> Text:
     planned = sum(model["planned"].values())
     text = Text()
     text.append(model["name"], style="bold")
-    text.append(f"  {ready} ready, {planned} planned, {model['min_instances']} to {model['max_instances']} allowed")
+    least, most = model["min_instances"], model["max_instances"]
+    text.append(f"  {ready} ready, {planned} planned, {f'{least} to {most}' if least != most else most} allowed")
     advised = model["advised"]
     if advised and sum(advised.values()) != planned:
         text.append(f", {sum(advised.values())} advised", style="yellow")
