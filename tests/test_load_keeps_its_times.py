@@ -88,7 +88,7 @@ def test_a_stop_sends_nothing_more_waits_for_the_grace_and_reports_what_was_done
     assert said["classes"]["chat"]["finished"] == 2
     assert said["classes"]["chat"]["cancelled"] == 1
     assert said["attempted"] == 3
-    assert "2 of 5 requests were never due" in said["warnings"][-1]
+    assert "stopped early; 2 of 5 requests were never due and are left out" in said["warnings"][-1]
     assert result_of(done, "load").summary["requests"] == 3
 
 

@@ -48,7 +48,7 @@ def _of_result(path: Path) -> Story:
         return _tell_point(points[-1]) if points else ()
 
     return Story(
-        title=f"{result.scenario}, policy {result.policy}, seed {result.seed}",
+        title=f"{result.scenario}, policy {result.policy}" + (f", seed {result.seed}" if result.scenario_text else ""),
         models=result.models,
         decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
         ends_s=max((point.t_s for point in result.fleet), default=0.0),

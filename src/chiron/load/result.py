@@ -180,10 +180,9 @@ def warnings(run: LoadRun, late_s: Floats) -> list[str]:
     if run.stopped:
         left = len(run.plan.workload) - int(record.attempted.sum())
         cut = int((record.outcome == OUTCOMES.index("cancelled")).sum())
-        said.append(
-            f"stopped early: {left:,} of {len(run.plan.workload):,} requests were never due and are left out"
-            + (f"; {cut:,} that we cancelled count as missed" if cut else "")
-        )
+        undue = f"{left:,} of {len(run.plan.workload):,} requests were never due and are left out"
+        missed = f"{cut:,} that we cancelled count as missed"
+        said.append("; ".join(["stopped early", *([undue] if left else []), *([missed] if cut else [])]))
     return said
 
 
