@@ -1,6 +1,6 @@
 """What the gateway costs: requests per second, CPU per request and per streamed chunk, added time to first token.
 
-    python bench/gateway.py [--seconds 4] [--json FILE]
+    python bench/gateway.py [--seconds 4] [--json FILE] [--set PATH=VALUE]
 
 A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
 to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
@@ -207,7 +207,7 @@ async def measure(name: str, url: str, pid: int, seconds: float, load: dict[str,
     return row
 
 
-async def run(seconds: float, plan: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
+async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[str]) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         python = sys.executable
@@ -233,7 +233,7 @@ async def run(seconds: float, plan: list[tuple[int, int, float]]) -> list[dict[s
             folder = work / f"serve{count}"
             folder.mkdir()
             (folder / "chiron.toml").write_text(CONFIG.format(port=gate, engine=engines[count]))
-            serve = [python, "-m", "chiron", "serve", "chiron.toml"]
+            serve = [python, "-m", "chiron", "serve", "chiron.toml", *(f"--set={change}" for change in changes)]
             process = start(stack, 1, serve, cwd=folder)
             targets.setdefault("chiron serve", {})[count] = f"http://127.0.0.1:{gate}"
             pids["chiron serve", count] = process.pid
@@ -271,11 +271,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of small requests, per target")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 16 streams, one second")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for chiron serve")
     given = parser.parse_args()
     plan = [(16, 20, 0.010)] if given.quick else [(64, 200, 0.010), (512, 150, 0.015)]
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {0})
-    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan))
+    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
