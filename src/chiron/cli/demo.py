@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -224,7 +225,8 @@ def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list
     report = _report(out, result, [*about, *lines])
     say(console, f"report     {report}")
     say(console, f"event log  {out / 'data' / 'events.jsonl'}")
-    say(console, f"reasons    chiron explain {saved}")
+    program = "chiron" if shutil.which("chiron") else f"{sys.executable} -m chiron"
+    say(console, f"reasons    {program} explain {saved}")
     console.print()
     say(console, NEXT_STEP)
 
