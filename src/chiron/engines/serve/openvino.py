@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.front import Front, run_on_loop, serve_until_stopped
 from chiron.engines.serve.openvino_engine import EngineSettings, OpenVinoEngine
 from chiron.engines.serve.openvino_model import Model, ModelError, ModelSettings
+from chiron.engines.serve.options import whole
 from chiron.engines.serve.toy import NAME as TOY_NAME
 from chiron.engines.serve.toy import toy_model
 
@@ -38,16 +39,16 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     add("--model", default=TOY, help="a GGUF file, a directory in OpenVINO's format, or 'toy' (noise)")
     add("--served-model-name", nargs="+", help="names in requests; default: the file's name")
     add("--host", default="127.0.0.1")
-    add("--port", type=_whole(0, 65_535), default=0, help="0: a free one")
-    add("--threads", type=_whole(0, 1024), default=model.threads, help="for inference; 0: OpenVINO's choice")
+    add("--port", type=whole(0, 65_535), default=0, help="0: a free one")
+    add("--threads", type=whole(0, 1024), default=model.threads, help="for inference; 0: OpenVINO's choice")
     add("--precision", choices=("f32", "bf16", "f16"), default="", help="of inference; default: OpenVINO's choice")
     memory = parser.add_mutually_exclusive_group()
-    memory.add_argument("--cache-gb", type=_whole(1, 4096), default=model.cache_gb, help="KV cache, GiB")
-    memory.add_argument("--kv-capacity-tokens", type=_whole(1), default=0, help="KV cache in tokens instead")
-    add("--max-num-seqs", type=_whole(1, 4096), help="sequences at once; default: 64, or the pace profile's")
-    add("--max-num-batched-tokens", type=_whole(16, 1 << 20), help="tokens a step; default: 512, or the profile's")
-    add("--max-model-len", type=_whole(2), help="tokens of prompt and answer; default: the model's")
-    add("--queue-max", type=_whole(0), default=engine.queue_max, help="requests that may wait inside; beyond: 429")
+    memory.add_argument("--cache-gb", type=whole(1, 4096), default=model.cache_gb, help="KV cache, GiB")
+    memory.add_argument("--kv-capacity-tokens", type=whole(1), default=0, help="KV cache in tokens instead")
+    add("--max-num-seqs", type=whole(1, 4096), help="sequences at once; default: 64, or the pace profile's")
+    add("--max-num-batched-tokens", type=whole(16, 1 << 20), help="tokens a step; default: 512, or the profile's")
+    add("--max-model-len", type=whole(2), help="tokens of prompt and answer; default: the model's")
+    add("--queue-max", type=whole(0), default=engine.queue_max, help="requests that may wait inside; beyond: 429")
     add("--pace", metavar="PROFILE", help="a packaged profile's name, or a JSON file: steps take at least its time")
     add("--toy-cache", type=Path, help="directory of the toy model; default: the user's cache")
     options = parser.parse_args(arguments)
@@ -124,21 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"chiron-engine: cannot listen on {options.host}:{options.port}: {error}")
     except RuntimeError as error:
         sys.exit(f"chiron-engine: {error}")
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    bounds = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be {bounds}")
-        return value
-
-    return parse
 
 
 if __name__ == "__main__":
