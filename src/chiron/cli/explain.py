@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,9 @@ def explain(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What --save or --events wrote.")],
     at: Annotated[
         str | None,
-        typer.Option("--at", metavar="TIME", help="Since the start: 41:00, 1:02:03, 2460s, 41m. Default: overview."),
+        typer.Option(
+            "--at", metavar="TIME", help="Since the start: 41:00, 1:02:03, 41m; or, of a live log, 2026-01-31T12:41Z."
+        ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="One model; default: all of them.")] = None,
 ) -> None:
@@ -48,8 +51,8 @@ def explain(
 
     Example: `chiron simulate azure --save run.chiron && chiron explain run.chiron --at 12:30`
     """
-    at_s = None if at is None else parse_moment(at)
     story = load_story(file)
+    at_s = None if at is None else parse_moment(at, story.began)
     console = Console(highlight=False)
     models = _models(story, model)
     console.print(story.title, style="bold", soft_wrap=True)
@@ -63,13 +66,29 @@ def explain(
                 console.print(line, soft_wrap=True, markup=False)
 
 
-def parse_moment(text: str) -> float:
-    """Seconds from the start: ``41:00`` is minutes and seconds, ``1:02:03`` has hours; else a duration."""
+def parse_moment(text: str, began: datetime | None = None) -> float:
+    """Seconds from the start: ``41:00`` is minutes and seconds, ``1:02:03`` has hours; else a duration, or, if it is
+    known when the run ``began``, a date and time."""
+    if re.match(r"\s*\d{4}-\d\d-\d\d", text):
+        return _since(text, began)
     clock = re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]\d)", text.strip())
     if clock is None:
         return parse_duration(text)
     hours, minutes, seconds = (int(part or 0) for part in clock.groups())
     return 3600.0 * hours + 60.0 * minutes + seconds
+
+
+def _since(text: str, began: datetime | None) -> float:
+    if began is None:
+        raise ConfigError(f"--at {text!r}: nobody knows when this run began; give the time since its start: 41:00")
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ConfigError(f"--at {text!r}: not a date and time such as {began:%Y-%m-%dT%H:%M:%SZ}") from None
+    seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - began).total_seconds()
+    if seconds < 0.0:
+        raise ConfigError(f"--at {text!r}: the run began at {began:%Y-%m-%dT%H:%M:%SZ}")
+    return seconds
 
 
 def moment(story: Story, model: str, at_s: float) -> Iterator[str]:

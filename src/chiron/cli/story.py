@@ -6,6 +6,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Story:
     decisions: tuple[DecisionPoint, ...]
     """Of the fleet, all models, in order of time."""
     ends_s: float
+    began: datetime | None = None
+    """When the run began, if that is known: of a gateway's event log."""
     state: Callable[[str, float], Iterable[str]]
     """The fleet and the queue of a model at a moment, in lines."""
 
@@ -93,6 +96,7 @@ def _of_log(path: Path) -> Story:
         models=tuple(models),
         decisions=tuple(_decision(event) for event in events if event.get("kind") == "fleet"),
         ends_s=events[-1]["t"] if events else 0.0,
+        began=next((datetime.fromisoformat(event["run"]) for event in events if "run" in event), None),
         state=state,
     )
 
