@@ -4,8 +4,9 @@
 
 One embedded engine (OpenVINO GenAI, a tiny model with random weights), paced: its steps take as long as a profile says
 for their batch, context and prefill, so that two noisy cores stand in for a GPU. Queueing, continuous batching, KV,
-cancelling and resuming are real. A batch job keeps the engine full; interactive requests come as a Poisson process, the
-same in every case of a repeat. The cases take turns on the same engine process:
+cancelling and resuming are real. A batch job keeps the engine full; interactive requests come as a Poisson process, at
+the same times in every case of a repeat, with prompts of their own, so that no case finds the KV of another. The cases
+take turns on the same engine process:
 
 - interactive alone, batch alone: straight to the engine, the ideals;
 - both straight: nobody protects anybody, the engine serves first come first served;
@@ -144,13 +145,13 @@ def arrivals(draw: random.Random, per_s: float, seconds: float) -> list[float]:
     return times
 
 
-async def interactive(url: str, load: Load, seed: str) -> list[Stream]:
+async def interactive(url: str, load: Load, seed: str, case: str) -> list[Stream]:
     """Open loop: requests go out at their times, whatever became of those before."""
-    draw = random.Random(f"{seed}:chat")
+    draw = random.Random(f"{seed}:{case}:chat")
     began_s = time.perf_counter()
     origin = Origin(url, idle_max=256)
     streams = []
-    for at_s in arrivals(draw, load.per_s, load.seconds):
+    for at_s in arrivals(random.Random(f"{seed}:arrivals"), load.per_s, load.seconds):
         await asyncio.sleep(max(0.0, began_s + at_s - time.perf_counter()))
         stream = Stream(began_s + at_s)
         data = json.dumps(body(draw, load.chat_in, load.chat_out, stream=True)).encode()
@@ -162,9 +163,9 @@ async def interactive(url: str, load: Load, seed: str) -> list[Stream]:
 
 
 @asynccontextmanager
-async def batch_straight(url: str, load: Load, seed: str) -> AsyncIterator[None]:
+async def batch_straight(url: str, load: Load, seed: str, case: str) -> AsyncIterator[None]:
     """Closed loop: as a batch client that keeps many requests open."""
-    draw = random.Random(f"{seed}:batch")
+    draw = random.Random(f"{seed}:{case}:batch")
     origin = Origin(url, idle_max=load.batch_open)
 
     async def client() -> None:
@@ -187,9 +188,9 @@ async def batch_straight(url: str, load: Load, seed: str) -> AsyncIterator[None]
         await origin.close()
 
 
-async def submit_batch(url: str, load: Load, seed: str) -> None:
+async def submit_batch(url: str, load: Load, seed: str, case: str) -> None:
     """A job that outlasts the measurement."""
-    draw = random.Random(f"{seed}:batch")
+    draw = random.Random(f"{seed}:{case}:batch")
     items = int((load.warm_up_s + load.seconds) * 5000 / load.batch_out) + load.batch_open
     lines = [
         json.dumps(
@@ -286,12 +287,12 @@ async def measure(case: str, engine: str, load: Load, seed: str, work: Path) -> 
         url = engine
         if case in (NO_EVICTION, CHIRON):
             url = await stack.enter_async_context(gateway(engine, load, evict=case == CHIRON, work=work))
-            await submit_batch(url, load, seed)
+            await submit_batch(url, load, seed, case)
         elif case != ALONE:
-            await stack.enter_async_context(batch_straight(engine, load, seed))
+            await stack.enter_async_context(batch_straight(engine, load, seed, case))
         await asyncio.sleep(load.warm_up_s if case != ALONE else 0.5)
         began_s, before = await totals(engine)
-        chat = asyncio.create_task(interactive(url, load, seed)) if case != BATCH else None
+        chat = asyncio.create_task(interactive(url, load, seed, case)) if case != BATCH else None
         await asyncio.sleep(load.seconds)
         ended_s, after = await totals(engine)
         streams = await chat if chat else []
