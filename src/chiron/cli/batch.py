@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +101,8 @@ def submit(
     request = {"input_file_id": uploaded["id"], "endpoint": called, "completion_window": window}
     batch = server.post("/v1/batches", request | ({"metadata": notes} if notes else {}))
     typer.echo(batch["id"])
-    batch = _await_validation(server, batch)
+    with _going_on(batch):
+        batch = _await_validation(server, batch)
     _say(batch)
     if batch["status"] == "failed":
         raise typer.Exit(2)
@@ -296,8 +297,23 @@ def _await_validation(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
     with Console(stderr=True).status("the server checks the file ..."):
         while batch["status"] == "validating" and time.monotonic() < until_s:
             time.sleep(POLL_S / 5)
-            batch = server.get(_path(batch["id"]))
+            with suppress(_NotReachedError):
+                batch = _look(server, batch)
     return batch
+
+
+class _NotReachedError(Exception):
+    """The server did not answer: perhaps it starts again."""
+
+
+def _look(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch as it is now. Raises _NotReachedError, and ServerError for what the server refuses."""
+    try:
+        return server.get(_path(batch["id"]))
+    except ServerError as error:
+        if error.status:
+            raise
+        raise _NotReachedError(str(error)) from error
 
 
 def _say(batch: dict[str, Any], console: Console | None = None) -> None:
@@ -315,15 +331,22 @@ def _say(batch: dict[str, Any], console: Console | None = None) -> None:
 
 
 def _follow(server: Server, batch: dict[str, Any]) -> None:
-    """Watch a batch to its end. Ctrl-C stops the watching, not the batch."""
-    try:
+    """Watch a batch to its end."""
+    with _going_on(batch):
         batch = _watch(server, batch)
-    except KeyboardInterrupt:
-        typer.echo(f"the batch goes on; chiron batch status {batch['id']} --watch follows it again", err=True)
-        raise
     _say(batch, Console())
     if batch["status"] != "completed":
         raise typer.Exit(NOT_DONE)
+
+
+@contextmanager
+def _going_on(batch: dict[str, Any]) -> Iterator[None]:
+    """Ctrl-C stops the watching, not the batch; say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"the batch goes on; chiron batch status {batch['id']} --watch follows it again", err=True)
+        raise
 
 
 def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
@@ -344,12 +367,12 @@ def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
             )
             time.sleep(POLL_S)
             try:
-                batch = server.get(_path(batch["id"]))
+                batch = _look(server, batch)
                 failures = 0
-            except ServerError as error:
+            except _NotReachedError as error:
                 failures += 1
-                if error.status or failures > RECONNECTS_MAX:
-                    raise
+                if failures > RECONNECTS_MAX:
+                    raise ServerError(str(error)) from error
                 bars.update(task, description=str(error))
     return batch
 
