@@ -100,14 +100,14 @@ def submit(
         uploaded = server.upload(file, "batch", progress)
     request = {"input_file_id": uploaded["id"], "endpoint": called, "completion_window": window}
     batch = server.post("/v1/batches", request | ({"metadata": notes} if notes else {}))
-    typer.echo(batch["id"])
     with _going_on(batch):
+        typer.echo(batch["id"])
         batch = _await_validation(server, batch)
-    _say(batch)
-    if batch["status"] == "failed":
-        raise typer.Exit(2)
-    if wait:
-        _follow(server, batch)
+        _say(batch)
+        if batch["status"] == "failed":
+            raise typer.Exit(2)
+        if wait:
+            _follow(server, batch)
 
 
 @app.command()
@@ -132,7 +132,8 @@ def status(
     if json_:
         typer.echo(json.dumps(batch, indent=2))
     elif watch and batch["status"] not in ENDED:
-        _follow(server, batch)
+        with _going_on(batch):
+            _follow(server, batch)
     else:
         _say(batch, Console())
 
@@ -332,8 +333,7 @@ def _say(batch: dict[str, Any], console: Console | None = None) -> None:
 
 def _follow(server: Server, batch: dict[str, Any]) -> None:
     """Watch a batch to its end."""
-    with _going_on(batch):
-        batch = _watch(server, batch)
+    batch = _watch(server, batch)
     _say(batch, Console())
     if batch["status"] != "completed":
         raise typer.Exit(NOT_DONE)
