@@ -48,8 +48,8 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
 	@$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/.dev ## The slow tests only
-	@$(BIN)/python -m pytest -n 2 -m slow
+test-slow: $(VENV)/.dev ## The slow tests only, one at a time: many of them load the whole machine
+	@$(BIN)/python -m pytest -m slow
 
 test-all: $(VENV)/.dev ## Every test
 	@$(BIN)/python -m pytest -n 2
