@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("gguf")
+
+import numpy as np
 
 from chiron.engines.serve.openvino_model import ModelError, context_length
 from chiron.engines.serve.toy import ToySettings, toy_model, write_toy
@@ -48,6 +51,42 @@ def test_a_shape_out_of_bounds_is_named(field: str, value: int) -> None:
 
 def test_its_context_length_is_read_from_the_header(tmp_path: Path) -> None:
     assert context_length(toy_model(SMALL, tmp_path)) == 512
+
+
+def test_its_context_length_is_read_past_lists_of_any_kind(tmp_path: Path) -> None:
+    """Files from the usual converters hold tags and languages before it."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "tagged.gguf", "llama")
+    writer.add_tags(["chat", "text-generation"])
+    writer.add_array("some.numbers", [1, 2, 3])
+    writer.add_array("some.lists", [[1, 2], [3]])
+    writer.add_context_length(32_768)
+    writer.add_tensor("weights", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert context_length(tmp_path / "tagged.gguf") == 32_768
+
+
+_HEAD = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        struct.pack("<IQ", 8, 2**63),
+        struct.pack("<IIQ", 9, 10, 2**63),
+        struct.pack("<IIQ", 9, 8, 2**63),
+        struct.pack("<I", 77),
+    ],
+)
+def test_a_header_that_is_broken_is_refused_and_never_believed(tmp_path: Path, value: bytes) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(_HEAD + value)
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        context_length(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\0\0\0", b"hello, world, this is no model at all"])

@@ -160,7 +160,7 @@ def context_length(path: Path) -> int:
     try:
         with path.open("rb") as file:
             return _gguf_context_length(file) or _CONTEXT_DEFAULT
-    except (OSError, struct.error) as error:
+    except (OSError, ValueError, struct.error) as error:
         raise ModelError(f"model {path}: it is not a GGUF file: {error}") from None
 
 
@@ -170,7 +170,8 @@ _STRING, _ARRAY = 8, 9
 
 
 def _gguf_context_length(file: BinaryIO) -> int | None:
-    """``ARCHITECTURE.context_length`` of a GGUF header. Keys stand before the tokenizer's, so little is read."""
+    """``ARCHITECTURE.context_length`` of a GGUF header. Keys may stand in any order: converters put lists of tags and
+    languages before it, and little but the tokenizer's lists after it."""
     if file.read(4) != b"GGUF":
         raise struct.error("it does not begin with the letters GGUF")
     _version, _tensors, keys = struct.unpack("<IQQ", file.read(20))
@@ -178,19 +179,29 @@ def _gguf_context_length(file: BinaryIO) -> int | None:
         (length,) = struct.unpack("<Q", file.read(8))
         key = file.read(min(length, 1024))
         (kind,) = struct.unpack("<I", file.read(4))
-        if kind == _ARRAY:
-            return None  # Arrays belong to the tokenizer, which comes last.
-        if kind == _STRING:
-            (length,) = struct.unpack("<Q", file.read(8))
-            file.seek(length, 1)
-            continue
-        if kind not in _SCALARS:
-            raise struct.error(f"value type {kind} is not known")
-        form = "<" + _SCALARS[kind]
-        (value,) = struct.unpack(form, file.read(struct.calcsize(form)))
-        if key.endswith(b".context_length"):
+        if key.endswith(b".context_length") and kind in _SCALARS:
+            form = "<" + _SCALARS[kind]
+            (value,) = struct.unpack(form, file.read(struct.calcsize(form)))
             return int(value)
+        _skip_value(file, kind)
     return None
+
+
+def _skip_value(file: BinaryIO, kind: int) -> None:
+    if kind in _SCALARS:
+        file.seek(struct.calcsize("<" + _SCALARS[kind]), 1)
+    elif kind == _STRING:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(length, 1)
+    elif kind == _ARRAY:
+        item, count = struct.unpack("<IQ", file.read(12))
+        if item in _SCALARS:
+            file.seek(count * struct.calcsize("<" + _SCALARS[item]), 1)
+            return
+        for _ in range(count):
+            _skip_value(file, item)
+    else:
+        raise struct.error(f"value type {kind} is not known")
 
 
 def _genai() -> tuple[Any, Any]:
