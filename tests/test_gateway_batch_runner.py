@@ -354,6 +354,101 @@ def test_answers_cut_off_are_tried_again_and_refusals_are_answers(tmp_path: Path
     run(test)
 
 
+def test_an_answer_that_cannot_be_written_down_fails_alone(tmp_path: Path) -> None:
+    async def test() -> None:
+        deep = b"[" * 600 + b"]" * 600
+        refusal = (422, b'{"error": {"message": "no", "input": %b}}' % deep)
+        site = await Site(tmp_path, lambda text: refusal if text == "no" else text).start()
+        done = await site.ended(await site.submit(line("a", "no"), line("b", "yes")))
+        assert (done.completed, done.failed) == (1, 1)
+        (error,) = await site.lines(done.error_file_id)
+        assert (error["custom_id"], error["error"]["code"]) == ("a", "request_failed")
+        await site.stop()
+
+    run(test)
+
+
+def test_lines_that_the_disk_has_changed_fail_alone(tmp_path: Path) -> None:
+    async def test() -> None:
+        settings = BatchSettings(window_max=2)
+        site = await Site(tmp_path, lambda text: None if text.startswith("x") else text, settings=settings).start()
+        first = await site.submit(*many(2))
+        batch = await site.submit(line("a", "one"), line("b", "two"), line("c", "three"))
+        await site.until(lambda: site.plane.held_items == 3)
+        path = tmp_path / "files" / batch.input_file_id
+        path.write_bytes(path.read_bytes().replace(b'{"custom_id": "b", "', b'["custom_id": "b", "'))
+        await site.runner.cancel(first.id, None)
+        done = await site.ended(batch)
+        assert (done.status, done.completed, done.failed) == ("completed", 2, 1)
+        (error,) = await site.lines(done.error_file_id)
+        assert (error["custom_id"], error["error"]["code"]) == ("b", "invalid_json_line")
+        await site.stop()
+
+    run(test)
+
+
+def unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def test_a_file_that_cannot_be_read_holds_up_no_other_model(tmp_path: Path) -> None:
+    async def test() -> None:
+        gate = {"open": False}
+        settings = BatchSettings(window_max=2)
+        site = await Site(tmp_path, lambda text: text if gate["open"] else None, settings=settings).start()
+        bad = await site.submit(*(line(f"{i}", model="org/n") for i in range(4)))
+        good = await site.submit(*many(40))
+        await site.until(lambda: len(site.plane.open) == 4)
+        path = tmp_path / "files" / bad.input_file_id
+        content = path.read_bytes()
+        unreadable(path)
+        gate["open"] = True
+        for request in list(site.plane.open.values()):
+            site.plane.settle(request)
+        assert (await site.ended(good)).completed == 40
+        assert (await site.store.get_batch(bad.id, None)).completed == 2
+        path.rmdir()
+        path.write_bytes(content)
+        assert (await site.ended(bad, step_s=1.0)).completed == 4
+        await site.stop()
+
+    run(test)
+
+
+def test_a_file_that_cannot_be_read_holds_up_no_other_validation(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = await Site(tmp_path).start()
+        bad = [await site.upload(line("a")) for _ in range(3)]
+        paths = [tmp_path / "files" / batch.input_file_id for batch in bad]
+        content = paths[0].read_bytes()
+        for batch, path in zip(bad, paths, strict=True):
+            unreadable(path)
+            site.runner.created(batch)
+        assert (await site.ended(await site.submit(line("b")))).completed == 1
+        for batch, path in zip(bad, paths, strict=True):
+            assert (await site.store.get_batch(batch.id, None)).status == "validating"
+            path.rmdir()
+            path.write_bytes(content)
+            assert (await site.ended(batch, step_s=1.0)).completed == 1
+        await site.stop()
+
+    run(test)
+
+
+def test_many_small_messages_in_a_long_line_are_an_item(tmp_path: Path) -> None:
+    """Each counts for a few tokens of its own, so that the prompt is taken to be longer than the line."""
+
+    async def test() -> None:
+        settings = BatchSettings(line_max_bytes=4000)
+        site = await Site(tmp_path, settings=settings).start()
+        messages = [{"role": "user", "content": "hello"}, *({} for _ in range(900)), {"content": "hello"}]
+        assert (await site.ended(await site.submit(line("a", messages=messages)))).completed == 1
+        await site.stop()
+
+    run(test)
+
+
 def test_a_key_that_is_gone_fails_its_batch_with_the_reason(tmp_path: Path) -> None:
     async def test() -> None:
         key = Key(name="team", hash=hashed("sk-team"))

@@ -194,6 +194,8 @@ def test_an_error_in_the_stream() -> None:
         b'data: {"choices": [3]}\n\n',
         b'data: {"choices": [{"index": "x"}]}\n\n',
         b"data: \xff\n\n",
+        b'data: {"error": {"code": 400, "input": %b}}\n\n' % (b"[" * 600 + b"]" * 600),
+        b'data: {"choices": [{"delta": %b}]}\n\n' % (b'{"a":' * 900 + b"1" + b"}" * 900),
     ],
 )
 def test_a_stream_of_nonsense_is_refused(data: bytes) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from chiron.store.port import BatchStore, StoreCorrupt, StoreError, StoreLocked
 from chiron.store.settings import StoreSettings
-from store_contract import lines_of, start, upload
+from store_contract import LIMITS, check, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
 HOLD = """
@@ -128,6 +128,25 @@ def test_a_batch_whose_input_was_taken_away_ends_with_a_reason(tmp_path: Path) -
             lost = await store.get_batch(lost.id, None)
             assert (lost.status, lost.failed, lost.errors[0].code) == ("failed", 5, "input_file_missing")
             assert [work.batch_id for work in await store.pending()] == []
+
+    asyncio.run(run())
+
+
+def test_a_batch_whose_input_cannot_be_opened_for_now_is_validated_later(tmp_path: Path) -> None:
+    async def run() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            batch = await submit(site, store, lines_of(5))
+            path = tmp_path / "files" / batch.input_file_id
+            content = path.read_bytes()
+            path.unlink()
+            path.mkdir()
+            with pytest.raises(StoreError, match="directory"):
+                await store.validate(batch.id, check, LIMITS)
+            assert await store.unvalidated() == [batch]
+            path.rmdir()
+            path.write_bytes(content)
+            assert (await store.validate(batch.id, check, LIMITS)).total == 5
 
     asyncio.run(run())
 

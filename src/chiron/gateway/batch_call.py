@@ -10,6 +10,7 @@ import orjson
 from chiron.core.types import Request
 from chiron.gateway.batch_lines import answer_line, error_line, request_id
 from chiron.gateway.calls import CollectedCall
+from chiron.gateway.collect import CollectError
 from chiron.gateway.upstream import RETRIED
 from chiron.store.port import Ended, Item
 
@@ -52,14 +53,23 @@ class BatchCall(CollectedCall):
         """The result line of an answer, be it a refusal. Raises CollectError if there is none."""
         status, body = (self.status, _json(self.answer)) if self.refused else (200, self.collector.result())
         item = self.item
-        line = answer_line(item.batch_id, item.index, item.custom_id, status, body)
+        try:
+            line = answer_line(item.batch_id, item.index, item.custom_id, status, body)
+        except orjson.JSONEncodeError as error:
+            # JSON can be read that is nested too deep to be written.
+            raise CollectError(f"the engine's answer cannot be kept: {error}") from None
         return Ended(batch_id=item.batch_id, index=item.index, ok=status < 400, line=line)
 
 
-def item_body(item: Item) -> dict[str, Any]:
-    """The request in the item's line, which was checked when the batch was validated."""
-    body: dict[str, Any] = orjson.loads(item.body)["body"]
-    return body
+def item_body(item: Item) -> dict[str, Any] | None:
+    """The request in the item's line. It was checked when the batch was validated; None: the disk holds other bytes
+    by now."""
+    try:
+        line = orjson.loads(item.body)
+    except orjson.JSONDecodeError:
+        return None
+    body = line.get("body") if isinstance(line, dict) else None
+    return body if isinstance(body, dict) else None
 
 
 def failure(item: Item, code: str, message: str) -> Ended:

@@ -27,12 +27,12 @@ from chiron.core.types import Request
 from chiron.gateway.admission import Models, ServedModel, prompt_bytes
 from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
 from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
-from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off
+from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off, try_later
 from chiron.gateway.batch_writer import Place, ResultWriter
 from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
-from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork
+from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
 
 log = logging.getLogger("chiron.batch")
 
@@ -62,6 +62,8 @@ class _Window:
         """Items given up since the last that got an answer."""
         self.resume_s = 0.0
         """Nothing is submitted before (the clock's time)."""
+        self.lease_delay_s = 0.0
+        """The pause if the next lease fails; 0: the last did not."""
 
     def queued(self) -> list[BatchCall]:
         """Submitted, and not on an instance."""
@@ -105,7 +107,8 @@ class BatchRunner:
         self._tuning = tuning or RunnerSettings()
         self._limits = InputLimits(items_max=self._settings.items_max, line_bytes_max=self._settings.line_max_bytes)
         self._tasks: list[asyncio.Task[None]] = []
-        self._unchecked: asyncio.Queue[Batch] = asyncio.Queue()
+        self._unchecked: asyncio.Queue[tuple[Batch, float]] = asyncio.Queue()
+        """Batches to validate, each with the pause before another try if that fails."""
         self._news = asyncio.Event()
         self._writer = ResultWriter(store=store, clock=clock, tuning=self._tuning, on_return=self._news.set)
         self._held: dict[tuple[str, str], _Held] = {}
@@ -121,7 +124,7 @@ class BatchRunner:
     async def start(self) -> None:
         """Take up what the last process left."""
         for batch in await self._store.unvalidated():
-            self._unchecked.put_nowait(batch)
+            self.created(batch)
         loops = [self._validate_loop] * self._tuning.validations_at_once + [self._work_loop, self._writer.run]
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
         self._clock.post(self._tick)
@@ -138,7 +141,7 @@ class BatchRunner:
 
     def created(self, batch: Batch) -> None:
         """Validate it, then run it."""
-        self._unchecked.put_nowait(batch)
+        self._unchecked.put_nowait((batch, self._tuning.backoff_min_s))
 
     async def cancel(self, batch_id: str, owner: str | None) -> Batch:
         """Cancel in the store, and stop what runs. Raises StoreError."""
@@ -194,19 +197,28 @@ class BatchRunner:
 
     async def _validate_loop(self) -> None:
         while True:
-            batch = await self._unchecked.get()
+            batch, delay_s = await self._unchecked.get()
             check = line_check(batch.endpoint, self._names, self._keys.named(batch.owner))
-            delay_s = self._tuning.backoff_min_s
-            while True:
-                try:
-                    batch = await self._store.validate(batch.id, check, self._limits)
-                    log.info("batch %s: %s, %d items", batch.id, batch.status, batch.total)
-                    break
-                except NotFound:
-                    break
-                except Exception as error:
-                    delay_s = await self._back_off(f"validation of {batch.id}", error, delay_s)
+            try:
+                batch = await self._store.validate(batch.id, check, self._limits)
+                log.info("batch %s: %s, %d items", batch.id, batch.status, batch.total)
+            except NotFound:
+                pass
+            except StoreFull as error:
+                # There is no room for the others either.
+                next_s = await self._back_off(f"validation of {batch.id}", error, delay_s)
+                self._unchecked.put_nowait((batch, next_s))
+            except Exception as error:
+                self._validate_later(batch, error, delay_s)
             self._news.set()
+
+    def _validate_later(self, batch: Batch, error: Exception, delay_s: float) -> None:
+        """What fails may be this batch alone, and go on failing: the others do not wait for it."""
+
+        def again() -> None:
+            self._unchecked.put_nowait((batch, next_s))
+
+        next_s = try_later(self._clock, self._tuning, f"validation of {batch.id}", error, delay_s, again)
 
     # -- from the store to the control plane -------------------------------------------------------------------
 
@@ -245,13 +257,6 @@ class BatchRunner:
         self._ended_since = 0
         pending = await self._store.pending()
         leased: list[tuple[_Window, list[Item]]] = []
-        for name, window in self._windows.items():
-            deadlines = [work.deadline_s for work in pending if work.model == name and work.items]
-            wish = self._wish(window, min(deadlines)) if deadlines and not self._closing else None
-            if wish is not None:
-                leased.append((window, await self._store.lease(name, *wish)))
-        if leased:
-            pending = await self._store.pending()
 
         def deliver() -> None:
             self._report_held(pending)
@@ -262,7 +267,30 @@ class BatchRunner:
                 self._try_suspect(window)
                 self._trim(window)
 
-        self._clock.post(deliver)
+        try:
+            for name, window in self._windows.items():
+                deadlines = [work.deadline_s for work in pending if work.model == name and work.items]
+                wish = self._wish(window, min(deadlines)) if deadlines and not self._closing else None
+                if wish is not None:
+                    leased.append((window, await self._lease(window, wish)))
+            if leased:
+                pending = await self._store.pending()
+        finally:
+            # Nobody else would ever run what is leased, whatever came after it.
+            self._clock.post(deliver)
+
+    async def _lease(self, window: _Window, wish: tuple[int, float | None]) -> list[Item]:
+        """Items of one model. If they cannot be read, the other models do not wait for them."""
+        try:
+            items = await self._store.lease(window.model.settings.name, *wish)
+        except StoreError as error:
+            delay_s = window.lease_delay_s or self._tuning.backoff_min_s
+            what = f"taking work of {window.model.settings.name}"
+            window.resume_s = self._clock.now_s + delay_s
+            window.lease_delay_s = try_later(self._clock, self._tuning, what, error, delay_s, self._news.set)
+            return []
+        window.lease_delay_s = 0.0
+        return items
 
     def _wish(self, window: _Window, earliest_s: float) -> tuple[int, float | None] | None:
         """How many items to lease, and before which deadline (Unix time); None: none."""
@@ -290,6 +318,10 @@ class BatchRunner:
 
     def _submit(self, window: _Window, item: Item, *, suspect: bool = False) -> None:
         body = item_body(item)
+        if body is None:
+            message = "The request's line of the input file is no longer what it was when the batch was accepted."
+            self._writer.add(failure(item, "invalid_json_line", message))
+            return
         call = BatchCall(item, body, self._tuning.answer_max_bytes, self._ended)
         exact, size = prompt_bytes(body, item.endpoint == ENDPOINTS[0])
         call.prompt_bytes = 0 if exact else size

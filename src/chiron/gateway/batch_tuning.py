@@ -61,13 +61,21 @@ async def back_off(
     clock: RunnerClock, tuning: RunnerSettings, what: str, error: BaseException, delay_s: float
 ) -> float:
     """Say what went wrong and wait. Returns the next delay."""
+    over = asyncio.Event()
+    next_s = try_later(clock, tuning, what, error, delay_s, over.set)
+    await over.wait()
+    return next_s
+
+
+def try_later(
+    clock: RunnerClock, tuning: RunnerSettings, what: str, error: BaseException, delay_s: float, again: Callback
+) -> float:
+    """Say what went wrong and call ``again`` later. Returns the next delay."""
     known = isinstance(error, StoreError)
     log.warning("%s: %s; next try in %.1f s", what, error, delay_s, exc_info=None if known else error)
-    over = asyncio.Event()
 
     def wake_later() -> None:
-        clock.call_later(delay_s, over.set)
+        clock.call_later(delay_s, again)
 
     clock.post(wake_later)
-    await over.wait()
     return min(tuning.backoff_max_s, 2.0 * delay_s)

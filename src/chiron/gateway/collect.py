@@ -15,6 +15,8 @@ from typing import Any
 
 import orjson
 
+from chiron.gateway.admission import nested_too_deep
+
 Json = dict[str, Any]
 
 _SET_ONCE = frozenset({"role", "id", "type", "name"})
@@ -140,6 +142,8 @@ class Collector:
             raise CollectError(f"an event of the engine's stream is not JSON: {error}") from None
         if not isinstance(chunk, dict):
             raise CollectError("an event of the engine's stream is not a JSON object")
+        if nested_too_deep(event, chunk):
+            raise CollectError("an event of the engine's stream is nested too deep")
         if chunk.get("error"):
             said = chunk["error"]
             self.error = said if isinstance(said, dict) else {"message": str(said)}
