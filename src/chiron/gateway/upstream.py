@@ -208,7 +208,7 @@ class HttpEngine:
         self._retiring = asyncio.get_running_loop().create_task(self.origin.close())
 
     def _presume_prefilled(self, run: _Run) -> None:
-        if self.runs.get(run.request.id) is run and run.decoding_s < 0.0:
+        if self.holds(run) and run.decoding_s < 0.0:
             run.begin_decoding()
             self.listener.prefilled(run.request)
 
@@ -225,7 +225,8 @@ class HttpEngine:
             self._send_limit()
 
     def _leave(self, run: _Run) -> None:
-        if self.runs.pop(run.request.id, None) is not None:
+        if self.holds(run):
+            del self.runs[run.request.id]
             self.observer.left(
                 self.clock.now_s,
                 run.request.input_tokens,
@@ -233,6 +234,11 @@ class HttpEngine:
                 decoded=run.decoding_s >= 0.0,
                 streams=run.upcall.streams,
             )
+
+    def holds(self, run: _Run) -> bool:
+        """Whether the request is still here. Timers that were due before what is reported count first, and may have
+        taken it away, or even have brought it back as another run."""
+        return self.runs.get(run.request.id) is run
 
     def ended(self, run: _Run) -> None:
         """A complete answer."""
@@ -244,6 +250,8 @@ class HttpEngine:
         self._failures = 0
 
         def report() -> None:
+            if not self.holds(run):
+                return
             tokens = max(1, run.output_tokens())
             if request.outcome is None:
                 request.tokens_done = tokens
@@ -251,6 +259,8 @@ class HttpEngine:
                     request.first_token_s = _unseen_first_token_s(request, self.clock.now_s)
             if run.status < 400:
                 run.first()
+                if not self.holds(run):  # Its prefill is over, and somebody more urgent took the room.
+                    return
                 run.count(tokens)
             self._leave(run)
             if run.status >= 400:
@@ -273,7 +283,7 @@ class HttpEngine:
         avoid_s = 0.0 if failure.status == 500 and not broken else AVOID_S * 2 ** min(self._failures - 1, 5)
 
         def report() -> None:
-            if run.request.id not in self.runs:
+            if not self.holds(run):
                 return
             self._leave(run)
             request = run.request
@@ -396,7 +406,7 @@ class _Run:
 
     def first(self) -> None:
         """The first token is here (posted)."""
-        if self.told or self.request.id not in self._engine.runs:
+        if self.told or not self._engine.holds(self):
             return
         self.told = True
         if self.decoding_s < 0.0:
