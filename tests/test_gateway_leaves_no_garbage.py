@@ -7,10 +7,15 @@ import gc
 import json
 from pathlib import Path
 
+import pytest
+
 from chiron.config.serve import parse_serve
+from chiron.gateway.calls import RelayCall
 from chiron.gateway.service import Service
 from chiron.net.client import Origin
 from chiron.net.server import Incoming, serve
+from live_gateway import until
+from scripted_engine import SSE, Reader, ScriptedEngine, before, body, chunk
 
 REQUESTS = 50
 
@@ -63,3 +68,37 @@ def test_an_answer_in_one_piece_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_stream_leaves_nothing_behind(tmp_path: Path) -> None:
     assert asyncio.run(uncollected(tmp_path, {"stream": True})) < REQUESTS
+
+
+@pytest.mark.parametrize("who", ["client", "engine"])
+def test_an_answer_that_breaks_off_leaves_no_request_behind(tmp_path: Path, who: str) -> None:
+    def begins(incoming: Incoming) -> None:
+        if who == "client":
+            incoming.start(200, SSE)
+            incoming.write(chunk("one"))
+        else:
+            incoming.start(200, length=100)
+            incoming.write(b"{")
+            asyncio.get_running_loop().call_soon(incoming.abort)
+
+    async def main() -> int:
+        engine = ScriptedEngine(begins)
+        async with before(tmp_path, engine) as (service, origin):
+            gc.unfreeze()
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(5):
+                    reader = Reader(origin, body(stream=who == "client"))
+                    await until(lambda: reader.data or reader.over, "it begins")  # noqa: B023
+                    reader.call.cancel()
+                    await until(lambda: not service.front.open, "it is over")
+                    engine.seen.clear()
+                    engine.left.clear()
+                await until(lambda: len(service._server.connections) < 2, "its connection is gone")  # type: ignore[union-attr]
+                return sum(type(each) in (RelayCall, Incoming) for each in gc.get_objects())
+            finally:
+                gc.enable()
+                gc.set_threshold(700, 10, 10)
+
+    assert asyncio.run(main()) < 5

@@ -314,3 +314,22 @@ def test_an_application_gets_bodies_as_they_come_and_is_held_back_by_a_slow_clie
             assert told[1] == {"type": "http.disconnect"}
 
     asyncio.run(main())
+
+
+def test_what_an_application_does_not_read_does_not_hold_up_the_next_request() -> None:
+    arrived = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await arrived.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def main() -> None:
+        async with serving(lambda request: None, app=app) as server, peer(server.port) as client:
+            client.send(b"POST /x HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (5 * len(BLOCK)) + 5 * BLOCK)
+            await until(lambda: any(c._serving and c._serving.complete for c in server.connections))
+            arrived.set()
+            client.send(HELLO)
+            assert [answer.status for answer in await client.answers(2)] == [200, 200]
+
+    asyncio.run(main())

@@ -387,6 +387,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True
+        self._parser = None  # It refers to this connection.
         origin = self._origin
         origin._lost(self)
         call, self._call = self._call, None

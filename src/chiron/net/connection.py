@@ -122,11 +122,13 @@ class Connection(asyncio.Protocol):
         leaving = [r for r in (self._serving, self._reading) if r is not None]
         self._serving = self._reading = None
         self._waiting.clear()
+        self._parser = None  # It refers to this connection.
         for request in dict.fromkeys(leaving):
-            if not request.closed:
-                request.closed = True
-                if request.on_close is not None:
-                    request.on_close()
+            told = None if request.closed else request.on_close
+            request.closed = True
+            request._forget()
+            if told is not None:
+                told()
         self.server.left(self)
 
     def pause_writing(self) -> None:
@@ -297,12 +299,16 @@ class Connection(asyncio.Protocol):
 
     def answered(self, request: Incoming) -> None:
         """The answer to ``request`` is complete."""
-        # No cycles: a request is freed at once, and the garbage collector has nothing to look for.
-        request.on_close = request.on_pause = request.on_resume = request.on_body = request.on_body_end = None
+        request._forget()
         if self._serving is request:
             self._serving = None
         if self._lost:
             return
+        if request.streams:
+            # What its handler left unread of the body must not keep the next request waiting.
+            self._read_paused = min(1, self._read_paused)
+            if not self._waiting:
+                self.resume_reading()
         last = self._deaf and not self._waiting
         if not request._keep_alive or not request.complete or last or self.server.closing:
             self._hang_up(linger=last or not request.complete)

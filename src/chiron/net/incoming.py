@@ -169,10 +169,12 @@ class Incoming:
             self._connection.abort()
 
     def pause_body(self) -> None:
-        self._connection.pause_reading()
+        if not self.closed:
+            self._connection.pause_reading()
 
     def resume_body(self) -> None:
-        self._connection.resume_reading()
+        if not self.closed:
+            self._connection.resume_reading()
 
     def _head(self, status: int, headers: Sequence[Header]) -> list[bytes]:
         connection = self._connection
@@ -189,6 +191,10 @@ class Incoming:
     def _over(self) -> None:
         self.closed = True
         self._connection.answered(self)
+
+    def _forget(self) -> None:
+        """No cycles: a request is freed when it is over, and the garbage collector has nothing to look for."""
+        self.on_close = self.on_pause = self.on_resume = self.on_body = self.on_body_end = None
 
     def _add(self, data: bytes) -> None:
         """A part of the body that is collected."""
