@@ -161,6 +161,25 @@ async def a_file_exists_only_once_it_is_committed(site: Site) -> None:
         assert await store.list_files(None) == []
 
 
+async def an_upload_that_ends_with_the_store_is_whole_or_not_there(site: Site) -> None:
+    for turns in range(24):
+        async with site.store() as store:
+            incoming = await store.begin_file("batch", "x", "", 1 << 30)
+            await incoming.write(b"x" * 3000)
+            commit = asyncio.create_task(incoming.commit())
+            for _ in range(turns % 6):
+                await asyncio.to_thread(lambda: None)
+        (outcome,) = await asyncio.gather(commit, return_exceptions=True)
+        assert isinstance(outcome, StoredFile | StoreClosed)
+        async with site.store() as store:
+            files = await store.list_files(None)
+            if isinstance(outcome, StoredFile):
+                assert files == [outcome]
+            for file in files:
+                assert len(await content(store, file.id)) == 3000
+                await store.delete_file(file.id, None)
+
+
 async def a_key_sees_its_own_files_only(site: Site) -> None:
     async with site.store() as store:
         mine = await upload(store, b"1", "me")
@@ -792,6 +811,7 @@ CASES: list[Case] = [
     a_file_comes_back_byte_for_byte,
     an_empty_file_is_a_file,
     a_file_exists_only_once_it_is_committed,
+    an_upload_that_ends_with_the_store_is_whole_or_not_there,
     a_key_sees_its_own_files_only,
     text_that_is_no_text_does_no_harm,
     lists_are_read_in_pages,

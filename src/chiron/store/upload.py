@@ -10,9 +10,10 @@ import os
 from collections.abc import Awaitable, Callable
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 
 from chiron.store.directory import check_room, disk_error, file_path, sync_directory
-from chiron.store.port import StoreClosed, StoredFile, TooLarge
+from chiron.store.port import StoreClosed, StoredFile, StoreError, TooLarge
 from chiron.store.settings import StoreSettings
 
 RunInThread = Callable[[Callable[[], None]], Awaitable[None]]
@@ -49,6 +50,10 @@ class FileUpload:
         self._ended = False
         self._failed = False
         """Something is missing on disk: it can only be aborted."""
+        self._known = False
+        """Its row is written, or being written: its content stays."""
+        self._disk = Lock()
+        """Nothing is removed or closed while it is written."""
 
     async def write(self, data: bytes) -> None:
         self._require_open()
@@ -64,21 +69,26 @@ class FileUpload:
     async def commit(self) -> StoredFile:
         self._require_open()
         await self._in_thread(self._flush_to_disk)
-        file = await self._insert(
-            StoredFile(
-                id=self._file.id,
-                purpose=self.purpose,
-                filename=self._file.filename,
-                bytes=self._bytes,
-                created_s=self._file.created_s,
-                owner=self._file.owner,
-            )
+        self._require_open()
+        file = StoredFile(
+            id=self._file.id,
+            purpose=self.purpose,
+            filename=self._file.filename,
+            bytes=self._bytes,
+            created_s=self._file.created_s,
+            owner=self._file.owner,
         )
+        self._known = True
+        try:
+            file = await self._insert(file)
+        except StoreError:
+            self._known, self._failed = False, True
+            raise
         self._end()
         return file
 
     async def abort(self) -> None:
-        if not self._ended:
+        if not self._ended and not self._known:
             self._end()
             await self._in_thread(self._discard)
 
@@ -91,6 +101,11 @@ class FileUpload:
         self._on_end(self)
 
     def _flush(self) -> None:
+        with self._disk:
+            self._require_open()
+            self._write_out()
+
+    def _write_out(self) -> None:
         self._failed = True
         try:
             check_room(self._directory, self._settings.reserve_bytes)
@@ -108,17 +123,21 @@ class FileUpload:
         self._failed = False
 
     def _flush_to_disk(self) -> None:
-        self._flush()
-        assert self._stream is not None
-        self._failed = True
-        try:
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            sync_directory(self._path.parent)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
+        with self._disk:
+            self._require_open()
+            self._write_out()
+            assert self._stream is not None
+            self._failed = True
+            try:
+                os.fsync(self._stream.fileno())
+                self._stream.close()
+                sync_directory(self._path.parent)
+            except OSError as error:
+                raise disk_error(error, self._path) from error
+            self._failed = False
 
     def _discard(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._path.unlink(missing_ok=True)
+        with self._disk:
+            if self._stream is not None:
+                self._stream.close()
+            self._path.unlink(missing_ok=True)
