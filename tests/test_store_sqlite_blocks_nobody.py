@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from chiron.store.database import open_for_reading
+from chiron.store.items import lease
+from chiron.store.leases import Leases
 from chiron.store.port import BatchStore, Ended
 from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
 from store_sites import sqlite_site
@@ -35,6 +38,34 @@ def test_a_slow_reader_holds_up_neither_writers_nor_the_log(tmp_path: Path) -> N
             assert 490 <= lines < 500
 
     asyncio.run(run())
+
+
+def test_the_few_items_of_a_rare_model_are_looked_for_once(tmp_path: Path) -> None:
+    async def fill() -> None:
+        site = sqlite_site(tmp_path)
+        async with site.store() as store:
+            data = b"".join(line_of(f"{index}", MODEL if index % 2000 else "rare") + b"\n" for index in range(10_000))
+            assert (await store.validate((await submit(site, store, data)).id, check, LIMITS)).total == 10_000
+
+    asyncio.run(fill())
+    db = open_for_reading(tmp_path)
+    leases = Leases()
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    db.set_progress_handler(count, 100)
+    assert [item.index for item in lease(db, leases, "rare", 512, None)] == [0, 2000, 4000, 6000, 8000]
+    assert steps > 100
+    steps = 0
+    lane = db.execute("SELECT batch, lane FROM work WHERE model = 'rare'").fetchone()
+    assert leases.release(lane["batch"], lane["lane"], 4000, [])
+    assert [item.index for item in lease(db, leases, "rare", 512, None)] == [4000]
+    assert steps < 10
+    db.close()
 
 
 def test_small_work_gets_in_between_large_work(tmp_path: Path) -> None:

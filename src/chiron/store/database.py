@@ -60,13 +60,17 @@ PRAGMA user_version = {SCHEMA_VERSION};
 """
 
 
+INDEX_MAX = (1 << 32) - 1
+"""No item has it: an input file holds fewer lines."""
+
+
 def item_key(batch: int, index: int) -> int:
-    assert 0 <= index < 1 << 32, index
+    assert 0 <= index <= INDEX_MAX, index
     return batch << 32 | index
 
 
 def item_index(key: int) -> int:
-    return key & 0xFFFFFFFF
+    return key & INDEX_MAX
 
 
 def connect(directory: Path) -> sqlite3.Connection:

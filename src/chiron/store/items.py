@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from chiron.store.batches import end_if_idle, update_batch
-from chiron.store.database import FAILED, OK, OPEN, item_index, item_key
+from chiron.store.database import FAILED, INDEX_MAX, OK, OPEN, item_index, item_key
 from chiron.store.directory import disk_error, file_path
 from chiron.store.leases import LaneLeases, Leases
 from chiron.store.port import Ended, Item, PendingWork
@@ -94,8 +94,8 @@ def _take(db: sqlite3.Connection, lane: LaneLeases, batch: int, number: int, lim
         for row in fresh:
             lane.take(item_index(row["key"]), row["input_bytes"])
         taken += fresh
-        if fresh:
-            lane.cursor = item_index(fresh[-1]["key"]) + 1
+        # Nothing is left behind the last one: what is to be leased of a rare model is not looked for twice.
+        lane.cursor = item_index(fresh[-1]["key"]) + 1 if len(fresh) == wanted else INDEX_MAX
     return taken
 
 
