@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import subprocess
@@ -146,6 +147,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if made.returncode:
         pytest.skip("may not mount a file system")
     yield path
+    gc.collect()  # A traceback may still hold a connection.
     subprocess.run(["umount", str(path)], check=True)
 
 
@@ -165,6 +167,21 @@ def test_a_full_disk_loses_nothing(small_disk: Path) -> None:
     asyncio.run(upload_fails())
     filler.unlink()
     asyncio.run(finish_the_rest(site, batch_id))
+
+
+def test_opening_on_a_full_disk_says_that_it_is_full(small_disk: Path) -> None:
+    async def opened() -> None:
+        async with sqlite_site(small_disk / "data").store():
+            pass
+
+    asyncio.run(opened())
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(bytes(16 << 20))
+    with pytest.raises(StoreFull, match="no room"):
+        asyncio.run(opened())
+    filler.unlink()
+    asyncio.run(opened())
 
 
 def test_one_operation_without_room_does_not_fail_its_neighbours(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
 def store_error(error: sqlite3.Error, path: Path) -> StoreError:
     """What an error of SQLite means to callers."""
     code = getattr(error, "sqlite_errorcode", None) or 0
-    # A quota or a limit on file sizes shows as a failed write, not as a full disk.
-    if code & 0xFF == sqlite3.SQLITE_FULL or code == sqlite3.SQLITE_IOERR_WRITE:
+    # A quota or a limit on file sizes shows as a failed write, not as a full disk; at the start also a full disk does.
+    if code & 0xFF == sqlite3.SQLITE_FULL or code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE):
         return StoreFull(f"{path}: no room for more on the disk or in the quota ({error})")
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreCorrupt(f"{path}: damaged ({error}); restore a copy, or move it away to start empty")
