@@ -103,6 +103,12 @@ class Engines:
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}
 
+    def tokens_of(self, request: Request) -> int:
+        """Output tokens seen so far of a request that an engine is still at."""
+        engine = self.live.get(request.instance.id) if request.instance is not None else None
+        run = engine.runs.get(request.id) if engine is not None else None
+        return run.tokens if run is not None else 0
+
     async def close(self) -> None:
         for engine in list(self.live.values()):
             engine.close()

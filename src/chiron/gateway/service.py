@@ -235,10 +235,12 @@ class Service:
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
         try:
-            if self.front.open.pop(request.id, None) is not None and request.tokens_done:
+            if self.front.open.pop(request.id, None) is not None:
                 key = self.keys.named(request.payload.key_name)
-                if key is not None:
-                    self.keys.charge(key, request.tokens_done)
+                # Of a request that is called off, what was made so far: its client has most of it.
+                tokens = request.tokens_done or self.engines.tokens_of(request)
+                if key is not None and tokens:
+                    self.keys.charge(key, tokens)
             request.payload.ended(request)
         except Exception:
             log.exception("the end of request %s could not be told", request.id)
