@@ -79,11 +79,42 @@ def test_after_the_first_byte_a_stream_ends_with_an_error_event(tmp_path: Path) 
     asyncio.run(main())
 
 
+def test_a_stream_of_a_told_length_that_breaks_off_is_cut(tmp_path: Path) -> None:
+    async def main() -> None:
+        def breaks_off(incoming: Incoming) -> None:
+            incoming.start(400, length=10)
+            incoming.write(b"{")
+            asyncio.get_running_loop().call_later(0.02, incoming.abort)
+
+        async with before(tmp_path, ScriptedEngine(breaks_off)) as (_, origin):
+            reader = await Reader(origin, body(stream=True)).end()
+            assert (reader.status, reader.data, reader.over) == (400, b"{", "ConnectionLostError")
+
+    asyncio.run(main())
+
+
+def test_a_stream_whose_instance_the_fleet_gives_up_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine) as (service, origin):
+            reader = Reader(origin, body(stream=True))
+            await until(lambda: engine.seen, "it runs")
+            engine.seen[0].start(200, SSE)
+            engine.seen[0].write(chunk("one"))
+            await until(lambda: reader.data, "it has a token")
+            (instance,) = service.plane.instances.values()
+            service.clock.post(lambda: service.engines.instance_failed(instance))
+            assert (await reader.end()).error["code"] == "engine_lost"
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("act", "status", "code"),
     [
         (refuses(400), 400, None),
         (refuses(404), 404, None),
+        (refuses(429), 429, "engine"),
         (refuses(503), 503, "engine"),
         (hangs_up, 502, "bad_gateway"),
     ],
@@ -96,7 +127,9 @@ def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code
             assert (reader.status, reader.over) == (status, "end")
             error = json.loads(reader.data)["error"]
             assert error["message"].startswith("engine says") or error["code"] == code
-        assert len(engine.seen) == (1 if 400 <= status < 500 else 4)
+            answer = await origin.fetch("POST", "/v1/chat/completions", body=body())
+            assert ("retry-after" in answer.headers) == (status in (429, 503))
+        assert len(engine.seen) == 2 * (1 if status in (400, 404) else 4)
 
     asyncio.run(main())
 
@@ -181,6 +214,19 @@ def test_limits_on_waiting(tmp_path: Path) -> None:
                 whole(incoming)
             for reader in readers[:4]:
                 assert (await reader.end()).status == 200
+
+    asyncio.run(main())
+
+
+def test_the_limit_on_waiting_also_holds_for_who_lost_its_engine(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine, extra='[limits]\nqueue_wait_max = "1s"\n') as (_, origin):
+            reader = Reader(origin, body())
+            await until(lambda: engine.seen, "it runs")
+            await engine.server.close(0.0)
+            await reader.end()
+            assert (reader.status, json.loads(reader.data)["error"]["code"]) == (503, "service_unavailable")
 
     asyncio.run(main())
 

@@ -47,6 +47,12 @@ def test_a_gateway_without_keys_asks_where_a_page_is_from(tmp_path: Path, site: 
     assert asyncio.run(statuses(tmp_path, "", {"sec-fetch-site": site})) == expected
 
 
+def test_admin_routes_that_no_key_protects_are_not_for_foreign_pages(tmp_path: Path) -> None:
+    config = f'keys = [{{ name = "a", hash = "{hash_secret(b"secret")}" }}]'
+    key = {"authorization": "Bearer secret"}
+    assert asyncio.run(statuses(tmp_path, config, key | {"sec-fetch-site": "cross-site"})) == [200, 403]
+
+
 def test_with_a_key_a_page_may_be_from_anywhere(tmp_path: Path) -> None:
     config = f'admin_key_hash = "{hash_secret(b"root")}"\nkeys = [{{ name = "a", hash = "{hash_secret(b"secret")}" }}]'
     headers = {"sec-fetch-site": "cross-site", "authorization": "Bearer secret"}

@@ -82,7 +82,8 @@ def test_more_connections_than_allowed_are_refused_and_those_before_go_on() -> N
             async with peer(server.port) as first, peer(server.port) as second:
                 await until(lambda: len(server.connections) == 2)
                 async with peer(server.port) as third:
-                    assert [answer.status for answer in answers(await third.rest())[0]] == [503]
+                    refused = answers(await third.rest())[0]
+                    assert [(answer.status, answer.headers["retry-after"]) for answer in refused] == [(503, "1")]
                 for client in (first, second):
                     client.send(HELLO)
                     assert (await client.answers(1))[0].status == 200

@@ -16,7 +16,7 @@ import orjson
 from chiron.core.types import Request
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError, Collector
-from chiron.gateway.errors import ApiError, internal, invalid, timed_out, unavailable
+from chiron.gateway.errors import ApiError, internal, invalid, retry_after, timed_out, unavailable
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
@@ -28,6 +28,8 @@ _DROPPED = frozenset(
 """Headers of an engine's answer that speak of its connection, not of the answer."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
+_RETRY_AFTER_S = 1.0
+"""When a client may ask again for what no engine would take."""
 _TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"[^"]')
 
 
@@ -169,11 +171,12 @@ class RelayCall:
             error = self.error
             if refusal is None and error is not None and error.status and error.body:
                 kind = error.content_type or b"application/json"
-                incoming.respond(error.status, error.body, kind, ((b"x-request-id", self.request_id.encode()),))
+                later = retry_after(_RETRY_AFTER_S) if error.status in (429, 503) else ()
+                incoming.respond(error.status, error.body, kind, ((b"x-request-id", self.request_id.encode()), *later))
                 self.responded(error.status)
             else:
                 self.refuse(refusal or _reason(request, error))
-        elif self.streams:
+        elif self.streams and self._length is None:
             incoming.write(b"\n\n" + (refusal or _reason(request, self.error)).event())
             incoming.finish()
         else:
@@ -391,7 +394,7 @@ def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
         return internal(getattr(request.payload, "request_id", ""))
     tries = request.retries
     if failure.status in (429, 503):
-        return unavailable(f"No engine would take the request after {tries} tries: {failure.message}.", 1.0)
+        return unavailable(f"No engine would take the request after {tries} tries: {failure.message}.", _RETRY_AFTER_S)
     if failure.status == 504:
         return timed_out(f"The engine did not answer in time ({tries} tries).")
     if failure.status == 0 and request.first_token_s >= 0.0:

@@ -17,6 +17,7 @@ from chiron.gateway.calls import FlexCall, RelayCall, refuse
 from chiron.gateway.errors import ApiError, forbidden, internal, timed_out, too_many, unavailable
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import LimitSettings
+from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
 
@@ -78,7 +79,7 @@ class Front:
             if waited_s > limits.request_timeout_s and request.interactive:
                 call.refusal = timed_out(f"The answer took longer than {limits.request_timeout_s:g} s.")
                 self._plane.cancel(request)
-            elif request.interactive and request.dispatch_s < 0.0 and waited_s > limits.queue_wait_max_s:
+            elif request.interactive and self._queued_s(request) > limits.queue_wait_max_s:
                 call.refusal = unavailable(
                     f"No instance had room within {limits.queue_wait_max_s:g} s.", limits.retry_after_s
                 )
@@ -99,7 +100,7 @@ class Front:
         if self.draining:
             raise unavailable("The gateway is shutting down.", limits.retry_after_s)
         if self._is_foreign(incoming):
-            raise forbidden("Web pages of other sites may not use a gateway without API keys.")
+            raise forbidden("Web pages of other sites may not use what no API key protects.")
         key = self._keys.check(incoming.header(b"authorization"))
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
@@ -138,9 +139,18 @@ class Front:
             if not incoming.started:
                 refuse(incoming, internal(call.request_id))
 
+    def _queued_s(self, request: Request) -> float:
+        """For how long it has waited for an instance: since it came, or since the last one lost it."""
+        if request.instance is not None:
+            return 0.0
+        failure: UpstreamFailure | None = request.payload.error
+        return self._clock.now_s - (request.arrival_s if failure is None else failure.at_s)
+
     def _is_foreign(self, incoming: Incoming) -> bool:
         """A browser says that a page of another site asks, and no key protects what it asks for."""
-        return self._keys.open and incoming.header(b"sec-fetch-site") == b"cross-site"
+        if incoming.header(b"sec-fetch-site") != b"cross-site":
+            return False
+        return self._keys.open or (self._keys.admin_open and not incoming.path.startswith("/v1/"))
 
     def _left(self, request: Request) -> None:
         """The client is gone: so is the need for an answer."""

@@ -93,9 +93,11 @@ class Upcall(Protocol):
 class UpstreamFailure:
     """One failed try: what the client is told if it was the last."""
 
-    __slots__ = ("body", "content_type", "message", "status")
+    __slots__ = ("at_s", "body", "content_type", "message", "status")
 
     def __init__(self, message: str, status: int = 0, body: bytes = b"", content_type: bytes = b"") -> None:
+        self.at_s = 0.0
+        """When, by the gateway's clock."""
         self.message = message
         self.status = status
         """The engine's; 0: it gave none."""
@@ -197,6 +199,7 @@ class HttpEngine:
         self.closed = True
         for run in list(self.runs.values()):
             run.over(cancel=True)
+            self._note(run, UpstreamFailure("its engine was lost"))
             if run.request.outcome is None:
                 run.request.tokens_done = run.upcall.cut(self.row.resumes)
         self.runs.clear()
@@ -223,6 +226,10 @@ class HttpEngine:
             self._limit_path = b""  # This engine has no such thing; the gate is enough.
         elif status == 200 and self._limit != self._limit_sent and not self.closed:
             self._send_limit()
+
+    def _note(self, run: _Run, failure: UpstreamFailure) -> None:
+        failure.at_s = self.clock.elapsed_s()
+        run.upcall.error = failure
 
     def _leave(self, run: _Run) -> None:
         if self.holds(run):
@@ -275,7 +282,7 @@ class HttpEngine:
     def lost(self, run: _Run, failure: UpstreamFailure, *, connect: bool = False, sound: bool = True) -> None:
         """No answer, or none that counts. ``sound``: what came of it so far can be gone on with."""
         run.over(cancel=True)
-        run.upcall.error = failure
+        self._note(run, failure)
         self._failures += 1
         log.info("%s: %s", self.url, failure.message)
         broken = connect or self._failures >= FAILURES_MAX

@@ -419,4 +419,5 @@ class Connection(asyncio.Protocol):
             return
         if request.on_close is not None:
             request.on_close()
-        request.respond(status, error_body(status, message, code))
+        later = ((b"retry-after", b"1"),) if status == 503 else ()
+        request.respond(status, error_body(status, message, code), headers=later)
