@@ -226,7 +226,7 @@ def test_keys_see_their_own_batches_and_use_their_own_models(tmp_path: Path) -> 
         client(site, "sk-b") as b,
         client(site, "sk-admin") as admin,
     ):
-        mine = submit(a, jsonl(line("x"), line("y", model="org/n")))
+        mine = submit(a, jsonl(line("x"), line("y", model="org/n"), line("z", model="none")))
         with pytest.raises(openai.NotFoundError):
             b.batches.retrieve(mine.id)
         with pytest.raises(openai.NotFoundError):
@@ -234,7 +234,8 @@ def test_keys_see_their_own_batches_and_use_their_own_models(tmp_path: Path) -> 
         assert list(b.batches.list()) == []
         failed = wait(a, mine.id)
         assert failed.status == "failed"
-        assert [(e.line, e.code) for e in failed.errors.data] == [(2, "permission_denied")]
+        assert [(e.line, e.code) for e in failed.errors.data] == [(2, "permission_denied"), (3, "model_not_found")]
+        assert failed.errors.data[1].message.endswith("models served here: m.")
         assert wait(b, submit(b, jsonl(line("y", model="org/n"))).id).status == "completed"
         assert len(list(admin.batches.list())) == 2
         with pytest.raises(openai.AuthenticationError), client(site, "sk-wrong") as stranger:

@@ -68,7 +68,7 @@ def _check_body(
     name = body.get("model")
     model = models.get(name) if isinstance(name, str) else None
     if model is None:
-        known = ", ".join(sorted({m.name for m in models.values() if m.batch_class}))
+        known = ", ".join(sorted({m.name for m in models.values() if m.batch_class and _may_use(key, m.name)}))
         return _bad("body.model", f"body.model is {_show(name)}; models served here: {known}.", "model_not_found")
     if not model.batch_class:
         return _bad("body.model", f"Model {model.name!r} takes no batch requests.", "model_not_found")
@@ -95,6 +95,10 @@ def _check_body(
         model=model.name,
         input_bytes=round(size * BYTES_PER_TOKEN) if exact else size,
     )
+
+
+def _may_use(key: Key | None, model: str) -> bool:
+    return key is None or not key.models or model in key.models
 
 
 def by_name(models: Iterable[ModelSettings]) -> dict[str, ModelSettings]:
