@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from chiron.core.clock import Callback, VirtualClock
+from chiron.gateway.admission import Models
 from chiron.gateway.batch_lines import line_check
 from chiron.gateway.batch_runner import BatchRunner
 from chiron.gateway.batch_tuning import RunnerSettings
@@ -16,7 +17,7 @@ from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, StoreFull
 from chiron.store.sqlite import SqliteStore
-from gateway_site import FakePlane, hashed, jsonl, line, models
+from gateway_site import FakePlane, hashed, jsonl, line, models, served
 
 WALL_S = 1_800_000_000.0
 ENDPOINT = "/v1/chat/completions"
@@ -44,6 +45,7 @@ class Site:
         self.plane = FakePlane(self.clock, answer)
         self.store = options.pop("store", SqliteStore)(directory, wall=self.wall_s)
         self.keys = options.pop("keys", KeyRing())
+        self.models = options.pop("models", models())
         self._options: dict[str, Any] = {"tuning": TUNING} | options
 
     def wall_s(self) -> float:
@@ -56,7 +58,7 @@ class Site:
             store=self.store,
             clock=self.clock,
             plane=self.plane,
-            models=models(),
+            models=self.models,
             keys=self.keys,
             next_id=lambda: next(ids),
             **self._options,
@@ -320,6 +322,24 @@ def test_a_restart_takes_up_what_was_left(tmp_path: Path) -> None:
         assert (await second.ended(waiting)).completed == 3
         assert Counter(second.plane.submitted)["x 4"] == 0  # Done before.
         assert Counter(second.plane.submitted)["x 5"] == 1
+        await second.stop()
+
+    run(test)
+
+
+def test_items_of_a_model_that_was_renamed_run_under_its_alias(tmp_path: Path) -> None:
+    async def test() -> None:
+        first = await Site(tmp_path, lambda text: None).start()
+        batch = await first.submit(*many(20))
+        await first.until(lambda: len(first.plane.open) == 20)
+        await first.stop()
+        renamed = Models({"new": served("new", aliases=("m",)), "org/n": served("org/n")})
+        second = await Site(tmp_path, models=renamed, settings=BatchSettings(window_max=8)).start()
+        later = await second.submit(*(line(f"{i}", model="new") for i in range(20)))
+        assert (await second.ended(batch)).completed == 20
+        assert (await second.ended(later)).completed == 20
+        assert {model for model, _ in second.plane.held} == {"new"}
+        assert second.plane.held_items == 0
         await second.stop()
 
     run(test)

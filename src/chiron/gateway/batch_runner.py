@@ -52,6 +52,7 @@ class _Window:
 
     def __init__(self, model: ServedModel) -> None:
         self.model = model
+        self.name = model.settings.name
         self.cls = model.classes[model.settings.batch_class]
         self.calls: dict[Place, BatchCall] = {}
         """Submitted and not ended."""
@@ -100,7 +101,10 @@ class BatchRunner:
         self._clock = clock
         self._plane = plane
         self._names = by_name(model.settings for model in models.by_name.values())
-        self._windows = {name: _Window(m) for name, m in models.by_name.items() if m.settings.batch_class}
+        self._windows = [_Window(model) for model in models.by_name.values() if model.settings.batch_class]
+        self._window_of = {name: w for w in self._windows for name in w.model.settings.aliases}
+        self._window_of |= {window.name: window for window in self._windows}
+        """By every name: an item has the name that its model had when its batch was accepted."""
         self._keys = keys
         self._next_id = next_id
         self._settings = settings or BatchSettings()
@@ -152,14 +156,14 @@ class BatchRunner:
     def in_flight(self) -> dict[str, int]:
         """Items that are out of the store, by batch id."""
         counts: dict[str, int] = {}
-        for window in self._windows.values():
+        for window in self._windows:
             for batch_id, _ in window.calls:
                 counts[batch_id] = counts.get(batch_id, 0) + 1
         return counts
 
     def summary(self) -> dict[str, object]:
         """For the status page."""
-        windows = self._windows.values()
+        windows = self._windows
         return {
             "submitted": sum(len(window.calls) for window in windows),
             "queued": sum(len(window.queued()) for window in windows),
@@ -168,7 +172,7 @@ class BatchRunner:
             "unwritten": self._writer.unwritten,
             "validating": self._unchecked.qsize(),
             "paused": self.paused,
-            "failing_models": sorted(n for n, w in self._windows.items() if w.failing >= self._tuning.failing_max),
+            "failing_models": sorted(w.name for w in windows if w.failing >= self._tuning.failing_max),
         }
 
     async def close(self, timeout_s: float = 5.0) -> None:
@@ -177,7 +181,7 @@ class BatchRunner:
             return
         self._closing = True
         self._news.set()
-        for window in self._windows.values():
+        for window in self._windows:
             self._withdraw(window.calls.values())
             self._writer.give_back(window.suspects, failed=False)
             window.suspects.clear()
@@ -263,29 +267,30 @@ class BatchRunner:
             for window, items in leased:
                 for item in items:
                     self._take(window, item)
-            for window in self._windows.values():
+            for window in self._windows:
                 self._try_suspect(window)
                 self._trim(window)
 
         try:
-            for name, window in self._windows.items():
-                deadlines = [work.deadline_s for work in pending if work.model == name and work.items]
-                wish = self._wish(window, min(deadlines)) if deadlines and not self._closing else None
-                if wish is not None:
-                    leased.append((window, await self._lease(window, wish)))
+            for window in self._windows:
+                waiting = [work for work in pending if self._window_of.get(work.model) is window and work.items]
+                first = min(waiting, key=lambda work: work.deadline_s, default=None)
+                wish = None if first is None or self._closing else self._wish(window, first.deadline_s)
+                if first is not None and wish is not None:
+                    leased.append((window, await self._lease(window, first.model, *wish)))
             if leased:
                 pending = await self._store.pending()
         finally:
             # Nobody else would ever run what is leased, whatever came after it.
             self._clock.post(deliver)
 
-    async def _lease(self, window: _Window, wish: tuple[int, float | None]) -> list[Item]:
+    async def _lease(self, window: _Window, name: str, limit: int, before_s: float | None) -> list[Item]:
         """Items of one model. If they cannot be read, the other models do not wait for them."""
         try:
-            items = await self._store.lease(window.model.settings.name, *wish)
+            items = await self._store.lease(name, limit, before_s)
         except StoreError as error:
             delay_s = window.lease_delay_s or self._tuning.backoff_min_s
-            what = f"taking work of {window.model.settings.name}"
+            what = f"taking work of {name}"
             window.resume_s = self._clock.now_s + delay_s
             window.lease_delay_s = try_later(self._clock, self._tuning, what, error, delay_s, self._news.set)
             return []
@@ -327,7 +332,7 @@ class BatchRunner:
         call.prompt_bytes = 0 if exact else size
         request = Request(
             self._next_id(),
-            item.model,
+            window.name,
             window.cls,
             self._clock.now_s,
             max(1, size) if exact else window.model.tokens(size),
@@ -358,7 +363,7 @@ class BatchRunner:
 
     def _report_held(self, pending: Iterable[PendingWork]) -> None:
         """Tell the control plane what changed in the store."""
-        known = [work for work in pending if work.items and work.model in self._windows]
+        known = [work for work in pending if work.items and work.model in self._window_of]
         now = {(work.batch_id, work.model): self._held_of(work) for work in known}
         for place in [*now, *(place for place in self._held if place not in now)]:
             old, new = self._held.get(place), now.get(place)
@@ -366,10 +371,11 @@ class BatchRunner:
                 # On before off: a group that is empty for a moment would be forgotten with what others put there.
                 for held, sign in ((new, 1), (old, -1)):
                     if held is not None:
+                        window = self._window_of[place[1]]
                         self._plane.hold_batch(
-                            place[1],
+                            window.name,
                             held.deadline_s,
-                            self._windows[place[1]].cls.name,
+                            window.cls.name,
                             sign * held.items,
                             sign * held.input_tokens,
                             sign * held.input_square,
@@ -377,7 +383,7 @@ class BatchRunner:
         self._held = now
 
     def _held_of(self, work: PendingWork) -> _Held:
-        per_token = self._windows[work.model].model.bytes_per_token
+        per_token = self._window_of[work.model].model.bytes_per_token
         return _Held(
             deadline_s=self._clock.from_wall_s(work.deadline_s),
             items=work.items,
@@ -390,7 +396,7 @@ class BatchRunner:
     def _ended(self, call: BatchCall, request: Request) -> None:
         """The control plane has done with an item."""
         item, outcome = call.item, request.outcome
-        window = self._windows[item.model]
+        window = self._window_of[item.model]
         window.calls.pop((item.batch_id, item.index), None)
         if window.suspect is call:
             window.suspect = None
@@ -442,7 +448,7 @@ class BatchRunner:
         self._dropped[batch_id] = None
         while len(self._dropped) > 1000:
             del self._dropped[next(iter(self._dropped))]
-        for window in self._windows.values():
+        for window in self._windows:
             self._withdraw(call for call in window.calls.values() if call.item.batch_id == batch_id)
             suspects = [item for item in window.suspects if item.batch_id == batch_id]
             window.suspects = deque(item for item in window.suspects if item.batch_id != batch_id)
