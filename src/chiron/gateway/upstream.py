@@ -188,8 +188,11 @@ class HttpEngine:
 
     def watch(self, stall_s: float) -> None:
         """Now and then, posted: streams of which nothing has come for ``stall_s`` are lost. An engine that answers its
-        health checks may still have forgotten a request. Answers in one piece are silent by nature."""
+        health checks may still have forgotten a request. Answers in one piece are silent by nature. A limit that did
+        not get through is sent again."""
         now_s = self.clock.now_s
+        if self._limit_path and self._limit_call is None and self._limit_sent != self._limit:
+            self._send_limit()
         for run in list(self.runs.values()):
             if run.silent_s(now_s) > stall_s:
                 self.lost(run, UpstreamFailure(f"the engine sent nothing for {stall_s:g} s", 504))
@@ -224,7 +227,9 @@ class HttpEngine:
         self._limit_call = None
         if status in (404, 405):
             self._limit_path = b""  # This engine has no such thing; the gate is enough.
-        elif status == 200 and self._limit != self._limit_sent and not self.closed:
+        elif status != 200:
+            self._limit_sent = 0
+        elif self._limit != self._limit_sent and not self.closed:
             self._send_limit()
 
     def _note(self, run: _Run, failure: UpstreamFailure) -> None:
