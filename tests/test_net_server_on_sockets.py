@@ -334,3 +334,28 @@ def test_what_an_application_does_not_read_does_not_hold_up_the_next_request() -
             assert [answer.status for answer in await client.answers(2)] == [200, 200]
 
     asyncio.run(main())
+
+
+def test_an_application_that_takes_its_time_is_not_its_clients_fault() -> None:
+    ready = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await ready.wait()
+        length, more = 0, True
+        while more:
+            message = await receive()
+            length, more = length + len(message["body"]), message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"%d" % length})
+
+    async def main() -> None:
+        limits = {"body_timeout_s": 0.1}
+        async with serving(lambda request: None, app=app, limits=limits) as server, peer(server.port) as client:
+            client.send(b"POST /x HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % (30 * len(BLOCK)) + 30 * BLOCK)
+            await until(lambda: any(connection._read_paused for connection in server.connections))
+            held_s = server.now_s
+            await until(lambda: server.now_s > held_s + 1.5)
+            ready.set()
+            assert (await client.answers(1))[0].body == b"%d" % (30 * len(BLOCK))
+
+    asyncio.run(main())

@@ -388,6 +388,7 @@ class Connection(asyncio.Protocol):
         self._read_paused += 1
         if self._read_paused == 1 and not self._transport.is_closing():
             self._transport.pause_reading()
+            self._next_deadline()  # While nobody reads it is not the client who is late.
 
     def resume_reading(self) -> None:
         if self._read_paused:
