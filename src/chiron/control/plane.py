@@ -409,18 +409,27 @@ class ControlPlane:
             len(instance.requests) >= instance.max_batch_size or instance.kv_reserved_tokens + need > limit
         ):
             self._evict(state, instance, next(reversed(instance.batch.values())))
+            self._hold_batch(instance)
 
     def _shed_batch(self, state: ModelState, request: Request, now_s: float) -> None:
-        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step."""
+        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step.
+
+        Half of it leaves at a time, and may come back once nobody waits: a short burst needs no more, and a batch that
+        left whole would take seconds to refill.
+        """
         if self.policy.evicts and now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s:
             instance = state.router.busiest_with_batch()
-            if instance is not None:
-                for victim in reversed(list(instance.batch.values())):
+            if instance is not None and now_s >= instance.shed_until_s:
+                instance.shed_until_s = now_s + self.policy.shed_pause * request.cls.ttft_s
+                for victim in list(instance.batch.values())[len(instance.batch) // 2 :][::-1]:
                     self._evict(state, instance, victim)
 
-    def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
+    def _hold_batch(self, instance: Instance) -> None:
+        """The place that batch work has just left stays free for a while: the next of a burst may want it."""
         instance.batch_held_until_s = self.clock.now_s + self.policy.eviction_pause_s
-        instance.batch_held_to = len(instance.batch) - 1
+        instance.batch_held_to = len(instance.batch)
+
+    def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
         request.evictions += 1
         self.evictions += 1
         self._stop(state, instance, request)
@@ -492,6 +501,7 @@ class ControlPlane:
         if self.policy.evicts and len(instance.requests) > size and instance.running_interactive:
             while instance.batch and len(instance.requests) > size:
                 self._evict(state, instance, next(reversed(instance.batch.values())))
+                self._hold_batch(instance)
 
     def _advise_batch_size(self, instance: Instance, decision: LocalDecision) -> None:
         size = max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
