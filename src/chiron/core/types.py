@@ -243,7 +243,7 @@ class Instance:
         interactive requests needed the room a moment ago, and may again."""
         self.batch_held_to = 0
         self.shed_until_s = -1.0
-        """No more batch work makes way for queued prefill here before this: what left a moment ago may have sufficed."""
+        """No more batch work makes way for queued prefill here before this: what left a moment ago may suffice."""
         self.avoided_until_s = -1.0
         """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}
