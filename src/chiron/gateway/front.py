@@ -15,7 +15,7 @@ from chiron.core.types import Request
 from chiron.gateway.admission import Models, admit
 from chiron.gateway.calls import FlexCall, RelayCall, refuse
 from chiron.gateway.errors import ApiError, forbidden, internal, timed_out, too_many, unavailable
-from chiron.gateway.keys import KeyRing
+from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.settings import LimitSettings
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
@@ -59,12 +59,20 @@ class Front:
         """Whether this request is for the hot path, or to be refused before anybody looks at it."""
         return (incoming.method == b"POST" and incoming.path in HOT_PATHS) or self._is_foreign(incoming)
 
+    def screen(self, incoming: Incoming) -> bool:
+        """Whether its body is worth reading: who has no key may not fill the memory."""
+        try:
+            incoming.context = self._keys.check(incoming.header(b"authorization"))
+        except ApiError as error:
+            self._refuse(incoming, error)
+            return False
+        return True
+
     def handle(self, incoming: Incoming) -> None:
         try:
             self._admit(incoming)
         except ApiError as error:
-            refuse(incoming, error)
-            self._responded(error.status)
+            self._refuse(incoming, error)
 
     def watch(self) -> None:
         """Once a second, posted: end what has waited or run too long."""
@@ -101,7 +109,7 @@ class Front:
             raise unavailable("The gateway is shutting down.", limits.retry_after_s)
         if self._is_foreign(incoming):
             raise forbidden("Web pages of other sites may not use what no API key protects.")
-        key = self._keys.check(incoming.header(b"authorization"))
+        key: Key = incoming.context or self._keys.check(incoming.header(b"authorization"))
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
         model = admitted.model.settings.name
@@ -138,6 +146,10 @@ class Front:
                 del self.open[number]
             if not incoming.started:
                 refuse(incoming, internal(call.request_id))
+
+    def _refuse(self, incoming: Incoming, error: ApiError) -> None:
+        refuse(incoming, error)
+        self._responded(error.status)
 
     def _queued_s(self, request: Request) -> float:
         """For how long it has waited for an instance: since it came, or since the last one lost it."""

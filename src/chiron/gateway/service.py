@@ -138,6 +138,7 @@ class Service:
             limits=_server_limits(config.limits),
             app=make_app(self._api_state()),
             is_app=lambda incoming: not self.front.takes(incoming),
+            screen=self.front.screen,
         )
         # Not before data directory and port are ours: it puts aside the log that another gateway may be writing.
         self.journal.log_to(self._event_writer())

@@ -205,6 +205,9 @@ class Connection(asyncio.Protocol):
         if not request.streams and length is not None and int(length) > limits.body_max_bytes:
             self._refuse_body()
             return
+        screen = self.server.screen
+        if screen is not None and not request.streams and self._ready and not screen(request):
+            return
         expect = request.header(b"expect")
         if expect is not None and expect.lower() == b"100-continue" and self._ready and request.version == "1.1":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -55,11 +55,13 @@ class HttpServer:
         limits: ServerLimits,
         app: Handler | None,
         is_app: Callable[[Incoming], bool] | None,
+        screen: Callable[[Incoming], bool] | None = None,
     ) -> None:
         self.handle = handle
         self.limits = limits
         self.app = app
         self.is_app = is_app
+        self.screen = screen
         self.port = 0
         self.connections: set[Connection] = set()
         self.closing = False
@@ -128,11 +130,13 @@ async def serve(
     limits: ServerLimits | None = None,
     app: Any = None,
     is_app: Callable[[Incoming], bool] | None = None,
+    screen: Callable[[Incoming], bool] | None = None,
 ) -> HttpServer:
     """Listen on ``host:port`` (0: a free one; see ``HttpServer.port``) or on the unix socket ``path``.
 
     Requests for which ``is_app`` is true go to the ASGI application ``app`` (all of them, if only ``app`` is given
-    and ``is_app`` is not).
+    and ``is_app`` is not). ``screen`` sees the head of one for ``handle`` before memory is spent on its body: False
+    says that it has refused it. Of pipelined requests it sees the first only.
     """
     hosted: Handler | None = None
     if app is not None:
@@ -141,7 +145,7 @@ async def serve(
         hosted = host_app(app)
         if is_app is None:
             is_app = _always
-    server = HttpServer(handle, limits or ServerLimits(), hosted, is_app)
+    server = HttpServer(handle, limits or ServerLimits(), hosted, is_app, screen)
     await server.listen(host, port, path, ssl)
     return server
 
