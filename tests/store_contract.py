@@ -425,6 +425,21 @@ async def earliest_deadline_comes_first(site: Site) -> None:
         assert await store.pending() == []
 
 
+async def a_lease_is_bounded_in_bytes(site: Site) -> None:
+    size = len(line_of("id-1"))
+    async with site.store() as store:
+        early = await start(site, store, 4, window_s=300)
+        late = await start(site, store, 9)
+        leased = await store.lease(MODEL, 9, bytes_max=2 * size + 1)
+        assert keys(leased) == [(early.id, index) for index in range(3)]
+        assert await store.lease(MODEL, 9, bytes_max=0) == []
+        await store.release(keys(leased), False)
+        assert indices(await store.lease(MODEL, 9, bytes_max=1)) == [0]
+        assert indices(await store.lease(MODEL, 2, bytes_max=9 * size)) == [1, 2]
+        assert keys(await store.lease(MODEL, 9, bytes_max=2 * size)) == [(early.id, 3), (late.id, 0)]
+        assert indices(await store.lease(MODEL, 9)) == list(range(1, 9))
+
+
 async def an_item_says_what_to_run(site: Site) -> None:
     async with site.store() as store:
         batch = await start(site, store, 2, owner="me")
@@ -824,6 +839,7 @@ CASES: list[Case] = [
     validation_goes_on_beside_other_work,
     a_batch_can_be_cancelled_while_it_is_validated,
     earliest_deadline_comes_first,
+    a_lease_is_bounded_in_bytes,
     an_item_says_what_to_run,
     models_of_one_file_are_leased_apart,
     the_last_result_completes_a_batch,

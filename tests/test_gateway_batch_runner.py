@@ -17,7 +17,7 @@ from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, StoreFull
 from chiron.store.sqlite import SqliteStore
-from gateway_site import FakePlane, hashed, jsonl, line, models, served
+from gateway_site import FakePlane, hashed, jsonl, line, models, prompt, served
 
 WALL_S = 1_800_000_000.0
 ENDPOINT = "/v1/chat/completions"
@@ -146,6 +146,31 @@ def test_the_window_bounds_what_is_out_and_the_rest_is_told_as_a_sum(tmp_path: P
         assert site.plane.held_items == 0
         assert all(abs(value) < 1e-6 for sums in site.plane.held.values() for value in sums)
         assert [each["custom_id"] for each in await site.lines(done.output_file_id)] == [str(i) for i in range(500)]
+        await site.stop()
+
+    run(test)
+
+
+def test_the_window_bounds_the_bytes_that_are_out(tmp_path: Path) -> None:
+    async def test() -> None:
+        gate = {"open": False}
+        tuning = RunnerSettings(finish_wait_s=0.001, window_bytes_max=50_000)
+        site = await Site(tmp_path, lambda text: text if gate["open"] else None, tuning=tuning).start()
+        late = await site.submit(*many(40, "x" * 10_000), window_s=7200.0)
+        await site.until(lambda: len(site.plane.open) == 5)
+        await site.until(lambda: site.plane.held_items == 35)
+        early = await site.submit(*many(40, "y" * 10_000, "y"))
+        await site.until(lambda: len([text for text in site.plane.submitted if text[0] == "y"]) >= 5)
+        before_s = site.clock.now_s
+        await site.until(lambda: site.clock.now_s > before_s + 10.0, step_s=0.5)
+        assert {text[0] for text in map(prompt, site.plane.open.values())} == {"y"}
+        assert site.plane.most_open <= 15
+        gate["open"] = True
+        for request in list(site.plane.open.values()):
+            site.plane.settle(request)
+        assert (await site.ended(early)).completed == 40
+        assert (await site.ended(late)).completed == 40
+        assert site.plane.most_open <= 15
         await site.stop()
 
     run(test)

@@ -7,6 +7,7 @@ import gc
 import resource
 import time
 import tracemalloc
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,12 @@ def test_the_few_items_of_a_rare_model_are_looked_for_once(tmp_path: Path) -> No
         return 0
 
     db.set_progress_handler(count, 100)
-    assert [item.index for item in lease(db, leases, "rare", 512, None)] == [0, 2000, 4000, 6000, 8000]
+    assert [item.index for item in lease(db, leases, "rare", 512, None, inf)] == [0, 2000, 4000, 6000, 8000]
     assert steps > 100
     steps = 0
     lane = db.execute("SELECT batch, lane FROM work WHERE model = 'rare'").fetchone()
     assert leases.release(lane["batch"], lane["lane"], 4000, [])
-    assert [item.index for item in lease(db, leases, "rare", 512, None)] == [4000]
+    assert [item.index for item in lease(db, leases, "rare", 512, None, inf)] == [4000]
     assert steps < 10
     db.close()
 

@@ -1,8 +1,8 @@
 """Brings batch work from the store to the control plane, and its results back.
 
 A job may have a million items; the control plane gets a window of them, earliest deadline first, and hears of the
-rest as a sum (``hold``), so that it can plan for all of it. Memory holds at most: the window, what engines run, and
-the suspects.
+rest as a sum (``hold``), so that it can plan for all of it. Memory holds at most: the window, bounded in items and in
+bytes, what engines run, and the suspects.
 
 **Suspects.** An item may be poison: whatever engine gets it dies, and takes its neighbours with it. So an item that
 the control plane gave up on is given back with a failed attempt and tried again as the only suspect of its model;
@@ -20,6 +20,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from chiron.control.plane import RETRIES_MAX
@@ -277,17 +278,17 @@ class BatchRunner:
                 first = min(waiting, key=lambda work: work.deadline_s, default=None)
                 wish = None if first is None or self._closing else self._wish(window, first.deadline_s)
                 if first is not None and wish is not None:
-                    leased.append((window, await self._lease(window, first.model, *wish)))
+                    leased.append((window, await self._lease(window, first.model, wish)))
             if leased:
                 pending = await self._store.pending()
         finally:
             # Nobody else would ever run what is leased, whatever came after it.
             self._clock.post(deliver)
 
-    async def _lease(self, window: _Window, name: str, limit: int, before_s: float | None) -> list[Item]:
+    async def _lease(self, window: _Window, name: str, wish: tuple[int, float | None, int]) -> list[Item]:
         """Items of one model. If they cannot be read, the other models do not wait for them."""
         try:
-            items = await self._store.lease(name, limit, before_s)
+            items = await self._store.lease(name, *wish)
         except StoreError as error:
             delay_s = window.lease_delay_s or self._tuning.backoff_min_s
             what = f"taking work of {name}"
@@ -297,21 +298,23 @@ class BatchRunner:
         window.lease_delay_s = 0.0
         return items
 
-    def _wish(self, window: _Window, earliest_s: float) -> tuple[int, float | None] | None:
-        """How many items to lease, and before which deadline (Unix time); None: none."""
+    def _wish(self, window: _Window, earliest_s: float) -> tuple[int, float | None, int] | None:
+        """How many items to lease, before which deadline (Unix time), and of how many bytes; None: none."""
         if self._clock.now_s < window.resume_s:
             return None
+        bytes_max = self._tuning.window_bytes_max
         if window.failing:
             waits = window.suspects or window.suspect or window.calls
             if window.failing >= self._tuning.failing_max:
-                return None if waits else (1, None)
+                return None if waits else (1, None, bytes_max)
         queued, most = window.queued(), self._settings.window_max
         if len(window.suspects) >= most:
             return None
-        if len(queued) <= most // 2:
-            return most - len(queued), None
-        latest_s = max(call.item.deadline_s for call in queued)
-        return (most // 2, latest_s) if earliest_s < latest_s else None
+        room = bytes_max - sum(len(call.item.body) for call in queued) - sum(len(item.body) for item in window.suspects)
+        if len(queued) <= most // 2 and room > 0:
+            return most - len(queued), None, room
+        latest_s = max((call.item.deadline_s for call in queued), default=-inf)
+        return (most // 2, latest_s, bytes_max) if earliest_s < latest_s else None
 
     def _take(self, window: _Window, item: Item) -> None:
         if self._closing or item.batch_id in self._dropped:
@@ -356,10 +359,17 @@ class BatchRunner:
         """Work with an earlier deadline came in: what is due last goes back."""
         queued = window.queued()
         over = len(queued) - self._settings.window_max
-        if over > 0:
+        over_bytes = sum(len(call.item.body) for call in queued) - 2 * self._tuning.window_bytes_max
+        if over > 0 or over_bytes > 0:
             fresh = [call for call in queued if not call.request.tokens_done]  # type: ignore[union-attr]
             fresh.sort(key=lambda call: (call.item.deadline_s, call.item.index), reverse=True)
-            self._withdraw(fresh[:over])
+            back: list[BatchCall] = []
+            for call in fresh:
+                if over <= len(back) and over_bytes <= 0:
+                    break
+                back.append(call)
+                over_bytes -= len(call.item.body)
+            self._withdraw(back)
 
     def _report_held(self, pending: Iterable[PendingWork]) -> None:
         """Tell the control plane what changed in the store."""

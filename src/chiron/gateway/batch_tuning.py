@@ -30,6 +30,9 @@ class RunnerSettings:
 
     attempts_max: int = 2
     """Times that the control plane may give up on an item (after retries of its own) before it fails."""
+    window_bytes_max: int = 128 << 20
+    """Input lines of one model that are queued at a time, or twice as much where some of it is due before the rest:
+    lines with images are megabytes each."""
     failing_max: int = 3
     """Items given up in a row, of one model, before the engines are taken to be at fault."""
     finish_max: int = 256

@@ -40,7 +40,7 @@ class Leased:
 
 
 def lease(
-    db: sqlite3.Connection, leases: Leases, model: str, limit: int, before_deadline_s: float | None
+    db: sqlite3.Connection, leases: Leases, model: str, limit: int, before_deadline_s: float | None, bytes_max: float
 ) -> list[Leased]:
     """The cost grows with ``limit`` and the number of running batches, not with their items."""
     found: list[Leased] = []
@@ -51,12 +51,13 @@ def lease(
         (model, before_deadline_s, before_deadline_s),
     )
     for row in lanes:
-        if len(found) >= limit:
+        if len(found) >= limit or bytes_max <= 0:
             break
         lane = leases.lane(row["batch"], row["lane"])
         if row["items"] <= len(lane.leased):
             continue
-        taken = _take(db, lane, row["batch"], row["lane"], limit - len(found))
+        taken = _take(db, lane, row["batch"], row["lane"], limit - len(found), bytes_max)
+        bytes_max -= sum(item["bytes"] for item in taken)
         found += [_leased(row, model, item) for item in taken]
     lanes.close()
     return found
@@ -78,24 +79,32 @@ def _leased(row: sqlite3.Row, model: str, item: sqlite3.Row) -> Leased:
     )
 
 
-def _take(db: sqlite3.Connection, lane: LaneLeases, batch: int, number: int, limit: int) -> list[sqlite3.Row]:
+def _take(
+    db: sqlite3.Connection, lane: LaneLeases, batch: int, number: int, limit: int, bytes_max: float
+) -> list[sqlite3.Row]:
     """Lease up to ``limit`` open items of a lane: first those that came back, then on from the cursor."""
     taken: list[sqlite3.Row] = []
-    while len(taken) < limit and lane.released:
+    while len(taken) < limit and bytes_max > 0 and lane.released:
         index = heappop(lane.released)
         row = db.execute(_ONE_OPEN, (item_key(batch, index),)).fetchone()
         if row is not None and index not in lane.leased:
             lane.take(index, row["input_bytes"])
+            bytes_max -= row["bytes"]
             taken.append(row)
-    wanted = limit - len(taken)
-    if wanted:
-        span = (item_key(batch, lane.cursor), item_key(batch + 1, 0))
-        fresh = db.execute(_NEXT_OPEN, (*span, number, wanted)).fetchall()
-        for row in fresh:
-            lane.take(item_index(row["key"]), row["input_bytes"])
-        taken += fresh
-        # Nothing is left behind the last one: what is to be leased of a rare model is not looked for twice.
-        lane.cursor = item_index(fresh[-1]["key"]) + 1 if len(fresh) == wanted else INDEX_MAX
+    if len(taken) == limit or bytes_max <= 0:
+        return taken
+    fresh = db.execute(_NEXT_OPEN, (item_key(batch, lane.cursor), item_key(batch + 1, 0), number))
+    for row in fresh:
+        lane.take(item_index(row["key"]), row["input_bytes"])
+        bytes_max -= row["bytes"]
+        taken.append(row)
+        if len(taken) == limit or bytes_max <= 0:
+            lane.cursor = item_index(row["key"]) + 1
+            break
+    else:
+        # Nothing is left: what comes back of a rare model does not make us look for more of it again.
+        lane.cursor = INDEX_MAX
+    fresh.close()
     return taken
 
 
@@ -143,7 +152,7 @@ def _with_body(leased: Leased, body: bytes) -> Item:
 
 _ITEM = "SELECT key, custom_id, attempts, offset, bytes, input_bytes FROM items"
 _ONE_OPEN = f"{_ITEM} WHERE key = ? AND state = {OPEN}"
-_NEXT_OPEN = f"{_ITEM} WHERE key >= ? AND key < ? AND lane = ? AND state = {OPEN} ORDER BY key LIMIT ?"
+_NEXT_OPEN = f"{_ITEM} WHERE key >= ? AND key < ? AND lane = ? AND state = {OPEN} ORDER BY key"
 
 
 @dataclass(slots=True)

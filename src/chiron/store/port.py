@@ -281,9 +281,12 @@ class BatchStore(Protocol):
     async def cancel_batch(self, batch_id: str, now_s: float, owner: str | None = None) -> Batch:
         """``cancelling`` while items are leased, else ``cancelled``. Raises ``Conflict`` if it ended otherwise."""
 
-    async def lease(self, model: str, limit: int, before_deadline_s: float | None = None) -> list[Item]:
-        """Up to ``limit`` pending items, earliest deadline first, then oldest batch, then input order. They are the
-        caller's until ``finish``, ``release`` or the end of the process."""
+    async def lease(
+        self, model: str, limit: int, before_deadline_s: float | None = None, bytes_max: int | None = None
+    ) -> list[Item]:
+        """Up to ``limit`` pending items, earliest deadline first, then oldest batch, then input order; no more once
+        their bodies have ``bytes_max`` bytes. They are the caller's until ``finish``, ``release`` or the end of the
+        process."""
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
         """Keep these results. A second result for an item, or one for a batch that has ended, is ignored."""

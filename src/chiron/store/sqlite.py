@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from threading import local
 from typing import Literal, TypeVar
@@ -334,11 +335,20 @@ class SqliteStore:
 
     # Items.
 
-    async def lease(self, model: str, limit: int, before_deadline_s: float | None = None) -> list[Item]:
+    async def lease(
+        self, model: str, limit: int, before_deadline_s: float | None = None, bytes_max: int | None = None
+    ) -> list[Item]:
         now = self._opened
         async with now.places:
             future = now.writer.submit(
-                lambda transaction: items.lease(transaction.db, self._leases, model, limit, before_deadline_s),
+                lambda transaction: items.lease(
+                    transaction.db,
+                    self._leases,
+                    model,
+                    limit,
+                    before_deadline_s,
+                    inf if bytes_max is None else bytes_max,
+                ),
                 reads=True,
             )
             try:
