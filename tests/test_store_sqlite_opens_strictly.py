@@ -116,14 +116,15 @@ def test_files_of_cut_off_uploads_are_removed(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_batch_whose_input_was_taken_away_ends_with_a_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize("operations_max", [1, 1000])
+def test_a_batch_whose_input_was_taken_away_ends_with_a_reason(operations_max: int, tmp_path: Path) -> None:
     async def run() -> None:
-        site = sqlite_site(tmp_path)
+        site = sqlite_site(tmp_path, StoreSettings(reserve_bytes=0, operations_max=operations_max))
         async with site.store() as store:
             lost = await start(site, store, 5)
             fine = await start(site, store, 2)
             (tmp_path / "files" / lost.input_file_id).write_bytes(lines_of(2))
-            leased = await store.lease("llama-3.1-8b", 10)
+            leased = await asyncio.wait_for(store.lease("llama-3.1-8b", 10), 10)
             assert [(item.batch_id, item.index) for item in leased] == [(fine.id, 0), (fine.id, 1)]
             lost = await store.get_batch(lost.id, None)
             assert (lost.status, lost.failed, lost.errors[0].code) == ("failed", 5, "input_file_missing")

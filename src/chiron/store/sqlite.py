@@ -364,7 +364,11 @@ class SqliteStore:
 
     async def _lose_input(self, batch_id: str) -> None:
         now_s = self._wall()
-        await self._write(lambda transaction: batches.lose_input(transaction, self._leases, batch_id, now_s))
+        # A part of a lease, which has its place already: to wait for another could be for ever.
+        lost = self._opened.writer.submit(
+            lambda transaction: batches.lose_input(transaction, self._leases, batch_id, now_s)
+        )
+        await asyncio.shield(asyncio.wrap_future(lost))
 
     def _give_back(self, writer: Writer, done: Future[list[items.Leased]]) -> None:
         if not done.cancelled() and done.exception() is None:
