@@ -109,7 +109,7 @@ class Service:
             next_id=self._next_id,
             responded=self.journal.responded,
         )
-        self.store = SqliteStore(config.data, wall=time.time, settings=config.store)
+        self.store = SqliteStore(config.data, wall=self._wall_s, settings=config.store)
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
@@ -271,13 +271,17 @@ class Service:
     def _next_id(self) -> int:
         return next(self._numbers)
 
+    def _wall_s(self) -> float:
+        """One wall clock for whatever is written down, also if the machine's own is set meanwhile."""
+        return self.clock.wall_s(self.clock.elapsed_s())
+
     def _api_state(self) -> ApiState:
         return ApiState(
             store=self.store,
             keys=self.keys,
             models=self.models,
             work=self.runner,
-            wall_s=lambda: self.clock.wall_s(self.clock.elapsed_s()),
+            wall_s=self._wall_s,
             started_s=self.clock.wall_origin_s,
             ready=self._not_ready,
             status=self.status,
