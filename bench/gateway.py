@@ -4,8 +4,10 @@
 
 A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
 to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
-its event log, metrics, queue and policy. CPU is user and system time of the measured process. Small requests are sent
-by ``wrk`` if it is installed (it takes less of the load's core), else by a client here.
+its event log, metrics, queue and policy. CPU is user and system time of the measured process.
+
+Small requests and the many streams are sent by ``wrk`` if it is installed: it takes so little of the load's core that
+the measured one has to carry more than 30,000 chunks a second. Else, and for the time to first token, by a client here.
 """
 
 from __future__ import annotations
@@ -50,6 +52,11 @@ data = "data"
 instances = [{{ engine = "openai", endpoints = ["http://127.0.0.1:{engine}"], max_num_seqs = 4096 }}]
 
 """
+CLIENTS_MAX = 64
+"""More streams than this need ``wrk``, if it is there: the client here would be the bottleneck."""
+DONE = """
+done = function(summary) io.write(string.format("bytes %d us %d\\n", summary.bytes, summary.duration)) end
+"""
 LUA = 'wrk.method="POST"; wrk.path="{path}"; wrk.headers["content-type"]="application/json"; wrk.body=[[{body}]]'
 
 
@@ -90,6 +97,17 @@ def cpu_s(pid: int) -> float:
     """User and system seconds of a process and of its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+class Used:
+    """CPU of a process from now on."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.cpu_s, self.began_s = pid, cpu_s(pid), time.perf_counter()
+
+    def share(self) -> float:
+        """CPU seconds per second."""
+        return (cpu_s(self.pid) - self.cpu_s) / (time.perf_counter() - self.began_s)
 
 
 def rss_mb(pid: int) -> float:
@@ -139,6 +157,30 @@ def small_by_wrk(url: str, seconds: float, work: Path) -> float:
     return float(next(line.split()[1] for line in said.splitlines() if line.startswith("Requests/sec")))
 
 
+def streams_by_wrk(url: str, count: int, seconds: float, work: Path) -> float:
+    """Bytes that arrive per second in ``count`` streams, which begin again as they end."""
+    script = work / "stream.lua"
+    script.write_text(LUA.format(path=PATH.decode(), body=STREAM.decode()) + DONE)
+    command = ["wrk", "-t1", f"-c{count}", f"-d{seconds:g}s", "--timeout=60s", "-s", str(script), url]
+    said = subprocess.run(on_core(0, command), capture_output=True, text=True, check=True).stdout
+    if "Non-2xx" in said or "Socket errors" in said:
+        raise SystemExit(f"{url}: errors:\n{said}")
+    _, arrived, _, took_us = next(line.split() for line in said.splitlines() if line.startswith("bytes"))
+    return int(arrived) / (int(took_us) / 1e6)
+
+
+def stream_bytes(url: str) -> int:
+    """Of one whole answer, head and framing included: they differ a little between targets."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    head = f"POST {PATH.decode()} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{head}content-length: {len(STREAM)}\r\n\r\n".encode() + STREAM)
+        answer = b""
+        while not answer.endswith(b"\r\n0\r\n\r\n"):
+            answer += connection.recv(1 << 16)
+    return len(answer)
+
+
 async def small_by_us(url: str, seconds: float) -> float:
     origin = Origin(url)
     end_s = time.perf_counter() + seconds
@@ -182,29 +224,32 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def measure(name: str, url: str, pid: int, seconds: float, load: dict[str, Any], work: Path) -> dict[str, Any]:
-    """One target's figures."""
-    small: Callable[[float], Any] = load["small"]
+async def measure_small(url: str, pid: int, small: Callable[[str, float], float], seconds: float) -> dict[str, float]:
     await asyncio.to_thread(small, url, 1.0)
-    before_s = cpu_s(pid)
-    began_s = time.perf_counter()
+    used = Used(pid)
     rate = await asyncio.to_thread(small, url, seconds)
-    share = (cpu_s(pid) - before_s) / (time.perf_counter() - began_s)
-    row: dict[str, Any] = {"target": name, "small_per_s": rate, "us_per_request": share / rate * 1e6}
-    for count, chunks, pace_s in load["streams"]:
-        before_s = cpu_s(pid)
-        made, took_s = await streams(load["paced"][name, count], count)
-        used_s = cpu_s(pid) - before_s
-        total = sum(stream.chunks for stream in made)
-        ttft = [stream.first_s - stream.sent_s for stream in made]
-        row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = {
-            "chunks_per_s": total / took_s,
-            "us_per_chunk": used_s / total * 1e6,
-            "ttft_p50_ms": statistics.median(ttft) * 1000,
-            "ttft_p99_ms": quantile(ttft, 0.99) * 1000,
-        }
-    row["rss_mb"] = rss_mb(pid)
-    return row
+    return {"small_per_s": rate, "us_per_request": used.share() / rate * 1e6}
+
+
+async def measure_streams(url: str, pid: int, count: int) -> dict[str, float]:
+    used = Used(pid)
+    made, took_s = await streams(url, count)
+    rate = sum(stream.chunks for stream in made) / took_s
+    ttft = [stream.first_s - stream.sent_s for stream in made]
+    return {
+        "chunks_per_s": rate,
+        "us_per_chunk": used.share() / rate * 1e6,
+        "ttft_p50_ms": statistics.median(ttft) * 1000,
+        "ttft_p99_ms": quantile(ttft, 0.99) * 1000,
+    }
+
+
+async def measure_chunks(url: str, pid: int, count: int, chunks: int, seconds: float, work: Path) -> dict[str, float]:
+    """As many chunks as they offer; times to first token are not seen."""
+    per_chunk = stream_bytes(url) / chunks
+    used = Used(pid)
+    rate = await asyncio.to_thread(streams_by_wrk, url, count, seconds, work) / per_chunk
+    return {"chunks_per_s": rate, "us_per_chunk": used.share() / rate * 1e6}
 
 
 async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[str]) -> list[dict[str, Any]]:
@@ -246,10 +291,17 @@ async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[
 
         rows = []
         for name, urls in targets.items():
-            row: dict[str, Any] = {}
+            first, *_ = plan
+            row: dict[str, Any] = {"target": name}
+            row |= await measure_small(urls[first[0]], pids[name, first[0]], small, seconds)
             for count, chunks, pace_s in plan:
-                load = {"small": small, "streams": [(count, chunks, pace_s)], "paced": {(name, count): urls[count]}}
-                row |= await measure(name, urls[count], pids[name, count], seconds, load, work)
+                url, pid = urls[count], pids[name, count]
+                if by_wrk and count > CLIENTS_MAX:
+                    part = await measure_chunks(url, pid, count, chunks, 2 * seconds, work)
+                else:
+                    part = await measure_streams(url, pid, count)
+                row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = part
+                row["rss_mb"] = rss_mb(pid)
             rows.append(row)
             print_row(row, plan)
         return rows
@@ -259,10 +311,9 @@ def print_row(row: dict[str, Any], plan: list[tuple[int, int, float]]) -> None:
     cells = [f"{row['target']:24}", f"{row['small_per_s']:8,.0f} req/s", f"{row['us_per_request']:5.0f} us/req"]
     for count, chunks, pace_s in plan:
         part = row[f"{count}x{chunks}@{pace_s * 1000:g}ms"]
-        cells.append(
-            f"{count} streams: {part['chunks_per_s']:7,.0f} chunks/s {part['us_per_chunk']:4.0f} us/chunk "
-            f"TTFT {part['ttft_p50_ms']:5.1f}/{part['ttft_p99_ms']:5.1f} ms"
-        )
+        cells.append(f"{count} streams: {part['chunks_per_s']:7,.0f} chunks/s {part['us_per_chunk']:4.0f} us/chunk")
+        if "ttft_p50_ms" in part:
+            cells.append(f"TTFT {part['ttft_p50_ms']:5.1f}/{part['ttft_p99_ms']:5.1f} ms")
     print("  ".join([*cells, f"{row['rss_mb']:.0f} MB"]), flush=True)
 
 
