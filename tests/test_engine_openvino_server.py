@@ -274,6 +274,73 @@ def test_a_request_larger_than_the_kv_cache_is_refused_and_many_that_fill_it_all
         engine.stop()
 
 
+def test_a_prefill_that_was_interrupted_leaves_nothing_wrong_behind(engine: EngineProcess, model: Path) -> None:
+    """The pipeline files a block under its tokens when it begins to write it, and keeps it so when told to stop."""
+    interrupted = EngineProcess(
+        MODULE, "--model", str(model), "--served-model-name", "toy", "--threads", "1", "--precision", "f32",
+        "--max-num-batched-tokens", "100",
+    )  # fmt: skip
+
+    async def check() -> None:
+        async with connected(engine.url) as origin:
+            expected = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in range(6)]
+        async with connected(interrupted.url) as origin:
+            # Their tokens take their part of each step, so that the others' prefill does not end at a block's end.
+            running = [start(origin, 100 + seed, 3000) for seed in range(3)]
+            await asyncio.gather(*(stream.tokens(2) for stream in running))
+            for seed in range(6):
+                stream = start(origin, seed, 20, length=900)
+                await running[0].tokens(len(running[0].token_ids) + 3)
+                assert not stream.token_ids
+                stream.call.cancel()
+                await until(lambda found: found["running"] == len(running), origin)
+            answers = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in range(6)]
+            for stream in running:
+                stream.call.cancel()
+        assert answers == expected
+
+    try:
+        asyncio.run(check())
+    finally:
+        interrupted.stop()
+
+
+def test_with_kv_short_and_clients_leaving_every_answer_is_whole_and_right(engine: EngineProcess, model: Path) -> None:
+    small = EngineProcess(
+        MODULE, "--model", str(model), "--served-model-name", "toy", "--threads", "1", "--precision", "f32",
+        "--kv-capacity-tokens", "608",
+    )  # fmt: skip
+    draw = random.Random(7)
+
+    async def in_parts(origin: Origin, seed: int) -> list[int]:
+        """An answer whose client leaves and comes back with what it got, until it is complete."""
+        tokens: list[int] = []
+        while True:
+            resume = {"resume_token_ids": tokens} if tokens else {}
+            stream = start(origin, seed, 60, length=60 + 10 * seed, **resume)
+            await stream.tokens(draw.randrange(1, 50), timeout_s=60.0)
+            tokens = tokens + stream.token_ids
+            if stream.complete:
+                return tokens
+            assert stream.status in (0, 200), stream.status
+            stream.call.cancel()
+
+    async def check() -> None:
+        async with connected(engine.url) as origin:
+            streams = [start(origin, seed, 60, length=60 + 10 * seed) for seed in range(14)]
+            expected = [(await stream.end()).token_ids for stream in streams]
+        async with connected(small.url) as origin:
+            answers = await asyncio.gather(*(in_parts(origin, seed) for seed in range(14)))
+            found = await metrics(origin)
+        assert answers == expected
+        assert found["vllm:kv_cache_usage_perc"] == 0.0
+
+    try:
+        asyncio.run(check())
+    finally:
+        small.stop()
+
+
 def test_a_paced_engine_takes_the_profiles_time_and_says_so(model: Path, tmp_path: Path) -> None:
     profile = load_profile("llama-3.1-8b/a100/tp1")
     save_profile(profile, tmp_path / "p.json")

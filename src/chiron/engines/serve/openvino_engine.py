@@ -5,7 +5,12 @@ delivers its tokens, and takes its turn with the sockets before the next. Who jo
 decided here: that is the max batch size, which can be changed at any time. Lowering it interrupts nobody.
 
 A client that leaves frees its place at the next step. Its KV stays in the pipeline's prefix cache as long as there is
-room, so the same request coming back with the tokens it got (``resume_token_ids``) goes on almost at once.
+room, so the same request coming back with the tokens it got (``resume_token_ids``) goes on almost at once. While its
+prompt is being prefilled it keeps the place to the prefill's end: the pipeline would file the block that it is in as
+complete, and whoever came with the same beginning later would read KV that was never written.
+
+The pipeline is never left short of KV, as it then files blocks under the wrong tokens too, or drops all that it runs.
+Before that the youngest sequences go back to the queue and go on from their tokens later.
 
 With a profile, a step takes at least as long as the profile says for its batch, context and prefill: the process then
 sleeps for most of each step, and a small machine can host several instances that do not slow one another.
@@ -26,8 +31,9 @@ from typing import Any
 from chiron.engines.model import StepTimes
 from chiron.engines.serve.exposition import Totals, exposition
 from chiron.engines.serve.front import Reply
-from chiron.engines.serve.openai import FinishReason, GenerationRequest, RequestError, Usage
+from chiron.engines.serve.openai import FinishReason, GenerationRequest, RequestError
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model
+from chiron.engines.serve.openvino_sequence import Sequence
 from chiron.engines.serve.prefix import PrefixCache
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
@@ -71,12 +77,18 @@ class OpenVinoEngine:
         self.limit = model.settings.max_num_seqs
         """Max batch size."""
         self.totals = Totals()
+        self.preemptions = 0
+        """Sequences that went back to the queue for want of KV."""
         self._loop = loop
         self._failed = failed
         self._pace = pace
         self._cache = PrefixCache(block_tokens=BLOCK_TOKENS, blocks_max=model.kv_blocks)
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._leaving: list[Sequence] = []
+        """Left by their clients, and yet to come to the end of their prefill."""
+        self._freeing_blocks = 0
+        """KV of those that have left the pipeline, which the next step frees at its end."""
         self._stepping = False
         self._due_s = 0.0
         """When the last paced step was to end, by the loop's clock."""
@@ -90,23 +102,25 @@ class OpenVinoEngine:
         tokens_max = self._tokens_max(request, len(prompt))
         self._check_tokens("resume_token_ids", request.resume_token_ids)
         id = next(self._ids)
-        sequence = _Sequence(
+        sequence = Sequence(
             id=id,
             request=request,
             reply=Reply(request, incoming, id=f"{self._salt}{id:x}"),
             prompt=prompt,
             tokens_max=tokens_max,
             text=TextStream(self.model.vocabulary, request.stop),
-            config=self._config(request, tokens_max),
+            config=self._config(request, tokens_max, len(request.resume_token_ids)),
             arrival_s=now_s(),
         )
         reason = self._resume(sequence)
         if reason is not None:
             sequence.finish([], reason)
             return
-        if len(self._waiting) >= self.settings.queue_max and len(self._running) >= self.limit:
+        # Places that are free but not taken yet, because a step is under way, are no queue.
+        waiting = len(self._waiting) - max(0, self.limit - self._inside)
+        if waiting >= self.settings.queue_max:
             raise RequestError(
-                f"{len(self._waiting)} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
+                f"{waiting} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
                 status=429,
                 type="rate_limit_error",
                 code="queue_full",
@@ -125,7 +139,7 @@ class OpenVinoEngine:
     def limits(self) -> dict[str, int]:
         return {
             "limit": self.limit,
-            "running": len(self._running),
+            "running": self._inside,
             "waiting": len(self._waiting),
             "max_num_seqs": self.model.settings.max_num_seqs,
             "kv_capacity_tokens": self.model.kv_capacity_tokens,
@@ -136,7 +150,7 @@ class OpenVinoEngine:
         capacity, used = self.model.kv_capacity_tokens, self._kv_used_tokens()
         waiting = [len(sequence.prompt) + len(sequence.generated) for sequence in self._waiting]
         gauges = {
-            "vllm:num_requests_running": len(self._running),
+            "vllm:num_requests_running": self._inside,
             "vllm:num_requests_waiting": len(self._waiting),
             "vllm:kv_cache_usage_perc": min(1.0, used / capacity),
             "chiron:engine_kv_capacity_tokens": capacity,
@@ -146,10 +160,16 @@ class OpenVinoEngine:
             "chiron:engine_max_batch_size": self.limit,
         }
         config = {"num_gpu_blocks": self.model.kv_blocks, "block_size": BLOCK_TOKENS}
-        return exposition(self.settings.name, self.totals, gauges, config)
+        counters = {"vllm:num_preemptions_total": self.preemptions}
+        return exposition(self.settings.name, self.totals, gauges, config, counters)
+
+    @property
+    def _inside(self) -> int:
+        """Sequences in the pipeline."""
+        return len(self._running) + len(self._leaving)
 
     def _kv_used_tokens(self) -> int:
-        return sum(sequence.context - sequence.prefill_left for sequence in self._running)
+        return sum(sequence.context - sequence.prefill_left for sequence in [*self._leaving, *self._running])
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -192,8 +212,8 @@ class OpenVinoEngine:
             )
         return room if asked is None else asked
 
-    def _config(self, request: GenerationRequest, tokens_max: int) -> Any:
-        done = len(request.resume_token_ids)
+    def _config(self, request: GenerationRequest, tokens_max: int, done: int) -> Any:
+        """For the tokens that are left after ``done``."""
         seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
         sampled = request.temperature > 0 and request.top_p > 0
         fields: dict[str, Any] = {
@@ -215,7 +235,7 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise RequestError(f"The engine does not take these sampling settings: {error}.") from None
 
-    def _resume(self, sequence: _Sequence) -> FinishReason | None:
+    def _resume(self, sequence: Sequence) -> FinishReason | None:
         """Bring a sequence to where it was interrupted; the reason if it had ended there."""
         done = sequence.request.resume_token_ids
         if not done:
@@ -225,23 +245,41 @@ class OpenVinoEngine:
             return "stop"
         return "length" if len(done) >= sequence.tokens_max else None
 
-    def _cancel(self, sequence: _Sequence) -> None:
+    def _cancel(self, sequence: Sequence) -> None:
         """The client has left."""
         if sequence in self._running:
-            self._leave(sequence)
+            if self._may_leave(sequence):
+                self._leave(sequence)
+            else:
+                self._running.remove(sequence)
+                self._leaving.append(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         else:
             return
         self.totals.cancelled += 1
 
-    def _leave(self, sequence: _Sequence) -> None:
-        """Out of the batch; a sequence that is not at its end in the pipeline ends at the next step."""
+    def _may_leave(self, sequence: Sequence) -> bool:
+        """Whether no block of it is half written."""
+        if not sequence.prefilling:
+            return True
+        # Prefills go one after another: this one has not begun while another before it goes on.
+        before = self._running[: self._running.index(sequence)]
+        return any(other.prefilling for other in [*self._leaving, *before])
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the batch."""
         self._running.remove(sequence)
-        if sequence.prefill_left == 0:
+        self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Out of the pipeline; a sequence that is not at its end there ends at the next step."""
+        if not sequence.prefilling:
             # The last token was drawn but not run, so its KV is not there.
             self._cache.add([*sequence.prompt, *sequence.generated[:-1]])
-        sequence.handle.cancel()
+        if sequence.handle.get_status().name == "RUNNING":
+            self._freeing_blocks += sequence.blocks_wanted
+            sequence.handle.cancel()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -252,6 +290,7 @@ class OpenVinoEngine:
 
     def _step(self) -> None:
         try:
+            self._make_room()
             self._admit()
             # Sequences that were cancelled are let go by one more step, even if nobody else is left.
             if not self._running and not self.model.pipeline.has_non_finished_requests():
@@ -262,6 +301,7 @@ class OpenVinoEngine:
             if self._pace is not None and started_s - self._due_s < _LATE_S:
                 started_s = self._due_s
             self.model.pipeline.step()
+            self._freeing_blocks = 0
             least_s = self._account()
         except Exception as error:
             self._fail(error)
@@ -273,26 +313,51 @@ class OpenVinoEngine:
         self._loop.call_at(self._due_s, self._deliver, started_s)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < self.limit:
+        while self._waiting and self._inside < self.limit and self._has_room(self._waiting[0]):
             sequence = self._waiting.popleft()
             context = [*sequence.prompt, *sequence.generated]
             cached = self._cache.cached(context)
             sequence.prefill_left = len(context) - cached
             self.totals.cached_tokens += cached
-            self.totals.queue.add(now_s() - sequence.arrival_s)
+            if sequence.handle is None:
+                self.totals.queue.add(now_s() - sequence.arrival_s)
             sequence.handle = self.model.start(sequence.id, context, sequence.config)
+            sequence.prefilling = True
             self._running.append(sequence)
+
+    def _make_room(self) -> None:
+        """See to it that there is KV for the step after the next too: what leaves now is freed by the next."""
+        for sequence in reversed(self._running.copy()):
+            if self._blocks_wanted() <= self.model.kv_blocks:
+                return
+            if self._may_leave(sequence):
+                self._leave(sequence)
+                sequence.config = self._config(sequence.request, sequence.tokens_max, len(sequence.generated))
+                self._waiting.appendleft(sequence)
+                self.preemptions += 1
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether its KV fits in, and leaves each of those inside a block to grow."""
+        if not self._inside and not self._freeing_blocks:
+            return True
+        wanted = self._blocks_wanted() + self._freeing_blocks + sequence.blocks_wanted
+        return wanted + self._inside <= self.model.kv_blocks
+
+    def _blocks_wanted(self) -> int:
+        return sum(sequence.blocks_wanted for sequence in [*self._leaving, *self._running])
 
     def _account(self) -> float:
         """Count what the step did: decodes first, the rest of its token budget for prefills in order of arrival.
 
         Returns the least time that it may take, seconds; 0 without a profile.
         """
-        decoding = [sequence for sequence in self._running if sequence.prefill_left == 0]
+        inside = [*self._leaving, *self._running]
+        decoding = [sequence for sequence in inside if sequence.prefill_left == 0]
         contexts = sum(sequence.context for sequence in decoding)
         budget, attention = self.model.settings.max_num_batched_tokens - len(decoding), 0
         prefilled = 0
-        for sequence in self._running:
+        for sequence in inside:
+            sequence.prefilling = sequence.prefilling and not sequence.handle.can_read()
             chunk = min(sequence.prefill_left, max(0, budget))
             if chunk:
                 offset = sequence.context - sequence.prefill_left
@@ -302,7 +367,7 @@ class OpenVinoEngine:
                 prefilled += chunk
         self.totals.prefill_tokens += prefilled
         pace = self._pace
-        if pace is None or not self._running:
+        if pace is None or not inside:
             return 0.0
         tokens = min(prefilled + len(decoding), len(pace.base) - 1)
         return pace.base[tokens] + pace.c * contexts + pace.q * attention
@@ -313,6 +378,10 @@ class OpenVinoEngine:
         self.totals.steps += 1
         self.totals.busy_s += ended_s - started_s
         try:
+            for sequence in self._leaving.copy():
+                if not sequence.prefilling or sequence.handle.get_status().name != "RUNNING":
+                    self._leaving.remove(sequence)
+                    self._let_go(sequence)
             for sequence in self._running.copy():
                 self._read(sequence, ended_s)
         except Exception as error:
@@ -320,7 +389,7 @@ class OpenVinoEngine:
             return
         self._loop.call_soon(self._step)
 
-    def _read(self, sequence: _Sequence, ended_s: float) -> None:
+    def _read(self, sequence: Sequence, ended_s: float) -> None:
         new: list[int] = []
         ended: FinishReason | None = None
         handle = sequence.handle
@@ -347,11 +416,11 @@ class OpenVinoEngine:
         self.totals.e2e.add(ended_s - sequence.arrival_s)
         sequence.finish(new, ended, text)
 
-    def _count(self, sequence: _Sequence, tokens: int, ended_s: float) -> None:
+    def _count(self, sequence: Sequence, tokens: int, ended_s: float) -> None:
         totals = self.totals
         totals.generation_tokens += tokens
+        sequence.prefill_left = 0
         if sequence.last_s is None:
-            sequence.prefill_left = 0
             totals.ttft.add(ended_s - sequence.arrival_s)
         else:
             totals.decode_tokens += tokens
@@ -365,8 +434,8 @@ class OpenVinoEngine:
         trouble = RequestError("The engine failed.", status=500, type="server_error", code="engine_failed")
         for sequence in [*self._running, *self._waiting]:
             sequence.reply.fail(trouble)
-        self._running.clear()
-        self._waiting.clear()
+        for sequences in (self._running, self._leaving, self._waiting):
+            sequences.clear()
         self._failed(error)
 
 
@@ -378,58 +447,3 @@ def _no_room() -> RequestError:
     return RequestError(
         "The request does not fit into the engine's KV cache.", status=503, type="server_error", code="kv_cache_full"
     )
-
-
-class _Sequence:
-    """A request inside the engine."""
-
-    __slots__ = (
-        "arrival_s",
-        "config",
-        "generated",
-        "handle",
-        "id",
-        "last_s",
-        "prefill_left",
-        "prompt",
-        "reply",
-        "request",
-        "text",
-        "tokens_max",
-    )
-
-    def __init__(
-        self,
-        *,
-        id: int,
-        request: GenerationRequest,
-        reply: Reply,
-        prompt: list[int],
-        tokens_max: int,
-        text: TextStream,
-        config: Any,
-        arrival_s: float,
-    ) -> None:
-        self.id = id
-        self.request = request
-        self.reply = reply
-        self.prompt = prompt
-        self.tokens_max = tokens_max
-        self.text = text
-        self.config = config
-        self.generated = list(request.resume_token_ids)
-        """Tokens from the very beginning."""
-        self.prefill_left = 0
-        """Tokens to prefill before it decodes."""
-        self.handle: Any = None
-        self.arrival_s = arrival_s
-        self.last_s: float | None = None
-        """When the last token was delivered, by the loop's clock."""
-
-    @property
-    def context(self) -> int:
-        return len(self.prompt) + len(self.generated)
-
-    def finish(self, new: list[int], reason: FinishReason, text: str = "") -> None:
-        usage = Usage(prompt_tokens=len(self.prompt), completion_tokens=len(self.generated))
-        self.reply.finish(text + self.text.flush(), new, reason, usage)
