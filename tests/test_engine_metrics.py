@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from chiron.engines.metrics import parse_metrics, read_row
 from chiron.engines.rows import ENGINES
+from chiron.engines.serve.exposition import Totals, exposition
 
 VLLM = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -119,3 +120,9 @@ def test_windows_line_ends_spaces_and_timestamps() -> None:
 def test_no_text_breaks_the_parser(text: str) -> None:
     for row in ENGINES.values():
         read_row(row, text)
+
+
+def test_the_name_of_a_model_reaches_dashboards_as_it_is() -> None:
+    text = exposition('modèle "7b"', Totals(), {"gauge": 1}, {})
+    assert 'gauge{model_name="modèle \\"7b\\""} 1' in text.splitlines()
+    assert parse_metrics(text)["gauge"] == 1

@@ -55,6 +55,10 @@ def test_byte_level_tokens_are_their_bytes() -> None:
     assert token_bytes({b" hi": 1, b"\xff": 0, b"<|end|>": 2}, {2}) == [b"\xff", b" hi", b""]
 
 
+def test_a_token_that_the_tokenizer_does_not_know_has_no_text() -> None:
+    assert TextStream([b"a", b"b"]).feed([0, 7, 1]) == "ab"
+
+
 def test_the_prefix_cache_finds_full_blocks_and_never_the_whole_prompt() -> None:
     cache = PrefixCache(block_tokens=4, blocks_max=8)
     cache.add(range(10))

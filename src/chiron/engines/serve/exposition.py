@@ -68,7 +68,7 @@ def exposition(
 ) -> str:
     """Prometheus text. ``gauges`` and ``extra`` counters by full name; ``config`` become labels of
     ``vllm:cache_config_info``."""
-    labels = f"model_name={json.dumps(model)}"
+    labels = f"model_name={json.dumps(model, ensure_ascii=False)}"  # Its format knows no \u escapes.
     counters = {
         "vllm:prompt_tokens_total": totals.prompt_tokens,
         "vllm:generation_tokens_total": totals.generation_tokens,

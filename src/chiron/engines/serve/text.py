@@ -50,7 +50,10 @@ class TextStream:
         """The text that is certain now."""
         if self.stopped:
             return ""
-        return self._release(self._decoder.decode(b"".join(self._table[id] for id in token_ids)))
+        table = self._table
+        # Models have rows beyond their tokenizer's vocabulary and draw one of them now and then.
+        data = b"".join(table[id] for id in token_ids if id < len(table))
+        return self._release(self._decoder.decode(data))
 
     def flush(self) -> str:
         """What was held back, at the end."""
