@@ -1,8 +1,8 @@
 """Brings batch work from the store to the control plane, and its results back.
 
-A job may have a million items; the control plane gets a window of them, earliest deadline first, and hears of the
-rest as a sum (``hold``), so that it can plan for all of it. Memory holds at most: the window, bounded in items and in
-bytes, what engines run, and the suspects.
+A job may have a million items; the control plane gets a window of them (``batch_window``), earliest deadline first,
+and hears of the rest as a sum (``batch_backlog``), so that it can plan for all of it. Memory holds at most: the
+window, bounded in items and in bytes, what engines run, and the suspects.
 
 **Suspects.** An item may be poison: whatever engine gets it dies, and takes its neighbours with it. So an item that
 the control plane gave up on is given back with a failed attempt and tried again as the only suspect of its model;
@@ -17,69 +17,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from math import inf
 from typing import Protocol
 
 from chiron.control.plane import RETRIES_MAX
 from chiron.core.types import Request
-from chiron.gateway.admission import Models, ServedModel, prompt_bytes
+from chiron.gateway.admission import Models, prompt_bytes
+from chiron.gateway.batch_backlog import Backlog, BacklogPlane
 from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
 from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
 from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off, try_later
-from chiron.gateway.batch_writer import Place, ResultWriter
+from chiron.gateway.batch_window import Window, Wish
+from chiron.gateway.batch_writer import ResultWriter
 from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
-from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
+from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, StoreError, StoreFull
 
 log = logging.getLogger("chiron.batch")
 
 
-class BatchPlane(Protocol):
+class BatchPlane(BacklogPlane, Protocol):
     """What is asked of the control plane."""
 
     def submit(self, request: Request) -> None: ...
     def cancel(self, request: Request) -> None: ...
-    def hold_batch(
-        self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
-    ) -> None: ...
-
-
-class _Window:
-    """Work of one model that is out of the store."""
-
-    def __init__(self, model: ServedModel) -> None:
-        self.model = model
-        self.name = model.settings.name
-        self.cls = model.classes[model.settings.batch_class]
-        self.calls: dict[Place, BatchCall] = {}
-        """Submitted and not ended."""
-        self.suspects: deque[Item] = deque()
-        """Leased, to be tried one at a time."""
-        self.suspect: BatchCall | None = None
-        self.failing = 0
-        """Items given up since the last that got an answer."""
-        self.resume_s = 0.0
-        """Nothing is submitted before (the clock's time)."""
-        self.lease_delay_s = 0.0
-        """The pause if the next lease fails; 0: the last did not."""
-
-    def queued(self) -> list[BatchCall]:
-        """Submitted, and not on an instance."""
-        return [call for call in self.calls.values() if call.request is not None and call.request.instance is None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
-    """Work that the control plane was told of, in its own units."""
-
-    deadline_s: float
-    items: int
-    input_tokens: int
-    input_square: float
 
 
 class BatchRunner:
@@ -102,22 +64,25 @@ class BatchRunner:
         self._clock = clock
         self._plane = plane
         self._names = by_name(model.settings for model in models.by_name.values())
-        self._windows = [_Window(model) for model in models.by_name.values() if model.settings.batch_class]
+        self._settings = settings or BatchSettings()
+        self._tuning = tuning or RunnerSettings()
+        self._windows = [
+            Window(model, items_max=self._settings.window_max, tuning=self._tuning)
+            for model in models.by_name.values()
+            if model.settings.batch_class
+        ]
         self._window_of = {name: w for w in self._windows for name in w.model.settings.aliases}
         self._window_of |= {window.name: window for window in self._windows}
         """By every name: an item has the name that its model had when its batch was accepted."""
+        self._backlog = Backlog(plane=plane, clock=clock, window_of=self._window_of)
         self._keys = keys
         self._next_id = next_id
-        self._settings = settings or BatchSettings()
-        self._tuning = tuning or RunnerSettings()
         self._limits = InputLimits(items_max=self._settings.items_max, line_bytes_max=self._settings.line_max_bytes)
         self._tasks: list[asyncio.Task[None]] = []
         self._unchecked: asyncio.Queue[tuple[Batch, float]] = asyncio.Queue()
         """Batches to validate, each with the pause before another try if that fails."""
         self._news = asyncio.Event()
         self._writer = ResultWriter(store=store, clock=clock, tuning=self._tuning, on_return=self._news.set)
-        self._held: dict[tuple[str, str], _Held] = {}
-        """What the control plane was told of, by batch and model."""
         self._dropped: dict[str, None] = {}
         """Batches that were cancelled or expired of late: a lease may be under way."""
         self._ended_since = 0
@@ -169,11 +134,11 @@ class BatchRunner:
             "submitted": sum(len(window.calls) for window in windows),
             "queued": sum(len(window.queued()) for window in windows),
             "suspects": sum(len(window.suspects) + (window.suspect is not None) for window in windows),
-            "in_store": sum(work.items for work in self._held.values()),
+            "in_store": self._backlog.items,
             "unwritten": self._writer.unwritten,
             "validating": self._unchecked.qsize(),
             "paused": self.paused,
-            "failing_models": sorted(w.name for w in windows if w.failing >= self._tuning.failing_max),
+            "failing_models": sorted(window.name for window in windows if window.engines_fail),
         }
 
     async def close(self, timeout_s: float = 5.0) -> None:
@@ -184,8 +149,7 @@ class BatchRunner:
         self._news.set()
         for window in self._windows:
             self._withdraw(window.calls.values())
-            self._writer.give_back(window.suspects, failed=False)
-            window.suspects.clear()
+            self._writer.give_back(window.take_suspects(), failed=False)
         for task in self._tasks[:-2]:  # Validation starts over.
             task.cancel()
         work, write = self._tasks[-2:]
@@ -261,22 +225,23 @@ class BatchRunner:
         """Take from the store what the windows have room for, and tell the control plane what is left."""
         self._ended_since = 0
         pending = await self._store.pending()
-        leased: list[tuple[_Window, list[Item]]] = []
+        leased: list[tuple[Window, list[Item]]] = []
 
         def deliver() -> None:
-            self._report_held(pending)
+            self._backlog.tell(pending)
             for window, items in leased:
                 for item in items:
                     self._take(window, item)
             for window in self._windows:
                 self._try_suspect(window)
-                self._trim(window)
+                # Work with an earlier deadline came in: what is due last goes back.
+                self._withdraw(window.surplus())
 
         try:
             for window in self._windows:
                 waiting = [work for work in pending if self._window_of.get(work.model) is window and work.items]
                 first = min(waiting, key=lambda work: work.deadline_s, default=None)
-                wish = None if first is None or self._closing else self._wish(window, first.deadline_s)
+                wish = None if first is None or self._closing else window.wish(self._clock.now_s, first.deadline_s)
                 if first is not None and wish is not None:
                     leased.append((window, await self._lease(window, first.model, wish)))
             if leased:
@@ -285,10 +250,10 @@ class BatchRunner:
             # Nobody else would ever run what is leased, whatever came after it.
             self._clock.post(deliver)
 
-    async def _lease(self, window: _Window, name: str, wish: tuple[int, float | None, int]) -> list[Item]:
+    async def _lease(self, window: Window, name: str, wish: Wish) -> list[Item]:
         """Items of one model. If they cannot be read, the other models do not wait for them."""
         try:
-            items = await self._store.lease(name, *wish)
+            items = await self._store.lease(name, wish.items_max, wish.before_deadline_s, wish.bytes_max)
         except StoreError as error:
             delay_s = window.lease_delay_s or self._tuning.backoff_min_s
             what = f"taking work of {name}"
@@ -298,25 +263,7 @@ class BatchRunner:
         window.lease_delay_s = 0.0
         return items
 
-    def _wish(self, window: _Window, earliest_s: float) -> tuple[int, float | None, int] | None:
-        """How many items to lease, before which deadline (Unix time), and of how many bytes; None: none."""
-        if self._clock.now_s < window.resume_s:
-            return None
-        bytes_max = self._tuning.window_bytes_max
-        if window.failing:
-            waits = window.suspects or window.suspect or window.calls
-            if window.failing >= self._tuning.failing_max:
-                return None if waits else (1, None, bytes_max)
-        queued, most = window.queued(), self._settings.window_max
-        if len(window.suspects) >= most:
-            return None
-        room = bytes_max - sum(len(call.item.body) for call in queued) - sum(len(item.body) for item in window.suspects)
-        if len(queued) <= most // 2 and room > 0:
-            return most - len(queued), None, room
-        latest_s = max((call.item.deadline_s for call in queued), default=-inf)
-        return (most // 2, latest_s, bytes_max) if earliest_s < latest_s else None
-
-    def _take(self, window: _Window, item: Item) -> None:
+    def _take(self, window: Window, item: Item) -> None:
         if self._closing or item.batch_id in self._dropped:
             self._writer.give_back([item], failed=False)
         elif item.attempts:
@@ -324,7 +271,7 @@ class BatchRunner:
         else:
             self._submit(window, item)
 
-    def _submit(self, window: _Window, item: Item, *, suspect: bool = False) -> None:
+    def _submit(self, window: Window, item: Item, *, suspect: bool = False) -> None:
         body = item_body(item)
         if body is None:
             message = "The request's line of the input file is no longer what it was when the batch was accepted."
@@ -351,55 +298,9 @@ class BatchRunner:
             request.retries = RETRIES_MAX - 1
         self._plane.submit(request)
 
-    def _try_suspect(self, window: _Window) -> None:
-        while window.suspects and window.suspect is None and self._clock.now_s >= window.resume_s:
-            self._submit(window, window.suspects.popleft(), suspect=True)
-
-    def _trim(self, window: _Window) -> None:
-        """Work with an earlier deadline came in: what is due last goes back."""
-        queued = window.queued()
-        over = len(queued) - self._settings.window_max
-        over_bytes = sum(len(call.item.body) for call in queued) - 2 * self._tuning.window_bytes_max
-        if over > 0 or over_bytes > 0:
-            fresh = [call for call in queued if not call.request.tokens_done]  # type: ignore[union-attr]
-            fresh.sort(key=lambda call: (call.item.deadline_s, call.item.index), reverse=True)
-            back: list[BatchCall] = []
-            for call in fresh:
-                if over <= len(back) and over_bytes <= 0:
-                    break
-                back.append(call)
-                over_bytes -= len(call.item.body)
-            self._withdraw(back)
-
-    def _report_held(self, pending: Iterable[PendingWork]) -> None:
-        """Tell the control plane what changed in the store."""
-        known = [work for work in pending if work.items and work.model in self._window_of]
-        now = {(work.batch_id, work.model): self._held_of(work) for work in known}
-        for place in [*now, *(place for place in self._held if place not in now)]:
-            old, new = self._held.get(place), now.get(place)
-            if old != new:
-                # On before off: a group that is empty for a moment would be forgotten with what others put there.
-                for held, sign in ((new, 1), (old, -1)):
-                    if held is not None:
-                        window = self._window_of[place[1]]
-                        self._plane.hold_batch(
-                            window.name,
-                            held.deadline_s,
-                            window.cls.name,
-                            sign * held.items,
-                            sign * held.input_tokens,
-                            sign * held.input_square,
-                        )
-        self._held = now
-
-    def _held_of(self, work: PendingWork) -> _Held:
-        per_token = self._window_of[work.model].model.bytes_per_token
-        return _Held(
-            deadline_s=self._clock.from_wall_s(work.deadline_s),
-            items=work.items,
-            input_tokens=round(work.input_bytes / per_token),
-            input_square=work.input_bytes_square / (per_token * per_token),
-        )
+    def _try_suspect(self, window: Window) -> None:
+        while (item := window.next_suspect(self._clock.now_s)) is not None:
+            self._submit(window, item, suspect=True)
 
     # -- from the control plane to the store -------------------------------------------------------------------
 
@@ -407,9 +308,7 @@ class BatchRunner:
         """The control plane has done with an item."""
         item, outcome = call.item, request.outcome
         window = self._window_of[item.model]
-        window.calls.pop((item.batch_id, item.index), None)
-        if window.suspect is call:
-            window.suspect = None
+        window.ended(call)
         self._count_end(window)
         if outcome == "cancelled":
             self._writer.give_back([item], failed=False)
@@ -421,12 +320,12 @@ class BatchRunner:
         else:
             self._failed(window, call, call.error.message if call.error else "no engine could run it")
 
-    def _count_end(self, window: _Window) -> None:
+    def _count_end(self, window: Window) -> None:
         self._ended_since += 1
         if self._ended_since >= max(1, self._settings.window_max // 8) or window.suspects or not window.calls:
             self._news.set()
 
-    def _answered(self, window: _Window, call: BatchCall) -> None:
+    def _answered(self, window: Window, call: BatchCall) -> None:
         try:
             self._writer.add(call.result())
         except CollectError as error:
@@ -434,19 +333,16 @@ class BatchRunner:
         else:
             window.failing = 0
 
-    def _failed(self, window: _Window, call: BatchCall, reason: str) -> None:
+    def _failed(self, window: Window, call: BatchCall, reason: str) -> None:
         item = call.item
-        window.failing += 1
         log.warning("batch %s item %d failed: %s", item.batch_id, item.index, reason)
         if item.attempts + 1 >= self._tuning.attempts_max:
             tries = f"Given up after {item.attempts + 1} attempts, each with retries."
             self._writer.add(failure(item, "request_failed", f"{tries} The last one: {reason}"))
         else:
             self._writer.give_back([item], failed=True)
-        if window.failing >= self._tuning.failing_max:
-            over = window.failing - self._tuning.failing_max
-            delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0 ** min(over, 30))
-            window.resume_s = self._clock.now_s + delay_s
+        delay_s = window.gave_up(self._clock.now_s)
+        if delay_s:
             self._clock.call_later(delay_s, self._news.set)
             # Not at once: the control plane is in the middle of telling of this end.
             self._clock.call_later(0.0, lambda: self._withdraw(window.queued()))
@@ -460,9 +356,7 @@ class BatchRunner:
             del self._dropped[next(iter(self._dropped))]
         for window in self._windows:
             self._withdraw(call for call in window.calls.values() if call.item.batch_id == batch_id)
-            suspects = [item for item in window.suspects if item.batch_id == batch_id]
-            window.suspects = deque(item for item in window.suspects if item.batch_id != batch_id)
-            self._writer.give_back(suspects, failed=False)
+            self._writer.give_back(window.take_suspects(batch_id), failed=False)
         self._news.set()
 
     def _withdraw(self, calls: Iterable[BatchCall]) -> None:
