@@ -11,18 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
 MARK_VARIABLE = "CHIRON_ENGINE_OF"
 
-_START_TOLERANCE_S = 2.0
-"""Start times are told apart from a process that got the same number later; the wall clock may be set between."""
-
 
 def owner_mark() -> str:
     """Names this process. What follows after a slash names an instance of it."""
-    return f"{_namespace()}:{os.getpid()}:{psutil.Process().create_time():.1f}"
+    return f"{_namespace()}:{os.getpid()}:{_start_of(os.getpid())}"
 
 
 def kill_orphans() -> list[int]:
@@ -34,11 +32,10 @@ def kill_orphans() -> list[int]:
         if len(owner) != 3 or owner[0] != namespace or not owner[1].isdigit():
             return False
         try:
-            started_s = float(owner[2])
-            return bool(abs(psutil.Process(int(owner[1])).create_time() - started_s) > _START_TOLERANCE_S)
+            return _start_of(int(owner[1])) != owner[2]
         except psutil.NoSuchProcess:
             return True
-        except (ValueError, psutil.Error):
+        except (OSError, psutil.Error):
             return False
 
     return kill_marked(is_orphan)
@@ -67,6 +64,18 @@ def _is_marked(process: psutil.Process, is_wanted: Callable[[str], bool]) -> boo
     except (psutil.Error, OSError):
         return False
     return mark is not None and is_wanted(mark)
+
+
+def _start_of(pid: int) -> str:
+    """Tells a process from a later one of the same number. On Linux in ticks since the machine's start, which do not
+    move when the wall clock is set: a living gateway must not look like a dead one. Raises NoSuchProcess."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not Path("/proc/self/stat").exists():
+        return f"{psutil.Process(pid).create_time():.1f}"
+    try:
+        return stat.read_bytes().rpartition(b")")[2].split()[19].decode()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
 
 
 def _namespace() -> str:
