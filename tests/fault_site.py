@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 from chiron.net.client import NetError, Origin, Response
-from chiron.store.database import open_for_reading
+from chiron.store.database import item_index, open_for_reading
+from chiron.store.port import request_id
 
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "fault_engine.py"
@@ -219,11 +220,11 @@ class FaultSite(AbstractContextManager["FaultSite"]):
         """Request ids of items whose result the store holds; of a dead gateway."""
         db = open_for_reading(self.directory / "chiron-data")
         try:
-            names = {row["no"]: row["id"].removeprefix("batch_") for row in db.execute("SELECT no, id FROM batches")}
+            names = {row["no"]: row["id"] for row in db.execute("SELECT no, id FROM batches")}
             keys = [row["key"] for row in db.execute("SELECT key FROM results")]
         finally:
             db.close()
-        return {f"batch_req_{names[key >> 32]}_{key & 0xFFFFFFFF}" for key in keys}
+        return {request_id(names[key >> 32], item_index(key)) for key in keys}
 
 
 def _serves(words: list[str]) -> bool:

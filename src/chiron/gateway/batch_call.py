@@ -8,11 +8,11 @@ from typing import Any
 import orjson
 
 from chiron.core.types import Request
-from chiron.gateway.batch_lines import answer_line, error_line, request_id
+from chiron.gateway.batch_lines import answer_line, error_line
 from chiron.gateway.calls import CollectedCall
 from chiron.gateway.collect import CollectError
 from chiron.gateway.upstream import RETRIED
-from chiron.store.port import Ended, Item
+from chiron.store.port import Ended, Item, request_id
 
 
 class BatchCall(CollectedCall):

@@ -16,7 +16,7 @@ from chiron.gateway.admission import BYTES_PER_TOKEN, NESTING_MAX, nested_too_de
 from chiron.gateway.errors import ApiError
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
-from chiron.store.port import ItemSpec, LineError
+from chiron.store.port import ItemSpec, LineError, request_id
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 CUSTOM_ID_MAX = 512
@@ -104,11 +104,6 @@ def _may_use(key: Key | None, model: str) -> bool:
 def by_name(models: Iterable[ModelSettings]) -> dict[str, ModelSettings]:
     """Models by every name that a client may use."""
     return {name: model for model in models for name in (model.name, *model.aliases)}
-
-
-def request_id(batch_id: str, index: int) -> str:
-    """The id of one request of a batch: the same however often it is tried."""
-    return f"batch_req_{batch_id.removeprefix('batch_')}_{index}"
 
 
 def answer_line(batch_id: str, index: int, custom_id: str, status: int, body: Any) -> bytes:

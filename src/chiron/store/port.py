@@ -182,6 +182,12 @@ class Ended:
     """JSON without a line break."""
 
 
+def request_id(batch_id: str, index: int) -> str:
+    """The id of an item's request and of its result line: the same however often it is tried, and whether it gets an
+    answer or not. Of fixed width, so that the size of an error file is known without writing it."""
+    return f"batch_req_{batch_id.removeprefix('batch_')}{index:08x}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingWork:
     """Items of one batch and model that are neither ended nor leased."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from chiron.store.database import FAILED, OK, OPEN, item_index, item_key
-from chiron.store.port import ENDED
+from chiron.store.port import ENDED, request_id
 
 _REASONS = {
     "expired": ("batch_expired", "The batch's completion window ended before this request was completed."),
@@ -80,9 +80,8 @@ def _collect(rows: sqlite3.Cursor, line_of: Callable[[sqlite3.Row], bytes], from
 def unfinished_line(batch_id: str, status: str, index: int, custom_id: str) -> bytes:
     """The error line of an item that its batch ended without."""
     code, message = _REASONS[status]
-    request_id = f"batch_req_{batch_id.removeprefix('batch_')}{index:08x}"
     return (
-        f'{{"id": "{request_id}", "custom_id": {json.dumps(custom_id)}, "response": null, '
+        f'{{"id": "{request_id(batch_id, index)}", "custom_id": {json.dumps(custom_id)}, "response": null, '
         f'"error": {{"code": "{code}", "message": "{message}"}}}}'
     ).encode()
 
