@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from chiron.gateway.errors import ApiError, invalid, too_many
 from chiron.gateway.keys import ANONYMOUS, Key, KeyRing, hash_secret, new_secret
+from chiron.gateway.last_word import Answer
 
 A, B, ADMIN = "secret-a", "secret-b", "secret-admin"
 
@@ -163,7 +164,7 @@ def test_errors_are_openais_objects() -> None:
             "code": None,
         }
     }
-    assert error.event() == b"data: " + error.body() + b"\n\n"
+    assert Answer(400, error.body()).event() == b"data: " + error.body() + b"\n\n"
     assert invalid("half a character: \ud800").body().isascii()
     assert (b"retry-after", b"1") in too_many("slow down", 0.2).headers
     assert (b"retry-after-ms", b"200") in too_many("slow down", 0.2).headers

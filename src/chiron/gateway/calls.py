@@ -16,7 +16,8 @@ import orjson
 from chiron.core.types import Request
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError, Collector
-from chiron.gateway.errors import ApiError, internal, invalid, retry_after, timed_out, unavailable
+from chiron.gateway.errors import ApiError
+from chiron.gateway.last_word import Answer, last_word, passed_on
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
@@ -28,8 +29,6 @@ _DROPPED = frozenset(
 """Headers of an engine's answer that speak of its connection, not of the answer."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
-_RETRY_AFTER_S = 1.0
-"""When a client may ask again for what no engine would take."""
 _TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"[^"]')
 
 
@@ -166,25 +165,15 @@ class RelayCall:
             return
         if request.outcome == "failed" and self._done:
             return  # The engine's own answer was passed on.
-        refusal = self.refusal
+        answer = last_word(request, self.refusal, passed_on(self.error), self.error)
         if not incoming.started:
-            error = self.error
-            if refusal is None and error is not None and error.status and error.body:
-                kind = error.content_type or b"application/json"
-                later = retry_after(_RETRY_AFTER_S) if error.status in (429, 503) else ()
-                incoming.respond(error.status, error.body, kind, ((b"x-request-id", self.request_id.encode()), *later))
-                self.responded(error.status)
-            else:
-                self.refuse(refusal or _reason(request, error))
+            answer.send(incoming, self.request_id)
+            self.responded(answer.status)
         elif self.streams and self._length is None:
-            incoming.write(b"\n\n" + (refusal or _reason(request, self.error)).event())
+            incoming.write(b"\n\n" + answer.event())
             incoming.finish()
         else:
             incoming.abort()
-
-    def refuse(self, error: ApiError) -> None:
-        refuse(self.incoming, error, self.request_id)
-        self.responded(error.status)
 
     def _whole(self, body: bytes) -> None:
         self._done = True
@@ -323,19 +312,14 @@ class FlexCall(CollectedCall):
             return
         if request.outcome == "finished":
             self._deliver()
-        elif self.refusal is None and self.status >= 300 and self.answer:
-            self._say(self.status, self.answer)
-        else:
-            error = self.refusal or _reason(request, self.error)
-            self._say(error.status, error.body(), error.headers)
-
-    def refuse(self, error: ApiError) -> None:
-        self._say(error.status, error.body(), error.headers)
+            return
+        engine = Answer(self.status, self.answer) if self.status >= 300 and self.answer else None
+        self._say(last_word(request, self.refusal, engine, self.error))
 
     def _deliver(self) -> None:
         answer = self.collector.result()
         if not self._wants_stream:
-            self._say(200, orjson.dumps(answer | {"service_tier": "flex"}))
+            self._say(Answer(200, orjson.dumps(answer | {"service_tier": "flex"})))
             return
         self._start_stream()
         usage = answer.pop("usage", None)
@@ -359,48 +343,16 @@ class FlexCall(CollectedCall):
             self.incoming.start(200, head)
             self.responded(200)
 
-    def _say(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+    def _say(self, answer: Answer) -> None:
         if self.incoming.started:
-            self.incoming.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
+            self.incoming.write(answer.event())
             self.incoming.finish()
         else:
-            named = [*headers, (b"x-request-id", self.request_id.encode())]
-            self.incoming.respond(status, body, b"application/json", named)
-            self.responded(status)
+            answer.send(self.incoming, self.request_id)
+            self.responded(answer.status)
 
 
 def tokens_in(data: bytes) -> int:
     """Events in a block of a stream that hold text."""
     # Only at the start of a line, where a text that is generated cannot be: JSON has no line breaks inside text.
     return sum(_TEXT.search(event) is not None for event in (b"\n" + data).split(b"\ndata:")[1:])
-
-
-def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:
-    """Answer with an error object."""
-    headers = list(error.headers)
-    if request_id:
-        headers.append((b"x-request-id", request_id.encode()))
-    incoming.respond(error.status, error.body(), b"application/json", headers)
-
-
-def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
-    """What to tell a client whose request the control plane ended."""
-    if request.outcome == "rejected":
-        return invalid(
-            f"The prompt of about {request.input_tokens} tokens is longer than any instance can hold.",
-            code="context_length_exceeded",
-        )
-    if failure is None:
-        return internal(getattr(request.payload, "request_id", ""))
-    tries = request.retries
-    if failure.status in (429, 503):
-        return unavailable(f"No engine would take the request after {tries} tries: {failure.message}.", _RETRY_AFTER_S)
-    if failure.status == 504:
-        return timed_out(f"The engine did not answer in time ({tries} tries).")
-    if failure.status == 0 and request.first_token_s >= 0.0:
-        return ApiError(
-            502, "The engine was lost in the middle of its answer.", type="server_error", code="engine_lost"
-        )
-    return ApiError(
-        502, f"No engine answered after {tries} tries: {failure.message}.", type="server_error", code="bad_gateway"
-    )

@@ -42,10 +42,6 @@ class ApiError(Exception):
         """The error object as JSON. ASCII only: a message may quote what a client sent, even half a character."""
         return json.dumps(self.value()).encode()
 
-    def event(self) -> bytes:
-        """The error as a server-sent event, for a stream that has begun."""
-        return b"data: " + self.body() + b"\n\n"
-
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:
     """The request is wrong and stays wrong."""

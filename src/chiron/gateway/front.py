@@ -13,9 +13,10 @@ from secrets import token_hex
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Request
 from chiron.gateway.admission import Models, admit
-from chiron.gateway.calls import FlexCall, RelayCall, refuse
+from chiron.gateway.calls import FlexCall, RelayCall
 from chiron.gateway.errors import ApiError, forbidden, internal, timed_out, too_many, unavailable
 from chiron.gateway.keys import Key, KeyRing
+from chiron.gateway.last_word import refuse
 from chiron.gateway.settings import LimitSettings
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
