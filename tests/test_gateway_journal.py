@@ -103,6 +103,16 @@ def test_tallies_count_what_happened(ran: tuple[LivePlane, Path]) -> None:
     assert live.journal.tallies[MODEL, "night"].evictions > 0
 
 
+def test_the_prompt_of_an_answer_in_one_piece_counts_although_no_first_token_was_seen() -> None:
+    journal = LiveJournal()
+    request = Request(7, MODEL, CHAT, 1.0, 10, 5)
+    journal.event(1.0, "arrival", request, None)
+    request.first_token_s, request.finish_s, request.tokens_done, request.outcome = 1.2, 1.6, 5, "finished"
+    journal.ended(request)
+    tally = journal.tallies[MODEL, CHAT.name]
+    assert (tally.prompt_tokens, tally.generation_tokens) == (10, 5)
+
+
 def test_the_tallies_agree_with_the_result_about_who_was_served_in_time(ran: tuple[LivePlane, Path]) -> None:
     live, _ = ran
     result = live.recorder.result(live.clock.now_s, policy=live.policy)

@@ -158,7 +158,6 @@ class ClassTally:
 
     def first_token(self, now_s: float, request: Request) -> None:
         ttft_s = now_s - request.arrival_s
-        self.prompt_tokens += request.input_tokens
         self.ttft.observe(ttft_s)
         self.ttft_recent.observe(now_s, ttft_s)
         slot = self._slot(now_s)
@@ -170,6 +169,8 @@ class ClassTally:
         assert outcome is not None
         self.outcomes[outcome] += 1
         self.generation_tokens += tokens
+        if request.first_token_s >= 0.0:
+            self.prompt_tokens += request.input_tokens
         self.retries += request.retries
         if request.dispatch_s >= 0.0:
             self.queue.observe(request.dispatch_s - request.arrival_s)
