@@ -66,6 +66,9 @@ def test_a_run_prints_a_table_and_writes_json_report_and_result(tmp_path: Path) 
     page = files["--report"].read_text()
     assert "attains at least 99 % in every class." in page
     assert "s3cret" not in page + done.output
+    explained = CliRunner().invoke(app, ["explain", str(files["--save"])]).stdout
+    assert "No fleet is in it" in explained
+    assert "changes of the plan" not in explained, "none were seen, which is not the same as none"
 
 
 def test_the_same_seed_asks_the_same_and_json_goes_to_stdout_alone() -> None:
@@ -92,7 +95,7 @@ def test_a_scenario_sends_its_streams_and_submits_its_jobs(tmp_path: Path) -> No
     (["--rate", 5], "--model is missing"),
     (["-m", "m"], "give one of --trace, --scenario, --rate; there is none of them"),
     (["-m", "m", "--rate", 5, "--trace", "x"], "there is --trace and --rate"),
-    (["-m", "m", "--rate", -1], "rate is -1.0; it must be a finite number above 0"),
+    (["-m", "m", "--rate", -1], "--rate -1: must be a finite number above 0"),
     (["-m", "m", "--rate", 5, "--kind", "gama"], "--kind 'gama'; did you mean 'gamma'"),
     (["-m", "m", "--rate", 5, "--arrival", "cw=2"], "--arrival.cw: unknown key"),
     (["-m", "m", "--rate", 5, "--class-mix", "chat"], "--class-mix 'chat': expected NAME=VALUE"),

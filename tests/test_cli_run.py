@@ -115,7 +115,7 @@ def test_a_saved_result_holds_the_text_that_reproduces_it(saved: Path) -> None:
         (["bound", "SMALL", "--set", "gpus.a100=x"], "gpus.a100: 'x' must be a whole number"),
         (["explain", "SMALL"], "line 1 is not an event"),
         (["explain", "nowhere.chiron"], "error: nowhere.chiron: No such file or directory"),
-        (["explain", "SAVED", "--at", "noon"], "error: duration 'noon': expected"),
+        (["explain", "SAVED", "--at", "noon"], "error: --at 'noon': expected the time"),
         (["explain", "SAVED", "--model", "lama"], "error: --model 'lama': did you mean 'llama'"),
     ],
 )
@@ -148,6 +148,12 @@ def test_explain_lists_reasons_and_tells_the_story_of_a_moment(saved: Path) -> N
     assert "Why: " in story
     assert "Fleet as decided upon" in story
     assert "Work: " in story
+
+
+def test_explain_refuses_a_time_that_is_none_and_names_the_option(saved: Path) -> None:
+    refused = call("explain", saved, "--at", "12:99")
+    assert refused.exit_code == 2
+    assert "--at '12:99': expected the time since the start, as 41:00, 1:02:03 or 41m" in refused.stderr
 
 
 def test_a_decision_is_told_at_the_second_that_it_is_shown_with() -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -21,6 +22,8 @@ pytest.importorskip("httptools")
 pytest.importorskip("psutil")
 
 from chiron.cli import app
+from chiron.cli import batch as batch_command
+from chiron.cli.batch_client import Server, ServerError
 from chiron.gateway.keys import hash_secret
 
 SECRET = "sk-chiron-of-this-test"
@@ -159,7 +162,7 @@ def test_a_batch_can_be_cancelled_and_has_no_results_before_its_end(gateway: Gat
     [
         (["status", "--key", "wrong"], "401: Incorrect API key. (--key, or the variable CHIRON_API_KEY)"),
         (["submit", "r.jsonl", "-w", "2s"], "completion_window is '2s'; it must be from 1m to 30d."),
-        (["submit", "r.jsonl", "-w", "soon"], "error: duration 'soon': expected"),
+        (["submit", "r.jsonl", "-w", "soon"], "error: --window: duration 'soon': expected"),
         (["submit", "r.jsonl", "-m", "x"], "--metadata 'x': expected KEY=VALUE"),
         (["submit", "r.jsonl", "--endpoint", "/v1/nothing"], "endpoint is '/v1/nothing'; allowed: "),
         (["submit", "none.jsonl"], "error: none.jsonl: No such file or directory"),
@@ -230,6 +233,45 @@ def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) 
     assert "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested address" in result.stderr
     assert [path.stat().st_ino for path in events.parent.glob("events.jsonl*")] == [log_before]
     assert not Path("other", "events.jsonl").exists()
+
+
+def test_who_reads_only_the_first_results_is_told_of_no_lost_connection(gateway: Gateway, here: Path) -> None:
+    many = write_requests(here / "r.jsonl", 500)
+    id = call("batch", "submit", many, "-w", "5m", "--wait", "--url", gateway.url).stdout.split()[0]
+    program = [sys.executable, "-c", "from chiron.cli import main; main()"]
+    with subprocess.Popen(
+        [*program, "batch", "results", id, "--url", gateway.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"CHIRON_API_KEY": SECRET},
+    ) as results:
+        assert results.stdout is not None
+        assert results.stderr is not None
+        results.stdout.close()
+        assert results.stderr.read() == b""
+
+
+def test_a_watched_batch_is_told_in_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seen(status: str, done: int) -> dict[str, Any]:
+        return {"id": "b", "status": status, "request_counts": {"total": 9, "completed": done, "failed": 0}}
+
+    answers: list[Any] = [seen("in_progress", 2), seen("in_progress", 2)]
+    answers += [ServerError("no answer"), ServerError("no answer"), seen("completed", 9)]
+
+    class Answers:
+        def get(self, path: str) -> dict[str, Any]:
+            answer = answers.pop(0)
+            if isinstance(answer, ServerError):
+                raise answer
+            return dict(answer)
+
+    for name in ("POLL_S", "LINE_PERIOD_S"):
+        monkeypatch.setattr(batch_command, name, 0.0)
+    assert batch_command._watch(cast(Server, Answers()), seen("in_progress", 0))["status"] == "completed"
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["b: in progress, 2 of 9 items (22.2 %)", "no answer; trying again"]
 
 
 def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gateway, here: Path) -> None:

@@ -231,7 +231,16 @@ def test_doctor_checks_that_tls_files_fit_and_how_long_they_last(here: Path) -> 
         (["serve", "--set", "limits.queue_mx=5"], "limits.queue_mx: unknown key (value 5); did you mean 'queue_max'"),
         (["serve", "--host", "0.0.0.0"], "server.host: '0.0.0.0' can be reached from other machines"),
         (["serve", "--policy", "chirron"], "--policy: unknown policy 'chirron'; did you mean 'chiron'"),
+        (["serve", "."], ".: is a directory; name the config in it"),
+        (["serve", "--data", "chiron.toml"], "server.data: cannot write "),
+        (["serve", "--set", "telemetry.event_log=chiron.toml/log"], "telemetry.event_log: cannot write "),
+        (
+            ["serve", "--set", "server.tls_cert=no.pem", "--set", "server.tls_key=no.key"],
+            "no.pem: missing or not readable; set server.tls_cert to a PEM file that this user can read",
+        ),
         (["key", "--name", "admin"], "--name 'admin'"),
+        (["batch", "submit", "chiron.toml", "--window", "2x"], "--window: duration '2x': expected "),
+        (["load", "--model", "m", "--rate", "-2"], "--rate -2: must be a finite number above 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(arguments: list[str], message: str) -> None:

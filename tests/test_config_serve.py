@@ -122,6 +122,10 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
             r"endpoints\[0\]: 'http://localhost:99999': Port out of range",
         ),
         ('models."llama-3.1-8b".endpoints=["http://127.0.0.1:8000"]', r"where Chiron itself listens"),
+        (
+            'models."llama-3.1-8b".endpoints=["http://h:1", "http://h:1/v1"]',
+            r"endpoints\[1\]: 'http://h:1/v1' is .*endpoints\[0\] again; name each endpoint once",
+        ),
         ('models."llama-3.1-8b".env={A="b"}', r"env is \{'A': 'b'\}; it belongs to engines that Chiron starts"),
         ('models."llama-3.1-8b".api_key_file="no.key"', r"api_key_file: 'no\.key' cannot be read"),
         ("server.port=70000", r"server: port is 70000; it must be 0 to 65535"),

@@ -29,7 +29,7 @@ from rich.table import Table
 from chiron.cli.batch_client import Server, ServerError
 from chiron.cli.group import ErrorsInALine
 from chiron.config.read import ConfigError
-from chiron.core.units import parse_duration
+from chiron.core.units import DurationError, parse_duration
 
 KEY_VARIABLE = "CHIRON_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -38,6 +38,8 @@ VALIDATION_WAIT_S = 60.0
 """``submit`` waits this long for the server's opinion of the file; then it leaves the batch to itself."""
 RECONNECTS_MAX = 60
 """Polls in a row that may fail while a batch is watched: a gateway that restarts loses no batch."""
+LINE_PERIOD_S = 30.0
+"""Between two lines about a watched batch where there is no terminal for a bar."""
 PIPE_WIDTH = 160
 ERRORS_SHOWN = 10
 """Lines of a refused file; often all have the same error."""
@@ -92,7 +94,10 @@ def submit(
 
     - `chiron batch submit requests.jsonl -w 30m --metadata team=search --wait`
     """
-    parse_duration(window)
+    try:
+        parse_duration(window)
+    except DurationError as error:
+        raise ConfigError(f"--window: {error}") from None
     notes = _read_metadata(metadata or [])
     called = endpoint or _endpoint_of(file)
     server = _server(url, key, cacert)
@@ -354,11 +359,15 @@ def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     failures = 0
+    said_s, said = time.monotonic(), describe(batch)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("", total=None)
         while batch["status"] not in ENDED:
             counts = batch["request_counts"]
             words = describe(batch)
+            if not console.is_terminal and words != said and time.monotonic() - said_s >= LINE_PERIOD_S:
+                _say(batch)
+                said_s, said = time.monotonic(), words
             bars.update(
                 task,
                 total=counts["total"] or None,
@@ -371,6 +380,8 @@ def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
                 failures = 0
             except _NotReachedError as error:
                 failures += 1
+                if failures == 1 and not console.is_terminal:
+                    console.print(f"{error}; trying again", highlight=False, markup=False, soft_wrap=True)
                 if failures > RECONNECTS_MAX:
                     raise ServerError(str(error)) from error
                 bars.update(task, description=str(error))

@@ -121,6 +121,7 @@ class Server:
         timeout_s: float = TIMEOUT_S,
     ) -> Iterator[http.client.HTTPResponse]:
         connection: http.client.HTTPConnection
+        answer: http.client.HTTPResponse | None = None
         if self._tls is None:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s)
         else:
@@ -133,6 +134,9 @@ class Server:
         except TimeoutError:
             raise ServerError(f"{self.url}: no answer within {timeout_s:g} s") from None
         except (http.client.HTTPException, ConnectionError, ssl.SSLError) as error:
+            if isinstance(error, BrokenPipeError) and answer is not None:
+                # Reading breaks no pipe: it is that of whoever was given what has been read.
+                raise
             raise ServerError(f"{self.url}: the connection was lost: {error or type(error).__name__}") from None
         finally:
             connection.close()

@@ -112,6 +112,6 @@ def _line(each: Check) -> Text:
 def _verdict(found: list[Check], config: Path | None) -> str:
     fails, warns = (sum(each.state == state for each in found) for state in (FAIL, WARN))
     if fails:
-        return f"{fails} of {len(found)} checks failed" + (f", {warns} warnings" if warns else "")
+        return f"{fails} of {len(found)} checks failed" + (f", {warns} with a warning" if warns else "")
     fine = f"all {len(found)} checks passed" + (f", {warns} with a warning" if warns else "")
     return fine + (f"; next: chiron serve {config}" if config else "")

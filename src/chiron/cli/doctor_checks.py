@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from chiron.cli.extras import EXTRAS, OPTIONAL, install_hint, missing
+from chiron.cli.trust import certificate_trouble
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig
@@ -223,21 +224,14 @@ def _fsync_s(directory: Path) -> float:
 
 
 def _tls(certificate: str, key: str) -> Iterator[Check]:
-    for name, path in (("tls_cert", certificate), ("tls_key", key)):
-        if not os.access(path, os.R_OK):
-            hint = f"set server.{name} to a PEM file that this user can read"
-            yield check("TLS", f"{path}: missing or not readable", FAIL, hint)
-            return
+    if trouble := certificate_trouble(certificate, key):
+        found, hint = trouble
+        yield check("TLS", found, FAIL, hint)
+        return
     if stat.S_IMODE(os.stat(key).st_mode) & 0o044:
         yield check("TLS key file", f"{key} can be read by other users", WARN, f"chmod 600 {key}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # Without a password: asking for one would wait for ever in a service.
-        context.load_cert_chain(certificate, key, password="")
-    except (ssl.SSLError, OSError) as error:
-        hint = "both must be PEM, the key not encrypted, and the key that of the certificate"
-        yield check("TLS", f"certificate and key do not fit: {error}", FAIL, hint)
-        return
+    context.load_cert_chain(certificate, key)
     yield _expiry(context, certificate)
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from chiron.cli.story import Story, load_story, show_moment
 from chiron.config import ConfigError
 from chiron.config.read import suggest
-from chiron.core.units import parse_duration
+from chiron.core.units import DurationError, parse_duration
 from chiron.telemetry.result import DecisionPoint
 
 LISTED = 5
@@ -58,6 +58,9 @@ def explain(
     console.print(story.title, style="bold", soft_wrap=True)
     if not models:
         console.print("Nothing is in it yet: no request, no instance, no decision.")
+    if story.note:
+        console.print(story.note, soft_wrap=True)
+        return
     for name in models:
         if at_s is None:
             _print_overview(console, name, [d for d in story.decisions if d.subject == name])
@@ -73,7 +76,13 @@ def parse_moment(text: str, began: datetime | None = None) -> float:
         return _since(text, began)
     clock = re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]\d)", text.strip())
     if clock is None:
-        return parse_duration(text)
+        try:
+            return parse_duration(text)
+        except DurationError:
+            known = "" if began is None else f", or a date and time such as {began:%Y-%m-%dT%H:%M:%SZ}"
+            raise ConfigError(
+                f"--at {text!r}: expected the time since the start, as 41:00, 1:02:03 or 41m{known}"
+            ) from None
     hours, minutes, seconds = (int(part or 0) for part in clock.groups())
     return 3600.0 * hours + 60.0 * minutes + seconds
 

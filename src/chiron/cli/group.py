@@ -29,6 +29,9 @@ class ErrorsInALine(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whoever read the output has seen enough, such as head; the framework ends quietly then.
+            raise
         except BAD_INPUT as error:
             typer.echo(f"error: {in_words(error)}", err=True)
             raise typer.Exit(2) from None

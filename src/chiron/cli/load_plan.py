@@ -104,6 +104,8 @@ def generated(
     seed: int,
 ) -> Trace:
     """Arrivals of a kind, from ``KEY=VALUE`` settings."""
+    if not 0.0 < rate < inf:
+        raise ConfigError(f"--rate {rate:g}: must be a finite number above 0")
     given = dict(_pair(text, "--arrival", "=") for text in settings or ())
     if kind not in ARRIVALS:
         raise ConfigError(f"--kind {kind!r}; {suggest(kind, ARRIVALS)}")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chiron.cli.extras import needs, require_extras
+from chiron.cli.trust import certificate_trouble
 from chiron.config.read import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def serve(
     """
     loaded = load(config, overrides(set_, host, port, data), policy)
     require_extras(extras_of(loaded))
+    _require_certificate(loaded.server)
     with needs("serve"):
         from chiron.gateway.service import run
         from chiron.store.port import StoreError, StoreLocked
@@ -88,7 +90,7 @@ def serve(
     try:
         stopped_by = run_until_stopped(body)
     except OSError as error:
-        refusal = _cannot_listen(error, loaded.server)
+        refusal = _cannot_listen(error, loaded.server) or _cannot_write(error, loaded)
         if refusal:
             raise ConfigError(refusal) from None
         raise
@@ -112,6 +114,24 @@ def _cannot_listen(error: OSError, server: ServerSettings) -> str:
     if error.errno in (errno.EADDRNOTAVAIL, errno.EACCES) and not error.filename:
         return f"server.host: cannot listen on {where}: {os.strerror(error.errno)}"
     return ""
+
+
+def _cannot_write(error: OSError, config: ServeConfig) -> str:
+    """Which key of the config names the file; empty if none does."""
+    if not error.filename:
+        return ""
+    path = Path(os.fsdecode(error.filename))
+    for key, own in (("server.data", config.data), ("telemetry.event_log", config.event_log)):
+        if own is not None and (path in (own, *own.parents) or own in path.parents):
+            return f"{key}: cannot write {path}: {error.strerror}"
+    return ""
+
+
+def _require_certificate(server: ServerSettings) -> None:
+    """Before anything starts: the words of the TLS library name no file."""
+    if server.tls and (trouble := certificate_trouble(server.tls_cert, server.tls_key)):
+        found, hint = trouble
+        raise ConfigError(f"server.tls_cert, server.tls_key: {found}; {hint}")
 
 
 def say(text: str) -> None:

@@ -15,6 +15,8 @@ from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.result import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
 
+NO_FLEET = "No fleet is in it: a client, such as chiron load, sees none. A gateway's result.chiron has its decisions."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Story:
@@ -25,6 +27,8 @@ class Story:
     decisions: tuple[DecisionPoint, ...]
     """Of the fleet, all models, in order of time."""
     ends_s: float
+    note: str = ""
+    """Why it tells of no fleet, if it cannot."""
     began: datetime | None = None
     """When the run began, if that is known: of a gateway's event log."""
     state: Callable[[str, float], Iterable[str]]
@@ -54,6 +58,7 @@ def _of_result(path: Path) -> Story:
         title=f"{result.scenario}, policy {result.policy}" + (f", seed {result.seed}" if result.scenario_text else ""),
         models=result.models,
         decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
+        note="" if result.fleet or result.decisions else NO_FLEET,
         ends_s=max((point.t_s for point in result.fleet), default=0.0),
         state=state,
     )

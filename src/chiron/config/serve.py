@@ -70,6 +70,8 @@ class ServeFile:
 def load_serve(source: str | Path, overrides: Sequence[str] = (), policy: str | None = None) -> ServeConfig:
     """The config in a file. ``overrides`` are ``path=value``; ``policy`` replaces the file's. Raises ConfigError."""
     path = Path(source)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory; name the config in it")
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; `chiron init {path}` writes one")
     text = "".join([read_text(path), *map(override_text, overrides)])

@@ -6,6 +6,7 @@ What differs between engines is a row here: their usual limits, and how to start
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -88,7 +89,7 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
         {
             "kind": kind,
             "engine": "openai" if section.engine == "command" else section.engine,
-            "endpoints": tuple(_origin(url, f"{path}.endpoints[{i}]") for i, url in enumerate(section.endpoints)),
+            "endpoints": _origins(section.endpoints, f"{path}.endpoints"),
             "command": () if section.endpoints else _command(section, kind, model, path, directory, defaults),
             "env": dict(section.env),
             "start_timeout_s": section.start_timeout_s,
@@ -149,6 +150,17 @@ def _profile(section: ServeInstanceSection, path: str, directory: Path) -> Profi
 def _profile_name(name: str, directory: Path) -> str:
     """A profile beside the config file by its absolute path, any other by its name."""
     return str((directory / name).resolve()) if name and (directory / name).is_file() else name
+
+
+def _origins(urls: Sequence[str], path: str) -> tuple[str, ...]:
+    """Each endpoint once: one that is named twice would be given twice its batch size."""
+    found: dict[str, int] = {}
+    for i, url in enumerate(urls):
+        origin = _origin(url, f"{path}[{i}]")
+        if origin in found:
+            raise ConfigError(f"{path}[{i}]: {url!r} is {path}[{found[origin]}] again; name each endpoint once")
+        found[origin] = i
+    return tuple(found)
 
 
 def _origin(url: str, path: str) -> str:
