@@ -99,10 +99,14 @@ class Front:
             elif remind and isinstance(call, FlexCall):
                 call.remind()
 
-    def ended(self, request: Request) -> None:
-        """The control plane ended a request; those of others are ignored."""
+    def ended(self, request: Request, tokens_seen: int) -> None:
+        """The control plane ended a request: whoever waits for it is told, and a client's key pays. For one that is
+        called off it pays ``tokens_seen``, what an engine has made so far: its client has most of it."""
         if self.open.pop(request.id, None) is not None:
-            request.payload.ended(request)
+            key = self._keys.named(request.payload.key_name)
+            if key is not None:
+                self._keys.charge(key, request.tokens_done or tokens_seen)
+        request.payload.ended(request)
 
     def _admit(self, incoming: Incoming) -> None:
         limits = self._limits

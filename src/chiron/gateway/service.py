@@ -236,13 +236,7 @@ class Service:
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
         try:
-            if self.front.open.pop(request.id, None) is not None:
-                key = self.keys.named(request.payload.key_name)
-                # Of a request that is called off, what was made so far: its client has most of it.
-                tokens = request.tokens_done or self.engines.tokens_of(request)
-                if key is not None and tokens:
-                    self.keys.charge(key, tokens)
-            request.payload.ended(request)
+            self.front.ended(request, self.engines.tokens_of(request))
         except Exception:
             log.exception("the end of request %s could not be told", request.id)
 
