@@ -107,6 +107,8 @@ def test_a_scenario_sends_its_streams_and_submits_its_jobs(tmp_path: Path) -> No
     (["-m", "m", "--rate", 5, "--in-flight-max", 0], "in_flight_max is 0; it must be 1 or more"),
     (["-m", "m", "--rate", 5, "--set", "a=1"], "--set belongs to --scenario"),
     (["-m", "m", "--rate", 5, "--report", "/nowhere/r.html"], "there is no directory /nowhere"),
+    (["--scenario", "demo", "-m", "m"], "--model: a scenario names its own; --set changes them"),
+    (["--scenario", "demo", "--class", "chat=ttft:1s"], "--class: a scenario names its own; --set changes them"),
     (["--scenario", "demo", "--batch-jobs", "api2"], "--batch-jobs 'api2'; did you mean 'api'"),
     (["-m", "m", "--rate", 5, "--url", "http://127.0.0.1:9"], "no answer to a probe: http://127.0.0.1:9: cannot"),
 ])  # fmt: skip

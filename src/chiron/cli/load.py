@@ -204,6 +204,8 @@ def load(
     )
     check_one_source(trace, scenario, rate)
     if scenario is not None:
+        if model or class_:
+            raise ConfigError(f"{'--model' if model else '--class'}: a scenario names its own; --set changes them")
         plan = scenario_plan(scenario, set_, rate_scale, duration, seed, batch_jobs, changed)
     else:
         if set_:

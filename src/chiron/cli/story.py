@@ -58,7 +58,7 @@ def _of_result(path: Path) -> Story:
         title=f"{result.scenario}, policy {result.policy}" + (f", seed {result.seed}" if result.scenario_text else ""),
         models=result.models,
         decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
-        note="" if result.fleet or result.decisions else NO_FLEET,
+        note=NO_FLEET if result.summary["gpu_hours"] is None else "",
         ends_s=max((point.t_s for point in result.fleet), default=0.0),
         state=state,
     )
