@@ -5,12 +5,10 @@ delivers its tokens, and takes its turn with the sockets before the next. Who jo
 decided here: that is the max batch size, which can be changed at any time. Lowering it interrupts nobody.
 
 A client that leaves frees its place at the next step. Its KV stays in the pipeline's prefix cache as long as there is
-room, so the same request coming back with the tokens it got (``resume_token_ids``) goes on almost at once. While its
-prompt is being prefilled it keeps the place to the prefill's end: the pipeline would file the block that it is in as
-complete, and whoever came with the same beginning later would read KV that was never written.
+room, so the same request coming back with the tokens it got (``resume_token_ids``) goes on almost at once.
+In the middle of its prefill it keeps the place until that is over (``openvino_batch`` says why).
 
-The pipeline is never left short of KV, as it then files blocks under the wrong tokens too, or drops all that it runs.
-Before that the youngest sequences go back to the queue and go on from their tokens later.
+When KV runs short the youngest sequences go back to the queue and go on from their tokens later.
 
 With a profile, a step takes at least as long as the profile says for its batch, context and prefill: the process then
 sleeps for most of each step, and a small machine can host several instances that do not slow one another.
@@ -32,9 +30,9 @@ from chiron.engines.model import StepTimes
 from chiron.engines.serve.exposition import Totals, exposition
 from chiron.engines.serve.front import Reply
 from chiron.engines.serve.openai import FinishReason, GenerationRequest, RequestError
+from chiron.engines.serve.openvino_batch import Batch
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model
 from chiron.engines.serve.openvino_sequence import Sequence
-from chiron.engines.serve.prefix import PrefixCache
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
 
@@ -82,13 +80,8 @@ class OpenVinoEngine:
         self._loop = loop
         self._failed = failed
         self._pace = pace
-        self._cache = PrefixCache(block_tokens=BLOCK_TOKENS, blocks_max=model.kv_blocks)
+        self._batch = Batch(model)
         self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._leaving: list[Sequence] = []
-        """Left by their clients, and yet to come to the end of their prefill."""
-        self._freeing_blocks = 0
-        """KV of those that have left the pipeline, which the next step frees at its end."""
         self._stepping = False
         self._due_s = 0.0
         """When the last paced step was to end, by the loop's clock."""
@@ -117,7 +110,7 @@ class OpenVinoEngine:
             sequence.finish([], reason)
             return
         # Places that are free but not taken yet, because a step is under way, are no queue.
-        waiting = len(self._waiting) - max(0, self.limit - self._inside)
+        waiting = len(self._waiting) - max(0, self.limit - self._batch.size)
         if waiting >= self.settings.queue_max:
             raise RequestError(
                 f"{waiting} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
@@ -139,18 +132,18 @@ class OpenVinoEngine:
     def limits(self) -> dict[str, int]:
         return {
             "limit": self.limit,
-            "running": self._inside,
+            "running": self._batch.size,
             "waiting": len(self._waiting),
             "max_num_seqs": self.model.settings.max_num_seqs,
             "kv_capacity_tokens": self.model.kv_capacity_tokens,
-            "kv_used_tokens": self._kv_used_tokens(),
+            "kv_used_tokens": self._batch.kv_used_tokens,
         }
 
     def metrics_text(self) -> str:
-        capacity, used = self.model.kv_capacity_tokens, self._kv_used_tokens()
+        capacity, used = self.model.kv_capacity_tokens, self._batch.kv_used_tokens
         waiting = [len(sequence.prompt) + len(sequence.generated) for sequence in self._waiting]
         gauges = {
-            "vllm:num_requests_running": self._inside,
+            "vllm:num_requests_running": self._batch.size,
             "vllm:num_requests_waiting": len(self._waiting),
             "vllm:kv_cache_usage_perc": min(1.0, used / capacity),
             "chiron:engine_kv_capacity_tokens": capacity,
@@ -162,14 +155,6 @@ class OpenVinoEngine:
         config = {"num_gpu_blocks": self.model.kv_blocks, "block_size": BLOCK_TOKENS}
         counters = {"vllm:num_preemptions_total": self.preemptions}
         return exposition(self.settings.name, self.totals, gauges, config, counters)
-
-    @property
-    def _inside(self) -> int:
-        """Sequences in the pipeline."""
-        return len(self._running) + len(self._leaving)
-
-    def _kv_used_tokens(self) -> int:
-        return sum(sequence.context - sequence.prefill_left for sequence in [*self._leaving, *self._running])
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -247,39 +232,13 @@ class OpenVinoEngine:
 
     def _cancel(self, sequence: Sequence) -> None:
         """The client has left."""
-        if sequence in self._running:
-            if self._may_leave(sequence):
-                self._leave(sequence)
-            else:
-                self._running.remove(sequence)
-                self._leaving.append(sequence)
+        if sequence in self._batch.running:
+            self._batch.cancel(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
         else:
             return
         self.totals.cancelled += 1
-
-    def _may_leave(self, sequence: Sequence) -> bool:
-        """Whether no block of it is half written."""
-        if not sequence.prefilling:
-            return True
-        # Prefills go one after another: this one has not begun while another before it goes on.
-        before = self._running[: self._running.index(sequence)]
-        return any(other.prefilling for other in [*self._leaving, *before])
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Out of the batch."""
-        self._running.remove(sequence)
-        self._let_go(sequence)
-
-    def _let_go(self, sequence: Sequence) -> None:
-        """Out of the pipeline; a sequence that is not at its end there ends at the next step."""
-        if not sequence.prefilling:
-            # The last token was drawn but not run, so its KV is not there.
-            self._cache.add([*sequence.prompt, *sequence.generated[:-1]])
-        if sequence.handle.get_status().name == "RUNNING":
-            self._freeing_blocks += sequence.blocks_wanted
-            sequence.handle.cancel()
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -293,7 +252,7 @@ class OpenVinoEngine:
             self._make_room()
             self._admit()
             # Sequences that were cancelled are let go by one more step, even if nobody else is left.
-            if not self._running and not self.model.pipeline.has_non_finished_requests():
+            if not self._batch.running and not self.model.pipeline.has_non_finished_requests():
                 self._stepping = False
                 self._due_s = 0.0  # Time without work is nobody's lateness.
                 return
@@ -301,7 +260,7 @@ class OpenVinoEngine:
             if self._pace is not None and started_s - self._due_s < _LATE_S:
                 started_s = self._due_s
             self.model.pipeline.step()
-            self._freeing_blocks = 0
+            self._batch.stepped()
             least_s = self._account()
         except Exception as error:
             self._fail(error)
@@ -313,51 +272,29 @@ class OpenVinoEngine:
         self._loop.call_at(self._due_s, self._deliver, started_s)
 
     def _admit(self) -> None:
-        while self._waiting and self._inside < self.limit and self._has_room(self._waiting[0]):
+        while self._waiting and self._batch.size < self.limit and self._batch.has_room(self._waiting[0]):
             sequence = self._waiting.popleft()
-            context = [*sequence.prompt, *sequence.generated]
-            cached = self._cache.cached(context)
-            sequence.prefill_left = len(context) - cached
-            self.totals.cached_tokens += cached
             if sequence.handle is None:
                 self.totals.queue.add(now_s() - sequence.arrival_s)
-            sequence.handle = self.model.start(sequence.id, context, sequence.config)
-            sequence.prefilling = True
-            self._running.append(sequence)
+            self.totals.cached_tokens += self._batch.enter(sequence)
 
     def _make_room(self) -> None:
-        """See to it that there is KV for the step after the next too: what leaves now is freed by the next."""
-        for sequence in reversed(self._running.copy()):
-            if self._blocks_wanted() <= self.model.kv_blocks:
-                return
-            if self._may_leave(sequence):
-                self._leave(sequence)
-                sequence.config = self._config(sequence.request, sequence.tokens_max, len(sequence.generated))
-                self._waiting.appendleft(sequence)
-                self.preemptions += 1
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether its KV fits in, and leaves each of those inside a block to grow."""
-        if not self._inside and not self._freeing_blocks:
-            return True
-        wanted = self._blocks_wanted() + self._freeing_blocks + sequence.blocks_wanted
-        return wanted + self._inside <= self.model.kv_blocks
-
-    def _blocks_wanted(self) -> int:
-        return sum(sequence.blocks_wanted for sequence in [*self._leaving, *self._running])
+        while (sequence := self._batch.give_back()) is not None:
+            sequence.config = self._config(sequence.request, sequence.tokens_max, len(sequence.generated))
+            self._waiting.appendleft(sequence)
+            self.preemptions += 1
 
     def _account(self) -> float:
         """Count what the step did: decodes first, the rest of its token budget for prefills in order of arrival.
 
         Returns the least time that it may take, seconds; 0 without a profile.
         """
-        inside = [*self._leaving, *self._running]
+        inside = self._batch.inside
         decoding = [sequence for sequence in inside if sequence.prefill_left == 0]
         contexts = sum(sequence.context for sequence in decoding)
         budget, attention = self.model.settings.max_num_batched_tokens - len(decoding), 0
         prefilled = 0
         for sequence in inside:
-            sequence.prefilling = sequence.prefilling and not sequence.handle.can_read()
             chunk = min(sequence.prefill_left, max(0, budget))
             if chunk:
                 offset = sequence.context - sequence.prefill_left
@@ -378,11 +315,8 @@ class OpenVinoEngine:
         self.totals.steps += 1
         self.totals.busy_s += ended_s - started_s
         try:
-            for sequence in self._leaving.copy():
-                if not sequence.prefilling or sequence.handle.get_status().name != "RUNNING":
-                    self._leaving.remove(sequence)
-                    self._let_go(sequence)
-            for sequence in self._running.copy():
+            self._batch.let_leave()
+            for sequence in self._batch.running.copy():
                 self._read(sequence, ended_s)
         except Exception as error:
             self._fail(error)
@@ -399,7 +333,7 @@ class OpenVinoEngine:
                 ended = _REASONS.get(output.finish_reason.name)
         if not new:
             if handle.get_status().name not in ("RUNNING", "FINISHED"):
-                self._leave(sequence)
+                self._batch.leave(sequence)
                 self.totals.finished["error"] += 1
                 sequence.reply.fail(_no_room())
             return
@@ -411,7 +345,7 @@ class OpenVinoEngine:
         if ended is None:
             sequence.reply.step(text, new)
             return
-        self._leave(sequence)
+        self._batch.leave(sequence)
         self.totals.finished[ended] += 1
         self.totals.e2e.add(ended_s - sequence.arrival_s)
         sequence.finish(new, ended, text)
@@ -432,10 +366,10 @@ class OpenVinoEngine:
         """A step cannot be run: nobody here gets an answer any more."""
         log.exception("a step failed")
         trouble = RequestError("The engine failed.", status=500, type="server_error", code="engine_failed")
-        for sequence in [*self._running, *self._waiting]:
+        for sequence in [*self._batch.running, *self._waiting]:
             sequence.reply.fail(trouble)
-        for sequences in (self._running, self._leaving, self._waiting):
-            sequences.clear()
+        self._batch.clear()
+        self._waiting.clear()
         self._failed(error)
 
 
