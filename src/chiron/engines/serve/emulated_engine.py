@@ -20,6 +20,7 @@ from chiron.engines.serve.exposition import Totals, exposition
 from chiron.engines.serve.filler import LengthSettings, Output, plan_output, prompt_tokens, text_of, token_ids
 from chiron.engines.serve.front import Reply
 from chiron.engines.serve.openai import GenerationRequest, RequestError, Usage
+from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
 
@@ -111,7 +112,8 @@ class EmulatedEngine:
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
         """Answer a request, now or step by step. Raises RequestError."""
         prompt = prompt_tokens(request)
-        output = plan_output(request, self._tokens_max(request, prompt), self.settings.lengths)
+        tokens_max = tokens_allowed(request, prompt_tokens=prompt, context_max=self.model_len_max)
+        output = plan_output(request, tokens_max, self.settings.lengths)
         self._next_id += 1
         id = self._next_id
         reply = Reply(request, incoming, id=f"{output.digest:016x}-{id}")
@@ -169,30 +171,10 @@ class EmulatedEngine:
         config = {"block_size": 1, "num_gpu_blocks": capacity}
         return exposition(self._name, totals, gauges, config, counters)
 
-    def _tokens_max(self, request: GenerationRequest, prompt: int) -> int:
-        room = self.model_len_max - prompt
-        asked = request.max_tokens
-        if room < 1 or (asked is not None and asked > room):
-            wanted = f" and {asked} to generate" if asked is not None else ""
-            raise RequestError(
-                f"This model's maximum context length is {self.model_len_max} tokens; the request has {prompt} in its "
-                f"prompt{wanted}.",
-                code="context_length_exceeded",
-                param="max_tokens" if room >= 1 else ("messages" if request.chat else "prompt"),
-            )
-        return room if asked is None else asked
-
     def _check_queue(self) -> None:
         # Places that are free but not taken yet, because a step is under way, are no queue.
         waiting = len(self._streams) - max(self.sample().running, self.model.max_batch_size)
-        if waiting >= self.settings.queue_max:
-            raise RequestError(
-                f"{waiting} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
-                status=429,
-                type="rate_limit_error",
-                code="queue_full",
-                retry_after_s=1,
-            )
+        check_queue(waiting, self.settings.queue_max)
 
     # -- interrupted requests ------------------------------------------------------------------------------------
 

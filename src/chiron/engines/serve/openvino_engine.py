@@ -33,6 +33,7 @@ from chiron.engines.serve.openai import FinishReason, GenerationRequest, Request
 from chiron.engines.serve.openvino_batch import Batch
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model
 from chiron.engines.serve.openvino_sequence import Sequence
+from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
 
@@ -92,7 +93,7 @@ class OpenVinoEngine:
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
         prompt = self._prompt(request)
-        tokens_max = self._tokens_max(request, len(prompt))
+        tokens_max = tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
         self._check_tokens("resume_token_ids", request.resume_token_ids)
         id = next(self._ids)
         sequence = Sequence(
@@ -111,14 +112,7 @@ class OpenVinoEngine:
             return
         # Places that are free but not taken yet, because a step is under way, are no queue.
         waiting = len(self._waiting) - max(0, self.limit - self._batch.size)
-        if waiting >= self.settings.queue_max:
-            raise RequestError(
-                f"{waiting} requests wait inside this engine already; allowed: {self.settings.queue_max}.",
-                status=429,
-                type="rate_limit_error",
-                code="queue_full",
-                retry_after_s=1,
-            )
+        check_queue(waiting, self.settings.queue_max)
         incoming.on_close = lambda: self._cancel(sequence)
         self.totals.prompt_tokens += len(prompt)
         self._waiting.append(sequence)
@@ -182,20 +176,6 @@ class OpenVinoEngine:
         largest, allowed = max(token_ids, default=0), len(self.model.vocabulary) - 1
         if largest > allowed:
             raise RequestError(f"{field} holds token {largest}; this model's are 0 to {allowed}.", param=field)
-
-    def _tokens_max(self, request: GenerationRequest, prompt: int) -> int:
-        """Tokens to generate at most, those before a resume included."""
-        longest = self.settings.model_len_max
-        room, asked = longest - prompt, request.max_tokens
-        if room < 1 or (asked is not None and asked > room):
-            wanted = "" if asked is None else f" and {asked} to generate"
-            raise RequestError(
-                f"This model's maximum context length is {longest} tokens; the request has {prompt} in its "
-                f"prompt{wanted}.",
-                code="context_length_exceeded",
-                param="max_tokens" if room >= 1 else ("messages" if request.chat else "prompt"),
-            )
-        return room if asked is None else asked
 
     def _config(self, request: GenerationRequest, tokens_max: int, done: int) -> Any:
         """For the tokens that are left after ``done``."""
