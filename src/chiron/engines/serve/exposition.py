@@ -55,7 +55,6 @@ class Totals:
     finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "error": 0})
     ttft: Histogram = field(default_factory=Histogram)
     itl: Histogram = field(default_factory=Histogram)
-    queue: Histogram = field(default_factory=Histogram)
     e2e: Histogram = field(default_factory=Histogram)
 
 
@@ -65,9 +64,10 @@ def exposition(
     gauges: Mapping[str, float],
     config: Mapping[str, int],
     extra: Mapping[str, float] | None = None,
+    histograms: Mapping[str, Histogram] | None = None,
 ) -> str:
-    """Prometheus text. ``gauges`` and ``extra`` counters by full name; ``config`` become labels of
-    ``vllm:cache_config_info``."""
+    """Prometheus text. ``gauges``, ``extra`` counters and further ``histograms`` by full name; ``config`` become labels
+    of ``vllm:cache_config_info``."""
     labels = f"model_name={json.dumps(model, ensure_ascii=False)}"  # Its format knows no \u escapes.
     counters = {
         "vllm:prompt_tokens_total": totals.prompt_tokens,
@@ -93,6 +93,7 @@ def exposition(
     lines += ["# TYPE vllm:cache_config_info gauge", f"vllm:cache_config_info{{{labels}{pairs}}} 1"]
     lines += totals.ttft.lines("vllm:time_to_first_token_seconds", labels)
     lines += totals.itl.lines("vllm:inter_token_latency_seconds", labels)
-    lines += totals.queue.lines("vllm:request_queue_time_seconds", labels)
     lines += totals.e2e.lines("vllm:e2e_request_latency_seconds", labels)
+    for name, histogram in (histograms or {}).items():
+        lines += histogram.lines(name, labels)
     return "\n".join(lines) + "\n"

@@ -27,7 +27,7 @@ from itertools import count
 from typing import Any
 
 from chiron.engines.model import StepTimes
-from chiron.engines.serve.exposition import Totals, exposition
+from chiron.engines.serve.exposition import Histogram, Totals, exposition
 from chiron.engines.serve.front import Reply
 from chiron.engines.serve.openai import FinishReason, GenerationRequest, RequestError
 from chiron.engines.serve.openvino_batch import Batch
@@ -76,6 +76,8 @@ class OpenVinoEngine:
         self.limit = model.settings.max_num_seqs
         """Max batch size."""
         self.totals = Totals()
+        self.queue_times = Histogram()
+        """From arrival to the first time in the pipeline."""
         self.preemptions = 0
         """Sequences that went back to the queue for want of KV."""
         self._loop = loop
@@ -148,7 +150,8 @@ class OpenVinoEngine:
         }
         config = {"num_gpu_blocks": self.model.kv_blocks, "block_size": BLOCK_TOKENS}
         counters = {"vllm:num_preemptions_total": self.preemptions}
-        return exposition(self.settings.name, self.totals, gauges, config, counters)
+        histograms = {"vllm:request_queue_time_seconds": self.queue_times}
+        return exposition(self.settings.name, self.totals, gauges, config, counters, histograms)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -255,7 +258,7 @@ class OpenVinoEngine:
         while self._waiting and self._batch.size < self.limit and self._batch.has_room(self._waiting[0]):
             sequence = self._waiting.popleft()
             if sequence.handle is None:
-                self.totals.queue.add(now_s() - sequence.arrival_s)
+                self.queue_times.add(now_s() - sequence.arrival_s)
             self.totals.cached_tokens += self._batch.enter(sequence)
 
     def _make_room(self) -> None:
