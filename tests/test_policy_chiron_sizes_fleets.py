@@ -182,6 +182,52 @@ def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:
     assert plan["llama"].reason == "stale_metrics"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"utilisation": 7}, "utilisation is 7; it must be above 0 and at most 1"),
+        ({"tick_s": 0.0}, "tick_s is 0.0; it must be above 0"),
+        ({"hold_s": -1.0}, "hold_s is -1.0; it must be 0 or more"),
+        ({"deadline_margin": 1.0}, "deadline_margin is 1.0; it must be 0 or more and below 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChironSettings(**changes)
+
+
+def growth_in_a_burst(cold_start_s: float, waiting: int) -> int:
+    """Instances wanted ten seconds into a burst of eight times what the fleet of two was made for."""
+    few, many = 250, 2000
+    count, state, planned = 2, None, 0
+    for tick, requests in enumerate([few] * 24 + [many] * 2):
+        now_s = 5.0 * (tick + 1)
+        queue = {
+            "waiting_interactive": waiting,
+            "waiting_input_tokens": 500 * waiting,
+            "waiting_input_square": 4e5 * waiting,
+        }
+        view = fleet(
+            model(
+                [instance(id=i) for i in range(count)],
+                arrivals=arrivals(now_s, requests),
+                cold_start_s=cold_start_s,
+                **(queue if requests == many else {}),
+            ),
+            now_s=now_s,
+            since_s=5.0,
+        )
+        plan, state = decide_fleet(ChironSettings(prior_s=60, follow_trend=False), state, view)
+        planned = sum(plan["llama"].counts.values())
+    return planned
+
+
+def test_a_burst_that_queues_and_has_lasted_as_long_as_a_start_is_met_at_once() -> None:
+    assert growth_in_a_burst(5.0, waiting=0) == growth_in_a_burst(60.0, waiting=0), "who has room waits for the mean"
+    assert growth_in_a_burst(5.0, waiting=400) > 1.5 * growth_in_a_burst(5.0, waiting=0)
+    assert growth_in_a_burst(60.0, waiting=400) < growth_in_a_burst(5.0, waiting=400), "over before a start is"
+
+
 def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:
     ours = ChironSettings()
 

@@ -25,13 +25,13 @@ from chiron.core.types import Role
 from chiron.policies.chiron_batch import batch_extra
 from chiron.policies.chiron_load import (
     ModelMemory,
-    backlog,
     backtested,
     first_memory,
     growing_to,
     interactive_capacity,
     pressure,
     remember,
+    surging_to,
     whole,
 )
 from chiron.policies.chiron_local import decide_batch_size
@@ -118,9 +118,9 @@ def _decide_model(
     level = followed(memory.load, memory.headroom.rule, settings.tick_s)
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
-    behind = backlog(model, serving, settings, recent)
+    surging = surging_to(settings, memory, model, serving)
     growing = growing_to(settings, memory, model)
-    needed = max(level * headroom, growing, settings.floor_over_load * recent) + behind
+    needed = max(level * headroom, growing, settings.floor_over_load * recent, surging)
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
@@ -139,7 +139,7 @@ def _decide_model(
         "pressure": memory.pressure,
         "window_s": float(memory.headroom.rule.window_s),
         "settle_s": float(memory.headroom.rule.settle_s),
-        "backlog": behind,
+        "surging": surging,
         "capacity_batch": serving.batch_size,
         "work_rate": rate,
         "cold_start_s": model.cold_start_s,

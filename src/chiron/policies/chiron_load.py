@@ -10,7 +10,7 @@ import numpy as np
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
 from chiron.policies.chiron_local import itl_target_s
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed
+from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed, window_mean
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -173,18 +173,21 @@ def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) 
     return float(min(ahead, settings.trend_cap * busiest))
 
 
-def backlog(model: ModelView, serving: Capacity, settings: ChironSettings, load: float) -> float:
-    """Instances that would clear the part of the interactive queue that the present fleet cannot clear by the time
-    a new one is up."""
+def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, serving: Capacity) -> float:
+    """Instances that a queue asks for: what carries the load that comes now, and clears the queue by the time a new
+    instance is up. 0 while nobody waits.
+
+    "Now" is as long as a start takes: a burst that has lasted so long is worth one, as who knows nothing of the end
+    of a thing should buy once renting has cost as much (ski rental). At most a minute.
+    """
     if model.waiting_interactive == 0:
         return 0.0
+    window_s = int(min(max(model.cold_start_s, settings.tick_s), 60.0))
     outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
     context = model.waiting_input_tokens / model.waiting_interactive
     work = prefill_s(model.step_times, model.waiting_input_tokens, model.waiting_input_square)
     work += model.waiting_interactive * decode_s(model.step_times, context, sum(outputs) / len(outputs))
-    reach_s = settings.tick_s + model.cold_start_s
-    spare = max(0.0, model.count("ready") - load)
-    return max(0.0, work / serving.work_rate / reach_s - spare)
+    return window_mean(memory.load, window_s) + work / serving.work_rate / (settings.tick_s + model.cold_start_s)
 
 
 def pressure(before: float, model: ModelView) -> float:

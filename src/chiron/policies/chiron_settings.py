@@ -88,3 +88,16 @@ class ChironSettings:
     """Share of the time to each deadline that is kept in hand, besides one request's own duration."""
     plan_batch: bool = True
     """Off: batch instances are added as soon as batch work queues (what the paper argues against)."""
+
+    def __post_init__(self) -> None:
+        for name in ("itl_margin", "utilisation", "slack_share", "miss_max", "spare_trust", "start_share", "fill"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1")
+        for name in ("tick_s", "backtest_s", "initial_max_batch_size", "memory_s", "group_span_s", "headroom_prior"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("hold_s", "learning_s", "prior_s", "prior_load", "margin", "margin_unseen", "itl_gain"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.deadline_margin < 1:
+            raise ValueError(f"deadline_margin is {self.deadline_margin}; it must be 0 or more and below 1")
