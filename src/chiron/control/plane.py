@@ -412,16 +412,12 @@ class ControlPlane:
             self._hold_batch(instance)
 
     def _shed_batch(self, state: ModelState, request: Request, now_s: float) -> None:
-        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step.
-
-        Half of it leaves at a time, and may come back once nobody waits: a short burst needs no more, and a batch that
-        left whole would take seconds to refill.
-        """
+        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step. It may come
+        back as soon as nobody waits: what was wanted was a few steps, not its places."""
         if self.policy.evicts and now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s:
             instance = state.router.busiest_with_batch()
-            if instance is not None and now_s >= instance.shed_until_s:
-                instance.shed_until_s = now_s + self.policy.shed_pause * request.cls.ttft_s
-                for victim in list(instance.batch.values())[len(instance.batch) // 2 :][::-1]:
+            if instance is not None:
+                for victim in reversed(list(instance.batch.values())):
                     self._evict(state, instance, victim)
 
     def _hold_batch(self, instance: Instance) -> None:

@@ -214,7 +214,6 @@ class Instance:
         "role",
         "running_interactive",
         "sample",
-        "shed_until_s",
         "state",
     )
 
@@ -242,8 +241,6 @@ class Instance:
         """Until then batch work here does not grow beyond ``batch_held_to`` requests, what the last eviction left:
         interactive requests needed the room a moment ago, and may again."""
         self.batch_held_to = 0
-        self.shed_until_s = -1.0
-        """No more batch work makes way for queued prefill here before this: what left a moment ago may suffice."""
         self.avoided_until_s = -1.0
         """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}

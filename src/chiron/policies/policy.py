@@ -74,12 +74,11 @@ class Policy:
     """Batch requests wait in the global queue until a router has room for them."""
     evicts: bool = False
     shed_after: float = 0.1
-    """With ``evicts``: once a queued interactive request has waited this share of its TTFT, half of the batch work on
-    an instance makes way, so that prefill has the steps to itself."""
-    shed_pause: float = 0.025
-    """Half of the rest follows after this share of the TTFT, if the request still waits."""
-    eviction_pause_s: float = 2.0
-    """For this long after an eviction, batch work on the instance may be replaced as it ends, and not grow."""
+    """With ``evicts``: once a queued interactive request has waited this share of its TTFT, batch work makes way on
+    one instance after another, so that prefill has the steps to itself."""
+    eviction_pause_s: float = 5.0
+    """For this long after an eviction for a place, batch work on the instance may be replaced as it ends, and not grow.
+    Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""
     revives: bool = False
     """A scale-up takes draining instances back first."""
     demotes_late: bool = False
