@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_a_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
         holder.kill()
         holder.wait(10)
         opened(tmp_path)
+
+
+def test_only_its_owner_can_read_prompts_and_answers(tmp_path: Path) -> None:
+    asyncio.run(filled(tmp_path / "data"))
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    assert len(modes) >= 3
+    assert set(modes.values()) == {0o600}, modes
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+
+
+async def filled(directory: Path) -> None:
+    async with sqlite_site(directory).store() as store:
+        await upload(store, lines_of(3))
 
 
 def test_a_store_that_failed_to_open_can_be_opened_later(tmp_path: Path) -> None:

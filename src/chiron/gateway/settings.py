@@ -62,8 +62,8 @@ class ServerSettings:
         _check(bool(self.host), "host", self.host, "an address or a host name, such as '127.0.0.1' or '0.0.0.0'")
         _check(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
         _check(bool(self.data), "data", self.data, "a directory")
-        pair = "set together with " + ("tls_key" if self.tls_cert else "tls_cert")
-        _check(bool(self.tls_cert) == bool(self.tls_key), "tls_cert" if self.tls_cert else "tls_key", "alone", pair)
+        lacking, given = ("tls_key", "tls_cert") if self.tls_cert else ("tls_cert", "tls_key")
+        _check(bool(self.tls_cert) == bool(self.tls_key), lacking, "", f"set together with {given}")
 
     @property
     def tls(self) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from chiron.store.database import DATABASE
 from chiron.store.port import StoreError, StoreFull, StoreLocked
 
 FILES = "files"
@@ -17,10 +18,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def lock(directory: Path) -> int:
     """Make the directory and take it for this process, until the returned descriptor is closed.
 
-    The lock is the kernel's: it is gone as soon as the process is, however it ends.
+    Prompts and answers lie in it, so a new one is its owner's alone. The lock is the kernel's: it is gone as soon as
+    the process is, however it ends.
     """
     try:
-        (directory / FILES).mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        (directory / FILES).mkdir(exist_ok=True)
+        (directory / DATABASE).touch(mode=0o600)  # SQLite would make it readable to all; its other files follow it.
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise disk_error(error, directory) from error
