@@ -82,7 +82,7 @@ async def poison(site: FaultSite, marks: list[str], good: int) -> dict[str, str]
 def check_tries(site: FaultSite, marks: list[str], lines_start: int = 3) -> None:
     starts = site.diary().counts["start"]
     for place in range(len(marks)):
-        tries = [count for id, count in starts.items() if id.endswith(f"_{7 * place + lines_start}")]
+        tries = [count for id, count in starts.items() if id.endswith(f"{7 * place + lines_start:08x}")]
         assert tries, marks[place]
         assert max(tries) <= 12, "four tries, two more alone, and each again where a kept connection was gone"
 
