@@ -7,7 +7,7 @@ then is written).
 from __future__ import annotations
 
 from importlib.metadata import version as installed_version
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,19 @@ app.add_typer(profile_app, name="profile")
 def version() -> None:
     """Print the version."""
     typer.echo(installed_version("chiron-serving"))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of ``chiron`` itself."""
 
 
 def main() -> Any:
