@@ -27,9 +27,9 @@ from rich.progress import (
 from rich.table import Table
 
 from chiron.cli.batch_client import Server, ServerError
+from chiron.cli.durations import seconds_of
 from chiron.cli.group import ErrorsInALine
 from chiron.config.read import ConfigError
-from chiron.core.units import DurationError, parse_duration
 
 KEY_VARIABLE = "CHIRON_API_KEY"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -94,10 +94,7 @@ def submit(
 
     - `chiron batch submit requests.jsonl -w 30m --metadata team=search --wait`
     """
-    try:
-        parse_duration(window)
-    except DurationError as error:
-        raise ConfigError(f"--window: {error}") from None
+    seconds_of("--window", window)
     notes = _read_metadata(metadata or [])
     called = endpoint or _endpoint_of(file)
     server = _server(url, key, cacert)

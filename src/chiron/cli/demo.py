@@ -29,10 +29,10 @@ from chiron.cli.demo_story import (
 )
 from chiron.cli.demo_verdict import verdict_lines
 from chiron.cli.demo_view import PERIOD_S, DemoView
+from chiron.cli.durations import seconds_of
 from chiron.cli.extras import needs, require_extras
 from chiron.cli.top import StatusError, fetcher
 from chiron.config.read import ConfigError
-from chiron.core.units import parse_duration
 from chiron.load.plan import LoadPlan
 from chiron.load.settings import BatchSettings, LoadSettings
 
@@ -86,7 +86,7 @@ def demo(
     """
     require_extras(["serve"])
     embedded = choose_engine(engine)
-    duration_s = full_length_s() if duration is None else parse_duration(duration)
+    duration_s = full_length_s() if duration is None else seconds_of("--duration", duration)
     if not DURATION_MIN_S <= duration_s <= DURATION_MAX_S:
         raise ConfigError(f"--duration {duration}: it must be {DURATION_MIN_S:g} s to {DURATION_MAX_S:g} s")
     console = Console(highlight=False)

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from chiron.cli.batch import KEY_VARIABLE
+from chiron.cli.durations import seconds_of
 from chiron.cli.extras import needs
 from chiron.cli.load_plan import (
     ARRIVALS,
@@ -33,7 +34,6 @@ from chiron.cli.run import INTERRUPTED, Outputs
 from chiron.cli.table import results_console
 from chiron.cli.trust import checked
 from chiron.config import ConfigError
-from chiron.core.units import parse_duration
 from chiron.load.body import BodySettings
 from chiron.load.plan import Lengths, LoadPlan
 from chiron.load.settings import BatchSettings, LoadSettings
@@ -230,13 +230,13 @@ def load(
             headers=dict(_header(text) for text in header or ()),
             key=os.environ.get(KEY_VARIABLE, "") if key is None else key,
         ),
-        batch=BatchSettings(wait_s=parse_duration(batch_wait)),
+        batch=BatchSettings(wait_s=seconds_of("--batch-wait", batch_wait)),
         ignore_eos=ignore_eos,
         calibrate=calibrate,
         in_flight_max=in_flight_max,
-        connect_timeout_s=parse_duration(connect_timeout),
-        request_timeout_s=parse_duration(timeout),
-        grace_s=parse_duration(grace),
+        connect_timeout_s=seconds_of("--connect-timeout", connect_timeout),
+        request_timeout_s=seconds_of("--timeout", timeout),
+        grace_s=seconds_of("--grace", grace),
         keepalive=keepalive,
         verify=not insecure,
         cacert=checked(cacert),

@@ -9,11 +9,11 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
+from chiron.cli.durations import seconds_of
 from chiron.config import ConfigError, load_scenario
 from chiron.config.build import workload_of
 from chiron.config.read import read_record, suggest
 from chiron.core.types import RequestClass
-from chiron.core.units import parse_duration
 from chiron.load.plan import BATCH_AS, JobKey, Lengths, LoadPlan, make_plan, mixed
 from chiron.workload.generate import KINDS, Arrivals, generate
 from chiron.workload.lengths import IndependentLengths, parse_field_lengths
@@ -59,7 +59,7 @@ def scenario_plan(
     if rate_scale != 1.0:
         overrides.append(f"scale={rate_scale!r}")
     if duration is not None:
-        parse_duration(duration)
+        seconds_of("--duration", duration)
         overrides.append(f"duration={json.dumps(duration)}")
     loaded = load_scenario(source, overrides)
     jobs = [
@@ -83,8 +83,10 @@ def scenario_plan(
 
 
 def from_trace(source: str, start: str, duration: str | None, rate_scale: float, seed: int) -> Trace:
-    duration_s = inf if duration is None else parse_duration(duration)
-    return load_trace(source, start_s=parse_duration(start), duration_s=duration_s, rate_scale=rate_scale, seed=seed)
+    duration_s = inf if duration is None else seconds_of("--duration", duration)
+    return load_trace(
+        source, start_s=seconds_of("--start", start), duration_s=duration_s, rate_scale=rate_scale, seed=seed
+    )
 
 
 def drawn_lengths(source: str | None, input_tokens: str, output_tokens: str) -> Drawn:
@@ -113,7 +115,7 @@ def generated(
         kind, given = "gamma", {"cv": "0", **given}
     table = {name: _number(value) for name, value in given.items()} | {"rate": rate * rate_scale}
     arrivals: Arrivals = read_record(KINDS[kind], table, "--arrival")
-    duration_s = DURATION_DEFAULT_S if duration is None else parse_duration(duration)
+    duration_s = DURATION_DEFAULT_S if duration is None else seconds_of("--duration", duration)
     return generate(arrivals, duration_s=duration_s, lengths=lengths, seed=seed)
 
 

@@ -18,10 +18,10 @@ from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from chiron.cli.durations import seconds_of
 from chiron.cli.table import print_results, results_console
 from chiron.config import ConfigError, Scenario, load_scenario, scenario_files, setups
 from chiron.config.build import policy_rows
-from chiron.core.units import parse_duration
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Done, Run, run_many
 from chiron.sim.setup import Setup
@@ -217,7 +217,7 @@ def _load(source: str, assignments: Sequence[str] | None, scale: float | None, d
     if scale is not None:
         overrides.append(f"scale={scale!r}")
     if duration is not None:
-        parse_duration(duration)
+        seconds_of("--duration", duration)
         overrides.append(f"duration={json.dumps(duration)}")
     return load_scenario(source, overrides)
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chiron.cli.durations import seconds_of
 from chiron.cli.group import ErrorsInALine
-from chiron.core.units import parse_duration
 from chiron.workload.errors import WorkloadSettingError
 from chiron.workload.generate import Arrivals, ClosedLoop, Diurnal, Gamma, Poisson, Spikes, generate
 from chiron.workload.lengths import EmpiricalLengths, IndependentLengths, Lengths, parse_field_lengths
@@ -98,7 +98,7 @@ def inspect(
     """Requests, rates, burstiness, lengths, bad rows, source."""
     console = Console()
     if _is_lengths(source):
-        if duration is not None or parse_duration(start) > 0 or scale != 1:
+        if duration is not None or seconds_of("--start", start) > 0 or scale != 1:
             raise WorkloadSettingError(f"{source} has no arrivals: --start, --duration and --scale do not apply")
         _print_lengths(console, load_lengths(source))
         return
@@ -214,7 +214,13 @@ def spikes(
     format: OutFormat = "auto",
 ) -> None:
     """A base rate with regular bursts."""
-    arrivals = Spikes(rate=rate, factor=factor, length_s=parse_duration(length), period_s=parse_duration(period), cv=cv)
+    arrivals = Spikes(
+        rate=rate,
+        factor=factor,
+        length_s=seconds_of("--length", length),
+        period_s=seconds_of("--period", period),
+        cv=cv,
+    )
     _generate(arrivals, out, duration, _lengths(lengths, input, output), seed, format)
 
 
@@ -234,7 +240,9 @@ def diurnal(
     format: OutFormat = "auto",
 ) -> None:
     """A day: a sine between trough and peak, with noise."""
-    arrivals = Diurnal(rate=rate, peak_to_trough=peak_to_trough, period_s=parse_duration(period), noise=noise, cv=cv)
+    arrivals = Diurnal(
+        rate=rate, peak_to_trough=peak_to_trough, period_s=seconds_of("--period", period), noise=noise, cv=cv
+    )
     _generate(arrivals, out, duration, _lengths(lengths, input, output), seed, format)
 
 
@@ -252,12 +260,14 @@ def closed_loop(
     format: OutFormat = "auto",
 ) -> None:
     """Users in a loop, approximated: a trace cannot react, so every answer is assumed to take `--response`."""
-    arrivals = ClosedLoop(users=users, think_s=parse_duration(think), response_s=parse_duration(response))
+    arrivals = ClosedLoop(
+        users=users, think_s=seconds_of("--think", think), response_s=seconds_of("--response", response)
+    )
     _generate(arrivals, out, duration, _lengths(lengths, input, output), seed, format)
 
 
 def _generate(arrivals: Arrivals, out: Path, duration: str, lengths: Lengths, seed: int, format: str) -> None:
-    _write(generate(arrivals, duration_s=parse_duration(duration), lengths=lengths, seed=seed), out, format)
+    _write(generate(arrivals, duration_s=seconds_of("--duration", duration), lengths=lengths, seed=seed), out, format)
 
 
 def _lengths(source: str | None, prompt: str | None, output: str | None) -> Lengths:
@@ -289,13 +299,13 @@ def _load(
     clients_default_s: float,
 ) -> Trace:
     if duration is not None:
-        duration_s = parse_duration(duration)
+        duration_s = seconds_of("--duration", duration)
     else:
         duration_s = clients_default_s if format in ("auto", "servegen") and is_clients(source) else inf
     return load_trace(
         source,
         format=format,
-        start_s=parse_duration(start),
+        start_s=seconds_of("--start", start),
         duration_s=duration_s,
         rate_scale=scale,
         seed=seed,
