@@ -109,7 +109,7 @@ def test_a_saved_result_holds_the_text_that_reproduces_it(saved: Path) -> None:
         (["simulate", "SMALL", "--set", "models.llama.max=3"], "models.llama.max: unknown key (value 3)"),
         (["simulate", "SMALL", "--set", "scale"], "error: --set 'scale': expected path=value"),
         (["simulate", "SMALL", "--scale", "-1"], "scale: -1.0: must be above 0"),
-        (["simulate", "SMALL", "--duration", "ten"], "error: duration 'ten': expected"),
+        (["simulate", "SMALL", "--duration", "ten"], "error: --duration: duration 'ten': expected"),
         (["simulate", "SMALL", "--json", "/nowhere/x.json"], "error: /nowhere/x.json: there is no directory /nowhere"),
         (["simulate", "SMALL", "--report", "."], "error: .: is a directory; name a file"),
         (["bound", "SMALL", "--set", "gpus.a100=x"], "gpus.a100: 'x' must be a whole number"),
