@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from chiron.engines.profile import Profile
 from chiron.sim.bound_step import Demand, Supply, sharings, supply_of, tangents
 from chiron.sim.bound_work import best_prices, least_work, prices, request_work_s
+from effort import examples
 
 
 @dataclass
@@ -167,7 +168,7 @@ def scheduled(seed: int, kinds: list[Profile], *, same: bool, requests: int) -> 
     return batcher, demand
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=examples(100), deadline=None, derandomize=True)
 @given(profile=profiles(), seed=st.integers(0, 10**9), same=st.booleans(), requests=st.integers(1, 14))
 def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
     profile: Profile, seed: int, same: bool, requests: int
@@ -181,7 +182,7 @@ def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
             assert charged <= busy_s * (1 + 1e-9), (sharing.name, tangent)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(50), deadline=None, derandomize=True)
 @given(
     first=profiles(),
     second=profiles(),

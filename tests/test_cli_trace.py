@@ -111,7 +111,7 @@ def test_generate_draws_lengths_from_a_trace(tmp_path: Path) -> None:
     assert set(read_trace(tmp_path / "a.csv").input_tokens) <= set(load_trace("azure-2023-code").input_tokens)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+@pytest.mark.parametrize("name", ["a.png", pytest.param("a.svg", marks=pytest.mark.slow)])
 def test_plot_draws_a_picture(tmp_path: Path, name: str) -> None:
     chiron("plot", "azure-2023-code", "-o", tmp_path / name)
     content = (tmp_path / name).read_bytes()

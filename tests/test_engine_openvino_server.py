@@ -274,6 +274,7 @@ def test_a_request_larger_than_the_kv_cache_is_refused_and_many_that_fill_it_all
         engine.stop()
 
 
+@pytest.mark.slow
 def test_a_prefill_that_was_interrupted_leaves_nothing_wrong_behind(engine: EngineProcess, model: Path) -> None:
     """The pipeline files a block under its tokens when it begins to write it, and keeps it so when told to stop."""
     interrupted = EngineProcess(
@@ -305,6 +306,7 @@ def test_a_prefill_that_was_interrupted_leaves_nothing_wrong_behind(engine: Engi
         interrupted.stop()
 
 
+@pytest.mark.slow
 def test_with_kv_short_and_clients_leaving_every_answer_is_whole_and_right(engine: EngineProcess, model: Path) -> None:
     small = EngineProcess(
         MODULE, "--model", str(model), "--served-model-name", "toy", "--threads", "1", "--precision", "f32",

@@ -15,10 +15,11 @@ import chiron.sim.run
 from chiron.core.types import Request
 from chiron.policies.registry import POLICIES
 from chiron.sim.setup import Setup
+from effort import examples
 from scenario_factory import Run, example_setup, run, setup_of, setups
 
 law = settings(
-    max_examples=60,
+    max_examples=examples(60),
     derandomize=True,
     deadline=None,
     database=None,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 
 from chiron.sim.setup import Setup
+from effort import examples
 from scenario_factory import everything, run, setups
 
 
 @given(setups())
 @settings(
-    max_examples=200,
+    max_examples=examples(200),
     derandomize=True,
     deadline=None,
     database=None,

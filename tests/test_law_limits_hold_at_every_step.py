@@ -11,10 +11,11 @@ from chiron.core.types import Instance
 from chiron.engines.model import EngineModel
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
+from effort import examples
 from scenario_factory import PROFILE, run, setup_of, setups
 
 law = settings(
-    max_examples=80,
+    max_examples=examples(80),
     derandomize=True,
     deadline=None,
     database=None,

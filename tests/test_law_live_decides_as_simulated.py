@@ -150,7 +150,10 @@ def scenario(policy: str, *, failures: Failures | None = None) -> Setup:
     return replace(setup, failures=failures or Failures())
 
 
-@pytest.mark.parametrize("policy", ["chiron", "chiron-paper", "llumnix-tuned", "hpa-queue-tuned"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("chiron-paper", "llumnix-tuned", "hpa-queue-tuned")]
+
+
+@pytest.mark.parametrize("policy", ["chiron", *OTHERS])
 def test_gateway_and_simulator_write_equal_decision_logs(policy: str) -> None:
     setup = scenario(policy)
     simulation = Simulation(setup)

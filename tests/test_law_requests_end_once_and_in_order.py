@@ -8,10 +8,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 
 from chiron.sim.setup import Setup
+from effort import examples
 from scenario_factory import CLASSES, Run, WildSettings, run, setups
 
 law = settings(
-    max_examples=120,
+    max_examples=examples(120),
     derandomize=True,
     deadline=None,
     database=None,

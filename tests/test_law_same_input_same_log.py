@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 
 from chiron.core.clock import VirtualClock
 from chiron.sim.setup import Setup
+from effort import examples
 from scenario_factory import everything, run, setups
 
 PROGRAM = """
@@ -63,7 +64,7 @@ class SlicedClock(VirtualClock):
 
 @given(setups())
 @settings(
-    max_examples=50,
+    max_examples=examples(50),
     derandomize=True,
     deadline=None,
     database=None,
@@ -77,7 +78,7 @@ def test_a_clock_driven_in_slices_writes_the_same_log(setup: Setup) -> None:
 
 @given(setups())
 @settings(
-    max_examples=30,
+    max_examples=examples(30),
     derandomize=True,
     deadline=None,
     database=None,

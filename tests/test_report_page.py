@@ -219,6 +219,7 @@ def test_the_batch_size_chart_says_how_many_instances_it_leaves_out(page: Page) 
     assert sum(len(trace["x"]) for trace in chart["data"]) < 2 * 2000 + 100
 
 
+@pytest.mark.slow
 def test_figures_are_written_in_each_format_and_the_same_again(tmp_path: Path) -> None:
     results = [small("chiron"), small("odd/name", gpu_hours=20.0, met=0.9)]
     first = write_figures(results, tmp_path / "a", formats=("svg",))

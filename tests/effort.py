@@ -1,0 +1,9 @@
+"""How often the laws are tried: a third of the examples in ``make test``, all of them in ``make test-slow``."""
+
+from __future__ import annotations
+
+import os
+
+
+def examples(full: int) -> int:
+    return full if os.environ.get("CHIRON_TEST_EXAMPLES") == "all" else max(1, full // 3)
