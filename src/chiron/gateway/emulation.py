@@ -188,7 +188,7 @@ class EmulatedGateway:
 
     def ended(self, request: Request) -> None:
         self._journal.ended(request)
-        self.front.ended(request, tokens_seen=0)
+        self.front.ended(request, request.tokens_done)
 
     # -- the rest ----------------------------------------------------------------------------------------------
 

@@ -99,13 +99,13 @@ class Front:
             elif remind and isinstance(call, FlexCall):
                 call.remind()
 
-    def ended(self, request: Request, tokens_seen: int) -> None:
-        """The control plane ended a request: whoever waits for it is told, and a client's key pays. For one that is
-        called off it pays ``tokens_seen``, what an engine has made so far: its client has most of it."""
+    def ended(self, request: Request, tokens: int) -> None:
+        """The control plane ended a request: whoever waits for it is told, and a client's key pays for ``tokens``. Of
+        one that is called off they are what an engine has made so far: its client has most of it."""
         if self.open.pop(request.id, None) is not None:
             key = self._keys.named(request.payload.key_name)
             if key is not None:
-                self._keys.charge(key, request.tokens_done or tokens_seen)
+                self._keys.charge(key, tokens)
         request.payload.ended(request)
 
     def _admit(self, incoming: Incoming) -> None:

@@ -236,7 +236,7 @@ class Service:
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
         try:
-            self.front.ended(request, self.engines.tokens_of(request))
+            self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
             log.exception("the end of request %s could not be told", request.id)
 
