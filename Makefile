@@ -48,9 +48,8 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
 	@$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/.dev ## The slow tests only, one at a time (many load the whole machine), and the laws with all their examples
+test-slow: $(VENV)/.dev ## The slow tests only, one at a time: many of them load the whole machine
 	@$(BIN)/python -m pytest -m slow
-	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not slow" tests/test_law_*.py tests/test_bound_*.py
 
 test-all: $(VENV)/.dev ## Every test
 	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2

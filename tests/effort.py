@@ -1,4 +1,4 @@
-"""How often the laws are tried: a third of the examples in ``make test``, all of them in ``make test-slow``."""
+"""How often the laws are tried: a third of the examples in ``make test``, all in CI and in ``make test-all``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simulator's speed, well on the safe side of what docs/speed.md publishes, so that a busy machine passes too."""
+"""The bench of the simulator's speed works. What it measures is in docs/speed.md: no test is timed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,11 @@ def bench(tmp_path: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     return figures
 
 
-@pytest.mark.slow
-def test_the_bench_finishes_every_request_and_meets_its_floors(tmp_path: Path) -> None:
-    figures = bench(tmp_path, "--repeat", "2")
+def test_the_bench_finishes_every_request(tmp_path: Path) -> None:
+    figures = bench(tmp_path, "--quick")
+    assert set(figures) == {"fleet", "scaling", "million"}
     for timing in [timing for group in figures.values() for timing in group]:
-        assert timing["finished"] == timing["requests"]
-    chiron = figures["fleet"][0]
-    assert (chiron["instances"], chiron["requests"]) == (50, 50_000)
-    assert chiron["requests"] / chiron["cpu_s"] > 20_000
-    (million,) = figures["million"]
-    assert million["requests"] == 1_000_000
-    assert million["cpu_s"] < 60
-    assert million["rss_mib"] < 2048
-    small, large = figures["scaling"][0], figures["scaling"][-1]
-    assert (small["instances"], large["instances"]) == (10, 5_000)
-    assert large["cpu_s"] / large["requests"] < 3 * small["cpu_s"] / small["requests"]
+        assert timing["finished"] == timing["requests"] > 0
 
 
 @pytest.mark.parametrize(
