@@ -253,10 +253,14 @@ def test_limits_of_the_server(site: FaultSite) -> None:
 
 
 def test_many_odd_promises_leave_nothing_behind(site: FaultSite) -> None:
+    def metrics() -> str:
+        return ask(site.url + "/metrics", key="admin").body.decode()
+
     def series() -> int:
-        return len(parse_metrics(ask(site.url + "/metrics", key="admin").body.decode()))
+        return len(parse_metrics(metrics()))
 
     post(site, chat())
+    wait_for(lambda: "chiron_ibp{" in metrics(), "the first tick, which has series of its own", 10.0)
     before = series()
     for number in range(200):
         assert post(site, chat(max_tokens=1), x_slo_tpot_ms=f"{10 + number * 0.37}").status == 200
