@@ -82,4 +82,4 @@ def test_every_operation_does_what_the_document_says(site: FaultSite, mode: Any)
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_many_times(site: FaultSite, mode: Any) -> None:
-    fuzz(site, mode, 300)
+    fuzz(site, mode, 150)
