@@ -48,11 +48,13 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
 	@$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/.dev ## The slow tests only, one at a time: many of them load the whole machine
-	@$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.dev ## The slow tests only; those that load the whole machine one at a time (ten minutes)
+	@$(BIN)/python -m pytest -n 2 -m "slow and not alone"
+	@$(BIN)/python -m pytest -m "slow and alone"
 
 test-all: $(VENV)/.dev ## Every test
-	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2
+	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not alone"
+	@$(BIN)/python -m pytest -m alone
 
 lint: $(VENV)/.dev ## Style, types, and which package may import which
 	@$(BIN)/ruff check .

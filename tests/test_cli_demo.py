@@ -252,6 +252,7 @@ def engine_runs(out: Path) -> bool:
     return any("chiron.engines.serve.emulated" in p.cmdline() for p in of_demo(out) if p.is_running())
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_short_demo_runs_to_its_verdict_and_leaves_what_it_promises(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -275,6 +276,7 @@ def test_a_short_demo_runs_to_its_verdict_and_leaves_what_it_promises(tmp_path: 
     assert told.exit_code == 0, told.output
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_ends_a_demo_with_what_was_measured_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -288,6 +290,7 @@ def test_ctrl_c_ends_a_demo_with_what_was_measured_and_leaves_nothing_running(tm
     assert not of_demo(out)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_while_it_starts_a_demo_leaves_nothing_running(tmp_path: Path, number: int) -> None:
@@ -301,6 +304,7 @@ def test_killed_while_it_starts_a_demo_leaves_nothing_running(tmp_path: Path, nu
     assert "Traceback" not in text
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_demo_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -233,6 +233,7 @@ def test_a_few_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     storm(tmp_path, 1, ["engine", "gateway", "keeper", "everything"], (0.2, 0.6), 50)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_thirty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     plan = ["gateway"] * 10 + ["engine"] * 10 + ["keeper"] * 4 + ["everything"] * 8
@@ -240,6 +241,7 @@ def test_thirty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     storm(tmp_path, 2, plan, (0.1, 2.0), 150)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_kills_of_embedded_engines_lose_and_double_nothing(tmp_path: Path) -> None:
     """These keep no diary, so what is run again is not counted here."""

@@ -12,7 +12,7 @@ from chiron.engines.profile_store import load_profile
 from engine_process import EngineProcess, Stream, connected
 from live_gateway import ready, serving, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PROFILE = "llama-3.1-70b/a100/tp4"
 CONFIG = """

@@ -135,6 +135,7 @@ def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 1_000_000, peaks
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_three_hundred_thousand_items_fit_into_little_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
