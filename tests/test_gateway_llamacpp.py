@@ -38,7 +38,7 @@ CHAT = "/v1/chat/completions"
 
 def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
     model = tmp_path / "small.gguf"
-    write_toy(model, ToySettings(hidden=256, layers=2))
+    write_toy(model, ToySettings(hidden=768, layers=6))  # Steps long beside what the gateway takes.
 
     async def body() -> None:
         async with serving(tmp_path, CONFIG.format(model=model)) as service, connected(service.url) as origin:
@@ -72,12 +72,12 @@ def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
             assert all(count == 80 for count in tokens)
             assert not engine.runs
             assert engine.observer.inside == engine.observer.decoding == engine.observer.held_tokens == 0
-            # Its own count of decode calls, which the control plane does not read, agrees with what was seen: closely
-            # on an idle machine (within 2 %), less so where five clients and the engine share cores with other work.
+            # Its own count of decode calls, which the control plane does not read, agrees with what was seen (within
+            # 4 %, on a busy machine too; steps of a millisecond on a busy one look up to twice as long from outside).
             idle_s = service.clock.now_s
             await until(lambda: instance.sample and instance.sample.taken_s > idle_s + 0.5, "a look at it at rest")
             assert instance.sample is not None
-            assert instance.sample.steps == pytest.approx(engine.metrics["steps"], rel=0.35)
+            assert instance.sample.steps == pytest.approx(engine.metrics["steps"], rel=0.15)
             assert learner.mixes["chat"].output_mean < 200.0
 
     asyncio.run(body())
