@@ -19,6 +19,7 @@ from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
 from chiron.fleet.model import FleetModel, FleetTimes
 from chiron.gateway.admission import Models
+from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.front import Front
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import LimitSettings
@@ -159,12 +160,14 @@ class EmulatedGateway:
             observer=observer,
         )
         self.fleet.listener = self.plane
+        keys = keys or KeyRing()
         self.front = Front(
             clock=clock,
             plane=self.plane,
             models=served,
-            keys=keys or KeyRing(),
+            keys=keys,
             limits=limits or LimitSettings(),
+            foreign=ForeignPages(keys, None),
             next_id=itertools.count().__next__,
             responded=lambda status: None,
         )

@@ -14,7 +14,8 @@ from chiron.control.plane import ControlPlane
 from chiron.core.types import Request
 from chiron.gateway.admission import Models, admit
 from chiron.gateway.calls import FlexCall, RelayCall
-from chiron.gateway.errors import ApiError, forbidden, internal, timed_out, too_many, unavailable
+from chiron.gateway.errors import ApiError, internal, timed_out, too_many, unavailable
+from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.last_word import refuse
 from chiron.gateway.settings import LimitSettings
@@ -40,6 +41,7 @@ class Front:
         models: Models,
         keys: KeyRing,
         limits: LimitSettings,
+        foreign: ForeignPages,
         next_id: Callable[[], int],
         responded: Callable[[int], None],
     ) -> None:
@@ -51,6 +53,7 @@ class Front:
         self._models = models
         self._keys = keys
         self._limits = limits
+        self._foreign = foreign
         self._next_id = next_id
         self._responded = responded
         self._boot = token_hex(4)
@@ -58,7 +61,9 @@ class Front:
 
     def takes(self, incoming: Incoming) -> bool:
         """Whether this request is for the hot path, or to be refused before anybody looks at it."""
-        return (incoming.method == b"POST" and incoming.path in HOT_PATHS) or self._is_foreign(incoming)
+        return (incoming.method == b"POST" and incoming.path in HOT_PATHS) or (
+            self._foreign.check(incoming) is not None
+        )
 
     def screen(self, incoming: Incoming) -> bool:
         """Whether its body is worth reading: who has no key may not fill the memory."""
@@ -112,8 +117,8 @@ class Front:
         limits = self._limits
         if self.draining:
             raise unavailable("The gateway is shutting down.", limits.retry_after_s)
-        if self._is_foreign(incoming):
-            raise forbidden("Web pages of other sites may not use what no API key protects.")
+        if refusal := self._foreign.check(incoming):
+            raise refusal
         key: Key = incoming.context or self._keys.check(incoming.header(b"authorization"))
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
@@ -162,12 +167,6 @@ class Front:
             return 0.0
         failure: UpstreamFailure | None = request.payload.error
         return self._clock.now_s - (request.arrival_s if failure is None else failure.at_s)
-
-    def _is_foreign(self, incoming: Incoming) -> bool:
-        """A browser says that a page of another site asks, and no key protects what it asks for."""
-        if incoming.header(b"sec-fetch-site") != b"cross-site":
-            return False
-        return self._keys.open or (self._keys.admin_open and not incoming.path.startswith("/v1/"))
 
     def _left(self, request: Request) -> None:
         """The client is gone: so is the need for an answer."""

@@ -23,6 +23,7 @@ from chiron.gateway.api import ApiState, make_app
 from chiron.gateway.batch_runner import BatchRunner
 from chiron.gateway.engines import Engines
 from chiron.gateway.event_writer import EventLogSettings, EventWriter
+from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.front import Front
 from chiron.gateway.journal import LiveJournal
 from chiron.gateway.keys import KeyRing
@@ -106,6 +107,7 @@ class Service:
             models=self.models,
             keys=self.keys,
             limits=config.limits,
+            foreign=ForeignPages(self.keys, config.server.own_hosts),
             next_id=self._next_id,
             responded=self.journal.responded,
         )

@@ -6,6 +6,7 @@ so that no log of a configuration shows them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY_S = 86_400.0
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 def _check(fine: bool, key: str, value: object, allowed: str) -> None:
@@ -47,6 +49,9 @@ class ServerSettings:
     """Address to listen on. Beyond loopback it needs API keys (or ``open_without_keys``)."""
     port: int = 8000
     """0: any free port, printed at the start."""
+    hosts: tuple[str, ...] = ()
+    """More names by which clients on this machine ask for it, as behind a proxy that hands on theirs. Only a gateway
+    on loopback without keys looks: other names may be those of web pages that were pointed at it (403)."""
     data: str = "chiron-data"
     """Directory of the batch store, the event log and the engines' logs; relative to the config file."""
     tls_cert: str = ""
@@ -61,6 +66,10 @@ class ServerSettings:
     def __post_init__(self) -> None:
         _check(bool(self.host), "host", self.host, "an address or a host name, such as '127.0.0.1' or '0.0.0.0'")
         _check(0 <= self.port <= 65535, "port", self.port, "0 to 65535")
+        for each in self.hosts:
+            _check(
+                bool(_NAME.fullmatch(each)), "hosts", each, "names without scheme and port, such as 'llm.example.org'"
+            )
         _check(bool(self.data), "data", self.data, "a directory")
         lacking, given = ("tls_key", "tls_cert") if self.tls_cert else ("tls_cert", "tls_key")
         _check(bool(self.tls_cert) == bool(self.tls_key), lacking, "", f"set together with {given}")
@@ -68,6 +77,11 @@ class ServerSettings:
     @property
     def tls(self) -> bool:
         return bool(self.tls_cert)
+
+    @property
+    def own_hosts(self) -> frozenset[str] | None:
+        """Names to which it answers besides those of any machine; None: to all."""
+        return frozenset(map(str.lower, (self.host, *self.hosts))) if self.loopback else None
 
     @property
     def loopback(self) -> bool:
