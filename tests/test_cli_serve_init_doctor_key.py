@@ -199,6 +199,24 @@ def test_doctor_fails_for_a_used_port_an_unwritable_directory_and_a_missing_prog
     assert "not found on PATH" in found["engine m/command"]["found"]
 
 
+@pytest.mark.parametrize(
+    ("log", "state", "words"),
+    [
+        ("logs/new/events.jsonl", "ok", "is made at the start"),
+        ("file/events.jsonl", "fail", "file is no directory"),
+        ("directory", "fail", "is no file"),
+    ],
+)
+def test_doctor_looks_where_the_event_log_will_be(here: Path, log: str, state: str, words: str) -> None:
+    (here / "file").write_text("")
+    (here / "directory").mkdir()
+    call("init")
+    line = doctor("--set", f"telemetry.event_log={log}")["event log"]
+    assert line["state"] == state
+    assert words in line["found"]
+    assert "event log" not in doctor()
+
+
 def test_doctor_shows_the_mistake_in_a_config(here: Path) -> None:
     (here / "c.toml").write_text('[models.m]\nengine = "vlm"\n')
     result = call("doctor", "c.toml")

@@ -19,6 +19,7 @@ from chiron.cli.doctor_checks import (
     data_checks,
     extra_checks,
     file_limit_check,
+    log_checks,
     machine_checks,
     port_check,
     process_checks,
@@ -93,6 +94,7 @@ def _checks(path: Path | None, assignments: list[str]) -> Iterator[Check]:
     yield file_limit_check(connections, connections * FILES_PER_CONNECTION + FILES_BESIDES)
     yield port_check(config)
     yield from data_checks(config)
+    yield from log_checks(config)
     yield from security_checks(config)
     yield from process_checks(config)
     from chiron.cli.doctor_endpoints import endpoint_checks

@@ -123,9 +123,7 @@ def port_check(config: ServeConfig) -> Check:
 def data_checks(config: ServeConfig) -> Iterator[Check]:
     """Whether batches can be kept: writable, room, and how long a durable write takes."""
     directory = config.data
-    nearest = directory
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
+    nearest = _nearest(directory)
     found = str(directory) + ("" if nearest == directory else " (is made at the start)")
     if not nearest.is_dir():
         yield check("data directory", f"{nearest} is no directory", FAIL, "set server.data to another directory")
@@ -145,6 +143,26 @@ def data_checks(config: ServeConfig) -> Iterator[Check]:
     slow = fsync_s > FSYNC_SLOW_S
     hint = "batches will be slow; use a local disk for server.data" if slow else ""
     yield check("fsync", found, WARN if slow else OK, hint)
+
+
+def log_checks(config: ServeConfig) -> Iterator[Check]:
+    """Whether the event log can be written where it is not in the data directory."""
+    path = config.event_log
+    if path is None or config.data in path.parents:
+        return
+    nearest = _nearest(path)
+    needed = os.W_OK if nearest.is_file() else os.W_OK | os.X_OK
+    if nearest == path and not path.is_file():
+        trouble = "is no file"
+    elif nearest != path and not nearest.is_dir():
+        trouble = f"cannot be made: {nearest} is no directory"
+    elif not os.access(nearest, needed):
+        trouble = "cannot be written by this user"
+    else:
+        yield check("event log", str(path) + ("" if nearest == path else " (is made at the start)"))
+        return
+    hint = 'set telemetry.event_log to another file, or to "off"'
+    yield check("event log", f"{path} {trouble}", FAIL, hint)
 
 
 def security_checks(config: ServeConfig) -> Iterator[Check]:
@@ -183,6 +201,13 @@ def process_checks(config: ServeConfig) -> Iterator[Check]:
             if kind.devices and not config.devices:
                 hint = 'set devices = ["0", ...] so that each engine gets GPUs of its own'
                 yield check(f"GPUs of {kind.kind.name}", "every process sees all of them", WARN, hint)
+
+
+def _nearest(path: Path) -> Path:
+    """What there is of it."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
 
 
 def _limit(value: int) -> str:
