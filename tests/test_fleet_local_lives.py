@@ -28,9 +28,9 @@ def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Pa
             origin = Origin(heard.urls[1])
             assert (await origin.fetch("GET", "/v1/models")).status == 200
             await origin.close()
-            await until(lambda: 1 in fleet.usage(), "usage")
+            # The first sample may be of the moment before the engine's process began.
+            await until(lambda: 1 in fleet.usage() and fleet.usage()[1].rss_bytes > 1_000_000, "usage")
             usage = fleet.usage()[1]
-            assert usage.rss_bytes > 1_000_000
             assert 0.0 <= usage.cpu_share < 2.0
             fleet.remove(instance)
             fleet.remove(instance)
