@@ -158,6 +158,8 @@ async def serving(handle: Handler, grace_s: float = 0.0, **options: Any) -> Asyn
         yield server
     finally:
         await server.close(grace_s)
+    if not server.connections:
+        assert server.held_bytes == 0, "each body is let go once"
 
 
 class Peer:

@@ -132,6 +132,10 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("server.tls_cert=a.pem", r"server: tls_key is ''; it must be set together with tls_cert"),
         ("server.host=0.0.0.0", r"server\.host: '0\.0\.0\.0' can be reached .*chiron key"),
         ("limits.body_max_bytes=32Mb2", r"limits\.body_max_bytes: size '32Mb2': expected a whole number of bytes"),
+        (
+            "limits.bodies_max_bytes=1MiB",
+            r"bodies_max_bytes is 1048576; it must be body_max_bytes \(33554432\) at least",
+        ),
         ("limits.queue_max=0", r"limits: queue_max is 0; it must be above 0"),
         ("limits.idle=-1", r"limits\.idle: duration -1"),
         ("batch.completion_window_min=31d", r"batch: completion_window_min is 2678400\.0; it must be at most"),

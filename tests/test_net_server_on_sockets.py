@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,35 @@ def test_more_connections_than_allowed_are_refused_and_those_before_go_on() -> N
             async with peer(server.port) as client:
                 client.send(HELLO)
                 assert (await client.answers(1))[0].status == 200
+
+    asyncio.run(main())
+
+
+def test_the_bodies_of_open_requests_have_a_limit_together() -> None:
+    post = b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 600\r\n\r\n"
+
+    async def main() -> None:
+        hold = Hold()
+        limits = {"body_max_bytes": 1000, "bodies_max_bytes": 2000}
+        async with serving(hold, limits=limits) as server, AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(peer(server.port)) for _ in range(4)]
+            for number, client in enumerate(clients[:3], 1):
+                client.send(post + b"x" * 600)
+                await until(lambda known=number: len(hold.seen) == known)
+            clients[3].send(post + b"x" * 600)
+            refused = answers(await clients[3].rest())[0]
+            assert [(answer.status, answer.headers["retry-after"]) for answer in refused] == [(503, "1")]
+            await clients[1].close()
+            await until(lambda: hold.left)
+            hold.seen[0].respond(200)
+            clients[0].send(post + b"y" * 600 + post + b"z" * 600)  # As much as one left and one was answered.
+            for number in (4, 5):
+                await until(lambda known=number: len(hold.seen) == known)
+                hold.seen[-1].respond(200)
+            assert [answer.status for answer in await clients[0].answers(3)] == [200] * 3
+            assert server.held_bytes == 600
+            await clients[2].close()
+            await until(lambda: server.held_bytes == 0)
 
     asyncio.run(main())
 

@@ -376,6 +376,7 @@ def _tls(config: ServeConfig) -> ssl.SSLContext | None:
 def _server_limits(limits: LimitSettings) -> ServerLimits:
     return ServerLimits(
         body_max_bytes=limits.body_max_bytes,
+        bodies_max_bytes=limits.bodies_max_bytes,
         header_max_bytes=limits.header_max_bytes,
         headers_max=limits.headers_max,
         connections_max=limits.connections_max,

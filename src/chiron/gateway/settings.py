@@ -100,6 +100,8 @@ class LimitSettings:
 
     body_max_bytes: int = 32 * MIB
     """Body of a request, uploads of files apart (413 beyond)."""
+    bodies_max_bytes: int = GIB
+    """Of all requests that are not answered yet, together (503 beyond): what a burst of long prompts may take."""
     header_max_bytes: int = 64 * KIB
     """Request line and headers together (431 beyond)."""
     headers_max: int = 100
@@ -129,6 +131,8 @@ class LimitSettings:
 
     def __post_init__(self) -> None:
         _above_zero(self)
+        allowed = f"body_max_bytes ({self.body_max_bytes}) at least"
+        _check(self.bodies_max_bytes >= self.body_max_bytes, "bodies_max_bytes", self.bodies_max_bytes, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,8 @@ class Connection(asyncio.Protocol):
         """Received since the last request or the last piece of a body: heads, trailers, framing."""
         self._block_bytes = 0
         self._url = b""
+        self._held_bytes = 0
+        """Of the bodies of requests that are not answered yet."""
         self._read_paused = 0
         self._written_bytes = 0
         self._taken_bytes = 0
@@ -119,6 +121,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self.server.connections.discard(self)
+        self._hold(-self._held_bytes)
         leaving = [r for r in (self._serving, self._reading) if r is not None]
         self._serving = self._reading = None
         self._waiting.clear()
@@ -227,8 +230,12 @@ class Connection(asyncio.Protocol):
         request._add(data)
         if request.streams:
             return
+        self._hold(len(data))
         if request._body_length > limits.body_max_bytes:
             self._refuse_body()
+            return
+        if self.server.held_bytes > limits.bodies_max_bytes:
+            self._refuse(503, "the requests that are open hold too much memory", "service_unavailable")
             return
         due_s = request._body_begin_s + request._body_length / _BODY_RATE_MIN
         self.deadline_s = min(now_s, due_s) + limits.body_timeout_s
@@ -247,6 +254,10 @@ class Connection(asyncio.Protocol):
             return
         request._collect()
         self._enqueue(request)
+
+    def _hold(self, more_bytes: int) -> None:
+        self._held_bytes += more_bytes
+        self.server.held_bytes += more_bytes
 
     def _head_length(self) -> int:
         assert self._reading is not None
@@ -307,6 +318,8 @@ class Connection(asyncio.Protocol):
             self._serving = None
         if self._lost:
             return
+        if not request.streams:
+            self._hold(-request._body_length)
         if request.streams:
             # What its handler left unread of the body must not keep the next request waiting.
             self._read_paused = min(1, self._read_paused)

@@ -4,8 +4,8 @@ A handler is a plain function that gets a complete request and answers at once o
 Requests that belong to an ASGI application go to it with their body streamed (``net.asgi``). One connection serves one
 request at a time; what a client pipelines waits in order.
 
-Limits: bytes and number of headers, bytes of a body, connections, and how long a client may take to send its head,
-its body, or to read its answer. One sweep a second enforces the times, so a request costs no timer.
+Limits: bytes and number of headers, bytes of a body and of all bodies, connections, and how long a client may take to
+send its head, its body, or to read its answer. One sweep a second enforces the times, so a request costs no timer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class ServerLimits:
 
     body_max_bytes: int = 32 * 1024 * 1024
     """Of a body that a handler gets whole; streamed ones bound themselves."""
+    bodies_max_bytes: int = 1024 * 1024 * 1024
+    """Of those of all requests that are not answered yet, together."""
     header_max_bytes: int = 64 * 1024
     """Request line and headers together."""
     headers_max: int = 100
@@ -65,6 +67,8 @@ class HttpServer:
         self.port = 0
         self.connections: set[Connection] = set()
         self.closing = False
+        self.held_bytes = 0
+        """Bodies of requests that are not answered yet."""
         self.now_s = 0.0
         """Seconds, as of the last sweep."""
         self.date_line = b""
