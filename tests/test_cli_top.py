@@ -93,6 +93,14 @@ def test_the_screen_fits(told: dict[str, Any], width: int, height: int, instance
     assert max(line.cell_len for line in lines) <= width
 
 
+def test_why_batches_do_not_go_on_is_on_the_screen(told: dict[str, Any]) -> None:
+    runner = {"paused": "results cannot be written: full", "failing_models": ["a"], "unserved": {"b": 1200}}
+    text = plain_lines(screen(told | {"batch_runner": runner}, 100, 30))
+    assert "batches stand still: results cannot be written: full" in text
+    assert "every try of batch work fails for a" in text
+    assert "1,200 batch items wait for b, not in the config" in text
+
+
 @pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24)])
 def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: int, height: int) -> None:
     text = plain_lines(screen(told, width, height))
@@ -103,6 +111,7 @@ def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: i
     assert "345,024/700,000" in text
     assert "left 13:43 of 29:09" in text
     assert "1 → 2 instances: interactive load needs so many" in text
+    assert "stand still" not in text
     for instance in told["models"][0]["instances"]:
         running = instance["running_interactive"] + instance["running_batch"]
         assert f"{running}/{instance['max_batch_size']}" in text

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from chiron.core.clock import Callback, VirtualClock
 from chiron.gateway.admission import Models
 from chiron.gateway.batch_lines import line_check
@@ -242,6 +244,31 @@ def test_a_poison_item_fails_alone(tmp_path: Path) -> None:
 
     def text(request: Any) -> str:
         return str(request.payload._fields["messages"][0]["content"])
+
+    run(test)
+
+
+def test_work_of_a_model_that_the_config_lost_is_told_of_and_done_when_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        first = await Site(tmp_path, lambda text: None).start()
+        batch = await first.submit(*many(5))
+        await first.until(lambda: first.plane.submitted)
+        assert first.runner.summary()["unserved"] == {}
+        await first.stop()
+        second = await Site(tmp_path, models=Models({"other": served("other")})).start()
+        await second.until(lambda: second.runner.summary()["unserved"] == {"m": 5})
+        await second.stop()
+        third = await Site(tmp_path).start()
+        done = await third.ended(batch)
+        assert (done.completed, done.failed) == (5, 0)
+        assert third.runner.summary()["unserved"] == {}
+        await third.stop()
+        assert [r.message for r in caplog.records if "bring it back" in r.message] == [
+            f"{batch.id} waits for model 'm', which the config does not have: bring it back, give another model this "
+            "name as an alias, or cancel the batch"
+        ]
 
     run(test)
 

@@ -289,8 +289,16 @@ def _class(cls: Mapping[str, Any], width: int) -> list[Text]:
 
 def _batches(status: Status, width: int) -> list[Text]:
     """A blank line, then a batch a line; none without batches."""
-    lines = [_batch(batch, width) for batch in status["batches"]]
+    lines = [*_batch_troubles(status.get("batch_runner", {})), *(_batch(batch, width) for batch in status["batches"])]
     return [Text(""), *lines] if lines else []
+
+
+def _batch_troubles(runner: Mapping[str, Any]) -> list[Text]:
+    troubles = [f"batches stand still: {runner['paused']}"] if runner.get("paused") else []
+    troubles += [f"every try of batch work fails for {name}" for name in runner.get("failing_models", ())]
+    unserved = runner.get("unserved", {})
+    troubles += [f"{count:,} batch items wait for {name}, not in the config" for name, count in unserved.items()]
+    return [Text(trouble, style="red") for trouble in troubles]
 
 
 def _batch(batch: Mapping[str, Any], width: int) -> Text:

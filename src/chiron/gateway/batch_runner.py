@@ -32,7 +32,7 @@ from chiron.gateway.batch_writer import ResultWriter
 from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
-from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, StoreError, StoreFull
+from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
 
 log = logging.getLogger("chiron.batch")
 
@@ -74,6 +74,8 @@ class BatchRunner:
         self._window_of = {name: w for w in self._windows for name in w.model.settings.aliases}
         self._window_of |= {window.name: window for window in self._windows}
         """By every name: an item has the name that its model had when its batch was accepted."""
+        self._unserved: dict[str, int] = {}
+        """Accepted items of models that are not served, by model."""
         self._backlog = Backlog(plane=plane, clock=clock, window_of=self._window_of)
         self._keys = keys
         self._next_id = next_id
@@ -138,6 +140,7 @@ class BatchRunner:
             "unwritten": self._writer.unwritten,
             "validating": self._unchecked.qsize(),
             "paused": self.paused,
+            "unserved": dict(self._unserved),
             "failing_models": sorted(window.name for window in windows if window.engines_fail),
         }
 
@@ -229,6 +232,7 @@ class BatchRunner:
 
         def deliver() -> None:
             self._backlog.tell(pending)
+            self._note_unserved(pending)
             for window, items in leased:
                 for item in items:
                     self._take(window, item)
@@ -249,6 +253,21 @@ class BatchRunner:
         finally:
             # Nobody else would ever run what is leased, whatever came after it.
             self._clock.post(deliver)
+
+    def _note_unserved(self, pending: Iterable[PendingWork]) -> None:
+        """Accepted work of models that the config had and has no longer: somebody must bring them back, or cancel."""
+        counts: dict[str, int] = {}
+        for work in pending:
+            if work.items and work.model not in self._window_of:
+                counts[work.model] = counts.get(work.model, 0) + work.items
+                if work.model not in self._unserved:
+                    log.warning(
+                        "%s waits for model %r, which the config does not have: bring it back, give another model this "
+                        "name as an alias, or cancel the batch",
+                        work.batch_id,
+                        work.model,
+                    )
+        self._unserved = counts
 
     async def _lease(self, window: Window, name: str, wish: Wish) -> list[Item]:
         """Items of one model. If they cannot be read, the other models do not wait for them."""
