@@ -142,6 +142,16 @@ def test_a_completion() -> None:
     Completion.model_validate(answer, strict=True)
 
 
+def test_an_event_without_a_value_says_nothing() -> None:
+    def text(text: str, index: int, reason: str | None = None) -> bytes:
+        choice = {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+        return event({**HEAD, "object": "text_completion", "choices": [choice]})
+
+    # As llama.cpp begins its answer to a list of prompts.
+    stream = event(None) + text("b", 1) + text("a", 0) + text("", 1, "length") + text("", 0, "length")
+    assert [choice["text"] for choice in collect(stream, chat=False).result()["choices"]] == ["a", "b"]
+
+
 def test_an_answer_over_two_streams() -> None:
     collector = Collector(True, keep_token_ids=True)
     first = chunk(said("one", token_ids=[1])) + chunk(said(" two", token_ids=[2]))

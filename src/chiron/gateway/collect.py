@@ -140,6 +140,8 @@ class Collector:
             chunk = orjson.loads(event)
         except orjson.JSONDecodeError as error:
             raise CollectError(f"an event of the engine's stream is not JSON: {error}") from None
+        if chunk is None:
+            return  # llama.cpp begins the answer to a list of prompts with it.
         if not isinstance(chunk, dict):
             raise CollectError("an event of the engine's stream is not a JSON object")
         if nested_too_deep(event, chunk):
