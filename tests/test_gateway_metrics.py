@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +191,14 @@ def test_the_status_is_json_and_tells_the_same(live: LivePlane, around: Surround
     assert model["queue"]["batch"] == sum(group["requests"] for group in model["queue"]["groups"])
     assert 0 < model["queue"]["groups"][0]["deadline_in_s"] < 600
     assert {d["reason"] for d in told["decisions"]} >= {"interactive_load"}
+
+
+def test_promises_that_a_client_asked_for_are_not_shown_as_its_class() -> None:
+    live = LivePlane()
+    live.submit(replace(CHAT, ttft_s=0.1, itl_s=0.001), 1.0)
+    (model,) = status(live.plane, live.journal, Surroundings())["models"]
+    (chat,) = model["classes"]
+    assert (chat["ttft_slo_s"], chat["itl_slo_s"]) == (CHAT.ttft_s, CHAT.itl_s)
 
 
 def test_batches_that_run_come_first_by_deadline_and_the_list_is_bounded(live: LivePlane) -> None:

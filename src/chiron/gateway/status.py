@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from chiron.control.model import ModelState, instance_view
 from chiron.control.plane import ControlPlane
-from chiron.core.types import Instance
+from chiron.core.types import Instance, RequestClass
 from chiron.gateway.event_writer import wall_time
 from chiron.gateway.journal import LiveJournal
 from chiron.gateway.tally import SLOT_S, ClassTally
@@ -163,7 +163,10 @@ def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s:
                 for group in state.batch.views(state.learner.expected_output, GROUPS_SHOWN)
             ],
         },
-        "classes": [_class(tally, running.get(tally.cls.name, 0), now_s) for tally in journal.tallies_of(spec.name)],
+        "classes": [
+            _class(state.classes[tally.cls.name], tally, running.get(tally.cls.name, 0), now_s)
+            for tally in journal.tallies_of(spec.name)
+        ],
     }
 
 
@@ -213,8 +216,8 @@ def kv_usage(instance: Instance) -> float:
     return min(1.0, sample.kv_used_tokens / instance.kv_capacity_tokens) if sample else 0.0
 
 
-def _class(tally: ClassTally, running: int, now_s: float) -> dict[str, Any]:
-    cls = tally.cls
+def _class(cls: RequestClass, tally: ClassTally, running: int, now_s: float) -> dict[str, Any]:
+    """``cls``: as it is configured; a client may have asked for other promises."""
     ttft_p50, ttft_p99 = tally.ttft_recent.quantiles(now_s, (0.5, 0.99))
     itl_p50, itl_p99 = tally.itl_recent.quantiles(now_s, (0.5, 0.99))
     arrivals, ttft_max_s = tally.history(now_s)
