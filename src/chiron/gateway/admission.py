@@ -160,7 +160,7 @@ def _class_of(incoming: Incoming, fields: dict[str, Any], served: ServedModel) -
         return classes[settings.batch_class]
     else:
         cls = classes[settings.default_class]
-    if ttft is None and tpot is None:
+    if (ttft is None and tpot is None) or not cls.interactive:
         return cls
     if named is None and tpot is not None:
         cls = _nearest(tuple(c for c in classes.values() if c.interactive), tpot)
