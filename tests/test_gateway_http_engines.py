@@ -11,6 +11,7 @@ import pytest
 
 from chiron.engines.metrics import parse_metrics
 from chiron.net.server import Incoming
+from chiron.telemetry.event_log import read_event_log
 from live_gateway import until
 from scripted_engine import SSE, Reader, ScriptedEngine, before, body, chunk
 
@@ -295,16 +296,20 @@ def test_tokens_in_the_metrics_are_those_of_the_usage(tmp_path: Path) -> None:
 
         async with before(tmp_path, ScriptedEngine(acts)) as (_, origin):
 
-            async def made() -> float:
-                page = (await origin.fetch("GET", "/metrics")).body.decode()
-                return parse_metrics(page).get("chiron_generation_tokens_total", 0.0)
+            async def tokens() -> tuple[float, float]:
+                page = parse_metrics((await origin.fetch("GET", "/metrics")).body.decode())
+                return page["chiron_prompt_tokens_total"], page["chiron_generation_tokens_total"]
 
             await Reader(origin, body()).end()
-            assert await made() == 7
+            assert await tokens() == (3, 7)
             await Reader(origin, body(stream=True)).end()
-            assert await made() == 7 + 3
+            guess, made = await tokens()
+            assert made == 7 + 3
+            assert guess > 3  # Without usage the prompt has the length that was guessed.
             await Reader(origin, body(stream=True, stream_options={"include_usage": True})).end()
-            assert await made() == 7 + 3 + 30
+            assert await tokens() == (guess + 3, 7 + 3 + 30)
+        ended = [line for line in read_event_log(tmp_path / "chiron-data" / "events.jsonl") if line["event"] == "ended"]
+        assert [(line["input_tokens"], line["output_tokens"]) for line in ended] == [(3, 7), (guess - 3, 3), (3, 30)]
 
     asyncio.run(main())
 

@@ -50,6 +50,7 @@ class RelayCall:
         "key_name",
         "path",
         "prompt_bytes",
+        "prompt_tokens",
         "refusal",
         "request_id",
         "responded",
@@ -71,6 +72,7 @@ class RelayCall:
         self.path = incoming.path.encode()
         self.streams = stream
         self.prompt_bytes = prompt_bytes
+        self.prompt_tokens = 0
         self.request_id = request_id
         self.key_name = key_name
         self.error: UpstreamFailure | None = None
@@ -209,7 +211,7 @@ class CollectedCall:
         self.path = path
         self.request_id = request_id
         self.key_name = key_name
-        self.prompt_bytes = 0
+        self.prompt_bytes = self.prompt_tokens = 0
         self.error: UpstreamFailure | None = None
         self.status = 0
         """The engine's, of the answer that counts."""

@@ -13,7 +13,7 @@ from typing import Any
 from chiron.core.types import Decision, Instance, Request, RequestClass
 from chiron.gateway.event_writer import EventWriter
 from chiron.gateway.live_result import LiveRecorder
-from chiron.gateway.tally import ClassTally
+from chiron.gateway.tally import ClassTally, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from chiron.telemetry.event_log import decision_line
 from chiron.telemetry.result import DecisionPoint
@@ -196,7 +196,7 @@ class LiveJournal:
             self._key_of(request),
             request.outcome,
             instance.id if instance is not None else None,
-            request.input_tokens,
+            prompt_tokens(request),
             tokens,
             dispatch_s - arrival_s if dispatch_s >= 0.0 else None,
             first_s - arrival_s if first_s >= 0.0 else None,

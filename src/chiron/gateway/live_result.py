@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass
+from chiron.gateway.tally import prompt_tokens
 from chiron.policies.policy import Policy
 from chiron.telemetry.recording import Timeline
 from chiron.telemetry.result import OUTCOMES, RequestTable, Result
@@ -207,7 +208,7 @@ class LiveRecorder:
             request.first_token_s,
             request.finish_s,
             request.deadline_s,
-            request.input_tokens,
+            prompt_tokens(request),
             request.tokens_done,
             _OUTCOME[request.outcome or "unfinished"],
             min(request.evictions, 32767),

@@ -92,7 +92,9 @@ class _Collector(Collector):
         requests = CounterMetricFamily("chiron_requests", "Requests that ended.", labels=(*_CLASS, "outcome"))
         arrived = CounterMetricFamily("chiron_requests_arrived", "Requests that arrived.", labels=_CLASS)
         prompt = CounterMetricFamily(
-            "chiron_prompt_tokens", "Prompt tokens of ended requests, as estimated.", labels=_CLASS
+            "chiron_prompt_tokens",
+            "Prompt tokens of ended requests: their engines' count, else an estimate.",
+            labels=_CLASS,
         )
         made = CounterMetricFamily("chiron_generation_tokens", "Output tokens of ended requests.", labels=_CLASS)
         evicted = CounterMetricFamily("chiron_evictions", "Requests that an engine let go of to resume.", labels=_CLASS)

@@ -32,6 +32,11 @@ _SHORTEST = 1e-6
 PROMISES = ("ttft", "itl", "deadline")
 
 
+def prompt_tokens(request: Request) -> int:
+    """As its engine counted them (``payload.prompt_tokens``), else as estimated when it came."""
+    return getattr(request.payload, "prompt_tokens", 0) or request.input_tokens
+
+
 class Histogram:
     """Counts by upper bound (the last: beyond all bounds) and the sum, since the start."""
 
@@ -170,7 +175,7 @@ class ClassTally:
         self.outcomes[outcome] += 1
         self.generation_tokens += tokens
         if request.first_token_s >= 0.0:
-            self.prompt_tokens += request.input_tokens
+            self.prompt_tokens += prompt_tokens(request)
         self.retries += request.retries
         if request.dispatch_s >= 0.0:
             self.queue.observe(request.dispatch_s - request.arrival_s)

@@ -62,6 +62,8 @@ class Upcall(Protocol):
     """The engine is asked for server-sent events."""
     error: UpstreamFailure | None
     """Why the last try failed."""
+    prompt_tokens: int
+    """As the engine's usage said at the end; 0: it did not, or not yet."""
 
     @property
     def visible(self) -> bool:
@@ -278,6 +280,7 @@ class HttpEngine:
             if run.status >= 400:
                 self.listener.failed(request, f"engine answered {run.status}")
             else:
+                run.upcall.prompt_tokens = run.prompt_tokens
                 if run.prompt_tokens and self.learn_usage is not None:
                     self.learn_usage(request, run.prompt_tokens)
                 self.listener.finished(request)
