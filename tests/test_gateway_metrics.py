@@ -201,6 +201,13 @@ def test_promises_that_a_client_asked_for_are_not_shown_as_its_class() -> None:
     assert (chat["ttft_slo_s"], chat["itl_slo_s"]) == (CHAT.ttft_s, CHAT.itl_s)
 
 
+def test_the_policy_is_called_as_the_config_calls_it() -> None:
+    live = LivePlane(policy="hpa-kv-tuned")
+    around = Surroundings(policy="hpa-kv-tuned")
+    assert status(live.plane, live.journal, around)["policy"] == "hpa-kv-tuned"
+    assert b'policy="hpa-kv-tuned"' in Metrics(live.plane, live.journal, lambda: around).render()
+
+
 def test_batches_that_run_come_first_by_deadline_and_the_list_is_bounded(live: LivePlane) -> None:
     many = [batch(n, expires_s=WALL_S + 1000.0 - n) for n in range(60)] + [batch(99, status="completed")]
     shown = status(live.plane, live.journal, Surroundings(wall_origin_s=WALL_S, batches=many))["batches"]

@@ -59,6 +59,7 @@ def test_a_rival_serves_everybody(tmp_path: Path, policy: str) -> None:
     model = emulated(min_instances=1, max_instances=4, max_num_seqs=12, kv_capacity_tokens=8000)
     with FaultSite(tmp_path, config(model, extra=EXTRA), "--policy", policy) as site:
         status = asyncio.run(story(site, items, grows=policy in QUICK))
+    assert status["policy"] == policy
     check_log(site)
     lines = events(site)
     assert check_ends(lines) == {"finished": items + 200}

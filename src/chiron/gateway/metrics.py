@@ -231,7 +231,8 @@ class _Collector(Collector):
         )
         build = GaugeMetricFamily("chiron_build_info", "Always 1.", labels=("version", "python", "policy", "advise"))
         advise = "false" if self._plane.actuates else "true"
-        build.add_metric((around.version, platform.python_version(), self._plane.policy.name, advise), 1)
+        policy = around.policy or self._plane.policy.name
+        build.add_metric((around.version, platform.python_version(), policy, advise), 1)
         yield build
 
 

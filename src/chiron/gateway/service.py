@@ -178,6 +178,7 @@ class Service:
         return Surroundings(
             url=self.url,
             version=version("chiron-serving"),
+            policy=self.config.policy,
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             usage=self.engines.usage(),

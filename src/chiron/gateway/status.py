@@ -71,6 +71,8 @@ class Surroundings:
     url: str = ""
     """Where clients reach the gateway."""
     version: str = ""
+    policy: str = ""
+    """As the config calls it, which may be a variant's name; empty: the policy's own."""
     wall_origin_s: float = 0.0
     """Unix time at ``now_s == 0`` of the clock."""
     instance_urls: Mapping[int, str] = field(default_factory=dict)
@@ -96,7 +98,7 @@ def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> d
         "now_s": now_s,
         "version": around.version,
         "url": around.url,
-        "policy": plane.policy.name,
+        "policy": around.policy or plane.policy.name,
         "advise": not plane.actuates,
         "open_requests": plane.open_requests,
         "evictions": plane.evictions,
