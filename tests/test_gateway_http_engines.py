@@ -219,6 +219,33 @@ def test_limits_on_waiting(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_items_of_batches_do_not_use_up_the_clients_limit_on_waiting(tmp_path: Path) -> None:
+    request = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": request} for n in range(6)]
+    part = b'--x\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+    text = "\n".join(map(json.dumps, lines)).encode()
+    form = part % (b"purpose", b"", b"batch") + part % (b"file", b'; filename="f"', text) + b"--x--\r\n"
+
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine, extra="[limits]\nqueue_max = 2\n") as (service, origin):
+            busy = [Reader(origin, body()) for _ in range(4)]
+            await until(lambda: len(engine.seen) == len(busy), "the engine is full")
+            kind = {"content-type": "multipart/form-data; boundary=x"}
+            file = json.loads((await origin.fetch("POST", "/v1/files", body=form, headers=kind)).body)
+            job = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "1h"}
+            assert (await origin.fetch("POST", "/v1/batches", body=json.dumps(job).encode())).status == 200
+            queue = service.plane.models["m"].batch
+            await until(lambda: queue.count == len(lines), "its items wait")
+            flex = [Reader(origin, body(service_tier="flex")) for _ in range(2)]
+            await until(lambda: queue.count == len(lines) + len(flex), "so do clients")
+            refused = await origin.fetch("POST", "/v1/chat/completions", body=body(service_tier="flex"))
+            assert refused.status == 429
+            assert json.loads(refused.body)["error"]["message"].startswith("2 requests of the batch class wait for 'm'")
+
+    asyncio.run(main())
+
+
 def test_the_limit_on_waiting_also_holds_for_who_lost_its_engine(tmp_path: Path) -> None:
     async def main() -> None:
         engine = ScriptedEngine()

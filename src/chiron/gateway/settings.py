@@ -109,7 +109,8 @@ class LimitSettings:
     connections_max: int = 10_000
     """Open client connections; more get a 503 and are closed at once."""
     queue_max: int = 10_000
-    """Interactive requests of one model that wait for an instance (429 beyond)."""
+    """Requests of clients that wait for an instance of one model: interactive ones, and as many of the batch class (429
+    beyond)."""
     queue_wait_max_s: float = 300.0
     """How long one may wait there (503 beyond). Must cover a cold start if the fleet scales to zero."""
     request_timeout_s: float = 3600.0
@@ -127,7 +128,8 @@ class LimitSettings:
     client_stall_s: float = 60.0
     """A client that reads nothing for this long while its answer waits is cut off."""
     retry_after_s: float = 1.0
-    """The least Retry-After of a 429 or 503, and what it says when nothing better is known."""
+    """Retry-After where a queue is full, a request waited too long for an instance, or the gateway stops. Key limits
+    say when they will be over, everything else a second or what it knows."""
 
     def __post_init__(self) -> None:
         _above_zero(self)
