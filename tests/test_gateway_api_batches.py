@@ -238,6 +238,9 @@ def test_keys_see_their_own_batches_and_use_their_own_models(tmp_path: Path) -> 
         assert failed.errors.data[1].message.endswith("models served here: m.")
         assert wait(b, submit(b, jsonl(line("y", model="org/n"))).id).status == "completed"
         assert len(list(admin.batches.list())) == 2
+        with pytest.raises(openai.PermissionDeniedError, match=r"another API key.*one key") as caught:
+            admin.batches.create(input_file_id=mine.input_file_id, endpoint=ENDPOINT, completion_window="24h")
+        assert caught.value.param == "input_file_id"
         with pytest.raises(openai.AuthenticationError), client(site, "sk-wrong") as stranger:
             stranger.batches.list()
 

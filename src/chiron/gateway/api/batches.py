@@ -12,7 +12,7 @@ from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
 from chiron.gateway.api.state import ApiState
 from chiron.gateway.batch_lines import ENDPOINTS
-from chiron.gateway.errors import invalid, not_found, too_many
+from chiron.gateway.errors import forbidden, invalid, not_found, too_many
 from chiron.gateway.keys import Key
 from chiron.store.port import Batch, LineError, NotFound
 from chiron.store.progress import eta_s, items_per_s
@@ -63,6 +63,11 @@ class Batches:
             file = await self._state.store.get_file(file_id, key.owner)
         except NotFound:
             raise not_found(f"No such file: {file_id[:100]!r}.", param="input_file_id") from None
+        if file.owner != key.name:  # As only the admin can see it.
+            raise forbidden(
+                f"File {file.id} was uploaded with another API key; a batch and its input belong to one key.",
+                param="input_file_id",
+            )
         if file.purpose != "batch":
             raise invalid(
                 f"File {file.id} has purpose {file.purpose!r}; a batch needs one with purpose 'batch'.",
