@@ -135,6 +135,26 @@ def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("tier", ["auto", "flex"])
+@pytest.mark.parametrize("text", [b"", b"moved"])
+def test_a_redirect_is_no_answer_and_its_target_does_not_reach_the_client(
+    tmp_path: Path, tier: str, text: bytes
+) -> None:
+    async def main() -> None:
+        def redirects(incoming: Incoming) -> None:
+            incoming.respond(307, text, headers=[(b"location", b"https://127.0.0.1/")])
+
+        engine = ScriptedEngine(redirects)
+        async with before(tmp_path, engine) as (_, origin):
+            answer = await origin.fetch("POST", "/v1/chat/completions", body=body(service_tier=tier))
+            assert (answer.status, json.loads(answer.body)["error"]["code"]) == (502, "bad_gateway")
+            assert b"307" in answer.body
+            assert "location" not in answer.headers
+        assert len(engine.seen) == 4
+
+    asyncio.run(main())
+
+
 def test_strange_headers_of_an_engine_do_not_reach_the_client(tmp_path: Path) -> None:
     async def main() -> None:
         def odd(incoming: Incoming) -> None:

@@ -46,7 +46,7 @@ def last_word(
 
 def passed_on(failure: UpstreamFailure | None) -> Answer | None:
     """An engine's own answer to the last try, if it gave one."""
-    if failure is None or not failure.status or not failure.body:
+    if failure is None or failure.status < 400 or not failure.body:
         return None
     later = retry_after(_RETRY_AFTER_S) if failure.status in (429, 503) else ()
     return Answer(failure.status, failure.body, later, failure.content_type or b"application/json")

@@ -374,7 +374,7 @@ class _Run:
 
     def on_head(self, status: int, headers: list[Header]) -> None:
         self.status = status
-        if status in RETRIED:
+        if status in RETRIED or 300 <= status < 400:  # A redirect is for whoever configured the engine's address.
             self._error = []
             self._tail = next((value for name, value in headers if name == b"content-type"), b"")
             return
