@@ -135,6 +135,22 @@ def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code
     asyncio.run(main())
 
 
+def test_a_flex_client_hears_what_an_engine_said_in_the_middle_of_its_stream(tmp_path: Path) -> None:
+    async def main() -> None:
+        def fails(incoming: Incoming) -> None:
+            incoming.start(200, SSE)
+            incoming.write(chunk("one") + b'data: {"error": {"message": "out of memory", "code": 500}}\n\n')
+            incoming.finish()
+
+        async with before(tmp_path, ScriptedEngine(fails)) as (_, origin):
+            reader = await Reader(origin, body(service_tier="flex")).end()
+            error = json.loads(reader.data)["error"]
+            assert (reader.status, error["code"]) == (502, "bad_gateway")
+            assert "out of memory" in error["message"]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("tier", ["auto", "flex"])
 @pytest.mark.parametrize("text", [b"", b"moved"])
 def test_a_redirect_is_no_answer_and_its_target_does_not_reach_the_client(

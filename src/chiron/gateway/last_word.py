@@ -75,7 +75,7 @@ def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
         return unavailable(f"No engine would take the request after {tries} tries: {failure.message}.", _RETRY_AFTER_S)
     if failure.status == 504:
         return timed_out(f"The engine did not answer in time ({tries} tries).")
-    if failure.status == 0 and request.first_token_s >= 0.0:
+    if failure.status == 0 and request.payload.visible:
         return ApiError(
             502, "The engine was lost in the middle of its answer.", type="server_error", code="engine_lost"
         )
