@@ -128,6 +128,7 @@ def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code
             assert (reader.status, reader.over) == (status, "end")
             error = json.loads(reader.data)["error"]
             assert error["message"].startswith("engine says") or error["code"] == code
+            assert engine.url not in error["message"]
             answer = await origin.fetch("POST", "/v1/chat/completions", body=body())
             assert ("retry-after" in answer.headers) == (status in (429, 503))
         assert len(engine.seen) == 2 * (1 if status in (400, 404) else 4)

@@ -415,7 +415,9 @@ class _Run:
     def on_error(self, error: NetError) -> None:
         self.call = None
         if not self._over:
-            self._engine.lost(self, UpstreamFailure(str(error)), connect=isinstance(error, ConnectError))
+            # Where engines are is nothing to clients, and in the log already.
+            message = str(error).removeprefix(f"{self._engine.origin.url}: ")
+            self._engine.lost(self, UpstreamFailure(message), connect=isinstance(error, ConnectError))
 
     # -- progress ----------------------------------------------------------------------------------------------
 
