@@ -28,7 +28,7 @@ from chiron.cli.demo_view import DemoView, captions, news, plain
 from chiron.config import ConfigError, load_scenario
 from chiron.config.serve import load_serve
 from chiron.store.directory import lock
-from chiron.telemetry.result import BatchSizePoint, DecisionPoint
+from chiron.telemetry.result import DecisionPoint
 from chiron.telemetry.store import load_result
 from chiron.workload.load import load_trace
 
@@ -166,15 +166,14 @@ def test_the_verdict_is_what_was_measured() -> None:
         t_s=10.0, kind="fleet", subject="demo", before=1, after=3, reason="interactive_load", numbers={}
     )
     sizes = [
-        BatchSizePoint(t_s=t, instance_id=1, model="m", max_batch_size=n, running=1, itl_s=0.1, itl_slo_s=0.2)
+        DecisionPoint(t_s=t, kind="batch_size", subject="m#1", before=1, after=n, reason="below_slo", numbers={})
         for t, n in ((1.0, 8), (2.0, 32), (3.0, 16))
     ]
     result = replace(
         result_factory.small(),
         requests=table,
         summary=result_factory.summary_of(table, gpu_seconds=100.0, sim_s=50.0),
-        decisions=(decision, replace(decision, t_s=90.0, before=3, after=2)),
-        batch_sizes=tuple(sizes),
+        decisions=(*sizes, decision, replace(decision, t_s=90.0, before=3, after=2)),
     )
     chat, batch, evictions, fleet, cap = verdict_lines(figures(), result, 4)
     assert "199 of 200" in chat

@@ -263,3 +263,12 @@ def test_five_lines_of_python_compare_and_report(scenario: Path) -> None:
 def test_importing_chiron_is_light() -> None:
     code = "import sys, chiron; assert 'compare' in dir(chiron); sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_simulated_result_holds_each_instances_batch_size_from_its_start_to_its_end(tmp_path: Path) -> None:
+    scenario = tmp_path / "small.toml"
+    scenario.write_text(SMALL)
+    points = chiron.simulate(scenario, "static", 1, overrides=["failures.at=['20s']"]).batch_sizes
+    sizes = [(p.instance_id, p.max_batch_size) for p in points]
+    assert sizes == [(1, 256), (1, 0), (2, 256)]
+    assert [p.t_s for p in points[:2]] == [0.0, 20.0]

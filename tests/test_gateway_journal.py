@@ -141,6 +141,18 @@ def test_a_live_run_gives_the_simulators_report_file_and_figures(ran: tuple[Live
     assert "rush" in page
 
 
+def test_a_result_holds_each_instances_batch_size_from_its_start_to_its_end() -> None:
+    live = LivePlane()
+    first, *_ = live.plane.instances.values()
+    live.clock.call_at(20.0, live.fleet.fail_one)
+    live.clock.run_until(60.0)
+    second, *_ = live.plane.instances.values()
+    assert second is not first
+    points = live.recorder.result(live.clock.now_s, policy=live.policy).batch_sizes
+    sizes = {i.id: [(p.t_s, p.max_batch_size) for p in points if p.instance_id == i.id] for i in (first, second)}
+    assert sizes == {first.id: [(0.0, 16), (20.0, 0)], second.id: [(second.ready_s, 16)]}
+
+
 def test_what_has_not_ended_is_unfinished_in_the_result() -> None:
     live = LivePlane()
     live.rush(1.0, night=50)

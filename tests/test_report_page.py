@@ -18,7 +18,7 @@ from chiron.telemetry.errors import ReportError
 from chiron.telemetry.figures import write_figures
 from chiron.telemetry.html import report_html, write_report
 from chiron.telemetry.palette import looks
-from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.result import BatchSizePoint, DecisionPoint
 from chiron.telemetry.series import cdf, latency_cdf, log_axis, thin
 from result_factory import hour, small, tick, unseen
 
@@ -217,6 +217,25 @@ def test_the_batch_size_chart_says_how_many_instances_it_leaves_out(page: Page) 
     chart = page.data["views"]["chiron"]["llama"]["batch_sizes"]
     assert (chart["drawn"], chart["instances"]) == (fleet_charts.INSTANCES_DRAWN, 12)
     assert sum(len(trace["x"]) for trace in chart["data"]) < 2 * 2000 + 100
+
+
+def test_a_batch_size_is_drawn_from_its_instances_start_to_its_end_although_it_never_changed() -> None:
+    sizes = [
+        BatchSizePoint(t_s=t, instance_id=i, model="m", max_batch_size=n, running=0, itl_s=nan, itl_slo_s=nan)
+        for i, t, n in ((1, 0.0, 32), (2, 0.0, 32), (3, 10.0, 32), (2, 40.0, 16), (3, 50.0, 0))
+    ]
+    lines = {t["name"]: t for t in fleet_charts.batch_sizes(sizes, 100.0)["data"] if t["mode"] == "lines"}
+    drawn = {name: list(zip(line["x"], line["y"], strict=True)) for name, line in lines.items()}
+    assert drawn == {
+        "instance 1": [(0.0, 32), (100.0, 32)],
+        "instance 2": [(0.0, 32), (40.0, 16), (100.0, 16)],
+        "instance 3": [(10.0, 32), (50.0, 32)],
+    }
+
+
+def test_the_end_of_an_instance_whose_beginning_is_forgotten_draws_nothing() -> None:
+    end = BatchSizePoint(t_s=9.0, instance_id=1, model="m", max_batch_size=0, running=0, itl_s=nan, itl_slo_s=nan)
+    assert fleet_charts.batch_sizes([end], 100.0)["data"] == []
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def _fleet(result: Result, instances_max: int) -> str:
 
 
 def _batch_sizes(result: Result) -> str:
-    sizes = [point.max_batch_size for point in result.batch_sizes]
+    sizes = [int(d.after) for d in result.decisions if d.kind == "batch_size"]
     if not sizes:
         return "max batch size: never changed"
     middle = f", median {int(np.median(sizes))}"

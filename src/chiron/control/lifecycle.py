@@ -186,5 +186,4 @@ class Lifecycle:
             self._gpus_free[instance.kind.gpu] += instance.kind.gpus
 
     def announce(self, name: str, instance: Instance) -> None:
-        if self._journal.wants_events:
-            self._journal.event(self._clock.now_s, name, None, instance)
+        self._journal.event(self._clock.now_s, name, None, instance)

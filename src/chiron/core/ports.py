@@ -38,7 +38,7 @@ class Journal(Protocol):
     """Hears everything worth remembering."""
 
     wants_events: bool
-    """Whether ``event`` is called: it costs time on the path of every request."""
+    """Whether ``event`` is called for requests: it costs time on the path of each. For instances it always is."""
 
     def decided(self, now_s: float, decision: Decision) -> None: ...
 

@@ -122,6 +122,7 @@ class LiveRecorder:
 
     def instance_event(self, now_s: float, name: str, instance: Instance) -> None:
         """``created`` opens a bill, ``gone`` and ``failed`` close it."""
+        self.timeline.instance_event(now_s, name, instance)
         if name == "created":
             self._alive[instance.id] = (instance, now_s)
         elif name in ("gone", "failed") and instance.id in self._alive:

@@ -60,6 +60,10 @@ class Recorder:
             self._write(decision_line(now_s, decision))
 
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:
+        if request is None and instance is not None:
+            self._timeline.instance_event(now_s, name, instance)
+        if self._events is None:
+            return
         line: dict[str, object] = {"t": now_s, "event": name}
         if request is not None:
             line["request"] = request.id

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite
+from dataclasses import replace
+from math import isfinite, nan
 
 import numpy as np
 
@@ -84,11 +85,12 @@ def batch_sizes(points: Sequence[BatchSizePoint], end_s: float, limit: int = POI
     per = time_unit(end_s)[0]
     changes: dict[int, list[BatchSizePoint]] = {}
     for point in points:
-        changes.setdefault(point.instance_id, []).append(point)
+        if point.max_batch_size or point.instance_id in changes:  # Of very long runs beginnings are forgotten.
+            changes.setdefault(point.instance_id, []).append(point)
     chosen = sorted(changes, key=lambda i: (-len(changes[i]), i))[:INSTANCES_DRAWN]
     data = []
     for colour, instance in zip(ramp(INSTANCE_COLOURS, len(chosen)), sorted(chosen), strict=True):
-        every = changes[instance]
+        every = to_its_end(changes[instance], end_s)
         sizes = np.array([float(p.max_batch_size) for p in every])
         kept = [every[i] for i in thin(sizes, max(30, limit // max(1, len(chosen))))]
         x = [figure(p.t_s / per) for p in kept]
@@ -102,6 +104,14 @@ def batch_sizes(points: Sequence[BatchSizePoint], end_s: float, limit: int = POI
     made["layout"]["shapes"] = [rule(y=1.0) | {"yref": "y2"}]
     made["drawn"], made["instances"] = len(chosen), len(changes)
     return made
+
+
+def to_its_end(points: Sequence[BatchSizePoint], end_s: float) -> list[BatchSizePoint]:
+    """One instance's points with its last size held until it was gone, or until the run's end."""
+    *before, last = points
+    if last.max_batch_size == 0:
+        return [*before, replace(last, max_batch_size=before[-1].max_batch_size)]
+    return [*points, replace(last, t_s=max(end_s, last.t_s), itl_s=nan)]
 
 
 def deadline_bins(deadlines: set[float]) -> list[tuple[float, float]]:

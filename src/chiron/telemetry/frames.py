@@ -49,7 +49,7 @@ def decisions_frame(result: Result) -> Any:
 
 
 def batch_sizes_frame(result: Result) -> Any:
-    """One row per change of a max batch size."""
+    """One row per start of an instance, change of its max batch size, and end."""
     return need("pandas").DataFrame(rows_as_columns(BatchSizePoint, result.batch_sizes))
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from math import nan
 
-from chiron.core.types import Decision
+from chiron.core.types import Decision, Instance
 from chiron.policies.views import FleetPlan, FleetView, ModelView
 from chiron.telemetry.result import BatchSizePoint, DecisionPoint, FleetPoint
 
@@ -24,6 +24,8 @@ class Timeline:
         self.plan_changes: deque[tuple[float, str, int, int]] = deque(maxlen=points_max)
         """Seconds, model, planned instances before and after."""
         self._gpus_of = gpus_of
+        self._alive: set[int] = set()
+        """Instances that have been ready and are not gone."""
 
     def decided(self, now_s: float, decision: Decision) -> None:
         numbers = dict(decision.numbers)
@@ -51,6 +53,23 @@ class Timeline:
                     running=int(numbers.get("running", 0)),
                     itl_s=numbers.get("itl_s", nan),
                     itl_slo_s=numbers.get("itl_slo_s", nan),
+                )
+            )
+
+    def instance_event(self, now_s: float, name: str, instance: Instance) -> None:
+        """``ready`` begins the instance's line of max batch sizes, ``gone`` and ``failed`` end it."""
+        begins, ends = name == "ready", name in ("gone", "failed")
+        if (begins and instance.id not in self._alive) or (ends and instance.id in self._alive):
+            self._alive ^= {instance.id}
+            self.batch_sizes.append(
+                BatchSizePoint(
+                    t_s=now_s,
+                    instance_id=instance.id,
+                    model=instance.model,
+                    max_batch_size=instance.max_batch_size if begins else 0,
+                    running=0,
+                    itl_s=nan,
+                    itl_slo_s=nan,
                 )
             )
 

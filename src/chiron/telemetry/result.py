@@ -89,12 +89,13 @@ class FleetPoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSizePoint:
-    """A change of one instance's max batch size."""
+    """One instance's max batch size from ``t_s`` on: when it became ready, at each change, and when it was gone."""
 
     t_s: float
     instance_id: int
     model: str
     max_batch_size: int
+    """0: the instance is gone."""
     running: int
     itl_s: float
     """Measured when it changed; nan if unknown."""
@@ -148,7 +149,7 @@ class Result:
         return frames().decisions_frame(self)
 
     def batch_sizes_frame(self) -> Any:
-        """One row per change of an instance's max batch size."""
+        """One row per start of an instance, change of its max batch size, and end, where that is 0."""
         return frames().batch_sizes_frame(self)
 
 
