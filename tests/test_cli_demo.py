@@ -270,7 +270,9 @@ def test_a_short_demo_runs_to_its_verdict_and_leaves_what_it_promises(tmp_path: 
     assert saved.summary["finished"] >= client.summary["finished"] > 0
     assert (out / "data" / "events.jsonl").stat().st_size > 0
     if (out / "report.html").exists():
-        assert "live demo" in (out / "report.html").read_text(encoding="utf-8")
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "live demo" in page
+        assert f"chiron demo --engine emulated --out {out} --duration 20s" in page
     told = CliRunner().invoke(app, ["explain", str(out / "data" / "result.chiron")])
     assert told.exit_code == 0, told.output
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -235,7 +236,8 @@ def _report(out: Path, result: Result, notes: list[str]) -> str:
     from chiron.telemetry.errors import ExtraError
     from chiron.telemetry.html import write_report
 
+    command = shlex.join(["chiron", *sys.argv[1:]])
     try:
-        return str(write_report([result], out / "report.html", command="chiron demo", notes=notes))
+        return str(write_report([result], out / "report.html", command=command, notes=notes))
     except ExtraError as error:
         return f"none: {error}"
