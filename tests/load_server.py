@@ -60,6 +60,8 @@ class Endpoint:
         if model.isdigit() and len(self.bodies) > 2:  # The probes are answered.
             error = {"error": {"message": "too much", "type": "rate_limit_error", "code": "busy"}}
             incoming.respond(int(model), json.dumps(error).encode())
+        elif model == "silent":
+            pass
         elif model == "strict" and "ignore_eos" in body:
             incoming.respond(422, b'{"error": {"message": "extra field: ignore_eos"}}')
         elif not body.get("stream") or model == "whole":

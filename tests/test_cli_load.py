@@ -107,6 +107,7 @@ def test_a_scenario_sends_its_streams_and_submits_its_jobs(tmp_path: Path) -> No
     (["-m", "m", "--rate", 5, "--prompt", "token-ids"], "prompt is 'token-ids'; it must be text with the chat API"),
     (["-m", "m", "--rate", 5, "--in-flight-max", 0], "in_flight_max is 0; it must be 1 or more"),
     (["-m", "m", "--rate", 5, "--set", "a=1"], "--set belongs to --scenario"),
+    (["-m", "m", "--rate", 5, "--batch-jobs", "skip"], "--batch-jobs belongs to --scenario"),
     (["-m", "m", "--rate", 5, "--report", "/nowhere/r.html"], "there is no directory /nowhere"),
     (["--scenario", "demo", "-m", "m"], "--model: a scenario names its own; --set changes them"),
     (["--scenario", "demo", "--class", "chat=ttft:1s"], "--class: a scenario names its own; --set changes them"),
@@ -131,23 +132,37 @@ def test_secrets_are_left_out_of_a_shown_command() -> None:
     assert without_secrets(words) == ["load", "--key", "...", "--header", "...", "--key=...", "--rate", "5"]
 
 
+def interrupted(endpoint: Endpoint, requests: int, *words: str) -> tuple[int, bytes, bytes]:
+    """Exit status, stdout and stderr of a run that gets ctrl-C once the server has seen so many requests."""
+    command = [sys.executable, "-c", "from chiron.cli import main; main()", "load", "--url", endpoint.url, *words]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        until_s = monotonic() + 20
+        while len(endpoint.bodies) < requests and monotonic() < until_s:
+            sleep(0.02)
+        os.kill(child.pid, signal.SIGINT)
+        out, err = child.communicate(timeout=20)
+    finally:
+        child.kill()
+        child.wait()
+    return child.returncode, out, err
+
+
 def test_ctrl_c_stops_sending_and_reports_what_was_done(tmp_path: Path) -> None:
     target = tmp_path / "r.json"
     with running(Endpoint()) as endpoint:
-        words = ["load", "--url", endpoint.url, "-m", "m", "--rate", "50", "--duration", "1h", "--json", str(target)]
-        code = "from chiron.cli import main; main()"
-        child = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            until_s = monotonic() + 20
-            while len(endpoint.bodies) < 10 and monotonic() < until_s:
-                sleep(0.02)
-            os.kill(child.pid, signal.SIGINT)
-            out, err = child.communicate(timeout=20)
-        finally:
-            child.kill()
-            child.wait()
-    assert child.returncode == 130, err
+        words = ["-m", "m", "--rate", "50", "--duration", "1h", "--json", str(target)]
+        code, out, err = interrupted(endpoint, 10, *words)
+    assert code == 130, err
     made = json.loads(target.read_text())
     assert made["load"]["stopped"]
     assert made["summary"]["finished"] == made["summary"]["requests"] >= 8
     assert b"stopped early" in out
+
+
+def test_ctrl_c_ends_a_run_whose_server_does_not_answer_the_probes() -> None:
+    with running(Endpoint()) as endpoint:
+        code, out, err = interrupted(endpoint, 1, "-m", "silent", "--rate", "5")
+    assert (code, out) == (130, b""), err
+    assert b"nothing was measured" in err
+    assert len(err.splitlines()) == 1

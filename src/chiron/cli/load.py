@@ -35,6 +35,7 @@ from chiron.cli.table import results_console
 from chiron.cli.trust import checked
 from chiron.config import ConfigError
 from chiron.load.body import BodySettings
+from chiron.load.errors import StoppedError
 from chiron.load.plan import Lengths, LoadPlan
 from chiron.load.settings import BatchSettings, LoadSettings
 
@@ -208,8 +209,8 @@ def load(
             raise ConfigError(f"{'--model' if model else '--class'}: a scenario names its own; --set changes them")
         plan = scenario_plan(scenario, set_, rate_scale, duration, seed, batch_jobs, changed)
     else:
-        if set_:
-            raise ConfigError("--set belongs to --scenario")
+        if set_ or batch_jobs != "api":
+            raise ConfigError(f"{'--set' if set_ else '--batch-jobs'} belongs to --scenario")
         if trace is not None:
             name = trace
             source = from_trace(trace, start, duration, rate_scale, seed)
@@ -292,7 +293,11 @@ def _run(plan: LoadPlan, settings: LoadSettings, outputs: Outputs, label: str) -
             with _stopped_by_interrupt(stop):
                 return await run_load(plan, settings, progress=view.show, stop=stop)
 
-        run = _with_fast_loop(main)
+        try:
+            run = _with_fast_loop(main)
+        except StoppedError as error:
+            console.print(str(error))
+            raise typer.Exit(INTERRUPTED) from None
     result = result_of(run, label)
     print_figures(results_console(stderr=outputs.json == "-"), result.settings)
     _write(result, outputs)

@@ -2,7 +2,8 @@
 
 LoadError(ValueError)
 ├── PlanError      a setting or a request stream that cannot be sent
-└── TargetError    the server is not there, or does not answer as an OpenAI endpoint does
+├── TargetError    the server is not there, or does not answer as an OpenAI endpoint does
+└── StoppedError   asked to stop before the first request was sent
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ class PlanError(LoadError):
 
 
 class TargetError(LoadError):
+    pass
+
+
+class StoppedError(LoadError):
     pass
 
 

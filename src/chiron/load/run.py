@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from time import perf_counter, process_time
+from typing import Any
 
 from chiron.load.batch import JobState, prepare_job, run_job
 from chiron.load.body import Bodies
-from chiron.load.errors import TargetError
+from chiron.load.errors import StoppedError, TargetError
 from chiron.load.exchange import Exchange
 from chiron.load.plan import LoadPlan
-from chiron.load.probe import probe
+from chiron.load.probe import Probed, probe
 from chiron.load.record import Progress, Record
 from chiron.load.settings import LoadSettings
 from chiron.net.client import Origin
@@ -62,7 +63,8 @@ async def run_load(
 ) -> LoadRun:
     """Send a plan. Set ``stop`` to end early: nothing more is sent, and what is in flight has ``grace_s``.
 
-    Raises TargetError if the server cannot be used at all; what fails later is in the record.
+    Raises TargetError if the server cannot be used at all, StoppedError at a stop before it has answered the probes;
+    what fails later is in the record.
     """
     try:
         origin = Origin(
@@ -77,7 +79,7 @@ async def run_load(
         raise TargetError(f"url {error}") from None
     stop = stop or asyncio.Event()
     try:
-        probed = await probe(
+        probing = probe(
             origin,
             plan,
             settings.body,
@@ -85,6 +87,7 @@ async def run_load(
             calibrate=settings.calibrate,
             timeout_s=settings.probe_timeout_s,
         )
+        probed = await _unless_stopped(probing, stop)
         sender = _Sender(plan, settings, origin, probed.bodies, stop)
         sender.on_progress, sender.progress_period_s = progress, progress_period_s
         await sender.run()
@@ -101,6 +104,19 @@ async def run_load(
         stopped=sender.stopped,
         notes=probed.notes,
     )
+
+
+async def _unless_stopped(probing: Coroutine[Any, Any, Probed], stop: asyncio.Event) -> Probed:
+    """What the probes, which may wait for minutes, found out."""
+    probed, stopped = asyncio.ensure_future(probing), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((probed, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not probed.done():
+            raise StoppedError("stopped before the server answered a probe; nothing was measured")
+        return probed.result()
+    finally:
+        probed.cancel()
+        stopped.cancel()
 
 
 class _Sender:
