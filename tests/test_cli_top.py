@@ -117,6 +117,15 @@ def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: i
         assert f"{running}/{instance['max_batch_size']}" in text
 
 
+@pytest.mark.parametrize(("took_s", "said"), [(None, ""), (42.0, ", others took 42 s")])
+def test_a_start_is_measured_against_those_that_were(told: dict[str, Any], took_s: float | None, said: str) -> None:
+    told = copy.deepcopy(told)
+    (model,) = told["models"]
+    model["cold_start_s"] = took_s
+    model["instances"] = [{**model["instances"][0], "state": "starting", "age_s": 3.0}]
+    assert f"starting for 3 s{said}\n" in plain_lines(screen(told, 100, 30))
+
+
 def test_sixty_instances_are_summed_up_not_cut_off(told: dict[str, Any]) -> None:
     told = copy.deepcopy(told)
     (model,) = told["models"]

@@ -201,6 +201,21 @@ def test_promises_that_a_client_asked_for_are_not_shown_as_its_class() -> None:
     assert (chat["ttft_slo_s"], chat["itl_slo_s"]) == (CHAT.ttft_s, CHAT.itl_s)
 
 
+def test_a_start_that_nobody_has_timed_is_not_told() -> None:
+    live = LivePlane()
+
+    def told() -> tuple[float | None, bool]:
+        (model,) = status(live.plane, live.journal, Surroundings())["models"]
+        page = Metrics(live.plane, live.journal, Surroundings).render()
+        return model["cold_start_s"], b"chiron_cold_start_seconds{" in page
+
+    assert told() == (None, False)
+    live.rush(15.0, per_s=25.0)
+    took_s, rendered = told()
+    assert took_s == pytest.approx(live.plane.models[MODEL].cold_start_s)
+    assert rendered
+
+
 def test_the_policy_is_called_as_the_config_calls_it() -> None:
     live = LivePlane(policy="hpa-kv-tuned")
     around = Surroundings(policy="hpa-kv-tuned")

@@ -219,9 +219,11 @@ def _instance(instance: Mapping[str, Any], scale: int, columns: int, wide: bool)
     return text
 
 
-def _starting(instance: Mapping[str, Any], cold_start_s: float) -> Text:
+def _starting(instance: Mapping[str, Any], cold_start_s: float | None) -> Text:
     text = Text(f"{instance['id']:>4} {instance['role']:<11} ")
-    text.append(f"starting for {instance['age_s']:.0f} s, others took {cold_start_s:.0f} s", style="yellow")
+    text.append(f"starting for {instance['age_s']:.0f} s", style="yellow")
+    if cold_start_s is not None:
+        text.append(f", others took {cold_start_s:.0f} s", style="yellow")
     return text
 
 

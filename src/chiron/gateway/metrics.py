@@ -178,7 +178,8 @@ class _Collector(Collector):
             for name, family in pressure.items():
                 if plan is not None and isfinite(value := getattr(plan, name)):
                     family.add_metric((model,), value)
-            cold.add_metric((model,), state.cold_start_s)
+            if state.cold_starts_seen:
+                cold.add_metric((model,), state.cold_start_s)
         yield from (there, planned, *pressure.values(), cold)
         yield from self._starts(around)
 

@@ -147,7 +147,7 @@ def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s:
         "ibp": _number(plan.ibp) if plan else None,
         "ibp_target": _number(plan.ibp_target) if plan else None,
         "bbp": _number(plan.bbp) if plan else None,
-        "cold_start_s": state.cold_start_s,
+        "cold_start_s": state.cold_start_s if state.cold_starts_seen else None,
         "instances": [_instance(state, i, around, now_s) for i in state.instances.values()],
         "starts": [_start(kind.name, around.starts[kind.name]) for kind in spec.kinds if kind.name in around.starts],
         "endpoints": [
