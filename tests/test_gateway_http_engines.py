@@ -378,6 +378,24 @@ def test_tokens_in_the_metrics_are_those_of_the_usage(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_client_that_cannot_be_told_is_cut_off_and_does_not_wait_for_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        def acts(incoming: Incoming) -> None:
+            incoming.start(200, SSE)
+            incoming.write(chunk("fine") + b"data: [DONE]\n\n")
+            incoming.finish()
+
+        def fails(*_: Any) -> None:
+            raise RuntimeError("a mistake of ours")
+
+        async with before(tmp_path, ScriptedEngine(acts)) as (service, origin):
+            service.front.ended = fails  # type: ignore[method-assign]
+            reader = await Reader(origin, body(service_tier="flex")).end()
+            assert (reader.status, reader.over) == (0, "ConnectionLostError")
+
+    asyncio.run(main())
+
+
 def test_flex_waits_for_room_and_comes_in_one_piece(tmp_path: Path) -> None:
     async def main() -> None:
         def acts(incoming: Incoming) -> None:

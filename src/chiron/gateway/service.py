@@ -34,7 +34,7 @@ from chiron.gateway.settings import LimitSettings, ModelSettings, ServeConfig
 from chiron.gateway.status import Surroundings, status
 from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
-from chiron.net.server import HttpServer, ServerLimits, serve
+from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.port import Batch, StoreError
 from chiron.store.sqlite import SqliteStore
@@ -242,6 +242,9 @@ class Service:
             self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
             log.exception("the end of request %s could not be told", request.id)
+            incoming: Incoming | None = getattr(request.payload, "incoming", None)
+            if incoming is not None:
+                incoming.abort()  # Better than a client that waits for ever.
 
     def _capacity_told(self, engine: HttpEngine, tokens: int) -> None:
         kinds = {kind.kind.name: kind for model in self.config.models for kind in model.kinds}

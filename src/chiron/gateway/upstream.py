@@ -4,9 +4,9 @@ The control plane decides when a request starts and when it must leave; this mod
 not pass through the control plane: it hears of the first one, of the end, and of samples. What is relayed and what is
 collected is the affair of the request's payload, an ``Upcall``.
 
-Errors: until a client has seen a byte, whatever goes wrong (no connection, a lost one, 429 or 5xx) makes the request
-*lost*, and the control plane tries it again, here or elsewhere, a few times. ``FAILURES_MAX`` lost in a row with
-nothing in between are taken for a broken engine: the fleet is asked to look at it.
+Errors: until a client has seen a byte, whatever goes wrong (no connection, a lost one, a status of ``RETRIED``) makes
+the request *lost*, and the control plane tries it again, here or elsewhere, a few times. ``FAILURES_MAX`` lost in a
+row with nothing in between are taken for a broken engine: the fleet is asked to look at it.
 """
 
 from __future__ import annotations
