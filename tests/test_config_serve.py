@@ -201,8 +201,10 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
 
 def test_a_policy_brings_its_own_settings_whether_the_file_or_the_caller_names_it() -> None:
     text = 'policy = "mine"\n[policies.mine]\npolicy = "chiron"\nhold = "2m"\n' + THREE_LINES
-    assert parse(text).policy_settings.hold_s == 120.0
-    assert parse(text, policy="llumnix").policy == "llumnix"
+    mine, other = parse(text), parse(text, policy="llumnix")
+    assert mine.policy_settings.hold_s == 120.0
+    assert (mine.policy, mine.policy_shown) == ("chiron", "mine")
+    assert (other.policy, other.policy_shown) == ("llumnix", "llumnix")
     with pytest.raises(ConfigError, match=r"--policy: unknown policy 'lumnix'; did you mean 'llumnix'"):
         parse(text, policy="lumnix")
 

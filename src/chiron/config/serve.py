@@ -180,6 +180,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "models": models,
             "policy": choice.policy,
             "policy_settings": choice.settings,
+            "policy_label": policy or file.policy,
             "keys": file.keys,
             "admin_key_hash": file.admin_key_hash,
             "text": text,

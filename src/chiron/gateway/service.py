@@ -178,7 +178,7 @@ class Service:
         return Surroundings(
             url=self.url,
             version=version("chiron-serving"),
-            policy=self.config.policy,
+            policy=self.config.policy_shown,
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             usage=self.engines.usage(),
@@ -199,7 +199,10 @@ class Service:
     def result(self) -> Result:
         """The run so far, as the simulator's reports have it. Without the config, which may hold tokens."""
         return self.recorder.result(
-            self.clock.elapsed_s(), policy=self.plane.policy, label=self.config.policy, evictions=self.plane.evictions
+            self.clock.elapsed_s(),
+            policy=self.plane.policy,
+            label=self.config.policy_shown,
+            evictions=self.plane.evictions,
         )
 
     def drain(self) -> None:
@@ -266,7 +269,7 @@ class Service:
         settings = EventLogSettings(
             path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
         )
-        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy})
+        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy_shown})
 
     def _next_id(self) -> int:
         return next(self._numbers)
