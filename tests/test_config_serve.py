@@ -203,8 +203,8 @@ def test_a_policy_brings_its_own_settings_whether_the_file_or_the_caller_names_i
     text = 'policy = "mine"\n[policies.mine]\npolicy = "chiron"\nhold = "2m"\n' + THREE_LINES
     mine, other = parse(text), parse(text, policy="llumnix")
     assert mine.policy_settings.hold_s == 120.0
-    assert (mine.policy, mine.policy_shown) == ("chiron", "mine")
-    assert (other.policy, other.policy_shown) == ("llumnix", "llumnix")
+    assert (mine.policy, mine.policy_label) == ("chiron", "mine")
+    assert (other.policy, other.policy_label) == ("llumnix", "llumnix")
     with pytest.raises(ConfigError, match=r"--policy: unknown policy 'lumnix'; did you mean 'llumnix'"):
         parse(text, policy="lumnix")
 

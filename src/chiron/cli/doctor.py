@@ -89,7 +89,7 @@ def _checks(path: Path | None, assignments: list[str]) -> Iterator[Check]:
         hint = "correct the config; docs/serve.md explains each key" if trouble else "install the packages above first"
         yield check("config", trouble or f"{path} was not read", FAIL, hint)
         return
-    yield check("config", f"{path}: {', '.join(model.name for model in config.models)}; policy {config.policy_shown}")
+    yield check("config", f"{path}: {', '.join(model.name for model in config.models)}; policy {config.policy_label}")
     connections = config.limits.connections_max
     yield file_limit_check(connections, connections * FILES_PER_CONNECTION + FILES_BESIDES)
     yield port_check(config)

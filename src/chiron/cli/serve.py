@@ -175,7 +175,7 @@ def welcome(config: ServeConfig, url: str, advise: bool) -> str:
         lines.append(f"  model {model.name}: {kinds}; {bounds}; classes {', '.join(model.classes)}")
     names = ", ".join(key.name for key in config.keys)
     lines.append(f"  keys: {names or 'none, everybody who reaches the port may use every model'}")
-    lines.append(f"  policy: {config.policy_shown}")
+    lines.append(f"  policy: {config.policy_label}")
     lines.append(f"  data: {config.data}")
     lines.append(f"  event log: {config.event_log or 'off'}")
     lines.append("Stop with ctrl-C.")

@@ -178,7 +178,7 @@ class Service:
         return Surroundings(
             url=self.url,
             version=version("chiron-serving"),
-            policy=self.config.policy_shown,
+            policy=self.config.policy_label,
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             usage=self.engines.usage(),
@@ -201,7 +201,7 @@ class Service:
         return self.recorder.result(
             self.clock.elapsed_s(),
             policy=self.plane.policy,
-            label=self.config.policy_shown,
+            label=self.config.policy_label,
             evictions=self.plane.evictions,
         )
 
@@ -269,7 +269,7 @@ class Service:
         settings = EventLogSettings(
             path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
         )
-        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy_shown})
+        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy_label})
 
     def _next_id(self) -> int:
         return next(self._numbers)

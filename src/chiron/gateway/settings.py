@@ -275,14 +275,10 @@ class ServeConfig:
     """Name in ``policies.registry.POLICIES``."""
     policy_settings: Any
     """That policy's frozen settings dataclass."""
-    policy_label: str = ""
-    """What the config calls it, which may be a variant's name; empty: ``policy``."""
+    policy_label: str
+    """What the config calls it, which may be a variant's name."""
     keys: tuple[Key, ...] = field(default=(), repr=False)
     admin_key_hash: str = field(default="", repr=False)
     """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are open on loopback and closed elsewhere."""
     text: str = field(default="", repr=False)
     """The config file as written, plus the overrides."""
-
-    @property
-    def policy_shown(self) -> str:
-        return self.policy_label or self.policy

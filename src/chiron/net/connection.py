@@ -320,7 +320,7 @@ class Connection(asyncio.Protocol):
             return
         if not request.streams:
             self._hold(-request._body_length)
-        if request.streams:
+        else:
             # What its handler left unread of the body must not keep the next request waiting.
             self._read_paused = min(1, self._read_paused)
             if not self._waiting:
