@@ -212,6 +212,8 @@ def test_the_model_tells_of_every_token_once_and_in_order() -> None:
             assert times_s == sorted(set(times_s))
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_times_over_sockets_are_those_of_the_model(batch: int) -> None:
     """Means over the batch. The bounds are for a machine that does much else; on an idle one the ITL that a client
