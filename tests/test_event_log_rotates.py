@@ -8,16 +8,20 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chiron.gateway.event_writer import EventLogSettings, EventWriter
 from chiron.telemetry.errors import LogError
-from chiron.telemetry.event_log import log_files, read_event_log
+from chiron.telemetry.event_log import log_file, log_numbers, read_event_log
 
 FIELDS = ("t", "event", "request")
 WALL_S = 1_800_000_000.0
@@ -64,12 +68,13 @@ def test_rotation_keeps_the_newest_files_in_order(tmp_path: Path) -> None:
     log = writer(tmp_path / "log", rotate_bytes=4096, rotate_keep=3)
     write_all(log, 0, 2000)
     log.close()
-    assert [f.name for f in log_files(tmp_path / "log")] == ["log", "log.1", "log.2", "log.3"]
-    assert max(f.stat().st_size for f in log_files(tmp_path / "log")) < 4096 + 32 * 60
+    assert log_numbers(tmp_path / "log") == [0, 1, 2, 3]
+    files = [log_file(tmp_path / "log", number) for number in range(4)]
+    assert max(file.stat().st_size for file in files) < 4096 + 32 * 60
     seen = numbers(tmp_path / "log")
     assert seen == list(range(seen[0], 2000))
     assert seen[0] > 0, "older ones are gone"
-    for file in log_files(tmp_path / "log"):
+    for file in files:
         assert json.loads(file.read_text().splitlines()[0])["event"] == "log"
 
 
@@ -77,7 +82,7 @@ def test_nothing_is_kept_if_nothing_is_to_be_kept(tmp_path: Path) -> None:
     log = writer(tmp_path / "log", rotate_bytes=4096, rotate_keep=0)
     write_all(log, 0, 500)
     log.close()
-    assert log_files(tmp_path / "log") == [tmp_path / "log"]
+    assert log_numbers(tmp_path / "log") == [0]
     assert numbers(tmp_path / "log")[-1] == 499
 
 
@@ -212,6 +217,47 @@ def test_reading_during_rotation_sees_nothing_twice(tmp_path: Path) -> None:
         assert seen == list(range(len(seen)))
     log.close()
     assert numbers(path) == list(range(6000))
+
+
+@given(st.lists(st.integers(0, 12), max_size=40))
+def test_a_rotation_at_any_moment_of_opening_leaves_no_hole(steps: list[int]) -> None:
+    """``steps``: how many renames and new files happen before the reader's first look at the folder, its second ..."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder) / "log"
+        written = 0
+
+        def begin() -> None:
+            nonlocal written
+            with open(path, "w") as file:  # Path.open is the reader's.
+                file.write(f'{{"t":0.0,"event":"arrival","request":{written}}}\n')
+            written += 1
+
+        def rotations() -> Iterator[None]:
+            while True:
+                for number in reversed(range(written)):
+                    log_file(path, number).rename(log_file(path, number + 1))
+                    yield
+                begin()
+                yield
+
+        begin()
+        writing, left = rotations(), list(steps)
+
+        def meanwhile(look: Any) -> Any:
+            def looked(*args: Any, **options: Any) -> Any:
+                for _ in range(left.pop(0) if left else 0):
+                    next(writing)
+                return look(*args, **options)
+
+            return looked
+
+        for name in ("open", "exists", "glob"):
+            patch.setattr(Path, name, meanwhile(getattr(Path, name)))
+        before = written
+        seen = numbers(path)
+        patch.undo()
+        assert seen == list(range(len(seen)))
+        assert len(seen) >= before
 
 
 @pytest.mark.parametrize(

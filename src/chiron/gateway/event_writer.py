@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from chiron.telemetry.event_log import log_files
+from chiron.telemetry.event_log import log_file, log_numbers
 
 log = logging.getLogger("chiron.events")
 
@@ -194,11 +194,16 @@ class EventWriter:
         self._fd, self._size = fd, len(data)
 
     def _put_aside(self) -> None:
-        """``NAME`` becomes ``NAME.1`` and so on, from the oldest; those beyond the kept count go."""
+        """``NAME`` becomes ``NAME.1`` and so on, as far as the first gap; those beyond the kept count go.
+
+        No file moves down: readers count on it.
+        """
         path, keep = self._settings.path, self._settings.rotate_keep
-        files = log_files(path)
-        for number, file in reversed(list(enumerate(files, 1))):
-            if number > keep:
-                file.unlink(missing_ok=True)
-            else:
-                file.rename(path.with_name(f"{path.name}.{number}"))
+        numbers = log_numbers(path)
+        gap = next(n for n in range(len(numbers) + 1) if n not in numbers)
+        for number in reversed(numbers):
+            after = number + (number < gap)
+            if after > keep:
+                log_file(path, number).unlink(missing_ok=True)
+            elif after != number:
+                log_file(path, number).rename(log_file(path, after))

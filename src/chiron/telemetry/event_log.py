@@ -47,15 +47,16 @@ def read_event_log(path: str | Path, *, last_run: bool = False) -> Iterator[dict
             yield from _events(name, file)
 
 
-def log_files(path: Path) -> list[Path]:
-    """``path`` and its rotated files, newest first, as far as they exist."""
-    numbered = []
+def log_file(path: Path, number: int) -> Path:
+    """The file of that number: 0 is ``path`` itself, 1 the one before it."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def log_numbers(path: Path) -> list[int]:
+    """The numbers of the files that exist, newest first; while the log is rotated one may be missed."""
     prefix = path.name + "."
-    for file in path.parent.glob(f"{_literal(prefix)}*"):
-        number = file.name.removeprefix(prefix)
-        if number.isdecimal():
-            numbered.append((int(number), file))
-    return [path] * path.exists() + [file for _, file in sorted(numbered)]
+    ends = [file.name.removeprefix(prefix) for file in path.parent.glob(f"{_literal(prefix)}*")]
+    return [0] * path.exists() + sorted(int(end) for end in ends if end.isdecimal() and end == str(int(end)) != "0")
 
 
 def _literal(text: str) -> str:
@@ -64,25 +65,26 @@ def _literal(text: str) -> str:
 
 
 def _open(path: Path) -> list[tuple[Path, BinaryIO]]:
-    """Oldest first. Raises FileNotFoundError if there is none.
+    """Oldest first, without a hole. Raises FileNotFoundError if there is none.
 
-    Opened from the newest on, and looked for again at the end: a rotation meanwhile moves files towards the old end,
-    so that it shows one twice, never not at all.
+    A rotation meanwhile only moves files up, so counting upwards passes by none, and the one met last is the oldest:
+    a file that was met twice counts where it was met last.
     """
     opened: dict[tuple[int, int], tuple[Path, BinaryIO]] = {}
-    names: list[Path] = []
-    while new := [name for name in log_files(path) if name not in names]:
-        names += new
-        for name in new:
-            try:
-                file = name.open("rb")
-            except FileNotFoundError:
-                continue  # Rotated out.
-            about = os.fstat(file.fileno())
-            if (about.st_dev, about.st_ino) in opened:
-                file.close()
-            else:
-                opened[about.st_dev, about.st_ino] = (name, file)
+    number: int | None = 0
+    while number is not None:
+        name = log_file(path, number)
+        try:
+            file = name.open("rb")
+        except FileNotFoundError:
+            number = next((n for n in log_numbers(path) if n > number), None)
+            continue
+        about = os.fstat(file.fileno())
+        met = opened.pop((about.st_dev, about.st_ino), None)
+        if met is not None:
+            met[1].close()
+        opened[about.st_dev, about.st_ino] = (name, file)
+        number += 1
     if not opened:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return list(reversed(opened.values()))
