@@ -106,11 +106,7 @@ def test_a_scenario_sends_its_streams_and_submits_its_jobs(tmp_path: Path) -> No
     (["-m", "m", "--rate", 5, "--body", "[]"], "--body: [] must be a JSON object"),
     (["-m", "m", "--rate", 5, "--prompt", "token-ids"], "prompt is 'token-ids'; it must be text with the chat API"),
     (["-m", "m", "--rate", 5, "--in-flight-max", 0], "in_flight_max is 0; it must be 1 or more"),
-    (["-m", "m", "--rate", 5, "--set", "a=1"], "--set belongs to --scenario"),
-    (["-m", "m", "--rate", 5, "--batch-jobs", "skip"], "--batch-jobs belongs to --scenario"),
     (["-m", "m", "--rate", 5, "--report", "/nowhere/r.html"], "there is no directory /nowhere"),
-    (["--scenario", "demo", "-m", "m"], "--model: a scenario names its own; --set changes them"),
-    (["--scenario", "demo", "--class", "chat=ttft:1s"], "--class: a scenario names its own; --set changes them"),
     (["--scenario", "demo", "--batch-jobs", "api2"], "--batch-jobs 'api2'; did you mean 'api'"),
     (["-m", "m", "--rate", 5, "--url", "http://127.0.0.1:9"], "no answer to a probe: http://127.0.0.1:9: cannot"),
 ])  # fmt: skip
@@ -119,6 +115,48 @@ def test_bad_input_is_one_line(words: list[object], message: str) -> None:
     assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+SOURCES = {
+    "--trace": ["--trace", "azure-2023-conv", "--model", "m", "--duration", "10s"],
+    "--rate": ["--rate", 5, "--model", "m"],
+    "--scenario": ["--scenario", "demo"],
+}
+OWN = {
+    "--start": ("10m", ["--trace"]),
+    "--kind": ("poisson", ["--rate"]),
+    "--arrival": ("cv=2", ["--rate"]),
+    "--lengths": ("azure-2023-conv", ["--rate"]),
+    "--input-tokens": (256, ["--rate"]),
+    "--output-tokens": ("mean=9,cv=1", ["--rate"]),
+    "--model": ("m", ["--trace", "--rate"]),
+    "--class-mix": ("chat=1", ["--trace", "--rate"]),
+    "--class": ("chat=ttft:1s", ["--trace", "--rate"]),
+    "--set": ("name=x", ["--scenario"]),
+    "--batch-jobs": ("api", ["--scenario"]),
+    "--batch-wait": ("1m", ["--scenario"]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("option", OWN)
+def test_an_option_that_its_source_would_ignore_is_an_error_even_with_its_default(option: str, source: str) -> None:
+    value, fits = OWN[option]
+    kind = ["--kind", "gamma"] if option == "--arrival" and source == "--rate" else []
+    done = call(*SOURCES[source], option, value, *kind, "--dry-run")
+    if source in fits:
+        assert done.exit_code == 0, done.output
+        return
+    assert done.exit_code == 2
+    assert f"{option} does not go with {source}, it belongs to {' or '.join(fits)}; leave it out" in done.stderr
+    assert ("--set changes them" in done.stderr) == (source == "--scenario")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_drawn_lengths_beside_observed_ones_are_an_error() -> None:
+    done = call("-m", "m", "--rate", 5, "--lengths", "azure-2023-conv", "--output-tokens", 9, "--dry-run")
+    assert done.exit_code == 2
+    assert "--output-tokens does not go with --lengths" in done.stderr
 
 
 def test_a_dry_run_sends_nothing() -> None:

@@ -22,7 +22,7 @@ from chiron.cli.durations import seconds_of
 from chiron.cli.extras import needs
 from chiron.cli.load_plan import (
     ARRIVALS,
-    check_one_source,
+    check_options,
     drawn_lengths,
     from_trace,
     generated,
@@ -49,6 +49,7 @@ results = partial(typer.Option, rich_help_panel="Results")
 
 
 def load(
+    context: typer.Context,
     url: Annotated[str, typer.Option("--url", help="The endpoint, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[
         str | None,
@@ -203,14 +204,10 @@ def load(
     changed = Lengths(
         input_scale=input_scale, output_scale=output_scale, input_max=input_max, output_max=max_tokens_max
     )
-    check_one_source(trace, scenario, rate)
+    check_options(_given(context))
     if scenario is not None:
-        if model or class_:
-            raise ConfigError(f"{'--model' if model else '--class'}: a scenario names its own; --set changes them")
         plan = scenario_plan(scenario, set_, rate_scale, duration, seed, batch_jobs, changed)
     else:
-        if set_ or batch_jobs != "api":
-            raise ConfigError(f"{'--set' if set_ else '--batch-jobs'} belongs to --scenario")
         if trace is not None:
             name = trace
             source = from_trace(trace, start, duration, rate_scale, seed)
@@ -246,6 +243,15 @@ def load(
         _describe(plan)
         return
     _run(plan, settings, outputs, label)
+
+
+def _given(context: typer.Context) -> list[str]:
+    """The options of the command line, by their long names: a value alone does not tell whether it was asked for."""
+    return [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if (source := context.get_parameter_source(parameter.name or "")) and source.name == "COMMANDLINE"
+    ]
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -34,13 +34,45 @@ ARRIVALS = (CONSTANT, *(name for name in KINDS if name != "closed-loop"))
 """Kinds of generated arrivals that are a rate."""
 
 
-def check_one_source(trace: str | None, scenario: str | None, rate: float | None) -> None:
-    given = [
-        name for name, value in (("--trace", trace), ("--scenario", scenario), ("--rate", rate)) if value is not None
-    ]
-    if len(given) != 1:
-        had = " and ".join(given) or "none of them"
+FITS = {
+    "--model": ("--trace", "--rate"),
+    "--class-mix": ("--trace", "--rate"),
+    "--class": ("--trace", "--rate"),
+    "--start": ("--trace",),
+    "--kind": ("--rate",),
+    "--arrival": ("--rate",),
+    "--lengths": ("--rate",),
+    "--input-tokens": ("--rate",),
+    "--output-tokens": ("--rate",),
+    "--set": ("--scenario",),
+    "--batch-jobs": ("--scenario",),
+    "--batch-wait": ("--scenario",),
+}
+"""Sources that an option says something about; one that is not here fits them all."""
+DRAWN = ("--input-tokens", "--output-tokens")
+"""Lengths of generated requests where no observed ones are given."""
+
+
+def check_options(given: Sequence[str]) -> None:
+    """That there is one source, and that no other option of the command line would be ignored.
+
+    Raises ConfigError.
+    """
+    sources = [name for name in ("--trace", "--scenario", "--rate") if name in given]
+    if len(sources) != 1:
+        had = " and ".join(sources) or "none of them"
         raise ConfigError(f"what to send: give one of --trace, --scenario, --rate; there is {had}")
+    (source,) = sources
+    for option in given:
+        if source not in FITS.get(option, (source,)):
+            raise ConfigError(_does_not_fit(option, source))
+        if option in DRAWN and "--lengths" in given:
+            raise ConfigError(f"{option} does not go with --lengths, which says both lengths; leave one of them out")
+
+
+def _does_not_fit(option: str, source: str) -> str:
+    theirs = "; a scenario names its own, --set changes them" if source == "--scenario" else ""
+    return f"{option} does not go with {source}, it belongs to {' or '.join(FITS[option])}; leave it out{theirs}"
 
 
 def scenario_plan(
