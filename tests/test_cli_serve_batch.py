@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import http.client
 import json
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -294,6 +299,63 @@ def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gatew
     assert watch.returncode == 130
     assert f"the batch goes on; chiron batch status {id} --watch follows it again" in said
     assert call("batch", "cancel", id, *url).exit_code == 0
+
+
+@contextmanager
+def on_a_terminal(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, str]]:
+    """``chiron serve`` as the leader of a terminal's session; process, the terminal's other side, URL."""
+    (directory / "chiron.toml").write_text(CONFIG)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from chiron.cli import main; main()", "serve"],
+        cwd=directory,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        said = ""
+        while not (found := re.search(r"serves at http://(\S+)/v1", said)):
+            said += os.read(ours, 4096).decode()
+        yield process, ours, found[1]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def long_stream(host: str) -> http.client.HTTPResponse:
+    """A stream that has begun and takes about a second more."""
+    body = {"model": "m", "stream": True, "max_tokens": 4000, "messages": [{"role": "user", "content": "hello"}]}
+    asked = http.client.HTTPConnection(host, timeout=30)
+    headers = {"authorization": f"Bearer {SECRET}", "connection": "close"}
+    asked.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    answer = asked.getresponse()
+    assert answer.readline().startswith(b"data: ")
+    return answer
+
+
+def test_a_closed_terminal_lets_what_runs_end_however_often_it_says_so(here: Path) -> None:
+    with on_a_terminal(here) as (process, terminal, host):
+        answer = long_stream(host)
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)
+        assert answer.read().rstrip().endswith(b"data: [DONE]")
+        assert process.wait(20) == 0
+    assert (here / "chiron-data" / "result.chiron").exists()
+
+
+def test_under_nohup_the_gateway_outlives_its_terminal(here: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # The child inherits it.
+    try:
+        running = Gateway(here)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    running.process.send_signal(signal.SIGHUP)
+    assert long_stream(running.url.removeprefix("http://")).read().rstrip().endswith(b"data: [DONE]")
+    assert running.stop() == 0
 
 
 @pytest.mark.slow

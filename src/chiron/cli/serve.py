@@ -59,8 +59,8 @@ def serve(
 ) -> None:
     """Serve OpenAI's API before your engines, autoscaled.
 
-    Ctrl-C (or SIGTERM) stops: no new requests, running ones may finish within `server.grace`, batches go on at the next
-    start. A second ctrl-C stops at once.
+    Ctrl-C, SIGTERM or a closed terminal (SIGHUP) stops: no new requests, running ones may finish within `server.grace`,
+    batches go on at the next start. A second ctrl-C stops at once.
 
     Examples:
 
@@ -196,8 +196,9 @@ def _describe_kind(kind: Any) -> str:
 
 
 def run_until_stopped(body: Callable[[], Any]) -> int | None:
-    """Run a coroutine; the first SIGINT or SIGTERM cancels it, so that it can end well; a second ends the process at
-    once. Returns the signal that stopped it."""
+    """Run a coroutine; the first SIGINT, SIGTERM or SIGHUP cancels it, so that it can end well; a second, but for
+    SIGHUP, ends the process at once. Returns the signal that stopped it."""
+    signals = _stopping_signals()
     stopped_by: list[int] = []
 
     async def supervised() -> None:
@@ -205,6 +206,8 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
         task = asyncio.ensure_future(body())
 
         def stop(number: int) -> None:
+            if stopped_by and number == signal.SIGHUP:
+                return  # A terminal that closes says so more than once: its shell does as well.
             if stopped_by:
                 # Engines die with this process: their keepers see the pipe close.
                 os._exit(128 + number)
@@ -212,7 +215,7 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
             task.cancel()
             say("stopping: running requests may finish; once more stops at once")
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals:
             loop.add_signal_handler(number, stop, number)
         try:
             await task
@@ -220,12 +223,18 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
             if not stopped_by:
                 raise
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in signals:
                 loop.remove_signal_handler(number)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(supervised())
     return stopped_by[0] if stopped_by else None
+
+
+def _stopping_signals() -> list[signal.Signals]:
+    """Without SIGHUP where it is ignored: nohup asks for that."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
