@@ -103,6 +103,7 @@ def test_a_scenario_sends_its_streams_and_submits_its_jobs(tmp_path: Path) -> No
     (["-m", "m", "--rate", 5, "--class", "vip=tft:1s"], "--class vip.tft: unknown key"),
     (["-m", "m", "--rate", 5, "--duration", "soon"], "--duration: duration 'soon': expected"),
     (["-m", "m", "--rate", 5, "--grace", "5x"], "--grace: duration '5x': expected"),
+    (["-m", "m", "--rate", 5, "--probe-timeout", "0s"], "probe_timeout_s is 0.0; it must be above 0"),
     (["-m", "m", "--rate", 5, "--body", "[]"], "--body: [] must be a JSON object"),
     (["-m", "m", "--rate", 5, "--prompt", "token-ids"], "prompt is 'token-ids'; it must be text with the chat API"),
     (["-m", "m", "--rate", 5, "--in-flight-max", 0], "in_flight_max is 0; it must be 1 or more"),
@@ -196,6 +197,16 @@ def test_ctrl_c_stops_sending_and_reports_what_was_done(tmp_path: Path) -> None:
     assert made["load"]["stopped"]
     assert made["summary"]["finished"] == made["summary"]["requests"] >= 8
     assert b"stopped early" in out
+
+
+def test_a_server_that_accepts_and_does_not_answer_is_told_and_then_given_up() -> None:
+    with running(Endpoint()) as endpoint:
+        done = call("--url", endpoint.url, "-m", "silent", "--rate", 5, "--probe-timeout", "3500ms")
+    assert done.exit_code == 2
+    told, given_up = done.stderr.splitlines()
+    assert told.startswith(f"waiting for {endpoint.url}: no answer yet to a request for one token of model 'silent'")
+    assert "(--probe-timeout)" in told
+    assert "no answer within 3.5 s; --probe-timeout sets how long" in given_up
 
 
 def test_ctrl_c_ends_a_run_whose_server_does_not_answer_the_probes() -> None:

@@ -147,6 +147,10 @@ def load(
     ] = 4096,
     timeout: Annotated[str, limits("--timeout", metavar="TIME", help="Of a request, to its last byte.")] = "10m",
     connect_timeout: Annotated[str, limits("--connect-timeout", metavar="TIME")] = "5s",
+    probe_timeout: Annotated[
+        str,
+        limits("--probe-timeout", metavar="TIME", help="Of each request before the run; an engine may have to start."),
+    ] = "5m",
     grace: Annotated[
         str,
         limits("--grace", metavar="TIME", help="After ctrl-C, for requests in flight to finish."),
@@ -233,6 +237,7 @@ def load(
         calibrate=calibrate,
         in_flight_max=in_flight_max,
         connect_timeout_s=seconds_of("--connect-timeout", connect_timeout),
+        probe_timeout_s=seconds_of("--probe-timeout", probe_timeout),
         request_timeout_s=seconds_of("--timeout", timeout),
         grace_s=seconds_of("--grace", grace),
         keepalive=keepalive,
@@ -297,7 +302,7 @@ def _run(plan: LoadPlan, settings: LoadSettings, outputs: Outputs, label: str) -
         async def main() -> LoadRun:
             stop = asyncio.Event()
             with _stopped_by_interrupt(stop):
-                return await run_load(plan, settings, progress=view.show, stop=stop)
+                return await run_load(plan, settings, progress=view.show, waiting=view.waiting, stop=stop)
 
         try:
             run = _with_fast_loop(main)

@@ -40,6 +40,10 @@ class LoadView:
         if self._live is not None:
             self._live.stop()
 
+    def waiting(self, text: str) -> None:
+        """Nothing is sent yet."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
     def show(self, progress: Progress) -> None:
         if self._live is not None:
             self._live.update(screen(progress, self._title), refresh=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from chiron.core.units import show_duration
 from chiron.load.body import Bodies, BodySettings, headers_of
 from chiron.load.errors import TargetError
 from chiron.load.plan import LoadPlan
-from chiron.net.client import ConnectError, NetError, Origin, Response
+from chiron.load.settings import LoadSettings
+from chiron.net.client import ConnectError, NetError, Origin, Response, TimedOutError
 
 TOKENS = (40, 400)
 """Wanted lengths of the two probes of a model: two points make the line."""
@@ -28,26 +32,26 @@ class Probed:
 
 
 async def probe(
-    origin: Origin,
-    plan: LoadPlan,
-    settings: BodySettings,
-    *,
-    ignore_eos: bool | None,
-    calibrate: bool,
-    timeout_s: float,
+    origin: Origin, plan: LoadPlan, sending: LoadSettings, waiting: Callable[[str], None] | None = None
 ) -> Probed:
-    """Ask each model for one token and learn from the usage. ``ignore_eos`` None: on if the server takes it.
+    """Ask each model for one token and learn from the usage. ``waiting`` hears what is waited for, if it takes long.
 
     Raises TargetError if the server cannot be reached or refuses a plain request.
     """
+    settings = sending.body
     notes: list[str] = []
     seen: list[tuple[str, int, int]] = []
-    on = ignore_eos is not False
+    on = sending.ignore_eos is not False
+
+    async def asked(model: str, ignore_eos: bool, tokens: int) -> tuple[int, Response]:
+        with _told(origin, model, sending, waiting):
+            return await ask(origin, plan, settings, model, ignore_eos, tokens, sending.probe_timeout_s)
+
     for model in plan.workload.models:
-        for tokens in TOKENS if calibrate and settings.prompt == "text" else TOKENS[:1]:
-            size, answer = await ask(origin, plan, settings, model, on, tokens, timeout_s)
-            if answer.status in UNKNOWN_FIELD and on and ignore_eos is None:
-                size, plain = await ask(origin, plan, settings, model, False, tokens, timeout_s)
+        for tokens in TOKENS if sending.calibrate and settings.prompt == "text" else TOKENS[:1]:
+            size, answer = await asked(model, on, tokens)
+            if answer.status in UNKNOWN_FIELD and on and sending.ignore_eos is None:
+                size, plain = await asked(model, False, tokens)
                 if plain.status == 200:
                     on, answer = False, plain
                     notes.append("the server does not take ignore_eos: outputs may end before their wanted length")
@@ -63,6 +67,24 @@ async def probe(
     if settings.prompt == "text" and blind:
         notes.append(f"{', '.join(blind)}: the server counts no prompt tokens, so prompt lengths are a guess")
     return Probed(bodies=bodies, ignore_eos=on, notes=tuple(notes))
+
+
+@contextmanager
+def _told(origin: Origin, model: str, settings: LoadSettings, waiting: Callable[[str], None] | None) -> Iterator[None]:
+    """Say what is waited for, once it lasts."""
+    text = (
+        f"waiting for {origin.url}: no answer yet to a request for one token of model {model!r}; "
+        f"it may take {show_duration(settings.probe_timeout_s)} (--probe-timeout), ctrl-C stops"
+    )
+    timer = asyncio.get_running_loop().call_later(settings.probe_patience_s, waiting or _nobody, text)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _nobody(_: str) -> None:
+    """Hears it where nobody else does."""
 
 
 def probe_bodies(plan: LoadPlan, settings: BodySettings, model: str, ignore_eos: bool, tokens: int) -> Bodies:
@@ -98,6 +120,8 @@ async def ask(
 def _hint(error: NetError) -> str:
     if isinstance(error.__cause__, ssl.SSLCertVerificationError):
         return "; --cacert FILE names the one to trust, --insecure trusts any"
+    if isinstance(error, TimedOutError):
+        return "; --probe-timeout sets how long"
     return "; is the server running there? (--url)" if isinstance(error, ConnectError) else ""
 
 

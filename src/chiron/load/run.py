@@ -59,9 +59,11 @@ async def run_load(
     *,
     progress: Callable[[Progress], None] | None = None,
     progress_period_s: float = 0.5,
+    waiting: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
 ) -> LoadRun:
-    """Send a plan. Set ``stop`` to end early: nothing more is sent, and what is in flight has ``grace_s``.
+    """Send a plan. Set ``stop`` to end early: nothing more is sent, and what is in flight has ``grace_s``. ``waiting``
+    hears what is waited for before the first request, if it takes long.
 
     Raises TargetError if the server cannot be used at all, StoppedError at a stop before it has answered the probes;
     what fails later is in the record.
@@ -79,15 +81,7 @@ async def run_load(
         raise TargetError(f"url {error}") from None
     stop = stop or asyncio.Event()
     try:
-        probing = probe(
-            origin,
-            plan,
-            settings.body,
-            ignore_eos=settings.ignore_eos,
-            calibrate=settings.calibrate,
-            timeout_s=settings.probe_timeout_s,
-        )
-        probed = await _unless_stopped(probing, stop)
+        probed = await _unless_stopped(probe(origin, plan, settings, waiting), stop)
         sender = _Sender(plan, settings, origin, probed.bodies, stop)
         sender.on_progress, sender.progress_period_s = progress, progress_period_s
         await sender.run()

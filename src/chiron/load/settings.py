@@ -51,7 +51,9 @@ class LoadSettings:
     request_timeout_s: float = 600.0
     """From sending to the last byte."""
     probe_timeout_s: float = 300.0
-    """A probe may have to wait for an instance to start."""
+    """Of each probe: it may have to wait for an instance to start, and that is how long a gateway holds a request."""
+    probe_patience_s: float = 3.0
+    """A probe without an answer for so long is told."""
     grace_s: float = 10.0
     """After a stop, requests in flight have this long to finish."""
     keepalive: bool = True
@@ -63,7 +65,7 @@ class LoadSettings:
 
     def __post_init__(self) -> None:
         require(self.in_flight_max >= 1, "in_flight_max", self.in_flight_max, "1 or more")
-        for name in ("connect_timeout_s", "request_timeout_s", "probe_timeout_s"):
+        for name in ("connect_timeout_s", "request_timeout_s", "probe_timeout_s", "probe_patience_s"):
             require(0 < getattr(self, name) < inf, name, getattr(self, name), "above 0 and finite")
         require(0 <= self.grace_s < inf, "grace_s", self.grace_s, "0 or more and finite")
 
