@@ -71,10 +71,13 @@ def test_probes_need_no_key_and_the_admin_does(tmp_path: Path) -> None:
 
 
 def test_a_drained_gateway_is_not_ready(site: ApiSite) -> None:
-    assert json.loads(ask(site, "/ready")[1]) == {"status": "ready"}
+    status, body, headers = ask(site, "/ready")
+    assert (status, json.loads(body)) == (200, {"status": "ready"})
+    assert "retry-after" not in headers
     assert ask(site, "/chiron/drain", "POST")[0] == 202
-    status, body, _ = ask(site, "/ready")
+    status, body, headers = ask(site, "/ready")
     assert (status, json.loads(body)) == (503, {"status": "draining"})
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("1", "1000")
     assert ask(site, "/health")[0] == 200
 
 

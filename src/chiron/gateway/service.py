@@ -287,6 +287,7 @@ class Service:
             wall_s=self._wall_s,
             started_s=self.clock.wall_origin_s,
             ready=self._not_ready,
+            retry_after_s=self.config.limits.retry_after_s,
             status=self.status,
             drain=self.drain,
             metrics=self._render_metrics,

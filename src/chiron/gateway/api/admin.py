@@ -12,7 +12,7 @@ from starlette.responses import Response
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_response
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import not_found
+from chiron.gateway.errors import not_found, retry_after
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,8 +61,9 @@ class Admin:
 
     async def ready(self, request: Request) -> Response:
         """Whether it is worth sending requests here."""
-        why = self._state.ready()
-        return json_response({"status": why or "ready"}, 503 if why else 200)
+        if why := self._state.ready():
+            return json_response({"status": why}, 503, retry_after(self._state.retry_after_s))
+        return json_response({"status": "ready"})
 
     async def openapi(self, request: Request) -> Response:
         return Response(self._document, media_type="application/json")

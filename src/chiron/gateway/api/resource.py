@@ -14,7 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from chiron.gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, too_large, unavailable
+from chiron.gateway.errors import (
+    ApiError,
+    Headers,
+    internal,
+    invalid,
+    method_not_allowed,
+    not_found,
+    too_large,
+    unavailable,
+)
 from chiron.store.port import Conflict, NotFound, StoreClosed, StoreError, StoreFull, TooLarge
 
 log = logging.getLogger("chiron.api")
@@ -64,13 +73,16 @@ async def unknown_path(request: Request) -> Response:
     raise not_found(f"Unknown path {request.method} {request.url.path}. GET /openapi.json describes the API.")
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), status, media_type="application/json")
+def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:
+    return _response(orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS), status, headers)
 
 
 def error_response(error: ApiError) -> Response:
-    headers = {name.decode(): value.decode() for name, value in error.headers}
-    return Response(error.body(), error.status, headers, "application/json")
+    return _response(error.body(), error.status, error.headers)
+
+
+def _response(body: bytes, status: int, headers: Headers) -> Response:
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers}, "application/json")
 
 
 async def json_object(request: Request, bytes_max: int) -> dict[str, Any]:

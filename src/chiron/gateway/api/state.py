@@ -52,6 +52,8 @@ class ApiState:
     """The status page's content."""
     drain: Callable[[], None]
     """Take no new requests, finish those under way."""
+    retry_after_s: float = 1.0
+    """When to ask again whether it is ready."""
     metrics: Callable[[], bytes] | None = None
     """Prometheus text; None: there is no such page."""
     batch: BatchSettings = field(default_factory=BatchSettings)
