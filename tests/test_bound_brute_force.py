@@ -168,7 +168,7 @@ def scheduled(seed: int, kinds: list[Profile], *, same: bool, requests: int) -> 
     return batcher, demand
 
 
-@settings(max_examples=examples(100), deadline=None, derandomize=True)
+@settings(max_examples=examples(100))
 @given(profile=profiles(), seed=st.integers(0, 10**9), same=st.booleans(), requests=st.integers(1, 14))
 def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
     profile: Profile, seed: int, same: bool, requests: int
@@ -182,7 +182,7 @@ def test_no_random_schedule_on_one_kind_beats_any_tangent_and_sharing(
             assert charged <= busy_s * (1 + 1e-9), (sharing.name, tangent)
 
 
-@settings(max_examples=examples(50), deadline=None, derandomize=True)
+@settings(max_examples=examples(50))
 @given(
     first=profiles(),
     second=profiles(),

@@ -150,7 +150,7 @@ transfers = st.sampled_from((0.0, TICK_S / 4, 0.002))
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=120, derandomize=True, deadline=None, database=None)
+@settings(max_examples=120)
 def test_fast_forward_equals_step_mode_under_any_commands(profile: Profile, seed: int, transfer_s: float) -> None:
     fast, _ = play(profile, seed=seed, kv_seconds_per_token=transfer_s)
     slow, _ = play(profile, seed=seed, kv_seconds_per_token=transfer_s, step_mode=True)
@@ -158,7 +158,7 @@ def test_fast_forward_equals_step_mode_under_any_commands(profile: Profile, seed
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60)
 def test_books_balance_after_every_event(profile: Profile, seed: int, transfer_s: float) -> None:
     bench, requests = play(profile, seed=seed, kv_seconds_per_token=transfer_s, step_mode=True, after_each=check_books)
     engine = bench.engine
@@ -177,7 +177,7 @@ def test_books_balance_after_every_event(profile: Profile, seed: int, transfer_s
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60)
 def test_nothing_is_admitted_beyond_the_max_batch_size(profile: Profile, seed: int, transfer_s: float) -> None:
     admitted: set[int] = set()
 

@@ -23,11 +23,8 @@ def fuzz(site: ApiSite, mode: Any, examples: int) -> list[str]:
         @given(case=operation.as_strategy(generation_mode=mode))
         @settings(
             max_examples=examples,
-            deadline=None,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-            derandomize=True,
-            database=None,
         )
         def run(case: Any) -> None:
             case.call_and_validate()

@@ -59,11 +59,8 @@ def try_out(operation: Any, mode: Any, examples: int) -> None:
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
         max_examples=examples,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-        derandomize=True,
-        database=None,
     )
     def run(case: Any) -> None:
         case.call_and_validate(timeout=30, **options)

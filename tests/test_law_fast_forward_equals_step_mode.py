@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from chiron.sim.setup import Setup
 from effort import examples
@@ -12,10 +12,6 @@ from scenario_factory import everything, run, setups
 @given(setups())
 @settings(
     max_examples=examples(200),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 def test_random_scenarios_leave_the_same_log_times_and_decisions_in_both_modes(setup: Setup) -> None:
     fast, slow = everything(run(setup)), everything(run(setup, step_mode=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from chiron.core.types import Instance
 from chiron.engines.model import EngineModel
@@ -16,10 +16,6 @@ from scenario_factory import PROFILE, run, setup_of, setups
 
 law = settings(
     max_examples=examples(80),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiron.policies.chiron import decide_fleet
@@ -84,7 +84,7 @@ def changes(totals: Sequence[int]) -> list[tuple[float, str, int, int]]:
 
 
 @given(st.integers(0, 1_000_000), st.integers(0, 2), st.sampled_from((3, 12, 50)))
-@settings(max_examples=examples(40), derandomize=True, deadline=None, database=None)
+@settings(max_examples=examples(40))
 def test_chiron_never_turns_back_within_its_hold_nor_shrinks_for_want_of_scrapes(
     seed: int, least: int, most: int
 ) -> None:
@@ -133,10 +133,6 @@ def busy_model(count: int, age_s: float) -> ModelView:
 @given(setups("chiron"))
 @settings(
     max_examples=examples(80),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 def test_simulated_chiron_never_turns_back_within_its_hold(setup: Setup) -> None:
     """Nor where models share too few GPUs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from chiron.sim.setup import Setup
 from effort import examples
@@ -13,10 +13,6 @@ from scenario_factory import CLASSES, Run, WildSettings, run, setups
 
 law = settings(
     max_examples=examples(120),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from chiron.core.clock import VirtualClock
 from chiron.sim.setup import Setup
@@ -65,10 +65,6 @@ class SlicedClock(VirtualClock):
 @given(setups())
 @settings(
     max_examples=examples(50),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 def test_a_clock_driven_in_slices_writes_the_same_log(setup: Setup) -> None:
     whole, sliced = everything(run(setup)), everything(run(setup, clock=SlicedClock()))
@@ -79,10 +75,6 @@ def test_a_clock_driven_in_slices_writes_the_same_log(setup: Setup) -> None:
 @given(setups())
 @settings(
     max_examples=examples(30),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 def test_running_twice_in_one_process_writes_the_same_log(setup: Setup) -> None:
     assert everything(run(setup)) == everything(run(setup))

@@ -156,7 +156,7 @@ def test_headers_of_hints_and_trailers_are_not_the_answers() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=50), max_size=20), st.lists(st.integers(0, 1500), max_size=10))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_chunks_and_blocks_in_any_sizes(chunks: list[bytes], cuts: list[int]) -> None:
     data = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     data += b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"

@@ -121,7 +121,7 @@ def drive(loads: list[int], hold_s: float = 60.0, **changes: object) -> list[tup
     return plans
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 400), min_size=20, max_size=80))
 def test_plans_stay_in_bounds_and_never_turn_back_within_the_hold(loads: list[int]) -> None:
     plans = drive(loads)
