@@ -6,9 +6,12 @@ from collections import Counter
 from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Request, RequestClass
 from chiron.gateway.event_writer import EventLogSettings, EventWriter
@@ -116,6 +119,49 @@ def test_the_tallies_agree_with_the_result_about_who_was_served_in_time(ran: tup
     for cls in (CHAT, NIGHT):
         tally = live.journal.tallies[MODEL, cls.name]
         assert tally.attained / tally.ended == pytest.approx(result.summary["attainment"][cls.name])
+
+
+MOMENTS = st.integers(0, 40).map(float)
+ENDS = st.tuples(
+    st.sampled_from([CHAT, NIGHT]),
+    st.sampled_from(["finished", "rejected", "failed", "cancelled"]),
+    MOMENTS,
+    MOMENTS,
+    st.integers(1, 9),
+)
+
+
+@given(st.lists(ENDS, min_size=1, max_size=30))
+def test_status_and_report_judge_each_end_alike(ends: list[tuple[RequestClass, Any, float, float, int]]) -> None:
+    live = LivePlane()
+    tallies = {cls.name: ClassTally(cls) for cls in (CHAT, NIGHT)}
+    for id, (cls, outcome, waited_s, ran_s, tokens) in enumerate(ends):
+        request = Request(id, MODEL, cls, 100.0, 10, deadline_s=130.0 if cls is NIGHT else None)
+        request.outcome, request.tokens_done = outcome, tokens
+        if outcome != "rejected" and (outcome == "finished" or ran_s):
+            request.first_token_s = 100.0 + waited_s
+        request.finish_s = 100.0 + waited_s + ran_s
+        tallies[cls.name].end(request)
+        live.recorder.ended(request)
+    summary = live.recorder.result(1000.0, policy=live.policy).summary
+    for name, tally in tallies.items():
+        judged = tally.attained + tally.missed
+        assert summary["attainment"].get(name) == (pytest.approx(tally.attained / judged) if judged else None)
+    assert summary["batch_late"] == tallies["night"].missed_promise["deadline"]
+
+
+def test_a_running_service_is_not_blamed_for_clients_that_left_nor_for_work_that_has_time() -> None:
+    live = LivePlane()
+    ends = [(50.0, None), (150.0, None), (150.0, "cancelled"), (150.0, "finished")]
+    for id, (deadline_s, outcome) in enumerate(ends):
+        request = Request(id, MODEL, NIGHT, 10.0, 10, deadline_s=deadline_s)
+        live.recorder.arrived(request)
+        if outcome:
+            request.outcome, request.first_token_s, request.finish_s = outcome, 11.0, 20.0  # type: ignore[assignment]
+            live.recorder.ended(request)
+    summary = live.recorder.result(100.0, policy=live.policy).summary
+    assert (summary["attainment"], summary["attainment_all"], summary["batch_late"]) == ({"night": 0.5}, 0.5, 1)
+    assert summary["models"][MODEL] == {"requests": 4, "finished": 1, "attainment": 0.5}
 
 
 def test_a_live_run_gives_the_simulators_report_file_and_figures(ran: tuple[LivePlane, Path], tmp_path: Path) -> None:

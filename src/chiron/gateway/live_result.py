@@ -173,6 +173,7 @@ class LiveRecorder:
             sim_s=now_s - start_s,
             evictions=evictions,
             preemptions=self._preemptions + sum(alive),
+            judged_at_s=now_s,
         )
         return Result(
             policy=name,

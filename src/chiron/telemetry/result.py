@@ -60,6 +60,16 @@ class RequestTable:
         )
         return on_time
 
+    def judged(self, classes: tuple[RequestClass, ...], now_s: float) -> npt.NDArray[np.bool_]:
+        """All but those that can be held against nobody: a client left before a promise was broken, or the request is
+        still open at ``now_s`` and no promise is broken yet."""
+        ttft = np.array([c.ttft_s for c in classes])[self.cls]
+        finish_s = np.where(self.outcome == OUTCOMES.index("unfinished"), now_s, self.finish_s)
+        first_s = np.where(self.first_token_s >= 0, self.first_token_s, finish_s)
+        broken = (first_s - self.arrival_s > ttft) | (finish_s > self.deadline_s)
+        pending = np.isin(self.outcome, [OUTCOMES.index("cancelled"), OUTCOMES.index("unfinished")])
+        return ~pending | broken
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetPoint:

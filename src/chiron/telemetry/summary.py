@@ -1,7 +1,9 @@
 """The figures of one run, as the JSON object that ``--json`` writes (``data/result.schema.json``).
 
 Attainment counts every request of a class: one that was rejected, failed, was cancelled or had not finished when the
-run stopped is a miss. What cannot be computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
+run stopped is a miss. A running service is judged otherwise (``judged_at_s``): nobody is to blame for a client that
+left in time, and who still waits may yet be served in time. What cannot be computed (a quantile of nothing, a ratio
+over no GPU time) is null, never nan.
 """
 
 from __future__ import annotations
@@ -47,11 +49,14 @@ def summarise(
     sim_s: float,
     evictions: int | None,
     preemptions: int | None,
+    judged_at_s: float | None = None,
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
-    request at its SLO. None stands for what whoever measured cannot see: a client knows no GPU. Pure, O(requests)."""
+    request at its SLO. None stands for what whoever measured cannot see: a client knows no GPU. With ``judged_at_s``
+    requests that were cancelled, or are open then, count only if a promise was broken. Pure, O(requests)."""
     check_requests(requests, classes, models)
     attained = requests.attained(tuple(classes))
+    judged = np.ones_like(attained) if judged_at_s is None else requests.judged(tuple(classes), judged_at_s)
     counts = np.bincount(requests.outcome, minlength=len(OUTCOMES))
     outcomes = {name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)}
     finished = requests.outcome == 0
@@ -65,8 +70,10 @@ def summarise(
         **outcomes,
         "evictions": whole(evictions),
         "preemptions": whole(preemptions),
-        "attainment": {name: float(attained[mine].mean()) for name, mine in members.items() if mine.any()},
-        "attainment_all": float(attained.mean()) if len(attained) else None,
+        "attainment": {
+            name: float(attained[mine & judged].mean()) for name, mine in members.items() if (mine & judged).any()
+        },
+        "attainment_all": float(attained[judged].mean()) if judged.any() else None,
         "ttft_s": {name: spread(ttft_s[mine]) for name, mine in members.items() if mine.any()},
         "itl_s": {name: spread(itl_s[mine]) for name, mine in members.items() if mine.any()},
         "gpu_hours": None if gpu_seconds is None else float(gpu_seconds) / 3600,
@@ -81,8 +88,8 @@ def summarise(
         "slo_tokens_per_gpu_s": ratio(requests.output_tokens[attained].sum(), gpu_seconds),
         "scaling_actions": None if plan_changes is None else sum(a != b for _, _, a, b in plan_changes),
         "reversals": None if plan_changes is None else reversals(plan_changes, reversal_window_s),
-        "batch_late": batch_late(requests, classes),
-        "models": by_model(requests, models, attained),
+        "batch_late": batch_late(requests, classes, judged),
+        "models": by_model(requests, models, attained, judged),
         "wall_s": float(wall_s),
         "sim_s": float(sim_s),
     }
@@ -104,22 +111,26 @@ def reversals(plan_changes: Sequence[PlanChange], window_s: float) -> int:
     return count
 
 
-def batch_late(requests: RequestTable, classes: Sequence[RequestClass]) -> int:
+def batch_late(requests: RequestTable, classes: Sequence[RequestClass], judged: npt.NDArray[np.bool_]) -> int:
     """Batch requests with a deadline that did not finish by it."""
     is_batch = np.array([c.kind == "batch" for c in classes], dtype=np.bool_)[requests.cls]
     late = (requests.outcome != 0) | (requests.finish_s > requests.deadline_s)
-    return int(np.count_nonzero(is_batch & np.isfinite(requests.deadline_s) & late))
+    return int(np.count_nonzero(is_batch & np.isfinite(requests.deadline_s) & late & judged))
 
 
 def by_model(
-    requests: RequestTable, models: Sequence[str], attained: npt.NDArray[np.bool_]
+    requests: RequestTable,
+    models: Sequence[str],
+    attained: npt.NDArray[np.bool_],
+    judged: npt.NDArray[np.bool_],
 ) -> dict[str, dict[str, float | int | None]]:
     """Requests, finished requests and attainment of each model; every model is listed."""
     total = np.bincount(requests.model, minlength=len(models))
     finished = np.bincount(requests.model, weights=requests.outcome == 0, minlength=len(models))
     met = np.bincount(requests.model, weights=attained, minlength=len(models))
+    known = np.bincount(requests.model, weights=judged, minlength=len(models))
     return {
-        name: {"requests": int(total[i]), "finished": int(finished[i]), "attainment": ratio(met[i], total[i])}
+        name: {"requests": int(total[i]), "finished": int(finished[i]), "attainment": ratio(met[i], known[i])}
         for i, name in enumerate(models)
     }
 
