@@ -51,7 +51,7 @@ class RecoverySettings:
     """Checks that it must pass in a row."""
     recover_first_s: float = 1.0
     """Seconds between those checks; doubled with each that fails."""
-    recover_max_s: float = 30.0
+    recover_max_s: float = 5.0
     """Longest pause between them, seconds."""
     bind_timeout_s: float = 300.0
     """Longest that an instance waits for an endpoint that is free and answers, before it is reported as failed."""
