@@ -48,7 +48,7 @@ def summary_of(table: RequestTable, **changes: Any) -> dict[str, Any]:
 
 
 def small(
-    policy: str = "chiron", *, seed: int = 0, gpu_hours: float = 10.0, met: float = 1.0, **changes: Any
+    policy: str = "chiron", *, seed: int | None = 0, gpu_hours: float = 10.0, met: float = 1.0, **changes: Any
 ) -> Result:
     """200 chat requests of which ``met`` are in time, one batch request, one tick, one decision of each sort."""
     n = 200

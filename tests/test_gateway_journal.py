@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import inf, nan
 from pathlib import Path
@@ -185,6 +186,11 @@ def test_a_live_run_gives_the_simulators_report_file_and_figures(ran: tuple[Live
     assert (again.requests.first_token_s == result.requests.first_token_s).all()
     page = write_report([result], tmp_path / "live.html").read_text(encoding="utf-8")
     assert "rush" in page
+    assert (result.seed, summary["seed"], again.seed) == (None, None, None)
+    shown = re.sub(r"<script.*?</script>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    assert "seed" not in shown
+    assert "no command repeats it" in shown
+    assert '"seed":{"chiron":""}' in page
 
 
 def test_a_result_holds_each_instances_batch_size_from_its_start_to_its_end() -> None:

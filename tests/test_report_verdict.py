@@ -12,7 +12,7 @@ from chiron.telemetry.verdict import percent, verdict
 from result_factory import small, unseen
 
 
-def run(policy: str, gpu_hours: float, met: float = 1.0, seed: int = 0, **changes: Any) -> Result:
+def run(policy: str, gpu_hours: float, met: float = 1.0, seed: int | None = 0, **changes: Any) -> Result:
     return small(policy, gpu_hours=gpu_hours, met=met, seed=seed, **changes)
 
 
@@ -122,6 +122,12 @@ def test_per_cent_never_rounds_a_miss_up() -> None:
     ]
 
 
+def test_live_runs_are_compared_without_a_word_about_seeds() -> None:
+    found = verdict([run("chiron", 10.0, seed=None), run("rival", 12.0, seed=None)])
+    assert found.notes == ("One run each: the spread between runs is not known.",)
+    assert "seed" not in found.headline
+
+
 def test_what_cannot_be_compared_is_refused() -> None:
     from dataclasses import replace
 
@@ -129,6 +135,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         ([], "no result"),
         ([run("a", 1.0), replace(run("b", 1.0), scenario="other")], "different scenarios.*lunch, other"),
         ([run("a", 1.0), run("a", 2.0)], "'a' has two results for seed 0"),
+        ([run("a", 1.0, seed=None), run("a", 2.0, seed=None)], "'a' has two results$"),
         ([run("a", 1.0), replace(run("b", 1.0), classes=())], "different request classes"),
     ):
         with pytest.raises(ReportError, match=message):

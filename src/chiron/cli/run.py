@@ -257,7 +257,7 @@ def _name_events(made: Sequence[Setup], events: Path | None) -> list[Run]:
     ]
 
 
-def _path_of_run(path: Path, policy: str, seed: int, several: bool) -> Path:
+def _path_of_run(path: Path, policy: str, seed: int | None, several: bool) -> Path:
     return path.with_name(f"{path.stem}.{policy}.{seed}{path.suffix}") if several else path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.result import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
+from chiron.telemetry.verdict import seed_of
 
 NO_FLEET = "No fleet is in it: a client, such as chiron load, sees none. A gateway's result.chiron has its decisions."
 
@@ -55,7 +56,7 @@ def _of_result(path: Path) -> Story:
         return _tell_point(points[-1]) if points else ()
 
     return Story(
-        title=f"{result.scenario}, policy {result.policy}" + (f", seed {result.seed}" if result.scenario_text else ""),
+        title=f"{result.scenario}, policy {result.policy}{seed_of(result)}",
         models=result.models,
         decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
         note=NO_FLEET if result.summary["gpu_hours"] is None else "",

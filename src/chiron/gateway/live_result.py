@@ -156,7 +156,7 @@ class LiveRecorder:
         name = label or policy.name
         summary = summarise(
             policy=name,
-            seed=0,
+            seed=None,
             classes=self._classes,
             models=self._models,
             requests=table,
@@ -177,7 +177,7 @@ class LiveRecorder:
         )
         return Result(
             policy=name,
-            seed=0,
+            seed=None,
             scenario=scenario,
             scenario_text=scenario_text,
             settings=asdict(policy.settings),

@@ -128,8 +128,8 @@ class LimitSettings:
     client_stall_s: float = 60.0
     """A client that reads nothing for this long while its answer waits is cut off."""
     retry_after_s: float = 1.0
-    """Retry-After where a queue is full, a request waited too long for an instance, or the gateway stops. Key limits
-    say when they will be over, everything else a second or what it knows."""
+    """Retry-After where a queue is full, a request waited too long for an instance, or the gateway stops or is not
+    ready. Key limits say when they will be over, everything else a second or what it knows."""
 
     def __post_init__(self) -> None:
         _above_zero(self)

@@ -11,7 +11,7 @@ import numpy as np
 from chiron.telemetry.marks import Figure, note, numbers, rule
 from chiron.telemetry.palette import Look
 from chiron.telemetry.series import SHORTEST_S, Cdf, latency_cdf, log_axis, measures
-from chiron.telemetry.verdict import PolicyRuns, percent
+from chiron.telemetry.verdict import PolicyRuns, percent, seed_of
 
 
 def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | None, target: float) -> Figure:
@@ -29,7 +29,7 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
                 "name": policy.policy,
                 "x": numbers(nan if r.summary["gpu_hours"] is None else r.summary["gpu_hours"] for r in policy.results),
                 "y": numbers(shares[policy.policy]),
-                "text": [f"{policy.policy}, seed {r.seed}" for r in policy.results],
+                "text": [policy.policy + seed_of(r) for r in policy.results],
                 "hovertemplate": "%{text}<br>%{x:.2f} GPU-hours<br>%{y:.2f} % in its worst class<extra></extra>",
                 "marker": {"color": look.colour, "symbol": look.plotly_marker, "size": 13, "opacity": 0.9},
             }

@@ -23,7 +23,7 @@ from chiron.telemetry.palette import Look, looks
 from chiron.telemetry.result import DecisionPoint, Result
 from chiron.telemetry.series import POINTS_MAX
 from chiron.telemetry.table import table
-from chiron.telemetry.verdict import TARGET, Verdict, group, verdict
+from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
 
 DECISIONS_SHOWN = 300
 """Per policy."""
@@ -98,7 +98,7 @@ def page_data(judged: Verdict, seen: dict[str, Look], *, bound: float | None, ta
         "latencies": charts.latencies(judged.ranking, seen),
         "policies": [r.policy for r in firsts],
         "models": list(firsts[0].models),
-        "seed": {r.policy: r.seed for r in firsts},
+        "seed": {r.policy: seed_of(r) for r in firsts},
         "views": {r.policy: {model: view(r, model, limit) for model in r.models} for r in firsts},
         "decisions": {r.policy: decisions(r) for r in firsts},
     }
@@ -147,8 +147,9 @@ def importance(decision: DecisionPoint) -> tuple[int, int]:
 
 def full_bound(results: Sequence[Result], bounds: Mapping[int, float] | None) -> float | None:
     """Mean over seeds of the GPU-hours that full attainment needs at least; None if unknown."""
-    by_seed = {r.seed: float(r.summary["gpu_hours_bound_full"] or 0) for r in results} | dict(bounds or {})
-    known = [by_seed[seed] for seed in sorted({r.seed for r in results}) if by_seed[seed] > 0]
+    own = {seed_order(r.seed): float(r.summary["gpu_hours_bound_full"] or 0) for r in results}
+    by_seed = own | dict(bounds or {})
+    known = [by_seed[seed] for seed in sorted(own) if by_seed[seed] > 0]
     return sum(known) / len(known) if known else None
 
 
@@ -165,16 +166,22 @@ def headline(judged: Verdict, seen: dict[str, Look]) -> str:
 def subtitle(results: Sequence[Result]) -> str:
     """What ran, in a line."""
     runs = group(results)
-    seeds = sorted({r.seed for r in results})
+    seeds = seeds_of(results)
     first = runs[0].results[0]
     parts = [
         f"{first.summary['requests']:,} requests",
         f"{span(first.summary['sim_s'])} of traffic",
         counted(len(first.models), "model"),
         counted(len(runs), "policy", "policies"),
-        f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})",
     ]
+    if seeds:
+        parts.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(map(str, seeds))})")
     return " · ".join(parts)
+
+
+def seeds_of(results: Sequence[Result]) -> list[int]:
+    """In order; none of live runs."""
+    return sorted({r.seed for r in results if r.seed is not None})
 
 
 def span(seconds: float) -> str:
@@ -190,12 +197,14 @@ def counted(n: int, one: str, many: str = "") -> str:
 
 
 def rerun(results: Sequence[Result]) -> str:
-    """A command line that runs the same again."""
+    """A command line that runs the same again, where one can."""
+    if not seeds_of(results):
+        return "(a live run: no command repeats it)"
     runs = group(results)
     words = ["chiron", "compare" if len(runs) > 1 else "simulate", results[0].scenario]
     for policy in runs:
         words += ["--policy", policy.policy]
-    for seed in sorted({r.seed for r in results}):
+    for seed in seeds_of(results):
         words += ["--seed", str(seed)]
     return shlex.join([*words, "--report", "report.html"])
 

@@ -130,11 +130,12 @@ class Result:
     """One policy, one seed."""
 
     policy: str
-    seed: int
+    seed: int | None
+    """None of a live run: nothing in it was drawn."""
     scenario: str
     """Name of the scenario."""
     scenario_text: str
-    """The scenario as TOML: with policy and seed it reproduces the run."""
+    """The scenario as TOML; of a simulation: with policy and seed it reproduces the run."""
     settings: dict[str, Any]
     """The policy's settings, all of them."""
     models: tuple[str, ...]

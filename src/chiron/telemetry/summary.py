@@ -32,7 +32,7 @@ PlanChange = tuple[float, str, int, int]
 def summarise(
     *,
     policy: str,
-    seed: int,
+    seed: int | None,
     classes: Sequence[RequestClass],
     models: Sequence[str],
     requests: RequestTable,
@@ -65,7 +65,7 @@ def summarise(
     summary = {
         "schema_version": SCHEMA_VERSION,
         "policy": policy,
-        "seed": int(seed),
+        "seed": whole(seed),
         "requests": len(requests.arrival_s),
         **outcomes,
         "evictions": whole(evictions),

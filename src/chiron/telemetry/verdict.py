@@ -110,12 +110,23 @@ def group(results: Sequence[Result]) -> list[PolicyRuns]:
     for result in results:
         runs = by_policy.setdefault(result.policy, [])
         if any(result.seed == other.seed for other in runs):
-            raise ReportError(f"policy {result.policy!r} has two results for seed {result.seed}")
+            seed = "" if result.seed is None else f" for seed {result.seed}"
+            raise ReportError(f"policy {result.policy!r} has two results{seed}")
         runs.append(result)
     return [
-        PolicyRuns(policy=policy, results=tuple(sorted(runs, key=lambda r: r.seed)))
+        PolicyRuns(policy=policy, results=tuple(sorted(runs, key=lambda r: seed_order(r.seed))))
         for policy, runs in by_policy.items()
     ]
+
+
+def seed_order(seed: int | None) -> int:
+    """For sorting: a live run, which has none, comes first."""
+    return -1 if seed is None else seed
+
+
+def seed_of(result: Result) -> str:
+    """What stands behind a policy's name; nothing for a live run."""
+    return "" if result.seed is None else f", seed {result.seed}"
 
 
 def comparable(runs: list[PolicyRuns]) -> tuple[list[PolicyRuns], list[str]]:
@@ -130,7 +141,7 @@ def comparable(runs: list[PolicyRuns]) -> tuple[list[PolicyRuns], list[str]]:
         PolicyRuns(policy=p.policy, results=tuple(r for r in p.results if r.seed in common))
         for p in runs
     ]  # fmt: skip
-    listed = ", ".join(str(seed) for seed in sorted(common))
+    listed = ", ".join(str(seed) for seed in sorted(common, key=seed_order))
     return kept, [f"Only seeds that every policy ran are compared: {listed}."]
 
 
@@ -198,9 +209,16 @@ def uncertain(attaining: list[PolicyRuns]) -> list[str]:
     if any(figure is None for pair in pairs for figure in pair):
         return []
     if len(pairs) < 2:
-        return [] if pairs and len(best.results) > 1 else ["One seed: the spread between seeds is not known."]
+        return [] if pairs and len(best.results) > 1 else [_alone(best.results[0])]
     wins = sum(mine < other for mine, other in pairs)
     return [f"{best.policy} takes fewer GPU-hours than {runner_up.policy} in {wins} of {len(pairs)} seeds."]
+
+
+def _alone(result: Result) -> str:
+    """That one run says nothing of others."""
+    if result.seed is None:
+        return "One run each: the spread between runs is not known."
+    return "One seed: the spread between seeds is not known."
 
 
 def shortfall(runs: PolicyRuns) -> str:

@@ -50,7 +50,7 @@
     const { policy, model } = shown;
     const view = data.views[policy][model];
     for (const id of ["fleet", "batch_sizes", "pressure", "queue"]) draw(place(id), view[id]);
-    place("view-caption").textContent = `${policy}, ${model}, seed ${data.seed[policy]}.`;
+    place("view-caption").textContent = `${policy}, ${model}${data.seed[policy]}.`;
     const sizes = view.batch_sizes;
     place("batch-caption").textContent = sizes.instances > sizes.drawn
       ? `The ${sizes.drawn} instances that changed it most, of ${sizes.instances}. Below 1 the SLO is met.` : "Below 1 the SLO is met.";
