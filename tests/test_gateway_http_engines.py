@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chiron.engines.metrics import parse_metrics
+from chiron.net.client import Origin
 from chiron.net.server import Incoming
 from chiron.telemetry.event_log import read_event_log
-from live_gateway import until
+from live_gateway import serving, until
 from scripted_engine import SSE, Reader, ScriptedEngine, before, body, chunk
 
 
@@ -256,6 +258,26 @@ def test_limits_on_waiting(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("policy", ["chiron", "hpa-queue"])
+def test_without_an_engine_each_kind_of_client_has_its_limit_under_any_policy(tmp_path: Path, policy: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    nobody = f'policy = "{policy}"\n[models.m]\nengine = "openai"\nendpoints = ["http://127.0.0.1:{port}"]\n'
+
+    async def main() -> None:
+        async with serving(tmp_path, nobody + "[limits]\nqueue_max = 2\n") as service:
+            origin = Origin(service.url)
+            waiting = [Reader(origin, body(service_tier=tier)) for tier in ("flex", "default") * 2]
+            await until(lambda: len(service.front.open) == len(waiting), "four wait")
+            for tier, kind in (("flex", "requests of the batch class"), ("default", "requests")):
+                refused = await origin.fetch("POST", "/v1/chat/completions", body=body(service_tier=tier))
+                assert refused.status == 429
+                assert json.loads(refused.body)["error"]["message"].startswith(f"2 {kind} wait for 'm'")
+            await origin.close()
+
+    asyncio.run(main())
+
+
 def test_items_of_batches_do_not_use_up_the_clients_limit_on_waiting(tmp_path: Path) -> None:
     request = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
     lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": request} for n in range(6)]
@@ -272,13 +294,16 @@ def test_items_of_batches_do_not_use_up_the_clients_limit_on_waiting(tmp_path: P
             file = json.loads((await origin.fetch("POST", "/v1/files", body=form, headers=kind)).body)
             job = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "1h"}
             assert (await origin.fetch("POST", "/v1/batches", body=json.dumps(job).encode())).status == 200
-            queue = service.plane.models["m"].batch
-            await until(lambda: queue.count == len(lines), "its items wait")
-            flex = [Reader(origin, body(service_tier="flex")) for _ in range(2)]
-            await until(lambda: queue.count == len(lines) + len(flex), "so do clients")
+            state = service.plane.models["m"]
+            await until(lambda: state.waiting.count + state.batch.count == len(lines), "its items wait")
+            clients = [Reader(origin, body(service_tier=tier)) for tier in ("flex", "default") * 2]
+            await until(lambda: state.waiting.count + state.batch.count == len(lines) + len(clients), "so do clients")
             refused = await origin.fetch("POST", "/v1/chat/completions", body=body(service_tier="flex"))
             assert refused.status == 429
             assert json.loads(refused.body)["error"]["message"].startswith("2 requests of the batch class wait for 'm'")
+            refused = await origin.fetch("POST", "/v1/chat/completions", body=body())
+            assert refused.status == 429
+            assert json.loads(refused.body)["error"]["message"].startswith("2 requests wait for 'm'")
 
     asyncio.run(main())
 

@@ -55,6 +55,10 @@ class ModelState:
         """By class and second, since the last fleet tick."""
         self._arriving = {c.name: _Arrivals(c, -1) for c in classes}
 
+    def clients_waiting(self, *, interactive: bool) -> int:
+        """Requests without an instance whose clients wait, interactive or flex. Items of jobs are not among them."""
+        return self.waiting.interactive if interactive else self.waiting.flex + self.batch.flex
+
     def arrived(self, request: Request) -> None:
         tokens = request.input_tokens
         name = request.cls.name

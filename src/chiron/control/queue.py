@@ -26,6 +26,9 @@ class InteractiveQueue:
         self._late: deque[Request] = deque()
         self._turn = 0
         self.count = 0
+        self.interactive = 0
+        self.flex = 0
+        """Of those counted; the rest are items of jobs, under policies that hold no batch work back."""
         self.input_tokens = 0
         self.input_square = 0.0
 
@@ -38,13 +41,11 @@ class InteractiveQueue:
 
     def add(self, request: Request) -> None:
         heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
-        self.count += 1
-        self.input_tokens += request.input_tokens
-        self.input_square += float(request.input_tokens) ** 2
+        self._count(request, 1)
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
-        self._subtract(request)
+        self._count(request, -1)
 
     def head(self, now_s: float) -> Request | None:
         """Whose turn it is; stays queued until ``remove_head``."""
@@ -59,7 +60,7 @@ class InteractiveQueue:
 
     def remove_head(self, request: Request) -> None:
         """Take out what ``head`` returned."""
-        self._subtract(request)
+        self._count(request, -1)
         if self._heap and self._heap[0][2] is request:
             heappop(self._heap)
             self._turn += 1
@@ -80,10 +81,12 @@ class InteractiveQueue:
         while self._late and self._late[0].outcome is not None:
             self._late.popleft()
 
-    def _subtract(self, request: Request) -> None:
-        self.count -= 1
-        self.input_tokens -= request.input_tokens
-        self.input_square -= float(request.input_tokens) ** 2
+    def _count(self, request: Request, sign: int) -> None:
+        self.count += sign
+        self.interactive += sign * request.interactive
+        self.flex += sign * request.flex
+        self.input_tokens += sign * request.input_tokens
+        self.input_square += sign * float(request.input_tokens) ** 2
 
 
 class _Group:
@@ -121,6 +124,8 @@ class BatchQueue:
         self._order: list[int] = []
         self._held: dict[int, _Group] = {}
         self.count = 0
+        self.flex = 0
+        """Of those counted; the rest are items of jobs."""
 
     def __len__(self) -> int:
         return self.count
@@ -204,6 +209,7 @@ class BatchQueue:
 
     def _count(self, group: _Group, request: Request, sign: int) -> None:
         self.count += sign
+        self.flex += sign * request.flex
         group.count += sign
         group.input_tokens += sign * request.input_tokens
         group.input_square += sign * float(request.input_tokens) ** 2

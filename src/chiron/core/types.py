@@ -58,6 +58,7 @@ class Request:
         "evictions",
         "finish_s",
         "first_token_s",
+        "flex",
         "id",
         "input_tokens",
         "instance",
@@ -117,6 +118,8 @@ class Request:
         self.migrating_to: Instance | None = None
         self.pinned = False
         """It must end where it runs: its client sees the answer as it comes, and another instance would begin anew."""
+        self.flex = False
+        """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0

@@ -123,10 +123,8 @@ class Front:
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
         model = admitted.model.settings.name
-        state = self._plane.models[model]
-        waiting = state.waiting.count if cls.interactive else state.batch.count
-        if waiting >= limits.queue_max and not cls.interactive:
-            waiting = self._flex_waiting(model)  # Items of batches wait there too, and have a limit of their own.
+        # Items of batches wait there too, and have a limit of their own.
+        waiting = self._plane.models[model].clients_waiting(interactive=cls.interactive)
         if waiting >= limits.queue_max:
             kind = "requests wait" if cls.interactive else "requests of the batch class wait"
             raise too_many(f"{waiting} {kind} for {model!r} already.", limits.retry_after_s)
@@ -145,7 +143,7 @@ class Front:
 
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
-            request.pinned = make is RelayCall
+            request.pinned, request.flex = cls.interactive, not cls.interactive
             self.open[number] = request
             incoming.on_close = lambda: self._left(request)
             self._plane.submit(request)
@@ -158,10 +156,6 @@ class Front:
                 del self.open[number]
             if not incoming.started:
                 refuse(incoming, internal(call.request_id))
-
-    def _flex_waiting(self, model: str) -> int:
-        waiting = (r for r in self.open.values() if r.model == model and r.instance is None)
-        return sum(not request.interactive for request in waiting)
 
     def _refuse(self, incoming: Incoming, error: ApiError) -> None:
         refuse(incoming, error)
