@@ -170,6 +170,15 @@ class ApiSite(AbstractContextManager["ApiSite"]):
         self._thread.join(10)
         assert not self._thread.is_alive()
 
+    def pass_time(self, seconds: float) -> None:
+        """By the wall clock."""
+        self._clock.wall_origin_s += seconds
+
+    def release(self) -> None:
+        """Ask again for answers to what has none."""
+        requests = list(self.plane.open.values())
+        self._loop.call_soon_threadsafe(lambda: [self.plane.settle(request) for request in requests])
+
     def drain(self) -> None:
         self.drained = True
 
@@ -184,7 +193,7 @@ class ApiSite(AbstractContextManager["ApiSite"]):
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        clock = LiveClock(self._loop)
+        self._clock = clock = LiveClock(self._loop)
 
         def wall_s() -> float:
             return clock.wall_s(clock.elapsed_s())

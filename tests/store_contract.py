@@ -65,8 +65,15 @@ def check(line: bytes) -> ItemSpec | LineError:
         return LineError(code="invalid_json_line", message="not a request")
 
 
-async def upload(store: BatchStore, content: bytes, owner: str = "", filename: str = "in.jsonl") -> StoredFile:
+async def upload(
+    store: BatchStore,
+    content: bytes,
+    owner: str = "",
+    filename: str = "in.jsonl",
+    expires_after_s: float | None = None,
+) -> StoredFile:
     incoming = await store.begin_file("batch", filename, owner, 1 << 30)
+    incoming.expires_after_s = expires_after_s
     for start in range(0, len(content), 1000):
         await incoming.write(content[start : start + 1000])
     return await incoming.commit()
@@ -74,15 +81,26 @@ async def upload(store: BatchStore, content: bytes, owner: str = "", filename: s
 
 async def submit(site: Site, store: BatchStore, content: bytes, *, owner: str = "", window_s: float = 3600.0) -> Batch:
     """Uploaded and created, not yet validated."""
-    file = await upload(store, content, owner)
+    return await create(site, store, await upload(store, content, owner), window_s=window_s)
+
+
+async def create(
+    site: Site,
+    store: BatchStore,
+    file: StoredFile,
+    *,
+    window_s: float = 3600.0,
+    output_expires_after_s: float | None = None,
+) -> Batch:
     return await store.create_batch(
-        owner=owner,
+        owner=file.owner,
         input_file_id=file.id,
         endpoint=ENDPOINT,
         completion_window=f"{window_s:g}s",
         deadline_s=site.now_s + window_s,
         metadata={"team": "a"},
         now_s=site.now_s,
+        output_expires_after_s=output_expires_after_s,
     )
 
 
@@ -741,6 +759,67 @@ async def what_is_old_is_swept(site: Site) -> None:
         assert len(await store.lease(MODEL, 20)) == 10
 
 
+async def an_upload_goes_when_its_time_is_over(site: Site) -> None:
+    async with site.store() as store:
+        kept = await upload(store, b"kept")
+        file = await upload(store, b"short", expires_after_s=3600.0)
+        assert (kept.expires_s, file.expires_s) == (None, site.now_s + 3600)
+        await store.expire(site.now_s + 3599)
+        assert await store.get_file(file.id, None) == file
+    site.now_s += 3600
+    async with site.store() as store:
+        await store.expire(site.now_s)
+        with pytest.raises(NotFound):
+            await content(store, file.id)
+        assert await store.list_files(None) == [kept]
+        assert await content(store, kept.id) == b"kept"
+
+
+async def nothing_promises_to_stay_longer_than_the_retention(site: Site) -> None:
+    async with site.store() as store:
+        file = await upload(store, b"x", expires_after_s=site.retention_s + 1)
+        assert file.expires_s == site.now_s + site.retention_s
+
+
+async def an_input_outlives_its_time_while_its_batch_runs(site: Site) -> None:
+    async with site.store() as store:
+        file = await upload(store, lines_of(2), expires_after_s=3600.0)
+        batch = await create(site, store, file, window_s=1e6)
+        await store.expire(site.now_s + 7200)  # It is validated yet.
+        await store.validate(batch.id, check, LIMITS)
+        items = await store.lease(MODEL, 1)
+        await store.finish([result(items[0])], site.now_s)
+        await store.expire(site.now_s + 7200)
+        assert await content(store, file.id) == lines_of(2)
+        items = await store.lease(MODEL, 1)
+        assert indices(items) == [1]
+        await store.finish([result(items[0])], site.now_s + 7200)
+        assert (await store.get_batch(batch.id, None)).status == "completed"
+        await store.expire(site.now_s + 7200)
+        with pytest.raises(NotFound):
+            await store.get_file(file.id, None)
+
+
+async def results_go_when_their_time_is_over(site: Site) -> None:
+    async with site.store() as store:
+        file = await upload(store, lines_of(4))
+        batch = await create(site, store, file, output_expires_after_s=3600.0)
+        await store.validate(batch.id, check, LIMITS)
+        ended_s = site.now_s + 600
+        await store.finish([result(item, ok=item.index > 0) for item in await store.lease(MODEL, 4)], ended_s)
+        batch = await store.get_batch(batch.id, None)
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            assert (await store.get_file(file_id or "", None)).expires_s == ended_s + 3600
+        await store.expire(ended_s + 3599)
+        assert len(await lines(store, batch.output_file_id)) == 3
+        await store.expire(ended_s + 3600)
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            with pytest.raises(NotFound):
+                await content(store, file_id)
+        assert await store.list_files(None) == [file]
+        assert (await store.get_batch(batch.id, None)).completed == 3
+
+
 async def results_cannot_be_input(site: Site) -> None:
     async with site.store() as store:
         await start(site, store, 1)
@@ -857,6 +936,10 @@ CASES: list[Case] = [
     a_cancelled_batch_keeps_what_is_done,
     deleted_results_are_never_cut_short_silently,
     what_is_old_is_swept,
+    an_upload_goes_when_its_time_is_over,
+    nothing_promises_to_stay_longer_than_the_retention,
+    an_input_outlives_its_time_while_its_batch_runs,
+    results_go_when_their_time_is_over,
     results_cannot_be_input,
     a_closed_store_says_so,
     any_history_leaves_one_line_per_item,

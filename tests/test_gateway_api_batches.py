@@ -196,6 +196,10 @@ def test_lists_come_in_pages(site: ApiSite) -> None:
         ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {"k": "v" * 513}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": True}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, "output_expires_after"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 3600, "more": 1}}, "output_expires_after"),
+        ({"output_expires_after": 3600}, "output_expires_after"),
         ({"extra": 1}, "extra"),
         ({"input_file_id": None}, "input_file_id"),
     ],
@@ -205,6 +209,44 @@ def test_bad_batches_are_refused_with_the_field(site: ApiSite, change: dict[str,
     with client(site) as api, pytest.raises(openai.BadRequestError) as caught:
         api.post("/batches", body=body, cast_to=dict)
     assert caught.value.param == param
+
+
+def test_results_go_when_their_time_is_over_and_an_input_not_before_its_batch_has_ended(tmp_path: Path) -> None:
+    held: list[bool] = [True]
+    with ApiSite(tmp_path, answer=lambda text: None if held else text.upper()) as site, client(site) as api:
+        expiry: Any = {"anchor": "created_at", "seconds": 3600}
+        file = api.files.create(file=("in.jsonl", jsonl(line("a"))), purpose="batch", expires_after=expiry)
+        batch = api.batches.create(
+            input_file_id=file.id,
+            endpoint=ENDPOINT,  # type: ignore[arg-type]
+            completion_window="24h",
+            output_expires_after=expiry,
+        )
+        unused = api.files.create(file=b"x", purpose="batch", expires_after=expiry)
+        wait(api, batch.id, "in_progress")
+        site.pass_time(7200)
+        gone(api, unused.id)
+        assert api.files.retrieve(file.id) == file
+        held.clear()
+        site.release()
+        batch = wait(api, batch.id)
+        output = api.files.retrieve(batch.output_file_id)
+        assert output.expires_at == output.created_at + 3600
+        assert len(results(api, output.id)) == 1
+        gone(api, file.id)
+        site.pass_time(3700)
+        gone(api, output.id)
+        assert api.batches.retrieve(batch.id).status == "completed"
+
+
+def gone(api: openai.OpenAI, file_id: str) -> None:
+    """It is, after a while."""
+    end_s = time.monotonic() + 10
+    while file_id in {file.id for file in api.files.list()}:
+        assert time.monotonic() < end_s
+    for call in (api.files.retrieve, api.files.content):
+        with pytest.raises(openai.NotFoundError):
+            call(file_id)
 
 
 def test_input_files_must_exist_and_be_for_batches(site: ApiSite) -> None:

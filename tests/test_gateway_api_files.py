@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import openai
@@ -111,6 +112,62 @@ def test_forms_that_are_not_right_say_what_is_wrong(site: ApiSite, body: bytes, 
     assert answer["error"]["param"] == param
     with client(site) as api:
         assert api.files.list().data == []
+
+
+def expiring(**changes: object) -> dict[str, Any]:
+    return {"anchor": "created_at", "seconds": 3600} | changes
+
+
+def test_a_file_goes_when_its_time_is_over(site: ApiSite) -> None:
+    with client(site) as api:
+        kept = api.files.create(file=b"kept", purpose="batch")
+        file = api.files.create(file=b"short", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
+        assert kept.expires_at is None
+        assert file.expires_at == file.created_at + 3600
+        assert api.files.retrieve(file.id) == file
+        site.pass_time(3590)
+        assert {each.id for each in api.files.list()} == {kept.id, file.id}
+        site.pass_time(20)
+        end_s = monotonic() + 10
+        while file.id in {each.id for each in api.files.list()}:
+            assert monotonic() < end_s
+        for call in (api.files.retrieve, api.files.content, api.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                call(file.id)
+        assert api.files.content(kept.id).content == b"kept"
+
+
+@pytest.mark.parametrize(
+    ("expiry", "message"),
+    [
+        (expiring(seconds=3599), "expires_after.seconds is 3599; it must be an integer from 3600 to 2592000."),
+        (expiring(seconds=2_592_001), "expires_after.seconds is 2592001; "),
+        (expiring(seconds=3600.5), "expires_after.seconds is '3600.5'; "),
+        (expiring(seconds=10**20), "expires_after.seconds is '100000000000000000000'; "),
+        (expiring(seconds=-3600), "expires_after.seconds is '-3600'; "),
+        (expiring(seconds="soon"), "expires_after.seconds is 'soon'; "),
+        (expiring(anchor="last_active_at"), "expires_after.anchor is 'last_active_at'; it must be 'created_at'."),
+        ({"seconds": 3600}, "expires_after.anchor is missing; "),
+        ({"anchor": "created_at"}, "expires_after.seconds is missing; "),
+    ],
+)
+def test_an_expiry_that_is_not_right_is_refused(site: ApiSite, expiry: dict[str, Any], message: str) -> None:
+    with client(site) as api:
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.files.create(file=b"x", purpose="batch", expires_after=expiry)  # type: ignore[arg-type]
+        assert (caught.value.param, caught.value.type) == ("expires_after", "invalid_request_error")
+        assert message in caught.value.message
+        assert api.files.list().data == []
+
+
+def test_the_expiry_may_come_after_the_file(site: ApiSite) -> None:
+    anchor = ('name="expires_after[anchor]"', b"created_at")
+    for seconds, status in ((b"7200", 200), (b"1", 400)):
+        late = form(PURPOSE, FILE, anchor, ('name="expires_after[seconds]"', seconds)) + END
+        assert post(site, late)[0] == status
+    with client(site) as api:
+        (file,) = api.files.list()
+        assert file.expires_at == file.created_at + 7200
 
 
 def test_other_content_types_are_refused(site: ApiSite) -> None:

@@ -18,8 +18,11 @@ from chiron.store.writer import Transaction
 PURGE_STEP = 2_000
 """Items whose rows are removed in one step: a few milliseconds."""
 
+EXPIRE_STEP = 500
+"""Files that are removed at one look, because their time is over."""
+
 _FIELDS = tuple(field.name for field in fields(Batch))
-SELECT_BATCH = f"SELECT no, output_bytes, error_bytes, {', '.join(_FIELDS)} FROM batches"
+SELECT_BATCH = f"SELECT no, output_bytes, error_bytes, output_expires_after_s, {', '.join(_FIELDS)} FROM batches"
 
 
 def read_batch(row: sqlite3.Row) -> Batch:
@@ -50,14 +53,25 @@ def storable(text: str) -> str:
 
 
 def read_file_row(row: sqlite3.Row) -> StoredFile:
-    names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "batch_id")
+    names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "expires_s", "batch_id")
     return StoredFile(**{name: row[name] for name in names})
 
 
 def insert_file(db: sqlite3.Connection, file: StoredFile, state: int | None = None) -> None:
     db.execute(
-        "INSERT INTO files(id, purpose, filename, bytes, created_s, owner, batch_id, state) VALUES(?,?,?,?,?,?,?,?)",
-        (file.id, file.purpose, file.filename, file.bytes, file.created_s, file.owner, file.batch_id, state),
+        "INSERT INTO files(id, purpose, filename, bytes, created_s, owner, expires_s, batch_id, state)"
+        " VALUES(?,?,?,?,?,?,?,?,?)",
+        (
+            file.id,
+            file.purpose,
+            file.filename,
+            file.bytes,
+            file.created_s,
+            file.owner,
+            file.expires_s,
+            file.batch_id,
+            state,
+        ),
     )
 
 
@@ -75,6 +89,7 @@ def create_batch(
     deadline_s: float,
     metadata: Mapping[str, str],
     now_s: float,
+    output_expires_after_s: float | None,
 ) -> Batch:
     file = find_file(transaction.db, input_file_id, owner)
     if file["batch_id"] is not None:
@@ -82,8 +97,18 @@ def create_batch(
     batch_id = f"batch_{uuid4().hex}"
     transaction.db.execute(
         "INSERT INTO batches(id, owner, input_file_id, endpoint, completion_window, status, metadata, created_s,"
-        " expires_s) VALUES(?,?,?,?,?,'validating',?,?,?)",
-        (batch_id, owner, input_file_id, endpoint, completion_window, json.dumps(dict(metadata)), now_s, deadline_s),
+        " expires_s, output_expires_after_s) VALUES(?,?,?,?,?,'validating',?,?,?,?)",
+        (
+            batch_id,
+            owner,
+            input_file_id,
+            endpoint,
+            completion_window,
+            json.dumps(dict(metadata)),
+            now_s,
+            deadline_s,
+            output_expires_after_s,
+        ),
     )
     return read_batch(find_batch(transaction.db, batch_id))
 
@@ -178,6 +203,7 @@ def _errors_text(errors: list[LineError]) -> str:
 
 
 def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state: int, size: int, now_s: float) -> str:
+    after_s = row["output_expires_after_s"]
     file = StoredFile(
         id=new_file_id(),
         purpose="batch_output",
@@ -185,6 +211,7 @@ def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state
         bytes=size,
         created_s=now_s,
         owner=row["owner"],
+        expires_s=None if after_s is None else now_s + after_s,
         batch_id=row["id"],
     )
     insert_file(db, file, state)
@@ -195,11 +222,30 @@ def delete_file(transaction: Transaction, file_id: str, owner: str | None) -> No
     """Remove the row. The caller removes the plain file of an upload after the commit."""
     db = transaction.db
     row = find_file(db, file_id, owner)
-    if row["batch_id"] is not None:
-        purge(transaction, find_batch(db, row["batch_id"])["no"], row["state"])
-    elif (user := db.execute(_USER_OF_FILE, (file_id, *ENDED)).fetchone()) is not None:
+    if (user := db.execute(_USER_OF_FILE, (file_id, *ENDED)).fetchone()) is not None:
         raise Conflict(f"file {file_id!r} is the input of batch {user['id']!r}, which has not ended")
-    db.execute("DELETE FROM files WHERE no = ?", (row["no"],))
+    _drop_file(transaction, row)
+
+
+def expire_files(transaction: Transaction, now_s: float) -> list[str]:
+    """Remove files that are to go by themselves by now and that no running batch needs, some at a time. Returns the
+    ids of the uploads among them."""
+    rows = transaction.db.execute(
+        "SELECT * FROM files WHERE expires_s <= ? AND NOT EXISTS"
+        f" (SELECT 1 FROM batches WHERE input_file_id = files.id AND status NOT IN ({', '.join('?' * len(ENDED))}))"
+        " ORDER BY expires_s LIMIT ?",
+        (now_s, *ENDED, EXPIRE_STEP),
+    ).fetchall()
+    for row in rows:
+        _drop_file(transaction, row)
+    return [row["id"] for row in rows if row["batch_id"] is None]
+
+
+def _drop_file(transaction: Transaction, row: sqlite3.Row) -> None:
+    """The row, and the lines if it is a batch's output or errors."""
+    if row["batch_id"] is not None:
+        purge(transaction, find_batch(transaction.db, row["batch_id"])["no"], row["state"])
+    transaction.db.execute("DELETE FROM files WHERE no = ?", (row["no"],))
 
 
 _USER_OF_FILE = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({', '.join('?' * len(ENDED))})"

@@ -15,7 +15,7 @@ from chiron.store.settings import StoreSettings
 
 DATABASE = "batch.sqlite3"
 APPLICATION_ID = 0x43484952  # "CHIR"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SQLITE_MIN = (3, 35, 0)
 """The first with ``RETURNING``."""
 
@@ -26,9 +26,10 @@ SCHEMA = f"""
 CREATE TABLE files(
   no INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, filename TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_s REAL NOT NULL, owner TEXT NOT NULL,
-  batch_id TEXT, state INTEGER
+  batch_id TEXT, state INTEGER, expires_s REAL
 );
 CREATE INDEX files_by_batch ON files(batch_id);
+CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL;
 CREATE TABLE batches(
   no INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, input_file_id TEXT NOT NULL,
   endpoint TEXT NOT NULL, completion_window TEXT NOT NULL, status TEXT NOT NULL, metadata TEXT NOT NULL,
@@ -37,7 +38,7 @@ CREATE TABLE batches(
   total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
   errors TEXT NOT NULL DEFAULT '[]', output_file_id TEXT, error_file_id TEXT, model TEXT,
   recent TEXT NOT NULL DEFAULT '[]',
-  output_bytes INTEGER NOT NULL DEFAULT 0, error_bytes INTEGER NOT NULL DEFAULT 0
+  output_bytes INTEGER NOT NULL DEFAULT 0, error_bytes INTEGER NOT NULL DEFAULT 0, output_expires_after_s REAL
 );
 CREATE INDEX batches_by_status ON batches(status, expires_s);
 CREATE INDEX batches_by_input ON batches(input_file_id);
@@ -59,6 +60,16 @@ PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 
+
+UPGRADES = {
+    1: """
+ALTER TABLE files ADD COLUMN expires_s REAL;
+CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL;
+ALTER TABLE batches ADD COLUMN output_expires_after_s REAL;
+PRAGMA user_version = 2;
+""",
+}
+"""From each older version to the next."""
 
 INDEX_MAX = (1 << 32) - 1
 """No item has it: an input file holds fewer lines."""
@@ -113,7 +124,7 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
         db.execute("PRAGMA page_size = 8192")
     elif found != APPLICATION_ID:
         raise StoreCorrupt(f"{path}: a database of another program")
-    elif version != SCHEMA_VERSION:
+    elif version != SCHEMA_VERSION and version not in UPGRADES:
         raise StoreError(f"{path}: schema {version}, this version of Chiron reads {SCHEMA_VERSION}")
     db.execute("PRAGMA journal_mode = WAL")
     page = db.execute("PRAGMA page_size").fetchone()[0]
@@ -127,6 +138,8 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
         report = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if report != "ok":
             raise StoreCorrupt(f"{path}: damaged ({report}); restore a copy, or move it away to start empty")
+    for step in range(SCHEMA_VERSION if empty else version, SCHEMA_VERSION):
+        db.executescript(f"BEGIN IMMEDIATE; {UPGRADES[step]} COMMIT;")
 
 
 def store_error(error: sqlite3.Error, path: Path) -> StoreError:

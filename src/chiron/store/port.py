@@ -62,6 +62,8 @@ class StoredFile:
     bytes: int
     created_s: float
     owner: str
+    expires_s: float | None = None
+    """When it goes by itself; later if a batch needs it then. None: with the retention."""
     status: str = "processed"
     batch_id: str | None = None
     """The batch whose output or error lines this is; None for an uploaded file."""
@@ -213,7 +215,9 @@ class Upload(Protocol):
     """A file on its way in. It exists once ``commit`` has returned; a crash before that leaves nothing."""
 
     purpose: str
-    """May be changed until ``commit``: a form may name the purpose after the file."""
+    """May be changed until ``commit``, as the next may: a form may name them after the file."""
+    expires_after_s: float | None
+    """Seconds from ``commit`` until it goes by itself; the retention, if that is shorter."""
 
     async def write(self, data: bytes) -> None:
         """Raises ``TooLarge`` and ``StoreFull``; the upload can then only be aborted."""
@@ -269,8 +273,10 @@ class BatchStore(Protocol):
         deadline_s: float,
         metadata: Mapping[str, str],
         now_s: float,
+        output_expires_after_s: float | None = None,
     ) -> Batch:
-        """A batch in ``validating``. Raises ``NotFound`` if the owner has no such file."""
+        """A batch in ``validating``; its output and error files go by themselves ``output_expires_after_s`` after they
+        are made (the retention, if that is shorter). Raises ``NotFound`` if the owner has no such file."""
 
     async def validate(self, batch_id: str, check: Check, limits: InputLimits) -> Batch:
         """Read the input file and make its lines items. Ends in ``in_progress``, in ``failed`` with the errors, or in
@@ -306,7 +312,8 @@ class BatchStore(Protocol):
     async def expire(self, now_s: float) -> list[str]:
         """Call this every second or so. Batches past their deadline lease nothing any more and are returned, once;
         they are ``finalizing`` while items are leased, then ``expired``, and items that never ran get their line in
-        the error file. Also ends batches whose last leased items were released."""
+        the error file. Also ends batches whose last leased items were released, and removes files that were to go by
+        themselves by then, but for inputs of batches that have not ended."""
 
     async def sweep(self, now_s: float) -> Swept:
         """Remove what ended, and uploads unused, longer ago than the store's retention."""

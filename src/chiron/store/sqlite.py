@@ -11,7 +11,7 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from threading import local
@@ -153,7 +153,10 @@ class SqliteStore:
     async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> FileUpload:
         now = self._opened
 
-        async def insert(file: StoredFile) -> StoredFile:
+        async def insert(file: StoredFile, expires_after_s: float | None) -> StoredFile:
+            created_s = self._wall()
+            kept_s = self._kept_s(expires_after_s)
+            file = replace(file, created_s=created_s, expires_s=None if kept_s is None else created_s + kept_s)
             await self._write(lambda transaction: batches.insert_file(transaction.db, file))
             return file
 
@@ -175,6 +178,10 @@ class SqliteStore:
         )
         now.uploads.add(upload)
         return upload
+
+    def _kept_s(self, expires_after_s: float | None) -> float | None:
+        """How long a file stays that is to go by itself."""
+        return None if expires_after_s is None else min(expires_after_s, self.settings.retention_s)
 
     async def get_file(self, file_id: str, owner: str | None) -> StoredFile:
         return await self._read(lambda db: batches.read_file_row(batches.find_file(db, file_id, owner)))
@@ -266,6 +273,7 @@ class SqliteStore:
         deadline_s: float,
         metadata: Mapping[str, str],
         now_s: float,
+        output_expires_after_s: float | None = None,
     ) -> Batch:
         return await self._write(
             lambda transaction: batches.create_batch(
@@ -277,6 +285,7 @@ class SqliteStore:
                 deadline_s=deadline_s,
                 metadata=metadata,
                 now_s=now_s,
+                output_expires_after_s=self._kept_s(output_expires_after_s),
             )
         )
 
@@ -387,7 +396,15 @@ class SqliteStore:
     # Time.
 
     async def expire(self, now_s: float) -> list[str]:
-        return await self._write(lambda transaction: batches.expire(transaction, self._leases, now_s))
+        late, files = await self._write(
+            lambda transaction: (
+                batches.expire(transaction, self._leases, now_s),
+                batches.expire_files(transaction, now_s),
+            )
+        )
+        if files:
+            await self._in_thread(lambda: remove_files(self.directory, files))
+        return late
 
     async def sweep(self, now_s: float) -> Swept:
         count, files = await self._write(

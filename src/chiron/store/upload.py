@@ -21,7 +21,7 @@ BUFFER_BYTES = 1 << 20
 
 
 class FileUpload:
-    """Implements ``Upload``. ``insert`` commits the row."""
+    """Implements ``Upload``. ``insert`` commits the row, and says when the file was made and when it goes."""
 
     def __init__(
         self,
@@ -31,10 +31,11 @@ class FileUpload:
         bytes_max: int,
         settings: StoreSettings,
         in_thread: RunInThread,
-        insert: Callable[[StoredFile], Awaitable[StoredFile]],
+        insert: Callable[[StoredFile, float | None], Awaitable[StoredFile]],
         on_end: Callable[[FileUpload], None],
     ) -> None:
         self.purpose = file.purpose
+        self.expires_after_s: float | None = None
         self._directory = directory
         self._file = file
         self._path = file_path(directory, file.id)
@@ -80,7 +81,7 @@ class FileUpload:
         )
         self._known = True
         try:
-            file = await self._insert(file)
+            file = await self._insert(file, self.expires_after_s)
         except StoreError:
             self._known, self._failed = False, True
             raise

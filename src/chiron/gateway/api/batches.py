@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chiron.core.units import DurationError, parse_duration, show_duration
+from chiron.gateway.api.expiry import json_expiry_s
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
 from chiron.gateway.api.state import ApiState
@@ -20,7 +21,6 @@ from chiron.store.progress import eta_s, items_per_s
 FIELDS = ("input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after")
 METADATA_MAX, METADATA_KEY_MAX, METADATA_VALUE_MAX = 16, 64, 512
 """Pairs, and characters of each side."""
-EXPIRES_MIN_S, EXPIRES_MAX_S = 3600, 2_592_000
 PAGE_DEFAULT, PAGE_MAX = 20, 100
 BUSY_RETRY_S = 5.0
 
@@ -41,7 +41,7 @@ class Batches:
         window = _text(body, "completion_window")
         window_s = self._window_s(window)
         metadata = _metadata(body.get("metadata"))
-        _check_expiry(body.get("output_expires_after"))
+        expiry_s = json_expiry_s("output_expires_after", body.get("output_expires_after"))
         if state.work.busy:
             raise too_many("Many batches wait for their validation.", BUSY_RETRY_S)
         await self._check_input(file_id, key)
@@ -53,6 +53,7 @@ class Batches:
             completion_window=window,
             deadline_s=now_s + window_s,
             metadata=metadata,
+            output_expires_after_s=expiry_s,
             now_s=now_s,
         )
         state.work.created(batch)
@@ -171,27 +172,3 @@ def _metadata(value: object) -> dict[str, str]:
                 f"metadata: {name!r} must be a text of at most {METADATA_VALUE_MAX} characters.", param="metadata"
             )
     return value
-
-
-def _check_expiry(value: object) -> None:
-    """It is accepted as OpenAI's clients send it; how long files are kept is the server's setting."""
-    if value is None:
-        return
-    fine = (
-        isinstance(value, dict)
-        and set(value) == {"anchor", "seconds"}
-        and value["anchor"] == "created_at"
-        and _whole(value["seconds"])
-        and EXPIRES_MIN_S <= value["seconds"] <= EXPIRES_MAX_S
-    )
-    if not fine:
-        raise invalid(
-            "output_expires_after must be an object with anchor 'created_at' and seconds, an integer from "
-            f"{EXPIRES_MIN_S} to {EXPIRES_MAX_S}.",
-            param="output_expires_after",
-        )
-
-
-def _whole(value: object) -> bool:
-    """An integer as JSON has it: 3600.0 is one."""
-    return type(value) is int or (isinstance(value, float) and value.is_integer())

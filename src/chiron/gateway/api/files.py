@@ -9,6 +9,7 @@ from urllib.parse import quote
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from chiron.gateway.api.expiry import FORM_FIELDS, form_expiry_s
 from chiron.gateway.api.form import Part, read_form
 from chiron.gateway.api.resource import json_response, page, page_limit
 from chiron.gateway.api.state import ApiState
@@ -18,7 +19,7 @@ from chiron.store.port import StoredFile, TooLarge, Upload
 
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
 """Only files for ``batch`` are of use here; the others are stored."""
-FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
+FIELDS = ("file", "purpose", *FORM_FIELDS)
 FORM_OVERHEAD_BYTES = 64 << 10
 """What a form may hold besides the file."""
 WRITE_BYTES = 256 << 10
@@ -71,6 +72,7 @@ class Files:
             if upload is None:
                 raise invalid("file is missing; the form needs a file of that name.", param="file")
             upload.purpose = _purpose(fields)
+            upload.expires_after_s = form_expiry_s(fields, complete=True)
             return await upload.commit()
         except BaseException:
             if upload is not None:
@@ -80,7 +82,8 @@ class Files:
     async def _begin(self, part: Part, fields: dict[str, str], key: Key) -> Upload:
         if part.filename is None:
             raise invalid("file has no filename; send it as a file, not as a field.", param="file")
-        # Some clients send the purpose after the file; whether it is a good one is checked at the end, too.
+        # Some clients send the fields after the file; whether they are good ones is checked at the end, too.
+        form_expiry_s(fields, complete=False)
         purpose = _purpose(fields) if "purpose" in fields else ""
         name = part.filename.replace("\\", "/").rsplit("/", 1)[-1][-FILENAME_MAX:] or "upload"
         return await self._state.store.begin_file(purpose, name, key.name, self._state.batch.file_max_bytes)
@@ -135,7 +138,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "filename": file.filename,
         "purpose": file.purpose,
         "status": file.status,
-        "expires_at": None,
+        "expires_at": None if file.expires_s is None else int(file.expires_s),
         "status_details": None,
     }
 
