@@ -407,20 +407,25 @@ def test_answers_cut_off_are_tried_again_and_refusals_are_answers(tmp_path: Path
             tries[text] += 1
             if text == "cut":
                 return (200, half) if tries[text] < 2 else "ok"
-            return {"no": (422, b"not json"), "late no": (200, refusal)}.get(text, text)
+            no = {"no": (422, b"not json"), "late no": (200, refusal), "never": (501, b"not built for that")}
+            return no.get(text, text)
 
         site = await Site(tmp_path, answer).start()
-        done = await site.ended(await site.submit(line("a", "cut"), line("b", "no"), line("c", "late no")))
-        assert (done.completed, done.failed) == (1, 2)
+        done = await site.ended(
+            await site.submit(line("a", "cut"), line("b", "no"), line("c", "late no"), line("d", "never"))
+        )
+        assert (done.completed, done.failed) == (1, 3)
         assert (await site.lines(done.output_file_id))[0]["response"]["body"]["choices"][0]["message"][
             "content"
         ] == "ok"
-        no, late = await site.lines(done.error_file_id)
+        no, late, never = await site.lines(done.error_file_id)
         assert no["response"]["status_code"] == 422
         assert no["response"]["body"]["error"]["message"] == "not json"
         assert late["response"]["status_code"] == 400
         assert late["response"]["body"]["error"]["message"] == "too hot"
-        assert tries == {"cut": 2, "no": 1, "late no": 1}
+        assert never["response"]["status_code"] == 501
+        assert never["response"]["body"]["error"]["message"] == "not built for that"
+        assert tries == {"cut": 2, "no": 1, "late no": 1, "never": 1}
         await site.stop()
 
     run(test)

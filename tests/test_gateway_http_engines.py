@@ -40,7 +40,7 @@ def dies_in_the_middle(incoming: Incoming) -> None:
     asyncio.get_running_loop().call_later(0.02, incoming.abort)
 
 
-@pytest.mark.parametrize("bad", [refuses(503), refuses(500), refuses(429), hangs_up])
+@pytest.mark.parametrize("bad", [refuses(503), refuses(500), refuses(522), refuses(429), hangs_up])
 @pytest.mark.parametrize("stream", [False, True])
 def test_before_the_first_byte_another_engine_has_a_try(tmp_path: Path, bad: Any, stream: bool) -> None:
     async def main() -> None:
@@ -118,7 +118,11 @@ def test_a_stream_whose_instance_the_fleet_gives_up_says_so(tmp_path: Path) -> N
         (refuses(400), 400, None),
         (refuses(404), 404, None),
         (refuses(429), 429, "engine"),
+        (refuses(501), 501, None),
+        (refuses(505), 505, None),
         (refuses(503), 503, "engine"),
+        (refuses(520), 502, "bad_gateway"),
+        (refuses(529), 502, "bad_gateway"),
         (hangs_up, 502, "bad_gateway"),
     ],
 )
@@ -129,11 +133,12 @@ def test_what_no_engine_does_is_said(tmp_path: Path, act: Any, status: int, code
             reader = await Reader(origin, body()).end()
             assert (reader.status, reader.over) == (status, "end")
             error = json.loads(reader.data)["error"]
-            assert error["message"].startswith("engine says") or error["code"] == code
+            assert error["message"].startswith("engine says") != (error["code"] == "bad_gateway")
+            assert error["code"] == code or status != 502
             assert engine.url not in error["message"]
             answer = await origin.fetch("POST", "/v1/chat/completions", body=body())
             assert ("retry-after" in answer.headers) == (status in (429, 503))
-        assert len(engine.seen) == 2 * (1 if status in (400, 404) else 4)
+        assert len(engine.seen) == 2 * (1 if status in (400, 404, 501, 505) else 4)
 
     asyncio.run(main())
 

@@ -37,7 +37,7 @@ class BatchCall(CollectedCall):
         said = self.collector.error
         if self.status < 300 and said is not None:
             code = said.get("code")
-            if isinstance(code, int) and 400 <= code < 500 and code not in RETRIED:
+            if isinstance(code, int) and _is_no(code):
                 self.status, self.answer = code, orjson.dumps({"error": said})
         return super().end()
 
@@ -47,7 +47,7 @@ class BatchCall(CollectedCall):
     @property
     def refused(self) -> bool:
         """The engine said no, and would say so again."""
-        return 400 <= self.status < 500 and self.status not in RETRIED
+        return _is_no(self.status)
 
     def result(self) -> Ended:
         """The result line of an answer, be it a refusal. Raises CollectError if there is none."""
@@ -59,6 +59,11 @@ class BatchCall(CollectedCall):
             # JSON can be read that is nested too deep to be written.
             raise CollectError(f"the engine's answer cannot be kept: {error}") from None
         return Ended(batch_id=item.batch_id, index=item.index, ok=status < 400, line=line)
+
+
+def _is_no(status: int) -> bool:
+    """501: the engine lacks what is asked for."""
+    return (400 <= status < 500 or status == 501) and status not in RETRIED
 
 
 def item_body(item: Item) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from chiron.core.types import Request
 from chiron.gateway.errors import ApiError, Headers, internal, invalid, retry_after, timed_out, unavailable
-from chiron.gateway.upstream import UpstreamFailure
+from chiron.gateway.upstream import OF_CDNS, UpstreamFailure
 from chiron.net.server import Incoming
 
 _RETRY_AFTER_S = 1.0
@@ -45,8 +45,8 @@ def last_word(
 
 
 def passed_on(failure: UpstreamFailure | None) -> Answer | None:
-    """An engine's own answer to the last try, if it gave one."""
-    if failure is None or failure.status < 400 or not failure.body:
+    """An engine's own answer to the last try, if it gave one. A CDN's page is none, and names the engine's host."""
+    if failure is None or failure.status < 400 or failure.status in OF_CDNS or not failure.body:
         return None
     later = retry_after(_RETRY_AFTER_S) if failure.status in (429, 503) else ()
     return Answer(failure.status, failure.body, later, failure.content_type or b"application/json")

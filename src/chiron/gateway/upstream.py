@@ -32,8 +32,10 @@ FAILURES_MAX = 2
 """Requests lost in a row before an engine is suspected."""
 AVOID_S = 0.25
 """How long nothing is sent to an engine that lost a request; doubled with each further one, up to 32 times."""
-RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Statuses that say "not now" or "not me": another try may do."""
+OF_CDNS = frozenset(range(520, 531))
+"""Made up by CDNs, for an engine that they did not reach or that has too much to do: an engine says none of them."""
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504}) | OF_CDNS
+"""Statuses that say "not now" or "not me": another try may do. The others, 501 among them, are the engine's answer."""
 ERROR_MAX_BYTES = 64 * 1024
 PRESUMED_PREFILLS = 1.5
 """Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
