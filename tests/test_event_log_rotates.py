@@ -23,7 +23,6 @@ from chiron.gateway.event_writer import EventLogSettings, EventWriter
 from chiron.telemetry.errors import LogError
 from chiron.telemetry.event_log import log_file, log_numbers, read_event_log
 
-FIELDS = ("t", "event", "request")
 WALL_S = 1_800_000_000.0
 
 
@@ -37,7 +36,7 @@ def numbers(path: Path, *, last_run: bool = False) -> list[int]:
 
 def write_all(log: EventWriter, first: int, count: int) -> None:
     for number in range(first, first + count):
-        log.write(FIELDS, (float(number), "arrival", number))
+        log.write({"t": float(number), "event": "arrival", "request": number})
 
 
 def wait_until(true: Any, limit_s: float = 5.0) -> None:
@@ -70,7 +69,7 @@ def test_rotation_keeps_the_newest_files_in_order(tmp_path: Path) -> None:
     log.close()
     assert log_numbers(tmp_path / "log") == [0, 1, 2, 3]
     files = [log_file(tmp_path / "log", number) for number in range(4)]
-    assert max(file.stat().st_size for file in files) < 4096 + 32 * 60
+    assert max(file.stat().st_size for file in files) < 4096 + 256 * 60
     seen = numbers(tmp_path / "log")
     assert seen == list(range(seen[0], 2000))
     assert seen[0] > 0, "older ones are gone"
@@ -132,8 +131,8 @@ def test_a_full_disk_costs_lines_but_leaves_no_half_line(tmp_path: Path, monkeyp
 
 def test_what_json_cannot_hold_is_written_as_null_or_text(tmp_path: Path) -> None:
     log = writer(tmp_path / "log")
-    log.write(("t", "event", "odd", "path"), (1.0, "x", float("nan"), tmp_path))
-    log.write(("t", "event"), (2.0, "y", "one too many"))
+    log.write({"t": 1.0, "event": "x", "odd": float("nan"), "path": tmp_path})
+    log.write({"t": 2.0, "event": "y", "number": 1 << 70})
     log.close()
     events = list(read_event_log(tmp_path / "log"))
     assert events[1] == {"t": 1.0, "event": "x", "odd": None, "path": str(tmp_path)}
@@ -147,7 +146,7 @@ from chiron.gateway.event_writer import EventLogSettings, EventWriter
 log = EventWriter(EventLogSettings(path=Path(sys.argv[1]), flush_s=0.01, rotate_bytes=65536), wall_origin_s=0.0)
 number = 0
 while True:
-    log.write(("t", "event", "request"), (float(number), "arrival", number))
+    log.write({"t": float(number), "event": "arrival", "request": number})
     number += 1
     if number == 3000:
         print("going", flush=True)

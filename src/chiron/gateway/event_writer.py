@@ -1,7 +1,7 @@
-"""The event log's writer: lines are queued on the loop's thread, made and written on a thread of its own.
+"""The event log's writer: lines are made and queued on the loop's thread, written on a thread of its own.
 
-A line is two tuples until the thread makes JSON of it. The thread works in small pieces with pauses between them: it
-shares the interpreter with the loop, and a long piece would be a pause of every stream.
+JSON costs the loop a few microseconds a line. The other thread would take as long, and the interpreter's lock with it;
+what is left there is to wait for the disk.
 
 What a full disk or a full queue costs is lines of this log, never a request: they are counted, an event ``dropped``
 says how many, and writing goes on when it can.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,12 +28,9 @@ log = logging.getLogger("chiron.events")
 
 VERSION = 1
 """Of the line format, in the first line of each file."""
-_PIECE = 32
-"""Lines made without a pause: about 50 microseconds."""
-_PAUSE_S = 0.0002
+_PIECE = 256
+"""Lines written at once; a file may grow by so many beyond ``rotate_bytes``."""
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-
-Fields = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +75,7 @@ class EventWriter:
         self._settings = settings
         self._wall_origin_s = wall_origin_s
         self._facts = dict(facts or {})
-        self._queue: deque[tuple[Fields, tuple[Any, ...]]] = deque()
+        self._queue: deque[tuple[float, bytes]] = deque()
         self._queue_max = settings.queue_max
         self._told = 0
         """Lines dropped or lost that the log has told of."""
@@ -93,12 +89,16 @@ class EventWriter:
         self._thread = threading.Thread(target=self._run, name="chiron-event-log", daemon=True)
         self._thread.start()
 
-    def write(self, fields: Fields, values: tuple[Any, ...]) -> None:
-        """Queue one line; the first field is ``t``. Values are not to change afterwards."""
-        if len(self._queue) < self._queue_max:
-            self._queue.append((fields, values))
-        else:
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Queue one line; it has at least ``t`` and ``event``."""
+        if len(self._queue) >= self._queue_max:
             self.dropped += 1
+            return
+        try:
+            self._queue.append((event["t"], orjson.dumps(event, default=str, option=_OPTIONS)))
+        except (TypeError, ValueError) as error:
+            self.lost += 1
+            log.error("an event could not be written: %s", error)
 
     def close(self) -> None:
         """Write what is queued and stop; lines that come later are not written."""
@@ -117,34 +117,17 @@ class EventWriter:
 
     def _drain(self) -> None:
         """Whatever is queued by now; a queue that grows all the time must not keep it here for ever."""
-        for _ in range(1 + len(self._queue) // _PIECE):
-            lines = self._piece()
-            if not lines:
+        queue = self._queue
+        for _ in range(1 + len(queue) // _PIECE):
+            piece = [queue.popleft() for _ in range(min(_PIECE, len(queue)))]
+            if not piece:
                 break
-            self._append(lines)
-            if not self._stop.is_set():
-                time.sleep(_PAUSE_S)
+            self._at_s = piece[0][0]
+            if not self._write(b"".join(line for _, line in piece)):
+                self.lost += len(piece)
         missing = self.dropped + self.lost - self._told
         if missing and self._write(orjson.dumps({"t": self._at_s, "event": "dropped", "lines": missing}) + b"\n"):
             self._told += missing
-
-    def _piece(self) -> list[bytes]:
-        lines: list[bytes] = []
-        with suppress(IndexError):
-            self._at_s = self._queue[0][1][0]
-            for _ in range(_PIECE):
-                fields, values = self._queue.popleft()
-                try:
-                    line = dict(zip(fields, values, strict=True))
-                    lines.append(orjson.dumps(line, default=str, option=_OPTIONS))
-                except (TypeError, ValueError) as error:
-                    self.lost += 1
-                    log.error("an event could not be written: %s", error)
-        return lines
-
-    def _append(self, lines: list[bytes]) -> None:
-        if not self._write(b"".join(lines)):
-            self.lost += len(lines)
 
     def _write(self, data: bytes) -> bool:
         """All of it or nothing: half a line in the middle of a file would make the file unreadable."""

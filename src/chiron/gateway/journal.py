@@ -1,7 +1,7 @@
 """The gateway's journal: hears everything from the control plane, and keeps what others ask for later.
 
-An event costs the loop's thread a few microseconds: counters are incremented, a line for the event log is queued as a
-tuple. JSON, files, Prometheus text and quantiles are made elsewhere or when somebody asks.
+An event costs the loop's thread a few microseconds: counters are incremented, a line for the event log is queued.
+Files, Prometheus text and quantiles are made elsewhere or when somebody asks.
 """
 
 from __future__ import annotations
@@ -23,28 +23,6 @@ DECISIONS_KEPT = 100
 REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
-
-_ARRIVAL = ("t", "event", "request", "model", "class", "input_tokens", "key")
-_ON_INSTANCE = ("t", "event", "request", "instance")
-_INSTANCE = ("t", "event", "instance", "model", "role")
-_ENDED = (
-    "t",
-    "event",
-    "request",
-    "model",
-    "class",
-    "key",
-    "outcome",
-    "instance",
-    "input_tokens",
-    "output_tokens",
-    "queue_s",
-    "ttft_s",
-    "itl_s",
-    "duration_s",
-    "evictions",
-    "retries",
-)
 
 
 def request_name(request: Request) -> str:
@@ -99,7 +77,15 @@ class LiveJournal:
         if request is None:
             assert instance is not None
             if write is not None:
-                write(_INSTANCE, (now_s, name, instance.id, instance.model, instance.role))
+                write(
+                    {
+                        "t": now_s,
+                        "event": name,
+                        "instance": instance.id,
+                        "model": instance.model,
+                        "role": instance.role,
+                    }
+                )
             if self.recorder is not None:
                 self.recorder.instance_event(now_s, name, instance)
         elif name == "arrival":
@@ -107,23 +93,32 @@ class LiveJournal:
             if self.recorder is not None:
                 self.recorder.arrived(request)
             if write is not None:
-                tokens = request.input_tokens
-                called, key = self._name_of(request), self._key_of(request)
-                write(_ARRIVAL, (now_s, name, called, request.model, request.cls.name, tokens, key))
+                write(
+                    {
+                        "t": now_s,
+                        "event": name,
+                        "request": self._name_of(request),
+                        "model": request.model,
+                        "class": request.cls.name,
+                        "input_tokens": request.input_tokens,
+                        "key": self._key_of(request),
+                    }
+                )
         elif name != "ended":  # ``ended`` says more.
             if name == "first_token":
                 self._tally(request.model, request.cls).first_token(now_s, request)
             elif name == "evicted":
                 self._tally(request.model, request.cls).evictions += 1
             if write is not None:
-                write(_ON_INSTANCE, (now_s, name, self._name_of(request), instance.id if instance else None))
+                on = instance.id if instance is not None else None
+                write({"t": now_s, "event": name, "request": self._name_of(request), "instance": on})
 
     def ended(self, request: Request) -> None:
         self._tally(request.model, request.cls).end(request)
         if self.recorder is not None:
             self.recorder.ended(request)
         if self._write is not None:
-            self._write(_ENDED, self._end_line(request))
+            self._write(self._end_line(request))
 
     def decided(self, now_s: float, decision: Decision) -> None:
         point = DecisionPoint(
@@ -143,8 +138,7 @@ class LiveJournal:
         if self.recorder is not None:
             self.recorder.timeline.decided(now_s, decision)
         if self._write is not None:
-            line = decision_line(now_s, decision)
-            self._write(tuple(line), tuple(line.values()))
+            self._write(decision_line(now_s, decision))
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
@@ -160,7 +154,7 @@ class LiveJournal:
     def note(self, now_s: float, name: str, facts: dict[str, Any]) -> None:
         """An event of the gateway itself, such as ``drain``, for the event log."""
         if self._write is not None:
-            self._write(("t", "event", *facts), (now_s, name, *facts.values()))
+            self._write({"t": now_s, "event": name, **facts})
 
     @property
     def dropped_lines(self) -> int:
@@ -184,24 +178,24 @@ class LiveJournal:
             tally = self.tallies[model, cls.name] = ClassTally(cls)
         return tally
 
-    def _end_line(self, request: Request) -> tuple[Any, ...]:
+    def _end_line(self, request: Request) -> dict[str, Any]:
         arrival_s, first_s, finish_s = request.arrival_s, request.first_token_s, request.finish_s
         dispatch_s, tokens, instance = request.dispatch_s, request.tokens_done, request.instance
-        return (
-            finish_s,
-            "ended",
-            self._name_of(request),
-            request.model,
-            request.cls.name,
-            self._key_of(request),
-            request.outcome,
-            instance.id if instance is not None else None,
-            prompt_tokens(request),
-            tokens,
-            dispatch_s - arrival_s if dispatch_s >= 0.0 else None,
-            first_s - arrival_s if first_s >= 0.0 else None,
-            (finish_s - first_s) / (tokens - 1) if tokens > 1 and first_s >= 0.0 else None,
-            finish_s - arrival_s,
-            request.evictions,
-            request.retries,
-        )
+        return {
+            "t": finish_s,
+            "event": "ended",
+            "request": self._name_of(request),
+            "model": request.model,
+            "class": request.cls.name,
+            "key": self._key_of(request),
+            "outcome": request.outcome,
+            "instance": instance.id if instance is not None else None,
+            "input_tokens": prompt_tokens(request),
+            "output_tokens": tokens,
+            "queue_s": dispatch_s - arrival_s if dispatch_s >= 0.0 else None,
+            "ttft_s": first_s - arrival_s if first_s >= 0.0 else None,
+            "itl_s": (finish_s - first_s) / (tokens - 1) if tokens > 1 and first_s >= 0.0 else None,
+            "duration_s": finish_s - arrival_s,
+            "evictions": request.evictions,
+            "retries": request.retries,
+        }
