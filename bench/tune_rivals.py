@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from chiron.config import load_scenario, setups
+from chiron.config.build import setups
 from chiron.config.read import ConfigError
+from chiron.config.scenario import load_scenario
 from chiron.sim.many import Run, default_jobs, run_many
 from chiron.sim.setup import Setup
 

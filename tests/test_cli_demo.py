@@ -25,7 +25,8 @@ from chiron.cli.demo import busy_and_total_s, machine_lines, prepare
 from chiron.cli.demo_story import about_traffic, demo_plan, full_length_s, honest, instances_max, write_config
 from chiron.cli.demo_verdict import verdict_lines
 from chiron.cli.demo_view import DemoView, captions, news, plain
-from chiron.config import ConfigError, load_scenario
+from chiron.config.read import ConfigError
+from chiron.config.scenario import load_scenario
 from chiron.config.serve import load_serve
 from chiron.store.directory import lock
 from chiron.telemetry.result import DecisionPoint

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from chiron.cli import app
 from chiron.cli.explain import parse_moment
-from chiron.config import ConfigError
+from chiron.config.read import ConfigError
 
 BEGAN = datetime(2026, 11, 20, 17, 54, 52, tzinfo=UTC)
 

@@ -19,8 +19,8 @@ import chiron
 from chiron.cli import app
 from chiron.cli.explain import moment, parse_moment
 from chiron.cli.story import Story
-from chiron.config import load_scenario, setups
-from chiron.config.scenario import parse_scenario
+from chiron.config.build import setups
+from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.sim.many import Run, run_many
 from chiron.telemetry.result import DecisionPoint
 from chiron.telemetry.store import load_result

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from chiron.cli import app
 from chiron.cli.top import Screen, StatusError, fetcher, follow
 from chiron.cli.view import bar, one_line, plain_lines, screen, sparkline, tell
-from chiron.config import ConfigError
+from chiron.config.read import ConfigError
 from chiron.gateway.status import Surroundings, status
 from live_plane_factory import WALL_S, LivePlane
 

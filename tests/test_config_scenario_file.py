@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chiron.config import ConfigError, Scenario, load_scenario, scenario_files, setups
-from chiron.config.read import keys_of
-from chiron.config.scenario import parse_scenario
+from chiron.config.build import setups
+from chiron.config.read import ConfigError, keys_of
+from chiron.config.scenario import Scenario, load_scenario, parse_scenario, scenario_files
 from chiron.config.sections import BatchJobSection, InstanceSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
 from chiron.sim.setup import ColdStart, Failures

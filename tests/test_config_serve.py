@@ -14,9 +14,8 @@ pytest.importorskip("httptools")
 pytest.importorskip("psutil")
 
 from chiron.cli.init import PLACEHOLDER, template
-from chiron.config import ConfigError
 from chiron.config.overrides import override_text
-from chiron.config.read import keys_of
+from chiron.config.read import ConfigError, keys_of
 from chiron.config.serve import DEFAULT_CLASSES, load_serve, parse_serve
 from chiron.config.serve_sections import ENGINE_NAMES, FleetSection
 from chiron.core.units import SizeError, parse_size

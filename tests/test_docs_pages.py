@@ -70,10 +70,9 @@ def test_every_relative_link_resolves(page: Path) -> None:
 def test_every_chiron_command_and_option_exists(page: Path) -> None:
     for words in commands(page.read_text(), "chiron"):
         command = typer.main.get_command(app)
-        while hasattr(command, "commands"):
-            if not words or words[0] not in command.commands:
-                break
-            command = command.commands[words.pop(0)]
+        while words and hasattr(command, "commands") and (found := command.get_command(None, words[0])) is not None:
+            command = found
+            del words[0]
         assert command.name != "chiron" or not words or words[0].isupper() or words[0].startswith("-"), words
         known = {option for parameter in command.params for option in parameter.opts} | {"--help", "-h"}
         used = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}

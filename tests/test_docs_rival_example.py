@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from chiron.config import load_scenario, setups
+from chiron.config.build import setups
+from chiron.config.scenario import load_scenario
 from chiron.policies.policy import PolicyEntry
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from chiron.config import load_scenario, setups
+from chiron.config.build import setups
+from chiron.config.scenario import load_scenario
 from chiron.fleet.model import FleetTimes
 from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.emulation import EmulatedGateway

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from chiron.cli import app
-from chiron.config import Scenario, setups
-from chiron.config.scenario import parse_scenario
+from chiron.config.build import setups
+from chiron.config.scenario import Scenario, parse_scenario
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
 from chiron.telemetry.result import Result

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from chiron.config import load_scenario, setups
+from chiron.config.build import setups
+from chiron.config.scenario import load_scenario
 from chiron.sim.run import Simulation
 
 

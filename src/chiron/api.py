@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from chiron.config import Scenario, load_scenario, scenario_files, setups
+from chiron.config.build import setups
+from chiron.config.scenario import Scenario, load_scenario, scenario_files
 from chiron.sim.bound import Bound
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Progress, Run, run_many

@@ -6,27 +6,61 @@ then is written).
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
-from chiron.cli import run
-from chiron.cli.batch import app as batch_app
-from chiron.cli.demo import demo
-from chiron.cli.doctor import doctor
-from chiron.cli.explain import explain
 from chiron.cli.group import ErrorsInALine
-from chiron.cli.init import init
-from chiron.cli.key import key
-from chiron.cli.load import load
-from chiron.cli.profile import app as profile_app
-from chiron.cli.serve import serve
-from chiron.cli.top import top
-from chiron.cli.trace import app as trace_app
+
+COMMANDS = {
+    "simulate": "chiron.cli.run:simulate",
+    "compare": "chiron.cli.run:compare",
+    "bound": "chiron.cli.run:bound",
+    "explain": "chiron.cli.explain:explain",
+    "scenarios": "chiron.cli.run:scenarios",
+    "policies": "chiron.cli.run:policies",
+    "demo": "chiron.cli.demo:demo",
+    "serve": "chiron.cli.serve:serve",
+    "init": "chiron.cli.init:init",
+    "doctor": "chiron.cli.doctor:doctor",
+    "load": "chiron.cli.load:load",
+    "top": "chiron.cli.top:top",
+    "key": "chiron.cli.key:key",
+    "batch": "chiron.cli.batch:app",
+    "trace": "chiron.cli.trace:app",
+    "profile": "chiron.cli.profile:app",
+}
+"""In the order of the help: where each command is, a function or a ``Typer`` of its own."""
+
+
+class Commands(ErrorsInALine):
+    """A command's module is imported when it is called: what it needs not, such as the simulator, costs no time."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS, *(name for name in self.commands if name not in COMMANDS)]
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        for wanted in [name] if name in COMMANDS or name in self.commands else COMMANDS:  # All, to suggest one.
+            if wanted not in self.commands:
+                self.commands[wanted] = _command(wanted)
+        return super().get_command(ctx, name)
+
+
+def _command(name: str) -> Any:
+    module, _, attribute = COMMANDS[name].partition(":")
+    found = getattr(import_module(module), attribute)
+    holder = typer.Typer(rich_markup_mode="markdown", callback=lambda: None)
+    if isinstance(found, typer.Typer):
+        holder.add_typer(found, name=name)
+    else:
+        holder.command(name)(found)
+    group: Any = typer.main.get_command(holder)
+    return group.commands[name]
+
 
 app = typer.Typer(
-    cls=ErrorsInALine,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -34,27 +68,13 @@ app = typer.Typer(
     help="SLO-aware, hierarchical autoscaling for LLM serving, and the simulator that proves it on your trace.",
     epilog="Start with: `chiron demo`, or `chiron compare demo --report report.html`",
 )
-app.command()(run.simulate)
-app.command()(run.compare)
-app.command()(run.bound)
-app.command()(explain)
-app.command()(run.scenarios)
-app.command()(run.policies)
-app.command()(demo)
-app.command()(serve)
-app.command()(init)
-app.command()(doctor)
-app.command()(load)
-app.command()(top)
-app.command()(key)
-app.add_typer(batch_app, name="batch")
-app.add_typer(trace_app, name="trace")
-app.add_typer(profile_app, name="profile")
 
 
 @app.command()
 def version() -> None:
     """Print the version."""
+    from importlib.metadata import version as installed_version
+
     typer.echo(installed_version("chiron-serving"))
 
 

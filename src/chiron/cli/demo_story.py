@@ -8,8 +8,8 @@ from string import Template
 
 from chiron.cli.extras import missing
 from chiron.cli.load_plan import scenario_plan
-from chiron.config import load_scenario
 from chiron.config.read import ConfigError
+from chiron.config.scenario import load_scenario
 from chiron.load.plan import Lengths, LoadPlan
 
 LENGTHS = Lengths(input_scale=0.1, output_scale=0.5)

@@ -10,8 +10,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from chiron.cli.story import show_moment
 from chiron.cli.view import one_line, screen, tell
+from chiron.cli.words import show_moment
 
 PERIOD_S = 0.5
 PLAIN_PERIOD_S = 5.0

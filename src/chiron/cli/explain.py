@@ -13,24 +13,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chiron.cli.story import Story, load_story, show_moment
-from chiron.config import ConfigError
-from chiron.config.read import suggest
+from chiron.cli.story import Story, load_story
+from chiron.cli.words import show_moment, words
+from chiron.config.read import ConfigError, suggest
 from chiron.core.units import DurationError, parse_duration
 from chiron.telemetry.result import DecisionPoint
 
 LISTED = 5
 """Changes that the overview lists."""
-
-REASONS = {
-    "interactive_load": "interactive work, as it comes and as forecast, needs so many instances",
-    "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
-    "load_fell": "for a while now, less has been enough",
-    "itl_below_slo": "ITL leaves room below its SLO",
-    "itl_above_slo": "ITL would exceed its SLO at that size",
-    "no_itl_slo": "nothing that runs there has an ITL SLO",
-}
-"""Sentences for reasons that need one. All others read well enough as they are logged."""
 
 
 def explain(
@@ -119,11 +109,6 @@ def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
     if len(earlier) > 1:
         yield f"  Before it: {_brief(earlier[-2])}"
     yield f"  Next: {_brief(later[0])}" if later else "  No change followed."
-
-
-def words(name: str) -> str:
-    """A reason or the name of a number as logged, in words."""
-    return REASONS.get(name, name.replace("_", " ").replace("-", " "))
 
 
 def _tell(decision: DecisionPoint, at_s: float) -> Iterator[str]:

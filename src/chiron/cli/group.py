@@ -7,14 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from chiron.config.read import ConfigError
-from chiron.core.units import DurationError
-from chiron.engines.profile import ProfileError
-from chiron.load.errors import LoadError
-from chiron.telemetry.errors import TelemetryError
-from chiron.workload.errors import WorkloadError
+from chiron.core.errors import InputError
 
-BAD_INPUT = (ConfigError, DurationError, LoadError, ProfileError, TelemetryError, WorkloadError, OSError)
 INTERRUPTED = 130
 
 
@@ -32,7 +26,7 @@ class ErrorsInALine(TyperGroup):
         except BrokenPipeError:
             # Whoever read the output has seen enough, such as head; the framework ends quietly then.
             raise
-        except BAD_INPUT as error:
+        except (InputError, OSError) as error:
             typer.echo(f"error: {in_words(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:

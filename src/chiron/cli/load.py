@@ -33,7 +33,7 @@ from chiron.cli.load_view import LoadView, print_figures
 from chiron.cli.run import INTERRUPTED, Outputs
 from chiron.cli.table import results_console
 from chiron.cli.trust import checked
-from chiron.config import ConfigError
+from chiron.config.read import ConfigError
 from chiron.load.body import BodySettings
 from chiron.load.errors import StoppedError
 from chiron.load.plan import Lengths, LoadPlan

@@ -10,9 +10,9 @@ from math import inf
 from typing import Any
 
 from chiron.cli.durations import seconds_of
-from chiron.config import ConfigError, load_scenario
 from chiron.config.build import workload_of
-from chiron.config.read import read_record, suggest
+from chiron.config.read import ConfigError, read_record, suggest
+from chiron.config.scenario import load_scenario
 from chiron.core.types import RequestClass
 from chiron.load.plan import BATCH_AS, JobKey, Lengths, LoadPlan, make_plan, mixed
 from chiron.workload.generate import KINDS, Arrivals, generate

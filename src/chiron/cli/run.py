@@ -20,8 +20,9 @@ from rich.table import Table
 
 from chiron.cli.durations import seconds_of
 from chiron.cli.table import print_results, results_console
-from chiron.config import ConfigError, Scenario, load_scenario, scenario_files, setups
-from chiron.config.build import policy_rows
+from chiron.config.build import policy_rows, setups
+from chiron.config.read import ConfigError
+from chiron.config.scenario import Scenario, load_scenario, scenario_files
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Done, Run, run_many
 from chiron.sim.setup import Setup

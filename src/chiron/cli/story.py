@@ -11,6 +11,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
+from chiron.cli.words import show_moment
 from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.result import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
@@ -39,13 +40,6 @@ class Story:
 def load_story(path: Path) -> Story:
     """From a file that ``--save`` or ``--events`` wrote. Raises LogError, StoreError or OSError."""
     return _of_result(path) if zipfile.is_zipfile(path) else _of_log(path)
-
-
-def show_moment(t_s: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, seconds = divmod(round(t_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _of_result(path: Path) -> Story:

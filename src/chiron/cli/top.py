@@ -19,7 +19,7 @@ from rich.live import Live
 
 from chiron.cli.trust import trust_hint, trusting
 from chiron.cli.view import Status, one_line, render
-from chiron.config import ConfigError
+from chiron.config.read import ConfigError
 from chiron.net.reasons import reason_of
 
 PATH = "/chiron/status"

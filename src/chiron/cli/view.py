@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from chiron.cli.explain import words
-from chiron.cli.story import show_moment
+from chiron.cli.words import show_moment, words
 
 Status = Mapping[str, Any]
 

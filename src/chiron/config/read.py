@@ -25,12 +25,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from chiron.core.errors import InputError
 from chiron.core.units import DurationError, SizeError, parse_duration, parse_size
 
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A scenario or a serve config cannot be used. The message names the path, the value and what is allowed."""
 
 

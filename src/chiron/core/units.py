@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from math import isfinite
 
+from chiron.core.errors import InputError
+
 SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 ALLOWED = "a number of seconds, or numbers with the units ms, s, m, h, d from large to small, such as 45s, 10m, 1h30m"
 
@@ -24,7 +26,7 @@ class SizeError(ValueError):
     """The text is not a size. The message says what is allowed."""
 
 
-class DurationError(ValueError):
+class DurationError(InputError):
     """The text is not a duration. The message says what is allowed."""
 
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
+from chiron.core.errors import InputError
 
-class ProfileError(ValueError):
+
+class ProfileError(InputError):
     """A profile, its file or the data to fit it is unusable. The message names the field, value, what is allowed."""
 
 

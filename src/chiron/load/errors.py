@@ -1,6 +1,6 @@
 """What can be wrong with a load run, as one tree::
 
-LoadError(ValueError)
+LoadError(InputError)
 ├── PlanError      a setting or a request stream that cannot be sent
 ├── TargetError    the server is not there, or does not answer as an OpenAI endpoint does
 └── StoppedError   asked to stop before the first request was sent
@@ -8,8 +8,10 @@ LoadError(ValueError)
 
 from __future__ import annotations
 
+from chiron.core.errors import InputError
 
-class LoadError(ValueError):
+
+class LoadError(InputError):
     """The message names the setting or the server, the value, and what is allowed."""
 
 

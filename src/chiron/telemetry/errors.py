@@ -1,6 +1,6 @@
 """What can be wrong with results, as one tree::
 
-TelemetryError(ValueError)
+TelemetryError(InputError)
 ├── ExtraError      an optional package is not installed
 ├── LogError        a file that is no event log
 ├── ReportError     results that cannot be reported together
@@ -13,8 +13,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from chiron.core.errors import InputError
 
-class TelemetryError(ValueError):
+
+class TelemetryError(InputError):
     """Bad input to a function of this package."""
 
 

@@ -9,8 +9,10 @@ WorkloadError
 
 from __future__ import annotations
 
+from chiron.core.errors import InputError
 
-class WorkloadError(ValueError):
+
+class WorkloadError(InputError):
     """The message names the file, line or field, the value, and what is allowed."""
 
 
