@@ -20,6 +20,7 @@ def bench(tmp_path: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
     return figures
 
 
+@pytest.mark.slow
 def test_the_bench_finishes_every_request(tmp_path: Path) -> None:
     figures = bench(tmp_path, "--quick")
     assert set(figures) == {"fleet", "scaling", "million"}

@@ -94,6 +94,7 @@ def test_an_upload_that_is_cut_leaves_nothing(site: FaultSite) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_gateway_killed_during_uploads_validation_and_download_loses_nothing(tmp_path: Path) -> None:
     many = jsonl(item(f"c{i}", 1) for i in range(16_000))
 
