@@ -1,5 +1,8 @@
 # Needs Python 3.11 or later with venv, and make. Everything else comes from the pinned lock files.
 
+# Hundreds of short processes run here: each would compile all it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV ?= .venv
 OUT ?= out
 BIN := $(VENV)/bin
@@ -46,7 +49,7 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 	@echo "Report: $(OUT)/report.html    Figures: $(OUT)/figures    Numbers: $(OUT)/results.json"
 
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
-	@$(BIN)/python -m pytest -n 2 -m "not slow"
+	@$(BIN)/python -m pytest -n 3 -m "not slow"
 
 test-slow: $(VENV)/.dev ## The slow tests only; those that load the whole machine one at a time (ten minutes)
 	@$(BIN)/python -m pytest -n 2 -m "slow and not alone"
