@@ -306,6 +306,11 @@ def on_a_terminal(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], in
     """``chiron serve`` as the leader of a terminal's session; process, the terminal's other side, URL."""
     (directory / "chiron.toml").write_text(CONFIG)
     ours, theirs = pty.openpty()
+
+    def lead() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # These tests may themselves run under nohup.
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, "-c", "from chiron.cli import main; main()", "serve"],
         cwd=directory,
@@ -313,7 +318,7 @@ def on_a_terminal(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], in
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=lead,
     )
     os.close(theirs)
     try:

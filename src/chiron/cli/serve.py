@@ -225,6 +225,8 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
+            if stopped_by:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(supervised())
