@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
+from fuzz_checks import not_for_forms
 from gateway_site import ApiSite
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -27,7 +28,7 @@ def fuzz(site: ApiSite, mode: Any, examples: int) -> list[str]:
             suppress_health_check=list(HealthCheck),
         )
         def run(case: Any) -> None:
-            case.call_and_validate()
+            case.call_and_validate(**not_for_forms(case.operation))
 
         if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.query:
             run()

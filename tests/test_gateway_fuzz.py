@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from edge_site import ask, chat, edge_site
 from fault_site import FaultSite
+from fuzz_checks import not_for_forms
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -54,7 +55,7 @@ def fuzz(site: FaultSite, mode: Any, examples: int) -> list[str]:
 
 
 def try_out(operation: Any, mode: Any, examples: int) -> None:
-    options = {"checks": hot_checks()} if operation.path in HOT else {}
+    options = {"checks": hot_checks()} if operation.path in HOT else not_for_forms(operation)
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
