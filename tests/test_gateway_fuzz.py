@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from edge_site import ask, chat, edge_site
 from fault_site import FaultSite
-from fuzz_checks import not_for_forms
+from fuzz_checks import options_for
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -55,7 +55,7 @@ def fuzz(site: FaultSite, mode: Any, examples: int) -> list[str]:
 
 
 def try_out(operation: Any, mode: Any, examples: int) -> None:
-    options = {"checks": hot_checks()} if operation.path in HOT else not_for_forms(operation)
+    options = {"checks": hot_checks()} if operation.path in HOT else options_for(operation)
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
