@@ -53,7 +53,7 @@ RESULT = "result.chiron"
 GC_THRESHOLD = 50_000
 """Allocations between collections of the youngest generation: requests are freed by counting references."""
 SWITCH_INTERVAL_S = 0.0005
-"""How long a thread that computes (validation, sorting) may keep the loop waiting."""
+"""How long a thread that computes (validation of a job's lines) may keep the loop waiting."""
 
 
 class Service:
