@@ -78,6 +78,7 @@ def report_html(
         headline=headline(judged, seen),
         notes="".join(f"<li>{escape(line)}</li>" for line in (*judged.notes, *notes)),
         table=table(judged, seen, target=target, bound=bound),
+        missed=missed(first),
         command=escape(command or rerun(results)),
         scenario_text=escape(first.scenario_text.strip() or "(no scenario file: made with the Python API)"),
         settings="".join(settings_of(p.results[0]) for p in judged.ranking),
@@ -182,6 +183,16 @@ def subtitle(results: Sequence[Result]) -> str:
 def seeds_of(results: Sequence[Result]) -> list[int]:
     """In order; none of live runs."""
     return sorted({r.seed for r in results if r.seed is not None})
+
+
+def missed(result: Result) -> str:
+    """What attainment counts as missed besides what was late."""
+    if result.seed is None:
+        return (
+            ", and counts rejected and failed requests as missed; those that a client broke off, or that are open"
+            " still, only if a promise was broken by then"
+        )
+    return ", and counts rejected, failed, cancelled and unfinished requests as missed"
 
 
 def span(seconds: float) -> str:

@@ -71,8 +71,7 @@ def columns_of(runs: Sequence[PolicyRuns], target: float) -> list[Column]:
         *(
             Column(
                 title=f"{c.name} in SLO",
-                help="Share of all requests of the class that met TTFT, ITL and deadline. Live: but for those that a"
-                " client broke off or that are still open, while no promise was broken.",
+                help="Share of the class's requests that met TTFT, ITL and deadline.",
                 read=lambda p, name=c.name: p.stat("attainment", name),  # type: ignore[misc]
                 show=percent,
                 target=target,
