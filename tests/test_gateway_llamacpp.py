@@ -46,8 +46,10 @@ def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
             learner = service.plane.models["toy"].learner
             done = False
             tokens: list[int] = []
+            streams = 0
 
             async def client(way: str) -> None:
+                nonlocal streams
                 while not done:
                     chat: dict[str, Any] = {
                         "model": "toy",
@@ -57,6 +59,7 @@ def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
                     if way == "stream":
                         stream = await Stream(origin, CHAT, chat | {"ignore_eos": True}).end()
                         assert stream.complete
+                        streams += 1
                     else:
                         tier = {"service_tier": "flex"} if way == "flex" else {}
                         answer = await ask(service.url, CHAT, **{**chat, **tier})
@@ -72,12 +75,13 @@ def test_streams_pieces_and_batch_work_share_it(tmp_path: Path) -> None:
             assert all(count == 80 for count in tokens)
             assert not engine.runs
             assert engine.observer.inside == engine.observer.decoding == engine.observer.held_tokens == 0
-            # Its own count of decode calls, which the control plane does not read, agrees with what was seen (within
-            # 4 %, on a busy machine too; steps of a millisecond on a busy one look up to twice as long from outside).
+            # Its own count of decode calls, which the control plane does not read, beside what was seen: within 4 %,
+            # unless the machine stalls between a step and the clock. Tokens taken for steps would be twice as many.
             idle_s = service.clock.now_s
             await until(lambda: instance.sample and instance.sample.taken_s > idle_s + 0.5, "a look at it at rest")
             assert instance.sample is not None
-            assert instance.sample.steps == pytest.approx(engine.metrics["steps"], rel=0.15)
+            assert 0.6 < instance.sample.steps / engine.metrics["steps"] < 1.6
+            assert 0.6 < instance.sample.decode_tokens / (79 * (streams + len(tokens))) < 1.6
             assert learner.mixes["chat"].output_mean < 200.0
 
     asyncio.run(body())
