@@ -19,6 +19,8 @@ log = logging.getLogger("chiron.scrape")
 
 METRICS_MAX_BYTES = 4 * 1024 * 1024
 TIMEOUT_MAX_S = 2.0
+LATE = 0.25
+"""Share of a period by which a round is late that was held up."""
 
 
 class Scraper:
@@ -40,6 +42,8 @@ class Scraper:
         self._period_s = period_s
         self._capacity_told = capacity_told
         self._round: asyncio.Task[None] | None = None
+        self._settled_s = 0.0
+        self._settling = False
 
     def begin(self) -> None:
         """Posted: the first round one period from now."""
@@ -47,8 +51,20 @@ class Scraper:
 
     def _due(self) -> None:
         self._clock.call_later(self._period_s, self._due)
+        if self._settles(self._clock.elapsed_s()):
+            return
         if self._round is None or self._round.done():
             self._round = asyncio.get_running_loop().create_task(self._scrape())
+
+    def _settles(self, now_s: float) -> bool:
+        """Whether this look is better left out: the gateway was held up, and what engines sent meanwhile is still to
+        be read. Between this look and the next they would seem to have been slow, and then many times too fast."""
+        if now_s >= self._settled_s:
+            late = now_s - self._clock.now_s > LATE * self._period_s
+            self._settling = late and not self._settling  # A gateway that is always late looks every other time.
+            if self._settling:
+                self._settled_s = now_s + LATE * self._period_s
+        return now_s < self._settled_s
 
     async def _scrape(self) -> None:
         engines = list(self._engines.values())
