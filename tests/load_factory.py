@@ -19,7 +19,12 @@ FLEX = RequestClass(name="flex", kind="batch", deadline_s=60.0)
 
 
 def workload(
-    arrival_s: Sequence[float], *, model: str = "m", tokens: int = 4, cls: int | Sequence[int] = 0
+    arrival_s: Sequence[float],
+    *,
+    model: str = "m",
+    tokens: int = 4,
+    cls: int | Sequence[int] = 0,
+    chat: RequestClass = CHAT,
 ) -> Workload:
     count = len(arrival_s)
     classes = np.broadcast_to(np.array(cls, dtype=np.int64), count).copy()
@@ -32,7 +37,7 @@ def workload(
         cls=classes,
         deadline_s=arrivals + np.array([inf, 60.0])[classes],
         models=(model,),
-        classes=(CHAT, FLEX),
+        classes=(chat, FLEX),
     )
 
 

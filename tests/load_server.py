@@ -21,9 +21,11 @@ EVENTS = [(b"content-type", b"text/event-stream")]
 class Endpoint:
     """One token each ``gap_s`` after ``ttft_s``; four bytes are a token, and the template adds ten."""
 
-    def __init__(self, *, ttft_s: float = 0.0, gap_s: float = 0.0, spoil: str = "") -> None:
+    def __init__(self, *, ttft_s: float = 0.0, gap_s: float = 0.0, spoil: str = "", holds: bool = False) -> None:
         self.ttft_s = ttft_s
         self.gap_s = gap_s
+        self.holds = holds
+        """Streams begin only once they are released."""
         self.spoil = spoil
         """What is wrong with batches: ``doubled``, ``missing``, ``failed``, ``stuck``; ``absent``: no batch API."""
         self.url = ""
@@ -31,8 +33,21 @@ class Endpoint:
         self.headers: list[dict[bytes, bytes]] = []
         self.left = 0
         """Streams whose client went away."""
+        self.loop: asyncio.AbstractEventLoop
+        """That it is served on."""
+        self._streams: list[_Stream] = []
+        self._released = 0
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
+
+    def release(self, count: int) -> None:
+        """Let the first so many streams begin; from any thread, and no harm if they have begun."""
+        self.loop.call_soon_threadsafe(self._release, count)
+
+    def _release(self, count: int) -> None:
+        begin, self._released = self._released, max(self._released, count)
+        for stream in self._streams[begin : self._released]:
+            self.loop.call_later(self.ttft_s, stream.step)
 
     def handle(self, incoming: Incoming) -> None:
         if incoming.path.endswith("completions"):
@@ -56,7 +71,7 @@ class Endpoint:
     def _generate(self, incoming: Incoming, body: dict[str, Any]) -> None:
         self.bodies.append(body)
         self.headers.append(dict(incoming.headers))
-        model, loop = body["model"], asyncio.get_running_loop()
+        model = body["model"]
         if model.isdigit() and len(self.bodies) > 2:  # The probes are answered.
             error = {"error": {"message": "too much", "type": "rate_limit_error", "code": "busy"}}
             incoming.respond(int(model), json.dumps(error).encode())
@@ -67,8 +82,9 @@ class Endpoint:
         elif not body.get("stream") or model == "whole":
             incoming.respond(200, json.dumps(answer(body)).encode())
         else:
-            stream = _Stream(self, incoming, body)
-            loop.call_later(self.ttft_s, stream.step)
+            self._streams.append(stream := _Stream(self, incoming, body))
+            if not self.holds or len(self._streams) <= self._released:
+                self.loop.call_later(self.ttft_s, stream.step)
 
     def _upload(self, incoming: Incoming) -> None:
         head = b"content-type: " + (incoming.header(b"content-type") or b"") + b"\r\n\r\n"
@@ -148,7 +164,7 @@ class _Stream:
         piece = {"delta": {"content": "word "}} if self._chat else {"text": "word "}
         self._say({"choices": [{"index": 0, **piece, "finish_reason": None if self._left else "length"}]})
         if self._left:
-            asyncio.get_running_loop().call_later(self._endpoint.gap_s, self.step)
+            self._endpoint.loop.call_later(self._endpoint.gap_s, self.step)
             return
         if model != "uncounted":
             self._say({"choices": [], "usage": usage(self._body)})
@@ -176,7 +192,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def running(endpoint: Endpoint) -> Iterator[Endpoint]:
     """Serve from a thread of its own, on a free port."""
-    loop = asyncio.new_event_loop()
+    loop = endpoint.loop = asyncio.new_event_loop()
     server = loop.run_until_complete(serve(endpoint.handle, limits=ServerLimits(body_max_bytes=64 << 20)))
     endpoint.url = f"http://127.0.0.1:{server.port}"
     thread = threading.Thread(target=loop.run_forever)

@@ -51,7 +51,7 @@ def call(*words: object) -> Result:
 def test_a_run_prints_a_table_and_writes_json_report_and_result(tmp_path: Path) -> None:
     with running(Endpoint()) as endpoint:
         words = ["--url", f"{endpoint.url}/v1", "--model", "m", "--rate", 20, "--duration", "1s", "--key", "s3cret"]
-        words += ["--class-mix", "chat=0.5,flex=0.5", "--class", "chat=ttft:3s", "--output-tokens", 5]
+        words += ["--class-mix", "chat=0.5,flex=0.5", "--class", "chat=ttft:60s", "--output-tokens", 1]
         files = {"--json": tmp_path / "r.json", "--report": tmp_path / "r.html", "--save": tmp_path / "r.chiron"}
         done = call(*words, *(word for pair in files.items() for word in pair))
     assert done.exit_code == 0, done.output
@@ -61,7 +61,7 @@ def test_a_run_prints_a_table_and_writes_json_report_and_result(tmp_path: Path) 
     assert made["summary"]["gpu_hours"] is None
     saved = load_result(files["--save"])
     assert saved.settings["digest"] == made["load"]["digest"]
-    assert [cls.ttft_s for cls in saved.classes] == [3.0, float("inf")]
+    assert [cls.ttft_s for cls in saved.classes] == [60.0, float("inf")]
     assert saved.classes[0].itl_s == 0.1  # The default of a known class stays.
     page = files["--report"].read_text()
     assert "attains at least 99 % in every class." in page
@@ -176,11 +176,11 @@ def interrupted(endpoint: Endpoint, requests: int, *words: str) -> tuple[int, by
     command = [sys.executable, "-c", "from chiron.cli import main; main()", "load", "--url", endpoint.url, *words]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        until_s = monotonic() + 20
+        until_s = monotonic() + 60
         while len(endpoint.bodies) < requests and monotonic() < until_s:
             sleep(0.02)
         os.kill(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=60)
     finally:
         child.kill()
         child.wait()
@@ -213,5 +213,6 @@ def test_ctrl_c_ends_a_run_whose_server_does_not_answer_the_probes() -> None:
     with running(Endpoint()) as endpoint:
         code, out, err = interrupted(endpoint, 1, "-m", "silent", "--rate", "5")
     assert (code, out) == (130, b""), err
-    assert b"nothing was measured" in err
-    assert len(err.splitlines()) == 1
+    *told, last = err.splitlines()
+    assert b"nothing was measured" in last
+    assert all(line.startswith(b"waiting for") for line in told), "it says so after a while"

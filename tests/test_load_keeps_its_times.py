@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf
 from time import monotonic, sleep
 from typing import Any
 
@@ -13,37 +16,43 @@ from chiron.load.errors import TargetError
 from chiron.load.record import Progress
 from chiron.load.result import figures, result_of
 from chiron.load.run import LoadRun, run_load
-from load_factory import plan_of, settings_of
+from load_factory import CHAT, plan_of, settings_of
 from load_server import Endpoint, running
 
 
-def run(endpoint: Endpoint, arrival_s: Any, *, stop_when: tuple[int, int] | None = None, **changes: Any) -> LoadRun:
-    """One run against a running endpoint; it is stopped once ``stop_when`` requests are sent and done."""
-    split = {key: changes.pop(key) for key in ("model", "tokens", "cls", "jobs") if key in changes}
+def run(
+    endpoint: Endpoint, arrival_s: Any, *, look: Callable[[Progress, asyncio.Event], None] | None = None, **changes: Any
+) -> LoadRun:
+    """One run against a running endpoint; ``look`` sees its progress, and may set its stop."""
+    split = {key: changes.pop(key) for key in ("model", "tokens", "cls", "jobs", "chat") if key in changes}
 
     async def main() -> LoadRun:
         stop = asyncio.Event()
 
-        def look(progress: Progress) -> None:
-            if stop_when is not None and progress.sent >= stop_when[0] and progress.done >= stop_when[1]:
-                stop.set()
+        def progress(seen: Progress) -> None:
+            if look is not None:
+                look(seen, stop)
 
         plan, settings = plan_of(arrival_s, **split), settings_of(endpoint.url, **changes)
-        return await run_load(plan, settings, stop=stop, progress=look, progress_period_s=0.02)
+        return await run_load(plan, settings, stop=stop, progress=progress, progress_period_s=0.02)
 
     return asyncio.run(main())
 
 
 def test_requests_leave_on_time_while_every_answer_is_still_awaited() -> None:
     arrivals = np.arange(20) * 0.01
-    with running(Endpoint(ttft_s=0.5)) as endpoint:
-        done = run(endpoint, arrivals)
+
+    def look(progress: Progress, _: asyncio.Event) -> None:
+        if progress.running == 20:
+            endpoint.release(20)
+
+    # A closed loop would wait for an answer before it has sent them all, and time out.
+    with running(Endpoint(holds=True)) as endpoint:
+        done = run(endpoint, arrivals, look=look, request_timeout_s=30.0)
     assert done.record.sent == 20
-    # A closed loop of any small size would still be sending when the first answer comes.
-    assert done.record.sent_s.max() < done.record.first_s.min()
     assert (done.record.sent_s >= arrivals).all()
     table = result_of(done, "load").requests
-    assert (table.ttft_s() >= 0.49).all()
+    assert (table.ttft_s() >= done.record.sent_s.max() - arrivals).all()
     assert (table.outcome == 0).all()
 
 
@@ -57,8 +66,13 @@ def test_latency_counts_from_when_a_request_was_due_and_lateness_is_reported() -
 
 
 def test_what_is_due_beyond_the_limit_in_flight_is_not_sent_and_said_loudly() -> None:
-    with running(Endpoint(ttft_s=0.4)) as endpoint:
-        done = run(endpoint, np.arange(10) * 0.01, in_flight_max=3)
+    def look(progress: Progress, _: asyncio.Event) -> None:
+        if progress.not_sent == 7:
+            endpoint.release(3)
+
+    patient = replace(CHAT, ttft_s=60.0, itl_s=inf)
+    with running(Endpoint(holds=True)) as endpoint:
+        done = run(endpoint, np.arange(10) * 0.01, look=look, chat=patient, in_flight_max=3)
         assert len(endpoint.bodies) == 3 + 2  # two probes
     said = figures(done)
     assert (said["sent"], said["not_sent"], said["errors"]) == (3, 7, {"not sent": 7})
@@ -69,8 +83,8 @@ def test_what_is_due_beyond_the_limit_in_flight_is_not_sent_and_said_loudly() ->
 
 def test_a_request_without_an_end_times_out_and_its_connection_is_closed() -> None:
     with running(Endpoint(gap_s=60.0)) as endpoint:
-        done = run(endpoint, [0.0, 0.1], request_timeout_s=0.3)
-        until_s = monotonic() + 5
+        done = run(endpoint, [0.0, 0.1], request_timeout_s=2.0)
+        until_s = monotonic() + 60
         while endpoint.left < 2 and monotonic() < until_s:
             sleep(0.01)
         assert endpoint.left == 2
@@ -78,15 +92,22 @@ def test_a_request_without_an_end_times_out_and_its_connection_is_closed() -> No
     assert (done.record.first_s >= 0).all()  # The first token was seen.
 
 
-def test_a_stop_sends_nothing_more_waits_for_the_grace_and_reports_what_was_done() -> None:
-    with running(Endpoint(gap_s=0.4)) as endpoint:
-        # Each takes 0.8 s. Stopped at 1.0 s: the first is over, the second ends in the grace, the third does not.
-        done = run(endpoint, [0.0, 0.6, 1.0, 9.0, 9.0], tokens=3, stop_when=(3, 1), grace_s=0.6)
+@pytest.mark.parametrize(("grace_s", "answered"), [(60.0, 3), (0.1, 1)])
+def test_a_stop_sends_nothing_more_waits_for_the_grace_and_reports_what_was_done(grace_s: float, answered: int) -> None:
+    """The first of three is over at the stop; the others end in the grace, or not at all."""
+
+    def look(progress: Progress, stop: asyncio.Event) -> None:
+        endpoint.release(answered if progress.stopping else 1)
+        if (progress.sent, progress.done) == (3, 1):
+            stop.set()
+
+    with running(Endpoint(holds=True)) as endpoint:
+        done = run(endpoint, [0.0, 0.1, 0.1, 3600.0, 3600.0], look=look, grace_s=grace_s, request_timeout_s=30.0)
         assert len(endpoint.bodies) == 3 + 2
     said = figures(done)
     assert done.stopped
-    assert said["classes"]["chat"]["finished"] == 2
-    assert said["classes"]["chat"]["cancelled"] == 1
+    assert said["classes"]["chat"]["finished"] == answered
+    assert said["classes"]["chat"]["cancelled"] == 3 - answered
     assert said["attempted"] == 3
     assert "stopped early; 2 of 5 requests were never due and are left out" in said["warnings"][-1]
     assert result_of(done, "load").summary["requests"] == 3
