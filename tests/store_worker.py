@@ -1,5 +1,7 @@
-"""A process that works on a store until it is killed: ``python store_worker.py DIRECTORY ACKNOWLEDGED SEED BATCHES``.
+"""A process that works on a store: ``python store_worker.py DIRECTORY ACKNOWLEDGED SEED BATCHES KILL_AFTER_S``.
 
+The kernel kills it once it has used so much CPU time after opening the store (0: never), which a busy machine does not
+change.
 It uploads and submits batches, validates, leases, finishes and releases, all at once, and writes down what the store
 has acknowledged: one line per batch and per result, after the call has returned.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,11 +25,11 @@ from store_contract import LIMITS, MODEL, check, keys, lines_of
 ITEMS = 1200
 
 
-async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> None:
+async def work(directory: Path, acknowledged: TextIO, seed: str, count: int, kill_after_s: float) -> None:
     random = Random(seed)
     store = SqliteStore(directory, wall=time.time, settings=StoreSettings(reserve_bytes=0))
     await store.open()
-    print("open", flush=True)
+    signal.setitimer(signal.ITIMER_PROF, kill_after_s)  # Nobody handles its signal.
 
     def note(*words: object) -> None:
         acknowledged.write(" ".join(map(str, words)) + "\n")
@@ -86,4 +89,4 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int) -> 
 
 if __name__ == "__main__":
     with open(sys.argv[2], "a") as opened:
-        asyncio.run(work(Path(sys.argv[1]), opened, sys.argv[3], int(sys.argv[4])))
+        asyncio.run(work(Path(sys.argv[1]), opened, sys.argv[3], int(sys.argv[4]), float(sys.argv[5])))

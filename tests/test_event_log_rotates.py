@@ -39,7 +39,7 @@ def write_all(log: EventWriter, first: int, count: int) -> None:
         log.write({"t": float(number), "event": "arrival", "request": number})
 
 
-def wait_until(true: Any, limit_s: float = 5.0) -> None:
+def wait_until(true: Any, limit_s: float = 60.0) -> None:
     end_s = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < end_s, "it never became true"
@@ -143,7 +143,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from chiron.gateway.event_writer import EventLogSettings, EventWriter
-log = EventWriter(EventLogSettings(path=Path(sys.argv[1]), flush_s=0.01, rotate_bytes=65536), wall_origin_s=0.0)
+settings = EventLogSettings(path=Path(sys.argv[1]), flush_s=0.01, rotate_bytes=65536, queue_max=10**7)
+log = EventWriter(settings, wall_origin_s=0.0)
 number = 0
 while True:
     log.write({"t": float(number), "event": "arrival", "request": number})
