@@ -15,10 +15,24 @@ from typing import Any
 import pytest
 
 from chiron.net.client import NetError, Origin
-from fault_site import FORM, Answer, Api, FaultSite, chat, config, form, item, jsonl, started_engines, wait_for
+from edge_site import ask
+from fault_site import (
+    FORM,
+    START_TIMEOUT_S,
+    Answer,
+    Api,
+    FaultSite,
+    chat,
+    config,
+    form,
+    item,
+    jsonl,
+    started_engines,
+    wait_for,
+)
 
 SLOW_ITEM = 2000
-"""Tokens that take a while."""
+"""Tokens that take more than four seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
     """A gateway that stays up, for tests that do not kill it."""
     directory = tmp_path_factory.mktemp("site")
     with FaultSite(directory, config(started_engines(directory, max_instances=1))) as running:
+        wait_for(lambda: ask(running.url + "/ready").status == 200, "its engine is ready", START_TIMEOUT_S)
         yield running
 
 
@@ -162,7 +177,7 @@ def test_what_is_done_at_the_deadline_is_kept(site: FaultSite) -> None:
     async def run() -> None:
         async with Api(site.url) as api:
             lines = [item(f"c{i}", 5 if i < 10 else SLOW_ITEM) for i in range(60)]
-            batch = await reach(api, await api.submit(lines, "2s"), is_in("expired"))
+            batch = await reach(api, await api.submit(lines, "5s"), is_in("expired"))
             output, errors = await both_files(api, batch)
             assert len(output) >= 10
             assert {line["error"]["code"] for line in errors} == {"batch_expired"}

@@ -16,7 +16,7 @@ import pytest
 
 from fault_site import ENGINE, Answer, Api, FaultSite, chat, config, free_port, item, started_engines, wait_for
 
-QUICK = '[limits]\nengine_stall = "1s"'
+QUICK = '[limits]\nengine_stall = "3s"'
 
 
 async def ended(api: Api, batch_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def test_poison_that_kills_or_stalls_its_engine_fails_alone_too(tmp_path: Path) 
     model = started_engines(tmp_path, min_instances=2, max_instances=2)
     with FaultSite(tmp_path, config(model, extra=QUICK)) as site:
         reasons = asyncio.run(poison(site, marks, 60))
-        assert "the engine sent nothing for 1 s" in reasons["<hang>"]
+        assert "the engine sent nothing for 3 s" in reasons["<hang>"]
         assert "Given up after 2 attempts" in reasons["<die>"]
         check_tries(site, marks)
 
@@ -135,12 +135,11 @@ def test_an_engine_that_always_refuses_beside_a_good_one_is_not_noticed(tmp_path
 def test_a_request_that_its_engine_forgets_is_tried_elsewhere_and_then_told_so(tmp_path: Path) -> None:
     async def run(site: FaultSite) -> None:
         async with Api(site.url) as api:
-            began_s = time.monotonic()
-            (forgotten, fine) = await talk(api, chat("<hang>"), chat("fine", tokens=100))
+            # What comes in one piece is never held for stalled, however slow its engine.
+            (forgotten, fine) = await talk(api, chat("<hang>"), chat("fine", tokens=100, stream=False))
             assert fine.verdict == "complete"
             assert (forgotten.verdict, forgotten.status) == ("refused", 504)
             assert b"did not answer in time" in forgotten.text
-            assert time.monotonic() - began_s < 20.0
 
     extra = '[limits]\nengine_stall = "200ms"'
     with FaultSite(tmp_path, config(started_engines(tmp_path), extra=extra)) as site:
@@ -220,7 +219,7 @@ def test_sigterm_lets_what_runs_end_and_a_batch_goes_on_later(tmp_path: Path) ->
             site.process.send_signal(signal.SIGTERM)
             assert {await answer.end() for answer in running} == {"complete"}
             await kept.origin.close()
-            assert await asyncio.to_thread(site.process.wait, 20) == 0
+            assert await asyncio.to_thread(site.process.wait, 60) == 0
             return batch_id
 
     async def go_on(site: FaultSite, batch_id: str) -> None:

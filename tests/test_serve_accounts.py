@@ -37,7 +37,7 @@ async def story(site: FaultSite) -> tuple[list[Answer], dict[tuple[str, ...], fl
     """Chat that evicts batch work, an engine killed in the middle, and clients that leave."""
     async with Api(site.url) as api:
         await until(lambda status: ready(status) == 2, api, "two are ready")
-        await api.submit([item(f"c{i}", tokens=60) for i in range(ITEMS)])
+        await api.submit([item(f"c{i}", tokens=200) for i in range(ITEMS)])
         await until(lambda s: sum(i["running_batch"] for i in s["models"][0]["instances"]) > 8, api, "batch work runs")
         answers = await send(api, per_s=30.0, for_s=2.0, tokens=30)
         pid = await until(lambda s: s["models"][0]["instances"][0]["pid"], api, "an engine's pid is known")
