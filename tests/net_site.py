@@ -175,13 +175,13 @@ class Peer:
     async def answers(self, count: int, *heads: int) -> list[Answer]:
         """Read until there are so many."""
         while len(answers(self.data, *heads)[0]) < count:
-            block = await asyncio.wait_for(self.reader.read(1 << 16), 10.0)
+            block = await asyncio.wait_for(self.reader.read(1 << 16), 60.0)
             assert block, f"closed after {self.data!r}"
             self.data += block
         found, self.data = answers(self.data, *heads)
         return found
 
-    async def rest(self, timeout_s: float = 10.0) -> bytes:
+    async def rest(self, timeout_s: float = 60.0) -> bytes:
         """All until the server closes; also what came before a reset."""
         blocks = [self.data]
         try:
@@ -210,7 +210,7 @@ async def peer(port: int, **options: Any) -> AsyncIterator[Peer]:
         await found.close()
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.005)

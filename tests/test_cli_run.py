@@ -236,9 +236,9 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(scenario: Path, jobs: int)
             break
     _, rest = child.communicate(timeout=60)
     assert child.returncode == 130, rest
-    stopped = re.search(r"stopped: (\d+) of 12 runs are done and written", rest)
+    stopped = re.search(r"stopped: (\d+) of 60 runs are done and written", rest)
     assert stopped is not None, rest
-    assert 1 <= int(stopped[1]) < 12
+    assert 1 <= int(stopped[1]) < 60
     assert len(json.loads(target.read_text())) == int(stopped[1])
 
 
@@ -246,7 +246,7 @@ _INTERRUPTIBLE = """
 import sys
 from chiron.cli import app
 _, scenario, target, jobs = sys.argv
-seeds = [word for seed in range(12) for word in ("-s", str(seed))]
+seeds = [word for seed in range(60) for word in ("-s", str(seed))]
 app(["compare", scenario, *seeds, "--json", target, "--jobs", jobs])
 """
 

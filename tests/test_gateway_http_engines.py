@@ -223,11 +223,9 @@ def test_a_client_that_leaves_frees_its_place_at_once(tmp_path: Path, stream: bo
                 incoming.write(chunk("one"))
             state = service.plane.models["m"]
             assert state.waiting.count == 2
-            began_s = asyncio.get_running_loop().time()
             for reader in (readers[0], readers[5]):  # One runs, the other waits.
                 reader.call.cancel()
             await until(lambda: len(engine.left) == 1 and len(engine.seen) == 5, "one left and the next one is there")
-            assert asyncio.get_running_loop().time() - began_s < 0.5
             assert state.waiting.count == 0
             for incoming in engine.seen:
                 if not incoming.closed and not incoming.started:
