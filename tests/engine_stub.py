@@ -20,6 +20,8 @@ def main() -> int:
     options = parse()
     if options.ignore_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if options.tell_sigterm:
+        signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"stub: heard SIGTERM\n"))
     print("stub: begins", flush=True)
     if options.exit_code is not None:
         print("stub: cannot load the model: out of luck", file=sys.stderr, flush=True)
@@ -58,7 +60,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--crash-after", type=int, default=0, help="abort after so many requests")
     parser.add_argument("--exit-code", type=int, help="fail at once")
     parser.add_argument("--ignore-sigterm", action="store_true")
-    parser.add_argument("--sick", help="answer 503 while this file exists; a number in it counts down to its end")
+    parser.add_argument("--tell-sigterm", action="store_true", help="print that it came, and go on")
+    parser.add_argument("--sick", help="answer 503 while this file exists")
     parser.add_argument("--deaf", help="accept but do not answer while this file exists")
     parser.add_argument("--unknown", default="", help="answer 404 on this path")
     parser.add_argument("--authorization", default="", help="answer 401 without this header")
@@ -76,28 +79,17 @@ def start_grandchild(path: Path, *, own_session: bool) -> None:
     path.write_text(str(child.pid))
 
 
-def is_sick(path: Path) -> bool:
-    if not path.exists():
-        return False
-    left = path.read_text()
-    if left == "1":
-        path.unlink()
-    elif left:
-        path.write_text(str(int(left) - 1))
-    return True
-
-
 def answer(connection: socket.socket, options: argparse.Namespace) -> None:
     with connection:
         connection.settimeout(1.0)
         try:
             head = connection.recv(65536).decode()
             if options.deaf and os.path.exists(options.deaf):
-                time.sleep(0.3)
+                time.sleep(60.0)
                 return
             path = head.split(" ")[1] if " " in head else ""
             status = "200 OK"
-            if options.sick and is_sick(Path(options.sick)):
+            if options.sick and os.path.exists(options.sick):
                 status = "503 Sick"
             elif options.authorization and f"authorization: {options.authorization}" not in head.lower():
                 status = "401 Unauthorized"

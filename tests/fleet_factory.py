@@ -22,12 +22,13 @@ from chiron.net.clock import LiveClock
 STUB = (sys.executable, "-I", "-S", str(Path(__file__).with_name("engine_stub.py")))
 
 QUICK_HEALTH = HealthSettings(
-    health_period_s=0.1, health_timeout_s=0.2, suspect_period_s=0.02, poll_first_s=0.02, poll_max_s=0.1
+    health_period_s=0.1, health_timeout_s=5.0, suspect_period_s=0.02, poll_first_s=0.02, poll_max_s=0.1
 )
+"""Quick to ask, patient with the answer: a busy machine may hold up a sound stub for a second or two."""
 
 
 def quick_settings(**backoff: float) -> LocalFleetSettings:
-    given = {"backoff_first_s": 0.1, "backoff_max_s": 0.4, "stable_after_s": 0.3, "start_wait_s": 5.0, **backoff}
+    given = {"backoff_first_s": 0.1, "backoff_max_s": 0.4, "stable_after_s": 0.3, "start_wait_s": 60.0, **backoff}
     return LocalFleetSettings(
         health=QUICK_HEALTH,
         backoff=BackoffSettings(**given),  # type: ignore[arg-type]
@@ -62,7 +63,6 @@ class Heard:
         self.ready: list[int] = []
         self.failed: list[int] = []
         self.urls: dict[int, str] = {}
-        self.changed_s: dict[int, float] = {}
         self.clock = clock
 
     def attach(self, instance: Instance, url: str) -> Engine:
@@ -72,13 +72,11 @@ class Heard:
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
         assert self.clock._posting
         instance.state = "ready"
-        self.changed_s[instance.id] = time.monotonic()
         self.ready.append(instance.id)
 
     def instance_failed(self, instance: Instance) -> None:
         assert self.clock._posting
         instance.state = "gone"
-        self.changed_s[instance.id] = time.monotonic()
         self.failed.append(instance.id)
 
 
@@ -105,7 +103,7 @@ async def local_fleet(
         assert not psutil.Process().children(), "the fleet left processes or zombies behind"
 
 
-async def until(condition: Callable[[], object], what: str, timeout_s: float = 8.0) -> None:
+async def until(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
     """Poll; a failure names ``what`` was waited for."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
@@ -113,7 +111,7 @@ async def until(condition: Callable[[], object], what: str, timeout_s: float = 8
         await asyncio.sleep(0.005)
 
 
-def until_sync(condition: Callable[[], object], what: str, timeout_s: float = 8.0) -> None:
+def until_sync(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"

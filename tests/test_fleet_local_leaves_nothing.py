@@ -57,20 +57,20 @@ def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switch
     assert all(alive(pid) for pid in others)
     parent.kill()
     parent.wait()
-    until_sync(lambda: not any(alive(pid) for pid in others), "all are gone", 3.0)
+    until_sync(lambda: not any(alive(pid) for pid in others), "all are gone")
 
 
 def test_what_survives_a_kill_9_of_everything_is_ended_by_the_next_gateway(tmp_path: Path) -> None:
     parent, engine, grandchild, keeper = start_parent(tmp_path, "--grandchild-session")
     os.kill(parent.pid, signal.SIGSTOP)  # Else it would clean up after its keeper.
     kill(keeper)
-    until_sync(lambda: not alive(engine), "the engine dies with its keeper", 3.0)
+    until_sync(lambda: not alive(engine), "the engine dies with its keeper")
     assert alive(grandchild), "nobody is left to know of it"
     assert grandchild not in orphans.kill_orphans(), "its gateway lives"
     parent.kill()
     parent.wait()
-    assert grandchild in orphans.kill_orphans()
-    until_sync(lambda: not alive(grandchild), "gone", 3.0)
+    orphans.kill_orphans()  # A fleet in another process of the tests may have been quicker.
+    until_sync(lambda: not alive(grandchild), "gone")
 
 
 def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(
             kill(fleet._processes[1][0].keeper_pid)
             await until(lambda: heard.failed == [1], "failed")
             assert "its keeper was killed" in fleet.reasons[1]
-            await until(lambda: not alive(engine) and not alive(pid_in(child)), "all are gone", 3.0)
+            await until(lambda: not alive(engine) and not alive(pid_in(child)), "all are gone")
 
     asyncio.run(story())
 
@@ -98,7 +98,7 @@ def test_a_crashed_engine_leaves_no_grandchild(tmp_path: Path) -> None:
             await until(lambda: heard.ready and fleet.usage(), "ready")
             kill(fleet.usage()[1].pid)
             await until(lambda: heard.failed == [1], "failed")
-            await until(lambda: not alive(pid_in(child)), "the grandchild is gone", 3.0)
+            await until(lambda: not alive(pid_in(child)), "the grandchild is gone")
 
     asyncio.run(story())
 
@@ -149,7 +149,7 @@ def test_the_keeper_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Path, 
             keeper.stdin.close()
         else:
             keeper.send_signal(signal.Signals[how])
-        assert keeper.wait(timeout=5.0) == 128 + signal.SIGKILL
+        assert keeper.wait(timeout=60.0) == 128 + signal.SIGKILL
     assert not alive(engine)
     assert not alive(pid_in(child))
     assert not psutil.Process().children()

@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chiron.fleet.health import HealthTarget, Probe
 from chiron.fleet.local import LocalFleet, ProcessKind
 from chiron.net.client import Origin
 from chiron.net.clock import LiveClock
+from chiron.net.server import serve
 from fleet_factory import QUICK_HEALTH, alive, an_instance, kill, local_fleet, pid_in, quick_settings, stub_kind, until
 
 
@@ -31,7 +33,7 @@ def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Pa
             # The first sample may be of the moment before the engine's process began.
             await until(lambda: 1 in fleet.usage() and fleet.usage()[1].rss_bytes > 1_000_000, "usage")
             usage = fleet.usage()[1]
-            assert 0.0 <= usage.cpu_share < 2.0
+            assert usage.cpu_share >= 0.0
             fleet.remove(instance)
             fleet.remove(instance)
             await until(lambda: not alive(usage.pid), "the process is gone")
@@ -43,17 +45,13 @@ def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Pa
 
 def test_a_crash_is_noticed_at_once_and_says_why(tmp_path: Path) -> None:
     async def story() -> None:
-        async with local_fleet(tmp_path, {"stub": stub_kind()}) as (fleet, heard):
-            killed_s = {}
-            for number in (1, 2):
-                fleet.create(an_instance(number))
-            await until(lambda: len(heard.ready) == len(fleet.usage()) == 2, "ready")
-            for number in (1, 2):
-                killed_s[number] = time.monotonic()
-                kill(fleet.usage()[number].pid, signal.SIGSEGV)
-                await until(lambda n=number: n in heard.failed, "failed")
-            # The better of two: other work on the machine may hold up one.
-            assert min(heard.changed_s[number] - killed_s[number] for number in (1, 2)) < 0.2
+        # No health check comes before the test gives up: it is the exit that is noticed.
+        settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=600.0))
+        async with local_fleet(tmp_path, {"stub": stub_kind()}, settings) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            kill(fleet.usage()[1].pid, signal.SIGSEGV)
+            await until(lambda: heard.failed == [1], "failed")
             assert "killed by SIGSEGV" in fleet.reasons[1]
             assert "stub: begins" in fleet.reasons[1], "the reason quotes the log"
 
@@ -78,11 +76,11 @@ def test_a_start_that_exits_fails_with_the_last_lines_of_its_log(tmp_path: Path)
 @pytest.mark.parametrize("port", ["{port}", None], ids=["given port", "ready line"])
 def test_a_start_that_takes_too_long_fails(tmp_path: Path, port: str | None) -> None:
     async def story() -> None:
-        kind = stub_kind("--start-delay", "60", port=port, start_timeout_s=0.4)
+        kind = stub_kind("--start-delay", "60", port=port, start_timeout_s=1.0)
         async with local_fleet(tmp_path, {"stub": kind}) as (fleet, heard):
             fleet.create(an_instance(1))
             await until(lambda: heard.failed == [1], "failed")
-            assert "not ready within 0.4 s" in fleet.reasons[1]
+            assert "not ready within 1 s" in fleet.reasons[1]
             why = "no ready line" if port is None else "cannot connect"
             assert why in fleet.reasons[1]
             await until(lambda: not psutil.Process().children(), "the process is gone")
@@ -119,31 +117,37 @@ def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path
             removed_s = time.monotonic()
             fleet.remove(instance)
             await until(lambda: not alive(pid), "killed")
-            assert 0.25 < time.monotonic() - removed_s < 3.0
+            assert time.monotonic() - removed_s > 0.25
             await until(lambda: not alive(pid_in(grandchild)), "killed with what it started")
 
     asyncio.run(story())
 
 
-def test_an_engine_that_stops_answering_fails_and_one_bad_check_does_not(tmp_path: Path) -> None:
+def test_three_bad_checks_in_a_row_count_and_two_do_not() -> None:
     async def story() -> None:
-        sick, deaf = tmp_path / "sick", tmp_path / "deaf"
-        kinds = {"sick": stub_kind("--sick", str(sick)), "deaf": stub_kind("--deaf", str(deaf))}
-        async with local_fleet(tmp_path / "logs", kinds) as (fleet, heard):
-            fleet.create(an_instance(1, "sick"))
-            fleet.create(an_instance(2, "deaf"))
-            await until(lambda: sorted(heard.ready) == [1, 2], "ready")
-            for _ in range(2):
-                sick.write_text("2")  # Two bad checks; three in a row would count.
-                await until(lambda: not sick.exists(), "two bad checks")
-                await asyncio.sleep(0.15)
-            assert not heard.failed
+        answers = [503, 503, 200, 503, 503, 200, 503, 503, 503, 200]
+        server = await serve(lambda incoming: incoming.respond(answers.pop(0), b"{}"))
+        probe = Probe(HealthTarget(url=f"http://127.0.0.1:{server.port}"), replace(QUICK_HEALTH, health_period_s=0.01))
+        async with asyncio.timeout(60.0):
+            await probe.until_failed(asyncio.Event())
+        assert answers == [200], "it is not asked again"
+        assert "answers with status 503" in probe.reason
+        await probe.close()
+        await server.close()
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_stops_answering_fails(tmp_path: Path) -> None:
+    async def story() -> None:
+        deaf = tmp_path / "deaf"
+        settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_timeout_s=0.3))
+        async with local_fleet(tmp_path / "logs", {"stub": stub_kind("--deaf", str(deaf))}, settings) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready == [1], "ready")
             deaf.touch()
-            await until(lambda: heard.failed == [2], "the deaf one failed")
-            assert "no answer within 0.2 s" in fleet.reasons[2]
-            sick.touch()
-            await until(lambda: heard.failed == [2, 1], "the sick one failed")
-            assert "answers with status 503" in fleet.reasons[1]
+            await until(lambda: heard.failed == [1], "failed")
+            assert "no answer within 0.3 s" in fleet.reasons[1]
 
     asyncio.run(story())
 
@@ -151,7 +155,7 @@ def test_an_engine_that_stops_answering_fails_and_one_bad_check_does_not(tmp_pat
 def test_a_suspected_instance_is_checked_at_once(tmp_path: Path) -> None:
     async def story() -> None:
         sick = tmp_path / "sick"
-        settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=60.0))
+        settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=600.0))
         async with local_fleet(tmp_path / "logs", {"stub": stub_kind("--sick", str(sick))}, settings) as (fleet, heard):
             instance = an_instance(1)
             fleet.create(instance)
@@ -161,7 +165,8 @@ def test_a_suspected_instance_is_checked_at_once(tmp_path: Path) -> None:
             assert not heard.failed, "a suspicion alone is no failure"
             sick.touch()
             fleet.suspect(instance)
-            await until(lambda: heard.failed == [1], "failed", 2.0)
+            await until(lambda: heard.failed == [1], "failed")
+            assert "answers with status 503" in fleet.reasons[1]
             fleet.suspect(instance)  # Gone by now: harmless.
 
     asyncio.run(story())
@@ -187,8 +192,28 @@ def test_instances_that_start_together_get_ports_of_their_own(tmp_path: Path) ->
                 fleet.create(an_instance(number))
             await until(lambda: len(heard.ready) == 8, "all ready")
             assert len(set(heard.urls.values())) == 8
-            began_s = time.monotonic()
-        assert time.monotonic() - began_s < 4.0, "all are stopped side by side"
+
+    asyncio.run(story())
+
+
+def test_instances_are_stopped_side_by_side(tmp_path: Path) -> None:
+    async def story() -> None:
+        kind = stub_kind("--tell-sigterm", stop_timeout_s=600.0)
+        async with local_fleet(tmp_path, {"stub": kind}) as (fleet, heard):
+            instances = [an_instance(number) for number in range(1, 5)]
+            for instance in instances:
+                fleet.create(instance)
+            await until(lambda: len(heard.ready) == 4, "all ready")
+            engines = [process.pid for process, _ in fleet._processes.values()]
+            logs = [fleet.log_path(instance) for instance in instances]
+            closing = asyncio.create_task(fleet.close())
+            try:
+                await until(lambda: all("heard SIGTERM" in log.read_text() for log in logs), "all are told")
+                assert all(alive(pid) for pid in engines), "none had to end before the next was told"
+            finally:
+                for pid in engines:
+                    kill(pid)
+                await closing
 
     asyncio.run(story())
 
