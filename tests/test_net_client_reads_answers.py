@@ -121,7 +121,7 @@ def with_script(
 
 
 async def get(origin: Origin, method: str = "GET") -> tuple[int, bytes]:
-    answer = await origin.fetch(method, "/x", timeout_s=5.0)
+    answer = await origin.fetch(method, "/x", timeout_s=30.0)
     return answer.status, answer.body
 
 
@@ -218,7 +218,7 @@ def test_without_a_length_the_answer_ends_with_the_connection_but_not_with_a_res
 def test_half_answers_and_nonsense_are_errors(blocks: list[bytes], error: type[NetError]) -> None:
     async def use(script: Script, origin: Origin) -> None:
         with pytest.raises(error, match=str(script.port)):
-            await origin.fetch("POST", "/x", timeout_s=0.3 if error is TimedOutError else 5.0)
+            await origin.fetch("POST", "/x", timeout_s=0.3 if error is TimedOutError else 30.0)
 
     with_script(use, [blocks])
 
