@@ -15,7 +15,7 @@ from chiron.engines.metrics import parse_metrics
 from chiron.net.client import NetError, Origin
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 60.0
 
 
 class EngineProcess:
@@ -82,12 +82,12 @@ class Stream:
         self._over.set()
         self._changed.set()
 
-    async def end(self, timeout_s: float = 30.0) -> Stream:
+    async def end(self, timeout_s: float = 60.0) -> Stream:
         await asyncio.wait_for(self._over.wait(), timeout_s)
         assert self.error is None
         return self
 
-    async def tokens(self, count: int, timeout_s: float = 30.0) -> list[int]:
+    async def tokens(self, count: int, timeout_s: float = 60.0) -> list[int]:
         """Wait for that many tokens; those that came."""
         while len(self.token_ids) < count and not self._over.is_set():
             self._changed.clear()
@@ -134,7 +134,7 @@ async def limits(origin: Origin, limit: int | None = None) -> dict[str, int]:
     return found
 
 
-async def until(condition: Callable[[dict[str, int]], bool], origin: Origin, timeout_s: float = 20.0) -> dict[str, int]:
+async def until(condition: Callable[[dict[str, int]], bool], origin: Origin, timeout_s: float = 60.0) -> dict[str, int]:
     """Ask for the limits until they are as wanted."""
     end_s = time.monotonic() + timeout_s
     while True:

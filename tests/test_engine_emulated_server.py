@@ -11,13 +11,15 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import median
 from typing import Any
 
 import pytest
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass
-from chiron.engines.metrics import read_row
+from chiron.engines.metrics import parse_metrics, read_row
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
 from chiron.engines.profile_store import load_profile
@@ -66,13 +68,13 @@ class Stream:
 
     async def tokens(self, count: int) -> None:
         """Until this many events came."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(self.events) < count:
                 self.news.clear()
                 await self.news.wait()
 
     async def end(self) -> Stream:
-        await asyncio.wait_for(self.over.wait(), 10)
+        await asyncio.wait_for(self.over.wait(), 60)
         return self
 
     def choices(self) -> list[dict[str, Any]]:
@@ -117,7 +119,7 @@ class Client:
         return read_row(ENGINES["emulated"], response.body.decode())
 
     async def until(self, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not holds(limits := await self.limits()):
                 await asyncio.sleep(0.005)
         return limits
@@ -159,9 +161,9 @@ async def emulated(
 
 
 class Modelled:
-    """The same requests at once under virtual time: when each token is due."""
+    """The same requests under virtual time, at once or at their times: when each token is due."""
 
-    def __init__(self, profile: Profile, prompts: Sequence[int], tokens: int) -> None:
+    def __init__(self, profile: Profile, prompts: Sequence[int], tokens: int, arrivals_s: Sequence[float] = ()) -> None:
         kind = InstanceKind(
             name="k",
             gpu="g",
@@ -184,7 +186,11 @@ class Modelled:
         )
         cls = RequestClass(name="c", kind="batch")
         for id, prompt in enumerate(prompts):
-            engine.start(Request(id, MODEL, cls, 0.0, prompt, payload=tokens))
+            request = Request(id, MODEL, cls, 0.0, prompt, payload=tokens)
+            if arrivals_s:
+                self.clock.call_at(arrivals_s[id], partial(engine.start, request))
+            else:
+                engine.start(request)
         while self.clock.step():
             pass
 
@@ -215,38 +221,49 @@ def test_the_model_tells_of_every_token_once_and_in_order() -> None:
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("batch", [1, 8, 32])
-def test_times_over_sockets_are_those_of_the_model(batch: int) -> None:
-    """Means over the batch. The bounds are for a machine that does much else; on an idle one the ITL that a client
-    measures deviates by less than 1 %."""
+def test_times_over_sockets_are_those_of_the_model(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own times are the model's to the nanosecond, however busy the machine is. A client gets a token when
+    it is due or later; how late is the machine's doing, so the best of several tries counts."""
     tokens = 60
-    expected = Modelled(PROFILE, [60] * batch, tokens).times_s
-    first = sum(times[0] for times in expected.values()) / batch
-    between = sum(times[-1] - times[0] for times in expected.values()) / batch / (tokens - 1)
+    start = EngineModel.start
 
     async def run() -> tuple[float, float]:
+        """By how much the first client of a step was late, in the median step, and a step's mean duration."""
+        arrivals_s: list[float] = []
+
+        def started(model: EngineModel, request: Request) -> None:
+            arrivals_s.append(model._clock.now_s)
+            start(model, request)
+
         async with emulated() as [client]:
-            starts, streams = [], []
-            for index in range(batch):
-                starts.append(time.monotonic())
-                streams.append(client.stream(prompt=[index] * 60, max_tokens=tokens, ignore_eos=True))
-            for stream in streams:
-                assert len((await stream.end()).events) == tokens, "one event a step"
+            assert client.engine is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(EngineModel, "start", started)
+                streams = [client.stream(prompt=[n] * 60, max_tokens=tokens, ignore_eos=True) for n in range(batch)]
+                for stream in streams:
+                    assert len((await stream.end()).events) == tokens, "one event a step"
             metrics = await client.read()
-        assert metrics["itl_sum_s"] / metrics["itl_count"] == pytest.approx(between, rel=0.03)
+            origin_s = client.engine._clock._origin_s
+        due_s = Modelled(PROFILE, [60] * batch, tokens, arrivals_s).times_s
+        between_s = sum(times[-1] - times[0] for times in due_s.values()) / batch / (tokens - 1)
+        assert metrics["itl_sum_s"] / metrics["itl_count"] == pytest.approx(between_s, rel=1e-6)
         assert metrics["generation_tokens"] == batch * tokens
         assert metrics["prefill_tokens"] == 60 * batch
-        return (
-            sum(s.times_s[0] - start for s, start in zip(streams, starts, strict=True)) / batch,
-            sum(s.times_s[-1] - s.times_s[0] for s in streams) / batch / (tokens - 1),
-        )
+        late_s = []
+        for stream in streams:
+            arrival = int(stream.events[0]["id"].rpartition("-")[2]) - 1
+            late_s.append([came - origin_s - due for came, due in zip(stream.times_s, due_s[arrival], strict=True)])
+        firsts_s = [min(step) for step in zip(*late_s, strict=True)]
+        assert min(firsts_s) > -1e-6, "no token comes before it is due"
+        return median(firsts_s), between_s
 
-    for _ in range(3):
-        measured_first, measured = asyncio.run(run())
-        # Requests that come while the first one's prefill runs wait for the end of that step.
-        if measured < between * 1.05 and measured_first < first * 1.2 + 0.02:
-            break
-    assert between * 0.97 < measured < between * 1.6
-    assert first * 0.7 < measured_first < first * 3 + 0.3
+    tries = []
+    for _ in range(10):
+        late_s, between_s = asyncio.run(run())
+        if late_s < between_s / 2:
+            return
+        tries.append(late_s)
+    pytest.fail(f"each time half of the steps came late by more than half a step: {tries}")
 
 
 def test_an_answer_is_the_same_streamed_or_whole_here_or_on_another_instance() -> None:
@@ -311,30 +328,30 @@ def test_a_client_that_leaves_frees_its_place_and_may_come_back_without_prefill(
         async with emulated(2, speedup=5) as [one, other]:
             uninterrupted = await one.stream(**fields).end()
             before = await one.read()
-            stream = one.stream(**fields)
+            stream = one.stream(**{**fields, "max_tokens": 5000})
             await stream.tokens(10)
             assert stream.call is not None
             stream.call.cancel()
-            left_s = time.monotonic()
-            await one.until(lambda limits: limits["running"] == 0)
-            assert time.monotonic() - left_s < 1.0
-            await one.until(lambda limits: limits["kv_used_tokens"] == 0)
-            got = stream.ids()
-
-            resumed = await one.stream(**fields, resume_token_ids=got, stream_options={"include_usage": True}).end()
-            assert stream.text() + resumed.text() == uninterrupted.text()
-            assert got + resumed.ids() == uninterrupted.ids()
-            assert resumed.events[-1]["usage"]["completion_tokens"] == 60
-            after = await one.read()
-            assert after["prefill_tokens"] - before["prefill_tokens"] == 3000, "the second time it was copied back in"
-
-            elsewhere = await other.stream(**fields, resume_token_ids=got).end()
-            assert stream.text() + elsewhere.text() == uninterrupted.text()
-            assert (await other.read())["prefill_tokens"] == 3000 + len(got)
+            await one.until(lambda limits: limits["running"] == limits["kv_used_tokens"] == 0)
+            figures = parse_metrics((await one.origin.fetch("GET", "/metrics")).body.decode())
+            assert figures["chiron:engine_cancelled_requests_total"] == 1, "it did not run to its end"
+            got = stream.ids()[:10]
+            text = "".join(choice["text"] for choice in stream.choices()[:10])
 
             foreign = await one.stream(**fields, resume_token_ids=[1] * 10).end()
             assert len(foreign.ids()) == 50
-            assert (await one.read())["prefill_tokens"] - after["prefill_tokens"] == 3010, "no KV of other tokens"
+            between = await one.read()
+            assert between["prefill_tokens"] - before["prefill_tokens"] == 3000 + 3010, "no KV of other tokens"
+
+            resumed = await one.stream(**fields, resume_token_ids=got, stream_options={"include_usage": True}).end()
+            assert text + resumed.text() == uninterrupted.text()
+            assert got + resumed.ids() == uninterrupted.ids()
+            assert resumed.events[-1]["usage"]["completion_tokens"] == 60
+            assert (await one.read())["prefill_tokens"] == between["prefill_tokens"], "its KV was copied back in"
+
+            elsewhere = await other.stream(**fields, resume_token_ids=got).end()
+            assert text + elsewhere.text() == uninterrupted.text()
+            assert (await other.read())["prefill_tokens"] == 3000 + len(got)
 
             done = await one.stream(**fields, resume_token_ids=uninterrupted.ids()).end()
             assert (done.text(), done.choices()[-1]["finish_reason"]) == ("", "length")
@@ -344,16 +361,17 @@ def test_a_client_that_leaves_frees_its_place_and_may_come_back_without_prefill(
 
 def test_saved_kv_is_bounded() -> None:
     async def run() -> None:
-        async with emulated(speedup=20, settings=EmulatedSettings(kv_saved_tokens_max=150)) as [client]:
+        async with emulated(speedup=20, settings=EmulatedSettings(kv_saved_tokens_max=15_000)) as [client]:
             for n in range(3):
-                stream = client.stream(prompt=[n] * 60, max_tokens=500, ignore_eos=True)
+                # Two of them do not fit, and one does even if seconds pass before it is cancelled.
+                stream = client.stream(prompt=[n] * 8000, max_tokens=30_000, ignore_eos=True)
                 await stream.tokens(2)
                 assert stream.call is not None
                 stream.call.cancel()
                 await client.until(lambda limits: limits["running"] == 0)
             assert client.engine is not None
-            assert 0 < client.engine._saved_tokens <= 150
-            assert len(client.engine._saved) < 3
+            assert 0 < client.engine._saved_tokens <= 15_000
+            assert len(client.engine._saved) == 1
 
     asyncio.run(run())
 
@@ -362,7 +380,7 @@ def test_the_limit_is_live_and_the_queue_inside_is_bounded() -> None:
     async def run() -> None:
         async with emulated(speedup=2, settings=EmulatedSettings(queue_max=6)) as [client]:
             assert (await client.limits(2))["limit"] == 2
-            streams = [client.stream(prompt=[n], max_tokens=100, ignore_eos=True) for n in range(8)]
+            streams = [client.stream(prompt=[n], max_tokens=4000, ignore_eos=True) for n in range(8)]
             await client.until(lambda limits: (limits["running"], limits["waiting"]) == (2, 6))
             refused = await client.post(max_tokens=1)
             assert (refused.status, refused.headers["retry-after"]) == (429, "1")
@@ -370,9 +388,11 @@ def test_the_limit_is_live_and_the_queue_inside_is_bounded() -> None:
             await client.limits(8)
             assert (await client.until(lambda limits: limits["running"] == 8))["waiting"] == 0
             await client.limits(1)
-            assert (await client.limits())["running"] > 1, "a lower limit lets those that run go on"
-            for stream in streams:
-                assert len((await stream.end()).ids()) == 100
+            for stream in streams:  # A lower limit lets those that run go on.
+                await stream.tokens(len(stream.events) + 2)
+                assert stream.call is not None
+                stream.call.cancel()
+            await client.until(lambda limits: limits["running"] == 0)
             assert (await client.limits(10**9))["limit"] == PROFILE.max_num_seqs
 
     asyncio.run(run())
@@ -387,7 +407,7 @@ def test_a_client_that_does_not_read_costs_little_and_misses_nothing() -> None:
             await stream.tokens(1)
             assert stream.call is not None
             stream.call.pause()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (await client.limits())["running"]:
                     await asyncio.sleep(0.01)
             stream.call.resume()
@@ -440,7 +460,7 @@ def test_one_process_serves_a_fleet_and_stops_when_told() -> None:
 
         async def run() -> None:
             clients = [Client(port) for port in ports]
-            streams = [c.stream(model="b", max_tokens=5000, ignore_eos=True) for c in clients[:2]]
+            streams = [c.stream(model="b", max_tokens=50_000, ignore_eos=True) for c in clients[:2]]
             for stream in streams:
                 await stream.tokens(3)
             running = [(await client.limits())["running"] for client in clients]
@@ -453,7 +473,7 @@ def test_one_process_serves_a_fleet_and_stops_when_told() -> None:
                 await client.origin.close()
 
         asyncio.run(run())
-        process.communicate(timeout=2)
+        process.communicate(timeout=15)  # The answers would take minutes.
         assert process.returncode == 0
     finally:
         with suppress(ProcessLookupError):

@@ -22,6 +22,9 @@ from engine_process import EngineProcess, Stream, connected, limits, metrics, un
 MODULE = "chiron.engines.serve.openvino"
 PATH = "/v1/completions"
 QUEUE_MAX = 24
+CONTEXT = 3000
+ENDLESS = CONTEXT - 30
+"""Tokens of an answer that runs for many seconds, so that a test sees it under way even on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +37,11 @@ def engine(model: Path) -> Iterator[EngineProcess]:
     # In f32 a token does not depend on whether a prefill or a decode step computed what is before it.
     process = EngineProcess(
         MODULE, "--model", str(model), "--served-model-name", "toy", "--threads", "1", "--precision", "f32",
-        "--max-num-seqs", "32", "--queue-max", str(QUEUE_MAX), "--max-model-len", "1024",
+        "--max-num-seqs", "32", "--queue-max", str(QUEUE_MAX), "--max-model-len", str(CONTEXT),
     )  # fmt: skip
     yield process
     seconds, log = process.stop()
-    assert seconds < 2.0
+    assert seconds < 20.0
     assert "Traceback" not in log
 
 
@@ -119,16 +122,22 @@ def test_the_limit_moves_while_requests_run_and_lowering_it_interrupts_none(engi
     async def check() -> None:
         async with connected(engine.url) as origin:
             await limits(origin, 4)
-            streams = [start(origin, seed, 60) for seed in range(28)]
+            streams = [start(origin, seed, ENDLESS) for seed in range(28)]
             assert (await until(lambda n: n["running"] + n["waiting"] == 28, origin))["running"] == 4
             await limits(origin, 24)
             await until(lambda n: n["running"] == 24, origin)
             assert (await limits(origin, 4))["running"] == 24
-            await until(lambda n: n["running"] <= 4, origin)
-            for stream in streams:
-                await stream.end()
-                assert len(stream.token_ids) == 60
+            for stream in streams[:24]:
+                await stream.tokens(len(stream.token_ids) + 5)
+                assert not stream.complete
+            assert not any(stream.token_ids for stream in streams[24:])
+            for stream in streams[:22]:
+                stream.call.cancel()
+            await until(lambda n: (n["running"], n["waiting"]) == (4, 2), origin)
+            for stream in streams[22:]:
+                stream.call.cancel()
             assert (await limits(origin, 99))["limit"] == 32
+            await until(lambda n: n["running"] + n["waiting"] == 0, origin)
 
     asyncio.run(check())
 
@@ -137,7 +146,7 @@ def test_a_client_that_leaves_frees_its_place_and_its_kv(engine: EngineProcess) 
     async def check() -> None:
         async with connected(engine.url) as origin:
             await limits(origin, 1)
-            long, waiting, gone = start(origin, 1, 900), start(origin, 2, 3), start(origin, 3, 3)
+            long, waiting, gone = start(origin, 1, ENDLESS), start(origin, 2, 3), start(origin, 3, 3)
             await long.tokens(1)
             await until(lambda n: n["waiting"] == 2, origin)
             gone.call.cancel()
@@ -156,7 +165,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(engine: EngineProcess
     async def check() -> None:
         async with connected(engine.url) as origin:
             await limits(origin, 1)
-            streams = [start(origin, seed, 900) for seed in range(QUEUE_MAX + 1)]
+            streams = [start(origin, seed, ENDLESS) for seed in range(QUEUE_MAX + 1)]
             await until(lambda n: n["waiting"] == QUEUE_MAX, origin)
             answer = await origin.fetch("POST", PATH, body=b'{"model": "toy", "prompt": "hi"}')
             assert (answer.status, answer.headers["retry-after"]) == (429, "1")
@@ -215,8 +224,8 @@ def test_a_seed_repeats_an_answer_and_none_varies_it(engine: EngineProcess) -> N
 @pytest.mark.parametrize(
     ("fields", "code", "says"),
     [
-        ({"prompt": "hi", "max_tokens": 2000}, "context_length_exceeded", "1024 tokens"),
-        ({"prompt": [1] * 1024}, "context_length_exceeded", "1024 tokens"),
+        ({"prompt": "hi", "max_tokens": CONTEXT}, "context_length_exceeded", f"{CONTEXT} tokens"),
+        ({"prompt": [1] * CONTEXT}, "context_length_exceeded", f"{CONTEXT} tokens"),
         ({"prompt": [100_000]}, None, "holds token 100000"),
         ({"prompt": "hi", "resume_token_ids": [100_000]}, None, "holds token 100000"),
         ({"prompt": ""}, None, "empty"),
@@ -283,21 +292,32 @@ def test_a_prefill_that_was_interrupted_leaves_nothing_wrong_behind(engine: Engi
     )  # fmt: skip
 
     async def check() -> None:
-        async with connected(engine.url) as origin:
-            expected = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in range(6)]
+        seeds: list[int] = []
         async with connected(interrupted.url) as origin:
             # Their tokens take their part of each step, so that the others' prefill does not end at a block's end.
             running = [start(origin, 100 + seed, 3000) for seed in range(3)]
             await asyncio.gather(*(stream.tokens(2) for stream in running))
-            for seed in range(6):
+            for seed in range(60):
+                before = await metrics(origin)
                 stream = start(origin, seed, 20, length=900)
                 await running[0].tokens(len(running[0].token_ids) + 3)
-                assert not stream.token_ids
                 stream.call.cancel()
                 await until(lambda found: found["running"] == len(running), origin)
-            answers = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in range(6)]
+                after = await metrics(origin)
+                begun, answered = (
+                    after[name] > before[name]
+                    for name in ("chiron:engine_prefill_tokens_total", "vllm:time_to_first_token_seconds_count")
+                )
+                if begun and not answered:  # On a busy machine some prefills end before their clients leave.
+                    seeds.append(seed)
+                if len(seeds) == 6:
+                    break
+            answers = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in seeds]
             for stream in running:
                 stream.call.cancel()
+        assert len(seeds) == 6, "so many were interrupted"
+        async with connected(engine.url) as origin:
+            expected = [(await start(origin, seed, 20, length=900).end()).token_ids for seed in seeds]
         assert answers == expected
 
     try:
