@@ -77,7 +77,7 @@ def ask(
     if key:
         request.add_header("authorization", f"Bearer {SECRETS.get(key, key)}")
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return Said(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
     except urllib.error.HTTPError as error:
         with error:

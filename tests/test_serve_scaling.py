@@ -58,7 +58,9 @@ def test_a_burst_grows_the_fleet_and_quiet_shrinks_it_without_cutting_a_request(
             return float(status["models"][0]["cold_start_s"])
 
     model = emulated(min_instances=1, max_instances=4, max_num_seqs=8, args=["--start-delay", str(START_DELAY_S)])
-    with FaultSite(tmp_path, serve_config(model)) as site:
+    # Time for the burst's requests to wait for instances: else only a fleet that never shrinks keeps such a promise.
+    patient = '[classes.chat]\nkind = "interactive"\nttft = "20s"\nitl = "100ms"\n'
+    with FaultSite(tmp_path, serve_config(model, extra=patient)) as site:
         cold_start_s = asyncio.run(story(site))
     check_log(site)
     lines = events(site)
