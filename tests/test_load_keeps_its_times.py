@@ -14,7 +14,7 @@ import pytest
 
 from chiron.load.errors import TargetError
 from chiron.load.record import Progress
-from chiron.load.result import figures, result_of
+from chiron.load.result import figures, result_of, warnings
 from chiron.load.run import LoadRun, run_load
 from load_factory import CHAT, plan_of, settings_of
 from load_server import Endpoint, running
@@ -63,6 +63,19 @@ def test_latency_counts_from_when_a_request_was_due_and_lateness_is_reported() -
     table = result_of(done, "load").requests
     assert (table.ttft_s() >= done.record.sent_s).all()
     assert figures(done)["late_s"]["max"] == pytest.approx(done.record.sent_s.max())
+
+
+def test_a_generator_that_did_not_keep_up_says_so_and_what_helps() -> None:
+    with running(Endpoint()) as endpoint:
+        done = run(endpoint, [0.0])
+    on_time, late = np.array([0.3] + 99 * [0.05]), np.array([0.06, 0.3] + 98 * [0.0])
+    assert warnings(replace(done, cpu_share=0.9), on_time) == [], "one in a hundred is no news"
+    (held_up,) = warnings(replace(done, cpu_share=0.45), late)
+    assert "2.0% of requests were sent more than 50 ms after their time (the latest 0.30 s)" in held_up
+    assert "it used only 45% of a core, so other work on this machine held it up" in held_up
+    too_much, busy = warnings(replace(done, cpu_share=0.91), late)
+    assert "send less, or from several machines" in too_much
+    assert "used 91% of a core" in busy
 
 
 def test_what_is_due_beyond_the_limit_in_flight_is_not_sent_and_said_loudly() -> None:
