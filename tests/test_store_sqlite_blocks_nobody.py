@@ -132,7 +132,7 @@ def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # 2,500 more items of 3 KB each are 7.5 MB.
-    assert peaks[1] < peaks[0] + 3_000_000, peaks
+    assert peaks[1] < peaks[0] + 1_000_000, peaks
 
 
 @pytest.mark.alone
@@ -140,4 +140,4 @@ def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
 def test_three_hundred_thousand_items_fit_into_little_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     asyncio.run(whole_job(tmp_path, 300_000))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # The job is 900 MB.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024

@@ -20,7 +20,7 @@ log = logging.getLogger("chiron.scrape")
 METRICS_MAX_BYTES = 4 * 1024 * 1024
 TIMEOUT_MAX_S = 2.0
 LATE = 0.25
-"""Share of a period by which a round is late that was held up."""
+"""A round that comes so large a share of a period late was held up."""
 
 
 class Scraper:
