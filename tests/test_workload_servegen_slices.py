@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +16,7 @@ import pytest
 from chiron.workload.errors import TraceFormatError, WorkloadSettingError
 from chiron.workload.load import load_lengths, load_trace
 from chiron.workload.servegen import EDGES, read_servegen, synthesise
+from chiron.workload.servegen_checks import TABLES
 from chiron.workload.stats import counts, gap_cv
 
 WINDOWS = 12
@@ -126,3 +130,69 @@ def test_broken_files_are_refused_by_name(published: Path, tmp_path: Path) -> No
     (tmp_path / "x.npz").write_bytes(b"rubbish")
     with pytest.raises(TraceFormatError, match="not a packaged ServeGen model"):
         load_trace(tmp_path / "x.npz", duration_s=60)
+
+
+def test_lengths_of_a_client_that_the_rates_do_not_have_are_refused_by_name(published: Path) -> None:
+    lengths = published.with_name("toy_client_lengths.parquet")
+    table = pq.read_table(lengths)
+    for stranger in (2, 70_000):
+        moved = {name: table.column(name).to_pylist() for name in table.column_names} | {"client": [stranger] * 1001}
+        pq.write_table(pa.table(moved), lengths)
+        with pytest.raises(TraceFormatError, match=f"toy_client_lengths.parquet.*client.*{stranger}"):
+            load_lengths(published)
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "value"),
+    [
+        ("rates", "client", -1),
+        ("rates", "client", 2**40),
+        ("rates", "window_start_s", -600),
+        ("rates", "rate_rps", float("nan")),
+        ("rates", "rate_rps", -1.0),
+        ("rates", "pat_arg1", 0.0),
+        ("rates", "pat_arg1", None),
+        ("lengths", "client", None),
+        ("lengths", "window_start_s", 2**50),
+        ("lengths", "value", float("inf")),
+        ("lengths", "prob", -0.5),
+        ("lengths", "value", "many"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_file_and_name(
+    published: Path, file: str, column: str, value: object
+) -> None:
+    path = published.with_name(f"toy_client_{file}.parquet")
+    columns = {name: pq.read_table(path).column(name).to_pylist() for name in pq.read_table(path).column_names}
+    columns[column] = [value] * len(columns[column]) if isinstance(value, str) else [value, *columns[column][1:]]
+    pq.write_table(pa.table(columns), path)
+    with pytest.raises(TraceFormatError, match=f"toy_client_{file}.*{column}"):
+        load_trace(published, duration_s=600)
+
+
+@pytest.mark.parametrize("name", ["counts", "length_client", "length_window", "input_table", "shapes", "patterns"])
+@pytest.mark.parametrize(
+    "change", [lambda a: a[:1], lambda a: a.astype("U8"), lambda a: a * 0 - 9, lambda a: a[..., None]]
+)
+def test_a_packaged_model_with_tables_that_do_not_fit_is_refused(
+    published: Path, tmp_path: Path, name: str, change: Callable[[Any], Any]
+) -> None:
+    data = read_servegen(published)
+    arrays = {table: getattr(data, table).astype("f4" if table == "shapes" else "i8") for table in TABLES}
+    double = {
+        t: np.concatenate([a, a])
+        for t, a in arrays.items()
+        if t in ("length_client", "length_window", "input_table", "output_table")
+    }
+    arrays |= double | {name: change((arrays | double)[name])}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    with pytest.raises(TraceFormatError, match=r"odd\.npz: "):
+        load_trace(tmp_path / "odd.npz", duration_s=600)
+
+
+def test_a_packaged_model_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    whole = resources.files("chiron").joinpath("data/traces/servegen-m-small.npz").read_bytes()
+    for size in (0, 10, 5_000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.npz").write_bytes(whole[:size])
+        with pytest.raises(TraceFormatError, match="not a packaged ServeGen model"):
+            load_trace(tmp_path / "cut.npz", duration_s=60)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from chiron.workload.servegen import ARRAYS, read_servegen
+from chiron.workload.servegen import read_servegen
+from chiron.workload.servegen_checks import TABLES
 
 DATA = Path(__file__).parents[1] / "src" / "chiron" / "data" / "traces"
 
@@ -62,7 +63,7 @@ def servegen(rates: Path, out: Path) -> None:
     # Three significant digits of a fitted shape are more than the fit is worth, and they compress.
     scale = 10.0 ** (2 - np.floor(np.log10(np.where(data.shapes > 0, data.shapes, 1.0))))
     shapes = (np.rint(data.shapes * scale) / scale).astype(np.float32)
-    arrays = {name: getattr(data, name) for name in ARRAYS}
+    arrays = {name: getattr(data, name) for name in TABLES}
     np.savez_compressed(out, **{**arrays, "shapes": shapes})
 
 

@@ -18,6 +18,7 @@ independently. A client without lengths draws from the others', each in proporti
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from math import gamma, inf
 from pathlib import Path
@@ -28,6 +29,19 @@ import numpy.typing as npt
 
 from chiron.workload.errors import TraceFormatError, WorkloadSettingError, require
 from chiron.workload.seeds import generator
+from chiron.workload.servegen_checks import (
+    CLIENTS_MAX,
+    COUNT_MAX,
+    SHAPE_MAX,
+    SHAPE_MIN,
+    TABLES,
+    WINDOWS_MAX,
+    check_clients,
+    check_size,
+    check_tables,
+    real,
+    whole,
+)
 from chiron.workload.types import Floats, Ints, Trace
 
 WINDOW_S = 600
@@ -41,8 +55,6 @@ EDGES: Floats = np.concatenate(
 """Bins of probability of the length tables."""
 
 _GAMMA, _WEIBULL = 1, 2
-ARRAYS = ("counts", "patterns", "shapes", "length_client", "length_window", "input_table", "output_table")
-"""The arrays of the packaged form (.npz)."""
 _BURN_IN_GAPS = 1000
 """Gaps among which the start of a slice falls, so that it does not begin at an arrival of every client."""
 
@@ -207,21 +219,26 @@ def _table_rows(data: ServeGen) -> npt.NDArray[np.int64]:
 
 
 def _read_npz(path: Path) -> ServeGen:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return ServeGen(name=path.stem, **{name: arrays[name] for name in ARRAYS})
-    except (KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise TraceFormatError(f"{path} is not a packaged ServeGen model: {error}") from error
+    with path.open("rb") as file:
+        try:
+            members = np.load(file, allow_pickle=False)
+            arrays = {name: members[name] for name in TABLES}
+        except (LookupError, ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise TraceFormatError(f"{path} is not a packaged ServeGen model: {error}") from error
+    check_tables(path, arrays, len(EDGES) - 1)
+    return ServeGen(name=path.stem, **arrays)
 
 
 def _read_parquet(path: Path) -> ServeGen:
     lengths = path.with_name(path.name.replace("_client_rates", "_client_lengths"))
     if not lengths.is_file():
         raise TraceFormatError(f"{path} needs {lengths.name} beside it for the lengths")
-    counts, patterns, shapes = _rates(_columns(path, ("client", "window_start_s", "rate_rps", "pattern", "pat_arg1")))
+    rate_columns = _columns(path, ("client", "window_start_s", "rate_rps", "pattern", "pat_arg1"))
+    counts, patterns, shapes, known = _rates(path, rate_columns)
     client, window, prompt, output = _length_tables(
-        _columns(lengths, ("client", "window_start_s", "field", "value", "prob"))
+        lengths, _columns(lengths, ("client", "window_start_s", "field", "value", "prob"))
     )
+    check_clients(known, client, path.name, str(lengths))
     return ServeGen(
         name=path.name.replace("_client_rates.parquet", ""),
         counts=counts,
@@ -249,39 +266,51 @@ def _columns(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
             f"{path} lacks the column {missing[0]!r}; it has {', '.join(table.column_names)}; "
             f"expected {', '.join(names)}"
         )
+    if not table.num_rows:
+        raise TraceFormatError(f"{path} has no rows")
     return {name: table.column(name).to_numpy() for name in names}
 
 
 def _rates(
-    columns: dict[str, npt.NDArray[Any]],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    client = columns["client"].astype(np.int64)
-    window = columns["window_start_s"].astype(np.int64) // WINDOW_S
+    path: Path, columns: dict[str, npt.NDArray[Any]]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.float32], Ints]:
+    """Tables of counts, patterns and shapes, and the clients that have rows."""
+    client = whole(path, "client", columns["client"], CLIENTS_MAX - 1)
+    window = whole(path, "window_start_s", columns["window_start_s"], WINDOWS_MAX * WINDOW_S - 1) // WINDOW_S
     size = (int(client.max()) + 1, int(window.max()) + 1)
+    check_size(path, *size)
     counts, patterns = np.zeros(size, np.int32), np.zeros(size, np.uint8)
     shapes = np.zeros(size, np.float32)
-    counts[client, window] = np.rint(columns["rate_rps"] * WINDOW_S)
+    counts[client, window] = np.rint(real(path, "rate_rps", columns["rate_rps"], 0.0, COUNT_MAX / WINDOW_S) * WINDOW_S)
     names = columns["pattern"].astype(str)
     patterns[client, window] = np.where(names == "Gamma", _GAMMA, np.where(names == "Weibull", _WEIBULL, 0))
-    shapes[client, window] = columns["pat_arg1"]
     counts[patterns == 0] = 0
-    return counts, patterns, shapes
+    sending = counts[client, window] > 0
+    shapes[client[sending], window[sending]] = real(
+        path, "pat_arg1", columns["pat_arg1"][sending], SHAPE_MIN, SHAPE_MAX
+    )
+    return counts, patterns, shapes, np.unique(client)
 
 
 def _length_tables(
-    columns: dict[str, npt.NDArray[Any]],
+    path: Path, columns: dict[str, npt.NDArray[Any]]
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     is_output = columns["field"].astype(str) == "output_tokens"
-    window = columns["window_start_s"].astype(np.int64) // LENGTH_WINDOW_S
-    key = (columns["client"].astype(np.int64) << 32) | (window << 1) | is_output
-    order = np.lexsort((columns["value"], key))
-    key, value, prob = key[order], columns["value"][order].astype(np.float64), columns["prob"][order]
+    client = whole(path, "client", columns["client"], CLIENTS_MAX - 1)
+    seconds = whole(path, "window_start_s", columns["window_start_s"], WINDOWS_MAX * LENGTH_WINDOW_S - 1)
+    key = (client << 32) | (seconds // LENGTH_WINDOW_S << 1) | is_output
+    values = real(path, "value", columns["value"], 0.0, COUNT_MAX)
+    shares = real(path, "prob", columns["prob"], 0.0, 1e9)
+    order = np.lexsort((values, key))
+    key, value, prob = key[order], values[order], shares[order]
     starts = np.flatnonzero(np.r_[True, key[1:] != key[:-1]])
     ends = np.r_[starts[1:], len(key)]
-    tables = {int(key[a]): _bin_means(value[a:b], prob[a:b]) for a, b in zip(starts, ends, strict=True)}
+    tables = {
+        int(key[a]): _bin_means(value[a:b], prob[a:b]) for a, b in zip(starts, ends, strict=True) if prob[a:b].any()
+    }
     both = sorted(k for k in tables if not k & 1 and k | 1 in tables)
     if not both:
-        raise TraceFormatError("the lengths hold no client with both input_tokens and output_tokens")
+        raise TraceFormatError(f"{path} holds no client with both input_tokens and output_tokens")
     return (
         np.array([k >> 32 for k in both], np.int16),
         np.array([(k & 0xFFFFFFFF) >> 1 for k in both], np.int16),
