@@ -115,8 +115,10 @@ def test_a_batch_is_submitted_followed_and_fetched_in_the_order_of_its_lines(gat
         "batch", "submit", write_requests(here / "r.jsonl", 60), "-w", "5m", "-m", "team=x", "--wait", *url
     )
     assert submitted.exit_code == 0, submitted.output
-    id = submitted.stdout.split()[0]
-    assert f"{id}: completed, 60 of 60 items (100.0 %)" in submitted.stdout
+    id = submitted.stdout.strip()
+    assert submitted.stdout == f"{id}\n"  # A script takes it as it is: id=$(chiron batch submit ... --wait).
+    assert f"{id}: completed, 60 of 60 items (100.0 %)" in submitted.stderr
+    assert f"{id}: completed, 60 of 60 items" in call("batch", "status", id, "--watch", *url).stdout
     assert id in call("batch", "status", *url).stdout
     shown = json.loads(call("batch", "status", id, "--json", *url).stdout)
     assert (shown["metadata"], shown["completion_window"]) == ({"team": "x"}, "5m")
@@ -238,6 +240,14 @@ def test_a_second_gateway_on_the_same_data_or_port_is_refused(gateway: Gateway) 
     assert "server.host: cannot listen on 192.0.2.1:0: Cannot assign requested address" in result.stderr
     assert [path.stat().st_ino for path in events.parent.glob("events.jsonl*")] == [log_before]
     assert not Path("other", "events.jsonl").exists()
+
+
+def test_doctor_knows_a_running_chiron_on_its_port(gateway: Gateway, here: Path) -> None:
+    port = int(gateway.url.rpartition(":")[2])
+    (here / "c.toml").write_text('[models.m]\nengine = "vllm"\nendpoints = ["http://127.0.0.1:9"]\n')
+    found = {each["what"]: each for each in json.loads(call("doctor", "c.toml", "--port", port, "--json").stdout)}
+    assert found[f"port {port}"]["state"] == "ok"
+    assert "a Chiron is running on 127.0.0.1" in found[f"port {port}"]["found"]
 
 
 def test_who_reads_only_the_first_results_is_told_of_no_lost_connection(gateway: Gateway, here: Path) -> None:
@@ -372,6 +382,7 @@ def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
     watch = subprocess.Popen(
         [*program, "batch", "submit", str(requests), "--wait", "-w", "10m", "--url", first.url],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"CHIRON_API_KEY": SECRET},
     )
@@ -382,7 +393,7 @@ def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
         time.sleep(0.1)
     first.stop(signal.SIGKILL)
     second = Gateway(here, "--port", port)
-    said, _ = watch.communicate(timeout=120)
+    _, said = watch.communicate(timeout=120)
     assert watch.returncode == 0
     assert "completed, 300 of 300 items" in said
     call("batch", "results", id, "-o", "out.jsonl", "--url", second.url)

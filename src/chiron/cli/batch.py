@@ -86,7 +86,7 @@ def submit(
     key: KeyOption = None,
     cacert: CacertOption = None,
 ) -> None:
-    """Upload a file and start a batch from it. Prints the batch's id.
+    """Upload a file and start a batch from it. Prints the batch's id on stdout, all else on stderr.
 
     Examples:
 
@@ -109,7 +109,7 @@ def submit(
         if batch["status"] == "failed":
             raise typer.Exit(2)
         if wait:
-            _follow(server, batch)
+            _follow(server, batch, Console(stderr=True))
 
 
 @app.command()
@@ -135,7 +135,7 @@ def status(
         typer.echo(json.dumps(batch, indent=2))
     elif watch and batch["status"] not in ENDED:
         with _going_on(batch):
-            _follow(server, batch)
+            _follow(server, batch, Console())
     else:
         _say(batch, Console())
 
@@ -333,10 +333,10 @@ def _say(batch: dict[str, Any], console: Console | None = None) -> None:
         )
 
 
-def _follow(server: Server, batch: dict[str, Any]) -> None:
-    """Watch a batch to its end."""
+def _follow(server: Server, batch: dict[str, Any], console: Console) -> None:
+    """Watch a batch to its end, and say on ``console`` how it ended."""
     batch = _watch(server, batch)
-    _say(batch, Console())
+    _say(batch, console)
     if batch["status"] != "completed":
         raise typer.Exit(NOT_DONE)
 

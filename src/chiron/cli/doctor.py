@@ -13,6 +13,7 @@ from rich.text import Text
 
 from chiron.cli.doctor_checks import (
     FAIL,
+    RUNNING,
     WARN,
     Check,
     check,
@@ -44,6 +45,10 @@ def doctor(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set a value, as for `chiron serve`.")
     ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="As for `chiron serve`, instead of the config's."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON array, one object per check.")] = False,
 ) -> None:
     """Check this machine, a config and its engines: each line is ok, warn or fail, with what to do next.
@@ -54,13 +59,13 @@ def doctor(
 
     - `chiron doctor`
 
-    - `chiron doctor chiron.toml --json`
+    - `chiron doctor chiron.toml --port 8080 --json`
     """
     if config is None and Path(DEFAULT_CONFIG).is_file():
         config = Path(DEFAULT_CONFIG)
     console = Console(highlight=False)
     found = []
-    for each in _checks(config, list(set_ or ())):
+    for each in _checks(config, list(set_ or ()), port):
         found.append(each)
         if not json_:
             console.print(_line(each), soft_wrap=True)
@@ -72,13 +77,13 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-def _checks(path: Path | None, assignments: list[str]) -> Iterator[Check]:
+def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iterator[Check]:
     yield from machine_checks()
     config: ServeConfig | None = None
     trouble = ""
     if path is not None and not missing("serve"):
         try:
-            config = load(path, overrides(assignments, None, None, None), None)
+            config = load(path, overrides(assignments, None, port, None), None)
         except ConfigError as error:
             trouble = str(error)
     yield from extra_checks(["serve"] if config is None else extras_of(config))
@@ -116,4 +121,5 @@ def _verdict(found: list[Check], config: Path | None) -> str:
     if fails:
         return f"{fails} of {len(found)} checks failed" + (f", {warns} with a warning" if warns else "")
     fine = f"all {len(found)} checks passed" + (f", {warns} with a warning" if warns else "")
-    return fine + (f"; next: chiron serve {config}" if config else "")
+    running = any(RUNNING in each.found for each in found)
+    return fine + (f"; next: chiron serve {config}" if config and not running else "")

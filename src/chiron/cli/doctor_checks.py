@@ -5,8 +5,10 @@ They use the standard library only, so that a doctor can say what is not install
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import re
 import shutil
 import socket
 import ssl
@@ -37,6 +39,9 @@ FSYNC_SLOW_S = 0.05
 FSYNC_TRIES = 5
 YEAR_MIN = 2025
 """A clock that shows less was never set; deadlines of batches are wall-clock times."""
+RUNNING = "a Chiron is running"
+PROBE_S = 2.0
+PROBE_MAX_BYTES = 1 << 18
 EXPIRY_WARN_S = 14 * 86_400.0
 
 
@@ -105,7 +110,7 @@ def file_limit_check(connections_max: int, wanted: int) -> Check:
 
 
 def port_check(config: ServeConfig) -> Check:
-    """Whether the gateway can listen where it is told to."""
+    """Whether the gateway can listen where it is told to, or a Chiron does so already."""
     server = config.server
     what = f"port {server.port}"
     try:
@@ -115,9 +120,39 @@ def port_check(config: ServeConfig) -> Check:
             probe.bind(address)
             probe.listen(1)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and chiron_listens(str(address[0]), server.port, tls=server.tls):
+            return check(what, f"{RUNNING} on {server.host}; a second one beside it needs another port (--port)")
         hint = "another program listens there; stop it, or choose another with --port or server.port"
         return check(what, f"{server.host}: {error.strerror or error}", FAIL, hint)
     return check(what, f"free on {server.host}")
+
+
+def chiron_listens(host: str, port: int, *, tls: bool) -> bool:
+    """Whether it is a Chiron that answers there: its description of the API needs no key."""
+    until_s = time.monotonic() + PROBE_S
+    nearest = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    told = b""
+    try:
+        with socket.create_connection((nearest, port), timeout=PROBE_S) as plain, _secured(plain, tls) as connection:
+            request = f"GET /openapi.json HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n"
+            connection.sendall(request.encode())
+            while len(told) < PROBE_MAX_BYTES and time.monotonic() < until_s:
+                piece = connection.recv(65_536)
+                if not piece:
+                    break
+                told += piece
+    except OSError:
+        return False
+    return told.startswith(b"HTTP/1.1 200 ") and re.search(rb'"title":\s*"Chiron"', told) is not None
+
+
+def _secured(connection: socket.socket, tls: bool) -> socket.socket:
+    """With TLS if the config says so. Nothing secret is sent, so any certificate will do."""
+    if not tls:
+        return connection
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(connection)
 
 
 def data_checks(config: ServeConfig) -> Iterator[Check]:
