@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from chiron.cli.moment import RunClock
 from chiron.cli.story import Story, load_story
-from chiron.cli.words import show_moment, words
+from chiron.cli.words import words
 from chiron.config.read import ConfigError, suggest
-from chiron.core.units import DurationError, parse_duration
 from chiron.telemetry.result import DecisionPoint
 
 LISTED = 5
@@ -28,7 +27,9 @@ def explain(
     at: Annotated[
         str | None,
         typer.Option(
-            "--at", metavar="TIME", help="Since the start: 41:00, 1:02:03, 41m; or, of a live log, 2026-01-31T12:41Z."
+            "--at",
+            metavar="TIME",
+            help="Time of day (UTC) in a live run: 12:41; or since the start: 41:00, 1:02:03, 41m.",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="One model; default: all of them.")] = None,
@@ -39,10 +40,14 @@ def explain(
     moment, the numbers behind it, the fleet and the queue then, and the decisions before and after. A saved result
     also tells backpressure and batch groups.
 
-    Example: `chiron simulate azure --save run.chiron && chiron explain run.chiron --at 12:30`
+    Examples:
+
+    - `chiron simulate azure --save run.chiron && chiron explain run.chiron --at 12:30`
+
+    - `chiron explain chiron-data/events.jsonl --at 12:41`
     """
     story = load_story(file)
-    at_s = None if at is None else parse_moment(at, story.began)
+    asked = None if at is None else story.clock.read(at)
     console = Console(highlight=False)
     models = _models(story, model)
     console.print(story.title, style="bold", soft_wrap=True)
@@ -51,43 +56,19 @@ def explain(
     if story.note:
         console.print(story.note, soft_wrap=True)
         return
+    if asked is not None and asked.note:
+        console.print(asked.note, soft_wrap=True, markup=False)
     for name in models:
-        if at_s is None:
-            _print_overview(console, name, [d for d in story.decisions if d.subject == name])
+        if asked is None:
+            _print_overview(console, story, name)
         else:
-            for line in moment(story, name, at_s):
+            for line in moment(story, name, asked.at_s):
                 console.print(line, soft_wrap=True, markup=False)
 
 
-def parse_moment(text: str, began: datetime | None = None) -> float:
-    """Seconds from the start: ``41:00`` is minutes and seconds, ``1:02:03`` has hours; else a duration, or, if it is
-    known when the run ``began``, a date and time."""
-    if re.match(r"\s*\d{4}-\d\d-\d\d", text):
-        return _since(text, began)
-    clock = re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]\d)", text.strip())
-    if clock is None:
-        try:
-            return parse_duration(text)
-        except DurationError:
-            known = "" if began is None else f", or a date and time such as {began:%Y-%m-%dT%H:%M:%SZ}"
-            raise ConfigError(
-                f"--at {text!r}: expected the time since the start, as 41:00, 1:02:03 or 41m{known}"
-            ) from None
-    hours, minutes, seconds = (int(part or 0) for part in clock.groups())
-    return 3600.0 * hours + 60.0 * minutes + seconds
-
-
-def _since(text: str, began: datetime | None) -> float:
-    if began is None:
-        raise ConfigError(f"--at {text!r}: nobody knows when this run began; give the time since its start: 41:00")
-    try:
-        moment = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise ConfigError(f"--at {text!r}: not a date and time such as {began:%Y-%m-%dT%H:%M:%SZ}") from None
-    seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - began).total_seconds()
-    if seconds < 0.0:
-        raise ConfigError(f"--at {text!r}: the run began at {began:%Y-%m-%dT%H:%M:%SZ}")
-    return seconds
+def parse_moment(text: str, began: datetime | None = None, ends_s: float = 0.0) -> float:
+    """Seconds from the start of a run that began and lasted so, as ``RunClock`` reads them."""
+    return RunClock(ends_s=ends_s, began=began).read(text).at_s
 
 
 def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
@@ -97,23 +78,24 @@ def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
     whole = at_s == round(at_s)
     earlier = [d for d in changes if (round(d.t_s) if whole else d.t_s) <= at_s]
     later = changes[len(earlier) :]
-    yield f"\n{model} at {show_moment(at_s)} ({at_s:,.0f} s)"
+    clock = story.clock
+    yield f"\n{model} at {clock.show(at_s)} ({at_s:,.0f} s)"
     if at_s > story.ends_s:
-        yield f"  The run ended at {show_moment(story.ends_s)}; this is how it stood then."
+        yield f"  The run ended at {clock.show(story.ends_s)}; this is how it stood then."
     if earlier:
-        yield from _tell(earlier[-1], at_s)
+        yield from _tell(earlier[-1], at_s, clock)
     else:
         yield "  The plan had not changed since the start."
     for line in story.state(model, max(at_s, earlier[-1].t_s) if earlier else at_s):
         yield f"  {line}"
     if len(earlier) > 1:
-        yield f"  Before it: {_brief(earlier[-2])}"
-    yield f"  Next: {_brief(later[0])}" if later else "  No change followed."
+        yield f"  Before it: {_brief(earlier[-2], clock)}"
+    yield f"  Next: {_brief(later[0], clock)}" if later else "  No change followed."
 
 
-def _tell(decision: DecisionPoint, at_s: float) -> Iterator[str]:
+def _tell(decision: DecisionPoint, at_s: float, clock: RunClock) -> Iterator[str]:
     ago = max(0, round(at_s - decision.t_s))
-    when = f"at {show_moment(decision.t_s)}" + (f", {ago:,} s before" if ago else "")
+    when = f"at {clock.show(decision.t_s)}" + (f", {ago:,} s before" if ago else "")
     verb = "grew" if decision.after > decision.before else "shrank"
     yield f"  The plan {verb} from {decision.before:g} to {decision.after:g} instances {when}."
     yield f"  Why: {words(decision.reason)} ({decision.reason})."
@@ -127,12 +109,12 @@ def _quantity(name: str, value: float) -> str:
     return f"{words(name.removesuffix('_s'))} {number}{unit}"
 
 
-def _brief(decision: DecisionPoint) -> str:
-    return f"{show_moment(decision.t_s)}, {decision.before:g} -> {decision.after:g}: {words(decision.reason)}."
+def _brief(decision: DecisionPoint, clock: RunClock) -> str:
+    return f"{clock.show(decision.t_s)}, {decision.before:g} -> {decision.after:g}: {words(decision.reason)}."
 
 
-def _print_overview(console: Console, model: str, decisions: Sequence[DecisionPoint]) -> None:
-    changes = [d for d in decisions if d.before != d.after]
+def _print_overview(console: Console, story: Story, model: str) -> None:
+    changes = [d for d in story.decisions if d.subject == model and d.before != d.after]
     console.print(f"\n{model}: {len(changes)} change{'s' if len(changes) != 1 else ''} of the plan")
     table = Table("why", "grew", "shrank", box=None, pad_edge=False, header_style="bold")
     grew = Counter(d.reason for d in changes if d.after > d.before)
@@ -145,8 +127,8 @@ def _print_overview(console: Console, model: str, decisions: Sequence[DecisionPo
     largest = sorted(changes, key=lambda d: (-abs(d.after - d.before), d.t_s))[:LISTED]
     console.print("\nThe largest:")
     for decision in sorted(largest, key=lambda d: d.t_s):
-        console.print(f"  {_brief(decision)}", soft_wrap=True)
-    console.print(f"More about one of them: --at {show_moment(largest[0].t_s)}")
+        console.print(f"  {_brief(decision, story.clock)}", soft_wrap=True)
+    console.print(f"More about one of them: --at {story.clock.option(largest[0].t_s)}")
 
 
 def _models(story: Story, model: str | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from chiron.cli.words import show_moment
+from chiron.cli.moment import RunClock
 from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.result import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
@@ -32,9 +32,13 @@ class Story:
     note: str = ""
     """Why it tells of no fleet, if it cannot."""
     began: datetime | None = None
-    """When the run began, if that is known: of a gateway's event log."""
+    """When the run began, if that is known: of a gateway's."""
     state: Callable[[str, float], Iterable[str]]
     """The fleet and the queue of a model at a moment, in lines."""
+
+    @property
+    def clock(self) -> RunClock:
+        return RunClock(ends_s=self.ends_s, began=self.began)
 
 
 def load_story(path: Path) -> Story:
@@ -44,24 +48,29 @@ def load_story(path: Path) -> Story:
 
 def _of_result(path: Path) -> Story:
     result = load_result(path)
+    began = None if result.began is None else datetime.fromisoformat(result.began)
+    decisions = tuple(d for d in result.decisions if d.kind == "fleet")
+    ends_s = max((t_s for t_s in (*(p.t_s for p in result.fleet[-1:]), *(d.t_s for d in decisions[-1:]))), default=0.0)
+    clock = RunClock(ends_s=ends_s, began=began)
 
     def state(model: str, at_s: float) -> Iterable[str]:
         points = [point for point in result.fleet if point.model == model and point.t_s <= at_s]
-        return _tell_point(points[-1]) if points else ()
+        return _tell_point(points[-1], clock) if points else ()
 
     return Story(
         title=f"{result.scenario}, policy {result.policy}{seed_of(result)}",
         models=result.models,
-        decisions=tuple(d for d in result.decisions if d.kind == "fleet"),
+        decisions=decisions,
         note=NO_FLEET if result.summary["gpu_hours"] is None else "",
-        ends_s=max((point.t_s for point in result.fleet), default=0.0),
+        ends_s=ends_s,
+        began=began,
         state=state,
     )
 
 
-def _tell_point(point: FleetPoint) -> Iterator[str]:
+def _tell_point(point: FleetPoint, clock: RunClock) -> Iterator[str]:
     yield (
-        f"Fleet as decided upon at {show_moment(point.t_s)}: "
+        f"Fleet as decided upon at {clock.show(point.t_s)}: "
         f"{_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
         f"{point.gpus} GPUs billed, {point.planned} instances planned."
     )
@@ -75,7 +84,7 @@ def _tell_point(point: FleetPoint) -> Iterator[str]:
     if isfinite(point.bbp):
         yield f"Batch backpressure (groups that would be late): {point.bbp:g}."
     for deadline_s, requests in point.groups:
-        due = f"due at {show_moment(deadline_s)}" if isfinite(deadline_s) else "without a deadline"
+        due = f"due at {clock.show(deadline_s)}" if isfinite(deadline_s) else "without a deadline"
         yield f"Queued batch group: {requests:,} requests {due}."
 
 

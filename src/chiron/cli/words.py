@@ -18,8 +18,8 @@ def words(name: str) -> str:
     return REASONS.get(name, name.replace("_", " ").replace("-", " "))
 
 
-def show_moment(t_s: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
+def show_moment(t_s: float, *, hours: bool = False) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``; with ``hours`` always the latter."""
     minutes, seconds = divmod(round(t_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    whole, minutes = divmod(minutes, 60)
+    return f"{whole}:{minutes:02}:{seconds:02}" if hours or whole else f"{minutes}:{seconds:02}"

@@ -141,10 +141,12 @@ class LiveRecorder:
         scenario: str = "live",
         scenario_text: str = "",
         evictions: int = 0,
+        began: str | None = None,
     ) -> Result:
         """The run so far; requests that have not ended are ``unfinished``. O(requests), so not for the hot path.
 
-        ``label`` is what reports call the policy; ``scenario_text`` the configuration it ran with.
+        ``label`` is what reports call the policy; ``scenario_text`` the configuration it ran with; ``began`` is
+        the wall time at second 0.
         """
         table = self.table()
         start_s = self._start_s
@@ -188,6 +190,7 @@ class LiveRecorder:
             fleet=tuple(timeline.fleet),
             batch_sizes=tuple(timeline.batch_sizes),
             decisions=tuple(timeline.decisions),
+            began=began,
         )
 
     def table(self) -> RequestTable:

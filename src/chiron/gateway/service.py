@@ -22,7 +22,7 @@ from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.api import ApiState, make_app
 from chiron.gateway.batch_runner import BatchRunner
 from chiron.gateway.engines import Engines
-from chiron.gateway.event_writer import EventLogSettings, EventWriter
+from chiron.gateway.event_writer import EventLogSettings, EventWriter, wall_time
 from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.front import Front
 from chiron.gateway.journal import LiveJournal
@@ -203,6 +203,7 @@ class Service:
             policy=self.plane.policy,
             label=self.config.policy_label,
             evictions=self.plane.evictions,
+            began=wall_time(self.clock.wall_origin_s),
         )
 
     def drain(self) -> None:

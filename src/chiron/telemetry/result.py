@@ -146,6 +146,8 @@ class Result:
     fleet: tuple[FleetPoint, ...]
     batch_sizes: tuple[BatchSizePoint, ...]
     decisions: tuple[DecisionPoint, ...]
+    began: str | None = None
+    """Of a live run the wall time at second 0, as ``2026-01-31T12:41:00.000Z``."""
 
     def requests_frame(self) -> Any:
         """One row per request (pandas DataFrame, extra ``report``); nan instead of -1 for what never happened."""

@@ -12,6 +12,7 @@ import os
 import zipfile
 import zlib
 from dataclasses import fields
+from datetime import datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -35,6 +36,8 @@ ROWS: dict[str, Any] = {
 }
 """Fields of ``Result`` that are tuples of dataclasses; stored as columns."""
 PLAIN = tuple(f.name for f in fields(Result) if f.name not in ROWS and f.name != "requests")
+LATER = {"began"}
+"""Fields that results saved before they existed lack."""
 COLUMNS = tuple(f.name for f in fields(RequestTable))
 DTYPES = {
     "model": "int16",
@@ -95,16 +98,17 @@ def check_document(document: Any, path: str | Path) -> None:
         raise StoreError(f"{path} is not a saved result: result.json lacks format = {FORMAT!r}")
     if document.get("version") != VERSION:
         raise StoreError(f"{path}: version is {document.get('version')!r}; this Chiron reads {VERSION}")
-    odd = sorted(document.keys() ^ {"format", "version", *PLAIN, *ROWS})
+    odd = sorted((document.keys() ^ {"format", "version", *PLAIN, *ROWS}) - (LATER - document.keys()))
     if odd:
         raise StoreError(f"{path}: keys {odd} of result.json are missing or unknown")
 
 
 def build(document: dict[str, Any], requests: RequestTable, path: str | Path) -> Result:
     """The result from its parts, checked against each other."""
-    parts: dict[str, Any] = {name: document[name] for name in PLAIN}
+    parts: dict[str, Any] = {name: document[name] for name in PLAIN if name in document}
     parts["models"] = tuple(parts["models"])
     parts |= {name: read_rows(document[name], row_type, f"{path}: {name}") for name, row_type in ROWS.items()}
+    check_began(parts.get("began"), path)
     result = Result(**parts, requests=requests)
     try:
         check_requests(requests, result.classes, result.models)
@@ -112,6 +116,16 @@ def build(document: dict[str, Any], requests: RequestTable, path: str | Path) ->
     except SummaryError as error:
         raise StoreError(f"{path}: {error}") from error
     return result
+
+
+def check_began(value: Any, path: str | Path) -> None:
+    """A wall time with its zone, or none."""
+    try:
+        known = value is None or datetime.fromisoformat(value).tzinfo is not None
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise StoreError(f"{path}: began is {value!r}; it must be null or like 2026-01-31T12:41:00.000Z")
 
 
 def read_rows(columns: Any, row_type: Any, where: str) -> tuple[Any, ...]:
