@@ -56,10 +56,29 @@ def test_a_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_only_its_owner_can_read_prompts_and_answers(tmp_path: Path) -> None:
     asyncio.run(filled(tmp_path / "data"))
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "data").rglob("*") if path.is_file()}
-    assert len(modes) >= 3
-    assert set(modes.values()) == {0o600}, modes
-    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    modes = modes_of(tmp_path / "data")
+    assert len(modes) >= 5
+    assert set(modes.values()) == {0o600, 0o700}, modes
+
+
+def test_a_directory_that_others_could_read_is_closed_to_them(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    asyncio.run(filled(data))
+    outside = tmp_path / "outside"
+    outside.write_text("not ours")
+    (data / "link").symlink_to(outside)
+    outside.chmod(0o644)
+    for path in (data, *data.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    opened(data)
+    assert set(modes_of(data).values()) == {0o600, 0o700}
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o644
+
+
+def modes_of(directory: Path) -> dict[str, int]:
+    paths = [path for path in (directory, *directory.rglob("*")) if not path.is_symlink()]
+    return {str(path): stat.S_IMODE(path.stat().st_mode) for path in paths}
 
 
 async def filled(directory: Path) -> None:
@@ -157,10 +176,15 @@ def test_files_of_cut_off_uploads_are_removed(tmp_path: Path) -> None:
         site = sqlite_site(tmp_path)
         async with site.store() as store:
             kept = await upload(store, lines_of(3))
-        (tmp_path / "files" / "file-0123").write_bytes(b"half")
+            cut = await store.begin_file("batch", "x", "", 1 << 30)
+            await cut.write(bytes(2 << 20))
+            (part,) = (tmp_path / "files").glob("*.part")
+            half = part.read_bytes()
+        part.write_bytes(half)  # As a kill would have left it.
         async with site.store() as store:
             assert await store.list_files(None) == [kept]
         assert [path.name for path in (tmp_path / "files").iterdir()] == [kept.id]
+        assert not (tmp_path / "lost+found").exists()
 
     asyncio.run(run())
 

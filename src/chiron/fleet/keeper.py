@@ -138,7 +138,7 @@ class Log:
                     self._rotate(file)
 
     def _open(self) -> int:
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._bytes = os.fstat(self._file).st_size
         return self._file
 

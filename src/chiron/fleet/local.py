@@ -92,7 +92,7 @@ class LocalFleet:
         for name, kind in kinds.items():
             if devices and kind.gpus > len(devices):
                 raise ValueError(f"kind {name!r}: gpus is {kind.gpus}; there are {len(devices)} devices")
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.devices = Devices(devices)
         self._settings = settings or LocalFleetSettings()
         self._kinds = dict(kinds)

@@ -168,7 +168,7 @@ class EventWriter:
             **self._facts,
         }
         data = orjson.dumps(head, default=str, option=_OPTIONS)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, data)
         except OSError:

@@ -36,6 +36,7 @@ from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
 from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
 from chiron.policies.registry import make_policy
+from chiron.store.directory import make_directory
 from chiron.store.port import Batch, StoreError
 from chiron.store.sqlite import SqliteStore
 from chiron.telemetry.errors import TelemetryError
@@ -64,7 +65,7 @@ class Service:
         self.config = config
         loop = asyncio.get_running_loop()
         self.clock = LiveClock(loop, time_s=time.monotonic)
-        config.data.mkdir(parents=True, exist_ok=True)
+        make_directory(config.data)
         self._numbers = itertools.count(1)
         self.models = Models({m.name: _served(config, m) for m in config.models})
         self.keys = KeyRing(config.keys, config.admin_key_hash, admin_open=config.server.loopback)
@@ -266,7 +267,7 @@ class Service:
         config, telemetry = self.config, self.config.telemetry
         if config.event_log is None:
             return None
-        config.event_log.parent.mkdir(parents=True, exist_ok=True)
+        config.event_log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         settings = EventLogSettings(
             path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
         )
@@ -353,7 +354,7 @@ async def run(config: ServeConfig, *, advise: bool = False, on_ready: Callable[[
 
 def _save(service: Service) -> None:
     try:
-        save_result(service.result(), service.config.data / RESULT)
+        save_result(service.result(), service.config.data / RESULT, mode=0o600)
     except TelemetryError as error:
         log.warning("the result of this run is not saved: %s", error)
 

@@ -1,4 +1,8 @@
-"""The directory of a store: one process has it at a time; uploaded files lie in it as plain files."""
+"""The directory of a store: one process has it at a time; uploaded files lie in it as plain files.
+
+While an upload comes in its file is called ``ID.part``: such a file was never acknowledged, so it may be removed when
+the store opens. A file with its final name that no row names is unknown, and is put aside.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,27 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from chiron.store.database import DATABASE
 from chiron.store.port import StoreError, StoreFull, StoreLocked
 
 FILES = "files"
+PART = ".part"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def lock(directory: Path) -> int:
     """Make the directory and take it for this process, until the returned descriptor is closed.
 
-    Prompts and answers lie in it, so a new one is its owner's alone. The lock is the kernel's: it is gone as soon as
-    the process is, however it ends.
+    Prompts and answers lie in it, so it is its owner's alone. The lock is the kernel's: it is gone as soon as the
+    process is, however it ends.
     """
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
-        (directory / FILES).mkdir(exist_ok=True)
+        make_directory(directory)
+        (directory / FILES).mkdir(mode=0o700, exist_ok=True)
         (directory / DATABASE).touch(mode=0o600)  # SQLite would make it readable to all; its other files follow it.
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -43,8 +49,44 @@ def lock(directory: Path) -> int:
     return descriptor
 
 
+def make_directory(directory: Path) -> None:
+    """Raises OSError."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_private(directory: Path) -> list[str]:
+    """Take from everybody but the owner what they may do with the directory and all that is in it. Returns what could
+    not be changed, in words. Links are left alone: they lead elsewhere."""
+    complaints = []
+    for path, mode in open_to_others(directory):
+        try:
+            path.chmod(mode & 0o700)
+        except OSError as error:
+            complaints.append(f"{path} can be used by others (mode {mode:03o}): {error.strerror}")
+    return complaints
+
+
+def open_to_others(directory: Path) -> Iterator[tuple[Path, int]]:
+    """What others than the owner may use, each with its mode."""
+    for place, _, names in os.walk(directory):
+        for path in (Path(place), *(Path(place, name) for name in names)):
+            try:
+                # The directory itself may be a link; what is in it must not lead us out of it.
+                about = path.stat() if path == directory else path.lstat()
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISLNK(about.st_mode) and about.st_mode & 0o077:
+                yield path, stat.S_IMODE(about.st_mode)
+
+
 def file_path(directory: Path, file_id: str) -> Path:
     return directory / FILES / file_id
+
+
+def part_path(directory: Path, file_id: str) -> Path:
+    """Where an upload is while it comes in."""
+    return directory / FILES / (file_id + PART)
 
 
 def remove_files(directory: Path, file_ids: list[str]) -> None:
@@ -52,9 +94,15 @@ def remove_files(directory: Path, file_ids: list[str]) -> None:
         file_path(directory, file_id).unlink(missing_ok=True)
 
 
-def remove_orphans(directory: Path, known: set[str]) -> None:
-    """Remove files without a row: uploads that were cut off, deletions that were not finished."""
-    remove_files(directory, [path.name for path in (directory / FILES).iterdir() if path.name not in known])
+def remove_parts(directory: Path) -> None:
+    """Remove what is left of uploads that were cut off."""
+    for path in (directory / FILES).glob(f"*{PART}"):
+        path.unlink(missing_ok=True)
+
+
+def unknown_files(directory: Path, known: set[str]) -> list[Path]:
+    """Files without a row."""
+    return sorted(path for path in (directory / FILES).iterdir() if path.name not in known)
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ Readers have connections of their own; under the write-ahead log they and the wr
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -19,8 +20,19 @@ from typing import Literal, TypeVar
 
 from chiron.store import batches, items
 from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, store_error
-from chiron.store.directory import disk_error, file_path, lock, remove_files, remove_orphans, sync_directory
+from chiron.store.directory import (
+    FILES,
+    disk_error,
+    file_path,
+    lock,
+    make_private,
+    remove_files,
+    remove_parts,
+    sync_directory,
+    unknown_files,
+)
 from chiron.store.leases import Leases
+from chiron.store.lost import LostFound
 from chiron.store.port import (
     Batch,
     Check,
@@ -41,6 +53,16 @@ from chiron.store.validation import Validation
 from chiron.store.writer import Operation, Writer
 
 T = TypeVar("T")
+
+log = logging.getLogger("chiron.store")
+
+NAMES_SHOWN = 5
+"""Files named in one line of the log."""
+
+
+def names(paths: Sequence[Path]) -> str:
+    more = len(paths) - NAMES_SHOWN
+    return ", ".join(path.name for path in paths[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(slots=True)
@@ -66,6 +88,7 @@ class SqliteStore:
         self.settings = settings or StoreSettings()
         self._wall = wall
         self._path = directory / DATABASE
+        self._lost = LostFound(directory, self.settings)
         self._leases = Leases()
         self._of_thread = local()
         self._now: _Opened | None = None
@@ -82,7 +105,10 @@ class SqliteStore:
             try:
                 uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
                 sync_directory(self.directory)
-                remove_orphans(self.directory, {row["id"] for row in uploads})
+                remove_parts(self.directory)
+                self._put_aside_unknown({row["id"] for row in uploads})
+                for complaint in make_private(self.directory):
+                    log.warning("%s; change its owner or its mode", complaint)
             except BaseException:
                 db.close()
                 raise
@@ -102,6 +128,21 @@ class SqliteStore:
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
             places=asyncio.Semaphore(self.settings.operations_max),
         )
+
+    def _put_aside_unknown(self, known: set[str]) -> None:
+        aside = self._lost.put(unknown_files(self.directory, known))
+        if aside.moved:
+            count, shown = len(aside.moved), names(aside.moved)
+            log.warning("%d files that no row names are put aside into %s: %s", count, self._lost.path, shown)
+        if aside.left:
+            log.error(
+                "%d files that no row names stay in %s: there is no room for them in lost+found (%s); nothing of it is "
+                "deleted, look through both and remove what you do not need: %s",
+                len(aside.left),
+                self.directory / FILES,
+                self._lost.limit(),
+                names(aside.left),
+            )
 
     async def close(self) -> None:
         if self._now is not None:

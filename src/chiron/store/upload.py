@@ -1,7 +1,7 @@
 """Uploaded files: written as they come, and known once their row is committed.
 
-A file has its final name from the start; what makes it a file of the store is its row, and files without a row are
-removed when the store opens. Its content and its directory entry are on disk before the row is.
+While it comes in a file is called ``ID.part``; what is left of such files is removed when the store opens. What makes
+it a file of the store is its row. Its content and its final name are on disk before the row is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 from threading import Lock
 
-from chiron.store.directory import check_room, disk_error, file_path, sync_directory
+from chiron.store.directory import check_room, disk_error, file_path, part_path, sync_directory
 from chiron.store.port import StoreClosed, StoredFile, StoreError, TooLarge
 from chiron.store.settings import StoreSettings
 
@@ -38,7 +38,7 @@ class FileUpload:
         self.expires_after_s: float | None = None
         self._directory = directory
         self._file = file
-        self._path = file_path(directory, file.id)
+        self._path = part_path(directory, file.id)
         self._bytes_max = bytes_max
         self._settings = settings
         self._in_thread = in_thread
@@ -132,6 +132,7 @@ class FileUpload:
             try:
                 os.fsync(self._stream.fileno())
                 self._stream.close()
+                self._path = self._path.rename(file_path(self._directory, self._file.id))
                 sync_directory(self._path.parent)
             except OSError as error:
                 raise disk_error(error, self._path) from error

@@ -50,8 +50,9 @@ DTYPES = {
 """Of the columns that are not float64."""
 
 
-def save_result(result: Result, path: str | Path) -> Path:
-    """Write ``result`` to ``path``; an interrupted write leaves no half file. Returns the path."""
+def save_result(result: Result, path: str | Path, *, mode: int = 0o666) -> Path:
+    """Write ``result`` to ``path``; an interrupted write leaves no half file. ``mode`` is who may use a new file, less
+    what the umask takes. Returns the path."""
     target = Path(path)
     document = {"format": FORMAT, "version": VERSION}
     document |= {name: encode(getattr(result, name), name) for name in PLAIN}
@@ -59,7 +60,9 @@ def save_result(result: Result, path: str | Path) -> Path:
         document[name] = encode(rows_as_columns(row_type, getattr(result, name)), name)
     partial = target.with_name(target.name + ".partial")
     try:
-        with zipfile.ZipFile(partial, "w") as archive:
+        partial.unlink(missing_ok=True)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as archive:
             add(archive, "result.json", json.dumps(document, allow_nan=False).encode())
             for name in COLUMNS:
                 add(archive, f"requests/{name}.npy", npy(getattr(result.requests, name), DTYPES.get(name, "float64")))
