@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from chiron.cli.doctor_checks import FAIL, OK, WARN, Check, check
+from chiron.engines.claims import model_names
 from chiron.engines.metrics import read_row
 from chiron.engines.rows import ENGINES, EngineRow
 from chiron.gateway.settings import KindSettings, ServeConfig
@@ -20,6 +21,8 @@ TIMEOUT_S = 10.0
 STREAM_TIMEOUT_S = 60.0
 """A busy engine may take a while for its first token."""
 ANSWER_MAX_BYTES = 8 << 20
+NAMES_SHOWN = 20
+"""Of the models that an engine lists."""
 WANTED = ("running", "waiting", "generation_tokens")
 """Figures without which the control plane sees less than it should."""
 
@@ -57,13 +60,16 @@ def _models(url: str, kind: KindSettings, model: str, row: EngineRow) -> Check:
     what = f"endpoint {url}: models"
     status, body = _fetch(url, "GET", "/v1/models", kind)
     try:
-        names = [entry["id"] for entry in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError):
+        names = model_names(json.loads(body))
+    except (ValueError, RecursionError):
+        names = None
+    if names is None:
         hint = _unauthorized(status) or "is it an OpenAI server?"
         return check(what, f"GET /v1/models answers {status}, no list of models", FAIL if status != 200 else WARN, hint)
     if model in names:
         return check(what, model)
-    shown = ", ".join(names) or "none"
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    shown = (", ".join(names[:NAMES_SHOWN]) or "none") + more
     if not row.minds_model_name:
         return check(what, f"{shown}; {row.name} answers to {model!r} too")
     return check(what, f"it does not know {model!r}; it has: {shown}", FAIL, "set served_model_name to one of these")

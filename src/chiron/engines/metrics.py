@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from math import isfinite
 
+from chiron.engines.claims import figures
 from chiron.engines.rows import EngineRow
 
 _SAMPLE = re.compile(r'([A-Za-z_:][\w:]*)[ \t]*(\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)', re.ASCII)
@@ -34,7 +35,8 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def read_row(row: EngineRow, text: str) -> dict[str, float]:
-    """Our names that this engine's metrics hold; of several names for one thing the newest that is present.
+    """Our names that this engine's metrics hold; of several names for one thing the newest that is present. What cannot
+    be (``claims.figures``) is left out.
 
     ``kv_capacity_tokens`` is the product of blocks and block size where the engine does not say it itself.
     """
@@ -51,7 +53,7 @@ def read_row(row: EngineRow, text: str) -> dict[str, float]:
             found[ours] = values[newest]
     if "kv_capacity_tokens" not in found and "kv_blocks" in found and "block_size" in found:
         found["kv_capacity_tokens"] = found["kv_blocks"] * found["block_size"]
-    return found
+    return figures(found)
 
 
 def _series(text: str) -> Iterator[tuple[str, float]]:

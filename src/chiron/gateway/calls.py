@@ -14,10 +14,11 @@ from typing import Any
 import orjson
 
 from chiron.core.types import Request
+from chiron.engines.claims import output_tokens_max
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError, Collector
 from chiron.gateway.errors import ApiError
-from chiron.gateway.last_word import Answer, last_word, passed_on
+from chiron.gateway.last_word import Answer, last_word, passed_on, wordless
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
@@ -48,6 +49,7 @@ class RelayCall:
         "error",
         "incoming",
         "key_name",
+        "output_max",
         "path",
         "prompt_bytes",
         "prompt_tokens",
@@ -73,6 +75,7 @@ class RelayCall:
         self.streams = stream
         self.prompt_bytes = prompt_bytes
         self.prompt_tokens = 0
+        self.output_max = output_tokens_max(fields)
         self.request_id = request_id
         self.key_name = key_name
         self.error: UpstreamFailure | None = None
@@ -212,6 +215,7 @@ class CollectedCall:
         self.request_id = request_id
         self.key_name = key_name
         self.prompt_bytes = self.prompt_tokens = 0
+        self.output_max = output_tokens_max(fields)
         self.error: UpstreamFailure | None = None
         self.status = 0
         """The engine's, of the answer that counts."""
@@ -315,7 +319,7 @@ class FlexCall(CollectedCall):
         if request.outcome == "finished":
             self._deliver()
             return
-        engine = Answer(self.status, self.answer) if self.status >= 300 and self.answer else None
+        engine = Answer(self.status, self.answer or wordless(self.status)) if self.status >= 300 else None
         self._say(last_word(request, self.refusal, engine, self.error))
 
     def _deliver(self) -> None:
@@ -330,8 +334,10 @@ class FlexCall(CollectedCall):
             answer["object"] = "chat.completion.chunk"
             for choice in answer["choices"]:
                 choice["delta"] = choice.pop("message")
-                for i, tool in enumerate(choice["delta"].get("tool_calls") or ()):
-                    tool.setdefault("index", i)
+                tools = choice["delta"].get("tool_calls")
+                for i, tool in enumerate(tools if isinstance(tools, list) else ()):
+                    if isinstance(tool, dict):
+                        tool.setdefault("index", i)
         write = self.incoming.write
         write(b"data: " + orjson.dumps(answer) + b"\n\n")
         if usage is not None and self._wants_usage:

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from chiron.engines.claims import CHOICES_MAX, token_ids, usage
 from chiron.gateway.admission import nested_too_deep
 
 Json = dict[str, Any]
@@ -100,9 +101,7 @@ class Collector:
 
     @property
     def tokens(self) -> int:
-        """Output tokens so far: as the engine counts them, else by ids, else by chunks with something in them."""
-        if self.usage and isinstance(self.usage.get("completion_tokens"), int):
-            return int(self.usage["completion_tokens"])
+        """Output tokens so far: by ids, else by chunks with something in them."""
         return sum(len(choice.token_ids) for choice in self._choices.values()) or self._chunks
 
     @property
@@ -152,9 +151,7 @@ class Collector:
             self.done = True
             return
         choices = chunk.pop("choices", None)
-        usage = chunk.pop("usage", None)
-        if isinstance(usage, dict):
-            self.usage = usage
+        self.usage = usage(chunk.pop("usage", None)) or self.usage
         for name, value in chunk.items():
             if value is not None:
                 self._top.setdefault(name, value)
@@ -164,8 +161,8 @@ class Collector:
 
     def _take_choice(self, chunk: object) -> None:
         index = chunk.get("index", 0) if isinstance(chunk, dict) else None
-        if not isinstance(chunk, dict) or not isinstance(index, int):
-            raise CollectError("a choice in the engine's stream is not an object with an integer index")
+        if not isinstance(chunk, dict) or not isinstance(index, int) or not 0 <= index < CHOICES_MAX:
+            raise CollectError("a choice in the engine's stream is not an object with an index that can be")
         choice = self._choices.get(index)
         if choice is None:
             choice = self._choices[index] = _Choice()
@@ -198,7 +195,12 @@ class _Choice:
             elif name == "logprobs" and isinstance(value, dict):
                 _merge(self.logprobs, value)
             elif name == "token_ids" and isinstance(value, list):
-                self.token_ids.extend(value)
+                ids = token_ids(value)
+                if ids is None:
+                    raise CollectError("token_ids in the engine's stream are not ids of tokens")
+                self.token_ids.extend(ids)
+            elif name == "finish_reason" and not isinstance(value, str):
+                raise CollectError("finish_reason in the engine's stream is not text")
             else:
                 self.fields[name] = value
         return something or len(self.token_ids) > before
@@ -260,6 +262,8 @@ def _merge(into: Json, delta: Json) -> None:
 
 def _extend(have: object, more: list[Any]) -> object:
     if more and all(isinstance(item, dict) and isinstance(item.get("index"), int) for item in more):
+        if not all(0 <= item["index"] < CHOICES_MAX for item in more):
+            raise CollectError("an index in the engine's stream cannot be")
         indexed = have if isinstance(have, _Indexed) else _Indexed()
         for item in more:
             _merge(indexed.items.setdefault(item["index"], {}), {k: v for k, v in item.items() if k != "index"})

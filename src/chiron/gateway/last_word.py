@@ -52,6 +52,12 @@ def passed_on(failure: UpstreamFailure | None) -> Answer | None:
     return Answer(failure.status, failure.body, later, failure.content_type or b"application/json")
 
 
+def wordless(status: int) -> bytes:
+    """The error object of an engine that refused with this status and no body."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return ApiError(status, f"The engine answered {status} and said no more.", type=kind, code="engine_error").body()
+
+
 def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:
     """Answer with an error object."""
     _answer(error).send(incoming, request_id)

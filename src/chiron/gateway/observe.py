@@ -18,6 +18,7 @@ from math import ceil
 from typing import NamedTuple
 
 from chiron.core.types import Instance, Sample
+from chiron.engines.claims import can_grow
 
 
 class EngineTotals(NamedTuple):
@@ -46,6 +47,7 @@ class EngineObserver:
         "_pending_steps",
         "_piece_s",
         "_piece_tokens",
+        "_sampled_s",
         "_seen",
         "_seen_tokens",
         "_told",
@@ -59,7 +61,7 @@ class EngineObserver:
 
     def __init__(self, instance: Instance, now_s: float) -> None:
         self._instance = instance
-        self._at_s = now_s
+        self._at_s = self._sampled_s = now_s
         self.inside = 0
         """Requests that the engine has and has not answered yet."""
         self.decoding = 0
@@ -118,7 +120,7 @@ class EngineObserver:
         """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``)."""
         self._advance(now_s)
         said = metrics or {}
-        totals = self._grow(_told(said))
+        totals = self._grow(now_s, _told(said))
         waiting = int(said.get("waiting", 0))
         mean_input = self._inputs // self.decoding if self.decoding else 1
         used = said.get("kv_used_tokens")
@@ -140,12 +142,12 @@ class EngineObserver:
             preemptions=int(said.get("preemptions", 0)),
         )
 
-    def _grow(self, told: EngineTotals | None) -> EngineTotals:
-        """Add what happened since the last sample: by the engine's word if it was heard both times and grew."""
-        seen, told_before = self._seen, self._told
+    def _grow(self, now_s: float, told: EngineTotals | None) -> EngineTotals:
+        """Add what happened since the last sample: by the engine's word if it was heard both times, and can be so."""
+        seen, told_before, passed_s = self._seen, self._told, now_s - self._sampled_s
         self._show()
-        self._told = told
-        if told is None or told_before is None or told.steps < told_before.steps:
+        self._told, self._sampled_s = told, now_s
+        if told is None or told_before is None or not _can_follow(told_before, told, passed_s):
             after, before = self._seen, seen
         else:
             after, before = told, told_before
@@ -197,3 +199,9 @@ def _told(said: Mapping[str, float]) -> EngineTotals | None:
     if not said.keys() >= set(EngineTotals._fields):
         return None
     return EngineTotals(*(said[name] for name in EngineTotals._fields))
+
+
+def _can_follow(before: EngineTotals, after: EngineTotals, seconds: float) -> bool:
+    """An engine that started again counts from nothing, and a broken one may say anything."""
+    grown = EngineTotals(*(a - b for a, b in zip(after, before, strict=True)))
+    return can_grow(seconds, **grown._asdict())

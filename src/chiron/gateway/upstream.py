@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Protocol
 
 from chiron.core.types import Instance, Request
+from chiron.engines import claims
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError
 from chiron.gateway.observe import EngineObserver
@@ -39,7 +39,6 @@ RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504}) | OF_CDNS
 ERROR_MAX_BYTES = 64 * 1024
 PRESUMED_PREFILLS = 1.5
 """Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
-_USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*(\d+)')
 _TAIL_BYTES = 2048
 
 
@@ -66,6 +65,8 @@ class Upcall(Protocol):
     """Why the last try failed."""
     prompt_tokens: int
     """As the engine's usage said at the end; 0: it did not, or not yet."""
+    output_max: int | None
+    """The most output tokens that the request allows; None: it sets no limit."""
 
     @property
     def visible(self) -> bool:
@@ -164,6 +165,7 @@ class HttpEngine:
         self.runs[request.id] = run
         self.observer.entered(self.clock.now_s)
         body = upcall.message(self.row, self.model, request)
+        run.body_bytes = len(body)
         run.call = self.origin.send(b"POST", upcall.path, upcall.headers(), body, run, lines=self.headers)
         if not upcall.streams and request.prefill_cost_s:
             # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
@@ -268,7 +270,7 @@ class HttpEngine:
         def report() -> None:
             if not self.holds(run):
                 return
-            tokens = max(1, run.output_tokens())
+            tokens = max(1, run.output_tokens()) if run.status < 400 else 0
             if request.outcome is None:
                 request.tokens_done = tokens
                 if not run.upcall.streams:
@@ -322,6 +324,8 @@ class _Run:
     """One request inside one engine: the receiver of its answer."""
 
     __slots__ = (
+        "_began_s",
+        "_bytes",
         "_engine",
         "_error",
         "_heard",
@@ -329,6 +333,7 @@ class _Run:
         "_over",
         "_tail",
         "began_with",
+        "body_bytes",
         "call",
         "decoding_s",
         "prompt_tokens",
@@ -353,12 +358,16 @@ class _Run:
         self.tokens = request.tokens_done
         """Output tokens seen so far."""
         self.prompt_tokens = 0
+        self.body_bytes = 0
+        """Of the request."""
+        self._bytes = 0
+        """Of the answer."""
         self._tail = b""
         self._error: list[bytes] | None = None
         self._over = False
         self._heard = self._tail
         """The tail at the last look, and when it had last changed."""
-        self._heard_s = engine.clock.now_s
+        self._heard_s = self._began_s = engine.clock.now_s
 
     def silent_s(self, now_s: float) -> float:
         """For how long nothing has come, as exactly as this is asked often."""
@@ -376,7 +385,8 @@ class _Run:
 
     def on_head(self, status: int, headers: list[Header]) -> None:
         self.status = status
-        if status in RETRIED or 300 <= status < 400:  # A redirect is for whoever configured the engine's address.
+        # A redirect is for whoever configured the engine's address.
+        if status in RETRIED or 300 <= status < 400 or not claims.is_status(status):
             self._error = []
             self._tail = next((value for name, value in headers if name == b"content-type"), b"")
             return
@@ -388,10 +398,14 @@ class _Run:
             if sum(map(len, self._error)) < ERROR_MAX_BYTES:
                 self._error.append(data)
             return
+        self._bytes += len(data)
         try:
             tokens = self.upcall.data(data)
         except (ValueError, CollectError) as error:
             self._engine.lost(self, UpstreamFailure(str(error)), sound=False)
+            return
+        except Exception:
+            self._not_taken_in()
             return
         if self.upcall.streams and self.status < 300:
             self.tokens += tokens
@@ -412,7 +426,15 @@ class _Run:
             self._engine.lost(self, UpstreamFailure(message, self.status, body, self._tail))
             return
         self.over(cancel=False)
-        self._engine.ended(self)
+        try:
+            self._engine.ended(self)
+        except Exception:
+            self._not_taken_in()
+
+    def _not_taken_in(self) -> None:
+        """A fault of ours, with an answer that nobody thought of: its client must not wait for ever."""
+        log.exception("%s: the answer to %s failed", self._engine.url, self.request.id)
+        self._engine.lost(self, UpstreamFailure("the answer could not be taken in"), sound=False)
 
     def on_error(self, error: NetError) -> None:
         self.call = None
@@ -448,14 +470,18 @@ class _Run:
             observer.answered(tokens - 1, self._engine.clock.now_s - self.decoding_s)
 
     def output_tokens(self) -> int:
-        """As the engine's usage says, else as counted. Also notes the prompt's true length."""
-        counted = self.tokens
-        for kind, value in _USAGE.findall(self._tail):
-            if kind == b"prompt":
-                self.prompt_tokens = int(value)
-            else:
-                counted = int(value)
-        return counted
+        """As the engine's usage says, if that can be, else as seen. Also notes the prompt's true length."""
+        prompt, output = claims.usage_in(self._tail)
+        self.prompt_tokens = claims.prompt_tokens(prompt, body_bytes=self.body_bytes)
+        return claims.output_tokens(
+            output,
+            seen=self.tokens,
+            before=self.began_with,
+            answer_bytes=self._bytes,
+            took_s=self._engine.clock.now_s - self._began_s,
+            most=self.upcall.output_max,
+            streams=self.upcall.streams,
+        )
 
 
 class _LimitAnswer:

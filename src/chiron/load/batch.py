@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from chiron.engines.claims import usage_counts
 from chiron.load.body import Bodies, BodySettings, headers_of
 from chiron.load.errors import PlanError
 from chiron.load.plan import Job, LoadPlan
@@ -230,9 +231,7 @@ def note(record: Record, row: int, result: dict[str, Any], at_s: float, status: 
     """One result line."""
     response = result.get("response") or {}
     if response.get("status_code") == 200 and not result.get("error"):
-        usage = (response.get("body") or {}).get("usage") or {}
-        tokens = (int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None
-        record.item(row, "finished", at_s, tokens)
+        record.item(row, "finished", at_s, usage_counts((response.get("body") or {}).get("usage")))
         return
     error = result.get("error") or {}
     code = str(error.get("code") or f"http {response.get('status_code')}")

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from chiron.core.types import Outcome
+from chiron.engines.claims import usage_counts
 from chiron.net.client import Call, NetError
 
 EVENT_MAX_BYTES = 1 << 20
@@ -151,8 +152,10 @@ class Exchange:
     def _read(self, event: Any) -> None:
         usage = event.get("usage")
         if usage:
-            self.prompt_tokens = int(usage["prompt_tokens"])
-            self.completion_tokens = int(usage["completion_tokens"])
+            counts = usage_counts(usage)
+            if counts is None:
+                raise ValueError("usage")
+            self.prompt_tokens, self.completion_tokens = counts
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or choice.get("message") or choice
             if delta.get("content") or choice.get("text") or any(delta.get(name) for name in _CONTENT):

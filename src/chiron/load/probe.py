@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from chiron.core.units import show_duration
+from chiron.engines.claims import usage_counts
 from chiron.load.body import Bodies, BodySettings, headers_of
 from chiron.load.errors import TargetError
 from chiron.load.plan import LoadPlan
@@ -132,9 +133,10 @@ def text_headers(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
 def prompt_tokens(answer: Response) -> int | None:
     """As the server counted them; None if it did not."""
     try:
-        return int(json.loads(answer.body)["usage"]["prompt_tokens"])
-    except (ValueError, LookupError, TypeError):
+        counts = usage_counts(json.loads(answer.body)["usage"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
+    return counts and counts[0]
 
 
 def refusal(answer: Response) -> str:

@@ -49,6 +49,12 @@ class ServedEngine(Protocol):
     def metrics_text(self) -> str: ...
 
 
+class HasHandle(Protocol):
+    """Whatever answers requests."""
+
+    def handle(self, incoming: Incoming) -> None: ...
+
+
 class Front:
     """Routes of one engine."""
 
@@ -163,7 +169,7 @@ def respond_error(incoming: Incoming, error: RequestError) -> None:
     incoming.respond(error.status, error.body(), headers=headers)
 
 
-async def serve_until_stopped(*fronts: Front, host: str, port: int, failed: asyncio.Event) -> None:
+async def serve_until_stopped(*fronts: HasHandle, host: str, port: int, failed: asyncio.Event) -> None:
     """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``.
 
     Several engines get a port each, from ``port`` upwards unless it is 0.
