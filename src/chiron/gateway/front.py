@@ -65,14 +65,14 @@ class Front:
             self._foreign.check(incoming) is not None
         )
 
-    def screen(self, incoming: Incoming) -> bool:
-        """Whether its body is worth reading: who has no key may not fill the memory."""
+    def screen(self, incoming: Incoming) -> Callable[[], None] | None:
+        """Whether its body is worth reading: who has no key may not fill the memory. Returns what refuses it."""
         try:
             incoming.context = self._keys.check(incoming.header(b"authorization"))
         except ApiError as error:
-            self._refuse(incoming, error)
-            return False
-        return True
+            refused = error
+            return lambda: self._refuse(incoming, refused)
+        return None
 
     def handle(self, incoming: Incoming) -> None:
         try:

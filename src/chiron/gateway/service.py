@@ -389,6 +389,7 @@ def _server_limits(limits: LimitSettings) -> ServerLimits:
         bodies_max_bytes=limits.bodies_max_bytes,
         header_max_bytes=limits.header_max_bytes,
         headers_max=limits.headers_max,
+        host_required=True,
         connections_max=limits.connections_max,
         idle_s=limits.idle_s,
         header_timeout_s=limits.header_timeout_s,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -20,6 +22,7 @@ _WRITE_HIGH_BYTES = 256 * 1024
 _PIPELINE_MAX = 16
 _BODY_RATE_MIN = 1024.0
 """Bytes per second. A body that is late by more than its timeout at this rate is only meant to hold a connection."""
+_HOST = re.compile(rb"[^\s/?#@\\<>\"^`{|}\x00-\x20\x7f]*")
 _LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped, so that it sees why."""
 
@@ -46,7 +49,12 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._held_bytes = 0
         """Of the bodies of requests that are not answered yet."""
-        self._read_paused = 0
+        self._read_paused = False
+        self._body_paused = False
+        """By a handler that has enough of its request's body for now."""
+        self._turn_awaited = False
+        """What the client sends next is for a request after the one being served: it is read in its turn, so that a
+        connection never holds more than one request and what came with its last bytes."""
         self._written_bytes = 0
         self._taken_bytes = 0
         """Of those written, at the last look at a client that does not read."""
@@ -90,6 +98,9 @@ class Connection(asyncio.Protocol):
         else:
             if self._reading is not None and self._head_bytes > self.server.limits.header_max_bytes:
                 self._refuse_head()
+            elif self._waiting or (self._reading not in (None, self._serving) and not self._ready):
+                self._turn_awaited = True
+                self._update_reading()
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -189,6 +200,11 @@ class Connection(asyncio.Protocol):
         if request.method == b"CONNECT":
             self._refuse(405, "this is no proxy", "method_not_allowed")
             return
+        hosts = [value for name, value in request.headers if name == b"host"]
+        lacking = not hosts and limits.host_required and request.version == "1.1"
+        if lacking or len(hosts) > 1 or (hosts and not _HOST.fullmatch(hosts[0])):
+            self._refuse(400, "the header Host must be given once, as NAME or NAME:PORT", "bad_request")
+            return
         request._keep_alive = parser.should_keep_alive()
         self._declining = parser.should_upgrade()
         path, _, request.query = self._url.partition(b"?")
@@ -209,8 +225,11 @@ class Connection(asyncio.Protocol):
             self._refuse_body()
             return
         screen = self.server.screen
-        if screen is not None and not request.streams and self._ready and not screen(request):
-            return
+        if screen is not None and not request.streams:
+            refusal = screen(request)
+            if refusal is not None:
+                self._decline(request, refusal)
+                return
         expect = request.header(b"expect")
         if expect is not None and expect.lower() == b"100-continue" and self._ready and request.version == "1.1":
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -278,22 +297,33 @@ class Connection(asyncio.Protocol):
             self._deaf = True  # Those before it are answered; it may be sent again on another connection.
             return
         self._waiting.append(request)
-        if len(self._waiting) == 1:
-            self.pause_reading()
+
+    def _decline(self, request: Incoming, refusal: Callable[[], None]) -> None:
+        """A head that is refused: nothing of its body is kept. It is told in its turn, and then the connection ends."""
+        request.refusal = refusal
+        if self._ready:
+            self._serve(request)
+        else:
+            self._deaf = True
+            self._waiting.append(request)
 
     def _serve_waiting(self) -> None:
         while self._waiting and self._serving is None and not self.write_paused and not self._transport.is_closing():
-            following = self._waiting.popleft()
-            if not self._waiting:
-                self.resume_reading()
-            self._serve(following)
+            self._serve(self._waiting.popleft())
+        if self._turn_awaited and self._ready:
+            self._turn_awaited = False
+            if self._reading is not None:
+                self._reading._body_begin_s = self.server.now_s  # Until now it was not the client who was late.
+            self._update_reading()
 
     def _serve(self, request: Incoming) -> None:
         self._serving = request
         self._next_deadline()
         server = self.server
         try:
-            if request.streams:
+            if request.refusal is not None:
+                request.refusal()
+            elif request.streams:
                 assert server.app is not None
                 server.app(request)
                 request._collect()
@@ -322,16 +352,13 @@ class Connection(asyncio.Protocol):
             self._hold(-request._body_length)
         else:
             # What its handler left unread of the body must not keep the next request waiting.
-            self._read_paused = min(1, self._read_paused)
-            if not self._waiting:
-                self.resume_reading()
+            self.resume_reading()
         last = self._deaf and not self._waiting
         if not request._keep_alive or not request.complete or last or self.server.closing:
             self._hang_up(linger=last or not request.complete)
-        elif self._waiting:
-            self._serve_waiting()
         else:
             self._next_deadline()
+            self._serve_waiting()
 
     def _hang_up(self, *, linger: bool) -> None:
         """Close when what was written is sent. ``linger``: the client may still be sending; to close on it would
@@ -343,8 +370,8 @@ class Connection(asyncio.Protocol):
         if not linger:
             self._transport.close()
         elif not self._transport.is_closing():
-            self._read_paused = min(1, self._read_paused)
-            self.resume_reading()
+            self._body_paused = self._turn_awaited = False
+            self._update_reading()
             if self._transport.can_write_eof():
                 self._transport.write_eof()
 
@@ -358,7 +385,7 @@ class Connection(asyncio.Protocol):
         elif self._serving is not None and (self._reading is None or self._read_paused):
             self.deadline_s = now_s + 1e9
         elif self._reading is not None:
-            self.deadline_s = now_s + limits.body_timeout_s
+            self.deadline_s = now_s + (limits.body_timeout_s if self._reading.method else limits.header_timeout_s)
         else:
             self.deadline_s = now_s + limits.idle_s
 
@@ -401,17 +428,25 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def pause_reading(self) -> None:
-        self._read_paused += 1
-        if self._read_paused == 1 and not self._transport.is_closing():
-            self._transport.pause_reading()
-            self._next_deadline()  # While nobody reads it is not the client who is late.
+        self._body_paused = True
+        self._update_reading()
 
     def resume_reading(self) -> None:
-        if self._read_paused:
-            self._read_paused -= 1
-            if not self._read_paused and not self._transport.is_closing():
-                self._transport.resume_reading()
-                self._next_deadline()
+        self._body_paused = False
+        self._update_reading()
+
+    def _update_reading(self) -> None:
+        paused = self._body_paused or self._turn_awaited
+        if paused == self._read_paused:
+            return
+        self._read_paused = paused
+        if self._transport.is_closing():
+            return
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+        self._next_deadline()  # While nobody reads it is not the client who is late.
 
     def _refuse_head(self) -> None:
         limits = self.server.limits

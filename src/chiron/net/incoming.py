@@ -44,6 +44,7 @@ class Incoming:
         "on_resume",
         "path",
         "query",
+        "refusal",
         "streams",
         "version",
     )
@@ -72,6 +73,8 @@ class Incoming:
         self.on_body_end: Callable[[], None] | None = None
         self.context: Any = None
         """The handler's own."""
+        self.refusal: Callable[[], None] | None = None
+        """Answers it in place of the handler: its head was enough to refuse it."""
         self._pieces: list[bytes] = []
         self._gathered: bytearray | None = None
         """What came before the pieces."""
@@ -195,6 +198,7 @@ class Incoming:
     def _forget(self) -> None:
         """No cycles: a request is freed when it is over, and the garbage collector has nothing to look for."""
         self.on_close = self.on_pause = self.on_resume = self.on_body = self.on_body_end = None
+        self.refusal = None
 
     def _add(self, data: bytes) -> None:
         """A part of the body that is collected."""

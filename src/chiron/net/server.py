@@ -24,6 +24,8 @@ from chiron.net.incoming import Incoming as Incoming
 from chiron.net.incoming import error_body as error_body
 
 Handler = Callable[[Incoming], None]
+Screen = Callable[[Incoming], Callable[[], None] | None]
+"""Sees the head of a request before anything of its body is kept. Returns what answers it if it is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,8 @@ class ServerLimits:
     header_max_bytes: int = 64 * 1024
     """Request line and headers together."""
     headers_max: int = 100
+    host_required: bool = False
+    """A request of HTTP/1.1 without the header Host is refused, as the protocol wants it. A second one always is."""
     connections_max: int = 10_000
     idle_s: float = 75.0
     """A connection without a request is closed after this."""
@@ -57,7 +61,7 @@ class HttpServer:
         limits: ServerLimits,
         app: Handler | None,
         is_app: Callable[[Incoming], bool] | None,
-        screen: Callable[[Incoming], bool] | None = None,
+        screen: Screen | None = None,
     ) -> None:
         self.handle = handle
         self.limits = limits
@@ -134,13 +138,13 @@ async def serve(
     limits: ServerLimits | None = None,
     app: Any = None,
     is_app: Callable[[Incoming], bool] | None = None,
-    screen: Callable[[Incoming], bool] | None = None,
+    screen: Screen | None = None,
 ) -> HttpServer:
     """Listen on ``host:port`` (0: a free one; see ``HttpServer.port``) or on the unix socket ``path``.
 
     Requests for which ``is_app`` is true go to the ASGI application ``app`` (all of them, if only ``app`` is given
-    and ``is_app`` is not). ``screen`` sees the head of one for ``handle`` before memory is spent on its body: False
-    says that it has refused it. Of pipelined requests it sees the first only.
+    and ``is_app`` is not). ``screen`` sees the head of each one for ``handle``, of pipelined ones too, before memory is
+    spent on its body.
     """
     hosted: Handler | None = None
     if app is not None:
