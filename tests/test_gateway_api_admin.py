@@ -13,6 +13,8 @@ import pytest
 from chiron.gateway.api.app import api_routes
 from gateway_site import ApiSite, two_keys
 
+ADMINS = (("/chiron/status", "GET"), ("/chiron/drain", "POST"), ("/chiron/undrain", "POST"), ("/metrics", "GET"))
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[ApiSite]:
@@ -58,7 +60,7 @@ def test_probes_need_no_key_and_the_admin_does(tmp_path: Path) -> None:
         assert ask(site, "/health")[0] == 200
         assert ask(site, "/ready")[0] == 200
         assert ask(site, "/openapi.json")[0] == 200
-        for path, method in (("/chiron/status", "GET"), ("/chiron/drain", "POST"), ("/metrics", "GET")):
+        for path, method in ADMINS:
             assert ask(site, path, method)[0] == 401
             assert ask(site, path, method, "sk-a")[0] == 403
         assert ask(site, "/v1/models", key="sk-admin")[0] == 200

@@ -91,3 +91,31 @@ def test_with_a_key_a_page_may_be_from_anywhere(tmp_path: Path) -> None:
     config = f'admin_key_hash = "{hash_secret(b"root")}"\nkeys = [{{ name = "a", hash = "{hash_secret(b"secret")}" }}]'
     headers = {"sec-fetch-site": "cross-site", "authorization": "Bearer secret"}
     assert asyncio.run(statuses(tmp_path, config, headers)) == [200, 403]
+
+
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("https://evil.example", [403, 403]),
+        ("http://192.168.0.7", [403, 403]),
+        ("http://printer", [403, 403]),
+        ("http://127.0.0.1.evil.example:8000", [403, 403]),
+        ("null", [403, 403]),
+        ("http://localhost:3000", [200, 202]),
+        ("http://[::1]:3000", [200, 202]),
+        ("http://127.0.0.1:8000", [200, 202]),
+        ("https://llm.example.org", [200, 202]),
+    ],
+)
+def test_an_older_browser_says_where_a_page_is_from_by_its_origin(
+    tmp_path: Path, origin: str, expected: list[int]
+) -> None:
+    assert asyncio.run(statuses(tmp_path, "", {"origin": origin}, 'hosts = ["llm.example.org"]')) == expected
+
+
+def test_a_page_of_the_name_that_is_asked_is_fine_on_any_port(tmp_path: Path) -> None:
+    headers = {"origin": "http://192.168.0.7:3000", "host": "192.168.0.7:8000"}
+    assert asyncio.run(statuses(tmp_path, "", headers)) == [200, 202]
+    with_a_key = {"origin": "https://evil.example", "authorization": "Bearer secret"}
+    config = f'keys = [{{ name = "a", hash = "{hash_secret(b"secret")}" }}]'
+    assert asyncio.run(statuses(tmp_path, config, with_a_key)) == [200, 403]

@@ -1,8 +1,9 @@
 """What web pages of other sites may not do through a browser on this machine, where no API key protects it.
 
-A page anywhere can send requests to a loopback port. The browser says so (``Sec-Fetch-Site``), unless the page's own
-name has been pointed at this machine (DNS rebinding): then the request looks like one from the page to its own server,
-and only its ``Host`` tells, which is a name that nobody uses for this machine.
+A page anywhere can send requests to a loopback port. The browser says so, in ``Sec-Fetch-Site`` or, if it is an older
+one, by the page's ``Origin``; unless the page's own name has been pointed at this machine (DNS rebinding): then the
+request looks like one from the page to its own server, and only its ``Host`` tells, which is a name that nobody uses
+for this machine.
 """
 
 from __future__ import annotations
@@ -31,28 +32,46 @@ class ForeignPages:
 
     def check(self, incoming: Incoming) -> ApiError | None:
         """Why this request is refused; None: it is not."""
-        cross_site = incoming.header(b"sec-fetch-site") == b"cross-site"
-        host = incoming.header(b"host")
-        if (not cross_site and host == self._known) or not self._unprotected(incoming.path):
+        if not self._keys.open:
             return None
-        if cross_site:
+        host = origin = site = None
+        for name, value in incoming.headers:
+            if name == b"host":
+                host = value
+            elif name == b"origin":
+                origin = value
+            elif name == b"sec-fetch-site":
+                site = value
+        if site == b"cross-site":
             return forbidden("Web pages of other sites may not use what no API key protects.")
-        if self._hosts is None or host is None or _is_own(host, self._hosts):
+        if origin is not None and not self._is_of_this_machine(origin, host):
+            shown = origin.decode("latin-1")[:200]
+            return forbidden(
+                f"Origin {shown!r} is a web page of another site, which may not use what no API key protects. Add its "
+                "name to server.hosts, or configure keys."
+            )
+        if host == self._known or self._hosts is None or host is None or _is_own(host, self._hosts):
             self._known = host
             return None
-        name = host.decode("latin-1")
+        shown = host.decode("latin-1")[:200]
         return forbidden(
-            f"Host {name!r} is no name of this machine, and no API key protects the gateway from web pages that have "
+            f"Host {shown!r} is no name of this machine, and no API key protects the gateway from web pages that have "
             "such names. Add it to server.hosts, or configure keys."
         )
 
-    def _unprotected(self, path: str) -> bool:
-        return self._keys.open or (self._keys.admin_open and not path.startswith("/v1/"))
+    def _is_of_this_machine(self, origin: bytes, host: bytes | None) -> bool:
+        """Whether a page of this origin may ask: one of the name that is asked, on any port, or of this machine."""
+        name = _name(origin.partition(b"://")[2])
+        if not name:
+            return False  # "null", as of a page that hides where it is from.
+        if (host is not None and name == _name(host)) or name in (self._hosts or ()):
+            return True
+        return name == "localhost" or name.endswith(".localhost") or _is_loopback(name)
 
 
 def _is_own(host: bytes, hosts: Collection[str]) -> bool:
     """``hosts``, addresses, names without a dot, and names that exist on this machine only; with or without a port."""
-    name = _PORT.sub("", host.decode("latin-1").lower()).strip("[]").removesuffix(".")
+    name = _name(host)
     if name in hosts or "." not in name or name.endswith(_PRIVATE_ENDS):
         return True
     try:
@@ -60,3 +79,15 @@ def _is_own(host: bytes, hosts: Collection[str]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _name(host: bytes) -> str:
+    """Without its port, as names are compared."""
+    return _PORT.sub("", host.decode("latin-1").lower()).strip("[]").removesuffix(".")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False

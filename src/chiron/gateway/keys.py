@@ -73,7 +73,9 @@ class KeyRing:
     """All keys, and how much of its limits each has left.
 
     Without keys everybody is ``ANONYMOUS`` and any secret is accepted, since clients insist on sending one. Without
-    an admin key, ``admin_open`` says whether the admin's routes are open to everybody, as they may be on loopback.
+    an admin key either, ``admin_open`` says whether the admin's routes are open to everybody, as they may be on
+    loopback. Who has given out keys has said who may ask: then only the admin key opens them, wherever a request seems
+    to come from, since behind a proxy on the same machine they all come from there.
     """
 
     def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "", *, admin_open: bool = False) -> None:
@@ -93,7 +95,7 @@ class KeyRing:
                 self._buckets[key.name] = (_Bucket(key.requests_per_minute), _Bucket(key.tokens_per_minute))
         self._by_name = {key.name: key for key in keys}
         self.open = not keys
-        self.admin_open = admin_open and not admin_hash
+        self.admin_open = admin_open and not admin_hash and not keys
         self.admin = Key(name=ADMIN, hash=admin_hash, admin=True)
         if admin_hash in self._keys:
             raise ValueError(f"key {self._keys[admin_hash].name!r} has the admin key's hash")

@@ -123,6 +123,7 @@ class Service:
             settings=config.batch,
         )
         self.url = ""
+        self._stopping = False
         self._lag = LoopLag(loop)
         self._batches: list[Batch] = []
         self._batch_look: asyncio.Task[None] | None = None
@@ -159,7 +160,7 @@ class Service:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
-        self.front.draining = True
+        self.front.draining = self._stopping = True
         if self._server is not None:
             closing = asyncio.ensure_future(
                 self._server.close(self.config.server.grace_s if grace_s is None else grace_s)
@@ -211,6 +212,14 @@ class Service:
         """Answer new requests with 503 from now on."""
         self.front.draining = True
         self.journal.note(self.clock.elapsed_s(), "drain", {})
+
+    def undrain(self) -> bool:
+        """Take new requests again, unless the gateway stops."""
+        if self._stopping:
+            return False
+        self.front.draining = False
+        self.journal.note(self.clock.elapsed_s(), "undrain", {})
+        return True
 
     def _begin(self) -> None:
         for model in self.config.models:
@@ -292,6 +301,7 @@ class Service:
             retry_after_s=self.config.limits.retry_after_s,
             status=self.status,
             drain=self.drain,
+            undrain=self.undrain,
             metrics=self._render_metrics,
             batch=self.config.batch,
         )

@@ -279,6 +279,6 @@ class ServeConfig:
     """What the config calls it, which may be a variant's name."""
     keys: tuple[Key, ...] = field(default=(), repr=False)
     admin_key_hash: str = field(default="", repr=False)
-    """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are open on loopback and closed elsewhere."""
+    """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are closed, but on loopback without keys."""
     text: str = field(default="", repr=False)
     """The config file as written, plus the overrides."""

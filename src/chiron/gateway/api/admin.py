@@ -12,7 +12,7 @@ from starlette.responses import Response
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_response
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import not_found, retry_after
+from chiron.gateway.errors import invalid, not_found, retry_after
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -76,6 +76,12 @@ class Admin:
         self._state.keys.check_admin(authorization(request))
         self._state.drain()
         return json_response({"status": "draining"}, 202)
+
+    async def undrain(self, request: Request) -> Response:
+        self._state.keys.check_admin(authorization(request))
+        if not self._state.undrain():
+            raise invalid("The gateway is stopping; it takes no more requests.", status=409, code="conflict")
+        return json_response({"status": self._state.ready() or "ready"})
 
     async def metrics(self, request: Request) -> Response:
         self._state.keys.check_admin(authorization(request))

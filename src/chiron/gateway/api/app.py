@@ -44,6 +44,7 @@ def api_routes(state: ApiState) -> dict[str, dict[str, Endpoint]]:
         "/openapi.json": {"GET": admin.openapi},
         "/chiron/status": {"GET": admin.status},
         "/chiron/drain": {"POST": admin.drain},
+        "/chiron/undrain": {"POST": admin.undrain},
     }
 
 

@@ -52,6 +52,8 @@ class ApiState:
     """The status page's content."""
     drain: Callable[[], None]
     """Take no new requests, finish those under way."""
+    undrain: Callable[[], bool] = lambda: True
+    """Take new requests again. Returns whether that is still possible: not once the gateway stops."""
     retry_after_s: float = 1.0
     """When to ask again whether it is ready."""
     metrics: Callable[[], bytes] | None = None
