@@ -19,11 +19,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from chiron.core.clock import VirtualClock
-from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.core.types import InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
 from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.overload import OverloadOrder, OverloadSettings
 from chiron.policies.packing import PackingRouter, PackingSettings
-from chiron.policies.policy import Estimates, Policy, PolicyEntry, Router
+from chiron.policies.policy import Estimates, Order, Policy, PolicyEntry, Refusal, Router
 from chiron.policies.registry import POLICIES
 from chiron.policies.rivals.routing import LeastRouter
 from chiron.policies.rivals.static import StaticSettings
@@ -128,7 +129,8 @@ class WildSettings:
     eviction_pause_s: float = 1.0
     revives: bool = True
     relabels: bool = False
-    demotes_late: bool = True
+    overload: bool = True
+    refuses: bool = False
     migrates: bool = False
     resizes: bool = True
     caps: bool = True
@@ -157,12 +159,22 @@ def make_wild(settings: WildSettings) -> Policy:
         eviction_pause_s=settings.eviction_pause_s,
         revives=settings.revives,
         relabels=settings.relabels,
-        demotes_late=settings.demotes_late,
+        order=_wild_order if settings.overload else None,
+        admit=_wild_admit if settings.overload and settings.refuses else None,
         group_span_s=settings.group_span_s,
         drain_timeout_s=settings.drain_timeout_s,
         migrate=_wild_moves if settings.migrates else None,
         migrate_period_s=0.5,
     )
+
+
+def _wild_order(settings: WildSettings, estimates: Estimates) -> OverloadOrder:
+    return OverloadOrder(OverloadSettings(late_turn=3, hold_s=2.0, refuse=settings.refuses), estimates)
+
+
+def _wild_admit(settings: WildSettings, order: Order, request: Request, now_s: float) -> Refusal | None:
+    assert isinstance(order, OverloadOrder)
+    return order.admit(request, now_s)
 
 
 def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
@@ -335,7 +347,8 @@ wild_settings = st.builds(
     eviction_pause_s=st.sampled_from((0.0, 1.0)),
     revives=st.booleans(),
     relabels=st.booleans(),
-    demotes_late=st.booleans(),
+    overload=st.booleans(),
+    refuses=st.booleans(),
     migrates=st.booleans(),
     resizes=st.booleans(),
     caps=st.booleans(),

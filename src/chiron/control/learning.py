@@ -13,6 +13,8 @@ Lengths: exponential means over about a thousand requests, by class; outputs are
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import deque
 from math import inf, isfinite
 
 from chiron.core.types import Request, RequestClass, Sample
@@ -29,6 +31,8 @@ _FADE = 0.998
 _MEMORY = 1000
 """Requests that a mean of lengths remembers."""
 _TRUSTED_UPDATES = 4
+LEAD_PRIOR = 0.1
+"""Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
 
 
 class Mix:
@@ -70,6 +74,31 @@ class Mix:
         )
 
 
+class Lead:
+    """The time from dispatch to first token, beyond a request's own prefill, that few of the last ones exceeded: the
+    third longest of 64, and never more than half of TTFT, since one more patient would give up on everybody."""
+
+    WINDOW = 64
+    RANK = 3
+
+    __slots__ = ("_recent", "_sorted", "most_s", "value_s")
+
+    def __init__(self, ttft_s: float) -> None:
+        self.most_s = 0.5 * ttft_s
+        self.value_s = LEAD_PRIOR * ttft_s if isfinite(ttft_s) else 0.0
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def observe(self, time_s: float) -> None:
+        self._recent.append(time_s)
+        insort(self._sorted, time_s)
+        if len(self._recent) > self.WINDOW:
+            self._sorted.pop(bisect_left(self._sorted, self._recent.popleft()))
+        elif len(self._recent) < self.WINDOW // 4:
+            return
+        self.value_s = min(self._sorted[-self.RANK], self.most_s)
+
+
 class Learner:
     """Implements ``policies.policy.Estimates`` for one model."""
 
@@ -77,6 +106,8 @@ class Learner:
         self.mixes = {c.name: Mix(c) for c in classes}
         self._expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
         self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}
+        self._leads = {c.name: Lead(c.ttft_s) for c in classes}
+        self.first_token_lead_s = {name: lead.value_s for name, lead in self._leads.items()}
         self.updates = 0
         # Normal equations for the coefficients in units of the prior.
         self._normal = [[0.0] * 5 for _ in range(5)]
@@ -108,6 +139,14 @@ class Learner:
         mix = self.mixes[request.cls.name]
         mix.ended(request.tokens_done)
         self._expected_output[request.cls.name] = mix.output_mean
+
+    def first_token(self, request: Request) -> None:
+        """Of one that had waited for its dispatch, and ran without interruption since."""
+        tokens = request.input_tokens
+        own_s = tokens * (self.prefill_token_s + tokens * self.prefill_square_s)
+        lead = self._leads[request.cls.name]
+        lead.observe(max(0.0, request.first_token_s - request.dispatch_s - own_s))
+        self.first_token_lead_s[request.cls.name] = lead.value_s
 
     def observe(self, before: Sample, after: Sample, prefill_square: float) -> None:
         """Learn from one instance's scrape interval; intervals that were mostly idle say nothing."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from math import inf, nan
 
 from chiron.control.learning import Learner
-from chiron.control.queue import BatchQueue, InteractiveQueue
+from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
+from chiron.policies.order import DeadlineOrder
 from chiron.policies.policy import Policy
 from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
 
@@ -36,7 +37,8 @@ class ModelState:
         self.classes = {c.name: c for c in classes}
         self.learner = Learner(classes)
         self.router = policy.router(policy.settings, self.learner)
-        self.waiting = InteractiveQueue(demotes_late=policy.demotes_late)
+        order = policy.order(policy.settings, self.learner) if policy.order is not None else DeadlineOrder()
+        self.waiting = WaitingQueue(order)
         self.batch = BatchQueue(policy.group_span_s)
         self.instances: dict[int, Instance] = {}
         self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
@@ -158,7 +160,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         waiting_interactive=len(state.waiting),
         waiting_input_tokens=float(state.waiting.input_tokens),
         waiting_input_square=state.waiting.input_square,
-        oldest_wait_s=max(0.0, now_s - state.waiting.oldest_arrival_s()),
+        oldest_wait_s=max(0.0, now_s - state.waiting.order.oldest_arrival_s()),
         groups=state.batch.views(state.learner.expected_output),
         running_batch=sum(len(i.batch) for i in state.instances.values()),
         attained=state.attained,

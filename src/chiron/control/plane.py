@@ -127,7 +127,7 @@ class ControlPlane:
         state.arrived(request)
         if request.input_tokens >= state.kv_capacity_tokens:
             self._end(state, request, "rejected")
-        else:
+        elif not self._refuses(state, request):
             self._enter(state, request)
             if not state.instances and not self._waking:
                 # Nobody is there to serve it: do not wait for the next tick to start somebody.
@@ -147,6 +147,29 @@ class ControlPlane:
             self._waking = True
             self.clock.call_at(self.clock.now_s, self._wake)
 
+    def _refuses(self, state: ModelState, request: Request) -> bool:
+        """Whether the policy does not take it; then it has ended."""
+        hook = self.policy.admit
+        if hook is None or not self.actuates:
+            return False
+        refusal = hook(self.policy.settings, state.waiting.order, request, self.clock.now_s)
+        if refusal is None:
+            return False
+        request.retry_after_s = refusal.retry_after_s
+        self._end(state, request, "shed")
+        return True
+
+    def shed_lost(self, model: str) -> bool:
+        """End a waiting request that its policy has given up on, to make room for one that can still be served in
+        time. False: there is none."""
+        state = self.models[model]
+        request = state.waiting.order.lost() if state.waiting.count else None
+        if request is None:
+            return False
+        self._end(state, request, "shed")
+        state.waiting.forget(request)
+        return True
+
     def _enter(self, state: ModelState, request: Request) -> None:
         """Dispatch or queue; who came earlier and waits goes first."""
         if not request.interactive and self.policy.holds_batch:
@@ -154,10 +177,10 @@ class ControlPlane:
             if not state.waiting.count:
                 self._release_batch(state)
         elif state.waiting.count:
-            state.waiting.add(request)
+            state.waiting.add(request, self.clock.now_s)
             self._pump(state)
         elif not self._place(state, request):
-            state.waiting.add(request)
+            state.waiting.add(request, self.clock.now_s)
 
     def cancel(self, request: Request) -> None:
         """The client left. Queued work is dropped, running work is stopped at the next step."""
@@ -258,6 +281,8 @@ class ControlPlane:
         assert instance is not None
         if request.first_token_s < 0.0 and request.outcome is None:
             request.first_token_s = self.clock.now_s
+            if request.dispatch_s > request.arrival_s and not (request.retries or request.evictions):
+                self.models[request.model].learner.first_token(request)
             if self._event is not None:
                 self._event(self.clock.now_s, "first_token", request, instance)
         if not request.kv_saved_tokens:  # Else nothing was prefilled.
@@ -385,7 +410,7 @@ class ControlPlane:
                 if instance is None:
                     self._shed_batch(state, request, now_s)
                     break
-                state.waiting.remove_head(request)
+                state.waiting.remove_head(request, now_s)
                 self._dispatch(state, request, instance)
         if state.batch.count and not state.waiting.count:
             self._release_batch(state)

@@ -1,4 +1,4 @@
-"""Queues of one model: interactive requests that found no room, and batch requests in groups by deadline."""
+"""Queues of one model: requests that found no room, and batch requests in groups by deadline."""
 
 from __future__ import annotations
 
@@ -8,23 +8,18 @@ from heapq import heappop, heappush
 from math import inf
 
 from chiron.core.types import Request
+from chiron.policies.policy import Order
 from chiron.policies.views import GroupView
 
 BATCH_PATIENCE_S = 24 * 3600.0
 """A batch request without a deadline is ordered as if it had this one, so that it is never starved for ever."""
 
 
-class InteractiveQueue:
-    """Earliest TTFT deadline first. Once late, a request waits behind those that can still be on time, except that
-    every fourth turn goes to the late ones: nobody waits for ever."""
+class WaitingQueue:
+    """Requests that found no room: counted here, ordered by the policy's ``Order``."""
 
-    LATE_TURN = 4
-
-    def __init__(self, *, demotes_late: bool) -> None:
-        self._demotes_late = demotes_late
-        self._heap: list[tuple[float, int, Request]] = []
-        self._late: deque[Request] = deque()
-        self._turn = 0
+    def __init__(self, order: Order) -> None:
+        self.order = order
         self.count = 0
         self.interactive = 0
         self.flex = 0
@@ -36,50 +31,25 @@ class InteractiveQueue:
         return self.count
 
     def __iter__(self) -> Iterator[Request]:
-        yield from (entry[2] for entry in self._heap if entry[2].outcome is None)
-        yield from (request for request in self._late if request.outcome is None)
+        return iter(self.order)
 
-    def add(self, request: Request) -> None:
-        heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+    def add(self, request: Request, now_s: float) -> None:
+        self.order.add(request, now_s)
         self._count(request, 1)
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
+        self.order.forget(request)
         self._count(request, -1)
 
     def head(self, now_s: float) -> Request | None:
         """Whose turn it is; stays queued until ``remove_head``."""
-        heap = self._heap
-        self._drop_ended()
-        while heap and self._demotes_late and heap[0][0] < now_s:
-            self._late.append(heappop(heap)[2])
-            self._drop_ended()
-        if self._late and (not heap or self._turn >= self.LATE_TURN):
-            return self._late[0]
-        return heap[0][2] if heap else None
+        return self.order.head(now_s) if self.count else None
 
-    def remove_head(self, request: Request) -> None:
+    def remove_head(self, request: Request, now_s: float) -> None:
         """Take out what ``head`` returned."""
+        self.order.remove_head(request, now_s)
         self._count(request, -1)
-        if self._heap and self._heap[0][2] is request:
-            heappop(self._heap)
-            self._turn += 1
-        else:
-            self._late.popleft()
-            self._turn = 0
-
-    def oldest_arrival_s(self) -> float:
-        """Of the first in either order; inf when empty."""
-        self._drop_ended()
-        first = self._heap[0][2].arrival_s if self._heap else inf
-        return min(first, self._late[0].arrival_s if self._late else inf)
-
-    def _drop_ended(self) -> None:
-        """Only the fronts matter."""
-        while self._heap and self._heap[0][2].outcome is not None:
-            heappop(self._heap)
-        while self._late and self._late[0].outcome is not None:
-            self._late.popleft()
 
     def _count(self, request: Request, sign: int) -> None:
         self.count += sign

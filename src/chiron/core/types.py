@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Kind = Literal["interactive", "batch"]
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
-Outcome = Literal["finished", "rejected", "failed", "cancelled"]
+Outcome = Literal["finished", "rejected", "failed", "cancelled", "shed"]
+"""``shed``: refused by the policy, which could not have served it in time."""
 
 ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
 
@@ -35,11 +36,15 @@ class RequestClass:
     """Inter-token latency, seconds: mean over the request's tokens."""
     deadline_s: float = inf
     """Seconds from arrival to the last token."""
+    weight: float = 1.0
+    """Share of the fleet that the class may count on in an overload, beside the weights of the others."""
 
     def __post_init__(self) -> None:
         for name in ("ttft_s", "itl_s", "deadline_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"class {self.name!r}: {name} is {getattr(self, name)}; it must be above 0")
+        if not 0 < self.weight < inf:
+            raise ValueError(f"class {self.name!r}: weight is {self.weight}; it must be above 0 and finite")
 
     @property
     def interactive(self) -> bool:
@@ -75,6 +80,8 @@ class Request:
         "prefill_cost_s",
         "reserved_tokens",
         "retries",
+        "retry_after_s",
+        "tenant",
         "tokens_done",
     )
 
@@ -120,6 +127,10 @@ class Request:
         """It must end where it runs: its client sees the answer as it comes, and another instance would begin anew."""
         self.flex = False
         """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
+        self.tenant = ""
+        """Who asks (an API key's name): nobody's overload is another's. Not changed after ``submit``."""
+        self.retry_after_s = 0.0
+        """Of one that was shed: when it is worth asking again."""
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0

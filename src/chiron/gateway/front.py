@@ -125,7 +125,7 @@ class Front:
         model = admitted.model.settings.name
         # Items of batches wait there too, and have a limit of their own.
         waiting = self._plane.models[model].clients_waiting(interactive=cls.interactive)
-        if waiting >= limits.queue_max:
+        if waiting >= limits.queue_max and not (cls.interactive and self._plane.shed_lost(model)):
             kind = "requests wait" if cls.interactive else "requests of the batch class wait"
             raise too_many(f"{waiting} {kind} for {model!r} already.", limits.retry_after_s)
         self._keys.take(key, self._clock.elapsed_s(), admitted.input_tokens)
@@ -144,6 +144,7 @@ class Front:
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
             request.pinned, request.flex = cls.interactive, not cls.interactive
+            request.tenant = key.name
             self.open[number] = request
             incoming.on_close = lambda: self._left(request)
             self._plane.submit(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chiron.core.types import Request
-from chiron.gateway.errors import ApiError, Headers, internal, invalid, retry_after, timed_out, unavailable
+from chiron.gateway.errors import ApiError, Headers, internal, invalid, retry_after, timed_out, too_many, unavailable
 from chiron.gateway.upstream import OF_CDNS, UpstreamFailure
 from chiron.net.server import Incoming
 
@@ -73,6 +73,11 @@ def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
         return invalid(
             f"The prompt of about {request.input_tokens} tokens is longer than any instance can hold.",
             code="context_length_exceeded",
+        )
+    if request.outcome == "shed":
+        return too_many(
+            "More requests come than the fleet can serve in time, and this one would be among the late ones.",
+            max(_RETRY_AFTER_S, request.retry_after_s),
         )
     if failure is None:
         return internal(getattr(request.payload, "request_id", ""))

@@ -136,7 +136,7 @@ def running_by_class(state: ModelState) -> dict[str, int]:
 def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s: float) -> dict[str, Any]:
     spec, plan = state.spec, journal.plan_of(state.spec.name)
     running = running_by_class(state)
-    oldest_s = state.waiting.oldest_arrival_s()
+    oldest_s = state.waiting.order.oldest_arrival_s()
     return {
         "name": spec.name,
         "min_instances": spec.min_instances,

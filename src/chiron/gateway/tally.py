@@ -133,7 +133,7 @@ class ClassTally:
     def __init__(self, cls: RequestClass) -> None:
         self.cls = cls
         self.arrived = 0
-        self.outcomes = {"finished": 0, "rejected": 0, "failed": 0, "cancelled": 0}
+        self.outcomes = {"finished": 0, "rejected": 0, "failed": 0, "cancelled": 0, "shed": 0}
         self.attained = 0
         """Finished with every promise kept."""
         self.missed = 0

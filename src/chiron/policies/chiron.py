@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from chiron.core.types import Role
+from chiron.core.types import Request, Role
 from chiron.policies.chiron_batch import batch_extra
 from chiron.policies.chiron_load import (
     ModelMemory,
@@ -37,8 +37,9 @@ from chiron.policies.chiron_load import (
 from chiron.policies.chiron_local import decide_batch_size
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, followed, window_mean
+from chiron.policies.overload import OverloadOrder
 from chiron.policies.packing import PackingRouter
-from chiron.policies.policy import Estimates, Policy
+from chiron.policies.policy import Estimates, Order, Policy, Refusal
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 State = dict[str, ModelMemory]
@@ -199,6 +200,12 @@ def _stale(settings: ChironSettings, model: ModelView) -> bool:
     return bool(ages) and min(ages) > settings.stale_s
 
 
+def admit(settings: ChironSettings, order: Order, request: Request, now_s: float) -> Refusal | None:
+    """Early refusal: the order of the waiting requests knows how long it would wait."""
+    assert isinstance(order, OverloadOrder)
+    return order.admit(request, now_s)
+
+
 def make_chiron(settings: ChironSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
         return PackingRouter(settings.packing, estimates)
@@ -215,6 +222,7 @@ def make_chiron(settings: ChironSettings) -> Policy:
         evicts=settings.evict,
         revives=True,
         relabels=True,
-        demotes_late=settings.demote_late,
+        order=lambda _, estimates: OverloadOrder(settings.overload, estimates),
+        admit=admit if settings.overload.refuse else None,
         group_span_s=settings.group_span_s,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chiron.policies.overload import OverloadSettings
 from chiron.policies.packing import PackingSettings
 
 
@@ -28,8 +29,7 @@ class ChironSettings:
     packing: PackingSettings = PackingSettings()
     evict: bool = True
     """Interactive requests may evict batch work."""
-    demote_late: bool = True
-    """A queued request that has missed its TTFT waits behind those that can still meet it."""
+    overload: OverloadSettings = OverloadSettings()
     group_span_s: float = 300.0
     """Batch requests whose deadlines share a span of this length form a request group."""
     # Global loop.

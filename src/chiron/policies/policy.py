@@ -7,12 +7,12 @@ sees no clock and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from chiron.core.types import Instance, Request
-from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, PolicyState
+from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, PolicyState, StepTimes
 
 
 class Estimates(Protocol):
@@ -24,6 +24,14 @@ class Estimates(Protocol):
     @property
     def expected_output(self) -> Mapping[str, float]:
         """Mean output tokens by class name."""
+
+    @property
+    def step_times(self) -> StepTimes: ...
+
+    @property
+    def first_token_lead_s(self) -> Mapping[str, float]:
+        """By class name: time from dispatch to first token beyond the request's own prefill, as it is at the most for
+        all but a few of those that had to wait for their dispatch."""
 
 
 class Router(Protocol):
@@ -48,6 +56,42 @@ class Router(Protocol):
         """The first instance, in packing order, that runs batch work beside what waits; None: there is none."""
 
 
+class Order(Protocol):
+    """Which waiting request of one model is next. O(log requests) a call."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """Everybody who waits, in any order."""
+
+    def add(self, request: Request, now_s: float) -> None:
+        """It waits."""
+
+    def forget(self, request: Request) -> None:
+        """It ended while it waited."""
+
+    def head(self, now_s: float) -> Request | None:
+        """Whose turn it is; it goes on waiting until ``remove_head``."""
+
+    def remove_head(self, request: Request, now_s: float) -> None:
+        """What ``head`` returned is dispatched."""
+
+    def lost(self) -> Request | None:
+        """One that cannot be served in time any more, the oldest; None: there is none, or this order does not care."""
+
+    def oldest_arrival_s(self) -> float:
+        """inf when nobody waits. Called rarely."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A request that is not taken."""
+
+    reason: str
+    retry_after_s: float
+    """When it is worth asking again, seconds from now."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+AdmitHook = Callable[[Any, Order, Request, float], Refusal | None]
 LocalHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 MigrationHook = Callable[[Any, PolicyState, FleetView], tuple[tuple[Migration, ...], PolicyState]]
@@ -81,8 +125,10 @@ class Policy:
     Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""
     revives: bool = False
     """A scale-up takes draining instances back first."""
-    demotes_late: bool = False
-    """A queued interactive request that can no longer meet its TTFT waits behind those that can."""
+    order: Callable[[Any, Estimates], Order] | None = None
+    """Makes the order of one model's waiting requests; None: earliest deadline first."""
+    admit: AdmitHook | None = None
+    """Asked about each arrival, with the order of the requests that wait and the time; None: everybody is taken."""
     group_span_s: float = 300.0
     """Batch requests whose deadlines share a span of this length form a group."""
     migrate: MigrationHook | None = None

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from chiron.core.types import RequestClass
 
-OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished")
+OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished", "shed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

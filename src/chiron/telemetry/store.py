@@ -11,7 +11,7 @@ import json
 import os
 import zipfile
 import zlib
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -110,6 +110,8 @@ def build(document: dict[str, Any], requests: RequestTable, path: str | Path) ->
     """The result from its parts, checked against each other."""
     parts: dict[str, Any] = {name: document[name] for name in PLAIN if name in document}
     parts["models"] = tuple(parts["models"])
+    if isinstance(parts["summary"], dict) and parts["summary"]:
+        parts["summary"] = {"shed": 0} | parts["summary"]  # Older files lack it: nothing was.
     parts |= {name: read_rows(document[name], row_type, f"{path}: {name}") for name, row_type in ROWS.items()}
     check_began(parts.get("began"), path)
     result = Result(**parts, requests=requests)
@@ -134,7 +136,8 @@ def check_began(value: Any, path: str | Path) -> None:
 def read_rows(columns: Any, row_type: Any, where: str) -> tuple[Any, ...]:
     """Rows from columns; names and lengths must fit. JSON lists become the tuples that the types promise."""
     names = [field.name for field in fields(row_type)]
-    if not isinstance(columns, dict) or sorted(columns) != sorted(names):
+    added = {field.name for field in fields(row_type) if field.default is not MISSING}  # Older files lack these.
+    if not isinstance(columns, dict) or not set(names) - added <= columns.keys() <= set(names):
         raise StoreError(f"{where}: columns must be {names}")
     if len({len(column) for column in columns.values()}) > 1:
         raise StoreError(f"{where}: columns differ in length")

@@ -1,0 +1,42 @@
+"""Earliest deadline first: the order of waiting requests unless a policy brings its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heappop, heappush
+from math import inf
+
+from chiron.core.types import Request
+
+
+class DeadlineOrder:
+    """By TTFT deadline, then by number. Ended requests are dropped when they surface."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Request]] = []
+
+    def __iter__(self) -> Iterator[Request]:
+        yield from (entry[2] for entry in self._heap if entry[2].outcome is None)
+
+    def add(self, request: Request, now_s: float) -> None:
+        heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+
+    def forget(self, request: Request) -> None:
+        """Nothing to do: it is seen to have ended."""
+
+    def head(self, now_s: float) -> Request | None:
+        heap = self._heap
+        while heap and heap[0][2].outcome is not None:
+            heappop(heap)
+        return heap[0][2] if heap else None
+
+    def remove_head(self, request: Request, now_s: float) -> None:
+        assert self._heap[0][2] is request
+        heappop(self._heap)
+
+    def lost(self) -> Request | None:
+        return None
+
+    def oldest_arrival_s(self) -> float:
+        head = self.head(0.0)
+        return inf if head is None else head.arrival_s
