@@ -114,7 +114,7 @@ class ObservedEngine:
     def evicted(self, request: Request) -> None:
         raise AssertionError("nothing is evicted here")
 
-    def failed(self, request: Request, reason: str) -> None:
+    def refused(self, request: Request, reason: str) -> None:
         raise AssertionError(reason)
 
     def _begin(self, request: Request) -> None:

@@ -17,7 +17,7 @@ def itl_slo_s(*arrived: RequestClass) -> float:
     """The ITL SLO of an idle mixed instance of a model that has had requests of these classes."""
     state = ModelState(ModelSpec(name="m", kinds=(KIND,)), (CHAT, VOICE), make_policy("chiron"))
     for number, cls in enumerate(arrived):
-        state.arrived(Request(number, "m", cls, 0.0, 100))
+        state.learner.ran(Request(number, "m", cls, 0.0, 100))
     view = local_view(state, Instance(1, "m", KIND, "mixed", 0.0), 10.0)
     assert set(view.mixes) == {c.name for c in arrived or (CHAT, VOICE)}
     return view.itl_slo_s

@@ -36,7 +36,7 @@ class Ear:
     def evicted(self, request: Request) -> None:
         self.note("evicted", request)
 
-    def failed(self, request: Request, reason: str) -> None:
+    def refused(self, request: Request, reason: str) -> None:
         self.note("failed", request)
 
 

@@ -49,7 +49,7 @@ class Bench:
     def finished(self, request: Request) -> None:
         self.end(request, "finished")
 
-    def failed(self, request: Request, reason: str) -> None:
+    def refused(self, request: Request, reason: str) -> None:
         self.end(request, "failed")
 
     def evicted(self, request: Request) -> None:

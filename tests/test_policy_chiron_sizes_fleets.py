@@ -16,6 +16,7 @@ from chiron.policies.chiron import decide_fleet, share_gpus
 from chiron.policies.chiron_load import first_memory
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed
+from chiron.policies.load_history import presumed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model
 
@@ -161,7 +162,7 @@ def test_a_fleet_that_does_not_follow_the_load_goes_too_where_it_may_be_empty(le
     ours = ChironSettings(prior_s=60)
     three = model([instance(id=i) for i in range(3)], min_instances=least)
     memory = first_memory(ours, three, 0.0)
-    idle = replace(memory, load=np.zeros(600), counts=np.zeros((len(memory.counts), 600)), began_s=0.0)
+    idle = replace(memory, history=presumed(0.0, np.zeros(600), len(memory.counts)))
     state = {three.name: replace(idle, headroom=Headroom(rule=CONSTANT, h=3.0, instances=3.0))}
     for tick in range(40):
         now_s = 600.0 + 5.0 * tick
@@ -255,7 +256,7 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
             "a": ModelPlan(counts={"interactive": 0, **a}, reason="interactive_load"),
             "b": ModelPlan(counts={"interactive": 0, **b}, reason="interactive_load"),
         }
-        return share_gpus(ours, plans, memories, memories, view)
+        return share_gpus(ours, plans, memories, view)
 
     plans, _ = shared({"mixed": 4, "batch": 4}, {"mixed": 6, "batch": 0})
     assert plans["a"].counts == {"interactive": 0, "mixed": 4, "batch": 0}
@@ -268,36 +269,3 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
     assert plans["b"].counts["mixed"] == 8
     assert after["a"].last_direction == -1, "and it is remembered as a change"
     assert JOBS.kind == "batch"
-
-
-@pytest.mark.parametrize(
-    ("present", "wanted", "limit", "expected"),
-    [
-        ((7, 1), (20, 2), 8, (6, 2)),  # The overload of one takes nothing of what the other may count on.
-        ((7, 1), (20, 6), 8, (4, 4)),  # Both want more than half.
-        ((7, 1), (20, 1), 8, (7, 1)),
-        ((4, 4), (20, 20), 8, (4, 4)),
-        ((7, 1), (20, 2), 10, (8, 2)),
-    ],
-)
-def test_one_models_overload_is_not_another_s(
-    present: tuple[int, int], wanted: tuple[int, int], limit: int, expected: tuple[int, int]
-) -> None:
-    ours = ChironSettings()
-    models = [
-        model([instance(id=i) for i in range(count)], name=name, planned={"mixed": count, "interactive": 0, "batch": 0})
-        for name, count in zip("ab", present, strict=True)
-    ]
-    view = replace(fleet(*models, now_s=1000.0), gpus_max={"A100": float(limit)})
-    plans = {
-        name: ModelPlan(counts={"interactive": 0, "mixed": count, "batch": 0}, reason="interactive_load")
-        for name, count in zip("ab", wanted, strict=True)
-    }
-    memories = {m.name: first_memory(ours, m, 0.0) for m in models}
-    shared, after = share_gpus(ours, plans, memories, memories, view)
-    assert (shared["a"].counts["mixed"], shared["b"].counts["mixed"]) == expected
-    if expected[0] < present[0]:
-        assert after["a"].last_direction == -1, "it is remembered as a change"
-    held = {**memories, "a": replace(memories["a"], last_change_s=990.0, last_direction=1)}
-    shared, _ = share_gpus(ours, plans, held, held, view)
-    assert shared["a"].counts["mixed"] >= present[0], "who has just grown keeps it for a while"

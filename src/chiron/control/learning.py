@@ -8,7 +8,8 @@ Each scrape of a busy instance is one equation, divided by its own size so that 
 (ridge) stands in for what the traffic has not shown; one or two hundred steps outweigh it. The learned form is linear
 where engines have a knee: it holds around where they have been running, which is where it is used.
 
-Lengths: exponential means over about a thousand requests, by class; outputs are those of finished requests.
+Lengths: exponential means over about a thousand requests, by class: of prompts once their first token is there, of
+outputs once they are over. What never ran teaches nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _FADE = 0.998
 """Weight that an equation keeps when the next one comes: a few hundred are remembered."""
 _MEMORY = 1000
 """Requests that a mean of lengths remembers."""
+_USUAL_WEIGHT = 0.01
 _TRUSTED_UPDATES = 4
 LEAD_PRIOR = 0.1
 """Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
@@ -49,13 +51,13 @@ class Mix:
         self.output_mean = PRIOR_OUTPUT_TOKENS
         self.output_square = 2 * PRIOR_OUTPUT_TOKENS**2
 
-    def arrived(self, input_tokens: int) -> None:
+    def ran(self, input_tokens: int) -> None:
         self.seen += 1
         weight = 1.0 / (self.seen if self.seen < _MEMORY else _MEMORY)
         self.input_mean += weight * (input_tokens - self.input_mean)
         self.input_square += weight * (input_tokens * input_tokens - self.input_square)
 
-    def ended(self, output_tokens: int) -> None:
+    def made(self, output_tokens: int) -> None:
         self.finished += 1
         # The prior counts as ten requests: the first to finish are the short ones.
         weight = 1.0 / (self.finished + 10 if self.finished < _MEMORY else _MEMORY)
@@ -99,6 +101,22 @@ class Lead:
         self.value_s = min(self._sorted[-self.RANK], self.most_s)
 
 
+class Usual:
+    """What a request of common size is like: exponential means over about a hundred."""
+
+    __slots__ = ("input_square", "input_tokens", "need_tokens")
+
+    def __init__(self) -> None:
+        self.input_tokens = self.input_square = 0.0
+        self.need_tokens = 0.0
+        """Prompt and expected output."""
+
+    def ran(self, tokens: int, need: float) -> None:
+        self.input_tokens += _USUAL_WEIGHT * (tokens - self.input_tokens)
+        self.input_square += _USUAL_WEIGHT * (tokens * tokens - self.input_square)
+        self.need_tokens += _USUAL_WEIGHT * (need - self.need_tokens)
+
+
 class Learner:
     """Implements ``policies.policy.Estimates`` for one model."""
 
@@ -108,6 +126,10 @@ class Learner:
         self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}
         self._leads = {c.name: Lead(c.ttft_s) for c in classes}
         self.first_token_lead_s = {name: lead.value_s for name, lead in self._leads.items()}
+        self.usual = Usual()
+        self.usual_batch = Usual()
+        self.ttft_min_s = inf
+        self.ttft_max_s = max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
         self.updates = 0
         # Normal equations for the coefficients in units of the prior.
         self._normal = [[0.0] * 5 for _ in range(5)]
@@ -135,9 +157,21 @@ class Learner:
         is not this one's concern."""
         return [name for name, mix in self.mixes.items() if mix.seen] or list(self.mixes)
 
-    def finished(self, request: Request) -> None:
+    def ran(self, request: Request) -> None:
+        """An engine made its first token."""
+        name, tokens = request.cls.name, request.input_tokens
+        mix = self.mixes[name]
+        mix.ran(tokens)
+        usual = self.usual if request.interactive else self.usual_batch
+        usual.ran(tokens, tokens + self._expected_output[name])
+        if request.interactive and mix.seen == 1:
+            # As configured: what one client asked for must not hold everybody else up.
+            self.ttft_min_s = min(self.ttft_min_s, mix.cls.ttft_s)
+
+    def made(self, request: Request) -> None:
+        """It is over, and ``tokens_done`` is what it made."""
         mix = self.mixes[request.cls.name]
-        mix.ended(request.tokens_done)
+        mix.made(request.tokens_done)
         self._expected_output[request.cls.name] = mix.output_mean
 
     def first_token(self, request: Request) -> None:

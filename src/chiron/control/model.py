@@ -1,4 +1,11 @@
-"""The control plane's state of one model, and the views that policies get of it."""
+"""The control plane's state of one model, and the views that policies get of it.
+
+What never ran moves nothing. An arrival is load from the moment it comes, because a burst that waits must be able to
+ask for instances; if it ends without having run (refused by an engine, taken back by its client before the first
+token, failed) it is taken out of the second in which it was counted. What ran in part counts for what it ran: its
+prompt, and as many output tokens as it had made. What Chiron shed for want of room is load all the same: an overload
+that hid itself would never be cured. Lengths, classes and promises are learned from what ran only.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +24,7 @@ COLD_START_PRIOR_S = 60.0
 
 
 class _Arrivals:
-    """Arrivals of one class in one second."""
+    """Arrivals of one class in one second, less those of them that turned out not to run."""
 
     __slots__ = ("cls", "input_square", "input_tokens", "requests", "second")
 
@@ -26,7 +33,13 @@ class _Arrivals:
         self.second = second
         self.requests = 0
         self.input_tokens = 0
-        self.input_square = 0.0
+        self.input_square = 0
+
+    def add(self, tokens: int, sign: int) -> None:
+        """Whole numbers: what is added and taken out again leaves nothing behind."""
+        self.requests += sign
+        self.input_tokens += sign * tokens
+        self.input_square += sign * tokens * tokens
 
 
 class ModelState:
@@ -50,51 +63,61 @@ class ModelState:
         self.attained = 0
         self.missed = 0
         self.itl_missed = 0.0
-        """Share of interactive requests that missed their ITL SLO: exponential mean over some 500."""
+        """Share of finished interactive requests that missed their ITL SLO: exponential mean over some 500."""
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
-        self.arrivals: list[_Arrivals] = []
-        """By class and second, since the last fleet tick."""
+        self._arrivals: dict[tuple[str, int], _Arrivals] = {}
+        """By class and second, not yet seen by a fleet tick. Of a second that a tick has seen: what is taken back."""
         self._arriving = {c.name: _Arrivals(c, -1) for c in classes}
+        """The latest of each class."""
 
     def clients_waiting(self, *, interactive: bool) -> int:
         """Requests without an instance whose clients wait, interactive or flex. Items of jobs are not among them."""
         return self.waiting.interactive if interactive else self.waiting.flex + self.batch.flex
 
     def arrived(self, request: Request) -> None:
-        tokens = request.input_tokens
         name = request.cls.name
-        self.learner.mixes[name].arrived(tokens)
         arrivals = self._arriving[name]
         second = int(request.arrival_s)
         if arrivals.second != second:
-            arrivals = self._arriving[name] = _Arrivals(request.cls, second)
-            self.arrivals.append(arrivals)
-        arrivals.requests += 1
-        arrivals.input_tokens += tokens
-        arrivals.input_square += tokens * tokens
+            arrivals = self._arriving[name] = self._bin(name, second)
+        arrivals.add(request.input_tokens, 1)
 
-    def end_interval(self) -> None:
-        """Count arrivals from here: what has been seen is not seen again."""
-        self.arrivals = []
-        self._arriving = {name: _Arrivals(cls, -1) for name, cls in self.classes.items()}
+    def arrivals(self, now_s: float) -> list[_Arrivals]:
+        """Of full seconds, since they were last forgotten."""
+        return [a for a in self._arrivals.values() if a.second < int(now_s) and (a.requests or a.input_tokens)]
+
+    def end_interval(self, now_s: float) -> None:
+        """What has been seen is not seen again. The second under way has not been."""
+        self._arrivals = {key: a for key, a in self._arrivals.items() if a.second >= int(now_s)}
+        self.attained = self.missed = 0
+
+    def _bin(self, name: str, second: int) -> _Arrivals:
+        found = self._arrivals.get((name, second))
+        if found is None:
+            found = self._arrivals[name, second] = _Arrivals(self.classes[name], second)
+        return found
 
     def ended(self, request: Request) -> None:
+        cls, outcome = request.cls, request.outcome
+        shed = outcome == "shed"
+        if not (shed or outcome == "finished" or (outcome == "cancelled" and request.ran)):
+            self._bin(cls.name, int(request.arrival_s)).add(request.input_tokens, -1)
+            return
         if not request.interactive:
             return
-        cls, tokens = request.cls, request.tokens_done
+        if outcome != "finished":
+            # Why it was cut off is not known. What it had to wait for its first token is.
+            self.missed += shed or request.first_token_s - request.arrival_s > cls.ttft_s
+            return
+        tokens = request.tokens_done
         slow = tokens > 1 and request.finish_s - request.first_token_s > cls.itl_s * (tokens - 1)
         self.itl_missed += 0.002 * (slow - self.itl_missed)
-        kept = (
-            request.outcome == "finished"
-            and request.first_token_s - request.arrival_s <= cls.ttft_s
-            and not slow
-            and request.finish_s <= request.deadline_s
-        )
-        if kept:
-            self.attained += 1
-        else:
+        late = request.first_token_s - request.arrival_s > cls.ttft_s or request.finish_s > request.deadline_s
+        if slow or late:
             self.missed += 1
+        else:
+            self.attained += 1
 
     def started(self, instance: Instance) -> None:
         """Learn the cold start from the time that this one took, without what it waited before."""
@@ -140,9 +163,9 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
             cls=a.cls,
             requests=a.requests,
             input_tokens=float(a.input_tokens),
-            input_square=a.input_square,
+            input_square=float(a.input_square),
         )
-        for a in state.arrivals
+        for a in state.arrivals(now_s)
     )
     view = ModelView(
         name=spec.name,
@@ -171,8 +194,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         cold_starts_seen=state.cold_starts_seen,
     )
     if not peek:
-        state.attained = state.missed = 0
-        state.end_interval()
+        state.end_interval(now_s)
     return view
 
 
@@ -198,10 +220,12 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         decode_batch = decoded / steps
         throughput = decoded / (sample.taken_s - before.taken_s)
     classes = state.classes
-    running = [classes[name] for name, count in instance.class_counts.items() if count > 0]
+    counts = {name: count for name, count in instance.class_counts.items() if count > 0}
+    seen = state.learner.seen_names()
+    running = [classes[name] for name in counts]
     if instance.role != "batch":
         # Room on the others is kept for interactive requests, so their SLO holds there at any time.
-        running.extend(classes[name] for name in state.learner.seen_names() if classes[name].interactive)
+        running.extend(classes[name] for name in seen if classes[name].interactive)
     return LocalView(
         now_s=now_s,
         role=instance.role,
@@ -216,8 +240,8 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         itl_s=itl_s,
         decode_batch=decode_batch,
         throughput=throughput,
-        class_counts={name: count for name, count in instance.class_counts.items() if count > 0},
-        mixes={name: state.learner.mix_views[name] for name in state.learner.seen_names()},
+        class_counts=counts,
+        mixes={name: state.learner.mix_views[name] for name in dict.fromkeys((*seen, *counts))},
         step_times=state.learner.step_times,
         learned=state.learner.trusted,
     )

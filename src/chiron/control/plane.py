@@ -184,11 +184,18 @@ class ControlPlane:
 
     def cancel(self, request: Request) -> None:
         """The client left. Queued work is dropped, running work is stopped at the next step."""
+        self._call_off(request, "cancelled")
+
+    def cut_off(self, request: Request) -> None:
+        """It has waited or run for too long: Chiron's fault, and load that was not served."""
+        self._call_off(request, "shed")
+
+    def _call_off(self, request: Request, outcome: Outcome) -> None:
         if request.outcome is not None:
             return
         state = self.models[request.model]
         instance = request.instance
-        self._end(state, request, "cancelled")
+        self._end(state, request, outcome)
         if instance is None:
             (state.batch if not request.interactive and self.policy.holds_batch else state.waiting).forget(request)
             self._pump(state)  # It may have been in the way of the next one.
@@ -289,6 +296,9 @@ class ControlPlane:
             tokens = request.input_tokens
             instance.prefill_square_total += tokens * tokens
         state = self.models[request.model]
+        if not request.ran and request.outcome is None:
+            request.ran = True
+            state.learner.ran(request)
         if request.prefill_cost_s and request.id in instance.requests:
             self._prefill_over(instance, request)
             state.router.changed(instance)
@@ -311,7 +321,7 @@ class ControlPlane:
         assert instance is not None
         instance.evicting.pop(request.id, None)
         if request.outcome is None:
-            state.learner.finished(request)
+            state.learner.made(request)
             self._end(state, request, "finished")
         self._after_leaving(state, instance)
 
@@ -323,8 +333,11 @@ class ControlPlane:
         instance.evicting.pop(request.id, None)
         request.instance = None
         request.instance_saved = instance if request.kv_saved_tokens else None
-        if self._event is not None and request.outcome is None:
-            self._event(self.clock.now_s, "evicted", request, instance)
+        if request.outcome is None:
+            if self._event is not None:
+                self._event(self.clock.now_s, "evicted", request, instance)
+        elif request.ran and request.tokens_done:
+            state.learner.made(request)  # Called off half-way, it was as long as that.
         destination, request.migrating_to = request.migrating_to, None
         if request.outcome is None:
             if destination is not None and destination.state == "ready":
@@ -377,8 +390,15 @@ class ControlPlane:
         else:
             self._enter(state, request)
 
+    def refused(self, request: Request, reason: str) -> None:
+        """The engine will not run this request, for what is wrong with it."""
+        self._give_up(request, reason, "rejected")
+
     def failed(self, request: Request, reason: str) -> None:
         """The engine cannot run this request at all."""
+        self._give_up(request, reason, "failed")
+
+    def _give_up(self, request: Request, reason: str, outcome: Outcome) -> None:
         state = self.models[request.model]
         instance = self._leave(state, request)
         assert instance is not None
@@ -388,7 +408,7 @@ class ControlPlane:
                 self.clock.now_s,
                 Decision(kind="reject", subject=str(request.id), before=1, after=0, reason=reason.replace(" ", "_")),
             )
-            self._end(state, request, "failed")
+            self._end(state, request, outcome)
         self._after_leaving(state, instance)
 
     def _after_leaving(self, state: ModelState, instance: Instance) -> None:

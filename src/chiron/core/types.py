@@ -19,7 +19,9 @@ Kind = Literal["interactive", "batch"]
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
 Outcome = Literal["finished", "rejected", "failed", "cancelled", "shed"]
-"""``shed``: refused by the policy, which could not have served it in time."""
+"""``rejected``: something is wrong with the request itself. ``failed``: an engine did not do what it should.
+``cancelled``: its client took it back. ``shed``: Chiron refused it, because it could not be served in time, or cut it
+off after too long a time."""
 
 ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
 
@@ -78,6 +80,7 @@ class Request:
         "payload",
         "pinned",
         "prefill_cost_s",
+        "ran",
         "reserved_tokens",
         "retries",
         "retry_after_s",
@@ -114,6 +117,8 @@ class Request:
         self.instance: Instance | None = None
         self.tokens_done = 0
         """Output tokens known to be safe with us: updated when the request is evicted or ends."""
+        self.ran = False
+        """An engine has made its first token: it is evidence of what runs here."""
         self.evictions = 0
         self.retries = 0
         """Engine failures survived."""

@@ -39,7 +39,7 @@ class EngineListener(Protocol):
     def first_token(self, request: Request) -> None: ...
     def finished(self, request: Request) -> None: ...
     def evicted(self, request: Request) -> None: ...
-    def failed(self, request: Request, reason: str) -> None: ...
+    def refused(self, request: Request, reason: str) -> None: ...
 
 
 class StepTimes:
@@ -335,7 +335,7 @@ class EngineModel:
     def _give_up(self, sequence: _Sequence) -> None:
         if self._sequences.get(sequence.request.id) is sequence:
             del self._sequences[sequence.request.id]
-            self._listener.failed(sequence.request, "longer than the instance's KV cache")
+            self._listener.refused(sequence.request, "longer than the instance's KV cache")
 
     # -- the step boundary -------------------------------------------------------------------------------------
 

@@ -331,11 +331,11 @@ class BatchRunner:
         self._count_end(window)
         if outcome == "cancelled":
             self._writer.give_back([item], failed=False)
+        elif outcome == "finished" or call.refused:
+            self._answered(window, call)
         elif outcome == "rejected":
             message = f"The prompt does not fit into the KV cache of any instance of model {item.model!r}."
             self._writer.add(failure(item, "context_length_exceeded", message))
-        elif outcome == "finished" or call.refused:
-            self._answered(window, call)
         else:
             self._failed(window, call, call.error.message if call.error else "no engine could run it")
 

@@ -102,8 +102,8 @@ class EmulatedEngine:
     def evicted(self, inner: Request) -> None:
         self._plane.evicted(self._take(inner))
 
-    def failed(self, inner: Request, reason: str) -> None:
-        self._plane.failed(self._take(inner), reason)
+    def refused(self, inner: Request, reason: str) -> None:
+        self._plane.refused(self._take(inner), reason)
 
     def _take(self, inner: Request) -> Request:
         request = self._pairs.pop(inner.id)[0]
@@ -231,8 +231,8 @@ class _Listener:
     def evicted(self, request: Request) -> None:
         self.engine.evicted(request)
 
-    def failed(self, request: Request, reason: str) -> None:
-        self.engine.failed(request, reason)
+    def refused(self, request: Request, reason: str) -> None:
+        self.engine.refused(request, reason)
 
 
 class _NoCall:

@@ -92,15 +92,15 @@ class Front:
             call: RelayCall | FlexCall = request.payload
             if waited_s > limits.request_timeout_s and request.interactive:
                 call.refusal = timed_out(f"The answer took longer than {limits.request_timeout_s:g} s.")
-                self._plane.cancel(request)
+                self._plane.cut_off(request)
             elif request.interactive and self._queued_s(request) > limits.queue_wait_max_s:
                 call.refusal = unavailable(
                     f"No instance had room within {limits.queue_wait_max_s:g} s.", limits.retry_after_s
                 )
-                self._plane.cancel(request)
+                self._plane.cut_off(request)
             elif not request.interactive and now_s > request.deadline_s:
                 call.refusal = timed_out("The deadline of the request's class has passed.")
-                self._plane.cancel(request)
+                self._plane.cut_off(request)
             elif remind and isinstance(call, FlexCall):
                 call.remind()
 

@@ -69,6 +69,8 @@ def _answer(error: ApiError) -> Answer:
 
 def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
     """What is known of a request that neither the gateway nor an engine has said anything about."""
+    if request.outcome == "rejected" and request.dispatch_s >= 0.0:
+        return invalid("The engine refused the request, and did not say why.")
     if request.outcome == "rejected":
         return invalid(
             f"The prompt of about {request.input_tokens} tokens is longer than any instance can hold.",

@@ -36,6 +36,8 @@ OF_CDNS = frozenset(range(520, 531))
 """Made up by CDNs, for an engine that they did not reach or that has too much to do: an engine says none of them."""
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504}) | OF_CDNS
 """Statuses that say "not now" or "not me": another try may do. The others, 501 among them, are the engine's answer."""
+NOT_THE_CLIENTS = frozenset({401, 402, 403, 407})
+"""Statuses that say that the gateway may not ask: its key for the engine is wrong, or something on the way minds."""
 ERROR_MAX_BYTES = 64 * 1024
 PRESUMED_PREFILLS = 1.5
 """Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
@@ -49,6 +51,7 @@ class EngineListener(Protocol):
     def prefilled(self, request: Request) -> None: ...
     def finished(self, request: Request) -> None: ...
     def evicted(self, request: Request) -> None: ...
+    def refused(self, request: Request, reason: str) -> None: ...
     def failed(self, request: Request, reason: str) -> None: ...
     def lost(self, request: Request) -> None: ...
     def avoid(self, instance: Instance, for_s: float) -> None: ...
@@ -281,7 +284,9 @@ class HttpEngine:
                     return
                 run.count(tokens)
             self._leave(run)
-            if run.status >= 400:
+            if blames_client(run.status):
+                self.listener.refused(request, f"engine answered {run.status}")
+            elif run.status >= 400:
                 self.listener.failed(request, f"engine answered {run.status}")
             else:
                 run.upcall.prompt_tokens = run.prompt_tokens
@@ -502,6 +507,12 @@ class _LimitAnswer:
 
     def on_error(self, error: NetError) -> None:
         self._engine.limit_answered(0)
+
+
+def blames_client(status: int) -> bool:
+    """Whether this answer of an engine says that something is wrong with the request itself: it was no work, and nobody
+    failed."""
+    return 400 <= status < 500 and status not in RETRIED and status not in NOT_THE_CLIENTS
 
 
 def _unseen_first_token_s(request: Request, finish_s: float) -> float:

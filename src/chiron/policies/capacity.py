@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite
 
-from chiron.policies.views import ClassMix, StepTimes
+from chiron.policies.views import ArrivalView, ClassMix, StepTimes
 
 KV_FILL = 0.95
 """Share of KV that dispatch plans with; the rest absorbs outputs longer than expected."""
@@ -43,6 +43,13 @@ def prefill_s(times: StepTimes, tokens: float, square: float) -> float:
 def decode_s(times: StepTimes, context: float, output: float) -> float:
     """Seconds of marginal work to decode ``output`` tokens after a prompt of ``context``."""
     return output * (times.per_sequence_s + times.per_context_token_s * (context + 0.5 * output))
+
+
+def arrivals_s(times: StepTimes, arrivals: ArrivalView, output: float) -> float:
+    """Seconds of marginal work that these bring; negative of what is taken back."""
+    work = prefill_s(times, arrivals.input_tokens, arrivals.input_square)
+    work += arrivals.requests * decode_s(times, 0.0, output)
+    return work + output * times.per_context_token_s * arrivals.input_tokens
 
 
 def work_s(times: StepTimes, mix: ClassMix) -> float:

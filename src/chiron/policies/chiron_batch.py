@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import ceil, inf
 
-from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
+from chiron.policies.capacity import Capacity, arrivals_s, capacity, decode_s, prefill_s
 from chiron.policies.chiron_load import ModelMemory
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import window_mean
@@ -86,9 +86,7 @@ def _measure_spare(settings: ChironSettings, memory: ModelMemory, model: ModelVi
     outputs = {m.cls.name: m.output_tokens for m in model.mixes}
     for arrival in model.arrivals:
         if not arrival.cls.interactive:
-            context = arrival.input_tokens / arrival.requests
-            arrived += prefill_s(model.step_times, arrival.input_tokens, arrival.input_square)
-            arrived += arrival.requests * decode_s(model.step_times, context, outputs[arrival.cls.name])
+            arrived += arrivals_s(model.step_times, arrival, outputs[arrival.cls.name])
     released = (memory.batch_work_s + arrived - work) / settings.tick_s
     ratio = min(1.2, max(0.05, (released - memory.batch_own) / memory.batch_spare))
     before = memory.spare_trust or settings.spare_trust

@@ -11,6 +11,7 @@ from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
 from chiron.policies.chiron_local import itl_target_s
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed, window_mean
+from chiron.policies.load_history import LoadHistory, presumed, worth
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -18,12 +19,8 @@ from chiron.policies.views import ClassMix, ModelView
 class ModelMemory:
     """What the global loop remembers of one model."""
 
-    began_s: float
-    """Time of the first second remembered; the prior lies before the first tick."""
-    load: Floats
-    """Instances' worth of interactive work that arrived in each second since."""
-    counts: Floats
-    """Interactive requests by class and second, shape (classes, seconds)."""
+    history: LoadHistory
+    """Of interactive requests."""
     headroom: Headroom
     backtest_s: float
     """Time of the last backtest."""
@@ -41,6 +38,16 @@ class ModelMemory:
     """Queued batch work at the last tick, and the spare capacity and batch instances that then stood against it."""
     batch_spare: float = 0.0
     batch_own: float = 0.0
+
+    @property
+    def load(self) -> Floats:
+        """Instances' worth of interactive work that arrived in each second remembered."""
+        return self.history.load
+
+    @property
+    def counts(self) -> Floats:
+        """Interactive requests by class and second, shape (classes, seconds)."""
+        return self.history.counts
 
 
 def _interactive(model: ModelView) -> list[ClassMix]:
@@ -73,43 +80,22 @@ def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> Mo
     instances = max(1, model.count("ready", "starting"))
     rule = Rule(window_s=60, settle_s=600)
     return ModelMemory(
-        began_s=floor(now_s) - seconds,
-        load=np.full(seconds, settings.prior_load * instances),
-        counts=np.zeros((len(_interactive(model)), seconds)),
+        history=presumed(
+            floor(now_s) - seconds, np.full(seconds, settings.prior_load * instances), len(_interactive(model))
+        ),
         headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
         backtest_s=now_s,
     )
 
 
 def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float) -> ModelMemory:
-    """Append the seconds since the last tick."""
-    have = memory.load.shape[0]
-    seconds = max(0, floor(now_s) - round(memory.began_s) - have)
+    """Append the seconds since the last tick, and take back what arrived before and never ran."""
+    history = memory.history
     mixes = _interactive(model)
-    rows = {m.cls.name: row for row, m in enumerate(mixes)}
-    times = model.step_times
-    load = np.zeros(seconds)
-    counts = np.zeros((len(mixes), seconds))
-    for arrival in model.arrivals:
-        row = rows.get(arrival.cls.name)
-        if row is None or seconds == 0:
-            continue
-        # What arrived in the second under way at the last tick is counted with the first one after.
-        place = min(max(arrival.second - round(memory.began_s) - have, 0), seconds - 1)
-        context = arrival.input_tokens / arrival.requests
-        work = prefill_s(times, arrival.input_tokens, arrival.input_square)
-        work += arrival.requests * decode_s(times, context, mixes[row].output_tokens)
-        load[place] += work / rate
-        counts[row, place] += arrival.requests
-    keep = settings.memory_s
-    loads = np.concatenate((memory.load, load))
-    drop = max(0, len(loads) - keep)
-    return replace(
-        memory,
-        began_s=memory.began_s + drop,
-        load=loads[drop:],
-        counts=np.concatenate((memory.counts, counts), axis=1)[:, drop:],
-    )
+    seconds = floor(now_s) - round(history.began_s) - history.seconds
+    worths = worth(model.step_times, [m.output_tokens for m in mixes], rate)
+    history = history.after(seconds, worths, model.arrivals, [m.cls.name for m in mixes])
+    return replace(memory, history=history.last(settings.memory_s))
 
 
 def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:

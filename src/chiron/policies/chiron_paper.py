@@ -203,7 +203,7 @@ class Memory:
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, interactive and mixed instances wanted) over ``shrink_after_s``."""
     arrivals: npt.NDArray[np.float64]
-    """Interactive requests in each second, the last ``history_s``."""
+    """Interactive requests in each second up to the last tick, the last ``history_s``."""
 
 
 State = dict[str, Memory]
@@ -273,15 +273,16 @@ def _reason(count: int, current: int, batch: int, batch_before: int) -> str:
 
 
 def _remember(settings: ChironPaperSettings, memory: Memory, model: ModelView, view: FleetView) -> Memory:
-    """Append the seconds since the last tick."""
+    """Append the seconds since the last tick, and take back what arrived before and never ran."""
     if not settings.theta_from_history:
         return memory
-    first = int(view.now_s - view.since_s)
-    seconds = np.zeros(max(0, int(view.now_s) - first))
+    seconds = max(0, int(view.now_s) - int(view.now_s - view.since_s))
+    counts = np.concatenate((memory.arrivals, np.zeros(seconds)))
+    first = int(view.now_s) - len(counts)
     for arrival in model.arrivals:
-        if arrival.cls.interactive and len(seconds):
-            seconds[min(max(arrival.second - first, 0), len(seconds) - 1)] += arrival.requests
-    return replace(memory, arrivals=np.concatenate((memory.arrivals, seconds))[-settings.history_s :])
+        if arrival.cls.interactive and 0 <= arrival.second - first < len(counts):
+            counts[arrival.second - first] += arrival.requests
+    return replace(memory, arrivals=counts[-settings.history_s :])
 
 
 def _theta(settings: ChironPaperSettings, memory: Memory, model: ModelView) -> float:

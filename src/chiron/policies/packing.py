@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import inf
 
 from chiron.core.types import Instance, Request
 from chiron.policies.capacity import KV_FILL
@@ -59,12 +58,6 @@ class PackingRouter:
         self._settings = settings
         self._estimates = estimates
         self._strict = strict_roles
-        self._ttft_s = 0.0
-        """Largest finite TTFT target seen, and the smallest: they bound what any request may find."""
-        self._ttft_min_s = inf
-        self._cost_mean_s = 0.0
-        self._need_mean = 0.0
-        self._batch_need_mean = 0.0
         self._interactive: list[Entry] = []
         self._batch: list[Entry] = []
         self._victims: list[Entry] = []
@@ -136,10 +129,6 @@ class PackingRouter:
     # -- interactive -------------------------------------------------------------------------------------------
 
     def _choose_interactive(self, request: Request) -> Instance | None:
-        ttft_s = request.cls.ttft_s
-        if ttft_s != inf and not (self._ttft_min_s <= ttft_s <= self._ttft_s):
-            self._ttft_min_s = min(self._ttft_min_s, ttft_s)
-            self._ttft_s = max(self._ttft_s, ttft_s)
         estimates = self._estimates
         tokens = request.input_tokens + request.tokens_done
         cost_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
@@ -176,9 +165,10 @@ class PackingRouter:
         return chosen
 
     def _is_usual(self, cost_s: float, need: float) -> bool:
-        self._cost_mean_s += 0.01 * (cost_s - self._cost_mean_s)
-        self._need_mean += 0.01 * (need - self._need_mean)
-        return cost_s <= _USUAL * self._cost_mean_s and need <= _USUAL * self._need_mean
+        estimates = self._estimates
+        usual = estimates.usual
+        mean_s = usual.input_tokens * estimates.prefill_token_s + usual.input_square * estimates.prefill_square_s
+        return cost_s <= _USUAL * mean_s and need <= _USUAL * usual.need_tokens
 
     def _prefill_fits(self, instance: Instance, request: Request, cost_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
@@ -203,7 +193,7 @@ class PackingRouter:
         backlog_s = instance.prefill_backlog_s
         return backlog_s == 0.0 or (
             backlog_s < instance.prefill_limit_s
-            and backlog_s < self._settings.prefill_share_of_ttft * (self._ttft_s or inf)
+            and backlog_s < self._settings.prefill_share_of_ttft * self._estimates.ttft_max_s
         )
 
     # -- batch -------------------------------------------------------------------------------------------------
@@ -216,8 +206,7 @@ class PackingRouter:
         tokens = request.input_tokens + request.tokens_done
         need = tokens + self._estimates.expected_output[request.cls.name]
         cost_s = self._prefill_s(request)
-        self._batch_need_mean += 0.01 * (need - self._batch_need_mean)
-        usual = need <= _USUAL * self._batch_need_mean
+        usual = need <= _USUAL * self._estimates.usual_batch.need_tokens
         heap = self._batch
         passed: list[Entry] = []
         chosen: Instance | None = None
@@ -267,7 +256,7 @@ class PackingRouter:
             return backlog_s < settings.batch_prefill_s
         return backlog_s < min(
             settings.batch_prefill_s,
-            settings.batch_prefill_share_of_ttft * self._ttft_min_s,
+            settings.batch_prefill_share_of_ttft * self._estimates.ttft_min_s,
             instance.prefill_limit_s,
         )
 

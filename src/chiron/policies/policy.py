@@ -15,11 +15,32 @@ from chiron.core.types import Instance, Request
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, PolicyState, StepTimes
 
 
+class UsualSize(Protocol):
+    """Running means over requests that ran lately."""
+
+    input_tokens: float
+    input_square: float
+    need_tokens: float
+    """Prompt and expected output."""
+
+
 class Estimates(Protocol):
-    """What has been learned of one model, for the per-request path. The control plane keeps it current."""
+    """What has been learned of one model, for the per-request path. The control plane keeps it current, from requests
+    that ran: what is refused or taken back leaves no trace."""
 
     prefill_token_s: float
     prefill_square_s: float
+    ttft_min_s: float
+    """Tightest configured TTFT among the interactive classes that ran; inf before the first."""
+    ttft_max_s: float
+    """Loosest finite one among the configured interactive classes; inf if there is none."""
+
+    @property
+    def usual(self) -> UsualSize:
+        """Of interactive requests."""
+
+    @property
+    def usual_batch(self) -> UsualSize: ...
 
     @property
     def expected_output(self) -> Mapping[str, float]:

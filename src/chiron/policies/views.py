@@ -82,10 +82,13 @@ class GroupView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrivalView:
-    """Arrivals of one class in one second, since the last fleet tick."""
+    """Arrivals of one class in one full second, seen for the first time at this fleet tick.
+
+    Of a second that was seen before: what ended since then without having run, as negative figures. Added up by
+    second, views leave only what ran, what may yet run and what was turned away for want of room."""
 
     second: int
-    """Whole seconds on the control plane's clock."""
+    """Whole seconds on the control plane's clock, before the one under way."""
     cls: RequestClass
     requests: int
     input_tokens: float
@@ -120,7 +123,8 @@ class ModelView:
     """Earliest deadline first; groups beyond a limit are merged into the last."""
     running_batch: int
     attained: int
-    """Interactive requests that ended since the last tick with every promise kept, and those without."""
+    """Interactive requests that ran and ended since the last tick with every promise kept, and those without or turned
+    away for want of room or time."""
     missed: int
     itl_missed: float
     """Share of recent interactive requests that missed their ITL SLO."""

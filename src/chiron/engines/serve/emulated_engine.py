@@ -234,11 +234,10 @@ class EmulatedEngine:
         if request.kv_saved_tokens:
             self._save(stream.output.digest, request.tokens_done, request.kv_saved_tokens)
 
-    def failed(self, request: Request, reason: str) -> None:
+    def refused(self, request: Request, reason: str) -> None:
         stream = self._streams.pop(request.id)
-        log.error("request %d failed: %s", request.id, reason)
         self.totals.finished["error"] += 1
-        stream.reply.fail(RequestError(f"The engine failed: {reason}.", status=500, type="server_error"))
+        stream.reply.fail(RequestError(f"The request is {reason}.", code="context_length_exceeded"))
 
 
 class _Stream:
