@@ -19,4 +19,6 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
     assert "GPU-hours is what no scheduler can go below" in said
-    assert (tmp_path / "report.html").stat().st_size > 1_000_000
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.endswith("</html>\n")
+    assert 50_000 < len(page) < 1_000_000

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from chiron.telemetry.errors import ReportError
+from chiron.telemetry.format import percent
 from chiron.telemetry.result import Result
-from chiron.telemetry.verdict import percent, verdict
+from chiron.telemetry.verdict import verdict
 from result_factory import small, unseen
 
 
@@ -112,13 +113,18 @@ def test_the_target_decides() -> None:
 
 
 def test_per_cent_never_rounds_a_miss_up() -> None:
-    assert [percent(x) for x in (0.98999, 0.99, 0.9999, 1.0, 0.0, 0.29)] == [
-        "98.9 %",
+    shares = (0.98999, 0.99, 0.9999, 1.0, 0.0, 0.29, 0.897, 0.9999613, 0.99999951, 1 - 1e-12)
+    assert [percent(x) for x in shares] == [
+        "98.99 %",
         "99 %",
-        "99.9 %",
+        "99.99 %",
         "100 %",
         "0 %",
         "29 %",
+        "89.7 %",
+        "99.996 %",
+        "99.99995 %",
+        "99.999999 %",
     ]
 
 

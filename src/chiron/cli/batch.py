@@ -109,7 +109,7 @@ def submit(
         if batch["status"] == "failed":
             raise typer.Exit(2)
         if wait:
-            _follow(server, batch, Console(stderr=True))
+            _follow(server, batch, Console(stderr=True, markup=False))
 
 
 @app.command()
@@ -135,9 +135,9 @@ def status(
         typer.echo(json.dumps(batch, indent=2))
     elif watch and batch["status"] not in ENDED:
         with _going_on(batch):
-            _follow(server, batch, Console())
+            _follow(server, batch, Console(markup=False))
     else:
-        _say(batch, Console())
+        _say(batch, Console(markup=False))
 
 
 @app.command()
@@ -146,7 +146,7 @@ def cancel(id: IdArgument, url: UrlOption = DEFAULT_URL, key: KeyOption = None, 
 
     Example: `chiron batch cancel batch_0123`
     """
-    _say(_server(url, key, cacert).post(f"{_path(id)}/cancel"), Console())
+    _say(_server(url, key, cacert).post(f"{_path(id)}/cancel"), Console(markup=False))
 
 
 @app.command()
@@ -224,9 +224,9 @@ def list_(
         table.add_row(
             batch["id"], batch["status"], _clock(batch["created_at"]), _clock(batch.get("expires_at")), *figures
         )
-    console = Console()
+    console = Console(markup=False)
     # A pipe has no width of its own, and lines that are broken help nobody there.
-    (console if console.is_terminal else Console(width=PIPE_WIDTH)).print(table)
+    (console if console.is_terminal else Console(width=PIPE_WIDTH, markup=False)).print(table)
 
 
 def describe(batch: dict[str, Any]) -> str:
@@ -297,7 +297,7 @@ BATCH_LINE_MAX_BYTES = 64 << 20
 def _await_validation(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch once the server has checked its file, or as it is when that takes very long."""
     until_s = time.monotonic() + VALIDATION_WAIT_S
-    with Console(stderr=True).status("the server checks the file ..."):
+    with Console(stderr=True, markup=False).status("the server checks the file ..."):
         while batch["status"] == "validating" and time.monotonic() < until_s:
             time.sleep(POLL_S / 5)
             with suppress(_NotReachedError):
@@ -321,7 +321,7 @@ def _look(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _say(batch: dict[str, Any], console: Console | None = None) -> None:
     """The batch in words, and what was wrong with its file."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     console.print(f"{batch['id']}: {describe(batch)}", highlight=False, markup=False, soft_wrap=True)
     errors = (batch.get("errors") or {}).get("data", [])
     for error in errors[:ERRORS_SHOWN]:
@@ -353,8 +353,8 @@ def _going_on(batch: dict[str, Any]) -> Iterator[None]:
 
 def _watch(server: Server, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch when it has ended; a bar until then."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    console = Console(stderr=True, markup=False)
     failures = 0
     said_s, said = time.monotonic(), describe(batch)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
@@ -402,8 +402,8 @@ def _download(server: Server, file_id: str, target: Path) -> None:
 @contextmanager
 def _transfer(what: str, total: int | None) -> Iterator[Any]:
     """A progress bar of bytes on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what, total=total)
         yield lambda count: bars.advance(task, count)

@@ -232,12 +232,8 @@ def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list
     say(console, NEXT_STEP)
 
 
-def _report(out: Path, result: Result, notes: list[str]) -> str:
-    from chiron.telemetry.errors import ExtraError
+def _report(out: Path, result: Result, notes: list[str]) -> Path:
     from chiron.telemetry.html import write_report
 
     command = shlex.join(["chiron", *sys.argv[1:]])
-    try:
-        return str(write_report([result], out / "report.html", command=command, notes=notes))
-    except ExtraError as error:
-        return f"none: {error}"
+    return write_report([result], out / "report.html", command=command, notes=notes)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chiron.cli.table import percent_down
+from chiron.telemetry.format import percent
 from chiron.telemetry.result import Result
 
 
@@ -27,7 +27,7 @@ def _latency(name: str, figures: Mapping[str, Any], result: Result) -> str:
     ttft_s, itl_s = figures["ttft_s"], figures["itl_s"]
     return (
         f"{name}: {figures['finished']:,} of {figures['requests']:,} requests answered, "
-        f"{percent_down(figures['attainment'])}% within both SLOs; at the client TTFT p50 {_shown(ttft_s['p50'])} p99 "
+        f"{percent(figures['attainment'])} within both SLOs; at the client TTFT p50 {_shown(ttft_s['p50'])} p99 "
         f"{_shown(ttft_s['p99'])} s (SLO {cls.ttft_s:g}), ITL p50 {_shown(itl_s['p50'], 1000, 0)} p99 "
         f"{_shown(itl_s['p99'], 1000, 0)} ms (SLO {cls.itl_s * 1000:g})"
     )

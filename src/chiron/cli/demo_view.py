@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from chiron.cli.view import one_line, screen, tell
-from chiron.cli.words import show_moment
+from chiron.telemetry.words import show_moment
 
 PERIOD_S = 0.5
 PLAIN_PERIOD_S = 5.0

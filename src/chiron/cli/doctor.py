@@ -63,7 +63,7 @@ def doctor(
     """
     if config is None and Path(DEFAULT_CONFIG).is_file():
         config = Path(DEFAULT_CONFIG)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     found = []
     for each in _checks(config, list(set_ or ()), port):
         found.append(each)

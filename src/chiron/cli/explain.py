@@ -14,9 +14,9 @@ from rich.table import Table
 
 from chiron.cli.moment import RunClock
 from chiron.cli.story import Story, load_story
-from chiron.cli.words import words
 from chiron.config.read import ConfigError, suggest
 from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.words import quantity, words
 
 LISTED = 5
 """Changes that the overview lists."""
@@ -48,7 +48,7 @@ def explain(
     """
     story = load_story(file)
     asked = None if at is None else story.clock.read(at)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     models = _models(story, model)
     console.print(story.title, style="bold", soft_wrap=True)
     if not models:
@@ -100,13 +100,7 @@ def _tell(decision: DecisionPoint, at_s: float, clock: RunClock) -> Iterator[str
     yield f"  The plan {verb} from {decision.before:g} to {decision.after:g} instances {when}."
     yield f"  Why: {words(decision.reason)} ({decision.reason})."
     if decision.numbers:
-        yield "  Numbers: " + ", ".join(_quantity(name, value) for name, value in decision.numbers.items())
-
-
-def _quantity(name: str, value: float) -> str:
-    unit = " s" if name.endswith("_s") else ""
-    number = f"{value:,.0f}" if value == round(value, 0) else f"{value:,.3g}"
-    return f"{words(name.removesuffix('_s'))} {number}{unit}"
+        yield "  Numbers: " + ", ".join(quantity(name, value) for name, value in decision.numbers.items())
 
 
 def _brief(decision: DecisionPoint, clock: RunClock) -> str:

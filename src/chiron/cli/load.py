@@ -202,9 +202,6 @@ def load(
     """
     outputs = Outputs(json=json_, report=report, figures=None, events=None, save=save)
     outputs.check()
-    if report is not None:
-        with needs("report"):
-            import plotly  # noqa: F401 - fail before the run, not after it
     changed = Lengths(
         input_scale=input_scale, output_scale=output_scale, input_max=input_max, output_max=max_tokens_max
     )
@@ -296,7 +293,7 @@ def _run(plan: LoadPlan, settings: LoadSettings, outputs: Outputs, label: str) -
         from chiron.load.result import result_of
         from chiron.load.run import LoadRun, run_load
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     with LoadView(console, f"{plan.name} to {settings.url}") as view:
 
         async def main() -> LoadRun:
@@ -371,7 +368,9 @@ def _write(result: Any, outputs: Outputs) -> None:
         from chiron.telemetry.html import write_report
 
         command = shlex.join(["chiron", *without_secrets(sys.argv[1:])])
-        write_report([result], outputs.report, command=command, notes=result.settings["warnings"])
+        figures = result.settings
+        errors = {kind: (count, figures["examples"].get(kind, "")) for kind, count in figures["errors"].items()}
+        write_report([result], outputs.report, command=command, notes=figures["warnings"], errors=errors)
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from chiron.cli.table import percent_down
+from chiron.telemetry.format import percent
 
 if TYPE_CHECKING:
     from chiron.load.record import Progress
@@ -133,7 +133,7 @@ def print_figures(console: Console, figures: Mapping[str, Any]) -> None:
             name,
             f"{cls['requests']:,}",
             f"{cls['finished']:,}",
-            percent_down(cls["attainment"]) + "%",
+            percent(cls["attainment"]),
             *(_shown(cls["ttft_s"][share]) for share in ("p50", "p90", "p99")),
             *(_shown(cls["itl_s"][share], 1000, 1) for share in ("p50", "p99")),
             _shown(cls["gap_p99_s"]["p50"], 1000, 1),

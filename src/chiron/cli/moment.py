@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from chiron.cli.words import show_moment
 from chiron.config.read import ConfigError
 from chiron.core.units import DurationError, parse_duration
+from chiron.telemetry.words import show_moment
 
 HOUR_S = 3600.0
 CLOCK = re.compile(r"(\d+):([0-5]\d)(?::([0-5]\d))?")

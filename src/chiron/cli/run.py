@@ -173,7 +173,7 @@ def bound(
     """
     loaded = _load(scenario, set_, scale, duration)
     (setup,) = setups(loaded, policies=loaded.labels[:1], seeds=[loaded.seeds[0] if seed is None else seed])
-    _print_bound(Console(), setup)
+    _print_bound(Console(markup=False), setup)
 
 
 def scenarios() -> None:
@@ -264,9 +264,9 @@ def _path_of_run(path: Path, policy: str, seed: int | None, several: bool) -> Pa
 
 def _collect(runs: Sequence[Run], done: list[Done], jobs: int | None) -> None:
     """Append each run's end to ``done`` as it comes, with progress on stderr."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),

@@ -13,22 +13,18 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from chiron.cli.words import show_moment, words
+from chiron.telemetry.format import percent
+from chiron.telemetry.words import show_moment
+from chiron.telemetry.words import tell as in_words
 
 Status = Mapping[str, Any]
 
 DECISIONS_SHOWN = 8
 WIDE = 96
 """Columns from which on CPU and memory are shown too."""
+DECISION = ("kind", "subject", "before", "after", "reason", "numbers")
 RATE_SLOTS = 5
 """Slots of history that the rate shown is the mean of."""
-
-BRIEF = {
-    "interactive_load": "interactive load needs so many",
-    "batch_deadlines": "batch work would miss its deadlines",
-    "load_fell": "less has been enough for a while",
-}
-"""Reasons where the words of ``chiron explain`` are long for a line."""
 
 _INTERACTIVE, _BATCH, _FREE = ("█", "cyan"), ("▒", "magenta"), ("·", "bright_black")
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -86,22 +82,8 @@ def one_line(status: Status) -> str:
 
 
 def tell(decision: Mapping[str, Any]) -> str:
-    """A decision in words."""
-    kind, subject, numbers, reason = decision["kind"], decision["subject"], decision["numbers"], decision["reason"]
-    why = BRIEF.get(reason) or words(reason)
-    change = f"{decision['before']:g} → {decision['after']:g}"
-    if kind == "fleet":
-        return f"{subject}: {change} instances: {why}"
-    if kind == "role":
-        roles = ", ".join(f"{numbers[r]:g} {r}" for r in ("interactive", "mixed", "batch") if numbers.get(r))
-        return f"{subject}: roles now {roles or 'none'}: {why}"
-    if kind == "batch_size":
-        itl_s, slo_s = numbers.get("itl_s"), numbers.get("itl_slo_s")
-        measured = f" ({_ms(itl_s)} of {_ms(slo_s)} ms)" if itl_s is not None and slo_s is not None else ""
-        return f"{subject}: max batch size {change}: {why}{measured}"
-    if kind == "reject":
-        return f"request {subject} refused: {why}"
-    return f"{subject}: {words(kind)} {change}: {why}"
+    """A decision in words that fit a line."""
+    return in_words(*(decision[key] for key in DECISION), brief=True)
 
 
 def bar(interactive: int, batch: int, cap: int, scale: int, width: int) -> Text:
@@ -337,7 +319,7 @@ def _decisions(status: Status) -> list[Text]:
 
 def _in_slo(cls: Mapping[str, Any]) -> str:
     judged = cls["attained"] + cls["missed"]
-    return f"{int(cls['attained'] / judged * 1000) / 10:.1f} %" if judged else "-"
+    return percent(cls["attained"] / judged) if judged else "-"
 
 
 def _ms(seconds: float | None) -> str:

@@ -1,110 +1,148 @@
-"""Charts that compare policies, as plotly figures: plain data that ``report.js`` draws in the page's colours."""
+"""Charts that compare policies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, log10, nan
-from typing import Any
+from math import isfinite
 
 import numpy as np
 
-from chiron.telemetry.marks import Figure, note, numbers, rule
+from chiron.telemetry import axes
+from chiron.telemetry.format import amount, percent
+from chiron.telemetry.marks import INK, Chart, Panel, Rule, Series, peak, steps
 from chiron.telemetry.palette import Look
-from chiron.telemetry.series import SHORTEST_S, Cdf, latency_cdf, log_axis, measures
-from chiron.telemetry.verdict import PolicyRuns, percent, seed_of
+from chiron.telemetry.result import Result
+from chiron.telemetry.series import SHORTEST_S, Cdf, gpus_over_time, latency_cdf, log_axis, measures
+from chiron.telemetry.verdict import PolicyRuns, seed_of
+
+ROOM = 1.06
+"""An axis ends this far beyond what it shows."""
 
 
-def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | None, target: float) -> Figure:
-    """Attainment of the worst class against GPU-hours: one marker per policy and seed."""
-    traces: list[dict[str, Any]] = []
-    shares = {p.policy: [100 * min(r.summary["attainment"].values(), default=0.0) for r in p.results] for p in runs}
+def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | None, target: float) -> Chart | None:
+    """Attainment of the worst class against GPU-hours: one marker per policy and seed. None where nobody knows GPUs."""
+    series = []
     for policy in runs:
-        if policy.stat("gpu_hours") is None:
-            continue
+        known = [r for r in policy.results if r.summary["gpu_hours"] is not None]
         look = looks[policy.policy]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": policy.policy,
-                "x": numbers(nan if r.summary["gpu_hours"] is None else r.summary["gpu_hours"] for r in policy.results),
-                "y": numbers(shares[policy.policy]),
-                "text": [policy.policy + seed_of(r) for r in policy.results],
-                "hovertemplate": "%{text}<br>%{x:.2f} GPU-hours<br>%{y:.2f} % in its worst class<extra></extra>",
-                "marker": {"color": look.colour, "symbol": look.plotly_marker, "size": 13, "opacity": 0.9},
-            }
-        )
-    width, height = tradeoff_span(runs, bound, target)
-    shapes = [rule(y=100 * target)]
-    notes = [note(f"target {percent(target)}", x=1, xref="paper", y=100 * target, xanchor="right", yanchor="top")]
+        if known:
+            series.append(
+                Series(
+                    name=policy.policy,
+                    colour=look.colour,
+                    mark="dots",
+                    shape=look.shape,
+                    x=tuple(float(r.summary["gpu_hours"]) for r in known),
+                    y=tuple(worst(r) for r in known),
+                    texts=tuple(
+                        f"{policy.policy}{seed_of(r)}: {amount(r.summary['gpu_hours'])} GPU-hours, "
+                        f"{percent(worst(r))} in its worst class"
+                        for r in known
+                    ),
+                )
+            )
+    if not series:
+        return None
+    rules = [Rule(name=f"target {percent(target)}", y=target)]
     if bound:
-        shapes.append(rule(x=bound, colour="ink", dash="solid"))
-        notes.append(note(f"lower bound {bound:.2f}", x=bound, y=0.02, yref="paper", textangle=-90, xanchor="right"))
-    return {
-        "data": traces,
-        "layout": {
-            "xaxis": {"title": {"text": "GPU-hours billed"}, "range": [0, width]},
-            "yaxis": {"title": {"text": "within SLO, worst class, %"}, "range": height},
-            "shapes": shapes,
-            "annotations": notes,
-            "hovermode": "closest",
-        },
-    }
-
-
-def tradeoff_span(runs: Sequence[PolicyRuns], bound: float | None, target: float) -> tuple[float, tuple[float, float]]:
-    """Right end in GPU-hours, and bottom and top in per cent, that show every run, the bound and the target."""
-    hours = [figures.high for p in runs if (figures := p.stat("gpu_hours")) is not None]
-    lowest = 100 * min(
-        target, *(share for p in runs for r in p.results for share in r.summary["attainment"].values()), 1
+        rules.append(Rule(name=f"lower bound {amount(bound)}", x=bound, colour=INK, dash=""))
+    hours = [*(x for s in series for x in s.x), bound or 0.0]
+    return Chart(
+        title="Attainment against GPU-hours",
+        caption="Up and to the left is better. Equal steps upwards are ten times fewer missed requests each."
+        + (" The solid line is the least GPU time with which any scheduler could meet every SLO." if bound else ""),
+        x=axes.linear("GPU-hours billed", 0.0, ROOM * max(*hours, 1e-3)),
+        panels=(
+            Panel(
+                y=axes.attainment("within SLO, worst class", [*(y for s in series for y in s.y), target]),
+                series=tuple(series),
+                rules=tuple(rules),
+                height=340,
+            ),
+        ),
     )
-    room = (100 - lowest) * 0.08 + 0.1
-    return 1.06 * max([*hours, bound or 0.0, 1e-3]), (lowest - room, 100 + room)
 
 
-def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Figure]:
+def worst(result: Result) -> float:
+    """Attainment of the class that fares worst; 0 if nothing was asked."""
+    shares: list[float] = list(result.summary["attainment"].values())
+    return min(shares, default=0.0)
+
+
+def fleets(runs: Sequence[PolicyRuns], looks: dict[str, Look], limit: int) -> Chart | None:
+    """GPUs billed over time, a line per policy (its first seed), the best on top. None without a fleet."""
+    firsts = [p.results[0] for p in runs if p.results[0].fleet]
+    if not firsts:
+        return None
+    per, x = axes.time(max(duration(r) for r in firsts))
+    series = []
+    for result in firsts:
+        times, gpus = gpus_over_time(result, limit)
+        look = looks[result.policy]
+        held = ([*times, duration(result)], [*gpus, gpus[-1]])
+        series.append(steps(result.policy, look.colour, [t / per for t in held[0]], held[1], dash=look.dash))
+    return Chart(
+        title="Fleets of all policies" if len(firsts) > 1 else "Fleet",
+        caption="" if seed_of(firsts[0]) == "" else f"GPUs of all models{seed_of(firsts[0])}.",
+        x=x,
+        panels=(
+            Panel(y=axes.linear("GPUs billed", 0.0, ROOM * peak(series), whole=True), series=tuple(series), height=300),
+        ),
+    )
+
+
+def duration(result: Result) -> float:
+    """Seconds of the run, or to its last fleet point."""
+    return max(float(result.summary["sim_s"]), result.fleet[-1].t_s if result.fleet else 0.0)
+
+
+def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Chart]:
     """A chart per class and promise: the distribution over requests, a line per policy (its first seed)."""
     first = runs[0].results[0]
-    figures: list[Figure] = []
+    drawn: list[Chart] = []
     for index, promised in enumerate(first.classes):
         if not (first.requests.cls == index).any():
             continue
-        for measure, axis, limit in measures(first, index):
+        for measure, title, limit in measures(first, index):
             curves = [latency_cdf(policy.results[0], index, measure) for policy in runs]
-            lines = [cdf_line(p.policy, looks[p.policy], c, axis) for p, c in zip(runs, curves, strict=True)]
-            figures.append(
-                {
-                    "title": f"{promised.name}: {axis.split(',')[0]}",
-                    "data": lines[::-1],  # the winner on top
-                    "layout": {
-                        "xaxis": {"title": {"text": axis}, **scale(measure, curves, limit)},
-                        "yaxis": {"title": {"text": "requests, %"}, "range": [0, 101]},
-                        "shapes": [rule(x=limit)] if isfinite(limit) else [],
-                        "hovermode": "closest",
-                        "legend": {"traceorder": "reversed"},
-                    },
-                }
+            if not any(len(curve.value) for curve in curves):
+                continue
+            series = tuple(cdf_line(p.policy, looks[p.policy], c) for p, c in zip(runs, curves, strict=True))
+            drawn.append(
+                Chart(
+                    title=f"{promised.name}: {title.split(',')[0]}",
+                    x=value_axis(measure, title, curves, limit),
+                    panels=(
+                        Panel(
+                            y=share_axis(curves),
+                            series=series,
+                            rules=(Rule(name=f"SLO {limit:g} s" if measure != "deadline" else "deadline", x=limit),)
+                            if isfinite(limit)
+                            else (),
+                            height=280,
+                        ),
+                    ),
+                )
             )
-    return figures
+    return drawn
 
 
-def scale(measure: str, curves: Sequence[Cdf], limit: float) -> dict[str, Any]:
-    """The value axis: a share from zero; seconds over their decades, with plain numbers."""
+def share_axis(curves: Sequence[Cdf]) -> axes.Axis:
+    """From no request to all of them, with room for the few slowest."""
+    ends = [float(s) for c in curves for s in c.share if s < 1]
+    return axes.attainment("requests that were at least this fast", ends, from_zero=True)
+
+
+def value_axis(measure: str, title: str, curves: Sequence[Cdf], limit: float) -> axes.Axis:
+    """A share from zero; seconds over their decades, with plain numbers."""
     if measure == "deadline":
-        return {"rangemode": "tozero"}
+        ends = [float(c.value[-1]) for c in curves if len(c.value)]
+        return axes.linear(title, 0.0, ROOM * max([*ends, *axes.finite([limit])]))
     low, high, ticks = log_axis(curves, limit)
-    ends = [round(log10(low), 3), round(log10(high), 3)]
-    return {"type": "log", "range": ends, "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return axes.log(title, low, high, ticks)
 
 
-def cdf_line(policy: str, look: Look, curve: Cdf, axis: str) -> dict[str, Any]:
+def cdf_line(policy: str, look: Look, curve: Cdf) -> Series:
     """One policy's distribution."""
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": policy,
-        "x": numbers(np.maximum(curve.value, SHORTEST_S)),
-        "y": numbers(100 * curve.share),
-        "line": {"color": look.colour, "width": 2, "shape": "hv"},
-        "hovertemplate": f"{policy}<br>%{{y:.1f}} % within %{{x:.3g}} ({axis})<extra></extra>",
-    }
+    values = np.maximum(curve.value, SHORTEST_S)
+    return steps(policy, look.colour, values.tolist(), curve.share.tolist(), dash=look.dash)

@@ -6,21 +6,24 @@ Equal results give equal files: SVG ids are salted with a constant and carry no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chiron.core.types import ROLES
-from chiron.telemetry.charts import tradeoff_span
+from chiron.telemetry import axes, charts
+from chiron.telemetry.axes import Axis, nines, time_unit
 from chiron.telemetry.errors import ReportError, need
+from chiron.telemetry.format import amount, percent
 from chiron.telemetry.html import full_bound
 from chiron.telemetry.palette import LIMIT_COLOUR, ROLE_COLOURS, STARTING_COLOUR, Look, looks
 from chiron.telemetry.result import Result
-from chiron.telemetry.series import SHORTEST_S, gpus_over_time, latency_cdf, log_axis, measures, thin_fleet, time_unit
-from chiron.telemetry.verdict import TARGET, PolicyRuns, percent, verdict
+from chiron.telemetry.series import SHORTEST_S, gpus_over_time, latency_cdf, log_axis, measures, thin_fleet
+from chiron.telemetry.verdict import TARGET, PolicyRuns, verdict
 
+INK = "#1d2430"
 FORMATS = ("png", "svg", "pdf")
 STYLE = {
     "font.size": 10,
@@ -37,6 +40,8 @@ STYLE = {
     "svg.hashsalt": "chiron",
     "savefig.dpi": 150,
 }
+
+AT_LEAST = "requests at least this fast"
 
 Runs = Sequence[PolicyRuns]
 
@@ -75,16 +80,15 @@ def drawings(runs: Runs, seen: dict[str, Look], bound: float | None, target: flo
     panels = latency_panels(runs[0].results[0])
 
     def overview(canvas: Any) -> None:
-        axes = canvas.subplots(2, 2)
-        tradeoff(axes[0][0], runs, seen, bound, target)
-        fleets(axes[0][1], runs, seen)
+        grid = canvas.subplots(2, 2)
+        tradeoff(grid[0][0], runs, seen, bound, target)
+        fleets(grid[0][1], runs, seen)
         chosen = panels[:2]
-        for ax, (cls, measure) in zip(axes[1], chosen, strict=False):
+        for ax, (cls, measure) in zip(grid[1], chosen, strict=False):
             latency(ax, runs, seen, cls, measure)
-        for ax in axes[1][len(chosen) :]:
+        for ax in grid[1][len(chosen) :]:
             ax.set_axis_off()
-        handles, labels = axes[0][1].get_legend_handles_labels()
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
+        shared(canvas, [ax for row in grid for ax in row])
 
     made: dict[str, Drawing] = {
         "overview": ((11, 7.4), overview),
@@ -113,38 +117,53 @@ def latency_panels(result: Result) -> list[tuple[int, str]]:
 
 def tradeoff(ax: Any, runs: Runs, seen: dict[str, Look], bound: float | None, target: float) -> Any:
     """Attainment of the worst class against GPU-hours, a marker per policy and seed."""
-    for policy in runs:
-        look = seen[policy.policy]
+    known = {p.policy: [r for r in p.results if r.summary["gpu_hours"] is not None] for p in runs}
+    shares = [charts.worst(r) for results in known.values() for r in results]
+    scale = axes.attainment("within SLO, worst class", [*shares, target])
+    for policy, results in known.items():
+        look = seen[policy]
         ax.scatter(
-            [nan if r.summary["gpu_hours"] is None else r.summary["gpu_hours"] for r in policy.results],
-            [100 * min(r.summary["attainment"].values(), default=0.0) for r in policy.results],
+            [r.summary["gpu_hours"] for r in results],
+            [nines(charts.worst(r), scale.top) for r in results],
             color=look.colour,
             marker=look.matplotlib_marker,
             s=70,
-            label=policy.policy,
+            label=policy,
             zorder=3,
+            clip_on=False,
         )
-    width, height = tradeoff_span(runs, bound, target)
-    ax.set_xlim(0, width)
-    ax.set_ylim(*height)
-    ax.axhline(100 * target, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
-    note(ax, f"target {percent(target)}", (0.995, 100 * target), ax.get_yaxis_transform(), ha="right", va="top")
+    hours = [r.summary["gpu_hours"] for results in known.values() for r in results]
+    ax.set_xlim(0, charts.ROOM * max([*hours, bound or 0.0, 1e-3]))
+    attained(ax, scale)
+    limit(ax.axhline, nines(target, scale.top), f"target {percent(target)}")
     if bound:
-        ax.axvline(bound, color="#1d2430", linewidth=1.2)
-        spot = (bound, 0.03)
-        note(ax, f"lower bound {bound:.2f} ", spot, ax.get_xaxis_transform(), ha="right", va="bottom", rotation=90)
-    ax.set(title="SLO attainment against cost", xlabel="GPU-hours billed", ylabel="within SLO, worst class, %")
+        ax.axvline(bound, color=INK, linewidth=1.2, label=f"lower bound {amount(bound)}")
+    ax.set(title="SLO attainment against cost", xlabel="GPU-hours billed", ylabel=scale.title)
     return ax
+
+
+def attained(ax: Any, scale: Axis) -> None:
+    """The vertical axis as attainment, by decades of the share that misses."""
+    ax.set_ylim(nines(scale.low, scale.top), scale.top)
+    ax.set_yticks([nines(value, scale.top) for value, _ in scale.ticks], [text for _, text in scale.ticks])
+
+
+def limit(line: Callable[..., Any], place: float, name: str) -> None:
+    """A promise: named in the legend, because words in a chart lie on what it shows."""
+    line(place, color=LIMIT_COLOUR, linestyle="--", linewidth=1, label=name)
 
 
 def fleets(ax: Any, runs: Runs, seen: dict[str, Look]) -> Any:
     """GPUs billed over time, a line per policy (its first seed), the best on top."""
-    per, unit = time_unit(max((p.t_s for runs_ in runs for p in runs_.results[0].fleet), default=0.0))
+    end_s = max((charts.duration(p.results[0]) for p in runs if p.results[0].fleet), default=0.0)
+    per, unit = time_unit(end_s)
     for depth, policy in enumerate(runs):
         times, gpus = gpus_over_time(policy.results[0])
         colour = seen[policy.policy].colour
         ax.step(times / per, gpus, where="post", color=colour, label=policy.policy, linewidth=1.6, zorder=9 - depth)
     ax.set_ylim(bottom=0)
+    if end_s > 0:
+        ax.set_xlim(0, end_s / per)
     ax.set(title="Fleet over time", xlabel=f"time, {unit}", ylabel="GPUs billed")
     return ax
 
@@ -152,32 +171,33 @@ def fleets(ax: Any, runs: Runs, seen: dict[str, Look]) -> Any:
 def latency(ax: Any, runs: Runs, seen: dict[str, Look], cls: int, measure: str) -> Any:
     """Distribution over the requests of a class, a line per policy (its first seed), and the SLO."""
     first = runs[0].results[0]
-    axis, limit = next((axis, limit) for name, axis, limit in measures(first, cls) if name == measure)
+    title, promised = next((title, promised) for name, title, promised in measures(first, cls) if name == measure)
     curves = [latency_cdf(policy.results[0], cls, measure) for policy in runs]
+    scale = charts.share_axis(curves)
     for depth, (policy, curve) in enumerate(zip(runs, curves, strict=True)):
-        colour = seen[policy.policy].colour
         ax.step(
             np.maximum(curve.value, SHORTEST_S),
-            100 * curve.share,
+            [nines(share, scale.top) for share in curve.share],
             where="post",
-            color=colour,
+            color=seen[policy.policy].colour,
             label=policy.policy,
             zorder=9 - depth,
         )
     if measure == "deadline":
         ends = [float(c.value[-1]) for c in curves if len(c.value)]
-        ax.set_xlim(0, 1.06 * max(*ends, limit, 0.0))
+        ax.set_xlim(0, charts.ROOM * max(*ends, promised, 0.0))
     else:
-        low, high, ticks = log_axis(curves, limit)
+        low, high, ticks = log_axis(curves, promised)
         ax.set_xscale("log")
         ax.set_xlim(low, high)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xticks([], minor=True)
-    if isfinite(limit):
-        ax.axvline(limit, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
-        note(ax, "SLO ", (limit, 0.03), ax.get_xaxis_transform(), ha="right", va="bottom")
-    ax.set_ylim(0, 101)
-    ax.set(title=f"{first.classes[cls].name}: {axis.split(',')[0]}", xlabel=axis, ylabel="requests, %")
+    if isfinite(promised):
+        limit(ax.axvline, promised, "SLO")
+    attained(ax, scale)
+    ax.set(
+        title=f"{first.classes[cls].name}: {title.split(',')[0]}", xlabel=title, ylabel="requests at least this fast"
+    )
     return ax
 
 
@@ -189,25 +209,31 @@ def roles(canvas: Any, policy: PolicyRuns) -> None:
     for ax, model in zip(canvas.subplots(len(result.models), 1, squeeze=False)[:, 0], result.models, strict=True):
         points = thin_fleet([p for p in result.fleet if p.model == model], lambda p: p.gpus, 2000)
         x = [p.t_s / per for p in points]
-        layers = [[p.ready.get(role, 0) for p in points] for role in ROLES] + [[p.starting for p in points]]
-        colours = [*(ROLE_COLOURS[role] for role in ROLES), STARTING_COLOUR]
-        ax.stackplot(x, *layers, labels=[*ROLES, "starting"], colors=colours, step="post", linewidth=0)
-        ax.step(x, [p.planned for p in points], where="post", color="#1d2430", linewidth=1, ls=":", label="planned")
+        layers = [(str(role), ROLE_COLOURS[role], [p.ready.get(role, 0) for p in points]) for role in ROLES]
+        layers.append(("starting", STARTING_COLOUR, [p.starting for p in points]))
+        kept = [(name, colour, y) for name, colour, y in layers if any(y)]
+        if kept:
+            names, colours, heights = zip(*kept, strict=True)
+            ax.stackplot(x, *heights, labels=names, colors=colours, step="post", linewidth=0)
+        ax.step(x, [p.planned for p in points], where="post", color=INK, linewidth=1, ls=":", label="planned")
         ax.set_ylim(bottom=0)
         ax.set(title=f"{policy.policy}: {model}", xlabel=f"time, {unit}", ylabel="instances")
-        legend(ax)
-
-
-def note(ax: Any, text: str, spot: tuple[float, float], transform: Any, **style: Any) -> None:
-    """Small words in the chart."""
-    ax.text(*spot, text, transform=transform, fontsize=8.5, color="#4c5666", in_layout=False, **style)
+    shared(canvas, canvas.axes)
 
 
 def legend(ax: Any) -> None:
-    """The legend beneath the title, if there is anything to name."""
-    handles, labels = ax.get_legend_handles_labels()
-    if labels:
-        ax.legend(handles, labels, loc="best", fontsize=9)
+    """Beneath the chart, where it covers nothing."""
+    shared(ax.figure, [ax])
+
+
+def shared(canvas: Any, every: Sequence[Any]) -> None:
+    """One legend for all charts of a picture: each name once."""
+    named: dict[str, Any] = {}
+    for ax in every:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if named:
+        canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(5, len(named)), fontsize=9)
 
 
 def save(canvas: Any, path: Path) -> Path:

@@ -1,7 +1,8 @@
 """The report: one HTML file that needs nothing else, neither network nor server.
 
-The verdict and the table are plain HTML, readable without scripts; the charts are data that ``report.js`` draws with
-the plotly that is written into the page.
+All of it is HTML and SVG, made here, and readable without scripts; ``report.js`` picks policies, filters decisions, and
+reads values where a pointer is. What a user named (policies, models, keys, errors of servers) is escaped where it is
+written.
 """
 
 from __future__ import annotations
@@ -16,21 +17,28 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from chiron.telemetry import charts, fleet_charts
-from chiron.telemetry.errors import ReportError, need
-from chiron.telemetry.marks import figure
+from chiron.telemetry import charts, fleet_charts, traffic
+from chiron.telemetry.drawing import draw
+from chiron.telemetry.errors import ReportError
+from chiron.telemetry.format import counted, span
+from chiron.telemetry.marks import Chart
 from chiron.telemetry.palette import Look, looks
 from chiron.telemetry.result import DecisionPoint, Result
-from chiron.telemetry.series import POINTS_MAX
-from chiron.telemetry.table import table
+from chiron.telemetry.table import class_table, table
 from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
+from chiron.telemetry.words import kind_words, quantity, show_moment, tell, words
 
 DECISIONS_SHOWN = 300
 """Per policy."""
-POINTS_TOTAL = 70_000
-"""Points that the charts over time share, so that many policies and models still make a file below 6 MB."""
-TRACES_PER_VIEW = 20
-"""Lines and bands in the charts of one policy and model, roughly."""
+DECISIONS_TOTAL = 1500
+"""In a page of many policies; each has ``DECISIONS_MIN`` at least."""
+DECISIONS_MIN = 40
+POINTS_PER_LINE = 600
+"""A line of a chart has no more: two for each pixel that it is wide would not be seen."""
+POINTS_TOTAL = 30_000
+"""Points that the charts over time share, so that a page of many policies and models stays small."""
+LINES_PER_VIEW = 16
+"""Lines and layers in the charts of one policy and model, roughly."""
 
 
 def write_report(
@@ -41,14 +49,16 @@ def write_report(
     target: float = TARGET,
     command: str | None = None,
     notes: Sequence[str] = (),
+    errors: Mapping[str, tuple[int, str]] | None = None,
 ) -> Path:
     """Write the report of one scenario's runs and return its path.
 
     ``bounds``: GPU-hours that full attainment needs at least, by seed; by default those in the summaries.
     ``command``: the command line that made the results; by default one that would. ``notes``: what a reader must know
-    before believing the figures; they stand beneath the verdict.
+    before believing the figures; they stand beneath the verdict. ``errors``: of a client's run, how often each kind of
+    error came, and the words of the first.
     """
-    page = report_html(results, bounds=bounds, target=target, command=command, notes=notes)
+    page = report_html(results, bounds=bounds, target=target, command=command, notes=notes, errors=errors)
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
@@ -63,79 +73,173 @@ def report_html(
     target: float = TARGET,
     command: str | None = None,
     notes: Sequence[str] = (),
+    errors: Mapping[str, tuple[int, str]] | None = None,
 ) -> str:
     """The page as text."""
     judged = verdict(results, target=target)
-    order = [p.policy for p in judged.ranking]
-    seen = looks(order)
-    first = judged.ranking[0].results[0]
+    seen = looks([p.policy for p in judged.ranking])
+    firsts = [p.results[0] for p in judged.ranking]
     bound = full_bound(results, bounds)
-    return Template(asset("report.html")).substitute(
-        title=escape(f"Chiron: {first.scenario}"),
-        style=asset("report.css"),
-        scenario=escape(first.scenario),
-        subtitle=escape(subtitle(results)),
-        headline=headline(judged, seen),
-        notes="".join(f"<li>{escape(line)}</li>" for line in (*judged.notes, *notes)),
-        table=table(judged, seen, target=target, bound=bound),
-        missed=missed(first),
-        command=escape(command or rerun(results)),
-        scenario_text=escape(first.scenario_text.strip() or "(no scenario file: made with the Python API)"),
-        settings="".join(settings_of(p.results[0]) for p in judged.ranking),
-        data=page_data(judged, seen, bound=bound, target=target),
-        plotly=need("plotly.offline").get_plotlyjs(),
-        script=asset("report.js"),
+    parts = {
+        "title": escape(f"Chiron: {firsts[0].scenario}"),
+        "style": asset("report.css"),
+        "scenario": escape(firsts[0].scenario),
+        "subtitle": escape(subtitle(results)),
+        "headline": headline(judged, seen),
+        "notes": "".join(f"<li>{escape(line)}</li>" for line in (*judged.notes, *notes)),
+        "table": table(judged, seen, target=target, bound=bound),
+        "classes": class_table(judged.ranking, seen, target=target),
+        "classes_open": " open" if len(firsts) == 1 else "",
+        "missed": missed(firsts[0]),
+        "errors": error_section(errors or {}),
+        "compared": section(
+            "",
+            [
+                charts.tradeoff(judged.ranking, seen, bound, target),
+                charts.fleets(judged.ranking, seen, POINTS_PER_LINE),
+            ],
+        ),
+        "views": view_section(firsts, seen),
+        "latencies": section("Latency", charts.latencies(judged.ranking, seen), LATENCY_CAPTION, many=True),
+        "decisions": decision_section(firsts, seen),
+        "command": escape(command or rerun(results)),
+        "scenario_text": escape(firsts[0].scenario_text.strip() or "(no scenario file: made with the Python API)"),
+        "settings": "".join(settings_of(result) for result in firsts),
+        "script": asset("report.js"),
+    }
+    return Template(asset("report.html")).substitute(parts)
+
+
+LATENCY_CAPTION = (
+    "Share of requests that were at least this fast; equal steps upwards are ten times fewer slower ones each. The "
+    "dashed line is the SLO; a curve that ends below 100 % has requests that never got there."
+)
+
+
+def section(title: str, drawn: Sequence[Chart | None], caption: str = "", *, many: bool = False) -> str:
+    """Charts under a heading; nothing if there are none."""
+    figures = "".join(draw(chart) for chart in drawn if chart is not None)
+    if not figures:
+        return ""
+    head = f"<h2>{escape(title)}</h2>" if title else ""
+    about = f'<p class="caption">{escape(caption)}</p>' if caption else ""
+    return f'<section>{head}{about}<div class="{"grid" if many else "stack"}">{figures}</div></section>'
+
+
+def view_section(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+    """Charts over time of each policy and model, of which the script shows one at a time."""
+    limit = max(40, min(POINTS_PER_LINE, POINTS_TOTAL // (LINES_PER_VIEW * sum(len(r.models) for r in firsts))))
+    views = []
+    for number, result in enumerate(firsts):
+        for place, model in enumerate(result.models):
+            figures = "".join(draw(chart) for chart in view(result, model, limit) if chart is not None)
+            if figures:
+                name = (
+                    f"{result.policy}, {model}{seed_of(result)}" if len(firsts) > 1 or len(result.models) > 1 else model
+                )
+                views.append(
+                    f'<div class="view" data-policy="{number}" data-model="{place}">'
+                    f'<p class="caption">{escape(name)}</p><div class="stack">{figures}</div></div>'
+                )
+    if not views:
+        return ""
+    models = firsts[0].models
+    options = "".join(f'<option value="{place}">{escape(model)}</option>' for place, model in enumerate(models))
+    pick = f'<label>Model <select id="models">{options}</select></label>' if len(models) > 1 else ""
+    title = "One policy over time" if len(firsts) > 1 else "Over time"
+    return (
+        f'<section id="views"><h2>{title}</h2><div class="pick">{policy_buttons(firsts, seen)}{pick}</div>'
+        f"{''.join(views)}</section>"
     )
 
 
-def page_data(judged: Verdict, seen: dict[str, Look], *, bound: float | None, target: float) -> str:
-    """What ``report.js`` draws, as JSON that cannot end its script element."""
-    firsts = [p.results[0] for p in judged.ranking]
-    views = sum(len(r.models) for r in firsts)
-    limit = max(60, min(POINTS_MAX, POINTS_TOTAL // (TRACES_PER_VIEW * views)))
-    data = {
-        "colours": {name: look.colour for name, look in seen.items()},
-        "tradeoff": charts.tradeoff(judged.ranking, seen, bound, target),
-        "latencies": charts.latencies(judged.ranking, seen),
-        "policies": [r.policy for r in firsts],
-        "models": list(firsts[0].models),
-        "seed": {r.policy: seed_of(r) for r in firsts},
-        "views": {r.policy: {model: view(r, model, limit) for model in r.models} for r in firsts},
-        "decisions": {r.policy: decisions(r) for r in firsts},
-    }
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+def policy_buttons(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+    """One per policy; none where there is nothing to choose."""
+    if len(firsts) < 2:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-policy="{number}" aria-pressed="{"true" if number == 0 else "false"}">'
+        f'<span class="dot" style="background:{seen[r.policy].colour}"></span>{escape(r.policy)}</button>'
+        for number, r in enumerate(firsts)
+    )
+    return f'<div class="policies" role="group" aria-label="Policy">{buttons}</div>'
 
 
-def view(result: Result, model: str, limit: int) -> dict[str, Any]:
-    """The charts of one policy and model."""
+def view(result: Result, model: str, limit: int) -> list[Chart | None]:
+    """The charts over time of one policy and model."""
     points = [p for p in result.fleet if p.model == model]
-    end_s = max(result.summary["sim_s"], points[-1].t_s if points else 0.0)
-    drawn = {name: chart(points, end_s, limit) for name, chart in fleet_charts.FLEET_CHARTS.items()}
-    drawn["batch_sizes"] = fleet_charts.batch_sizes([p for p in result.batch_sizes if p.model == model], end_s, limit)
-    return drawn
+    end_s = max(float(result.summary["sim_s"]), points[-1].t_s if points else 0.0)
+    sizes = [p for p in result.batch_sizes if p.model == model]
+    parts = fleet_charts.Parts(fleet=points, batch_sizes=sizes, end_s=end_s)
+    return [*fleet_charts.all_charts(parts, limit), *traffic.charts(result, model, end_s, limit)]
 
 
-def decisions(result: Result) -> dict[str, Any]:
+def error_section(errors: Mapping[str, tuple[int, str]]) -> str:
+    """What a client's requests failed with."""
+    if not errors:
+        return ""
+    ranked = sorted(errors.items(), key=lambda item: (-item[1][0], item[0]))
+    rows = "".join(error_row(kind, count, first) for kind, (count, first) in ranked)
+    head = "".join(f'<th scope="col" role="columnheader">{title}</th>' for title in ("error", *ERROR_LABELS))
+    return (
+        '<section><h2>Errors</h2><div class="scroll"><table role="table" class="cards errors">'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead><tbody role="rowgroup">{rows}</tbody></table></div>'
+        "</section>"
+    )
+
+
+ERROR_LABELS = ("times", "the first one said")
+
+
+def error_row(kind: str, count: int, first: str) -> str:
+    times, said = ERROR_LABELS
+    return (
+        f'<tr role="row"><th scope="row" role="rowheader">{escape(kind)}</th>'
+        f'<td role="cell" data-label="{times}">{count:,}</td>'
+        f'<td role="cell" data-label="{said}" class="words">{escape(first)}</td></tr>'
+    )
+
+
+def decision_section(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+    """Decisions in sentences, of one policy at a time; nothing where none was taken."""
+    if not any(result.decisions for result in firsts):
+        return ""
+    limit = max(DECISIONS_MIN, min(DECISIONS_SHOWN, DECISIONS_TOTAL // len(firsts)))
+    data = [decisions(result, limit) for result in firsts]
+    return Template(asset("decisions.html")).substitute(
+        pick=policy_buttons(firsts, seen), data=embedded(data), policy=escape(firsts[0].policy)
+    )
+
+
+def embedded(data: Any) -> str:
+    """JSON that cannot end its script element."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def decisions(result: Result, limit: int = DECISIONS_SHOWN) -> dict[str, Any]:
     """The decisions worth reading, in order of time, and how often each reason was given."""
     chosen = sorted(range(len(result.decisions)), key=lambda i: (*importance(result.decisions[i]), -i))
-    rows = [result.decisions[i] for i in sorted(chosen[:DECISIONS_SHOWN])]
+    rows = [result.decisions[i] for i in sorted(chosen[:limit])]
     reasons = Counter((d.kind, d.reason) for d in result.decisions)
     return {
+        "policy": result.policy,
         "rows": [
             [
-                round(d.t_s, 1),
-                d.kind,
-                d.subject,
-                figure(d.before),
-                figure(d.after),
-                d.reason,
-                ", ".join(f"{key} {value:.4g}" for key, value in d.numbers.items()),
+                show_moment(d.t_s, hours=True),
+                kind_words(d.kind),
+                sentence(d),
+                ", ".join(quantity(name, value) for name, value in d.numbers.items()),
             ]
             for d in rows
         ],
         "total": len(result.decisions),
-        "reasons": [[kind, reason, count] for (kind, reason), count in reasons.most_common()],
+        "reasons": [[kind_words(kind), words(reason), count] for (kind, reason), count in reasons.most_common()],
     }
+
+
+def sentence(d: DecisionPoint) -> str:
+    return tell(d.kind, d.subject, d.before, d.after, d.reason, d.numbers)
 
 
 def importance(decision: DecisionPoint) -> tuple[int, int]:
@@ -193,18 +297,6 @@ def missed(result: Result) -> str:
             " still, only if a promise was broken by then"
         )
     return ", and counts rejected, failed, cancelled and unfinished requests as missed"
-
-
-def span(seconds: float) -> str:
-    """A duration in a unit that shows it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.2f} h"
-
-
-def counted(n: int, one: str, many: str = "") -> str:
-    """``1 model``, ``2 models``."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def rerun(results: Sequence[Result]) -> str:

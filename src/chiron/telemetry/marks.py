@@ -1,67 +1,91 @@
-"""What the charts of a report are made of: lines, bands, rules, notes, as plotly's plain data."""
+"""What charts are made of, as values: lines, layers, dots, rules. ``drawing.py`` makes HTML of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
+from chiron.telemetry.axes import Axis
 from chiron.telemetry.palette import LIMIT_COLOUR
-from chiron.telemetry.series import time_unit
 
-Figure = dict[str, Any]
-
-
-def timed(data: list[dict[str, Any]], end_s: float, title: str) -> Figure:
-    """A figure over the whole run, so that charts line up."""
-    per, unit = time_unit(end_s)
-    return {
-        "data": data,
-        "layout": {
-            "xaxis": {"title": {"text": f"time, {unit}"}, "range": [0, figure(end_s / per)]},
-            "yaxis": {"title": {"text": title}, "rangemode": "tozero"},
-            "hovermode": "x unified",
-        },
-    }
+INK = "currentColor"
+"""The page's text colour, light or dark."""
+Mark = Literal["step", "layer", "dots"]
 
 
-def two_rows(made: Figure, title: str) -> Figure:
-    """The same with a second, lower row that shares the time axis."""
-    layout = made["layout"]
-    layout["yaxis"]["domain"] = [0.46, 1]
-    layout["yaxis2"] = {"title": {"text": title}, "domain": [0, 0.36], "rangemode": "tozero"}
-    layout["xaxis"]["anchor"] = "y2"
-    return made
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Points in order of ``x``; a nan in ``y`` is a gap. A step holds its value until the next point; layers of one
+    panel are stacked in their order."""
+
+    name: str
+    colour: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    mark: Mark = "step"
+    dash: str = ""
+    """As SVG has it: lengths of dashes and gaps."""
+    shape: str = "circle"
+    """Of dots."""
+    texts: tuple[str, ...] = ()
+    """What each dot says."""
+    listed: bool = True
+    """In the legend."""
 
 
-def band(x: list[Any], y: Sequence[Any], name: str, colour: str) -> dict[str, Any]:
-    """One layer of a stack."""
-    line = {"width": 0, "shape": "hv", "color": colour}
-    drawn = {"type": "scatter", "mode": "lines", "x": x, "y": list(y), "name": name, "stackgroup": "all"}
-    return drawn | {"line": line, "fillcolor": colour}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A straight line across the panel at ``x`` or ``y``; ``name`` is in the legend."""
+
+    name: str = ""
+    x: float | None = None
+    y: float | None = None
+    colour: str = LIMIT_COLOUR
+    dash: str = "5 4"
 
 
-def step(x: list[Any], y: Sequence[Any], name: str, colour: str, dash: str = "solid") -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One plot over the chart's x axis."""
+
+    y: Axis
+    series: tuple[Series, ...]
+    rules: tuple[Rule, ...] = ()
+    height: int = 240
+    """CSS pixels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """Panels one above another, which share an x axis."""
+
+    title: str
+    x: Axis
+    panels: tuple[Panel, ...]
+    caption: str = ""
+
+
+def steps(
+    name: str, colour: str, x: Sequence[float], y: Sequence[float], *, dash: str = "", listed: bool = True
+) -> Series:
     """A line that holds its value until the next point."""
-    line = {"color": colour, "width": 1.8, "shape": "hv", "dash": dash}
-    return {"type": "scatter", "mode": "lines", "x": x, "y": list(y), "name": name, "line": line}
+    return Series(name=name, colour=colour, x=tuple(x), y=tuple(y), dash=dash, listed=listed)
 
 
-def rule(
-    x: float | None = None, y: float | None = None, colour: str = LIMIT_COLOUR, dash: str = "dash"
-) -> dict[str, Any]:
-    """A straight line across the chart at ``x`` or ``y``."""
-    line = {"color": colour, "width": 1.4, "dash": dash}
-    if x is not None:
-        return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}
-    return {"type": "line", "y0": y, "y1": y, "x0": 0, "x1": 1, "xref": "paper", "line": line}
+def layer(name: str, colour: str, x: Sequence[float], y: Sequence[float]) -> Series:
+    """One layer of a stack."""
+    return Series(name=name, colour=colour, x=tuple(x), y=tuple(y), mark="layer")
 
 
-def note(text: str, **place: Any) -> dict[str, Any]:
-    """Words in the chart, without an arrow."""
-    return {"text": text, "showarrow": False, "yanchor": "bottom", **place}
+def peak(series: Sequence[Series]) -> float:
+    """The highest point, layers stacked; 0 without one."""
+    single = [value for s in series if s.mark != "layer" for value in s.y if value == value]
+    layers = [np.nan_to_num(np.array(s.y, dtype=float)) for s in series if s.mark == "layer" and s.y]
+    stacked = [float(np.sum(layers, axis=0).max())] if layers else []
+    return max([*single, *stacked], default=0.0)
 
 
 def ramp(colours: Sequence[str], n: int) -> list[str]:
@@ -70,13 +94,3 @@ def ramp(colours: Sequence[str], n: int) -> list[str]:
     at = np.linspace(0, len(stops) - 1, n)
     mixed = np.array([np.interp(at, np.arange(len(stops)), channel) for channel in stops.T]).round().astype(int)
     return ["#" + "".join(f"{part:02x}" for part in colour) for colour in mixed.T]
-
-
-def numbers(values: Any) -> list[float | None]:
-    """JSON numbers of four figures; null where not finite."""
-    return [figure(float(v)) for v in values]
-
-
-def figure(value: float) -> float | None:
-    """One JSON number, short: a chart shows no more than six figures."""
-    return float(f"{value:.6g}") if -inf < value < inf else None

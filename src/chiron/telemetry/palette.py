@@ -1,32 +1,34 @@
-"""Colours: one per policy, the same in every chart of a report. Told apart with any colour vision, on white and on
-near-black (hues after Okabe and Ito); the marker differs as well."""
+"""Colours: one per policy, the same in every chart of a report. Each stands out from white and from near-black by 3:1
+at least; hues after Okabe and Ito, for any colour vision, and the marker differs, too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COLOURS = ("#2f7fc1", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#8a8a8a")
+COLOURS = ("#2f7fc1", "#d55e00", "#00946c", "#c2609c", "#a67c00", "#7d62c9", "#8f5f45", "#7f7f7f")
 MARKERS = (
     ("circle", "o"),
     ("square", "s"),
     ("diamond", "D"),
-    ("triangle-up", "^"),
+    ("triangle", "^"),
     ("cross", "P"),
     ("x", "X"),
     ("star", "*"),
     ("triangle-down", "v"),
 )
-"""As plotly and matplotlib call them."""
+"""As the page and matplotlib call them."""
+DASHES = ("", "7 3", "2 2", "9 3 2 3")
+"""Of lines, when there are more policies than colours."""
 
-ROLE_COLOURS = {"interactive": "#2b5c8a", "mixed": "#7fb0d6", "batch": "#e3b04b"}
-INSTANCE_COLOURS = ("#2b5c8a", "#4f92ac", "#96bb96", "#e3b04b")
+ROLE_COLOURS = {"interactive": "#2566a0", "mixed": "#4b95cd", "batch": "#bf7d10"}
+INSTANCE_COLOURS = ("#2b6ca3", "#3d8fa0", "#5a9a68", "#b5811a")
 """Stops of a ramp: instances in one chart."""
-GROUP_COLOURS = ("#7d5206", "#e3b04b", "#f6e3b8")
+GROUP_COLOURS = ("#8a5a06", "#c98a1b", "#e2bd76")
 """Stops of a ramp: batch groups, the earliest deadline darkest."""
-STARTING_COLOUR = "#b5b5b5"
-DRAINING_COLOUR = "#d9d9d9"
-LIMIT_COLOUR = "#c0392b"
+STARTING_COLOUR = "#8d8d8d"
+DRAINING_COLOUR = "#b9b9b9"
+LIMIT_COLOUR = "#d0402f"
 """SLOs, targets and deadlines."""
 
 
@@ -35,8 +37,9 @@ class Look:
     """How one policy is drawn."""
 
     colour: str
-    plotly_marker: str
+    shape: str
     matplotlib_marker: str
+    dash: str
 
 
 def looks(policies: Sequence[str]) -> dict[str, Look]:
@@ -46,8 +49,9 @@ def looks(policies: Sequence[str]) -> dict[str, Look]:
     return {
         name: Look(
             colour=COLOURS[i % len(COLOURS)],
-            plotly_marker=MARKERS[i % len(MARKERS)][0],
+            shape=MARKERS[i % len(MARKERS)][0],
             matplotlib_marker=MARKERS[i % len(MARKERS)][1],
+            dash=DASHES[i // len(COLOURS) % len(DASHES)],
         )
         for i, name in enumerate(ordered)
     }

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chiron.core.types import RequestClass
+from chiron.telemetry.format import amount, percent
 
 OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished", "shed")
 
@@ -33,6 +34,9 @@ class RequestTable:
     outcome: npt.NDArray[np.int8]
     """Index into ``OUTCOMES``."""
     evictions: npt.NDArray[np.int16]
+
+    def __repr__(self) -> str:
+        return f"RequestTable({len(self.arrival_s):,} requests)"
 
     def ttft_s(self) -> npt.NDArray[np.float64]:
         """Seconds to the first token; nan where there was none."""
@@ -149,6 +153,16 @@ class Result:
     began: str | None = None
     """Of a live run the wall time at second 0, as ``2026-01-31T12:41:00.000Z``."""
 
+    def __repr__(self) -> str:
+        """In a line: the run, and what a reader asks first. Everything else is in the attributes."""
+        return f"Result({headline(self)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the figures of each class."""
+        from chiron.telemetry.notebook import fragment
+
+        return fragment(self)
+
     def requests_frame(self) -> Any:
         """One row per request (pandas DataFrame, extra ``report``); nan instead of -1 for what never happened."""
         return frames().requests_frame(self)
@@ -164,6 +178,24 @@ class Result:
     def batch_sizes_frame(self) -> Any:
         """One row per start of an instance, change of its max batch size, and end, where that is 0."""
         return frames().batch_sizes_frame(self)
+
+
+def headline(result: Result) -> str:
+    """One run in a line. Names are shortened: they may be of any length."""
+    summary = result.summary
+    parts = [f"policy={brief(result.policy)}", f"scenario={brief(result.scenario)}"]
+    parts += [] if result.seed is None else [f"seed={result.seed}"]
+    parts.append(f"{len(result.requests.arrival_s):,} requests")
+    shares = list(summary.get("attainment", {}).values())
+    parts += [f"{percent(min(shares))} in SLO in its worst class"] if shares else []
+    hours = summary.get("gpu_hours")
+    parts += [] if hours is None else [f"{amount(hours)} GPU-hours"]
+    return ", ".join(parts)
+
+
+def brief(name: str) -> str:
+    """A name in quotes, of at most 40 characters."""
+    return repr(name if len(name) <= 40 else f"{name[:39]}…")
 
 
 def frames() -> Any:

@@ -14,7 +14,7 @@ from chiron.telemetry.result import FleetPoint, Result
 Floats = npt.NDArray[np.float64]
 
 POINTS_MAX = 2000
-CDF_POINTS = 250
+CDF_POINTS = 125
 SHORTEST_S = 1e-4
 """A log axis has no zero: what is shorter is drawn here."""
 
@@ -63,8 +63,17 @@ def cdf(values: Floats) -> Cdf:
     seen = np.sort(values[~np.isnan(values)])
     if not len(seen):
         return Cdf(value=np.empty(0), share=np.empty(0))
-    ranks = np.unique(np.linspace(0, len(seen) - 1, min(len(seen), CDF_POINTS)).round().astype(np.int64))
+    ranks = cdf_ranks(len(seen), len(values))
     return Cdf(value=seen[ranks], share=(ranks + 1) / len(values))
+
+
+def cdf_ranks(seen: int, total: int) -> npt.NDArray[np.int64]:
+    """Ranks to draw: half of them evenly, half of them by the logarithm of the share that is slower, so that the few
+    slowest of many are drawn, too."""
+    evenly = np.linspace(0, seen - 1, min(seen, CDF_POINTS))
+    slower = np.geomspace(max(1, total - seen), max(2, total), min(seen, CDF_POINTS))
+    ranks = np.concatenate([evenly, total - slower, [0, seen - 1]]).round().astype(np.int64)
+    return np.unique(ranks[(ranks >= 0) & (ranks < seen)])
 
 
 def latency_cdf(result: Result, cls: int, measure: str) -> Cdf:
@@ -103,8 +112,3 @@ def log_axis(curves: Sequence[Cdf], limit: float) -> tuple[float, float, list[fl
     steps = (1, 2, 5) if high / low < 300 else (1,)
     ticks = [float(f"{step}e{decade}") for decade in decades for step in steps]
     return low, high, [tick for tick in ticks if low <= tick <= high]
-
-
-def time_unit(last_s: float) -> tuple[float, str]:
-    """Seconds per unit, and the unit, for an axis that ends at ``last_s``."""
-    return (1.0, "s") if last_s <= 300 else (60.0, "min") if last_s <= 3 * 3600 else (3600.0, "h")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, inf
+from math import inf
 from typing import Any
 
 from chiron.telemetry.errors import ReportError
+from chiron.telemetry.format import amount, listed, percent, percent_at
 from chiron.telemetry.result import Result
 
 TARGET = 0.99
@@ -150,7 +151,7 @@ def praise(attaining: list[PolicyRuns], others: list[PolicyRuns], target: float)
     best = attaining[0]
     sure = f"attains at least {percent(target)} in every class"
     if best.gpu_hours == inf:
-        who = sequence([p.policy for p in attaining])
+        who = listed([p.policy for p in attaining])
         return f"{who} {sure}." if len(attaining) == 1 else f"{who} attain {sure.removeprefix('attains ')}."
     spent = hours(best)
     if not others and len(attaining) == 1:
@@ -176,7 +177,7 @@ def saving(best: PolicyRuns, runner_up: PolicyRuns) -> str:
     name = f"{runner_up.policy} ({amount(runner_up.gpu_hours)})"
     if less < 0.0005:
         return f"the same as {name}, which also attains it"
-    return f"{percent(less)} fewer than {name}, the next that attains it"
+    return f"{percent_at(less, 1)} fewer than {name}, the next that attains it"
 
 
 def closest(others: list[PolicyRuns], target: float) -> str:
@@ -228,11 +229,6 @@ def shortfall(runs: PolicyRuns) -> str:
     return f"{percent(share)} in its worst class ({name}){spent}"
 
 
-def sequence(names: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
 def hours(runs: PolicyRuns, unit: str = " GPU-hours") -> str:
     """Mean GPU-hours, with the range if there are several seeds."""
     figures = runs.stat("gpu_hours")
@@ -262,14 +258,3 @@ def lookup(summary: dict[str, Any], keys: Sequence[str]) -> float | None:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return None if value is None else float(value)
-
-
-def percent(share: float) -> str:
-    """A share as per cent, rounded down to a tenth so that no miss reads as a hit."""
-    tenths = floor(share * 1000 + 1e-9)
-    return f"{tenths // 10} %" if tenths % 10 == 0 else f"{tenths / 10:.1f} %"
-
-
-def amount(value: float) -> str:
-    """Three figures or so."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"

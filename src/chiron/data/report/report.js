@@ -1,122 +1,215 @@
 "use strict";
-// Draws the figures in #data in the page's colours, and fills the pickers and lists. Text only ever goes in as text.
+// Picks policies and models, filters decisions, and says what lies under a pointer. The page is complete without it.
+// Text only ever goes in as text.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const place = (id) => document.getElementById(id);
-  const narrow = () => window.innerWidth < 640;
-  const shown = { policy: data.policies[0], model: data.models[0] };
 
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  // "ink" stands for the page's text colour, which only the reader's browser knows.
-  const inked = (part) => JSON.parse(JSON.stringify(part).replaceAll('"ink"', JSON.stringify(colour("--ink"))));
+  // One policy, one model -------------------------------------------------------------------------------------
+  const shown = { policy: "0", model: "0" };
+  const data = place("data") ? JSON.parse(place("data").textContent) : [];
 
-  function draw(node, figure) {
-    if (!figure || !figure.data.some((trace) => trace.y.length)) {
-      if (node.data) Plotly.purge(node);
-      node.textContent = "Nothing was recorded.";
-      node.classList.add("nothing");
-      return;
-    }
-    if (node.classList.contains("nothing")) node.textContent = "";
-    node.classList.remove("nothing");
-    const { data: traces, layout: own } = inked(figure);
-    const layout = {
-      font: { family: getComputedStyle(document.body).fontFamily, color: colour("--ink"), size: narrow() ? 11 : 13 },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: narrow() ? 46 : 64, r: 12, t: 16, b: 48 },
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-      ...own,
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, ...own.legend },
-    };
-    for (const key of Object.keys(layout).filter((name) => /^[xy]axis/.test(name))) {
-      layout[key] = { gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true, fixedrange: narrow(), ...layout[key] };
-      layout[key].title = { standoff: 8, font: { size: narrow() ? 11 : 13 }, ...layout[key].title };
-    }
-    Plotly.react(node, traces, layout, { responsive: true, displaylogo: false, displayModeBar: false });
+  function show() {
+    for (const view of all(".view")) view.hidden = view.dataset.policy !== shown.policy || view.dataset.model !== shown.model;
+    for (const button of all(".policies button")) button.setAttribute("aria-pressed", button.dataset.policy === shown.policy);
+    fillDecisions();
   }
 
-  function row(body, cells) {
+  function row(body, cells, labels) {
     const line = body.insertRow();
-    for (const cell of cells) line.insertCell().textContent = cell ?? "–";
-  }
-
-  function clock(seconds) {
-    const whole = Math.floor(seconds);
-    const pad = (n) => String(n).padStart(2, "0");
-    return `${Math.floor(whole / 3600)}:${pad(Math.floor(whole / 60) % 60)}:${pad(whole % 60)}`;
-  }
-
-  function drawView() {
-    const { policy, model } = shown;
-    const view = data.views[policy][model];
-    for (const id of ["fleet", "batch_sizes", "pressure", "queue"]) draw(place(id), view[id]);
-    place("view-caption").textContent = `${policy}, ${model}${data.seed[policy]}.`;
-    const sizes = view.batch_sizes;
-    place("batch-caption").textContent = sizes.instances > sizes.drawn
-      ? `The ${sizes.drawn} instances that changed it most, of ${sizes.instances}. Below 1 the SLO is met.` : "Below 1 the SLO is met.";
-    for (const button of place("policies").children) button.setAttribute("aria-pressed", button.textContent === policy);
-  }
-
-  function drawDecisions() {
-    const { rows, total } = data.decisions[shown.policy];
-    const words = place("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const kind = place("kind").value;
-    const kept = rows.filter((cells) => (!kind || cells[1] === kind) && words.every((word) => cells.join(" ").toLowerCase().includes(word)));
-    const body = place("decisions").tBodies[0];
-    body.replaceChildren();
-    for (const [seconds, ...rest] of kept) row(body, [clock(seconds), ...rest]);
-    place("decisions-caption").textContent = total === 0 ? `${shown.policy} took no decision.`
-      : `${shown.policy}: ${kept.length} shown; ${rows.length} are in this file of ${total.toLocaleString("en")} taken (first those that changed the fleet, the latest of each kind).`;
+    line.setAttribute("role", "row");
+    cells.forEach((cell, number) => {
+      const made = line.insertCell();
+      made.setAttribute("role", "cell");
+      made.dataset.label = labels[number];
+      made.textContent = typeof cell === "number" ? cell.toLocaleString("en") : cell;
+    });
   }
 
   function fillDecisions() {
-    const { rows, reasons } = data.decisions[shown.policy];
-    const kinds = [...new Set(rows.map((cells) => cells[1]))].sort();
+    const mine = data[Number(shown.policy)];
+    if (!mine) return;
+    const kinds = [...new Set(mine.rows.map((cells) => cells[1]))].sort();
     place("kind").replaceChildren(new Option("all", ""), ...kinds.map((kind) => new Option(kind, kind)));
-    place("reasons").tBodies[0].replaceChildren();
-    for (const cells of reasons) row(place("reasons").tBodies[0], cells);
+    const body = place("reasons").tBodies[0];
+    body.replaceChildren();
+    for (const cells of mine.reasons) row(body, cells, ["kind", "reason", "times"]);
     drawDecisions();
   }
 
-  function drawAll() {
-    draw(place("tradeoff"), data.tradeoff);
-    data.latencies.forEach((figure, i) => draw(place(`latency-${i}`), figure));
-    drawView();
+  function drawDecisions() {
+    const { policy, rows, total } = data[Number(shown.policy)];
+    const wanted = place("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const kind = place("kind").value;
+    const kept = rows.filter((cells) => (!kind || cells[1] === kind) && wanted.every((word) => cells.join(" ").toLowerCase().includes(word)));
+    const body = place("decision-list").tBodies[0];
+    body.replaceChildren();
+    for (const cells of kept) row(body, cells, ["time", "kind", "decision", "numbers"]);
+    const some = rows.length < total ? `; ${rows.length} of ${total.toLocaleString("en")} are in this file: first those that changed the fleet, the latest of each kind` : "";
+    place("decisions-caption").textContent = total === 0 ? `${policy} took no decision.` : `${policy}: ${kept.length} shown${some}.`;
   }
 
-  for (const policy of data.policies) {
-    const button = document.createElement("button");
-    const dot = document.createElement("span");
-    dot.className = "dot";
-    dot.style.background = data.colours[policy];
-    button.append(dot, policy);
-    button.addEventListener("click", () => { shown.policy = policy; drawView(); fillDecisions(); });
-    place("policies").append(button);
+  for (const button of all(".policies button")) button.addEventListener("click", () => { shown.policy = button.dataset.policy; show(); });
+  place("models")?.addEventListener("change", (event) => { shown.model = event.target.value; show(); });
+  place("kind")?.addEventListener("change", drawDecisions);
+  place("filter")?.addEventListener("input", drawDecisions);
+
+  // A legend lights what it names -----------------------------------------------------------------------------
+  for (const figure of all("figure.chart")) {
+    for (const entry of all(".legend li", figure)) {
+      const named = all("[data-name]", figure).filter((part) => part.dataset.name === entry.dataset.name);
+      if (named.length < 2) continue;
+      entry.addEventListener("pointerenter", () => { figure.classList.add("dim"); named.forEach((part) => part.classList.add("lit")); });
+      entry.addEventListener("pointerleave", () => { figure.classList.remove("dim"); named.forEach((part) => part.classList.remove("lit")); });
+    }
   }
-  place("models").append(...data.models.map((model) => new Option(model, model)));
-  place("models").addEventListener("change", (event) => { shown.model = event.target.value; drawView(); });
-  place("models-label").hidden = data.models.length < 2;
-  data.latencies.forEach((figure, i) => {
-    const cell = document.createElement("div");
-    const title = document.createElement("h3");
-    const chart = document.createElement("div");
-    title.textContent = figure.title;
-    chart.id = `latency-${i}`;
-    chart.className = "chart";
-    cell.append(title, chart);
-    place("latencies").append(cell);
-  });
-  place("kind").addEventListener("change", drawDecisions);
-  place("filter").addEventListener("input", drawDecisions);
-  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  // What whoever measured could not see has no section: a load generator knows latencies, and no fleet.
-  const drawn = (figure) => Boolean(figure.data) && figure.data.some((trace) => trace.y.length);
-  const fleets = Object.values(data.views).flatMap((models) => Object.values(models)).flatMap((view) => Object.values(view));
-  const decided = Object.values(data.decisions).some((decisions) => decisions.total > 0);
-  const section = (id) => place(id).closest("section");
-  section("tradeoff").hidden = !drawn(data.tradeoff);
-  section("policies").hidden = !fleets.some(drawn);
-  section("decisions").hidden = section("policies").hidden && !decided;
-  drawAll();
-  fillDecisions();
+
+  // What lies under a pointer: values are read back from the geometry, which has four figures --------------------
+  const GRID = 10000;
+
+  function axis(text) {
+    const [scale, low, high, top, ...title] = text.split(" ");
+    return { scale, low: Number(low), high: Number(high), top: Number(top), title: title.join(" ") };
+  }
+
+  function value({ scale, low, high, top }, share) {
+    if (scale === "log") return low * (high / low) ** share;
+    if (scale === "linear") return low + (high - low) * share;
+    const start = low >= 1 ? top : Math.min(top, -Math.log10(1 - low));
+    const decades = start + (top - start) * share;
+    return decades >= top - 0.001 ? 1 : 1 - 10 ** -decades;
+  }
+
+  function figures(number, { scale, title }) {
+    if (scale === "nines") {
+      const digits = number >= 1 || number < 0.99 ? 1 : number < 0.999 ? 2 : 3;
+      return `${Number((Math.floor(number * 100 * 10 ** digits + 0.05) / 10 ** digits).toFixed(digits))} %`;
+    }
+    const whole = /^(instances|GPUs|requests waiting|max batch|BBP)/.test(title);
+    return whole ? Math.round(number).toLocaleString("en") : Number(number.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 });
+  }
+
+  // The steps of a path as [right, down] from which it holds; null ends a stretch.
+  function stepsOf(path) {
+    if (path.steps) return path.steps;
+    const steps = [];
+    let right = 0;
+    for (const [, command, first, second] of path.getAttribute("d").matchAll(/([MHV])(\d+)(?: (\d+))?/g)) {
+      if (command === "M") {
+        if (steps.length) steps.push([right, null]);
+        right = Number(first);
+        steps.push([right, Number(second)]);
+      } else if (command === "H") right = Number(first);
+      else steps.push([right, Number(first)]);
+    }
+    path.end = right;
+    return (path.steps = steps);
+  }
+
+  function levelAt(path, right) {
+    let level = null;
+    for (const [from, down] of stepsOf(path)) {
+      if (from > right) break;
+      level = down;
+    }
+    return right <= path.end || path.classList.contains("layer") ? level : null;
+  }
+
+  function readings(plot, right) {
+    const y = axis(plot.dataset.y);
+    const lines = [];
+    // Layers are drawn from the highest to the lowest, each down to the ground: one's own part is what the next leaves.
+    const stack = all("path.layer", plot);
+    stack.forEach((path, number) => {
+      const level = levelAt(path, right);
+      if (level === null) return;
+      const beneath = number + 1 < stack.length ? (levelAt(stack[number + 1], right) ?? GRID) : GRID;
+      lines.push([path, value(y, (beneath - level) / GRID) - y.low]);
+    });
+    for (const path of all("path.line", plot).reverse()) {
+      const level = levelAt(path, right);
+      if (level !== null) lines.push([path, value(y, (GRID - level) / GRID)]);
+    }
+    for (const path of all("path.dots", plot)) {
+      const level = nearest(path, right);
+      if (level !== null) lines.push([path, value(y, (GRID - level) / GRID)]);
+    }
+    return lines.map(([path, number]) => [path, figures(number, y)]);
+  }
+
+  // The dot next to a pointer, if one is near.
+  function nearest(path, right) {
+    path.steps ??= [...path.getAttribute("d").matchAll(/M(\d+) (\d+)/g)].map(([, across, down]) => [Number(across), Number(down)]);
+    let best = [GRID / 100, null];
+    for (const [across, down] of path.steps) if (Math.abs(across - right) < best[0]) best = [Math.abs(across - right), down];
+    return best[1];
+  }
+
+  function tipFor(plot) {
+    const tip = document.createElement("div");
+    const cursor = document.createElement("div");
+    tip.className = "tip";
+    cursor.className = "cursor";
+    plot.append(cursor, tip);
+    return { tip, cursor };
+  }
+
+  function at(plot, share) {
+    const { tip, cursor } = (plot.tip ??= tipFor(plot));
+    const x = axis(plot.dataset.x);
+    const lines = readings(plot, share * GRID);
+    tip.replaceChildren();
+    const head = document.createElement("b");
+    head.textContent = `${x.title}: ${figures(value(x, share), { ...x, title: "" })}`;
+    tip.append(head);
+    for (const [path, text] of lines) {
+      const line = document.createElement("span");
+      const dot = document.createElement("span");
+      const number = document.createElement("i");
+      dot.className = "dot";
+      dot.style.background = path.getAttribute(path.classList.contains("layer") ? "fill" : "stroke");
+      number.textContent = text;
+      line.append(dot, path.dataset.name, number);
+      tip.append(line);
+    }
+    tip.hidden = cursor.hidden = lines.length === 0;
+    cursor.style.left = `${100 * share}%`;
+    put(tip, plot, share);
+  }
+
+  function put(tip, plot, share) {
+    const width = plot.clientWidth, own = tip.offsetWidth;
+    const left = share * width + (share > 0.5 ? -own - 12 : 12);
+    tip.style.left = `${Math.max(-40, Math.min(width - own + 10, left))}px`;
+  }
+
+  function leave(plot) {
+    if (plot.tip) plot.tip.tip.hidden = plot.tip.cursor.hidden = true;
+  }
+
+  for (const plot of all(".plot")) {
+    const dots = all(".dot-mark", plot);
+    for (const dot of dots) {
+      const say = () => {
+        const { tip, cursor } = (plot.tip ??= tipFor(plot));
+        tip.textContent = dot.dataset.text;
+        tip.hidden = false;
+        cursor.hidden = true;
+        put(tip, plot, parseFloat(dot.style.left) / 100);
+      };
+      dot.addEventListener("pointerenter", say);
+      dot.addEventListener("focus", say);
+      dot.addEventListener("pointerleave", () => leave(plot));
+      dot.addEventListener("blur", () => leave(plot));
+    }
+    if (dots.length) continue;
+    plot.addEventListener("pointermove", (event) => {
+      const box = plot.getBoundingClientRect();
+      const share = (event.clientX - box.left) / box.width;
+      if (share >= 0 && share <= 1) at(plot, share);
+    });
+    plot.addEventListener("pointerleave", () => leave(plot));
+  }
+
+  show();
 })();

@@ -1,0 +1,17 @@
+"""A result in a notebook: what it is, in a line, and the figures of each class. Names are escaped."""
+
+from __future__ import annotations
+
+from html import escape
+
+from chiron.telemetry.palette import looks
+from chiron.telemetry.result import Result, headline
+from chiron.telemetry.table import class_table
+from chiron.telemetry.verdict import TARGET, PolicyRuns
+
+
+def fragment(result: Result) -> str:
+    """HTML that stands in a page of somebody else's, so without styles or scripts."""
+    runs = PolicyRuns(policy=result.policy, results=(result,))
+    figures = class_table([runs], looks([result.policy]), target=TARGET)
+    return f"<div><p><b>Result</b> {escape(headline(result))}</p>{figures}</div>"

@@ -1,0 +1,94 @@
+"""Decisions and moments as people say them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chiron.telemetry.format import number
+
+REASONS = {
+    "interactive_load": "interactive work, as it comes and as forecast, needs so many instances",
+    "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
+    "load_fell": "for a while now, less has been enough",
+    "itl_below_slo": "ITL leaves room below its SLO",
+    "itl_above_slo": "ITL would exceed its SLO at that size",
+    "no_itl_slo": "nothing that runs there has an ITL SLO",
+}
+"""Sentences for reasons that need one. All others read well enough as they are logged."""
+
+BRIEF = {
+    "interactive_load": "interactive load needs so many",
+    "batch_deadlines": "batch work would miss its deadlines",
+    "load_fell": "less has been enough for a while",
+}
+"""Those of them that are long for a line of a screen."""
+
+KINDS = {
+    "fleet": "fleet",
+    "role": "roles",
+    "batch_size": "max batch size",
+    "reject": "refused",
+    "migrate": "moved",
+}
+"""Kinds of decisions."""
+
+
+def words(name: str) -> str:
+    """A reason or the name of a number as logged, in words."""
+    return REASONS.get(name, name.replace("_", " ").replace("-", " "))
+
+
+def brief_words(name: str) -> str:
+    """The same, short."""
+    return BRIEF.get(name) or words(name)
+
+
+def kind_words(kind: str) -> str:
+    """A kind of decision."""
+    return KINDS.get(kind) or words(kind)
+
+
+def tell(
+    kind: str,
+    subject: str,
+    before: float,
+    after: float,
+    reason: str,
+    numbers: Mapping[str, float],
+    *,
+    brief: bool = False,
+) -> str:
+    """A decision in a sentence."""
+    why = brief_words(reason) if brief else words(reason)
+    change = f"{before:g} → {after:g}"
+    if kind == "fleet":
+        return f"{subject}: {change} instances: {why}"
+    if kind == "role":
+        roles = ", ".join(f"{numbers[r]:g} {r}" for r in ("interactive", "mixed", "batch") if numbers.get(r))
+        return f"{subject}: roles now {roles or 'none'}: {why}"
+    if kind == "batch_size":
+        itl_s, slo_s = numbers.get("itl_s"), numbers.get("itl_slo_s")
+        known = itl_s is not None and slo_s is not None and itl_s == itl_s and slo_s == slo_s
+        measured = f" ({_ms(itl_s)} of {_ms(slo_s)} ms)" if known else ""
+        return f"{subject}: max batch size {change}: {why}{measured}"
+    if kind == "reject":
+        return f"request {subject} refused: {why}"
+    return f"{subject}: {words(kind)} {change}: {why}"
+
+
+def _ms(seconds: float | None) -> str:
+    assert seconds is not None
+    return f"{seconds * 1000:.0f}"
+
+
+def quantity(name: str, value: float) -> str:
+    """A number behind a decision, with its name and unit."""
+    unit = " s" if name.endswith("_s") else ""
+    return f"{words(name.removesuffix('_s'))} {number(value)}{unit}"
+
+
+def show_moment(t_s: float, *, hours: bool = False) -> str:
+    """Seconds as ``m:ss`` or ``h:mm:ss``; with ``hours`` always the latter."""
+    minutes, seconds = divmod(round(t_s), 60)
+    whole, minutes = divmod(minutes, 60)
+    return f"{whole}:{minutes:02}:{seconds:02}" if hours or whole else f"{minutes}:{seconds:02}"
