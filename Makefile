@@ -84,11 +84,13 @@ TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.a
 tune: $(VENV)/.demo ## Tune the rivals fairly, on traffic that is not published (ten minutes)
 	@$(BIN)/python bench/tune_rivals.py
 
-figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) ## Run what is published; write docs/results.md and docs/figures (long)
+figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (long)
 	@mkdir -p docs/figures && rm -f docs/figures/*.svg
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
 	@$(BIN)/python tools/results_table.py --figures figures $(TABLES) > $(OUT)/published/results.md
+	@cp $(OUT)/published/overload.svg docs/figures/
+	@cat $(OUT)/published/overload.md >> $(OUT)/published/results.md
 	@cp $(OUT)/published/results.md docs/results.md
 	@echo "docs/results.md and docs/figures are up to date"
 
@@ -109,6 +111,10 @@ $(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo
 	@mkdir -p $(@D)
 	@$(BIN)/chiron compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$*
 	@cp $(OUT)/published/$*/overview.svg $@
+
+$(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo
+	@mkdir -p $(@D)
+	@$(BIN)/python bench/overload.py --figure $(@D)/overload.svg > $@
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock
