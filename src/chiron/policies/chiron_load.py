@@ -75,9 +75,11 @@ _TREND_BIN_S = 10
 
 
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
-    """Before anything is known, the fleet that was found is taken as right for its load."""
+    """Before anything is known, the fleet that was found is taken as right for its load: none for none, where a model
+    may have no instance and nobody has asked for it."""
     seconds = settings.prior_s
-    instances = max(1, model.count("ready", "starting"))
+    found = model.count("ready", "starting")
+    instances = found if model.min_instances == 0 and not model.arrivals else max(1, found)
     rule = Rule(window_s=60, settle_s=600)
     return ModelMemory(
         history=presumed(
