@@ -74,6 +74,10 @@ class Models:
             for alias in served.settings.aliases:
                 self._found.setdefault(alias, served)
 
+    def named(self, name: str) -> ServedModel | None:
+        """By name or alias, whoever asks."""
+        return self._found.get(name)
+
     def find(self, name: object, key: Key) -> ServedModel:
         """Raises ApiError 404 or 403."""
         served = self._found.get(name) if isinstance(name, str) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 import orjson
@@ -19,7 +20,7 @@ from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError, Collector
 from chiron.gateway.errors import ApiError
 from chiron.gateway.last_word import Answer, last_word, passed_on, wordless
-from chiron.gateway.upstream import UpstreamFailure
+from chiron.gateway.upstream import ERROR_MAX_BYTES, UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
 
@@ -28,6 +29,8 @@ _DROPPED = frozenset(
     b"proxy-authenticate proxy-authentication-info".split()
 )
 """Headers of an engine's answer that speak of its connection, not of the answer."""
+REMIND_S = 15.0
+"""Between two signs of life to a client that waits."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
 _TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"[^"]')
@@ -38,6 +41,7 @@ class RelayCall:
 
     __slots__ = (
         "_answer_headers",
+        "_began",
         "_body",
         "_call",
         "_chat",
@@ -45,6 +49,8 @@ class RelayCall:
         "_fields",
         "_first",
         "_length",
+        "_reminded_s",
+        "_said",
         "_status",
         "error",
         "incoming",
@@ -57,6 +63,7 @@ class RelayCall:
         "request_id",
         "responded",
         "streams",
+        "wait_max_s",
     )
 
     def __init__(
@@ -90,7 +97,14 @@ class RelayCall:
         self._status = 0
         self._length: int | None = None
         self._answer_headers: list[Header] = []
+        self._began = False
+        """A part of an engine's answer has been passed on."""
+        self._said = b""
+        """What an engine refused a stream with whose head had been sent before."""
+        self._reminded_s = -inf
         self._done = False
+        self.wait_max_s = inf
+        """How long the client wants it to wait for an instance."""
         incoming.body = b""
         incoming.on_pause = self._pause
         incoming.on_resume = self._resume
@@ -99,7 +113,7 @@ class RelayCall:
 
     @property
     def visible(self) -> bool:
-        return self.incoming.started
+        return self._began
 
     @property
     def held_up(self) -> bool:
@@ -128,14 +142,10 @@ class RelayCall:
 
     def data(self, data: bytes) -> int:
         incoming = self.incoming
-        if not incoming.started:
-            if self._length == len(data):
-                self._whole(data)
+        if not self._began:
+            if not self._begin(data):
                 return 0
-            incoming.start(self._status, self._answer_headers, self._length)
-            self.responded(self._status)
-            if incoming.paused:
-                self._pause()
+            self._began = True
         incoming.write(data)
         if not self.streams:
             return 0
@@ -154,6 +164,8 @@ class RelayCall:
         if not incoming.started:
             self._whole(b"")
         elif not incoming.closed:
+            if not self._began and self._status >= 300:
+                incoming.write(Answer(self._status, self._said or wordless(self._status)).event())
             incoming.finish()
         return ""
 
@@ -161,6 +173,17 @@ class RelayCall:
         return 0
 
     # -- the rest ----------------------------------------------------------------------------------------------
+
+    def remind(self, now_s: float, words: str) -> None:
+        """Tell a client that reads a stream what it waits for, once in a while."""
+        incoming = self.incoming
+        if not self.streams or now_s - self._reminded_s < REMIND_S or incoming.closed or incoming.paused:
+            return
+        self._reminded_s = now_s
+        if not incoming.started:
+            incoming.start(200, ((b"content-type", b"text/event-stream"), (b"x-request-id", self.request_id.encode())))
+            self.responded(200)
+        incoming.write(b": waiting: %b\n\n" % words.encode("ascii", "replace"))
 
     def ended(self, request: Request) -> None:
         """The control plane is done with it; the client may still wait for a word."""
@@ -174,14 +197,30 @@ class RelayCall:
         if not incoming.started:
             answer.send(incoming, self.request_id)
             self.responded(answer.status)
-        elif self.streams and self._length is None:
+        elif self.streams and (self._length is None or not self._began):
             incoming.write(b"\n\n" + answer.event())
             incoming.finish()
         else:
             incoming.abort()
 
+    def _begin(self, data: bytes) -> bool:
+        """The first part of an engine's answer. Returns whether it is to be written, and the rest as it comes."""
+        incoming = self.incoming
+        if incoming.started:  # It was told to wait; its status is 200 already.
+            if self._status >= 300:
+                self._said = (self._said + data)[:ERROR_MAX_BYTES]
+            return self._status < 300
+        if self._length == len(data):
+            self._whole(data)
+            return False
+        incoming.start(self._status, self._answer_headers, self._length)
+        self.responded(self._status)
+        if incoming.paused:
+            self._pause()
+        return True
+
     def _whole(self, body: bytes) -> None:
-        self._done = True
+        self._done = self._began = True
         kind = b"application/json"
         headers = []
         for name, value in self._answer_headers:
@@ -303,15 +342,20 @@ class FlexCall(CollectedCall):
         self.prompt_bytes = prompt_bytes
         self.refusal: ApiError | None = None
         self.responded = responded
+        self.wait_max_s = inf
+        self._reminded_s = -inf
         self._wants_stream = stream
         self._wants_usage = bool((fields.get("stream_options") or {}).get("include_usage")) if stream else True
         incoming.body = b""
 
-    def remind(self) -> None:
+    def remind(self, now_s: float, words: str) -> None:
         """Say that it still waits."""
+        if now_s - self._reminded_s < REMIND_S:
+            return
+        self._reminded_s = now_s
         if self._wants_stream and not self.incoming.closed and not self.incoming.paused:
             self._start_stream()
-            self.incoming.write(b": waiting\n\n")
+            self.incoming.write(b": waiting: %b\n\n" % words.encode("ascii", "replace"))
 
     def ended(self, request: Request) -> None:
         if self.incoming.closed:

@@ -22,6 +22,7 @@ from chiron.gateway.admission import Models
 from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.front import Front
 from chiron.gateway.keys import KeyRing
+from chiron.gateway.outages import Outages
 from chiron.gateway.settings import LimitSettings
 from chiron.gateway.upstream import Upcall
 from chiron.net.client import Call
@@ -168,6 +169,7 @@ class EmulatedGateway:
             keys=keys,
             limits=limits or LimitSettings(),
             foreign=ForeignPages(keys, None),
+            outages=Outages(plane=self.plane, endpoints=dict, starts=dict),
             next_id=itertools.count().__next__,
             responded=lambda status: None,
         )

@@ -7,7 +7,9 @@ everything after that is the control plane's doing, and the request's call (``ca
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from math import inf
 from secrets import token_hex
 
 from chiron.control.plane import ControlPlane
@@ -18,6 +20,7 @@ from chiron.gateway.errors import ApiError, internal, timed_out, too_many, unava
 from chiron.gateway.foreign import ForeignPages
 from chiron.gateway.keys import Key, KeyRing
 from chiron.gateway.last_word import refuse
+from chiron.gateway.outages import Outages
 from chiron.gateway.settings import LimitSettings
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
@@ -26,8 +29,8 @@ from chiron.net.server import Incoming
 log = logging.getLogger("chiron.front")
 
 HOT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-REMIND_S = 15.0
-"""Between two signs of life to a client that waits for a flex stream."""
+_WAIT = re.compile(rb'(?:^|[,;])\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
+"""In a ``Prefer`` header (RFC 7240): seconds that the client wants its request to wait."""
 
 
 class Front:
@@ -42,6 +45,7 @@ class Front:
         keys: KeyRing,
         limits: LimitSettings,
         foreign: ForeignPages,
+        outages: Outages,
         next_id: Callable[[], int],
         responded: Callable[[int], None],
     ) -> None:
@@ -54,10 +58,10 @@ class Front:
         self._keys = keys
         self._limits = limits
         self._foreign = foreign
+        self._outages = outages
         self._next_id = next_id
         self._responded = responded
         self._boot = token_hex(4)
-        self._reminded_s = 0.0
 
     def takes(self, incoming: Incoming) -> bool:
         """Whether this request is for the hot path, or to be refused before anybody looks at it."""
@@ -84,25 +88,32 @@ class Front:
         """Once a second, posted: end what has waited or run too long."""
         now_s = self._clock.now_s
         limits = self._limits
-        remind = now_s - self._reminded_s >= REMIND_S
-        if remind:
-            self._reminded_s = now_s
         for request in list(self.open.values()):
             waited_s = now_s - request.arrival_s
             call: RelayCall | FlexCall = request.payload
             if waited_s > limits.request_timeout_s and request.interactive:
                 call.refusal = timed_out(f"The answer took longer than {limits.request_timeout_s:g} s.")
                 self._plane.cut_off(request)
-            elif request.interactive and self._queued_s(request) > limits.queue_wait_max_s:
-                call.refusal = unavailable(
-                    f"No instance had room within {limits.queue_wait_max_s:g} s.", limits.retry_after_s
-                )
-                self._plane.cut_off(request)
             elif not request.interactive and now_s > request.deadline_s:
                 call.refusal = timed_out("The deadline of the request's class has passed.")
                 self._plane.cut_off(request)
-            elif remind and isinstance(call, FlexCall):
-                call.remind()
+            elif request.instance is None:
+                self._watch_held(request, call, now_s)
+
+    def _watch_held(self, request: Request, call: RelayCall | FlexCall, now_s: float) -> None:
+        """A request that waits for an instance, and who waits for it."""
+        limits, queued_s = self._limits, self._queued_s(request)
+        outage = self._outages.now.get(request.model)
+        wait_max_s = min(call.wait_max_s, limits.queue_wait_max_s if request.interactive else inf)
+        if outage is not None and request.interactive:
+            call.refusal = outage.refusal()
+            self._plane.cut_off(request)
+        elif queued_s > wait_max_s:
+            why = self._outages.why_held(request.model, now_s)
+            call.refusal = unavailable(f"No instance had room within {wait_max_s:g} s: {why}.", limits.retry_after_s)
+            self._plane.cut_off(request)
+        elif 0.0 < limits.held_notice_s <= queued_s:
+            call.remind(now_s, self._outages.why_held(request.model, now_s))
 
     def ended(self, request: Request, tokens: int) -> None:
         """The control plane ended a request: whoever waits for it is told, and a client's key pays for ``tokens``. Of
@@ -123,6 +134,8 @@ class Front:
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
         model = admitted.model.settings.name
+        if refusal := self._outages.refusal(model):
+            raise refusal
         # Items of batches wait there too, and have a limit of their own.
         waiting = self._plane.models[model].clients_waiting(interactive=cls.interactive)
         if waiting >= limits.queue_max and not (cls.interactive and self._plane.shed_lost(model)):
@@ -140,6 +153,8 @@ class Front:
             key_name=key.name,
             responded=self._responded,
         )
+        if (prefer := incoming.header(b"prefer")) and (said := _WAIT.search(prefer)):
+            call.wait_max_s = float(said[1])
 
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)

@@ -164,8 +164,12 @@ class _Collector(Collector):
             "ibp_target": GaugeMetricFamily("chiron_ibp_target", "Its target.", labels=("model",)),
             "bbp": GaugeMetricFamily("chiron_bbp", "Batch backpressure.", labels=("model",)),
         }
+        up = GaugeMetricFamily("chiron_model_ready", "1: an instance is ready.", labels=("model",))
+        out = GaugeMetricFamily("chiron_model_outage", "1: no instance can come; 503.", labels=("model",))
         cold = GaugeMetricFamily("chiron_cold_start_seconds", "Measured start of an instance.", labels=("model",))
         for model, state in self._plane.models.items():
+            up.add_metric((model,), any(i.state == "ready" for i in state.instances.values()))
+            out.add_metric((model,), model in around.outages)
             counts: dict[tuple[str, str], int] = {}
             for instance in state.instances.values():
                 key = (instance.role, instance.state)
@@ -180,7 +184,7 @@ class _Collector(Collector):
                     family.add_metric((model,), value)
             if state.cold_starts_seen:
                 cold.add_metric((model,), state.cold_start_s)
-        yield from (there, planned, *pressure.values(), cold)
+        yield from (there, planned, *pressure.values(), cold, up, out)
         yield from self._starts(around)
 
     def _starts(self, around: Surroundings) -> Iterator[Metric]:

@@ -29,6 +29,7 @@ from chiron.gateway.journal import LiveJournal
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.live_result import LiveRecorder
 from chiron.gateway.metrics import LoopLag, Metrics
+from chiron.gateway.outages import Outage, Outages
 from chiron.gateway.scrape import Scraper
 from chiron.gateway.settings import LimitSettings, ModelSettings, ServeConfig
 from chiron.gateway.status import Surroundings, status
@@ -102,6 +103,15 @@ class Service:
             period_s=config.telemetry.scrape_period_s,
             capacity_told=self._capacity_told,
         )
+        self.outages = Outages(
+            plane=self.plane,
+            endpoints=self.engines.endpoints,
+            starts=self.engines.starts,
+            outage_wait_s=config.limits.outage_wait_s,
+            retry_after_s=config.limits.retry_after_s,
+            endpoint_retry_s=config.static_fleet.recovery.recover_max_s,
+            changed=self._outage_changed,
+        )
         self.front = Front(
             clock=self.clock,
             plane=self.plane,
@@ -109,6 +119,7 @@ class Service:
             keys=self.keys,
             limits=config.limits,
             foreign=ForeignPages(self.keys, config.server.own_hosts),
+            outages=self.outages,
             next_id=self._next_id,
             responded=self.journal.responded,
         )
@@ -188,6 +199,7 @@ class Service:
             endpoints=self.engines.endpoints(),
             batches=self._batches,
             batch_in_flight=self.runner.in_flight(),
+            outages={model: outage.reason for model, outage in self.outages.now.items()},
             loop_lag_s=self._lag.worst_s,
             connections=len(self._server.connections) if self._server is not None else 0,
         )
@@ -231,6 +243,7 @@ class Service:
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
+        self.outages.look(self.clock.now_s)
         self.front.watch()
         for engine in list(self.engines.live.values()):
             engine.watch(self.config.limits.engine_stall_s)
@@ -249,6 +262,10 @@ class Service:
     def _instance_failed(self, instance: Instance, reason: str) -> None:
         facts = {"instance": instance.id, "model": instance.model, "kind": instance.kind.name, "reason": reason}
         self.journal.note(self.clock.now_s, "failure", facts)
+
+    def _outage_changed(self, model: str, outage: Outage | None) -> None:
+        name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)
+        self.journal.note(self.clock.now_s, name, {"model": model, "reason": reason})
 
     def _call_ended(self, request: Request) -> None:
         """Tell whoever waits for it."""
@@ -298,6 +315,7 @@ class Service:
             wall_s=self._wall_s,
             started_s=self.clock.wall_origin_s,
             ready=self._not_ready,
+            model_ready=self._model_ready,
             retry_after_s=self.config.limits.retry_after_s,
             status=self.status,
             drain=self.drain,
@@ -310,12 +328,26 @@ class Service:
         """Why a load balancer should send nobody here; models that scale to zero are no reason."""
         if self.front.draining:
             return "draining"
-        lacking = [
-            name
-            for name, state in self.plane.models.items()
-            if state.spec.min_instances and not any(i.state == "ready" for i in state.instances.values())
-        ]
-        return f"no instance is ready of {', '.join(lacking)}" if lacking else ""
+        lacking = [self._lack(name) for name, state in self.plane.models.items() if state.spec.min_instances]
+        return "; ".join(filter(None, lacking))
+
+    def _model_ready(self, model: str) -> tuple[bool, str]:
+        """Whether it is worth sending requests for this model here, and how it stands with it in words."""
+        if self.front.draining:
+            return False, "draining"
+        state = self.plane.models[model]
+        why = self._lack(model)
+        if why and (state.spec.min_instances or model in self.outages.now):
+            return False, why
+        return True, "ready" if not why else "scaled to zero: the first request starts an instance"
+
+    def _lack(self, model: str) -> str:
+        """Why no instance of a model is ready; "" if one is."""
+        if any(i.state == "ready" for i in self.plane.models[model].instances.values()):
+            return ""
+        outage = self.outages.now.get(model)
+        held = f"no instance is ready of {model}: {self.outages.why_held(model, self.clock.elapsed_s())}"
+        return outage.reason if outage is not None else held
 
     def _render_metrics(self) -> bytes:
         page: list[bytes] = []

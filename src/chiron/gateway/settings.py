@@ -113,6 +113,12 @@ class LimitSettings:
     beyond)."""
     queue_wait_max_s: float = 300.0
     """How long one may wait there (503 beyond). Must cover a cold start if the fleet scales to zero."""
+    outage_wait_s: float = 30.0
+    """How long requests wait there for endpoints that have answered before and answer no more. Where none has answered
+    since the start, and where start after start of an engine fails, they get a 503 at once."""
+    held_notice_s: float = 15.0
+    """A stream that has waited there for this long begins (200) with comments that say so, one each 15 seconds; what
+    goes wrong after that is an error event in it. 0: it stays silent."""
     request_timeout_s: float = 3600.0
     """From arrival to the last token (504, or the stream is cut with an error event)."""
     engine_stall_s: float = 600.0
@@ -132,7 +138,9 @@ class LimitSettings:
     ready. Key limits say when they will be over, everything else a second or what it knows."""
 
     def __post_init__(self) -> None:
-        _above_zero(self)
+        _above_zero(self, "held_notice_s")
+        fine = isfinite(self.held_notice_s) and self.held_notice_s >= 0.0
+        _check(fine, "held_notice", self.held_notice_s, "0 or more, and finite")
         allowed = f"body_max_bytes ({self.body_max_bytes}) at least"
         _check(self.bodies_max_bytes >= self.body_max_bytes, "bodies_max_bytes", self.bodies_max_bytes, allowed)
 

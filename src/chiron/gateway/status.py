@@ -84,6 +84,8 @@ class Surroundings:
     batches: Sequence[Batch] = ()
     batch_in_flight: Mapping[str, int] = field(default_factory=dict)
     """Items leased from the store, by batch id."""
+    outages: Mapping[str, str] = field(default_factory=dict)
+    """Why nothing can serve a model, by name, for those of which that is so."""
     loop_lag_s: float = 0.0
     """The longest that the event loop was late in the last seconds."""
     connections: int = 0
@@ -141,6 +143,8 @@ def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s:
         "name": spec.name,
         "min_instances": spec.min_instances,
         "max_instances": spec.max_instances,
+        "ready": any(i.state == "ready" for i in state.instances.values()),
+        "outage": around.outages.get(spec.name),
         "planned": dict(state.planned),
         "advised": dict(state.advised) or None,
         "reason": plan.reason if plan else None,

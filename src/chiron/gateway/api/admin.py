@@ -12,7 +12,7 @@ from starlette.responses import Response
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_response
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import invalid, not_found, retry_after
+from chiron.gateway.errors import invalid, model_not_found, not_found, retry_after
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -60,10 +60,20 @@ class Admin:
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Whether it is worth sending requests here."""
+        """Whether it is worth sending requests here, for one model or for all."""
+        if (name := request.query_params.get("model")) is not None:
+            return self._model_ready(name)
         if why := self._state.ready():
             return json_response({"status": why}, 503, retry_after(self._state.retry_after_s))
         return json_response({"status": "ready"})
+
+    def _model_ready(self, name: str) -> Response:
+        state = self._state
+        served = state.models.named(name)
+        if served is None:
+            raise model_not_found(name[:200], state.models.by_name if state.keys.open else ())
+        fine, words = state.model_ready(served.settings.name)
+        return json_response({"status": words}, *((200,) if fine else (503, retry_after(state.retry_after_s))))
 
     async def openapi(self, request: Request) -> Response:
         return Response(self._document, media_type="application/json")

@@ -54,6 +54,8 @@ class ApiState:
     """Take no new requests, finish those under way."""
     undrain: Callable[[], bool] = lambda: True
     """Take new requests again. Returns whether that is still possible: not once the gateway stops."""
+    model_ready: Callable[[str], tuple[bool, str]] = lambda model: (True, "ready")
+    """Whether it can serve one model, by its name, and how it stands with it in words."""
     retry_after_s: float = 1.0
     """When to ask again whether it is ready."""
     metrics: Callable[[], bytes] | None = None
