@@ -105,6 +105,6 @@ def test_names_with_brackets_are_printed_as_they_are() -> None:
 
 
 def test_small_and_large_numbers_keep_figures_that_say_something() -> None:
-    assert [amount(x) for x in (0.5, 99.994, 123.456, 12345.6)] == ["0.50", "99.99", "123.5", "12,346"]
-    assert [milliseconds(x) for x in (0.00234, 0.0196, 1.5)] == ["2.3", "20", "1,500"]
+    assert [amount(x) for x in (0.0471, 0.5, 99.994, 123.456, 12345.6)] == ["0.047", "0.50", "99.99", "123.5", "12,346"]
+    assert [milliseconds(x) for x in (0.00234, 0.0196, 1.5)] == ["2.3", "19.6", "1,500"]
     assert [whole(x) for x in (3.0, 3.5, 1234.5)] == ["3", "3.5", "1,234"]

@@ -540,3 +540,18 @@ def test_figures_of_an_empty_run_and_of_a_wrong_format(tmp_path: Path) -> None:
 def test_the_page_of_a_run_whose_gpus_nobody_saw_shows_no_zero() -> None:
     page = Page(report_html([unseen("gateway")]))
     assert "GPU" not in page.text
+
+
+def test_late_batch_work_is_told_only_of_runs_with_batch_work() -> None:
+    one = small()
+    chats = replace(one.requests, cls=np.zeros_like(one.requests.cls))
+    talk = replace(one, requests=chats, summary=summary_of(chats))
+    assert "late batch" in report_html([one])
+    assert "late batch" not in report_html([talk])
+
+
+def test_what_counts_as_missed_names_every_way_to_end() -> None:
+    simulated = Page(report_html([small()])).text
+    assert all(name in simulated for name in OUTCOMES[1:])
+    live = Page(report_html([replace(small(), seed=None)])).text
+    assert "only if a promise was broken by then" in live

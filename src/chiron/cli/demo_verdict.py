@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chiron.telemetry.format import percent
+from chiron.telemetry.format import amount, known, milliseconds, percent
 from chiron.telemetry.result import Result
 
 
@@ -27,9 +27,9 @@ def _latency(name: str, figures: Mapping[str, Any], result: Result) -> str:
     ttft_s, itl_s = figures["ttft_s"], figures["itl_s"]
     return (
         f"{name}: {figures['finished']:,} of {figures['requests']:,} requests answered, "
-        f"{percent(figures['attainment'])} within both SLOs; at the client TTFT p50 {_shown(ttft_s['p50'])} p99 "
-        f"{_shown(ttft_s['p99'])} s (SLO {cls.ttft_s:g}), ITL p50 {_shown(itl_s['p50'], 1000, 0)} p99 "
-        f"{_shown(itl_s['p99'], 1000, 0)} ms (SLO {cls.itl_s * 1000:g})"
+        f"{percent(figures['attainment'])} within both SLOs; at the client TTFT p50 {known(amount, ttft_s['p50'])} p99 "
+        f"{known(amount, ttft_s['p99'])} s (SLO {cls.ttft_s:g}), ITL p50 {known(milliseconds, itl_s['p50'])} p99 "
+        f"{known(milliseconds, itl_s['p99'])} ms (SLO {cls.itl_s * 1000:g})"
     )
 
 
@@ -70,7 +70,3 @@ def _batch_sizes(result: Result) -> str:
         return "max batch size: never changed"
     middle = f", median {int(np.median(sizes))}"
     return f"max batch size: {min(sizes)} to {max(sizes)}{middle}, changed {len(sizes):,} times"
-
-
-def _shown(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
-    return "-" if value is None else f"{value * factor:,.{digits}f}"

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from chiron.telemetry.format import percent
+from chiron.telemetry.format import amount, known, milliseconds, percent
 
 if TYPE_CHECKING:
     from chiron.load.record import Progress
@@ -115,9 +115,9 @@ def _classes(progress: Progress) -> Table:
             f"{cls.sent:,}",
             f"{cls.done:,}",
             Text(f"{cls.failed:,}", style="red" if cls.failed else ""),
-            _shown(cls.ttft_p50_s),
-            _shown(cls.ttft_p99_s),
-            _shown(cls.itl_p50_s, 1000, 1),
+            known(amount, cls.ttft_p50_s),
+            known(amount, cls.ttft_p99_s),
+            known(milliseconds, cls.itl_p50_s),
         )
     return table
 
@@ -134,17 +134,17 @@ def print_figures(console: Console, figures: Mapping[str, Any]) -> None:
             f"{cls['requests']:,}",
             f"{cls['finished']:,}",
             percent(cls["attainment"]),
-            *(_shown(cls["ttft_s"][share]) for share in ("p50", "p90", "p99")),
-            *(_shown(cls["itl_s"][share], 1000, 1) for share in ("p50", "p99")),
-            _shown(cls["gap_p99_s"]["p50"], 1000, 1),
-            _shown(cls["tokens_per_s"], 1, 1),
+            *(known(amount, cls["ttft_s"][share]) for share in ("p50", "p90", "p99")),
+            *(known(milliseconds, cls["itl_s"][share]) for share in ("p50", "p99")),
+            known(milliseconds, cls["gap_p99_s"]["p50"]),
+            known(amount, cls["tokens_per_s"]),
             f"{cls['requests'] - cls['finished']:,}",
         )
     console.print(table)
     late, tokens = figures["late_s"], figures["tokens"]
     said = [
         f"{figures['sent']:,} requests in {figures['wall_s']:.1f} s to {figures['url']}; sent late by "
-        f"{_shown(late['p99'], 1000, 1)} ms at p99, {_shown(late['max'], 1000, 1)} ms at most; "
+        f"{known(milliseconds, late['p99'])} ms at p99, {known(milliseconds, late['max'])} ms at most; "
         f"generator {figures['cpu_share']:.0%} of a core; stream {figures['digest']}",
         f"tokens counted by the server: prompts {tokens['input']:,} (wanted {tokens['input_wanted']:,}), "
         f"outputs {tokens['output']:,} (wanted {tokens['output_wanted']:,})",
@@ -172,7 +172,3 @@ def _table(first: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def _shown(value: float | None, factor: float = 1.0, digits: int = 3) -> str:
-    return "-" if value is None or isnan(value) else f"{value * factor:,.{digits}f}"

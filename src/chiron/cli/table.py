@@ -58,7 +58,7 @@ def _columns(classes: Sequence[str]) -> list[tuple[str, Callable[[PolicyRuns], s
         ("cost\n", lambda runs: _cell(runs.stat("cost"), amount)),
         ("p99\nTTFT\ns", lambda runs: _worst(runs, "ttft_s", amount)),
         ("p99\nITL\nms", lambda runs: _worst(runs, "itl_s", milliseconds)),
-        ("late\nbatch", lambda runs: _cell(runs.stat("batch_late"), whole)),
+        ("late\nbatch", _late),
         ("plan\nchanges", lambda runs: _cell(runs.stat("scaling_actions"), whole)),
         ("re-\nversed", lambda runs: _cell(runs.stat("reversals"), whole)),
         ("peak\nGPUs", lambda runs: _cell(runs.stat("gpus_peak"), whole)),
@@ -78,3 +78,10 @@ def _worst(runs: PolicyRuns, figure: str, show: Show) -> str:
     names = [c.name for c in runs.results[0].classes if c.interactive]
     means = [stat.mean for name in names if (stat := runs.stat(figure, name, "p99")) is not None]
     return show(max(means)) if means else NONE
+
+
+def _late(runs: PolicyRuns) -> str:
+    """Of batch requests, if there were any."""
+    batch = {c.name for c in runs.results[0].classes if c.kind == "batch"}
+    some = any(batch & r.summary["attainment"].keys() for r in runs.results)
+    return _cell(runs.stat("batch_late"), whole) if some else NONE

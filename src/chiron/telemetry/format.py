@@ -32,13 +32,20 @@ def percent_at(share: float, digits: int) -> str:
 
 def amount(value: float) -> str:
     """Three figures or so."""
+    if 0 < value < 0.0995:
+        return f"{value:.3f}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds: whole ones from 10 on."""
+    """Seconds as milliseconds: whole ones from 100 on."""
     shown = seconds * 1000
-    return f"{shown:,.0f}" if shown >= 10 else f"{shown:.1f}"
+    return f"{shown:,.0f}" if shown >= 100 else f"{shown:.1f}"
+
+
+def known(show: Show, value: float | None) -> str:
+    """A figure, or the sign for one that nobody has."""
+    return NONE if value is None or value != value else show(value)
 
 
 def whole(value: float) -> str:

@@ -20,10 +20,10 @@ from typing import Any
 from chiron.telemetry import charts, fleet_charts, traffic
 from chiron.telemetry.drawing import draw
 from chiron.telemetry.errors import ReportError
-from chiron.telemetry.format import counted, span
+from chiron.telemetry.format import counted, listed, span
 from chiron.telemetry.marks import Chart
 from chiron.telemetry.palette import Look, looks
-from chiron.telemetry.result import DecisionPoint, Result
+from chiron.telemetry.result import EXCUSED, OUTCOMES, DecisionPoint, Result
 from chiron.telemetry.table import class_table, table
 from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
 from chiron.telemetry.words import kind_words, quantity, show_moment, tell, words
@@ -292,11 +292,12 @@ def seeds_of(results: Sequence[Result]) -> list[int]:
 def missed(result: Result) -> str:
     """What attainment counts as missed besides what was late."""
     if result.seed is None:
+        certain = [name for name in OUTCOMES[1:] if name not in EXCUSED]
         return (
-            ", and counts rejected and failed requests as missed; those that a client broke off, or that are open"
+            f", and counts {listed(certain)} requests as missed; those that a client broke off, or that are open"
             " still, only if a promise was broken by then"
         )
-    return ", and counts rejected, failed, cancelled and unfinished requests as missed"
+    return f", and counts {listed(OUTCOMES[1:])} requests as missed"
 
 
 def rerun(results: Sequence[Result]) -> str:

@@ -12,6 +12,8 @@ from chiron.core.types import RequestClass
 from chiron.telemetry.format import amount, percent
 
 OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished", "shed")
+EXCUSED = ("cancelled", "unfinished")
+"""Of a live run these count only if a promise was broken by then: the client left in time, or may yet be served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +73,7 @@ class RequestTable:
         finish_s = np.where(self.outcome == OUTCOMES.index("unfinished"), now_s, self.finish_s)
         first_s = np.where(self.first_token_s >= 0, self.first_token_s, finish_s)
         broken = (first_s - self.arrival_s > ttft) | (finish_s > self.deadline_s)
-        pending = np.isin(self.outcome, [OUTCOMES.index("cancelled"), OUTCOMES.index("unfinished")])
+        pending = np.isin(self.outcome, [OUTCOMES.index(name) for name in EXCUSED])
         return ~pending | broken
 
 

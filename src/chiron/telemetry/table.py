@@ -144,7 +144,12 @@ def columns_of(runs: Sequence[PolicyRuns], target: float) -> list[Column]:
         *(p99(c, *what) for c in latency for what in LATENCIES),
         *(client_columns() if not seen else ()),
         Column(title="not served", help=LOST_HELP, read=lost, show=whole),
-        figure("late batch", "Batch requests with a deadline that did not finish by it.", whole, "batch_late"),
+        Column(
+            title="late batch",
+            help="Batch requests with a deadline that did not finish by it.",
+            read=lambda p: p.stat("batch_late") if any(c.kind == "batch" for c in classes) else None,
+            show=whole,
+        ),
         figure("scaling actions", "Changes of a planned number of instances.", whole, "scaling_actions"),
         figure("reversals", "Changes against the direction of the one just before.", whole, "reversals"),
         figure("peak GPUs", "Most GPUs billed at once.", whole, "gpus_peak"),

@@ -138,7 +138,7 @@ def latency(result: Result, table: RequestTable, bins: Bins, end_s: float) -> Ch
     per, x_axis = axes.time(end_s)
     at = [*(bins.edges_s / per)]
     series: list[Series] = []
-    limits: dict[float, list[str]] = {}
+    limits: dict[float, list[tuple[str, str]]] = {}
     shown = [(i, c) for i, c in enumerate(result.classes) if c.interactive and (table.cls == i).any()]
     for number, (index, promised) in enumerate(shown):
         mine = (table.cls == index) & (table.first_token_s >= 0)
@@ -146,13 +146,15 @@ def latency(result: Result, table: RequestTable, bins: Bins, end_s: float) -> Ch
             values = quantiles(table.ttft_s()[mine], bins.of(table.arrival_s[mine]), len(bins.widths_s), share)
             if np.isfinite(values).any():
                 series.append(held(f"{promised.name} {name}", COLOURS[number % len(COLOURS)], at, values, dash=dash))
-        limits.setdefault(promised.ttft_s, []).append(promised.name)
+        limits.setdefault(promised.ttft_s, []).append((promised.name, COLOURS[number % len(COLOURS)]))
     seen = [value for one in series for value in one.y if isfinite(value)]
     if not seen:
         return None
     rules = [
-        Rule(name=f"SLO {limit:g} s" + (f" ({', '.join(names)})" if len(limits) > 1 else ""), y=limit)
-        for limit, names in limits.items()
+        Rule(name=f"SLO {limit:g} s", y=limit)
+        if len(limits) == 1
+        else Rule(name=f"SLO {limit:g} s ({', '.join(name for name, _ in of)})", y=limit, colour=of[0][1])
+        for limit, of in limits.items()
         if limit < inf
     ]
     ends = [max(value, 1e-4) for value in (*seen, *(rule.y for rule in rules if rule.y))]
