@@ -555,3 +555,12 @@ def test_what_counts_as_missed_names_every_way_to_end() -> None:
     assert all(name in simulated for name in OUTCOMES[1:])
     live = Page(report_html([replace(small(), seed=None)])).text
     assert "only if a promise was broken by then" in live
+
+
+def test_a_single_run_is_compared_with_nothing_but_its_bound() -> None:
+    live = small(seed=None, gpu_hours_bound=None, gpu_hours_bound_full=None)
+    assert "Attainment against" not in Page(report_html([live])).text
+    bounded = Page(report_html([small()])).text
+    assert "Attainment against GPU-hours" in bounded
+    assert bounded.count("Fleet by role") == 1
+    assert "GPUs billed" not in bounded

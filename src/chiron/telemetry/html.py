@@ -92,13 +92,7 @@ def report_html(
         "classes_open": " open" if len(firsts) == 1 else "",
         "missed": missed(firsts[0]),
         "errors": error_section(errors or {}),
-        "compared": section(
-            "",
-            [
-                charts.tradeoff(judged.ranking, seen, bound, target),
-                charts.fleets(judged.ranking, seen, POINTS_PER_LINE),
-            ],
-        ),
+        "compared": section("", compared(judged, seen, bound, target)),
         "views": view_section(firsts, seen),
         "latencies": section("Latency", charts.latencies(judged.ranking, seen), LATENCY_CAPTION, many=True),
         "decisions": decision_section(firsts, seen),
@@ -108,6 +102,17 @@ def report_html(
         "script": asset("report.js"),
     }
     return Template(asset("report.html")).substitute(parts)
+
+
+def compared(judged: Verdict, seen: dict[str, Look], bound: float | None, target: float) -> list[Chart | None]:
+    """Charts of all policies. Of a single run one point is no comparison unless there is a bound to compare it with,
+    and its fleet is shown by role anyway."""
+    firsts = [p.results[0] for p in judged.ranking]
+    several = sum(len(p.results) for p in judged.ranking) > 1
+    return [
+        charts.tradeoff(judged.ranking, seen, bound, target) if several or bound else None,
+        charts.fleets(judged.ranking, seen, POINTS_PER_LINE) if len(firsts) > 1 or len(firsts[0].models) > 1 else None,
+    ]
 
 
 LATENCY_CAPTION = (
