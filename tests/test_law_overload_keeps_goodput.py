@@ -114,3 +114,41 @@ def test_refusal_turns_away_what_would_be_late_and_nobody_waits_long() -> None:
     result = run(("chat", 5.0, 0.2, 15.0), refuse=True)
     assert result.summary["shed"] > 1000
     assert result.summary["shed"] + result.summary["finished"] >= 0.9 * len(result.requests.arrival_s)
+
+
+SHARED = """
+grace = "1m"
+[classes.chat]
+kind = "interactive"
+ttft = "5s"
+itl = "200ms"
+[models.flooded]
+instances = [{ profile = "llama-3.1-8b/a100/tp1" }]
+max_instances = 4
+initial = 3
+[models.modest]
+instances = [{ profile = "llama-3.1-8b/a100/tp1", name = "other" }]
+max_instances = 4
+initial = 1
+[gpus]
+a100 = 4
+[[workload]]
+model = "flooded"
+class = "chat"
+generate = { kind = "poisson", rate = 40, duration = "6m", lengths = "sharegpt-300" }
+[[workload]]
+model = "modest"
+class = "chat"
+generate = { kind = "poisson", rate = 8, duration = "6m", lengths = "sharegpt-300" }
+"""
+
+
+def test_a_model_within_its_share_of_the_gpus_gets_it_from_one_that_is_flooded() -> None:
+    """8 requests/s need two A100; they are there once the other has drained one."""
+    scenario = parse_scenario(SHARED, directory=Path(), name="shared")
+    (setup,) = setups(scenario, policies=["chiron"])
+    result = simulate(setup, with_bound=False)
+    table = result.requests
+    later = (table.model == result.models.index("modest")) & (table.arrival_s > 120.0)
+    assert table.attained(result.classes)[later].mean() > 0.95
+    assert result.summary["reversals"] == 0

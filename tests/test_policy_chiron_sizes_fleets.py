@@ -256,7 +256,7 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
             "a": ModelPlan(counts={"interactive": 0, **a}, reason="interactive_load"),
             "b": ModelPlan(counts={"interactive": 0, **b}, reason="interactive_load"),
         }
-        return share_gpus(ours, plans, memories, view)
+        return share_gpus(ours, plans, memories, memories, view)
 
     plans, _ = shared({"mixed": 4, "batch": 4}, {"mixed": 6, "batch": 0})
     assert plans["a"].counts == {"interactive": 0, "mixed": 4, "batch": 0}
@@ -269,3 +269,36 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
     assert plans["b"].counts["mixed"] == 8
     assert after["a"].last_direction == -1, "and it is remembered as a change"
     assert JOBS.kind == "batch"
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "limit", "expected"),
+    [
+        ((7, 1), (20, 2), 8, (6, 2)),  # The overload of one takes nothing of what the other may count on.
+        ((7, 1), (20, 6), 8, (4, 4)),  # Both want more than half.
+        ((7, 1), (20, 1), 8, (7, 1)),
+        ((4, 4), (20, 20), 8, (4, 4)),
+        ((7, 1), (20, 2), 10, (8, 2)),
+    ],
+)
+def test_one_models_overload_is_not_another_s(
+    present: tuple[int, int], wanted: tuple[int, int], limit: int, expected: tuple[int, int]
+) -> None:
+    ours = ChironSettings()
+    models = [
+        model([instance(id=i) for i in range(count)], name=name, planned={"mixed": count, "interactive": 0, "batch": 0})
+        for name, count in zip("ab", present, strict=True)
+    ]
+    view = replace(fleet(*models, now_s=1000.0), gpus_max={"A100": float(limit)})
+    plans = {
+        name: ModelPlan(counts={"interactive": 0, "mixed": count, "batch": 0}, reason="interactive_load")
+        for name, count in zip("ab", wanted, strict=True)
+    }
+    memories = {m.name: first_memory(ours, m, 0.0) for m in models}
+    shared, after = share_gpus(ours, plans, memories, memories, view)
+    assert (shared["a"].counts["mixed"], shared["b"].counts["mixed"]) == expected
+    if expected[0] < present[0]:
+        assert after["a"].last_direction == -1, "it is remembered as a change"
+    held = {**memories, "a": replace(memories["a"], last_change_s=990.0, last_direction=1)}
+    shared, _ = share_gpus(ours, plans, held, held, view)
+    assert shared["a"].counts["mixed"] >= present[0], "who has just grown keeps it for a while"

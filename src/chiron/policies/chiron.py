@@ -18,6 +18,7 @@ Changes in opposite directions are at least ``hold_s`` apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -49,31 +50,36 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     """Size every model's fleet."""
     state = state or {}
     plans: dict[str, ModelPlan] = {}
+    before: State = {}
     memories: State = {}
     for model in view.models:
         memory = state.get(model.name) or first_memory(settings, model, view.now_s - view.since_s)
+        before[model.name] = memory
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return share_gpus(settings, plans, memories, view)
+    return share_gpus(settings, plans, before, memories, view)
 
 
 def share_gpus(
-    settings: ChironSettings, plans: dict[str, ModelPlan], memories: State, view: FleetView
+    settings: ChironSettings, plans: dict[str, ModelPlan], before: State, memories: State, view: FleetView
 ) -> tuple[dict[str, ModelPlan], State]:
     """Fit the plans into the GPUs that exist.
 
     Growth for batch is refused first; then batch instances elsewhere give way to interactive growth, unless they
-    came within the hold time; then interactive growth is refused, in proportion. What runs interactive work is never
-    taken away here, so the limit adds no change of direction.
+    came within the hold time; then interactive growth is refused, in proportion. One model's overload is not
+    another's: who wants no more than its fair share (max-min) gets it, from those that have more than theirs and have
+    not changed within the hold time. ``before`` are the memories from before these plans: a change that the limit
+    refuses is none.
     """
     plans, memories = dict(plans), dict(memories)
     for gpu, limit in view.gpus_max.items():
         models = [m for m in view.models if m.gpu == gpu]
         wanted = {m.name: _total(plans[m.name]) for m in models}
+        interactive = {m.name: plans[m.name].counts["mixed"] for m in models}
         present = {m.name: sum(m.planned.values()) for m in models}
         excess = sum(wanted[m.name] * m.gpus_per_instance for m in models) - limit
         for stage in (_batch_growth, _idle_batch, _growth):
             while excess > 0:
-                able = [m for m in models if stage(settings, plans[m.name], memories[m.name], m, view.now_s)]
+                able = [m for m in models if stage(settings, plans[m.name], before[m.name], m, view.now_s)]
                 if not able:
                     break
                 # The one that keeps the largest share of what it wanted gives next.
@@ -83,10 +89,71 @@ def share_gpus(
                 counts = {**plan.counts, role: plan.counts[role] - 1}
                 plans[model.name] = replace(plan, counts=counts, reason="gpu_limit")
                 excess -= model.gpus_per_instance
+        plans.update(_fair_plans(settings, plans, before, models, interactive, limit, view.now_s))
         for m in models:
-            if _total(plans[m.name]) < present[m.name] <= wanted[m.name]:
+            count, memory = _total(plans[m.name]), before[m.name]
+            if count < present[m.name] <= wanted[m.name]:
                 memories[m.name] = replace(memories[m.name], last_change_s=view.now_s, last_direction=-1)
+            elif count == present[m.name] < wanted[m.name]:
+                memories[m.name] = replace(
+                    memories[m.name], last_change_s=memory.last_change_s, last_direction=memory.last_direction
+                )
     return plans, memories
+
+
+def _fair_plans(
+    settings: ChironSettings,
+    plans: Mapping[str, ModelPlan],
+    memories: State,
+    models: list[ModelView],
+    wanted: Mapping[str, int],
+    limit: float,
+    now_s: float,
+) -> dict[str, ModelPlan]:
+    """Move instances, one by one, from models above their fair share of the GPUs to those below it that want more.
+    ``wanted`` is for interactive work; batch instances have given way already."""
+    shares = max_min_shares({m.name: wanted[m.name] * m.gpus_per_instance for m in models}, limit)
+    fair = {m.name: shares[m.name] / m.gpus_per_instance for m in models}
+    counts = {m.name: plans[m.name].counts["mixed"] for m in models}
+    free = limit - sum(_total(plans[m.name]) * m.gpus_per_instance for m in models)
+
+    def lacks(model: ModelView) -> bool:
+        return counts[model.name] + 1 <= min(wanted[model.name], fair[model.name] + 1e-9)
+
+    def gives(model: ModelView) -> bool:
+        left = counts[model.name] - 1
+        may = _may_shrink(settings, memories[model.name], now_s)
+        return may and left >= max(fair[model.name] - 1e-9, model.min_instances)
+
+    while poor := [m for m in models if lacks(m)]:
+        needy = min(poor, key=lambda m: counts[m.name] / fair[m.name])
+        while free < needy.gpus_per_instance and (able := [m for m in models if gives(m)]):
+            giver = max(able, key=lambda m: counts[m.name] / fair[m.name])
+            counts[giver.name] -= 1
+            free += giver.gpus_per_instance
+        if free < needy.gpus_per_instance:
+            break
+        counts[needy.name] += 1
+        free -= needy.gpus_per_instance
+    return {
+        name: replace(plans[name], counts={**plans[name].counts, "mixed": count}, reason="gpu_share")
+        for name, count in counts.items()
+        if count != plans[name].counts["mixed"]
+    }
+
+
+def max_min_shares(wanted: Mapping[str, float], total: float) -> dict[str, float]:
+    """Max-min fair shares of ``total``: who wants less than an equal part gets it all, the others split the rest."""
+    shares: dict[str, float] = {}
+    left = total
+    for count, name in enumerate(sorted(wanted, key=lambda name: wanted[name])):
+        shares[name] = min(wanted[name], left / (len(wanted) - count))
+        left -= shares[name]
+    return shares
+
+
+def _may_shrink(settings: ChironSettings, memory: ModelMemory, now_s: float) -> bool:
+    return memory.last_direction <= 0 or now_s - memory.last_change_s >= settings.hold_s
 
 
 def _total(plan: ModelPlan) -> int:
@@ -100,7 +167,7 @@ def _batch_growth(
 
 
 def _idle_batch(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float) -> bool:
-    free = memory.last_direction <= 0 or now_s - memory.last_change_s >= settings.hold_s
+    free = _may_shrink(settings, memory, now_s)
     return plan.counts["batch"] > 0 and free and _total(plan) > model.min_instances
 
 
