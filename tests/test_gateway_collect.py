@@ -1,6 +1,8 @@
 """A streamed answer, put together, is the answer that would have come in one piece."""
 
 import json
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -222,3 +224,38 @@ def test_memory_is_bounded() -> None:
         endless.feed(b"data: " + b"x" * 94)
     with pytest.raises(CollectError):
         endless.feed(b"x")
+
+
+def cpu_s(work: Callable[[], None]) -> float:
+    before_s = time.process_time()
+    work()
+    return time.process_time() - before_s
+
+
+def test_a_line_that_does_not_end_costs_what_its_bytes_cost() -> None:
+    def feed(pieces: int) -> None:
+        collector = Collector(True)
+        for _ in range(pieces):
+            collector.feed(b"x" * 256)
+
+    # Four times the bytes, sixteen times the work if each piece were joined to all before it.
+    few, many = (min(cpu_s(lambda n=n: feed(n)) for _ in range(3)) for n in (7_000, 28_000))  # type: ignore[misc]
+    assert many < 9 * few + 0.01
+
+
+@pytest.mark.parametrize("piece", [b"x" * 65536, b"data: " + b"x" * 65530 + b"\n", b"data:\n" * 10_000])
+def test_an_event_has_a_limit(piece: bytes) -> None:
+    collector = Collector(True)
+
+    def feed() -> None:
+        for _ in range(200):
+            collector.feed(piece)
+
+    with pytest.raises(CollectError, match="larger than 8388608 bytes"):
+        feed()
+
+
+def test_many_events_have_none_of_it() -> None:
+    collector = Collector(True)
+    for _ in range(300):
+        collector.feed(b": " + b"x" * 65536 + b"\n\n")

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from chiron.core.types import RequestClass
-from chiron.gateway.errors import ApiError, invalid, model_not_found
+from chiron.gateway.errors import ApiError, invalid, model_not_found, shown
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
 from chiron.net.server import Incoming
@@ -84,7 +84,7 @@ class Models:
         if served is None:
             if not isinstance(name, str):
                 raise invalid(
-                    "model: missing, or not text" if name is None else f"model: {str(name)[:80]} is not text",
+                    "model: missing, or not text" if name is None else f"model: {shown(name)} is not text",
                     param="model",
                 )
             known = [n for n in self.by_name if not key.models or n in key.models]
@@ -101,10 +101,10 @@ def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
     key.permit(cls=cls.name)
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
-        raise invalid(f"stream: {str(stream)[:80]!r} must be true or false", param="stream")
+        raise invalid(f"stream: {shown(stream)} must be true or false", param="stream")
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        raise invalid(f"stream_options: {str(options)[:80]!r} must be an object", param="stream_options")
+        raise invalid(f"stream_options: {shown(options)} must be an object", param="stream_options")
     chat = incoming.path.endswith("/chat/completions")
     exact, size = _prompt_size(fields, chat)
     return Admitted(
@@ -225,7 +225,7 @@ def _prompt_size(fields: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
 
 def _message_bytes(message: object) -> int:
     if not isinstance(message, dict):
-        raise invalid(f"messages: {str(message)[:80]!r} is not an object with role and content", param="messages")
+        raise invalid(f"messages: {shown(message)} is not an object with role and content", param="messages")
     content = message.get("content")
     if isinstance(content, str):
         return len(content) + 8

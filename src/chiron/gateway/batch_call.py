@@ -38,7 +38,7 @@ class BatchCall(CollectedCall):
         if self.status < 300 and said is not None:
             code = said.get("code")
             if isinstance(code, int) and _is_no(code):
-                self.status, self.answer = code, orjson.dumps({"error": said})
+                self.status, self.answer = code, bytearray(orjson.dumps({"error": said}))
         return super().end()
 
     def ended(self, request: Request) -> None:
@@ -89,7 +89,7 @@ def output_limit(body: dict[str, Any]) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes | bytearray) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError:

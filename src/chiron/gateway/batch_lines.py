@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from chiron.gateway.admission import BYTES_PER_TOKEN, NESTING_MAX, nested_too_deep, prompt_bytes
-from chiron.gateway.errors import ApiError
+from chiron.gateway.errors import ApiError, shown
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
 from chiron.store.port import ItemSpec, LineError, request_id
@@ -48,14 +48,14 @@ def _check_frame(value: dict[str, Any], endpoint: str) -> LineError | None:
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= CUSTOM_ID_MAX:
         return _bad(
             "custom_id",
-            f"custom_id is {_show(custom_id)}; it must be a string of 1 to {CUSTOM_ID_MAX} characters.",
+            f"custom_id is {shown(custom_id)}; it must be a string of 1 to {CUSTOM_ID_MAX} characters.",
         )
     method = value.get("method")
     if method != "POST":
-        return _bad("method", f"method is {_show(method)}; it must be 'POST'.", "invalid_method")
+        return _bad("method", f"method is {shown(method)}; it must be 'POST'.", "invalid_method")
     url = value.get("url")
     if url != endpoint:
-        return _bad("url", f"url is {_show(url)}; it must be the batch's endpoint, {endpoint!r}.", "invalid_url")
+        return _bad("url", f"url is {shown(url)}; it must be the batch's endpoint, {endpoint!r}.", "invalid_url")
     return None
 
 
@@ -64,12 +64,12 @@ def _check_body(
 ) -> ItemSpec | LineError:
     body = value.get("body")
     if not isinstance(body, dict):
-        return _bad("body", f"body is {_show(body)}; it must be an object, the request to {endpoint}.")
+        return _bad("body", f"body is {shown(body)}; it must be an object, the request to {endpoint}.")
     name = body.get("model")
     model = models.get(name) if isinstance(name, str) else None
     if model is None:
         known = ", ".join(sorted({m.name for m in models.values() if m.batch_class and _may_use(key, m.name)}))
-        return _bad("body.model", f"body.model is {_show(name)}; models served here: {known}.", "model_not_found")
+        return _bad("body.model", f"body.model is {shown(name)}; models served here: {known}.", "model_not_found")
     if not model.batch_class:
         return _bad("body.model", f"Model {model.name!r} takes no batch requests.", "model_not_found")
     if key is None:
@@ -79,16 +79,16 @@ def _check_body(
     except ApiError as error:
         return _bad("body.model", error.message, "permission_denied")
     if body.get("stream"):
-        return _bad("body.stream", f"body.stream is {_show(body['stream'])}; answers of batches are not streamed.")
+        return _bad("body.stream", f"body.stream is {shown(body['stream'])}; answers of batches are not streamed.")
     prompt = body.get("messages" if endpoint == ENDPOINTS[0] else "prompt")
     if endpoint == ENDPOINTS[0] and (not isinstance(prompt, list) or not prompt):
-        return _bad("body.messages", f"body.messages is {_show(prompt)}; it must be a list that is not empty.")
+        return _bad("body.messages", f"body.messages is {shown(prompt)}; it must be a list that is not empty.")
     if endpoint != ENDPOINTS[0] and (not isinstance(prompt, str | list) or prompt == []):
-        return _bad("body.prompt", f"body.prompt is {_show(prompt)}; it must be a text or a list of token ids.")
+        return _bad("body.prompt", f"body.prompt is {shown(prompt)}; it must be a text or a list of token ids.")
     for field in ("max_tokens", "max_completion_tokens"):
         limit = body.get(field)
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            return _bad(f"body.{field}", f"body.{field} is {_show(limit)}; it must be an integer above 0.")
+            return _bad(f"body.{field}", f"body.{field} is {shown(limit)}; it must be an integer above 0.")
     exact, size = prompt_bytes(body, endpoint == ENDPOINTS[0])
     return ItemSpec(
         custom_id=value["custom_id"],
@@ -122,8 +122,3 @@ def error_line(batch_id: str, index: int, custom_id: str, code: str, message: st
 
 def _bad(param: str, message: str, code: str = "invalid_request") -> LineError:
     return LineError(code=code, message=message, param=param)
-
-
-def _show(value: object) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

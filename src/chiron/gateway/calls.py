@@ -24,11 +24,14 @@ from chiron.gateway.upstream import ERROR_MAX_BYTES, UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
 
-_DROPPED = frozenset(
-    b"connection keep-alive content-length transfer-encoding date server upgrade trailer te proxy-connection "
-    b"proxy-authenticate proxy-authentication-info".split()
+_PASSED = frozenset(
+    b"content-type content-encoding content-language content-disposition cache-control etag expires last-modified "
+    b"retry-after retry-after-ms vary warning x-accel-buffering".split()
 )
-"""Headers of an engine's answer that speak of its connection, not of the answer."""
+"""Headers of an engine's answer that speak of the answer. Others speak of its connection, or for whoever serves this
+address: cookies, where else it is served, who may read it, what a proxy should send instead."""
+_PASSED_KINDS = (b"x-", b"openai-", b"anthropic-")
+_DROPPED_KINDS = (b"x-request-id", b"x-accel-", b"x-sendfile", b"x-lighttpd-send-", b"x-reproxy-", b"x-forwarded-")
 REMIND_S = 15.0
 """Between two signs of life to a client that waits."""
 _ANSWER_MAX_BYTES = 1 << 20
@@ -132,13 +135,10 @@ class RelayCall:
         self._first = True
         self._status = status
         self._length = None
-        kept = [(b"x-request-id", self.request_id.encode())]
         for name, value in headers:
-            if name not in _DROPPED and name != b"x-request-id":
-                kept.append((name, value))
-            elif name == b"content-length" and value.isdigit():
+            if name == b"content-length" and value.isdigit():
                 self._length = int(value)
-        self._answer_headers = kept
+        self._answer_headers = [(b"x-request-id", self.request_id.encode()), *passed_headers(headers)]
 
     def data(self, data: bytes) -> int:
         incoming = self.incoming
@@ -258,7 +258,7 @@ class CollectedCall:
         self.error: UpstreamFailure | None = None
         self.status = 0
         """The engine's, of the answer that counts."""
-        self.answer = b""
+        self.answer = bytearray()
         """Body of a refusal by the engine."""
         self.collector = Collector(
             path.endswith(b"/chat/completions"),
@@ -288,7 +288,7 @@ class CollectedCall:
 
     def begin(self, call: Call, status: int, headers: list[Header]) -> None:
         self.status = status
-        self.answer = b""
+        self.answer = bytearray()
 
     def data(self, data: bytes) -> int:
         if self.status >= 300:
@@ -363,7 +363,7 @@ class FlexCall(CollectedCall):
         if request.outcome == "finished":
             self._deliver()
             return
-        engine = Answer(self.status, self.answer or wordless(self.status)) if self.status >= 300 else None
+        engine = Answer(self.status, bytes(self.answer) or wordless(self.status)) if self.status >= 300 else None
         self._say(last_word(request, self.refusal, engine, self.error))
 
     def _deliver(self) -> None:
@@ -402,6 +402,20 @@ class FlexCall(CollectedCall):
         else:
             answer.send(self.incoming, self.request_id)
             self.responded(answer.status)
+
+
+def passed_headers(headers: Sequence[Header]) -> list[Header]:
+    """Of an engine's answer, those that its client gets."""
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name == b"connection":
+            named.update(part.strip().lower() for part in value.split(b","))
+    return [
+        header
+        for header in headers
+        if header[0] not in named
+        and (header[0] in _PASSED or (header[0].startswith(_PASSED_KINDS) and not header[0].startswith(_DROPPED_KINDS)))
+    ]
 
 
 def tokens_in(data: bytes) -> int:

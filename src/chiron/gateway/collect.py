@@ -20,6 +20,9 @@ from chiron.gateway.admission import nested_too_deep
 
 Json = dict[str, Any]
 
+EVENT_MAX_BYTES = 8 << 20
+"""One event of a stream, and so one line: with log probabilities of a long prompt it is megabytes."""
+
 _SET_ONCE = frozenset({"role", "id", "type", "name"})
 """Strings in a delta that name something; some engines repeat them in every chunk."""
 _NOT_ENDS = frozenset({"abort", "error"})
@@ -34,14 +37,15 @@ class Collector:
     """Collects one request's answer, over as many streams as evictions and retries make of it."""
 
     __slots__ = (
-        "_buffer",
         "_bytes_left",
         "_bytes_max",
         "_chat",
         "_choices",
         "_chunks",
         "_event",
+        "_event_bytes",
         "_keep_token_ids",
+        "_line",
         "_top",
         "done",
         "error",
@@ -63,8 +67,11 @@ class Collector:
         self.error: Json | None = None
         """The engine's error object, if the stream carried one."""
         self.usage: Json | None = None
-        self._buffer = b""
+        self._line = bytearray()
+        """The line that has not ended: in one place, so that pieces of any size cost what their bytes cost."""
         self._event: list[bytes] = []
+        self._event_bytes = 0
+        """Of the event that has not ended, its open line included."""
         self._bytes_left = self._bytes_max
         self._top: Json = {}
         self._choices: dict[int, _Choice] = {}
@@ -72,8 +79,9 @@ class Collector:
 
     def resume(self) -> None:
         """Another stream goes on where this one was cut: half an event is dropped, whole ones are kept."""
-        self._buffer = b""
+        self._line.clear()
         self._event.clear()
+        self._event_bytes = 0
         self.done = False
         self.error = None
 
@@ -83,15 +91,25 @@ class Collector:
         if self._bytes_left < 0:
             raise CollectError(f"the answer is larger than {self._bytes_max} bytes")
         lines = data.split(b"\n")
-        lines[0] = self._buffer + lines[0] if self._buffer else lines[0]
-        self._buffer = lines.pop()
+        unended = lines.pop()
         for line in lines:
+            self._event_bytes += len(line) + 1
+            if self._line:
+                self._line += line
+                line = bytes(self._line)
+                self._line.clear()
             line = line.rstrip(b"\r")
             if line.startswith(b"data:"):
                 self._event.append(line[5:])
-            elif not line and self._event:
-                event, self._event = b"\n".join(self._event), []
-                self._take(event.strip())
+            elif not line:
+                self._event_bytes = 0
+                if self._event:
+                    event, self._event = b"\n".join(self._event), []
+                    self._take(event.strip())
+        self._line += unended
+        self._event_bytes += len(unended)
+        if self._event_bytes > EVENT_MAX_BYTES:
+            raise CollectError(f"an event of the engine's stream is larger than {EVENT_MAX_BYTES} bytes")
 
     @property
     def token_ids(self) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from math import ceil
+from reprlib import Repr
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -41,6 +42,17 @@ class ApiError(Exception):
     def body(self) -> bytes:
         """The error object as JSON. ASCII only: a message may quote what a client sent, even half a character."""
         return json.dumps(self.value()).encode()
+
+
+SHOWN_MAX = 100
+"""Characters of a client's value in a message."""
+_REPR = Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, SHOWN_MAX, SHOWN_MAX
+
+
+def shown(value: object) -> str:
+    """A client's value for a message: short, and at no more cost than that, however deep or large the value is."""
+    return "missing" if value is None else _REPR.repr(value)[:SHOWN_MAX]
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> ApiError:

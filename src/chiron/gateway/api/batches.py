@@ -13,7 +13,7 @@ from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
 from chiron.gateway.api.state import ApiState
 from chiron.gateway.batch_lines import ENDPOINTS
-from chiron.gateway.errors import forbidden, invalid, not_found, too_many
+from chiron.gateway.errors import forbidden, invalid, not_found, shown, too_many
 from chiron.gateway.keys import Key
 from chiron.store.port import Batch, LineError, NotFound
 from chiron.store.progress import eta_s, items_per_s
@@ -154,8 +154,7 @@ def _at(seconds: float | None) -> int | None:
 def _text(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        said = "missing" if value is None else f"{value!r:.100}"
-        raise invalid(f"{name} is {said}; it must be a text that is not empty.", param=name)
+        raise invalid(f"{name} is {shown(value)}; it must be a text that is not empty.", param=name)
     return value
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeGuard
 
-from chiron.gateway.errors import ApiError, invalid
+from chiron.gateway.errors import ApiError, invalid, shown
 
 ANCHOR = "created_at"
 SECONDS_MIN, SECONDS_MAX = 3600, 2_592_000
@@ -42,8 +42,7 @@ def _expiry_s(name: str, value: object) -> float:
 
 
 def _wrong(param: str, name: str, value: object, allowed: str) -> ApiError:
-    said = "missing" if value is None else f"{value!r:.100}"
-    return invalid(f"{name} is {said}; it must be {allowed}.", param=param)
+    return invalid(f"{name} is {shown(value)}; it must be {allowed}.", param=param)
 
 
 def _whole(value: object) -> TypeGuard[float]:
