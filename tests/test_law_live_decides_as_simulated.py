@@ -63,7 +63,7 @@ async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
     loop = asyncio.get_running_loop()
     workload = setup.workload
     clock = LiveClock(loop, wall_s=0.0)
-    recorder = Recorder(workload, {m.name: m.kinds[0].gpus for m in setup.models})
+    recorder = Recorder(workload)
     classes = {c.name: c for c in workload.classes}
     interactive = next(name for name, c in classes.items() if c.interactive)
     served = {}

@@ -82,7 +82,7 @@ class LiveRecorder:
         start_s: float = 0.0,
     ) -> None:
         self.settings = settings or RecorderSettings()
-        self.timeline = Timeline({m.name: m.kinds[0].gpus for m in models}, self.settings.points_max)
+        self.timeline = Timeline(self.settings.points_max)
         self.forgotten = 0
         """Ended requests that gave way to newer ones."""
         self._models = tuple(m.name for m in models)

@@ -65,6 +65,8 @@ class InstanceView:
     kv_used_tokens: int
     itl_s: float
     """Mean step over the last scrape interval; nan when idle or unknown."""
+    gpus: int = 1
+    """That it takes: kinds of one model may differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping
 from typing import TextIO
 
 import numpy as np
@@ -22,9 +21,9 @@ _OUTCOME = {name: index for index, name in enumerate(OUTCOMES)}
 class Recorder:
     """Implements the ``Journal`` port; request ids are rows of the workload."""
 
-    def __init__(self, workload: Workload, gpus_of: Mapping[str, int], events: TextIO | None = None) -> None:
+    def __init__(self, workload: Workload, events: TextIO | None = None) -> None:
         count = len(workload)
-        timeline = Timeline(gpus_of)
+        timeline = Timeline()
         self.wants_events = events is not None
         self.observe = timeline.observe
         self.fleet = timeline.fleet

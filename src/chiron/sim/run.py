@@ -73,8 +73,7 @@ class Simulation:
         self.engines: list[EngineModel] = []
         """Every engine there ever was."""
         self._times = {name: StepTimes(profile) for name, profile in setup.profiles.items()}
-        gpus_of = {m.name: m.kinds[0].gpus for m in setup.models}
-        self.recorder = Recorder(setup.workload, gpus_of, events)
+        self.recorder = Recorder(setup.workload, events)
         cold, failures = setup.cold_start, setup.failures
         self.fleet = FleetModel(
             clock=self.clock,

@@ -6,7 +6,6 @@ The simulator and the gateway record alike, so that both give the same report an
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from math import nan
 
 from chiron.core.types import Decision, Instance
@@ -17,13 +16,12 @@ from chiron.telemetry.result import BatchSizePoint, DecisionPoint, FleetPoint
 class Timeline:
     """Points in order of time. With ``points_max``, each kind keeps its newest ones only."""
 
-    def __init__(self, gpus_of: Mapping[str, int], points_max: int | None = None) -> None:
+    def __init__(self, points_max: int | None = None) -> None:
         self.fleet: deque[FleetPoint] = deque(maxlen=points_max)
         self.batch_sizes: deque[BatchSizePoint] = deque(maxlen=points_max)
         self.decisions: deque[DecisionPoint] = deque(maxlen=points_max)
         self.plan_changes: deque[tuple[float, str, int, int]] = deque(maxlen=points_max)
         """Seconds, model, planned instances before and after."""
-        self._gpus_of = gpus_of
         self._alive: set[int] = set()
         """Instances that have been ready and are not gone."""
 
@@ -76,11 +74,11 @@ class Timeline:
     def observe(self, view: FleetView, plan: FleetPlan) -> None:
         """The fleet at a tick, and what the policy made of it."""
         for model in view.models:
-            self.fleet.append(fleet_point(view.now_s, model, plan, self._gpus_of[model.name]))
+            self.fleet.append(fleet_point(view.now_s, model, plan))
 
 
-def fleet_point(now_s: float, model: ModelView, plan: FleetPlan, gpus: int) -> FleetPoint:
-    """One model's fleet at a tick; ``gpus`` is what one of its instances takes."""
+def fleet_point(now_s: float, model: ModelView, plan: FleetPlan) -> FleetPoint:
+    """One model's fleet at a tick."""
     ready = {"interactive": 0, "mixed": 0, "batch": 0}
     running_interactive = running = starting = draining = 0
     for instance in model.instances:
@@ -99,7 +97,7 @@ def fleet_point(now_s: float, model: ModelView, plan: FleetPlan, gpus: int) -> F
         ready=ready,
         starting=starting,
         draining=draining,
-        gpus=len(model.instances) * gpus,
+        gpus=sum(instance.gpus for instance in model.instances),
         planned=sum(made.counts.values()) if made else sum(model.planned.values()),
         running_interactive=running_interactive,
         running_batch=running - running_interactive,
