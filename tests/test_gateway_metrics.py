@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from chiron.core.types import Request
+from chiron.gateway.journal import LiveJournal
 from chiron.gateway.metrics import LoopLag, Metrics
 from chiron.gateway.status import BATCHES_SHOWN, Surroundings, status
 from chiron.gateway.tally import HISTORY
@@ -126,11 +127,11 @@ def test_gauges_are_what_the_control_plane_holds_now(live: LivePlane, value: Val
     states = live.plane.instances.values()
     assert value("instances", model=MODEL, role="mixed", state="ready") == sum(i.state == "ready" for i in states)
     for instance in states:
-        here = {"model": MODEL, "instance": str(instance.id)}
+        here = {"model": MODEL, "instance_id": str(instance.id)}
         assert value("max_batch_size", **here) == instance.max_batch_size
         assert value("instance_requests_running", kind="batch", **here) == len(instance.batch)
         assert 0.0 <= value("kv_cache_usage_perc", **here) <= 1.0
-    assert value("itl_slo_seconds", model=MODEL, instance="1") == CHAT.itl_s
+    assert value("itl_slo_seconds", model=MODEL, instance_id="1") == CHAT.itl_s
     assert value("ibp", model=MODEL) > 0
     assert value("instances_planned", model=MODEL, role="mixed") >= 2
     assert value("decisions_total", kind="fleet", reason="interactive_load") == 1
@@ -268,3 +269,38 @@ def test_requests_of_a_model_that_is_queried_before_it_has_instances_count_as_wa
     live.plane.submit(Request(10_000, MODEL, CHAT, 0.0, 10, 5))
     (model,) = status(live.plane, live.journal, Surroundings())["models"]
     assert model["classes"][0]["waiting"] == model["queue"]["interactive"] == 1
+
+
+def test_gpu_seconds_and_cost_are_those_of_the_run(live: LivePlane, value: Value) -> None:
+    summary = live.recorder.result(live.clock.now_s, policy=live.policy).summary
+    assert value("gpu_seconds_total", model=MODEL, gpu="g") == pytest.approx(3600.0 * summary["gpu_hours"])
+    assert value("gpu_cost_total", model=MODEL, gpu="g") == pytest.approx(2.0 * summary["gpu_hours"])
+
+
+def test_instances_that_are_gone_stay_on_the_bill() -> None:
+    live = LivePlane()
+    live.rush(15.0, per_s=25.0)
+    live.clock.run_until(4000.0)
+    assert len(live.plane.instances) < len(live.engines)
+    ((_, bill),) = live.recorder.billed(4000.0).items()
+    result = live.recorder.result(4000.0, policy=live.policy)
+    assert bill.gpu_seconds == pytest.approx(3600.0 * result.summary["gpu_hours"])
+    assert live.recorder.billed(5000.0)[MODEL, "g"].gpu_seconds > bill.gpu_seconds
+
+
+def test_no_label_is_one_of_prometheus_own(samples: dict[Any, float]) -> None:
+    """It would rename ours to ``exported_instance``."""
+    assert not [name for name, labels in samples if {"instance", "job"} & {label for label, _ in labels}]
+
+
+def test_what_each_key_used_is_told_by_its_name(live: LivePlane, around: Surroundings) -> None:
+    journal = LiveJournal()
+    for number in range(6):
+        payload = SimpleNamespace(key_name=("", "team-a", "team-b")[number % 3])
+        request = Request(number, MODEL, CHAT, 1.0, 100, payload)
+        request.outcome, request.finish_s, request.first_token_s, request.tokens_done = "finished", 9.0, 8.0, 20
+        journal.ended(request)
+    page = Metrics(live.plane, journal, lambda: around).render().decode()
+    assert 'chiron_key_requests_total{key="team-a",outcome="finished"} 2.0' in page
+    assert 'chiron_key_generation_tokens_total{key="team-b"} 40.0' in page
+    assert 'chiron_key_prompt_tokens_total{key=""} 200.0' in page

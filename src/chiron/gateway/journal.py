@@ -13,7 +13,7 @@ from typing import Any
 from chiron.core.types import Decision, Instance, Request, RequestClass
 from chiron.gateway.event_writer import EventWriter
 from chiron.gateway.live_result import LiveRecorder
-from chiron.gateway.tally import ClassTally, prompt_tokens
+from chiron.gateway.tally import ClassTally, KeyTally, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from chiron.telemetry.event_log import decision_line
 from chiron.telemetry.result import DecisionPoint
@@ -52,6 +52,8 @@ class LiveJournal:
         self.recorder = recorder
         self.tallies: dict[tuple[str, str], ClassTally] = {}
         """By model and class, from the first arrival on."""
+        self.keys: dict[str, KeyTally] = {}
+        """By name of the API key, from its first request that ended on; "" without one. Few: the config has them."""
         self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
         self.batch_sizes: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
         """Decisions on batch sizes have a ring of their own: they are many and would push the others out."""
@@ -115,6 +117,11 @@ class LiveJournal:
 
     def ended(self, request: Request) -> None:
         self._tally(request.model, request.cls).end(request)
+        key = self._key_of(request)
+        tally = self.keys.get(key)
+        if tally is None:
+            tally = self.keys[key] = KeyTally()
+        tally.end(request)
         if self.recorder is not None:
             self.recorder.ended(request)
         if self._write is not None:

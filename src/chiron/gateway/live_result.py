@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,14 @@ class Stay:
     until_s: float
 
 
+class Bill(NamedTuple):
+    """What instances have taken."""
+
+    gpu_seconds: float
+    cost: float
+    """In the currency of ``price_per_gpu_hour``."""
+
+
 class LiveRecorder:
     """Hears of requests and instances from the journal. Instances are billed from their creation to their end."""
 
@@ -98,6 +106,8 @@ class LiveRecorder:
         """Row that the next one replaces, once there are ``rows_max``."""
         self._alive: dict[int, tuple[Instance, float]] = {}
         self._stays: deque[Stay] = deque(maxlen=self.settings.points_max)
+        self._billed: dict[tuple[str, str], Bill] = {}
+        """Of all instances that are gone."""
         self._preemptions = 0
 
     # -- what the journal reports ------------------------------------------------------------------------------
@@ -128,9 +138,17 @@ class LiveRecorder:
         elif name in ("gone", "failed") and instance.id in self._alive:
             _, since_s = self._alive.pop(instance.id)
             self._stays.append(_stay(instance, since_s, now_s))
+            _add_bill(self._billed, instance, since_s, now_s)
             self._preemptions += instance.sample.preemptions if instance.sample else 0
 
     # -- what it amounts to ------------------------------------------------------------------------------------
+
+    def billed(self, now_s: float) -> dict[tuple[str, str], Bill]:
+        """By model and type of GPU, since the start."""
+        bills = dict(self._billed)
+        for instance, since_s in self._alive.values():
+            _add_bill(bills, instance, since_s, now_s)
+        return bills
 
     def result(
         self,
@@ -247,3 +265,11 @@ def _peak(weighted: Sequence[tuple[Stay, int]], start_s: float) -> int:
         now += change
         most = max(most, now)
     return most
+
+
+def _add_bill(bills: dict[tuple[str, str], Bill], instance: Instance, since_s: float, until_s: float) -> None:
+    kind = instance.kind
+    before = bills.get((instance.model, kind.gpu), Bill(0.0, 0.0))
+    gpu_seconds = max(0.0, until_s - since_s) * kind.gpus
+    cost = gpu_seconds * kind.price_per_gpu_hour / 3600.0
+    bills[instance.model, kind.gpu] = Bill(before.gpu_seconds + gpu_seconds, before.cost + cost)

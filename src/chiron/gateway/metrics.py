@@ -29,7 +29,8 @@ LAG_KEPT = 40
 """Looks at the loop that the gauge covers: ten seconds."""
 
 _CLASS = ("model", "class")
-_INSTANCE = ("model", "instance")
+_INSTANCE = ("model", "instance_id")
+"""Not ``instance``: that is Prometheus's own name for what it scrapes."""
 
 
 class Metrics:
@@ -81,6 +82,7 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Metric]:
         around = self._around()
         yield from self._requests()
+        yield from self._keys()
         yield from self._distributions()
         yield from self._queues()
         yield from self._instances()
@@ -118,6 +120,19 @@ class _Collector(Collector):
                     attained.add_metric((*key, promise), tally.kept[promise])
                     missed.add_metric((*key, promise), tally.missed_promise[promise])
         yield from (requests, arrived, prompt, made, evicted, retried, attained, missed)
+
+    def _keys(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "chiron_key_requests", "Requests of an API key that ended, batch items too.", labels=("key", "outcome")
+        )
+        prompt = CounterMetricFamily("chiron_key_prompt_tokens", "Their prompt tokens.", labels=("key",))
+        made = CounterMetricFamily("chiron_key_generation_tokens", "Their output tokens.", labels=("key",))
+        for key, tally in self._journal.keys.items():
+            for outcome, count in tally.requests.items():
+                requests.add_metric((key, outcome), count)
+            prompt.add_metric((key,), tally.prompt_tokens)
+            made.add_metric((key,), tally.generation_tokens)
+        yield from (requests, prompt, made)
 
     def _distributions(self) -> Iterator[Metric]:
         ttft = _histogram("time_to_first_token_seconds", "From arrival to the first token.")
@@ -186,6 +201,7 @@ class _Collector(Collector):
                 cold.add_metric((model,), state.cold_start_s)
         yield from (there, planned, *pressure.values(), cold, up, out)
         yield from self._starts(around)
+        yield from self._bills()
 
     def _starts(self, around: Surroundings) -> Iterator[Metric]:
         labels = ("model", "kind")
@@ -197,6 +213,18 @@ class _Collector(Collector):
                     failures.add_metric((model, kind.name), starts.failures_total)
                     looping.add_metric((model, kind.name), starts.state == "crash-looping")
         yield from (failures, looping)
+
+    def _bills(self) -> Iterator[Metric]:
+        labels = ("model", "gpu")
+        seconds = CounterMetricFamily(
+            "chiron_gpu_seconds", "GPU-seconds of instances, from creation to end.", labels=labels
+        )
+        cost = CounterMetricFamily("chiron_gpu_cost", "Their cost, by price_per_gpu_hour.", labels=labels)
+        recorder = self._journal.recorder
+        for key, bill in recorder.billed(self._plane.clock.now_s).items() if recorder is not None else ():
+            seconds.add_metric(key, bill.gpu_seconds)
+            cost.add_metric(key, bill.cost)
+        yield from (seconds, cost)
 
     def _batches(self, around: Surroundings) -> Iterator[Metric]:
         items = GaugeMetricFamily("chiron_batch_items", "Items of open batches.", labels=("model", "state"))

@@ -105,6 +105,26 @@ class _Slot:
     ttft_max_s: float = 0.0
 
 
+class KeyTally:
+    """Ended requests of one API key, batch items among them, since the start."""
+
+    __slots__ = ("generation_tokens", "prompt_tokens", "requests")
+
+    def __init__(self) -> None:
+        self.requests: dict[str, int] = {}
+        """By outcome."""
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+
+    def end(self, request: Request) -> None:
+        outcome = request.outcome
+        assert outcome is not None
+        self.requests[outcome] = self.requests.get(outcome, 0) + 1
+        self.generation_tokens += request.tokens_done
+        if request.first_token_s >= 0.0:
+            self.prompt_tokens += prompt_tokens(request)
+
+
 class ClassTally:
     """One class of one model, since the start unless said otherwise."""
 
