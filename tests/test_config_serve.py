@@ -55,6 +55,28 @@ def test_three_lines_are_enough() -> None:
     assert config.event_log == Path("/nowhere/chiron-data/events.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("models", "llama-3.1-8b"),
+        ("models", "Qwen2.5-0.5B-Instruct"),
+        ("models", "gpt-4.1"),
+        ("classes", "chat.v2"),
+        ("policies", "chiron-1.5"),
+    ],
+)
+def test_a_name_with_dots_without_quotes_is_told_how_to_write_it(section: str, name: str) -> None:
+    lines = {
+        "models": 'engine = "vllm"\nendpoints = ["http://127.0.0.1:8001"]',
+        "classes": 'kind = "interactive"',
+        "policies": 'policy = "static"',
+    }
+    text = f"[{section}.{name}]\n{lines[section]}\n" + (THREE_LINES if section != "models" else "")
+    with pytest.raises(ConfigError, match=re.escape(f'a name with dots needs quotes: [{section}."{name}"]')):
+        parse(text)
+    assert parse(text.replace(name, f'"{name}"')).models
+
+
 def test_endpoints_are_all_used_and_no_more_than_there_are() -> None:
     config = one("vllm", 'endpoints = ["http://127.0.0.1:1/v1", "https://localhost", "http://[::1]:9"]')
     assert config.models[0].kinds[0].endpoints == ("http://127.0.0.1:1", "https://localhost", "http://[::1]:9")

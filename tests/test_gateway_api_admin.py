@@ -90,6 +90,43 @@ def test_what_is_not_there_is_an_error_object(site: ApiSite) -> None:
         assert json.loads(body)["error"]["code"] == "not_found"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/completions", "/v1/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/models/m", "/v1/models/m"),
+        ("/v1/v1/files/file-1", "/v1/files/file-1"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1/embeddings", None),
+        ("/v1/files/a/b", None),
+    ],
+)
+def test_a_base_url_without_v1_or_with_two_is_told(site: ApiSite, path: str, meant: str | None) -> None:
+    for method in ("GET", "POST"):
+        status, body, _ = ask(site, path, method)
+        message = json.loads(body)["error"]["message"]
+        assert status == 404
+        if meant is None:
+            assert "Did you mean" not in message
+        else:
+            assert f"Did you mean {meant}? A client's base URL ends in /v1" in message
+
+
+def test_models_are_listed_under_every_name(site: ApiSite) -> None:
+    listed = json.loads(ask(site, "/v1/models")[1])["data"]
+    assert [(each["id"], each["root"]) for each in listed] == [
+        ("chat-only", "chat-only"),
+        ("m", "m"),
+        ("alias", "m"),
+        ("org/n", "org/n"),
+    ]
+    for each in listed:
+        assert json.loads(ask(site, f"/v1/models/{each['id']}")[1]) == each
+
+
 def test_a_wrong_method_says_which_are_right(site: ApiSite) -> None:
     for path, allowed in (
         ("/v1/files", "GET, HEAD, POST"),

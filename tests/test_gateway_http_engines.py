@@ -450,3 +450,17 @@ def test_flex_waits_for_room_and_comes_in_one_piece(tmp_path: Path) -> None:
         assert all(json.loads(incoming.body)["stream"] for incoming in engine.seen)
 
     asyncio.run(main())
+
+
+def test_an_engine_that_knows_no_such_model_or_route_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with before(tmp_path, ScriptedEngine(refuses(404))) as (_, origin):
+            for _ in range(3):
+                assert (await origin.fetch("POST", "/v1/chat/completions", body=body())).status == 404
+
+    asyncio.run(main())
+    (said,) = [record.getMessage() for record in caplog.records if "answers 404" in record.getMessage()]
+    assert "served_model_name" in said
+    assert "Chiron adds /v1" in said

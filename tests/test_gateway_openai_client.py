@@ -82,8 +82,9 @@ def test_fields_of_the_engines_own_reach_it(api: Any) -> None:
 
 
 def test_models(site: FaultSite, api: Any) -> None:
-    assert [model.id for model in api.models.list()] == ["big", "small"]
-    assert api.models.retrieve("gpt-4o").id == "big"
+    assert [model.id for model in api.models.list()] == ["big", "gpt-4o", "small"]
+    alias = api.models.retrieve("gpt-4o")
+    assert (alias.id, alias.model_extra) == ("gpt-4o", {"root": "big"})
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("nope")
     with client(site, "small-only") as other:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chiron.config.read import ConfigError, read_record, suggest
+from chiron.config.read import ConfigError, keys_of, named_tables, read_record, suggest
 from chiron.policies.registry import POLICIES
 
 
@@ -16,6 +16,12 @@ class PolicyChoice:
 
     policy: str
     settings: Any
+
+
+def read_policies(table: Mapping[str, Any]) -> dict[str, PolicyChoice]:
+    """The tables ``[policies.LABEL]``."""
+    allowed = {"policy", *(key for entry in POLICIES.values() for key in keys_of(entry.settings))}
+    return {label: read_policy(label, each) for label, each in named_tables(table, "policies", allowed=allowed).items()}
 
 
 def read_policy(label: str, table: object) -> PolicyChoice:

@@ -17,7 +17,7 @@ library reads loosely (unknown keys pass) unless they carry its marks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -94,14 +94,32 @@ def read_value(kind: Any, value: object, path: str) -> Any:
     return _read(kind, value, path, seconds=False, infinite=False)
 
 
-def named_tables(table: Mapping[str, Any], key: str, required: bool = False) -> Mapping[str, Any]:
-    """The tables ``[key.NAME]``, by name."""
+def named_tables(
+    table: Mapping[str, Any], key: str, required: bool = False, *, allowed: Collection[str] = ()
+) -> Mapping[str, Any]:
+    """The tables ``[key.NAME]``, by name. ``allowed``: keys of such a table; a table in it under another key is the
+    rest of a name with dots that was written without quotes."""
     section = table.get(key, {})
     if not isinstance(section, Mapping):
         raise ConfigError(f"{key}: {section!r} must be tables by name, [{key}.NAME]")
     if required and not section:
         raise ConfigError(f"{key}: missing; add at least one [{key}.NAME]")
+    for name, entry in section.items():
+        for rest, value in entry.items() if allowed and isinstance(entry, Mapping) else ():
+            if rest not in allowed and isinstance(value, Mapping):
+                whole = ".".join((name, rest, *_only_tables(value)))
+                raise ConfigError(
+                    f'{key}.{name}.{rest}: unknown key; a name with dots needs quotes: [{key}."{whole}"]; '
+                    + suggest(rest, allowed)
+                )
     return section
+
+
+def _only_tables(table: Mapping[str, Any]) -> Iterator[str]:
+    """The keys on the way down, while there is nothing but tables."""
+    while table and all(isinstance(value, Mapping) for value in table.values()):
+        key, table = next(iter(table.items()))
+        yield key
 
 
 def read_text(path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chiron.config.overrides import Override, apply_overrides, override_text
-from chiron.config.policies import PolicyChoice, read_policy
+from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.sections import BatchJobSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
@@ -153,9 +153,9 @@ def _read_scenario(table: dict[str, Any], text: str, directory: Path, name: str)
     given = {
         "classes": {
             key: read_record(RequestClass, entry, f"classes.{key}", name=key)
-            for key, entry in named_tables(table, "classes", required=True).items()
+            for key, entry in named_tables(table, "classes", True, allowed=keys_of(RequestClass)).items()
         },
-        "policies": {key: read_policy(key, entry) for key, entry in named_tables(table, "policies").items()},
+        "policies": read_policies(table),
     }
     rest = {key: value for key, value in table.items() if key not in given}
     return read_record(Scenario, {"name": name, **rest}, "", text=text, directory=directory, **given)

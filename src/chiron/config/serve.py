@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chiron.config.overrides import Override, apply_overrides, override_text
-from chiron.config.policies import PolicyChoice, read_policy
+from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.serve_kinds import instance_bounds, kind_settings
 from chiron.config.serve_sections import FleetSection, ServeModelSection
@@ -97,15 +97,15 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
             raise ConfigError(f"{key}: unknown key (value {value!r}); {suggest(key, allowed)}")
     classes = {
         name: read_record(RequestClass, entry, f"classes.{name}", name=name)
-        for name, entry in named_tables(table, "classes").items()
+        for name, entry in named_tables(table, "classes", allowed=keys_of(RequestClass)).items()
     }
     given = {
         "models": {
             name: ServeModelSection.from_table(entry, f'models."{name}"' if "." in name else f"models.{name}")
-            for name, entry in named_tables(table, "models", required=True).items()
+            for name, entry in named_tables(table, "models", True, allowed=ServeModelSection.keys()).items()
         },
         "classes": classes or DEFAULT_CLASSES,
-        "policies": {name: read_policy(name, entry) for name, entry in named_tables(table, "policies").items()},
+        "policies": read_policies(table),
         "keys": _read_keys(table.get("keys", [])),
         # How long things are kept is said once, in [batch].
         "store": read_record(StoreSettings, table.get("store", {}), "store", retention_s=StoreSettings().retention_s),

@@ -156,12 +156,18 @@ class ServeModelSection:
     """Other names that clients may use for it."""
 
     @classmethod
+    def keys(cls) -> list[str]:
+        """All that its table may have."""
+        own = [key for key in keys_of(cls) if key != "instances"]
+        return ["instances", *own, *(key for key in keys_of(ServeInstanceSection) if key not in (*own, "name"))]
+
+    @classmethod
     def from_table(cls, table: object, path: str) -> ServeModelSection:
         own = [key for key in keys_of(cls) if key != "instances"]
         shared_keys = [key for key in keys_of(ServeInstanceSection) if key not in (*own, "name")]
         if not isinstance(table, Mapping):
             raise ConfigError(f"{path}: {table!r} must be a table with engine and, for example, endpoints")
-        allowed = ["instances", *own, *shared_keys]
+        allowed = cls.keys()
         for key, value in table.items():
             if key not in allowed:
                 raise ConfigError(f"{join(path, key)}: unknown key (value {value!r}); {suggest(key, allowed)}")

@@ -148,6 +148,7 @@ class HttpEngine:
         self.closed = False
         self._suspect = suspect
         self._failures = 0
+        self._told_404 = False
         self._limit = 0
         self._limit_sent = 0
         self._limit_call: Call | None = None
@@ -221,6 +222,18 @@ class HttpEngine:
     def retire(self) -> None:
         """Close its connections too."""
         self._retiring = asyncio.get_running_loop().create_task(self.origin.close())
+
+    def not_found(self, path: bytes) -> None:
+        """It answers 404 to a completion: its operator is told once what that comes from, mostly."""
+        if not self._told_404:
+            self._told_404 = True
+            log.warning(
+                "%s answers 404 to POST %s: it may not know the model as %r (served_model_name names it otherwise), "
+                "or have no such route (its endpoint is its address without a path; Chiron adds /v1)",
+                self.url,
+                path.decode("latin-1"),
+                self.model,
+            )
 
     def _presume_prefilled(self, run: _Run) -> None:
         if self.holds(run) and run.decoding_s < 0.0:
@@ -390,6 +403,8 @@ class _Run:
 
     def on_head(self, status: int, headers: list[Header]) -> None:
         self.status = status
+        if status == 404:
+            self._engine.not_found(self.upcall.path)
         # A redirect is for whoever configured the engine's address.
         if status in RETRIED or 300 <= status < 400 or not claims.is_status(status):
             self._error = []

@@ -23,16 +23,20 @@ class ModelPages:
 
     async def list(self, request: Request) -> Response:
         key = self._state.keys.check(authorization(request))
-        names = [name for name in sorted(self._state.models.by_name) if not key.models or name in key.models]
-        return json_response({"object": "list", "data": [self._object(name) for name in names]})
+        models = self._state.models.by_name
+        names = [name for name in sorted(models) if not key.models or name in key.models]
+        data = [self._object(said, name) for name in names for said in (name, *models[name].settings.aliases)]
+        return json_response({"object": "list", "data": data})
 
     async def get(self, request: Request) -> Response:
         key = self._state.keys.check(authorization(request))
-        served = self._state.models.find(request.path_params["model"], key)
-        return json_response(self._object(served.settings.name))
+        said = request.path_params["model"]
+        return json_response(self._object(said, self._state.models.find(said, key).settings.name))
 
-    def _object(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": int(self._state.started_s), "owned_by": "chiron"}
+    def _object(self, said: str, name: str) -> dict[str, Any]:
+        """``said``: the model's name, or an alias of it."""
+        created_s = int(self._state.started_s)
+        return {"id": said, "object": "model", "created": created_s, "owned_by": "chiron", "root": name}
 
 
 def describe(state: ApiState) -> bytes:

@@ -69,8 +69,26 @@ class Resource:
         return await endpoint(request)
 
 
+_ROUTES = frozenset({"chat", "completions", "models", "files", "batches"})
+"""What comes after ``/v1/``."""
+_PATH_SHOWN = 200
+
+
 async def unknown_path(request: Request) -> Response:
-    raise not_found(f"Unknown path {request.method} {request.url.path}. GET /openapi.json describes the API.")
+    path = request.url.path
+    hint = _path_hint(path) or "GET /openapi.json describes the API."
+    raise not_found(f"Unknown path {request.method} {path[:_PATH_SHOWN]}. {hint}")
+
+
+def _path_hint(path: str) -> str:
+    """Of clients whose base URL lacks the ``/v1``, or has it twice, what to do."""
+    parts = [part for part in path.split("/") if part and part != "v1"]
+    if not parts or parts[0] not in _ROUTES:
+        return ""
+    meant = "/v1/" + "/".join(parts)
+    if meant == path:
+        return ""
+    return f"Did you mean {meant[:_PATH_SHOWN]}? A client's base URL ends in /v1, once: http://HOST:PORT/v1."
 
 
 def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:
