@@ -125,7 +125,7 @@ def test_the_tallies_agree_with_the_result_about_who_was_served_in_time(ran: tup
 MOMENTS = st.integers(0, 40).map(float)
 ENDS = st.tuples(
     st.sampled_from([CHAT, NIGHT]),
-    st.sampled_from(["finished", "rejected", "failed", "cancelled"]),
+    st.sampled_from(["finished", "rejected", "failed", "cancelled", "shed"]),
     MOMENTS,
     MOMENTS,
     st.integers(1, 9),
@@ -260,7 +260,9 @@ ALL = RequestClass(name="all", kind="interactive", ttft_s=1.0, itl_s=0.1, deadli
         (ended(ALL, outcome="finished", ttft_s=0.5, took_s=11.0, tokens=1000), "ttft itl", "deadline", "missed"),
         (ended(ALL, outcome="finished", ttft_s=0.5, took_s=0.5, tokens=1), "ttft itl deadline", "", "attained"),
         (ended(ALL, outcome="failed", ttft_s=0.5, took_s=2.0, tokens=3), "", "ttft itl deadline", "missed"),
-        (ended(ALL, outcome="rejected", took_s=0.0), "", "ttft itl deadline", "missed"),
+        (ended(ALL, outcome="shed", took_s=0.5), "", "ttft itl deadline", "missed"),
+        (ended(ALL, outcome="rejected", took_s=0.0), "", "", ""),
+        (ended(ALL, outcome="rejected", took_s=60.0), "", "", ""),
         (ended(ALL, outcome="cancelled", took_s=0.2), "", "", ""),
         (ended(ALL, outcome="cancelled", took_s=2.0), "", "ttft", "missed"),
         (ended(ALL, outcome="cancelled", ttft_s=0.5, took_s=2.0, tokens=3), "ttft", "", ""),

@@ -145,9 +145,9 @@ def test_a_server_that_goes_away_in_mid_run_fails_its_requests_and_nothing_is_re
 
 
 @pytest.mark.parametrize(("model", "error", "outcome"), [
-    ("429", "http 429: busy", "rejected"),
-    ("503", "http 503: busy", "rejected"),
-    ("400", "http 400: busy", "failed"),
+    ("429", "http 429: busy", "shed"),
+    ("503", "http 503: busy", "shed"),
+    ("400", "http 400: busy", "rejected"),
     ("cut", "cut short", "failed"),
     ("error", "stream error: engine_dead", "failed"),
 ])  # fmt: skip

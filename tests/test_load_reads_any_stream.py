@@ -85,10 +85,13 @@ def test_a_finish_reason_ends_a_stream_as_well_as_done_does() -> None:
 
 
 @pytest.mark.parametrize(("status", "body", "outcome", "error"), [
-    (429, b'{"error": {"code": "rate_limit_exceeded", "message": "m"}}', "rejected", "http 429: rate_limit_exceeded"),
-    (503, b"<html>", "rejected", "http 503"),
+    (429, b'{"error": {"code": "rate_limit_exceeded", "message": "m"}}', "shed", "http 429: rate_limit_exceeded"),
+    (503, b"<html>", "shed", "http 503"),
+    (400, b'{"error": {"code": "bad_length", "message": "m"}}', "rejected", "http 400: bad_length"),
+    (422, b"", "rejected", "http 422"),
+    (401, b"", "failed", "http 401"),
     (500, b"", "failed", "http 500"),
-    (404, b'{"detail": "x"}', "failed", "http 404"),
+    (404, b'{"detail": "x"}', "rejected", "http 404"),
     (204, b"", "failed", "http 204"),
     (200, b"", "failed", "malformed event"),
     (200, b"{}", "failed", "cut short"),

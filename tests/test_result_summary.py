@@ -21,16 +21,22 @@ FOUR = [
 ]
 
 
-def test_attainment_counts_every_request_of_the_class() -> None:
+def test_attainment_counts_every_request_of_the_class_but_rejected_ones() -> None:
     summary = summary_of(requests(FOUR))
-    assert summary["attainment"] == {"chat": pytest.approx(1 / 3), "jobs": 1.0}
-    assert summary["attainment_all"] == 0.5
+    assert summary["attainment"] == {"chat": 0.5, "jobs": 1.0}
+    assert summary["attainment_all"] == pytest.approx(2 / 3)
+    assert summary["models"]["llama"]["attainment"] == pytest.approx(2 / 3)
     assert (summary["requests"], summary["finished"], summary["rejected"]) == (4, 3, 1)
 
 
-@pytest.mark.parametrize("outcome", [1, 2, 3, 4])
+@pytest.mark.parametrize("outcome", [2, 3, 4, 5])
 def test_a_request_that_did_not_finish_is_missed_however_fast_it_was(outcome: int) -> None:
     assert summary_of(requests([{"outcome": outcome}]))["attainment"] == {"chat": 0.0}
+
+
+def test_errors_of_clients_are_neither_attained_nor_missed() -> None:
+    summary = summary_of(requests([{"outcome": 1}] * 5))
+    assert (summary["attainment"], summary["attainment_all"], summary["rejected"]) == ({}, None, 5)
 
 
 def test_each_promise_alone_can_be_missed() -> None:

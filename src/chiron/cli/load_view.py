@@ -133,7 +133,7 @@ def print_figures(console: Console, figures: Mapping[str, Any]) -> None:
             name,
             f"{cls['requests']:,}",
             f"{cls['finished']:,}",
-            percent(cls["attainment"]),
+            known(percent, cls["attainment"]),
             *(known(amount, cls["ttft_s"][share]) for share in ("p50", "p90", "p99")),
             *(known(milliseconds, cls["itl_s"][share]) for share in ("p50", "p99")),
             known(milliseconds, cls["gap_p99_s"]["p50"]),

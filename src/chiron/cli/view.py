@@ -128,6 +128,8 @@ def _header(status: Status) -> Text:
         text.append(" (advises only)", style="bold yellow")
     text.append(f" · up {show_moment(status['now_s'])} · {status['url']}")
     text.append(f" · {status['open_requests']:,} open · {status['evictions']:,} evictions")
+    if status.get("client_errors"):
+        text.append(f" · {status['client_errors']:,} client errors")
     if (status["loop_lag_s"] or 0) >= 0.05:
         text.append(f" · loop {_ms(status['loop_lag_s'])} ms late", style="red")
     if status["event_log_dropped"]:

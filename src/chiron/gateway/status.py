@@ -17,6 +17,7 @@ from chiron.core.types import Instance, RequestClass
 from chiron.gateway.event_writer import wall_time
 from chiron.gateway.journal import LiveJournal
 from chiron.gateway.tally import SLOT_S, ClassTally
+from chiron.gateway.upstream import RETRIED
 from chiron.store.port import ENDED, Batch
 from chiron.store.progress import eta_s, items_per_s
 from chiron.telemetry.result import DecisionPoint
@@ -106,6 +107,7 @@ def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> d
         "evictions": plane.evictions,
         "migrations": plane.migrations,
         "connections": around.connections,
+        "client_errors": client_errors(journal),
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,
         "models": [_model(state, journal, around, now_s) for state in plane.models.values()],
@@ -115,6 +117,11 @@ def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> d
         ],
         "batches": [_batch(batch, around, now_s) for batch in _shown(around.batches)],
     }
+
+
+def client_errors(journal: LiveJournal) -> int:
+    """Completions that were refused for what was wrong with them, here or by an engine."""
+    return sum(count for status, count in journal.responses.items() if 400 <= status < 500 and status not in RETRIED)
 
 
 def itl_slo_s(state: ModelState, instance: Instance) -> float:

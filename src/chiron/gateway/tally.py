@@ -157,7 +157,8 @@ class ClassTally:
         self.attained = 0
         """Finished with every promise kept."""
         self.missed = 0
-        """Ended otherwise; a client that left before a promise was broken counts neither here nor there."""
+        """Ended otherwise. A client that left before a promise was broken counts neither here nor there, nor does a
+        request that was rejected: something was wrong with it."""
         self.kept = dict.fromkeys(PROMISES, 0)
         self.missed_promise = dict.fromkeys(PROMISES, 0)
         self.prompt_tokens = 0
@@ -231,15 +232,18 @@ class ClassTally:
                 self.missed_promise[promise] += 1
         if request.outcome == "finished" and not broken:
             self.attained += 1
-        elif broken or request.outcome != "cancelled":
+        elif broken or request.outcome not in ("cancelled", "rejected"):
             self.missed += 1
 
 
 def _promises(request: Request) -> list[tuple[str, bool]]:
     """Each promise that was made to an ended request and put to the test, and whether it was kept.
 
-    Work that was refused or failed keeps none. A client that left broke it off: only what was late by then counts.
+    Work that failed or was shed keeps none. A client that left broke it off: only what was late by then counts. What
+    was rejected put no promise to the test.
     """
+    if request.outcome == "rejected":
+        return []
     cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
     judged: list[tuple[str, bool]] = []
     gave_up = outcome != "finished" and outcome != "cancelled"

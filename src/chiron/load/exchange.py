@@ -22,7 +22,10 @@ EVENT_MAX_BYTES = 1 << 20
 MESSAGE_MAX = 200
 """Characters of a server's own words that are kept as an example."""
 
-REJECTED = (429, 503)
+SHED = (429, 503)
+"""Statuses of a server that has too much to do."""
+REJECTED = (400, 404, 405, 413, 414, 415, 422, 431)
+"""Statuses that say that something is wrong with the request."""
 _CONTENT = ("content", "reasoning_content", "reasoning", "tool_calls", "refusal", "token_ids")
 
 
@@ -109,12 +112,9 @@ class Exchange:
     def on_end(self) -> None:
         if self._tail and self._events and self._tail.startswith(b"data:"):
             self._event(self._tail[5:])
-        if self.status in REJECTED:
+        if self.status != 200:
             self._fail(f"http {self.status}")
-            self._end("rejected")
-        elif self.status != 200:
-            self._fail(f"http {self.status}")
-            self._end("failed")
+            self._end("shed" if self.status in SHED else "rejected" if self.status in REJECTED else "failed")
         else:
             if not self._events:
                 self._whole()

@@ -89,7 +89,7 @@ def figures(run: LoadRun) -> dict[str, Any]:
     record, work = run.record, run.plan.workload
     late_s = record.late_s()
     table = table_of(run)
-    attained = table.attained(work.classes)
+    attained, judged = table.attained(work.classes), table.judged(work.classes)
     rows = np.flatnonzero(record.attempted)
     ttft_s, itl_s = table.ttft_s(), table.itl_s()
     classes = {}
@@ -101,7 +101,7 @@ def figures(run: LoadRun) -> dict[str, Any]:
             classes[cls.name] = {
                 "requests": int(mine.sum()),
                 **{name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)},
-                "attainment": float(attained[mine].mean()),
+                "attainment": ratio(int(attained[mine].sum()), int((mine & judged).sum())),
                 "ttft_s": spread(ttft_s[mine]),
                 "itl_s": spread(itl_s[mine]),
                 "gap_p99_s": spread(record.gap_p99_s[rows][mine]),
@@ -172,6 +172,12 @@ def warnings(run: LoadRun, late_s: Floats) -> list[str]:
             said.append(f"{job.name}: {job.missing:,} items have no result line, {job.doubled:,} have more than one")
         if job.error:
             said.append(f"{job.name}: {job.error}")
+    rejected = int((record.outcome == OUTCOMES.index("rejected")).sum())
+    if rejected:
+        said.append(
+            f"{rejected:,} requests were REJECTED by the server as wrong (4xx): they count neither as attained nor as "
+            "missed"
+        )
     finished = record.outcome == 0
     uncounted = int((finished & ~record.counted).sum())
     if uncounted:

@@ -23,7 +23,7 @@ from chiron.telemetry.errors import ReportError
 from chiron.telemetry.format import counted, listed, span
 from chiron.telemetry.marks import Chart
 from chiron.telemetry.palette import Look, looks
-from chiron.telemetry.result import EXCUSED, OUTCOMES, DecisionPoint, Result
+from chiron.telemetry.result import BLAMELESS, EXCUSED, OUTCOMES, DecisionPoint, Result
 from chiron.telemetry.table import class_table, table
 from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
 from chiron.telemetry.words import kind_words, quantity, show_moment, tell, words
@@ -297,12 +297,13 @@ def seeds_of(results: Sequence[Result]) -> list[int]:
 def missed(result: Result) -> str:
     """What attainment counts as missed besides what was late."""
     if result.seed is None:
-        certain = [name for name in OUTCOMES[1:] if name not in EXCUSED]
+        certain = [name for name in OUTCOMES[1:] if name not in (*EXCUSED, *BLAMELESS)]
         return (
             f", and counts {listed(certain)} requests as missed; those that a client broke off, or that are open"
-            " still, only if a promise was broken by then"
+            " still, only if a promise was broken by then; rejected ones, with an error of the client, not at all"
         )
-    return f", and counts {listed(OUTCOMES[1:])} requests as missed"
+    counted = [name for name in OUTCOMES[1:] if name not in BLAMELESS]
+    return f", and counts {listed(counted)} requests as missed; rejected ones, which nobody could serve, not at all"
 
 
 def rerun(results: Sequence[Result]) -> str:

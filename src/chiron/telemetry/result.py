@@ -12,6 +12,8 @@ from chiron.core.types import RequestClass
 from chiron.telemetry.format import amount, percent
 
 OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished", "shed")
+BLAMELESS = ("rejected",)
+"""Outcomes that are neither attained nor missed: something was wrong with the request itself."""
 EXCUSED = ("cancelled", "unfinished")
 """Of a live run these count only if a promise was broken by then: the client left in time, or may yet be served."""
 
@@ -66,15 +68,19 @@ class RequestTable:
         )
         return on_time
 
-    def judged(self, classes: tuple[RequestClass, ...], now_s: float) -> npt.NDArray[np.bool_]:
-        """All but those that can be held against nobody: a client left before a promise was broken, or the request is
-        still open at ``now_s`` and no promise is broken yet."""
+    def judged(self, classes: tuple[RequestClass, ...], now_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """All but those that can be held against nobody: something was wrong with the request itself. With ``now_s``
+        also those whose client left before a promise was broken, or that are still open then and not late yet."""
+        blameless: npt.NDArray[np.bool_] = ~np.isin(self.outcome, [OUTCOMES.index(name) for name in BLAMELESS])
+        if now_s is None:
+            return blameless
         ttft = np.array([c.ttft_s for c in classes])[self.cls]
         finish_s = np.where(self.outcome == OUTCOMES.index("unfinished"), now_s, self.finish_s)
         first_s = np.where(self.first_token_s >= 0, self.first_token_s, finish_s)
         broken = (first_s - self.arrival_s > ttft) | (finish_s > self.deadline_s)
         pending = np.isin(self.outcome, [OUTCOMES.index(name) for name in EXCUSED])
-        return ~pending | broken
+        held: npt.NDArray[np.bool_] = (~pending | broken) & blameless
+        return held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

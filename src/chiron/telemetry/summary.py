@@ -1,9 +1,10 @@
 """The figures of one run, as the JSON object that ``--json`` writes (``data/result.schema.json``).
 
-Attainment counts every request of a class: one that was rejected, failed, was cancelled or had not finished when the
-run stopped is a miss. A running service is judged otherwise (``judged_at_s``): nobody is to blame for a client that
-left in time, and who still waits may yet be served in time. What cannot be computed (a quantile of nothing, a ratio
-over no GPU time) is null, never nan.
+Attainment counts every request of a class that could be served: one that failed, was shed, was cancelled or had not
+finished when the run stopped is a miss. A rejected one is neither kept nor missed: something was wrong with the request
+itself. A running service is judged otherwise (``judged_at_s``): nobody is to blame for a client that left in time, and
+who still waits may yet be served in time; who left when a promise was broken already has been failed. What cannot be
+computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def summarise(
     requests that were cancelled, or are open then, count only if a promise was broken. Pure, O(requests)."""
     check_requests(requests, classes, models)
     attained = requests.attained(tuple(classes))
-    judged = np.ones_like(attained) if judged_at_s is None else requests.judged(tuple(classes), judged_at_s)
+    judged = requests.judged(tuple(classes), judged_at_s)
     counts = np.bincount(requests.outcome, minlength=len(OUTCOMES))
     outcomes = {name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)}
     finished = requests.outcome == 0
