@@ -11,15 +11,17 @@ import asyncio
 import json
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chiron.config.build import setups
-from chiron.config.scenario import load_scenario
+from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.fleet.model import FleetTimes
 from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.emulation import EmulatedGateway
+from chiron.gateway.keys import Key, KeyRing, hash_secret
 from chiron.gateway.settings import LimitSettings, ModelSettings
 from chiron.net.clock import LiveClock
 from chiron.net.server import HttpServer, ServerLimits
@@ -97,6 +99,7 @@ async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
         scrape_delay_s=setup.scrape_delay_s,
         kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
         limits=LimitSettings(queue_max=10**6),
+        keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in workload.tenants if name]),
         observer=recorder.observe,
     )
     clock.post(lambda: gateway.begin(setup.initial, setup.failures.at))
@@ -129,7 +132,9 @@ def body(setup: Setup, row: int) -> bytes:
         }
     ).encode()
     name = workload.classes[workload.cls[row]].name
-    lines = ("POST /v1/completions HTTP/1.1", "connection: close", f"x-chiron-class: {name}")
+    lines = ["POST /v1/completions HTTP/1.1", "connection: close", f"x-chiron-class: {name}"]
+    if workload.tenant is not None:
+        lines.append(f"authorization: Bearer {workload.tenants[workload.tenant[row]]}")
     return "\r\n".join((*lines, f"content-length: {len(content)}", "", "")).encode() + content
 
 
@@ -186,3 +191,55 @@ def test_equal_also_when_instances_die_and_starts_fail() -> None:
     assert OUTCOMES.index("failed") in simulation.recorder.table().outcome.tolist()
     assert [repr(d) for d in recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
     assert recorder.table().outcome.tolist() == simulation.recorder.table().outcome.tolist()
+
+
+OVERLOAD = """
+grace = "1m"
+[classes.chat]
+kind = "interactive"
+ttft = "2s"
+itl = "100ms"
+[classes.code]
+kind = "interactive"
+ttft = "5s"
+itl = "200ms"
+weight = 2
+[models.m]
+instances = [{ profile = "llama-3.1-8b/a100/tp1" }]
+max_instances = 1
+[[workload]]
+model = "m"
+class = "chat"
+key = "greedy"
+generate = { kind = "poisson", rate = 15, duration = "40s", lengths = "sharegpt-300" }
+[[workload]]
+model = "m"
+class = "chat"
+key = "modest"
+generate = { kind = "poisson", rate = 1, duration = "40s", lengths = "sharegpt-300" }
+[[workload]]
+model = "m"
+class = "code"
+key = "modest"
+generate = { kind = "poisson", rate = 5, duration = "40s", lengths = "sharegpt-300" }
+[policies.chiron.overload]
+refuse = true
+"""
+
+
+def test_equal_also_in_an_overload_of_classes_and_keys_with_refusals() -> None:
+    (setup,) = setups(parse_scenario(OVERLOAD, directory=Path(), name="overload"), policies=["chiron"])
+    simulation = Simulation(setup)
+    simulation.run()
+
+    recorder, clients, _ = run_virtual(live(setup))
+
+    shed = [outcome == OUTCOMES.index("shed") for outcome in simulation.recorder.table().outcome.tolist()]
+    assert sum(shed) > 50
+    live_table, table = recorder.table(), simulation.recorder.table()
+    for column in ("dispatch_s", "first_token_s", "finish_s", "outcome"):
+        assert getattr(live_table, column).tolist() == getattr(table, column).tolist(), column
+    for client, was_shed in zip(clients, shed, strict=True):
+        head = b"".join(client.received).partition(b"\r\n\r\n")[0]
+        assert head.startswith(b"HTTP/1.1 429 " if was_shed else b"HTTP/1.1 200 ")
+        assert (b"\r\nretry-after: " in head) == was_shed

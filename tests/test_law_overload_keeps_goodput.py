@@ -116,6 +116,38 @@ def test_refusal_turns_away_what_would_be_late_and_nobody_waits_long() -> None:
     assert result.summary["shed"] + result.summary["finished"] >= 0.9 * len(result.requests.arrival_s)
 
 
+KEYS = """
+grace = "1m"
+[classes.chat]
+kind = "interactive"
+ttft = "5s"
+itl = "200ms"
+[models.m]
+instances = [{ profile = "llama-3.1-8b/a100/tp1" }]
+max_instances = 1
+[[workload]]
+model = "m"
+class = "chat"
+key = "greedy"
+generate = { kind = "poisson", rate = 20, duration = "4m", lengths = "sharegpt-300" }
+[[workload]]
+model = "m"
+class = "chat"
+key = "modest"
+generate = { kind = "poisson", rate = 2, duration = "4m", lengths = "sharegpt-300" }
+"""
+
+
+def test_a_key_within_its_share_does_not_notice_the_overload_of_another() -> None:
+    scenario = parse_scenario(KEYS, directory=Path(), name="keys")
+    (setup,) = setups(scenario, policies=["chiron"])
+    result = simulate(setup, with_bound=False)
+    assert setup.workload.tenant is not None
+    modest = setup.workload.tenant == setup.workload.tenants.index("modest")
+    modest &= result.requests.arrival_s > 90.0  # At first the fleet is empty, and nothing ends for a minute.
+    assert result.requests.attained(result.classes)[modest].mean() > 0.97
+
+
 SHARED = """
 grace = "1m"
 [classes.chat]

@@ -80,7 +80,8 @@ def workload_of(scenario: Scenario, seed: int) -> Workload:
     for i, stream in enumerate(scenario.workload):
         with _at(f"workload[{i}]"):
             trace = _trace(scenario, stream, seed, i)
-            streams.append(Stream(trace=trace, model=stream.model, cls=scenario.classes[stream.class_]))
+            cls = scenario.classes[stream.class_]
+            streams.append(Stream(trace=trace, model=stream.model, cls=cls, tenant=stream.key))
     for i, job in enumerate(scenario.batch_job):
         cls = scenario.classes[job.class_]
         with _at(f"batch_job[{i}]"):
@@ -183,8 +184,9 @@ def _cut(workload: Workload, duration_s: float) -> Workload:
     if count == 0:
         first = float(workload.arrival_s[0])
         raise ConfigError(f"duration: {duration_s:g} s holds no request; the first arrives at {first:g} s")
-    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s")
-    return replace(workload, **{name: getattr(workload, name)[:count] for name in columns})
+    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
+    present = {name: column for name in columns if (column := getattr(workload, name)) is not None}
+    return replace(workload, **{name: column[:count] for name, column in present.items()})
 
 
 def _kinds(scenario: Scenario, model: str, section: ModelSection) -> list[tuple[InstanceKind, Profile]]:

@@ -121,6 +121,8 @@ class StreamSection:
 
     model: str
     class_: str
+    key: str = ""
+    """Name of the API key that they come with: in an overload the keys of a class share it equally."""
     trace: str = ""
     """A packaged trace (``chiron trace list``) or a path; give either this or ``generate``."""
     format: str = "auto"

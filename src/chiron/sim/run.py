@@ -217,7 +217,7 @@ class Simulation:
 def _requests(setup: Setup) -> Iterator[Request]:
     """The workload's rows as requests, made when they arrive."""
     workload = setup.workload
-    models, classes = workload.models, workload.classes
+    models, classes, tenants = workload.models, workload.classes, workload.tenants
     for start in range(0, len(workload), _CHUNK):
         part = slice(start, start + _CHUNK)
         rows = zip(
@@ -230,7 +230,9 @@ def _requests(setup: Setup) -> Iterator[Request]:
             strict=True,
         )
         for row, (arrival_s, tokens_in, tokens_out, model, cls, deadline_s) in enumerate(rows, start):
-            yield Request(row, models[model], classes[cls], arrival_s, tokens_in, tokens_out, deadline_s)
+            request = Request(row, models[model], classes[cls], arrival_s, tokens_in, tokens_out, deadline_s)
+            request.tenant = tenants[workload.tenant[row] if workload.tenant is not None else 0]
+            yield request
 
 
 def _settings(settings: Any) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from chiron.workload.types import Floats, Ints, Trace, Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stream:
-    """A trace whose requests are all for one model and of one class."""
+    """A trace whose requests are all for one model, of one class and of one API key."""
 
     trace: Trace
     model: str
     cls: RequestClass
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class _Part:
     input_tokens: Ints
     output_tokens: Ints
     deadline_s: Floats
+    tenant: str = ""
 
 
 def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (), *, seed: int = 0) -> Workload:
@@ -65,6 +67,7 @@ def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (
         raise WorkloadSettingError("the workload is empty: it needs a stream or a batch job with at least one request")
     models = tuple(dict.fromkeys(part.model for part in parts))
     classes = _classes(parts)
+    tenants = tuple(dict.fromkeys(part.tenant for part in parts))
     arrival_s = np.concatenate([part.arrival_s for part in parts])
     order = np.argsort(arrival_s, kind="stable")
     return Workload(
@@ -76,6 +79,8 @@ def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (
         deadline_s=np.concatenate([part.deadline_s for part in parts])[order],
         models=models,
         classes=classes,
+        tenant=_labels(parts, [tenants.index(part.tenant) for part in parts])[order] if len(tenants) > 1 else None,
+        tenants=tenants,
     )
 
 
@@ -87,6 +92,7 @@ def _of_stream(stream: Stream) -> _Part:
         input_tokens=stream.trace.input_tokens,
         output_tokens=stream.trace.output_tokens,
         deadline_s=stream.trace.arrival_s + stream.cls.deadline_s,
+        tenant=stream.tenant,
     )
 
 

@@ -53,6 +53,10 @@ class Workload:
     """Absolute seconds by which the last token is due; inf without a deadline."""
     models: tuple[str, ...]
     classes: tuple[RequestClass, ...]
+    tenant: Ints | None = None
+    """Index into ``tenants``; None: all are the first."""
+    tenants: tuple[str, ...] = ("",)
+    """API keys, by name."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
