@@ -379,6 +379,39 @@ def test_a_restart_takes_up_what_was_left(tmp_path: Path) -> None:
     run(test)
 
 
+def test_the_log_says_what_goes_on_and_how_each_batch_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "chiron.batch")
+
+    def said(text: str) -> list[str]:
+        return [message for message in caplog.messages if text in message]
+
+    async def test() -> None:
+        first = await Site(tmp_path, lambda text: text if int(text.split()[1]) < 5 else None).start()
+        batch = await first.submit(*many(20))
+        await first.until(lambda: len(first.plane.open) == 15)
+        waiting = await first.upload(*many(3))
+        await first.stop()
+        assert not said(" ended: ")
+        second = await Site(tmp_path).start()
+        assert said(f"batch {batch.id} goes on: 15 items left, due in ")
+        assert said(f"batch {waiting.id} goes on: its input is validated again")
+        await second.until(lambda: len(said(" ended: ")) == 2)
+        assert len(said(f"batch {batch.id} ended: completed after ")) == 1
+        assert said("20 of 20 items done, 0 failed")
+        held = await Site(tmp_path / "other", lambda text: None).start()
+        late = await held.submit(*many(2), window_s=5.0)
+        called_off = await held.submit(*many(2))
+        await held.until(lambda: len(held.plane.open) == 4)
+        await held.runner.cancel(called_off.id, None)
+        await held.until(lambda: len(said(" ended: ")) == 4)
+        assert said(f"batch {late.id} ended: expired after ")
+        assert said(f"batch {called_off.id} ended: cancelled after ")
+        for site in (second, held):
+            await site.stop()
+
+    run(test)
+
+
 def test_items_of_a_model_that_was_renamed_run_under_its_alias(tmp_path: Path) -> None:
     async def test() -> None:
         first = await Site(tmp_path, lambda text: None).start()

@@ -26,6 +26,7 @@ from chiron.gateway.admission import Models, prompt_bytes
 from chiron.gateway.batch_backlog import Backlog, BacklogPlane
 from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
 from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
+from chiron.gateway.batch_log import BatchLog
 from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off, try_later
 from chiron.gateway.batch_window import Window, Wish
 from chiron.gateway.batch_writer import ResultWriter
@@ -85,6 +86,7 @@ class BatchRunner:
         """Batches to validate, each with the pause before another try if that fails."""
         self._news = asyncio.Event()
         self._writer = ResultWriter(store=store, clock=clock, tuning=self._tuning, on_return=self._news.set)
+        self._log = BatchLog(store)
         self._dropped: dict[str, None] = {}
         """Batches that were cancelled or expired of late: a lease may be under way."""
         self._ended_since = 0
@@ -95,7 +97,9 @@ class BatchRunner:
 
     async def start(self) -> None:
         """Take up what the last process left."""
-        for batch in await self._store.unvalidated():
+        unvalidated = await self._store.unvalidated()
+        self._log.resumed(await self._store.pending(), unvalidated, self._wall_s())
+        for batch in unvalidated:
             self.created(batch)
         loops = [self._validate_loop] * self._tuning.validations_at_once + [self._work_loop, self._writer.run]
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
@@ -228,6 +232,7 @@ class BatchRunner:
         """Take from the store what the windows have room for, and tell the control plane what is left."""
         self._ended_since = 0
         pending = await self._store.pending()
+        await self._log.look(pending, self.in_flight())
         leased: list[tuple[Window, list[Item]]] = []
 
         def deliver() -> None:
