@@ -1,6 +1,7 @@
 """Batches as users of the official ``openai`` client run them."""
 
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,3 +303,18 @@ def test_a_window_shorter_or_longer_than_allowed_says_what_is(tmp_path: Path) ->
         with pytest.raises(openai.BadRequestError, match="from 1m to 2h"):
             submit(api, jsonl(line("a")), window="3h")
         assert submit(api, jsonl(line("a")), window="1h30m").completion_window == "1h30m"
+
+
+def test_a_damaged_output_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with ApiSite(tmp_path) as site, client(site) as api:
+        batch = wait(api, submit(api, jsonl(*(line(f"id-{i}") for i in range(4)))).id)
+        with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
+            db.execute("UPDATE results SET line = CAST(replace(line, 'id-2', 'id-3') AS BLOB)")
+        db.close()
+        with pytest.raises(openai.InternalServerError) as raised:
+            api.files.content(batch.output_file_id)
+        error = raised.value
+        assert (error.status_code, error.code, error.type) == (500, "data_damaged", "server_error")
+        for name in (batch.id, batch.output_file_id, "line 3"):
+            assert name in error.message
+        assert api.batches.retrieve(batch.id).status == "completed"

@@ -491,7 +491,8 @@ def test_lines_that_the_disk_has_changed_fail_alone(tmp_path: Path) -> None:
         done = await site.ended(batch)
         assert (done.status, done.completed, done.failed) == ("completed", 2, 1)
         (error,) = await site.lines(done.error_file_id)
-        assert (error["custom_id"], error["error"]["code"]) == ("b", "invalid_json_line")
+        assert (error["custom_id"], error["error"]["code"]) == ("b", "input_damaged")
+        assert batch.input_file_id in error["error"]["message"]
         await site.stop()
 
     run(test)

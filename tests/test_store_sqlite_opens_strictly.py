@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from chiron.store.port import Batch, BatchStore, StoreCorrupt, StoreError, StoreLocked
+from chiron.store.port import BatchStore, StoreCorrupt, StoreError, StoreLocked
 from chiron.store.settings import StoreSettings
-from store_contract import LIMITS, MODEL, Site, check, lines_of, start, submit, upload
+from store_contract import LIMITS, Site, check, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
 HOLD = """
@@ -113,30 +113,6 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(StoreError, match="schema 99"):
         opened(tmp_path)
-
-
-def test_an_older_database_is_brought_up_to_date(tmp_path: Path) -> None:
-    async def fill(site: Site) -> Batch:
-        async with site.store() as store:
-            return await start(site, store, 3)
-
-    async def go_on(site: Site) -> None:
-        async with site.store() as store:
-            assert await store.get_batch(batch.id, None) == batch
-            assert len(await store.lease(MODEL, 9)) == 3
-            file = await upload(store, b"x", expires_after_s=3600.0)
-            assert (await store.get_file(file.id, None)).expires_s == site.now_s + 3600
-
-    site = sqlite_site(tmp_path)
-    batch = asyncio.run(fill(site))
-    with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
-        db.executescript(
-            "DROP INDEX files_by_expiry; ALTER TABLE files DROP COLUMN expires_s;"
-            "ALTER TABLE batches DROP COLUMN output_expires_after_s; PRAGMA user_version = 1"
-        )
-    db.close()
-    for _ in range(2):
-        asyncio.run(go_on(site))
 
 
 def test_files_whose_time_is_over_leave_the_disk(tmp_path: Path) -> None:

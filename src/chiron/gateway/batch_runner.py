@@ -296,6 +296,9 @@ class BatchRunner:
             self._submit(window, item)
 
     def _submit(self, window: Window, item: Item, *, suspect: bool = False) -> None:
+        if item.damage:
+            self._writer.add(failure(item, "input_damaged", item.damage))
+            return
         body = item_body(item)
         if body is None:
             message = "The request's line of the input file is no longer what it was when the batch was accepted."

@@ -132,6 +132,11 @@ def internal(request_id: str = "") -> ApiError:
     )
 
 
+def damaged(message: str) -> ApiError:
+    """What was asked for is damaged on the server's disk; ``message`` names it. It stays so until somebody mends it."""
+    return ApiError(500, message, type="server_error", code="data_damaged")
+
+
 def retry_after(seconds: float) -> Headers:
     """Whole seconds as HTTP has it, and milliseconds as the ``openai`` client prefers."""
     return (

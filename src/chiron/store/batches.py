@@ -9,10 +9,21 @@ from dataclasses import asdict, fields
 from typing import Any
 from uuid import uuid4
 
-from chiron.store.database import FAILED, OK, OPEN, item_key
+from chiron.store.database import (
+    BATCH_DEFAULTS,
+    FAILED,
+    OK,
+    OPEN,
+    change_row,
+    drop_copy,
+    insert_row,
+    item_key,
+    keep_copy,
+)
 from chiron.store.leases import Leases
 from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile
 from chiron.store.results import unfinished_bytes
+from chiron.store.sums import check_row, row_sum
 from chiron.store.writer import Transaction
 
 PURGE_STEP = 2_000
@@ -22,10 +33,20 @@ EXPIRE_STEP = 500
 """Files that are removed at one look, because their time is over."""
 
 _FIELDS = tuple(field.name for field in fields(Batch))
-SELECT_BATCH = f"SELECT no, output_bytes, error_bytes, output_expires_after_s, {', '.join(_FIELDS)} FROM batches"
+SELECT_BATCH = "SELECT * FROM batches"
+SELECT_FILE = "SELECT * FROM files"
+
+
+def checked_batch(row: sqlite3.Row) -> sqlite3.Row:
+    return check_row("batches", row, f"batch {row['id']!r}")
+
+
+def checked_file(row: sqlite3.Row) -> sqlite3.Row:
+    return check_row("files", row, f"file {row['id']!r}")
 
 
 def read_batch(row: sqlite3.Row) -> Batch:
+    """Of a row that was checked."""
     values: dict[str, Any] = {name: row[name] for name in _FIELDS}
     values["metadata"] = json.loads(values["metadata"])
     values["errors"] = tuple(LineError(**error) for error in json.loads(values["errors"]))
@@ -37,14 +58,19 @@ def find_batch(db: sqlite3.Connection, batch_id: str, owner: str | None = None) 
     row: sqlite3.Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (storable(batch_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no batch {batch_id!r}")
-    return row
+    return checked_batch(row)
+
+
+def batch_row(db: sqlite3.Connection, no: int) -> sqlite3.Row:
+    row: sqlite3.Row = db.execute(f"{SELECT_BATCH} WHERE no = ?", (no,)).fetchone()
+    return checked_batch(row)
 
 
 def find_file(db: sqlite3.Connection, file_id: str, owner: str | None = None) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute("SELECT * FROM files WHERE id = ?", (storable(file_id),)).fetchone()
+    row: sqlite3.Row | None = db.execute(f"{SELECT_FILE} WHERE id = ?", (storable(file_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no file {file_id!r}")
-    return row
+    return checked_file(row)
 
 
 def storable(text: str) -> str:
@@ -52,27 +78,24 @@ def storable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
+def fits(table: str, row: sqlite3.Row) -> bool:
+    *values, found = row
+    return bool(row_sum(table, values) == found)
+
+
 def read_file_row(row: sqlite3.Row) -> StoredFile:
     names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "expires_s", "batch_id")
     return StoredFile(**{name: row[name] for name in names})
 
 
-def insert_file(db: sqlite3.Connection, file: StoredFile, state: int | None = None) -> None:
-    db.execute(
-        "INSERT INTO files(id, purpose, filename, bytes, created_s, owner, expires_s, batch_id, state)"
-        " VALUES(?,?,?,?,?,?,?,?,?)",
-        (
-            file.id,
-            file.purpose,
-            file.filename,
-            file.bytes,
-            file.created_s,
-            file.owner,
-            file.expires_s,
-            file.batch_id,
-            state,
-        ),
-    )
+def insert_file(
+    db: sqlite3.Connection, file: StoredFile, state: int | None = None, block_sums: bytes | None = None
+) -> None:
+    """``block_sums``: of an upload; those from before there were any have none."""
+    names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "expires_s", "batch_id")
+    values: dict[str, object] = {name: getattr(file, name) for name in names}
+    values |= {"state": state, "block_sums": block_sums}
+    keep_copy(db, "files", values | {"no": insert_row(db, "files", values)})
 
 
 def new_file_id() -> str:
@@ -95,28 +118,33 @@ def create_batch(
     if file["batch_id"] is not None:
         raise Conflict(f"file {input_file_id!r} is the output of a batch; upload it to use it as input")
     batch_id = f"batch_{uuid4().hex}"
-    transaction.db.execute(
-        "INSERT INTO batches(id, owner, input_file_id, endpoint, completion_window, status, metadata, created_s,"
-        " expires_s, output_expires_after_s) VALUES(?,?,?,?,?,'validating',?,?,?,?)",
-        (
-            batch_id,
-            owner,
-            input_file_id,
-            endpoint,
-            completion_window,
-            json.dumps(dict(metadata)),
-            now_s,
-            deadline_s,
-            output_expires_after_s,
-        ),
-    )
+    values = BATCH_DEFAULTS | {
+        "id": batch_id,
+        "owner": owner,
+        "input_file_id": input_file_id,
+        "endpoint": endpoint,
+        "completion_window": completion_window,
+        "status": "validating",
+        "metadata": json.dumps(dict(metadata)),
+        "created_s": now_s,
+        "expires_s": deadline_s,
+        "output_expires_after_s": output_expires_after_s,
+    }
+    no = insert_row(transaction.db, "batches", values)
+    keep_copy(transaction.db, "batches", values | {"no": no})
     return read_batch(find_batch(transaction.db, batch_id))
 
 
 def update_batch(db: sqlite3.Connection, no: int, **values: object) -> None:
-    """``values`` by column; the names are ours."""
-    columns = ", ".join(f"{name} = ?" for name in values)
-    db.execute(f"UPDATE batches SET {columns} WHERE no = ?", (*values.values(), no))
+    """``values`` by column; the names are ours. Raises StoreDamaged: what is damaged must not be summed anew."""
+    change_batch(db, batch_row(db, no), **values)
+
+
+def change_batch(db: sqlite3.Connection, row: sqlite3.Row, **values: object) -> None:
+    """The same, for a row that was read and checked in this transaction."""
+    after = change_row(db, "batches", row, values)
+    if "status" in values:
+        keep_copy(db, "batches", after)
 
 
 def fail_validation(transaction: Transaction, no: int, errors: list[LineError], now_s: float) -> None:
@@ -145,12 +173,14 @@ def expire(transaction: Transaction, leases: Leases, now_s: float) -> list[str]:
     # What could not be removed for want of room is tried again.
     transaction.has_chores = True
     late = db.execute(
-        "SELECT no, id FROM batches WHERE status = 'in_progress' AND expires_s <= ? ORDER BY expires_s, no", (now_s,)
+        f"{SELECT_BATCH} WHERE status = 'in_progress' AND expires_s <= ? ORDER BY expires_s, no", (now_s,)
     ).fetchall()
+    late = [row for row in late if fits("batches", row)]
     for row in late:
         update_batch(db, row["no"], status="finalizing", finalizing_s=now_s)
-    for row in db.execute("SELECT id FROM batches WHERE status IN ('finalizing', 'cancelling')").fetchall():
-        end_if_idle(transaction, leases, row["id"], now_s)
+    for row in db.execute(f"{SELECT_BATCH} WHERE status IN ('finalizing', 'cancelling')").fetchall():
+        if fits("batches", row):
+            end_if_idle(transaction, leases, row["id"], now_s)
     return [row["id"] for row in late]
 
 
@@ -166,9 +196,7 @@ def end_if_idle(transaction: Transaction, leases: Leases, batch_id: str, now_s: 
 def end_batch(transaction: Transaction, leases: Leases, row: sqlite3.Row, status: BatchStatus, now_s: float) -> None:
     """The batch leaves no item behind: those without a result count as failed, and their lines are made when read."""
     db, no = transaction.db, row["no"]
-    open_items, id_bytes = db.execute(
-        "SELECT coalesce(sum(items), 0), coalesce(sum(id_bytes), 0) FROM work WHERE batch = ?", (no,)
-    ).fetchone()
+    open_items, id_bytes = open_work(db, no)
     failed = row["failed"] + open_items
     error_bytes = row["error_bytes"] + unfinished_bytes(status, open_items, id_bytes)
     values: dict[str, object] = {
@@ -186,6 +214,17 @@ def end_batch(transaction: Transaction, leases: Leases, row: sqlite3.Row, status
     update_batch(db, no, **values)
     db.execute("DELETE FROM work WHERE batch = ?", (no,))
     leases.drop(no, transaction.undo)
+
+
+def open_work(db: sqlite3.Connection, no: int) -> tuple[int, int]:
+    """Items of a running batch without a result, and the sum of ``id_size`` over them."""
+    rows = [check_work(row) for row in db.execute("SELECT * FROM work WHERE batch = ?", (no,))]
+    return sum(row["items"] for row in rows), sum(row["id_bytes"] for row in rows)
+
+
+def check_work(row: sqlite3.Row) -> sqlite3.Row:
+    """``row`` has the columns of ``work``."""
+    return check_row("work", row, f"the open items of model {row['model']!r} in batch number {row['batch']}")
 
 
 def lose_input(transaction: Transaction, leases: Leases, batch_id: str, now_s: float) -> None:
@@ -236,6 +275,7 @@ def expire_files(transaction: Transaction, now_s: float) -> list[str]:
         " ORDER BY expires_s LIMIT ?",
         (now_s, *ENDED, EXPIRE_STEP),
     ).fetchall()
+    rows = [row for row in rows if fits("files", row)]
     for row in rows:
         _drop_file(transaction, row)
     return [row["id"] for row in rows if row["batch_id"] is None]
@@ -245,7 +285,16 @@ def _drop_file(transaction: Transaction, row: sqlite3.Row) -> None:
     """The row, and the lines if it is a batch's output or errors."""
     if row["batch_id"] is not None:
         purge(transaction, find_batch(transaction.db, row["batch_id"])["no"], row["state"])
+    else:
+        # The content goes after the commit; if we do not live to see that, at the next start.
+        transaction.db.execute("INSERT INTO removals(id) VALUES(?)", (row["id"],))
     transaction.db.execute("DELETE FROM files WHERE no = ?", (row["no"],))
+    drop_copy(transaction.db, "files", row["no"])
+
+
+def forget_removals(transaction: Transaction, file_ids: list[str]) -> None:
+    """Their content is gone."""
+    transaction.db.executemany("DELETE FROM removals WHERE id = ?", [(file_id,) for file_id in file_ids])
 
 
 _USER_OF_FILE = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({', '.join('?' * len(ENDED))})"
@@ -257,36 +306,42 @@ def sweep(transaction: Transaction, before_s: float) -> tuple[int, list[str]]:
     db = transaction.db
     marks = ", ".join("?" * len(ENDED))
     old = db.execute(
-        f"SELECT no, id FROM batches WHERE status IN ({marks})"
-        " AND coalesce(completed_s, failed_s, expired_s, cancelled_s) <= ?",
+        f"{SELECT_BATCH} WHERE status IN ({marks}) AND coalesce(completed_s, failed_s, expired_s, cancelled_s) <= ?",
         (*ENDED, before_s),
     ).fetchall()
+    # Only a row that fits its sum says how old it is: a damaged one deletes nothing.
+    old = [row for row in old if fits("batches", row)]
     for row in old:
-        db.execute("DELETE FROM files WHERE batch_id = ?", (row["id"],))
+        for file in db.execute(f"{SELECT_FILE} WHERE batch_id = ?", (row["id"],)).fetchall():
+            db.execute("DELETE FROM files WHERE no = ?", (file["no"],))
+            drop_copy(db, "files", file["no"])
         db.execute("DELETE FROM batches WHERE no = ?", (row["no"],))
+        drop_copy(db, "batches", row["no"])
         purge(transaction, row["no"])
     uploads = db.execute(
-        "DELETE FROM files WHERE batch_id IS NULL AND created_s <= ? AND NOT EXISTS"
-        f" (SELECT 1 FROM batches WHERE input_file_id = files.id AND status NOT IN ({marks})) RETURNING id",
+        f"{SELECT_FILE} WHERE batch_id IS NULL AND created_s <= ? AND NOT EXISTS"
+        f" (SELECT 1 FROM batches WHERE input_file_id = files.id AND status NOT IN ({marks}))",
         (before_s, *ENDED),
     ).fetchall()
+    uploads = [row for row in uploads if fits("files", row)]
+    for row in uploads:
+        _drop_file(transaction, row)
     return len(old), [row["id"] for row in uploads]
 
 
 def purge(transaction: Transaction, batch: int, state: int | None = None) -> None:
     """Have the rows of a batch removed in small steps, also across restarts: results of items in ``state``, or all."""
     transaction.has_chores = True
-    transaction.db.execute(
-        "INSERT INTO purges(batch, state, next_key) VALUES(?, ?, ?)", (batch, state, item_key(batch, 0))
-    )
+    insert_row(transaction.db, "purges", {"batch": batch, "state": state, "next_key": item_key(batch, 0)})
 
 
 def purge_step(transaction: Transaction) -> None:
     """The writer's chore: remove some rows of those to be removed."""
     db = transaction.db
-    todo = db.execute("SELECT rowid, * FROM purges LIMIT 1").fetchone()
+    todo = db.execute("SELECT * FROM purges LIMIT 1").fetchone()
     if todo is None:
         return
+    check_row("purges", todo, "what is to be removed")
     transaction.has_chores = True
     end = item_key(todo["batch"] + 1, 0)
     last = db.execute(
@@ -294,7 +349,7 @@ def purge_step(transaction: Transaction) -> None:
         (todo["next_key"], end, PURGE_STEP),
     ).fetchone()[0]
     if last is None:
-        db.execute("DELETE FROM purges WHERE rowid = ?", (todo["rowid"],))
+        db.execute("DELETE FROM purges WHERE no = ?", (todo["no"],))
         return
     span = (todo["next_key"], last)
     if todo["state"] is None:
@@ -307,4 +362,4 @@ def purge_step(transaction: Transaction) -> None:
             " AND (SELECT state FROM items WHERE items.key = results.key) = ?",
             (*span, todo["state"]),
         )
-    db.execute("UPDATE purges SET next_key = ? WHERE rowid = ?", (last + 1, todo["rowid"]))
+    change_row(db, "purges", todo, {"next_key": last + 1})

@@ -3,73 +3,100 @@
 An item is a row that points into the uploaded file, so that input is on disk once. Items and results have one key,
 ``batch number << 32 | index``: both tables lie on disk in the order of the input, and the primary key of ``results``
 is what makes a second result for an item impossible.
+
+Every row carries a checksum (``sums``). Rows of files and batches are kept twice: ``copies`` has each as it was at its
+last change of status, on other pages, since all that belongs to a batch is worth nothing without its row.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from chiron.store.port import StoreCorrupt, StoreError, StoreFull
+from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull
 from chiron.store.settings import StoreSettings
+from chiron.store.sums import COLUMNS, check_row, item_sum, result_sum, row_sum
 
 DATABASE = "batch.sqlite3"
 APPLICATION_ID = 0x43484952  # "CHIR"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SQLITE_MIN = (3, 35, 0)
 """The first with ``RETURNING``."""
+PAGE_BYTES = 8192
+"""Results of about a kilobyte fill large pages better than small ones."""
 
-OPEN, OK, FAILED = 0, 1, 2
-"""States of an item: no result yet, a line in the output file, a line in the error file."""
+OPEN, OK, FAILED, LOST = 0, 1, 2, 3
+"""States of an item: no result yet, a line in the output file, a line in the error file; it had a line, which was
+damaged on the disk, and counts as failed."""
 
-SCHEMA = f"""
-CREATE TABLE files(
+TABLES = {
+    "meta": """CREATE TABLE meta(
+  no INTEGER PRIMARY KEY, schema INTEGER NOT NULL, commits INTEGER NOT NULL, seen_s REAL, trusted_s REAL,
+  doubt_s REAL NOT NULL, sum INTEGER NOT NULL
+)""",
+    "files": """CREATE TABLE files(
   no INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, filename TEXT NOT NULL,
   bytes INTEGER NOT NULL, created_s REAL NOT NULL, owner TEXT NOT NULL,
-  batch_id TEXT, state INTEGER, expires_s REAL
-);
-CREATE INDEX files_by_batch ON files(batch_id);
-CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL;
-CREATE TABLE batches(
+  batch_id TEXT, state INTEGER, expires_s REAL, block_sums BLOB, sum INTEGER NOT NULL
+)""",
+    "batches": """CREATE TABLE batches(
   no INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, input_file_id TEXT NOT NULL,
   endpoint TEXT NOT NULL, completion_window TEXT NOT NULL, status TEXT NOT NULL, metadata TEXT NOT NULL,
   created_s REAL NOT NULL, expires_s REAL NOT NULL, in_progress_s REAL, finalizing_s REAL, completed_s REAL,
   failed_s REAL, expired_s REAL, cancelling_s REAL, cancelled_s REAL,
-  total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
-  errors TEXT NOT NULL DEFAULT '[]', output_file_id TEXT, error_file_id TEXT, model TEXT,
-  recent TEXT NOT NULL DEFAULT '[]',
-  output_bytes INTEGER NOT NULL DEFAULT 0, error_bytes INTEGER NOT NULL DEFAULT 0, output_expires_after_s REAL
-);
-CREATE INDEX batches_by_status ON batches(status, expires_s);
-CREATE INDEX batches_by_input ON batches(input_file_id);
--- One row per model of a running batch: sums over its items without a result.
-CREATE TABLE work(
+  total INTEGER NOT NULL, completed INTEGER NOT NULL, failed INTEGER NOT NULL,
+  errors TEXT NOT NULL, output_file_id TEXT, error_file_id TEXT, model TEXT,
+  recent TEXT NOT NULL,
+  output_bytes INTEGER NOT NULL, error_bytes INTEGER NOT NULL, output_expires_after_s REAL,
+  lanes TEXT NOT NULL, incomplete INTEGER NOT NULL, sum INTEGER NOT NULL
+)""",
+    "work": """CREATE TABLE work(
   batch INTEGER NOT NULL, lane INTEGER NOT NULL, model TEXT NOT NULL, items INTEGER NOT NULL,
-  input_bytes INTEGER NOT NULL, input_bytes_square INTEGER NOT NULL, id_bytes INTEGER NOT NULL,
+  input_bytes INTEGER NOT NULL, input_bytes_square INTEGER NOT NULL, id_bytes INTEGER NOT NULL, sum INTEGER NOT NULL,
   PRIMARY KEY(batch, lane)
-) WITHOUT ROWID;
-CREATE TABLE items(
+) WITHOUT ROWID""",
+    "items": """CREATE TABLE items(
   key INTEGER PRIMARY KEY, state INTEGER NOT NULL, lane INTEGER NOT NULL, attempts INTEGER NOT NULL,
-  offset INTEGER NOT NULL, bytes INTEGER NOT NULL, input_bytes INTEGER NOT NULL, custom_id TEXT NOT NULL
-);
-CREATE TABLE results(key INTEGER PRIMARY KEY, line BLOB NOT NULL);
--- Rows of batches that are to go, in small steps beside other work. state: the results of items in that state;
--- NULL: everything.
-CREATE TABLE purges(batch INTEGER NOT NULL, state INTEGER, next_key INTEGER NOT NULL);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-
-
-UPGRADES = {
-    1: """
-ALTER TABLE files ADD COLUMN expires_s REAL;
-CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL;
-ALTER TABLE batches ADD COLUMN output_expires_after_s REAL;
-PRAGMA user_version = 2;
-""",
+  offset INTEGER NOT NULL, bytes INTEGER NOT NULL, input_bytes INTEGER NOT NULL, custom_id TEXT NOT NULL,
+  body_sum INTEGER, sum INTEGER NOT NULL
+)""",
+    "results": """CREATE TABLE results(key INTEGER PRIMARY KEY, line BLOB NOT NULL, sum INTEGER NOT NULL)""",
+    "purges": """CREATE TABLE purges(
+  no INTEGER PRIMARY KEY, batch INTEGER NOT NULL, state INTEGER, next_key INTEGER NOT NULL, sum INTEGER NOT NULL
+)""",
+    "removals": """CREATE TABLE removals(id TEXT NOT NULL)""",
+    "copies": """CREATE TABLE copies(no INTEGER PRIMARY KEY, row TEXT NOT NULL, sum INTEGER NOT NULL)""",
 }
-"""From each older version to the next."""
+"""``work``: one row per model of a running batch, sums over its items without a result. ``purges``: rows of batches
+that are to go, in small steps beside other work; state: the results of items in that state, NULL: everything.
+``removals``: uploads that were deleted and whose content may still be there. ``meta`` has one row."""
+
+INDEXES = {
+    "files_by_batch": "CREATE INDEX files_by_batch ON files(batch_id)",
+    "files_by_expiry": "CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL",
+    "batches_by_status": "CREATE INDEX batches_by_status ON batches(status, expires_s)",
+    "batches_by_input": "CREATE INDEX batches_by_input ON batches(input_file_id)",
+}
+
+SCHEMA = ";\n".join([*TABLES.values(), *INDEXES.values()]) + ";\n"
+MARKS = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION};"
+META = (1, SCHEMA_VERSION, 0, None, None, 0.0)
+"""The row of ``meta`` in a new database."""
+
+BATCH_DEFAULTS: dict[str, object] = dict.fromkeys(COLUMNS["batches"]) | {
+    "total": 0,
+    "completed": 0,
+    "failed": 0,
+    "errors": "[]",
+    "recent": "[]",
+    "output_bytes": 0,
+    "error_bytes": 0,
+    "lanes": "[]",
+    "incomplete": 0,
+}
 
 INDEX_MAX = (1 << 32) - 1
 """No item has it: an input file holds fewer lines."""
@@ -84,12 +111,85 @@ def item_index(key: int) -> int:
     return key & INDEX_MAX
 
 
+# Rows with their sums.
+
+
+def insert_row(db: sqlite3.Connection, table: str, values: Mapping[str, object]) -> int:
+    """A new row of ``files``, ``batches`` or ``purges``, all columns but its number given. Returns the number."""
+    names = COLUMNS[table][1:]
+    marks = ", ".join("?" * len(names))
+    row = [values[name] for name in names]
+    cursor = db.execute(f"INSERT INTO {table}({', '.join(names)}, sum) VALUES({marks}, 0)", row)
+    no = cursor.lastrowid
+    assert no is not None
+    db.execute(f"UPDATE {table} SET sum = ? WHERE no = ?", (row_sum(table, [no, *row]), no))
+    return no
+
+
+def write_row(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> None:
+    """A whole row with the key that it has; what was there is replaced."""
+    names = COLUMNS[table]
+    row = [values[name] for name in names]
+    marks = ", ".join("?" * (len(names) + 1))
+    db.execute(f"INSERT OR REPLACE INTO {table}({', '.join(names)}, sum) VALUES({marks})", (*row, row_sum(table, row)))
+
+
+def change_row(db: sqlite3.Connection, table: str, row: sqlite3.Row, changes: Mapping[str, object]) -> dict[str, Any]:
+    """Change columns of a row that was checked and has a number. Returns its values."""
+    values: dict[str, Any] = {name: row[name] for name in COLUMNS[table]} | dict(changes)
+    columns = ", ".join(f"{name} = ?" for name in changes)
+    total = row_sum(table, [values[name] for name in COLUMNS[table]])
+    db.execute(f"UPDATE {table} SET {columns}, sum = ? WHERE no = ?", (*changes.values(), total, row["no"]))
+    return values
+
+
+_COPIED = ("batches", "files")
+
+
+def copy_number(table: str, no: int) -> int:
+    return 2 * no + _COPIED.index(table)
+
+
+def copied(copy_no: int) -> tuple[str, int]:
+    """Table and number of the row that a copy is of."""
+    return _COPIED[copy_no % 2], copy_no // 2
+
+
+def keep_copy(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> None:
+    row = [value.hex() if isinstance(value := values[name], bytes) else value for name in COLUMNS[table]]
+    write_row(db, "copies", {"no": copy_number(table, values["no"]), "row": json.dumps(row)})
+
+
+def drop_copy(db: sqlite3.Connection, table: str, no: int) -> None:
+    db.execute("DELETE FROM copies WHERE no = ?", (copy_number(table, no),))
+
+
+def read_copy(table: str, text: str) -> dict[str, Any]:
+    values = dict(zip(COLUMNS[table], json.loads(text), strict=True))
+    if values.get("block_sums") is not None:
+        values["block_sums"] = bytes.fromhex(values["block_sums"])
+    return values
+
+
+def read_meta(db: sqlite3.Connection) -> sqlite3.Row:
+    """Raises StoreDamaged."""
+    row: sqlite3.Row | None = db.execute("SELECT * FROM meta").fetchone()
+    if row is None:
+        raise StoreDamaged("the row of meta is missing")
+    return check_row("meta", row, "meta")
+
+
+# Opening.
+
+
 def connect(directory: Path) -> sqlite3.Connection:
     """A connection that leaves transactions to us; whichever thread has it uses it alone."""
     db = sqlite3.connect(directory / DATABASE, isolation_level=None, check_same_thread=False, timeout=10.0)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = OFF")
+    # What was deleted is deleted; and a search for rows in a damaged file finds no old ones.
+    db.execute("PRAGMA secure_delete = ON")
     return db
 
 
@@ -120,11 +220,10 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
     found, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
     if empty:
-        # Results of about a kilobyte fill large pages better than small ones.
-        db.execute("PRAGMA page_size = 8192")
+        db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
     elif found != APPLICATION_ID:
         raise StoreCorrupt(f"{path}: a database of another program")
-    elif version != SCHEMA_VERSION and version not in UPGRADES:
+    elif version != SCHEMA_VERSION and version not in _UPGRADES:
         raise StoreError(f"{path}: schema {version}, this version of Chiron reads {SCHEMA_VERSION}")
     db.execute("PRAGMA journal_mode = WAL")
     page = db.execute("PRAGMA page_size").fetchone()[0]
@@ -133,13 +232,88 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
     db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
     db.execute("PRAGMA cache_size = -32768")
     if empty:
-        db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
-    elif path.stat().st_size <= settings.check_bytes_max:
+        db.execute("BEGIN IMMEDIATE")
+        make_tables(db)
+        db.execute("COMMIT")
+        return
+    if path.stat().st_size <= settings.check_bytes_max:
         report = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if report != "ok":
-            raise StoreCorrupt(f"{path}: damaged ({report}); restore a copy, or move it away to start empty")
-    for step in range(SCHEMA_VERSION if empty else version, SCHEMA_VERSION):
-        db.executescript(f"BEGIN IMMEDIATE; {UPGRADES[step]} COMMIT;")
+            raise damaged(path, report)
+    for step in range(version, SCHEMA_VERSION):
+        db.execute("BEGIN IMMEDIATE")
+        _UPGRADES[step](db)
+        db.execute(f"PRAGMA user_version = {step + 1}")
+        db.execute("COMMIT")
+
+
+def make_tables(db: sqlite3.Connection) -> None:
+    """In an empty database, inside a transaction."""
+    _run(db, SCHEMA)
+    _run(db, MARKS)
+    write_row(db, "meta", dict(zip(COLUMNS["meta"], META, strict=True)))
+
+
+def _run(db: sqlite3.Connection, script: str) -> None:
+    """Several statements, without the COMMIT that ``executescript`` begins with."""
+    for statement in script.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+def _upgrade_1(db: sqlite3.Connection) -> None:
+    _run(
+        db,
+        "ALTER TABLE files ADD COLUMN expires_s REAL;"
+        "CREATE INDEX files_by_expiry ON files(expires_s) WHERE expires_s IS NOT NULL;"
+        "ALTER TABLE batches ADD COLUMN output_expires_after_s REAL;",
+    )
+
+
+def _upgrade_2(db: sqlite3.Connection) -> None:
+    """Every row gets its sum. The bytes of old uploads were never summed and stay without."""
+    old = ("files", "batches", "work", "items", "results", "purges")
+    for table in old:
+        db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    for index in INDEXES:
+        db.execute(f"DROP INDEX {index}")
+    make_tables(db)
+    db.create_function("item_sum", 9, item_sum, deterministic=True)
+    db.create_function("result_sum", 3, result_sum, deterministic=True)
+    columns = "key, state, lane, attempts, offset, bytes, input_bytes, custom_id"
+    db.execute(f"INSERT INTO items SELECT {columns}, NULL, item_sum({columns}, NULL) FROM old_items")
+    db.execute(
+        "INSERT INTO results SELECT key, line, result_sum(key, state, line) FROM old_results JOIN old_items USING(key)"
+    )
+    for row in db.execute("SELECT * FROM old_work").fetchall():
+        write_row(db, "work", dict(row))
+    for row in db.execute("SELECT rowid AS no, * FROM old_purges").fetchall():
+        write_row(db, "purges", dict(row))
+    for row in db.execute("SELECT * FROM old_files").fetchall():
+        values = dict(row) | {"block_sums": None}
+        write_row(db, "files", values)
+        keep_copy(db, "files", values)
+    for row in db.execute("SELECT * FROM old_batches").fetchall():
+        lanes = db.execute("SELECT model FROM old_work WHERE batch = ? ORDER BY lane", (row["no"],)).fetchall()
+        values = BATCH_DEFAULTS | dict(row) | {"lanes": json.dumps([lane["model"] for lane in lanes])}
+        write_row(db, "batches", values)
+        keep_copy(db, "batches", values)
+    for table in ("files", "batches"):
+        # Numbers are not given twice, also those of rows that are gone.
+        last = db.execute("SELECT max(seq) FROM sqlite_sequence WHERE name IN (?, ?)", (table, f"old_{table}"))
+        if (seq := last.fetchone()[0]) is not None:
+            db.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+            db.execute("INSERT INTO sqlite_sequence(name, seq) VALUES(?, ?)", (table, seq))
+    for table in old:
+        db.execute(f"DROP TABLE old_{table}")
+
+
+_UPGRADES = {1: _upgrade_1, 2: _upgrade_2}
+"""From each older version to the next."""
+
+
+def damaged(path: Path, what: str) -> StoreCorrupt:
+    return StoreCorrupt(f"{path}: damaged ({what}); restore a copy, or move it away to start empty")
 
 
 def store_error(error: sqlite3.Error, path: Path) -> StoreError:
@@ -148,6 +322,6 @@ def store_error(error: sqlite3.Error, path: Path) -> StoreError:
     # A quota or a limit on file sizes shows as a failed write, not as a full disk; at the start also a full disk does.
     if code & 0xFF == sqlite3.SQLITE_FULL or code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE):
         return StoreFull(f"{path}: no room for more on the disk or in the quota ({error})")
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreCorrupt(f"{path}: damaged ({error}); restore a copy, or move it away to start empty")
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith("Could not decode"):
+        return damaged(path, str(error))
     return StoreError(f"{path}: {error}")

@@ -6,19 +6,21 @@ import json
 import os
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop
 from itertools import groupby
 from pathlib import Path
+from zlib import crc32
 
-from chiron.store.batches import end_if_idle, update_batch
-from chiron.store.database import FAILED, INDEX_MAX, OK, OPEN, item_index, item_key
+from chiron.store.batches import batch_row, change_batch, check_work, end_if_idle
+from chiron.store.database import FAILED, INDEX_MAX, OK, OPEN, item_index, item_key, write_row
 from chiron.store.directory import disk_error, file_path
 from chiron.store.leases import LaneLeases, Leases
 from chiron.store.port import Ended, Item, PendingWork
 from chiron.store.progress import count_ends
 from chiron.store.results import id_size
+from chiron.store.sums import ATTEMPT_FACTOR, ITEM_COLUMNS, STATE_FACTOR, item_fits, result_sum
 from chiron.store.writer import Transaction
 
 
@@ -37,12 +39,20 @@ class Leased:
     attempts: int
     offset: int
     bytes: int
+    body_sum: int | None
 
 
 def lease(
-    db: sqlite3.Connection, leases: Leases, model: str, limit: int, before_deadline_s: float | None, bytes_max: float
+    db: sqlite3.Connection,
+    leases: Leases,
+    model: str,
+    limit: int,
+    before_deadline_s: float | None,
+    bytes_max: float,
+    damaged: Callable[[str], None] = lambda what: None,
 ) -> list[Leased]:
-    """The cost grows with ``limit`` and the number of running batches, not with their items."""
+    """The cost grows with ``limit`` and the number of running batches, not with their items. ``damaged`` hears of items
+    whose rows are damaged: these stay leased and run for nobody until the store is mended."""
     found: list[Leased] = []
     lanes = db.execute(
         "SELECT batch, lane, work.items, id, owner, endpoint, expires_s, input_file_id FROM batches JOIN work"
@@ -56,9 +66,15 @@ def lease(
         lane = leases.lane(row["batch"], row["lane"])
         if row["items"] <= len(lane.leased):
             continue
+        batch_row(db, row["batch"])  # Checked before anything is taken from it.
         taken = _take(db, lane, row["batch"], row["lane"], limit - len(found), bytes_max)
         bytes_max -= sum(item["bytes"] for item in taken)
-        found += [_leased(row, model, item) for item in taken]
+        for item in taken:
+            if item_fits(item):
+                found.append(_leased(row, model, item))
+            else:
+                number = item_index(item["key"]) + 1
+                damaged(f"batch {row['id']!r}, request {number} of the input: its row in the database is damaged")
     lanes.close()
     return found
 
@@ -76,6 +92,7 @@ def _leased(row: sqlite3.Row, model: str, item: sqlite3.Row) -> Leased:
         attempts=item["attempts"],
         offset=item["offset"],
         bytes=item["bytes"],
+        body_sum=item["body_sum"],
     )
 
 
@@ -122,6 +139,15 @@ def read_bodies(directory: Path, leased: Sequence[Leased]) -> tuple[list[Item], 
     return found, lost
 
 
+def _damage(leased: Leased, body: bytes) -> str:
+    if leased.body_sum is None or crc32(body) == leased.body_sum:
+        return ""
+    return (
+        f"The input file {leased.input_file_id} is damaged on the server's disk: the bytes from {leased.offset} to "
+        f"{leased.offset + leased.bytes} are no longer what they were when the batch was accepted."
+    )
+
+
 def _bodies(path: Path, leased: Sequence[Leased]) -> list[bytes]:
     """Short where the file is."""
     try:
@@ -137,20 +163,22 @@ def _bodies(path: Path, leased: Sequence[Leased]) -> list[bytes]:
 
 
 def _with_body(leased: Leased, body: bytes) -> Item:
+    damage = _damage(leased, body)
     return Item(
         batch_id=leased.batch_id,
         index=leased.index,
         custom_id=leased.custom_id,
         model=leased.model,
         endpoint=leased.endpoint,
-        body=body,
+        body=b"" if damage else body,
         deadline_s=leased.deadline_s,
         attempts=leased.attempts,
         owner=leased.owner,
+        damage=damage,
     )
 
 
-_ITEM = "SELECT key, custom_id, attempts, offset, bytes, input_bytes FROM items"
+_ITEM = f"SELECT {', '.join(ITEM_COLUMNS)}, sum FROM items"
 _ONE_OPEN = f"{_ITEM} WHERE key = ? AND state = {OPEN}"
 _NEXT_OPEN = f"{_ITEM} WHERE key >= ? AND key < ? AND lane = ? AND state = {OPEN} ORDER BY key"
 
@@ -173,7 +201,7 @@ class _Gains:
     sizes: Counter[int] = field(default_factory=Counter)
     """Bytes of lines with their line breaks."""
     lanes: defaultdict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
-    written: list[tuple[int, bytes]] = field(default_factory=list)
+    written: list[tuple[int, bytes, int]] = field(default_factory=list)
 
     def add(self, state: int, size: int, item: sqlite3.Row) -> None:
         self.items[state] += 1
@@ -191,15 +219,14 @@ def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now
         by_batch.setdefault(one.batch_id, []).append(one)
     for batch_id, results in by_batch.items():
         row = transaction.db.execute(
-            "SELECT no, completed, failed, output_bytes, error_bytes, recent FROM batches"
-            " WHERE id = ? AND status IN ('in_progress', 'finalizing', 'cancelling')",
+            "SELECT no FROM batches WHERE id = ? AND status IN ('in_progress', 'finalizing', 'cancelling')",
             (batch_id,),
         ).fetchone()
         if row is None:
             continue  # It ended without these; they are listed there as expired or cancelled.
         gains = _keep(transaction, leases, row["no"], results)
         if gains.lanes:
-            _count(transaction.db, row, gains, now_s)
+            _count(transaction.db, batch_row(transaction.db, row["no"]), gains, now_s)
         end_if_idle(transaction, leases, batch_id, now_s)
 
 
@@ -217,8 +244,8 @@ def _keep(transaction: Transaction, leases: Leases, batch: int, results: Sequenc
                 line = lines[item["key"]][0]
                 leases.end(batch, item["lane"], item_index(item["key"]), transaction.undo)
                 gains.add(state, len(line) + 1, item)
-                gains.written.append((item["key"], line))
-    transaction.db.executemany("INSERT INTO results(key, line) VALUES(?, ?)", gains.written)
+                gains.written.append((item["key"], line, result_sum(item["key"], state, line)))
+    transaction.db.executemany("INSERT INTO results(key, line, sum) VALUES(?, ?, ?)", gains.written)
     return gains
 
 
@@ -230,17 +257,17 @@ def _close(db: sqlite3.Connection, state: int, keys: Sequence[int]) -> list[sqli
     """Give open items their final state; returns those that were open."""
     marks = ", ".join("?" * len(keys))
     return db.execute(
-        f"UPDATE items SET state = ? WHERE state = {OPEN} AND key IN ({marks})"
+        f"UPDATE items SET state = ?, sum = sum + ? WHERE state = {OPEN} AND key IN ({marks})"
         " RETURNING key, lane, input_bytes, custom_id",
-        (state, *keys),
+        (state, state * STATE_FACTOR, *keys),
     ).fetchall()
 
 
 def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float) -> None:
     recent = tuple((start, count) for start, count in json.loads(row["recent"]))
-    update_batch(
+    change_batch(
         db,
-        row["no"],
+        row,
         completed=row["completed"] + gains.items[OK],
         failed=row["failed"] + gains.items[FAILED],
         output_bytes=row["output_bytes"] + gains.sizes[OK],
@@ -248,11 +275,11 @@ def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float
         recent=json.dumps(count_ends(recent, gains.items.total(), now_s)),
     )
     for lane, sums in gains.lanes.items():
-        db.execute(
-            "UPDATE work SET items = items - ?, input_bytes = input_bytes - ?,"
-            " input_bytes_square = input_bytes_square - ?, id_bytes = id_bytes - ? WHERE batch = ? AND lane = ?",
-            (sums.items, sums.input_bytes, sums.input_bytes_square, sums.id_bytes, row["no"], lane),
-        )
+        work = db.execute("SELECT * FROM work WHERE batch = ? AND lane = ?", (row["no"], lane)).fetchone()
+        left = dict(check_work(work))
+        for name in ("items", "input_bytes", "input_bytes_square", "id_bytes"):
+            left[name] -= getattr(sums, name)
+        write_row(db, "work", left)
 
 
 def release(transaction: Transaction, leases: Leases, items: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
@@ -266,7 +293,10 @@ def release(transaction: Transaction, leases: Leases, items: Sequence[tuple[str,
         if not no or not item:
             continue
         if leases.release(no, item["lane"], index, transaction.undo) and failed_attempt:
-            transaction.db.execute("UPDATE items SET attempts = attempts + 1 WHERE key = ?", (item_key(no, index),))
+            transaction.db.execute(
+                "UPDATE items SET attempts = attempts + 1, sum = sum + ? WHERE key = ?",
+                (ATTEMPT_FACTOR, item_key(no, index)),
+            )
 
 
 def pending(db: sqlite3.Connection, leases: Leases) -> list[PendingWork]:

@@ -42,6 +42,14 @@ class StoreCorrupt(StoreError):  # noqa: N818
     """The database is damaged, or not one of ours."""
 
 
+class StoreDamaged(StoreError):  # noqa: N818
+    """What was asked for is damaged on the disk: the message names it. The rest of the store is served."""
+
+
+class StoreUnavailable(StoreError):  # noqa: N818
+    """The store cannot be used for now; the message says why. It may be later."""
+
+
 class StoreClosed(StoreError):  # noqa: N818
     """The store is not open, or is closing."""
 
@@ -170,6 +178,9 @@ class Item:
     attempts: int
     """Failed attempts so far, as told to ``release``. Survives a restart."""
     owner: str
+    damage: str = ""
+    """Why ``body`` is empty, if it is: the input file no longer holds the bytes that were accepted. Such an item cannot
+    run; it is leased so that it ends with that reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

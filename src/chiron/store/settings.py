@@ -28,6 +28,9 @@ class StoreSettings:
     """A database up to this size is checked for damage as it is opened (a tenth of a second); of a larger one only
     what is touched."""
 
+    check_first_bytes_max: int = 1 << 30
+    """A file or an output up to this size is checked from end to end before its first byte is given out, once per
+    start; a larger one while it is given out, which then breaks off where it is damaged."""
     lost_files_max: int = 1_000
     """Files that may lie in ``lost+found``. Beyond it unknown files stay where they are, and nothing is mended that
     would first be put aside."""
@@ -35,7 +38,8 @@ class StoreSettings:
     """The same in bytes."""
 
     def __post_init__(self) -> None:
-        for name in ("retention_s", "reserve_bytes", "check_bytes_max", "lost_files_max", "lost_bytes_max"):
+        sizes = ("reserve_bytes", "check_bytes_max", "check_first_bytes_max", "lost_files_max", "lost_bytes_max")
+        for name in ("retention_s", *sizes):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be 0 or more")
         for name in ("operations_max", "group_max", "read_threads", "upload_threads"):

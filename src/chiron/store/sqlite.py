@@ -10,8 +10,9 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -19,7 +20,10 @@ from threading import local
 from typing import Literal, TypeVar
 
 from chiron.store import batches, items
-from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, store_error
+from chiron.store.acknowledged import Acknowledged
+from chiron.store.content import CheckedFile, check_content
+from chiron.store.damage import Damage
+from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, read_meta, store_error
 from chiron.store.directory import (
     FILES,
     disk_error,
@@ -40,22 +44,25 @@ from chiron.store.port import (
     Ended,
     InputLimits,
     Item,
-    NotFound,
     PendingWork,
     StoreClosed,
+    StoreCorrupt,
+    StoreDamaged,
     StoredFile,
     Swept,
 )
-from chiron.store.results import Page, first_key, read_page
+from chiron.store.results import Page, Reading, begin_reading, read_page
 from chiron.store.settings import StoreSettings
 from chiron.store.upload import FileUpload
 from chiron.store.validation import Validation
-from chiron.store.writer import Operation, Writer
+from chiron.store.writer import Operation, Writer, meta_of
 
 T = TypeVar("T")
 
 log = logging.getLogger("chiron.store")
 
+CHECKED_MAX = 1_000
+"""Files remembered as whole."""
 NAMES_SHOWN = 5
 """Files named in one line of the log."""
 
@@ -78,6 +85,8 @@ class _Opened:
     connections: list[sqlite3.Connection] = field(default_factory=list)
     uploads: set[FileUpload] = field(default_factory=set)
     validating: set[str] = field(default_factory=set)
+    checked: dict[str, None] = field(default_factory=dict)
+    """Files that were found to be whole, the oldest finding first."""
 
 
 class SqliteStore:
@@ -89,6 +98,7 @@ class SqliteStore:
         self._wall = wall
         self._path = directory / DATABASE
         self._lost = LostFound(directory, self.settings)
+        self.damage = Damage(directory, wall)
         self._leases = Leases()
         self._of_thread = local()
         self._now: _Opened | None = None
@@ -106,6 +116,12 @@ class SqliteStore:
                 uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
                 sync_directory(self.directory)
                 remove_parts(self.directory)
+                removals = [row["id"] for row in db.execute("SELECT id FROM removals").fetchall()]
+                remove_files(self.directory, removals)
+                db.execute("DELETE FROM removals")
+                meta = meta_of(read_meta(db))
+                acknowledged = Acknowledged(self.directory)
+                acknowledged.write(meta.commits, durably=True)
                 self._put_aside_unknown({row["id"] for row in uploads})
                 for complaint in make_private(self.directory):
                     log.warning("%s; change its owner or its mode", complaint)
@@ -122,7 +138,7 @@ class SqliteStore:
         self._of_thread = local()
         return _Opened(
             lock=held,
-            writer=Writer(db, self._path, self.settings.group_max, batches.purge_step),
+            writer=Writer(db, self._path, self.settings.group_max, batches.purge_step, meta, acknowledged),
             readers=ThreadPoolExecutor(self.settings.read_threads, thread_name_prefix="store-reader"),
             uploaders=ThreadPoolExecutor(self.settings.upload_threads, thread_name_prefix="store-uploader"),
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
@@ -164,10 +180,20 @@ class SqliteStore:
         """Run it on the writer's thread; answered after its commit. Being cancelled does not undo it."""
         now = self._opened
         async with now.places:
-            return await asyncio.shield(asyncio.wrap_future(now.writer.submit(operation, reads)))
+            with self._noting_damage():
+                return await asyncio.shield(asyncio.wrap_future(now.writer.submit(operation, reads)))
+
+    @contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (StoreDamaged, StoreCorrupt) as error:
+            self.damage.note(str(error))
+            raise
 
     async def _in_thread(self, run: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._opened.readers, run)
+        with self._noting_damage():
+            return await asyncio.get_running_loop().run_in_executor(self._opened.readers, run)
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run a query on a reader's thread, in one snapshot."""
@@ -194,11 +220,11 @@ class SqliteStore:
     async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> FileUpload:
         now = self._opened
 
-        async def insert(file: StoredFile, expires_after_s: float | None) -> StoredFile:
+        async def insert(file: StoredFile, expires_after_s: float | None, block_sums: bytes) -> StoredFile:
             created_s = self._wall()
             kept_s = self._kept_s(expires_after_s)
             file = replace(file, created_s=created_s, expires_s=None if kept_s is None else created_s + kept_s)
-            await self._write(lambda transaction: batches.insert_file(transaction.db, file))
+            await self._write(lambda transaction: batches.insert_file(transaction.db, file, block_sums=block_sums))
             return file
 
         upload = FileUpload(
@@ -251,56 +277,90 @@ class SqliteStore:
                     "limit": max(0, limit),
                 },
             )
-            return [batches.read_file_row(row) for row in rows]
+            return [batches.read_file_row(batches.checked_file(row)) for row in rows]
 
         return await self._read(query)
 
     async def delete_file(self, file_id: str, owner: str | None) -> None:
         await self._write(lambda transaction: batches.delete_file(transaction, file_id, owner))
-        await self._in_thread(lambda: remove_files(self.directory, [file_id]))
+        await self._remove([file_id])
+
+    async def _remove(self, file_ids: list[str]) -> None:
+        """The content of files that are deleted."""
+        if file_ids:
+            await self._in_thread(lambda: remove_files(self.directory, file_ids))
+            await self._write(lambda transaction: batches.forget_removals(transaction, file_ids))
 
     async def read_file(self, file_id: str, owner: str | None) -> AsyncIterator[bytes]:
         row = await self._read(lambda db: batches.find_file(db, file_id, owner))
         if row["batch_id"] is not None:
             blocks = self._read_lines(row["batch_id"], row["state"], owner)
         else:
-            blocks = self._read_upload(file_id)
+            blocks = self._read_upload(row)
         async for block in blocks:
             yield block
 
-    async def _read_upload(self, file_id: str) -> AsyncIterator[bytes]:
-        path = file_path(self.directory, file_id)
+    async def _read_upload(self, row: sqlite3.Row) -> AsyncIterator[bytes]:
+        path = file_path(self.directory, row["id"])
         try:
+            if self._is_unchecked(row["id"], row["bytes"]):
+                await self._in_thread(lambda: check_content(path, row))
+                self._note_checked(row["id"])
             # A file that is deleted while it is read can be read to its end.
-            stream = await self._in_thread(lambda: path.open("rb", buffering=0))
+            stream = await self._in_thread(lambda: CheckedFile(path, row))
             try:
                 while block := await self._in_thread(lambda: stream.read(self.settings.block_bytes)):
                     yield block
             finally:
                 stream.close()
         except FileNotFoundError as error:
-            raise NotFound(f"no file {file_id!r}") from error
+            # It may have been deleted since.
+            await self.get_file(row["id"], None)
+            message = f"file {row['id']!r} is damaged: its content is gone from the server's disk"
+            self.damage.note(message)
+            raise StoreDamaged(message) from error
         except OSError as error:
             raise disk_error(error, path) from error
+
+    def _is_unchecked(self, file_id: str, size: int) -> bool:
+        """Whether it must be read once before its first byte is passed on: what is told with the first byte, that it is
+        whole, cannot be taken back. Later readings check as well, and break off."""
+        return size <= self.settings.check_first_bytes_max and file_id not in self._opened.checked
+
+    def _note_checked(self, file_id: str) -> None:
+        checked = self._opened.checked
+        checked[file_id] = None
+        while len(checked) > CHECKED_MAX:
+            del checked[next(iter(checked))]
 
     async def read_results(self, batch_id: str, ok: bool, owner: str | None = None) -> AsyncIterator[bytes]:
         async for block in self._read_lines(batch_id, OK if ok else FAILED, owner):
             yield block
 
     async def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
+        batch = await self._read(lambda db: batches.find_batch(db, batch_id, owner))
+        file_id = batch["output_file_id" if state == OK else "error_file_id"]
+        size = batch["output_bytes" if state == OK else "error_bytes"]
+        if file_id is not None and self._is_unchecked(file_id, size):
+            async for _ in self._pages(batch, state):
+                pass
+            self._note_checked(file_id)
+        async for page in self._pages(batch, state):
+            yield page.lines
+
+    async def _pages(self, batch: sqlite3.Row, state: int) -> AsyncIterator[Page]:
         def query(db: sqlite3.Connection) -> Page:
-            batch = batches.find_batch(db, batch_id, owner)
-            file_id = batch["output_file_id" if state == OK else "error_file_id"]
+            now = batches.find_batch(db, batch["id"])
+            file_id = now["output_file_id" if state == OK else "error_file_id"]
             if file_id is not None:
                 # Its lines go with it.
                 batches.find_file(db, file_id)
-            from_key = first_key(batch["no"]) if next_key is None else next_key
-            return read_page(db, batch, state, from_key, self.settings.block_bytes)
+            return read_page(db, now, reading, self.settings.block_bytes)
 
-        next_key: int | None = None
+        reading: Reading = begin_reading(batch, state)
         while (page := await self._read(query)).lines:
-            next_key = page.next_key
-            yield page.lines
+            reading.turn(page)
+            yield page
 
     # Batches.
 
@@ -341,9 +401,11 @@ class SqliteStore:
         def submit(operation: Operation[bool]) -> Future[bool]:
             return now.writer.submit(operation)
 
-        validation = Validation(
-            batch_id, file_path(self.directory, batch.input_file_id), check, limits, submit, self._wall
-        )
+        def ask(operation: Operation[sqlite3.Row]) -> Future[sqlite3.Row]:
+            return now.writer.submit(operation, reads=True)
+
+        path = file_path(self.directory, batch.input_file_id)
+        validation = Validation(batch_id, path, check, limits, submit, ask, self._wall)
 
         def run() -> None:
             try:
@@ -358,7 +420,7 @@ class SqliteStore:
     async def unvalidated(self) -> list[Batch]:
         return await self._read(
             lambda db: [
-                batches.read_batch(row)
+                batches.read_batch(batches.checked_batch(row))
                 for row in db.execute(f"{batches.SELECT_BATCH} WHERE status = 'validating' ORDER BY no")
             ]
         )
@@ -374,7 +436,7 @@ class SqliteStore:
                 " AND (:behind IS NULL OR no < :behind) ORDER BY no DESC LIMIT :limit",
                 {"owner": owner, "behind": behind, "limit": max(0, limit)},
             )
-            return [batches.read_batch(row) for row in rows]
+            return [batches.read_batch(batches.checked_batch(row)) for row in rows]
 
         return await self._read(query)
 
@@ -398,6 +460,7 @@ class SqliteStore:
                     limit,
                     before_deadline_s,
                     inf if bytes_max is None else bytes_max,
+                    self.damage.note,
                 ),
                 reads=True,
             )
@@ -443,15 +506,14 @@ class SqliteStore:
                 batches.expire_files(transaction, now_s),
             )
         )
-        if files:
-            await self._in_thread(lambda: remove_files(self.directory, files))
+        await self._remove(files)
         return late
 
     async def sweep(self, now_s: float) -> Swept:
         count, files = await self._write(
             lambda transaction: batches.sweep(transaction, now_s - self.settings.retention_s)
         )
-        await self._in_thread(lambda: remove_files(self.directory, files))
+        await self._remove(files)
         return Swept(batches=count, files=len(files))
 
 

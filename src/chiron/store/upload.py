@@ -15,13 +15,15 @@ from threading import Lock
 from chiron.store.directory import check_room, disk_error, file_path, part_path, sync_directory
 from chiron.store.port import StoreClosed, StoredFile, StoreError, TooLarge
 from chiron.store.settings import StoreSettings
+from chiron.store.sums import BlockSums
 
 RunInThread = Callable[[Callable[[], None]], Awaitable[None]]
 BUFFER_BYTES = 1 << 20
 
 
 class FileUpload:
-    """Implements ``Upload``. ``insert`` commits the row, and says when the file was made and when it goes."""
+    """Implements ``Upload``. ``insert`` commits the row, with the sums of the content's blocks, and says when the file
+    was made and when it goes."""
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class FileUpload:
         bytes_max: int,
         settings: StoreSettings,
         in_thread: RunInThread,
-        insert: Callable[[StoredFile, float | None], Awaitable[StoredFile]],
+        insert: Callable[[StoredFile, float | None, bytes], Awaitable[StoredFile]],
         on_end: Callable[[FileUpload], None],
     ) -> None:
         self.purpose = file.purpose
@@ -47,6 +49,7 @@ class FileUpload:
         self._buffer: list[bytes] = []
         self._buffered = 0
         self._bytes = 0
+        self._sums = BlockSums()
         self._stream: FileIO | None = None
         self._ended = False
         self._failed = False
@@ -81,7 +84,7 @@ class FileUpload:
         )
         self._known = True
         try:
-            file = await self._insert(file, self.expires_after_s)
+            file = await self._insert(file, self.expires_after_s, self._sums.packed())
         except StoreError:
             self._known, self._failed = False, True
             raise
@@ -115,6 +118,7 @@ class FileUpload:
                     os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w"
                 )
             data = memoryview(b"".join(self._buffer))
+            self._sums.add(data)
             while data:
                 data = data[self._stream.write(data) :]
         except OSError as error:

@@ -1,31 +1,38 @@
 """From an input file to items, on a thread of its own, a block of lines at a time.
 
 Blocks are committed as they come, between the work of others; the batch runs only once the last one is in. After a
-crash the file is simply read again: the rows of the first attempt are overwritten by equal ones.
+crash the file is simply read again: the rows of the first attempt are overwritten by equal ones. A batch of which the
+disk has lost items is read again as well, and gets those that are missing.
 """
 
 from __future__ import annotations
 
+import json
+import sqlite3
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 import numpy as np
 
-from chiron.store.batches import fail_validation, find_batch, storable, update_batch
-from chiron.store.database import OPEN, item_key
+from chiron.store.batches import fail_validation, find_batch, find_file, storable, update_batch
+from chiron.store.content import CheckedFile
+from chiron.store.database import OPEN, item_key, write_row
 from chiron.store.directory import disk_error
-from chiron.store.port import Check, InputLimits, ItemSpec, LineError
+from chiron.store.port import Check, InputLimits, ItemSpec, LineError, NotFound, StoreDamaged
 from chiron.store.results import id_size
+from chiron.store.sums import BLOCK_BYTES, item_sum
 from chiron.store.writer import Operation, Transaction
 
 BLOCK_ITEMS = 500
 """Items per transaction: a few milliseconds of the writer's time."""
 _BOM = b"\xef\xbb\xbf"
-_Row = tuple[int, int, int, int, int, int, str]
+_Row = tuple[int, int, int, int, int, int, int, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class _Findings:
 
 
 class Validation:
-    """Validates one batch. ``run`` blocks; everything it writes goes through ``submit``."""
+    """Validates one batch. ``run`` blocks; everything it writes goes through ``submit``, and ``ask`` only reads."""
 
     def __init__(
         self,
@@ -92,6 +99,7 @@ class Validation:
         check: Check,
         limits: InputLimits,
         submit: Callable[[Operation[bool]], Future[bool]],
+        ask: Callable[[Operation[sqlite3.Row]], Future[sqlite3.Row]],
         now: Callable[[], float],
     ) -> None:
         self._batch_id = batch_id
@@ -99,24 +107,26 @@ class Validation:
         self._check = check
         self._limits = limits
         self._submit = submit
+        self._ask = ask
         self._now = now
         self._found = _Findings()
+        self._line = 0
         self._committing: Future[bool] | None = None
 
     def run(self) -> None:
         """Raises ``StoreError`` with the batch left as it is: validate it again later."""
         try:
-            stream = self._path.open("rb", buffering=1 << 20)
-        except FileNotFoundError as error:
-            message = f"the input file cannot be read: {error.strerror}"
+            file = self._ask(self._input).result()
+            with BufferedReader(CheckedFile(self._path, file), BLOCK_BYTES) as stream:
+                if not self._read_items(stream):
+                    return
+        except (FileNotFoundError, NotFound) as error:
+            why = error.strerror if isinstance(error, FileNotFoundError) else "the store does not know it"
+            message = f"the input file cannot be read: {why}"
             self._found.errors.append(LineError(code="input_file_missing", message=message, param="input_file_id"))
         except OSError as error:
             # The file is there; that too many are open, say, passes.
             raise disk_error(error, self._path) from error
-        else:
-            with stream:
-                if not self._insert_items(stream):
-                    return
         found = self._found
         if not found.hashes and not found.errors:
             message = "the input file holds no request"
@@ -124,11 +134,27 @@ class Validation:
         candidates = _same_hashes(found.hashes)
         self._submit(lambda transaction: self._end(transaction, candidates)).result()
 
+    def _input(self, transaction: Transaction) -> sqlite3.Row:
+        batch = find_batch(transaction.db, self._batch_id)
+        return find_file(transaction.db, batch["input_file_id"])
+
+    def _read_items(self, stream: BinaryIO) -> bool:
+        """False if the batch was cancelled meanwhile."""
+        try:
+            return self._insert_items(stream)
+        except StoreDamaged as error:
+            line = self._line + 1
+            self._found.errors.append(
+                LineError(code="input_file_damaged", message=str(error), param="input_file_id", line=line)
+            )
+            return self._settle()
+
     def _insert_items(self, stream: BinaryIO) -> bool:
         """False if the batch was cancelled meanwhile."""
         limits, errors = self._limits, self._found.errors
         rows: list[_Row] = []
         for line in read_lines(stream, limits.line_bytes_max):
+            self._line = line.number
             if len(self._found.hashes) == limits.items_max:
                 message = f"the file holds more than {limits.items_max} requests"
                 errors.append(LineError(code="too_many_requests", message=message, line=line.number))
@@ -161,7 +187,9 @@ class Validation:
         work.input_bytes += spec.input_bytes
         work.input_bytes_square += spec.input_bytes * spec.input_bytes
         work.id_bytes += id_size(spec.custom_id)
-        return (index, OPEN, work.lane, line.offset + spec.body_offset, size, spec.input_bytes, spec.custom_id)
+        body_sum = crc32(line.text[spec.body_offset : spec.body_offset + size])
+        offset = line.offset + spec.body_offset
+        return (index, OPEN, work.lane, 0, offset, size, spec.input_bytes, spec.custom_id, body_sum)
 
     def _spec(self, line: Line) -> ItemSpec | LineError:
         if line.text is None:
@@ -188,9 +216,9 @@ class Validation:
                 return False
             base = item_key(batch["no"], 0)
             transaction.db.executemany(
-                "INSERT OR REPLACE INTO items(key, state, lane, attempts, offset, bytes, input_bytes, custom_id)"
-                " VALUES(?, ?, ?, 0, ?, ?, ?, ?)",
-                [(base + index, *rest) for index, *rest in rows],
+                "INSERT OR REPLACE INTO items(key, state, lane, attempts, offset, bytes, input_bytes, custom_id,"
+                " body_sum, sum) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(base + row[0], *row[1:], item_sum(base + row[0], *row[1:])) for row in rows],
             )
             return True
 
@@ -217,13 +245,11 @@ class Validation:
             fail_validation(transaction, no, errors[: self._limits.errors_max], self._now())
             return True
         for name, work in found.work.items():
-            db.execute(
-                "INSERT INTO work(batch, lane, model, items, input_bytes, input_bytes_square, id_bytes)"
-                " VALUES(?, ?, ?, ?, ?, ?, ?)",
-                (no, work.lane, name, work.items, work.input_bytes, work.input_bytes_square, work.id_bytes),
-            )
+            write_row(db, "work", asdict(work) | {"batch": no, "model": name})
         model = next(iter(found.work)) if len(found.work) == 1 else None
-        update_batch(db, no, status="in_progress", in_progress_s=self._now(), total=len(found.hashes), model=model)
+        lanes = json.dumps(list(found.work))
+        total = len(found.hashes)
+        update_batch(db, no, status="in_progress", in_progress_s=self._now(), total=total, model=model, lanes=lanes)
         return True
 
 

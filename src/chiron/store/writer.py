@@ -4,23 +4,48 @@ Waiting for the disk costs about the same for one operation as for two hundred, 
 transaction and everybody is answered after its commit. If an operation in the group fails, the group is rolled back
 and each is run again by itself: an operation may therefore run twice, and must only touch the database and what it
 notes in ``Transaction.undo``.
+
+Each commit that changes something has a number. Once it is on the disk the number is written to a file of its own
+(``acknowledged``), by which the next start knows whether the database still has all that callers were told of.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
-from chiron.store.database import store_error
+from chiron.store.acknowledged import Acknowledged
+from chiron.store.database import SCHEMA_VERSION, store_error, write_row
 from chiron.store.port import StoreClosed
 
+log = logging.getLogger("chiron.store")
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """What the store remembers of itself."""
+
+    commits: int = 0
+    """Numbered so far."""
+    seen_s: float | None = None
+    """The wall clock when it was last looked at."""
+    trusted_s: float | None = None
+    """The time by which things expire: that of the wall clock, unless this has jumped."""
+    doubt_s: float = 0.0
+    """For how long it must still run as a clock does before it is believed again."""
+
+
+def meta_of(row: sqlite3.Row) -> Meta:
+    return Meta(commits=row["commits"], seen_s=row["seen_s"], trusted_s=row["trusted_s"], doubt_s=row["doubt_s"])
 
 
 @dataclass(slots=True)
@@ -28,6 +53,8 @@ class Transaction:
     """What an operation works on."""
 
     db: sqlite3.Connection
+    meta: Meta
+    """An operation may replace it, but for ``commits``."""
     undo: list[Callable[[], None]] = field(default_factory=list)
     """How to take back changes in memory if the transaction is rolled back; called last first."""
     has_chores: bool = False
@@ -48,8 +75,19 @@ class Writer:
     """Runs operations in the order of asking. ``chore`` is run beside them, a small step per transaction, for as long
     as ``has_chores`` is set in the transaction."""
 
-    def __init__(self, db: sqlite3.Connection, path: Path, group_max: int, chore: Operation[None]) -> None:
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        path: Path,
+        group_max: int,
+        chore: Operation[None],
+        meta: Meta,
+        acknowledged: Acknowledged,
+    ) -> None:
         self._db = db
+        self._meta = meta
+        self._acknowledged = acknowledged
+        self._acknowledging = True
         self._path = path
         self._group_max = group_max
         self._chore = chore
@@ -81,6 +119,7 @@ class Writer:
             self._closed = True
         self._thread.join()
         self._db.close()
+        self._acknowledged.close()
 
     def _work(self) -> None:
         while True:
@@ -115,17 +154,22 @@ class Writer:
 
     def _read(self, job: _Job) -> None:
         try:
-            result = job.run(Transaction(self._db))
+            result = job.run(Transaction(self._db, self._meta))
         except Exception as error:
             _answer(job, None, self._named(error))
         else:
             _answer(job, result, None)
 
     def _commit(self, group: list[_Job]) -> None:
-        transaction = Transaction(self._db)
+        transaction = Transaction(self._db, self._meta)
+        before = self._db.total_changes
         try:
             self._db.execute("BEGIN IMMEDIATE")
             results = [job.run(transaction) for job in group]
+            meta = transaction.meta
+            if self._db.total_changes != before or meta != self._meta:
+                meta = replace(meta, commits=self._meta.commits + 1)
+                write_meta(self._db, meta)
             self._db.execute("COMMIT")
         except Exception as error:
             if self._db.in_transaction:
@@ -139,13 +183,33 @@ class Writer:
                     self._commit([job])
         else:
             self._has_chores |= transaction.has_chores
+            if meta is not self._meta:
+                self._meta = meta
+                self._acknowledge()
             for job, result in zip(group, results, strict=True):
                 _answer(job, result, None)
+
+    def _acknowledge(self) -> None:
+        try:
+            self._acknowledged.write(self._meta.commits)
+        except OSError as error:
+            if self._acknowledging:
+                log.error(
+                    "%s cannot be written, so lost commits could go unnoticed: %s", self._acknowledged.path, error
+                )
+            self._acknowledging = False
+        else:
+            self._acknowledging = True
 
     def _named(self, error: Exception) -> Exception:
         if isinstance(error, sqlite3.Error):
             return store_error(error, self._path)
         return error
+
+
+def write_meta(db: sqlite3.Connection, meta: Meta) -> None:
+    values = {"no": 1, "schema": SCHEMA_VERSION, "commits": meta.commits, "seen_s": meta.seen_s}
+    write_row(db, "meta", values | {"trusted_s": meta.trusted_s, "doubt_s": meta.doubt_s})
 
 
 def _answer(job: _Job, result: Any, error: Exception | None) -> None:

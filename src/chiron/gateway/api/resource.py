@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from chiron.gateway.errors import (
     ApiError,
     Headers,
+    damaged,
     internal,
     invalid,
     method_not_allowed,
@@ -24,7 +25,17 @@ from chiron.gateway.errors import (
     too_large,
     unavailable,
 )
-from chiron.store.port import Conflict, NotFound, StoreClosed, StoreError, StoreFull, TooLarge
+from chiron.store.port import (
+    Conflict,
+    NotFound,
+    StoreClosed,
+    StoreCorrupt,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
+)
 
 log = logging.getLogger("chiron.api")
 
@@ -165,6 +176,10 @@ def _of_store(error: StoreError) -> ApiError:
             return invalid(str(error), status=413, code="request_too_large")
         case StoreFull():
             return unavailable(f"The server's disk is full: {error}", STORE_RETRY_S)
+        case StoreDamaged() | StoreCorrupt():
+            return damaged(str(error))
+        case StoreUnavailable():
+            return unavailable(str(error), STORE_RETRY_S)
         case StoreClosed():
             return unavailable("The server is stopping.", 1.0)
         case _:
