@@ -16,7 +16,7 @@ import pytest
 from openai import APIError, AsyncOpenAI, InternalServerError
 
 from chiron.engines.metrics import parse_metrics
-from chiron.gateway.service import Service
+from chiron.gateway.service import WATCH_S, Service
 from chiron.net.client import Origin, Response
 from chiron.net.server import Incoming, serve
 from live_gateway import serving, until
@@ -102,7 +102,8 @@ def test_a_request_waits_for_an_endpoint_that_is_being_asked_for_the_first_time(
         async with gateway(tmp_path, f"[models.m]\n{NEVER.format(port=server.port)}") as (service, origin):
             reader = Reader(origin, body())
             await until(lambda: asked and service.front.open, "it is held")
-            await asyncio.sleep(2.5)  # Two looks of the watch: nothing is known of the engine yet.
+            held_s = service.clock.elapsed_s()
+            await until(lambda: service.clock.elapsed_s() > held_s + 1.5 * WATCH_S, "the watch has looked")
             assert not reader.over
             for each in asked:
                 each.respond(200, b"{}")
@@ -116,6 +117,7 @@ def test_a_request_waits_for_an_endpoint_that_is_being_asked_for_the_first_time(
 def test_endpoints_that_have_answered_get_a_while_to_return(tmp_path: Path, wait_s: float) -> None:
     limits = f'[limits]\noutage_wait = "{wait_s}s"\n'
     quick = '[fleet.health]\nhealth_period = "100ms"\nhealth_failures_max = 1\n'
+    quick += '[fleet.recovery]\nrecover_first = "50ms"\nrecover_max = "50ms"\n'
 
     async def main() -> None:
         engine = ScriptedEngine(whole)
@@ -181,7 +183,7 @@ held_notice = "{notice}"
 
 def test_a_held_stream_hears_what_it_waits_for_and_other_clients_do_not_mind(tmp_path: Path) -> None:
     async def main() -> None:
-        async with gateway(tmp_path, SLOW.format(delay=4, notice="1s")) as (service, origin):
+        async with gateway(tmp_path, SLOW.format(delay=2, notice="200ms")) as (service, origin):
             assert await state_of(origin) == (200, "ready"), "one that is scaled to zero needs no instance"
             status, words = await state_of(origin, "?model=m")
             assert (status, "scaled to zero" in words) == (200, True)
@@ -212,7 +214,7 @@ def test_a_held_stream_hears_what_it_waits_for_and_other_clients_do_not_mind(tmp
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_curl_shows_that_a_stream_is_held(tmp_path: Path) -> None:
     async def main() -> None:
-        async with gateway(tmp_path, SLOW.format(delay=3, notice="1s")) as (service, _):
+        async with gateway(tmp_path, SLOW.format(delay=2, notice="200ms")) as (service, _):
             data = body(stream=True, max_tokens=5).decode()
             command = ["curl", "-sSN", "--fail", "-d", data, "-H", "content-type: application/json"]
             curl = await asyncio.create_subprocess_exec(*command, service.url + PATH, stdout=asyncio.subprocess.PIPE)

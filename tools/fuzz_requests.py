@@ -7,6 +7,7 @@ pieces: a client may send a request cut anywhere.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -236,6 +237,8 @@ def _json_text(draw: Random, message: Message) -> None:
         b"\xef\xbb\xbf" + text,
         text.decode("latin-1").encode("utf-16"),
         text[:-1] + b',"metadata":' + nested + b"}",
+        _with_value(draw, text, nested),
+        _with_value(draw, text, draw.choice(_NUMBERS)),
         text[:-1] + b',"max_tokens":' + draw.choice(_NUMBERS) + b"}",
         text[:-1] + b',"model":"m","model":5}',
         text[:-1] + b",}",
@@ -248,6 +251,15 @@ def _json_text(draw: Random, message: Message) -> None:
         text.replace(b"hello", b"h" * draw.choice((10_000, 300_000))),
     )
     message.body = draw.choice(wraps) or b" "
+
+
+def _with_value(draw: Random, text: bytes, value: bytes) -> bytes:
+    """With this in place of one of its texts."""
+    places = list(re.finditer(rb': "[^"]*"', text))
+    if not places:
+        return value
+    place = draw.choice(places)
+    return text[: place.start()] + b": " + value + text[place.end() :]
 
 
 def _header(draw: Random, message: Message) -> None:
