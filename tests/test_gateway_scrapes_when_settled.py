@@ -20,7 +20,14 @@ def looks(wakes_s: list[float]) -> list[float]:
         now_s = 0.0
         clock = LiveClock(asyncio.get_running_loop(), time_s=lambda: now_s)
         plane: Any = SimpleNamespace(sampled=lambda samples: taken.append(clock.now_s))
-        scraper = Scraper(clock=clock, plane=plane, engines={}, period_s=1.0, capacity_told=lambda engine, tokens: None)
+        scraper = Scraper(
+            clock=clock,
+            plane=plane,
+            engines={},
+            period_s=1.0,
+            capacity_told=lambda engine, tokens: None,
+            context_told=lambda engine: None,
+        )
         clock.post(scraper.begin)
         for now_s in wakes_s:  # noqa: B007
             clock.post(lambda: None)

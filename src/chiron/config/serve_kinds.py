@@ -98,6 +98,7 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
             "served_model_name": section.served_model_name,
             "api_key": _secret(section.api_key_file, f"{path}.api_key_file", directory),
             "kv_capacity_known": section.kv_capacity_tokens is not None or profile is not None or _divided(section),
+            "context_tokens": section.context_tokens,
             "profile": _profile_name(section.profile or section.pace, directory),
         },
     )

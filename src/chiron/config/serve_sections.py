@@ -89,6 +89,8 @@ class ServeInstanceSection:
     """The engine's token budget of one step. Default: the profile's if emulated, else 2048."""
     kv_capacity_tokens: int | None = None
     """Tokens of KV that fit one engine. Default: what its metrics say, and until then a guess."""
+    context_tokens: int | None = None
+    """Longest prompt and answer together that it takes. Default: what it says, if it does."""
     gpu: str = ""
     """Type of GPU, for ``[gpus]`` and prices. Default: the profile's, ``"cpu"`` for ``openvino`` and ``llamacpp``."""
     gpus: int | None = None
@@ -113,7 +115,15 @@ class ServeInstanceSection:
             raise ValueError(f"engine is missing; one of: {', '.join(ENGINE_NAMES)}")
         if self.engine not in ENGINE_NAMES:
             raise ValueError(f"engine is {self.engine!r}; {suggest(self.engine, ENGINE_NAMES)}")
-        whole = ("threads", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens", "gpus", "max_instances")
+        whole = (
+            "threads",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_capacity_tokens",
+            "context_tokens",
+            "gpus",
+            "max_instances",
+        )
         for key in whole:
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "1 or more")

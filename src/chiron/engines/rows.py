@@ -28,6 +28,10 @@ class EngineRow:
     ``prompt_tokens``, ``itl_sum_s``, ``itl_count``, ``steps``, ``busy_s``, ``context_tokens``. Engines of ours tell
     the rest of what a ``Sample`` holds too: ``decode_tokens`` (without first tokens), ``prefill_tokens`` (with those
     computed again), ``waiting_tokens``, ``head_tokens``."""
+    context_path: str = "/v1/models"
+    """Tells the context, in tokens: prompt and answer of one request together. Empty when nothing does."""
+    context_keys: tuple[tuple[str, ...], ...] = (("max_model_len",), ("context_length",), ("meta", "n_ctx"))
+    """Where it stands in the JSON, the first that is there; in a list of models, in the model's entry."""
     limits_path: str = ""
     """Takes PUT {"limit": n}: the max batch size inside the engine, live. Empty when the engine has no such thing; a
     404 from vLLM means that its plugin is not installed. The gate in front of the engine holds either way."""
@@ -109,13 +113,22 @@ _LLAMACPP = {
 _ROWS = (
     EngineRow(name="vllm", metrics=_VLLM, limits_path="/chiron/limits"),
     EngineRow(name="sglang", metrics=_SGLANG),
-    EngineRow(name="tgi", metrics=_TGI, minds_model_name=False),
+    EngineRow(
+        name="tgi",
+        metrics=_TGI,
+        minds_model_name=False,
+        context_path="/info",
+        context_keys=(("max_total_tokens",), ("max_input_tokens",)),
+    ),
     # It resets connections that are used again after a stream.
     EngineRow(
         name="llamacpp",
         metrics=_LLAMACPP,
         keepalive=False,
         minds_model_name=False,
+        # Of one slot: a prompt that is longer is refused.
+        context_path="/props",
+        context_keys=(("default_generation_settings", "n_ctx"),),
         serve_module="chiron.engines.serve.llamacpp",
     ),
     EngineRow(

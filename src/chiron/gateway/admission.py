@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from chiron.core.types import RequestClass
+from chiron.gateway.context import UNTOLD, check_context
 from chiron.gateway.errors import ApiError, invalid, model_not_found, shown
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
@@ -37,6 +38,8 @@ class ServedModel:
     classes: Mapping[str, RequestClass]
     """Those that it serves."""
     kv_capacity_tokens: int
+    context_tokens: int = UNTOLD
+    """Longest prompt and answer together that any of its engines takes; 0: not known."""
     bytes_per_token: float = BYTES_PER_TOKEN
     """Learned from prompt lengths that the engine reports."""
 
@@ -46,8 +49,9 @@ class ServedModel:
             self.bytes_per_token += _RATIO_WEIGHT * (seen - self.bytes_per_token)
 
     def tokens(self, prompt_bytes: int) -> int:
-        """An estimate; never so long that the control plane would refuse what the engine might take."""
-        return max(1, min(int(prompt_bytes / self.bytes_per_token), self.kv_capacity_tokens - 1))
+        """An estimate; no longer than what an engine can hold, which is the judge of what it takes."""
+        most = min(self.kv_capacity_tokens - 1, self.context_tokens or self.kv_capacity_tokens)
+        return max(1, min(int(prompt_bytes / self.bytes_per_token), most))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,14 @@ def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
         raise invalid(f"stream_options: {shown(options)} must be an object", param="stream_options")
     chat = incoming.path.endswith("/chat/completions")
     exact, size = _prompt_size(fields, chat)
+    prompt = fields.get("prompt")
+    check_context(
+        served.context_tokens,
+        text_bytes=0 if exact else size,
+        token_ids=size if exact else 0,
+        prompts=len(prompt) if not chat and isinstance(prompt, list) and not isinstance(prompt[0], int) else 1,
+        chat=chat,
+    )
     return Admitted(
         fields=fields,
         model=served,

@@ -15,6 +15,7 @@ from chiron.fleet.starts import KindStatus
 from chiron.fleet.static import EndpointStatus, StaticFleet, StaticFleetSettings, StaticKind
 from chiron.fleet.usage import ProcessUsage
 from chiron.gateway.admission import ServedModel
+from chiron.gateway.context import UNTOLD, longest
 from chiron.gateway.settings import KindSettings
 from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
@@ -76,6 +77,7 @@ class Engines:
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
         assert isinstance(engine, HttpEngine)
         self.live[instance.id] = engine
+        self.settle_context(instance.model)
         self._plane().instance_ready(instance, engine)
 
     def instance_failed(self, instance: Instance) -> None:
@@ -103,6 +105,12 @@ class Engines:
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}
 
+    def settle_context(self, model: str) -> None:
+        """The longest that any engine of the model has; while it has none, what it was."""
+        engines = [engine for engine in self.live.values() if engine.instance.model == model]
+        if engines:
+            self._models[model].context_tokens = longest(engine.context_tokens for engine in engines)
+
     def tokens_of(self, request: Request) -> int:
         """Output tokens seen so far of a request that an engine is still at."""
         engine = self.live.get(request.instance.id) if request.instance is not None else None
@@ -128,8 +136,11 @@ class Engines:
 
         def learn(request: Request, prompt_tokens: int) -> None:
             served.learn(request.payload.prompt_bytes, prompt_tokens)
+            if engine.context_tokens and prompt_tokens > engine.context_tokens:
+                engine.context_tokens = UNTOLD  # It took what it says that it cannot: what it says is wrong.
+                self.settle_context(instance.model)
 
-        return HttpEngine(
+        engine = HttpEngine(
             clock=self._clock,
             instance=instance,
             url=url,
@@ -141,6 +152,8 @@ class Engines:
             learn_usage=learn,
             sets_limit=self._plane().actuates,
         )
+        engine.context_tokens = settings.context_tokens
+        return engine
 
     def _close(self, instance: Instance) -> None:
         engine = self.live.pop(instance.id, None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from chiron.control.plane import ControlPlane
 from chiron.engines.metrics import read_row
+from chiron.gateway.context import ask_context
 from chiron.gateway.upstream import HttpEngine
 from chiron.net.client import NetError
 from chiron.net.clock import LiveClock
@@ -34,13 +35,16 @@ class Scraper:
         engines: Mapping[int, HttpEngine],
         period_s: float,
         capacity_told: Callable[[HttpEngine, int], None],
+        context_told: Callable[[HttpEngine], None],
     ) -> None:
-        """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state."""
+        """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
+        engine whose context is known from now on."""
         self._clock = clock
         self._plane = plane
         self._engines = engines
         self._period_s = period_s
         self._capacity_told = capacity_told
+        self._context_told = context_told
         self._round: asyncio.Task[None] | None = None
         self._settled_s = 0.0
         self._settling = False
@@ -69,7 +73,10 @@ class Scraper:
     async def _scrape(self) -> None:
         engines = list(self._engines.values())
         # One slow engine must not keep the others' news.
-        await asyncio.gather(*(self._ask(engine) for engine in engines if engine.row.metrics_path))
+        await asyncio.gather(
+            *(self._ask(engine) for engine in engines if engine.row.metrics_path),
+            *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
+        )
         self._clock.post(lambda: self._tell(engines))
 
     async def _ask(self, engine: HttpEngine) -> None:
@@ -83,6 +90,11 @@ class Scraper:
             log.debug("%s: no metrics: %s", engine.url, error)
             return
         engine.metrics = read_row(engine.row, answer.body.decode("utf-8", "replace")) if answer.status == 200 else {}
+
+    async def _ask_context(self, engine: HttpEngine) -> None:
+        engine.context_tokens = await ask_context(engine.origin, engine.row, engine.model, engine.authorization)
+        if engine.context_tokens is not None:
+            self._clock.post(lambda: self._context_told(engine))
 
     def _tell(self, engines: list[HttpEngine]) -> None:
         now_s = self._clock.now_s

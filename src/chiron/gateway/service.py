@@ -102,6 +102,7 @@ class Service:
             engines=self.engines.live,
             period_s=config.telemetry.scrape_period_s,
             capacity_told=self._capacity_told,
+            context_told=lambda engine: self.engines.settle_context(engine.instance.model),
         )
         self.outages = Outages(
             plane=self.plane,

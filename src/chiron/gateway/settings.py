@@ -216,6 +216,8 @@ class KindSettings:
     """Size at which the log of one process is rotated, once."""
     kv_capacity_known: bool = True
     """False: ``kind.kv_capacity_tokens`` is a guess; believe the engine's metrics if they say."""
+    context_tokens: int | None = None
+    """Prompt and answer of one request together; None: ask the engine."""
     profile: str = ""
     """Name or path of the profile whose timing the engine has, if it is an emulated or a paced one."""
 

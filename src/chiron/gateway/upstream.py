@@ -140,6 +140,8 @@ class HttpEngine:
         self.observer = EngineObserver(instance, clock.now_s)
         self.metrics: dict[str, float] = {}
         """The engine's figures at the last scrape, by our names."""
+        self.context_tokens: int | None = None
+        """Prompt and answer of one request together, as it told; 0: it does not tell, None: not asked yet."""
         self.own_limit = OwnLimit()
         self.runs: dict[int, _Run] = {}
         self.clock = clock
@@ -156,6 +158,7 @@ class HttpEngine:
         self._retiring: asyncio.Task[None] | None = None
         self.headers = b"content-type: application/json\r\naccept: text/event-stream, application/json\r\n"
         """Of every request, as they go on the wire."""
+        self.authorization = {"authorization": f"Bearer {api_key}"} if api_key else {}
         if api_key:
             self.headers += b"authorization: Bearer %b\r\n" % api_key.encode()
 
