@@ -34,6 +34,7 @@ from chiron.gateway.collect import CollectError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
+from chiron.store.trust import BACK_S, ClockMarks, begin, look, words
 
 log = logging.getLogger("chiron.batch")
 
@@ -59,8 +60,10 @@ class BatchRunner:
         next_id: Callable[[], int],
         settings: BatchSettings | None = None,
         tuning: RunnerSettings | None = None,
+        clock_set_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        """``next_id`` gives ids of requests, shared with whoever else submits."""
+        """``next_id`` gives ids of requests, shared with whoever else submits; ``clock_set_s`` says by how much the
+        machine's clock was set since this process began."""
         self._store = store
         self._clock = clock
         self._plane = plane
@@ -91,12 +94,20 @@ class BatchRunner:
         """Batches that were cancelled or expired of late: a lease may be under way."""
         self._ended_since = 0
         self._next_sweep_s = 0.0
+        self._clock_set_s = clock_set_s
+        self._marks = ClockMarks()
+        self._keep_marks_s = 0.0
         self._closing = False
 
     # -- what the API calls ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Take up what the last process left."""
+        tuning = self._tuning
+        marks = await self._store.clock_marks()
+        self._marks = begin(marks, self._wall_s(), gap_s=tuning.clock_gap_s, grace_s=tuning.clock_grace_s)
+        if self._marks.doubt_s:
+            log.warning("%s", words(self._marks))
         unvalidated = await self._store.unvalidated()
         self._log.resumed(await self._store.pending(), unvalidated, self._wall_s())
         for batch in unvalidated:
@@ -144,6 +155,7 @@ class BatchRunner:
             "unwritten": self._writer.unwritten,
             "validating": self._unchecked.qsize(),
             "paused": self.paused,
+            "clock": words(self._marks),
             "unserved": dict(self._unserved),
             "failing_models": sorted(window.name for window in windows if window.engines_fail),
         }
@@ -218,7 +230,7 @@ class BatchRunner:
 
     async def _look_after(self) -> None:
         """Deadlines and retention."""
-        now_s = self._wall_s()
+        now_s = await self._due_s()
         for batch_id in await self._store.expire(now_s):
             log.info("batch %s expired", batch_id)
             self._drop(batch_id)
@@ -227,6 +239,17 @@ class BatchRunner:
             swept = await self._store.sweep(now_s)
             if swept.batches or swept.files:
                 log.info("removed %d batches and %d files past their retention", swept.batches, swept.files)
+
+    async def _due_s(self) -> float:
+        """The time by which things expire: not the wall clock's if there is reason to doubt it."""
+        before, wall_s = self._marks, self._wall_s()
+        self._marks = look(before, wall_s, was_set=abs(self._clock_set_s()) > BACK_S)
+        if before.doubt_s and not self._marks.doubt_s:
+            log.info("the clock has run as it should and is believed again")
+        if wall_s >= self._keep_marks_s or bool(before.doubt_s) != bool(self._marks.doubt_s):
+            await self._store.keep_clock_marks(self._marks)
+            self._keep_marks_s = wall_s + self._tuning.clock_keep_s
+        return self._marks.due_s
 
     async def _refill(self) -> None:
         """Take from the store what the windows have room for, and tell the control plane what is left."""

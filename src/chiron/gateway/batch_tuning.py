@@ -51,6 +51,12 @@ class RunnerSettings:
     """Batches that wait for validation before the API says 429."""
     sweep_period_s: float = 600.0
     """Between two removals of what is past its retention."""
+    clock_gap_s: float = 3600.0
+    """The wall clock may have moved on by so much since the last process, without a doubt whether it is right."""
+    clock_grace_s: float = 86_400.0
+    """For at most so long a clock in doubt must run before anything expires by it."""
+    clock_keep_s: float = 60.0
+    """Between two times that the clock is written down."""
     answer_max_bytes: int = 64 << 20
     """One item's answer."""
 

@@ -133,6 +133,7 @@ class Service:
             keys=self.keys,
             next_id=self._next_id,
             settings=config.batch,
+            clock_set_s=lambda: time.time() - self._wall_s(),
         )
         self.url = ""
         self._stopping = False

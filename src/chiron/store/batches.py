@@ -24,6 +24,7 @@ from chiron.store.leases import Leases
 from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile
 from chiron.store.results import unfinished_bytes
 from chiron.store.sums import check_row, row_sum
+from chiron.store.trust import ClockMarks
 from chiron.store.writer import Transaction
 
 PURGE_STEP = 2_000
@@ -298,6 +299,17 @@ def forget_removals(transaction: Transaction, file_ids: list[str]) -> None:
 
 
 _USER_OF_FILE = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({', '.join('?' * len(ENDED))})"
+
+
+def clock_marks(db: sqlite3.Connection, kept: ClockMarks) -> ClockMarks:
+    """``kept``, or what the newest time in a store says that has kept none."""
+    if kept.seen_s is not None:
+        return kept
+    newest_s = db.execute(
+        "SELECT max(s) FROM (SELECT max(created_s) AS s FROM files UNION ALL SELECT max(coalesce(completed_s, failed_s,"
+        " expired_s, cancelled_s, finalizing_s, in_progress_s, created_s)) FROM batches)"
+    ).fetchone()[0]
+    return kept if newest_s is None else ClockMarks(seen_s=newest_s, trusted_s=newest_s)
 
 
 def sweep(transaction: Transaction, before_s: float) -> tuple[int, list[str]]:

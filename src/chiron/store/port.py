@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from chiron.store.trust import ClockMarks
+
 
 class StoreError(Exception):
     """Something the store was asked for did not happen. The message says what and why."""
@@ -319,6 +321,11 @@ class BatchStore(Protocol):
 
     async def pending(self) -> list[PendingWork]:
         """By deadline."""
+
+    async def clock_marks(self) -> ClockMarks:
+        """What was kept last; of a store that never kept any, the newest time that is written in it."""
+
+    async def keep_clock_marks(self, marks: ClockMarks) -> None: ...
 
     async def expire(self, now_s: float) -> list[str]:
         """Call this every second or so. Batches past their deadline lease nothing any more and are returned, once;

@@ -53,9 +53,10 @@ from chiron.store.port import (
 )
 from chiron.store.results import Page, Reading, begin_reading, read_page
 from chiron.store.settings import StoreSettings
+from chiron.store.trust import ClockMarks
 from chiron.store.upload import FileUpload
 from chiron.store.validation import Validation
-from chiron.store.writer import Operation, Writer, meta_of
+from chiron.store.writer import Operation, Transaction, Writer, meta_of
 
 T = TypeVar("T")
 
@@ -498,6 +499,17 @@ class SqliteStore:
         return await self._write(lambda transaction: items.pending(transaction.db, self._leases), reads=True)
 
     # Time.
+
+    async def clock_marks(self) -> ClockMarks:
+        return await self._write(
+            lambda transaction: batches.clock_marks(transaction.db, transaction.meta.marks), reads=True
+        )
+
+    async def keep_clock_marks(self, marks: ClockMarks) -> None:
+        def keep(transaction: Transaction) -> None:
+            transaction.meta = replace(transaction.meta, marks=marks)
+
+        await self._write(keep)
 
     async def expire(self, now_s: float) -> list[str]:
         late, files = await self._write(

@@ -15,7 +15,7 @@ import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from chiron.store.acknowledged import Acknowledged
 from chiron.store.database import SCHEMA_VERSION, store_error, write_row
 from chiron.store.port import StoreClosed
+from chiron.store.trust import ClockMarks
 
 log = logging.getLogger("chiron.store")
 
@@ -36,16 +37,12 @@ class Meta:
 
     commits: int = 0
     """Numbered so far."""
-    seen_s: float | None = None
-    """The wall clock when it was last looked at."""
-    trusted_s: float | None = None
-    """The time by which things expire: that of the wall clock, unless this has jumped."""
-    doubt_s: float = 0.0
-    """For how long it must still run as a clock does before it is believed again."""
+    marks: ClockMarks = field(default_factory=ClockMarks)
 
 
 def meta_of(row: sqlite3.Row) -> Meta:
-    return Meta(commits=row["commits"], seen_s=row["seen_s"], trusted_s=row["trusted_s"], doubt_s=row["doubt_s"])
+    marks = ClockMarks(seen_s=row["seen_s"], trusted_s=row["trusted_s"], doubt_s=row["doubt_s"])
+    return Meta(commits=row["commits"], marks=marks)
 
 
 @dataclass(slots=True)
@@ -208,8 +205,7 @@ class Writer:
 
 
 def write_meta(db: sqlite3.Connection, meta: Meta) -> None:
-    values = {"no": 1, "schema": SCHEMA_VERSION, "commits": meta.commits, "seen_s": meta.seen_s}
-    write_row(db, "meta", values | {"trusted_s": meta.trusted_s, "doubt_s": meta.doubt_s})
+    write_row(db, "meta", {"no": 1, "schema": SCHEMA_VERSION, "commits": meta.commits} | asdict(meta.marks))
 
 
 def _answer(job: _Job, result: Any, error: Exception | None) -> None:
