@@ -266,3 +266,42 @@ def test_figures_are_finite_and_in_range(said: list[tuple[str, str]]) -> None:
     found = claims.figures(numbers)
     assert all(isfinite(value) and 0.0 <= value <= claims.TOTAL_MAX for value in found.values())
     assert found.get("kv_usage", 0.0) <= 1.0
+
+
+def test_what_waits_and_fits_no_engine_is_told_when_that_is_known(tmp_path: Path) -> None:
+    """An engine says only later how little KV it has: the gateway had guessed more."""
+
+    async def main() -> None:
+        said, running = [b""], []
+
+        def handle(incoming: Incoming) -> None:
+            if incoming.method == b"POST":
+                running.append(incoming)
+            else:
+                incoming.respond(200, said[0], b"text/plain")
+
+        server = await serve(handle)
+        text = f'[models.m]\nengine = "vllm"\nendpoints = ["http://127.0.0.1:{server.port}"]\nmax_num_seqs = 1\n'
+        async with serving(tmp_path, text) as service:
+            await until(lambda: service.engines.live, "it is ready")
+            origin = Origin(service.url)
+            first = Reader(origin, body())
+            await until(lambda: running, "the only place is taken")
+            long = [{"role": "user", "content": "x" * 40_000}]
+            waiting = [Reader(origin, body(messages=long, **fields)) for fields in ({}, {"service_tier": "flex"})]
+            short = Reader(origin, body())
+            await until(lambda: len(service.front.open) == 4, "three wait")
+            said[0] = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1\n'
+            for reader in waiting:
+                await reader.end()
+                assert (reader.status, json.loads(reader.data)["error"]["code"]) == (400, "context_length_exceeded")
+            assert not short.over
+            running[0].respond(200, b"{}")
+            await until(lambda: len(running) == 2, "what fits goes on")
+            running[1].respond(200, b"{}")
+            for reader in (first, short):
+                assert (await reader.end()).status == 200
+            await origin.close()
+        await server.close(0.0)
+
+    asyncio.run(main())

@@ -186,6 +186,13 @@ class ControlPlane:
         """The client left. Queued work is dropped, running work is stopped at the next step."""
         self._call_off(request, "cancelled")
 
+    def capacity_known(self, model: str) -> None:
+        """The KV capacity of its instances has become known: what waits and fits none of them would wait for ever."""
+        state = self.models[model]
+        for request in [*state.waiting, *state.batch]:
+            if request.outcome is None and request.input_tokens + request.tokens_done >= state.kv_capacity_tokens:
+                self._call_off(request, "rejected")
+
     def cut_off(self, request: Request) -> None:
         """It has waited or run for too long: Chiron's fault, and load that was not served."""
         self._call_off(request, "shed")

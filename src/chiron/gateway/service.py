@@ -290,6 +290,7 @@ class Service:
         self.models.by_name[instance.model].kv_capacity_tokens = state.kv_capacity_tokens
         if instance.state == "ready":
             state.router.changed(instance)
+        self.plane.capacity_known(instance.model)
 
     def _event_writer(self) -> EventWriter | None:
         config, telemetry = self.config, self.config.telemetry
