@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -211,7 +212,7 @@ def _json_value(draw: Random, message: Message) -> None:
         return
     places = list(_places(message.value))
     if not places or draw.random() < 0.05:
-        message.value = draw.choice(ODD)
+        message.value = _odd(draw)
         return
     holder, key = draw.choice(places)
     turn = draw.random()
@@ -222,7 +223,11 @@ def _json_value(draw: Random, message: Message) -> None:
     elif turn < 0.4 and isinstance(holder, list):
         holder.extend([holder[key]] * draw.choice((1, 50, 3000)))
     else:
-        holder[key] = draw.choice(ODD)
+        holder[key] = _odd(draw)
+
+
+def _odd(draw: Random) -> Any:
+    return deepcopy(draw.choice(ODD))  # The next mutation may change it.
 
 
 def _json_text(draw: Random, message: Message) -> None:
