@@ -25,6 +25,7 @@ from chiron.store.port import (
     StoreClosed,
     StoredFile,
     Swept,
+    TokenUsage,
     TooLarge,
 )
 
@@ -800,6 +801,21 @@ async def an_input_outlives_its_time_while_its_batch_runs(site: Site) -> None:
             await store.get_file(file.id, None)
 
 
+async def tokens_are_added_up_once_for_each_item(site: Site) -> None:
+    usage = TokenUsage(10, 4, 3, 1)
+    async with site.store() as store:
+        batch = await start(site, store, 3)
+        items = await store.lease(MODEL, 3)
+        for item in items:
+            ended = replace(result(item, ok=item.index > 0), usage=usage)
+            await store.finish([ended, ended], site.now_s)
+            await store.finish([ended], site.now_s)
+            assert (await store.get_batch(batch.id, None)).usage == tuple((item.index + 1) * n for n in usage)
+    async with site.store() as store:
+        found = await store.get_batch(batch.id, None)
+        assert (found.status, found.usage) == ("completed", TokenUsage(30, 12, 9, 3))
+
+
 async def results_go_when_their_time_is_over(site: Site) -> None:
     async with site.store() as store:
         file = await upload(store, lines_of(4))
@@ -903,6 +919,7 @@ async def any_history_leaves_one_line_per_item(site: Site) -> None:
 
 CASES: list[Case] = [
     a_file_comes_back_byte_for_byte,
+    tokens_are_added_up_once_for_each_item,
     an_empty_file_is_a_file,
     a_file_exists_only_once_it_is_committed,
     an_upload_that_ends_with_the_store_is_whole_or_not_there,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai.types import Batch
 
 from chiron.engines.metrics import parse_metrics
 from chiron.net.client import Origin
@@ -464,3 +465,48 @@ def test_an_engine_that_knows_no_such_model_or_route_is_told_of_once(
     (said,) = [record.getMessage() for record in caplog.records if "answers 404" in record.getMessage()]
     assert "served_model_name" in said
     assert "Chiron adds /v1" in said
+
+
+def test_a_batch_says_what_tokens_it_took(tmp_path: Path) -> None:
+    request = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    lines = [{"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": request} for n in range(4)]
+    part = b'--x\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n'
+    text = "\n".join(map(json.dumps, lines)).encode()
+    form = part % (b"purpose", b"", b"batch") + part % (b"file", b'; filename="f"', text) + b"--x--\r\n"
+    answered = []
+
+    def act(incoming: Incoming) -> None:
+        answered.append(incoming)
+        if len(answered) == 4:
+            incoming.respond(400, b'{"error": {"message": "no"}}')
+            return
+        details = {"prompt_tokens_details": {"cached_tokens": 2}, "completion_tokens_details": {"reasoning_tokens": 99}}
+        usage = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, **details}
+        end = chunk("", choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
+        incoming.start(200, SSE)
+        incoming.write(chunk("one") + end + chunk("", choices=[], usage=usage) + b"data: [DONE]\n\n")
+        incoming.finish()
+
+    async def main() -> dict[str, Any]:
+        async with before(tmp_path, ScriptedEngine(act)) as (_, origin):
+            kind = {"content-type": "multipart/form-data; boundary=x"}
+            file = json.loads((await origin.fetch("POST", "/v1/files", body=form, headers=kind)).body)
+            job = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "1h"}
+            batch = json.loads((await origin.fetch("POST", "/v1/batches", body=json.dumps(job).encode())).body)
+            assert batch["usage"]["total_tokens"] == 0
+            while batch["status"] != "completed":
+                await asyncio.sleep(0.05)
+                batch = json.loads((await origin.fetch("GET", f"/v1/batches/{batch['id']}")).body)
+            found: dict[str, Any] = batch
+            return found
+
+    batch = asyncio.run(main())
+    assert (batch["request_counts"]["completed"], batch["request_counts"]["failed"]) == (3, 1)
+    assert Batch.model_validate(batch).usage is not None
+    assert batch["usage"] == {
+        "input_tokens": 15,
+        "input_tokens_details": {"cached_tokens": 6},
+        "output_tokens": 9,
+        "output_tokens_details": {"reasoning_tokens": 9},
+        "total_tokens": 24,
+    }

@@ -140,6 +140,15 @@ def usage_counts(said: object) -> tuple[int, int] | None:
     return None if prompt is None or completion is None else (prompt, completion)
 
 
+def usage_details(said: object) -> tuple[int, int]:
+    """Cached tokens of the prompt and reasoning tokens of the answer, as far as a usage object says."""
+    found = []
+    for part, name in (("prompt", "cached_tokens"), ("completion", "reasoning_tokens")):
+        details = said.get(f"{part}_tokens_details") if isinstance(said, dict) else None
+        found.append(whole(details.get(name), TOKENS_MAX) if isinstance(details, dict) else None)
+    return found[0] or 0, found[1] or 0
+
+
 def usage(said: object) -> dict[str, Any] | None:
     """A usage object with whole numbers of tokens; None: it is none. Details beside them stay as they are where they
     are such numbers, and are left out where not."""

@@ -8,11 +8,12 @@ from typing import Any
 import orjson
 
 from chiron.core.types import Request
+from chiron.engines.claims import usage_details
 from chiron.gateway.batch_lines import answer_line, error_line
 from chiron.gateway.calls import CollectedCall
 from chiron.gateway.collect import CollectError
 from chiron.gateway.upstream import RETRIED
-from chiron.store.port import Ended, Item, request_id
+from chiron.store.port import NO_TOKENS, Ended, Item, TokenUsage, request_id
 
 
 class BatchCall(CollectedCall):
@@ -58,7 +59,16 @@ class BatchCall(CollectedCall):
         except orjson.JSONEncodeError as error:
             # JSON can be read that is nested too deep to be written.
             raise CollectError(f"the engine's answer cannot be kept: {error}") from None
-        return Ended(batch_id=item.batch_id, index=item.index, ok=status < 400, line=line)
+        usage = self._usage() if status < 400 else NO_TOKENS
+        return Ended(batch_id=item.batch_id, index=item.index, ok=status < 400, line=line, usage=usage)
+
+    def _usage(self) -> TokenUsage:
+        """As keys pay for it, with the engine's details where they can be."""
+        request = self.request
+        assert request is not None
+        input_tokens, output = self.prompt_tokens or request.input_tokens, request.tokens_done
+        cached, reasoning = usage_details(self.collector.usage)
+        return TokenUsage(input_tokens, min(cached, input_tokens), output, min(reasoning, output))
 
 
 def _is_no(status: int) -> bool:

@@ -21,7 +21,7 @@ from chiron.store.database import (
     keep_copy,
 )
 from chiron.store.leases import Leases
-from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile
+from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile, TokenUsage
 from chiron.store.results import unfinished_bytes
 from chiron.store.sums import check_row, row_sum
 from chiron.store.trust import ClockMarks
@@ -52,6 +52,7 @@ def read_batch(row: sqlite3.Row) -> Batch:
     values["metadata"] = json.loads(values["metadata"])
     values["errors"] = tuple(LineError(**error) for error in json.loads(values["errors"]))
     values["recent"] = tuple((start, count) for start, count in json.loads(values["recent"]))
+    values["usage"] = TokenUsage(*json.loads(values["usage"]))
     return Batch(**values)
 
 

@@ -51,7 +51,7 @@ TABLES = {
   errors TEXT NOT NULL, output_file_id TEXT, error_file_id TEXT, model TEXT,
   recent TEXT NOT NULL,
   output_bytes INTEGER NOT NULL, error_bytes INTEGER NOT NULL, output_expires_after_s REAL,
-  lanes TEXT NOT NULL, incomplete INTEGER NOT NULL, sum INTEGER NOT NULL
+  lanes TEXT NOT NULL, incomplete INTEGER NOT NULL, usage TEXT NOT NULL, sum INTEGER NOT NULL
 )""",
     "work": """CREATE TABLE work(
   batch INTEGER NOT NULL, lane INTEGER NOT NULL, model TEXT NOT NULL, items INTEGER NOT NULL,
@@ -96,6 +96,7 @@ BATCH_DEFAULTS: dict[str, object] = dict.fromkeys(COLUMNS["batches"]) | {
     "error_bytes": 0,
     "lanes": "[]",
     "incomplete": 0,
+    "usage": "[0, 0, 0, 0]",
 }
 
 INDEX_MAX = (1 << 32) - 1

@@ -17,7 +17,7 @@ from chiron.store.batches import batch_row, change_batch, check_work, end_if_idl
 from chiron.store.database import FAILED, INDEX_MAX, OK, OPEN, item_index, item_key, write_row
 from chiron.store.directory import disk_error, file_path
 from chiron.store.leases import LaneLeases, Leases
-from chiron.store.port import Ended, Item, PendingWork
+from chiron.store.port import NO_TOKENS, Ended, Item, PendingWork, TokenUsage
 from chiron.store.progress import count_ends
 from chiron.store.results import id_size
 from chiron.store.sums import ATTEMPT_FACTOR, ITEM_COLUMNS, STATE_FACTOR, item_fits, result_sum
@@ -202,8 +202,10 @@ class _Gains:
     """Bytes of lines with their line breaks."""
     lanes: defaultdict[int, _Sums] = field(default_factory=lambda: defaultdict(_Sums))
     written: list[tuple[int, bytes, int]] = field(default_factory=list)
+    usage: TokenUsage = NO_TOKENS
 
-    def add(self, state: int, size: int, item: sqlite3.Row) -> None:
+    def add(self, state: int, size: int, item: sqlite3.Row, usage: TokenUsage) -> None:
+        self.usage = TokenUsage(*(a + b for a, b in zip(self.usage, usage, strict=True)))
         self.items[state] += 1
         self.sizes[state] += size
         sums = self.lanes[item["lane"]]
@@ -233,17 +235,17 @@ def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now
 def _keep(transaction: Transaction, leases: Leases, batch: int, results: Sequence[Ended]) -> _Gains:
     """Write the lines of items that have none."""
     gains = _Gains()
-    lines: dict[int, tuple[bytes, int]] = {}
+    lines: dict[int, tuple[bytes, int, TokenUsage]] = {}
     for result in results:
         # Of two results for one item the first counts.
-        lines.setdefault(item_key(batch, result.index), (result.line, OK if result.ok else FAILED))
+        lines.setdefault(item_key(batch, result.index), (result.line, OK if result.ok else FAILED, result.usage))
     for state in (OK, FAILED):
-        keys = [key for key, (_, of_state) in lines.items() if of_state == state]
+        keys = [key for key, (_, of_state, _) in lines.items() if of_state == state]
         for start in range(0, len(keys), _KEYS_MAX):
             for item in _close(transaction.db, state, keys[start : start + _KEYS_MAX]):
-                line = lines[item["key"]][0]
+                line, _, usage = lines[item["key"]]
                 leases.end(batch, item["lane"], item_index(item["key"]), transaction.undo)
-                gains.add(state, len(line) + 1, item)
+                gains.add(state, len(line) + 1, item, usage)
                 gains.written.append((item["key"], line, result_sum(item["key"], state, line)))
     transaction.db.executemany("INSERT INTO results(key, line, sum) VALUES(?, ?, ?)", gains.written)
     return gains
@@ -265,6 +267,7 @@ def _close(db: sqlite3.Connection, state: int, keys: Sequence[int]) -> list[sqli
 
 def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float) -> None:
     recent = tuple((start, count) for start, count in json.loads(row["recent"]))
+    usage = [a + b for a, b in zip(json.loads(row["usage"]), gains.usage, strict=True)]
     change_batch(
         db,
         row,
@@ -273,6 +276,7 @@ def _count(db: sqlite3.Connection, row: sqlite3.Row, gains: _Gains, now_s: float
         output_bytes=row["output_bytes"] + gains.sizes[OK],
         error_bytes=row["error_bytes"] + gains.sizes[FAILED],
         recent=json.dumps(count_ends(recent, gains.items.total(), now_s)),
+        usage=json.dumps(usage),
     )
     for lane, sums in gains.lanes.items():
         work = db.execute("SELECT * FROM work WHERE batch = ? AND lane = ?", (row["no"], lane)).fetchone()

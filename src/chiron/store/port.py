@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from chiron.store.trust import ClockMarks
 
@@ -126,6 +126,20 @@ class InputLimits:
         assert self.errors_max > 0, self.errors_max
 
 
+class TokenUsage(NamedTuple):
+    """Tokens that answers took."""
+
+    input: int = 0
+    cached: int = 0
+    """Of the input: not computed again."""
+    output: int = 0
+    reasoning: int = 0
+    """Of the output: not shown."""
+
+
+NO_TOKENS = TokenUsage()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """A batch and its progress. Counts are exact as of the last commit."""
@@ -160,6 +174,8 @@ class Batch:
     """Set when the batch ends, each only if it has lines."""
     model: str | None = None
     """None until validated, and when the items name several models."""
+    usage: TokenUsage = NO_TOKENS
+    """Of all items with a result."""
     recent: tuple[tuple[int, int], ...] = ()
     """(start in seconds, items ended) per slot of ``progress.SLOT_S`` seconds, over the last minute; oldest first."""
 
@@ -195,6 +211,7 @@ class Ended:
     """Whether the line belongs into the output file; else it belongs into the error file."""
     line: bytes
     """JSON without a line break."""
+    usage: TokenUsage = NO_TOKENS
 
 
 def request_id(batch_id: str, index: int) -> str:

@@ -25,7 +25,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("created_s", "expires_s", "in_progress_s", "finalizing_s", "completed_s"),
         *("failed_s", "expired_s", "cancelling_s", "cancelled_s"),
         *("total", "completed", "failed", "errors", "output_file_id", "error_file_id", "model", "recent"),
-        *("output_bytes", "error_bytes", "output_expires_after_s", "lanes", "incomplete"),
+        *("output_bytes", "error_bytes", "output_expires_after_s", "lanes", "incomplete", "usage"),
     ),
     "work": ("batch", "lane", "model", "items", "input_bytes", "input_bytes_square", "id_bytes"),
     "purges": ("no", "batch", "state", "next_key"),

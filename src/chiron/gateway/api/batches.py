@@ -134,6 +134,13 @@ def batch_object(batch: Batch, now_s: float) -> dict[str, Any]:
         "cancelling_at": _at(batch.cancelling_s),
         "cancelled_at": _at(batch.cancelled_s),
         "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "usage": {
+            "input_tokens": batch.usage.input,
+            "input_tokens_details": {"cached_tokens": batch.usage.cached},
+            "output_tokens": batch.usage.output,
+            "output_tokens_details": {"reasoning_tokens": batch.usage.reasoning},
+            "total_tokens": batch.usage.input + batch.usage.output,
+        },
         "metadata": dict(batch.metadata) or None,
         "chiron": {
             "eta_s": eta_s(batch, now_s),
