@@ -243,7 +243,7 @@ def test_a_poison_item_fails_alone(tmp_path: Path) -> None:
         await site.stop()
 
     def text(request: Any) -> str:
-        return str(request.payload._fields["messages"][0]["content"])
+        return str(json.loads(request.payload._body.raw)["messages"][0]["content"])
 
     run(test)
 

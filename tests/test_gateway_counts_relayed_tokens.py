@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
+from chiron.gateway.body import body_of
 from chiron.gateway.calls import RelayCall
 
 WORDS = ["One", " two", " three", " four"]
@@ -73,9 +74,8 @@ def test_what_holds_text_is_a_token(stream: list[bytes]) -> None:
     client = Client()
     call = RelayCall(
         client,  # type: ignore[arg-type]
-        fields={},
+        body=body_of({}),
         stream=True,
-        prompt_bytes=0,
         request_id="r",
         key_name="",
         responded=lambda status: None,

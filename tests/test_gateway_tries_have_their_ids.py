@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from chiron.core.types import Request, RequestClass
 from chiron.engines.rows import ENGINES
+from chiron.gateway.body import body_of
 from chiron.gateway.calls import CollectedCall
 
 CLASS = RequestClass(name="batch", kind="batch", deadline_s=60.0)
 
 
 def test_each_try_of_a_collected_request_has_an_id_of_its_own() -> None:
-    call = CollectedCall(path=b"/v1/completions", fields={"prompt": "x"}, request_id="req-1", key_name="")
+    call = CollectedCall(path=b"/v1/completions", body=body_of({"prompt": "x"}), request_id="req-1", key_name="")
     request = Request(1, "m", CLASS, 0.0, 1, call)
     ids = []
     for _ in range(3):

@@ -9,7 +9,16 @@ from importlib.util import find_spec
 from chiron.config.read import ConfigError
 
 EXTRAS = {
-    "serve": ("httptools", "orjson", "prometheus_client", "psutil", "python_multipart", "starlette", "uvloop"),
+    "serve": (
+        "httptools",
+        "msgspec",
+        "orjson",
+        "prometheus_client",
+        "psutil",
+        "python_multipart",
+        "starlette",
+        "uvloop",
+    ),
     "openvino": ("openvino_genai", "gguf"),
     "llamacpp": ("xllamacpp", "gguf"),
 }

@@ -13,20 +13,15 @@ from functools import lru_cache
 from math import isfinite
 from typing import Any
 
-import orjson
-
 from chiron.core.types import RequestClass
+from chiron.gateway.body import BYTES_PER_TOKEN, Body, Shape, read_body
 from chiron.gateway.context import UNTOLD, check_context
-from chiron.gateway.errors import ApiError, invalid, model_not_found, shown
+from chiron.gateway.errors import invalid, model_not_found, shown
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
 from chiron.net.server import Incoming
 
-BYTES_PER_TOKEN = 4.0
-"""Of English text, until the engine's usage figures tell better."""
 _RATIO_WEIGHT = 0.02
-NESTING_MAX = 250
-"""Levels of a JSON body."""
 _SLO_MIN_MS, _SLO_MAX_MS = 0.001, 3_600_000.0
 
 
@@ -48,23 +43,30 @@ class ServedModel:
             seen = min(16.0, max(0.25, prompt_bytes / prompt_tokens))
             self.bytes_per_token += _RATIO_WEIGHT * (seen - self.bytes_per_token)
 
-    def tokens(self, prompt_bytes: int) -> int:
-        """An estimate; no longer than what an engine can hold, which is the judge of what it takes."""
-        most = min(self.kv_capacity_tokens - 1, self.context_tokens or self.kv_capacity_tokens)
-        return max(1, min(int(prompt_bytes / self.bytes_per_token), most))
+    @property
+    def tokens_max(self) -> int:
+        """What an engine can hold; it is the judge of what it takes, so that no estimate goes beyond."""
+        return min(self.kv_capacity_tokens - 1, self.context_tokens or self.kv_capacity_tokens)
+
+    def tokens(self, text_bytes: int) -> int:
+        """An estimate."""
+        return max(1, min(int(text_bytes / self.bytes_per_token), self.tokens_max))
+
+    def tokens_of(self, shape: Shape) -> int:
+        """Of a whole prompt: ids count as they are, also where no engine could hold them."""
+        ids = shape.token_ids
+        text = self.tokens(shape.text_bytes) if shape.text_bytes else 0
+        return min(ids + text, max(ids, self.tokens_max)) if ids else text
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """What admission found out about one request."""
 
-    fields: dict[str, Any]
-    """The body, parsed."""
+    body: Body
     model: ServedModel
     cls: RequestClass
     input_tokens: int
-    prompt_bytes: int
-    """0 when the prompt came as token ids: their number is exact."""
     stream: bool
 
 
@@ -97,9 +99,11 @@ class Models:
         return served
 
 
-def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
-    """Raises ApiError with the status that the client gets."""
-    fields = _parse(incoming.body)
+def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None) -> Admitted:
+    """Raises ApiError with the status that the client gets. ``body``: what was read of it already."""
+    if body is None:
+        body = read_body(incoming.body, is_chat(incoming.path))
+    fields = body.shape.fields
     served = models.find(fields.get("model"), key)
     cls = _class_of(incoming, fields, served)
     key.permit(cls=cls.name)
@@ -109,51 +113,21 @@ def admit(incoming: Incoming, key: Key, models: Models) -> Admitted:
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise invalid(f"stream_options: {shown(options)} must be an object", param="stream_options")
-    chat = incoming.path.endswith("/chat/completions")
-    exact, size = _prompt_size(fields, chat)
-    prompt = fields.get("prompt")
     check_context(
         served.context_tokens,
-        text_bytes=0 if exact else size,
-        token_ids=size if exact else 0,
-        prompts=len(prompt) if not chat and isinstance(prompt, list) and not isinstance(prompt[0], int) else 1,
-        chat=chat,
+        text_bytes=body.shape.sure_bytes,
+        token_ids=body.shape.token_ids,
+        prompts=body.shape.prompts,
+        chat=is_chat(incoming.path),
     )
-    return Admitted(
-        fields=fields,
-        model=served,
-        cls=cls,
-        input_tokens=max(1, size) if exact else served.tokens(size),
-        prompt_bytes=0 if exact else size,
-        stream=bool(stream),
-    )
+    return Admitted(body=body, model=served, cls=cls, input_tokens=served.tokens_of(body.shape), stream=bool(stream))
 
 
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        fields = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"The body is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise invalid(f"The body must be a JSON object, not {type(fields).__name__}")
-    if nested_too_deep(body, fields):
-        raise invalid(f"The body is nested deeper than {NESTING_MAX} levels")
-    return fields
+def is_chat(path: str) -> bool:
+    return path.endswith("/chat/completions")
 
 
-def nested_too_deep(text: bytes, value: object) -> bool:
-    """Whether JSON that could be read is nested deeper than can be written again, as it must be for an engine that
-    has a name of its own for the model. Only a text with so many brackets can be, so most are not looked at."""
-    if text.count(b"[") + text.count(b"{") <= NESTING_MAX:
-        return False
-    try:
-        orjson.dumps(value)
-    except TypeError:
-        return True
-    return False
-
-
-def _class_of(incoming: Incoming, fields: dict[str, Any], served: ServedModel) -> RequestClass:
+def _class_of(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel) -> RequestClass:
     settings, classes = served.settings, served.classes
     named = ttft = tpot = None
     for name, value in incoming.headers:
@@ -205,43 +179,3 @@ def _milliseconds(name: str, value: bytes) -> float:
     if not (isfinite(number) and _SLO_MIN_MS <= number <= _SLO_MAX_MS):
         raise invalid(f"{name}: {text!r} must be a number of milliseconds from {_SLO_MIN_MS} to {_SLO_MAX_MS:.0f}")
     return number / 1000.0
-
-
-def prompt_bytes(fields: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
-    """(True, tokens) for a prompt of token ids, else (False, bytes of text). Anything odd counts as little: the
-    engine is the judge of what it takes."""
-    try:
-        return _prompt_size(fields, chat)
-    except ApiError:
-        return False, 1
-
-
-def _prompt_size(fields: Mapping[str, Any], chat: bool) -> tuple[bool, int]:
-    if chat:
-        messages = fields.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise invalid("messages: a list with at least one message is required", param="messages")
-        return False, sum(_message_bytes(message) for message in messages)
-    prompt = fields.get("prompt")
-    if isinstance(prompt, str):
-        return False, len(prompt)
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(token, int) for token in prompt):
-            return True, len(prompt)
-        if all(isinstance(part, str) for part in prompt):
-            return False, sum(map(len, prompt))
-        if all(isinstance(part, list) for part in prompt):
-            return True, sum(map(len, prompt))
-    raise invalid("prompt: text, a list of texts or a list of token ids is required", param="prompt")
-
-
-def _message_bytes(message: object) -> int:
-    if not isinstance(message, dict):
-        raise invalid(f"messages: {shown(message)} is not an object with role and content", param="messages")
-    content = message.get("content")
-    if isinstance(content, str):
-        return len(content) + 8
-    if isinstance(content, list):
-        texts = (part.get("text") for part in content if isinstance(part, dict))
-        return sum(len(text) for text in texts if isinstance(text, str)) + 8
-    return 8

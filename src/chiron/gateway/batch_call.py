@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -10,6 +10,7 @@ import orjson
 from chiron.core.types import Request
 from chiron.engines.claims import usage_details
 from chiron.gateway.batch_lines import answer_line, error_line
+from chiron.gateway.body import Body
 from chiron.gateway.calls import CollectedCall
 from chiron.gateway.collect import CollectError
 from chiron.gateway.upstream import RETRIED
@@ -20,11 +21,11 @@ class BatchCall(CollectedCall):
     """A leased item; ``on_end`` hears of its end, once."""
 
     def __init__(
-        self, item: Item, body: dict[str, Any], answer_max_bytes: int, on_end: Callable[[BatchCall, Request], None]
+        self, item: Item, body: Body, answer_max_bytes: int, on_end: Callable[[BatchCall, Request], None]
     ) -> None:
         super().__init__(
             path=item.endpoint.encode(),
-            fields=body,
+            body=body,
             request_id=request_id(item.batch_id, item.index),
             key_name=item.owner,
             answer_max_bytes=answer_max_bytes,
@@ -76,26 +77,15 @@ def _is_no(status: int) -> bool:
     return (400 <= status < 500 or status == 501) and status not in RETRIED
 
 
-def item_body(item: Item) -> dict[str, Any] | None:
-    """The request in the item's line. It was checked when the batch was validated; None: the disk holds other bytes
-    by now."""
-    try:
-        line = orjson.loads(item.body)
-    except orjson.JSONDecodeError:
-        return None
-    body = line.get("body") if isinstance(line, dict) else None
-    return body if isinstance(body, dict) else None
-
-
 def failure(item: Item, code: str, message: str) -> Ended:
     """The end of an item that has no answer."""
     line = error_line(item.batch_id, item.index, item.custom_id, code, message)
     return Ended(batch_id=item.batch_id, index=item.index, ok=False, line=line)
 
 
-def output_limit(body: dict[str, Any]) -> int | None:
+def output_limit(fields: Mapping[str, Any]) -> int | None:
     """The most output tokens that a request allows, if it says."""
-    limits = [body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+    limits = [fields.get(name) for name in ("max_completion_tokens", "max_tokens")]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 

@@ -10,10 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 import orjson
+from msgspec import UNSET, Raw, Struct, UnsetType
 
-from chiron.gateway.admission import BYTES_PER_TOKEN, NESTING_MAX, nested_too_deep, prompt_bytes
-from chiron.gateway.errors import ApiError, shown
+from chiron.gateway.admission import is_chat
+from chiron.gateway.body import (
+    BYTES_PER_TOKEN,
+    Body,
+    check_text,
+    read_body,
+    small_value,
+    steering_of,
+    unreadable,
+)
+from chiron.gateway.errors import ApiError, invalid, shown
 from chiron.gateway.keys import Key
 from chiron.gateway.settings import ModelSettings
 from chiron.store.port import ItemSpec, LineError, request_id
@@ -30,42 +41,104 @@ def line_check(
 
     def check(line: bytes) -> ItemSpec | LineError:
         try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            return LineError(code="invalid_json_line", message=f"This line is not parseable as valid JSON: {error}.")
-        if not isinstance(value, dict):
-            return LineError(code="invalid_json_line", message="This line is not a JSON object.")
-        if nested_too_deep(line, value):
-            return LineError(code="invalid_json_line", message=f"This line is nested deeper than {NESTING_MAX} levels.")
-        return _check_frame(value, endpoint) or _check_body(value, endpoint, models, key)
+            check_text(line)
+            frame = _read_frame(line)
+        except ApiError as error:
+            said = error.message.replace("The body", "This line", 1)
+            return LineError(code="invalid_json_line", message=f"{said.removesuffix('.')}.")
+        return _check_frame(frame, endpoint) or _check_body(frame, endpoint, models, key)
 
     return check
 
 
-def _check_frame(value: dict[str, Any], endpoint: str) -> LineError | None:
+def line_body(line: bytes, endpoint: str) -> Body | None:
+    """The request in a line that was checked when its batch was accepted; None: the disk holds other bytes by now."""
+    try:
+        frame = _read_frame(line)
+        return None if frame.body is UNSET else read_body(bytes(frame.body), is_chat(endpoint))
+    except ApiError:
+        return None
+
+
+class _Frame(Struct, gc=False):
+    """A line. What is long or nested is not read; what is no text is a ``Long``."""
+
+    custom_id: Any = None
+    method: Any = None
+    url: Any = None
+    body: Raw | UnsetType = UNSET
+
+
+class _RightFrame(Struct, gc=False):
+    """One as it nearly always is."""
+
+    custom_id: str | None = None
+    method: str | None = None
+    url: str | None = None
+    body: Raw | UnsetType = UNSET
+
+
+class _RawFrame(Struct, gc=False):
+    custom_id: Raw | UnsetType = UNSET
+    method: Raw | UnsetType = UNSET
+    url: Raw | UnsetType = UNSET
+    body: Raw | UnsetType = UNSET
+
+
+_RIGHT_FRAME = msgspec.json.Decoder(_RightFrame)
+_RAW_FRAME = msgspec.json.Decoder(_RawFrame)
+
+
+def _read_frame(line: bytes) -> _Frame | _RightFrame:
+    """Raises ApiError for what is no JSON object."""
+    try:
+        return _RIGHT_FRAME.decode(line)
+    except msgspec.ValidationError:
+        pass
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise unreadable(error) from None
+    try:
+        raw = _RAW_FRAME.decode(line)
+    except msgspec.ValidationError:
+        raise invalid("The body is not a JSON object") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise unreadable(error) from None
+    custom_id, method, url = (
+        None if part is UNSET else small_value(bytes(part)) for part in (raw.custom_id, raw.method, raw.url)
+    )
+    return _Frame(custom_id=custom_id, method=method, url=url, body=raw.body)
+
+
+def _check_frame(frame: _Frame | _RightFrame, endpoint: str) -> LineError | None:
     """Everything around the body."""
-    custom_id = value.get("custom_id")
+    custom_id = frame.custom_id
     if not isinstance(custom_id, str) or not 0 < len(custom_id) <= CUSTOM_ID_MAX:
         return _bad(
             "custom_id",
             f"custom_id is {shown(custom_id)}; it must be a string of 1 to {CUSTOM_ID_MAX} characters.",
         )
-    method = value.get("method")
-    if method != "POST":
-        return _bad("method", f"method is {shown(method)}; it must be 'POST'.", "invalid_method")
-    url = value.get("url")
-    if url != endpoint:
-        return _bad("url", f"url is {shown(url)}; it must be the batch's endpoint, {endpoint!r}.", "invalid_url")
+    if frame.method != "POST":
+        return _bad("method", f"method is {shown(frame.method)}; it must be 'POST'.", "invalid_method")
+    if frame.url != endpoint:
+        return _bad("url", f"url is {shown(frame.url)}; it must be the batch's endpoint, {endpoint!r}.", "invalid_url")
     return None
 
 
 def _check_body(
-    value: dict[str, Any], endpoint: str, models: Mapping[str, ModelSettings], key: Key | None
+    frame: _Frame | _RightFrame, endpoint: str, models: Mapping[str, ModelSettings], key: Key | None
 ) -> ItemSpec | LineError:
-    body = value.get("body")
-    if not isinstance(body, dict):
-        return _bad("body", f"body is {shown(body)}; it must be an object, the request to {endpoint}.")
-    name = body.get("model")
+    body = b"" if frame.body is UNSET else bytes(frame.body)
+    if not body.startswith(b"{"):
+        value = small_value(body) if body else None
+        return _bad("body", f"body is {shown(value)}; it must be an object, the request to {endpoint}.")
+    read: Body | None = None
+    wrong: ApiError | None = None
+    try:
+        read = read_body(body, is_chat(endpoint))
+        fields = read.shape.fields
+    except ApiError as error:
+        wrong, fields = error, steering_of(body)
+    name = fields.get("model")
     model = models.get(name) if isinstance(name, str) else None
     if model is None:
         known = ", ".join(sorted({m.name for m in models.values() if m.batch_class and _may_use(key, m.name)}))
@@ -78,22 +151,18 @@ def _check_body(
         key.permit(model.name, model.batch_class)
     except ApiError as error:
         return _bad("body.model", error.message, "permission_denied")
-    if body.get("stream"):
-        return _bad("body.stream", f"body.stream is {shown(body['stream'])}; answers of batches are not streamed.")
-    prompt = body.get("messages" if endpoint == ENDPOINTS[0] else "prompt")
-    if endpoint == ENDPOINTS[0] and (not isinstance(prompt, list) or not prompt):
-        return _bad("body.messages", f"body.messages is {shown(prompt)}; it must be a list that is not empty.")
-    if endpoint != ENDPOINTS[0] and (not isinstance(prompt, str | list) or prompt == []):
-        return _bad("body.prompt", f"body.prompt is {shown(prompt)}; it must be a text or a list of token ids.")
+    if fields.get("stream"):
+        return _bad("body.stream", f"body.stream is {shown(fields['stream'])}; answers of batches are not streamed.")
+    if wrong is not None or read is None:
+        return _bad(f"body.{wrong.param if wrong else ''}".rstrip("."), f"body.{wrong.message if wrong else ''}.")
     for field in ("max_tokens", "max_completion_tokens"):
-        limit = body.get(field)
+        limit = fields.get(field)
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             return _bad(f"body.{field}", f"body.{field} is {shown(limit)}; it must be an integer above 0.")
-    exact, size = prompt_bytes(body, endpoint == ENDPOINTS[0])
     return ItemSpec(
-        custom_id=value["custom_id"],
+        custom_id=str(frame.custom_id),
         model=model.name,
-        input_bytes=round(size * BYTES_PER_TOKEN) if exact else size,
+        input_bytes=round(read.shape.tokens(BYTES_PER_TOKEN) * BYTES_PER_TOKEN),
     )
 
 

@@ -22,10 +22,10 @@ from typing import Protocol
 
 from chiron.control.plane import RETRIES_MAX
 from chiron.core.types import Request
-from chiron.gateway.admission import Models, prompt_bytes
+from chiron.gateway.admission import Models
 from chiron.gateway.batch_backlog import Backlog, BacklogPlane
-from chiron.gateway.batch_call import BatchCall, failure, item_body, output_limit
-from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_check
+from chiron.gateway.batch_call import BatchCall, failure, output_limit
+from chiron.gateway.batch_lines import by_name, line_body, line_check
 from chiron.gateway.batch_log import BatchLog
 from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off, try_later
 from chiron.gateway.batch_window import Window, Wish
@@ -322,23 +322,21 @@ class BatchRunner:
         if item.damage:
             self._writer.add(failure(item, "input_damaged", item.damage))
             return
-        body = item_body(item)
+        body = line_body(item.body, item.endpoint)
         if body is None:
             message = "The request's line of the input file is no longer what it was when the batch was accepted."
             self._writer.add(failure(item, "invalid_json_line", message))
             return
         call = BatchCall(item, body, self._tuning.answer_max_bytes, self._ended)
-        exact, size = prompt_bytes(body, item.endpoint == ENDPOINTS[0])
-        call.prompt_bytes = 0 if exact else size
         request = Request(
             self._next_id(),
             window.name,
             window.cls,
             self._clock.now_s,
-            max(1, size) if exact else window.model.tokens(size),
+            window.model.tokens_of(body.shape),
             payload=call,
             deadline_s=self._clock.from_wall_s(item.deadline_s),
-            max_output_tokens=output_limit(body),
+            max_output_tokens=output_limit(body.shape.fields),
         )
         call.request = request
         window.calls[(item.batch_id, item.index)] = call

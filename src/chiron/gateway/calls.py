@@ -15,8 +15,8 @@ from typing import Any
 import orjson
 
 from chiron.core.types import Request
-from chiron.engines.claims import output_tokens_max
 from chiron.engines.rows import EngineRow
+from chiron.gateway.body import Body
 from chiron.gateway.collect import CollectError, Collector
 from chiron.gateway.errors import ApiError
 from chiron.gateway.last_word import Answer, last_word, passed_on, wordless
@@ -49,7 +49,6 @@ class RelayCall:
         "_call",
         "_chat",
         "_done",
-        "_fields",
         "_first",
         "_length",
         "_reminded_s",
@@ -73,9 +72,8 @@ class RelayCall:
         self,
         incoming: Incoming,
         *,
-        fields: dict[str, Any],
+        body: Body,
         stream: bool,
-        prompt_bytes: int,
         request_id: str,
         key_name: str,
         responded: Callable[[int], None],
@@ -83,17 +81,16 @@ class RelayCall:
         self.incoming = incoming
         self.path = incoming.path.encode()
         self.streams = stream
-        self.prompt_bytes = prompt_bytes
+        self.prompt_bytes = body.shape.learnable_bytes
         self.prompt_tokens = 0
-        self.output_max = output_tokens_max(fields)
+        self.output_max = body.shape.output_tokens_max
         self.request_id = request_id
         self.key_name = key_name
         self.error: UpstreamFailure | None = None
         self.refusal: ApiError | None = None
         """Why the gateway itself ended it."""
         self.responded = responded
-        self._fields = fields
-        self._body = incoming.body
+        self._body = body
         self._chat = incoming.path.endswith("/chat/completions")
         self._first = True
         self._call: Call | None = None
@@ -123,9 +120,8 @@ class RelayCall:
         return self.incoming.paused
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
-        if self._fields.get("model") == model:
-            return self._body
-        return orjson.dumps(self._fields | {"model": model})
+        body = self._body
+        return body.raw if body.shape.fields.get("model") == model else body.with_values({"model": model})
 
     def headers(self) -> Sequence[Header]:
         return ((b"x-request-id", self.request_id.encode()),)
@@ -248,13 +244,14 @@ class CollectedCall:
     held_up = False
 
     def __init__(
-        self, *, path: bytes, fields: dict[str, Any], request_id: str, key_name: str, answer_max_bytes: int = 64 << 20
+        self, *, path: bytes, body: Body, request_id: str, key_name: str, answer_max_bytes: int = 64 << 20
     ) -> None:
         self.path = path
         self.request_id = request_id
         self.key_name = key_name
-        self.prompt_bytes = self.prompt_tokens = 0
-        self.output_max = output_tokens_max(fields)
+        self.prompt_bytes = body.shape.learnable_bytes
+        self.prompt_tokens = 0
+        self.output_max = body.shape.output_tokens_max
         self.error: UpstreamFailure | None = None
         self.status = 0
         """The engine's, of the answer that counts."""
@@ -263,22 +260,22 @@ class CollectedCall:
         self.collector = Collector(
             path.endswith(b"/chat/completions"),
             bytes_max=answer_max_bytes,
-            keep_token_ids=bool(fields.get("return_token_ids")),
+            keep_token_ids=bool(body.shape.fields.get("return_token_ids")),
         )
-        self._fields = fields
+        self._body = body
         self._tries = 0
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
         self._tries += 1
-        body = self._fields | {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+        values: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
         if row.resumes:
-            body["return_token_ids"] = True
+            values["return_token_ids"] = True
         if row.resumes and request.tokens_done and self.collector.token_ids:
             self.collector.resume()
-            body["resume_token_ids"] = self.collector.token_ids
+            values["resume_token_ids"] = self.collector.token_ids
         else:
             self.collector.reset()  # An engine that died in the middle left a part that nobody cut.
-        return orjson.dumps(body)
+        return self._body.with_values(values)
 
     def headers(self) -> Sequence[Header]:
         # vLLM makes this its own id, and older ones refuse one that they have. An evicted request may come back before
@@ -330,22 +327,22 @@ class FlexCall(CollectedCall):
         self,
         incoming: Incoming,
         *,
-        fields: dict[str, Any],
+        body: Body,
         stream: bool,
-        prompt_bytes: int,
         request_id: str,
         key_name: str,
         responded: Callable[[int], None],
     ) -> None:
-        super().__init__(path=incoming.path.encode(), fields=fields, request_id=request_id, key_name=key_name)
+        super().__init__(path=incoming.path.encode(), body=body, request_id=request_id, key_name=key_name)
         self.incoming = incoming
-        self.prompt_bytes = prompt_bytes
         self.refusal: ApiError | None = None
         self.responded = responded
         self.wait_max_s = inf
         self._reminded_s = -inf
         self._wants_stream = stream
-        self._wants_usage = bool((fields.get("stream_options") or {}).get("include_usage")) if stream else True
+        self._wants_usage = (
+            bool((body.shape.fields.get("stream_options") or {}).get("include_usage")) if stream else True
+        )
         incoming.body = b""
 
     def remind(self, now_s: float, words: str) -> None:

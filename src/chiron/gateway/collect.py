@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from chiron.engines.claims import CHOICES_MAX, token_ids, usage
-from chiron.gateway.admission import nested_too_deep
+from chiron.gateway.body import nested_too_deep
 
 Json = dict[str, Any]
 

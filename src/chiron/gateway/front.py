@@ -146,9 +146,8 @@ class Front:
         make = RelayCall if cls.interactive else FlexCall
         call = make(
             incoming,
-            fields=admitted.fields,
+            body=admitted.body,
             stream=admitted.stream,
-            prompt_bytes=admitted.prompt_bytes,
             request_id=f"req-{self._boot}-{number:x}",
             key_name=key.name,
             responded=self._responded,
