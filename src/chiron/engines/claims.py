@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
 TOKENS_MAX = 100_000_000
@@ -45,7 +45,7 @@ _FIGURES = {**_COUNT, **dict.fromkeys(_TOKENS, KV_TOKENS_MAX)}
 """The most that each figure of ``engines.rows`` may be; those not named are totals."""
 _SHARE_ROUNDING = 1.05
 """A share of KV up to this is a full one, rounded."""
-_USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*(-?[0-9][0-9.eE+-]{0,30})')
+_USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
 
 
 def whole(said: object, most: int) -> int | None:
@@ -82,15 +82,19 @@ def can_grow(
 
 def output_tokens_max(fields: Mapping[str, Any]) -> int | None:
     """The most output tokens that a request allows, over all its choices and prompts; None: it sets no limit."""
-    said = (whole(fields.get(name), TOKENS_MAX) for name in ("max_completion_tokens", "max_tokens"))
-    limits = [limit for limit in said if limit is not None]
-    if not limits:
+    limit, newer = fields.get("max_tokens"), fields.get("max_completion_tokens")
+    if limit is None and newer is None:
         return None
-    choices = max(whole(fields.get(name), CHOICES_MAX) or 1 for name in ("n", "best_of"))
+    # Where both are named, engines differ in which one holds.
+    most = max(whole(limit, TOKENS_MAX) or 0, whole(newer, TOKENS_MAX) or 0) or None
+    if most is None:
+        return None
+    if "n" in fields or "best_of" in fields:
+        most *= max(whole(fields.get(name), CHOICES_MAX) or 1 for name in ("n", "best_of"))
     prompt = fields.get("prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
-    # Where both limits are named, engines differ in which one holds.
-    return max(limits) * choices * prompts
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        most *= len(prompt)
+    return most
 
 
 def output_tokens(
@@ -101,11 +105,11 @@ def output_tokens(
     ``seen`` events with text, ``before`` of them in earlier tries that this one went on from; ``answer_bytes`` and
     ``took_s`` are this try's; ``most`` is the request's limit.
     """
-    can_be_made = max(float(answer_bytes), took_s * TOKENS_PER_S_MAX) + before + 1
     if (
         said is not None
-        and said <= min(can_be_made, inf if most is None else most)
+        and (most is None or said <= most)
         and said * EVENTS_PER_TOKEN_MAX >= seen
+        and said <= max(answer_bytes, int(took_s * TOKENS_PER_S_MAX)) + before + 1
     ):
         return said
     if streams or said is None:
@@ -124,7 +128,9 @@ def usage_in(text: bytes) -> tuple[int | None, int | None]:
     can be."""
     prompt = completion = None
     for kind, digits in _USAGE.findall(text):
-        value = whole(int(digits), TOKENS_MAX) if digits.isdigit() else None
+        value = int(digits)
+        if value > TOKENS_MAX:
+            continue
         if kind == b"prompt":
             prompt = value
         else:
