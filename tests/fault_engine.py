@@ -21,7 +21,8 @@ from chiron.engines.model import StepTimes
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
 from chiron.engines.serve.front import Front, run_on_loop, serve_until_stopped
-from chiron.engines.serve.openai import GenerationRequest, RequestError
+from chiron.engines.serve.openai import GenerationRequest
+from chiron.engines.serve.request_error import RequestError
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
 

@@ -427,7 +427,7 @@ def test_a_client_that_does_not_read_costs_little_and_misses_nothing() -> None:
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 10_000_000}, 400, "131072"),
         ({"prompt": [1] * 131_072}, 400, "prompt"),
-        ({"n": 2}, 400, "n"),
+        ({"n": 129}, 400, "n"),
         ({"resume_token_ids": "x"}, 400, "resume_token_ids"),
     ],
 )

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from chiron.engines.serve.openai import Answer, GenerationRequest, RequestError, Usage, parse_limit, parse_request
+from chiron.engines.serve.answer import Answer, Part
+from chiron.engines.serve.openai import GenerationRequest, Usage, parse_limit, parse_request
+from chiron.engines.serve.request_error import RequestError
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -30,10 +32,19 @@ def test_a_plain_completion_ends_after_16_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("a", "a"), (["a"], "a"), ([5, 6], (5, 6)), ([[5, 6]], (5, 6))],
+    [
+        ("a", ("a",)),
+        (["a"], ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([5, 6], ((5, 6),)),
+        ([[5, 6], [7]], ((5, 6), (7,))),
+        (["a", [7]], ("a", (7,))),
+    ],
 )
-def test_a_prompt_is_one_text_or_one_list_of_tokens(given: Any, expected: Any) -> None:
-    assert parse(False, prompt=given).prompt == expected
+def test_a_prompt_is_text_or_tokens_or_a_list_of_them(given: Any, expected: Any) -> None:
+    request = parse(False, prompt=given, n=2)
+    assert request.prompts == expected
+    assert request.choices == 2 * len(expected)
 
 
 def test_text_parts_are_joined_and_null_counts_as_absent() -> None:
@@ -49,7 +60,11 @@ def test_the_newer_name_of_the_token_limit_wins() -> None:
 @pytest.mark.parametrize(
     ("chat", "changes", "param", "allowed"),
     [
-        (True, {"n": 2}, "n", "absent or 1"),
+        (True, {"n": 129}, "n", "from 1 to 128"),
+        (True, {"n": 0}, "n", "from 1 to 128"),
+        (False, {"n": 2, "best_of": 3}, "best_of", "equal to n"),
+        (False, {"n": 64, "prompt": ["a", "b", "c"]}, "prompt", "128 together"),
+        (False, {"n": 2, "resume_token_ids": [1]}, "resume_token_ids", "several choices"),
         (True, {"temperature": 3}, "temperature", "from 0 to 2"),
         (True, {"temperature": True}, "temperature", "from 0 to 2"),
         (True, {"max_tokens": 0}, "max_tokens", "at least 1"),
@@ -61,17 +76,28 @@ def test_the_newer_name_of_the_token_limit_wins() -> None:
         (True, {"messages": [{"content": "hi"}]}, "messages[0].role", "a string"),
         (True, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content", "text parts"),
         (True, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "surrogate"),
-        (True, {"tools": [{"type": "function"}]}, "tools", "does not implement"),
-        (True, {"response_format": {"type": "json_object"}}, "response_format", "does not implement"),
+        (True, {"messages": [{"role": "u", "content": [{"type": "image_url"}]}]}, "messages[0].content", "image_url"),
+        (True, {"messages": [{"role": "a", "tool_calls": {}}]}, "messages[0].tool_calls", "a list of up to"),
+        (True, {"messages": [{"role": "tool", "tool_call_id": 1}]}, "messages[0].tool_call_id", "a string"),
+        (True, {"tools": [{"type": "function"}]}, "tools", "must be an object"),
+        (True, {"tools": [{"type": "custom"}]}, "tools", "only 'function'"),
+        (True, {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "letters, digits"),
+        (True, {"tool_choice": "required"}, "tool_choice", "without tools"),
+        (True, {"functions": [{"name": "a"}]}, "functions", "does not implement"),
+        (True, {"top_logprobs": 2}, "top_logprobs", "unless logprobs is true"),
+        (True, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        (True, {"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
+        (True, {"response_format": {"type": "json_schema"}}, "response_format", "must hold a schema"),
+        (True, {"response_format": [1]}, "response_format", "an object"),
         (True, {"stop": ["a"] * 17}, "stop", "up to 16 strings"),
         (True, {"stop": ""}, "stop", "1 to 256 characters"),
         (True, {"seed": 1 << 64}, "seed", "a whole number from"),
         (True, {"resume_token_ids": [1, "a"]}, "resume_token_ids", "a list of token ids"),
-        (False, {"prompt": ["a", "b"]}, "prompt", "one string or one list"),
-        (False, {"prompt": []}, "prompt", "one string or one list"),
-        (False, {"prompt": [-1]}, "prompt", "one string or one list"),
-        (False, {"logprobs": 0}, "logprobs", "does not implement"),
-        (False, {"echo": True}, "echo", "does not implement"),
+        (False, {"prompt": ["a", 1]}, "prompt", "a list of token ids"),
+        (False, {"prompt": []}, "prompt", "a list of token ids"),
+        (False, {"prompt": [-1]}, "prompt", "a list of token ids"),
+        (False, {"logprobs": 6}, "logprobs", "from 0 to 5"),
+        (False, {"echo": "yes"}, "echo", "true or false"),
     ],
 )  # fmt: skip
 def test_an_error_names_the_field_and_what_is_allowed(
@@ -116,7 +142,7 @@ def test_a_stream_is_one_event_a_step_and_reads_as_the_client_expects(chat: bool
     chunk_type = types.chat.ChatCompletionChunk if chat else types.Completion
     request = parse(chat, stream=True, stream_options={"include_usage": True}, return_token_ids=True)
     answer = Answer(request, id="1", created_s=7)
-    stream = answer.event('a"\n', [1]) + answer.event("é", [2, 3], "length")
+    stream = answer.event(0, Part('a"\n', [1])) + answer.event(0, Part("é", [2, 3]), "length")
     stream += answer.end(Usage(prompt_tokens=2, completion_tokens=3))
     # As the client reads events: its type of a text completion has no null finish reason, which every server sends.
     chunks = [chunk_type.construct(**event) for event in events(stream)]
@@ -133,7 +159,9 @@ def test_a_stream_is_one_event_a_step_and_reads_as_the_client_expects(chat: bool
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_whole_answer_reads_as_the_client_expects(chat: bool) -> None:
     types = pytest.importorskip("openai.types")
-    body = Answer(parse(chat), id="1", created_s=7).whole("é", [4], "stop", Usage(prompt_tokens=2, completion_tokens=1))
+    body = Answer(parse(chat), id="1", created_s=7).whole(
+        [(Part("é", [4]), "stop")], Usage(prompt_tokens=2, completion_tokens=1)
+    )
     data = json.loads(body)
     read = (types.chat.ChatCompletion if chat else types.Completion).model_validate(data)
     assert (read.choices[0].message.content if chat else read.choices[0].text) == "é"

@@ -229,7 +229,7 @@ def test_a_seed_repeats_an_answer_and_none_varies_it(engine: EngineProcess) -> N
         ({"prompt": [100_000]}, None, "holds token 100000"),
         ({"prompt": "hi", "resume_token_ids": [100_000]}, None, "holds token 100000"),
         ({"prompt": ""}, None, "empty"),
-        ({"prompt": "hi", "n": 2}, "unsupported_parameter", "n is 2"),
+        ({"prompt": "hi", "logprobs": 1}, "unsupported_parameter", "logprobs is 1"),
     ],
 )
 def test_what_cannot_be_served_is_a_400_that_says_why(

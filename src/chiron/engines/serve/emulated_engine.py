@@ -16,11 +16,24 @@ from dataclasses import dataclass, field, replace
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
+from chiron.engines.serve.answer import CallPiece
 from chiron.engines.serve.exposition import Totals, exposition
-from chiron.engines.serve.filler import LengthSettings, Output, plan_output, prompt_tokens, text_of, token_ids
-from chiron.engines.serve.front import Reply
-from chiron.engines.serve.openai import GenerationRequest, RequestError, Usage
+from chiron.engines.serve.filler import (
+    LengthSettings,
+    Output,
+    logprobs,
+    plan_output,
+    prompt_logprobs,
+    prompt_tokens,
+    spelled,
+    text_of,
+    token_ids,
+)
+from chiron.engines.serve.front import Choice, Reply
+from chiron.engines.serve.openai import GenerationRequest
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
+from chiron.engines.serve.request_error import RequestError
+from chiron.engines.serve.schema import SchemaError
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
 
@@ -111,23 +124,57 @@ class EmulatedEngine:
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
         """Answer a request, now or step by step. Raises RequestError."""
-        prompt = prompt_tokens(request)
-        tokens_max = tokens_allowed(request, prompt_tokens=prompt, context_max=self.model_len_max)
-        output = plan_output(request, tokens_max, self.settings.lengths)
-        self._next_id += 1
-        id = self._next_id
-        reply = Reply(request, incoming, id=f"{output.digest:016x}-{id}")
-        stream = _Stream(reply, len(request.resume_token_ids), output, prompt, self._clock.elapsed_s(), self.totals)
-        if len(request.resume_token_ids) >= output.tokens:
-            stream.end()  # The resumed part was the whole answer.
+        prompts = request.prompts or ("",)
+        lengths = [prompt_tokens(request, prompt) for prompt in prompts]
+        outputs = [
+            self._plan(request, prompt, length, choice)
+            for prompt, length in zip(prompts, lengths, strict=True)
+            for choice in range(request.n)
+        ]
+        first = self._next_id + 1
+        done = len(request.resume_token_ids)
+        reply = Reply(
+            request,
+            incoming,
+            id=f"{outputs[0].digest:016x}-{first}",
+            prompt_tokens=sum(lengths),
+            offset=len(outputs[0].text(0, done)) if done else 0,
+        )
+        streams = []
+        for index, output in enumerate(outputs):
+            prompt, length = prompts[index // request.n], lengths[index // request.n]
+            choice = reply.choices[index]
+            if request.echo and not done:
+                _echo(choice, spelled(prompt), request.logprobs)
+            streams.append(_Stream(choice, request, output, length, self._clock.elapsed_s(), self.totals))
+        if done >= outputs[0].tokens:
+            streams[0].end()  # The resumed part was the whole answer.
             return
         self._check_queue()
-        inner = Request(id, self.profile.model, _CLASS, stream.arrival_s, prompt, payload=output.tokens)
+        self.totals.prompt_tokens += sum(lengths)
+        inners = [self._inner(stream, request) for stream in streams]
+        incoming.on_close = lambda: self._cancel(inners)
+        for inner in inners:
+            self._start(inner)
+
+    def _plan(self, request: GenerationRequest, prompt: str | tuple[int, ...], length: int, choice: int) -> Output:
+        tokens_max = tokens_allowed(request, prompt_tokens=length, context_max=self.model_len_max)
+        try:
+            return plan_output(request, prompt, choice, tokens_max, self.settings.lengths)
+        except SchemaError as error:
+            raise RequestError(f"No value was found that fits the schema: {error}", param="response_format") from None
+
+    def _inner(self, stream: _Stream, request: GenerationRequest) -> Request:
+        """A sequence as the engine's model sees it."""
+        self._next_id += 1
+        id, output = self._next_id, stream.output
+        inner = Request(id, self.profile.model, _CLASS, stream.arrival_s, stream.prompt, payload=output.tokens)
         inner.tokens_done = stream.generated
         self._restore(inner, request, output)
         self._streams[id] = stream
-        self.totals.prompt_tokens += prompt
-        incoming.on_close = lambda: self._cancel(inner)
+        return inner
+
+    def _start(self, inner: Request) -> None:
         self._clock.post(lambda: self.model.start(inner))
 
     def set_limit(self, limit: int) -> None:
@@ -178,8 +225,12 @@ class EmulatedEngine:
 
     # -- interrupted requests ------------------------------------------------------------------------------------
 
-    def _cancel(self, inner: Request) -> None:
-        self._clock.post(lambda: self.model.evict(inner))
+    def _cancel(self, inners: Sequence[Request]) -> None:
+        def leave() -> None:
+            for inner in inners:
+                self.model.evict(inner)
+
+        self._clock.post(leave)
 
     def _restore(self, inner: Request, request: GenerationRequest, output: Output) -> None:
         """Let a request that was interrupted here find its KV again."""
@@ -187,7 +238,7 @@ class EmulatedEngine:
         saved = self._saved.get(output.digest)
         if not done or saved is None or saved[0] < len(done):
             return
-        if list(done) != token_ids(output.digest, 0, len(done)):
+        if list(done) != output.ids(0, len(done)):
             return  # Not the tokens that this KV belongs to.
         self._forget(output.digest)
         # The last token was sent, but it is the next step that will put it into the KV.
@@ -225,7 +276,8 @@ class EmulatedEngine:
 
     def finished(self, request: Request) -> None:
         stream = self._streams.pop(request.id)
-        self.totals.finished[stream.output.finish_reason] += 1
+        # vLLM's metrics know no other end of what was not cut short.
+        self.totals.finished["length" if stream.output.finish_reason == "length" else "stop"] += 1
         self.totals.e2e.add(self._clock.now_s - stream.arrival_s)
 
     def evicted(self, request: Request) -> None:
@@ -237,54 +289,67 @@ class EmulatedEngine:
     def refused(self, request: Request, reason: str) -> None:
         stream = self._streams.pop(request.id)
         self.totals.finished["error"] += 1
-        stream.reply.fail(RequestError(f"The request is {reason}.", code="context_length_exceeded"))
+        stream.choice.fail(RequestError(f"The request is {reason}.", code="context_length_exceeded"))
 
 
 class _Stream:
-    """One request on its way out, token by token."""
+    """One sequence on its way out, token by token."""
 
-    __slots__ = ("_chars", "_last_s", "_prompt", "_totals", "arrival_s", "generated", "output", "reply")
+    __slots__ = ("_chars", "_last_s", "_logprobs", "_totals", "arrival_s", "choice", "generated", "output", "prompt")
 
     def __init__(
-        self, reply: Reply, resumed: int, output: Output, prompt: int, arrival_s: float, totals: Totals
+        self,
+        choice: Choice,
+        request: GenerationRequest,
+        output: Output,
+        prompt: int,
+        arrival_s: float,
+        totals: Totals,
     ) -> None:
-        self.reply = reply
+        self.choice = choice
         self.output = output
         self.arrival_s = arrival_s
-        self.generated = resumed
+        self.generated = len(request.resume_token_ids)
         """Tokens from the very beginning."""
-        self._prompt = prompt
+        self.prompt = prompt
+        self._logprobs = request.logprobs
         self._totals = totals
         self._last_s = -1.0
         self._chars = 0
         """Characters of text before the next token; kept only where a stop string cuts the text."""
-        if output.chars is not None and resumed:
-            self._chars = len(text_of(token_ids(output.digest, 0, resumed), first=True))
+        if output.chars is not None and self.generated:
+            self._chars = len(output.text(0, self.generated))
 
     def token(self, now_s: float) -> None:
         """The step that just ended generated one token."""
         output, totals = self.output, self._totals
         start = self.generated
-        self.generated = start + 1
+        self.generated = end = start + 1
         totals.generation_tokens += 1
         if self._last_s >= 0.0:
             totals.itl.add(now_s - self._last_s)
         else:
             totals.ttft.add(now_s - self.arrival_s)
         self._last_s = now_s
-        ids = token_ids(output.digest, start, start + 1)
-        text = text_of(ids, first=start == 0)
+        ids = token_ids(output.digest, start, end)
+        text = text_of(ids, first=start == 0) if output.plain else output.text(start, end)
         if output.chars is not None:
             before, self._chars = self._chars, self._chars + len(text)
             text = text[: max(0, output.chars - before)]
-        if start + 1 < output.tokens:
-            self.reply.step(text, ids)
+        calls: tuple[CallPiece, ...] = () if output.calls is None else output.calls[start:end]
+        likely = () if self._logprobs is None or calls else logprobs(output, start, end, self._logprobs)
+        if end < output.tokens:
+            self.choice.step(text, ids, calls, likely)
         else:
-            self.end(text, ids)
+            self.choice.finish(text, ids, output.finish_reason, end, calls, likely)
 
-    def end(self, text: str = "", ids: Sequence[int] = ()) -> None:
-        usage = Usage(prompt_tokens=self._prompt, completion_tokens=self.generated)
-        self.reply.finish(text, ids, self.output.finish_reason, usage)
+    def end(self) -> None:
+        """There is nothing more to say."""
+        self.choice.finish("", (), self.output.finish_reason, self.generated)
+
+
+def _echo(choice: Choice, pieces: Sequence[str], top: int | None) -> None:
+    choice.add("".join(pieces), logprobs=() if top is None else prompt_logprobs(pieces, top))
 
 
 def _kind(profile: Profile) -> InstanceKind:

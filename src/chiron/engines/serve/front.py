@@ -16,17 +16,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from chiron.engines.serve.openai import (
-    Answer,
-    FinishReason,
-    GenerationRequest,
-    RequestError,
-    Usage,
-    error_event,
-    models_body,
-    parse_limit,
-    parse_request,
-)
+from chiron.engines.serve.answer import Answer, CallPiece, Part, TokenLogprob, error_event, joined, models_body
+from chiron.engines.serve.openai import FinishReason, GenerationRequest, Usage, parse_limit, parse_request
+from chiron.engines.serve.request_error import RequestError
 from chiron.net.server import Incoming, serve
 
 log = logging.getLogger("chiron.engine")
@@ -111,57 +103,145 @@ class Front:
 
 
 class Reply:
-    """The answer to one client: an event per step, or everything at the end.
+    """The answer to one client: ``choices`` take what is generated, and are sent as they come or all at the end."""
 
-    A client that reads slowly gets what it missed in one event, later, so what waits for it is text and not events.
-    """
+    __slots__ = ("_answer", "_incoming", "_open", "_request", "_tokens", "_usage", "choices", "failed")
 
-    __slots__ = ("_answer", "_ids", "_incoming", "_request", "_text")
-
-    def __init__(self, request: GenerationRequest, incoming: Incoming, *, id: str) -> None:
+    def __init__(
+        self, request: GenerationRequest, incoming: Incoming, *, id: str, prompt_tokens: int, offset: int = 0
+    ) -> None:
+        """``prompt_tokens``: of all prompts together. ``offset``: characters answered before this was resumed."""
         self._request = request
         self._incoming = incoming
-        self._answer = Answer(request, id=id, created_s=int(time.time()))
-        self._text: list[str] = []
-        self._ids: list[int] = []
-
-    def step(self, text: str, token_ids: Sequence[int]) -> None:
-        """What one step generated; ``text`` may be empty while a character is incomplete."""
-        self._text.append(text)
-        self._ids += token_ids
-        incoming = self._incoming
-        if self._request.stream and not incoming.paused:
-            self._start()
-            incoming.write(self._answer.event(*self._take()))
-
-    def finish(self, text: str, token_ids: Sequence[int], reason: FinishReason, usage: Usage) -> None:
-        """The last step's tokens and the end."""
-        self._text.append(text)
-        self._ids += token_ids
-        incoming, answer = self._incoming, self._answer
-        if not self._request.stream:
-            incoming.respond(200, answer.whole(*self._take(), reason, usage))
-            return
-        self._start()
-        incoming.write(answer.event(*self._take(), reason) + answer.end(usage))
-        incoming.finish()
+        self._answer = Answer(request, id=id, created_s=int(time.time()), offset=offset)
+        self._usage = prompt_tokens
+        self._tokens = 0
+        self._open = request.choices
+        self.failed = False
+        self.choices = [Choice(self, index) for index in range(request.choices)]
 
     def fail(self, error: RequestError) -> None:
         """It cannot be completed: an error status, or an error event where the stream has begun."""
+        if self.failed:
+            return
+        self.failed = True
         if self._incoming.started:
             self._incoming.write(error_event(error))
             self._incoming.finish()
         else:
             respond_error(self._incoming, error)
 
-    def _start(self) -> None:
-        if not self._incoming.started:
-            self._incoming.start(200, _STREAM_HEADERS)
+    @property
+    def busy(self) -> bool:
+        """What is generated must wait: for the end, or for a client that reads slowly."""
+        return not self._request.stream or self._incoming.paused or self.failed
 
-    def _take(self) -> tuple[str, list[int]]:
-        text, ids = "".join(self._text), self._ids
-        self._text, self._ids = [], []
-        return text, ids
+    def event(self, index: int, part: Part) -> bool:
+        """Send what a step generated, if it can be sent now."""
+        incoming = self._incoming
+        if self.busy:
+            return False
+        if not incoming.started:
+            incoming.start(200, _STREAM_HEADERS)
+        incoming.write(self._answer.event(index, part))
+        return True
+
+    def finished(self, choice: Choice, reason: FinishReason, tokens: int) -> None:
+        self._tokens += tokens
+        self._open -= 1
+        incoming, answer = self._incoming, self._answer
+        if self.failed:
+            return
+        usage = Usage(prompt_tokens=self._usage, completion_tokens=self._tokens)
+        if not self._request.stream:
+            choice.reason = reason
+            if not self._open:
+                parts = [(each.take(), each.reason) for each in self.choices]
+                incoming.respond(200, answer.whole(parts, usage))
+            return
+        if not incoming.started:
+            incoming.start(200, _STREAM_HEADERS)
+        data = answer.event(choice.index, choice.take(), reason)
+        if self._open:
+            incoming.write(data)
+            return
+        incoming.write(data + answer.end(usage))
+        incoming.finish()
+
+
+class Choice:
+    """One sequence of an answer: an event per step, or everything at the end.
+
+    A client that reads slowly gets what it missed in one event, later, so what waits for it is text and not events.
+    """
+
+    __slots__ = ("_calls", "_held", "_ids", "_logprobs", "_reply", "_text", "index", "reason")
+
+    def __init__(self, reply: Reply, index: int) -> None:
+        self.index = index
+        self.reason: FinishReason = "stop"
+        self._reply = reply
+        self._held = False
+        """Something waits to be sent."""
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._calls: list[CallPiece] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    def add(
+        self,
+        text: str,
+        token_ids: Sequence[int] = (),
+        calls: Sequence[CallPiece] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> None:
+        """What belongs before the next step: a prompt that is echoed."""
+        self._held = True
+        self._text.append(text)
+        self._ids += token_ids
+        self._calls += calls
+        self._logprobs += logprobs
+
+    def step(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        calls: Sequence[CallPiece] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> None:
+        """What one step generated; ``text`` may be empty while a character is incomplete."""
+        reply = self._reply
+        if not self._held:
+            if reply.event(self.index, Part(text, token_ids, calls, logprobs)):
+                return
+            self.add(text, token_ids, calls, logprobs)
+            return
+        self.add(text, token_ids, calls, logprobs)
+        if not reply.busy:
+            reply.event(self.index, self.take())
+
+    def finish(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        reason: FinishReason,
+        tokens: int,
+        calls: Sequence[CallPiece] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+    ) -> None:
+        """The last step's tokens and the end; ``tokens`` in all, from the very beginning."""
+        self.add(text, token_ids, calls, logprobs)
+        self._reply.finished(self, reason, tokens)
+
+    def fail(self, error: RequestError) -> None:
+        """Ends the whole answer."""
+        self._reply.fail(error)
+
+    def take(self) -> Part:
+        self._held = False
+        part = Part("".join(self._text), self._ids, joined(self._calls), self._logprobs)
+        self._text, self._ids, self._calls, self._logprobs = [], [], [], []
+        return part
 
 
 def respond_error(incoming: Incoming, error: RequestError) -> None:

@@ -1,26 +1,29 @@
-"""What an engine server understands of OpenAI's API: requests read strictly, answers rendered.
+"""What an engine server understands of OpenAI's API: requests, read strictly.
 
 ``parse_request`` turns a body into a frozen ``GenerationRequest`` or raises ``RequestError``, which names the field,
-its value and what is allowed. Fields that would change the answer in a way an engine of ours cannot deliver (several
-choices, tools, log probabilities) are errors rather than ignored; unknown fields are ignored, as clients send many.
-
-``Answer`` renders one request's answer. A stream holds one event per engine step; the first carries the role and the
-last the finish reason, so a stream of n steps is n events and the first event is the first token.
+its value and what is allowed. Fields that would change the answer in a way that no engine of ours can deliver are
+errors rather than ignored, and each engine refuses what it cannot do of the rest. Unknown fields are ignored, as
+clients send many, and so are those that only describe a request: ``store``, ``metadata``, ``user``, ``service_tier``,
+``reasoning_effort`` and the like.
 
 Two fields are ours. ``resume_token_ids`` are tokens that this request generated elsewhere: generation goes on after
 them, only new text is answered, and limits and usage count from the beginning. ``return_token_ids`` adds ``token_ids``
-to each choice, which is what a later resume needs.
+to each choice, which is what a later resume needs; an engine leaves them out where it could not go on with them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii as quote
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+from chiron.engines.serve.request_error import RequestError, shown
+from chiron.engines.serve.schema import ANY_OBJECT, Allowance, Schema, SchemaError, read_schema
+from chiron.engines.serve.tools import NO_TOOLS, ToolCall, Tools, read_calls, read_tools
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 COMPLETION_TOKENS_DEFAULT = 16
 """``max_tokens`` of /v1/completions when absent, as in OpenAI's API; chat has no such default."""
@@ -30,54 +33,44 @@ STOP_CHARS_MAX = 256
 """Length of one stop string: text that could begin one is held back."""
 MESSAGES_MAX = 4096
 """Messages in one chat request."""
-
-DONE = b"data: [DONE]\n\n"
-
-
-class RequestError(Exception):
-    """A request that cannot be served, as an HTTP status and OpenAI's error object."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        type: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.status = status
-        self.type = type
-        self.code = code
-        self.param = param
-        self.retry_after_s = retry_after_s
-        """Seconds for the Retry-After header; None: no such header."""
-
-    def body(self) -> bytes:
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}).encode()
+CHOICES_MAX = 128
+"""Sequences of one request: ``n`` times its prompts."""
+CHAT_LOGPROBS_MAX = 20
+"""``top_logprobs``, as in OpenAI's API."""
+TEXT_LOGPROBS_MAX = 5
+"""``logprobs`` of /v1/completions, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     role: str
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    """Of an assistant's message."""
+    call_id: str = ""
+    """Of a message with a tool's result: the call that it answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One choice to generate. Either ``messages`` (chat) or ``prompt`` is set."""
+    """What to generate. Either ``messages`` (chat) or ``prompts`` is set."""
 
     chat: bool
     model: str
     messages: tuple[Message, ...] = ()
-    prompt: str | tuple[int, ...] = ""
-    """Text, or token ids."""
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    """Each is text or token ids."""
+    n: int = 1
+    """Choices for each prompt."""
+    echo: bool = False
+    """The answer's text begins with the prompt."""
+    logprobs: int | None = None
+    """Likelihoods of tokens are wanted, and of that many others in their places; None: none are."""
+    json: Schema | None = None
+    """The text must be JSON that fits this."""
+    tools: Tools = NO_TOOLS
     max_tokens: int | None = None
-    """Tokens to generate, those of ``resume_token_ids`` included; None: what the context has room for."""
+    """Tokens of each choice, those of ``resume_token_ids`` included; None: what the context has room for."""
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     temperature: float = 1.0
@@ -89,6 +82,23 @@ class GenerationRequest:
     include_usage: bool = False
     resume_token_ids: tuple[int, ...] = ()
     return_token_ids: bool = False
+    prompt_bytes_besides: int = field(default=0, compare=False)
+    """Of definitions of tools and schemas, which chat templates put into prompts."""
+
+    @property
+    def choices(self) -> int:
+        """Sequences to generate; those of the first prompt come first."""
+        return self.n * max(1, len(self.prompts))
+
+    @property
+    def after_tools(self) -> bool:
+        """The conversation's last turn is a tool's result."""
+        for message in reversed(self.messages):
+            if message.role in ("tool", "function"):
+                return True
+            if message.role != "assistant":
+                return False
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,13 +127,24 @@ def parse_request(body: bytes, *, chat: bool, served: Collection[str]) -> Genera
             param="model",
         )
     fields.refuse_unsupported()
+    allowance = Allowance()
     stream = fields.flag("stream")
     max_tokens = fields.integer("max_completion_tokens", 1) or fields.integer("max_tokens", 1)
+    n = fields.integer("n", 1, CHOICES_MAX) or 1
+    prompts = () if chat else _prompts(fields, CHOICES_MAX // n)
+    resume = _resume(fields)
+    if resume and n * len(prompts or "1") > 1:
+        raise fields.error("resume_token_ids", "absent where an answer has several choices")
     return GenerationRequest(
         chat=chat,
         model=model,
         messages=_messages(fields) if chat else (),
-        prompt="" if chat else _prompt(fields),
+        prompts=prompts,
+        n=n,
+        echo=not chat and fields.flag("echo"),
+        logprobs=_logprobs(fields, chat),
+        json=_json_schema(fields, allowance),
+        tools=_tools(fields, allowance) if chat else NO_TOOLS,
         max_tokens=max_tokens or (None if chat else COMPLETION_TOKENS_DEFAULT),
         ignore_eos=fields.flag("ignore_eos"),
         stop=_stop(fields),
@@ -134,8 +155,9 @@ def parse_request(body: bytes, *, chat: bool, served: Collection[str]) -> Genera
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1),
         stream=stream,
         include_usage=_include_usage(fields, stream),
-        resume_token_ids=_resume(fields),
+        resume_token_ids=resume,
         return_token_ids=fields.flag("return_token_ids"),
+        prompt_bytes_besides=sum(len(json.dumps(fields.get(f))) for f in ("tools", "response_format") if fields.get(f)),
     )
 
 
@@ -146,7 +168,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {str(error)[:200]}.") from None
     if not isinstance(data, dict):
-        raise RequestError(f"The body is {_shown(data)}; it must be a JSON object.")
+        raise RequestError(f"The body is {shown(data)}; it must be a JSON object.")
     return data
 
 
@@ -159,79 +181,22 @@ def parse_limit(body: bytes) -> int:
     return limit
 
 
-class Answer:
-    """Renders the answer to one request: events of a stream, or the whole."""
-
-    __slots__ = ("_after_text", "_before_text", "_first", "_opening", "_request")
-
-    def __init__(self, request: GenerationRequest, *, id: str, created_s: int) -> None:
-        """``id`` without its prefix; ``created_s`` is wall time."""
-        self._request = request
-        self._first = request.chat
-        prefix, kind = ("chatcmpl-", "chat.completion") if request.chat else ("cmpl-", "text_completion")
-        if request.chat and request.stream:
-            kind += ".chunk"
-        self._opening = (
-            f'{{"id":{quote(prefix + id)},"object":"{kind}","created":{created_s},"model":{quote(request.model)}'
-        )
-        # All but the text and the tokens is the same in every event, and is rendered once.
-        text = '"delta":{"content":' if request.chat else '"text":'
-        self._before_text = f'data: {self._opening},"choices":[{{"index":0,{text}'
-        self._after_text = "}" if request.chat else ""
-
-    def event(self, text: str, token_ids: Sequence[int] = (), finish_reason: FinishReason | None = None) -> bytes:
-        """One event of the stream: what one step generated."""
-        before = self._before_text
-        if self._first:
-            before = before.replace('"delta":{', '"delta":{"role":"assistant",', 1)
-            self._first = False
-        reason = f'"{finish_reason}"' if finish_reason else "null"
-        ids = f',"token_ids":[{",".join(map(str, token_ids))}]' if self._request.return_token_ids else ""
-        return f'{before}{quote(text)}{self._after_text},"finish_reason":{reason}{ids}}}]}}\n\n'.encode()
-
-    def end(self, usage: Usage) -> bytes:
-        """What follows the last event: usage if asked for, and the end mark."""
-        if not self._request.include_usage:
-            return DONE
-        return f'data: {self._opening},"choices":[],"usage":{json.dumps(usage.fields())}}}\n\n'.encode() + DONE
-
-    def whole(self, text: str, token_ids: Sequence[int], finish_reason: FinishReason, usage: Usage) -> bytes:
-        """The body of an answer that is not streamed."""
-        request = self._request
-        said = {"message": {"role": "assistant", "content": text}} if request.chat else {"text": text}
-        choice: dict[str, Any] = {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-        if request.return_token_ids:
-            choice["token_ids"] = list(token_ids)
-        rest = json.dumps({"choices": [choice], "usage": usage.fields()})
-        return f"{self._opening},{rest[1:]}".encode()
-
-
-def error_event(error: RequestError) -> bytes:
-    """The last event of a stream that failed; no end mark follows it."""
-    return b"data: " + error.body() + b"\n\n"
-
-
-def models_body(names: Sequence[str], *, created_s: int, about: dict[str, Any]) -> bytes:
-    """The body of /v1/models; ``about`` adds fields to each model."""
-    entries = [{"id": name, "object": "model", "created": created_s, "owned_by": "chiron", **about} for name in names]
-    return json.dumps({"object": "list", "data": entries}).encode()
-
-
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
+    "function_call": ("none",),
     "modalities": (["text"],),
     "audio": (),
+    "web_search_options": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": ([],),
+    "guided_grammar": (),
+    "structured_outputs": (),
 }
-"""Fields that change the answer and that these engines do not implement, with the values that ask for nothing."""
+"""Fields that change the answer and that these engines do not implement, with the values that ask for nothing. Other
+engines' names for what ``response_format`` and ``tools`` say are among them."""
 
 
 class _Fields:
@@ -247,7 +212,7 @@ class _Fields:
 
     def error(self, name: str, allowed: str, code: str | None = None) -> RequestError:
         value = self._data.get(name)
-        found = f"{name} is {_shown(value)}" if name in self._data else f"{name} is missing"
+        found = f"{name} is {shown(value)}" if name in self._data else f"{name} is missing"
         return RequestError(f"{found}; it must be {allowed}.", param=name, code=code)
 
     def text(self, name: str) -> str:
@@ -289,11 +254,13 @@ class _Fields:
     def refuse_unsupported(self) -> None:
         for name, harmless in _UNSUPPORTED.items():
             value = self._data.get(name)
-            # Types are compared too: 0 log probabilities of a completion are a request, false is none.
-            if value is None or any(type(value) is type(each) and value == each for each in harmless):
+            if value is None or value in harmless:
                 continue
             allowed = f"absent or {json.dumps(harmless[0])}" if harmless else "absent"
             raise self.error(name, f"{allowed}: this engine does not implement it", code="unsupported_parameter")
+        best_of = self.integer("best_of", 1)
+        if best_of is not None and best_of != (self.integer("n", 1) or 1):
+            raise self.error("best_of", "absent or equal to n: no engine here picks", code="unsupported_parameter")
 
 
 def _messages(fields: _Fields) -> tuple[Message, ...]:
@@ -305,11 +272,20 @@ def _messages(fields: _Fields) -> tuple[Message, ...]:
 
 def _message(given: Any, where: str) -> Message:
     if not isinstance(given, dict):
-        raise RequestError(f"{where} is {_shown(given)}; it must be an object.", param=where)
+        raise RequestError(f"{where} is {shown(given)}; it must be an object.", param=where)
     role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or not role:
-        raise RequestError(f"{where}.role is {_shown(role)}; it must be a string.", param=f"{where}.role")
-    return Message(role=role, content=_content(content, f"{where}.content"))
+        raise RequestError(f"{where}.role is {shown(role)}; it must be a string.", param=f"{where}.role")
+    call_id = given.get("tool_call_id")
+    if not isinstance(call_id, str | None):
+        place = f"{where}.tool_call_id"
+        raise RequestError(f"{place} is {shown(call_id)}; it must be a string.", param=place)
+    return Message(
+        role=_unicode(role, f"{where}.role"),
+        content=_content(content, f"{where}.content"),
+        calls=read_calls(given.get("tool_calls"), f"{where}.tool_calls"),
+        call_id=call_id or "",
+    )
 
 
 def _content(given: Any, where: str) -> str:
@@ -318,24 +294,86 @@ def _content(given: Any, where: str) -> str:
     if isinstance(given, str):
         return _unicode(given, where)
     if not isinstance(given, list):
-        raise RequestError(f"{where} is {_shown(given)}; it must be a string or a list of text parts.", param=where)
-    texts = []
-    for part in given:
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise RequestError(f"{where} holds {_shown(part)}; only text parts are understood.", param=where)
-        texts.append(_unicode(part["text"], where))
-    return "".join(texts)
+        raise RequestError(f"{where} is {shown(given)}; it must be a string or a list of text parts.", param=where)
+    return "".join(_unicode(_part(part, where), where) for part in given)
 
 
-def _prompt(fields: _Fields) -> str | tuple[int, ...]:
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
+    if isinstance(text, str):
+        return text
+    if isinstance(kind, str) and kind not in ("text", "refusal"):
+        raise RequestError(
+            f"{where} holds a part of type {shown(kind)}; this engine understands only text parts.",
+            param=where,
+            code="unsupported_content",
+        )
+    raise RequestError(f"{where} holds {shown(part)}; only text parts are understood.", param=where)
+
+
+def _prompts(fields: _Fields, most: int) -> tuple[str | tuple[int, ...], ...]:
     given = fields.get("prompt")
-    if isinstance(given, list) and len(given) == 1 and isinstance(given[0], (str, list)):
-        given = given[0]
+    several = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+    if len(several) > most:
+        raise RequestError(
+            f"prompt is a list of {len(several)}; with n prompts and choices may be {CHOICES_MAX} together.",
+            param="prompt",
+        )
+    return tuple(_prompt(prompt, fields) for prompt in several)
+
+
+def _prompt(given: Any, fields: _Fields) -> str | tuple[int, ...]:
     if isinstance(given, str):
         return _unicode(given, "prompt")
     if not isinstance(given, list) or not given or not _token_ids(given):
-        raise fields.error("prompt", "one string or one list of token ids")
+        raise fields.error("prompt", "a string, a list of token ids, or a list of one or the other")
     return tuple(given)
+
+
+def _logprobs(fields: _Fields, chat: bool) -> int | None:
+    if not chat:
+        # false is what some send for none.
+        return None if fields.get("logprobs") is False else fields.integer("logprobs", 0, TEXT_LOGPROBS_MAX)
+    top = fields.integer("top_logprobs", 0, CHAT_LOGPROBS_MAX)
+    if fields.flag("logprobs"):
+        return top or 0
+    if top:
+        raise fields.error("top_logprobs", "absent or 0 unless logprobs is true")
+    return None
+
+
+_SCHEMA_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def _json_schema(fields: _Fields, allowance: Allowance) -> Schema | None:
+    """What JSON the answer must be, by ``response_format``; None: any text."""
+    given = fields.get("response_format")
+    kind = given.get("type") if isinstance(given, dict) else None
+    if given is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    if kind != "json_schema":
+        raise fields.error("response_format", "an object of type 'text', 'json_object' or 'json_schema'")
+    described = given.get("json_schema")
+    where = "response_format.json_schema"
+    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise RequestError(f"{where} is {shown(described)}; it must hold a schema.", param="response_format")
+    name = described.get("name", "it")
+    if not isinstance(name, str) or not _SCHEMA_NAME.fullmatch(name):
+        raise RequestError(
+            f"{where}.name is {shown(name)}; it must be 1 to 64 letters, digits, '_', '-' or '.'.",
+            param="response_format",
+        )
+    try:
+        return read_schema(described["schema"], f"{where}.schema", allowance)
+    except SchemaError as error:
+        raise RequestError(str(error), param="response_format", code="invalid_json_schema") from None
+
+
+def _tools(fields: _Fields, allowance: Allowance) -> Tools:
+    return read_tools(fields.get("tools"), fields.get("tool_choice"), fields.get("parallel_tool_calls"), allowance)
 
 
 def _unicode(text: str, where: str) -> str:
@@ -381,11 +419,3 @@ def _include_usage(fields: _Fields, stream: bool) -> bool:
     if not stream or not isinstance(given, dict):
         raise fields.error("stream_options", "an object, and only when stream is true")
     return _Fields(given).flag("include_usage")
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message: as JSON, shortened."""
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, (list, dict)) or len(value) < 20 else ""
-    if not text:
-        return f"a list of {len(value)}" if isinstance(value, list) else f"an object of {len(value)} fields"
-    return text if len(text) <= 80 else text[:77] + "..."

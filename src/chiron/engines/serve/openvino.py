@@ -20,6 +20,7 @@ from chiron.engines.model import StepTimes
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.front import Front, run_on_loop, serve_until_stopped
+from chiron.engines.serve.grammar import Bounds
 from chiron.engines.serve.openvino_engine import EngineSettings, OpenVinoEngine
 from chiron.engines.serve.openvino_model import Model, ModelError, ModelSettings
 from chiron.engines.serve.options import whole
@@ -29,6 +30,8 @@ from chiron.engines.serve.toy import toy_model
 log = logging.getLogger("chiron.openvino")
 
 TOY = "toy"
+TOY_BOUNDS = Bounds(text_chars=24, items=3)
+"""A random model hardly ever closes a string or a list."""
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile | None]:
@@ -93,7 +96,13 @@ async def run(options: argparse.Namespace, profile: Profile | None, model: Model
     length = min(options.max_model_len or model.context_tokens, model.kv_capacity_tokens)
     engine = OpenVinoEngine(
         model,
-        EngineSettings(name=names[0], model_len_max=length, queue_max=options.queue_max),
+        EngineSettings(
+            name=names[0],
+            model_len_max=length,
+            queue_max=options.queue_max,
+            bounds=TOY_BOUNDS if options.model == TOY else Bounds(),
+            tells_tools=options.model != TOY,  # Noise would make nothing of them, and its context is small.
+        ),
         loop=asyncio.get_running_loop(),
         failed=fail,
         pace=StepTimes(profile) if profile else None,

@@ -5,7 +5,8 @@ filed as complete, and whoever came with the same beginning later would read KV 
 keeps its place to its prefill's end, even if nobody wants its answer any more.
 
 The pipeline is never left short of KV, as it then files blocks under the wrong tokens too, or drops all that it runs.
-Before that the youngest sequences are given back.
+Before that the youngest sequences are given back, except those that a grammar holds, which could not go on: all the KV
+that they may come to want is theirs from the start.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Batch:
         if self._blocks_wanted() <= self._model.kv_blocks:
             return None
         for sequence in reversed(self.running):
-            if self._may_leave(sequence):
+            if not sequence.constrained and self._may_leave(sequence):
                 self.leave(sequence)
                 return sequence
         return None

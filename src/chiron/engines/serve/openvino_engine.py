@@ -22,18 +22,23 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from chiron.engines.model import StepTimes
+from chiron.engines.serve.answer import TokenLogprob
+from chiron.engines.serve.call_text import CallText
 from chiron.engines.serve.exposition import Histogram, Totals, exposition
 from chiron.engines.serve.front import Reply
-from chiron.engines.serve.openai import FinishReason, GenerationRequest, RequestError
+from chiron.engines.serve.grammar import Bounds, call_grammar, json_grammar
+from chiron.engines.serve.openai import FinishReason, GenerationRequest
 from chiron.engines.serve.openvino_batch import Batch
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model
 from chiron.engines.serve.openvino_sequence import Sequence
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
+from chiron.engines.serve.request_error import RequestError
+from chiron.engines.serve.schema import SchemaError
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
 
@@ -42,6 +47,8 @@ log = logging.getLogger("chiron.openvino")
 now_s = time.monotonic
 """The loop's clock, read at once: uvloop's own is as old as the loop's turn, and a step lies in between."""
 
+_SEEDS_APART = 1_000_003
+"""Between choices for the same prompt."""
 _LATE_S = 0.02
 """A paced step that starts this much late at most counts from when it was due, so that coarse timers and a busy machine
 do not add up."""
@@ -57,6 +64,10 @@ class EngineSettings:
     """Prompt and answer together, tokens."""
     queue_max: int = 256
     """Requests that may wait inside for a place; beyond, the answer is 429."""
+    bounds: Bounds = field(default_factory=Bounds)
+    """Ends of JSON that a schema leaves open, for a model that would never come to one."""
+    tells_tools: bool = True
+    """Whether prompts hold the tools that a request offers."""
 
 
 class OpenVinoEngine:
@@ -94,31 +105,70 @@ class OpenVinoEngine:
     # -- from the front ------------------------------------------------------------------------------------------
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
-        prompt = self._prompt(request)
-        tokens_max = tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
+        _refuse(request)
+        prompts = self._prompts(request)
+        allowed = [
+            tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
+            for prompt in prompts
+        ]
         self._check_tokens("resume_token_ids", request.resume_token_ids)
-        id = next(self._ids)
-        sequence = Sequence(
-            id=id,
-            request=request,
-            reply=Reply(request, incoming, id=f"{self._salt}{id:x}"),
-            prompt=prompt,
-            tokens_max=tokens_max,
-            text=TextStream(self.model.vocabulary, request.stop),
-            config=self._config(request, tokens_max, len(request.resume_token_ids)),
-            arrival_s=now_s(),
-        )
-        reason = self._resume(sequence)
+        grammar = self._grammar(request)
+        sequences = self._sequences(request, incoming, prompts, allowed, grammar)
+        reason = self._resume(sequences[0])
         if reason is not None:
-            sequence.finish([], reason)
+            sequences[0].finish([], reason)
             return
         # Places that are free but not taken yet, because a step is under way, are no queue.
         waiting = len(self._waiting) - max(0, self.limit - self._batch.size)
         check_queue(waiting, self.settings.queue_max)
-        incoming.on_close = lambda: self._cancel(sequence)
-        self.totals.prompt_tokens += len(prompt)
-        self._waiting.append(sequence)
+        incoming.on_close = lambda: self._cancel(sequences)
+        self.totals.prompt_tokens += sum(map(len, prompts))
+        self._waiting.extend(sequences)
         self._wake()
+
+    def _sequences(
+        self,
+        request: GenerationRequest,
+        incoming: Incoming,
+        prompts: list[list[int]],
+        allowed: list[int],
+        grammar: str | None,
+    ) -> list[Sequence]:
+        first = next(self._ids)
+        done = len(request.resume_token_ids)
+        reply = Reply(
+            request,
+            incoming,
+            id=f"{self._salt}{first:x}",
+            prompt_tokens=sum(map(len, prompts)),
+            offset=len(self._text(request.resume_token_ids)) if done and request.logprobs is not None else 0,
+        )
+        sequences: list[Sequence] = []
+        for choice in reply.choices:
+            which, number = divmod(choice.index, request.n)
+            id = next(self._ids) if sequences else first
+            if request.echo and not done:
+                given = request.prompts[which]
+                choice.add(given if isinstance(given, str) else self._text(given))
+            names = [tool.name for tool in request.tools.allowed] if request.tools.mode == "required" else []
+            sequences.append(
+                Sequence(
+                    id=id,
+                    request=request,
+                    number=number,
+                    choice=choice,
+                    prompt=prompts[which],
+                    tokens_max=allowed[which],
+                    text=TextStream(self.model.vocabulary, request.stop),
+                    config=self._config(request, number, allowed[which], done, grammar),
+                    constrained=grammar is not None,
+                    call=CallText(names, id=f"call_{self._salt}{id:x}") if names else None,
+                    arrival_s=now_s(),
+                )
+            )
+        for sequence in sequences:
+            sequence.siblings = sequences
+        return sequences
 
     def set_limit(self, limit: int) -> None:
         """The max batch size from the next step on; the engine's ``max_num_seqs`` bounds it."""
@@ -155,19 +205,32 @@ class OpenVinoEngine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def _prompt(self, request: GenerationRequest) -> list[int]:
-        where = "messages" if request.chat else "prompt"
-        if not isinstance(request.prompt, str):
-            self._check_tokens(where, request.prompt)
-            return list(request.prompt)
-        if request.chat and not self.model.chat_template:
-            raise RequestError("This model has no chat template; use /v1/completions.", param=where)
+    def _prompts(self, request: GenerationRequest) -> list[list[int]]:
+        if not request.chat:
+            return [self._prompt(prompt) for prompt in request.prompts]
+        if not self.model.chat_template:
+            raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
+        told = self.settings.tells_tools and request.tools.mode != "none"
+        tools = request.tools.offered if told else ()
+        try:
+            text = self.model.chat(request.messages, tools)
+        except RuntimeError as error:
+            log.warning("%d messages do not go through the model's chat template: %s", len(request.messages), error)
+            raise RequestError("messages do not fit this model's chat template.", param="messages") from None
+        return [self._encoded(text, "messages")]
+
+    def _prompt(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._encoded(prompt, "prompt")
+        self._check_tokens("prompt", prompt)
+        return list(prompt)
+
+    def _encoded(self, text: str, where: str) -> list[int]:
         try:
             # A chat template writes the begin token itself.
-            text = self.model.chat(request.messages) if request.chat else request.prompt
-            prompt = self.model.encode(text, special=not request.chat)
+            prompt = self.model.encode(text, special=where == "prompt")
         except RuntimeError as error:
-            log.warning("a prompt of %d characters cannot be tokenised: %s", len(request.prompt), error)
+            log.warning("a prompt of %d characters cannot be tokenised: %s", len(text), error)
             raise RequestError(
                 f"{where} cannot be turned into tokens by this model's tokenizer.", param=where
             ) from None
@@ -175,28 +238,49 @@ class OpenVinoEngine:
             raise RequestError(f"{where} is empty; it must hold at least one token.", param=where)
         return prompt
 
+    def _text(self, token_ids: tuple[int, ...]) -> str:
+        stream = TextStream(self.model.vocabulary)
+        return stream.feed(token_ids) + stream.flush()
+
+    def _grammar(self, request: GenerationRequest) -> str | None:
+        """What holds the answer to JSON, or to a call of a tool; None: it is free."""
+        tools, param = request.tools, "response_format"
+        try:
+            if tools.mode == "required":
+                param = "tools"
+                return call_grammar([(tool.name, tool.arguments) for tool in tools.allowed], self.settings.bounds)
+            return None if request.json is None else json_grammar(request.json, self.settings.bounds)
+        except SchemaError as error:
+            raise RequestError(f"A schema in {param}: {error}", param=param) from None
+
     def _check_tokens(self, field: str, token_ids: tuple[int, ...]) -> None:
         largest, allowed = max(token_ids, default=0), len(self.model.vocabulary) - 1
         if largest > allowed:
             raise RequestError(f"{field} holds token {largest}; this model's are 0 to {allowed}.", param=field)
 
-    def _config(self, request: GenerationRequest, tokens_max: int, done: int) -> Any:
-        """For the tokens that are left after ``done``."""
+    def _config(
+        self, request: GenerationRequest, number: int, tokens_max: int, done: int, grammar: str | None = None
+    ) -> Any:
+        """For the tokens that are left after ``done``, of the choice ``number`` for a prompt."""
         seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed
         sampled = request.temperature > 0 and request.top_p > 0
         fields: dict[str, Any] = {
             "max_new_tokens": max(1, tokens_max - done),
-            "ignore_eos": request.ignore_eos,
+            "ignore_eos": request.ignore_eos and grammar is None,
             "do_sample": sampled,
             "frequency_penalty": request.frequency_penalty,
             "presence_penalty": request.presence_penalty,
         }
+        if request.logprobs is not None:
+            fields["logprobs"] = 1
+        if grammar is not None:
+            fields["structured_output_config"] = self.model.grammar(grammar)
         if sampled:
             # A resumed answer must not repeat the draws it began with.
             fields |= {
                 "temperature": request.temperature,
                 "top_p": request.top_p,
-                "rng_seed": (seed + done) % (1 << 64),
+                "rng_seed": (seed + done + number * _SEEDS_APART) % (1 << 64),
             }
         try:
             return self.model.config(**fields)
@@ -213,15 +297,16 @@ class OpenVinoEngine:
             return "stop"
         return "length" if len(done) >= sequence.tokens_max else None
 
-    def _cancel(self, sequence: Sequence) -> None:
-        """The client has left."""
-        if sequence in self._batch.running:
-            self._batch.cancel(sequence)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
-        else:
-            return
-        self.totals.cancelled += 1
+    def _cancel(self, sequences: list[Sequence]) -> None:
+        """Nobody wants the rest of an answer."""
+        for sequence in sequences:
+            if sequence in self._batch.running:
+                self._batch.cancel(sequence)
+            elif sequence in self._waiting:
+                self._waiting.remove(sequence)
+            else:
+                continue
+            self.totals.cancelled += 1
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -263,7 +348,9 @@ class OpenVinoEngine:
 
     def _make_room(self) -> None:
         while (sequence := self._batch.give_back()) is not None:
-            sequence.config = self._config(sequence.request, sequence.tokens_max, len(sequence.generated))
+            sequence.config = self._config(
+                sequence.request, sequence.number, sequence.tokens_max, len(sequence.generated)
+            )
             self._waiting.appendleft(sequence)
             self.preemptions += 1
 
@@ -308,30 +395,39 @@ class OpenVinoEngine:
 
     def _read(self, sequence: Sequence, ended_s: float) -> None:
         new: list[int] = []
+        likely: list[float] = []
         ended: FinishReason | None = None
         handle = sequence.handle
         while handle.can_read():
             for output in handle.read().values():
                 new += output.generated_ids
+                likely += output.generated_log_probs
                 ended = _REASONS.get(output.finish_reason.name)
         if not new:
             if handle.get_status().name not in ("RUNNING", "FINISHED"):
                 self._batch.leave(sequence)
                 self.totals.finished["error"] += 1
-                sequence.reply.fail(_no_room())
+                sequence.choice.fail(_no_room())
+                self._cancel(sequence.siblings)
             return
         self._count(sequence, len(new), ended_s)
         sequence.generated += new
         text = sequence.text.feed(new)
         if sequence.text.stopped:
             ended = "stop"
+        logprobs = self._logprobs(new, likely) if sequence.request.logprobs is not None else ()
         if ended is None:
-            sequence.reply.step(text, new)
+            sequence.step(new, text, logprobs)
             return
         self._batch.leave(sequence)
         self.totals.finished[ended] += 1
         self.totals.e2e.add(ended_s - sequence.arrival_s)
-        sequence.finish(new, ended, text)
+        sequence.finish(new, ended, text, logprobs)
+
+    def _logprobs(self, token_ids: list[int], logprobs: list[float]) -> list[TokenLogprob]:
+        table = self.model.vocabulary
+        pairs = zip(token_ids, logprobs, strict=False)
+        return [TokenLogprob(table[id] if id < len(table) else b"", logprob) for id, logprob in pairs]
 
     def _count(self, sequence: Sequence, tokens: int, ended_s: float) -> None:
         totals = self.totals
@@ -350,10 +446,33 @@ class OpenVinoEngine:
         log.exception("a step failed")
         trouble = RequestError("The engine failed.", status=500, type="server_error", code="engine_failed")
         for sequence in [*self._batch.running, *self._waiting]:
-            sequence.reply.fail(trouble)
+            sequence.choice.fail(trouble)
         self._batch.clear()
         self._waiting.clear()
         self._failed(error)
+
+
+def _refuse(request: GenerationRequest) -> None:
+    """What this engine lacks."""
+    if request.logprobs:
+        field = "top_logprobs" if request.chat else "logprobs"
+        raise RequestError(
+            f"{field} is {request.logprobs}; it must be 0: this engine knows the likelihood only of what it says.",
+            param=field,
+            code="unsupported_parameter",
+        )
+    if request.echo and request.logprobs is not None:
+        raise RequestError(
+            "logprobs with echo is not implemented by this engine: it does not know them of prompts.",
+            param="logprobs",
+            code="unsupported_parameter",
+        )
+    if request.resume_token_ids and (request.json is not None or request.tools.mode == "required"):
+        raise RequestError(
+            "resume_token_ids must be absent with response_format or tools: this engine holds to a schema only from an "
+            "answer's beginning on.",
+            param="resume_token_ids",
+        )
 
 
 _REASONS: dict[str, FinishReason] = {"STOP": "stop", "LENGTH": "length"}

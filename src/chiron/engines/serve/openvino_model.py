@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from chiron.engines.serve.openai import Message
 from chiron.engines.serve.text import token_bytes
+from chiron.engines.serve.tools import Tool
 
 BLOCK_TOKENS = 32
 """Tokens in one KV block of the CPU plugin."""
@@ -87,10 +88,15 @@ class Model:
         ids = self.tokenizer.encode(text, add_special_tokens=special).input_ids
         return [int(id) for id in ids.data[0]] if ids.size else []
 
-    def chat(self, messages: Sequence[Message]) -> str:
+    def chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The prompt of a conversation, by the model's own template. Raises RuntimeError."""
-        said = [{"role": message.role, "content": message.content} for message in messages]
-        return str(self.tokenizer.apply_chat_template(said, add_generation_prompt=True))
+        said = [_templated(message) for message in messages]
+        offered = [tool.definition for tool in tools] or None
+        return str(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tools=offered))
+
+    def grammar(self, text: str) -> Any:
+        """What a config's ``structured_output_config`` takes. The text must be right: a wrong one ends the engine."""
+        return self._genai.StructuredOutputConfig(grammar=text)
 
     def config(self, **fields: Any) -> Any:
         """A GenerationConfig with the model's end tokens. Raises RuntimeError when fields contradict."""
@@ -147,6 +153,29 @@ class Model:
         if not share > 0:
             raise ModelError(f"model {self.settings.path}: the KV cache does not hold one token")
         return round(1 / share)
+
+
+def _templated(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it."""
+    # Templates that refuse roles they do not know are older than this one.
+    role = "system" if message.role == "developer" else message.role
+    said: dict[str, Any] = {"role": role, "content": message.content}
+    if message.calls:
+        said["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": _read(c.arguments)}}
+            for c in message.calls
+        ]
+    if message.call_id:
+        said["tool_call_id"] = message.call_id
+    return said
+
+
+def _read(arguments: str) -> Any:
+    """Templates write arguments out as JSON themselves."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 def context_length(path: Path) -> int:

@@ -5,7 +5,8 @@ Gateways and clients go by the codes, so every engine of ours says these the sam
 
 from __future__ import annotations
 
-from chiron.engines.serve.openai import GenerationRequest, RequestError
+from chiron.engines.serve.openai import GenerationRequest
+from chiron.engines.serve.request_error import RequestError
 
 
 def tokens_allowed(request: GenerationRequest, *, prompt_tokens: int, context_max: int) -> int:
