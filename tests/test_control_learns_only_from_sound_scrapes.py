@@ -30,13 +30,14 @@ START = Sample(
 )
 
 
-def next_scrape(before: Sample, draw: Random) -> Sample:
+def next_scrape(before: Sample, draw: Random, slower: float = 1.0) -> Sample:
     """A second later, on an engine whose steps are exactly linear."""
     steps = draw.randint(20, 80)
     decoded = steps * draw.randint(1, 100)
     context = decoded * draw.uniform(50, 3000)
     prefilled = draw.randint(0, 4000)
     busy_s = FIXED_S * steps + SEQUENCE_S * decoded + CONTEXT_S * context + PREFILL_S * prefilled
+    busy_s *= slower
     return replace(
         before,
         taken_s=before.taken_s + 1.0,
@@ -53,7 +54,7 @@ def taught(rounds: int) -> tuple[Learner, Sample]:
     for _ in range(rounds):
         before, sample = sample, next_scrape(sample, draw)
         learner.observe(before, sample, 0.0)
-    learner.publish()
+        learner.publish()
     return learner, sample
 
 
@@ -85,3 +86,73 @@ def test_a_broken_scrape_changes_nothing_that_is_known(broken: dict[str, float])
     learner.publish()
     assert learner.step_times == known
     assert learner.updates == updates
+
+
+def predicted_s(learner: Learner) -> float:
+    """A step of 40 sequences with 1,500 tokens of context each, and 500 tokens of prefill."""
+    times = learner.step_times
+    decode_s = times.fixed_s + 40 * (times.per_sequence_s + 1500 * times.per_context_token_s)
+    return decode_s + 500 * times.per_prefill_token_s
+
+
+TRUE_S = FIXED_S + 40 * (SEQUENCE_S + 1500 * CONTEXT_S) + 500 * PREFILL_S
+ABSURD = [
+    pytest.param({"busy_s": 1e-4}, 0.0, id="ten thousand times too fast"),
+    pytest.param({"busy_s": 900.0}, 0.0, id="a stall billed to one second"),
+    pytest.param({"context_tokens": 1e12}, 0.0, id="endless context"),
+    pytest.param({"prefill_tokens": 10**9}, 0.0, id="endless prompts"),
+    pytest.param({"steps": 10**6}, 0.0, id="a million steps"),
+    pytest.param({}, 1e13, id="a prompt of three million tokens"),
+]
+
+
+@pytest.mark.parametrize(("absurd", "square"), ABSURD)
+def test_one_scrape_that_is_far_off_moves_nothing(absurd: dict[str, float], square: float) -> None:
+    learner, sample = taught(50)
+    known = learner.step_times
+    claimed = {name: getattr(sample, name) + value for name, value in absurd.items()}
+    learner.observe(sample, replace(next_scrape(sample, Random(1)), **claimed), square)  # type: ignore[arg-type]
+    learner.publish()
+    assert learner.step_times == known
+
+
+@pytest.mark.parametrize(("absurd", "square"), ABSURD)
+def test_a_few_that_are_far_off_move_little(absurd: dict[str, float], square: float) -> None:
+    learner, sample = taught(50)
+    draw = Random("few")
+    for number in range(100):
+        after = next_scrape(sample, draw)
+        told = after
+        if number % 20 == 0:
+            claimed = {name: getattr(sample, name) + value for name, value in absurd.items()}
+            told = replace(after, **claimed)  # type: ignore[arg-type]
+        learner.observe(sample, told, square if told is not after or (not absurd and number % 20 == 0) else 0.0)
+        learner.publish()
+        sample = after
+    assert predicted_s(learner) == pytest.approx(TRUE_S, rel=0.15)
+
+
+@pytest.mark.parametrize("slower", [0.2, 0.5, 2.0, 10.0])
+def test_hardware_that_changed_is_learned_in_half_a_minute(slower: float) -> None:
+    learner, sample = taught(400)
+    draw = Random("changed")
+    for _ in range(30):
+        before, sample = sample, next_scrape(sample, draw, slower)
+        learner.observe(before, sample, 0.0)
+        learner.publish()
+    assert predicted_s(learner) == pytest.approx(slower * TRUE_S, rel=0.1)
+
+
+def test_what_only_few_scrapes_show_is_learned_from_them() -> None:
+    """Long prompts are rare, and the first of them are far from what short ones taught."""
+    learner, sample = taught(200)
+    draw = Random("rare")
+    for number in range(120):
+        before, sample = sample, next_scrape(sample, draw)
+        long = 0 if number % 20 else 60_000
+        if long:
+            more = {"prefill_tokens": sample.prefill_tokens + long, "busy_s": sample.busy_s + long * PREFILL_S + 14.4}
+            sample = replace(sample, **more)  # type: ignore[arg-type]
+        learner.observe(before, sample, float(long) ** 2)  # 4e-9 s per squared token.
+        learner.publish()
+    assert learner.step_times.per_prefill_square_s == pytest.approx(4e-9, rel=0.3)

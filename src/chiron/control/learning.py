@@ -8,6 +8,15 @@ Each scrape of a busy instance is one equation, divided by its own size so that 
 (ridge) stands in for what the traffic has not shown; one or two hundred steps outweigh it. The learned form is linear
 where engines have a knee: it holds around where they have been running, which is where it is used.
 
+A scrape may be wrong (an engine miscounts, a stall is billed to a few steps), so none has much to say alone:
+
+- Its size is the larger of what it shows and what the model expected: with that, neither side of its equation exceeds
+  one, and no scrape weighs more than one, however far it is off.
+- One that is off by more than a factor of ``OUTLIER`` waits for a second that is off in the same direction. One alone
+  is noise, two are news; and both weigh less the further they are off.
+- Hardware that really changed shows in every scrape, and in all coefficients alike: when the median of the last errors
+  is beyond ``CHANGE``, all that is known is scaled by it, and fades.
+
 Lengths: exponential means over about a thousand requests, by class: of prompts once their first token is there, of
 outputs once they are over. What never ran teaches nothing.
 """
@@ -16,7 +25,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from math import inf, isfinite
+from math import exp, inf, isfinite, log
+from statistics import median
 
 from chiron.core.types import Request, RequestClass, Sample
 from chiron.policies.views import ClassMix, StepTimes
@@ -31,8 +41,21 @@ _FADE = 0.998
 """Weight that an equation keeps when the next one comes: a few hundred are remembered."""
 _MEMORY = 1000
 """Requests that a mean of lengths remembers."""
+OUTLIER = 3.0
+"""Factor between a scrape and the model beyond which it needs a second one like it."""
+_FIRST = 8
+"""Scrapes that are taken as they come, before there is a model to hold others against."""
+_PATIENCE = 100
+"""Scrapes for which one that was off waits for another."""
+CHANGE = 1.4
+"""Factor between scrapes and the model, as the median of the last ``_RECENT``, that no noise explains."""
+_RECENT = 8
+_KEPT = 0.02
+"""Weight that what was known keeps after a change."""
 _USUAL_WEIGHT = 0.01
 _TRUSTED_UPDATES = 4
+_Equation = tuple[list[float], float, float]
+"""Coefficients in units of the prior, what they add up to, weight."""
 LEAD_PRIOR = 0.1
 """Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
 
@@ -131,9 +154,18 @@ class Learner:
         self.ttft_min_s = inf
         self.ttft_max_s = max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
         self.updates = 0
+        self._seen = 0
+        """Scrapes, those set aside included."""
+        self._aside: tuple[int, float, _Equation] | None = None
+        """The last scrape that was off: which one it was, the logarithm of its factor, what it says."""
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        """Logarithms of the factor between the last scrapes and the model."""
         # Normal equations for the coefficients in units of the prior.
         self._normal = [[0.0] * 5 for _ in range(5)]
         self._moment = [0.0] * 5
+        self._values = list(PRIOR)
+        self._prior = 1.0
+        """Of each coefficient in its unit: another one on other hardware."""
         self.step_times = StepTimes(
             fixed_s=PRIOR[0],
             per_sequence_s=PRIOR[1],
@@ -195,21 +227,53 @@ class Learner:
             after.prefill_tokens - before.prefill_tokens,
             prefill_square,
         )
-        x = [value * prior / busy_s for value, prior in zip(raw, PRIOR, strict=True)]
-        if not all(map(isfinite, x)):
+        parts = [value * prior for value, prior in zip(raw, PRIOR, strict=True)]
+        if not (all(map(isfinite, parts)) and min(parts) >= 0.0):
             return  # One broken scrape must not spoil what is known.
+        if self.updates < _FIRST:
+            self._learn([part / busy_s for part in parts], 1.0, 1.0)
+            return
+        self._seen += 1
+        expected_s = sum(value * known for value, known in zip(raw, self._values, strict=True))
+        off = log(busy_s / expected_s)
+        self._recent.append(off)
+        if len(self._recent) == _RECENT and abs(change := median(self._recent)) > log(CHANGE):
+            self._scale(exp(change))
+            expected_s *= exp(change)
+            off -= change
+        size = max(busy_s, expected_s)
+        most = log(OUTLIER)
+        equation = [part / size for part in parts], busy_s / size, min(1.0, (most / max(abs(off), 1e-9)) ** 2)
+        if abs(off) > most:
+            aside, self._aside = self._aside, (self._seen, off, equation)
+            if aside is None or aside[1] * off < 0.0 or self._seen - aside[0] > _PATIENCE:
+                return
+            self._learn(*aside[2])
+            self._aside = None
+        self._learn(*equation)
+
+    def _learn(self, x: list[float], y: float, weight: float) -> None:
         moment = self._moment
         for i, row in enumerate(self._normal):
-            x_i = x[i]
+            x_i = weight * x[i]
             for j in range(5):
                 row[j] = _FADE * row[j] + x_i * x[j]
-            moment[i] = _FADE * moment[i] + x_i
+            moment[i] = _FADE * moment[i] + x_i * y
         self.updates += 1
+
+    def _scale(self, factor: float) -> None:
+        """Everything takes so many times as long."""
+        self._normal = [[_KEPT * value / factor**2 for value in row] for row in self._normal]
+        self._moment = [_KEPT * value / factor for value in self._moment]
+        self._values = [value * factor for value in self._values]
+        self._prior = min(50.0, max(0.05, self._prior * factor))
+        self._aside = None
+        self._recent.clear()
 
     def publish(self) -> None:
         """Make what was learned visible. A coefficient that noise drove to nothing keeps a twentieth of its prior."""
-        theta = _solve(self._normal, self._moment)
-        values = [min(50.0, max(0.05, t)) * prior for t, prior in zip(theta, PRIOR, strict=True)]
+        theta = _solve(self._normal, self._moment, self._prior)
+        self._values = values = [min(50.0, max(0.05, t)) * prior for t, prior in zip(theta, PRIOR, strict=True)]
         self.mix_views = {name: mix.view() for name, mix in self.mixes.items()}
         self.step_times = StepTimes(
             fixed_s=values[0],
@@ -222,12 +286,13 @@ class Learner:
         self.prefill_square_s = values[4]
 
 
-def _solve(normal: list[list[float]], moment: list[float]) -> list[float]:
-    """The ridge solution, by elimination: with the ridge the matrix is positive definite, so no pivot vanishes."""
+def _solve(normal: list[list[float]], moment: list[float], prior: float) -> list[float]:
+    """The ridge solution around ``prior``, by elimination: with the ridge the matrix is positive definite, so no pivot
+    vanishes."""
     size = len(moment)
-    rows = [[*row, right + _RIDGE] for row, right in zip(normal, moment, strict=True)]
+    rows = [[*row, right + _RIDGE / prior] for row, right in zip(normal, moment, strict=True)]
     for i in range(size):
-        rows[i][i] += _RIDGE
+        rows[i][i] += _RIDGE / prior**2
     for i in range(size):
         pivot = rows[i]
         for row in rows[i + 1 :]:
