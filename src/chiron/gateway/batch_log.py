@@ -33,6 +33,10 @@ class BatchLog:
         for batch in unvalidated:
             log.info("batch %s goes on: its input is validated again", batch.id)
 
+    def saw(self, batch_id: str) -> None:
+        """An item of it was taken out of the store, maybe before anybody saw it waiting."""
+        self._open[batch_id] = None
+
     async def look(self, pending: Iterable[PendingWork], in_flight: Collection[str]) -> None:
         """``pending`` work of the store, and batches of which items are out."""
         busy = dict.fromkeys((*(work.batch_id for work in pending if work.items), *in_flight))

@@ -263,6 +263,7 @@ class BatchRunner:
             self._note_unserved(pending)
             for window, items in leased:
                 for item in items:
+                    self._log.saw(item.batch_id)
                     self._take(window, item)
             for window in self._windows:
                 self._try_suspect(window)
