@@ -144,6 +144,26 @@ def test_a_completion() -> None:
     Completion.model_validate(answer, strict=True)
 
 
+def test_log_probabilities_are_not_merged_by_a_token_that_is_called_index() -> None:
+    def part(logprob: float) -> bytes:
+        logprobs = {"tokens": ["index"], "token_logprobs": [logprob], "top_logprobs": [{"index": logprob}]}
+        return event({"choices": [{"index": 0, "text": "index", "logprobs": logprobs, "finish_reason": "stop"}]})
+
+    answer = collect(part(0) + part(0), chat=False).result()
+    assert answer["choices"][0]["logprobs"]["top_logprobs"] == [{"index": 0}, {"index": 0}]
+
+
+def test_of_several_choices_none_may_be_missing_and_none_is_gone_on_with() -> None:
+    one = chunk(said("one", token_ids=[1])) + chunk(end())
+    collector = Collector(True, several=True)
+    collector.feed(one)
+    assert collector.token_ids == []
+    with pytest.raises(CollectError, match="ended before"):
+        collector.result()
+    collector.feed(chunk({**said("two"), "index": 1}) + chunk({**end(), "index": 1}) + b"data: [DONE]\n\n")
+    assert [choice["message"]["content"] for choice in collector.result()["choices"]] == ["one", "two"]
+
+
 def test_an_event_without_a_value_says_nothing() -> None:
     def text(text: str, index: int, reason: str | None = None) -> bytes:
         choice = {"text": text, "index": index, "logprobs": None, "finish_reason": reason}

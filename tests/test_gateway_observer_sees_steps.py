@@ -127,3 +127,23 @@ def test_a_resumed_request_has_nothing_prefilled(instance: Instance) -> None:
 @pytest.fixture
 def instance() -> Instance:
     return ObservedEngine(profile()).instance
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_choices_are_sequences_of_the_same_steps(streams: bool) -> None:
+    """Four choices make four tokens a step, not four steps."""
+    engine = ObservedEngine(profile())
+    observer = EngineObserver(engine.instance, 0.0)
+    observer.entered(0.0)
+    observer.first_token(1.0, 10, prefilled=10, streams=streams, sequences=4)
+    for step in range(1, 101):
+        if streams:
+            observer.tokens += 4
+            observer.held_tokens += 4
+        observer.sample(1.0 + step * 0.02)
+    if not streams:
+        observer.answered(400, 2.0 * 4)
+    observer.left(3.0, 10, 400 if streams else 0, decoded=True, streams=streams, sequences=4)
+    sample = observer.sample(3.0)
+    assert (sample.steps, sample.decode_tokens) == (101, 400)
+    assert (observer.inside, observer.decoding, observer.streaming) == (0, 0, 0)

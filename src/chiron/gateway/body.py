@@ -24,7 +24,7 @@ import numpy as np
 import orjson
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from chiron.engines.claims import output_tokens_max
+from chiron.engines.claims import CHOICES_MAX, output_tokens_max, whole
 from chiron.gateway.errors import ApiError, invalid
 
 BYTES_PER_TOKEN = 4.0
@@ -130,6 +130,16 @@ class Shape:
         """The most output tokens that it allows; None: it sets no limit."""
         limit = output_tokens_max(self.fields)
         return None if limit is None else limit * self.prompts
+
+    @property
+    def several(self) -> bool:
+        """Whether its answer may have several choices."""
+        return self.prompts > 1 or self.fields.get("n") not in (None, 1)
+
+    @property
+    def sequences(self) -> int:
+        """How many choices its answer has, as far as can be seen."""
+        return min(CHOICES_MAX, (whole(self.fields.get("n"), CHOICES_MAX) or 1) * self.prompts)
 
     @property
     def learnable_bytes(self) -> int:

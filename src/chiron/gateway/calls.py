@@ -36,7 +36,7 @@ REMIND_S = 15.0
 """Between two signs of life to a client that waits."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
-_TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|arguments)"\s*:\s*"[^"]')
+_TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|name|arguments)"\s*:\s*"[^"]')
 
 
 class RelayCall:
@@ -64,6 +64,7 @@ class RelayCall:
         "refusal",
         "request_id",
         "responded",
+        "sequences",
         "streams",
         "wait_max_s",
     )
@@ -84,6 +85,7 @@ class RelayCall:
         self.prompt_bytes = body.shape.learnable_bytes
         self.prompt_tokens = 0
         self.output_max = body.shape.output_tokens_max
+        self.sequences = body.shape.sequences
         self.request_id = request_id
         self.key_name = key_name
         self.error: UpstreamFailure | None = None
@@ -252,6 +254,7 @@ class CollectedCall:
         self.prompt_bytes = body.shape.learnable_bytes
         self.prompt_tokens = 0
         self.output_max = body.shape.output_tokens_max
+        self.sequences = body.shape.sequences
         self.error: UpstreamFailure | None = None
         self.status = 0
         """The engine's, of the answer that counts."""
@@ -261,6 +264,7 @@ class CollectedCall:
             path.endswith(b"/chat/completions"),
             bytes_max=answer_max_bytes,
             keep_token_ids=bool(body.shape.fields.get("return_token_ids")),
+            several=body.shape.several,
         )
         self._body = body
         self._tries = 0

@@ -46,18 +46,23 @@ class Collector:
         "_event_bytes",
         "_keep_token_ids",
         "_line",
+        "_several",
         "_top",
         "done",
         "error",
         "usage",
     )
 
-    def __init__(self, chat: bool, *, bytes_max: int = 64 << 20, keep_token_ids: bool = False) -> None:
+    def __init__(
+        self, chat: bool, *, bytes_max: int = 64 << 20, keep_token_ids: bool = False, several: bool = False
+    ) -> None:
         """``bytes_max`` bounds what one answer may hold in memory. ``keep_token_ids``: the client asked for them;
-        otherwise they are for resuming only, and left out of the result."""
+        otherwise they are for resuming only, and left out of the result. ``several`` choices may come: only the
+        stream's own end tells that none is missing, and an engine could not go on with them."""
         self._chat = chat
         self._bytes_max = bytes_max
         self._keep_token_ids = keep_token_ids
+        self._several = several
         self.reset()
 
     def reset(self) -> None:
@@ -113,9 +118,9 @@ class Collector:
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of the tokens so far, of the first choice: what a resume hands back to an engine."""
+        """Ids of the tokens so far: what a resume hands back to an engine. None where there may be several choices."""
         first = self._choices.get(0)
-        return first.token_ids if first else []
+        return first.token_ids if first and not self._several else []
 
     @property
     def tokens(self) -> int:
@@ -126,6 +131,8 @@ class Collector:
     def finished(self) -> bool:
         """Every choice says why it ended."""
         choices = self._choices.values()
+        if self._several and not self.done:
+            return False
         return bool(choices) and all(choice.fields.get("finish_reason") for choice in choices)
 
     def result(self) -> Json:
@@ -211,7 +218,7 @@ class _Choice:
                 something = bool(value)
                 _merge(self.message, {"text": value})
             elif name == "logprobs" and isinstance(value, dict):
-                _merge(self.logprobs, value)
+                self._take_logprobs(value)
             elif name == "token_ids" and isinstance(value, list):
                 ids = token_ids(value)
                 if ids is None:
@@ -223,9 +230,18 @@ class _Choice:
                 self.fields[name] = value
         return something or len(self.token_ids) > before
 
+    def _take_logprobs(self, value: Json) -> None:
+        """Lists go on; none is merged by ``index``, which may be a token that was said."""
+        for name, more in value.items():
+            have = self.logprobs.get(name)
+            if isinstance(more, list) and isinstance(have, list):
+                have.extend(more)
+            elif more is not None:
+                self.logprobs[name] = list(more) if isinstance(more, list) else more
+
     def plain(self, index: int, chat: bool, *, keep_token_ids: bool) -> Json:
         said = _plain(self.message)
-        logprobs = _plain(self.logprobs) or None
+        logprobs = self.logprobs or None
         answer: Json = {"index": index}
         if chat:
             empty = None if said.get("tool_calls") or said.get("function_call") else ""

@@ -1,9 +1,11 @@
 """What one engine does, seen from the gateway: enough for the control plane even when the engine tells nothing.
 
-Every decoding request makes one token per engine step, so over an interval::
+Every decoding sequence makes one token per engine step, so over an interval::
 
-    steps per second = tokens / (seconds that the requests behind them decoded, summed)
-    decode tokens    = steps per second * (integral of decoding requests over time)
+    steps per second = tokens / (seconds that the sequences behind them decoded, summed)
+    decode tokens    = steps per second * (integral of decoding sequences over time)
+
+A request is one sequence, or as many as it has choices.
 
 Streams show their tokens as they come. An answer in one piece shows at its end how many it had, and so how fast steps
 were while it decoded: late news, so it counts only while there are no streams. The integrals move only when a request
@@ -65,9 +67,9 @@ class EngineObserver:
         self.inside = 0
         """Requests that the engine has and has not answered yet."""
         self.decoding = 0
-        """Those of them that have their first token."""
+        """Sequences of those of them that have their first token."""
         self.streaming = 0
-        """Those of them whose tokens can be seen."""
+        """Those of these whose tokens can be seen."""
         self.tokens = 0
         """Output tokens of streams, ever, without the first of each."""
         self.held_tokens = 0
@@ -90,28 +92,39 @@ class EngineObserver:
         self._advance(now_s)
         self.inside += 1
 
-    def first_token(self, now_s: float, input_tokens: int, *, prefilled: int, streams: bool = True) -> None:
+    def first_token(
+        self, now_s: float, input_tokens: int, *, prefilled: int, streams: bool = True, sequences: int = 1
+    ) -> None:
         """A request begins to decode. ``prefilled``: tokens computed for it, 0 if its KV was there already."""
         self._advance(now_s)
         if not self.decoding:  # Beside others its prefill shares their steps.
             self._pending_steps += ceil(prefilled / self._instance.kind.max_num_batched_tokens)
         self._pending_prefill += prefilled
-        self.decoding += 1
-        self.streaming += streams
+        self.decoding += sequences
+        self.streaming += streams * sequences
         self._inputs += input_tokens
 
-    def left(self, now_s: float, input_tokens: int, output_tokens: int, *, decoded: bool, streams: bool = True) -> None:
+    def left(
+        self,
+        now_s: float,
+        input_tokens: int,
+        output_tokens: int,
+        *,
+        decoded: bool,
+        streams: bool = True,
+        sequences: int = 1,
+    ) -> None:
         """A request is over; ``output_tokens`` are those that were counted in ``held_tokens`` for it."""
         self._advance(now_s)
         self.inside -= 1
         if decoded:
-            self.decoding -= 1
-            self.streaming -= streams
+            self.decoding -= sequences
+            self.streaming -= streams * sequences
             self._inputs -= input_tokens
             self.held_tokens -= output_tokens
 
     def answered(self, tokens: int, decoding_s: float) -> None:
-        """An answer in one piece: ``tokens`` after the first took ``decoding_s``."""
+        """An answer in one piece: ``tokens`` after the first took ``decoding_s``, of all its sequences together."""
         if tokens > 0 and decoding_s > 0.0:
             self._piece_tokens += tokens
             self._piece_s += decoding_s

@@ -68,6 +68,8 @@ class Upcall(Protocol):
     """Why the last try failed."""
     prompt_tokens: int
     """As the engine's usage said at the end; 0: it did not, or not yet."""
+    sequences: int
+    """Choices of the answer: the engine runs so many sequences for it."""
     output_max: int | None
     """The most output tokens that the request allows; None: it sets no limit."""
 
@@ -270,6 +272,7 @@ class HttpEngine:
                 run.tokens,
                 decoded=run.decoding_s >= 0.0,
                 streams=run.upcall.streams,
+                sequences=run.upcall.sequences,
             )
 
     def holds(self, run: _Run) -> bool:
@@ -481,7 +484,10 @@ class _Run:
         engine, tokens = self._engine, self.request.input_tokens
         self.decoding_s = engine.clock.now_s
         prefilled = 0 if self.request.kv_saved_tokens else tokens + self.began_with
-        engine.observer.first_token(self.decoding_s, tokens, prefilled=prefilled, streams=self.upcall.streams)
+        upcall = self.upcall
+        engine.observer.first_token(
+            self.decoding_s, tokens, prefilled=prefilled, streams=upcall.streams, sequences=upcall.sequences
+        )
         engine.observer.held_tokens += self.tokens
 
     def count(self, tokens: int) -> None:
@@ -490,7 +496,8 @@ class _Run:
         if self.upcall.streams:
             observer.tokens += tokens - self.tokens
         else:
-            observer.answered(tokens - 1, self._engine.clock.now_s - self.decoding_s)
+            sequences = self.upcall.sequences
+            observer.answered(tokens - sequences, (self._engine.clock.now_s - self.decoding_s) * sequences)
 
     def output_tokens(self) -> int:
         """As the engine's usage says, if that can be, else as seen. Also notes the prompt's true length."""
