@@ -49,6 +49,7 @@ class ObservedEngine:
         self.told = told
         self._square = self._square_sampled = 0.0
         self._began_s: dict[int, float] = {}
+        self._entered_s: dict[int, float] = {}
         self._tokens: dict[int, int] = {}
         self._ways: dict[int, str] = {}
         self._prompts: dict[int, int] = {}
@@ -61,6 +62,7 @@ class ObservedEngine:
         self._ways[request.id], self._prompts[request.id] = way, tokens_in
 
         def enter() -> None:
+            self._entered_s[request.id] = self.clock.now_s
             self.observer.entered(self.clock.now_s)
             self.engine.start(request)
             if way == PIECE:
@@ -123,7 +125,8 @@ class ObservedEngine:
         self._began_s[request.id] = self.clock.now_s
         streams = self._ways[request.id] == STREAM
         tokens = request.input_tokens
-        self.observer.first_token(self.clock.now_s, tokens, prefilled=tokens, streams=streams)
+        entered_s = self._entered_s[request.id]
+        self.observer.first_token(self.clock.now_s, tokens, entered_s=entered_s, prefilled=tokens, streams=streams)
 
     def _stepped(self, decoding: Iterable[int]) -> None:
         for number in decoding:

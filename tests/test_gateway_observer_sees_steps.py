@@ -117,11 +117,70 @@ def test_an_idle_engine_shows_nothing(instance: Instance) -> None:
 def test_a_resumed_request_has_nothing_prefilled(instance: Instance) -> None:
     observer = EngineObserver(instance, 0.0)
     observer.entered(0.0)
-    observer.first_token(0.1, 1000, prefilled=0)
+    observer.first_token(0.1, 1000, entered_s=0.0, prefilled=0)
     observer.held_tokens += 50
     observer.tokens += 40
     sample = observer.sample(1.0)
     assert (sample.prefill_tokens, sample.kv_used_tokens, sample.decode_tokens) == (0, 1050, 40)
+
+
+def stream(observer: EngineObserver, at_s: float, tokens: int, *, entered_s: float, per_token_s: float = 0.02) -> float:
+    """A stream of a prompt of 100 tokens gets its first token at ``at_s`` and makes the others; returns its end."""
+    observer.first_token(at_s, 100, prefilled=100)
+    observer.tokens += tokens
+    observer.held_tokens += tokens
+    end_s = at_s + tokens * per_token_s
+    observer.left(end_s, 100, tokens, decoded=True)
+    return end_s
+
+
+def test_time_in_which_an_engine_made_up_its_mind_to_refuse_is_no_work(instance: Instance) -> None:
+    observer = EngineObserver(instance, 0.0)
+    observer.entered(0.0)  # Refused after a minute, and a real one comes shortly before.
+    observer.entered(59.9)
+    observer.left(60.0, 30_000, 0, decoded=False)
+    end_s = stream(observer, 60.05, 50, entered_s=59.9)
+    sample = observer.sample(end_s)
+    assert sample.busy_s == pytest.approx(0.15 + 1.0)
+    assert sample.steps == 51
+
+
+def test_a_refusal_that_was_presumed_to_decode_is_taken_out_again(instance: Instance) -> None:
+    observer = EngineObserver(instance, 0.0)
+    observer.entered(0.0)
+    begun = observer.first_token(1.0, 30_000, entered_s=0.0, prefilled=30_000, streams=False)
+    observer.sample(1.5)
+    observer.entered(2.0)
+    end_s = stream(observer, 2.1, 50, entered_s=2.0)
+    observer.undo(end_s, begun)
+    observer.left(end_s, 30_000, 0, decoded=True, streams=False)
+    sample = observer.sample(end_s)
+    assert sample.prefill_tokens == 100
+    assert sample.decode_tokens == pytest.approx(50, abs=1)
+    assert sample.context_tokens < 2 * 50 * 150
+    assert sample.steps < 110, "and not those of 30,000 tokens of prefill besides"
+
+
+def test_a_stream_that_says_nothing_makes_nobody_elses_steps_look_slow(instance: Instance) -> None:
+    observer = EngineObserver(instance, 0.0)
+    for _ in range(2):
+        observer.entered(0.0)
+        observer.first_token(0.1, 100, entered_s=0.0, prefilled=100)
+    before, held = observer.sample(0.1), 0
+    for second in range(1, 60):  # One of them makes 50 tokens a second; the other's client does not read.
+        if second == 6:
+            observer.fell_silent(6.0, 0.1, 100, 0)
+        observer.tokens += 50
+        observer.held_tokens += 50
+        held += 50
+        after = observer.sample(second + 0.1)
+        if second > 6:
+            assert after.steps - before.steps == 50
+            assert after.decode_tokens - before.decode_tokens == 50
+        before = after
+    observer.spoke_again(59.2, 100, 3000)  # It had gone on all the time.
+    after = observer.sample(59.3)
+    assert after.steps - before.steps < 10, "nobody saw 3,000 tokens being made"
 
 
 @pytest.fixture

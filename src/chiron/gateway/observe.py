@@ -11,6 +11,12 @@ Streams show their tokens as they come. An answer in one piece shows at its end 
 were while it decoded: late news, so it counts only while there are no streams. The integrals move only when a request
 begins or ends to decode; a relayed block costs two additions. An engine's own totals take precedence where it tells
 all of them.
+
+What never ran shows nothing. Time in which nothing decodes is work only from when a request came that got its first
+token at the end of it: another may have been inside for as long, and was refused. A stream that says nothing for a
+while, because its client does not read or its engine has forgotten it, does not decode as far as anybody can tell, and
+what it says at once afterwards took nobody knows how long. An answer in one piece that turns out to be a refusal after
+it was presumed to decode is taken out again.
 """
 
 from __future__ import annotations
@@ -33,16 +39,33 @@ class EngineTotals(NamedTuple):
     context_tokens: float = 0.0
 
 
+class Begun(NamedTuple):
+    """What the beginning of one request's decoding was counted as."""
+
+    at_s: float
+    input_tokens: int
+    sequences: int
+    steps: int
+    prefilled: int
+    busy_s: float
+    alone_s: float
+    """``EngineObserver._alone_s`` then."""
+
+
 class EngineObserver:
     """Totals of one instance. Times are the clock's seconds."""
 
     __slots__ = (
+        "_alone_s",
+        "_alone_since_s",
         "_at_s",
         "_batch_s",
         "_busy_s",
         "_context_s",
         "_decode_busy_s",
+        "_decoders",
         "_evidence_s",
+        "_idle_since_s",
         "_inputs",
         "_instance",
         "_pending_prefill",
@@ -82,6 +105,12 @@ class EngineObserver:
         self._piece_s = 0.0
         """Tokens of answers in one piece, and the seconds of decoding behind them, since then."""
         self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0
+        self._idle_since_s = self._alone_since_s = now_s
+        """Since when nothing decodes, or one alone, if so."""
+        self._decoders = 0
+        """Requests that decode."""
+        self._alone_s = 0.0
+        """Time in which one alone decoded, ever."""
         self._pending_steps = self._pending_prefill = 0
         """Steps and tokens of prefill since then."""
         self._seen = EngineTotals()
@@ -93,16 +122,38 @@ class EngineObserver:
         self.inside += 1
 
     def first_token(
-        self, now_s: float, input_tokens: int, *, prefilled: int, streams: bool = True, sequences: int = 1
-    ) -> None:
-        """A request begins to decode. ``prefilled``: tokens computed for it, 0 if its KV was there already."""
+        self,
+        now_s: float,
+        input_tokens: int,
+        *,
+        entered_s: float,
+        prefilled: int,
+        streams: bool = True,
+        sequences: int = 1,
+    ) -> Begun:
+        """A request begins to decode. ``prefilled``: tokens computed for it, 0 if its KV was there already. Returns
+        what ``undo`` takes."""
         self._advance(now_s)
+        steps, busy_s = 0, 0.0
         if not self.decoding:  # Beside others its prefill shares their steps.
-            self._pending_steps += ceil(prefilled / self._instance.kind.max_num_batched_tokens)
+            steps = ceil(prefilled / self._instance.kind.max_num_batched_tokens)
+            busy_s = max(0.0, now_s - max(entered_s, self._idle_since_s))
+        self._pending_steps += steps
         self._pending_prefill += prefilled
-        self.decoding += sequences
-        self.streaming += streams * sequences
-        self._inputs += input_tokens
+        self._busy_s += busy_s
+        self._join(input_tokens, 0, streams, sequences)
+        return Begun(now_s, input_tokens, sequences, steps, prefilled, busy_s, self._alone_s)
+
+    def undo(self, now_s: float, begun: Begun) -> None:
+        """It was presumed to decode since then, and never did; to be called before ``left``."""
+        self._advance(now_s)
+        seconds = now_s - begun.at_s
+        self._pending_steps -= begun.steps
+        self._pending_prefill -= begun.prefilled
+        self._busy_s -= begun.busy_s
+        self._batch_s -= seconds * begun.sequences
+        self._context_s -= seconds * begun.input_tokens
+        self._forget(self._alone_s - begun.alone_s)  # Time in which nobody else made steps.
 
     def left(
         self,
@@ -118,10 +169,46 @@ class EngineObserver:
         self._advance(now_s)
         self.inside -= 1
         if decoded:
-            self.decoding -= sequences
-            self.streaming -= streams * sequences
-            self._inputs -= input_tokens
-            self.held_tokens -= output_tokens
+            self._part(now_s, input_tokens, output_tokens, streams, sequences)
+
+    def fell_silent(
+        self, now_s: float, since_s: float, input_tokens: int, output_tokens: int, sequences: int = 1
+    ) -> None:
+        """A stream that decodes says nothing any more since then."""
+        self._advance(now_s)
+        if self._decoders == 1:
+            alone_s = now_s - max(since_s, self._alone_since_s)
+            self._forget(alone_s)
+            self._evidence_s = max(0.0, self._evidence_s - alone_s * sequences)
+        self._part(now_s, input_tokens, output_tokens, True, sequences)
+
+    def spoke_again(self, now_s: float, input_tokens: int, output_tokens: int, sequences: int = 1) -> None:
+        self._advance(now_s)
+        self._join(input_tokens, output_tokens, True, sequences)
+
+    def _forget(self, seconds: float) -> None:
+        """So much of the time in which something decoded was no steps, unless it has been shown already."""
+        seconds = min(seconds, self._decode_busy_s)
+        self._decode_busy_s -= seconds
+        self._busy_s -= seconds
+
+    def _join(self, input_tokens: int, output_tokens: int, streams: bool, sequences: int) -> None:
+        self._decoders += 1
+        self.decoding += sequences
+        self._alone_since_s = self._at_s
+        self.streaming += streams * sequences
+        self._inputs += input_tokens
+        self.held_tokens += output_tokens
+
+    def _part(self, now_s: float, input_tokens: int, output_tokens: int, streams: bool, sequences: int) -> None:
+        self._decoders -= 1
+        self.decoding -= sequences
+        self.streaming -= streams * sequences
+        self._inputs -= input_tokens
+        self.held_tokens -= output_tokens
+        self._alone_since_s = self._at_s
+        if not self.decoding:
+            self._idle_since_s = now_s
 
     def answered(self, tokens: int, decoding_s: float) -> None:
         """An answer in one piece: ``tokens`` after the first took ``decoding_s``, of all its sequences together."""
@@ -174,17 +261,20 @@ class EngineObserver:
         if self.inside and not per_s:
             return
         seen = self._seen
+        # Less than nothing was seen if more was undone: totals never fall, and what comes next makes up for it.
         self._seen = EngineTotals(
-            steps=seen.steps + per_s * self._decode_busy_s + self._pending_steps,
-            busy_s=seen.busy_s + self._busy_s,
-            decode_tokens=seen.decode_tokens + per_s * self._batch_s,
-            prefill_tokens=seen.prefill_tokens + self._pending_prefill,
-            context_tokens=seen.context_tokens + per_s * self._context_s,
+            steps=seen.steps + per_s * self._decode_busy_s + max(0, self._pending_steps),
+            busy_s=seen.busy_s + max(0.0, self._busy_s),
+            decode_tokens=seen.decode_tokens + per_s * max(0.0, self._batch_s),
+            prefill_tokens=seen.prefill_tokens + max(0, self._pending_prefill),
+            context_tokens=seen.context_tokens + per_s * max(0.0, self._context_s),
         )
-        self._pending_steps = self._pending_prefill = 0
+        self._pending_steps, self._pending_prefill = min(0, self._pending_steps), min(0, self._pending_prefill)
+        self._busy_s, self._batch_s = min(0.0, self._busy_s), min(0.0, self._batch_s)
+        self._context_s = min(0.0, self._context_s)
         self._seen_tokens = self.tokens
         self._piece_tokens = 0
-        self._piece_s = self._evidence_s = self._busy_s = self._decode_busy_s = self._batch_s = self._context_s = 0.0
+        self._piece_s = self._evidence_s = self._decode_busy_s = 0.0
 
     def _steps_per_s(self) -> float:
         """While anything decodes; 0: not known."""
@@ -198,12 +288,13 @@ class EngineObserver:
         if passed_s <= 0.0:
             return
         self._at_s = now_s
-        if self.inside:
-            self._busy_s += passed_s
         if self.decoding:
+            self._busy_s += passed_s
             self._decode_busy_s += passed_s
             self._evidence_s += passed_s * self.streaming
             self._batch_s += passed_s * self.decoding
+            if self._decoders == 1:
+                self._alone_s += passed_s
             self._context_s += passed_s * (self._inputs + self.held_tokens)
 
 

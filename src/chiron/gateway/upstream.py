@@ -21,7 +21,7 @@ from chiron.core.types import Instance, Request
 from chiron.engines import claims
 from chiron.engines.rows import EngineRow
 from chiron.gateway.collect import CollectError
-from chiron.gateway.observe import EngineObserver
+from chiron.gateway.observe import Begun, EngineObserver
 from chiron.gateway.own_limit import OwnLimit
 from chiron.net.client import Call, ConnectError, Header, NetError, Origin
 from chiron.net.clock import LiveClock
@@ -39,6 +39,8 @@ RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504}) | OF_CDNS
 NOT_THE_CLIENTS = frozenset({401, 402, 403, 407})
 """Statuses that say that the gateway may not ask: its key for the engine is wrong, or something on the way minds."""
 ERROR_MAX_BYTES = 64 * 1024
+SILENT_S = 5.0
+"""A stream that says nothing for this long, while nobody knows why, is not counted among those that decode."""
 PRESUMED_PREFILLS = 1.5
 """Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
 _TAIL_BYTES = 2048
@@ -209,6 +211,7 @@ class HttpEngine:
         if self._limit_path and self._limit_call is None and self._limit_sent != self._limit:
             self._send_limit()
         for run in list(self.runs.values()):
+            run.watch(now_s)
             if run.silent_s(now_s) > stall_s:
                 self.lost(run, UpstreamFailure(f"the engine sent nothing for {stall_s:g} s", 504))
 
@@ -263,14 +266,18 @@ class HttpEngine:
         failure.at_s = self.clock.elapsed_s()
         run.upcall.error = failure
 
-    def _leave(self, run: _Run) -> None:
+    def _leave(self, run: _Run, *, ran: bool = True) -> None:
+        """``ran=False``: what it was presumed to do was nothing."""
         if self.holds(run):
             del self.runs[run.request.id]
+            now_s = self.clock.now_s
+            if run.begun is not None and not (ran or run.told):
+                self.observer.undo(now_s, run.begun)
             self.observer.left(
-                self.clock.now_s,
+                now_s,
                 run.request.input_tokens,
                 run.tokens,
-                decoded=run.decoding_s >= 0.0,
+                decoded=run.begun is not None and not run.silent,
                 streams=run.upcall.streams,
                 sequences=run.upcall.sequences,
             )
@@ -302,7 +309,7 @@ class HttpEngine:
                 if not self.holds(run):  # Its prefill is over, and somebody more urgent took the room.
                     return
                 run.count(tokens)
-            self._leave(run)
+            self._leave(run, ran=run.status < 400)
             if blames_client(run.status):
                 self.listener.refused(request, f"engine answered {run.status}")
             elif run.status >= 400:
@@ -328,7 +335,7 @@ class HttpEngine:
         def report() -> None:
             if not self.holds(run):
                 return
-            self._leave(run)
+            self._leave(run, ran=False)
             request = run.request
             if request.first_token_s < 0.0 and run.upcall.visible:
                 self.listener.first_token(request)
@@ -356,12 +363,16 @@ class _Run:
         "_heard_s",
         "_over",
         "_tail",
+        "_watched",
+        "_watched_s",
         "began_with",
+        "begun",
         "body_bytes",
         "call",
         "decoding_s",
         "prompt_tokens",
         "request",
+        "silent",
         "status",
         "tokens",
         "told",
@@ -392,12 +403,35 @@ class _Run:
         self._heard = self._tail
         """The tail at the last look, and when it had last changed."""
         self._heard_s = self._began_s = engine.clock.now_s
+        self.begun: Begun | None = None
+        """What its beginning was counted as, once it decodes."""
+        self.silent = False
+        """It decoded, and nobody can see that it still does."""
+        self._watched, self._watched_s = self._tail, self._began_s
 
     def silent_s(self, now_s: float) -> float:
         """For how long nothing has come, as exactly as this is asked often."""
         if self._tail is not self._heard or self.upcall.held_up or not self.upcall.streams:
             self._heard, self._heard_s = self._tail, now_s
         return now_s - self._heard_s
+
+    def watch(self, now_s: float) -> None:
+        """Now and then: whether it can be seen to decode."""
+        if self._tail is not self._watched:
+            self._watched, self._watched_s = self._tail, now_s
+        elif self.told and not self.silent and self.upcall.streams and now_s - self._watched_s >= SILENT_S:
+            self.silent = True
+            self._engine.observer.fell_silent(
+                now_s, self._watched_s, self.request.input_tokens, self.tokens, self.upcall.sequences
+            )
+
+    def _speak_again(self) -> None:
+        """Over how long it made these tokens is not known."""
+        if self._engine.holds(self):
+            self.silent = False
+            now_s = self._engine.clock.elapsed_s()
+            sequences = self.upcall.sequences
+            self._engine.observer.spoke_again(now_s, self.request.input_tokens, self.tokens, sequences)
 
     def over(self, *, cancel: bool) -> None:
         self._over = True
@@ -435,7 +469,9 @@ class _Run:
             return
         if self.upcall.streams and self.status < 300:
             self.tokens += tokens
-            if self.told:
+            if self.silent:
+                self._speak_again()
+            elif self.told:
                 observer = self._engine.observer
                 observer.tokens += tokens
                 observer.held_tokens += tokens
@@ -485,8 +521,13 @@ class _Run:
         self.decoding_s = engine.clock.now_s
         prefilled = 0 if self.request.kv_saved_tokens else tokens + self.began_with
         upcall = self.upcall
-        engine.observer.first_token(
-            self.decoding_s, tokens, prefilled=prefilled, streams=upcall.streams, sequences=upcall.sequences
+        self.begun = engine.observer.first_token(
+            self.decoding_s,
+            tokens,
+            entered_s=self._began_s,
+            prefilled=prefilled,
+            streams=upcall.streams,
+            sequences=upcall.sequences,
         )
         engine.observer.held_tokens += self.tokens
 
