@@ -25,6 +25,7 @@ from chiron.gateway.settings import LimitSettings
 from chiron.gateway.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
+from chiron.net.shares import Shares
 
 log = logging.getLogger("chiron.front")
 
@@ -62,6 +63,8 @@ class Front:
         self._next_id = next_id
         self._responded = responded
         self._boot = token_hex(4)
+        self._shares = Shares(limits.queue_max, limits.peer_share)
+        """Open requests by who asks."""
 
     def takes(self, incoming: Incoming) -> bool:
         """Whether this request is for the hot path, or to be refused before anybody looks at it."""
@@ -76,6 +79,8 @@ class Front:
         except ApiError as error:
             refused = error
             return lambda: self._refuse(incoming, refused)
+        if incoming.context.name:
+            incoming.peers = (*incoming.peers, f"API key {incoming.context.name!r}")
         return None
 
     def handle(self, incoming: Incoming) -> None:
@@ -119,6 +124,7 @@ class Front:
         """The control plane ended a request: whoever waits for it is told, and a client's key pays for ``tokens``. Of
         one that is called off they are what an engine has made so far: its client has most of it."""
         if self.open.pop(request.id, None) is not None:
+            self._shares.add(request.payload.incoming.peers, -1)
             key = self._keys.named(request.payload.key_name)
             if key is not None:
                 self._keys.charge(key, tokens)
@@ -141,6 +147,8 @@ class Front:
         if waiting >= limits.queue_max and not (cls.interactive and self._plane.shed_lost(model)):
             kind = "requests wait" if cls.interactive else "requests of the batch class wait"
             raise too_many(f"{waiting} {kind} for {model!r} already.", limits.retry_after_s)
+        if waiting >= self._shares.each and (over := self._shares.over(incoming.peers, 1)):
+            raise too_many(f"{waiting} requests wait for {model!r}, and {over} has its share.", limits.retry_after_s)
         self._keys.take(key, self._clock.elapsed_s(), admitted.input_tokens)
         number = self._next_id()
         make = RelayCall if cls.interactive else FlexCall
@@ -160,6 +168,7 @@ class Front:
             request.pinned, request.flex = cls.interactive, not cls.interactive
             request.tenant = key.name
             self.open[number] = request
+            self._shares.add(incoming.peers, 1)
             incoming.on_close = lambda: self._left(request)
             self._plane.submit(request)
 
@@ -167,8 +176,8 @@ class Front:
             self._clock.post(submit)
         except Exception:
             log.exception("%s could not be submitted", call.request_id)
-            if number in self.open:
-                del self.open[number]
+            if self.open.pop(number, None) is not None:
+                self._shares.add(incoming.peers, -1)
             if not incoming.started:
                 refuse(incoming, internal(call.request_id))
 

@@ -19,7 +19,7 @@ from typing import Any
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Instance, Request
 from chiron.gateway.admission import Models, ServedModel
-from chiron.gateway.api import ApiState, make_app
+from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch_runner import BatchRunner
 from chiron.gateway.engines import Engines
 from chiron.gateway.event_writer import EventLogSettings, EventWriter, wall_time
@@ -31,10 +31,11 @@ from chiron.gateway.live_result import LiveRecorder
 from chiron.gateway.metrics import LoopLag, Metrics
 from chiron.gateway.outages import Outage, Outages
 from chiron.gateway.scrape import Scraper
-from chiron.gateway.settings import LimitSettings, ModelSettings, ServeConfig
+from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.gateway.status import Surroundings, status
 from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
+from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.directory import make_directory
@@ -52,6 +53,11 @@ BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
 RESULT = "result.chiron"
 """File in the data directory that a run leaves behind, for ``chiron explain`` and reports."""
+FILES_SHORT = 0.85
+"""Of the file descriptors that there may be: from here on it is said."""
+FILES_WARN_S = 60.0
+FILES_BESIDES = 64
+"""File descriptors for the store, logs, scrapes; of the others each client's connection may need one for an engine."""
 GC_THRESHOLD = 50_000
 """Allocations between collections of the youngest generation: requests are freed by counting references."""
 SWITCH_INTERVAL_S = 0.0005
@@ -137,6 +143,7 @@ class Service:
         )
         self.url = ""
         self._stopping = False
+        self._files_warned_s = -FILES_WARN_S
         self._lag = LoopLag(loop)
         self._batches: list[Batch] = []
         self._batch_look: asyncio.Task[None] | None = None
@@ -152,7 +159,7 @@ class Service:
             host=config.server.host,
             port=config.server.port,
             ssl=_tls(config),
-            limits=_server_limits(config.limits),
+            limits=_server_limits(config),
             app=make_app(self._api_state()),
             is_app=lambda incoming: not self.front.takes(incoming),
             screen=self.front.screen,
@@ -204,6 +211,8 @@ class Service:
             outages={model: outage.reason for model, outage in self.outages.now.items()},
             loop_lag_s=self._lag.worst_s,
             connections=len(self._server.connections) if self._server is not None else 0,
+            files_open=files_open(),
+            files_max=files_max(),
         )
 
     def status(self) -> dict[str, Any]:
@@ -247,8 +256,20 @@ class Service:
         self.clock.call_later(WATCH_S, self._watch)
         self.outages.look(self.clock.now_s)
         self.front.watch()
+        self._watch_files()
         for engine in list(self.engines.live.values()):
             engine.watch(self.config.limits.engine_stall_s)
+
+    def _watch_files(self) -> None:
+        opened, most = files_open(), files_max()
+        if opened > FILES_SHORT * most and self.clock.now_s >= self._files_warned_s + FILES_WARN_S:
+            self._files_warned_s = self.clock.now_s
+            log.warning(
+                "%d of %d file descriptors are in use: idle and slow clients are closed for new ones, and engines may "
+                "not be reached; raise the limit (ulimit -n), or set limits.connections_max lower",
+                opened,
+                most,
+            )
 
     def _look_at_batches(self) -> None:
         self.clock.call_later(BATCHES_PERIOD_S, self._look_at_batches)
@@ -325,6 +346,7 @@ class Service:
             undrain=self.undrain,
             metrics=self._render_metrics,
             batch=self.config.batch,
+            limits=ApiLimits(peer_share=self.config.limits.peer_share),
         )
 
     def _not_ready(self) -> str:
@@ -428,14 +450,27 @@ def _tls(config: ServeConfig) -> ssl.SSLContext | None:
     return context
 
 
-def _server_limits(limits: LimitSettings) -> ServerLimits:
+def _server_limits(config: ServeConfig) -> ServerLimits:
+    limits, files = config.limits, files_max()
+    connections_max = min(limits.connections_max, max(8, (files - FILES_BESIDES) // 2))
+    if connections_max < limits.connections_max:
+        log.warning(
+            "at most %d connections instead of limits.connections_max = %d: this process may have %d file descriptors "
+            "(ulimit -n), and a request needs two",
+            connections_max,
+            limits.connections_max,
+            files,
+        )
     return ServerLimits(
         body_max_bytes=limits.body_max_bytes,
         bodies_max_bytes=limits.bodies_max_bytes,
         header_max_bytes=limits.header_max_bytes,
         headers_max=limits.headers_max,
         host_required=True,
-        connections_max=limits.connections_max,
+        connections_max=connections_max,
+        peer_share=limits.peer_share,
+        trusted_proxies=config.server.trusted_proxies,
+        files_max=files,
         idle_s=limits.idle_s,
         header_timeout_s=limits.header_timeout_s,
         body_timeout_s=limits.body_timeout_s,

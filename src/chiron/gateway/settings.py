@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.net.shares import LOOPBACK
 
 if TYPE_CHECKING:
     from chiron.fleet.local import LocalFleetSettings
@@ -41,6 +42,14 @@ def _above_zero(settings: Any, *but: str) -> None:
             _check(isfinite(value) and value > 0, key, value, "above 0, and finite")
 
 
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
     """Where the gateway listens, and where it keeps what must survive it."""
@@ -58,6 +67,9 @@ class ServerSettings:
     """PEM file with the certificate chain; with ``tls_key`` the gateway speaks HTTPS."""
     tls_key: str = ""
     """PEM file with the private key, not encrypted."""
+    trusted_proxies: tuple[str, ...] = LOOPBACK
+    """Addresses and networks of proxies before the gateway: their connections are everybody's, and the shares of
+    addresses go by what they say in ``X-Forwarded-For``."""
     open_without_keys: bool = False
     """Listen beyond loopback although no API key is set: anybody who reaches the port may use the models."""
     grace_s: float = 30.0
@@ -70,6 +82,9 @@ class ServerSettings:
             _check(
                 bool(_NAME.fullmatch(each)), "hosts", each, "names without scheme and port, such as 'llm.example.org'"
             )
+        for each in self.trusted_proxies:
+            allowed = "addresses or networks, such as '10.0.0.5' or '10.0.0.0/8'"
+            _check(_is_network(each), "trusted_proxies", each, allowed)
         _check(bool(self.data), "data", self.data, "a directory")
         lacking, given = ("tls_key", "tls_cert") if self.tls_cert else ("tls_cert", "tls_key")
         _check(bool(self.tls_cert) == bool(self.tls_key), lacking, "", f"set together with {given}")
@@ -107,7 +122,10 @@ class LimitSettings:
     headers_max: int = 100
     """Headers of a request (431 beyond)."""
     connections_max: int = 10_000
-    """Open client connections; more get a 503 and are closed at once."""
+    """Open client connections; more get a 503 and are closed at once, unless one that is idle or slow gives way."""
+    peer_share: float = 0.5
+    """Of ``connections_max``, ``bodies_max_bytes``, ``queue_max`` and the uploads under way, what one address or API
+    key may take (503; 429 for the queue and uploads)."""
     queue_max: int = 10_000
     """Requests of clients that wait for an instance of one model: interactive ones, and as many of the batch class (429
     beyond)."""
@@ -141,6 +159,7 @@ class LimitSettings:
         _above_zero(self, "held_notice_s")
         fine = isfinite(self.held_notice_s) and self.held_notice_s >= 0.0
         _check(fine, "held_notice", self.held_notice_s, "0 or more, and finite")
+        _check(self.peer_share <= 1.0, "peer_share", self.peer_share, "above 0 and at most 1")
         allowed = f"body_max_bytes ({self.body_max_bytes}) at least"
         _check(self.bodies_max_bytes >= self.body_max_bytes, "bodies_max_bytes", self.bodies_max_bytes, allowed)
 

@@ -91,6 +91,9 @@ class Surroundings:
     """The longest that the event loop was late in the last seconds."""
     connections: int = 0
     """Open client connections."""
+    files_open: int = 0
+    files_max: int = 0
+    """File descriptors of the gateway's process, and how many it may have."""
 
 
 def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def status(plane: ControlPlane, journal: LiveJournal, around: Surroundings) -> d
         "evictions": plane.evictions,
         "migrations": plane.migrations,
         "connections": around.connections,
+        "files": {"open": around.files_open, "max": around.files_max},
         "client_errors": client_errors(journal),
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,

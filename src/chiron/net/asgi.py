@@ -82,7 +82,7 @@ class _Cycle:
             "headers": request.headers,
             "client": request.client,
             "server": None,
-            "state": {},
+            "state": {"peers": request.peers},
         }
 
     def _on_body(self, data: bytes) -> None:

@@ -23,6 +23,10 @@ _PIPELINE_MAX = 16
 _BODY_RATE_MIN = 1024.0
 """Bytes per second. A body that is late by more than its timeout at this rate is only meant to hold a connection."""
 _HOST = re.compile(rb"[^\s/?#@\\<>\"^`{|}\x00-\x20\x7f]*")
+_BODY_RATE_FAIR = 65536.0
+"""Bytes per second. A body that is later than at this rate goes before others when there is no room for all."""
+_READ_RATE_MIN = 1024.0
+"""Bytes per second. Who takes less of an answer that waits for it only means to hold it."""
 _LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped, so that it sees why."""
 
@@ -47,8 +51,10 @@ class Connection(asyncio.Protocol):
         """Received since the last request or the last piece of a body: heads, trailers, framing."""
         self._block_bytes = 0
         self._url = b""
-        self._held_bytes = 0
-        """Of the bodies of requests that are not answered yet."""
+        self._counted: tuple[str, ...] | None = None
+        """The peers that this connection counts against; None: it does not count."""
+        self._since_s = 0.0
+        """When it became idle, or began to send what it is sending."""
         self._read_paused = False
         self._body_paused = False
         """By a handler that has enough of its request's body for now."""
@@ -64,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._declining = False
         """The head being read is our own, or its message's end is not the request's."""
         self._lost = False
+        self._peers: tuple[str, ...] = ()
 
     # -- asyncio ----------------------------------------------------------------------------------------------
 
@@ -75,11 +82,36 @@ class Connection(asyncio.Protocol):
         self.secure = transport.get_extra_info("sslcontext") is not None
         server = self.server
         server.connections.add(self)
+        self._since_s = server.now_s
+        peer_name = server.proxies.peer_of(self.peer[0])
+        self._peers = (peer_name,) if peer_name else ()
         self._parser = httptools.HttpRequestParser(self)
         self.deadline_s = server.now_s + server.limits.header_timeout_s
-        if len(server.connections) > server.limits.connections_max:
-            self._refuse(503, "too many connections", "service_unavailable")
+        refusal = self._no_place()
+        if refusal:
+            self._refuse(503, refusal, "service_unavailable")
             self._hang_up(linger=False)
+        else:
+            self._counted = self._peers
+            server.open += 1
+            server.connection_shares.add(self._peers, 1)
+
+    def _no_place(self) -> str:
+        """Why there is no place for one more connection; "": there is, or somebody slow made one."""
+        server = self.server
+        if over := server.connection_shares.over(self._peers, 1):
+            return f"too many connections of {over}; allowed: {server.connection_shares.each}"
+        wire = self._transport.get_extra_info("socket")
+        full = server.open >= server.limits.connections_max
+        if not full and (wire is None or not server.lacks_files(wire.fileno())):
+            return ""
+        return "" if server.make_room() else "too many connections" if full else "too few file descriptors are left"
+
+    def _count_off(self) -> None:
+        if self._counted is not None:
+            self.server.open -= 1
+            self.server.connection_shares.add(self._counted, -1)
+            self._counted = None
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -132,8 +164,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self.server.connections.discard(self)
-        self._hold(-self._held_bytes)
+        self._count_off()
         leaving = [r for r in (self._serving, self._reading) if r is not None]
+        for request in dict.fromkeys((*leaving, *self._waiting)):
+            self._let_go(request)
         self._serving = self._reading = None
         self._waiting.clear()
         self._parser = None  # It refers to this connection.
@@ -168,6 +202,8 @@ class Connection(asyncio.Protocol):
         if self._deaf or self._declining:
             return
         self._reading = Incoming(self)
+        self._reading.peers = self._peers
+        self._since_s = self.server.now_s
         self._url = b""
         self.deadline_s = self.server.now_s + self.server.limits.header_timeout_s
 
@@ -224,6 +260,10 @@ class Connection(asyncio.Protocol):
         if not request.streams and length is not None and int(length) > limits.body_max_bytes:
             self._refuse_body()
             return
+        if not self._peers:
+            chain = [value for name, value in request.headers if name == b"x-forwarded-for"]
+            client = self.server.proxies.forwarded(chain) if chain else ""
+            request.peers = (client,) if client else ()
         screen = self.server.screen
         if screen is not None and not request.streams:
             refusal = screen(request)
@@ -249,12 +289,20 @@ class Connection(asyncio.Protocol):
         request._add(data)
         if request.streams:
             return
-        self._hold(len(data))
+        server = self.server
+        server.held_bytes += len(data)
+        request._held_bytes += len(data)
+        server.body_shares.add(request.peers, len(data))
         if request._body_length > limits.body_max_bytes:
             self._refuse_body()
             return
-        if self.server.held_bytes > limits.bodies_max_bytes:
+        if over := server.body_shares.over(request.peers):
+            self._refuse(503, f"the requests of {over} that are open hold too much memory", "service_unavailable")
+            return
+        # Whoever is slow goes first; it may be this one.
+        if server.held_bytes > limits.bodies_max_bytes and not server.free_memory() and not self._deaf:
             self._refuse(503, "the requests that are open hold too much memory", "service_unavailable")
+        if self._deaf:
             return
         due_s = request._body_begin_s + request._body_length / _BODY_RATE_MIN
         self.deadline_s = min(now_s, due_s) + limits.body_timeout_s
@@ -274,9 +322,14 @@ class Connection(asyncio.Protocol):
         request._collect()
         self._enqueue(request)
 
-    def _hold(self, more_bytes: int) -> None:
-        self._held_bytes += more_bytes
-        self.server.held_bytes += more_bytes
+    def _let_go(self, request: Incoming) -> None:
+        """Its body is held no longer."""
+        request._pieces.clear()
+        request._gathered = None
+        held_bytes, request._held_bytes = request._held_bytes, 0
+        if held_bytes:
+            self.server.held_bytes -= held_bytes
+            self.server.body_shares.add(request.peers, -held_bytes)
 
     def _head_length(self) -> int:
         assert self._reading is not None
@@ -348,9 +401,9 @@ class Connection(asyncio.Protocol):
             self._serving = None
         if self._lost:
             return
-        if not request.streams:
-            self._hold(-request._body_length)
-        else:
+        self._let_go(request)
+        self._since_s = self.server.now_s
+        if request.streams:
             # What its handler left unread of the body must not keep the next request waiting.
             self.resume_reading()
         last = self._deaf and not self._waiting
@@ -389,6 +442,25 @@ class Connection(asyncio.Protocol):
         else:
             self.deadline_s = now_s + limits.idle_s
 
+    def late_s(self, now_s: float) -> float:
+        """For how long the client has had its connection for nothing: idle, or sending slower than it should."""
+        if self._serving is not None or self._waiting or self._counted is None or self.write_paused:
+            return 0.0
+        came = 0 if self._reading is None else self._reading._body_length
+        return now_s - self._since_s - came / _BODY_RATE_FAIR
+
+    @property
+    def reads_body(self) -> bool:
+        return self._reading is not None and self._reading._held_bytes > 0
+
+    def give_way(self) -> None:
+        """Others need the room."""
+        self._count_off()
+        if self._reading is not None:
+            self._refuse(503, "the request came too slowly while others waited", "service_unavailable")
+        else:
+            self._hang_up(linger=False)
+
     @property
     def idle(self) -> bool:
         return self._serving is None and not self._waiting and (self._reading is None or self._deaf)
@@ -399,7 +471,7 @@ class Connection(asyncio.Protocol):
         taken_bytes = self._written_bytes - unsent_bytes
         if self._lingers:
             self._hang_up(linger=False)
-        elif unsent_bytes and taken_bytes > self._taken_bytes:
+        elif unsent_bytes and taken_bytes - self._taken_bytes >= _READ_RATE_MIN * self.server.limits.stall_s:
             self._taken_bytes = taken_bytes  # It reads, if slowly.
             self.deadline_s = self.server.now_s + self.server.limits.stall_s
         elif self._transport.is_closing() or self.write_paused:

@@ -27,6 +27,7 @@ class Incoming:
         "_chunked",
         "_connection",
         "_gathered",
+        "_held_bytes",
         "_keep_alive",
         "_pieces",
         "_started",
@@ -43,6 +44,7 @@ class Incoming:
         "on_pause",
         "on_resume",
         "path",
+        "peers",
         "query",
         "refusal",
         "streams",
@@ -53,6 +55,8 @@ class Incoming:
         self._connection = connection
         self.method = b""
         self.path = ""
+        self.peers: tuple[str, ...] = ()
+        """Whose shares it counts against; who screens it may add one."""
         self.query = b""
         self.version = "1.1"
         self.headers: list[Header] = []
@@ -79,6 +83,8 @@ class Incoming:
         self._gathered: bytearray | None = None
         """What came before the pieces."""
         self._body_length = 0
+        self._held_bytes = 0
+        """What of it counts as memory that is held."""
         self._body_begin_s = 0.0
         self._keep_alive = True
         self._started = False

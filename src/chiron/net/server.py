@@ -6,22 +6,37 @@ request at a time; what a client pipelines waits in order.
 
 Limits: bytes and number of headers, bytes of a body and of all bodies, connections, and how long a client may take to
 send its head, its body, or to read its answer. One sweep a second enforces the times, so a request costs no timer.
+Each peer has a share (``net.shares``); when connections, memory or file descriptors are short, the slowest go first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import socket
 import ssl as ssl_module
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
+from heapq import nlargest
+from math import inf
 from typing import Any
 
 from chiron.net.connection import Connection
 from chiron.net.incoming import Header as Header
 from chiron.net.incoming import Incoming as Incoming
 from chiron.net.incoming import error_body as error_body
+from chiron.net.shares import LOOPBACK, Proxies, Shares
+
+log = logging.getLogger("chiron.http")
+
+SHED_AFTER_S = 2.0
+"""Who has been idle or late for less is not sent away."""
+LOOK_AGAIN_S = 0.5
+FILES_KEPT = 64
+BACKLOG = 2048
+ACCEPTED_AT_ONCE = 16
 
 Handler = Callable[[Incoming], None]
 Screen = Callable[[Incoming], Callable[[], None] | None]
@@ -42,6 +57,12 @@ class ServerLimits:
     host_required: bool = False
     """A request of HTTP/1.1 without the header Host is refused, as the protocol wants it. A second one always is."""
     connections_max: int = 10_000
+    peer_share: float = 1.0
+    """Of ``connections_max`` and ``bodies_max_bytes``, what one peer may hold."""
+    trusted_proxies: tuple[str, ...] = LOOPBACK
+    """Addresses and networks of proxies, which are no peers themselves."""
+    files_max: int = (1 << 31) - 1
+    """File descriptors of the process: those with the last of these numbers are not for clients."""
     idle_s: float = 75.0
     """A connection without a request is closed after this."""
     header_timeout_s: float = 20.0
@@ -71,8 +92,18 @@ class HttpServer:
         self.port = 0
         self.connections: set[Connection] = set()
         self.closing = False
+        self.open = 0
+        """Connections that count: those that were told to go do not."""
         self.held_bytes = 0
         """Bodies of requests that are not answered yet."""
+        self.shed = 0
+        """Connections that had to go so far because others needed the room."""
+        self.proxies = Proxies(limits.trusted_proxies)
+        self.connection_shares = Shares(limits.connections_max, limits.peer_share)
+        self.body_shares = Shares(limits.bodies_max_bytes, limits.peer_share, least=limits.body_max_bytes)
+        self._nobody_before_s = 0.0
+        """Nobody is slow enough to have to go before this: to look is work."""
+        self._shed_told_s = -inf
         self.now_s = 0.0
         """Seconds, as of the last sweep."""
         self.date_line = b""
@@ -89,13 +120,17 @@ class HttpServer:
     async def listen(self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None) -> None:
         factory = self.accept
         if path is not None:
-            self._listener = await self._loop.create_unix_server(factory, path=path, backlog=2048)
+            self._listener = await self._loop.create_unix_server(factory, path=path, backlog=BACKLOG)
             return
         # Who does not get through a handshake is not counted yet, so it has no longer than for a head.
         handshake_s = self.limits.header_timeout_s if ssl is not None else None
         self._listener = await self._loop.create_server(
-            factory, host, port, ssl=ssl, backlog=2048, ssl_handshake_timeout=handshake_s
+            factory, host, port, ssl=ssl, backlog=ACCEPTED_AT_ONCE, ssl_handshake_timeout=handshake_s
         )
+        for wire in self._listener.sockets:
+            # asyncio takes it for what it accepts in one go, before anybody can refuse; the system's is longer.
+            with socket.fromfd(wire.fileno(), wire.family, wire.type) as same:
+                same.listen(BACKLOG)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def close(self, grace_s: float = 5.0) -> None:
@@ -115,6 +150,38 @@ class HttpServer:
             self._sweeper.cancel()
         # Aborted transports say goodbye on the next turn of the loop.
         await asyncio.sleep(0)
+
+    def make_room(self) -> bool:
+        """Close some of the connections that are idle or slow, the slowest first. False: none is."""
+        return self._cut_slow(max(1, self.limits.connections_max // 100), lambda connection: True)
+
+    def free_memory(self) -> bool:
+        """Refuse the bodies that come slowest, until the others have room. False: there is none for all the same."""
+        most = self.limits.bodies_max_bytes
+        while self.held_bytes > most and self._cut_slow(1, lambda connection: connection.reads_body):
+            pass
+        return self.held_bytes <= most
+
+    def _cut_slow(self, count: int, fits: Callable[[Connection], bool]) -> bool:
+        now_s = self._loop.time()
+        if now_s < self._nobody_before_s:
+            return False
+        late = [(c.late_s(now_s), id(c), c) for c in self.connections if fits(c)]
+        slowest = [c for late_s, _, c in nlargest(count, late) if late_s >= SHED_AFTER_S]
+        for connection in slowest:
+            connection.give_way()
+        self.shed += len(slowest)
+        if not slowest:
+            self._nobody_before_s = now_s + LOOK_AGAIN_S
+        elif now_s >= self._shed_told_s + 60.0:
+            self._shed_told_s = now_s
+            log.warning("connections or memory are short: who is idle or slow is closed (%d so far)", self.shed)
+        return bool(slowest)
+
+    def lacks_files(self, descriptor: int) -> bool:
+        """Whether a connection with this number leaves too few of them for engines and files."""
+        most = self.limits.files_max
+        return descriptor >= most - min(FILES_KEPT, most // 4)
 
     def left(self, connection: Connection) -> None:
         if self.closing and not self.connections:

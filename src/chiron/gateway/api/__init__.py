@@ -1,6 +1,6 @@
 """The OpenAI API besides the hot path: files, batches, models, health, and what the admin may ask."""
 
 from chiron.gateway.api.app import make_app
-from chiron.gateway.api.state import ApiState, BatchWork
+from chiron.gateway.api.state import ApiLimits, ApiState, BatchWork
 
-__all__ = ["ApiState", "BatchWork", "make_app"]
+__all__ = ["ApiLimits", "ApiState", "BatchWork", "make_app"]

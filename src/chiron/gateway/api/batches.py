@@ -11,6 +11,7 @@ from chiron.core.units import DurationError, parse_duration, show_duration
 from chiron.gateway.api.expiry import json_expiry_s
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
+from chiron.gateway.api.slots import Slots
 from chiron.gateway.api.state import ApiState
 from chiron.gateway.batch_lines import ENDPOINTS
 from chiron.gateway.errors import forbidden, invalid, not_found, shown, too_many
@@ -28,11 +29,13 @@ BUSY_RETRY_S = 5.0
 class Batches:
     def __init__(self, state: ApiState) -> None:
         self._state = state
+        self._bodies = Slots(state.limits.bodies_at_once_max, state.limits.peer_share, "batches", state.wall_s)
 
     async def create(self, request: Request) -> Response:
         state = self._state
         key = self._key(request)
-        body = await json_object(request, state.limits.body_max_bytes)
+        with self._bodies.taken(request, key):
+            body = await json_object(request, state.limits.body_max_bytes, state.limits.body_timeout_s)
         known_fields(body, FIELDS)
         file_id = _text(body, "input_file_id")
         endpoint = _text(body, "endpoint")

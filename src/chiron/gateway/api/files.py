@@ -12,8 +12,9 @@ from starlette.responses import Response, StreamingResponse
 from chiron.gateway.api.expiry import FORM_FIELDS, form_expiry_s
 from chiron.gateway.api.form import Part, read_form
 from chiron.gateway.api.resource import json_response, page, page_limit
+from chiron.gateway.api.slots import Slot, Slots
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import ApiError, invalid, too_large, too_many
+from chiron.gateway.errors import ApiError, invalid, too_large
 from chiron.gateway.keys import Key
 from chiron.store.port import StoredFile, TooLarge, Upload
 
@@ -25,37 +26,33 @@ FORM_OVERHEAD_BYTES = 64 << 10
 WRITE_BYTES = 256 << 10
 FILENAME_MAX = 255
 PAGE_MAX = 10_000
-UPLOAD_RETRY_S = 2.0
 
 
 class Files:
     def __init__(self, state: ApiState) -> None:
         self._state = state
-        self._uploads = 0
+        self._uploads = Slots(state.limits.uploads_max, state.limits.peer_share, "files", state.wall_s)
 
     async def create(self, request: Request) -> Response:
         key = self._key(request)
-        limits, bytes_max = self._state.limits, self._state.batch.file_max_bytes
+        bytes_max = self._state.batch.file_max_bytes
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > bytes_max + FORM_OVERHEAD_BYTES:
             raise too_large("The file", bytes_max)
-        if self._uploads >= limits.uploads_max:
-            raise too_many(f"{limits.uploads_max} files are being uploaded already.", UPLOAD_RETRY_S)
-        self._uploads += 1
-        try:
-            return json_response(file_object(await self._receive(request, key)))
-        except TooLarge:
-            raise too_large("The file", bytes_max) from None
-        finally:
-            self._uploads -= 1
+        with self._uploads.taken(request, key) as slot:
+            try:
+                return json_response(file_object(await self._receive(request, key, slot)))
+            except TooLarge:
+                raise too_large("The file", bytes_max) from None
 
-    async def _receive(self, request: Request, key: Key) -> StoredFile:
+    async def _receive(self, request: Request, key: Key, slot: Slot) -> StoredFile:
         fields: dict[str, str] = {}
         upload: Upload | None = None
         complete = False
         buffer = bytearray()
         try:
             async for part, piece in read_form(request, self._state.limits.upload_stall_s):
+                slot.bytes += len(piece or b"")
                 if part.name not in FIELDS:
                     raise _not_allowed("field", part.name, FIELDS)
                 if part.name == "file":

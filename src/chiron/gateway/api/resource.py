@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +23,7 @@ from chiron.gateway.errors import (
     invalid,
     method_not_allowed,
     not_found,
+    timed_out,
     too_large,
     unavailable,
 )
@@ -114,13 +116,17 @@ def _response(body: bytes, status: int, headers: Headers) -> Response:
     return Response(body, status, {name.decode(): value.decode() for name, value in headers}, "application/json")
 
 
-async def json_object(request: Request, bytes_max: int) -> dict[str, Any]:
-    """The body, a JSON object. Raises ApiError 400 or 413."""
+async def json_object(request: Request, bytes_max: int, timeout_s: float) -> dict[str, Any]:
+    """The body, a JSON object. Raises ApiError 400, 408 or 413."""
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > bytes_max:
-            raise too_large("The request body", bytes_max)
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > bytes_max:
+                    raise too_large("The request body", bytes_max)
+    except TimeoutError:
+        raise timed_out(f"The body took longer than {timeout_s:g} s.", status=408) from None
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

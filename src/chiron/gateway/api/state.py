@@ -32,6 +32,12 @@ class ApiLimits:
     """A JSON body."""
     uploads_max: int = 64
     """Files on their way in at a time; more get 429."""
+    bodies_at_once_max: int = 256
+    """JSON bodies on their way in at a time; more get 429."""
+    body_timeout_s: float = 60.0
+    """From a JSON body's first byte to its last (408)."""
+    peer_share: float = 0.5
+    """Of uploads and bodies at a time, what one address or API key may have."""
     upload_stall_s: float = 60.0
     """An upload that brings nothing for so long is given up (408)."""
 
