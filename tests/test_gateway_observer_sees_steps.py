@@ -126,7 +126,7 @@ def test_a_resumed_request_has_nothing_prefilled(instance: Instance) -> None:
 
 def stream(observer: EngineObserver, at_s: float, tokens: int, *, entered_s: float, per_token_s: float = 0.02) -> float:
     """A stream of a prompt of 100 tokens gets its first token at ``at_s`` and makes the others; returns its end."""
-    observer.first_token(at_s, 100, prefilled=100)
+    observer.first_token(at_s, 100, entered_s=entered_s, prefilled=100)
     observer.tokens += tokens
     observer.held_tokens += tokens
     end_s = at_s + tokens * per_token_s
@@ -194,7 +194,7 @@ def test_choices_are_sequences_of_the_same_steps(streams: bool) -> None:
     engine = ObservedEngine(profile())
     observer = EngineObserver(engine.instance, 0.0)
     observer.entered(0.0)
-    observer.first_token(1.0, 10, prefilled=10, streams=streams, sequences=4)
+    observer.first_token(1.0, 10, entered_s=0.0, prefilled=10, streams=streams, sequences=4)
     for step in range(1, 101):
         if streams:
             observer.tokens += 4
