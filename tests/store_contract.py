@@ -444,6 +444,15 @@ async def earliest_deadline_comes_first(site: Site) -> None:
         assert await store.pending() == []
 
 
+async def batches_can_be_left_out(site: Site) -> None:
+    async with site.store() as store:
+        late = await start(site, store, 2, window_s=900)
+        early = await start(site, store, 2, window_s=300)
+        assert keys(await store.lease(MODEL, 9, besides=[early.id])) == [(late.id, 0), (late.id, 1)]
+        assert await store.lease(MODEL, 9, besides=[early.id, late.id]) == []
+        assert keys(await store.lease(MODEL, 9, besides=[late.id])) == [(early.id, 0), (early.id, 1)]
+
+
 async def a_lease_is_bounded_in_bytes(site: Site) -> None:
     size = len(line_of("id-1"))
     async with site.store() as store:
@@ -935,6 +944,7 @@ CASES: list[Case] = [
     validation_goes_on_beside_other_work,
     a_batch_can_be_cancelled_while_it_is_validated,
     earliest_deadline_comes_first,
+    batches_can_be_left_out,
     a_lease_is_bounded_in_bytes,
     an_item_says_what_to_run,
     models_of_one_file_are_leased_apart,

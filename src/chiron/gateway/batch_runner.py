@@ -38,6 +38,9 @@ from chiron.store.trust import BACK_S, ClockMarks, begin, look, words
 
 log = logging.getLogger("chiron.batch")
 
+HELD_MAX = 64
+"""Items of one batch that wait here for their key's limits."""
+
 
 class BatchPlane(BacklogPlane, Protocol):
     """What is asked of the control plane."""
@@ -150,6 +153,7 @@ class BatchRunner:
         return {
             "submitted": sum(len(window.calls) for window in windows),
             "queued": sum(len(window.queued()) for window in windows),
+            "held_by_key_limits": sum(len(window.held) for window in windows),
             "suspects": sum(len(window.suspects) + (window.suspect is not None) for window in windows),
             "in_store": self._backlog.items,
             "unwritten": self._writer.unwritten,
@@ -168,7 +172,7 @@ class BatchRunner:
         self._news.set()
         for window in self._windows:
             self._withdraw(window.calls.values())
-            self._writer.give_back(window.take_suspects(), failed=False)
+            self._writer.give_back([*window.take_suspects(), *window.take_held()], failed=False)
         for task in self._tasks[:-2]:  # Validation starts over.
             task.cancel()
         work, write = self._tasks[-2:]
@@ -259,8 +263,9 @@ class BatchRunner:
         leased: list[tuple[Window, list[Item]]] = []
 
         def deliver() -> None:
-            self._backlog.tell(pending)
             self._note_unserved(pending)
+            for window in self._windows:
+                self._try_held(window)
             for window, items in leased:
                 for item in items:
                     self._log.saw(item.batch_id)
@@ -269,10 +274,19 @@ class BatchRunner:
                 self._try_suspect(window)
                 # Work with an earlier deadline came in: what is due last goes back.
                 self._withdraw(window.surplus())
+            # What no key pays for yet is no work that could be planned for.
+            held = self._held_batches()
+            self._backlog.tell([work for work in pending if work.batch_id not in held])
 
         try:
             for window in self._windows:
-                waiting = [work for work in pending if self._window_of.get(work.model) is window and work.items]
+                waiting = [
+                    work
+                    for work in pending
+                    if self._window_of.get(work.model) is window
+                    and work.items
+                    and work.batch_id not in window.held_batches
+                ]
                 first = min(waiting, key=lambda work: work.deadline_s, default=None)
                 wish = None if first is None or self._closing else window.wish(self._clock.now_s, first.deadline_s)
                 if first is not None and wish is not None:
@@ -301,7 +315,9 @@ class BatchRunner:
     async def _lease(self, window: Window, name: str, wish: Wish) -> list[Item]:
         """Items of one model. If they cannot be read, the other models do not wait for them."""
         try:
-            items = await self._store.lease(name, wish.items_max, wish.before_deadline_s, wish.bytes_max)
+            besides = window.held_batches
+            more = {"besides": besides} if besides else {}
+            items = await self._store.lease(name, wish.items_max, wish.before_deadline_s, wish.bytes_max, **more)
         except StoreError as error:
             delay_s = window.lease_delay_s or self._tuning.backoff_min_s
             what = f"taking work of {name}"
@@ -316,25 +332,52 @@ class BatchRunner:
             self._writer.give_back([item], failed=False)
         elif item.attempts:
             window.suspects.append(item)
-        else:
-            self._submit(window, item)
+        elif item.batch_id in window.held_batches or not self._submit(window, item):
+            self._hold(window, item)
 
-    def _submit(self, window: Window, item: Item, *, suspect: bool = False) -> None:
+    def _hold(self, window: Window, item: Item) -> None:
+        """Its key has run out: it waits, and with it a few more of its batch; the others go back."""
+        if sum(held.batch_id == item.batch_id for held in window.held) < HELD_MAX:
+            window.held.append(item)
+        else:
+            self._writer.give_back([item], failed=False)
+
+    def _held_batches(self) -> frozenset[str]:
+        return frozenset().union(*(window.held_batches for window in self._windows))
+
+    def _try_held(self, window: Window) -> None:
+        """Let those run whose keys have something left again."""
+        if not window.held:
+            return
+        out: set[str] = set()
+        for item in window.take_held():
+            if item.owner in out or not self._submit(window, item):
+                out.add(item.owner)
+                window.held.append(item)
+        if not window.held:
+            self._news.set()
+
+    def _submit(self, window: Window, item: Item, *, suspect: bool = False) -> bool:
+        """False: its key has run out, and it must wait."""
         if item.damage:
             self._writer.add(failure(item, "input_damaged", item.damage))
-            return
+            return True
         body = line_body(item.body, item.endpoint)
         if body is None:
             message = "The request's line of the input file is no longer what it was when the batch was accepted."
             self._writer.add(failure(item, "invalid_json_line", message))
-            return
+            return True
+        input_tokens = window.model.tokens_of(body.shape)
+        key = self._keys.named(item.owner)
+        if key is not None and not suspect and not self._keys.take_spare(key, self._clock.now_s, input_tokens):
+            return False
         call = BatchCall(item, body, self._tuning.answer_max_bytes, self._ended)
         request = Request(
             self._next_id(),
             window.name,
             window.cls,
             self._clock.now_s,
-            window.model.tokens_of(body.shape),
+            input_tokens,
             payload=call,
             deadline_s=self._clock.from_wall_s(item.deadline_s),
             max_output_tokens=output_limit(body.shape.fields),
@@ -346,6 +389,7 @@ class BatchRunner:
             # It had its retries; once more is enough to tell bad luck from poison.
             request.retries = RETRIES_MAX - 1
         self._plane.submit(request)
+        return True
 
     def _try_suspect(self, window: Window) -> None:
         while (item := window.next_suspect(self._clock.now_s)) is not None:
@@ -359,6 +403,7 @@ class BatchRunner:
         window = self._window_of[item.model]
         window.ended(call)
         self._count_end(window)
+        self._charge(call, request)
         if outcome == "cancelled":
             self._writer.give_back([item], failed=False)
         elif outcome == "finished" or call.refused:
@@ -368,6 +413,17 @@ class BatchRunner:
             self._writer.add(failure(item, "context_length_exceeded", message))
         else:
             self._failed(window, call, call.error.message if call.error else "no engine could run it")
+
+    def _charge(self, call: BatchCall, request: Request) -> None:
+        """Its key pays for the output. What was taken back before it had any is tried, and paid for, again."""
+        key = self._keys.named(call.item.owner)
+        if key is None or not self._keys.limited(key):
+            return
+        tokens = request.tokens_done or call.collector.tokens
+        if request.outcome == "cancelled" and not tokens:
+            self._keys.give_back(key, request.input_tokens)
+        else:
+            self._keys.charge(key, tokens)
 
     def _count_end(self, window: Window) -> None:
         self._ended_since += 1
@@ -405,7 +461,7 @@ class BatchRunner:
             del self._dropped[next(iter(self._dropped))]
         for window in self._windows:
             self._withdraw(call for call in window.calls.values() if call.item.batch_id == batch_id)
-            self._writer.give_back(window.take_suspects(batch_id), failed=False)
+            self._writer.give_back([*window.take_suspects(batch_id), *window.take_held(batch_id)], failed=False)
         self._news.set()
 
     def _withdraw(self, calls: Iterable[BatchCall]) -> None:

@@ -42,6 +42,8 @@ class Window:
         self.suspects: deque[Item] = deque()
         """Leased, to be tried one at a time."""
         self.suspect: BatchCall | None = None
+        self.held: deque[Item] = deque()
+        """Leased, and waiting until their keys' limits let them run."""
         self.failing = 0
         """Items given up since the last that got an answer."""
         self.resume_s = 0.0
@@ -101,6 +103,17 @@ class Window:
         if self.suspects and self.suspect is None and now_s >= self.resume_s:
             return self.suspects.popleft()
         return None
+
+    @property
+    def held_batches(self) -> frozenset[str]:
+        """Batches of which nothing more is leased: their keys have run out."""
+        return frozenset(item.batch_id for item in self.held)
+
+    def take_held(self, batch_id: str | None = None) -> list[Item]:
+        """Those that are held (of one batch, or all) are the caller's."""
+        taken = [item for item in self.held if batch_id in (None, item.batch_id)]
+        self.held = deque(item for item in self.held if batch_id not in (None, item.batch_id))
+        return taken
 
     def take_suspects(self, batch_id: str | None = None) -> list[Item]:
         """Those that wait (of one batch, or all) are the caller's."""

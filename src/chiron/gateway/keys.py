@@ -36,7 +36,7 @@ class Key:
     models: tuple[str, ...] = ()
     requests_per_minute: float = inf
     tokens_per_minute: float = inf
-    """Prompt tokens on arrival, output tokens when they are known."""
+    """Prompt tokens on arrival, output tokens when they are known; of batch items, when they run."""
     admin: bool = False
     """Sees everything of everybody."""
 
@@ -161,6 +161,29 @@ class KeyRing:
         requests.level -= 1.0
         token_bucket.level -= tokens
 
+    def limited(self, key: Key) -> bool:
+        return key.name in self._buckets
+
+    def take_spare(self, key: Key, now_s: float, tokens: int) -> bool:
+        """Count one request of a batch, with ``tokens`` prompt tokens, if it leaves half a minute's worth of each limit
+        to the key's other requests, which cannot wait as it can. False, and then counts nothing: it must wait."""
+        buckets = self._buckets.get(key.name)
+        if buckets is None:
+            return True
+        requests, token_bucket = buckets
+        if not (requests.spares(now_s, 1.0) and token_bucket.spares(now_s, tokens)):
+            return False
+        requests.level -= 1.0
+        token_bucket.level -= tokens
+        return True
+
+    def give_back(self, key: Key, tokens: int) -> None:
+        """One that was counted never ran."""
+        buckets = self._buckets.get(key.name)
+        if buckets is not None:
+            for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
+                bucket.level = min(bucket.size, bucket.level + amount)
+
     def charge(self, key: Key, tokens: int) -> None:
         """Count output tokens, once they are known."""
         buckets = self._buckets.get(key.name)
@@ -182,12 +205,22 @@ class _Bucket:
         """Seconds until it holds ``amount`` (or is full); 0: now."""
         if self.size == inf:
             return 0.0
-        rate = self.size / PERIOD_S
-        self.level = min(self.size, self.level + max(0.0, now_s - self.at_s) * rate)
-        self.at_s = now_s
+        self._fill(now_s)
         # At least one fits a full bucket, also when less than one a minute is allowed.
         missing = min(amount, self.size) - self.level
-        return missing / rate if missing > 1e-9 else 0.0
+        return missing * PERIOD_S / self.size if missing > 1e-9 else 0.0
+
+    def spares(self, now_s: float, amount: float) -> bool:
+        """Whether half of it is left after ``amount``, or it is full."""
+        if self.size == inf:
+            return True
+        self._fill(now_s)
+        return self.level + 1e-9 >= min(self.size, self.size / 2.0 + amount)
+
+    def _fill(self, now_s: float) -> None:
+        # Whoever asks may look at the clock a little earlier than whoever asked before.
+        self.level = min(self.size, self.level + max(0.0, now_s - self.at_s) * self.size / PERIOD_S)
+        self.at_s = max(self.at_s, now_s)
 
 
 def hash_secret(secret: bytes) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop
 from itertools import groupby
@@ -50,6 +50,7 @@ def lease(
     before_deadline_s: float | None,
     bytes_max: float,
     damaged: Callable[[str], None] = lambda what: None,
+    besides: Collection[str] = (),
 ) -> list[Leased]:
     """The cost grows with ``limit`` and the number of running batches, not with their items. ``damaged`` hears of items
     whose rows are damaged: these stay leased and run for nobody until the store is mended."""
@@ -64,7 +65,7 @@ def lease(
         if len(found) >= limit or bytes_max <= 0:
             break
         lane = leases.lane(row["batch"], row["lane"])
-        if row["items"] <= len(lane.leased):
+        if row["items"] <= len(lane.leased) or row["id"] in besides:
             continue
         batch_row(db, row["batch"])  # Checked before anything is taken from it.
         taken = _take(db, lane, row["batch"], row["lane"], limit - len(found), bytes_max)

@@ -9,7 +9,7 @@ Times named ``_s`` are wall-clock seconds since the epoch, or durations in secon
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -324,11 +324,16 @@ class BatchStore(Protocol):
         """``cancelling`` while items are leased, else ``cancelled``. Raises ``Conflict`` if it ended otherwise."""
 
     async def lease(
-        self, model: str, limit: int, before_deadline_s: float | None = None, bytes_max: int | None = None
+        self,
+        model: str,
+        limit: int,
+        before_deadline_s: float | None = None,
+        bytes_max: int | None = None,
+        besides: Collection[str] = (),
     ) -> list[Item]:
         """Up to ``limit`` pending items, earliest deadline first, then oldest batch, then input order; no more once
-        their bodies have ``bytes_max`` bytes. They are the caller's until ``finish``, ``release`` or the end of the
-        process."""
+        their bodies have ``bytes_max`` bytes, and none of the batches ``besides``, by id. They are the caller's until
+        ``finish``, ``release`` or the end of the process."""
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
         """Keep these results. A second result for an item, or one for a batch that has ended, is ignored."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -449,7 +449,12 @@ class SqliteStore:
     # Items.
 
     async def lease(
-        self, model: str, limit: int, before_deadline_s: float | None = None, bytes_max: int | None = None
+        self,
+        model: str,
+        limit: int,
+        before_deadline_s: float | None = None,
+        bytes_max: int | None = None,
+        besides: Collection[str] = (),
     ) -> list[Item]:
         now = self._opened
         async with now.places:
@@ -462,6 +467,7 @@ class SqliteStore:
                     before_deadline_s,
                     inf if bytes_max is None else bytes_max,
                     self.damage.note,
+                    besides,
                 ),
                 reads=True,
             )
