@@ -208,6 +208,23 @@ def test_work_with_an_earlier_deadline_goes_first_and_later_work_goes_back(tmp_p
     run(test)
 
 
+def test_an_item_beyond_every_context_is_answered_without_an_engine(tmp_path: Path) -> None:
+    async def test() -> None:
+        site = Site(tmp_path)
+        site.models.by_name["m"].context_tokens = 2048
+        await site.start()
+        batch = await site.submit(line("long", "x" * 100_000), *many(3))
+        done = await site.ended(batch)
+        assert (done.completed, done.failed) == (3, 1)
+        (error,) = await site.lines(done.error_file_id)
+        assert error["custom_id"] == "long"
+        assert error["error"]["code"] == "context_length_exceeded"
+        assert "maximum context length is 2048 tokens" in error["error"]["message"]
+        await site.stop()
+
+    run(test)
+
+
 def test_a_poison_item_fails_alone(tmp_path: Path) -> None:
     async def test() -> None:
         """Whoever is submitted together with the poison dies with it, as neighbours on one engine do."""

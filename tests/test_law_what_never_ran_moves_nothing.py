@@ -132,6 +132,16 @@ def test_what_a_client_took_back_half_way_counts_for_what_it_ran() -> None:
     assert mix.output_tokens == pytest.approx(200.0 + (40 - 200) / 11)
 
 
+def test_an_item_of_a_job_that_is_taken_back_half_way_teaches_no_length() -> None:
+    """It runs later, from its beginning or from where it was."""
+    world = World([Ask(at_s=1.5, cls=NIGHT, tokens_out=300)], until_s=3.0)
+    (request,) = world.plane.instances[1].requests.values()
+    request.tokens_done = 40
+    world.plane.cancel(request)
+    world.clock.run_until(10.0)
+    assert [mix.finished for mix in world.learned()["mixes"]] == [0, 0, 0]
+
+
 def test_work_shed_for_want_of_room_is_load_all_the_same() -> None:
     world = World([Ask(at_s=1.5, end="refuse", after_s=100.0)], until_s=3.0)
     (request,) = world.plane.instances[1].requests.values()

@@ -343,8 +343,9 @@ class ControlPlane:
         if request.outcome is None:
             if self._event is not None:
                 self._event(self.clock.now_s, "evicted", request, instance)
-        elif request.ran and request.tokens_done:
-            state.learner.made(request)  # Called off half-way, it was as long as that.
+        elif request.ran and request.tokens_done and (request.interactive or request.flex):
+            # Called off half-way, it was as long as that. An item of a job is taken back to run later.
+            state.learner.made(request)
         destination, request.migrating_to = request.migrating_to, None
         if request.outcome is None:
             if destination is not None and destination.state == "ready":

@@ -113,14 +113,19 @@ def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None
     options = fields.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise invalid(f"stream_options: {shown(options)} must be an object", param="stream_options")
+    check_fits(served, body.shape, is_chat(incoming.path))
+    return Admitted(body=body, model=served, cls=cls, input_tokens=served.tokens_of(body.shape), stream=bool(stream))
+
+
+def check_fits(served: ServedModel, shape: Shape, chat: bool) -> None:
+    """Raises ApiError for a prompt that none of the model's engines can hold."""
     check_context(
         served.context_tokens,
-        text_bytes=body.shape.sure_bytes,
-        token_ids=body.shape.token_ids,
-        prompts=body.shape.prompts,
-        chat=is_chat(incoming.path),
+        text_bytes=shape.sure_bytes,
+        token_ids=shape.token_ids,
+        prompts=shape.prompts,
+        chat=chat,
     )
-    return Admitted(body=body, model=served, cls=cls, input_tokens=served.tokens_of(body.shape), stream=bool(stream))
 
 
 def is_chat(path: str) -> bool:

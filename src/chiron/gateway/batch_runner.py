@@ -22,15 +22,16 @@ from typing import Protocol
 
 from chiron.control.plane import RETRIES_MAX
 from chiron.core.types import Request
-from chiron.gateway.admission import Models
+from chiron.gateway.admission import Models, check_fits
 from chiron.gateway.batch_backlog import Backlog, BacklogPlane
 from chiron.gateway.batch_call import BatchCall, failure, output_limit
-from chiron.gateway.batch_lines import by_name, line_body, line_check
+from chiron.gateway.batch_lines import ENDPOINTS, by_name, line_body, line_check
 from chiron.gateway.batch_log import BatchLog
 from chiron.gateway.batch_tuning import RunnerClock, RunnerSettings, back_off, try_later
 from chiron.gateway.batch_window import Window, Wish
 from chiron.gateway.batch_writer import ResultWriter
 from chiron.gateway.collect import CollectError
+from chiron.gateway.errors import ApiError
 from chiron.gateway.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
@@ -366,6 +367,11 @@ class BatchRunner:
         if body is None:
             message = "The request's line of the input file is no longer what it was when the batch was accepted."
             self._writer.add(failure(item, "invalid_json_line", message))
+            return True
+        try:
+            check_fits(window.model, body.shape, item.endpoint == ENDPOINTS[0])
+        except ApiError as error:
+            self._writer.add(failure(item, "context_length_exceeded", error.message))
             return True
         input_tokens = window.model.tokens_of(body.shape)
         key = self._keys.named(item.owner)
