@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -32,8 +31,9 @@ BYTES_PER_TOKEN = 4.0
 NESTING_MAX = 250
 """Levels of a JSON body."""
 FRAME_BYTES = 256
-"""Beside the prompt that do not count: the model's name, limits, sampling. What is around the text of a message
-is about as long as what the chat template puts there, and counts."""
+"""Of a body that do not count, as long as more than the prompt is left: the model's name, limits, sampling."""
+MESSAGE_BYTES = 28
+"""Around the text of a message, in JSON as in a chat template."""
 MEDIA_BYTES = 4096
 """Of text that an image, a sound or a file counts as: some thousand tokens."""
 MEDIA_VALUE_MIN_BYTES = 1024
@@ -52,18 +52,21 @@ _FULL_LIST = re.compile(rb"\[\s*[^\s\]]")
 _LIST_OF_OBJECTS = re.compile(rb"\[\s*\{")
 _OPENING = re.compile(rb"\[\s*(.)")
 _NO_ID = re.compile(rb"[0-9]{11}")
-_BRACE = 0x7B
 
 
 class _Options(Struct, gc=False):
     include_usage: bool | None = None
 
 
+class _Message(Struct, gc=False):
+    content: str | list[Raw] | None = None
+
+
 class _Usual(Struct, gc=False):
     """A body as it nearly always is; one that is not is looked at field by field."""
 
     model: str
-    messages: list[Raw] | UnsetType = UNSET
+    messages: list[_Message] | UnsetType = UNSET
     prompt: Raw | UnsetType = UNSET
     stream: bool | None = None
     stream_options: _Options | None = None
@@ -107,8 +110,7 @@ class Long:
         return f"{self._text}..."
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(Struct, frozen=True, gc=False):
     """What is known of a body."""
 
     fields: Mapping[str, Any]
@@ -217,7 +219,7 @@ def shape_of(raw: bytes, chat: bool) -> Shape:
     start, end = places.get("messages", (0, 0))
     if not _LIST_OF_OBJECTS.match(raw, start, end):
         raise _no_message(raw[start + 1 : start + 81]) if _FULL_LIST.match(raw, start, end) else _no_messages()
-    return _chat_shape(raw, fields, places, end - start)
+    return _chat_shape(raw, fields, places, end - start, True)
 
 
 def nested_too_deep(text: bytes, value: object) -> bool:
@@ -268,23 +270,28 @@ def _shape_of_usual(raw: bytes, usual: _Usual, chat: bool) -> Shape:
     messages = usual.messages
     if messages is UNSET or not messages:
         raise _no_messages()
-    length = 2
+    length = 0
+    parts = False
     for message in messages:
-        view = memoryview(message)
-        length += len(view) + 1
-        if view[0] != _BRACE:
-            raise _no_message(bytes(view[:80]))
-    return _chat_shape(raw, fields, None, length)
+        content = message.content
+        length += MESSAGE_BYTES
+        if isinstance(content, str):
+            length += len(content)
+        elif content:
+            parts = True
+            length += sum([len(memoryview(part)) for part in content])
+    return _chat_shape(raw, fields, None, length, parts)
 
 
 def _chat_shape(
-    raw: bytes, fields: dict[str, Any], places: Mapping[str, tuple[int, int]] | None, prompt_length: int
+    raw: bytes, fields: dict[str, Any], places: Mapping[str, tuple[int, int]] | None, prompt_length: int, parts: bool
 ) -> Shape:
-    media, media_bytes = _media(raw, places)
+    """``parts``: some message is not plain text, so that there may be an image in it."""
+    media, media_bytes = _media(raw, places) if parts else (0, 0)
     escaped = _escaped_bytes(raw)
-    sure_bytes = max(1, prompt_length - media_bytes - escaped)
-    text_bytes = _text_bytes(raw, prompt_length) - escaped - media_bytes + media * MEDIA_BYTES
-    return Shape(fields, max(1, text_bytes), 0, sure_bytes, media > 0, 1, places)
+    text_bytes = max(prompt_length, len(raw) - FRAME_BYTES) - escaped - media_bytes + media * MEDIA_BYTES
+    sure_bytes = prompt_length - escaped - media_bytes
+    return Shape(fields, max(1, text_bytes), 0, max(1, sure_bytes), media > 0, 1, places)
 
 
 def _text_shape(
@@ -292,18 +299,13 @@ def _text_shape(
 ) -> Shape:
     token_ids, prompts = _prompt(text, start, end)
     sure_bytes = 0 if token_ids else max(1, end - start - _escaped_bytes(raw))
-    text_bytes = _text_bytes(raw, end - start) - _escaped_bytes(raw) - (end - start if token_ids else 0)
+    text_bytes = max(end - start, len(raw) - FRAME_BYTES) - _escaped_bytes(raw) - (end - start if token_ids else 0)
     return Shape(fields, max(0 if token_ids else 1, text_bytes), token_ids, sure_bytes, False, prompts, places)
-
-
-def _text_bytes(raw: bytes, prompt_length: int) -> int:
-    """Of the prompt, and of all beside it but the frame."""
-    return prompt_length + max(0, len(raw) - prompt_length - FRAME_BYTES)
 
 
 def _escaped_bytes(raw: bytes) -> int:
     """By how much escapes are longer than what they stand for: three bytes or fewer, each."""
-    return 3 * raw.count(b"\\u")
+    return 3 * raw.count(b"\\u") if b"\\" in raw else 0
 
 
 def _prompt(text: bytes, start: int, end: int) -> tuple[int, int]:
