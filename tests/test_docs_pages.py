@@ -153,16 +153,25 @@ def test_lock_files_hold_only_pins_and_development_adds_to_the_base() -> None:
 
 HOSTS = {
     "127.0.0.1",
+    "127.0.0.1.evil.example",
+    "192.168.0.7",
     "HOST",
     "arxiv.org",
     "creativecommons.org",
+    "engine",
+    "evil.example",
+    "example.com",
+    "example.org",
     "github.com",
     "json-schema.org",
     "localhost",
+    "llm.example.org",
     "localhost.invalid",
+    "printer",
     "semver.org",
     "www.apache.org",
     "www.w3.org",
+    "x",
 }
 """Hosts that the project refers to. A new one is added here, on purpose."""
 
