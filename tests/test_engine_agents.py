@@ -215,6 +215,7 @@ def tool(**function: Any) -> dict[str, Any]:
         ({"response_format": form({"$ref": "#"})}, "response_format", "no finite"),
         ({"response_format": form({"not": {}})}, "response_format", "'not'"),
         ({"tools": [tool(name="f", parameters={"type": "array"})]}, "tools", "an object"),
+        ({"response_format": form({"type": "array", "minItems": 9000}), "n": 2}, "n", "smaller for such schemas"),
         ({"tools": [WEATHER, WEATHER]}, "tools", "once more"),
         ({"tools": [WEATHER] * 200}, "tools", "up to 128"),
         ({"tools": [WEATHER], "tool_choice": tool(name="x")}, "tool_choice", "weather"),
@@ -251,6 +252,27 @@ def test_what_the_embedded_engine_lacks_is_a_400_that_names_it(
         with pytest.raises(openai.BadRequestError) as caught:
             api.post(path, body={"model": "m", **prompt, **fields}, cast_to=object)
         assert caught.value.param == param
+
+
+def test_a_tool_with_a_thousand_properties_is_called_or_refused(engines: dict[str, EngineProcess]) -> None:
+    names = [f"p{i}" for i in range(1000)]
+    many = {"type": "object", "properties": {name: {"type": "integer"} for name in names}}
+    asked: dict[str, Any] = {"model": "m", "messages": SAY, "tool_choice": "required"}
+    tools: dict[str, Any] = {
+        "required": [tool(name="f", parameters={**many, "required": names})],
+        "optional": [tool(name="f", parameters=many)],
+    }
+    with openai.OpenAI(base_url=engines["emulated"].url + "/v1", api_key="none", max_retries=0) as api:
+        for name, each in tools.items():
+            choice = api.chat.completions.create(**asked, tools=each).choices[0]
+            found = json.loads(choice.message.tool_calls[0].function.arguments)
+            assert (len(found) == 1000) == (name == "required")
+    with openai.OpenAI(base_url=engines["openvino"].url + "/v1", api_key="none", max_retries=0) as api:
+        cut = api.chat.completions.create(**asked, tools=tools["required"], max_tokens=30).choices[0]
+        assert cut.finish_reason == "length"
+        assert cut.message.tool_calls[0].function.arguments.startswith('{"p0":')
+        with pytest.raises(openai.BadRequestError, match="more than 300 optional"):
+            api.chat.completions.create(**asked, tools=tools["optional"], max_tokens=30)
 
 
 def test_the_emulated_engine_makes_up_alternatives_and_tools_by_itself(engines: dict[str, EngineProcess]) -> None:

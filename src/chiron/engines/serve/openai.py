@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chiron.engines.serve.request_error import RequestError, shown
-from chiron.engines.serve.schema import ANY_OBJECT, Allowance, Schema, SchemaError, read_schema
+from chiron.engines.serve.schema import ANY_OBJECT, VALUES_MAX, Allowance, Schema, SchemaError, read_schema
 from chiron.engines.serve.tools import NO_TOOLS, ToolCall, Tools, read_calls, read_tools
 
 FinishReason = Literal["stop", "length", "tool_calls"]
@@ -132,6 +132,8 @@ def parse_request(body: bytes, *, chat: bool, served: Collection[str]) -> Genera
     max_tokens = fields.integer("max_completion_tokens", 1) or fields.integer("max_tokens", 1)
     n = fields.integer("n", 1, CHOICES_MAX) or 1
     prompts = () if chat else _prompts(fields, CHOICES_MAX // n)
+    form, tools = _json_schema(fields, allowance), _tools(fields, allowance) if chat else NO_TOOLS
+    _check_values(fields, form, tools, n * max(1, len(prompts)))
     resume = _resume(fields)
     if resume and n * len(prompts or "1") > 1:
         raise fields.error("resume_token_ids", "absent where an answer has several choices")
@@ -143,8 +145,8 @@ def parse_request(body: bytes, *, chat: bool, served: Collection[str]) -> Genera
         n=n,
         echo=not chat and fields.flag("echo"),
         logprobs=_logprobs(fields, chat),
-        json=_json_schema(fields, allowance),
-        tools=_tools(fields, allowance) if chat else NO_TOOLS,
+        json=form,
+        tools=tools,
         max_tokens=max_tokens or (None if chat else COMPLETION_TOKENS_DEFAULT),
         ignore_eos=fields.flag("ignore_eos"),
         stop=_stop(fields),
@@ -370,6 +372,14 @@ def _json_schema(fields: _Fields, allowance: Allowance) -> Schema | None:
         return read_schema(described["schema"], f"{where}.schema", allowance)
     except SchemaError as error:
         raise RequestError(str(error), param="response_format", code="invalid_json_schema") from None
+
+
+def _check_values(fields: _Fields, form: Schema | None, tools: Tools, choices: int) -> None:
+    """Raises RequestError if the choices would have to hold too much JSON together."""
+    schemas = [tool.arguments for tool in tools.allowed] + ([] if form is None else [form])
+    values = choices * max((schema.least_values for schema in schemas), default=0)
+    if choices > 1 and values > VALUES_MAX:
+        raise fields.error("n", f"smaller for such schemas: all choices together would have {values} values at least")
 
 
 def _tools(fields: _Fields, allowance: Allowance) -> Tools:

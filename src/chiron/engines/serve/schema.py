@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 from urllib.parse import unquote
@@ -141,6 +141,8 @@ class Schema:
     """Levels of the flattest value that is known of each part."""
     node_heights: dict[int, int] = field(default_factory=dict)
     """The same of each node, by ``id``."""
+    least_values: int = 1
+    """Values within the flattest value."""
 
     def height(self, node: Node) -> int:
         """Whoever goes on to what is flattest comes to an end: a reference counts as a level."""
@@ -173,8 +175,7 @@ def read_schema(given: Any, where: str, allowance: Allowance | None = None) -> S
     root = reader.node(given, where, 0)
     parts = reader.referred()
     schema = Schema(root, parts)
-    _measure(schema, where)
-    return schema
+    return replace(schema, least_values=_measure(schema, where))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
@@ -528,8 +529,9 @@ def _shown(value: Any) -> str:
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def _measure(schema: Schema, where: str) -> None:
-    """Find the flattest value of each node; raise SchemaError if there is none, or if it is too large."""
+def _measure(schema: Schema, where: str) -> int:
+    """Find the flattest value of each node, and how many values the root's has; raise SchemaError if there is none, or
+    if it is too large."""
     users: dict[str, set[str]] = {}
     for pointer, node in schema.parts.items():
         for used in _refs(node):
@@ -552,8 +554,10 @@ def _measure(schema: Schema, where: str) -> None:
         raise _error(where, "no finite value fits it, as it needs itself within itself")
     if height > DEPTH_MAX:
         raise _error(where, f"the flattest value that fits it has {height} levels; at most {DEPTH_MAX} are allowed")
-    if _values(schema, schema.root, {}) > VALUES_MAX:
+    values = _values(schema, schema.root, {})
+    if values > VALUES_MAX:
         raise _error(where, f"the least value that fits it has more than {VALUES_MAX} values in it")
+    return values
 
 
 def _children(node: Node) -> Iterator[Node]:
