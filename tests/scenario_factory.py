@@ -124,6 +124,8 @@ class WildSettings:
     seed: int = 0
     packs: bool = True
     strict_roles: bool = False
+    keeps_apart: bool = False
+    defers_late: bool = False
     holds_batch: bool = True
     evicts: bool = True
     eviction_pause_s: float = 1.0
@@ -144,7 +146,9 @@ def make_wild(settings: WildSettings) -> Policy:
 
     def router(_: Any, estimates: Estimates) -> Router:
         if settings.packs:
-            return PackingRouter(PackingSettings(), estimates, strict_roles=settings.strict_roles)
+            return PackingRouter(
+                PackingSettings(), estimates, strict_roles=settings.strict_roles, keeps_apart=settings.keeps_apart
+            )
         return LeastRouter(lambda instance: len(instance.requests))
 
     return Policy(
@@ -155,6 +159,7 @@ def make_wild(settings: WildSettings) -> Policy:
         fleet_period_s=settings.tick_s,
         local=_wild_cap if settings.caps else None,
         holds_batch=settings.holds_batch,
+        defers_late=settings.defers_late,
         evicts=settings.evicts,
         eviction_pause_s=settings.eviction_pause_s,
         revives=settings.revives,
@@ -195,7 +200,16 @@ def _wild_cap(settings: WildSettings, state: None, view: LocalView) -> tuple[Loc
         return None, None
     size = draw.choice((1, 2, 3, view.max_num_seqs))
     seen = {"itl_s": view.itl_s, "decode_batch": view.decode_batch, "throughput": view.throughput}
-    return LocalDecision(max_batch_size=size, reason="wild", numbers=seen), None
+    step_s = draw.choice((inf, 0.0, TICK_S, 0.1))
+    return LocalDecision(
+        max_batch_size=size,
+        prefill_limit_s=step_s * draw.choice((1, 4)) if step_s else 0.0,
+        prefill_step_s=step_s,
+        prefill_share=draw.choice((1.0, 0.1)),
+        batch_limit=draw.choice((None, 0, 2)),
+        reason="wild",
+        numbers=seen,
+    ), None
 
 
 def _wild_moves(settings: WildSettings, state: None, view: FleetView) -> tuple[tuple[Migration, ...], None]:
@@ -342,6 +356,8 @@ wild_settings = st.builds(
     seed=st.integers(0, 9),
     packs=st.sampled_from((True, False, False)),
     strict_roles=st.booleans(),
+    keeps_apart=st.booleans(),
+    defers_late=st.booleans(),
     holds_batch=st.booleans(),
     evicts=st.sampled_from((True, True, False)),
     eviction_pause_s=st.sampled_from((0.0, 1.0)),

@@ -16,7 +16,7 @@ from chiron.policies.views import StepTimes
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.workload.types import Workload
-from policy_factory import CHAT, local, mix
+from policy_factory import CHAT, JOBS, local, mix
 
 TIMES = StepTimes(
     fixed_s=0.01, per_sequence_s=1e-4, per_context_token_s=0.0, per_prefill_token_s=1e-4, per_prefill_square_s=0.0
@@ -138,3 +138,43 @@ def test_a_saturated_instance_settles_within_seconds() -> None:
     assert settled_s < 40.0, "from a standing start: the instance first has to fill"
     view_itl = [p.itl_s for p in simulation.recorder.batch_sizes if p.t_s > settled_s and p.itl_s == p.itl_s]
     assert all(itl < 0.1 for itl in view_itl)
+
+
+def test_while_batch_work_waits_the_prefill_in_flight_is_what_a_mean_over_tokens_bears() -> None:
+    chat = replace(CHAT_MIX, cls=replace(CHAT, itl_s=0.12), output_low=16)
+    how = {"max_num_batched_tokens": 8192, "batch_waits": True, "mixes": {"chat": chat}}
+    limits = [
+        decide_batch_size(OURS, None, view(**how, itl_missed=missed))[0] for missed in (0.0, 0.003, 0.0045, 0.009)
+    ]
+    steps = 0.12 - 0.01 - 0.006
+    assert limits[0] is not None
+    assert limits[0].prefill_limit_s == pytest.approx(16 * steps)
+    assert limits[0].prefill_step_s == pytest.approx(steps)
+    assert [round(limit.prefill_limit_s / limit.prefill_step_s) for limit in limits[:3] if limit] == [16, 8, 1]
+    assert limits[3] is not None
+    assert limits[3].prefill_step_s == pytest.approx(0.0), (
+        "no batch prompt beside requests that miss their SLO too often"
+    )
+    alone, _ = decide_batch_size(OURS, None, view(**(how | {"batch_waits": False})))
+    assert alone is not None
+    assert alone.prefill_limit_s == pytest.approx(steps), "nobody gains from packing"
+
+
+def test_running_batch_work_is_counted_by_its_decoding_and_new_batch_work_by_its_prefill_too() -> None:
+    """Batch work of 0.105 s over 50 tokens, 0.1 s of it prefill; interactive work of 1.1 ms a step and request."""
+    jobs = replace(mix(JOBS), input_tokens=1000.0, input_square=1e6, output_tokens=50.0)
+    how = {
+        "mixes": {"chat": CHAT_MIX, "jobs": jobs},
+        "class_counts": {"chat": 10, "jobs": 200},
+        "dispatched": 210,
+        "max_num_batched_tokens": 8192,
+        "itl_s": float("nan"),
+        "max_batch_size": 64,
+    }
+    state = None
+    for _ in range(40):
+        decision, state = decide_batch_size(OURS, state, view(**how))
+    assert decision is not None
+    # 0.11 s are left of a step; the chats take 0.011 of it, 200 decoding jobs 0.02: room for 71 chats more.
+    assert decision.max_batch_size == pytest.approx(210 + 71, abs=2)
+    assert decision.batch_limit == pytest.approx(10 + 0.099 / 0.0021, abs=2)

@@ -58,12 +58,17 @@ _Equation = tuple[list[float], float, float]
 """Coefficients in units of the prior, what they add up to, weight."""
 LEAD_PRIOR = 0.1
 """Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
+_FEW = 0.02
+"""Share of requests that may be shorter than ``output_low``: who is promised a mean is at least so long."""
+_FEW_SEEN = 500
+"""Finished requests before anything is said of the shortest of them: as many as the share of missed ITL SLOs remembers,
+so that packing starts no sooner than its misses would be noticed."""
 
 
 class Mix:
     """Running means of one class's lengths."""
 
-    __slots__ = ("cls", "finished", "input_mean", "input_square", "output_mean", "output_square", "seen")
+    __slots__ = ("cls", "counts", "finished", "input_mean", "input_square", "output_mean", "output_square", "seen")
 
     def __init__(self, cls: RequestClass) -> None:
         self.cls = cls
@@ -73,6 +78,8 @@ class Mix:
         self.input_square = 2 * PRIOR_INPUT_TOKENS**2
         self.output_mean = PRIOR_OUTPUT_TOKENS
         self.output_square = 2 * PRIOR_OUTPUT_TOKENS**2
+        self.counts = [0.0] * 32
+        """Outputs of 0, 1, 2-3, 4-7 ... tokens; all are halved when they reach twice the memory."""
 
     def ran(self, input_tokens: int) -> None:
         self.seen += 1
@@ -86,6 +93,21 @@ class Mix:
         weight = 1.0 / (self.finished + 10 if self.finished < _MEMORY else _MEMORY)
         self.output_mean += weight * (output_tokens - self.output_mean)
         self.output_square += weight * (output_tokens * output_tokens - self.output_square)
+        self.counts[min(output_tokens.bit_length(), 31)] += 1.0
+        if self.finished % _MEMORY == 0:
+            self.counts = [0.5 * count for count in self.counts]
+
+    def output_low(self) -> int:
+        """Tokens that all but a few of the outputs have: a power of two. 1 until enough have been seen."""
+        if self.finished < _FEW_SEEN:
+            return 1
+        few = _FEW * sum(self.counts)
+        below = 0.0
+        for bits, count in enumerate(self.counts):
+            below += count
+            if below > few:
+                return 1 << bits >> 1 or 1
+        return 1
 
     def view(self) -> ClassMix:
         variance = self.output_square - self.output_mean**2
@@ -95,6 +117,7 @@ class Mix:
             input_square=self.input_square,
             output_tokens=self.output_mean,
             output_sd=variance**0.5 if variance > 0 else 0.0,
+            output_low=self.output_low(),
             finished=self.finished,
         )
 
@@ -183,6 +206,10 @@ class Learner:
     @property
     def expected_output(self) -> dict[str, float]:
         return self._expected_output
+
+    def shortest_s(self, name: str) -> float:
+        """What a mean answer of this class takes at the least: its steps with nobody else in them."""
+        return self._expected_output[name] * self.step_times.fixed_s if self.trusted else 0.0
 
     def seen_names(self) -> list[str]:
         """Classes that this model has had requests of; all of them before the first. What another model was promised

@@ -52,7 +52,7 @@ class ModelState:
         self.router = policy.router(policy.settings, self.learner)
         order = policy.order(policy.settings, self.learner) if policy.order is not None else DeadlineOrder()
         self.waiting = WaitingQueue(order)
-        self.batch = BatchQueue(policy.group_span_s)
+        self.batch = BatchQueue(policy.group_span_s, defers_late=policy.defers_late, shortest_s=self.learner.shortest_s)
         self.instances: dict[int, Instance] = {}
         self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
         self.advised: dict[Role, int] = {}
@@ -62,8 +62,7 @@ class ModelState:
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
         self.attained = 0
         self.missed = 0
-        self.itl_missed = 0.0
-        """Share of finished interactive requests that missed their ITL SLO: exponential mean over some 500."""
+        self._itl_missed = {c.name: 0.0 for c in classes}
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
         self._arrivals: dict[tuple[str, int], _Arrivals] = {}
@@ -74,6 +73,12 @@ class ModelState:
     def clients_waiting(self, *, interactive: bool) -> int:
         """Requests without an instance whose clients wait, interactive or flex. Items of jobs are not among them."""
         return self.waiting.interactive if interactive else self.waiting.flex + self.batch.flex
+
+    @property
+    def itl_missed(self) -> float:
+        """Share of finished interactive requests that missed their ITL SLO: an exponential mean over some 500, of the
+        class where it is largest."""
+        return max(self._itl_missed.values())
 
     def arrived(self, request: Request) -> None:
         name = request.cls.name
@@ -112,7 +117,7 @@ class ModelState:
             return
         tokens = request.tokens_done
         slow = tokens > 1 and request.finish_s - request.first_token_s > cls.itl_s * (tokens - 1)
-        self.itl_missed += 0.002 * (slow - self.itl_missed)
+        self._itl_missed[cls.name] += 0.002 * (slow - self._itl_missed[cls.name])
         late = request.first_token_s - request.arrival_s > cls.ttft_s or request.finish_s > request.deadline_s
         if slow or late:
             self.missed += 1
@@ -234,6 +239,8 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         max_num_seqs=instance.kind.max_num_seqs,
         max_num_batched_tokens=instance.kind.max_num_batched_tokens,
         prefill_limit_s=instance.prefill_limit_s,
+        batch_limit=instance.batch_limit,
+        batch_waits=state.batch.count > 0 or bool(state.batch.held),
         itl_missed=state.itl_missed,
         dispatched=len(instance.requests),
         binding=len(instance.requests) >= instance.max_batch_size,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
@@ -247,6 +248,9 @@ class ControlPlane:
             instance.running_interactive += 1
         else:
             instance.batch[request.id] = request
+            instance.prefill_batch_s += cost
+            if cost > instance.prefill_step_s and instance.running_interactive:
+                self._pace_batch(state, instance, cost)
         if self._event is not None:
             self._event(now_s, "dispatch", request, instance)
         state.router.changed(instance)
@@ -275,6 +279,9 @@ class ControlPlane:
     def _prefill_over(self, instance: Instance, request: Request) -> None:
         backlog = instance.prefill_backlog_s - request.prefill_cost_s
         instance.prefill_backlog_s = backlog if backlog > 1e-9 else 0.0
+        if not request.interactive:
+            batch = instance.prefill_batch_s - request.prefill_cost_s
+            instance.prefill_batch_s = batch if batch > 1e-9 else 0.0
         request.prefill_cost_s = 0.0
 
     def _end(self, state: ModelState, request: Request, outcome: Outcome) -> None:
@@ -430,9 +437,10 @@ class ControlPlane:
         if state.waiting.count:
             now_s = self.clock.now_s
             while (request := state.waiting.head(now_s)) is not None:
-                instance = state.router.choose(request)
+                waited = now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s
+                instance = state.router.choose(request, waited=waited)
                 if instance is None and self.policy.evicts and request.interactive:
-                    instance = state.router.choose_victim(request)
+                    instance = state.router.choose_victim(request, waited=waited)
                     if instance is not None:
                         self._make_room(state, instance, request)
                 if instance is None:
@@ -445,10 +453,15 @@ class ControlPlane:
 
     def _release_batch(self, state: ModelState) -> None:
         batch, router = state.batch, state.router
-        while (request := batch.head()) is not None:
+        below = batch.BITS_MAX
+        while (request := batch.head(self.clock.now_s, below)) is not None:
             instance = router.choose(request)
             if instance is None:
-                return
+                bits = router.room_tokens.bit_length()
+                if not (0 < bits < below and self.policy.defers_late):
+                    return
+                below = bits
+                continue
             batch.remove_head(request)
             self._dispatch(state, request, instance)
 
@@ -463,20 +476,44 @@ class ControlPlane:
         ):
             self._evict(state, instance, next(reversed(instance.batch.values())))
             self._hold_batch(instance)
+        if state.router.crowded(instance, request):
+            for victim in reversed(list(instance.batch.values())):
+                if victim.prefill_cost_s:
+                    self._evict(state, instance, victim)
+                    if not state.router.crowded(instance, request):
+                        break
 
     def _shed_batch(self, state: ModelState, request: Request, now_s: float) -> None:
         """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step. It may come
-        back as soon as nobody waits: what was wanted was a few steps, not its places."""
-        if self.policy.evicts and now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s:
+        back as soon as nobody waits: what was wanted was a few steps, not its places. Where ITL SLOs keep it small it
+        slows steps by little, so there what decodes, its prefill paid for, stays until that was not enough."""
+        waited_s = now_s - request.arrival_s
+        if self.policy.evicts and waited_s > self.policy.shed_after * request.cls.ttft_s:
             instance = state.router.busiest_with_batch()
             if instance is not None:
+                tight = instance.prefill_step_s < inf
+                decoding = not tight or waited_s > 3.0 * self.policy.shed_after * request.cls.ttft_s
                 for victim in reversed(list(instance.batch.values())):
-                    self._evict(state, instance, victim)
+                    if decoding or victim.prefill_cost_s:
+                        self._evict(state, instance, victim)
 
     def _hold_batch(self, instance: Instance) -> None:
         """The place that batch work has just left stays free for a while: the next of a burst may want it."""
         instance.batch_held_until_s = self.clock.now_s + self.policy.eviction_pause_s
         instance.batch_held_to = len(instance.batch)
+
+    def _pace_batch(self, state: ModelState, instance: Instance, cost_s: float) -> None:
+        """A batch prompt longer than a step has room for: no other until the requests beside it have made up for it."""
+        instance.batch_paced = True
+
+        def over() -> None:
+            instance.batch_paced = False
+            if instance.state == "ready":
+                state.router.changed(instance)
+                if state.batch.count:
+                    self._pump(state)
+
+        self.clock.call_later(cost_s / instance.prefill_share, over)
 
     def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
         request.evictions += 1
@@ -541,6 +578,11 @@ class ControlPlane:
             return
         if decision.prefill_limit_s != instance.prefill_limit_s:
             instance.prefill_limit_s = decision.prefill_limit_s
+            instance.prefill_step_s = decision.prefill_step_s
+            instance.prefill_share = decision.prefill_share
+            state.router.changed(instance)
+        if decision.batch_limit != instance.batch_limit:
+            instance.batch_limit = decision.batch_limit
             state.router.changed(instance)
         size = max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
         before = instance.max_batch_size

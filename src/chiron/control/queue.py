@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from heapq import heappop, heappush
 from math import inf
 
@@ -59,6 +59,11 @@ class WaitingQueue:
         self.input_square += sign * float(request.input_tokens) ** 2
 
 
+_Bands = dict[int, deque[tuple[int, Request]]]
+"""Requests by the bits of their prompt's length, with the number in which they came: the first of each length that
+matters is found without a look at those before it."""
+
+
 class _Group:
     __slots__ = (
         "class_counts",
@@ -68,12 +73,15 @@ class _Group:
         "fresh",
         "input_square",
         "input_tokens",
+        "ordered",
         "resumed",
     )
 
     def __init__(self) -> None:
-        self.fresh: deque[Request] = deque()
-        self.resumed: deque[Request] = deque()
+        self.fresh: _Bands = {}
+        self.resumed: _Bands = {}
+        self.ordered = False
+        """It is among the groups in order; not while all it has left is late."""
         self.deadline_s = inf
         self.count = 0
         self.input_tokens = 0
@@ -84,14 +92,61 @@ class _Group:
     def __len__(self) -> int:
         return self.count
 
+    def head(self, below: int) -> Request | None:
+        """The first among prompts of fewer bits than ``below``; interrupted work before fresh."""
+        return (_first(self.resumed, below) if self.resumed else None) or _first(self.fresh, below)
+
+    def pop(self, request: Request) -> bool:
+        """Take it out if it is the first of its length."""
+        bits = request.input_tokens.bit_length()
+        for bands in (self.resumed, self.fresh):
+            band = bands.get(bits)
+            if band and band[0][1] is request:
+                band.popleft()
+                return True
+        return False
+
+
+def _first(bands: _Bands, below: int) -> Request | None:
+    best: tuple[int, Request] | None = None
+    for bits in [bits for bits in bands if bits < below]:
+        band = bands[bits]
+        while band and band[0][1].outcome is not None:
+            band.popleft()
+        if not band:
+            del bands[bits]
+        elif best is None or band[0][0] < best[0]:
+            best = band[0]
+    return None if best is None else best[1]
+
 
 class BatchQueue:
-    """Request groups, earliest deadline first; inside a group first come first served, interrupted work first."""
+    """Request groups, earliest deadline first; inside a group first come first served, interrupted work first.
 
-    def __init__(self, group_span_s: float) -> None:
+    With ``defers_late``, a request that cannot be done by its deadline any more (it is due within ``shortest_s`` of its
+    class) waits behind all that can, but for every twentieth turn: what is lost takes nothing from what is not.
+    """
+
+    LATE_TURN = 20
+    BITS_MAX = 64
+    GROUPS_SEARCHED = 8
+    """Groups that are looked through for a shorter prompt than the head's."""
+
+    def __init__(
+        self,
+        group_span_s: float,
+        *,
+        defers_late: bool = False,
+        shortest_s: Callable[[str], float] = lambda name: 0.0,
+    ) -> None:
         self._span_s = group_span_s
+        self._defers_late = defers_late
+        self._shortest_s = shortest_s
         self._groups: dict[int, _Group] = {}
         self._order: list[int] = []
+        self._late: deque[Request] = deque()
+        self._turn = 0
+        self._sequence = 0
         self._held: dict[int, _Group] = {}
         self.count = 0
         self.flex = 0
@@ -103,21 +158,26 @@ class BatchQueue:
     def __iter__(self) -> Iterator[Request]:
         for key in sorted(self._groups):
             group = self._groups[key]
-            yield from (r for queue in (group.resumed, group.fresh) for r in queue if r.outcome is None)
+            for bands in (group.resumed, group.fresh):
+                entries = sorted((entry for band in bands.values() for entry in band), key=lambda entry: entry[0])
+                yield from (request for _, request in entries if request.outcome is None)
+        yield from (request for request in self._late if request.outcome is None)
 
     def add(self, request: Request) -> None:
         deadline_s = _order_s(request)
-        key = int(deadline_s // self._span_s)
-        group = self._groups.get(key)
-        if group is None:
-            group = self._groups[key] = _Group()
+        key = self._key(request)
+        group = self._groups.setdefault(key, _Group())
+        if not group.ordered:
+            group.ordered = True
             heappush(self._order, key)
         group.deadline_s = min(group.deadline_s, deadline_s)
-        if request.evictions or request.tokens_done:
-            group.resumed.append(request)
-        else:
-            group.fresh.append(request)
+        bands = group.resumed if request.evictions or request.tokens_done else group.fresh
+        self._sequence += 1
+        bands.setdefault(request.input_tokens.bit_length(), deque()).append((self._sequence, request))
         self._count(group, request, 1)
+
+    def _key(self, request: Request) -> int:
+        return int(_order_s(request) // self._span_s)
 
     def hold(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
         """Count work of class ``name`` that waits elsewhere, to be added later; negative figures take it off again.
@@ -141,25 +201,62 @@ class BatchQueue:
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
-        self._count(self._groups[int(_order_s(request) // self._span_s)], request, -1)
+        self._count(self._groups[self._key(request)], request, -1)
 
-    def head(self) -> Request | None:
+    def head(self, now_s: float, below: int = BITS_MAX) -> Request | None:
+        """Whose turn it is among prompts of fewer bits than ``below``; it stays queued until ``remove_head``."""
+        if self._turn >= self.LATE_TURN and (late := self._late_head(below)) is not None:
+            return late
         while self._order:
             group = self._groups[self._order[0]]
-            for queue in (group.resumed, group.fresh):
-                while queue:
-                    if queue[0].outcome is None:
-                        return queue[0]
-                    queue.popleft()
-            del self._groups[heappop(self._order)]
+            request = self._punctual(group, now_s, below)
+            if request is not None:
+                return request
+            if below < self.BITS_MAX and group.head(self.BITS_MAX) is not None:
+                return self._search(now_s, below) or self._late_head(below)
+            group.ordered = False
+            self._drop(heappop(self._order))
+        return self._late_head(below)
+
+    def _late_head(self, below: int) -> Request | None:
+        while self._late and self._late[0].outcome is not None:
+            self._late.popleft()
+        return self._late[0] if self._late and self._late[0].input_tokens.bit_length() < below else None
+
+    def _search(self, now_s: float, below: int) -> Request | None:
+        for key in sorted(self._order)[1 : self.GROUPS_SEARCHED]:
+            request = self._punctual(self._groups[key], now_s, below)
+            if request is not None:
+                return request
+        return None
+
+    def _punctual(self, group: _Group, now_s: float, below: int) -> Request | None:
+        """The group's head, once those that are late have been put aside."""
+        while (request := group.head(below)) is not None:
+            if not self._defers_late or request.deadline_s >= now_s + self._shortest_s(request.cls.name):
+                return request
+            group.pop(request)
+            self._late.append(request)
         return None
 
     def remove_head(self, request: Request) -> None:
         """Take out what ``head`` returned."""
-        group = self._groups[self._order[0]]
-        queue = group.resumed or group.fresh
-        assert queue[0] is request
-        self._count(group, queue.popleft(), -1)
+        key = self._key(request)
+        group = self._groups[key]
+        self._count(group, request, -1)
+        if group.pop(request):
+            self._turn += 1
+        else:
+            assert self._late[0] is request
+            self._late.popleft()
+            self._turn = 0
+            self._drop(key)
+
+    def _drop(self, key: int) -> None:
+        """Forget a group that has nothing left."""
+        group = self._groups.get(key)
+        if group is not None and not group.ordered and group.count <= 0:
+            del self._groups[key]
 
     def views(self, expected_output: Mapping[str, float], limit: int = 64) -> tuple[GroupView, ...]:
         """The groups, earliest first; those past ``limit`` are merged into the last one."""

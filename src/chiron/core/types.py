@@ -208,6 +208,8 @@ class Instance:
         "batch",
         "batch_held_to",
         "batch_held_until_s",
+        "batch_limit",
+        "batch_paced",
         "began_s",
         "class_counts",
         "created_s",
@@ -223,9 +225,12 @@ class Instance:
         "max_batch_size",
         "model",
         "prefill_backlog_s",
+        "prefill_batch_s",
         "prefill_limit_s",
+        "prefill_share",
         "prefill_square_sampled",
         "prefill_square_total",
+        "prefill_step_s",
         "previous_sample",
         "rank",
         "ready_s",
@@ -269,8 +274,18 @@ class Instance:
         self.kv_reserved_tokens = 0
         self.prefill_backlog_s = 0.0
         """Estimated prefill seconds of requests that have no first token yet."""
+        self.prefill_batch_s = 0.0
+        """The batch requests' part of that."""
         self.prefill_limit_s = inf
-        """Most of that which the local autoscaler wants in flight: it bounds the longest step."""
+        """Most of that which the local autoscaler wants in flight: requests that decode bear it as a mean."""
+        self.prefill_step_s = inf
+        """Most of it with which a step stays within the mean that is aimed at."""
+        self.prefill_share = 1.0
+        """Share of the time that prefill may take while steps are that long."""
+        self.batch_limit: int | None = None
+        """Requests here up to which batch work is added; None: as the max batch size."""
+        self.batch_paced = False
+        """A long batch prompt went in beside interactive requests; the next waits until they have made up for it."""
         self.prefill_square_total = 0.0
         """Sum of squared prompt lengths whose prefill has ended: the attention term of prefill, seen from outside."""
         self.prefill_square_sampled = 0.0

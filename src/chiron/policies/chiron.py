@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from chiron.core.types import Request, Role
-from chiron.policies.chiron_batch import batch_extra
+from chiron.policies.chiron_batch import batch_extra, instances_apart
 from chiron.policies.chiron_load import (
     ModelMemory,
     backtested,
@@ -196,7 +196,7 @@ def _decide_model(
     extra, bbp, batch_numbers, memory = batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
-    batch = min(extra, max(0, total - min(interactive, total)))
+    batch = max(min(extra, max(0, total - min(interactive, total))), instances_apart(settings, memory, total, now_s))
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
     numbers = {
@@ -275,7 +275,7 @@ def admit(settings: ChironSettings, order: Order, request: Request, now_s: float
 
 def make_chiron(settings: ChironSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
-        return PackingRouter(settings.packing, estimates)
+        return PackingRouter(settings.packing, estimates, keeps_apart=True)
 
     return Policy(
         name="chiron",
@@ -291,5 +291,6 @@ def make_chiron(settings: ChironSettings) -> Policy:
         relabels=True,
         order=lambda _, estimates: OverloadOrder(settings.overload, estimates),
         admit=admit if settings.overload.refuse else None,
+        defers_late=True,
         group_span_s=settings.group_span_s,
     )

@@ -6,9 +6,9 @@ from dataclasses import replace
 from math import ceil, inf
 
 from chiron.policies.capacity import Capacity, arrivals_s, capacity, decode_s, prefill_s
-from chiron.policies.chiron_load import ModelMemory
+from chiron.policies.chiron_load import ModelMemory, whole
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import window_mean
+from chiron.policies.headroom import Rule, followed, window_mean
 from chiron.policies.views import GroupView, ModelView
 
 
@@ -22,7 +22,7 @@ def batch_extra(
 ) -> tuple[int, int, dict[str, float], ModelMemory]:
     """(instances to add for batch deadlines, BBP, numbers, memory)."""
     if not model.groups:
-        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0)
+        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0, batch_apart=0.0)
     mixes = [m for m in model.mixes if not m.cls.interactive]
     seen = [m for m in mixes if m.finished] or mixes
     own = capacity(
@@ -42,12 +42,13 @@ def batch_extra(
     present = trust * max(0.0, min(ready, interactive) - average) * serving.work_rate
     present += max(0, ready - interactive) * own.work_rate
     duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
-    ahead, demand, bbp = 0.0, -inf, 0
+    ahead, demand, bbp, need = 0.0, -inf, 0, 0.0
     for group, group_work in zip(model.groups, work, strict=True):
         ahead += group_work
         left_s = group.deadline_s - now_s
         usable_s = max(settings.tick_s, left_s * (1.0 - settings.deadline_margin) - duration_s)
         bbp += ahead > present * usable_s
+        need = max(need, ahead / own.work_rate / usable_s)
         overdue = ahead - trust * spare * usable_s
         demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
     numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead, "spare_trust": trust}
@@ -58,8 +59,19 @@ def batch_extra(
         batch_work_s=ahead,
         batch_spare=max(0.0, min(ready, interactive) - average) * serving.work_rate,
         batch_own=max(0, ready - interactive) * own.work_rate,
+        batch_apart=need if own.work_rate > settings.apart_gain * serving.work_rate else 0.0,
+        apart_missed_s=now_s if model.itl_missed > 3.0 * settings.itl_missed_max else memory.apart_missed_s,
     )
     return extra, bbp, numbers, memory
+
+
+def instances_apart(settings: ChironSettings, memory: ModelMemory, total: int, now_s: float) -> int:
+    """Of ``total`` instances, those to be kept free of interactive requests for batch work, where ITL SLOs leave it
+    little beside them: no more than the batch work can fill, and none that the busiest minute of late would need."""
+    if memory.batch_apart <= 0.0 or now_s - memory.apart_missed_s < 60.0:
+        return 0
+    busiest = followed(memory.load, Rule(window_s=60, settle_s=600), settings.tick_s)
+    return max(0, min(ceil(memory.batch_apart), total - max(1, whole(busiest))))
 
 
 def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float) -> int:

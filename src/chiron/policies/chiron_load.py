@@ -38,6 +38,11 @@ class ModelMemory:
     """Queued batch work at the last tick, and the spare capacity and batch instances that then stood against it."""
     batch_spare: float = 0.0
     batch_own: float = 0.0
+    batch_apart: float = 0.0
+    """Instances without interactive work that queued batch work would fill until it is due; 0 where it runs about as
+    well beside interactive requests."""
+    apart_missed_s: float = -inf
+    """When interactive requests last missed their ITL SLO so often that none is kept free for batch work."""
 
     @property
     def load(self) -> Floats:

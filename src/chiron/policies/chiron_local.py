@@ -6,6 +6,7 @@ measured corrects it. Where a step full of prefill would break that SLO by itsel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 
@@ -18,6 +19,9 @@ from chiron.policies.views import LocalDecision, LocalView
 class LocalState:
     correction: float = 1.0
     """Measured over predicted step time."""
+    interactive_s: float = 0.0
+    """Work that interactive requests bring to a step beside batch work: a mean over some five scrapes, as theirs over
+    their tokens is what was promised."""
 
 
 def decide_batch_size(
@@ -36,23 +40,31 @@ def decide_batch_size(
     if not view.learned or running == 0:
         return None, state
     times = view.step_times
-    slope = context = 0.0
-    for name, count in counts.items():
-        mix = view.mixes[name]
-        slope += count / running * work_s(times, mix) / max(mix.output_tokens, 1.0)
-        context += count / running * (mix.input_tokens + mix.output_tokens)
+    slopes = {name: work_s(times, view.mixes[name]) / max(view.mixes[name].output_tokens, 1.0) for name in counts}
+    slope = sum(count * slopes[name] for name, count in counts.items()) / running
+    context = sum(
+        count * (view.mixes[name].input_tokens + view.mixes[name].output_tokens) for name, count in counts.items()
+    )
+    context /= running
     if not isnan(view.itl_s) and view.decode_batch >= 1.0:
         predicted = times.fixed_s + slope * view.decode_batch
         ratio = min(2.0, max(0.5, view.itl_s / predicted))
         state = replace(state, correction=state.correction + 0.2 * (ratio - state.correction))
     target_s = itl_target_s(settings, slo_s, view.itl_missed)
-    limit_s = _prefill_limit_s(view, target_s, context) if settings.limit_prefill else inf
-    size = int((target_s / state.correction - times.fixed_s) / slope)
+    limits = prefill_limits(settings, view, target_s, context)
+    limit_s = limits.mean_s
+    left_s = target_s / state.correction - times.fixed_s
+    interactive = {name: count for name, count in counts.items() if view.mixes[name].cls.interactive}
+    state = replace(state, interactive_s=_followed(state.interactive_s, interactive, slopes))
+    size = int(left_s / slope)
+    batch_limit = None
+    if 0 < sum(interactive.values()) < running and limits.step_s < inf:
+        size, batch_limit = _sizes_beside(view, counts, slopes, left_s, state.interactive_s)
     size = max(1, min(size, view.max_num_seqs))
     reason = "itl_below_slo" if size > before else "itl_above_slo"
     if abs(size - before) <= 0.05 * before or (size > before and not view.binding and view.dispatched < 0.8 * before):
         size, reason = before, "steady"
-        if limit_s == view.prefill_limit_s or abs(limit_s - view.prefill_limit_s) <= 0.1 * limit_s:
+        if _near(limit_s, view.prefill_limit_s) and _near(batch_limit, view.batch_limit):
             return None, state
     numbers = {
         "itl_s": view.itl_s,
@@ -61,8 +73,57 @@ def decide_batch_size(
         "slope_s": slope,
         "correction": state.correction,
         "prefill_limit_s": limit_s,
+        "prefill_step_s": limits.step_s,
     }
-    return LocalDecision(max_batch_size=size, prefill_limit_s=limit_s, reason=reason, numbers=numbers), state
+    decision = LocalDecision(
+        max_batch_size=size,
+        prefill_limit_s=limit_s,
+        prefill_step_s=limits.step_s,
+        prefill_share=limits.share,
+        batch_limit=batch_limit,
+        reason=reason,
+        numbers=numbers,
+    )
+    return decision, state
+
+
+def _near(wanted: float | None, present: float | None) -> bool:
+    """A change too small to matter."""
+    if wanted is None or present is None:
+        return wanted is present
+    return wanted == present or abs(wanted - present) <= 0.1 * wanted
+
+
+def _followed(before_s: float, interactive: Mapping[str, int], slopes: Mapping[str, float]) -> float:
+    return before_s + 0.2 * (sum(count * slopes[name] for name, count in interactive.items()) - before_s)
+
+
+def _sizes_beside(
+    view: LocalView, counts: Mapping[str, int], slopes: Mapping[str, float], left_s: float, interactive_s: float
+) -> tuple[int, int]:
+    """(max batch size, requests up to which batch work is added) where both kinds run.
+
+    Batch work that runs has had its prefill: what it costs a step is its decoding, so little of it need be evicted for
+    interactive requests that come. Batch work to be added costs its prefill too.
+    """
+    times = view.step_times
+    inside = outside = weight = 0.0
+    work_s = 0.0
+    for name, count in counts.items():
+        mix = view.mixes[name]
+        if mix.cls.interactive:
+            inside += count
+            work_s += count * slopes[name]
+        else:
+            outside += count
+            context = mix.input_tokens + 0.5 * mix.output_tokens
+            weight += count * (times.per_sequence_s + times.per_context_token_s * context)
+    batch_slope = sum(count * slopes[name] for name, count in counts.items()) - work_s
+    room_s = left_s - interactive_s
+    more_s = room_s - weight
+    kept = outside + more_s / (weight / outside) if more_s < 0.0 else outside
+    size = inside + max(0.0, kept) + max(0.0, more_s) / (work_s / inside)
+    return int(size), int(inside + max(0.0, room_s) / (batch_slope / outside))
 
 
 def itl_target_s(settings: ChironSettings, slo_s: float, missed: float) -> float:
@@ -71,14 +132,41 @@ def itl_target_s(settings: ChironSettings, slo_s: float, missed: float) -> float
     return settings.itl_margin * max(0.5, tight) * slo_s
 
 
-def _prefill_limit_s(view: LocalView, target_s: float, context: float) -> float:
-    """Prefill in flight that keeps the longest step within the target; inf where the engine's own token budget does.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillLimits:
+    """Seconds of prefill in flight on an instance, estimated."""
 
-    Requests of a few tokens have no long steps to average with: for them each step counts.
+    mean_s: float = inf
+    """What the requests that decode can bear as a mean over their tokens."""
+    step_s: float = inf
+    """What one step can hold and still be within the target."""
+    share: float = 1.0
+    """Of the time, what prefill may take while steps are as long as the target."""
+
+
+def prefill_limits(settings: ChironSettings, view: LocalView, target_s: float, context: float) -> PrefillLimits:
+    """No limits where the engine's own token budget keeps steps within the target.
+
+    A prompt of c seconds delays each request that decodes by c in all, whatever steps it is spread over. What was
+    promised is the mean over a request's tokens, so one of n tokens bears n times what a step has left. n is what all
+    but a few requests of a class have; while requests miss their ITL, the limit goes back to what a single step has
+    left.
     """
     times = view.step_times
     decoding_s = view.decode_batch * (times.per_sequence_s + times.per_context_token_s * context)
     full_s = times.fixed_s + decoding_s + times.per_prefill_token_s * view.max_num_batched_tokens
-    if full_s <= target_s:
-        return inf
-    return max(target_s - times.fixed_s - decoding_s, 0.1 * target_s)
+    if full_s <= target_s or not settings.limit_prefill:
+        return PrefillLimits()
+    step_s = max(target_s - times.fixed_s - decoding_s, 0.1 * target_s)
+    afford = min(1.0, max(0.0, 3.0 - view.itl_missed / settings.itl_missed_max))
+    sure = min(1.0, max(0.0, 1.5 - view.itl_missed / settings.itl_missed_max))
+    mean_s = inf
+    if view.batch_waits and sure > 0.0:  # Else nobody gains from packing.
+        for mix in view.mixes.values():
+            if mix.cls.interactive and isfinite(mix.cls.itl_s):
+                goal_s = target_s * mix.cls.itl_s / view.itl_slo_s
+                tokens = 1.0 + sure * (mix.output_low - 1.0)
+                mean_s = min(mean_s, tokens * max(goal_s - times.fixed_s - decoding_s, 0.1 * goal_s))
+    if mean_s == inf:
+        mean_s = step_s
+    return PrefillLimits(mean_s=mean_s, step_s=afford * step_s, share=step_s / target_s)

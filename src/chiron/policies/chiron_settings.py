@@ -86,6 +86,8 @@ class ChironSettings:
     """Share of an added instance's time that the plan counts on."""
     deadline_margin: float = 0.1
     """Share of the time to each deadline that is kept in hand, besides one request's own duration."""
+    apart_gain: float = 1.1
+    """Spare instances are kept free of interactive requests for batch work where it gains at least this factor."""
     plan_batch: bool = True
     """Off: batch instances are added as soon as batch work queues (what the paper argues against)."""
 

@@ -10,7 +10,8 @@ its load changes, so a dispatch costs O(log instances), amortised over load chan
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+from math import inf
 
 from chiron.core.types import Instance, Request
 from chiron.policies.capacity import KV_FILL
@@ -42,24 +43,38 @@ Entry = tuple[int, int, Instance]
 
 
 class _Note:
-    __slots__ = ("in_batch", "in_interactive", "in_victims", "open")
+    __slots__ = ("in_batch", "in_interactive", "in_victims", "open", "short_s")
 
     def __init__(self) -> None:
         self.open = True
         self.in_interactive = False
         self.in_batch = False
         self.in_victims = False
+        self.short_s = 0.0
+        """Prefill of the longest batch prompt that it would take, once it has refused a longer one."""
 
 
 class PackingRouter:
-    """Router of one model. ``strict_roles``: the paper's preference (own type, then mixed, no other)."""
+    """Router of one model. ``strict_roles``: the paper's preference (own type, then mixed, no other).
+    ``keeps_apart``: ours (where ITL SLOs leave little room for prefill, instances of role batch are left alone until a
+    request has waited, and batch work that has not begun to decode makes way)."""
 
-    def __init__(self, settings: PackingSettings, estimates: Estimates, *, strict_roles: bool = False) -> None:
+    def __init__(
+        self, settings: PackingSettings, estimates: Estimates, *, strict_roles: bool = False, keeps_apart: bool = False
+    ) -> None:
         self._settings = settings
         self._estimates = estimates
         self._strict = strict_roles
+        self.room_tokens = 0
+        self._keeps_apart = keeps_apart
+        self._tight = False
+        """ITL SLOs bound the prefill in flight on instances that serve interactive requests."""
         self._interactive: list[Entry] = []
         self._batch: list[Entry] = []
+        self._batch_short: list[tuple[float, int, Instance]] = []
+        """Instances that have refused a long prompt and may take a shorter one, the longest first; back in ``_batch``
+        when they change."""
+        self._short_max = 64
         self._victims: list[Entry] = []
 
     # -- the Router port ---------------------------------------------------------------------------------------
@@ -75,6 +90,9 @@ class PackingRouter:
         note: _Note = instance.index
         if not note.open:
             return
+        note.short_s = 0.0
+        if instance.role != "batch":
+            self._tight = self._keeps_apart and instance.prefill_step_s < inf
         if not note.in_interactive and self._room_interactive(instance):
             note.in_interactive = True
             heappush(self._interactive, (_ROLE_ORDER[instance.role], instance.rank, instance))
@@ -85,12 +103,19 @@ class PackingRouter:
             note.in_victims = True
             heappush(self._victims, (_ROLE_ORDER[instance.role], instance.rank, instance))
 
-    def choose(self, request: Request) -> Instance | None:
+    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
         if request.interactive:
-            return self._choose_interactive(request)
+            return self._choose_interactive(request, everywhere=waited or not self._tight)
         return self._choose_batch(request)
 
-    def choose_victim(self, request: Request) -> Instance | None:
+    def crowded(self, instance: Instance, request: Request) -> bool:
+        return bool(
+            self._keeps_apart
+            and instance.prefill_batch_s
+            and not self._prefill_fits(instance, request, self._prefill_s(request), instance.prefill_backlog_s)
+        )
+
+    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
         cost_s = self._prefill_s(request)
         need = request.input_tokens + self._estimates.expected_output[request.cls.name]
         passed: list[Entry] = []
@@ -103,10 +128,11 @@ class PackingRouter:
                 heappop(heap)
                 note.in_victims = False
                 continue
+            stays_s = instance.prefill_backlog_s - (instance.prefill_batch_s if self._keeps_apart and waited else 0.0)
             if (
-                not (self._strict and instance.role == "batch")
+                not (instance.role == "batch" and (self._strict or (self._tight and not waited)))
                 and instance.running_interactive < instance.max_batch_size
-                and self._prefill_fits(instance, request, cost_s)
+                and self._prefill_fits(instance, request, cost_s, stays_s)
                 and _kv_without_batch(instance) + need <= KV_FILL * instance.kv_capacity_tokens
             ):
                 chosen = instance
@@ -128,7 +154,7 @@ class PackingRouter:
 
     # -- interactive -------------------------------------------------------------------------------------------
 
-    def _choose_interactive(self, request: Request) -> Instance | None:
+    def _choose_interactive(self, request: Request, *, everywhere: bool) -> Instance | None:
         estimates = self._estimates
         tokens = request.input_tokens + request.tokens_done
         cost_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
@@ -145,9 +171,15 @@ class PackingRouter:
                 if order != _ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
+            if order == _ROLE_ORDER["batch"] and not everywhere and instance.requests:
+                passed = [] if passed is None else passed
+                passed.append(heappop(heap))
+                if len(passed) >= _PROBES_MAX:
+                    break
+                continue
             kv_fits = instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens
             alone = not instance.requests and tokens < instance.kv_capacity_tokens
-            if (kv_fits or alone) and self._prefill_fits(instance, request, cost_s):
+            if (kv_fits or alone) and self._prefill_fits(instance, request, cost_s, instance.prefill_backlog_s):
                 chosen = instance
                 break
             entry = heappop(heap)
@@ -170,13 +202,12 @@ class PackingRouter:
         mean_s = usual.input_tokens * estimates.prefill_token_s + usual.input_square * estimates.prefill_square_s
         return cost_s <= _USUAL * mean_s and need <= _USUAL * usual.need_tokens
 
-    def _prefill_fits(self, instance: Instance, request: Request, cost_s: float) -> bool:
+    def _prefill_fits(self, instance: Instance, request: Request, cost_s: float, backlog_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
         limit_s = self._settings.prefill_share_of_ttft * request.cls.ttft_s
         if instance.prefill_limit_s < limit_s:
             limit_s = instance.prefill_limit_s
-        backlog_s = instance.prefill_backlog_s
-        return backlog_s == 0.0 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
+        return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
 
     def _prefill_s(self, request: Request) -> float:
         tokens = request.input_tokens + request.tokens_done
@@ -207,6 +238,7 @@ class PackingRouter:
         need = tokens + self._estimates.expected_output[request.cls.name]
         cost_s = self._prefill_s(request)
         usual = need <= _USUAL * self._estimates.usual_batch.need_tokens
+        self.room_tokens = 0
         heap = self._batch
         passed: list[Entry] = []
         chosen: Instance | None = None
@@ -218,9 +250,14 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if self._batch_fits(instance, tokens, need, cost_s):
-                chosen = instance
-                break
+            if self._batch_kv_fits(instance, tokens, need):
+                if cost_s <= self._batch_prefill_room_s(instance):
+                    chosen = instance
+                    break
+                heappop(heap)
+                instance.index.in_batch = False
+                self._refuse(instance)
+                continue
             entry = heappop(heap)
             if usual and tokens < instance.kv_capacity_tokens:
                 instance.index.in_batch = False
@@ -228,7 +265,38 @@ class PackingRouter:
                 passed.append(entry)
         for entry in passed:
             heappush(heap, entry)
-        return chosen
+        return chosen or self._choose_short(tokens, need, cost_s)
+
+    def _refuse(self, instance: Instance) -> None:
+        """Remember, until the instance changes, how long a prompt it would take."""
+        room_s = self._batch_prefill_room_s(instance)
+        if room_s <= 0.0:
+            return
+        instance.index.short_s = room_s
+        heap = self._batch_short
+        heappush(heap, (-room_s, -instance.rank, instance))
+        if len(heap) > self._short_max:
+            heap[:] = [entry for entry in heap if -entry[0] == entry[2].index.short_s]
+            heapify(heap)
+            self._short_max = 64 + 2 * len(heap)
+
+    def _choose_short(self, tokens: int, need: float, cost_s: float) -> Instance | None:
+        """Among those that have refused a longer prompt; the one that takes the longest comes first."""
+        heap = self._batch_short
+        while heap:
+            room_s, _, instance = heap[0]
+            note: _Note = instance.index
+            if not note.open or -room_s != note.short_s or not self._room_batch(instance):
+                heappop(heap)
+                continue
+            if -room_s < cost_s:
+                self.room_tokens = int(-room_s / self._estimates.prefill_token_s)
+                return None
+            if self._batch_kv_fits(instance, tokens, need):
+                return instance
+            heappop(heap)
+            note.short_s = 0.0
+        return None
 
     def _home(self, request: Request) -> Instance | None:
         """The instance that holds the request's saved KV, if it has room."""
@@ -245,7 +313,10 @@ class PackingRouter:
         settings = self._settings
         running = len(instance.requests)
         own = instance.role == "batch" and not instance.running_interactive
-        if running >= (instance.max_batch_size if own else (1.0 - settings.batch_reserve) * instance.max_batch_size):
+        size = instance.max_batch_size
+        if instance.batch_limit is not None and instance.batch_limit < size:
+            size = instance.batch_limit
+        if running >= (size if own else (1.0 - settings.batch_reserve) * size):
             return False
         if instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens:
             return False
@@ -260,10 +331,19 @@ class PackingRouter:
             instance.prefill_limit_s,
         )
 
-    def _batch_fits(self, instance: Instance, tokens: int, need: float, cost_s: float) -> bool:
-        """Room by KV; and beside interactive requests no prompt that would stretch their steps past the limit."""
-        if instance.running_interactive and instance.prefill_backlog_s + cost_s > instance.prefill_limit_s:
-            return False
+    def _batch_prefill_room_s(self, instance: Instance) -> float:
+        """Prefill of the longest batch prompt that may go in now. Beside interactive requests it stays within what a
+        step of theirs has left. A longer one goes in alone, within what their mean and the first tokens of those to
+        come have left."""
+        if not instance.running_interactive:
+            return inf
+        room_s = instance.prefill_step_s - instance.prefill_backlog_s
+        if instance.prefill_backlog_s == 0.0 and not instance.batch_paced:
+            alone_s = min(instance.prefill_limit_s, self._settings.prefill_share_of_ttft * self._estimates.ttft_min_s)
+            return max(room_s, alone_s)
+        return room_s
+
+    def _batch_kv_fits(self, instance: Instance, tokens: int, need: float) -> bool:
         if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens:
             return True
         return not instance.requests and tokens < instance.kv_capacity_tokens

@@ -58,6 +58,9 @@ class Estimates(Protocol):
 class Router(Protocol):
     """Chooses instances for one model's requests. O(log instances) a call."""
 
+    room_tokens: int
+    """Where ``choose`` refused a request only for the length of its prompt: tokens that would have had room; else 0."""
+
     def add(self, instance: Instance) -> None:
         """It is ready."""
 
@@ -67,11 +70,14 @@ class Router(Protocol):
     def changed(self, instance: Instance) -> None:
         """Its load or its max batch size changed."""
 
-    def choose(self, request: Request) -> Instance | None:
-        """Where to run it now; None: nowhere yet, keep it queued."""
+    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
+        """Where to run it now; None: nowhere yet, keep it queued. ``waited``: so long that batch work makes way."""
 
-    def choose_victim(self, request: Request) -> Instance | None:
+    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
         """An instance where evicting batch work would make room for this interactive request; None: there is none."""
+
+    def crowded(self, instance: Instance, request: Request) -> bool:
+        """More prefill waits there than this interactive request can wait behind, and some of it is batch work's."""
 
     def busiest_with_batch(self) -> Instance | None:
         """The first instance, in packing order, that runs batch work beside what waits; None: there is none."""
@@ -150,6 +156,9 @@ class Policy:
     """Makes the order of one model's waiting requests; None: earliest deadline first."""
     admit: AdmitHook | None = None
     """Asked about each arrival, with the order of the requests that wait and the time; None: everybody is taken."""
+    defers_late: bool = False
+    """Batch requests that cannot meet their deadline any more wait behind those that can, and one whose prompt is too
+    long to be let in beside interactive requests is passed by shorter ones."""
     group_span_s: float = 300.0
     """Batch requests whose deadlines share a span of this length form a group."""
     migrate: MigrationHook | None = None

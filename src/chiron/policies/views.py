@@ -39,6 +39,8 @@ class ClassMix:
     """Mean output of finished requests, shrunk towards the prior while few have finished."""
     output_sd: float
     finished: int
+    output_low: int = 1
+    """Output tokens that all but a few requests have; 1 until that is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +179,12 @@ class LocalView:
     max_num_batched_tokens: int
     prefill_limit_s: float
     """The limit in force; inf: none."""
+    batch_limit: int | None
+    """Likewise; None: none."""
+    batch_waits: bool
+    """Batch work of this model is queued."""
     itl_missed: float
-    """Share of this model's recent interactive requests that missed their ITL SLO."""
+    """Share of this model's recent interactive requests that missed their ITL SLO, in the class where it is largest."""
     dispatched: int
     binding: bool
     """The cap held something back since the last scrape: a request waited while this instance was full."""
@@ -205,6 +211,12 @@ class LocalDecision:
     reason: str
     prefill_limit_s: float = inf
     """Most estimated prefill seconds in flight on this instance from now on."""
+    prefill_step_s: float = inf
+    """The same where batch work is added beside interactive requests: what keeps each step within the target."""
+    prefill_share: float = 1.0
+    """Share of the time that prefill may take there."""
+    batch_limit: int | None = None
+    """Requests on the instance up to which batch work is added; None: as the max batch size."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -24,6 +24,7 @@ class LeastRouter:
     """
 
     def __init__(self, score: Callable[[Instance], float]) -> None:
+        self.room_tokens = 0
         self._score = score
         self._heap: list[tuple[float, int, int, Instance]] = []
         self._heap_max = 64
@@ -48,7 +49,7 @@ class LeastRouter:
                 heapify(self._heap)
                 self._heap_max = 64 + 2 * len(self._heap)
 
-    def choose(self, request: Request) -> Instance | None:
+    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
         heap = self._heap
         too_small: list[tuple[float, int, int, Instance]] = []
         chosen: Instance | None = None
@@ -65,8 +66,11 @@ class LeastRouter:
             heappush(heap, entry)
         return chosen
 
-    def choose_victim(self, request: Request) -> Instance | None:
+    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
         return None
+
+    def crowded(self, instance: Instance, request: Request) -> bool:
+        return False
 
     def busiest_with_batch(self) -> Instance | None:
         return None

@@ -1,0 +1,135 @@
+"""Dispatch beside tight ITL SLOs: batch prompts by what steps have left, and instances that are left to batch work."""
+
+from __future__ import annotations
+
+from math import inf
+
+from chiron.control.learning import Learner
+from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Role
+from chiron.policies.packing import PackingRouter, PackingSettings
+
+KIND = InstanceKind(name="a", gpu="a100", gpus=1, price_per_gpu_hour=2.0, kv_capacity_tokens=400_000, max_num_seqs=256)
+CHAT = RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.05)
+JOBS = RequestClass(name="jobs", kind="batch")
+PREFILL_S = 6e-5
+"""A token, as a learner that has seen nothing takes it to be."""
+
+
+def place(instance: Instance, *, cls: RequestClass = CHAT, prefill_s: float = 0.0) -> None:
+    """Something runs there."""
+    request = Request(len(instance.requests) + 1000 * instance.id, "m", cls, 0.0, 10)
+    instance.requests[request.id] = request
+    instance.prefill_backlog_s += prefill_s
+    if cls.interactive:
+        instance.running_interactive += 1
+    else:
+        instance.batch[request.id] = request
+        instance.prefill_batch_s += prefill_s
+
+
+def fleet(*roles: Role, step_s: float = 0.03, limit_s: float = 0.3) -> tuple[PackingRouter, list[Instance]]:
+    learner = Learner((CHAT, JOBS))
+    learner.ttft_min_s = CHAT.ttft_s
+    router = PackingRouter(PackingSettings(), learner, keeps_apart=True)
+    instances = [Instance(n, "m", KIND, role, 0.0) for n, role in enumerate(roles, 1)]
+    for instance in instances:
+        instance.state = "ready"
+        if instance.role != "batch":
+            instance.prefill_step_s, instance.prefill_limit_s = step_s, limit_s
+        router.add(instance)
+    return router, instances
+
+
+def chat(tokens: int = 500) -> Request:
+    return Request(1, "m", CHAT, 0.0, tokens)
+
+
+def job(tokens: int) -> Request:
+    return Request(2, "m", JOBS, 0.0, tokens)
+
+
+def changed(router: PackingRouter, *instances: Instance) -> None:
+    for instance in instances:
+        router.changed(instance)
+
+
+def test_a_batch_prompt_longer_than_a_step_has_room_for_goes_in_alone_and_then_others_wait() -> None:
+    router, (one,) = fleet("mixed")
+    place(one)
+    changed(router, one)
+    assert router.choose(job(2000)) is one, "0.12 s of prefill within 0.3"
+    assert router.choose(job(8000)) is None
+    assert router.room_tokens == 5000
+    one.batch_paced = True
+    changed(router, one)
+    assert router.choose(job(2000)) is None
+    assert router.room_tokens in (499, 500)
+    assert router.choose(job(400)) is one, "what a step has room for delays nobody beyond the mean"
+
+
+def test_what_waits_for_prefill_counts_against_a_batch_prompt() -> None:
+    router, (one,) = fleet("mixed")
+    place(one, prefill_s=0.02)
+    changed(router, one)
+    assert router.choose(job(300)) is None
+    assert router.choose(job(100)) is one
+
+
+def test_a_long_batch_prompt_goes_where_no_interactive_request_runs() -> None:
+    router, instances = fleet("mixed", "mixed", "mixed")
+    place(instances[0])
+    place(instances[2])
+    changed(router, *instances)
+    assert router.choose(job(20_000)) is instances[1]
+
+
+def test_an_instance_with_batch_work_of_its_own_is_left_alone_until_a_request_has_waited() -> None:
+    router, (one, own) = fleet("mixed", "batch")
+    place(one, prefill_s=0.4)
+    place(own, cls=JOBS)
+    changed(router, one, own)
+    assert router.choose(chat()) is None
+    assert router.choose_victim(chat()) is None
+    assert router.choose(chat(), waited=True) is own
+
+
+def test_an_empty_one_is_not_left_alone() -> None:
+    router, (one, own) = fleet("mixed", "batch")
+    place(one, prefill_s=0.4)
+    changed(router, one, own)
+    assert router.choose(chat()) is own
+
+
+def test_after_a_wait_batch_prompts_make_way() -> None:
+    router, (one, own) = fleet("mixed", "batch")
+    place(one, prefill_s=0.4)
+    place(own, cls=JOBS, prefill_s=1.5)
+    changed(router, one, own)
+    assert router.choose(chat(), waited=True) is None
+    assert router.choose_victim(chat(), waited=True) is own
+    assert router.crowded(own, chat())
+    own.prefill_backlog_s = own.prefill_batch_s = 0.0
+    assert not router.crowded(own, chat())
+
+
+def test_without_itl_slos_nothing_of_this_holds() -> None:
+    router, (one, own) = fleet("mixed", "batch", step_s=inf, limit_s=inf)
+    place(one, prefill_s=0.6)
+    place(own, cls=JOBS)
+    changed(router, one, own)
+    assert router.choose(chat()) is own
+    assert router.choose(job(50_000)) is own
+
+
+def test_a_refusal_looks_at_few_of_many_instances() -> None:
+    router, instances = fleet(*["mixed"] * 200)
+    for instance in instances:
+        place(instance, prefill_s=0.01)
+    changed(router, *instances)
+    assert router.choose(job(2000)) is None
+    looked = []
+    room = router._room_batch
+    router._room_batch = lambda instance: looked.append(instance) or room(instance)  # type: ignore[method-assign, func-returns-value]
+    assert router.choose(job(2000)) is None
+    assert router.choose(job(200)) is not None
+    assert len(looked) <= 4
