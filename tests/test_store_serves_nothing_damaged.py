@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from chiron.store.port import Batch, BatchStore, StoreDamaged
+from chiron.store.settings import StoreSettings
 from store_contract import LIMITS, MODEL, check, content, line_of, lines, lines_of, result, start, submit, upload
 from store_sites import sqlite_site
 
 MEBIBYTE = 1 << 20
+UNCHECKED = StoreSettings(reserve_bytes=0, check_bytes_max=0)
+"""As a large database is opened: what is not touched is not looked at."""
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
@@ -42,7 +45,7 @@ def test_a_damaged_result_is_named_by_batch_file_and_line(tmp_path: Path) -> Non
     async def run() -> None:
         batch = await finished(tmp_path)
         tamper(tmp_path, "UPDATE results SET line = CAST(replace(line, '2', '3') AS BLOB) WHERE key & 0xffffffff = 2")
-        async with sqlite_site(tmp_path).store() as store:
+        async with sqlite_site(tmp_path, UNCHECKED).store() as store:
             for _ in range(2):
                 with pytest.raises(StoreDamaged) as raised:
                     [block async for block in store.read_file(str(batch.output_file_id), None)]
@@ -67,7 +70,7 @@ def test_a_line_that_is_gone_or_in_the_other_file_is_missed(statement: str, tmp_
     async def run() -> None:
         batch = await finished(tmp_path)
         tamper(tmp_path, statement)
-        async with sqlite_site(tmp_path).store() as store:
+        async with sqlite_site(tmp_path, UNCHECKED).store() as store:
             with pytest.raises(StoreDamaged, match=batch.id):
                 await content(store, batch.output_file_id)
 

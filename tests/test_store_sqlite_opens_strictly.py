@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from chiron.store.port import BatchStore, StoreCorrupt, StoreError, StoreLocked
+from chiron.store.database import read_meta, write_row
+from chiron.store.port import StoreCorrupt, StoredFile, StoreError, StoreLocked
 from chiron.store.settings import StoreSettings
+from chiron.store.sqlite import SqliteStore
 from store_contract import LIMITS, Site, check, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
@@ -30,9 +32,10 @@ asyncio.run(main())
 """
 
 
-def opened(directory: Path) -> BatchStore:
-    async def run() -> BatchStore:
-        async with sqlite_site(directory).store() as store:
+def opened(directory: Path, settings: StoreSettings | None = None) -> SqliteStore:
+    async def run() -> SqliteStore:
+        async with sqlite_site(directory, settings).store() as store:
+            assert isinstance(store, SqliteStore)
             await store.pending()
             return store
 
@@ -110,6 +113,8 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
+        db.row_factory = sqlite3.Row
+        write_row(db, "meta", dict(read_meta(db)) | {"schema": 99})
     db.close()
     with pytest.raises(StoreError, match="schema 99"):
         opened(tmp_path)
@@ -137,8 +142,28 @@ def test_damage_is_found_when_opening(tmp_path: Path) -> None:
     content = bytearray(database.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 20_000] = os.urandom(20_000)
     database.write_bytes(content)
-    with pytest.raises(StoreCorrupt, match="restore a copy"):
-        opened(tmp_path)
+    store = opened(tmp_path)
+    assert "419 of its 3000 requests" in store.damage.notes[1]
+    assert (tmp_path / "lost+found" / "damaged" / "batch.sqlite3").read_bytes() == content
+    assert "lost+found" in (tmp_path / "damage.jsonl").read_text()
+
+
+def test_damage_is_not_mended_where_the_damaged_files_could_not_be_kept(tmp_path: Path) -> None:
+    asyncio.run(filled(tmp_path))
+    database = tmp_path / "batch.sqlite3"
+    content = bytearray(database.read_bytes())
+    content[-100] ^= 1
+    content[8192] ^= 8
+    database.write_bytes(content)
+    with pytest.raises(StoreCorrupt, match=r"not mended.*store\.lost_files_max"):
+        opened(tmp_path, StoreSettings(reserve_bytes=0, lost_files_max=0))
+    assert database.read_bytes() == content
+    assert [file.filename for file in asyncio.run(listed(tmp_path))] == ["in.jsonl"]
+
+
+async def listed(directory: Path) -> list[StoredFile]:
+    async with sqlite_site(directory).store() as store:
+        return await store.list_files(None)
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_each_item_ends_with_one_result(kills: int, batches: int, tmp_path: Path
     assert not all(ends), "nothing was killed"
     assert run_worker(directory, acknowledged, "last", batches, 0.0)
     found = asyncio.run(read_all(directory))
+    assert not (directory / "damage.jsonl").exists(), "a torn tail is no damage"
+    assert not (directory / "lost+found" / "damaged").exists()
     assert len(found) == batches * ITEMS
     notes = [line.split() for line in acknowledged.read_text().splitlines()]
     created = {words[1] for words in notes if words[0] == "batch" and len(words) == 2}

@@ -189,6 +189,8 @@ def expire(transaction: Transaction, leases: Leases, now_s: float) -> list[str]:
 def end_if_idle(transaction: Transaction, leases: Leases, batch_id: str, now_s: float) -> None:
     """End a batch that has all its results, or that leases no more and whose last leased item is back."""
     row = find_batch(transaction.db, batch_id)
+    if row["incomplete"]:
+        return  # Some of its items are still to be read again.
     if row["completed"] + row["failed"] == row["total"]:
         end_batch(transaction, leases, row, "cancelled" if row["status"] == "cancelling" else "completed", now_s)
     elif row["status"] in ("finalizing", "cancelling") and not leases.count(row["no"]):
@@ -244,9 +246,18 @@ def _errors_text(errors: list[LineError]) -> str:
 
 
 def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state: int, size: int, now_s: float) -> str:
+    file = results_file(row, name, size, now_s)
+    insert_file(db, file, state)
+    return file.id
+
+
+def results_file(
+    row: sqlite3.Row | Mapping[str, Any], name: str, size: int, now_s: float, id: str | None = None
+) -> StoredFile:
+    """The output or error file of a batch."""
     after_s = row["output_expires_after_s"]
-    file = StoredFile(
-        id=new_file_id(),
+    return StoredFile(
+        id=id or new_file_id(),
         purpose="batch_output",
         filename=f"{row['id']}_{name}.jsonl",
         bytes=size,
@@ -255,8 +266,12 @@ def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state
         expires_s=None if after_s is None else now_s + after_s,
         batch_id=row["id"],
     )
-    insert_file(db, file, state)
-    return file.id
+
+
+def ended_s(row: Mapping[str, Any]) -> float:
+    """When a batch ended, or the last time that is known of it."""
+    names = ("completed_s", "failed_s", "expired_s", "cancelled_s", "cancelling_s", "finalizing_s", "in_progress_s")
+    return float(next((row[name] for name in names if row[name] is not None), row["created_s"]))
 
 
 def delete_file(transaction: Transaction, file_id: str, owner: str | None) -> None:

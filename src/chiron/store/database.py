@@ -206,7 +206,7 @@ def open_for_writing(directory: Path, settings: StoreSettings) -> sqlite3.Connec
         except BaseException:
             db.close()
             raise
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         raise store_error(error, path) from error
     return db
 
@@ -237,7 +237,7 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
         make_tables(db)
         db.execute("COMMIT")
         return
-    if path.stat().st_size <= settings.check_bytes_max:
+    if version != SCHEMA_VERSION and path.stat().st_size <= settings.check_bytes_max:
         report = db.execute("PRAGMA quick_check(1)").fetchone()[0]
         if report != "ok":
             raise damaged(path, report)
@@ -317,12 +317,17 @@ def damaged(path: Path, what: str) -> StoreCorrupt:
     return StoreCorrupt(f"{path}: damaged ({what}); restore a copy, or move it away to start empty")
 
 
-def store_error(error: sqlite3.Error, path: Path) -> StoreError:
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises; its words may quote a damaged schema, which is then no text."""
+
+
+def store_error(error: Exception, path: Path) -> StoreError:
     """What an error of SQLite means to callers."""
     code = getattr(error, "sqlite_errorcode", None) or 0
     # A quota or a limit on file sizes shows as a failed write, not as a full disk; at the start also a full disk does.
     if code & 0xFF == sqlite3.SQLITE_FULL or code in (sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE):
         return StoreFull(f"{path}: no room for more on the disk or in the quota ({error})")
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or str(error).startswith("Could not decode"):
+    no_text = isinstance(error, UnicodeDecodeError) or str(error).startswith("Could not decode")
+    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or no_text:
         return damaged(path, str(error))
     return StoreError(f"{path}: {error}")

@@ -23,7 +23,17 @@ from chiron.store import batches, items
 from chiron.store.acknowledged import Acknowledged
 from chiron.store.content import CheckedFile, check_content
 from chiron.store.damage import Damage
-from chiron.store.database import DATABASE, FAILED, OK, open_for_reading, open_for_writing, read_meta, store_error
+from chiron.store.database import (
+    DATABASE,
+    FAILED,
+    OK,
+    SQLITE_ERRORS,
+    damaged,
+    open_for_reading,
+    open_for_writing,
+    read_meta,
+    store_error,
+)
 from chiron.store.directory import (
     FILES,
     disk_error,
@@ -35,8 +45,10 @@ from chiron.store.directory import (
     sync_directory,
     unknown_files,
 )
+from chiron.store.inspect import database_damage, is_ours, log_damage, missing_commits
 from chiron.store.leases import Leases
 from chiron.store.lost import LostFound
+from chiron.store.mend import finish, mend
 from chiron.store.port import (
     Batch,
     Check,
@@ -49,6 +61,9 @@ from chiron.store.port import (
     StoreCorrupt,
     StoreDamaged,
     StoredFile,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
     Swept,
 )
 from chiron.store.results import Page, Reading, begin_reading, read_page
@@ -98,21 +113,26 @@ class SqliteStore:
         self.settings = settings or StoreSettings()
         self._wall = wall
         self._path = directory / DATABASE
-        self._lost = LostFound(directory, self.settings)
+        self.lost = LostFound(directory, self.settings)
         self.damage = Damage(directory, wall)
         self._leases = Leases()
         self._of_thread = local()
         self._now: _Opened | None = None
+        self.lost_holds = (0, 0)
+        """Files in ``lost+found`` and their bytes, as of the start."""
+        self.unavailable = ""
+        """Why it is not open although it is wanted; whoever opens it says so."""
 
     async def open(self) -> None:
         if self._now is not None:
             raise Conflict(f"{self.directory}: open already")
         self._now = await asyncio.to_thread(self._open)
+        self.unavailable = ""
 
     def _open(self) -> _Opened:
         held = lock(self.directory)
         try:
-            db = open_for_writing(self.directory, self.settings)
+            db = self._open_whole()
             try:
                 uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
                 sync_directory(self.directory)
@@ -129,12 +149,13 @@ class SqliteStore:
             except BaseException:
                 db.close()
                 raise
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             os.close(held)
             raise store_error(error, self._path) from error
         except BaseException:
             os.close(held)
             raise
+        self.lost_holds = self.lost.holds()
         self._leases = Leases()
         self._of_thread = local()
         return _Opened(
@@ -146,18 +167,58 @@ class SqliteStore:
             places=asyncio.Semaphore(self.settings.operations_max),
         )
 
+    def _open_whole(self) -> sqlite3.Connection:
+        """The database, mended if it is damaged and can be."""
+        try:
+            finish(self.directory, self.lost)
+            why = log_damage(self.directory)
+        except OSError as error:
+            raise disk_error(error, self._path) from error
+        refusal: StoreError = damaged(self._path, why)
+        if not why:
+            try:
+                db = open_for_writing(self.directory, self.settings)
+            except StoreFull:
+                raise
+            except StoreError as error:
+                refusal, why = error, str(error)
+            else:
+                why = self._damage_of(db)
+                if not why:
+                    return db
+                db.close()
+                refusal = damaged(self._path, why)
+        if not is_ours(self._path):
+            raise refusal
+        mend(self.directory, self.lost, lambda what: self.damage.note(what, "start"), why)
+        db = open_for_writing(self.directory, self.settings)
+        if why := database_damage(db, full=True):
+            db.close()
+            raise damaged(self._path, f"it was mended, and still: {why}")
+        return db
+
+    def _damage_of(self, db: sqlite3.Connection) -> str:
+        small = self._path.stat().st_size <= self.settings.check_bytes_max
+        if why := database_damage(db, full=small or self.damage.is_undealt()):
+            return why
+        if words := missing_commits(self.directory, read_meta(db)["commits"]):
+            self.damage.note(words, "start")
+        elif self.damage.is_undealt():
+            self.damage.note("what was met is gone: everything in the database was looked at and is whole", "start")
+        return ""
+
     def _put_aside_unknown(self, known: set[str]) -> None:
-        aside = self._lost.put(unknown_files(self.directory, known))
+        aside = self.lost.put(unknown_files(self.directory, known))
         if aside.moved:
             count, shown = len(aside.moved), names(aside.moved)
-            log.warning("%d files that no row names are put aside into %s: %s", count, self._lost.path, shown)
+            log.warning("%d files that no row names are put aside into %s: %s", count, self.lost.path, shown)
         if aside.left:
             log.error(
                 "%d files that no row names stay in %s: there is no room for them in lost+found (%s); nothing of it is "
                 "deleted, look through both and remove what you do not need: %s",
                 len(aside.left),
                 self.directory / FILES,
-                self._lost.limit(),
+                self.lost.limit(),
                 names(aside.left),
             )
 
@@ -171,6 +232,8 @@ class SqliteStore:
 
     @property
     def _opened(self) -> _Opened:
+        if self._now is None and self.unavailable:
+            raise StoreUnavailable(self.unavailable)
         if self._now is None:
             raise StoreClosed(f"{self.directory}: the store is not open")
         return self._now
@@ -211,7 +274,7 @@ class SqliteStore:
                     return query(db)
                 finally:
                     db.execute("ROLLBACK")
-            except sqlite3.Error as error:
+            except SQLITE_ERRORS as error:
                 raise store_error(error, self._path) from error
 
         return await self._in_thread(run)
@@ -394,7 +457,8 @@ class SqliteStore:
     async def validate(self, batch_id: str, check: Check, limits: InputLimits) -> Batch:
         now = self._opened
         batch = await self.get_batch(batch_id, None)
-        if batch.status != "validating":
+        incomplete = await self._read(lambda db: batches.find_batch(db, batch_id)["incomplete"])
+        if batch.status != "validating" and not incomplete:
             return batch
         if batch_id in now.validating:
             raise Conflict(f"batch {batch_id!r} is being validated")
@@ -402,7 +466,7 @@ class SqliteStore:
         def submit(operation: Operation[bool]) -> Future[bool]:
             return now.writer.submit(operation)
 
-        def ask(operation: Operation[sqlite3.Row]) -> Future[sqlite3.Row]:
+        def ask(operation: Operation[T]) -> Future[T]:
             return now.writer.submit(operation, reads=True)
 
         path = file_path(self.directory, batch.input_file_id)
@@ -422,7 +486,7 @@ class SqliteStore:
         return await self._read(
             lambda db: [
                 batches.read_batch(batches.checked_batch(row))
-                for row in db.execute(f"{batches.SELECT_BATCH} WHERE status = 'validating' ORDER BY no")
+                for row in db.execute(f"{batches.SELECT_BATCH} WHERE status = 'validating' OR incomplete ORDER BY no")
             ]
         )
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -25,6 +25,7 @@ from chiron.store.content import CheckedFile
 from chiron.store.database import OPEN, item_key, write_row
 from chiron.store.directory import disk_error
 from chiron.store.port import Check, InputLimits, ItemSpec, LineError, NotFound, StoreDamaged
+from chiron.store.recount import add_missing, end_mending
 from chiron.store.results import id_size
 from chiron.store.sums import BLOCK_BYTES, item_sum
 from chiron.store.writer import Operation, Transaction
@@ -99,7 +100,7 @@ class Validation:
         check: Check,
         limits: InputLimits,
         submit: Callable[[Operation[bool]], Future[bool]],
-        ask: Callable[[Operation[sqlite3.Row]], Future[sqlite3.Row]],
+        ask: Callable[[Operation[Any]], Future[Any]],
         now: Callable[[], float],
     ) -> None:
         self._batch_id = batch_id
@@ -110,11 +111,13 @@ class Validation:
         self._ask = ask
         self._now = now
         self._found = _Findings()
+        self._mending = False
         self._line = 0
         self._committing: Future[bool] | None = None
 
     def run(self) -> None:
         """Raises ``StoreError`` with the batch left as it is: validate it again later."""
+        self._mending = bool(self._ask(self._is_mended).result())
         try:
             file = self._ask(self._input).result()
             with BufferedReader(CheckedFile(self._path, file), BLOCK_BYTES) as stream:
@@ -128,11 +131,18 @@ class Validation:
             # The file is there; that too many are open, say, passes.
             raise disk_error(error, self._path) from error
         found = self._found
+        if self._mending:
+            self._submit(self._end_mending).result()
+            return
         if not found.hashes and not found.errors:
             message = "the input file holds no request"
             found.errors.append(LineError(code="empty_file", message=message, param="input_file_id"))
         candidates = _same_hashes(found.hashes)
         self._submit(lambda transaction: self._end(transaction, candidates)).result()
+
+    def _is_mended(self, transaction: Transaction) -> bool:
+        """Whether this batch ran already, and only lacks items that the disk has lost."""
+        return bool(find_batch(transaction.db, self._batch_id)["incomplete"])
 
     def _input(self, transaction: Transaction) -> sqlite3.Row:
         batch = find_batch(transaction.db, self._batch_id)
@@ -212,9 +222,12 @@ class Validation:
     def _insert(self, rows: list[_Row]) -> bool:
         def insert(transaction: Transaction) -> bool:
             batch = find_batch(transaction.db, self._batch_id)
+            base = item_key(batch["no"], 0)
+            if self._mending:
+                add_missing(transaction.db, batch, [(base + row[0], *row[1:]) for row in rows])
+                return bool(batch["incomplete"])
             if batch["status"] != "validating":
                 return False
-            base = item_key(batch["no"], 0)
             transaction.db.executemany(
                 "INSERT OR REPLACE INTO items(key, state, lane, attempts, offset, bytes, input_bytes, custom_id,"
                 " body_sum, sum) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -231,6 +244,12 @@ class Validation:
     def _settle(self) -> bool:
         """Wait for the block under way; False if the batch was cancelled meanwhile."""
         return self._committing is None or self._committing.result()
+
+    def _end_mending(self, transaction: Transaction) -> bool:
+        batch = find_batch(transaction.db, self._batch_id)
+        if batch["incomplete"]:
+            end_mending(transaction.db, batch, "; ".join(error.message for error in self._found.errors))
+        return True
 
     def _end(self, transaction: Transaction, candidates: list[tuple[int, int]]) -> bool:
         """Accept the batch, or fail it."""

@@ -22,7 +22,7 @@ from threading import Lock, Thread
 from typing import Any, TypeVar
 
 from chiron.store.acknowledged import Acknowledged
-from chiron.store.database import SCHEMA_VERSION, store_error, write_row
+from chiron.store.database import SCHEMA_VERSION, SQLITE_ERRORS, store_error, write_row
 from chiron.store.port import StoreClosed
 from chiron.store.trust import ClockMarks
 
@@ -199,7 +199,7 @@ class Writer:
             self._acknowledging = True
 
     def _named(self, error: Exception) -> Exception:
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, SQLITE_ERRORS):
             return store_error(error, self._path)
         return error
 
