@@ -18,6 +18,8 @@ from chiron.config.read import ConfigError, suggest
 from chiron.telemetry.result import DecisionPoint
 from chiron.telemetry.words import quantity, words
 
+DAMAGE_SHOWN = 5
+"""Damaged lines of a log that are named."""
 LISTED = 5
 """Changes that the overview lists."""
 
@@ -51,6 +53,10 @@ def explain(
     console = Console(highlight=False, markup=False)
     models = _models(story, model)
     console.print(story.title, style="bold", soft_wrap=True)
+    for words_of in story.damage[:DAMAGE_SHOWN]:
+        console.print(f"Passed over: {words_of}.", style="red", soft_wrap=True)
+    if len(story.damage) > DAMAGE_SHOWN:
+        console.print(f"And {len(story.damage) - DAMAGE_SHOWN} more damaged lines.", style="red")
     if not models:
         console.print("Nothing is in it yet: no request, no instance, no decision.")
     if story.note:

@@ -31,6 +31,8 @@ class Story:
     ends_s: float
     note: str = ""
     """Why it tells of no fleet, if it cannot."""
+    damage: tuple[str, ...] = ()
+    """Lines of an event log that are damaged and passed over, in words."""
     began: datetime | None = None
     """When the run began, if that is known: of a gateway's."""
     state: Callable[[str, float], Iterable[str]]
@@ -94,7 +96,8 @@ def _roles(ready: Mapping[str, int]) -> str:
 
 
 def _of_log(path: Path) -> Story:
-    events = tuple(read_event_log(path, last_run=True))
+    damage: list[str] = []
+    events = tuple(read_event_log(path, last_run=True, damaged=damage.append))
     models = dict.fromkeys(str(event["model"]) for event in events if "model" in event)
 
     def state(model: str, at_s: float) -> Iterable[str]:
@@ -106,6 +109,7 @@ def _of_log(path: Path) -> Story:
         decisions=tuple(_decision(event) for event in events if event.get("kind") == "fleet"),
         ends_s=events[-1]["t"] if events else 0.0,
         began=next((datetime.fromisoformat(event["run"]) for event in events if "run" in event), None),
+        damage=tuple(damage),
         state=state,
     )
 

@@ -9,6 +9,7 @@ says how many, and writing goes on when it can.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -22,12 +23,14 @@ from typing import Any
 
 import orjson
 
-from chiron.telemetry.event_log import log_file, log_numbers
+from chiron.telemetry.event_log import log_file, log_numbers, summed
 
 log = logging.getLogger("chiron.events")
 
 VERSION = 1
 """Of the line format, in the first line of each file."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that pass, and that must not keep a gateway from starting."""
 _PIECE = 256
 """Lines written at once; a file may grow by so many beyond ``rotate_bytes``."""
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
@@ -84,7 +87,13 @@ class EventWriter:
         """Time of the line that is written next."""
         self._fd = -1
         self._size = 0
-        self._begin()
+        try:
+            self._begin()
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._failing = True
+            log.error("the event log %s cannot be begun, its lines are lost for now: %s", settings.path, error)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="chiron-event-log", daemon=True)
         self._thread.start()
@@ -95,7 +104,7 @@ class EventWriter:
             self.dropped += 1
             return
         try:
-            self._queue.append((event["t"], orjson.dumps(event, default=str, option=_OPTIONS)))
+            self._queue.append((event["t"], summed(orjson.dumps(event, default=str, option=_OPTIONS))))
         except (TypeError, ValueError) as error:
             self.lost += 1
             log.error("an event could not be written: %s", error)
@@ -126,7 +135,8 @@ class EventWriter:
             if not self._write(b"".join(line for _, line in piece)):
                 self.lost += len(piece)
         missing = self.dropped + self.lost - self._told
-        if missing and self._write(orjson.dumps({"t": self._at_s, "event": "dropped", "lines": missing}) + b"\n"):
+        dropped = {"t": self._at_s, "event": "dropped", "lines": missing}
+        if missing and self._write(summed(orjson.dumps(dropped, option=_OPTIONS))):
             self._told += missing
 
     def _write(self, data: bytes) -> bool:
@@ -167,7 +177,7 @@ class EventWriter:
             "run": wall_time(self._wall_origin_s),
             **self._facts,
         }
-        data = orjson.dumps(head, default=str, option=_OPTIONS)
+        data = summed(orjson.dumps(head, default=str, option=_OPTIONS))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.write(fd, data)

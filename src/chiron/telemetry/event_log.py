@@ -3,6 +3,9 @@
 Every line has ``t`` (seconds since the run began) and ``event``. The gateway starts each of its files with an event
 ``log``: ``at`` is the wall time of that line, ``run`` the wall time at ``t == 0``, which also names the run. It rotates
 its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on; a restart begins a new file too.
+
+Lines of the gateway end with a checksum, ``"sum"``, of what stands before it, so that a bit that the disk has flipped
+is not taken for a number. In a file where one line has a sum all must.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
+from zlib import crc32
 
 from chiron.core.types import Decision
 from chiron.telemetry.errors import LogError
@@ -33,18 +39,27 @@ def decision_line(now_s: float, decision: Decision) -> dict[str, Any]:
     }
 
 
-def read_event_log(path: str | Path, *, last_run: bool = False) -> Iterator[dict[str, Any]]:
+def summed(line: bytes) -> bytes:
+    """A line, an object with its line break, with its checksum."""
+    body = line[:-2]
+    return b'%b,"sum":"%08x"}\n' % (body, crc32(body))
+
+
+def read_event_log(
+    path: str | Path, *, last_run: bool = False, damaged: Callable[[str], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """The events of ``path`` and of its rotated files, oldest first; ``last_run``: only of the newest run in them.
 
     A last line that was cut off, as kill -9 leaves one, is passed over in every file. Reading while the log is being
-    written is allowed. Raises LogError, naming file and line, for anything else that is no event, and OSError.
+    written is allowed. Raises OSError, and LogError, naming file and line, for anything else that is no event; lines
+    that the disk has damaged are passed over instead if ``damaged`` is given, which hears of each.
     """
     with ExitStack() as stack:
         files = [(name, stack.enter_context(file)) for name, file in _open(Path(path))]
         if last_run:
             files = _of_last_run(files)
         for name, file in files:
-            yield from _events(name, file)
+            yield from _events(name, file, damaged)
 
 
 def log_file(path: Path, number: int) -> Path:
@@ -94,23 +109,47 @@ def _of_last_run(files: list[tuple[Path, BinaryIO]]) -> list[tuple[Path, BinaryI
     """The files from the first that belongs to the same run as the last one."""
     runs = [_run(file) for _, file in files]
     first = len(files) - 1
-    while first > 0 and runs[first] is not None and runs[first - 1] == runs[first]:
+    # A file whose first line is damaged goes with the one after it.
+    while first > 0 and runs[-1] is not None and runs[first - 1] in (runs[-1], _DAMAGED):
         first -= 1
     return files[max(first, 0) :]
 
 
 def _run(file: BinaryIO) -> str | None:
     """The run that wrote this file, by its first line; the simulator's logs do not say."""
+    line = file.readline()
+    file.seek(0)
+    if _sum_of(line) is False:
+        return _DAMAGED
     try:
-        head = json.loads(file.readline())
+        head = json.loads(line)
     except ValueError:
         head = None
-    file.seek(0)
     return str(head["run"]) if isinstance(head, dict) and head.get("event") == "log" and "run" in head else None
 
 
-def _events(name: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
+_DAMAGED = "damaged"
+"""In place of the name of a run."""
+
+
+def _sum_of(line: bytes) -> bool | None:
+    """Whether a line fits its sum; None: it has none, or is cut off."""
+    if not line.endswith(b"\n"):
+        return None
+    body, mark, end = line.rpartition(b',"sum":"')
+    return f'{crc32(body):08x}"}}\n'.encode() == end if mark else None
+
+
+def _events(name: Path, file: BinaryIO, damaged: Callable[[str], None] | None) -> Iterator[dict[str, Any]]:
+    has_sums = _has_sums(file)
     for number, line in enumerate(file, 1):
+        # A last line that was cut off has no whole sum.
+        if has_sums and not _sum_of(line) and (line.endswith(b"\n") or _MARK.search(line)):
+            what = f"{name}: line {number} is damaged: it does not fit its checksum"
+            if damaged is None:
+                raise LogError(what)
+            damaged(what)
+            continue
         try:
             event = json.loads(line)
         except ValueError as error:
@@ -121,4 +160,17 @@ def _events(name: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
             ) from None
         if not isinstance(event, dict) or "event" not in event or not isinstance(event.get("t"), int | float):
             raise LogError(f"{name}: line {number} is not an event: it has no event and time t")
+        if has_sums:
+            event.pop("sum", None)
         yield event
+
+
+def _has_sums(file: BinaryIO) -> bool:
+    """Whether one of the first lines fits a sum: all are then to have one."""
+    found = any(_sum_of(line) for line in islice(file, _LINES_ASKED))
+    file.seek(0)
+    return found
+
+
+_LINES_ASKED = 100
+_MARK = re.compile(rb',"sum":"[0-9a-f]{8}"')
