@@ -274,12 +274,24 @@ def _class(cls: Mapping[str, Any], width: int) -> list[Text]:
 
 def _batches(status: Status, width: int) -> list[Text]:
     """A blank line, then a batch a line; none without batches."""
-    lines = [*_batch_troubles(status.get("batch_runner", {})), *(_batch(batch, width) for batch in status["batches"])]
+    troubles = [*_store_troubles(status.get("store", {})), *_batch_troubles(status.get("batch_runner", {}))]
+    lines = [*troubles, *(_batch(batch, width) for batch in status["batches"])]
     return [Text(""), *lines] if lines else []
+
+
+def _store_troubles(store: Mapping[str, Any]) -> list[Text]:
+    troubles = [f"batches and files are not served: {store['unavailable']}"] if store.get("unavailable") else []
+    damage = store.get("damage", ())
+    if damage:
+        more = f" (and {len(damage) - 1} more: damage.jsonl in the data directory)" if len(damage) > 1 else ""
+        troubles.append(f"damage on the disk: {damage[0]}{more}")
+    return [Text(trouble, style="red") for trouble in troubles]
 
 
 def _batch_troubles(runner: Mapping[str, Any]) -> list[Text]:
     troubles = [f"batches stand still: {runner['paused']}"] if runner.get("paused") else []
+    if runner.get("clock"):
+        troubles.append(str(runner["clock"]))
     troubles += [f"every try of batch work fails for {name}" for name in runner.get("failing_models", ())]
     unserved = runner.get("unserved", {})
     troubles += [f"{count:,} batch items wait for {name}, not in the config" for name, count in unserved.items()]

@@ -39,7 +39,7 @@ from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.directory import make_directory
-from chiron.store.port import Batch, StoreError
+from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
 from chiron.store.sqlite import SqliteStore
 from chiron.telemetry.errors import TelemetryError
 from chiron.telemetry.result import Result
@@ -51,6 +51,10 @@ WATCH_S = 1.0
 """Between two looks for requests that waited too long, at clients and at engines."""
 BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
+OPEN_WAIT_S = 10.0
+"""For so long a start waits for the store; it then goes on without it."""
+OPEN_AGAIN_MIN_S, OPEN_AGAIN_MAX_S = 1.0, 30.0
+"""Between two tries to open a store that has no room."""
 RESULT = "result.chiron"
 """File in the data directory that a run leaves behind, for ``chiron explain`` and reports."""
 FILES_SHORT = 0.85
@@ -147,13 +151,28 @@ class Service:
         self._lag = LoopLag(loop)
         self._batches: list[Batch] = []
         self._batch_look: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._starting_batches: asyncio.Task[None] | None = None
+        self._store_tried = asyncio.Event()
+        """Set once the store could not be opened for want of room."""
         self.metrics = Metrics(self.plane, self.journal, self.around)
         self._server: HttpServer | None = None
 
     async def start(self) -> str:
-        """Open the store, ask for the first instances, listen. Returns the URL that clients use."""
+        """Open the store, ask for the first instances, listen. Returns the URL that clients use.
+
+        A store that has no room, or that takes long to open because it is mended or brought up to date, holds up
+        batches only: it is opened beside everything else, and tried again until there is room."""
         config = self.config
-        await self.store.open()
+        self._opening = asyncio.get_running_loop().create_task(self._open_store())
+        tried = asyncio.ensure_future(self._store_tried.wait())
+        await asyncio.wait((self._opening, tried), timeout=OPEN_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        tried.cancel()
+        if self._opening.done():
+            await self._opening
+        elif not self.store.unavailable:
+            self.store.unavailable = f"{config.data}: the store is being opened; it may be mended or brought up to date"
+            log.warning("%s", self.store.unavailable)
         self._server = await serve(
             self.front.handle,
             host=config.server.host,
@@ -170,13 +189,43 @@ class Service:
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         self.url = f"{scheme}://{host}:{self._server.port}"
         self.clock.post(self._begin)
-        await self.runner.start()
+        if self._opening.done():
+            await self.runner.start()
+        else:
+            self._starting_batches = asyncio.get_running_loop().create_task(self._start_batches(self._opening))
         # What has been made so far stays; the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 50, 100)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
+
+    async def _open_store(self) -> None:
+        """Raises StoreError at the first try for anything but a lack of room."""
+        delay_s = OPEN_AGAIN_MIN_S
+        while True:
+            try:
+                await self.store.open()
+                return
+            except StoreError as error:
+                if not isinstance(error, StoreFull) and not self._store_tried.is_set():
+                    raise
+                if str(error) != self.store.unavailable:
+                    log.error("batches and files are not served: %s; it is tried again until it works", error)
+                self.store.unavailable = str(error)
+                self._store_tried.set()
+            await asyncio.sleep(delay_s)
+            delay_s = min(OPEN_AGAIN_MAX_S, 2.0 * delay_s)
+
+    async def _start_batches(self, opening: asyncio.Task[None]) -> None:
+        try:
+            await opening
+            await self.runner.start()
+        except Exception:
+            log.exception("batches and files are not served until a restart")
+            self.store.unavailable = self.store.unavailable or "the store could not be opened; the log says why"
+        else:
+            log.info("batches and files are served")
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
@@ -189,6 +238,9 @@ class Service:
             await closing
         self.clock.stop()
         self._lag.close()
+        for task in (self._starting_batches, self._opening):
+            if task is not None:
+                task.cancel()
         if self._batch_look is not None:
             self._batch_look.cancel()
         await self.engines.close()
@@ -219,7 +271,15 @@ class Service:
         """The object of ``GET /chiron/status``."""
         found: dict[str, Any] = {}
         self.clock.post(lambda: found.update(status(self.plane, self.journal, self.around())))
-        return found | {"batch_runner": self.runner.summary()}
+        return found | {"batch_runner": self.runner.summary(), "store": self._store_status()}
+
+    def _store_status(self) -> dict[str, Any]:
+        files, size = self.store.lost_holds
+        return {
+            "unavailable": self.store.unavailable,
+            "damage": self.store.damage.notes,
+            "lost_and_found": {"path": str(self.store.lost.path), "files": files, "bytes": size},
+        }
 
     def result(self) -> Result:
         """The run so far, as the simulator's reports have it. Without the config, which may hold tokens."""
@@ -279,6 +339,8 @@ class Service:
     async def _read_batches(self) -> None:
         try:
             self._batches = await self.store.list_batches(None, limit=100)
+        except StoreUnavailable:
+            self._batches = []  # It was told why.
         except StoreError as error:
             log.warning("the status page shows no batches: %s", error)
 
