@@ -23,6 +23,7 @@ pytest.importorskip("psutil")
 from chiron.cli import app, extras
 from chiron.config.serve import load_serve
 from chiron.gateway.keys import hash_secret
+from chiron.store.damage import Damage
 
 runner = CliRunner()
 
@@ -276,3 +277,22 @@ def test_a_missing_extra_is_one_line_with_the_command_that_helps(monkeypatch: py
     assert result.exit_code == 2
     assert "not installed: no_such_module_here; pip install 'chiron-serving[openvino]'" in result.stderr
     assert doctor()["extra openvino"]["state"] == "fail"
+
+
+def test_doctor_says_who_can_read_the_data_and_what_was_damaged(engine: tuple[str, Any], here: Path) -> None:
+    url, _ = engine
+    call("init", "-e", "vllm", "--endpoint", url, "-m", "m")
+    data = here / "chiron-data"
+    (data / "files").mkdir(parents=True, mode=0o700)
+    data.chmod(0o755)
+    found = doctor("--set", "server.port=0")
+    assert found["data directory's mode"]["state"] == "warn"
+    assert found["damage"]["state"] == "ok"
+    data.chmod(0o700)
+    Damage(data, lambda: 0.0).note("file 'file-1' is damaged")
+    (data / "lost+found").mkdir(mode=0o700)
+    (data / "lost+found" / "file-2").touch(mode=0o600)
+    found = doctor("--set", "server.port=0")
+    assert found["data directory's mode"]["state"] == "ok"
+    assert "file 'file-1' is damaged" in found["damage"]["found"]
+    assert {found[name]["state"] for name in ("damage", "lost+found")} == {"warn"}

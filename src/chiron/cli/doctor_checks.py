@@ -24,6 +24,9 @@ from typing import TYPE_CHECKING, Literal
 
 from chiron.cli.extras import EXTRAS, OPTIONAL, install_hint, missing
 from chiron.cli.trust import certificate_trouble
+from chiron.store.damage import NAME, read_notes
+from chiron.store.directory import open_to_others
+from chiron.store.lost import FOLDER
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig
@@ -170,6 +173,9 @@ def data_checks(config: ServeConfig) -> Iterator[Check]:
         yield check("data directory", f"{nearest}: {error.strerror or error}", FAIL, hint)
         return
     yield check("data directory", f"{found}, writable")
+    if directory.is_dir():
+        yield _privacy(directory)
+        yield from _damage(directory)
     free = shutil.disk_usage(nearest).free
     state = FAIL if free < FREE_MIN_BYTES else WARN if free < FREE_COMFORT_BYTES else OK
     hint = "" if state == OK else "make room; a batch of 700,000 small requests takes some 3 GB"
@@ -178,6 +184,30 @@ def data_checks(config: ServeConfig) -> Iterator[Check]:
     slow = fsync_s > FSYNC_SLOW_S
     hint = "batches will be slow; use a local disk for server.data" if slow else ""
     yield check("fsync", found, WARN if slow else OK, hint)
+
+
+def _privacy(directory: Path) -> Check:
+    """Prompts and answers lie in it."""
+    found = sum(1 for _ in open_to_others(directory))
+    if not found:
+        return check("data directory's mode", "closed to other users")
+    hint = "the next start closes it, or: " + f"chmod -R go= {directory}"
+    return check("data directory's mode", f"{found} files or folders can be used by others", WARN, hint)
+
+
+def _damage(directory: Path) -> Iterator[Check]:
+    """What starts and readers have found, and what was put aside because of it."""
+    notes = read_notes(directory)
+    if notes:
+        last = notes[-1]
+        found = f"{len(notes)} notes of damage; the last, {last['at']}: {last['what']}"
+        hint = f"check the disk; {directory / NAME} has all notes: remove it once they are dealt with"
+        yield check("damage", found, WARN, hint)
+    else:
+        yield check("damage", "none was found")
+    if any((directory / FOLDER).glob("*")):
+        hint = "look through it and remove what you do not need; nothing else ever does"
+        yield check("lost+found", f"{directory / FOLDER} is not empty", WARN, hint)
 
 
 def log_checks(config: ServeConfig) -> Iterator[Check]:
