@@ -118,15 +118,26 @@ class Question:
     def __init__(self, data: bytes) -> None:
         self.complete = False
         self.method = b""
+        self._announced: list[tuple[bytes, bytes]] = []
+        """Headers that say where the body ends."""
+        self._got = len(data.partition(b"\r\n\r\n")[2])
         self._parser = httptools.HttpRequestParser(self)
         with suppress(httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._parser.feed_data(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.method and name.lower() in (b"content-length", b"transfer-encoding"):
+            self._announced.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self.method = self.method or self._parser.get_method()
 
     def on_message_complete(self) -> None:
-        self.complete = True
+        # Where the client offers another protocol this parser reads no body; a server that stays with HTTP/1.1 does.
+        self.complete = self.complete or not self._parser.should_upgrade() or self._has_body()
+
+    def _has_body(self) -> bool:
+        return all(name == b"content-length" and value == b"%d" % self._got for name, value in self._announced)
 
 
 def check(question: Question, answer: Answer) -> None:
