@@ -129,10 +129,14 @@ def insert_row(db: sqlite3.Connection, table: str, values: Mapping[str, object])
 
 def write_row(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> None:
     """A whole row with the key that it has; what was there is replaced."""
-    names = COLUMNS[table]
-    row = [values[name] for name in names]
-    marks = ", ".join("?" * (len(names) + 1))
-    db.execute(f"INSERT OR REPLACE INTO {table}({', '.join(names)}, sum) VALUES({marks})", (*row, row_sum(table, row)))
+    row = [values[name] for name in COLUMNS[table]]
+    db.execute(_WRITE[table], (*row, row_sum(table, row)))
+
+
+_WRITE = {
+    table: f"INSERT OR REPLACE INTO {table}({', '.join(names)}, sum) VALUES({', '.join('?' * (len(names) + 1))})"
+    for table, names in COLUMNS.items()
+}
 
 
 def change_row(db: sqlite3.Connection, table: str, row: sqlite3.Row, changes: Mapping[str, object]) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from zlib import crc32
 
-from chiron.store.batches import batch_row, change_batch, check_work, end_if_idle
+from chiron.store.batches import SELECT_BATCH, batch_row, change_batch, check_work, checked_batch, end_if_idle
 from chiron.store.database import FAILED, INDEX_MAX, OK, OPEN, item_index, item_key, write_row
 from chiron.store.directory import disk_error, file_path
 from chiron.store.leases import LaneLeases, Leases
-from chiron.store.port import NO_TOKENS, Ended, Item, PendingWork, TokenUsage
+from chiron.store.port import NO_TOKENS, RUNNING, Ended, Item, PendingWork, TokenUsage
 from chiron.store.progress import count_ends
 from chiron.store.results import id_size
 from chiron.store.sums import ATTEMPT_FACTOR, ITEM_COLUMNS, STATE_FACTOR, item_fits, result_sum
@@ -221,16 +221,16 @@ def finish(transaction: Transaction, leases: Leases, ended: Sequence[Ended], now
     for one in ended:
         by_batch.setdefault(one.batch_id, []).append(one)
     for batch_id, results in by_batch.items():
-        row = transaction.db.execute(
-            "SELECT no FROM batches WHERE id = ? AND status IN ('in_progress', 'finalizing', 'cancelling')",
-            (batch_id,),
-        ).fetchone()
-        if row is None:
+        row = transaction.db.execute(f"{SELECT_BATCH} WHERE id = ?", (batch_id,)).fetchone()
+        if row is None or row["status"] not in RUNNING:
             continue  # It ended without these; they are listed there as expired or cancelled.
+        checked_batch(row)
         gains = _keep(transaction, leases, row["no"], results)
         if gains.lanes:
-            _count(transaction.db, batch_row(transaction.db, row["no"]), gains, now_s)
-        end_if_idle(transaction, leases, batch_id, now_s)
+            _count(transaction.db, row, gains, now_s)
+        left = row["total"] - row["completed"] - row["failed"] - gains.items.total()
+        if not left or row["status"] != "in_progress":
+            end_if_idle(transaction, leases, batch_id, now_s)
 
 
 def _keep(transaction: Transaction, leases: Leases, batch: int, results: Sequence[Ended]) -> _Gains:

@@ -40,8 +40,8 @@ from chiron.store.database import (
 from chiron.store.directory import disk_error, sync_directory
 from chiron.store.lost import LostFound
 from chiron.store.pages import Found, Pages
-from chiron.store.port import ENDED, LineError, StoreCorrupt
-from chiron.store.recount import RUNNING, keys_of, recounted, set_state, settle_files, write_item
+from chiron.store.port import ENDED, RUNNING, LineError, StoreCorrupt
+from chiron.store.recount import keys_of, recounted, set_state, settle_files, write_item
 from chiron.store.sums import COLUMNS, item_sum, result_sum
 from chiron.store.wal import read_log
 

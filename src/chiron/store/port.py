@@ -61,6 +61,8 @@ BatchStatus = Literal[
 ]
 ENDED: frozenset[str] = frozenset({"failed", "completed", "expired", "cancelled"})
 """Statuses that a batch never leaves."""
+RUNNING = ("in_progress", "finalizing", "cancelling")
+"""Statuses in which results come in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

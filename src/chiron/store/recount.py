@@ -10,11 +10,9 @@ from typing import Any
 
 from chiron.store.batches import ended_s, insert_file, results_file
 from chiron.store.database import FAILED, LOST, OK, OPEN, item_index, item_key, keep_copy, write_row
-from chiron.store.port import ENDED, LineError
+from chiron.store.port import ENDED, RUNNING, LineError
 from chiron.store.results import id_size, lost_line, unfinished_line
 from chiron.store.sums import COLUMNS, item_sum
-
-RUNNING = ("in_progress", "finalizing", "cancelling")
 
 
 def keys_of(batch: int) -> tuple[int, int]:

@@ -182,8 +182,11 @@ def _of_store(error: StoreError) -> ApiError:
             return invalid(str(error), status=413, code="request_too_large")
         case StoreFull():
             return unavailable(f"The server's disk is full: {error}", STORE_RETRY_S)
-        case StoreDamaged() | StoreCorrupt():
+        case StoreDamaged():
             return damaged(str(error))
+        case StoreCorrupt():
+            log.error("the store failed: %s", error)
+            return damaged("The server's store of files and batches is damaged where this was asked for.")
         case StoreUnavailable():
             return unavailable(str(error), STORE_RETRY_S)
         case StoreClosed():
