@@ -98,3 +98,20 @@ def test_one_that_is_older_still_is_taken_over_as_well(old: Path) -> None:
             assert (await store.get_file(file.id, None)).expires_s == site.now_s + 3600
 
     asyncio.run(go_on())
+
+
+def test_damage_in_the_log_of_an_older_store_is_told_and_deletes_nothing(old: Path) -> None:
+    log = old / "batch.sqlite3-wal"
+    data = bytearray(log.read_bytes())
+    data[len(data) // 2] ^= 1
+    log.write_bytes(data)
+    uploads = sorted(path.read_bytes() for path in (old / "files").iterdir())
+    site = sqlite_site(old)
+    for _ in range(2):
+        batches = asyncio.run(found(site))["batches"]
+        assert 0 < len(batches) < len(known()["batches"])
+        assert all(batch["id"] in [one["id"] for one in known()["batches"]] for batch in batches)
+    assert "log is damaged" in (old / "damage.jsonl").read_text()
+    assert (old / "lost+found" / "damaged" / log.name).read_bytes() == data
+    there = [*(old / "files").iterdir(), *(old / "lost+found").glob("file-*")]
+    assert sorted(path.read_bytes() for path in there) == uploads

@@ -15,6 +15,7 @@ from chiron.store.database import (
     INDEXES,
     LOST,
     OK,
+    PAGE_BYTES,
     SCHEMA_VERSION,
     TABLES,
     copy_number,
@@ -26,8 +27,8 @@ from chiron.store.recount import keys_of
 from chiron.store.sums import COLUMNS, item_fits, result_fits, row_sum
 from chiron.store.wal import Log, read_log
 
-_MARK_END = 72
-"""The application's id is in the four bytes before."""
+FIRST_WITH_SUMS = 3
+"""Version of the schema."""
 _SMALL = ("meta", "files", "batches", "work", "purges", "removals", "copies")
 
 
@@ -67,8 +68,20 @@ def is_ours(path: Path) -> bool:
         return False
     if read_acknowledged(path.parent) or next(pages.rows(), None) is not None:
         return True
-    with path.open("rb") as file:
-        return file.read(_MARK_END)[-4:] == APPLICATION_ID.to_bytes(4, "big")
+    return _marks(pages) == (APPLICATION_ID, SCHEMA_VERSION)
+
+
+def is_older(path: Path) -> bool:
+    """Whether the database is ours and from before rows had sums: from such a one nothing can be told apart."""
+    log_path = path.with_name(DATABASE + "-wal")
+    application, version = _marks(Pages(path, log_path, read_log(log_path)))
+    return application == APPLICATION_ID and 0 < version < FIRST_WITH_SUMS
+
+
+def _marks(pages: Pages) -> tuple[int, int]:
+    """The application's id and the schema's version, from the first page."""
+    first = pages.newest(1) or bytes(PAGE_BYTES)
+    return int.from_bytes(first[68:72], "big"), int.from_bytes(first[60:64], "big")
 
 
 def missing_commits(directory: Path, commits: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +46,7 @@ from chiron.store.directory import (
     sync_directory,
     unknown_files,
 )
-from chiron.store.inspect import database_damage, is_ours, log_damage, missing_commits
+from chiron.store.inspect import database_damage, is_older, is_ours, log_damage, missing_commits
 from chiron.store.leases import Leases
 from chiron.store.lost import LostFound
 from chiron.store.mend import finish, mend
@@ -172,6 +173,8 @@ class SqliteStore:
         try:
             finish(self.directory, self.lost)
             why = log_damage(self.directory)
+            if why and is_older(self._path):
+                why = self._leave_to_sqlite(why)
         except OSError as error:
             raise disk_error(error, self._path) from error
         refusal: StoreError = damaged(self._path, why)
@@ -196,6 +199,18 @@ class SqliteStore:
             db.close()
             raise damaged(self._path, f"it was mended, and still: {why}")
         return db
+
+    def _leave_to_sqlite(self, why: str) -> str:
+        """The log of a store from before rows had sums: what comes behind the damage cannot be told from what was torn,
+        so it is kept and told of."""
+        path = self._path.with_name(f"{DATABASE}-wal")
+        if not self.lost.room_for(1, path.stat().st_size):
+            return f"{why}; there is no room to keep it: {self.lost.limit()}"
+        place = self.lost.folder("damaged")
+        shutil.copy2(path, place)
+        sync_directory(place)
+        self.damage.note(f"{why}; what was committed after the damage is lost, but for the copy in {place}", "start")
+        return ""
 
     def _damage_of(self, db: sqlite3.Connection) -> str:
         small = self._path.stat().st_size <= self.settings.check_bytes_max
