@@ -240,7 +240,7 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         max_num_batched_tokens=instance.kind.max_num_batched_tokens,
         prefill_limit_s=instance.prefill_limit_s,
         batch_limit=instance.batch_limit,
-        batch_waits=state.batch.count > 0 or bool(state.batch.held),
+        batch_waits=state.batch.count > 0 or bool(state.batch.announced),
         itl_missed=state.itl_missed,
         dispatched=len(instance.requests),
         binding=len(instance.requests) >= instance.max_batch_size,

@@ -1,8 +1,7 @@
 """The control plane of a fleet of engines, whatever drives it.
 
-In: ``submit`` and ``cancel`` from clients; ``first_token``, ``finished``, ``evicted``, ``failed`` from engines;
-``instance_ready``, ``instance_failed`` from the fleet; ``sampled`` from the scraper. Out: the ports. Synchronous and
-single-threaded: every call runs to its end, and engines answer later.
+``core.ports`` has both directions: what it is told, by clients, batch jobs, engines, scrapes and fleets, and what it
+asks. Synchronous and single-threaded: every call runs to its end, and engines answer later.
 
 A request holds its place on an instance from dispatch until the engine lets go of it. An evicted one gives its place
 up at once: the engine takes it out at the same step boundary at which it lets the next one in.
@@ -16,8 +15,9 @@ from math import inf
 
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
+from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Engine, Fleet, Journal
+from chiron.core.ports import Ends, Engine, Fleet, Journal
 from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Request, RequestClass, Sample
 from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration
@@ -41,6 +41,7 @@ class ControlPlane:
         clock: VirtualClock,
         fleet: Fleet,
         journal: Journal,
+        ends: Ends | None = None,
         models: Sequence[ModelSpec],
         classes: Sequence[RequestClass],
         policy: Policy,
@@ -48,8 +49,9 @@ class ControlPlane:
         observer: Observer | None = None,
         actuates: bool = True,
     ) -> None:
-        """``actuates=False``: decisions are journalled and nothing else; the fleet stays as it was started, batch
-        sizes stay at what the engines allow, and nothing is evicted or moved."""
+        """``ends``: who waits for requests; in a simulation nobody. ``actuates=False``: decisions are journalled
+        and nothing else; the fleet stays as it was started, batch sizes stay at what the engines allow, and nothing is
+        evicted or moved."""
         if not actuates:
             policy = replace(policy, evicts=False, migrate=None, initial_max_batch_size=None)
         self.clock = clock
@@ -61,6 +63,7 @@ class ControlPlane:
         self.evictions = 0
         self.migrations = 0
         self._journal = journal
+        self._ends = ends
         self._event = journal.event if journal.wants_events else None
         self._observer = observer
         self._gpus_max = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
@@ -117,10 +120,28 @@ class ControlPlane:
         if policy.migrate is not None:
             self.clock.call_later(policy.migrate_period_s, self._migration_tick)
 
+    # -- what is read ------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> PlaneSnapshot:
+        now_s = self.clock.now_s
+        return PlaneSnapshot(
+            now_s=now_s,
+            policy=self.policy.name,
+            open_requests=self.open_requests,
+            evictions=self.evictions,
+            migrations=self.migrations,
+            models=tuple(model_snapshot(state, now_s) for state in self.models.values()),
+        )
+
+    def model_snapshot(self, model: str) -> ModelSnapshot:
+        return model_snapshot(self.models[model], self.clock.now_s)
+
+    def is_served(self, model: str) -> bool:
+        return any(instance.state == "ready" for instance in self.models[model].instances.values())
+
     # -- requests ----------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """A request arrives. It ends exactly once, in ``Journal.ended``."""
         state = self.models[request.model]
         self.open_requests += 1
         if self._event is not None:
@@ -135,18 +156,16 @@ class ControlPlane:
                 self._waking = True
                 self.clock.call_at(self.clock.now_s, self._wake)
 
-    def hold_batch(
+    def announce_batch(
         self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
     ) -> None:
-        """Tell planners of batch work that is not submitted yet (differences; negative takes it off).
-
-        ``deadline_s`` is absolute; one (deadline, class) must be taken off as it was put on.
-        """
         state = self.models[model]
-        state.batch.hold(deadline_s, cls, requests, input_tokens, input_square)
+        state.batch.announce(deadline_s, cls, requests, input_tokens, input_square)
         if requests > 0 and not state.instances and not self._waking:
             self._waking = True
             self.clock.call_at(self.clock.now_s, self._wake)
+
+    hold_batch = announce_batch
 
     def _refuses(self, state: ModelState, request: Request) -> bool:
         """Whether the policy does not take it; then it has ended."""
@@ -160,9 +179,10 @@ class ControlPlane:
         self._end(state, request, "shed")
         return True
 
+    def clients_waiting(self, model: str, *, interactive: bool) -> int:
+        return self.models[model].clients_waiting(interactive=interactive)
+
     def shed_lost(self, model: str) -> bool:
-        """End a waiting request that its policy has given up on, to make room for one that can still be served in
-        time. False: there is none."""
         state = self.models[model]
         request = state.waiting.order.lost() if state.waiting.count else None
         if request is None:
@@ -184,18 +204,24 @@ class ControlPlane:
             state.waiting.add(request, self.clock.now_s)
 
     def cancel(self, request: Request) -> None:
-        """The client left. Queued work is dropped, running work is stopped at the next step."""
         self._call_off(request, "cancelled")
 
+    def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
+        state = self.models[instance.model]
+        instance.kv_capacity_tokens = kv_capacity_tokens
+        state.kv_capacity_tokens = max(i.kv_capacity_tokens for i in state.instances.values())
+        if instance.state == "ready":
+            state.router.changed(instance)
+        self.capacity_known(instance.model)
+
     def capacity_known(self, model: str) -> None:
-        """The KV capacity of its instances has become known: what waits and fits none of them would wait for ever."""
+        """What waits and fits none of the model's instances would wait for ever."""
         state = self.models[model]
         for request in [*state.waiting, *state.batch]:
             if request.outcome is None and request.input_tokens + request.tokens_done >= state.kv_capacity_tokens:
                 self._call_off(request, "rejected")
 
     def cut_off(self, request: Request) -> None:
-        """It has waited or run for too long: Chiron's fault, and load that was not served."""
         self._call_off(request, "shed")
 
     def _call_off(self, request: Request, outcome: Outcome) -> None:
@@ -293,6 +319,8 @@ class ControlPlane:
         if self._event is not None:
             self._event(self.clock.now_s, "ended", request, request.instance)
         self._journal.ended(request)
+        if self._ends is not None:
+            self._ends.ended(request)
 
     # -- what engines report -----------------------------------------------------------------------------------
 
@@ -632,7 +660,9 @@ class ControlPlane:
     def _wake(self) -> None:
         """A tick out of turn: something waits and there is no instance at all."""
         self._waking = False
-        if any(not s.instances and (s.waiting.count or s.batch.count or s.batch.held) for s in self.models.values()):
+        if any(
+            not s.instances and (s.waiting.count or s.batch.count or s.batch.announced) for s in self.models.values()
+        ):
             self._tick()
 
     def _tick(self) -> None:

@@ -147,7 +147,7 @@ class BatchQueue:
         self._late: deque[Request] = deque()
         self._turn = 0
         self._sequence = 0
-        self._held: dict[int, _Group] = {}
+        self._announced: dict[int, _Group] = {}
         self.count = 0
         self.flex = 0
         """Of those counted; the rest are items of jobs."""
@@ -179,25 +179,25 @@ class BatchQueue:
     def _key(self, request: Request) -> int:
         return int(_order_s(request) // self._span_s)
 
-    def hold(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
+    def announce(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
         """Count work of class ``name`` that waits elsewhere, to be added later; negative figures take it off again.
 
         A job may have more requests than fit in memory: planners must know of all of them, dispatch only of the next.
         """
         key = int(deadline_s // self._span_s)
-        group = self._held.setdefault(key, _Group())
+        group = self._announced.setdefault(key, _Group())
         group.deadline_s = min(group.deadline_s, deadline_s)
         group.count += requests
         group.input_tokens += input_tokens
         group.input_square += input_square
         group.class_counts[name] = group.class_counts.get(name, 0) + requests
         if group.count <= 0:
-            del self._held[key]
+            del self._announced[key]
 
     @property
-    def held(self) -> int:
+    def announced(self) -> int:
         """Requests that wait elsewhere."""
-        return sum(group.count for group in self._held.values())
+        return sum(group.count for group in self._announced.values())
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
@@ -262,8 +262,10 @@ class BatchQueue:
         """The groups, earliest first; those past ``limit`` are merged into the last one."""
         merged: list[_Group] = []
         views: list[GroupView] = []
-        for key in sorted(self._groups.keys() | self._held.keys()):
-            parts = [group for groups in (self._groups, self._held) if (group := groups.get(key)) and group.count > 0]
+        for key in sorted(self._groups.keys() | self._announced.keys()):
+            parts = [
+                group for groups in (self._groups, self._announced) if (group := groups.get(key)) and group.count > 0
+            ]
             if not parts:
                 continue
             if len(views) < limit - 1:

@@ -1,27 +1,33 @@
 """What the control plane asks of the world, and what the world tells it.
 
-Ports are small: a simulated and a real implementation of each exist or will. Calls never block; what follows from
-them comes back later as a call on ``control.plane.ControlPlane``.
+Every port is a few methods with two implementations or more: simulated and live ones of what the control plane asks,
+the control plane itself and whatever stands in front of it (a relay, a test) of what it is told. Calls never block;
+what follows from them comes back later, as a call on a port of the other direction. ``Engine`` is in ``types``, beside
+the instance that has one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from chiron.core.types import Decision, Instance, Request
+from chiron.core.types import Decision, Engine, Instance, Request, Sample
 
+__all__ = [
+    "BatchAnnouncements",
+    "Completions",
+    "Ends",
+    "Engine",
+    "EngineEvents",
+    "Fleet",
+    "FleetEvents",
+    "Journal",
+    "Queues",
+    "RemoteEngineEvents",
+    "Samples",
+]
 
-class Engine(Protocol):
-    """One instance's engine."""
-
-    def start(self, request: Request) -> None:
-        """Run (or resume) a request. Answered by ``first_token`` and ``finished``."""
-
-    def evict(self, request: Request) -> None:
-        """Stop a request at the next step and keep its KV if the engine can. Answered by ``evicted`` (or by
-        ``finished``, if that came first)."""
-
-    def set_max_batch_size(self, max_batch_size: int) -> None: ...
+# -- what the control plane asks -------------------------------------------------------------------------------------
 
 
 class Fleet(Protocol):
@@ -34,8 +40,15 @@ class Fleet(Protocol):
         """Stop an instance at once; it is drained already."""
 
 
+class Ends(Protocol):
+    """Whoever waits for requests."""
+
+    def ended(self, request: Request) -> None:
+        """Its ``outcome`` is set; nothing more will happen to it. Called once for each request, after the journal."""
+
+
 class Journal(Protocol):
-    """Hears everything worth remembering."""
+    """Hears everything worth remembering, and changes nothing."""
 
     wants_events: bool
     """Whether ``event`` is called for requests: it costs time on the path of each. For instances it always is."""
@@ -48,3 +61,91 @@ class Journal(Protocol):
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:
         """``arrival``, ``dispatch``, ``first_token``, ``evicted``, ``ended`` with the request; ``created``,
         ``ready``, ``draining``, ``gone``, ``failed`` with the instance."""
+
+
+# -- what the control plane is told ----------------------------------------------------------------------------------
+
+
+class Completions(Protocol):
+    """Requests come and are taken back."""
+
+    def submit(self, request: Request) -> None:
+        """A request arrives. It ends exactly once, in ``Ends.ended``."""
+
+    def cancel(self, request: Request) -> None:
+        """Its client does not want it any more. Queued work is dropped, running work is stopped at the next step."""
+
+    def cut_off(self, request: Request) -> None:
+        """It has waited or run for too long: Chiron's fault, and load that was not served."""
+
+
+class BatchAnnouncements(Protocol):
+    """Batch work that is still in a store: planners know of it, nobody runs it yet."""
+
+    def announce_batch(
+        self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
+    ) -> None:
+        """So much more of it (negative: less). ``deadline_s`` is absolute; what was announced for one (deadline, class)
+        must be taken off as it was put on."""
+
+
+class Queues(Protocol):
+    """What an admission limit needs to know of the requests that wait for an instance."""
+
+    def clients_waiting(self, model: str, *, interactive: bool) -> int:
+        """Whose clients wait, interactive or flex. Items of jobs are not among them."""
+
+    def shed_lost(self, model: str) -> bool:
+        """End one that cannot be served in time any more, so that another can take its place in the queue. False: there
+        is none."""
+
+
+class EngineEvents(Protocol):
+    """What every engine tells of the requests that it runs."""
+
+    def first_token(self, request: Request) -> None:
+        """Its prefill is over. After an eviction without saved KV this comes again."""
+
+    def finished(self, request: Request) -> None:
+        """A complete answer; ``tokens_done`` is its length."""
+
+    def evicted(self, request: Request) -> None:
+        """The engine let go of it; ``tokens_done`` and saved KV are up to date."""
+
+    def refused(self, request: Request, reason: str) -> None:
+        """The engine says that something is wrong with the request."""
+
+
+class RemoteEngineEvents(EngineEvents, Protocol):
+    """The same of an engine behind a connection, which may be lost or answer what it should not."""
+
+    def prefilled(self, request: Request) -> None:
+        """Its prefill is presumably over: the first token of an answer in one piece cannot be seen."""
+
+    def failed(self, request: Request, reason: str) -> None:
+        """The engine cannot run this request at all."""
+
+    def lost(self, request: Request) -> None:
+        """The engine gave it up without an answer, and lives on. It runs again, here or elsewhere, a few times."""
+
+    def avoid(self, instance: Instance, for_s: float) -> None:
+        """Dispatch nothing there for a while: it loses requests, though it may be alive."""
+
+
+class Samples(Protocol):
+    """What scrapes of engines bring."""
+
+    def sampled(self, samples: Iterable[Sample]) -> None:
+        """A round of scrapes."""
+
+    def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
+        """An engine has told how much KV it has."""
+
+
+class FleetEvents(Protocol):
+    """What a fleet tells of the instances that it was asked for."""
+
+    def instance_ready(self, instance: Instance, engine: Engine) -> None: ...
+
+    def instance_failed(self, instance: Instance) -> None:
+        """It is gone with all it held, or its start failed."""

@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from chiron.core.ports import Engine
+from typing import Any, Literal, Protocol
 
 Kind = Literal["interactive", "batch"]
 Role = Literal["interactive", "mixed", "batch"]
@@ -198,6 +195,19 @@ class Sample:
     context_tokens: float
     """Sum over steps of the decoding sequences' contexts."""
     preemptions: int
+
+
+class Engine(Protocol):
+    """The port to one instance's engine."""
+
+    def start(self, request: Request) -> None:
+        """Run (or resume) a request. Answered by ``first_token`` and ``finished``."""
+
+    def evict(self, request: Request) -> None:
+        """Stop a request at the next step and keep its KV if the engine can. Answered by ``evicted`` (or by
+        ``finished``, if that came first)."""
+
+    def set_max_batch_size(self, max_batch_size: int) -> None: ...
 
 
 class Instance:

@@ -22,24 +22,15 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from math import inf, sqrt
-from typing import Protocol
 
 from chiron.core.clock import VirtualClock, engine_key
+from chiron.core.ports import EngineEvents
 from chiron.core.types import Instance, Request, Sample
 from chiron.engines.profile import Profile
 
 _ROUND = 1.5 * 2.0**20
 """Adding and subtracting this rounds a float below 2^19 to a multiple of 2^-32."""
 _SEGMENT_STEPS_MAX = 4096
-
-
-class EngineListener(Protocol):
-    """Who hears of progress: the control plane."""
-
-    def first_token(self, request: Request) -> None: ...
-    def finished(self, request: Request) -> None: ...
-    def evicted(self, request: Request) -> None: ...
-    def refused(self, request: Request, reason: str) -> None: ...
 
 
 class StepTimes:
@@ -137,7 +128,7 @@ class EngineModel:
         instance: Instance,
         profile: Profile,
         times: StepTimes,
-        listener: EngineListener,
+        listener: EngineEvents,
         kv_seconds_per_token: float = 0.0,
         step_mode: bool = False,
         stepped: Callable[[Iterable[int]], None] | None = None,

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from chiron.fleet.model import FleetListener as FleetListener  # The same for simulated and real fleets.
 from chiron.fleet.waiting import heard, pause
 from chiron.net.client import NetError, Origin
 

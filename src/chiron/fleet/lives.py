@@ -12,9 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
-from chiron.core.ports import Engine
+from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
-from chiron.fleet.health import FleetListener
 from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.fleet")
@@ -45,7 +44,7 @@ class Lives:
     """The instances of one fleet."""
 
     def __init__(self, *, clock: LiveClock, serve: Callable[[Life], Awaitable[None]]) -> None:
-        self.listener: FleetListener | None = None
+        self.listener: FleetEvents | None = None
         self.closed = False
         self.reasons: dict[int, str] = {}
         """Why instances failed, by id; the latest thousand."""

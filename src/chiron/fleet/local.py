@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chiron.core.ports import Engine
+from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
 from chiron.fleet import orphans
 from chiron.fleet.devices import Devices
-from chiron.fleet.health import FleetListener, HealthSettings, HealthTarget, Probe
+from chiron.fleet.health import HealthSettings, HealthTarget, Probe
 from chiron.fleet.lives import InstanceFailedError, Life, Lives
 from chiron.fleet.process import EngineExitedError, EngineProcess, tail
 from chiron.fleet.starts import BackoffSettings, KindStatus, StartDelayedError, Starts
@@ -116,12 +116,12 @@ class LocalFleet:
             log.warning("ended %d engine processes whose gateway is gone: %s", len(killed), killed)
 
     @property
-    def listener(self) -> FleetListener | None:
+    def listener(self) -> FleetEvents | None:
         """Set before the first ``create``."""
         return self._lives.listener
 
     @listener.setter
-    def listener(self, listener: FleetListener | None) -> None:
+    def listener(self, listener: FleetEvents | None) -> None:
         self._lives.listener = listener
 
     @property

@@ -14,15 +14,8 @@ from random import Random
 from typing import Protocol
 
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Engine
+from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
-
-
-class FleetListener(Protocol):
-    """Who hears of instances: the control plane."""
-
-    def instance_ready(self, instance: Instance, engine: Engine) -> None: ...
-    def instance_failed(self, instance: Instance) -> None: ...
 
 
 class ModelledEngine(Engine, Protocol):
@@ -86,7 +79,7 @@ class FleetModel:
         make_engine: Callable[[Instance], ModelledEngine],
     ) -> None:
         self.bill = Bill()
-        self.listener: FleetListener | None = None
+        self.listener: FleetEvents | None = None
         """Set once the control plane exists; it needs a fleet to be made."""
         self.engines: dict[int, ModelledEngine] = {}
         """Engines of ready and draining instances, by instance id."""
@@ -148,7 +141,7 @@ class FleetModel:
         for instance_id in list(self._billed_from):
             self._stop_billing(self._billed[instance_id])
 
-    def _heard_by(self) -> FleetListener:
+    def _heard_by(self) -> FleetEvents:
         assert self.listener is not None
         return self.listener
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from chiron.core.ports import Engine
+from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
-from chiron.fleet.health import FleetListener, HealthSettings, HealthTarget, Probe, require_positive
+from chiron.fleet.health import HealthSettings, HealthTarget, Probe, require_positive
 from chiron.fleet.lives import InstanceFailedError, Life, Lives
 from chiron.fleet.waiting import heard, pause
 from chiron.net.clock import LiveClock
@@ -113,12 +113,12 @@ class StaticFleet:
         self._recoveries: set[asyncio.Task[None]] = set()
 
     @property
-    def listener(self) -> FleetListener | None:
+    def listener(self) -> FleetEvents | None:
         """Set before the first ``create``."""
         return self._lives.listener
 
     @listener.setter
-    def listener(self, listener: FleetListener | None) -> None:
+    def listener(self, listener: FleetEvents | None) -> None:
         self._lives.listener = listener
 
     @property

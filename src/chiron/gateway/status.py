@@ -174,7 +174,7 @@ def _model(state: ModelState, journal: LiveJournal, around: Surroundings, now_s:
             "interactive": len(state.waiting),
             "oldest_wait_s": max(0.0, now_s - oldest_s) if isfinite(oldest_s) else None,
             "batch": state.batch.count,
-            "batch_held": state.batch.held,
+            "batch_held": state.batch.announced,
             "groups": [
                 {"deadline_in_s": _number(group.deadline_s - now_s), "requests": group.requests}
                 for group in state.batch.views(state.learner.expected_output, GROUPS_SHOWN)

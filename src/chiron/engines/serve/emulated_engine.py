@@ -78,7 +78,7 @@ _TIMES = (
 
 
 class EmulatedEngine:
-    """Serves requests with a profile's timing; hears of its model's progress (``EngineListener``)."""
+    """Serves requests with a profile's timing; hears of its model's progress (``EngineEvents``)."""
 
     def __init__(
         self,
