@@ -27,6 +27,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from math import exp, inf, isfinite, log
 from statistics import median
+from typing import Final
 
 from chiron.core.types import Request, RequestClass, Sample
 from chiron.policies.views import ClassMix, StepTimes
@@ -126,8 +127,8 @@ class Lead:
     """The time from dispatch to first token, beyond a request's own prefill, that few of the last ones exceeded: the
     third longest of 64, and never more than half of TTFT, since one more patient would give up on everybody."""
 
-    WINDOW = 64
-    RANK = 3
+    WINDOW: Final = 64
+    RANK: Final = 3
 
     __slots__ = ("_recent", "_sorted", "most_s", "value_s")
 

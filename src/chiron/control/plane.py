@@ -20,7 +20,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Engine, Fleet, Journal
 from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Request, RequestClass, Sample
 from chiron.policies.policy import Policy
-from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration
+from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration, PolicyState
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
@@ -79,8 +79,8 @@ class ControlPlane:
         )
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
-        self._fleet_state = None
-        self._migration_state = None
+        self._fleet_state: PolicyState = None
+        self._migration_state: PolicyState = None
         self._last_tick_s = 0.0
         self._advised: dict[int, int] = {}
         """Max batch size last journalled of an instance, while nothing is actuated."""

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from heapq import heappop, heappush
 from math import inf
+from typing import Final
 
 from chiron.core.types import Request
 from chiron.policies.policy import Order
@@ -127,9 +128,9 @@ class BatchQueue:
     class) waits behind all that can, but for every twentieth turn: what is lost takes nothing from what is not.
     """
 
-    LATE_TURN = 20
-    BITS_MAX = 64
-    GROUPS_SEARCHED = 8
+    LATE_TURN: Final = 20
+    BITS_MAX: Final = 64
+    GROUPS_SEARCHED: Final = 8
     """Groups that are looked through for a shorter prompt than the head's."""
 
     def __init__(
