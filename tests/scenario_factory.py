@@ -147,9 +147,14 @@ def make_wild(settings: WildSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> Router:
         if settings.packs:
             return PackingRouter(
-                PackingSettings(), estimates, strict_roles=settings.strict_roles, keeps_apart=settings.keeps_apart
+                PackingSettings(),
+                estimates,
+                evicts=settings.evicts,
+                strict_roles=settings.strict_roles,
+                keeps_apart=settings.keeps_apart,
+                passes_long=settings.defers_late,
             )
-        return LeastRouter(lambda instance: len(instance.requests))
+        return LeastRouter(estimates, lambda instance: len(instance.requests))
 
     return Policy(
         name="wild",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chiron.control.learning import Learner
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass
 from chiron.policies.rivals.routing import LeastRouter
 
@@ -14,7 +15,7 @@ REQUEST = Request(1, "llama", CHAT, 0.0, 100)
 
 
 def router_of(count: int) -> tuple[LeastRouter, list[Instance]]:
-    router = LeastRouter(lambda instance: instance.kv_reserved_tokens)
+    router = LeastRouter(Learner((CHAT,)), lambda instance: instance.kv_reserved_tokens)
     instances = [Instance(i, "llama", KIND, "mixed", 0.0) for i in range(count)]
     for instance in instances:
         router.add(instance)
@@ -37,13 +38,16 @@ def test_the_choice_is_that_of_a_scan(steps: list[tuple[int, int | str]]) -> Non
             instance.kv_reserved_tokens = action
             router.changed(instance)
         scan = min(sorted(open_ids), key=lambda i: instances[i].kv_reserved_tokens, default=None)
-        assert router.choose(REQUEST) is (None if scan is None else instances[scan])
+        placement = router.place(REQUEST, 0.0)
+        assert (placement and placement.instance) is (None if scan is None else instances[scan])
 
 
 def test_the_heap_does_not_grow_with_the_requests() -> None:
     router, instances = router_of(10)
     for load in range(50_000):  # as when a large job arrives at once: scores only rise
-        chosen = router.choose(REQUEST)
+        placement = router.place(REQUEST, 0.0)
+        assert placement is not None
+        chosen = placement.instance
         assert chosen is instances[load % 10]
         chosen.kv_reserved_tokens += 1
         router.changed(chosen)

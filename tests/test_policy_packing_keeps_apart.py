@@ -15,9 +15,10 @@ PREFILL_S = 6e-5
 """A token, as a learner that has seen nothing takes it to be."""
 
 
-def place(instance: Instance, *, cls: RequestClass = CHAT, prefill_s: float = 0.0) -> None:
+def run(instance: Instance, *, cls: RequestClass = CHAT, prefill_s: float = 0.0) -> None:
     """Something runs there."""
     request = Request(len(instance.requests) + 1000 * instance.id, "m", cls, 0.0, 10)
+    request.prefill_cost_s = prefill_s
     instance.requests[request.id] = request
     instance.prefill_backlog_s += prefill_s
     if cls.interactive:
@@ -30,7 +31,7 @@ def place(instance: Instance, *, cls: RequestClass = CHAT, prefill_s: float = 0.
 def fleet(*roles: Role, step_s: float = 0.03, limit_s: float = 0.3) -> tuple[PackingRouter, list[Instance]]:
     learner = Learner((CHAT, JOBS))
     learner.ttft_min_s = CHAT.ttft_s
-    router = PackingRouter(PackingSettings(), learner, keeps_apart=True)
+    router = PackingRouter(PackingSettings(), learner, evicts=True, keeps_apart=True, passes_long=True)
     instances = [Instance(n, "m", KIND, role, 0.0) for n, role in enumerate(roles, 1)]
     for instance in instances:
         instance.state = "ready"
@@ -48,6 +49,14 @@ def job(tokens: int) -> Request:
     return Request(2, "m", JOBS, 0.0, tokens)
 
 
+WAITED_S = 0.5 * CHAT.ttft_s
+
+
+def place(router: PackingRouter, request: Request, waited_s: float = 0.0) -> Instance | None:
+    placement = router.place(request, waited_s)
+    return None if placement is None else placement.instance
+
+
 def changed(router: PackingRouter, *instances: Instance) -> None:
     for instance in instances:
         router.changed(instance)
@@ -55,81 +64,91 @@ def changed(router: PackingRouter, *instances: Instance) -> None:
 
 def test_a_batch_prompt_longer_than_a_step_has_room_for_goes_in_alone_and_then_others_wait() -> None:
     router, (one,) = fleet("mixed")
-    place(one)
+    run(one)
     changed(router, one)
-    assert router.choose(job(2000)) is one, "0.12 s of prefill within 0.3"
-    assert router.choose(job(8000)) is None
+    assert place(router, job(2000)) is one, "0.12 s of prefill within 0.3"
+    assert place(router, job(8000)) is None
     assert router.room_tokens == 5000
     one.batch_paced = True
     changed(router, one)
-    assert router.choose(job(2000)) is None
+    assert place(router, job(2000)) is None
     assert router.room_tokens in (499, 500)
-    assert router.choose(job(400)) is one, "what a step has room for delays nobody beyond the mean"
+    assert place(router, job(400)) is one, "what a step has room for delays nobody beyond the mean"
 
 
 def test_what_waits_for_prefill_counts_against_a_batch_prompt() -> None:
     router, (one,) = fleet("mixed")
-    place(one, prefill_s=0.02)
+    run(one, prefill_s=0.02)
     changed(router, one)
-    assert router.choose(job(300)) is None
-    assert router.choose(job(100)) is one
+    assert place(router, job(300)) is None
+    assert place(router, job(100)) is one
 
 
 def test_a_long_batch_prompt_goes_where_no_interactive_request_runs() -> None:
     router, instances = fleet("mixed", "mixed", "mixed")
-    place(instances[0])
-    place(instances[2])
+    run(instances[0])
+    run(instances[2])
     changed(router, *instances)
-    assert router.choose(job(20_000)) is instances[1]
+    assert place(router, job(20_000)) is instances[1]
 
 
 def test_an_instance_with_batch_work_of_its_own_is_left_alone_until_a_request_has_waited() -> None:
     router, (one, own) = fleet("mixed", "batch")
-    place(one, prefill_s=0.4)
-    place(own, cls=JOBS)
+    run(one, prefill_s=0.4)
+    run(own, cls=JOBS)
     changed(router, one, own)
-    assert router.choose(chat()) is None
-    assert router.choose_victim(chat()) is None
-    assert router.choose(chat(), waited=True) is own
+    assert place(router, chat()) is None
+    assert place(router, chat(), WAITED_S) is own
 
 
 def test_an_empty_one_is_not_left_alone() -> None:
     router, (one, own) = fleet("mixed", "batch")
-    place(one, prefill_s=0.4)
+    run(one, prefill_s=0.4)
     changed(router, one, own)
-    assert router.choose(chat()) is own
+    assert place(router, chat()) is own
 
 
 def test_after_a_wait_batch_prompts_make_way() -> None:
     router, (one, own) = fleet("mixed", "batch")
-    place(one, prefill_s=0.4)
-    place(own, cls=JOBS, prefill_s=1.5)
+    run(one, prefill_s=0.4)
+    run(own, cls=JOBS, prefill_s=1.5)
     changed(router, one, own)
-    assert router.choose(chat(), waited=True) is None
-    assert router.choose_victim(chat(), waited=True) is own
-    assert router.crowded(own, chat())
-    own.prefill_backlog_s = own.prefill_batch_s = 0.0
-    assert not router.crowded(own, chat())
+    assert place(router, chat()) is None
+    placement = router.place(chat(), WAITED_S)
+    assert placement is not None
+    assert placement.instance is own
+    assert placement.evict == tuple(own.batch.values())
+
+
+def test_batch_work_that_decodes_does_not_make_way_for_want_of_prefill() -> None:
+    router, (one, own) = fleet("mixed", "batch")
+    run(one, prefill_s=0.4)
+    run(own, cls=JOBS)
+    run(own, cls=JOBS, prefill_s=1.5)
+    changed(router, one, own)
+    placement = router.place(chat(), WAITED_S)
+    assert placement is not None
+    assert [victim.prefill_cost_s for victim in placement.evict] == [1.5]
 
 
 def test_without_itl_slos_nothing_of_this_holds() -> None:
     router, (one, own) = fleet("mixed", "batch", step_s=inf, limit_s=inf)
-    place(one, prefill_s=0.6)
-    place(own, cls=JOBS)
+    run(one, prefill_s=0.6)
+    run(own, cls=JOBS)
     changed(router, one, own)
-    assert router.choose(chat()) is own
-    assert router.choose(job(50_000)) is own
+    assert place(router, chat()) is own
+    assert place(router, job(50_000)) is own
 
 
 def test_a_refusal_looks_at_few_of_many_instances() -> None:
     router, instances = fleet(*["mixed"] * 200)
     for instance in instances:
-        place(instance, prefill_s=0.01)
+        run(instance, prefill_s=0.01)
     changed(router, *instances)
-    assert router.choose(job(2000)) is None
+    assert place(router, job(2000)) is None
     looked = []
     room = router._room_batch
     router._room_batch = lambda instance: looked.append(instance) or room(instance)  # type: ignore[method-assign, func-returns-value]
-    assert router.choose(job(2000)) is None
-    assert router.choose(job(200)) is not None
+    assert place(router, job(2000)) is None
+    assert place(router, job(200)) is not None
     assert len(looked) <= 4

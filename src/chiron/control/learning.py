@@ -30,6 +30,7 @@ from statistics import median
 from typing import Final
 
 from chiron.core.types import Request, RequestClass, Sample
+from chiron.policies.size import prefill_s
 from chiron.policies.views import ClassMix, StepTimes
 
 PRIOR = (0.012, 4e-5, 6e-8, 6e-5, 1.5e-9)
@@ -236,8 +237,7 @@ class Learner:
 
     def first_token(self, request: Request) -> None:
         """Of one that had waited for its dispatch, and ran without interruption since."""
-        tokens = request.input_tokens
-        own_s = tokens * (self.prefill_token_s + tokens * self.prefill_square_s)
+        own_s = prefill_s(self, request.input_tokens)
         lead = self._leads[request.cls.name]
         lead.observe(max(0.0, request.first_token_s - request.dispatch_s - own_s))
         self.first_token_lead_s[request.cls.name] = lead.value_s

@@ -28,7 +28,7 @@ class Lifecycle:
         journal: Journal,
         policy: Policy,
         gpus_max: Mapping[str, float],
-        evict: Callable[[ModelState, Instance, Request], None],
+        evict: Callable[[ModelState, Request], None],
         retune: Callable[[ModelState, Instance], None],
         actuates: bool = True,
     ) -> None:
@@ -168,7 +168,7 @@ class Lifecycle:
         def hurry() -> None:
             if instance.state == "draining" and instance.drain_started_s == started_s:
                 for request in list(instance.batch.values()):
-                    self._evict(state, instance, request)
+                    self._evict(state, request)
 
         self._clock.call_later(self._policy.drain_timeout_s, hurry)
 

@@ -10,16 +10,16 @@ up at once: the engine takes it out at the same step boundary at which it lets t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from math import inf
 
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Engine, Fleet, Journal
-from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Request, RequestClass, Sample
+from chiron.core.types import Decision, Instance, ModelSpec, Outcome, Placement, Request, RequestClass, Sample
+from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
+from chiron.policies.size import placed, prefill_left_s
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, Migration, PolicyState
 
 RETRIES_MAX = 3
@@ -53,7 +53,7 @@ class ControlPlane:
         and nothing else; the fleet stays as it was started, batch sizes stay at what the engines allow, and nothing is
         evicted or moved."""
         if not actuates:
-            policy = replace(policy, evicts=False, migrate=None, initial_max_batch_size=None)
+            policy = advising(policy)
         self.clock = clock
         self.policy = policy
         self.actuates = actuates
@@ -170,7 +170,7 @@ class ControlPlane:
     def _refuses(self, state: ModelState, request: Request) -> bool:
         """Whether the policy does not take it; then it has ended."""
         hook = self.policy.admit
-        if hook is None or not self.actuates:
+        if hook is None:
             return False
         refusal = hook(self.policy.settings, state.waiting.order, request, self.clock.now_s)
         if refusal is None:
@@ -238,19 +238,17 @@ class ControlPlane:
 
     def _place(self, state: ModelState, request: Request) -> bool:
         """Dispatch if an instance has room, or can be given room by evicting batch work."""
-        instance = state.router.choose(request)
-        if instance is None:
-            if not (self.policy.evicts and request.interactive):
-                return False
-            instance = state.router.choose_victim(request)
-            if instance is None:
-                return False
-            self._make_room(state, instance, request)
-        self._dispatch(state, request, instance)
+        placement = state.router.place(request, 0.0)
+        if placement is None:
+            return False
+        self._dispatch(state, request, placement)
         return True
 
-    def _dispatch(self, state: ModelState, request: Request, instance: Instance) -> None:
+    def _dispatch(self, state: ModelState, request: Request, placement: Placement) -> None:
         now_s = self.clock.now_s
+        instance, cost, reserved, evict = placement
+        if evict:
+            self._make_room(state, placement)
         request.instance = instance
         if request.dispatch_s < 0.0:
             request.dispatch_s = now_s
@@ -260,16 +258,10 @@ class ControlPlane:
         name = request.cls.name
         counts = instance.class_counts
         counts[name] = counts.get(name, 0) + 1
-        tokens = request.input_tokens + request.tokens_done
-        learner = state.learner
-        reserved = tokens + int(learner.expected_output[name])
         request.reserved_tokens = reserved
         instance.kv_reserved_tokens += reserved
-        cost = 0.0
-        if not request.kv_saved_tokens:
-            cost = tokens * (learner.prefill_token_s + tokens * learner.prefill_square_s)
-            instance.prefill_backlog_s += cost
         request.prefill_cost_s = cost
+        instance.prefill_backlog_s += cost
         if request.interactive:
             instance.running_interactive += 1
         else:
@@ -303,11 +295,9 @@ class ControlPlane:
         return instance
 
     def _prefill_over(self, instance: Instance, request: Request) -> None:
-        backlog = instance.prefill_backlog_s - request.prefill_cost_s
-        instance.prefill_backlog_s = backlog if backlog > 1e-9 else 0.0
+        instance.prefill_backlog_s = prefill_left_s(instance.prefill_backlog_s, request.prefill_cost_s)
         if not request.interactive:
-            batch = instance.prefill_batch_s - request.prefill_cost_s
-            instance.prefill_batch_s = batch if batch > 1e-9 else 0.0
+            instance.prefill_batch_s = prefill_left_s(instance.prefill_batch_s, request.prefill_cost_s)
         request.prefill_cost_s = 0.0
 
     def _end(self, state: ModelState, request: Request, outcome: Outcome) -> None:
@@ -386,7 +376,7 @@ class ControlPlane:
             if destination is not None and destination.state == "ready":
                 if request.kv_saved_tokens:
                     request.kv_saved_on = destination.id
-                self._dispatch(state, request, destination)
+                self._dispatch(state, request, placed(state.learner, request, destination))
             else:
                 self._enter(state, request)
         self._after_leaving(state, instance)
@@ -465,17 +455,14 @@ class ControlPlane:
         if state.waiting.count:
             now_s = self.clock.now_s
             while (request := state.waiting.head(now_s)) is not None:
-                waited = now_s - request.arrival_s > self.policy.shed_after * request.cls.ttft_s
-                instance = state.router.choose(request, waited=waited)
-                if instance is None and self.policy.evicts and request.interactive:
-                    instance = state.router.choose_victim(request, waited=waited)
-                    if instance is not None:
-                        self._make_room(state, instance, request)
-                if instance is None:
-                    self._shed_batch(state, request, now_s)
+                waited_s = now_s - request.arrival_s
+                placement = state.router.place(request, waited_s)
+                if placement is None:
+                    for victim in state.router.relieve(request, waited_s):
+                        self._evict(state, victim)
                     break
                 state.waiting.remove_head(request, now_s)
-                self._dispatch(state, request, instance)
+                self._dispatch(state, request, placement)
         if state.batch.count and not state.waiting.count:
             self._release_batch(state)
 
@@ -483,47 +470,28 @@ class ControlPlane:
         batch, router = state.batch, state.router
         below = batch.BITS_MAX
         while (request := batch.head(self.clock.now_s, below)) is not None:
-            instance = router.choose(request)
-            if instance is None:
+            placement = router.place(request, 0.0)
+            if placement is None:
                 bits = router.room_tokens.bit_length()
-                if not (0 < bits < below and self.policy.defers_late):
+                if not 0 < bits < below:
                     return
                 below = bits
                 continue
             batch.remove_head(request)
-            self._dispatch(state, request, instance)
+            self._dispatch(state, request, placement)
 
     # -- eviction ----------------------------------------------------------------------------------------------
 
-    def _make_room(self, state: ModelState, instance: Instance, request: Request) -> None:
-        """Evict batch work, last come first, until the request fits by count and by KV."""
-        need = request.input_tokens + int(state.learner.expected_output[request.cls.name])
-        limit = instance.kv_capacity_tokens
-        while instance.batch and (
-            len(instance.requests) >= instance.max_batch_size or instance.kv_reserved_tokens + need > limit
-        ):
-            self._evict(state, instance, next(reversed(instance.batch.values())))
-            self._hold_batch(instance)
-        if state.router.crowded(instance, request):
-            for victim in reversed(list(instance.batch.values())):
-                if victim.prefill_cost_s:
-                    self._evict(state, instance, victim)
-                    if not state.router.crowded(instance, request):
-                        break
-
-    def _shed_batch(self, state: ModelState, request: Request, now_s: float) -> None:
-        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step. It may come
-        back as soon as nobody waits: what was wanted was a few steps, not its places. Where ITL SLOs keep it small it
-        slows steps by little, so there what decodes, its prefill paid for, stays until that was not enough."""
-        waited_s = now_s - request.arrival_s
-        if self.policy.evicts and waited_s > self.policy.shed_after * request.cls.ttft_s:
-            instance = state.router.busiest_with_batch()
-            if instance is not None:
-                tight = instance.prefill_step_s < inf
-                decoding = not tight or waited_s > 3.0 * self.policy.shed_after * request.cls.ttft_s
-                for victim in reversed(list(instance.batch.values())):
-                    if decoding or victim.prefill_cost_s:
-                        self._evict(state, instance, victim)
+    def _make_room(self, state: ModelState, placement: Placement) -> None:
+        instance = placement.instance
+        for victim in placement.evict:
+            full = (
+                len(instance.requests) >= instance.max_batch_size
+                or instance.kv_reserved_tokens + placement.kv_tokens > instance.kv_capacity_tokens
+            )
+            self._evict(state, victim)
+            if full:
+                self._hold_batch(instance)
 
     def _hold_batch(self, instance: Instance) -> None:
         """The place that batch work has just left stays free for a while: the next of a burst may want it."""
@@ -543,10 +511,11 @@ class ControlPlane:
 
         self.clock.call_later(cost_s / instance.prefill_share, over)
 
-    def _evict(self, state: ModelState, instance: Instance, request: Request) -> None:
+    def _evict(self, state: ModelState, request: Request) -> None:
         request.evictions += 1
         self.evictions += 1
-        self._stop(state, instance, request)
+        assert request.instance is not None
+        self._stop(state, request.instance, request)
 
     def _stop(self, state: ModelState, instance: Instance, request: Request) -> None:
         """Take its place away; the engine lets go of it at the next step."""
@@ -619,7 +588,7 @@ class ControlPlane:
             self._journal_batch_size(instance, before, size, decision)
         if self.policy.evicts and len(instance.requests) > size and instance.running_interactive:
             while instance.batch and len(instance.requests) > size:
-                self._evict(state, instance, next(reversed(instance.batch.values())))
+                self._evict(state, next(reversed(instance.batch.values())))
                 self._hold_batch(instance)
 
     def _advise_batch_size(self, instance: Instance, decision: LocalDecision) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Kind = Literal["interactive", "batch"]
 Role = Literal["interactive", "mixed", "batch"]
@@ -310,6 +310,19 @@ class Instance:
     @property
     def running(self) -> int:
         return len(self.requests)
+
+
+class Placement(NamedTuple):
+    """Where a request runs, and what it takes there: decided by a policy's router, booked by the control plane. A
+    tuple, because there is one for each dispatch."""
+
+    instance: Instance
+    prefill_s: float
+    """Seconds of prefill until its first token; 0 where its KV was saved."""
+    kv_tokens: int
+    """KV that it will hold at its expected end."""
+    evict: tuple[Request, ...] = ()
+    """Batch requests that make way for it, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

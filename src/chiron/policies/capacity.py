@@ -17,10 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf, isfinite
 
+from chiron.policies.size import KV_FILL
 from chiron.policies.views import ArrivalView, ClassMix, StepTimes
-
-KV_FILL = 0.95
-"""Share of KV that dispatch plans with; the rest absorbs outputs longer than expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

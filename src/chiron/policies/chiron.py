@@ -275,7 +275,7 @@ def admit(settings: ChironSettings, order: Order, request: Request, now_s: float
 
 def make_chiron(settings: ChironSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
-        return PackingRouter(settings.packing, estimates, keeps_apart=True)
+        return PackingRouter(settings.packing, estimates, evicts=settings.evict, keeps_apart=True, passes_long=True)
 
     return Policy(
         name="chiron",

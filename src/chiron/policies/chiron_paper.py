@@ -375,7 +375,8 @@ def initial_roles(settings: ChironPaperSettings, count: int) -> dict[str, int]:
 
 def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
-        return PackingRouter(settings.packing, estimates, strict_roles=True)
+        # Evicting batch work for want of prefill is ours; the sources know eviction for want of room.
+        return PackingRouter(settings.packing, estimates, evicts=True, relieve_after=inf, strict_roles=True)
 
     return Policy(
         name="chiron-paper",
@@ -388,8 +389,6 @@ def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
         initial_roles=initial_roles,
         holds_batch=True,
         evicts=True,
-        # Evicting batch work for want of prefill is ours; the sources know eviction for want of room.
-        shed_after=inf,
         revives=settings.revive,
         group_span_s=settings.group_span_s,
     )

@@ -33,6 +33,7 @@ from math import exp, inf, nan
 from chiron.core.types import Request, RequestClass
 from chiron.policies.capacity import decode_s
 from chiron.policies.policy import Estimates, Refusal
+from chiron.policies.size import prefill_s, prompt_tokens
 
 RATE_WINDOW_S = 10.0
 """Over which it is measured how fast a class is served: time constant of an exponential mean."""
@@ -228,16 +229,15 @@ class OverloadOrder:
 
     def _lead_s(self, request: Request) -> float:
         """From dispatch to first token."""
-        estimates = self._estimates
-        tokens = request.input_tokens + request.tokens_done
-        own_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
-        return own_s + estimates.first_token_lead_s[request.cls.name]
+        own_s = prefill_s(self._estimates, prompt_tokens(request))
+        return own_s + self._estimates.first_token_lead_s[request.cls.name]
 
     def _work_s(self, request: Request) -> float:
         estimates = self._estimates
-        tokens = request.input_tokens + request.tokens_done
-        own_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
-        return own_s + decode_s(estimates.step_times, tokens, estimates.expected_output[request.cls.name])
+        tokens = prompt_tokens(request)
+        return prefill_s(estimates, tokens) + decode_s(
+            estimates.step_times, tokens, estimates.expected_output[request.cls.name]
+        )
 
     def _relegate(self, group: _Class, request: Request, now_s: float) -> None:
         group.late.append(request)

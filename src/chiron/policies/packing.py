@@ -9,18 +9,23 @@ its load changes, so a dispatch costs O(log instances), amortised over load chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
 
-from chiron.core.types import Instance, Request
-from chiron.policies.capacity import KV_FILL
+from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
+from chiron.policies.size import kv_fits, kv_limit, prefill_left_s, prefill_s
 
 _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
 _USUAL = 2.0
 """A request within this multiple of the mean is of common size."""
+
+RELIEVE_AFTER = 0.1
+"""Share of its TTFT that an interactive request is queued for before batch work makes way on one instance after
+another, so that prefill has the steps to itself."""
 
 _ROLE_ORDER = {"interactive": 0, "mixed": 1, "batch": 2}
 
@@ -57,14 +62,27 @@ class _Note:
 class PackingRouter:
     """Router of one model. ``strict_roles``: the paper's preference (own type, then mixed, no other).
     ``keeps_apart``: ours (where ITL SLOs leave little room for prefill, instances of role batch are left alone until a
-    request has waited, and batch work that has not begun to decode makes way)."""
+    request has waited, and batch work that has not begun to decode makes way). ``evicts``: batch work makes way for
+    interactive requests that find no room; for those queued for longer than ``relieve_after`` of their TTFT also where
+    that gives them none at once. ``passes_long``: shorter batch requests pass one whose prompt is too long."""
 
     def __init__(
-        self, settings: PackingSettings, estimates: Estimates, *, strict_roles: bool = False, keeps_apart: bool = False
+        self,
+        settings: PackingSettings,
+        estimates: Estimates,
+        *,
+        evicts: bool = False,
+        relieve_after: float = RELIEVE_AFTER,
+        strict_roles: bool = False,
+        keeps_apart: bool = False,
+        passes_long: bool = False,
     ) -> None:
         self._settings = settings
         self._estimates = estimates
+        self._evicts = evicts
+        self._relieve_after = relieve_after
         self._strict = strict_roles
+        self._passes_long = passes_long
         self.room_tokens = 0
         self._keeps_apart = keeps_apart
         self._tight = False
@@ -103,21 +121,49 @@ class PackingRouter:
             note.in_victims = True
             heappush(self._victims, (_ROLE_ORDER[instance.role], instance.rank, instance))
 
-    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
-        if request.interactive:
-            return self._choose_interactive(request, everywhere=waited or not self._tight)
-        return self._choose_batch(request)
-
-    def crowded(self, instance: Instance, request: Request) -> bool:
-        return bool(
-            self._keeps_apart
-            and instance.prefill_batch_s
-            and not self._prefill_fits(instance, request, self._prefill_s(request), instance.prefill_backlog_s)
+    def place(self, request: Request, waited_s: float) -> Placement | None:
+        estimates = self._estimates
+        tokens = request.input_tokens + request.tokens_done
+        cost_s = prefill_s(estimates, tokens)
+        output = estimates.expected_output[request.cls.name]
+        if not request.interactive:
+            instance = self._choose_batch(request, tokens, tokens + output, cost_s)
+            if instance is None:
+                return None
+            saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
+            return Placement(instance, 0.0 if saved else cost_s, tokens + int(output))
+        waited = waited_s > self._relieve_after * request.cls.ttft_s
+        instance = self._choose_interactive(
+            request, tokens, tokens + output, cost_s, everywhere=waited or not self._tight
         )
+        if instance is not None:
+            return Placement(instance, cost_s, tokens + int(output))
+        if not self._evicts:
+            return None
+        instance = self._choose_victim(request, tokens + output, cost_s, waited=waited)
+        if instance is None:
+            return None
+        kv_tokens = tokens + int(output)
+        return Placement(instance, cost_s, kv_tokens, self._victims_for(instance, request, cost_s, kv_tokens))
 
-    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
-        cost_s = self._prefill_s(request)
-        need = request.input_tokens + self._estimates.expected_output[request.cls.name]
+    def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
+        """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step, so it makes
+        way on one instance after another. It may come back as soon as nobody waits: what was wanted was a few steps,
+        not its places. Where ITL SLOs keep it small it slows steps by little, so there what decodes, its prefill paid
+        for, stays until that was not enough."""
+        after_s = self._relieve_after * request.cls.ttft_s
+        if not (self._evicts and waited_s > after_s):
+            return ()
+        instance = self._first_with_batch()
+        if instance is None:
+            return ()
+        decoding = instance.prefill_step_s == inf or waited_s > 3.0 * self._relieve_after * request.cls.ttft_s
+        return [victim for victim in reversed(instance.batch.values()) if decoding or victim.prefill_cost_s]
+
+    # -- eviction ----------------------------------------------------------------------------------------------
+
+    def _choose_victim(self, request: Request, need: float, cost_s: float, *, waited: bool) -> Instance | None:
+        """An instance where evicting batch work makes room for this interactive request."""
         passed: list[Entry] = []
         chosen: Instance | None = None
         heap = self._victims
@@ -133,7 +179,7 @@ class PackingRouter:
                 not (instance.role == "batch" and (self._strict or (self._tight and not waited)))
                 and instance.running_interactive < instance.max_batch_size
                 and self._prefill_fits(instance, request, cost_s, stays_s)
-                and _kv_without_batch(instance) + need <= KV_FILL * instance.kv_capacity_tokens
+                and _kv_without_batch(instance) + need <= kv_limit(instance)
             ):
                 chosen = instance
                 break
@@ -142,7 +188,29 @@ class PackingRouter:
             heappush(heap, entry)
         return chosen
 
-    def busiest_with_batch(self) -> Instance | None:
+    def _victims_for(self, instance: Instance, request: Request, cost_s: float, kv_tokens: int) -> tuple[Request, ...]:
+        """Batch work, last come first, until the request fits by count and by KV; then what still waits for its
+        prefill, until the request need not wait too long behind it."""
+        running, reserved = len(instance.requests), instance.kv_reserved_tokens
+        backlog_s, batch_s = instance.prefill_backlog_s, instance.prefill_batch_s
+        kv_max = instance.kv_capacity_tokens
+        evict: list[Request] = []
+        for victim in reversed(instance.batch.values()):
+            if running >= instance.max_batch_size or reserved + kv_tokens > kv_max:
+                running -= 1
+                reserved -= victim.reserved_tokens
+            elif not (self._keeps_apart and batch_s and not self._prefill_fits(instance, request, cost_s, backlog_s)):
+                break
+            elif not victim.prefill_cost_s:
+                continue
+            evict.append(victim)
+            if victim.prefill_cost_s:
+                backlog_s = prefill_left_s(backlog_s, victim.prefill_cost_s)
+                batch_s = prefill_left_s(batch_s, victim.prefill_cost_s)
+        return tuple(evict)
+
+    def _first_with_batch(self) -> Instance | None:
+        """The first instance, in order of rank, that runs batch work."""
         heap = self._victims
         while heap:
             instance = heap[0][2]
@@ -154,11 +222,9 @@ class PackingRouter:
 
     # -- interactive -------------------------------------------------------------------------------------------
 
-    def _choose_interactive(self, request: Request, *, everywhere: bool) -> Instance | None:
-        estimates = self._estimates
-        tokens = request.input_tokens + request.tokens_done
-        cost_s = tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
-        need = tokens + estimates.expected_output[request.cls.name]
+    def _choose_interactive(
+        self, request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
+    ) -> Instance | None:
         usual = self._is_usual(cost_s, need)
         heap = self._interactive
         passed: list[Entry] | None = None
@@ -177,9 +243,9 @@ class PackingRouter:
                 if len(passed) >= _PROBES_MAX:
                     break
                 continue
-            kv_fits = instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens
-            alone = not instance.requests and tokens < instance.kv_capacity_tokens
-            if (kv_fits or alone) and self._prefill_fits(instance, request, cost_s, instance.prefill_backlog_s):
+            if kv_fits(instance, tokens, need) and self._prefill_fits(
+                instance, request, cost_s, instance.prefill_backlog_s
+            ):
                 chosen = instance
                 break
             entry = heappop(heap)
@@ -209,15 +275,11 @@ class PackingRouter:
             limit_s = instance.prefill_limit_s
         return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
 
-    def _prefill_s(self, request: Request) -> float:
-        tokens = request.input_tokens + request.tokens_done
-        return tokens * (self._estimates.prefill_token_s + tokens * self._estimates.prefill_square_s)
-
     def _room_interactive(self, instance: Instance) -> bool:
         if (
             not instance.index.open
             or len(instance.requests) >= instance.max_batch_size
-            or instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens
+            or instance.kv_reserved_tokens >= kv_limit(instance)
             or (self._strict and instance.role == "batch")
         ):
             return False
@@ -229,14 +291,11 @@ class PackingRouter:
 
     # -- batch -------------------------------------------------------------------------------------------------
 
-    def _choose_batch(self, request: Request) -> Instance | None:
+    def _choose_batch(self, request: Request, tokens: int, need: float, cost_s: float) -> Instance | None:
         if request.kv_saved_tokens:
             home = self._home(request)
             if home is not None:
                 return home
-        tokens = request.input_tokens + request.tokens_done
-        need = tokens + self._estimates.expected_output[request.cls.name]
-        cost_s = self._prefill_s(request)
         usual = need <= _USUAL * self._estimates.usual_batch.need_tokens
         self.room_tokens = 0
         heap = self._batch
@@ -250,7 +309,7 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if self._batch_kv_fits(instance, tokens, need):
+            if kv_fits(instance, tokens, need):
                 if cost_s <= self._batch_prefill_room_s(instance):
                     chosen = instance
                     break
@@ -290,9 +349,10 @@ class PackingRouter:
                 heappop(heap)
                 continue
             if -room_s < cost_s:
-                self.room_tokens = int(-room_s / self._estimates.prefill_token_s)
+                if self._passes_long:
+                    self.room_tokens = int(-room_s / self._estimates.prefill_token_s)
                 return None
-            if self._batch_kv_fits(instance, tokens, need):
+            if kv_fits(instance, tokens, need):
                 return instance
             heappop(heap)
             note.short_s = 0.0
@@ -318,7 +378,7 @@ class PackingRouter:
             size = instance.batch_limit
         if running >= (size if own else (1.0 - settings.batch_reserve) * size):
             return False
-        if instance.kv_reserved_tokens >= KV_FILL * instance.kv_capacity_tokens:
+        if instance.kv_reserved_tokens >= kv_limit(instance):
             return False
         backlog_s = instance.prefill_backlog_s
         if backlog_s == 0.0:
@@ -342,11 +402,6 @@ class PackingRouter:
             alone_s = min(instance.prefill_limit_s, self._settings.prefill_share_of_ttft * self._estimates.ttft_min_s)
             return max(room_s, alone_s)
         return room_s
-
-    def _batch_kv_fits(self, instance: Instance, tokens: int, need: float) -> bool:
-        if instance.kv_reserved_tokens + need <= KV_FILL * instance.kv_capacity_tokens:
-            return True
-        return not instance.requests and tokens < instance.kv_capacity_tokens
 
 
 def _kv_without_batch(instance: Instance) -> float:

@@ -7,11 +7,11 @@ sees no clock and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chiron.core.types import Instance, Request
+from chiron.core.types import Instance, Placement, Request
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, PolicyState, StepTimes
 
 
@@ -59,7 +59,8 @@ class Router(Protocol):
     """Chooses instances for one model's requests. O(log instances) a call."""
 
     room_tokens: int
-    """Where ``choose`` refused a request only for the length of its prompt: tokens that would have had room; else 0."""
+    """Where ``place`` refused a batch request only for the length of its prompt, and a shorter one may pass it: tokens
+    that would have had room; else 0."""
 
     def add(self, instance: Instance) -> None:
         """It is ready."""
@@ -70,17 +71,13 @@ class Router(Protocol):
     def changed(self, instance: Instance) -> None:
         """Its load or its max batch size changed."""
 
-    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
-        """Where to run it now; None: nowhere yet, keep it queued. ``waited``: so long that batch work makes way."""
+    def place(self, request: Request, waited_s: float) -> Placement | None:
+        """Where to run it now, and which batch work makes way for it there; None: nowhere yet, keep it queued.
+        ``waited_s``: since it arrived; 0 for one that is not queued."""
 
-    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
-        """An instance where evicting batch work would make room for this interactive request; None: there is none."""
-
-    def crowded(self, instance: Instance, request: Request) -> bool:
-        """More prefill waits there than this interactive request can wait behind, and some of it is batch work's."""
-
-    def busiest_with_batch(self) -> Instance | None:
-        """The first instance, in packing order, that runs batch work beside what waits; None: there is none."""
+    def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
+        """This one is the next, and was refused a place: batch requests that are to be evicted nevertheless, so that it
+        gets one sooner."""
 
 
 class Order(Protocol):
@@ -144,9 +141,7 @@ class Policy:
     holds_batch: bool = False
     """Batch requests wait in the global queue until a router has room for them."""
     evicts: bool = False
-    shed_after: float = 0.1
-    """With ``evicts``: once a queued interactive request has waited this share of its TTFT, batch work makes way on
-    one instance after another, so that prefill has the steps to itself."""
+    """Beside interactive requests, batch work beyond a max batch size that was lowered is evicted."""
     eviction_pause_s: float = 5.0
     """For this long after an eviction for a place, batch work on the instance may be replaced as it ends, and not grow.
     Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""

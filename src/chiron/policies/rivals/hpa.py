@@ -197,7 +197,7 @@ def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
 
 def make_hpa(settings: HpaSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> LeastRouter:
-        return LeastRouter(lambda instance: len(instance.requests))
+        return LeastRouter(estimates, lambda instance: len(instance.requests))
 
     return Policy(
         name=f"hpa-{settings.metric}",

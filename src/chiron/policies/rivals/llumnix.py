@@ -206,7 +206,9 @@ def dispatch_load(instance: Instance, block_tokens: int, watermark: float) -> fl
 
 def make_llumnix(settings: LlumnixSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> LeastRouter:
-        return LeastRouter(lambda instance: dispatch_load(instance, settings.block_tokens, settings.watermark))
+        return LeastRouter(
+            estimates, lambda instance: dispatch_load(instance, settings.block_tokens, settings.watermark)
+        )
 
     return Policy(
         name="llumnix",

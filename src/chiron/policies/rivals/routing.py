@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 
-from chiron.core.types import Instance, Request
+from chiron.core.types import Instance, Placement, Request
+from chiron.policies.policy import Estimates
+from chiron.policies.size import placed
 
 
 class _Note:
@@ -23,8 +25,9 @@ class LeastRouter:
     when they surface, and all together once they are most of the heap: O(log n) a change, amortised.
     """
 
-    def __init__(self, score: Callable[[Instance], float]) -> None:
+    def __init__(self, estimates: Estimates, score: Callable[[Instance], float]) -> None:
         self.room_tokens = 0
+        self._estimates = estimates
         self._score = score
         self._heap: list[tuple[float, int, int, Instance]] = []
         self._heap_max = 64
@@ -49,7 +52,7 @@ class LeastRouter:
                 heapify(self._heap)
                 self._heap_max = 64 + 2 * len(self._heap)
 
-    def choose(self, request: Request, *, waited: bool = False) -> Instance | None:
+    def place(self, request: Request, waited_s: float) -> Placement | None:
         heap = self._heap
         too_small: list[tuple[float, int, int, Instance]] = []
         chosen: Instance | None = None
@@ -64,13 +67,7 @@ class LeastRouter:
                 chosen = instance
         for entry in too_small:
             heappush(heap, entry)
-        return chosen
+        return None if chosen is None else placed(self._estimates, request, chosen)
 
-    def choose_victim(self, request: Request, *, waited: bool = False) -> Instance | None:
-        return None
-
-    def crowded(self, instance: Instance, request: Request) -> bool:
-        return False
-
-    def busiest_with_batch(self) -> Instance | None:
-        return None
+    def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
+        return ()

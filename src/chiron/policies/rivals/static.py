@@ -28,7 +28,7 @@ def decide_fleet(settings: StaticSettings, state: None, view: FleetView) -> tupl
 
 def make_static(settings: StaticSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> LeastRouter:
-        return LeastRouter(lambda instance: len(instance.requests))
+        return LeastRouter(estimates, lambda instance: len(instance.requests))
 
     return Policy(
         name="static",

@@ -1,0 +1,48 @@
+"""How large a request is, what its prefill takes, and what fits on an instance: said here and nowhere else."""
+
+from __future__ import annotations
+
+from chiron.core.types import Instance, Placement, Request
+from chiron.policies.policy import Estimates
+
+KV_FILL = 0.95
+"""Share of KV that dispatch plans with; the rest absorbs outputs longer than expected."""
+
+
+def prompt_tokens(request: Request) -> int:
+    """Tokens to prefill: its prompt, and what it had made when it was interrupted."""
+    return request.input_tokens + request.tokens_done
+
+
+def prefill_s(estimates: Estimates, tokens: int) -> float:
+    """Seconds of prefill of one prompt."""
+    return tokens * (estimates.prefill_token_s + tokens * estimates.prefill_square_s)
+
+
+def kv_limit(instance: Instance) -> float:
+    """KV tokens that may be promised there."""
+    return KV_FILL * instance.kv_capacity_tokens
+
+
+def kv_fits(instance: Instance, tokens: int, kv_tokens: float) -> bool:
+    """Whether so much KV may be promised there too. A request larger than that runs alone, if its prompt fits."""
+    if instance.kv_reserved_tokens + kv_tokens <= KV_FILL * instance.kv_capacity_tokens:
+        return True
+    return not instance.requests and tokens < instance.kv_capacity_tokens
+
+
+def placed(estimates: Estimates, request: Request, instance: Instance) -> Placement:
+    """What the request takes on this instance, whether or not it fits."""
+    tokens = request.input_tokens + request.tokens_done
+    saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
+    return Placement(
+        instance,
+        0.0 if saved else prefill_s(estimates, tokens),
+        tokens + int(estimates.expected_output[request.cls.name]),
+    )
+
+
+def prefill_left_s(backlog_s: float, cost_s: float) -> float:
+    """Prefill that waits on an instance once ``cost_s`` of it is over. Sums of floats leave dust behind."""
+    left_s = backlog_s - cost_s
+    return left_s if left_s > 1e-9 else 0.0
