@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 
 import httptools
 import psutil
+
 from fuzz_requests import Wire, request
 
 ANSWER_TIMEOUT_S = 60.0

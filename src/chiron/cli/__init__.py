@@ -11,25 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
-from chiron.cli.group import ErrorsInALine
+from chiron.cli.common.group import ErrorsInALine
 
 COMMANDS = {
-    "simulate": "chiron.cli.run:simulate",
-    "compare": "chiron.cli.run:compare",
-    "bound": "chiron.cli.run:bound",
-    "explain": "chiron.cli.explain:explain",
-    "scenarios": "chiron.cli.run:scenarios",
-    "policies": "chiron.cli.run:policies",
-    "demo": "chiron.cli.demo:demo",
+    "simulate": "chiron.cli.simulate.command:simulate",
+    "compare": "chiron.cli.simulate.command:compare",
+    "bound": "chiron.cli.simulate.command:bound",
+    "explain": "chiron.cli.explain.command:explain",
+    "scenarios": "chiron.cli.simulate.command:scenarios",
+    "policies": "chiron.cli.simulate.command:policies",
+    "demo": "chiron.cli.demo.command:demo",
     "serve": "chiron.cli.serve:serve",
     "init": "chiron.cli.init:init",
-    "doctor": "chiron.cli.doctor:doctor",
-    "load": "chiron.cli.load:load",
-    "top": "chiron.cli.top:top",
+    "doctor": "chiron.cli.doctor.command:doctor",
+    "load": "chiron.cli.load.command:load",
+    "top": "chiron.cli.top.command:top",
     "key": "chiron.cli.key:key",
-    "batch": "chiron.cli.batch:app",
+    "batch": "chiron.cli.batch.command:app",
     "trace": "chiron.cli.trace:app",
-    "profile": "chiron.cli.profile:app",
+    "profile": "chiron.cli.profile.command:app",
 }
 """In the order of the help: where each command is, a function or a ``Typer`` of its own."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chiron.cli.extras import needs
+from chiron.cli.common.extras import needs
 from chiron.cli.serve import DEFAULT_CONFIG
 from chiron.config.read import ConfigError, suggest
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from chiron.config.read import ConfigError
-from chiron.gateway.keys import ADMIN, hash_secret, new_secret
+from chiron.gateway.relay.keys import ADMIN, hash_secret, new_secret
 
 
 def key(

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chiron.cli.extras import needs, require_extras
-from chiron.cli.trust import certificate_trouble
+from chiron.cli.common.extras import needs, require_extras
+from chiron.cli.common.tls import certificate_trouble
 from chiron.config.read import ConfigError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from chiron.cli.durations import seconds_of
-from chiron.cli.group import ErrorsInALine
+from chiron.cli.common.durations import seconds_of
+from chiron.cli.common.group import ErrorsInALine
 from chiron.workload.errors import WorkloadSettingError
 from chiron.workload.generate import Arrivals, ClosedLoop, Diurnal, Gamma, Poisson, Spikes, generate
 from chiron.workload.lengths import EmpiricalLengths, IndependentLengths, Lengths, parse_field_lengths

@@ -19,7 +19,7 @@ from chiron.config.read import ConfigError, construct, keys_of, named_tables, re
 from chiron.config.serve_kinds import instance_bounds, kind_settings
 from chiron.config.serve_sections import FleetSection, ServeModelSection
 from chiron.core.types import RequestClass
-from chiron.gateway.keys import ADMIN, Key
+from chiron.gateway.relay.keys import ADMIN, Key
 from chiron.gateway.settings import (
     BatchSettings,
     KindSettings,

@@ -18,13 +18,13 @@ from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
 from chiron.fleet.model import FleetModel, FleetTimes
-from chiron.gateway.admission import Models
-from chiron.gateway.foreign import ForeignPages
-from chiron.gateway.front import Front
-from chiron.gateway.keys import KeyRing
-from chiron.gateway.outages import Outages
+from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.cross_site import ForeignPages
+from chiron.gateway.relay.front import Front
+from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.outages import Outages
+from chiron.gateway.relay.upstream import UpstreamCall
 from chiron.gateway.settings import LimitSettings
-from chiron.gateway.upstream import Upcall
 from chiron.net.client import Call
 from chiron.net.clock import LiveClock
 from chiron.policies.policy import Policy
@@ -86,7 +86,7 @@ class EmulatedEngine:
     def first_token(self, inner: Request) -> None:
         request = self._pairs[inner.id][0]
         if request.outcome is None and request.first_token_s < 0.0:
-            call: Upcall = request.payload
+            call: UpstreamCall = request.payload
             call.begin(_NO_CALL, 200, [(b"content-type", b"text/event-stream")])
             call.data(_event(call.path, "", None))
         request.kv_saved_tokens = inner.kv_saved_tokens
@@ -95,7 +95,7 @@ class EmulatedEngine:
     def finished(self, inner: Request) -> None:
         request = self._take(inner)
         if request.outcome is None:
-            call: Upcall = request.payload
+            call: UpstreamCall = request.payload
             call.data(_event(call.path, " word" * request.tokens_done, "length") + b"data: [DONE]\n\n")
             call.end()
         self._plane.finished(request)

@@ -18,22 +18,22 @@ from typing import Any
 
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Instance, Request
-from chiron.gateway.admission import Models, ServedModel
 from chiron.gateway.api import ApiLimits, ApiState, make_app
-from chiron.gateway.batch_runner import BatchRunner
-from chiron.gateway.engines import Engines
-from chiron.gateway.event_writer import EventLogSettings, EventWriter, wall_time
-from chiron.gateway.foreign import ForeignPages
-from chiron.gateway.front import Front
-from chiron.gateway.journal import LiveJournal
-from chiron.gateway.keys import KeyRing
-from chiron.gateway.live_result import LiveRecorder
-from chiron.gateway.metrics import LoopLag, Metrics
-from chiron.gateway.outages import Outage, Outages
-from chiron.gateway.scrape import Scraper
+from chiron.gateway.batch.runner import BatchRunner
+from chiron.gateway.instances.engines import Engines
+from chiron.gateway.instances.scraper import Scraper
+from chiron.gateway.relay.admission import Models, ServedModel
+from chiron.gateway.relay.cross_site import ForeignPages
+from chiron.gateway.relay.front import Front
+from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.outages import Outage, Outages
+from chiron.gateway.relay.upstream import HttpEngine
+from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time
+from chiron.gateway.reporting.journal import LiveJournal
+from chiron.gateway.reporting.live_result import LiveRecorder
+from chiron.gateway.reporting.metrics import LoopLag, Metrics
+from chiron.gateway.reporting.status import StatusSources, status
 from chiron.gateway.settings import ModelSettings, ServeConfig
-from chiron.gateway.status import Surroundings, status
-from chiron.gateway.upstream import HttpEngine
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
@@ -247,9 +247,9 @@ class Service:
         await self.store.close()
         self.journal.close()
 
-    def around(self) -> Surroundings:
+    def around(self) -> StatusSources:
         """What the status page and the metrics show besides the control plane."""
-        return Surroundings(
+        return StatusSources(
             url=self.url,
             version=version("chiron-serving"),
             policy=self.config.policy_label,

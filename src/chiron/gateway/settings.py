@@ -20,7 +20,7 @@ from chiron.net.shares import LOOPBACK
 if TYPE_CHECKING:
     from chiron.fleet.local import LocalFleetSettings
     from chiron.fleet.static import StaticFleetSettings
-    from chiron.gateway.keys import Key
+    from chiron.gateway.relay.keys import Key
     from chiron.store.settings import StoreSettings
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30

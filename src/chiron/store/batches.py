@@ -24,7 +24,7 @@ from chiron.store.leases import Leases
 from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile, TokenUsage
 from chiron.store.results import unfinished_bytes
 from chiron.store.sums import check_row, row_sum
-from chiron.store.trust import ClockMarks
+from chiron.store.trusted_clock import ClockMarks
 from chiron.store.writer import Transaction
 
 PURGE_STEP = 2_000

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from chiron.store.trust import ClockMarks
+from chiron.store.trusted_clock import ClockMarks
 
 
 class StoreError(Exception):

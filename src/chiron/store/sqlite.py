@@ -69,7 +69,7 @@ from chiron.store.port import (
 )
 from chiron.store.results import Page, Reading, begin_reading, read_page
 from chiron.store.settings import StoreSettings
-from chiron.store.trust import ClockMarks
+from chiron.store.trusted_clock import ClockMarks
 from chiron.store.upload import FileUpload
 from chiron.store.validation import Validation
 from chiron.store.writer import Operation, Transaction, Writer, meta_of

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from chiron.store.acknowledged import Acknowledged
 from chiron.store.database import SCHEMA_VERSION, SQLITE_ERRORS, store_error, write_row
 from chiron.store.port import StoreClosed
-from chiron.store.trust import ClockMarks
+from chiron.store.trusted_clock import ClockMarks
 
 log = logging.getLogger("chiron.store")
 

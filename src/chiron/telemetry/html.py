@@ -18,6 +18,7 @@ from string import Template
 from typing import Any
 
 from chiron.telemetry import charts, fleet_charts, traffic
+from chiron.telemetry.decision_text import kind_words, quantity, show_moment, tell, words
 from chiron.telemetry.drawing import draw
 from chiron.telemetry.errors import ReportError
 from chiron.telemetry.format import counted, listed, span
@@ -26,7 +27,6 @@ from chiron.telemetry.palette import Look, looks
 from chiron.telemetry.result import BLAMELESS, EXCUSED, OUTCOMES, DecisionPoint, Result
 from chiron.telemetry.table import class_table, table
 from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
-from chiron.telemetry.words import kind_words, quantity, show_moment, tell, words
 
 DECISIONS_SHOWN = 300
 """Per policy."""

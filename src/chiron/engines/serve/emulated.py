@@ -22,7 +22,7 @@ from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
 from chiron.engines.serve.filler import LengthSettings
-from chiron.engines.serve.front import Front, run_on_loop, serve_until_stopped
+from chiron.engines.serve.http import EngineServer, run_on_loop, serve_until_stopped
 from chiron.engines.serve.options import real, whole
 from chiron.net.clock import LiveClock
 
@@ -45,7 +45,7 @@ async def run(options: argparse.Namespace, profile: Profile) -> None:
         kv_saved_tokens_max=options.kv_saved_tokens,
     )
     names = options.served_model_name or [profile.model]
-    fronts = []
+    servers = []
     for index in range(options.fleet):
         engine = EmulatedEngine(
             clock=clock,
@@ -64,9 +64,9 @@ async def run(options: argparse.Namespace, profile: Profile) -> None:
                 "note": "timing is emulated, text is filler",
             },
         }
-        fronts.append(Front(engine, names, about))
+        servers.append(EngineServer(engine, names, about))
     log.info("emulates %d x %s at %g times its speed; the text is filler", options.fleet, profile.name, options.speedup)
-    await serve_until_stopped(*fronts, host=options.host, port=options.port, failed=asyncio.Event())
+    await serve_until_stopped(*servers, host=options.host, port=options.port, failed=asyncio.Event())
     clock.stop()
 
 

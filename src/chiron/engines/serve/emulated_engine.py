@@ -29,7 +29,7 @@ from chiron.engines.serve.filler import (
     text_of,
     token_ids,
 )
-from chiron.engines.serve.front import Choice, Reply
+from chiron.engines.serve.http import Choice, Reply
 from chiron.engines.serve.openai import GenerationRequest
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError

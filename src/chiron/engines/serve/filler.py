@@ -18,7 +18,7 @@ from random import Random
 from chiron.engines.serve.answer import CallPiece, TokenLogprob
 from chiron.engines.serve.made_up import make_up
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
-from chiron.engines.serve.words import WORDS
+from chiron.engines.serve.vocabulary import WORDS
 
 _SPACED = tuple(f" {word}" for word in WORDS)
 _COUNT = len(WORDS)

@@ -28,7 +28,7 @@ from chiron.engines.serve.schema import (
     Union,
     flattest,
 )
-from chiron.engines.serve.words import WORDS
+from chiron.engines.serve.vocabulary import WORDS
 
 _VALUES = 100
 """Values made up that nothing requires, about."""

@@ -19,8 +19,8 @@ from typing import Any
 from chiron.engines.model import StepTimes
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
-from chiron.engines.serve.front import Front, run_on_loop, serve_until_stopped
 from chiron.engines.serve.grammar import Bounds
+from chiron.engines.serve.http import EngineServer, run_on_loop, serve_until_stopped
 from chiron.engines.serve.openvino_engine import EngineSettings, OpenVinoEngine
 from chiron.engines.serve.openvino_model import Model, ModelError, ModelSettings
 from chiron.engines.serve.options import whole
@@ -115,7 +115,7 @@ async def run(options: argparse.Namespace, profile: Profile | None, model: Model
         about["paced"] = f"steps take at least as long as profile {profile.name} says"
         log.info("paced: %s", about["paced"])
     log.info("KV cache: %d tokens; context: %d tokens", model.kv_capacity_tokens, length)
-    await serve_until_stopped(Front(engine, names, about), host=options.host, port=options.port, failed=failed)
+    await serve_until_stopped(EngineServer(engine, names, about), host=options.host, port=options.port, failed=failed)
     if errors:
         raise RuntimeError("the engine failed") from errors[0]
 

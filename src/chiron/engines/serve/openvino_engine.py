@@ -30,8 +30,8 @@ from chiron.engines.model import StepTimes
 from chiron.engines.serve.answer import TokenLogprob
 from chiron.engines.serve.call_text import CallText
 from chiron.engines.serve.exposition import Histogram, Totals, exposition
-from chiron.engines.serve.front import Reply
 from chiron.engines.serve.grammar import Bounds, call_grammar, json_grammar
+from chiron.engines.serve.http import Reply
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
 from chiron.engines.serve.openvino_batch import Batch
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model

@@ -7,7 +7,7 @@ from typing import Any
 
 from chiron.engines.serve.answer import TokenLogprob
 from chiron.engines.serve.call_text import CallText
-from chiron.engines.serve.front import Choice
+from chiron.engines.serve.http import Choice
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
 from chiron.engines.serve.openvino_model import BLOCK_TOKENS
 from chiron.engines.serve.text import TextStream

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_response
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import invalid, model_not_found, not_found, retry_after
+from chiron.gateway.relay.errors import invalid, model_not_found, not_found, retry_after
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -12,8 +12,8 @@ from chiron.gateway.api.batches import Batches
 from chiron.gateway.api.files import Files
 from chiron.gateway.api.resource import Endpoint, Resource, unknown_path
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.batch_lines import ENDPOINTS
-from chiron.gateway.errors import internal
+from chiron.gateway.batch.lines import ENDPOINTS
+from chiron.gateway.relay.errors import internal
 
 
 def make_app(state: ApiState) -> Starlette:

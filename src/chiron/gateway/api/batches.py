@@ -13,9 +13,9 @@ from chiron.gateway.api.files import authorization
 from chiron.gateway.api.resource import json_object, json_response, known_fields, page, page_limit
 from chiron.gateway.api.slots import Slots
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.batch_lines import ENDPOINTS
-from chiron.gateway.errors import forbidden, invalid, not_found, shown, too_many
-from chiron.gateway.keys import Key
+from chiron.gateway.batch.lines import ENDPOINTS
+from chiron.gateway.relay.errors import forbidden, invalid, not_found, shown, too_many
+from chiron.gateway.relay.keys import Key
 from chiron.store.port import Batch, LineError, NotFound
 from chiron.store.progress import eta_s, items_per_s
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeGuard
 
-from chiron.gateway.errors import ApiError, invalid, shown
+from chiron.gateway.relay.errors import ApiError, invalid, shown
 
 ANCHOR = "created_at"
 SECONDS_MIN, SECONDS_MAX = 3600, 2_592_000

@@ -14,8 +14,8 @@ from chiron.gateway.api.form import Part, read_form
 from chiron.gateway.api.resource import json_response, page, page_limit
 from chiron.gateway.api.slots import Slot, Slots
 from chiron.gateway.api.state import ApiState
-from chiron.gateway.errors import ApiError, invalid, too_large
-from chiron.gateway.keys import Key
+from chiron.gateway.relay.errors import ApiError, invalid, too_large
+from chiron.gateway.relay.keys import Key
 from chiron.store.port import StoredFile, TooLarge, Upload
 
 PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")

@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from chiron.gateway.errors import invalid, timed_out
+from chiron.gateway.relay.errors import invalid, timed_out
 
 FIELD_MAX_BYTES = 4096
 PARTS_MAX = 32

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from chiron.gateway.errors import (
+from chiron.gateway.relay.errors import (
     ApiError,
     Headers,
     damaged,

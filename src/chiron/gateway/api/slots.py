@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from starlette.requests import Request
 
-from chiron.gateway.errors import too_many, unavailable
-from chiron.gateway.keys import Key
+from chiron.gateway.relay.errors import too_many, unavailable
+from chiron.gateway.relay.keys import Key
 from chiron.net.shares import Shares
 
 RETRY_S = 2.0

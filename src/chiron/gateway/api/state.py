@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chiron.gateway.admission import Models
-from chiron.gateway.keys import KeyRing
+from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, BatchStore
 

@@ -1,0 +1,1 @@
+"""``chiron simulate``, ``compare``, ``bound``, ``scenarios``, ``policies``."""

@@ -1,0 +1,1 @@
+"""The instances behind the gateway: made, watched and scraped."""

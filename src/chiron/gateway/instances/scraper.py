@@ -1,0 +1,119 @@
+"""Looks at every engine now and then: its own metrics if it has any, and what the gateway saw of it in any case.
+
+A scrape that fails or is late costs nothing but precision: the sample is made from what the gateway saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+
+from chiron.control.plane import ControlPlane
+from chiron.engines.metrics import read_row
+from chiron.gateway.relay.context_limit import ask_context
+from chiron.gateway.relay.upstream import HttpEngine
+from chiron.net.client import NetError
+from chiron.net.clock import LiveClock
+
+log = logging.getLogger("chiron.scrape")
+
+METRICS_MAX_BYTES = 4 * 1024 * 1024
+TIMEOUT_MAX_S = 2.0
+LATE = 0.25
+"""A round that comes so large a share of a period late was held up."""
+
+
+class Scraper:
+    """Every ``period_s``: samples of all engines to the control plane."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        plane: ControlPlane,
+        engines: Mapping[int, HttpEngine],
+        period_s: float,
+        capacity_told: Callable[[HttpEngine, int], None],
+        context_told: Callable[[HttpEngine], None],
+    ) -> None:
+        """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
+        engine whose context is known from now on."""
+        self._clock = clock
+        self._plane = plane
+        self._engines = engines
+        self._period_s = period_s
+        self._capacity_told = capacity_told
+        self._context_told = context_told
+        self._round: asyncio.Task[None] | None = None
+        self._settled_s = 0.0
+        self._settling = False
+
+    def begin(self) -> None:
+        """Posted: the first round one period from now."""
+        self._clock.call_later(self._period_s, self._due)
+
+    def _due(self) -> None:
+        self._clock.call_later(self._period_s, self._due)
+        if self._settles(self._clock.elapsed_s()):
+            return
+        if self._round is None or self._round.done():
+            self._round = asyncio.get_running_loop().create_task(self._scrape())
+
+    def _settles(self, now_s: float) -> bool:
+        """Whether this look is better left out: the gateway was held up, and what engines sent meanwhile is still to
+        be read. Between this look and the next they would seem to have been slow, and then many times too fast."""
+        if now_s >= self._settled_s:
+            late = now_s - self._clock.now_s > LATE * self._period_s
+            self._settling = late and not self._settling  # A gateway that is always late looks every other time.
+            if self._settling:
+                self._settled_s = now_s + LATE * self._period_s
+        return now_s < self._settled_s
+
+    async def _scrape(self) -> None:
+        engines = list(self._engines.values())
+        # One slow engine must not keep the others' news.
+        await asyncio.gather(
+            *(self._ask(engine) for engine in engines if engine.row.metrics_path),
+            *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
+        )
+        self._clock.post(lambda: self._tell(engines))
+
+    async def _ask(self, engine: HttpEngine) -> None:
+        timeout_s = min(self._period_s, TIMEOUT_MAX_S)
+        try:
+            answer = await engine.origin.fetch(
+                "GET", engine.row.metrics_path, timeout_s=timeout_s, body_max=METRICS_MAX_BYTES
+            )
+        except NetError as error:
+            engine.metrics = {}
+            log.debug("%s: no metrics: %s", engine.url, error)
+            return
+        engine.metrics = read_row(engine.row, answer.body.decode("utf-8", "replace")) if answer.status == 200 else {}
+
+    async def _ask_context(self, engine: HttpEngine) -> None:
+        engine.context_tokens = await ask_context(engine.origin, engine.row, engine.model, engine.authorization)
+        if engine.context_tokens is not None:
+            self._clock.post(lambda: self._context_told(engine))
+
+    def _tell(self, engines: list[HttpEngine]) -> None:
+        now_s = self._clock.now_s
+        samples = []
+        for engine in engines:
+            if engine.closed:
+                continue
+            capacity = int(engine.metrics.get("kv_capacity_tokens", 0))
+            if capacity > 0 and capacity != engine.instance.kv_capacity_tokens:
+                self._capacity_told(engine, capacity)
+            own_limit = engine.own_limit.look(engine.metrics, engine.instance.max_batch_size)
+            if own_limit:
+                log.warning(
+                    "%s runs %d requests at once and lets others wait inside, though its max batch size here is %d; "
+                    "set max_num_seqs of kind %r to the engine's own limit",
+                    engine.url,
+                    own_limit,
+                    engine.instance.max_batch_size,
+                    engine.instance.kind.name,
+                )
+            samples.append(engine.observer.sample(now_s, engine.metrics))
+        self._plane.sampled(samples)

@@ -1,0 +1,241 @@
+"""API keys: who asks, for what, how often.
+
+Only SHA-256 hashes are kept. Keys are long and random, so a slow password hash would protect nothing and cost
+milliseconds on the path of every request. Looking the hash up in a dict leaks timing about the hash, from which a
+key cannot be built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from math import inf
+from secrets import token_urlsafe
+
+from chiron.gateway.relay.errors import forbidden, too_many, unauthenticated
+
+ADMIN = "admin"
+SECRET_PREFIX = "sk-chiron-"
+PERIOD_S = 60.0
+"""Limits are per minute, and a key that was idle for a minute may spend a minute's worth at once."""
+
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What one API key may do. Empty ``classes`` and ``models`` mean: all of them."""
+
+    name: str
+    """Names the key in logs and metrics, and owns its files and batches."""
+    hash: str = field(default="", repr=False)
+    """``sha256:`` and the hex digest of the secret."""
+    classes: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    requests_per_minute: float = inf
+    tokens_per_minute: float = inf
+    """Prompt tokens on arrival, output tokens when they are known; of batch items, when they run."""
+    admin: bool = False
+    """Sees everything of everybody."""
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"key {self.name!r}: {name} is {getattr(self, name)}; it must be above 0")
+        if self.hash and not _HASH.fullmatch(self.hash):
+            # The value may be the secret itself, put here by mistake.
+            raise ValueError(f"key {self.name!r}: hash must be 'sha256:' and 64 hexadecimal digits in lower case")
+
+    @property
+    def owner(self) -> str | None:
+        """Whose files and batches it sees; None: everybody's."""
+        return None if self.admin else self.name
+
+    def permit(self, model: str | None = None, cls: str | None = None) -> None:
+        """Raise ApiError 403 if the key is not for this model or request class."""
+        if model is not None and self.models and model not in self.models:
+            raise forbidden(
+                f"API key {self.name!r} may not use model {model!r}. Allowed: {', '.join(self.models)}.", param="model"
+            )
+        if cls is not None and self.classes and cls not in self.classes:
+            raise forbidden(
+                f"API key {self.name!r} may not send requests of class {cls!r}. Allowed: {', '.join(self.classes)}."
+            )
+
+
+ANONYMOUS = Key(name="")
+"""Everybody, when no keys are configured."""
+
+
+class KeyRing:
+    """All keys, and how much of its limits each has left.
+
+    Without keys everybody is ``ANONYMOUS`` and any secret is accepted, since clients insist on sending one. Without
+    an admin key either, ``admin_open`` says whether the admin's routes are open to everybody, as they may be on
+    loopback. Who has given out keys has said who may ask: then only the admin key opens them, wherever a request seems
+    to come from, since behind a proxy on the same machine they all come from there.
+    """
+
+    def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "", *, admin_open: bool = False) -> None:
+        self._keys: dict[str, Key] = {}
+        self._buckets: dict[str, tuple[_Bucket, _Bucket]] = {}
+        names: set[str] = set()
+        for key in keys:
+            if not key.name or key.name == ADMIN or key.name in names:
+                raise ValueError(f"key name {key.name!r}: must be unique, not empty and not {ADMIN!r}")
+            if not key.hash:
+                raise ValueError(f"key {key.name!r}: hash is missing; `chiron key` makes one")
+            if key.hash in self._keys:
+                raise ValueError(f"keys {self._keys[key.hash].name!r} and {key.name!r} have the same hash")
+            names.add(key.name)
+            self._keys[key.hash] = key
+            if key.requests_per_minute < inf or key.tokens_per_minute < inf:
+                self._buckets[key.name] = (_Bucket(key.requests_per_minute), _Bucket(key.tokens_per_minute))
+        self._by_name = {key.name: key for key in keys}
+        self.open = not keys
+        self.admin_open = admin_open and not admin_hash and not keys
+        self.admin = Key(name=ADMIN, hash=admin_hash, admin=True)
+        if admin_hash in self._keys:
+            raise ValueError(f"key {self._keys[admin_hash].name!r} has the admin key's hash")
+
+    def check(self, authorization: bytes | None) -> Key:
+        """The key in an ``Authorization`` header. Raises ApiError 401."""
+        if self.open and not (authorization and self.admin.hash):
+            return ANONYMOUS
+        secret = _bearer(authorization)
+        if secret is not None:
+            hash = hash_secret(secret)
+            if self.admin.hash and hash == self.admin.hash:
+                return self.admin
+            key = self._keys.get(hash)
+            if key is not None:
+                return key
+        if self.open:
+            return ANONYMOUS
+        if secret is None:
+            raise unauthenticated("No API key. Send the header 'Authorization: Bearer YOUR_KEY'.")
+        raise unauthenticated("Incorrect API key.")
+
+    def named(self, name: str) -> Key | None:
+        """The key that owns batches under this name; None if it is no longer configured."""
+        if name in ("", ADMIN):
+            return self.admin if name else ANONYMOUS
+        return self._by_name.get(name)
+
+    def check_admin(self, authorization: bytes | None) -> Key:
+        """The admin's key. Raises ApiError 401, or 403 for a key that is not the admin's."""
+        if self.admin_open:
+            return self.admin
+        if not self.admin.hash:
+            raise forbidden("No admin key is configured; set admin_key_hash in the server's config.")
+        secret = _bearer(authorization)
+        if secret is None:
+            raise unauthenticated("No API key. Send the header 'Authorization: Bearer ADMIN_KEY'.")
+        hash = hash_secret(secret)
+        if hash == self.admin.hash:
+            return self.admin
+        if hash in self._keys:
+            raise forbidden(f"API key {self._keys[hash].name!r} is not the admin key.")
+        raise unauthenticated("Incorrect API key.")
+
+    def take(self, key: Key, now_s: float, tokens: int = 0) -> None:
+        """Count one request with ``tokens`` prompt tokens. Raises ApiError 429, and then counts nothing.
+
+        ``now_s`` is any clock that does not go back. A request larger than a minute's worth of tokens waits for a
+        full minute and goes into debt: refusing it for ever would help nobody.
+        """
+        buckets = self._buckets.get(key.name)
+        if buckets is None:
+            return
+        requests, token_bucket = buckets
+        wait_s = max(requests.wait_s(now_s, 1.0), token_bucket.wait_s(now_s, tokens))
+        if wait_s > 0.0:
+            limit = (
+                f"{key.requests_per_minute:g} requests per minute"
+                if requests.wait_s(now_s, 1.0) > 0.0
+                else f"{key.tokens_per_minute:g} tokens per minute"
+            )
+            raise too_many(f"Rate limit of API key {key.name!r} reached: {limit}. Try again in {wait_s:.1f} s.", wait_s)
+        requests.level -= 1.0
+        token_bucket.level -= tokens
+
+    def limited(self, key: Key) -> bool:
+        return key.name in self._buckets
+
+    def take_spare(self, key: Key, now_s: float, tokens: int) -> bool:
+        """Count one request of a batch, with ``tokens`` prompt tokens, if it leaves half a minute's worth of each limit
+        to the key's other requests, which cannot wait as it can. False, and then counts nothing: it must wait."""
+        buckets = self._buckets.get(key.name)
+        if buckets is None:
+            return True
+        requests, token_bucket = buckets
+        if not (requests.spares(now_s, 1.0) and token_bucket.spares(now_s, tokens)):
+            return False
+        requests.level -= 1.0
+        token_bucket.level -= tokens
+        return True
+
+    def give_back(self, key: Key, tokens: int) -> None:
+        """One that was counted never ran."""
+        buckets = self._buckets.get(key.name)
+        if buckets is not None:
+            for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
+                bucket.level = min(bucket.size, bucket.level + amount)
+
+    def charge(self, key: Key, tokens: int) -> None:
+        """Count output tokens, once they are known."""
+        buckets = self._buckets.get(key.name)
+        if buckets is not None:
+            buckets[1].level -= tokens
+
+
+class _Bucket:
+    """A token bucket that may go into debt. A limit of inf never empties."""
+
+    __slots__ = ("at_s", "level", "size")
+
+    def __init__(self, per_minute: float) -> None:
+        self.size = per_minute
+        self.level = per_minute
+        self.at_s = 0.0
+
+    def wait_s(self, now_s: float, amount: float) -> float:
+        """Seconds until it holds ``amount`` (or is full); 0: now."""
+        if self.size == inf:
+            return 0.0
+        self._fill(now_s)
+        # At least one fits a full bucket, also when less than one a minute is allowed.
+        missing = min(amount, self.size) - self.level
+        return missing * PERIOD_S / self.size if missing > 1e-9 else 0.0
+
+    def spares(self, now_s: float, amount: float) -> bool:
+        """Whether half of it is left after ``amount``, or it is full."""
+        if self.size == inf:
+            return True
+        self._fill(now_s)
+        return self.level + 1e-9 >= min(self.size, self.size / 2.0 + amount)
+
+    def _fill(self, now_s: float) -> None:
+        # Whoever asks may look at the clock a little earlier than whoever asked before.
+        self.level = min(self.size, self.level + max(0.0, now_s - self.at_s) * self.size / PERIOD_S)
+        self.at_s = max(self.at_s, now_s)
+
+
+def hash_secret(secret: bytes) -> str:
+    """What the config holds in place of the secret."""
+    return "sha256:" + sha256(secret).hexdigest()
+
+
+def new_secret() -> str:
+    """A fresh API key with 256 random bits."""
+    return SECRET_PREFIX + token_urlsafe(32)
+
+
+def _bearer(authorization: bytes | None) -> bytes | None:
+    if authorization is None:
+        return None
+    scheme, _, secret = authorization.strip().partition(b" ")
+    secret = secret.strip()
+    return secret if scheme.lower() == b"bearer" and secret else None

@@ -1,0 +1,171 @@
+"""Models that nothing can serve, and what their clients are told.
+
+A request without an instance is held while one is really coming: a start is under way, or one will be tried. It is
+refused at once (503, with the reason and Retry-After) while none can come: no endpoint has ever answered, or start
+after start of an engine fails. Endpoints that have answered and answer no more are given ``outage_wait_s`` to return.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from chiron.control.model import ModelState
+from chiron.control.plane import ControlPlane
+from chiron.core.types import InstanceKind
+from chiron.fleet.starts import KindStatus
+from chiron.fleet.static import EndpointStatus
+from chiron.gateway.relay.errors import ApiError, unavailable
+
+log = logging.getLogger("chiron.gateway")
+
+_DETAIL = re.compile(r"[:(]")
+REASON_MAX = 200
+"""Characters of an endpoint's own reason that a client is told."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """Nothing can serve a model now."""
+
+    reason: str
+    """For clients: without addresses and without what engines print."""
+    retry_s: float
+    """When there may be news."""
+
+    def refusal(self) -> ApiError:
+        return unavailable(self.reason, self.retry_s)
+
+
+class Outages:
+    """``now`` has an outage for each model that nothing can serve, as of the last ``look``."""
+
+    def __init__(
+        self,
+        *,
+        plane: ControlPlane,
+        endpoints: Callable[[], Mapping[str, Mapping[str, EndpointStatus]]],
+        starts: Callable[[], Mapping[str, KindStatus]],
+        outage_wait_s: float = 30.0,
+        retry_after_s: float = 1.0,
+        endpoint_retry_s: float = 5.0,
+        changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
+    ) -> None:
+        """``endpoints``: how those are that run already, by kind and URL; ``starts``: how those of each kind go that
+        the gateway starts itself. ``endpoint_retry_s``: longest pause between two looks at an endpoint that failed.
+        ``changed`` hears of the begin and the end of an outage."""
+        self.now: dict[str, Outage] = {}
+        self._plane = plane
+        self._endpoints = endpoints
+        self._starts = starts
+        self._outage_wait_s = outage_wait_s
+        self._retry_after_s = retry_after_s
+        self._endpoint_retry_s = endpoint_retry_s
+        self._changed = changed
+        self._served_s: dict[str, float] = {}
+        """When a model last had an instance that was ready."""
+
+    def look(self, now_s: float) -> None:
+        """Now and then."""
+        endpoints = starts = None
+        for name, state in self._plane.models.items():
+            if _is_served(state):
+                self._served_s[name] = now_s
+                found = None
+            else:
+                endpoints = self._endpoints() if endpoints is None else endpoints
+                starts = self._starts() if starts is None else starts
+                found = self._outage(state, endpoints, starts, now_s)
+            before = self.now.get(name)
+            if found is not None:
+                self.now[name] = found
+            elif before is not None:
+                del self.now[name]
+            if (found is None) != (before is None):
+                self._tell(name, found)
+
+    def refusal(self, model: str) -> ApiError | None:
+        """Why a request that has just come for this model is not held; None: it is."""
+        outage = self.now.get(model)
+        return None if outage is None or _is_served(self._plane.models[model]) else outage.refusal()
+
+    def why_held(self, model: str, now_s: float) -> str:
+        """What a request that waits for an instance of this model waits for."""
+        state = self._plane.models[model]
+        began = [i.began_s for i in state.instances.values() if i.state == "starting"]
+        ready = sum(1 for i in state.instances.values() if i.state == "ready")
+        parts = []
+        if ready:
+            parts.append(f"{ready} instance{'s are' if ready > 1 else ' is'} busy")
+        if began:
+            usual = f", it usually takes {state.cold_start_s:.0f} s" if state.cold_starts_seen else ""
+            parts.append(f"{len(began)} being started (for {max(0.0, now_s - min(began)):.0f} s{usual})")
+        return "; ".join(parts) or "no instance yet"
+
+    def _outage(
+        self,
+        state: ModelState,
+        endpoints: Mapping[str, Mapping[str, EndpointStatus]],
+        starts: Mapping[str, KindStatus],
+        now_s: float,
+    ) -> Outage | None:
+        coming = {i.kind.name: i.kind for i in state.instances.values()}
+        # Without any instance the next tick asks for one of the first kind that has room.
+        kinds = list(coming.values()) or list(state.spec.kinds)
+        troubles = []
+        for kind in kinds:
+            trouble = self._trouble(state, kind, endpoints, starts, now_s)
+            if trouble is None:
+                return None
+            troubles.append(trouble)
+        reasons = "; ".join(dict.fromkeys(reason for reason, _ in troubles))
+        retry_s = max(self._retry_after_s, min(wait_s for _, wait_s in troubles))
+        return Outage(reason=f"No instance of {state.spec.name!r} can serve this now: {reasons}.", retry_s=retry_s)
+
+    def _trouble(
+        self,
+        state: ModelState,
+        kind: InstanceKind,
+        endpoints: Mapping[str, Mapping[str, EndpointStatus]],
+        starts: Mapping[str, KindStatus],
+        now_s: float,
+    ) -> tuple[str, float] | None:
+        """Why no instance of this kind comes, and the seconds until there may be news; None: one may come."""
+        if kind.name in endpoints:
+            if state.cold_starts_seen:  # It may have come and gone between two looks.
+                self._served_s.setdefault(state.spec.name, now_s)
+            served_s = self._served_s.get(state.spec.name)
+            if served_s is not None and now_s - served_s < self._outage_wait_s:
+                return None
+            return _endpoints_trouble(endpoints[kind.name], self._endpoint_retry_s)
+        status = starts.get(kind.name)
+        if status is None or status.state != "crash-looping":
+            return None
+        if not state.spec.min_instances and status.next_start_in_s <= 0.0:
+            return None  # Nobody tries again unless somebody asks.
+        return f"start after start of its engine fails ({status.failures} in a row)", status.next_start_in_s
+
+    def _tell(self, model: str, outage: Outage | None) -> None:
+        if outage is None:
+            log.warning("model %r can be served again", model)
+        else:
+            log.warning("requests for model %r are refused (503): %s", model, outage.reason)
+        self._changed(model, outage)
+
+
+def _is_served(state: ModelState) -> bool:
+    return any(i.state == "ready" for i in state.instances.values())
+
+
+def _endpoints_trouble(endpoints: Mapping[str, EndpointStatus], retry_s: float) -> tuple[str, float] | None:
+    reasons = []
+    for url, status in endpoints.items():
+        if status.state != "failed" or not status.reason:  # Without a reason its last check passed.
+            return None
+        # Where engines are is nothing to clients: the system's own words name addresses.
+        reasons.append(_DETAIL.split(status.reason.replace(url, "").lstrip(": "))[0][:REASON_MAX])
+    count = len(reasons)
+    which = "its endpoint does not answer" if count == 1 else f"none of its {count} endpoints answers"
+    return f"{which} ({'; '.join(dict.fromkeys(reasons))})", retry_s

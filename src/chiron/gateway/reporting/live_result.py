@@ -1,0 +1,275 @@
+"""A live run as a ``Result``: the simulator's report, ``chiron explain`` and data frames work on it.
+
+Everything is bounded, so that a gateway can record for weeks: the newest requests and points are kept. GPU-seconds,
+cost and peaks are those of the same stretch of time. No lower bound is computed: live, nobody knows output lengths in
+advance, and the report shows a dash.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from chiron.core.types import Instance, ModelSpec, Request, RequestClass
+from chiron.gateway.reporting.tally import prompt_tokens
+from chiron.policies.policy import Policy
+from chiron.telemetry.recording import Timeline
+from chiron.telemetry.result import OUTCOMES, RequestTable, Result
+from chiron.telemetry.summary import summarise
+
+REVERSAL_WINDOW_S = 60.0
+"""As in the simulator: a plan change against the previous one within this time is a reversal."""
+
+_OUTCOME = {name: index for index, name in enumerate(OUTCOMES)}
+_COLUMNS = {
+    "model": "h",
+    "cls": "h",
+    "arrival_s": "d",
+    "dispatch_s": "d",
+    "first_token_s": "d",
+    "finish_s": "d",
+    "deadline_s": "d",
+    "input_tokens": "q",
+    "output_tokens": "q",
+    "outcome": "b",
+    "evictions": "h",
+}
+_DTYPES = {"h": np.int16, "d": np.float64, "q": np.int64, "b": np.int8}
+
+Row = tuple[int, int, float, float, float, float, float, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecorderSettings:
+    """How much of a live run is remembered for its report."""
+
+    rows_max: int = 2_000_000
+    """Ended requests; beyond it the oldest are forgotten. 64 bytes each."""
+    points_max: int = 100_000
+    """Fleet points, batch sizes, decisions, plan changes and past instances, each; about 1 kB per point at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows_max", "points_max"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recorder: {name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stay:
+    """One instance's time in the fleet: what it is billed for."""
+
+    model: str
+    gpus: int
+    price_per_gpu_hour: float
+    since_s: float
+    until_s: float
+
+
+class Bill(NamedTuple):
+    """What instances have taken."""
+
+    gpu_seconds: float
+    cost: float
+    """In the currency of ``price_per_gpu_hour``."""
+
+
+class LiveRecorder:
+    """Hears of requests and instances from the journal. Instances are billed from their creation to their end."""
+
+    def __init__(
+        self,
+        *,
+        models: Sequence[ModelSpec],
+        classes: Sequence[RequestClass],
+        settings: RecorderSettings | None = None,
+        start_s: float = 0.0,
+    ) -> None:
+        self.settings = settings or RecorderSettings()
+        self.timeline = Timeline(self.settings.points_max)
+        self.forgotten = 0
+        """Ended requests that gave way to newer ones."""
+        self._models = tuple(m.name for m in models)
+        self._classes = tuple(classes)
+        self._model_index = {name: index for index, name in enumerate(self._models)}
+        self._class_index = {c.name: index for index, c in enumerate(self._classes)}
+        self._start_s = start_s
+        self._open: dict[int, Request] = {}
+        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
+        self._append = tuple(column.append for column in self._columns.values())
+        self._rows = 0
+        self._oldest = 0
+        """Row that the next one replaces, once there are ``rows_max``."""
+        self._alive: dict[int, tuple[Instance, float]] = {}
+        self._stays: deque[Stay] = deque(maxlen=self.settings.points_max)
+        self._billed: dict[tuple[str, str], Bill] = {}
+        """Of all instances that are gone."""
+        self._preemptions = 0
+
+    # -- what the journal reports ------------------------------------------------------------------------------
+
+    def arrived(self, request: Request) -> None:
+        self._open[request.id] = request
+
+    def ended(self, request: Request) -> None:
+        self._open.pop(request.id, None)
+        row = self._row(request)
+        if self._rows < self.settings.rows_max:
+            self._rows += 1
+            for append, value in zip(self._append, row, strict=True):
+                append(value)
+            return
+        self.forgotten += 1
+        at = self._oldest
+        self._start_s = max(self._start_s, self._columns["arrival_s"][at])
+        for column, value in zip(self._columns.values(), row, strict=True):
+            column[at] = value
+        self._oldest = (at + 1) % self.settings.rows_max
+
+    def instance_event(self, now_s: float, name: str, instance: Instance) -> None:
+        """``created`` opens a bill, ``gone`` and ``failed`` close it."""
+        self.timeline.instance_event(now_s, name, instance)
+        if name == "created":
+            self._alive[instance.id] = (instance, now_s)
+        elif name in ("gone", "failed") and instance.id in self._alive:
+            _, since_s = self._alive.pop(instance.id)
+            self._stays.append(_stay(instance, since_s, now_s))
+            _add_bill(self._billed, instance, since_s, now_s)
+            self._preemptions += instance.sample.preemptions if instance.sample else 0
+
+    # -- what it amounts to ------------------------------------------------------------------------------------
+
+    def billed(self, now_s: float) -> dict[tuple[str, str], Bill]:
+        """By model and type of GPU, since the start."""
+        bills = dict(self._billed)
+        for instance, since_s in self._alive.values():
+            _add_bill(bills, instance, since_s, now_s)
+        return bills
+
+    def result(
+        self,
+        now_s: float,
+        *,
+        policy: Policy,
+        label: str = "",
+        scenario: str = "live",
+        scenario_text: str = "",
+        evictions: int = 0,
+        began: str | None = None,
+    ) -> Result:
+        """The run so far; requests that have not ended are ``unfinished``. O(requests), so not for the hot path.
+
+        ``label`` is what reports call the policy; ``scenario_text`` the configuration it ran with; ``began`` is
+        the wall time at second 0.
+        """
+        table = self.table()
+        start_s = self._start_s
+        stays = [*self._stays, *(_stay(i, since_s, now_s) for i, since_s in self._alive.values())]
+        gpu_seconds = sum(_seconds(stay, start_s) * stay.gpus for stay in stays)
+        cost = sum(_seconds(stay, start_s) * stay.gpus * stay.price_per_gpu_hour / 3600.0 for stay in stays)
+        alive = [i.sample.preemptions for i, _ in self._alive.values() if i.sample is not None]
+        timeline = self.timeline
+        name = label or policy.name
+        summary = summarise(
+            policy=name,
+            seed=None,
+            classes=self._classes,
+            models=self._models,
+            requests=table,
+            gpu_seconds=gpu_seconds,
+            cost=cost,
+            gpus_peak=_peak([(stay, stay.gpus) for stay in stays], start_s),
+            instances_peak=_peak([(stay, 1) for stay in stays], start_s),
+            plan_changes=[change for change in timeline.plan_changes if change[0] >= start_s],
+            reversal_window_s=REVERSAL_WINDOW_S,
+            gpu_hours_bound=None,
+            gpu_hours_bound_full=None,
+            cost_bound=None,
+            wall_s=now_s - start_s,
+            sim_s=now_s - start_s,
+            evictions=evictions,
+            preemptions=self._preemptions + sum(alive),
+            judged_at_s=now_s,
+        )
+        return Result(
+            policy=name,
+            seed=None,
+            scenario=scenario,
+            scenario_text=scenario_text,
+            settings=asdict(policy.settings),
+            models=self._models,
+            classes=self._classes,
+            summary=summary,
+            requests=table,
+            fleet=tuple(timeline.fleet),
+            batch_sizes=tuple(timeline.batch_sizes),
+            decisions=tuple(timeline.decisions),
+            began=began,
+        )
+
+    def table(self) -> RequestTable:
+        """Ended and open requests, in order of arrival."""
+        open_rows = [self._row(request) for request in self._open.values()]
+        made = {}
+        for index, (name, code) in enumerate(_COLUMNS.items()):
+            dtype = _DTYPES[code]
+            late = np.array([row[index] for row in open_rows], dtype=dtype)
+            made[name] = np.concatenate([np.array(self._columns[name], dtype=dtype), late])
+        order = np.argsort(made["arrival_s"], kind="stable")
+        return RequestTable(**{name: column[order] for name, column in made.items()})
+
+    def _row(self, request: Request) -> Row:
+        return (
+            self._model_index[request.model],
+            self._class_index[request.cls.name],
+            request.arrival_s,
+            request.dispatch_s,
+            request.first_token_s,
+            request.finish_s,
+            request.deadline_s,
+            prompt_tokens(request),
+            request.tokens_done,
+            _OUTCOME[request.outcome or "unfinished"],
+            min(request.evictions, 32767),
+        )
+
+
+def _stay(instance: Instance, since_s: float, until_s: float) -> Stay:
+    kind = instance.kind
+    return Stay(
+        model=instance.model,
+        gpus=kind.gpus,
+        price_per_gpu_hour=kind.price_per_gpu_hour,
+        since_s=since_s,
+        until_s=until_s,
+    )
+
+
+def _seconds(stay: Stay, start_s: float) -> float:
+    """Of the stay, after ``start_s``."""
+    return max(0.0, stay.until_s - max(stay.since_s, start_s))
+
+
+def _peak(weighted: Sequence[tuple[Stay, int]], start_s: float) -> int:
+    """The largest sum of weights at any moment after ``start_s``."""
+    changes: list[tuple[float, int]] = []
+    for stay, weight in weighted:
+        if stay.until_s >= start_s:
+            changes += [(max(stay.since_s, start_s), weight), (stay.until_s, -weight)]
+    most = now = 0
+    for _, change in sorted(changes):  # At one moment those that leave come first.
+        now += change
+        most = max(most, now)
+    return most
+
+
+def _add_bill(bills: dict[tuple[str, str], Bill], instance: Instance, since_s: float, until_s: float) -> None:
+    kind = instance.kind
+    before = bills.get((instance.model, kind.gpu), Bill(0.0, 0.0))
+    gpu_seconds = max(0.0, until_s - since_s) * kind.gpus
+    cost = gpu_seconds * kind.price_per_gpu_hour / 3600.0
+    bills[instance.model, kind.gpu] = Bill(before.gpu_seconds + gpu_seconds, before.cost + cost)

@@ -1,0 +1,278 @@
+"""Prometheus metrics, made from the journal and the control plane when somebody scrapes.
+
+Names have the field's usual stems with the prefix ``chiron_``. Everything is one collector on a registry of its own,
+so that two gateways in a process do not share anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from math import isfinite
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from chiron.control.plane import ControlPlane
+from chiron.gateway.reporting.journal import LiveJournal
+from chiron.gateway.reporting.status import StatusSources, itl_slo_s, kv_usage, running_by_class
+from chiron.gateway.reporting.tally import PROMISES, Histogram
+from chiron.store.port import ENDED
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+LAG_PERIOD_S = 0.25
+LAG_KEPT = 40
+"""Looks at the loop that the gauge covers: ten seconds."""
+
+_CLASS = ("model", "class")
+_INSTANCE = ("model", "instance_id")
+"""Not ``instance``: that is Prometheus's own name for what it scrapes."""
+
+
+class Metrics:
+    """``render`` gives the page. ``around`` is asked at each scrape."""
+
+    def __init__(self, plane: ControlPlane, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Collector(plane, journal, around))
+        ProcessCollector(registry=self._registry)
+
+    def render(self) -> bytes:
+        """Prometheus text format; ``CONTENT_TYPE`` goes with it."""
+        return generate_latest(self._registry)
+
+
+class LoopLag:
+    """How late the event loop is with what is due: the first sign that it has too much to do."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._late_s: deque[float] = deque(maxlen=LAG_KEPT)
+        self._due_s = loop.time() + LAG_PERIOD_S
+        self._handle = loop.call_at(self._due_s, self._look)
+
+    @property
+    def worst_s(self) -> float:
+        """The longest delay in the last ten seconds."""
+        return max(self._late_s, default=0.0)
+
+    def close(self) -> None:
+        self._handle.cancel()
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        self._late_s.append(max(0.0, now_s - self._due_s))
+        self._due_s = now_s + LAG_PERIOD_S
+        self._handle = self._loop.call_at(self._due_s, self._look)
+
+
+class _Collector(Collector):
+    def __init__(self, plane: ControlPlane, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
+        self._plane = plane
+        self._journal = journal
+        self._around = around
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        around = self._around()
+        yield from self._requests()
+        yield from self._keys()
+        yield from self._distributions()
+        yield from self._queues()
+        yield from self._instances()
+        yield from self._fleet(around)
+        yield from self._batches(around)
+        yield from self._gateway(around)
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("chiron_requests", "Requests that ended.", labels=(*_CLASS, "outcome"))
+        arrived = CounterMetricFamily("chiron_requests_arrived", "Requests that arrived.", labels=_CLASS)
+        prompt = CounterMetricFamily(
+            "chiron_prompt_tokens",
+            "Prompt tokens of ended requests: their engines' count, else an estimate.",
+            labels=_CLASS,
+        )
+        made = CounterMetricFamily("chiron_generation_tokens", "Output tokens of ended requests.", labels=_CLASS)
+        evicted = CounterMetricFamily("chiron_evictions", "Requests that an engine let go of to resume.", labels=_CLASS)
+        retried = CounterMetricFamily("chiron_retries", "Engine failures survived by ended requests.", labels=_CLASS)
+        labels = (*_CLASS, "promise")
+        attained = CounterMetricFamily(
+            "chiron_slo_attained", "Promises to ended requests that were kept.", labels=labels
+        )
+        missed = CounterMetricFamily("chiron_slo_missed", "Promises to ended requests that were broken.", labels=labels)
+        for (model, name), tally in self._journal.tallies.items():
+            key = (model, name)
+            arrived.add_metric(key, tally.arrived)
+            prompt.add_metric(key, tally.prompt_tokens)
+            made.add_metric(key, tally.generation_tokens)
+            evicted.add_metric(key, tally.evictions)
+            retried.add_metric(key, tally.retries)
+            for outcome, count in tally.outcomes.items():
+                requests.add_metric((*key, outcome), count)
+            for promise in PROMISES:
+                if tally.kept[promise] or tally.missed_promise[promise]:
+                    attained.add_metric((*key, promise), tally.kept[promise])
+                    missed.add_metric((*key, promise), tally.missed_promise[promise])
+        yield from (requests, arrived, prompt, made, evicted, retried, attained, missed)
+
+    def _keys(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "chiron_key_requests", "Requests of an API key that ended, batch items too.", labels=("key", "outcome")
+        )
+        prompt = CounterMetricFamily("chiron_key_prompt_tokens", "Their prompt tokens.", labels=("key",))
+        made = CounterMetricFamily("chiron_key_generation_tokens", "Their output tokens.", labels=("key",))
+        for key, tally in self._journal.keys.items():
+            for outcome, count in tally.requests.items():
+                requests.add_metric((key, outcome), count)
+            prompt.add_metric((key,), tally.prompt_tokens)
+            made.add_metric((key,), tally.generation_tokens)
+        yield from (requests, prompt, made)
+
+    def _distributions(self) -> Iterator[Metric]:
+        ttft = _histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        itl = _histogram("inter_token_latency_seconds", "Mean between tokens, one observation per finished request.")
+        e2e = _histogram("e2e_request_latency_seconds", "From arrival to the last token, of finished requests.")
+        queue = _histogram("request_queue_time_seconds", "From arrival to the first dispatch, of ended requests.")
+        for key, tally in self._journal.tallies.items():
+            for family, seen in ((ttft, tally.ttft), (itl, tally.itl), (e2e, tally.e2e), (queue, tally.queue)):
+                family.add_metric(key, _buckets(seen), seen.sum)
+        yield from (ttft, itl, e2e, queue)
+
+    def _queues(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily("chiron_num_requests_running", "Requests on an instance.", labels=_CLASS)
+        waiting = GaugeMetricFamily("chiron_num_requests_waiting", "Requests queued in the gateway.", labels=_CLASS)
+        now = {name: running_by_class(state) for name, state in self._plane.models.items()}
+        for (model, name), tally in self._journal.tallies.items():
+            count = now[model].get(name, 0)
+            running.add_metric((model, name), count)
+            waiting.add_metric((model, name), max(0, tally.arrived - tally.ended - count))
+        yield from (running, waiting)
+
+    def _instances(self) -> Iterator[Metric]:
+        size = GaugeMetricFamily("chiron_max_batch_size", "Most requests an instance may run now.", labels=_INSTANCE)
+        load = GaugeMetricFamily(
+            "chiron_instance_requests_running", "Requests on this instance.", labels=(*_INSTANCE, "kind")
+        )
+        kv = GaugeMetricFamily("chiron_kv_cache_usage_perc", "KV in use at the last scrape, 0..1.", labels=_INSTANCE)
+        slo = GaugeMetricFamily("chiron_itl_slo_seconds", "ITL that an instance is held to.", labels=_INSTANCE)
+        for instance in self._plane.instances.values():
+            key = (instance.model, str(instance.id))
+            size.add_metric(key, instance.max_batch_size)
+            load.add_metric((*key, "interactive"), instance.running_interactive)
+            load.add_metric((*key, "batch"), len(instance.batch))
+            kv.add_metric(key, kv_usage(instance))
+            if isfinite(target_s := itl_slo_s(self._plane.models[instance.model], instance)):
+                slo.add_metric(key, target_s)
+        yield from (size, load, kv, slo)
+
+    def _fleet(self, around: StatusSources) -> Iterator[Metric]:
+        there = GaugeMetricFamily("chiron_instances", "Instances.", labels=("model", "role", "state"))
+        planned = GaugeMetricFamily("chiron_instances_planned", "Instances that are wanted.", labels=("model", "role"))
+        pressure = {
+            "ibp": GaugeMetricFamily("chiron_ibp", "Interactive backpressure.", labels=("model",)),
+            "ibp_target": GaugeMetricFamily("chiron_ibp_target", "Its target.", labels=("model",)),
+            "bbp": GaugeMetricFamily("chiron_bbp", "Batch backpressure.", labels=("model",)),
+        }
+        up = GaugeMetricFamily("chiron_model_ready", "1: an instance is ready.", labels=("model",))
+        out = GaugeMetricFamily("chiron_model_outage", "1: no instance can come; 503.", labels=("model",))
+        cold = GaugeMetricFamily("chiron_cold_start_seconds", "Measured start of an instance.", labels=("model",))
+        for model, state in self._plane.models.items():
+            up.add_metric((model,), any(i.state == "ready" for i in state.instances.values()))
+            out.add_metric((model,), model in around.outages)
+            counts: dict[tuple[str, str], int] = {}
+            for instance in state.instances.values():
+                key = (instance.role, instance.state)
+                counts[key] = counts.get(key, 0) + 1
+            for role, wanted in state.planned.items():
+                planned.add_metric((model, role), wanted)
+                for phase in ("starting", "ready", "draining"):
+                    there.add_metric((model, role, phase), counts.get((role, phase), 0))
+            plan = self._journal.plan_of(model)
+            for name, family in pressure.items():
+                if plan is not None and isfinite(value := getattr(plan, name)):
+                    family.add_metric((model,), value)
+            if state.cold_starts_seen:
+                cold.add_metric((model,), state.cold_start_s)
+        yield from (there, planned, *pressure.values(), cold, up, out)
+        yield from self._starts(around)
+        yield from self._bills()
+
+    def _starts(self, around: StatusSources) -> Iterator[Metric]:
+        labels = ("model", "kind")
+        failures = CounterMetricFamily("chiron_instance_failures", "Instances that failed, at any age.", labels=labels)
+        looping = GaugeMetricFamily("chiron_crash_looping", "1: start after start of a kind fails.", labels=labels)
+        for model, state in self._plane.models.items():
+            for kind in state.spec.kinds:
+                if (starts := around.starts.get(kind.name)) is not None:
+                    failures.add_metric((model, kind.name), starts.failures_total)
+                    looping.add_metric((model, kind.name), starts.state == "crash-looping")
+        yield from (failures, looping)
+
+    def _bills(self) -> Iterator[Metric]:
+        labels = ("model", "gpu")
+        seconds = CounterMetricFamily(
+            "chiron_gpu_seconds", "GPU-seconds of instances, from creation to end.", labels=labels
+        )
+        cost = CounterMetricFamily("chiron_gpu_cost", "Their cost, by price_per_gpu_hour.", labels=labels)
+        recorder = self._journal.recorder
+        for key, bill in recorder.billed(self._plane.clock.now_s).items() if recorder is not None else ():
+            seconds.add_metric(key, bill.gpu_seconds)
+            cost.add_metric(key, bill.cost)
+        yield from (seconds, cost)
+
+    def _batches(self, around: StatusSources) -> Iterator[Metric]:
+        items = GaugeMetricFamily("chiron_batch_items", "Items of open batches.", labels=("model", "state"))
+        jobs = GaugeMetricFamily("chiron_batches", "Open batches.", labels=("model", "status"))
+        counts: dict[tuple[str, str], int] = {}
+        statuses: dict[tuple[str, str], int] = {}
+        for batch in around.batches:
+            if batch.status in ENDED:
+                continue
+            model, running = batch.model or "", around.batch_in_flight.get(batch.id, 0)
+            pending = max(0, batch.total - batch.completed - batch.failed - running)
+            parts = {"pending": pending, "running": running, "done": batch.completed, "failed": batch.failed}
+            for state, count in parts.items():
+                counts[model, state] = counts.get((model, state), 0) + count
+            statuses[model, batch.status] = statuses.get((model, batch.status), 0) + 1
+        for key, count in sorted(counts.items()):
+            items.add_metric(key, count)
+        for key, count in sorted(statuses.items()):
+            jobs.add_metric(key, count)
+        yield from (items, jobs)
+
+    def _gateway(self, around: StatusSources) -> Iterator[Metric]:
+        decisions = CounterMetricFamily("chiron_decisions", "Decisions by reason.", labels=("kind", "reason"))
+        for key, count in sorted(self._journal.decision_counts.items()):
+            decisions.add_metric(key, count)
+        responses = CounterMetricFamily("chiron_http_responses", "HTTP answers.", labels=("code",))
+        for code, count in sorted(self._journal.responses.items()):
+            responses.add_metric((str(code),), count)
+        yield from (decisions, responses)
+        yield CounterMetricFamily("chiron_migrations", "Requests moved.", value=self._plane.migrations)
+        yield CounterMetricFamily(
+            "chiron_event_log_dropped_lines", "Lines that the event log lacks.", value=self._journal.dropped_lines
+        )
+        yield GaugeMetricFamily("chiron_open_connections", "Client connections.", value=around.connections)
+        yield GaugeMetricFamily(
+            "chiron_event_loop_lag_seconds", "The event loop's worst delay in ten seconds.", value=around.loop_lag_s
+        )
+        build = GaugeMetricFamily("chiron_build_info", "Always 1.", labels=("version", "python", "policy", "advise"))
+        advise = "false" if self._plane.actuates else "true"
+        policy = around.policy or self._plane.policy.name
+        build.add_metric((around.version, platform.python_version(), policy, advise), 1)
+        yield build
+
+
+def _histogram(stem: str, about: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"chiron_{stem}", about, labels=_CLASS)
+
+
+def _buckets(seen: Histogram) -> list[tuple[str, float]]:
+    bounds = [*(str(bound) for bound in seen.bounds), "+Inf"]
+    return [(bound, float(count)) for bound, count in zip(bounds, accumulate(seen.counts), strict=True)]

@@ -1,0 +1,304 @@
+"""The state of a gateway as one JSON object: what ``GET /chiron/status`` answers and ``chiron top`` shows.
+
+Pure over the objects given. Times are seconds; ``at`` fields are ISO 8601 in UTC; what is not known, or is infinite,
+is null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Any, Protocol
+
+from chiron.control.model import ModelState, instance_view
+from chiron.control.plane import ControlPlane
+from chiron.core.types import Instance, RequestClass
+from chiron.gateway.relay.upstream import RETRIED
+from chiron.gateway.reporting.event_writer import wall_time
+from chiron.gateway.reporting.journal import LiveJournal
+from chiron.gateway.reporting.tally import SLOT_S, ClassTally
+from chiron.store.port import ENDED, Batch
+from chiron.store.progress import eta_s, items_per_s
+from chiron.telemetry.result import DecisionPoint
+
+GROUPS_SHOWN = 16
+"""Queued batch groups listed per model; later ones are merged into the last."""
+BATCHES_SHOWN = 50
+"""Batches listed: those that run, earliest deadline first, then those that ended last."""
+
+
+class Usage(Protocol):
+    """What the machine says of an instance's processes; ``fleet.usage.ProcessUsage`` is one."""
+
+    @property
+    def cpu_share(self) -> float: ...
+    @property
+    def rss_bytes(self) -> int: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def restarts(self) -> int: ...
+
+
+class StartStatus(Protocol):
+    """How the starts of a kind go; ``fleet.starts.KindStatus`` is one."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def failures_total(self) -> int: ...
+    @property
+    def next_start_in_s(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
+
+
+class EndpointHealth(Protocol):
+    """How an endpoint is; ``fleet.static.EndpointStatus`` is one."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusSources:
+    """What the gateway knows and the control plane does not."""
+
+    url: str = ""
+    """Where clients reach the gateway."""
+    version: str = ""
+    policy: str = ""
+    """As the config calls it, which may be a variant's name; empty: the policy's own."""
+    wall_origin_s: float = 0.0
+    """Unix time at ``now_s == 0`` of the clock."""
+    instance_urls: Mapping[int, str] = field(default_factory=dict)
+    usage: Mapping[int, Usage] = field(default_factory=dict)
+    starts: Mapping[str, StartStatus] = field(default_factory=dict)
+    """By kind of instance, of those that the gateway starts itself."""
+    endpoints: Mapping[str, Mapping[str, EndpointHealth]] = field(default_factory=dict)
+    """By kind of instance and URL, of engines that run already."""
+    batches: Sequence[Batch] = ()
+    batch_in_flight: Mapping[str, int] = field(default_factory=dict)
+    """Items leased from the store, by batch id."""
+    outages: Mapping[str, str] = field(default_factory=dict)
+    """Why nothing can serve a model, by name, for those of which that is so."""
+    loop_lag_s: float = 0.0
+    """The longest that the event loop was late in the last seconds."""
+    connections: int = 0
+    """Open client connections."""
+    files_open: int = 0
+    files_max: int = 0
+    """File descriptors of the gateway's process, and how many it may have."""
+
+
+def status(plane: ControlPlane, journal: LiveJournal, around: StatusSources) -> dict[str, Any]:
+    """The object. O(instances + queued batch groups)."""
+    now_s = plane.clock.now_s
+    return {
+        "at": wall_time(around.wall_origin_s + now_s),
+        "now_s": now_s,
+        "version": around.version,
+        "url": around.url,
+        "policy": around.policy or plane.policy.name,
+        "advise": not plane.actuates,
+        "open_requests": plane.open_requests,
+        "evictions": plane.evictions,
+        "migrations": plane.migrations,
+        "connections": around.connections,
+        "files": {"open": around.files_open, "max": around.files_max},
+        "client_errors": client_errors(journal),
+        "loop_lag_s": around.loop_lag_s,
+        "event_log_dropped": journal.dropped_lines,
+        "models": [_model(state, journal, around, now_s) for state in plane.models.values()],
+        "decisions": [
+            _decision(point, around)
+            for point in sorted((*journal.decisions, *journal.batch_sizes), key=lambda point: point.t_s)
+        ],
+        "batches": [_batch(batch, around, now_s) for batch in _shown(around.batches)],
+    }
+
+
+def client_errors(journal: LiveJournal) -> int:
+    """Completions that were refused for what was wrong with them, here or by an engine."""
+    return sum(count for status, count in journal.responses.items() if 400 <= status < 500 and status not in RETRIED)
+
+
+def itl_slo_s(state: ModelState, instance: Instance) -> float:
+    """The tightest ITL that the instance is held to: as the local autoscaler sees it; inf without one."""
+    classes = state.classes
+    held = [classes[name].itl_s for name, count in instance.class_counts.items() if count > 0]
+    if instance.role != "batch":
+        held += [classes[name].itl_s for name in state.learner.seen_names() if classes[name].interactive]
+    return min(held, default=inf)
+
+
+def running_by_class(state: ModelState) -> dict[str, int]:
+    """Requests dispatched and not ended, by class."""
+    running: dict[str, int] = {}
+    for instance in state.instances.values():
+        for name, count in instance.class_counts.items():
+            running[name] = running.get(name, 0) + count
+    return running
+
+
+def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s: float) -> dict[str, Any]:
+    spec, plan = state.spec, journal.plan_of(state.spec.name)
+    running = running_by_class(state)
+    oldest_s = state.waiting.order.oldest_arrival_s()
+    return {
+        "name": spec.name,
+        "min_instances": spec.min_instances,
+        "max_instances": spec.max_instances,
+        "ready": any(i.state == "ready" for i in state.instances.values()),
+        "outage": around.outages.get(spec.name),
+        "planned": dict(state.planned),
+        "advised": dict(state.advised) or None,
+        "reason": plan.reason if plan else None,
+        "ibp": _number(plan.ibp) if plan else None,
+        "ibp_target": _number(plan.ibp_target) if plan else None,
+        "bbp": _number(plan.bbp) if plan else None,
+        "cold_start_s": state.cold_start_s if state.cold_starts_seen else None,
+        "instances": [_instance(state, i, around, now_s) for i in state.instances.values()],
+        "starts": [_start(kind.name, around.starts[kind.name]) for kind in spec.kinds if kind.name in around.starts],
+        "endpoints": [
+            {"kind": kind.name, "url": url, "state": health.state, "reason": health.reason}
+            for kind in spec.kinds
+            for url, health in around.endpoints.get(kind.name, {}).items()
+        ],
+        "queue": {
+            "interactive": len(state.waiting),
+            "oldest_wait_s": max(0.0, now_s - oldest_s) if isfinite(oldest_s) else None,
+            "batch": state.batch.count,
+            "batch_held": state.batch.announced,
+            "groups": [
+                {"deadline_in_s": _number(group.deadline_s - now_s), "requests": group.requests}
+                for group in state.batch.views(state.learner.expected_output, GROUPS_SHOWN)
+            ],
+        },
+        "classes": [
+            _class(state.classes[tally.cls.name], tally, running.get(tally.cls.name, 0), now_s)
+            for tally in journal.tallies_of(spec.name)
+        ],
+    }
+
+
+def _instance(state: ModelState, instance: Instance, around: StatusSources, now_s: float) -> dict[str, Any]:
+    view, usage, kind = instance_view(instance, now_s), around.usage.get(instance.id), instance.kind
+    return {
+        "id": instance.id,
+        "kind": kind.name,
+        "gpu": kind.gpu,
+        "gpus": kind.gpus,
+        "role": instance.role,
+        "state": instance.state,
+        "age_s": view.age_s,
+        "url": around.instance_urls.get(instance.id),
+        "max_batch_size": instance.max_batch_size,
+        "max_num_seqs": kind.max_num_seqs,
+        "running_interactive": instance.running_interactive,
+        "running_batch": len(instance.batch),
+        "waiting": view.waiting,
+        "kv_used_tokens": view.kv_used_tokens,
+        "kv_capacity_tokens": view.kv_capacity_tokens,
+        "kv_usage": kv_usage(instance),
+        "itl_s": _number(view.itl_s),
+        "itl_slo_s": _number(itl_slo_s(state, instance)),
+        "sample_age_s": _number(view.sample_age_s),
+        "cpu_share": usage.cpu_share if usage else None,
+        "rss_bytes": usage.rss_bytes if usage else None,
+        "pid": usage.pid if usage else None,
+        "restarts": usage.restarts if usage else None,
+    }
+
+
+def _start(kind: str, starts: StartStatus) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "state": starts.state,
+        "failures": starts.failures,
+        "failures_total": starts.failures_total,
+        "next_start_in_s": starts.next_start_in_s,
+        "reason": starts.reason,
+    }
+
+
+def kv_usage(instance: Instance) -> float:
+    """Share of the KV that was in use at the last scrape, 0..1; 0 before the first."""
+    sample = instance.sample
+    return min(1.0, sample.kv_used_tokens / instance.kv_capacity_tokens) if sample else 0.0
+
+
+def _class(cls: RequestClass, tally: ClassTally, running: int, now_s: float) -> dict[str, Any]:
+    """``cls``: as it is configured; a client may have asked for other promises."""
+    ttft_p50, ttft_p99 = tally.ttft_recent.quantiles(now_s, (0.5, 0.99))
+    itl_p50, itl_p99 = tally.itl_recent.quantiles(now_s, (0.5, 0.99))
+    arrivals, ttft_max_s = tally.history(now_s)
+    return {
+        "name": cls.name,
+        "kind": cls.kind,
+        "ttft_slo_s": _number(cls.ttft_s),
+        "itl_slo_s": _number(cls.itl_s),
+        "deadline_s": _number(cls.deadline_s),
+        "arrived": tally.arrived,
+        **tally.outcomes,
+        "running": running,
+        "waiting": max(0, tally.arrived - tally.ended - running),
+        "attained": tally.attained,
+        "missed": tally.missed,
+        "prompt_tokens": tally.prompt_tokens,
+        "generation_tokens": tally.generation_tokens,
+        "evictions": tally.evictions,
+        "retries": tally.retries,
+        "last_minute": {
+            "ttft_p50_s": _number(ttft_p50),
+            "ttft_p99_s": _number(ttft_p99),
+            "itl_p50_s": _number(itl_p50),
+            "itl_p99_s": _number(itl_p99),
+        },
+        "history": {"period_s": SLOT_S, "arrivals": arrivals, "ttft_max_s": ttft_max_s},
+    }
+
+
+def _decision(point: DecisionPoint, around: StatusSources) -> dict[str, Any]:
+    return {
+        "t_s": point.t_s,
+        "at": wall_time(around.wall_origin_s + point.t_s),
+        "kind": point.kind,
+        "subject": point.subject,
+        "before": point.before,
+        "after": point.after,
+        "reason": point.reason,
+        "numbers": {name: _number(value) for name, value in point.numbers.items()},
+    }
+
+
+def _shown(batches: Sequence[Batch]) -> list[Batch]:
+    open_ = sorted((b for b in batches if b.status not in ENDED), key=lambda b: (b.expires_s, b.created_s, b.id))
+    ended = sorted((b for b in batches if b.status in ENDED), key=lambda b: (-b.created_s, b.id))
+    return [*open_, *ended][:BATCHES_SHOWN]
+
+
+def _batch(batch: Batch, around: StatusSources, now_s: float) -> dict[str, Any]:
+    wall_s = around.wall_origin_s + now_s
+    return {
+        "id": batch.id,
+        "model": batch.model,
+        "status": batch.status,
+        "total": batch.total,
+        "completed": batch.completed,
+        "failed": batch.failed,
+        "running": around.batch_in_flight.get(batch.id, 0),
+        "items_per_s": items_per_s(batch, wall_s),
+        "eta_s": eta_s(batch, wall_s),
+        "deadline_in_s": batch.expires_s - wall_s,
+    }
+
+
+def _number(value: float) -> float | None:
+    """A finite number as it is; JSON has no others."""
+    return float(value) if isfinite(value) else None

@@ -1,0 +1,39 @@
+"""The bench of the simulator's speed works. What it measures is in docs/speed.md: no test is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench" / "simulator.py"
+
+
+def bench(tmp_path: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
+    out = tmp_path / "speed.json"
+    subprocess.run([sys.executable, str(BENCH), *options, "--json", str(out)], check=True, capture_output=True)
+    figures: dict[str, list[dict[str, Any]]] = json.loads(out.read_text())
+    return figures
+
+
+@pytest.mark.slow
+def test_the_bench_finishes_every_request(tmp_path: Path) -> None:
+    figures = bench(tmp_path, "--quick")
+    assert set(figures) == {"fleet", "scaling", "million"}
+    for timing in [timing for group in figures.values() for timing in group]:
+        assert timing["finished"] == timing["requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--repeat", "0"], "at least 1"), (["--json", "/no/such/place.json"], "no directory")],
+)
+def test_bad_options_are_refused_before_anything_runs(options: list[str], why: str) -> None:
+    done = subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert done.stdout == ""

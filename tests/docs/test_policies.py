@@ -1,0 +1,43 @@
+"""The tables of docs/policies.md against the settings that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from chiron.config.build import settings_of
+from chiron.policies.registry import POLICIES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+
+
+def section(heading: str) -> str:
+    parts = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    (found,) = [part for part in parts if part.startswith(heading)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("policy", "heading"),
+    [
+        ("chiron-paper", "`chiron-paper`"),
+        ("llumnix", "`llumnix`"),
+        ("hpa-queue", "`hpa-queue`"),
+        ("static", "`static`"),
+    ],
+)
+def test_every_setting_is_listed_with_its_default(policy: str, heading: str) -> None:
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \| \S.*\|$", section(heading), flags=re.MULTILINE))
+    assert rows == settings_of(POLICIES[policy].settings())
+
+
+def test_hpa_kv_differs_from_hpa_queue_as_said() -> None:
+    queue, kv = (settings_of(POLICIES[name].settings()) for name in ("hpa-queue", "hpa-kv"))
+    assert {key: value for key, value in kv.items() if queue[key] != value} == {"metric": "'kv'", "target": "0.7"}
+    assert "`hpa-kv` has `metric = 'kv'` and `target = 0.7`" in section("`hpa-queue`")
+
+
+def test_every_policy_is_named() -> None:
+    assert [name for name in POLICIES if f"`{name}`" not in PAGE] == []

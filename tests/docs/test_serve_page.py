@@ -1,0 +1,62 @@
+"""docs/serve.md names every key of the serve config, and no key that does not exist; its examples load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("httptools")
+pytest.importorskip("psutil")
+
+from chiron.config.read import keys_of
+from chiron.config.serve import ServeFile, parse_serve
+from chiron.config.serve_sections import FleetSection, ServeInstanceSection, ServeModelSection
+from chiron.core.types import RequestClass
+from chiron.fleet.health import HealthSettings
+from chiron.fleet.starts import BackoffSettings
+from chiron.fleet.static import RecoverySettings
+from chiron.gateway.relay.keys import Key
+from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings, TelemetrySettings
+from chiron.store.settings import StoreSettings
+
+PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+SECTIONS = {
+    "": ServeFile,
+    "models": ServeModelSection,
+    "instances": ServeInstanceSection,
+    "classes": RequestClass,
+    "server": ServerSettings,
+    "keys": Key,
+    "limits": LimitSettings,
+    "batch": BatchSettings,
+    "store": StoreSettings,
+    "telemetry": TelemetrySettings,
+    "fleet": FleetSection,
+    "fleet.health": HealthSettings,
+    "fleet.backoff": BackoffSettings,
+    "fleet.recovery": RecoverySettings,
+}
+GIVEN = {"keys": {"admin"}, "store": {"retention"}}
+"""Fields that are no keys."""
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_page_names_every_key(section: str) -> None:
+    keys = set(keys_of(SECTIONS[section])) - GIVEN.get(section, set())
+    assert sorted(key for key in keys if not re.search(rf"\b{key}\b", PAGE)) == []
+
+
+def test_the_page_names_no_key_that_does_not_exist() -> None:
+    known = {key for kind in SECTIONS.values() for key in keys_of(kind)}
+    cells = re.findall(r"^\| ((?:`[a-z_.]+`(?:, )?)+) \|", PAGE, re.MULTILINE)
+    named = {key.rpartition(".")[2] for cell in cells for key in re.findall(r"`([a-z_.]+)`", cell)}
+    engines = {"openvino", "llamacpp", "emulated", "vllm", "sglang", "tgi", "openai", "command"}
+    assert len(named) > 60
+    assert named - known - engines == set()
+
+
+@pytest.mark.parametrize("example", re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+def test_the_examples_of_the_page_load(example: str) -> None:
+    assert parse_serve(example, directory=Path("/nowhere")).models

@@ -1,0 +1,155 @@
+"""However gateway, keeper or engine end, no process stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from chiron.fleet import orphans
+from fleet_factory import STUB, alive, an_instance, kill, local_fleet, pid_in, stub_kind, until, until_sync
+
+KEEPER = (sys.executable, "-m", "chiron.fleet.keeper", "--grace-s", "0.3", "--")
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from fleet_factory import an_instance, local_fleet, stub_kind
+
+async def main():
+    directory = Path(sys.argv[2])
+    kind = stub_kind("--grandchild", str(directory / "grandchild"), *sys.argv[3:], stop_timeout_s=0.5)
+    async with local_fleet(directory / "logs", {"stub": kind}) as (fleet, heard):
+        fleet.create(an_instance(1))
+        while not (heard.ready and fleet.usage()):
+            await asyncio.sleep(0.01)
+        keeper = fleet._processes[1][0].keeper_pid
+        print(fleet.usage()[1].pid, keeper, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str], int, int, int]:
+    """A gateway in small; also the process ids of its engine, the engine's child, and the keeper."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(Path(__file__).parents[1] / "support"), str(directory), *switches],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    with parent.stdout:
+        engine, keeper = map(int, parent.stdout.readline().split())
+    return parent, engine, pid_in(directory / "grandchild"), keeper
+
+
+@pytest.mark.parametrize("switches", [("--grandchild-session",), ("--ignore-sigterm",)])
+def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switches: tuple[str, ...]) -> None:
+    parent, *others = start_parent(tmp_path, *switches)
+    assert all(alive(pid) for pid in others)
+    parent.kill()
+    parent.wait()
+    until_sync(lambda: not any(alive(pid) for pid in others), "all are gone")
+
+
+def test_what_survives_a_kill_9_of_everything_is_ended_by_the_next_gateway(tmp_path: Path) -> None:
+    parent, engine, grandchild, keeper = start_parent(tmp_path, "--grandchild-session")
+    os.kill(parent.pid, signal.SIGSTOP)  # Else it would clean up after its keeper.
+    kill(keeper)
+    until_sync(lambda: not alive(engine), "the engine dies with its keeper")
+    assert alive(grandchild), "nobody is left to know of it"
+    assert grandchild not in orphans.kill_orphans(), "its gateway lives"
+    parent.kill()
+    parent.wait()
+    orphans.kill_orphans()  # A fleet in another process of the tests may have been quicker.
+    until_sync(lambda: not alive(grandchild), "gone")
+
+
+def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(tmp_path: Path) -> None:
+    async def story() -> None:
+        child = tmp_path / "grandchild"
+        kind = stub_kind("--grandchild", str(child), "--grandchild-session")
+        async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            engine = fleet.usage()[1].pid
+            kill(fleet._processes[1][0].keeper_pid)
+            await until(lambda: heard.failed == [1], "failed")
+            assert "its keeper was killed" in fleet.reasons[1]
+            await until(lambda: not alive(engine) and not alive(pid_in(child)), "all are gone")
+
+    asyncio.run(story())
+
+
+def test_a_crashed_engine_leaves_no_grandchild(tmp_path: Path) -> None:
+    async def story() -> None:
+        child = tmp_path / "grandchild"
+        kind = stub_kind("--grandchild", str(child), "--grandchild-session")
+        async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            kill(fleet.usage()[1].pid)
+            await until(lambda: heard.failed == [1], "failed")
+            await until(lambda: not alive(pid_in(child)), "the grandchild is gone")
+
+    asyncio.run(story())
+
+
+def test_a_program_that_is_cancelled_stops_its_engines(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    async def story() -> None:
+        async with local_fleet(tmp_path, {"stub": stub_kind()}) as (fleet, heard):
+            fleet.create(an_instance(1))
+            await until(lambda: heard.ready and fleet.usage(), "ready")
+            pids.append(fleet.usage()[1].pid)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(story())
+    assert not alive(pids[0])
+
+
+def test_the_keeper_forwards_output_and_exit_status() -> None:
+    done = subprocess.run(
+        [*KEEPER, *STUB, "--exit-code", "5"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+    )
+    assert done.returncode == 5
+    assert b"stub: cannot load the model" in done.stderr
+    words = [line.split()[0] for line in done.stdout.splitlines()]
+    assert words == [b"pid", b"exit"]
+    missing = subprocess.run([*KEEPER, "/no/such/engine"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    assert missing.returncode == 127
+    assert missing.stdout.startswith(b"error cannot run '/no/such/engine'")
+
+
+@pytest.mark.parametrize("how", ["pipe closed", "SIGTERM"])
+def test_the_keeper_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Path, how: str) -> None:
+    child = tmp_path / "child"
+    keeper = subprocess.Popen(
+        [*KEEPER, *STUB, "--announce", "--ignore-sigterm", "--grandchild", str(child), "--grandchild-session"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert keeper.stdin is not None
+    assert keeper.stdout is not None
+    with keeper.stdin, keeper.stdout:
+        engine = int(keeper.stdout.readline().split()[1])
+        assert keeper.stdout.readline().startswith(b"ready ")
+        if how == "pipe closed":
+            keeper.stdin.close()
+        else:
+            keeper.send_signal(signal.Signals[how])
+        assert keeper.wait(timeout=60.0) == 128 + signal.SIGKILL
+    assert not alive(engine)
+    assert not alive(pid_in(child))
+    assert not psutil.Process().children()

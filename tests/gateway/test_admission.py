@@ -1,0 +1,48 @@
+"""What admission makes of a request's class and the promises that its client asks for."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chiron.core.types import RequestClass
+from chiron.gateway.relay.admission import Models, ServedModel, admit
+from chiron.gateway.relay.keys import ANONYMOUS
+from chiron.gateway.settings import ModelSettings
+
+CHAT = RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1)
+NIGHT = RequestClass(name="night", kind="batch", deadline_s=3600.0)
+
+
+def class_of(*classes: RequestClass, headers: dict[str, str], **fields: Any) -> RequestClass:
+    """The class that a model which serves these gives to a request."""
+    names = tuple(cls.name for cls in classes)
+    settings = ModelSettings(name="m", kinds=(), classes=names, default_class=names[0], batch_class=names[-1])
+    served = ServedModel(settings=settings, classes={cls.name: cls for cls in classes}, kv_capacity_tokens=1000)
+    body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields}
+    incoming = SimpleNamespace(
+        body=json.dumps(body).encode(),
+        path="/v1/chat/completions",
+        headers=[(name.encode(), value.encode()) for name, value in headers.items()],
+    )
+    return admit(incoming, ANONYMOUS, Models({"m": served})).cls
+
+
+ASKED = {"x-slo-ttft-ms": "500", "x-slo-tpot-ms": "20"}
+
+
+def test_promises_asked_for_take_the_place_of_an_interactive_classs_own() -> None:
+    assert class_of(CHAT, NIGHT, headers={}) == CHAT
+    promised = class_of(CHAT, NIGHT, headers=ASKED)
+    assert (promised.name, promised.ttft_s, promised.itl_s) == ("chat", 0.5, 0.02)
+
+
+@pytest.mark.parametrize("headers", [ASKED, {"x-slo-ttft-ms": "500"}, {"x-slo-tpot-ms": "20"}])
+def test_batch_work_has_its_deadline_and_no_other_promise(headers: dict[str, str]) -> None:
+    assert class_of(CHAT, NIGHT, headers={"x-chiron-class": "night", **headers}) == NIGHT
+    assert class_of(CHAT, NIGHT, headers=headers, service_tier="flex") == NIGHT
+    # A model that does nothing else has no class with such promises.
+    assert class_of(NIGHT, headers=headers) == NIGHT
