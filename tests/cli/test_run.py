@@ -22,7 +22,7 @@ from chiron.cli.explain.source import Story
 from chiron.config.build import setups
 from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.sim.many import Run, run_many
-from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.run_data import DecisionPoint
 from chiron.telemetry.store import load_result
 from scenario_text import SMALL
 

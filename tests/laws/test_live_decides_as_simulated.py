@@ -29,7 +29,7 @@ from chiron.policies.registry import make_policy
 from chiron.sim.recorder import Recorder
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Failures, Setup
-from chiron.telemetry.result import OUTCOMES
+from chiron.telemetry.run_data import OUTCOMES
 from memory_client import Client
 from virtual_loop import run_virtual
 

@@ -14,7 +14,7 @@ from chiron.policies.registry import POLICIES
 from chiron.sim.bound import BoundError, bound, bound_of_run
 from chiron.sim.run import simulate
 from chiron.sim.setup import ColdStart, Failures, Setup
-from chiron.telemetry.result import RequestTable
+from chiron.telemetry.run_data import RequestTable
 from chiron.workload.types import Workload
 
 BIG = Profile(

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from chiron.core.types import RequestClass
-from chiron.telemetry.result import OUTCOMES, BatchSizePoint, DecisionPoint, FleetPoint, RequestTable, Result
+from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import OUTCOMES, BatchSizePoint, DecisionPoint, FleetPoint, RequestTable
 from chiron.telemetry.summary import summarise
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=10.0, itl_s=0.2)

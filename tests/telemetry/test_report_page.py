@@ -20,7 +20,7 @@ from chiron.telemetry.figures import write_figures
 from chiron.telemetry.html import report_html, write_report
 from chiron.telemetry.marks import Chart, Series
 from chiron.telemetry.palette import COLOURS, INSTANCE_COLOURS, ROLE_COLOURS, looks
-from chiron.telemetry.result import OUTCOMES, BatchSizePoint, DecisionPoint
+from chiron.telemetry.run_data import OUTCOMES, BatchSizePoint, DecisionPoint
 from chiron.telemetry.series import cdf, latency_cdf, log_axis, thin
 from chiron.telemetry.traffic import bins_of, requests, tokens_until
 from chiron.telemetry.verdict import group

@@ -10,7 +10,7 @@ import numpy as np
 from chiron.core.types import Outcome
 from chiron.load.exchange import Exchange
 from chiron.load.plan import LoadPlan
-from chiron.telemetry.result import OUTCOMES
+from chiron.telemetry.run_data import OUTCOMES
 from chiron.workload.types import Floats
 
 ERROR_KINDS_MAX = 50

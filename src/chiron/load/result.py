@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from chiron.load.run import LoadRun
-from chiron.telemetry.result import OUTCOMES, RequestTable, Result
+from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import OUTCOMES, RequestTable
 from chiron.telemetry.summary import ratio, spread, summarise
 from chiron.workload.types import Floats
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
-from chiron.net.server import Incoming, error_body
+from chiron.net.incoming import Incoming, error_body
 
 log = logging.getLogger("chiron.http")
 

@@ -7,14 +7,13 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import httptools
 
 from chiron.net.incoming import Incoming, error_body
-
-if TYPE_CHECKING:
-    from chiron.net.server import HttpServer
+from chiron.net.limits import ServerLimits
+from chiron.net.shares import Proxies, Shares
 
 log = logging.getLogger("chiron.http")
 
@@ -31,10 +30,41 @@ _LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped, so that it sees why."""
 
 
+Handler = Callable[[Incoming], None]
+Screen = Callable[[Incoming], Callable[[], None] | None]
+"""Sees the head of a request before anything of its body is kept. Returns what answers it if it is refused."""
+
+
+class Server(Protocol):
+    """What a connection reads and changes of the server that accepted it."""
+
+    handle: Handler
+    app: Handler | None
+    is_app: Callable[[Incoming], bool] | None
+    screen: Screen | None
+    limits: ServerLimits
+    connections: set[Connection]
+    closing: bool
+    open: int
+    """Connections that count against ``limits``."""
+    held_bytes: int
+    """Bodies of requests that are not answered yet."""
+    proxies: Proxies
+    connection_shares: Shares
+    body_shares: Shares
+    now_s: float
+    date_line: bytes
+
+    def make_room(self) -> bool: ...
+    def free_memory(self) -> bool: ...
+    def lacks_files(self, descriptor: int) -> bool: ...
+    def left(self, connection: Connection) -> None: ...
+
+
 class Connection(asyncio.Protocol):
     """One client."""
 
-    def __init__(self, server: HttpServer) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
         self.peer: tuple[str, int] = ("", 0)
         self.secure = False

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from json import dumps
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from chiron.net.connection import Connection
+from typing import Any, Protocol
 
 Header = tuple[bytes, bytes]
 
@@ -16,6 +13,31 @@ _STATUS = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPS
 _PIECES_MAX = 256
 """Pieces of a body that are kept apart: each costs far more memory than the two bytes that it may hold."""
 _ERROR_TYPES = {400: "invalid_request_error", 413: "invalid_request_error", 431: "invalid_request_error"}
+
+
+class ServerState(Protocol):
+    """What an answer needs to know of its server."""
+
+    @property
+    def closing(self) -> bool: ...
+    @property
+    def date_line(self) -> bytes: ...
+
+
+class Wire(Protocol):
+    """The connection that a request came on, as far as the answer needs it."""
+
+    peer: tuple[str, int]
+    secure: bool
+    write_paused: bool
+
+    @property
+    def server(self) -> ServerState: ...
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def answered(self, request: Incoming) -> None: ...
 
 
 class Incoming:
@@ -51,7 +73,7 @@ class Incoming:
         "version",
     )
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Wire) -> None:
         self._connection = connection
         self.method = b""
         self.path = ""

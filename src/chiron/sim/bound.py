@@ -24,7 +24,7 @@ from chiron.sim.bound_step import Demand, Floats, Mask, Supply, supply_of
 from chiron.sim.bound_time import absorbed
 from chiron.sim.bound_work import Prices, best_prices, least_work, with_feasible_itl
 from chiron.sim.setup import Setup
-from chiron.telemetry.result import RequestTable
+from chiron.telemetry.run_data import RequestTable
 
 Ints = npt.NDArray[np.integer[Any]]
 

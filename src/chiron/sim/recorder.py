@@ -11,7 +11,7 @@ import numpy as np
 from chiron.core.types import Decision, Instance, Request
 from chiron.telemetry.event_log import decision_line
 from chiron.telemetry.recording import Timeline
-from chiron.telemetry.result import OUTCOMES, RequestTable
+from chiron.telemetry.run_data import OUTCOMES, RequestTable
 from chiron.workload.types import Workload
 
 _UNFINISHED = OUTCOMES.index("unfinished")

@@ -20,7 +20,8 @@ from chiron.policies.registry import make_policy
 from chiron.sim.bound import Bound, bound, bound_of_run
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
-from chiron.telemetry.result import RequestTable, Result
+from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import RequestTable
 from chiron.telemetry.summary import summarise
 
 REVERSAL_WINDOW_S = 60.0

@@ -11,7 +11,7 @@ from chiron.telemetry import axes
 from chiron.telemetry.format import amount, percent
 from chiron.telemetry.marks import INK, Chart, Panel, Rule, Series, peak, steps
 from chiron.telemetry.palette import Look
-from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import RunData
 from chiron.telemetry.series import SHORTEST_S, Cdf, gpus_over_time, latency_cdf, log_axis, measures
 from chiron.telemetry.verdict import PolicyRuns, seed_of
 
@@ -63,7 +63,7 @@ def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | 
     )
 
 
-def worst(result: Result) -> float:
+def worst(result: RunData) -> float:
     """Attainment of the class that fares worst; 0 if nothing was asked."""
     shares: list[float] = list(result.summary["attainment"].values())
     return min(shares, default=0.0)
@@ -91,7 +91,7 @@ def fleets(runs: Sequence[PolicyRuns], looks: dict[str, Look], limit: int) -> Ch
     )
 
 
-def duration(result: Result) -> float:
+def duration(result: RunData) -> float:
     """Seconds of the run, or to its last fleet point."""
     return max(float(result.summary["sim_s"]), result.fleet[-1].t_s if result.fleet else 0.0)
 

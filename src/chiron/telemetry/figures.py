@@ -19,7 +19,7 @@ from chiron.telemetry.errors import ReportError, need
 from chiron.telemetry.format import amount, percent
 from chiron.telemetry.html import full_bound
 from chiron.telemetry.palette import LIMIT_COLOUR, ROLE_COLOURS, STARTING_COLOUR, Look, looks
-from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import RunData
 from chiron.telemetry.series import SHORTEST_S, gpus_over_time, latency_cdf, log_axis, measures, thin_fleet
 from chiron.telemetry.verdict import TARGET, PolicyRuns, verdict
 
@@ -47,7 +47,7 @@ Runs = Sequence[PolicyRuns]
 
 
 def write_figures(
-    results: Sequence[Result],
+    results: Sequence[RunData],
     directory: str | Path,
     *,
     formats: Sequence[str] = ("png", "svg"),
@@ -108,7 +108,7 @@ def drawings(runs: Runs, seen: dict[str, Look], bound: float | None, target: flo
     return made
 
 
-def latency_panels(result: Result) -> list[tuple[int, str]]:
+def latency_panels(result: RunData) -> list[tuple[int, str]]:
     """Class number and measure, interactive classes first: their two charts go into the overview."""
     asked = [i for i in range(len(result.classes)) if (result.requests.cls == i).any()]
     ordered = sorted(asked, key=lambda i: not result.classes[i].interactive)

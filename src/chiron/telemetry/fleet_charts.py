@@ -20,7 +20,7 @@ from chiron.telemetry.palette import (
     ROLE_COLOURS,
     STARTING_COLOUR,
 )
-from chiron.telemetry.result import BatchSizePoint, FleetPoint
+from chiron.telemetry.run_data import BatchSizePoint, FleetPoint
 from chiron.telemetry.series import POINTS_MAX, thin, thin_fleet
 
 INSTANCES_DRAWN = 5

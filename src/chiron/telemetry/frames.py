@@ -9,10 +9,10 @@ import numpy as np
 
 from chiron.core.types import ROLES
 from chiron.telemetry.errors import need
-from chiron.telemetry.result import OUTCOMES, BatchSizePoint, DecisionPoint, FleetPoint, Result
+from chiron.telemetry.run_data import OUTCOMES, BatchSizePoint, DecisionPoint, FleetPoint, RunData
 
 
-def requests_frame(result: Result) -> Any:
+def requests_frame(result: RunData) -> Any:
     """One row per request, in order of arrival; seconds and tokens. Names are categories, what never was is nan."""
     pandas = need("pandas")
     table = result.requests
@@ -35,7 +35,7 @@ def requests_frame(result: Result) -> Any:
     return pandas.DataFrame(columns)
 
 
-def fleet_frame(result: Result) -> Any:
+def fleet_frame(result: RunData) -> Any:
     """One row per model and fleet tick."""
     columns = rows_as_columns(FleetPoint, result.fleet)
     ready = columns.pop("ready")
@@ -43,12 +43,12 @@ def fleet_frame(result: Result) -> Any:
     return need("pandas").DataFrame(columns)
 
 
-def decisions_frame(result: Result) -> Any:
+def decisions_frame(result: RunData) -> Any:
     """One row per decision."""
     return need("pandas").DataFrame(rows_as_columns(DecisionPoint, result.decisions))
 
 
-def batch_sizes_frame(result: Result) -> Any:
+def batch_sizes_frame(result: RunData) -> Any:
     """One row per start of an instance, change of its max batch size, and end."""
     return need("pandas").DataFrame(rows_as_columns(BatchSizePoint, result.batch_sizes))
 

@@ -24,7 +24,7 @@ from chiron.telemetry.errors import ReportError
 from chiron.telemetry.format import counted, listed, span
 from chiron.telemetry.marks import Chart
 from chiron.telemetry.palette import Look, looks
-from chiron.telemetry.result import BLAMELESS, EXCUSED, OUTCOMES, DecisionPoint, Result
+from chiron.telemetry.run_data import BLAMELESS, EXCUSED, OUTCOMES, DecisionPoint, RunData
 from chiron.telemetry.table import class_table, table
 from chiron.telemetry.verdict import TARGET, Verdict, group, seed_of, seed_order, verdict
 
@@ -42,7 +42,7 @@ LINES_PER_VIEW = 16
 
 
 def write_report(
-    results: Sequence[Result],
+    results: Sequence[RunData],
     path: str | Path,
     *,
     bounds: Mapping[int, float] | None = None,
@@ -67,7 +67,7 @@ def write_report(
 
 
 def report_html(
-    results: Sequence[Result],
+    results: Sequence[RunData],
     *,
     bounds: Mapping[int, float] | None = None,
     target: float = TARGET,
@@ -131,7 +131,7 @@ def section(title: str, drawn: Sequence[Chart | None], caption: str = "", *, man
     return f'<section>{head}{about}<div class="{"grid" if many else "stack"}">{figures}</div></section>'
 
 
-def view_section(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+def view_section(firsts: Sequence[RunData], seen: dict[str, Look]) -> str:
     """Charts over time of each policy and model, of which the script shows one at a time."""
     limit = max(40, min(POINTS_PER_LINE, POINTS_TOTAL // (LINES_PER_VIEW * sum(len(r.models) for r in firsts))))
     views = []
@@ -158,7 +158,7 @@ def view_section(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
     )
 
 
-def policy_buttons(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+def policy_buttons(firsts: Sequence[RunData], seen: dict[str, Look]) -> str:
     """One per policy; none where there is nothing to choose."""
     if len(firsts) < 2:
         return ""
@@ -170,7 +170,7 @@ def policy_buttons(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
     return f'<div class="policies" role="group" aria-label="Policy">{buttons}</div>'
 
 
-def view(result: Result, model: str, limit: int) -> list[Chart | None]:
+def view(result: RunData, model: str, limit: int) -> list[Chart | None]:
     """The charts over time of one policy and model."""
     points = [p for p in result.fleet if p.model == model]
     end_s = max(float(result.summary["sim_s"]), points[-1].t_s if points else 0.0)
@@ -205,7 +205,7 @@ def error_row(kind: str, count: int, first: str) -> str:
     )
 
 
-def decision_section(firsts: Sequence[Result], seen: dict[str, Look]) -> str:
+def decision_section(firsts: Sequence[RunData], seen: dict[str, Look]) -> str:
     """Decisions in sentences, of one policy at a time; nothing where none was taken."""
     if not any(result.decisions for result in firsts):
         return ""
@@ -222,7 +222,7 @@ def embedded(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def decisions(result: Result, limit: int = DECISIONS_SHOWN) -> dict[str, Any]:
+def decisions(result: RunData, limit: int = DECISIONS_SHOWN) -> dict[str, Any]:
     """The decisions worth reading, in order of time, and how often each reason was given."""
     chosen = sorted(range(len(result.decisions)), key=lambda i: (*importance(result.decisions[i]), -i))
     rows = [result.decisions[i] for i in sorted(chosen[:limit])]
@@ -255,7 +255,7 @@ def importance(decision: DecisionPoint) -> tuple[int, int]:
     )
 
 
-def full_bound(results: Sequence[Result], bounds: Mapping[int, float] | None) -> float | None:
+def full_bound(results: Sequence[RunData], bounds: Mapping[int, float] | None) -> float | None:
     """Mean over seeds of the GPU-hours that full attainment needs at least; None if unknown."""
     own = {seed_order(r.seed): float(r.summary["gpu_hours_bound_full"] or 0) for r in results}
     by_seed = own | dict(bounds or {})
@@ -273,7 +273,7 @@ def headline(judged: Verdict, seen: dict[str, Look]) -> str:
     return text
 
 
-def subtitle(results: Sequence[Result]) -> str:
+def subtitle(results: Sequence[RunData]) -> str:
     """What ran, in a line."""
     runs = group(results)
     seeds = seeds_of(results)
@@ -289,12 +289,12 @@ def subtitle(results: Sequence[Result]) -> str:
     return " · ".join(parts)
 
 
-def seeds_of(results: Sequence[Result]) -> list[int]:
+def seeds_of(results: Sequence[RunData]) -> list[int]:
     """In order; none of live runs."""
     return sorted({r.seed for r in results if r.seed is not None})
 
 
-def missed(result: Result) -> str:
+def missed(result: RunData) -> str:
     """What attainment counts as missed besides what was late."""
     if result.seed is None:
         certain = [name for name in OUTCOMES[1:] if name not in (*EXCUSED, *BLAMELESS)]
@@ -306,7 +306,7 @@ def missed(result: Result) -> str:
     return f", and counts {listed(counted)} requests as missed; rejected ones, which nobody could serve, not at all"
 
 
-def rerun(results: Sequence[Result]) -> str:
+def rerun(results: Sequence[RunData]) -> str:
     """A command line that runs the same again, where one can."""
     if not seeds_of(results):
         return "(a live run: no command repeats it)"
@@ -319,7 +319,7 @@ def rerun(results: Sequence[Result]) -> str:
     return shlex.join([*words, "--report", "report.html"])
 
 
-def settings_of(result: Result) -> str:
+def settings_of(result: RunData) -> str:
     """One policy's settings, folded."""
     body = json.dumps(result.settings, indent=2, default=str)
     return f"<details><summary>Settings of {escape(result.policy)}</summary><pre>{escape(body)}</pre></details>"

@@ -10,7 +10,7 @@ from math import nan
 
 from chiron.core.types import Decision, Instance
 from chiron.policies.views import FleetPlan, FleetView, ModelView
-from chiron.telemetry.result import BatchSizePoint, DecisionPoint, FleetPoint
+from chiron.telemetry.run_data import BatchSizePoint, DecisionPoint, FleetPoint
 
 
 class Timeline:

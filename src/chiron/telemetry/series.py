@@ -9,7 +9,7 @@ from math import ceil, floor, isfinite, log10
 import numpy as np
 import numpy.typing as npt
 
-from chiron.telemetry.result import FleetPoint, Result
+from chiron.telemetry.run_data import FleetPoint, RunData
 
 Floats = npt.NDArray[np.float64]
 
@@ -46,7 +46,7 @@ def thin_fleet(points: Sequence[FleetPoint], key: Callable[[FleetPoint], float],
     return [points[i] for i in thin(np.array([float(key(p)) for p in points]), limit)]
 
 
-def gpus_over_time(result: Result, limit: int = POINTS_MAX) -> tuple[Floats, Floats]:
+def gpus_over_time(result: RunData, limit: int = POINTS_MAX) -> tuple[Floats, Floats]:
     """GPUs billed over all models: times in seconds, GPUs from then on."""
     now: dict[str, int] = {}
     totals: dict[float, float] = {}
@@ -76,7 +76,7 @@ def cdf_ranks(seen: int, total: int) -> npt.NDArray[np.int64]:
     return np.unique(ranks[(ranks >= 0) & (ranks < seen)])
 
 
-def latency_cdf(result: Result, cls: int, measure: str) -> Cdf:
+def latency_cdf(result: RunData, cls: int, measure: str) -> Cdf:
     """``measure`` of the requests of class number ``cls``: ``ttft``, ``itl`` (seconds) or ``deadline`` (share of the
     time to the deadline that was used). Requests without a second token have no ITL and are not counted in it."""
     table = result.requests
@@ -90,7 +90,7 @@ def latency_cdf(result: Result, cls: int, measure: str) -> Cdf:
     return cdf(np.where(table.outcome == 0, used, np.nan)[mine])
 
 
-def measures(result: Result, cls: int) -> list[tuple[str, str, float]]:
+def measures(result: RunData, cls: int) -> list[tuple[str, str, float]]:
     """What class number ``cls`` is judged by: measure, axis title, limit. TTFT without a limit if by nothing."""
     promised = result.classes[cls]
     due = np.isfinite(result.requests.deadline_s[result.requests.cls == cls]).any()

@@ -22,7 +22,8 @@ import numpy as np
 from chiron.core.types import RequestClass
 from chiron.telemetry.errors import StoreError, SummaryError
 from chiron.telemetry.frames import rows_as_columns
-from chiron.telemetry.result import BatchSizePoint, DecisionPoint, FleetPoint, RequestTable, Result
+from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import BatchSizePoint, DecisionPoint, FleetPoint, RequestTable
 from chiron.telemetry.summary import check_requests, check_summary
 
 FORMAT = "chiron-result"

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from chiron.core.types import RequestClass
 from chiron.telemetry.errors import SummaryError
-from chiron.telemetry.result import OUTCOMES, RequestTable
+from chiron.telemetry.run_data import OUTCOMES, RequestTable
 
 SCHEMA_VERSION = 1
 

@@ -17,7 +17,7 @@ from chiron.core.types import RequestClass
 from chiron.telemetry.drawing import marker
 from chiron.telemetry.format import NONE, Show, amount, milliseconds, percent, spread, whole
 from chiron.telemetry.palette import Look
-from chiron.telemetry.result import OUTCOMES, Result
+from chiron.telemetry.run_data import OUTCOMES, RunData
 from chiron.telemetry.verdict import PolicyRuns, Stat, Verdict, stat
 
 LOST = OUTCOMES[1:]
@@ -219,7 +219,7 @@ def class_columns(cls: RequestClass, target: float) -> list[Column]:
     ]
 
 
-def over(runs: PolicyRuns, read: Callable[[Result], float]) -> Stat:
+def over(runs: PolicyRuns, read: Callable[[RunData], float]) -> Stat:
     """A figure of each run."""
     return stat([read(result) for result in runs.results])
 
@@ -234,12 +234,12 @@ def ended(runs: PolicyRuns, cls: RequestClass, name: str) -> Stat | None:
     return found if found.high or name == OUTCOMES[0] else None
 
 
-def rows(result: Result, cls: RequestClass) -> npt.NDArray[np.bool_]:
+def rows(result: RunData, cls: RequestClass) -> npt.NDArray[np.bool_]:
     mine: npt.NDArray[np.bool_] = result.requests.cls == [c.name for c in result.classes].index(cls.name)
     return mine
 
 
-def tokens_per_s(result: Result, cls: RequestClass | None = None) -> float:
+def tokens_per_s(result: RunData, cls: RequestClass | None = None) -> float:
     """Output tokens of finished requests over the time of the run."""
     done = result.requests.outcome == 0
     done = done if cls is None else done & rows(result, cls)

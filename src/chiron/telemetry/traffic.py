@@ -15,7 +15,7 @@ import numpy.typing as npt
 from chiron.telemetry import axes
 from chiron.telemetry.marks import INK, Chart, Panel, Rule, Series, peak, steps
 from chiron.telemetry.palette import COLOURS, LIMIT_COLOUR, ROLE_COLOURS
-from chiron.telemetry.result import OUTCOMES, RequestTable, Result
+from chiron.telemetry.run_data import OUTCOMES, RequestTable, RunData
 
 Floats = npt.NDArray[np.float64]
 BINS_MAX = 120
@@ -55,7 +55,7 @@ def bins_of(end_s: float, most: int = BINS_MAX) -> Bins:
     return Bins(edges_s=np.append(edges, end_s))
 
 
-def charts(result: Result, model: str, end_s: float, limit: int = BINS_MAX) -> list[Chart | None]:
+def charts(result: RunData, model: str, end_s: float, limit: int = BINS_MAX) -> list[Chart | None]:
     """Requests, tokens and latencies of one model over time, in the order of the page."""
     table = of_model(result, result.models.index(model))
     if not len(table.arrival_s):
@@ -64,7 +64,7 @@ def charts(result: Result, model: str, end_s: float, limit: int = BINS_MAX) -> l
     return [requests(table, bins, end_s), tokens(table, bins, end_s), latency(result, table, bins, end_s)]
 
 
-def of_model(result: Result, model: int) -> RequestTable:
+def of_model(result: RunData, model: int) -> RequestTable:
     """The rows of one model."""
     table = result.requests
     rows = table.model == model
@@ -133,7 +133,7 @@ def hinges(edges_s: Floats, start_s: Floats, slope: Floats) -> Floats:
     return summed
 
 
-def latency(result: Result, table: RequestTable, bins: Bins, end_s: float) -> Chart | None:
+def latency(result: RunData, table: RequestTable, bins: Bins, end_s: float) -> Chart | None:
     """Median and p99 of the TTFT by time of arrival, of each class that was promised one."""
     per, x_axis = axes.time(end_s)
     at = [*(bins.edges_s / per)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from chiron.telemetry.errors import ReportError
 from chiron.telemetry.format import amount, listed, percent, percent_at
-from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import RunData
 
 TARGET = 0.99
 
@@ -33,7 +33,7 @@ class PolicyRuns:
     """The runs of one policy, by seed."""
 
     policy: str
-    results: tuple[Result, ...]
+    results: tuple[RunData, ...]
 
     def stat(self, *keys: str) -> Stat | None:
         """The summary's figure under ``keys`` over seeds; None where no seed has one."""
@@ -77,7 +77,7 @@ class Verdict:
     """Those that attain the target by GPU-hours, then the others by their worst class."""
 
 
-def verdict(results: Sequence[Result], *, target: float = TARGET) -> Verdict:
+def verdict(results: Sequence[RunData], *, target: float = TARGET) -> Verdict:
     """Judge the runs of one scenario."""
     if not 0 < target <= 1:
         raise ReportError(f"target is {target}; it must lie in 0..1, for example 0.99")
@@ -98,7 +98,7 @@ def verdict(results: Sequence[Result], *, target: float = TARGET) -> Verdict:
     )
 
 
-def group(results: Sequence[Result]) -> list[PolicyRuns]:
+def group(results: Sequence[RunData]) -> list[PolicyRuns]:
     """Runs by policy, in order of first appearance; one scenario, each seed once."""
     if not results:
         raise ReportError("there is no result to report")
@@ -107,7 +107,7 @@ def group(results: Sequence[Result]) -> list[PolicyRuns]:
         raise ReportError(f"results of different scenarios cannot be compared: {', '.join(scenarios)}")
     if len({tuple(c.name for c in r.classes) for r in results}) > 1:
         raise ReportError("results with different request classes cannot be compared")
-    by_policy: dict[str, list[Result]] = {}
+    by_policy: dict[str, list[RunData]] = {}
     for result in results:
         runs = by_policy.setdefault(result.policy, [])
         if any(result.seed == other.seed for other in runs):
@@ -125,7 +125,7 @@ def seed_order(seed: int | None) -> int:
     return -1 if seed is None else seed
 
 
-def seed_of(result: Result) -> str:
+def seed_of(result: RunData) -> str:
     """What stands behind a policy's name; nothing for a live run."""
     return "" if result.seed is None else f", seed {result.seed}"
 
@@ -215,7 +215,7 @@ def uncertain(attaining: list[PolicyRuns]) -> list[str]:
     return [f"{best.policy} takes fewer GPU-hours than {runner_up.policy} in {wins} of {len(pairs)} seeds."]
 
 
-def _alone(result: Result) -> str:
+def _alone(result: RunData) -> str:
     """That one run says nothing of others."""
     if result.seed is None:
         return "One run each: the spread between runs is not known."

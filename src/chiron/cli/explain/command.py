@@ -16,7 +16,7 @@ from chiron.cli.explain.moment import RunClock
 from chiron.cli.explain.source import Story, load_story
 from chiron.config.read import ConfigError, suggest
 from chiron.telemetry.decision_text import quantity, words
-from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.run_data import DecisionPoint
 
 DAMAGE_SHOWN = 5
 """Damaged lines of a log that are named."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from chiron.cli.explain.moment import RunClock
 from chiron.telemetry.event_log import read_event_log
-from chiron.telemetry.result import DecisionPoint, FleetPoint
+from chiron.telemetry.run_data import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
 from chiron.telemetry.verdict import seed_of
 

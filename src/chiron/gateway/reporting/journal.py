@@ -16,7 +16,7 @@ from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.tally import ClassTally, KeyTally, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from chiron.telemetry.event_log import decision_line
-from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.run_data import DecisionPoint
 
 DECISIONS_KEPT = 100
 """Of the newest, for the status; so many on batch sizes, and so many others."""

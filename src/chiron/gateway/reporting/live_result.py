@@ -19,7 +19,8 @@ from chiron.core.types import Instance, ModelSpec, Request, RequestClass
 from chiron.gateway.reporting.tally import prompt_tokens
 from chiron.policies.policy import Policy
 from chiron.telemetry.recording import Timeline
-from chiron.telemetry.result import OUTCOMES, RequestTable, Result
+from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import OUTCOMES, RequestTable
 from chiron.telemetry.summary import summarise
 
 REVERSAL_WINDOW_S = 60.0

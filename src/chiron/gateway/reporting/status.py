@@ -20,7 +20,7 @@ from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.tally import SLOT_S, ClassTally
 from chiron.store.port import ENDED, Batch
 from chiron.store.progress import eta_s, items_per_s
-from chiron.telemetry.result import DecisionPoint
+from chiron.telemetry.run_data import DecisionPoint
 
 GROUPS_SHOWN = 16
 """Queued batch groups listed per model; later ones are merged into the last."""
