@@ -39,7 +39,7 @@ def code(text: str) -> Iterator[str]:
     """Lines of code blocks, and inline code."""
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     for block in blocks:
-        yield from block.splitlines()
+        yield from block.replace("\\\n", " ").splitlines()
     for part in re.split(r"^```[a-z]*\n.*?^```", text, flags=re.DOTALL | re.MULTILINE):
         yield from re.findall(r"`([^`\n]+)`", part)
 

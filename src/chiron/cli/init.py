@@ -43,6 +43,15 @@ def init(
         ),
     ] = "",
     profile: Annotated[str, typer.Option("--profile", help="Of an emulated engine (`chiron profile list`).")] = "",
+    deploy: Annotated[
+        Path | None,
+        typer.Option(
+            "--deploy",
+            metavar="DIR",
+            help="Instead, write a Grafana dashboard, a Prometheus scrape config, a systemd unit, and configs for nginx "
+            "and Caddy into this directory.",
+        ),
+    ] = None,
 ) -> None:
     """Write a commented config: every common key with its default. An existing file is never overwritten.
 
@@ -55,7 +64,12 @@ def init(
     - `chiron init --engine vllm --endpoint http://127.0.0.1:8001 --model llama-3.1-8b`
 
     - `chiron init --engine llamacpp --model-path qwen.gguf --model qwen`
+
+    - `chiron init --deploy deploy`
     """
+    if deploy is not None:
+        _write_deploy_files(deploy)
+        return
     with needs("serve"):
         from chiron.config.serve import parse_serve
         from chiron.config.serve_sections import ENGINE_NAMES
@@ -72,6 +86,17 @@ def init(
     except FileExistsError:
         raise ConfigError(f"{file}: exists already, and is not overwritten; name another file") from None
     typer.echo(f"{file} is written. Next: `chiron doctor {file}`, then `chiron serve {file}`", err=True)
+
+
+def _write_deploy_files(directory: Path) -> None:
+    """What operators need besides the config. Raises ConfigError if one of the files exists."""
+    files = sorted((resources.files("chiron") / "data" / "deploy").iterdir(), key=lambda file: file.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    if taken := [str(directory / file.name) for file in files if (directory / file.name).exists()]:
+        raise ConfigError(f"--deploy: {taken[0]} exists already, and is not overwritten; name another directory")
+    for file in files:
+        (directory / file.name).write_bytes(file.read_bytes())
+        typer.echo(str(directory / file.name))
 
 
 def template() -> str:
