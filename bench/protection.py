@@ -320,7 +320,7 @@ def figures(streams: list[Stream], load: Load) -> dict[str, Any]:
     ttft = [stream.times_s[0] - stream.due_s for stream in good]
     itl = [(s.times_s[-1] - s.times_s[0]) / (len(s.times_s) - 1) for s in good]
     gaps = [b - a for s in good for a, b in zip(s.times_s, s.times_s[1:], strict=False)]
-    kept = sum(a <= load.ttft_s and b <= load.itl_s for a, b in zip(ttft, itl, strict=True))
+    in_slo = sum(a <= load.ttft_s and b <= load.itl_s for a, b in zip(ttft, itl, strict=True))
     return {
         "requests": len(streams),
         "failed": len(bad),
@@ -329,7 +329,7 @@ def figures(streams: list[Stream], load: Load) -> dict[str, Any]:
         "itl_p50_s": quantile(itl, 0.5),
         "itl_p99_s": quantile(itl, 0.99),
         "gap_p99_s": quantile(gaps, 0.99),
-        "kept": kept / len(streams),
+        "in_slo": in_slo / len(streams),
     }
 
 
@@ -342,7 +342,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: medians over repeats, and the least and the most where they differ."""
     ideal = statistics.median(row["batch_tokens_per_s"] for row in rows[BATCH])
     lines = [
-        "| case | TTFT p50 | TTFT p99 | ITL p50 | ITL p99 | kept | batch tokens/s | of batch alone | evictions |",
+        "| case | TTFT p50 | TTFT p99 | ITL p50 | ITL p99 | in SLO | batch tokens/s | of batch alone | evictions |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, repeats in rows.items():
@@ -354,7 +354,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         tokens = "" if case == ALONE else cell("batch_tokens_per_s", 1, "")
         share = "" if case == ALONE else cell("batch_tokens_per_s", 100 / ideal, " %")
         cells = [cell(name, 1000, " ms") for name in ("ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s")]
-        cells += [cell("kept", 100, " %"), tokens, share, cell("evictions", 1, "")]
+        cells += [cell("in_slo", 100, " %"), tokens, share, cell("evictions", 1, "")]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ def test_figures_of_streams(bench: ModuleType) -> None:
     slow = bench.Stream(10.0, times_s=[10.5, 10.8, 11.1], status=200)
     lost = bench.Stream(10.0, times_s=[10.5], status=200, error="reset")
     row = bench.figures([quick, late, slow, lost], load)
-    assert (row["requests"], row["failed"], row["kept"]) == (4, 1, 0.25)
+    assert (row["requests"], row["failed"], row["in_slo"]) == (4, 1, 0.25)
     assert row["ttft_p99_s"] == pytest.approx(1.5)
     assert row["itl_p99_s"] == pytest.approx(0.3)
     assert bench.figures([], load) == {}
@@ -54,7 +54,7 @@ def test_the_same_seed_sends_the_same(bench: ModuleType) -> None:
 
 
 def test_the_table_has_medians_spread_and_shares_of_batch_alone(bench: ModuleType) -> None:
-    chat = {"ttft_p50_s": 0.05, "itl_p50_s": 0.03, "itl_p99_s": 0.04, "kept": 1.0}
+    chat = {"ttft_p50_s": 0.05, "itl_p50_s": 0.03, "itl_p99_s": 0.04, "in_slo": 1.0}
     rows: dict[str, list[dict[str, Any]]] = {
         bench.ALONE: [chat | {"ttft_p99_s": s, "batch_tokens_per_s": 0.0} for s in (0.1, 0.3, 0.12)],
         bench.BATCH: [{"batch_tokens_per_s": tokens} for tokens in (900.0, 1000.0, 1100.0)],

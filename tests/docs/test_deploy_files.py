@@ -24,7 +24,7 @@ from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings
 from chiron.gateway.status import Surroundings
 from live_plane_factory import WALL_S, LivePlane
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 DEPLOY = Path(str(resources.files("chiron") / "data" / "deploy"))
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("openai")
 
 from chiron.config.serve import parse_serve
 
-PAGE = (Path(__file__).parent.parent / "docs" / "getting-started.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "getting-started.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^<!-- (run|start) -->\n```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 START_S = 120.0
 

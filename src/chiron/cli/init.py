@@ -48,8 +48,8 @@ def init(
         typer.Option(
             "--deploy",
             metavar="DIR",
-            help="Instead, write a Grafana dashboard, a Prometheus scrape config, a systemd unit, and configs for nginx "
-            "and Caddy into this directory.",
+            help="Instead, write a Grafana dashboard, a Prometheus scrape config, a systemd unit, and configs for "
+            "nginx and Caddy into this directory.",
         ),
     ] = None,
 ) -> None:
