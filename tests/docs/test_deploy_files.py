@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from chiron.cli import app
-from chiron.gateway.metrics import Metrics
+from chiron.gateway.reporting.metrics import Metrics
+from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings
-from chiron.gateway.status import Surroundings
 from live_plane_factory import WALL_S, LivePlane
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,7 +32,7 @@ def exported() -> set[str]:
     """Names of all series and families that a gateway's metrics page has."""
     live = LivePlane()
     live.rush(2.0, per_s=5.0)
-    around = Surroundings(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S)
+    around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S)
     text = Metrics(live.plane, live.journal, lambda: around).render().decode()
     families = list(text_string_to_metric_families(text))
     kinds = {"counter": "_total", "histogram": "_bucket"}

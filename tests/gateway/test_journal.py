@@ -148,7 +148,7 @@ def test_status_and_report_judge_each_end_alike(ends: list[tuple[RequestClass, A
     for name, tally in tallies.items():
         judged = tally.attained + tally.missed
         assert summary["attainment"].get(name) == (pytest.approx(tally.attained / judged) if judged else None)
-    assert summary["batch_late"] == tallies["night"].missed_promise["deadline"]
+    assert summary["batch_late"] == tallies["night"].slos_missed["deadline"]
 
 
 def test_a_running_service_is_not_blamed_for_clients_that_left_nor_for_work_that_has_time() -> None:
@@ -271,8 +271,8 @@ ALL = RequestClass(name="all", kind="interactive", ttft_s=1.0, itl_s=0.1, deadli
 def test_each_promise_is_judged_by_what_was_seen(request_: Request, kept: str, missed: str, verdict: str) -> None:
     tally = ClassTally(request_.cls)
     tally.end(request_)
-    assert [name for name, count in tally.kept.items() if count] == kept.split()
-    assert [name for name, count in tally.missed_promise.items() if count] == missed.split()
+    assert [name for name, count in tally.slos_met.items() if count] == kept.split()
+    assert [name for name, count in tally.slos_missed.items() if count] == missed.split()
     assert (tally.attained, tally.missed) == (int(verdict == "attained"), int(verdict == "missed"))
 
 

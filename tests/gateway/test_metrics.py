@@ -136,8 +136,8 @@ def test_gauges_are_what_the_control_plane_holds_now(live: LivePlane, value: Val
     assert value("instances_planned", model=MODEL, role="mixed") >= 2
     assert value("decisions_total", kind="fleet", reason="interactive_load") == 1
     assert value("evictions_total", model=MODEL, class_="night") == live.plane.evictions > 0
-    assert value("slo_attained_total", model=MODEL, class_="chat", promise="ttft") > 0
-    assert value("slo_missed_total", model=MODEL, class_="chat", promise="itl") == 0
+    assert value("slo_attained_total", model=MODEL, class_="chat", slo="ttft") > 0
+    assert value("slo_missed_total", model=MODEL, class_="chat", slo="itl") == 0
     assert value("http_responses_total", code="429") == 1
     assert value("build_info", version="0.1.0", policy="chiron", advise="false", python=_python()) == 1
 

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from chiron.control.plane import ControlPlane
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.status import StatusSources, itl_slo_s, kv_usage, running_by_class
-from chiron.gateway.reporting.tally import PROMISES, Histogram
+from chiron.gateway.reporting.tally import SLOS, Histogram
 from chiron.store.port import ENDED
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -99,13 +99,15 @@ class _Collector(Collector):
             labels=_CLASS,
         )
         made = CounterMetricFamily("chiron_generation_tokens", "Output tokens of ended requests.", labels=_CLASS)
-        evicted = CounterMetricFamily("chiron_evictions", "Requests that an engine let go of to resume.", labels=_CLASS)
-        retried = CounterMetricFamily("chiron_retries", "Engine failures survived by ended requests.", labels=_CLASS)
-        labels = (*_CLASS, "promise")
-        attained = CounterMetricFamily(
-            "chiron_slo_attained", "Promises to ended requests that were kept.", labels=labels
+        evicted = CounterMetricFamily(
+            "chiron_evictions", "Requests evicted from an instance, to resume later.", labels=_CLASS
         )
-        missed = CounterMetricFamily("chiron_slo_missed", "Promises to ended requests that were broken.", labels=labels)
+        retried = CounterMetricFamily(
+            "chiron_retries", "Retries of ended requests after engine failures.", labels=_CLASS
+        )
+        labels = (*_CLASS, "slo")
+        attained = CounterMetricFamily("chiron_slo_attained", "SLOs that ended requests met.", labels=labels)
+        missed = CounterMetricFamily("chiron_slo_missed", "SLOs that ended requests missed.", labels=labels)
         for (model, name), tally in self._journal.tallies.items():
             key = (model, name)
             arrived.add_metric(key, tally.arrived)
@@ -115,10 +117,10 @@ class _Collector(Collector):
             retried.add_metric(key, tally.retries)
             for outcome, count in tally.outcomes.items():
                 requests.add_metric((*key, outcome), count)
-            for promise in PROMISES:
-                if tally.kept[promise] or tally.missed_promise[promise]:
-                    attained.add_metric((*key, promise), tally.kept[promise])
-                    missed.add_metric((*key, promise), tally.missed_promise[promise])
+            for slo in SLOS:
+                if tally.slos_met[slo] or tally.slos_missed[slo]:
+                    attained.add_metric((*key, slo), tally.slos_met[slo])
+                    missed.add_metric((*key, slo), tally.slos_missed[slo])
         yield from (requests, arrived, prompt, made, evicted, retried, attained, missed)
 
     def _keys(self) -> Iterator[Metric]:
@@ -160,7 +162,9 @@ class _Collector(Collector):
             "chiron_instance_requests_running", "Requests on this instance.", labels=(*_INSTANCE, "kind")
         )
         kv = GaugeMetricFamily("chiron_kv_cache_usage_perc", "KV in use at the last scrape, 0..1.", labels=_INSTANCE)
-        slo = GaugeMetricFamily("chiron_itl_slo_seconds", "ITL that an instance is held to.", labels=_INSTANCE)
+        itl_slo = GaugeMetricFamily(
+            "chiron_itl_slo_seconds", "Tightest ITL SLO of the requests on an instance.", labels=_INSTANCE
+        )
         for instance in self._plane.instances.values():
             key = (instance.model, str(instance.id))
             size.add_metric(key, instance.max_batch_size)
@@ -168,20 +172,26 @@ class _Collector(Collector):
             load.add_metric((*key, "batch"), len(instance.batch))
             kv.add_metric(key, kv_usage(instance))
             if isfinite(target_s := itl_slo_s(self._plane.models[instance.model], instance)):
-                slo.add_metric(key, target_s)
-        yield from (size, load, kv, slo)
+                itl_slo.add_metric(key, target_s)
+        yield from (size, load, kv, itl_slo)
 
     def _fleet(self, around: StatusSources) -> Iterator[Metric]:
         there = GaugeMetricFamily("chiron_instances", "Instances.", labels=("model", "role", "state"))
-        planned = GaugeMetricFamily("chiron_instances_planned", "Instances that are wanted.", labels=("model", "role"))
+        planned = GaugeMetricFamily(
+            "chiron_instances_planned", "Instances that the plan asks for.", labels=("model", "role")
+        )
         pressure = {
             "ibp": GaugeMetricFamily("chiron_ibp", "Interactive backpressure.", labels=("model",)),
             "ibp_target": GaugeMetricFamily("chiron_ibp_target", "Its target.", labels=("model",)),
             "bbp": GaugeMetricFamily("chiron_bbp", "Batch backpressure.", labels=("model",)),
         }
-        up = GaugeMetricFamily("chiron_model_ready", "1: an instance is ready.", labels=("model",))
-        out = GaugeMetricFamily("chiron_model_outage", "1: no instance can come; 503.", labels=("model",))
-        cold = GaugeMetricFamily("chiron_cold_start_seconds", "Measured start of an instance.", labels=("model",))
+        up = GaugeMetricFamily("chiron_model_ready", "1: the model has an instance that is ready.", labels=("model",))
+        out = GaugeMetricFamily(
+            "chiron_model_outage",
+            "1: the model has no instance and none can start; requests get 503.",
+            labels=("model",),
+        )
+        cold = GaugeMetricFamily("chiron_cold_start_seconds", "Measured cold start of an instance.", labels=("model",))
         for model, state in self._plane.models.items():
             up.add_metric((model,), any(i.state == "ready" for i in state.instances.values()))
             out.add_metric((model,), model in around.outages)
@@ -206,7 +216,7 @@ class _Collector(Collector):
     def _starts(self, around: StatusSources) -> Iterator[Metric]:
         labels = ("model", "kind")
         failures = CounterMetricFamily("chiron_instance_failures", "Instances that failed, at any age.", labels=labels)
-        looping = GaugeMetricFamily("chiron_crash_looping", "1: start after start of a kind fails.", labels=labels)
+        looping = GaugeMetricFamily("chiron_crash_looping", "1: starts of a kind keep failing.", labels=labels)
         for model, state in self._plane.models.items():
             for kind in state.spec.kinds:
                 if (starts := around.starts.get(kind.name)) is not None:
@@ -250,11 +260,13 @@ class _Collector(Collector):
         decisions = CounterMetricFamily("chiron_decisions", "Decisions by reason.", labels=("kind", "reason"))
         for key, count in sorted(self._journal.decision_counts.items()):
             decisions.add_metric(key, count)
-        responses = CounterMetricFamily("chiron_http_responses", "HTTP answers.", labels=("code",))
+        responses = CounterMetricFamily("chiron_http_responses", "HTTP responses.", labels=("code",))
         for code, count in sorted(self._journal.responses.items()):
             responses.add_metric((str(code),), count)
         yield from (decisions, responses)
-        yield CounterMetricFamily("chiron_migrations", "Requests moved.", value=self._plane.migrations)
+        yield CounterMetricFamily(
+            "chiron_migrations", "Requests migrated to another instance.", value=self._plane.migrations
+        )
         yield CounterMetricFamily(
             "chiron_event_log_dropped_lines", "Lines that the event log lacks.", value=self._journal.dropped_lines
         )

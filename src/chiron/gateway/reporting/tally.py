@@ -29,7 +29,7 @@ _PER_E = 20.0
 """Buckets per factor e of a rolling distribution: a quantile is right to some 2.5 %."""
 _SHORTEST = 1e-6
 
-PROMISES = ("ttft", "itl", "deadline")
+SLOS = ("ttft", "itl", "deadline")
 
 
 def prompt_tokens(request: Request) -> int:
@@ -139,13 +139,13 @@ class ClassTally:
         "generation_tokens",
         "itl",
         "itl_recent",
-        "kept",
         "missed",
-        "missed_promise",
         "outcomes",
         "prompt_tokens",
         "queue",
         "retries",
+        "slos_met",
+        "slos_missed",
         "ttft",
         "ttft_recent",
     )
@@ -155,12 +155,12 @@ class ClassTally:
         self.arrived = 0
         self.outcomes = {"finished": 0, "rejected": 0, "failed": 0, "cancelled": 0, "shed": 0}
         self.attained = 0
-        """Finished with every promise kept."""
+        """Finished with every SLO met."""
         self.missed = 0
-        """Ended otherwise. A client that left before a promise was broken counts neither here nor there, nor does a
-        request that was rejected: something was wrong with it."""
-        self.kept = dict.fromkeys(PROMISES, 0)
-        self.missed_promise = dict.fromkeys(PROMISES, 0)
+        """Ended otherwise. A request that was cancelled before it missed an SLO counts as neither, and so does one that
+        was rejected: something was wrong with it."""
+        self.slos_met = dict.fromkeys(SLOS, 0)
+        self.slos_missed = dict.fromkeys(SLOS, 0)
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.evictions = 0
@@ -223,42 +223,42 @@ class ClassTally:
         return self._newest
 
     def _judge(self, request: Request) -> None:
-        broken = False
-        for promise, kept in _promises(request):
-            if kept:
-                self.kept[promise] += 1
+        missed = False
+        for slo, met in _slos_judged(request):
+            if met:
+                self.slos_met[slo] += 1
             else:
-                broken = True
-                self.missed_promise[promise] += 1
-        if request.outcome == "finished" and not broken:
+                missed = True
+                self.slos_missed[slo] += 1
+        if request.outcome == "finished" and not missed:
             self.attained += 1
-        elif broken or request.outcome not in ("cancelled", "rejected"):
+        elif missed or request.outcome not in ("cancelled", "rejected"):
             self.missed += 1
 
 
-def _promises(request: Request) -> list[tuple[str, bool]]:
-    """Each promise that was made to an ended request and put to the test, and whether it was kept.
+def _slos_judged(request: Request) -> list[tuple[str, bool]]:
+    """Each SLO of an ended request that can be judged, and whether it was met.
 
-    Work that failed or was shed keeps none. A client that left broke it off: only what was late by then counts. What
-    was rejected put no promise to the test.
+    A request that failed or was shed met none. Of one that its client cancelled, only the SLOs that it had missed by
+    then are judged; of a rejected one, none.
     """
     if request.outcome == "rejected":
         return []
     cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
     judged: list[tuple[str, bool]] = []
-    gave_up = outcome != "finished" and outcome != "cancelled"
+    failed = outcome != "finished" and outcome != "cancelled"
     if cls.ttft_s != inf:
         late = (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > cls.ttft_s
-        if late or gave_up or first_s >= 0.0:
-            judged.append(("ttft", not (late or gave_up)))
+        if late or failed or first_s >= 0.0:
+            judged.append(("ttft", not (late or failed)))
     if cls.itl_s != inf:
         tokens = request.tokens_done
         if outcome == "finished":
             judged.append(("itl", tokens <= 1 or (finish_s - first_s) / (tokens - 1) <= cls.itl_s))
-        elif gave_up:
+        elif failed:
             judged.append(("itl", False))
     if isfinite(request.deadline_s):
         late = finish_s > request.deadline_s
         if late or outcome != "cancelled":
-            judged.append(("deadline", not (late or gave_up)))
+            judged.append(("deadline", not (late or failed)))
     return judged
