@@ -64,6 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sick", help="answer 503 while this file exists")
     parser.add_argument("--deaf", help="accept but do not answer while this file exists")
     parser.add_argument("--unknown", default="", help="answer 404 on this path")
+    parser.add_argument("--answer", nargs=2, action="append", default=[], metavar=("PATH", "BODY"))
+    parser.add_argument("--heard", help="write the method, path and body of requests that have one to this file")
     parser.add_argument("--authorization", default="", help="answer 401 without this header")
     parser.add_argument("--log-lines", type=int, default=0)
     parser.add_argument("--grandchild", help="start a process that sleeps; its id goes into this file")
@@ -87,7 +89,11 @@ def answer(connection: socket.socket, options: argparse.Namespace) -> None:
             if options.deaf and os.path.exists(options.deaf):
                 time.sleep(60.0)
                 return
-            path = head.split(" ")[1] if " " in head else ""
+            method, path = head.split(" ")[:2] if " " in head else ("", "")
+            if options.heard and (body := body_of(connection, head)):
+                with open(options.heard, "a") as file:
+                    file.write(f"{method} {path} {body}\n")
+            said = dict(options.answer).get(path, "{}")
             status = "200 OK"
             if options.sick and os.path.exists(options.sick):
                 status = "503 Sick"
@@ -95,9 +101,19 @@ def answer(connection: socket.socket, options: argparse.Namespace) -> None:
                 status = "401 Unauthorized"
             elif options.unknown and path == options.unknown:
                 status = "404 Not Found"
-            connection.sendall(f"HTTP/1.1 {status}\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{{}}".encode())
+            head = f"HTTP/1.1 {status}\r\ncontent-length: {len(said)}\r\nconnection: close\r\n\r\n"
+            connection.sendall((head + said).encode())
         except OSError:
             return
+
+
+def body_of(connection: socket.socket, text: str) -> str:
+    head, _, body = text.partition("\r\n\r\n")
+    _, _, rest = head.lower().partition("content-length:")
+    length = int(rest.split()[0]) if rest else 0
+    while len(body) < length and (more := connection.recv(65536).decode()):
+        body += more
+    return body
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def init(
         return
     with needs("serve"):
         from chiron.config.serve import parse_serve
-        from chiron.config.serve_sections import ENGINE_NAMES
-    if engine not in ENGINE_NAMES:
-        raise ConfigError(f"--engine {engine!r}: {suggest(engine, ENGINE_NAMES)}")
+        from chiron.engines.rows import ENGINES
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine!r}: {suggest(engine, ENGINES)}")
     block = model_block(engine, model or DEFAULT_MODELS.get(engine, "my-model"), endpoint or [], model_path, profile)
     # A mistake in the options is found now, not at the first start.
     parsed = parse_serve(block, directory=file.absolute().parent, file="these options")

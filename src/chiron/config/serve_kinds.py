@@ -1,13 +1,13 @@
 """From the tables of a model to what the gateway starts and the control plane counts.
 
-What differs between engines is a row here: their usual limits, and how to start them. ``engines.rows`` holds the rest.
+What an engine usually is, and how it is started, stands in its row of ``engines.rows``.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,55 +16,21 @@ from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.core.types import InstanceKind
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
-from chiron.engines.rows import ENGINES
+from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.gateway.settings import KindSettings
 
 KV_CAPACITY_GUESS = 262_144
 """Tokens of KV of an engine that has not told yet: some 16 GB of an 8B model's, on the large side, so that no prompt
 is refused before the engine's metrics have been read."""
-MAX_INSTANCES_STARTED = 4
-MAX_INSTANCES_EMULATED = 50
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineDefaults:
-    """What an engine usually is, where the file does not say."""
-
-    gpu: str = "gpu"
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    context_per_seq: int = 0
-    """KV tokens of each sequence slot, for engines that divide their KV; 0: they share it."""
-    command: tuple[str, ...] = ()
-    """How to start it, if it is not one of ours."""
-
-
-_DEFAULTS = {
-    "vllm": EngineDefaults(
-        command=(
-            *("vllm", "serve", "{model_path}", "--host", "127.0.0.1", "--port", "{port}"),
-            *("--served-model-name", "{model}", "--max-num-seqs", "{max_num_seqs}"),
-        )
-    ),
-    "sglang": EngineDefaults(
-        command=(
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", "{model_path}", "--host", "127.0.0.1"),
-            *("--port", "{port}", "--served-model-name", "{model}", "--max-running-requests", "{max_num_seqs}"),
-            "--enable-metrics",
-        )
-    ),
-    "tgi": EngineDefaults(max_num_seqs=128),
-    "llamacpp": EngineDefaults(gpu="cpu", max_num_seqs=8, context_per_seq=2048),
-    "openvino": EngineDefaults(gpu="cpu", max_num_seqs=64, max_num_batched_tokens=512),
-}
+_OF_OUR_COMMANDS = re.compile(r"\{(\w+)\}")
+_OF_USERS = re.compile(r"\{(model|model_path|max_num_seqs)\}")
 
 
 def instance_bounds(section: ServeModelSection, path: str) -> tuple[int, int]:
     """The least and the most instances of a model, with the defaults filled in."""
     endpoints = sum(len(each.endpoints) for each in section.instances)
     started = [each for each in section.instances if not each.endpoints]
-    emulated = any(each.engine == "emulated" for each in started)
-    room = 0 if not started else MAX_INSTANCES_EMULATED if emulated else MAX_INSTANCES_STARTED
+    room = max((ENGINES[each.engine].instances_max for each in started), default=0)
     most = section.max_instances if section.max_instances is not None else endpoints + room
     if not started and most > endpoints:
         raise ConfigError(
@@ -80,24 +46,24 @@ def instance_bounds(section: ServeModelSection, path: str) -> tuple[int, int]:
 
 def kind_settings(section: ServeInstanceSection, model: str, path: str, directory: Path) -> KindSettings:
     """One kind of instance of a model. Raises ConfigError for what cannot be started or reached."""
-    profile = _profile(section, path, directory)
-    defaults = _DEFAULTS.get(section.engine, EngineDefaults())
-    kind = _instance_kind(section, model, path, profile, defaults)
+    row = ENGINES[section.engine]
+    profile = _profile(section, row, path, directory)
+    kind = _instance_kind(section, row, model, path, profile)
     return construct(
         KindSettings,
         path,
         {
             "kind": kind,
-            "engine": "openai" if section.engine == "command" else section.engine,
+            "engine": section.engine,
             "endpoints": _origins(section.endpoints, f"{path}.endpoints"),
-            "command": () if section.endpoints else _command(section, kind, model, path, directory, defaults),
+            "command": () if section.endpoints else _command(section, row, kind, model, path, directory),
             "env": dict(section.env),
             "start_timeout_s": section.start_timeout_s,
             "stop_timeout_s": section.stop_timeout_s,
             "log_bytes_max": section.log_bytes_max,
             "served_model_name": section.served_model_name,
             "api_key": _secret(section.api_key_file, f"{path}.api_key_file", directory),
-            "kv_capacity_known": section.kv_capacity_tokens is not None or profile is not None or _divided(section),
+            "kv_capacity_known": bool(section.kv_capacity_tokens or profile or _divided(section, row)),
             "context_tokens": section.context_tokens,
             "profile": _profile_name(section.profile or section.pace, directory),
         },
@@ -105,40 +71,42 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
 
 
 def _instance_kind(
-    section: ServeInstanceSection, model: str, path: str, profile: Profile | None, defaults: EngineDefaults
+    section: ServeInstanceSection, row: EngineRow, model: str, path: str, profile: Profile | None
 ) -> InstanceKind:
-    seqs = section.max_num_seqs or (profile.max_num_seqs if profile else defaults.max_num_seqs)
-    guess = seqs * defaults.context_per_seq or KV_CAPACITY_GUESS
+    seqs = section.max_num_seqs or (profile.max_num_seqs if profile else row.max_num_seqs)
+    guess = seqs * row.context_per_seq or KV_CAPACITY_GUESS
     price = profile.price_per_gpu_hour if profile else 0.0
     most = section.max_instances or (len(section.endpoints) if section.endpoints else 1_000_000)
     if section.endpoints and most > len(section.endpoints):
         raise ConfigError(f"{path}.max_instances: {most}; there are {len(section.endpoints)} endpoints")
     return InstanceKind(
         name=f"{model}/{section.name or section.engine}",
-        gpu=section.gpu or (profile.gpu if profile else defaults.gpu),
+        gpu=section.gpu or (profile.gpu if profile else row.gpu),
         gpus=section.gpus or (profile.tp if profile else 1),
         price_per_gpu_hour=price if section.price_per_gpu_hour is None else section.price_per_gpu_hour,
         kv_capacity_tokens=section.kv_capacity_tokens or (profile.kv_capacity_tokens if profile else guess),
         max_num_seqs=seqs,
         max_num_batched_tokens=section.max_num_batched_tokens
-        or (profile.max_num_batched_tokens if profile else defaults.max_num_batched_tokens),
+        or (profile.max_num_batched_tokens if profile else row.max_num_batched_tokens),
         max_instances=most,
     )
 
 
-def _divided(section: ServeInstanceSection) -> bool:
-    defaults = _DEFAULTS.get(section.engine)
-    return not section.endpoints and defaults is not None and defaults.context_per_seq > 0
+def _divided(section: ServeInstanceSection, row: EngineRow) -> bool:
+    return not section.endpoints and row.context_per_seq > 0
 
 
-def _profile(section: ServeInstanceSection, path: str, directory: Path) -> Profile | None:
-    """The profile of an emulated engine. A paced engine keeps KV and limits of its own, so its profile is only read to
-    find mistakes early."""
-    for key, engine in (("profile", "emulated"), ("pace", "openvino")):
-        if getattr(section, key) and section.engine != engine:
-            raise ConfigError(f"{path}.{key}: {getattr(section, key)!r}; it belongs to engine = {engine!r}")
-    if section.engine == "emulated" and not section.profile and not section.endpoints:
-        raise ConfigError(f"{path}: profile is missing; an emulated engine has the timing of one (chiron profile list)")
+def _profile(section: ServeInstanceSection, row: EngineRow, path: str, directory: Path) -> Profile | None:
+    """The profile that an engine has its timing from. One that is only paced keeps KV and limits of its own, so its
+    profile is only read to find mistakes early."""
+    for key in ("profile", "pace"):
+        if getattr(section, key) and row.profile_key != key:
+            owners = " or ".join(repr(each.name) for each in ENGINES.values() if each.profile_key == key)
+            raise ConfigError(f"{path}.{key}: {getattr(section, key)!r}; it belongs to engine = {owners}")
+    if row.profile_key == "profile" and not section.profile and not section.endpoints:
+        raise ConfigError(
+            f"{path}: profile is missing; {row.name} engines have the timing of one (chiron profile list)"
+        )
     if not section.profile and not section.pace:
         return None
     try:
@@ -196,62 +164,55 @@ def _secret(file: str, path: str, directory: Path) -> str:
 
 
 def _command(
-    section: ServeInstanceSection,
-    kind: InstanceKind,
-    model: str,
-    path: str,
-    directory: Path,
-    defaults: EngineDefaults,
+    section: ServeInstanceSection, row: EngineRow, kind: InstanceKind, model: str, path: str, directory: Path
 ) -> tuple[str, ...]:
-    command = section.command or _own_command(section, kind, directory, path) or defaults.command
+    """The engine's own command line, or the user's; ``{port}`` stays for the fleet."""
+    command: tuple[Word, ...] = section.command or row.command
     if not command:
         raise ConfigError(
             f"{path}: endpoints or command is missing; Chiron does not know how to start {section.engine}"
         )
-    values = {
-        "{model}": section.served_model_name or model,
-        "{model_path}": _model_path(section, directory),
-        "{max_num_seqs}": str(kind.max_num_seqs),
-    }
-    if any("{model_path}" in part for part in command) and not section.model_path:
+    values = _values(section, row, kind, model, directory)
+    if not values["model_path"] and any("{model_path}" in part for word in command for part in _parts(word)):
         raise ConfigError(f"{path}: endpoints, command or model_path is missing; give one of them")
-    words = []
-    for part in (*command, *section.args):
-        for name, value in values.items():
-            part = part.replace(name, value)
-        words.append(part)
-    if not ENGINES.get(section.engine, ENGINES["openai"]).serve_module and not any("{port}" in word for word in words):
+    if not section.command and row.model_default and section.model_path and not Path(values["model_path"]).exists():
+        raise ConfigError(f"{path}.model_path: {section.model_path!r}: there is no such file (a GGUF file)")
+    known = _OF_USERS if section.command else _OF_OUR_COMMANDS
+    words = [*_filled(command, values, known), *_filled(section.args, values, _OF_USERS)]
+    if not row.announces_port and not any("{port}" in word for word in words):
         raise ConfigError(f"{path}.command: {' '.join(words)!r} must hold {{port}}, which stands for a free port")
     return tuple(words)
 
 
-def _own_command(section: ServeInstanceSection, kind: InstanceKind, directory: Path, path: str) -> tuple[str, ...]:
-    """How to start an engine that Chiron ships."""
-    row = ENGINES.get(section.engine)
-    if row is None or not row.serve_module:
-        return ()
-    command = [sys.executable, "-m", row.serve_module, "--port", "0", "--max-num-seqs", str(kind.max_num_seqs)]
-    if section.engine == "emulated":
-        command += ["--profile", _profile_name(section.profile, directory)]
-        command += ["--kv-capacity-tokens", str(kind.kv_capacity_tokens)]
-    else:
-        given = _model_path(section, directory)
-        if given and not Path(given).exists():
-            raise ConfigError(f"{path}.model_path: {section.model_path!r}: there is no such file (a GGUF file)")
-        command += ["--model", given or "toy"]
-    if section.engine == "openvino":
-        command += ["--max-num-batched-tokens", str(kind.max_num_batched_tokens)]
-        if section.kv_capacity_tokens is not None:
-            command += ["--kv-capacity-tokens", str(section.kv_capacity_tokens)]
-    if section.engine == "llamacpp":
-        # Its KV is divided among its slots.
-        command += ["--ctx-per-seq", str(max(1, kind.kv_capacity_tokens // kind.max_num_seqs))]
-    command += ["--served-model-name", "{model}"]
-    if section.threads is not None:
-        command += ["--threads", str(section.threads)]
-    if section.pace:
-        command += ["--pace", _profile_name(section.pace, directory)]
-    return tuple(command)
+def _values(
+    section: ServeInstanceSection, row: EngineRow, kind: InstanceKind, model: str, directory: Path
+) -> Mapping[str, str]:
+    """What stands for the names in a command; empty: not known."""
+    default = "" if section.command else row.model_default
+    return {
+        "python": sys.executable,
+        "port": "{port}",
+        "model": section.served_model_name or model,
+        "model_path": _model_path(section, directory) or default,
+        "max_num_seqs": str(kind.max_num_seqs),
+        "max_num_batched_tokens": str(kind.max_num_batched_tokens),
+        "kv_capacity_tokens": str(kind.kv_capacity_tokens) if section.kv_capacity_tokens or section.profile else "",
+        "context_per_seq": str(max(1, kind.kv_capacity_tokens // kind.max_num_seqs)),
+        "threads": str(section.threads or ""),
+        "profile": _profile_name(section.profile, directory),
+        "pace": _profile_name(section.pace, directory),
+    }
+
+
+def _filled(words: Sequence[Word], values: Mapping[str, str], known: re.Pattern[str]) -> Iterator[str]:
+    for word in words:
+        parts = _parts(word)
+        if isinstance(word, str) or all(values[name] for part in parts for name in known.findall(part)):
+            yield from (known.sub(lambda match: values[match[1]], part) for part in parts)
+
+
+def _parts(word: Word) -> tuple[str, ...]:
+    return (word,) if isinstance(word, str) else word
 
 
 def _model_path(section: ServeInstanceSection, directory: Path) -> str:

@@ -13,10 +13,6 @@ from chiron.fleet.local import LocalFleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.fleet.static import RecoverySettings, StaticFleetSettings
 
-ENGINE_NAMES = (*ENGINES, "command")
-"""What ``engine`` may be: a row of the table of engines, or any program that speaks OpenAI's API."""
-
-
 _LOCAL = LocalFleetSettings()
 
 
@@ -60,8 +56,7 @@ class ServeInstanceSection:
     """A kind of instance: an engine that runs already, or one that Chiron starts."""
 
     engine: str = ""
-    """``"vllm"``, ``"sglang"``, ``"tgi"``, ``"llamacpp"``, ``"openvino"`` (embedded), ``"emulated"``, ``"openai"``
-    (any other server) or ``"command"`` (any other program). Required."""
+    """A row of the table of engines. Required."""
     name: str = ""
     """What logs and metrics call it; default: the engine's name. Needed if two kinds of one model would be alike."""
     endpoints: tuple[str, ...] = ()
@@ -70,33 +65,34 @@ class ServeInstanceSection:
     """Program and arguments of one engine process. ``{port}`` stands for a free port, ``{model}`` for the model's
     name, ``{model_path}`` for ``model_path``."""
     model_path: str = ""
-    """A GGUF file for ``openvino`` and ``llamacpp`` (without one: a toy model whose text is noise); what to load for
-    ``vllm`` and ``sglang`` (a directory or a hub name)."""
+    """What to load: a directory or a hub name, or a GGUF file for the engines that Chiron ships (without one: a toy
+    model whose text is noise)."""
     profile: str = ""
-    """The timing of an emulated engine: a packaged profile (``chiron profile list``) or a path."""
+    """What an engine that only has the timing of another is timed by: a packaged profile (``chiron profile list``) or
+    a path."""
     pace: str = ""
-    """A profile whose step times an ``openvino`` engine keeps at least, so that small machines can host a fleet."""
+    """A profile whose step times the engine keeps at least, so that small machines can host a fleet."""
     args: tuple[str, ...] = ()
     """Added to the command of an engine that Chiron starts."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment of its process."""
     threads: int | None = None
-    """Inference threads of an ``openvino`` or ``llamacpp`` process; default: the engine's own choice."""
+    """Inference threads of a process on CPUs; default: the engine's own choice."""
     max_num_seqs: int | None = None
-    """Most sequences that the engine runs at once: give it the engine's own setting. Default: the profile's if
-    emulated, else 256 (``tgi`` 128, ``openvino`` 64, ``llamacpp`` 8)."""
+    """Most sequences that the engine runs at once: give it the engine's own setting. Default: the
+    profile's, else the engine's row."""
     max_num_batched_tokens: int | None = None
-    """The engine's token budget of one step. Default: the profile's if emulated, else 2048."""
+    """The engine's token budget of one step. Default: the profile's, else the engine's row."""
     kv_capacity_tokens: int | None = None
     """Tokens of KV that fit one engine. Default: what its metrics say, and until then a guess."""
     context_tokens: int | None = None
     """Longest prompt and answer together that it takes. Default: what it says, if it does."""
     gpu: str = ""
-    """Type of GPU, for ``[gpus]`` and prices. Default: the profile's, ``"cpu"`` for ``openvino`` and ``llamacpp``."""
+    """Type of GPU, for ``[gpus]`` and prices. Default: the profile's, else the engine's row."""
     gpus: int | None = None
     """GPUs of one instance; default 1, or the profile's."""
     price_per_gpu_hour: float | None = None
-    """Default: the profile's if emulated, else 0."""
+    """Default: the profile's, else 0."""
     max_instances: int | None = None
     """Of this kind; default: as many as there are endpoints, else no bound besides the model's."""
     start_timeout_s: float = 300.0
@@ -112,9 +108,9 @@ class ServeInstanceSection:
 
     def __post_init__(self) -> None:
         if not self.engine:
-            raise ValueError(f"engine is missing; one of: {', '.join(ENGINE_NAMES)}")
-        if self.engine not in ENGINE_NAMES:
-            raise ValueError(f"engine is {self.engine!r}; {suggest(self.engine, ENGINE_NAMES)}")
+            raise ValueError(f"engine is missing; one of: {', '.join(ENGINES)}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}; {suggest(self.engine, ENGINES)}")
         whole = (
             "threads",
             "max_num_seqs",
@@ -155,7 +151,8 @@ class ServeModelSection:
     min_instances: int | None = None
     """Default: 1; all of them if there are only endpoints, since they run anyway. 0: scale to zero."""
     max_instances: int | None = None
-    """Default: as many as there are endpoints, plus 4 if Chiron starts engines (50 if they are emulated)."""
+    """Default: as many as there are endpoints, plus what the engine's row says if Chiron starts
+    engines."""
     classes: tuple[str, ...] = ()
     """Request classes that it serves; default: all."""
     default_class: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from math import isfinite
 
 from chiron.engines.claims import figures
@@ -15,9 +16,6 @@ from chiron.engines.rows import EngineRow
 
 _SAMPLE = re.compile(r'([A-Za-z_:][\w:]*)[ \t]*(\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})?[ \t]+(\S+)', re.ASCII)
 _LABEL = re.compile(r'([A-Za-z_]\w*)="([0-9][0-9.eE+-]*)"', re.ASCII)
-
-# SGLang with priority scheduling gives a total under an empty priority and then its parts: together they are twice it.
-_PART = re.compile(r'sglang:\w+\{.*\bpriority="[^"]', re.ASCII)
 
 _MAXIMA = frozenset({"kv_usage", "block_size"})
 """Shares and sizes: of several series (one per engine core, say) the largest counts, not the sum."""
@@ -29,7 +27,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     Of ``_info`` metrics, labels that hold a number appear as ``NAME/LABEL``.
     """
     sums: dict[str, float] = {}
-    for name, value in _series(text):
+    for name, value in _series(text, None):
         sums[name] = sums.get(name, 0.0) + value
     return sums
 
@@ -42,7 +40,7 @@ def read_row(row: EngineRow, text: str) -> dict[str, float]:
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
-    for name, value in _series(text):
+    for name, value in _series(text, _part(row.part_label)):
         sums[name] = sums.get(name, 0.0) + value
         maxima[name] = max(maxima.get(name, value), value)
     found: dict[str, float] = {}
@@ -56,14 +54,22 @@ def read_row(row: EngineRow, text: str) -> dict[str, float]:
     return figures(found)
 
 
-def _series(text: str) -> Iterator[tuple[str, float]]:
+@cache
+def _part(label: str) -> re.Pattern[str] | None:
+    """Finds series in which the label is not empty."""
+    return re.compile(rf'\b{re.escape(label)}="[^"]') if label else None
+
+
+def _series(text: str, part: re.Pattern[str] | None) -> Iterator[tuple[str, float]]:
     for line in text.split("\n"):
         if not line or line[0] == "#" or "_bucket{" in line:
             continue
         match = _SAMPLE.match(line)
-        if match is None or _PART.match(line) is not None:
+        if match is None:
             continue
         name, labels, number = match.groups()
+        if part is not None and labels is not None and part.search(labels):
+            continue
         value = _number(number)
         if value is None:
             continue

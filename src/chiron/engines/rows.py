@@ -1,14 +1,33 @@
-"""Engines as a table: where each answers health checks, and what it calls the figures that Chiron reads.
+"""Engines as a table: everything that Chiron knows of each kind of engine, in one row.
 
 An engine is anything that speaks OpenAI's HTTP API. What differs between engines is data, so it stands in rows here
-and not in classes. Metric names are listed newest first: engines rename them now and then, and a fleet may run two
-versions at once.
+and not in classes: where it answers, what it calls its figures, how it is told its limit, what it usually is, how it is
+started, and what `chiron init` and `chiron doctor` say of it. Another engine is another row (and a server in
+``engines.serve``, if we ship it). Metric names are listed newest first: engines rename them now and then, and a fleet
+may run two versions at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
+
+Word = str | tuple[str, ...]
+"""One argument of a command line, or several that are left out together where a value in them is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitRequest:
+    """The request that sets the max batch size inside an engine, live."""
+
+    path: str
+    method: str = "PUT"
+    body: str = '{"limit": LIMIT}'
+    """JSON, with ``LIMIT`` for the number."""
+
+    def message(self, limit: int) -> bytes:
+        return self.body.replace("LIMIT", str(limit)).encode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,10 +35,15 @@ class EngineRow:
     """What is particular about one kind of engine."""
 
     name: str
+
+    # -- what it answers ---------------------------------------------------------------------------------------
+
     health_path: str = "/health"
     """Answers 200 when the engine can serve."""
     metrics_path: str = "/metrics"
     """Prometheus text; empty when there is none."""
+    metrics_hint: str = ""
+    """How its metrics are switched on, where they are off by default."""
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Our name to the engine's names, newest first. ``NAME/LABEL`` reads a number from a label of an ``_info`` metric.
 
@@ -28,21 +52,64 @@ class EngineRow:
     ``prompt_tokens``, ``itl_sum_s``, ``itl_count``, ``steps``, ``busy_s``, ``context_tokens``. Engines of ours tell
     the rest of what a ``Sample`` holds too: ``decode_tokens`` (without first tokens), ``prefill_tokens`` (with those
     computed again), ``waiting_tokens``, ``head_tokens``."""
+    part_label: str = ""
+    """A series in which this label is not empty is a part of one that is there as well: it does not count again."""
     context_path: str = "/v1/models"
     """Tells the context, in tokens: prompt and answer of one request together. Empty when nothing does."""
     context_keys: tuple[tuple[str, ...], ...] = (("max_model_len",), ("context_length",), ("meta", "n_ctx"))
     """Where it stands in the JSON, the first that is there; in a list of models, in the model's entry."""
-    limits_path: str = ""
-    """Takes PUT {"limit": n}: the max batch size inside the engine, live. Empty when the engine has no such thing; a
-    404 from vLLM means that its plugin is not installed. The gate in front of the engine holds either way."""
+    limit: LimitRequest | None = None
+    """Sets the max batch size inside the engine, live. None when the engine has no such thing; a 404 from vLLM means
+    that its plugin is not installed. The gate in front of the engine holds either way."""
     resumes: bool = False
     """Accepts ``resume_token_ids``: goes on with an answer that was interrupted."""
     keepalive: bool = True
     """Whether a connection may be used again after a stream."""
     minds_model_name: bool = True
     """False: it answers whatever the request calls its model."""
-    serve_module: str = ""
-    """``python -m`` this to start one; empty for engines that we do not ship."""
+
+    # -- what it usually is, where the config does not say -----------------------------------------------------
+
+    gpu: str = "gpu"
+    """Type of GPU; ``"cpu"`` for engines that need none."""
+    uses_gpus: bool = True
+    """False: it only has the timing of a GPU, so none of this machine's is handed to it."""
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    context_per_seq: int = 0
+    """KV tokens of each sequence slot, for engines that divide their KV; 0: they share it."""
+    instances_max: int = 4
+    """Of a model whose engines Chiron starts."""
+    profile_key: Literal["", "profile", "pace"] = ""
+    """Key of the config that names a profile: ``profile``, which the engine must have and takes its timing, KV and
+    limits from, or ``pace``, whose step times it keeps at least."""
+
+    # -- how it is started -------------------------------------------------------------------------------------
+
+    command: tuple[Word, ...] = ()
+    """Program and arguments; empty when Chiron does not know how to start it. In braces: ``python``, ``port`` (a free
+    one), ``model`` (its name), ``model_path``, ``max_num_seqs``, ``max_num_batched_tokens``, ``kv_capacity_tokens``,
+    ``context_per_seq``, ``threads``, ``profile``, ``pace``."""
+    announces_port: bool = False
+    """It chooses a port and prints it (``chiron-engine ready port=N``), so its command needs no ``{port}``."""
+    model_default: str = ""
+    """What it loads without ``model_path``; then a path given must be a file. Empty: it needs to be told."""
+    extra: str = ""
+    """Extra of the package that it needs."""
+    modules: tuple[str, ...] = ()
+    """What that extra installs and the engine imports."""
+
+    # -- what `chiron init` writes -----------------------------------------------------------------------------
+
+    about: tuple[str, ...] = ()
+    """Lines that say what an engine is which Chiron starts without being told a model or an endpoint."""
+    usual_port: int = 0
+    """Where it usually listens, but 8001 where that would be the gateway's own 8000; 0: nowhere in particular."""
+    sample_model: str = "my-model"
+    """Name of a model that it runs without being told which."""
+    sample_profile: str = ""
+    sample_command: tuple[str, ...] = ()
+    """Shows the form, for engines whose command only the user knows."""
 
 
 _VLLM = {
@@ -110,43 +177,118 @@ _LLAMACPP = {
     "steps": ("llamacpp:n_decode_total",),
 }
 
+_TOY = (
+    "Chiron starts the engine here. Without model_path it runs a toy model with random weights: it behaves",
+    'like an engine, but its text is noise. model_path = "model.gguf" names a real one.',
+)
+
+# What engine processes that we ship have in common.
+_SERVES = ("--port", "0", "--max-num-seqs", "{max_num_seqs}", "--served-model-name", "{model}")
+_LIMIT = LimitRequest(path="/chiron/limits")
+
 _ROWS = (
-    EngineRow(name="vllm", metrics=_VLLM, limits_path="/chiron/limits"),
-    EngineRow(name="sglang", metrics=_SGLANG),
+    EngineRow(
+        name="vllm",
+        metrics=_VLLM,
+        limit=_LIMIT,
+        command=(
+            *("vllm", "serve", "{model_path}", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--served-model-name", "{model}", "--max-num-seqs", "{max_num_seqs}"),
+        ),
+        usual_port=8001,
+    ),
+    EngineRow(
+        name="sglang",
+        metrics=_SGLANG,
+        metrics_hint="--enable-metrics",
+        # With priority scheduling it gives a total under an empty priority and then its parts.
+        part_label="priority",
+        command=(
+            *("{python}", "-m", "sglang.launch_server", "--model-path", "{model_path}", "--host", "127.0.0.1"),
+            *("--port", "{port}", "--served-model-name", "{model}", "--max-running-requests", "{max_num_seqs}"),
+            "--enable-metrics",
+        ),
+        usual_port=30000,
+    ),
     EngineRow(
         name="tgi",
         metrics=_TGI,
         minds_model_name=False,
         context_path="/info",
         context_keys=(("max_total_tokens",), ("max_input_tokens",)),
+        max_num_seqs=128,
+        usual_port=3000,
     ),
-    # It resets connections that are used again after a stream.
     EngineRow(
         name="llamacpp",
         metrics=_LLAMACPP,
+        metrics_hint="--metrics",
+        # It resets connections that are used again after a stream.
         keepalive=False,
         minds_model_name=False,
         # Of one slot: a prompt that is longer is refused.
         context_path="/props",
         context_keys=(("default_generation_settings", "n_ctx"),),
-        serve_module="chiron.engines.serve.llamacpp",
+        gpu="cpu",
+        max_num_seqs=8,
+        context_per_seq=2048,
+        command=(
+            *("{python}", "-m", "chiron.engines.serve.llamacpp", *_SERVES, "--model", "{model_path}"),
+            *("--ctx-per-seq", "{context_per_seq}", ("--threads", "{threads}")),
+        ),
+        announces_port=True,
+        model_default="toy",
+        extra="llamacpp",
+        modules=("xllamacpp", "gguf"),
+        about=_TOY,
+        sample_model="toy",
     ),
     EngineRow(
         name="openvino",
         metrics=_OURS,
-        limits_path="/chiron/limits",
+        limit=_LIMIT,
         resumes=True,
-        serve_module="chiron.engines.serve.openvino",
+        gpu="cpu",
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        profile_key="pace",
+        command=(
+            *("{python}", "-m", "chiron.engines.serve.openvino", *_SERVES, "--model", "{model_path}"),
+            *("--max-num-batched-tokens", "{max_num_batched_tokens}"),
+            *(("--kv-capacity-tokens", "{kv_capacity_tokens}"), ("--threads", "{threads}"), ("--pace", "{pace}")),
+        ),
+        announces_port=True,
+        model_default="toy",
+        extra="openvino",
+        modules=("openvino_genai", "gguf"),
+        about=_TOY,
+        sample_model="toy",
     ),
     EngineRow(
         name="emulated",
         metrics=_OURS,
-        limits_path="/chiron/limits",
+        limit=_LIMIT,
         resumes=True,
-        serve_module="chiron.engines.serve.emulated",
+        uses_gpus=False,
+        instances_max=50,
+        profile_key="profile",
+        command=(
+            *("{python}", "-m", "chiron.engines.serve.emulated", *_SERVES, "--profile", "{profile}"),
+            *("--kv-capacity-tokens", "{kv_capacity_tokens}"),
+        ),
+        announces_port=True,
+        about=("Engines with the timing of a profile, and text without meaning: for trying fleets without GPUs.",),
+        sample_model="llama-3.1-8b",
+        sample_profile="llama-3.1-8b/a100/tp1",
     ),
     # Anything else that speaks the API. The list of models is the one thing that they all answer.
-    EngineRow(name="openai", health_path="/v1/models", metrics_path=""),
+    EngineRow(name="openai", health_path="/v1/models", metrics_path="", usual_port=8001),
+    EngineRow(
+        name="command",
+        health_path="/v1/models",
+        metrics_path="",
+        sample_command=("my-engine", "--port", "{port}", "--model", "{model}"),
+    ),
 )
 
 ENGINES: dict[str, EngineRow] = {row.name: row for row in _ROWS}

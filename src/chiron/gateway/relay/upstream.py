@@ -158,7 +158,7 @@ class HttpEngine:
         self._limit = 0
         self._limit_sent = 0
         self._limit_call: Call | None = None
-        self._limit_path = row.limits_path.encode() if sets_limit else b""
+        self._limit_request = row.limit if sets_limit else None
         self._retiring: asyncio.Task[None] | None = None
         self.headers = b"content-type: application/json\r\naccept: text/event-stream, application/json\r\n"
         """Of every request, as they go on the wire."""
@@ -198,7 +198,7 @@ class HttpEngine:
     def set_max_batch_size(self, max_batch_size: int) -> None:
         """The gate before the engine holds in any case; engines that can are told, one message at a time."""
         self._limit = max_batch_size
-        if self._limit_path and self._limit_call is None and not self.closed:
+        if self._limit_request is not None and self._limit_call is None and not self.closed:
             self._send_limit()
 
     # -- the rest ----------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ class HttpEngine:
         health checks may still have forgotten a request. Answers in one piece are silent by nature. A limit that did
         not get through is sent again."""
         now_s = self.clock.now_s
-        if self._limit_path and self._limit_call is None and self._limit_sent != self._limit:
+        if self._limit_request is not None and self._limit_call is None and self._limit_sent != self._limit:
             self._send_limit()
         for run in list(self.runs.values()):
             run.watch(now_s)
@@ -249,14 +249,16 @@ class HttpEngine:
             self.listener.prefilled(run.request)
 
     def _send_limit(self) -> None:
+        assert self._limit_request is not None
+        method, path = self._limit_request.method.encode(), self._limit_request.path.encode()
+        body, answer = self._limit_request.message(self._limit), _LimitAnswer(self)
         self._limit_sent = self._limit
-        body = b'{"limit": %d}' % self._limit
-        self._limit_call = self.origin.send(b"PUT", self._limit_path, (), body, _LimitAnswer(self), lines=self.headers)
+        self._limit_call = self.origin.send(method, path, (), body, answer, lines=self.headers)
 
     def limit_answered(self, status: int) -> None:
         self._limit_call = None
         if status in (404, 405):
-            self._limit_path = b""  # This engine has no such thing; the gate is enough.
+            self._limit_request = None  # This engine has no such thing; the gate is enough.
         elif status != 200:
             self._limit_sent = 0
         elif self._limit != self._limit_sent and not self.closed:
