@@ -14,6 +14,8 @@ pytest.importorskip("psutil")
 from chiron.config.read import ConfigError
 from chiron.config.serve import parse_serve
 from chiron.engines.rows import ENGINES, EngineRow, LimitRequest
+from chiron.fleet.process.fleet import ProcessSource
+from chiron.gateway.settings import KindSettings
 from fleet_factory import STUB
 from live_gateway import ready, serving, until
 
@@ -43,18 +45,22 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> EngineRow:
     return MADE_UP
 
 
+def command_of(kind: KindSettings) -> tuple[str, ...]:
+    assert isinstance(kind.source, ProcessSource)
+    return kind.source.command
+
+
 def test_a_row_is_read_by_the_config(made_up: EngineRow, tmp_path: Path) -> None:
     text = '[models.m]\nengine = "made-up"\nmodel_path = "heard"\n'
     (model,) = parse_serve(text, directory=tmp_path).models
     (kind,) = model.kinds
     assert (kind.kind.name, kind.kind.gpu, kind.kind.max_num_seqs, model.max_instances) == ("m/made-up", "cpu", 12, 2)
-    assert "{port}" in kind.command
-    assert kind.command[kind.command.index("--heard") + 1] == "heard"
-    assert "--log-lines" not in kind.command, "what nobody has said is left out with its flag"
-    assert parse_serve(text + "threads = 7\n", directory=tmp_path).models[0].kinds[0].command[-2:] == (
-        "--log-lines",
-        "7",
-    )
+    command = command_of(kind)
+    assert "{port}" in command
+    assert command[command.index("--heard") + 1] == "heard"
+    assert "--log-lines" not in command, "what nobody has said is left out with its flag"
+    (threaded,) = parse_serve(text + "threads = 7\n", directory=tmp_path).models[0].kinds
+    assert command_of(threaded)[-2:] == ("--log-lines", "7")
     with pytest.raises(ConfigError, match=r"engine is 'made-op'; did you mean 'made-up'"):
         parse_serve(text.replace("made-up", "made-op"), directory=tmp_path)
     with pytest.raises(ConfigError, match=r"endpoints, command or model_path is missing"):

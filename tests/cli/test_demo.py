@@ -230,7 +230,7 @@ def heed_ctrl_c() -> None:
 
 
 def of_demo(out: Path) -> list[Any]:
-    """Processes that work in the demo's directory: keepers, the gateway, engines."""
+    """Processes that work in the demo's directory: supervisors, the gateway, engines."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -17,12 +17,13 @@ from chiron.cli.init import PLACEHOLDER, template
 from chiron.config.overrides import override_text
 from chiron.config.read import ConfigError, keys_of
 from chiron.config.serve import DEFAULT_CLASSES, load_serve, parse_serve
-from chiron.config.serve_sections import FleetSection
 from chiron.core.units import SizeError, parse_size
 from chiron.engines.rows import ENGINES
-from chiron.fleet.health import HealthSettings
+from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.health import HealthSettings, RecoverySettings
+from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
-from chiron.fleet.static import RecoverySettings
 from chiron.gateway.relay.keys import hash_secret
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServeConfig, ServerSettings, TelemetrySettings
 from chiron.store.settings import StoreSettings
@@ -43,12 +44,24 @@ def one(engine: str, *lines: str) -> ServeConfig:
     return parse("\n".join(["[models.m]", f'engine = "{engine}"', *lines]))
 
 
+def urls(config: ServeConfig) -> tuple[str, ...]:
+    source = config.models[0].kinds[0].source
+    assert isinstance(source, EndpointsSource)
+    return source.urls
+
+
+def process(config: ServeConfig, kind: int = 0) -> ProcessSource:
+    source = config.models[0].kinds[kind].source
+    assert isinstance(source, ProcessSource)
+    return source
+
+
 def test_three_lines_are_enough() -> None:
     config = parse()
     (model,) = config.models
     assert (model.name, model.default_class, model.batch_class) == ("llama-3.1-8b", "chat", "batch")
     assert (model.min_instances, model.max_instances) == (1, 1)
-    assert model.kinds[0].endpoints == ("http://127.0.0.1:8001",)
+    assert urls(config) == ("http://127.0.0.1:8001",)
     assert model.spec().kinds[0].name == "llama-3.1-8b/vllm"
     assert (config.policy, config.server.host, config.server.port) == ("chiron", "127.0.0.1", 8000)
     assert config.classes == DEFAULT_CLASSES
@@ -80,37 +93,37 @@ def test_a_name_with_dots_without_quotes_is_told_how_to_write_it(section: str, n
 
 def test_endpoints_are_all_used_and_no_more_than_there_are() -> None:
     config = one("vllm", 'endpoints = ["http://127.0.0.1:1/v1", "https://localhost", "http://[::1]:9"]')
-    assert config.models[0].kinds[0].endpoints == ("http://127.0.0.1:1", "https://localhost", "http://[::1]:9")
+    assert urls(config) == ("http://127.0.0.1:1", "https://localhost", "http://[::1]:9")
     assert (config.models[0].min_instances, config.models[0].max_instances) == (3, 3)
     with pytest.raises(ConfigError, match=r"max_instances: 2; there are 1 endpoints"):
         one("vllm", 'endpoints = ["http://127.0.0.1:1"]', "max_instances = 2")
 
 
 def test_every_engine_that_chiron_ships_starts_from_one_line() -> None:
-    toy = one("openvino").models[0].kinds[0]
+    config = one("openvino")
+    toy = process(config)
     assert toy.command[:3] == (sys.executable, "-m", "chiron.engines.serve.openvino")
     assert toy.command[toy.command.index("--model") + 1] == "toy"
-    assert (toy.devices, toy.kv_capacity_known) == (0, False)
+    assert (toy.gpus, config.models[0].kinds[0].kv_capacity_known) == (0, False)
     emulated = one("emulated", 'profile = "llama-3.1-8b/a100/tp1"').models[0]
-    assert (emulated.kinds[0].kind.gpu, emulated.kinds[0].devices, emulated.max_instances) == ("a100", 0, 50)
+    assert (emulated.kinds[0].kind.gpu, emulated.kinds[0].source.gpus, emulated.max_instances) == ("a100", 0, 50)
     assert emulated.kinds[0].kv_capacity_known
 
 
 def test_vllm_is_started_from_a_model_path_and_takes_gpus() -> None:
-    kind = one("vllm", 'model_path = "org/name"', "gpus = 2", 'args = ["--dtype", "bfloat16"]').models[0].kinds[0]
+    kind = process(one("vllm", 'model_path = "org/name"', "gpus = 2", 'args = ["--dtype", "bfloat16"]'))
     assert kind.command[:3] == ("vllm", "serve", "org/name")
     assert "{port}" in kind.command
     assert kind.command[-2:] == ("--dtype", "bfloat16")
-    assert kind.devices == 2
+    assert kind.gpus == 2
 
 
 def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
-    kinds = (
-        one("vllm", 'instances = [{ name = "a", gpu = "a100" }, { name = "b" }]', 'model_path = "x"').models[0].kinds
-    )
+    config = one("vllm", 'instances = [{ name = "a", gpu = "a100" }, { name = "b" }]', 'model_path = "x"')
+    kinds = config.models[0].kinds
     assert [kind.kind.name for kind in kinds] == ["m/a", "m/b"]
     assert [kind.kind.gpu for kind in kinds] == ["a100", "gpu"]
-    assert all(kind.command[2] == "x" for kind in kinds)
+    assert [process(config, i).command[2] for i in (0, 1)] == ["x", "x"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +281,7 @@ SECTIONS = {
     "limits": LimitSettings,
     "batch": BatchSettings,
     "telemetry": TelemetrySettings,
-    "fleet": FleetSection,
+    "fleet": FleetSettings,
     "fleet.health": HealthSettings,
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,

@@ -12,11 +12,11 @@ pytest.importorskip("psutil")
 
 from chiron.config.read import keys_of
 from chiron.config.serve import ServeFile, parse_serve
-from chiron.config.serve_sections import FleetSection, ServeInstanceSection, ServeModelSection
+from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.core.types import RequestClass
-from chiron.fleet.health import HealthSettings
+from chiron.fleet.health import HealthSettings, RecoverySettings
+from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
-from chiron.fleet.static import RecoverySettings
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings, TelemetrySettings
 from chiron.store.settings import StoreSettings
@@ -33,7 +33,7 @@ SECTIONS = {
     "batch": BatchSettings,
     "store": StoreSettings,
     "telemetry": TelemetrySettings,
-    "fleet": FleetSection,
+    "fleet": FleetSettings,
     "fleet.health": HealthSettings,
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,

@@ -1,4 +1,4 @@
-"""kill -9 of the gateway, of engines, of keepers and of everything, at random moments of batch and interactive work.
+"""kill -9 of gateway, engines, supervisors and of everything, at random moments of batch and interactive work.
 
 Checked: every accepted item ends with exactly one line; what was reported as done stays done; what the store held at a
 kill is not run again, and what is run again was in flight; interactive answers are whole or end with a clear error;
@@ -119,13 +119,13 @@ class Storm:
     # -- kills -------------------------------------------------------------------------------------------------
 
     def _kill(self, what: str) -> None:
-        if what in ("engine", "keeper"):
+        if what in ("engine", "supervisor"):
             self._kill_one(what)
         else:
             self._kill_gateway(what)
 
     def _kill_one(self, what: str) -> None:
-        find = self.site.engines if what == "engine" else self.site.keepers
+        find = self.site.engines if what == "engine" else self.site.supervisors
         victim = self.random.choice(wait_for(find, f"there is a running {what}", 60.0))
         try:
             engine = victim.pid if what == "engine" else victim.children()[0].pid
@@ -211,7 +211,7 @@ class Storm:
             if each.up and not each.during("gateway", "everything") and each.verdict != "complete":
                 # Before its first byte a request is tried again, and its client notices nothing.
                 assert each.verdict == "error event", each
-                assert each.during("engine", "keeper"), each
+                assert each.during("engine", "supervisor"), each
 
 
 def _runs(pid: int) -> bool:
@@ -230,13 +230,13 @@ def storm(
 
 
 def test_a_few_kills_lose_and_double_nothing(tmp_path: Path) -> None:
-    storm(tmp_path, 1, ["engine", "gateway", "keeper", "everything"], (0.2, 0.6), 50)
+    storm(tmp_path, 1, ["engine", "gateway", "supervisor", "everything"], (0.2, 0.6), 50)
 
 
 @pytest.mark.alone
 @pytest.mark.slow
 def test_thirty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
-    plan = ["gateway"] * 10 + ["engine"] * 10 + ["keeper"] * 4 + ["everything"] * 8
+    plan = ["gateway"] * 10 + ["engine"] * 10 + ["supervisor"] * 4 + ["everything"] * 8
     random.Random(2).shuffle(plan)
     storm(tmp_path, 2, plan, (0.1, 2.0), 150)
 
@@ -247,4 +247,4 @@ def test_kills_of_embedded_engines_lose_and_double_nothing(tmp_path: Path) -> No
     """These keep no diary, so what is run again is not counted here."""
     pytest.importorskip("openvino_genai")
     model = 'engine = "openvino"\nmin_instances = 1\nmax_instances = 1\nmax_num_seqs = 8\nthreads = 1\n'
-    storm(tmp_path, 3, ["engine", "gateway", "everything", "keeper"], (0.5, 2.0), 60, model)
+    storm(tmp_path, 3, ["engine", "gateway", "everything", "supervisor"], (0.5, 2.0), 60, model)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chiron.fleet.starts import BackoffSettings, StartDelayedError, Starts, backoff_s
-from fleet_factory import an_instance, kill, local_fleet, quick_settings, stub_kind, until
+from fleet_factory import an_instance, kill, local_fleet, quick_settings, starts_of, stub_kind, until
 
 
 def test_the_pause_doubles_up_to_its_limit_and_a_crash_loop_takes_the_limit() -> None:
@@ -88,20 +88,20 @@ def test_a_crash_loop_slows_down_is_named_and_heals(tmp_path: Path) -> None:
         async with local_fleet(tmp_path, {"stub": stub_kind("--exit-code", "9")}, settings) as (fleet, heard):
             began = []
             for number in range(1, 5):  # As the control plane does: a new one for each that failed.
-                assert fleet.status()["stub"].state == ("ok", "backing-off", "backing-off", "crash-looping")[number - 1]
+                assert starts_of(fleet).state == ("ok", "backing-off", "backing-off", "crash-looping")[number - 1]
                 fleet.create(an_instance(number))
-                life = fleet._lives._lives[number]
+                record = fleet._records._records[number]
                 await until(lambda n=number: heard.failed == list(range(1, n + 1)), "failed")
-                began.append(life.began_s)
-            status = fleet.status()["stub"]
+                began.append(record.began_s)
+            status = starts_of(fleet)
             assert "out of luck" in status.reason
             assert status.failures_total == 4
             gaps = [after - before for before, after in pairwise(began)]
             assert all(gap > pause_s for gap, pause_s in zip(gaps, (0.1, 0.2, 0.4), strict=True)), gaps
-            fleet._kinds["stub"] = stub_kind()
+            fleet._sources["stub"] = stub_kind()
             fleet.create(an_instance(5))
             await until(lambda: heard.ready == [5], "ready")
-            await until(lambda: fleet.status()["stub"].state == "ok", "it has lasted")
+            await until(lambda: starts_of(fleet).state == "ok", "it has lasted")
 
     asyncio.run(story())
 
@@ -113,8 +113,8 @@ def test_an_engine_that_dies_soon_after_it_was_ready_backs_off_too(tmp_path: Pat
             fleet.create(an_instance(1))
             await until(lambda: heard.failed == [1], "failed")
             assert heard.ready == [1]
-            assert "SIGABRT" in fleet.reasons[1]
-            assert fleet.status()["stub"].state == "backing-off"
+            assert "SIGABRT" in heard.reasons[1]
+            assert starts_of(fleet).state == "backing-off"
 
     asyncio.run(story())
 
@@ -139,5 +139,5 @@ def test_a_kind_in_trouble_does_not_hold_up_another(tmp_path: Path) -> None:
 
 
 async def _usage(fleet):  # type: ignore[no-untyped-def]
-    await until(fleet.usage, "usage")
-    return fleet.usage().values()
+    await until(lambda: fleet.report().usage, "usage")
+    return fleet.report().usage.values()

@@ -45,7 +45,7 @@ def test_creating_removing_suspecting_and_killing_at_random(tmp_path: Path, loop
                     fleet.remove(live.pop(draws.choice(list(live))))
                 elif draw < 0.8 and fleet._processes:
                     process, _ = draws.choice(list(fleet._processes.values()))
-                    kill(draws.choice([process.keeper_pid, process.pid or process.keeper_pid]))
+                    kill(draws.choice([process.supervisor_pid, process.pid or process.supervisor_pid]))
                 elif live:
                     fleet.suspect(draws.choice(list(live.values())))
                 await asyncio.sleep(0.06 * draws.random())

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chiron.fleet.devices import Devices
-from fleet_factory import an_instance, local_fleet, quick_settings, stub_kind, until
+from chiron.fleet.process.devices import Devices
+from fleet_factory import an_instance, local_fleet, quick_settings, starts_of, stub_kind, until
 
 
 def test_each_instance_sees_devices_of_its_own_and_gives_them_back(tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_an_instance_that_gets_no_device_in_time_fails_without_slowing_its_kind(
             await until(lambda: heard.ready == [1], "ready")
             fleet.create(an_instance(2))
             await until(lambda: heard.failed == [2], "failed")
-            assert "1 of 1 devices did not become free within 0.2 s" in fleet.reasons[2]
-            assert fleet.status()["stub"].state == "ok"
+            assert "1 of 1 devices did not become free within 0.2 s" in heard.reasons[2]
+            assert starts_of(fleet).state == "ok"
 
     asyncio.run(story())
 

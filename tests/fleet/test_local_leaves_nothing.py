@@ -1,4 +1,4 @@
-"""However gateway, keeper or engine end, no process stays behind."""
+"""However gateway, supervisor or engine end, no process stays behind."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from chiron.fleet import orphans
+from chiron.fleet.process import orphans
 from fleet_factory import STUB, alive, an_instance, kill, local_fleet, pid_in, stub_kind, until, until_sync
 
-KEEPER = (sys.executable, "-m", "chiron.fleet.keeper", "--grace-s", "0.3", "--")
+SUPERVISOR = (sys.executable, "-m", "chiron.fleet.process.supervisor", "--grace-s", "0.3", "--")
 
 PARENT = """
 import asyncio, sys
@@ -28,10 +28,10 @@ async def main():
     kind = stub_kind("--grandchild", str(directory / "grandchild"), *sys.argv[3:], stop_timeout_s=0.5)
     async with local_fleet(directory / "logs", {"stub": kind}) as (fleet, heard):
         fleet.create(an_instance(1))
-        while not (heard.ready and fleet.usage()):
+        while not (heard.ready and fleet.report().usage):
             await asyncio.sleep(0.01)
-        keeper = fleet._processes[1][0].keeper_pid
-        print(fleet.usage()[1].pid, keeper, flush=True)
+        supervisor = fleet._processes[1][0].supervisor_pid
+        print(fleet.report().usage[1].pid, supervisor, flush=True)
         await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -39,7 +39,7 @@ asyncio.run(main())
 
 
 def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str], int, int, int]:
-    """A gateway in small; also the process ids of its engine, the engine's child, and the keeper."""
+    """A gateway in small; also the process ids of its engine, the engine's child, and the supervisor."""
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(Path(__file__).parents[1] / "support"), str(directory), *switches],
         stdout=subprocess.PIPE,
@@ -47,8 +47,8 @@ def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str]
     )
     assert parent.stdout is not None
     with parent.stdout:
-        engine, keeper = map(int, parent.stdout.readline().split())
-    return parent, engine, pid_in(directory / "grandchild"), keeper
+        engine, supervisor = map(int, parent.stdout.readline().split())
+    return parent, engine, pid_in(directory / "grandchild"), supervisor
 
 
 @pytest.mark.parametrize("switches", [("--grandchild-session",), ("--ignore-sigterm",)])
@@ -61,10 +61,10 @@ def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switch
 
 
 def test_what_survives_a_kill_9_of_everything_is_ended_by_the_next_gateway(tmp_path: Path) -> None:
-    parent, engine, grandchild, keeper = start_parent(tmp_path, "--grandchild-session")
-    os.kill(parent.pid, signal.SIGSTOP)  # Else it would clean up after its keeper.
-    kill(keeper)
-    until_sync(lambda: not alive(engine), "the engine dies with its keeper")
+    parent, engine, grandchild, supervisor = start_parent(tmp_path, "--grandchild-session")
+    os.kill(parent.pid, signal.SIGSTOP)  # Else it would clean up after its supervisor.
+    kill(supervisor)
+    until_sync(lambda: not alive(engine), "the engine dies with its supervisor")
     assert alive(grandchild), "nobody is left to know of it"
     assert grandchild not in orphans.kill_orphans(), "its gateway lives"
     parent.kill()
@@ -73,17 +73,17 @@ def test_what_survives_a_kill_9_of_everything_is_ended_by_the_next_gateway(tmp_p
     until_sync(lambda: not alive(grandchild), "gone")
 
 
-def test_kill_9_of_the_keeper_fails_the_instance_and_ends_engine_and_grandchild(tmp_path: Path) -> None:
+def test_kill_9_of_the_supervisor_fails_the_instance_and_ends_engine_and_grandchild(tmp_path: Path) -> None:
     async def story() -> None:
         child = tmp_path / "grandchild"
         kind = stub_kind("--grandchild", str(child), "--grandchild-session")
         async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
             fleet.create(an_instance(1))
-            await until(lambda: heard.ready and fleet.usage(), "ready")
-            engine = fleet.usage()[1].pid
-            kill(fleet._processes[1][0].keeper_pid)
+            await until(lambda: heard.ready and fleet.report().usage, "ready")
+            engine = fleet.report().usage[1].pid
+            kill(fleet._processes[1][0].supervisor_pid)
             await until(lambda: heard.failed == [1], "failed")
-            assert "its keeper was killed" in fleet.reasons[1]
+            assert "its supervisor was killed" in heard.reasons[1]
             await until(lambda: not alive(engine) and not alive(pid_in(child)), "all are gone")
 
     asyncio.run(story())
@@ -95,8 +95,8 @@ def test_a_crashed_engine_leaves_no_grandchild(tmp_path: Path) -> None:
         kind = stub_kind("--grandchild", str(child), "--grandchild-session")
         async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
             fleet.create(an_instance(1))
-            await until(lambda: heard.ready and fleet.usage(), "ready")
-            kill(fleet.usage()[1].pid)
+            await until(lambda: heard.ready and fleet.report().usage, "ready")
+            kill(fleet.report().usage[1].pid)
             await until(lambda: heard.failed == [1], "failed")
             await until(lambda: not alive(pid_in(child)), "the grandchild is gone")
 
@@ -109,8 +109,8 @@ def test_a_program_that_is_cancelled_stops_its_engines(tmp_path: Path) -> None:
     async def story() -> None:
         async with local_fleet(tmp_path, {"stub": stub_kind()}) as (fleet, heard):
             fleet.create(an_instance(1))
-            await until(lambda: heard.ready and fleet.usage(), "ready")
-            pids.append(fleet.usage()[1].pid)
+            await until(lambda: heard.ready and fleet.report().usage, "ready")
+            pids.append(fleet.report().usage[1].pid)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -118,38 +118,40 @@ def test_a_program_that_is_cancelled_stops_its_engines(tmp_path: Path) -> None:
     assert not alive(pids[0])
 
 
-def test_the_keeper_forwards_output_and_exit_status() -> None:
+def test_the_supervisor_forwards_output_and_exit_status() -> None:
     done = subprocess.run(
-        [*KEEPER, *STUB, "--exit-code", "5"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+        [*SUPERVISOR, *STUB, "--exit-code", "5"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
     )
     assert done.returncode == 5
     assert b"stub: cannot load the model" in done.stderr
     words = [line.split()[0] for line in done.stdout.splitlines()]
     assert words == [b"pid", b"exit"]
-    missing = subprocess.run([*KEEPER, "/no/such/engine"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20)
+    missing = subprocess.run(
+        [*SUPERVISOR, "/no/such/engine"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+    )
     assert missing.returncode == 127
     assert missing.stdout.startswith(b"error cannot run '/no/such/engine'")
 
 
 @pytest.mark.parametrize("how", ["pipe closed", "SIGTERM"])
-def test_the_keeper_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Path, how: str) -> None:
+def test_the_supervisor_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Path, how: str) -> None:
     child = tmp_path / "child"
-    keeper = subprocess.Popen(
-        [*KEEPER, *STUB, "--announce", "--ignore-sigterm", "--grandchild", str(child), "--grandchild-session"],
+    supervisor = subprocess.Popen(
+        [*SUPERVISOR, *STUB, "--announce", "--ignore-sigterm", "--grandchild", str(child), "--grandchild-session"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    assert keeper.stdin is not None
-    assert keeper.stdout is not None
-    with keeper.stdin, keeper.stdout:
-        engine = int(keeper.stdout.readline().split()[1])
-        assert keeper.stdout.readline().startswith(b"ready ")
+    assert supervisor.stdin is not None
+    assert supervisor.stdout is not None
+    with supervisor.stdin, supervisor.stdout:
+        engine = int(supervisor.stdout.readline().split()[1])
+        assert supervisor.stdout.readline().startswith(b"ready ")
         if how == "pipe closed":
-            keeper.stdin.close()
+            supervisor.stdin.close()
         else:
-            keeper.send_signal(signal.Signals[how])
-        assert keeper.wait(timeout=60.0) == 128 + signal.SIGKILL
+            supervisor.send_signal(signal.Signals[how])
+        assert supervisor.wait(timeout=60.0) == 128 + signal.SIGKILL
     assert not alive(engine)
     assert not alive(pid_in(child))
     assert not psutil.Process().children()

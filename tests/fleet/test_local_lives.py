@@ -12,11 +12,23 @@ import psutil
 import pytest
 
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.local import LocalFleet, ProcessKind
+from chiron.fleet.port import FleetEnvironment
+from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.net.client import Origin
 from chiron.net.clock import LiveClock
 from chiron.net.server import serve
-from fleet_factory import QUICK_HEALTH, alive, an_instance, kill, local_fleet, pid_in, quick_settings, stub_kind, until
+from fleet_factory import (
+    QUICK_HEALTH,
+    Heard,
+    alive,
+    an_instance,
+    kill,
+    local_fleet,
+    pid_in,
+    quick_settings,
+    stub_kind,
+    until,
+)
 
 
 @pytest.mark.parametrize("port", ["{port}", None], ids=["given port", "ready line"])
@@ -31,14 +43,14 @@ def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Pa
             assert (await origin.fetch("GET", "/v1/models")).status == 200
             await origin.close()
             # The first sample may be of the moment before the engine's process began.
-            await until(lambda: 1 in fleet.usage() and fleet.usage()[1].rss_bytes > 1_000_000, "usage")
-            usage = fleet.usage()[1]
+            await until(lambda: 1 in fleet.report().usage and fleet.report().usage[1].rss_bytes > 1_000_000, "usage")
+            usage = fleet.report().usage[1]
             assert usage.cpu_share >= 0.0
             fleet.remove(instance)
             fleet.remove(instance)
             await until(lambda: not alive(usage.pid), "the process is gone")
             assert not heard.failed
-            assert not fleet.usage()
+            assert not fleet.report().usage
 
     asyncio.run(story())
 
@@ -49,25 +61,25 @@ def test_a_crash_is_noticed_at_once_and_says_why(tmp_path: Path) -> None:
         settings = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=600.0))
         async with local_fleet(tmp_path, {"stub": stub_kind()}, settings) as (fleet, heard):
             fleet.create(an_instance(1))
-            await until(lambda: heard.ready and fleet.usage(), "ready")
-            kill(fleet.usage()[1].pid, signal.SIGSEGV)
+            await until(lambda: heard.ready and fleet.report().usage, "ready")
+            kill(fleet.report().usage[1].pid, signal.SIGSEGV)
             await until(lambda: heard.failed == [1], "failed")
-            assert "killed by SIGSEGV" in fleet.reasons[1]
-            assert "stub: begins" in fleet.reasons[1], "the reason quotes the log"
+            assert "killed by SIGSEGV" in heard.reasons[1]
+            assert "stub: begins" in heard.reasons[1], "the reason quotes the log"
 
     asyncio.run(story())
 
 
 def test_a_start_that_exits_fails_with_the_last_lines_of_its_log(tmp_path: Path) -> None:
     async def story() -> None:
-        kinds = {"stub": stub_kind("--exit-code", "7"), "none": ProcessKind(command=("/no/such/engine", "{port}"))}
+        kinds = {"stub": stub_kind("--exit-code", "7"), "none": ProcessSource(command=("/no/such/engine", "{port}"))}
         async with local_fleet(tmp_path, kinds) as (fleet, heard):
             fleet.create(an_instance(1))
             fleet.create(an_instance(2, "none"))
             await until(lambda: sorted(heard.failed) == [1, 2], "both failed")
-            assert "exited with status 7" in fleet.reasons[1]
-            assert "cannot load the model: out of luck" in fleet.reasons[1]
-            assert "cannot run '/no/such/engine': No such file or directory" in fleet.reasons[2]
+            assert "exited with status 7" in heard.reasons[1]
+            assert "cannot load the model: out of luck" in heard.reasons[1]
+            assert "cannot run '/no/such/engine': No such file or directory" in heard.reasons[2]
             assert not heard.ready
 
     asyncio.run(story())
@@ -80,9 +92,9 @@ def test_a_start_that_takes_too_long_fails(tmp_path: Path, port: str | None) -> 
         async with local_fleet(tmp_path, {"stub": kind}) as (fleet, heard):
             fleet.create(an_instance(1))
             await until(lambda: heard.failed == [1], "failed")
-            assert "not ready within 1 s" in fleet.reasons[1]
+            assert "not ready within 1 s" in heard.reasons[1]
             why = "no ready line" if port is None else "cannot connect"
-            assert why in fleet.reasons[1]
+            assert why in heard.reasons[1]
             await until(lambda: not psutil.Process().children(), "the process is gone")
 
     asyncio.run(story())
@@ -112,8 +124,8 @@ def test_an_engine_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path
         async with local_fleet(tmp_path / "logs", {"stub": kind}) as (fleet, heard):
             instance = an_instance(1)
             fleet.create(instance)
-            await until(lambda: heard.ready and fleet.usage(), "ready")
-            pid = fleet.usage()[1].pid
+            await until(lambda: heard.ready and fleet.report().usage, "ready")
+            pid = fleet.report().usage[1].pid
             removed_s = time.monotonic()
             fleet.remove(instance)
             await until(lambda: not alive(pid), "killed")
@@ -147,7 +159,7 @@ def test_an_engine_that_stops_answering_fails(tmp_path: Path) -> None:
             await until(lambda: heard.ready == [1], "ready")
             deaf.touch()
             await until(lambda: heard.failed == [1], "failed")
-            assert "no answer within 0.3 s" in fleet.reasons[1]
+            assert "no answer within 0.3 s" in heard.reasons[1]
 
     asyncio.run(story())
 
@@ -166,7 +178,7 @@ def test_a_suspected_instance_is_checked_at_once(tmp_path: Path) -> None:
             sick.touch()
             fleet.suspect(instance)
             await until(lambda: heard.failed == [1], "failed")
-            assert "answers with status 503" in fleet.reasons[1]
+            assert "answers with status 503" in heard.reasons[1]
             fleet.suspect(instance)  # Gone by now: harmless.
 
     asyncio.run(story())
@@ -222,11 +234,11 @@ def test_a_port_that_somebody_else_took_fails_the_start_and_the_next_one_gets_an
     async def story() -> None:
         async with local_fleet(tmp_path, {"stub": stub_kind(port="1")}) as (fleet, heard):
             taken = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
-            fleet._kinds["stub"] = stub_kind(port=str(taken.sockets[0].getsockname()[1]))
+            fleet._sources["stub"] = stub_kind(port=str(taken.sockets[0].getsockname()[1]))
             fleet.create(an_instance(1))
             await until(lambda: heard.failed == [1], "failed")
-            assert "Address already in use" in fleet.reasons[1]
-            fleet._kinds["stub"] = stub_kind()
+            assert "Address already in use" in heard.reasons[1]
+            fleet._sources["stub"] = stub_kind()
             fleet.create(an_instance(2))
             await until(lambda: heard.ready == [2], "ready")
             taken.close()
@@ -237,19 +249,16 @@ def test_a_port_that_somebody_else_took_fails_the_start_and_the_next_one_gets_an
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="command is empty"):
-        ProcessKind(command=())
+        ProcessSource(command=())
     with pytest.raises(ValueError, match="start_timeout_s is 0"):
-        ProcessKind(command=("engine",), start_timeout_s=0.0)
+        ProcessSource(command=("engine",), start_timeout_s=0.0)
 
     async def story() -> None:
         clock = LiveClock(asyncio.get_running_loop())
         with pytest.raises(ValueError, match="gpus is 3; there are 2 devices"):
-            LocalFleet(
-                clock=clock,
-                kinds={"big": stub_kind(gpus=3)},
-                attach=lambda _instance, _url: pytest.fail("never attached"),
-                directory=tmp_path,
-                devices=("0", "1"),
+            ProcessFleet(
+                {"big": stub_kind(gpus=3)},
+                FleetEnvironment(clock=clock, events=Heard(clock), log_directory=tmp_path, devices=("0", "1")),
             )
 
     asyncio.run(story())

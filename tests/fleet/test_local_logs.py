@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from chiron.fleet.keeper import Log, ReadyLine
-from chiron.fleet.local import prune_logs
-from chiron.fleet.process import exit_text, tail
+from chiron.fleet.process.engine_process import exit_text, tail
+from chiron.fleet.process.fleet import prune_logs
+from chiron.fleet.process.supervisor import Log, ReadyLine
 from fleet_factory import an_instance, local_fleet, stub_kind, until
 
 

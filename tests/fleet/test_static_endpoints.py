@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from chiron.fleet.static import RecoverySettings, StaticFleet, StaticFleetSettings, StaticKind
+from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
+from chiron.fleet.health import RecoverySettings
+from chiron.fleet.port import FleetEnvironment
+from chiron.fleet.settings import FleetSettings
 from chiron.net.clock import LiveClock
 from fleet_factory import QUICK_HEALTH, STUB, Heard, an_instance, until
 
-QUICK = StaticFleetSettings(
+QUICK = FleetSettings(
     health=QUICK_HEALTH,
     recovery=RecoverySettings(recover_checks=2, recover_first_s=0.05, recover_max_s=0.1, bind_timeout_s=60.0),
 )
@@ -42,12 +45,12 @@ async def endpoints(*switches: tuple[str, ...]) -> AsyncIterator[list[str]]:
 
 @contextlib.asynccontextmanager
 async def static_fleet(
-    kind: StaticKind, settings: StaticFleetSettings = QUICK
-) -> AsyncIterator[tuple[StaticFleet, Heard]]:
+    kind: EndpointsSource, settings: FleetSettings = QUICK
+) -> AsyncIterator[tuple[EndpointsFleet, Heard]]:
     clock = LiveClock(asyncio.get_running_loop())
     heard = Heard(clock)
-    fleet = StaticFleet(clock=clock, kinds={"stub": kind}, attach=heard.attach, settings=settings)
-    fleet.listener = heard
+    environment = FleetEnvironment(clock=clock, events=heard, log_directory=Path("/nowhere"), settings=settings)
+    fleet = EndpointsFleet({"stub": kind}, environment)
     try:
         yield fleet, heard
     finally:
@@ -57,7 +60,7 @@ async def static_fleet(
 
 def test_instances_bind_endpoints_in_order_and_those_beyond_wait_for_one(tmp_path: Path) -> None:
     async def story() -> None:
-        async with endpoints((), ()) as urls, static_fleet(StaticKind(urls=tuple(urls))) as (fleet, heard):
+        async with endpoints((), ()) as urls, static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard):
             instances = [an_instance(number) for number in (1, 2, 3)]
             for instance in instances:
                 fleet.create(instance)
@@ -77,20 +80,20 @@ def test_an_endpoint_that_fails_comes_back_after_several_good_checks(tmp_path: P
         sick = tmp_path / "sick"
         async with (
             endpoints(("--sick", str(sick))) as urls,
-            static_fleet(StaticKind(urls=tuple(urls))) as (fleet, heard),
+            static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard),
         ):
             fleet.create(an_instance(1))
             await until(lambda: heard.ready == [1], "bound")
             sick.touch()
             await until(lambda: heard.failed == [1], "failed")
-            assert "answers with status 503" in fleet.reasons[1]
+            assert "answers with status 503" in heard.reasons[1]
             fleet.create(an_instance(2))  # The control plane asks for another one: there is none, so it waits.
             await asyncio.sleep(0.3)
             assert heard.ready == [1]
-            assert fleet.status()["stub"][urls[0]].state == "failed"
+            assert fleet.report().kinds["stub"].endpoints[urls[0]].state == "failed"
             sick.unlink()
             await until(lambda: heard.ready == [1, 2], "recovered")
-            assert fleet.status()["stub"][urls[0]].state == "bound"
+            assert fleet.report().kinds["stub"].endpoints[urls[0]].state == "bound"
 
     asyncio.run(story())
 
@@ -101,7 +104,7 @@ def test_a_suspected_endpoint_is_checked_at_once(tmp_path: Path) -> None:
         settings = replace(QUICK, health=replace(QUICK_HEALTH, health_period_s=600.0))
         async with (
             endpoints(("--sick", str(sick))) as urls,
-            static_fleet(StaticKind(urls=tuple(urls)), settings) as (fleet, heard),
+            static_fleet(EndpointsSource(urls=tuple(urls)), settings) as (fleet, heard),
         ):
             instance = an_instance(1)
             fleet.create(instance)
@@ -117,12 +120,12 @@ def test_a_suspected_endpoint_is_checked_at_once(tmp_path: Path) -> None:
 def test_an_endpoint_that_is_down_is_passed_over_and_used_once_it_is_up() -> None:
     async def story() -> None:
         async with endpoints(()) as urls:
-            kind = StaticKind(urls=("http://127.0.0.1:9", urls[0]))
+            kind = EndpointsSource(urls=("http://127.0.0.1:9", urls[0]))
             async with static_fleet(kind) as (fleet, heard):
                 fleet.create(an_instance(1))
                 await until(lambda: heard.ready == [1], "bound")
                 assert heard.urls[1] == urls[0]
-                assert "cannot connect" in fleet.status()["stub"]["http://127.0.0.1:9"].reason
+                assert "cannot connect" in fleet.report().kinds["stub"].endpoints["http://127.0.0.1:9"].reason
 
     asyncio.run(story())
 
@@ -130,10 +133,10 @@ def test_an_endpoint_that_is_down_is_passed_over_and_used_once_it_is_up() -> Non
 def test_without_any_endpoint_an_instance_fails_with_the_reasons() -> None:
     async def story() -> None:
         settings = replace(QUICK, recovery=replace(QUICK.recovery, bind_timeout_s=0.3))
-        async with static_fleet(StaticKind(urls=("http://127.0.0.1:9",)), settings) as (fleet, heard):
+        async with static_fleet(EndpointsSource(urls=("http://127.0.0.1:9",)), settings) as (fleet, heard):
             fleet.create(an_instance(1))
             await until(lambda: heard.failed == [1], "failed")
-            assert "no endpoint within 0.3 s: http://127.0.0.1:9: cannot connect" in fleet.reasons[1]
+            assert "no endpoint within 0.3 s: http://127.0.0.1:9: cannot connect" in heard.reasons[1]
             instance = an_instance(2)
             fleet.create(instance)
             await asyncio.sleep(0)  # It waits for an endpoint now.
@@ -149,7 +152,9 @@ def test_an_endpoint_without_a_health_path_is_asked_for_its_models(health_path: 
     async def story() -> None:
         switches = ("--authorization", "bearer secret") + (("--unknown", unknown) if unknown else ())
         async with endpoints(switches) as urls:
-            kind = StaticKind(urls=tuple(urls), health_path=health_path, headers={"authorization": "Bearer secret"})
+            kind = EndpointsSource(
+                urls=tuple(urls), health_path=health_path, headers={"authorization": "Bearer secret"}
+            )
             assert "secret" not in repr(kind)
             async with static_fleet(kind) as (fleet, heard):
                 fleet.create(an_instance(1))
@@ -160,19 +165,18 @@ def test_an_endpoint_without_a_health_path_is_asked_for_its_models(health_path: 
 
 def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(ValueError, match="urls is empty"):
-        StaticKind(urls=())
+        EndpointsSource(urls=())
     with pytest.raises(ValueError, match="each may be named once"):
-        StaticKind(urls=("http://127.0.0.1:1", "http://127.0.0.1:1"))
+        EndpointsSource(urls=("http://127.0.0.1:1", "http://127.0.0.1:1"))
     with pytest.raises(ValueError, match="recover_checks is 0"):
         RecoverySettings(recover_checks=0)
 
     async def story() -> None:
         clock = LiveClock(asyncio.get_running_loop())
         with pytest.raises(ValueError, match="expected http://HOST"):
-            StaticFleet(
-                clock=clock,
-                kinds={"stub": StaticKind(urls=("127.0.0.1:8000",))},
-                attach=lambda _instance, _url: pytest.fail("never attached"),
+            EndpointsFleet(
+                {"stub": EndpointsSource(urls=("127.0.0.1:8000",))},
+                FleetEnvironment(clock=clock, events=Heard(clock), log_directory=Path("/nowhere")),
             )
 
     asyncio.run(story())

@@ -15,6 +15,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from chiron.core.types import Request
+from chiron.fleet.port import FleetReport, InstanceUsage
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
 from chiron.gateway.reporting.status import BATCHES_SHOWN, StatusSources, status
@@ -60,7 +61,7 @@ def around(live: LivePlane) -> StatusSources:
         version="0.1.0",
         wall_origin_s=WALL_S,
         instance_urls={1: "http://127.0.0.1:9001"},
-        usage={1: SimpleNamespace(cpu_share=0.5, rss_bytes=1 << 30, pid=42, restarts=0)},
+        fleet=FleetReport(usage={1: InstanceUsage(cpu_share=0.5, rss_bytes=1 << 30, pid=42, restarts=0)}),
         batches=(batch(1), batch(2, status="completed", completed=1000, failed=0)),
         batch_in_flight={"batch_1": 50},
         loop_lag_s=0.001,

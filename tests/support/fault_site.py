@@ -184,7 +184,7 @@ class FaultSite(AbstractContextManager["FaultSite"]):
     def engines(self) -> list[psutil.Process]:
         return self._running(lambda words: _serves(words) and not _keeps(words))
 
-    def keepers(self) -> list[psutil.Process]:
+    def supervisors(self) -> list[psutil.Process]:
         return self._running(_keeps)
 
     def _running(self, wanted: Callable[[list[str]], bool]) -> list[psutil.Process]:
@@ -232,7 +232,7 @@ def _serves(words: list[str]) -> bool:
 
 
 def _keeps(words: list[str]) -> bool:
-    return any("keeper" in word for word in words[:5])
+    return any("supervisor" in word for word in words[:5])
 
 
 class Api:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import psutil
 
-from chiron.core.ports import Engine
-from chiron.core.types import Instance, InstanceKind, Request
+from chiron.core.types import Instance, InstanceKind
 from chiron.fleet.health import HealthSettings
-from chiron.fleet.local import LocalFleet, LocalFleetSettings, ProcessKind
-from chiron.fleet.starts import BackoffSettings
+from chiron.fleet.port import FleetEnvironment
+from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
+from chiron.fleet.settings import FleetSettings
+from chiron.fleet.starts import BackoffSettings, StartStatus
 from chiron.net.clock import LiveClock
 
 STUB = (sys.executable, "-I", "-S", str(Path(__file__).with_name("engine_stub.py")))
@@ -27,9 +28,9 @@ QUICK_HEALTH = HealthSettings(
 """Quick to ask, patient with the answer: a busy machine may hold up a sound stub for a second or two."""
 
 
-def quick_settings(**backoff: float) -> LocalFleetSettings:
+def quick_settings(**backoff: float) -> FleetSettings:
     given = {"backoff_first_s": 0.1, "backoff_max_s": 0.4, "stable_after_s": 0.3, "start_wait_s": 60.0, **backoff}
-    return LocalFleetSettings(
+    return FleetSettings(
         health=QUICK_HEALTH,
         backoff=BackoffSettings(**given),  # type: ignore[arg-type]
         usage_period_s=0.1,
@@ -37,10 +38,10 @@ def quick_settings(**backoff: float) -> LocalFleetSettings:
     )
 
 
-def stub_kind(*switches: str, port: str | None = "{port}", **values: object) -> ProcessKind:
+def stub_kind(*switches: str, port: str | None = "{port}", **values: object) -> ProcessSource:
     """A stub as a process kind; ``port=None``: it chooses one and prints the ready line."""
     ports = ("--port", port) if port else ("--announce",)
-    return ProcessKind(command=(*STUB, *ports, *switches), **{"stop_timeout_s": 2.0, **values})  # type: ignore[arg-type]
+    return ProcessSource(command=(*STUB, *ports, *switches), **{"stop_timeout_s": 2.0, **values})  # type: ignore[arg-type]
 
 
 def an_instance(number: int, kind: str = "stub", model: str = "org/model") -> Instance:
@@ -48,53 +49,48 @@ def an_instance(number: int, kind: str = "stub", model: str = "org/model") -> In
     return Instance(number, model, shape, "mixed", 0.0)
 
 
-class FakeEngine:
-    """Takes calls and does nothing."""
-
-    def start(self, request: Request) -> None: ...
-    def evict(self, request: Request) -> None: ...
-    def set_max_batch_size(self, max_batch_size: int) -> None: ...
-
-
 class Heard:
-    """A fleet's listener. Every call must come inside a post of the clock."""
+    """Hears what a fleet tells. Every call must come inside a post of the clock."""
 
     def __init__(self, clock: LiveClock) -> None:
         self.ready: list[int] = []
         self.failed: list[int] = []
         self.urls: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
         self.clock = clock
 
-    def attach(self, instance: Instance, url: str) -> Engine:
-        self.urls[instance.id] = url
-        return FakeEngine()
-
-    def instance_ready(self, instance: Instance, engine: Engine) -> None:
+    def instance_ready(self, instance: Instance, url: str) -> None:
         assert self.clock._posting
         instance.state = "ready"
         self.ready.append(instance.id)
+        self.urls[instance.id] = url
 
-    def instance_failed(self, instance: Instance) -> None:
+    def instance_failed(self, instance: Instance, reason: str) -> None:
         assert self.clock._posting
         instance.state = "gone"
         self.failed.append(instance.id)
+        self.reasons[instance.id] = reason
+
+
+def starts_of(fleet: ProcessFleet, kind: str = "stub") -> StartStatus:
+    starts = fleet.report().kinds[kind].starts
+    assert starts is not None
+    return starts
 
 
 @contextlib.asynccontextmanager
 async def local_fleet(
-    directory: Path, kinds: dict[str, ProcessKind], settings: LocalFleetSettings | None = None, **values: object
-) -> AsyncIterator[tuple[LocalFleet, Heard]]:
+    directory: Path,
+    kinds: dict[str, ProcessSource],
+    settings: FleetSettings | None = None,
+    devices: tuple[str, ...] = (),
+) -> AsyncIterator[tuple[ProcessFleet, Heard]]:
     clock = LiveClock(asyncio.get_running_loop())
     heard = Heard(clock)
-    fleet = LocalFleet(
-        clock=clock,
-        kinds=kinds,
-        attach=heard.attach,
-        directory=directory,
-        settings=settings or quick_settings(),
-        **values,  # type: ignore[arg-type]
+    environment = FleetEnvironment(
+        clock=clock, events=heard, log_directory=directory, settings=settings or quick_settings(), devices=devices
     )
-    fleet.listener = heard
+    fleet = ProcessFleet(kinds, environment)
     try:
         yield fleet, heard
     finally:
@@ -137,7 +133,7 @@ def engines_below(pid: int) -> Iterator[psutil.Process]:
     """The stub processes below a process."""
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "engine_stub.py" in " ".join(process.cmdline()) and "keeper.py" not in " ".join(process.cmdline()):
+            if "engine_stub.py" in " ".join(process.cmdline()) and "supervisor.py" not in " ".join(process.cmdline()):
                 yield process
 
 

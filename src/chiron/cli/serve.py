@@ -19,6 +19,7 @@ import typer
 from chiron.cli.common.extras import needs, require_extras
 from chiron.cli.common.tls import certificate_trouble
 from chiron.config.read import ConfigError
+from chiron.engines.rows import ENGINES
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig, ServerSettings
@@ -162,8 +163,10 @@ def overrides(set_: list[str] | None, host: str | None, port: int | None, data: 
 
 def extras_of(config: ServeConfig) -> list[str]:
     """Extras of the package that this config needs."""
-    started = {kind.engine for model in config.models for kind in model.kinds if kind.command}
-    return ["serve", *(extra for extra in ("openvino", "llamacpp") if extra in started)]
+    from chiron.fleet.process.fleet import ProcessSource
+
+    kinds = [kind for model in config.models for kind in model.kinds if isinstance(kind.source, ProcessSource)]
+    return ["serve", *dict.fromkeys(extra for kind in kinds if (extra := ENGINES[kind.engine].extra))]
 
 
 def welcome(config: ServeConfig, url: str, advise: bool) -> str:
@@ -191,8 +194,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _describe_kind(kind: Any) -> str:
-    where = _count(len(kind.endpoints), "endpoint") if kind.endpoints else "started here"
-    return f"{kind.kind.name.rpartition('/')[2]} ({where})"
+    return f"{kind.kind.name.rpartition('/')[2]} ({kind.source.summary})"
 
 
 def run_until_stopped(body: Callable[[], Any]) -> int | None:
@@ -209,7 +211,7 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
             if stopped_by and number == signal.SIGHUP:
                 return  # A terminal that closes says so more than once: its shell does as well.
             if stopped_by:
-                # Engines die with this process: their keepers see the pipe close.
+                # Engines die with this process: their supervisors see the pipe close.
                 os._exit(128 + number)
             stopped_by.append(number)
             task.cancel()

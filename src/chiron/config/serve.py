@@ -17,8 +17,10 @@ from chiron.config.overrides import Override, apply_overrides, override_text
 from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.serve_kinds import instance_bounds, kind_settings
-from chiron.config.serve_sections import FleetSection, ServeModelSection
+from chiron.config.serve_sections import ServeModelSection
 from chiron.core.types import RequestClass
+from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.settings import FleetSettings
 from chiron.gateway.relay.keys import ADMIN, Key
 from chiron.gateway.settings import (
     BatchSettings,
@@ -53,7 +55,7 @@ class ServeFile:
     limits: LimitSettings = field(default_factory=LimitSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
     store: StoreSettings = field(default_factory=StoreSettings)
-    fleet: FleetSection = field(default_factory=FleetSection)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
     gpus: Mapping[str, int] = field(default_factory=dict)
@@ -172,8 +174,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "batch": file.batch,
             "telemetry": file.telemetry,
             "store": replace(file.store, retention_s=file.batch.retention_s),
-            "fleet": file.fleet.local(),
-            "static_fleet": file.fleet.static(),
+            "fleet": file.fleet,
             "devices": file.devices,
             "gpus": file.gpus,
             "classes": file.classes,
@@ -208,7 +209,7 @@ def _model(
         if any(kind.kind.name == other.kind.name for other in kinds):
             raise ConfigError(f"{where}: another kind of this model is {kind.kind.name!r} too; give each a name")
         kinds.append(kind)
-    least, most = instance_bounds(section, path)
+    least, most = instance_bounds(section, kinds, path)
     return ModelSettings(
         name=name,
         kinds=tuple(kinds),
@@ -254,8 +255,9 @@ def _check_gpus(gpus: Mapping[str, int], models: Sequence[ModelSettings]) -> Non
 def _check_devices(models: Sequence[ModelSettings], devices: Sequence[str]) -> None:
     for model in models:
         for kind in model.kinds:
-            if devices and kind.devices > len(devices):
-                raise ConfigError(f"devices: {list(devices)!r}: an instance of {kind.kind.name!r} needs {kind.devices}")
+            gpus = kind.source.gpus
+            if devices and gpus > len(devices):
+                raise ConfigError(f"devices: {list(devices)!r}: an instance of {kind.kind.name!r} needs {gpus}")
 
 
 def _check_no_loop(models: Sequence[ModelSettings], server: ServerSettings) -> None:
@@ -264,7 +266,8 @@ def _check_no_loop(models: Sequence[ModelSettings], server: ServerSettings) -> N
         f"http{'s' if server.tls else ''}://{host}:{server.port}" for host in (server.host, "127.0.0.1", "localhost")
     }
     for model in models:
-        for url in (url for kind in model.kinds for url in kind.endpoints):
+        sources = [kind.source for kind in model.kinds]
+        for url in (url for source in sources if isinstance(source, EndpointsSource) for url in source.urls):
             if url in own:
                 raise ConfigError(f"models: the endpoint {url} is where Chiron itself listens; set another server.port")
 

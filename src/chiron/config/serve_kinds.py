@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from chiron.config.read import ConfigError, construct
-from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
+from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection, SourceName
 from chiron.core.types import InstanceKind
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.rows import ENGINES, EngineRow, Word
+from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.union import Source
 from chiron.gateway.settings import KindSettings
 
 KV_CAPACITY_GUESS = 262_144
@@ -26,11 +30,11 @@ _OF_OUR_COMMANDS = re.compile(r"\{(\w+)\}")
 _OF_USERS = re.compile(r"\{(model|model_path|max_num_seqs)\}")
 
 
-def instance_bounds(section: ServeModelSection, path: str) -> tuple[int, int]:
+def instance_bounds(section: ServeModelSection, kinds: Sequence[KindSettings], path: str) -> tuple[int, int]:
     """The least and the most instances of a model, with the defaults filled in."""
-    endpoints = sum(len(each.endpoints) for each in section.instances)
-    started = [each for each in section.instances if not each.endpoints]
-    room = max((ENGINES[each.engine].instances_max for each in started), default=0)
+    endpoints = sum(kind.source.standing for kind in kinds)
+    started = [kind for kind in kinds if kind.source.instances_max is None]
+    room = max((ENGINES[kind.engine].instances_max for kind in started), default=0)
     most = section.max_instances if section.max_instances is not None else endpoints + room
     if not started and most > endpoints:
         raise ConfigError(
@@ -49,25 +53,60 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     row = ENGINES[section.engine]
     profile = _profile(section, row, path, directory)
     kind = _instance_kind(section, row, model, path, profile)
+    api_key = _secret(section.api_key_file, f"{path}.api_key_file", directory)
+    given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
+    divided = section.source == "process" and row.context_per_seq > 0
     return construct(
         KindSettings,
         path,
         {
             "kind": kind,
             "engine": section.engine,
-            "endpoints": _origins(section.endpoints, f"{path}.endpoints"),
-            "command": () if section.endpoints else _command(section, row, kind, model, path, directory),
-            "env": dict(section.env),
-            "start_timeout_s": section.start_timeout_s,
-            "stop_timeout_s": section.stop_timeout_s,
-            "log_bytes_max": section.log_bytes_max,
+            "source": _SOURCES[section.source](given),
             "served_model_name": section.served_model_name,
-            "api_key": _secret(section.api_key_file, f"{path}.api_key_file", directory),
-            "kv_capacity_known": bool(section.kv_capacity_tokens or profile or _divided(section, row)),
+            "api_key": api_key,
+            "kv_capacity_known": bool(section.kv_capacity_tokens or profile or divided),
             "context_tokens": section.context_tokens,
             "profile": _profile_name(section.profile or section.pace, directory),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What is known of a kind when its source is made."""
+
+    section: ServeInstanceSection
+    row: EngineRow
+    kind: InstanceKind
+    model: str
+    path: str
+    directory: Path
+    api_key: str = field(repr=False)
+
+
+def _process(given: Given) -> ProcessSource:
+    section, row, kind = given.section, given.row, given.kind
+    values = {
+        "command": _command(given),
+        "env": dict(section.env),
+        "health_path": row.health_path,
+        "start_timeout_s": section.start_timeout_s,
+        "stop_timeout_s": section.stop_timeout_s,
+        "gpus": kind.gpus if row.uses_gpus and kind.gpu != "cpu" else 0,
+        "log_bytes_max": section.log_bytes_max,
+    }
+    return construct(ProcessSource, given.path, values)
+
+
+def _endpoints(given: Given) -> EndpointsSource:
+    headers = {"authorization": f"Bearer {given.api_key}"} if given.api_key else {}
+    urls = _origins(given.section.endpoints, f"{given.path}.endpoints")
+    values = {"urls": urls, "health_path": given.row.health_path, "headers": headers}
+    return construct(EndpointsSource, given.path, values)
+
+
+_SOURCES: Mapping[SourceName, Callable[[Given], Source]] = {"process": _process, "endpoints": _endpoints}
 
 
 def _instance_kind(
@@ -92,10 +131,6 @@ def _instance_kind(
     )
 
 
-def _divided(section: ServeInstanceSection, row: EngineRow) -> bool:
-    return not section.endpoints and row.context_per_seq > 0
-
-
 def _profile(section: ServeInstanceSection, row: EngineRow, path: str, directory: Path) -> Profile | None:
     """The profile that an engine has its timing from. One that is only paced keeps KV and limits of its own, so its
     profile is only read to find mistakes early."""
@@ -103,7 +138,7 @@ def _profile(section: ServeInstanceSection, row: EngineRow, path: str, directory
         if getattr(section, key) and row.profile_key != key:
             owners = " or ".join(repr(each.name) for each in ENGINES.values() if each.profile_key == key)
             raise ConfigError(f"{path}.{key}: {getattr(section, key)!r}; it belongs to engine = {owners}")
-    if row.profile_key == "profile" and not section.profile and not section.endpoints:
+    if row.profile_key == "profile" and not section.profile and section.source == "process":
         raise ConfigError(
             f"{path}: profile is missing; {row.name} engines have the timing of one (chiron profile list)"
         )
@@ -163,16 +198,15 @@ def _secret(file: str, path: str, directory: Path) -> str:
     return secret
 
 
-def _command(
-    section: ServeInstanceSection, row: EngineRow, kind: InstanceKind, model: str, path: str, directory: Path
-) -> tuple[str, ...]:
+def _command(given: Given) -> tuple[str, ...]:
     """The engine's own command line, or the user's; ``{port}`` stays for the fleet."""
+    section, row, path = given.section, given.row, given.path
     command: tuple[Word, ...] = section.command or row.command
     if not command:
         raise ConfigError(
             f"{path}: endpoints or command is missing; Chiron does not know how to start {section.engine}"
         )
-    values = _values(section, row, kind, model, directory)
+    values = _values(given)
     if not values["model_path"] and any("{model_path}" in part for word in command for part in _parts(word)):
         raise ConfigError(f"{path}: endpoints, command or model_path is missing; give one of them")
     if not section.command and row.model_default and section.model_path and not Path(values["model_path"]).exists():
@@ -184,15 +218,14 @@ def _command(
     return tuple(words)
 
 
-def _values(
-    section: ServeInstanceSection, row: EngineRow, kind: InstanceKind, model: str, directory: Path
-) -> Mapping[str, str]:
+def _values(given: Given) -> Mapping[str, str]:
     """What stands for the names in a command; empty: not known."""
-    default = "" if section.command else row.model_default
+    section, kind, directory = given.section, given.kind, given.directory
+    default = "" if section.command else given.row.model_default
     return {
         "python": sys.executable,
         "port": "{port}",
-        "model": section.served_model_name or model,
+        "model": section.served_model_name or given.model,
         "model_path": _model_path(section, directory) or default,
         "max_num_seqs": str(kind.max_num_seqs),
         "max_num_batched_tokens": str(kind.max_num_batched_tokens),

@@ -4,51 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
 from chiron.config.sections import require
 from chiron.engines.rows import ENGINES
-from chiron.fleet.health import HealthSettings
-from chiron.fleet.local import LocalFleetSettings
-from chiron.fleet.starts import BackoffSettings
-from chiron.fleet.static import RecoverySettings, StaticFleetSettings
 
-_LOCAL = LocalFleetSettings()
+SourceName = Literal["process", "endpoints"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetSection:
-    """How engines are watched: those that Chiron starts, and those that run already."""
-
-    health: HealthSettings = field(default_factory=HealthSettings)
-    """Health checks of both."""
-    backoff: BackoffSettings = field(default_factory=BackoffSettings)
-    """Starts of an engine that keeps failing."""
-    recovery: RecoverySettings = field(default_factory=RecoverySettings)
-    """How an endpoint that failed comes back."""
-    usage_period_s: float = _LOCAL.usage_period_s
-    """Between two looks at the CPU and memory of engine processes."""
-    logs_kept: int = _LOCAL.logs_kept
-    """Log files of engines; the oldest go first, those of running ones never."""
-    reason_lines: int = _LOCAL.reason_lines
-    """Last lines of an engine's log that a failure's reason quotes."""
-
-    def __post_init__(self) -> None:
-        for key in ("logs_kept", "reason_lines"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        require(self.usage_period_s > 0, "usage_period", self.usage_period_s, "above 0")
-
-    def local(self) -> LocalFleetSettings:
-        return LocalFleetSettings(
-            health=self.health,
-            backoff=self.backoff,
-            usage_period_s=self.usage_period_s,
-            logs_kept=self.logs_kept,
-            reason_lines=self.reason_lines,
-        )
-
-    def static(self) -> StaticFleetSettings:
-        return StaticFleetSettings(health=self.health, recovery=self.recovery)
+_KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
+    "process": ("command", "model_path", "args", "env", "threads", "pace"),
+    "endpoints": ("endpoints", "api_key_file"),
+}
+"""Keys that mean something for one source of instances only."""
+_OWNERS: Mapping[SourceName, str] = {"process": "engines that Chiron starts", "endpoints": "endpoints"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,15 +99,16 @@ class ServeInstanceSection:
         require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
         if self.endpoints and self.command:
             raise ValueError("give either endpoints (engines that run already) or command (to start them)")
-        self._check_only("endpoints", bool(self.endpoints), "command", "model_path", "args", "env", "threads", "pace")
-        self._check_only("command", not self.endpoints, "api_key_file")
+        for source, keys in _KEYS_OF.items():
+            # Keys that mean nothing here are a mistake, not a wish to be ignored.
+            for key in keys if source != self.source else ():
+                if getattr(self, key):
+                    raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {_OWNERS[source]}")
 
-    def _check_only(self, what: str, applies: bool, *keys: str) -> None:
-        """Keys that mean nothing here are a mistake, not a wish to be ignored."""
-        for key in keys if applies else ():
-            if getattr(self, key):
-                belongs = "engines that Chiron starts" if what == "endpoints" else "endpoints"
-                raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {belongs}")
+    @property
+    def source(self) -> SourceName:
+        """What its instances come from: the keys say it. Here and nowhere else."""
+        return "endpoints" if self.endpoints else "process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,23 @@ def require_positive(settings: object) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverySettings:
+    """How an endpoint that failed comes back."""
+
+    recover_checks: int = 3
+    """Checks that it must pass in a row."""
+    recover_first_s: float = 1.0
+    """Seconds between those checks; doubled with each that fails."""
+    recover_max_s: float = 5.0
+    """Longest pause between them, seconds."""
+    bind_timeout_s: float = 300.0
+    """Longest that an instance waits for an endpoint that is free and answers, before it is reported as failed."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HealthTarget:
     """What is asked."""
 
@@ -78,30 +95,30 @@ class Probe:
             self.reason = "" if status == 200 else f"{self._target.url}{self._path} answers with status {status}"
         return not self.reason
 
-    async def until_passed(self, poke: asyncio.Event) -> None:
+    async def until_passed(self, check_now: asyncio.Event) -> None:
         """Return when a check has passed; the caller limits the time."""
         pause_s = self._settings.poll_first_s
         while not await self.passes():
-            await heard(poke, pause_s)
-            poke.clear()
+            await heard(check_now, pause_s)
+            check_now.clear()
             pause_s = min(2.0 * pause_s, self._settings.poll_max_s)
 
-    async def until_failed(self, poke: asyncio.Event) -> None:
-        """Return when too many checks in a row have failed; ``poke`` brings the next one forward."""
+    async def until_failed(self, check_now: asyncio.Event) -> None:
+        """Return when too many checks in a row have failed; ``check_now`` brings the next one forward."""
         settings = self._settings
         failures = 0
         urgent = False
         while True:
-            poked = await heard(poke, settings.suspect_period_s if urgent else settings.health_period_s)
-            poke.clear()
-            urgent = urgent or poked
+            asked = await heard(check_now, settings.suspect_period_s if urgent else settings.health_period_s)
+            check_now.clear()
+            urgent = urgent or asked
             if await self.passes():
                 failures, urgent = 0, False
             else:
                 failures += 1
                 if failures >= settings.health_failures_max:
                     return
-            if poked:  # However many requests find it suspicious, it is not asked without a pause.
+            if asked:  # However many requests find it suspicious, it is not asked without a pause.
                 await pause(settings.suspect_period_s)
 
     async def close(self) -> None:

@@ -40,7 +40,7 @@ class BackoffSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KindStatus:
+class StartStatus:
     """How the starts of a kind go."""
 
     state: Literal["ok", "backing-off", "crash-looping"]
@@ -137,10 +137,10 @@ class Starts:
             self._trial = None
             self._wake()
 
-    def status(self) -> KindStatus:
+    def status(self) -> StartStatus:
         looping = self.failures >= self._settings.crash_loop_starts
         wait_s = 0.0 if self._open else self._not_before_s - asyncio.get_running_loop().time()
-        return KindStatus(
+        return StartStatus(
             state="crash-looping" if looping else "backing-off" if self.failures else "ok",
             failures=self.failures,
             failures_total=self.failures_total,

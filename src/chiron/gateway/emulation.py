@@ -18,6 +18,7 @@ from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
 from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.fleet.port import FleetReport
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import ForeignPages
 from chiron.gateway.relay.front import Front
@@ -169,7 +170,7 @@ class EmulatedGateway:
             keys=keys,
             limits=limits or LimitSettings(),
             foreign=ForeignPages(keys, None),
-            outages=Outages(plane=self.plane, endpoints=dict, starts=dict),
+            outages=Outages(plane=self.plane, report=FleetReport),
             next_id=itertools.count().__next__,
             responded=lambda status: None,
         )

@@ -89,9 +89,8 @@ class Service:
             kinds=[kind for model in config.models for kind in model.kinds],
             models=self.models.by_name,
             directory=config.data / "logs",
-            fleet=config.fleet,
+            settings=config.fleet,
             devices=config.devices,
-            static_fleet=config.static_fleet,
             failed=self._instance_failed,
         )
         self.plane = ControlPlane(
@@ -116,11 +115,9 @@ class Service:
         )
         self.outages = Outages(
             plane=self.plane,
-            endpoints=self.engines.endpoints,
-            starts=self.engines.starts,
+            report=self.engines.report,
             outage_wait_s=config.limits.outage_wait_s,
             retry_after_s=config.limits.retry_after_s,
-            endpoint_retry_s=config.static_fleet.recovery.recover_max_s,
             changed=self._outage_changed,
         )
         self.front = Front(
@@ -255,9 +252,7 @@ class Service:
             policy=self.config.policy_label,
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
-            usage=self.engines.usage(),
-            starts=self.engines.starts(),
-            endpoints=self.engines.endpoints(),
+            fleet=self.engines.report(),
             batches=self._batches,
             batch_in_flight=self.runner.in_flight(),
             outages={model: outage.reason for model, outage in self.outages.now.items()},
@@ -489,10 +484,11 @@ def _save(service: Service) -> None:
 
 
 def _initial(model: ModelSettings, *, advise: bool) -> int:
-    """Instances to begin with. Where the fleet is to stay as it is, every endpoint takes part and no model has none."""
+    """Instances to begin with. Where the fleet is to stay as it is, all that run already take part, and no model has
+    none."""
     if not advise:
         return model.min_instances
-    return min(model.max_instances, max(1, model.min_instances, sum(len(kind.endpoints) for kind in model.kinds)))
+    return min(model.max_instances, max(1, model.min_instances, sum(kind.source.standing for kind in model.kinds)))
 
 
 def _served(config: ServeConfig, model: Any) -> ServedModel:

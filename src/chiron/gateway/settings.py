@@ -18,8 +18,8 @@ from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.net.shares import LOOPBACK
 
 if TYPE_CHECKING:
-    from chiron.fleet.local import LocalFleetSettings
-    from chiron.fleet.static import StaticFleetSettings
+    from chiron.fleet.settings import FleetSettings
+    from chiron.fleet.union import Source
     from chiron.gateway.relay.keys import Key
     from chiron.store.settings import StoreSettings
 
@@ -210,44 +210,22 @@ class TelemetrySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindSettings:
-    """One kind of instance of a model: what it is to the control plane, and how it comes to be. Either ``endpoints``
-    (they run already) or ``command`` (the local fleet starts it) is set."""
+    """One kind of instance of a model: what it is to the control plane, and what it comes from."""
 
     kind: InstanceKind
     engine: str
     """Name of a row in ``engines.rows.ENGINES``."""
-    endpoints: tuple[str, ...] = ()
-    """Base URLs without a path, such as ``http://127.0.0.1:8001``."""
-    command: tuple[str, ...] = ()
-    """The process of one instance. ``{port}`` stands for a free port; without it the process chooses one and says so
-    in its ready line."""
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Added to the environment of the process. It may hold tokens, so it is not shown."""
+    source: Source
     served_model_name: str = ""
     """The model's name inside the engine, put into requests on their way; empty: the model's own name."""
     api_key: str = field(default="", repr=False)
-    """Sent to the endpoints as a bearer token."""
-    start_timeout_s: float = 300.0
-    """From the start of a process to its first good health check; a large model's weights take minutes."""
-    stop_timeout_s: float = 10.0
-    """Between SIGTERM and SIGKILL of a process."""
-    log_bytes_max: int = 8 * MIB
-    """Size at which the log of one process is rotated, once."""
+    """Sent to the engines as a bearer token."""
     kv_capacity_known: bool = True
     """False: ``kind.kv_capacity_tokens`` is a guess; believe the engine's metrics if they say."""
     context_tokens: int | None = None
     """Prompt and answer of one request together; None: ask the engine."""
     profile: str = ""
     """Name or path of the profile whose timing the engine has, if it is an emulated or a paced one."""
-
-    def __post_init__(self) -> None:
-        if bool(self.endpoints) == bool(self.command):
-            raise ValueError(f"kind {self.kind.name!r}: give either endpoints or a command")
-
-    @property
-    def devices(self) -> int:
-        """GPUs of this machine that one process of this kind must be given: none for what only emulates them."""
-        return 0 if self.endpoints or self.kind.gpu == "cpu" or self.engine == "emulated" else self.kind.gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,11 +269,9 @@ class ServeConfig:
     batch: BatchSettings
     telemetry: TelemetrySettings
     store: StoreSettings
-    fleet: LocalFleetSettings
-    static_fleet: StaticFleetSettings
-    """Of engines that run already."""
+    fleet: FleetSettings
     devices: tuple[str, ...]
-    """GPU numbers that the local fleet hands out to processes, each to one at a time; empty: it hands out none."""
+    """GPU numbers that are handed out to processes, each to one at a time; empty: it hands out none."""
     gpus: Mapping[str, int]
     """GPUs of each type that exist; a type not named is unlimited."""
     classes: Mapping[str, RequestClass]

@@ -1,7 +1,7 @@
 """The demo's gateway: ``chiron serve`` in a process of its own that does not outlive this one.
 
-A keeper stands between, as between a gateway and its engines: when this process ends, however it ends, the kernel
-closes the keeper's standard input, and the keeper ends the gateway, which ends its engines.
+A supervisor stands between, as between a gateway and its engines: when this process ends, however it ends, the kernel
+closes the supervisor's standard input, and the supervisor ends the gateway, which ends its engines.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Gateway:
         serve = [sys.executable, "-m", "chiron", "serve", "chiron.toml"]
         keep = ["--grace-s", str(GRACE_S), "--log", self.log.name, "--log-bytes-max", str(LOG_BYTES_MAX), "--"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chiron.fleet.keeper", *keep, *serve],
+            [sys.executable, "-m", "chiron.fleet.process.supervisor", *keep, *serve],
             cwd=self._directory,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,

@@ -250,20 +250,22 @@ def security_checks(config: ServeConfig) -> Iterator[Check]:
 
 def process_checks(config: ServeConfig) -> Iterator[Check]:
     """Whether the programs of engines exist."""
+    from chiron.fleet.process.fleet import ProcessSource
+
     for model in config.models:
         for kind in model.kinds:
-            if not kind.command:
+            source = kind.source
+            if not isinstance(source, ProcessSource):
                 continue
-            program = kind.command[0]
-            search = kind.env.get("PATH")
-            place = shutil.which(program, path=search)
+            program = source.command[0]
+            place = shutil.which(program, path=source.env.get("PATH"))
             what = f"engine {kind.kind.name}"
             if place is None:
                 hint = "install it, or give the program's full path in command"
                 yield check(what, f"{program}: not found on PATH", FAIL, hint)
             else:
                 yield check(what, place)
-            if kind.devices and not config.devices:
+            if source.gpus and not config.devices:
                 hint = 'set devices = ["0", ...] so that each engine gets GPUs of its own'
                 yield check(f"GPUs of {kind.kind.name}", "every process sees all of them", WARN, hint)
 

@@ -14,6 +14,7 @@ from chiron.cli.doctor.checks import FAIL, OK, WARN, Check, check
 from chiron.engines.claims import model_names
 from chiron.engines.metrics import read_row
 from chiron.engines.rows import ENGINES, EngineRow
+from chiron.fleet.endpoints import EndpointsSource
 from chiron.gateway.settings import KindSettings, ServeConfig
 from chiron.net.reasons import reason_of
 
@@ -31,7 +32,7 @@ def endpoint_checks(config: ServeConfig) -> Iterator[Check]:
     """Every endpoint of every model."""
     for model in config.models:
         for kind in model.kinds:
-            for url in kind.endpoints:
+            for url in kind.source.urls if isinstance(kind.source, EndpointsSource) else ():
                 yield from _one(url, kind, kind.served_model_name or model.name)
 
 
@@ -78,10 +79,10 @@ def _models(url: str, kind: KindSettings, model: str, row: EngineRow) -> Check:
 def _metrics(url: str, kind: KindSettings, row: EngineRow) -> Check:
     what = f"endpoint {url}: metrics"
     if not row.metrics_path:
-        return check(what, "engine = 'openai' has none; Chiron goes by what it measures itself")
+        return check(what, f"engine = {row.name!r} has none; Chiron goes by what it measures itself")
     status, body = _fetch(url, "GET", row.metrics_path, kind)
     if status != 200:
-        hint = "switch the engine's metrics on (SGLang: --enable-metrics; llama.cpp: --metrics)"
+        hint = "switch the engine's metrics on" + (f": {row.metrics_hint}" if row.metrics_hint else "")
         return check(what, f"GET {row.metrics_path} answers {status}", WARN, hint)
     found = read_row(row, body.decode(errors="replace"))
     lacking = [name for name in WANTED if name not in found]

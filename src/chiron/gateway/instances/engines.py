@@ -1,5 +1,4 @@
-"""Instances on their way between the control plane and the fleets: one fleet port over processes and endpoints, and
-the engines of the instances that are ready."""
+"""Instances on their way between the control plane and the fleet, and the engines of those that are ready."""
 
 from __future__ import annotations
 
@@ -7,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from chiron.control.plane import ControlPlane
-from chiron.core.ports import Engine
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
-from chiron.fleet.local import LocalFleet, LocalFleetSettings, ProcessKind
-from chiron.fleet.starts import KindStatus
-from chiron.fleet.static import EndpointStatus, StaticFleet, StaticFleetSettings, StaticKind
-from chiron.fleet.usage import ProcessUsage
+from chiron.fleet.port import FleetEnvironment, FleetReport
+from chiron.fleet.settings import FleetSettings
+from chiron.fleet.union import UnionFleet
 from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.relay.context_limit import UNTOLD, longest
 from chiron.gateway.relay.upstream import HttpEngine
@@ -22,7 +19,7 @@ from chiron.net.clock import LiveClock
 
 
 class Engines:
-    """Implements the ``Fleet`` port towards the control plane and its listener towards the fleets."""
+    """Implements the ``Fleet`` port towards the control plane, and hears of instances from the fleet."""
 
     def __init__(
         self,
@@ -31,9 +28,8 @@ class Engines:
         kinds: Sequence[KindSettings],
         models: Mapping[str, ServedModel],
         directory: Path,
-        fleet: LocalFleetSettings,
-        devices: Sequence[str],
-        static_fleet: StaticFleetSettings | None = None,
+        settings: FleetSettings,
+        devices: Sequence[str] = (),
         failed: Callable[[Instance, str], None] = lambda instance, reason: None,
     ) -> None:
         """``failed`` hears of each instance that failed, and why."""
@@ -45,62 +41,40 @@ class Engines:
         self._kinds = {each.kind.name: each for each in kinds}
         self._models = models
         self._failed = failed
-        static = {each.kind.name: _static(each) for each in kinds if each.endpoints}
-        started = {each.kind.name: _process(each) for each in kinds if each.command}
-        self.local: LocalFleet | None = None
-        self.static: StaticFleet | None = None
-        if started:
-            self.local = LocalFleet(
-                clock=clock,
-                kinds=started,
-                attach=self._attach,
-                directory=directory,
-                settings=fleet,
-                devices=devices,
-            )
-            self.local.listener = self
-        if static:
-            self.static = StaticFleet(clock=clock, kinds=static, attach=self._attach, settings=static_fleet)
-            self.static.listener = self
+        environment = FleetEnvironment(
+            clock=clock, events=self, log_directory=directory, settings=settings, devices=tuple(devices)
+        )
+        self.fleet = UnionFleet({each.kind.name: each.source for each in kinds}, environment)
 
     # -- the Fleet port ----------------------------------------------------------------------------------------
 
     def create(self, instance: Instance) -> None:
-        self._fleet_of(instance).create(instance)
+        self.fleet.create(instance)
 
     def remove(self, instance: Instance) -> None:
         self._close(instance)
-        self._fleet_of(instance).remove(instance)
+        self.fleet.remove(instance)
 
-    # -- what fleets report ------------------------------------------------------------------------------------
+    # -- what the fleet tells ----------------------------------------------------------------------------------
 
-    def instance_ready(self, instance: Instance, engine: Engine) -> None:
-        assert isinstance(engine, HttpEngine)
-        self.live[instance.id] = engine
+    def instance_ready(self, instance: Instance, url: str) -> None:
+        engine = self.live[instance.id] = self._attach(instance, url)
         self.settle_context(instance.model)
         self._plane().instance_ready(instance, engine)
 
-    def instance_failed(self, instance: Instance) -> None:
+    def instance_failed(self, instance: Instance, reason: str) -> None:
         self._close(instance)
-        self._failed(instance, self._fleet_of(instance).reasons.get(instance.id, ""))
+        self._failed(instance, reason)
         self._plane().instance_failed(instance)
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def suspect(self, instance: Instance) -> None:
         """Requests fail there: look at it now."""
-        self._fleet_of(instance).suspect(instance)
+        self.fleet.suspect(instance)
 
-    def usage(self) -> dict[int, ProcessUsage]:
-        return self.local.usage() if self.local is not None else {}
-
-    def starts(self) -> dict[str, KindStatus]:
-        """How the starts of each kind go that the gateway starts itself."""
-        return self.local.status() if self.local is not None else {}
-
-    def endpoints(self) -> dict[str, dict[str, EndpointStatus]]:
-        """How the engines are that run already, by kind and URL."""
-        return self.static.status() if self.static is not None else {}
+    def report(self) -> FleetReport:
+        return self.fleet.report()
 
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}
@@ -122,14 +96,7 @@ class Engines:
             engine.close()
             await engine.origin.close()
         self.live.clear()
-        for fleet in (self.local, self.static):
-            if fleet is not None:
-                await fleet.close()
-
-    def _fleet_of(self, instance: Instance) -> LocalFleet | StaticFleet:
-        fleet = self.static if self._kinds[instance.kind.name].endpoints else self.local
-        assert fleet is not None
-        return fleet
+        await self.fleet.close()
 
     def _attach(self, instance: Instance, url: str) -> HttpEngine:
         settings, served = self._kinds[instance.kind.name], self._models[instance.model]
@@ -164,20 +131,3 @@ class Engines:
     def _plane(self) -> ControlPlane:
         assert self.plane is not None
         return self.plane
-
-
-def _static(settings: KindSettings) -> StaticKind:
-    headers = {"authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    return StaticKind(urls=settings.endpoints, health_path=ENGINES[settings.engine].health_path, headers=headers)
-
-
-def _process(settings: KindSettings) -> ProcessKind:
-    return ProcessKind(
-        command=settings.command,
-        env=settings.env,
-        health_path=ENGINES[settings.engine].health_path,
-        start_timeout_s=settings.start_timeout_s,
-        stop_timeout_s=settings.stop_timeout_s,
-        gpus=settings.devices,
-        log_bytes_max=settings.log_bytes_max,
-    )

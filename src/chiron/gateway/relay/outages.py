@@ -8,22 +8,16 @@ after start of an engine fails. Endpoints that have answered and answer no more 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from chiron.control.model import ModelState
 from chiron.control.plane import ControlPlane
 from chiron.core.types import InstanceKind
-from chiron.fleet.starts import KindStatus
-from chiron.fleet.static import EndpointStatus
+from chiron.fleet.port import FleetReport, Trouble
 from chiron.gateway.relay.errors import ApiError, unavailable
 
 log = logging.getLogger("chiron.gateway")
-
-_DETAIL = re.compile(r"[:(]")
-REASON_MAX = 200
-"""Characters of an endpoint's own reason that a client is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,38 +40,31 @@ class Outages:
         self,
         *,
         plane: ControlPlane,
-        endpoints: Callable[[], Mapping[str, Mapping[str, EndpointStatus]]],
-        starts: Callable[[], Mapping[str, KindStatus]],
+        report: Callable[[], FleetReport],
         outage_wait_s: float = 30.0,
         retry_after_s: float = 1.0,
-        endpoint_retry_s: float = 5.0,
         changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
     ) -> None:
-        """``endpoints``: how those are that run already, by kind and URL; ``starts``: how those of each kind go that
-        the gateway starts itself. ``endpoint_retry_s``: longest pause between two looks at an endpoint that failed.
-        ``changed`` hears of the begin and the end of an outage."""
+        """``report``: how the fleet is; ``changed`` hears of the begin and the end of an outage."""
         self.now: dict[str, Outage] = {}
         self._plane = plane
-        self._endpoints = endpoints
-        self._starts = starts
+        self._report = report
         self._outage_wait_s = outage_wait_s
         self._retry_after_s = retry_after_s
-        self._endpoint_retry_s = endpoint_retry_s
         self._changed = changed
         self._served_s: dict[str, float] = {}
         """When a model last had an instance that was ready."""
 
     def look(self, now_s: float) -> None:
         """Now and then."""
-        endpoints = starts = None
+        report = None
         for name, state in self._plane.models.items():
             if _is_served(state):
                 self._served_s[name] = now_s
                 found = None
             else:
-                endpoints = self._endpoints() if endpoints is None else endpoints
-                starts = self._starts() if starts is None else starts
-                found = self._outage(state, endpoints, starts, now_s)
+                report = self._report() if report is None else report
+                found = self._outage(state, report, now_s)
             before = self.now.get(name)
             if found is not None:
                 self.now[name] = found
@@ -104,48 +91,34 @@ class Outages:
             parts.append(f"{len(began)} being started (for {max(0.0, now_s - min(began)):.0f} s{usual})")
         return "; ".join(parts) or "no instance yet"
 
-    def _outage(
-        self,
-        state: ModelState,
-        endpoints: Mapping[str, Mapping[str, EndpointStatus]],
-        starts: Mapping[str, KindStatus],
-        now_s: float,
-    ) -> Outage | None:
+    def _outage(self, state: ModelState, report: FleetReport, now_s: float) -> Outage | None:
         coming = {i.kind.name: i.kind for i in state.instances.values()}
         # Without any instance the next tick asks for one of the first kind that has room.
         kinds = list(coming.values()) or list(state.spec.kinds)
         troubles = []
         for kind in kinds:
-            trouble = self._trouble(state, kind, endpoints, starts, now_s)
+            trouble = self._trouble(state, kind, report, now_s)
             if trouble is None:
                 return None
             troubles.append(trouble)
-        reasons = "; ".join(dict.fromkeys(reason for reason, _ in troubles))
-        retry_s = max(self._retry_after_s, min(wait_s for _, wait_s in troubles))
+        reasons = "; ".join(dict.fromkeys(trouble.reason for trouble in troubles))
+        retry_s = max(self._retry_after_s, min(trouble.retry_s for trouble in troubles))
         return Outage(reason=f"No instance of {state.spec.name!r} can serve this now: {reasons}.", retry_s=retry_s)
 
-    def _trouble(
-        self,
-        state: ModelState,
-        kind: InstanceKind,
-        endpoints: Mapping[str, Mapping[str, EndpointStatus]],
-        starts: Mapping[str, KindStatus],
-        now_s: float,
-    ) -> tuple[str, float] | None:
-        """Why no instance of this kind comes, and the seconds until there may be news; None: one may come."""
-        if kind.name in endpoints:
+    def _trouble(self, state: ModelState, kind: InstanceKind, report: FleetReport, now_s: float) -> Trouble | None:
+        """Why no instance of this kind comes; None: one may come."""
+        known = report.kinds.get(kind.name)
+        trouble = known.trouble if known is not None else None
+        if trouble is None:
+            return None
+        if trouble.outside:
             if state.cold_starts_seen:  # It may have come and gone between two looks.
                 self._served_s.setdefault(state.spec.name, now_s)
             served_s = self._served_s.get(state.spec.name)
-            if served_s is not None and now_s - served_s < self._outage_wait_s:
-                return None
-            return _endpoints_trouble(endpoints[kind.name], self._endpoint_retry_s)
-        status = starts.get(kind.name)
-        if status is None or status.state != "crash-looping":
-            return None
-        if not state.spec.min_instances and status.next_start_in_s <= 0.0:
+            return None if served_s is not None and now_s - served_s < self._outage_wait_s else trouble
+        if not state.spec.min_instances and trouble.retry_s <= 0.0:
             return None  # Nobody tries again unless somebody asks.
-        return f"start after start of its engine fails ({status.failures} in a row)", status.next_start_in_s
+        return trouble
 
     def _tell(self, model: str, outage: Outage | None) -> None:
         if outage is None:
@@ -157,15 +130,3 @@ class Outages:
 
 def _is_served(state: ModelState) -> bool:
     return any(i.state == "ready" for i in state.instances.values())
-
-
-def _endpoints_trouble(endpoints: Mapping[str, EndpointStatus], retry_s: float) -> tuple[str, float] | None:
-    reasons = []
-    for url, status in endpoints.items():
-        if status.state != "failed" or not status.reason:  # Without a reason its last check passed.
-            return None
-        # Where engines are is nothing to clients: the system's own words name addresses.
-        reasons.append(_DETAIL.split(status.reason.replace(url, "").lstrip(": "))[0][:REASON_MAX])
-    count = len(reasons)
-    which = "its endpoint does not answer" if count == 1 else f"none of its {count} endpoints answers"
-    return f"{which} ({'; '.join(dict.fromkeys(reasons))})", retry_s

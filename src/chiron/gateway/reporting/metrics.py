@@ -219,7 +219,8 @@ class _Collector(Collector):
         looping = GaugeMetricFamily("chiron_crash_looping", "1: starts of a kind keep failing.", labels=labels)
         for model, state in self._plane.models.items():
             for kind in state.spec.kinds:
-                if (starts := around.starts.get(kind.name)) is not None:
+                report = around.fleet.kinds.get(kind.name)
+                if report is not None and (starts := report.starts) is not None:
                     failures.add_metric((model, kind.name), starts.failures_total)
                     looping.add_metric((model, kind.name), starts.state == "crash-looping")
         yield from (failures, looping)

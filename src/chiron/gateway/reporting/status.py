@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite
-from typing import Any, Protocol
+from typing import Any
 
 from chiron.control.model import ModelState, instance_view
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Instance, RequestClass
+from chiron.fleet.port import FleetReport, KindReport
+from chiron.fleet.starts import StartStatus
 from chiron.gateway.relay.upstream import RETRIED
 from chiron.gateway.reporting.event_writer import wall_time
 from chiron.gateway.reporting.journal import LiveJournal
@@ -28,43 +30,6 @@ BATCHES_SHOWN = 50
 """Batches listed: those that run, earliest deadline first, then those that ended last."""
 
 
-class Usage(Protocol):
-    """What the machine says of an instance's processes; ``fleet.usage.ProcessUsage`` is one."""
-
-    @property
-    def cpu_share(self) -> float: ...
-    @property
-    def rss_bytes(self) -> int: ...
-    @property
-    def pid(self) -> int: ...
-    @property
-    def restarts(self) -> int: ...
-
-
-class StartStatus(Protocol):
-    """How the starts of a kind go; ``fleet.starts.KindStatus`` is one."""
-
-    @property
-    def state(self) -> str: ...
-    @property
-    def failures(self) -> int: ...
-    @property
-    def failures_total(self) -> int: ...
-    @property
-    def next_start_in_s(self) -> float: ...
-    @property
-    def reason(self) -> str: ...
-
-
-class EndpointHealth(Protocol):
-    """How an endpoint is; ``fleet.static.EndpointStatus`` is one."""
-
-    @property
-    def state(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatusSources:
     """What the gateway knows and the control plane does not."""
@@ -77,11 +42,7 @@ class StatusSources:
     wall_origin_s: float = 0.0
     """Unix time at ``now_s == 0`` of the clock."""
     instance_urls: Mapping[int, str] = field(default_factory=dict)
-    usage: Mapping[int, Usage] = field(default_factory=dict)
-    starts: Mapping[str, StartStatus] = field(default_factory=dict)
-    """By kind of instance, of those that the gateway starts itself."""
-    endpoints: Mapping[str, Mapping[str, EndpointHealth]] = field(default_factory=dict)
-    """By kind of instance and URL, of engines that run already."""
+    fleet: FleetReport = field(default_factory=FleetReport)
     batches: Sequence[Batch] = ()
     batch_in_flight: Mapping[str, int] = field(default_factory=dict)
     """Items leased from the store, by batch id."""
@@ -150,6 +111,7 @@ def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s
     spec, plan = state.spec, journal.plan_of(state.spec.name)
     running = running_by_class(state)
     oldest_s = state.waiting.order.oldest_arrival_s()
+    kinds = {kind.name: around.fleet.kinds.get(kind.name, KindReport()) for kind in spec.kinds}
     return {
         "name": spec.name,
         "min_instances": spec.min_instances,
@@ -164,11 +126,11 @@ def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s
         "bbp": _number(plan.bbp) if plan else None,
         "cold_start_s": state.cold_start_s if state.cold_starts_seen else None,
         "instances": [_instance(state, i, around, now_s) for i in state.instances.values()],
-        "starts": [_start(kind.name, around.starts[kind.name]) for kind in spec.kinds if kind.name in around.starts],
+        "starts": [_start(name, kind.starts) for name, kind in kinds.items() if kind.starts is not None],
         "endpoints": [
-            {"kind": kind.name, "url": url, "state": health.state, "reason": health.reason}
-            for kind in spec.kinds
-            for url, health in around.endpoints.get(kind.name, {}).items()
+            {"kind": name, "url": url, "state": health.state, "reason": health.reason}
+            for name, kind in kinds.items()
+            for url, health in kind.endpoints.items()
         ],
         "queue": {
             "interactive": len(state.waiting),
@@ -188,7 +150,7 @@ def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s
 
 
 def _instance(state: ModelState, instance: Instance, around: StatusSources, now_s: float) -> dict[str, Any]:
-    view, usage, kind = instance_view(instance, now_s), around.usage.get(instance.id), instance.kind
+    view, usage, kind = instance_view(instance, now_s), around.fleet.usage.get(instance.id), instance.kind
     return {
         "id": instance.id,
         "kind": kind.name,

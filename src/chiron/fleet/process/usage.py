@@ -12,26 +12,13 @@ CpuTimes = dict[tuple[int, float], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessUsage:
-    """Of one instance."""
-
-    cpu_share: float
-    """Cores in use, averaged since the sample before: 1.0 is one core kept busy."""
-    rss_bytes: int
-    """Resident memory of its processes; pages that they share count in each."""
-    pid: int
-    restarts: int
-    """Instances of its kind that have failed so far; each is replaced by a new one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSample:
     cpu_s: CpuTimes
     rss_bytes: int
 
 
 def sample_below(roots: Mapping[int, int]) -> dict[int, TreeSample]:
-    """For each key the processes below its root process, without the root (the keeper). One pass over /proc."""
+    """For each key the processes below its root process, without the root (the supervisor). One pass over /proc."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         try:

@@ -1,4 +1,4 @@
-"""One engine process, seen from the fleet: started under a keeper, watched, ended."""
+"""One engine process, seen from the fleet: started under a supervisor, watched, ended."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, TypeVar
 
-from chiron.fleet import keeper, orphans
+from chiron.fleet.process import orphans, supervisor
 
 _T = TypeVar("_T")
 
-_KEEPER_MARGIN_S = 3.0
-"""Beyond the grace that the keeper gives the engine, before the keeper itself is killed."""
+_SUPERVISOR_MARGIN_S = 3.0
+"""Beyond the grace that the supervisor gives the engine, before the supervisor itself is killed."""
 _TAIL_BYTES = 4096
 
 
@@ -57,7 +57,7 @@ class EngineProcess:
         """Start ``command`` with ``env`` and nothing else of the environment. Raises OSError if the machine cannot."""
         process = await asyncio.create_subprocess_exec(
             # Isolated and without site-packages: a quick start, and nothing of the user's can break it.
-            *(sys.executable, "-I", "-S", keeper.__file__),
+            *(sys.executable, "-I", "-S", supervisor.__file__),
             *("--grace-s", str(stop_timeout_s), "--log", str(log), "--log-bytes-max", str(log_bytes_max)),
             *("--", *command),
             env={**env, orphans.MARK_VARIABLE: mark},
@@ -69,7 +69,7 @@ class EngineProcess:
         return cls(process, stop_timeout_s=stop_timeout_s, mark=mark)
 
     @property
-    def keeper_pid(self) -> int:
+    def supervisor_pid(self) -> int:
         """Parent of everything that the engine consists of."""
         return self._process.pid
 
@@ -92,7 +92,7 @@ class EngineProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         ending = asyncio.ensure_future(self._process.wait())
-        _, late = await asyncio.wait((ending,), timeout=self._stop_timeout_s + _KEEPER_MARGIN_S)
+        _, late = await asyncio.wait((ending,), timeout=self._stop_timeout_s + _SUPERVISOR_MARGIN_S)
         if late:
             await self._kill()
             await ending
@@ -112,7 +112,7 @@ class EngineProcess:
             elif word == "error":
                 self._ended(rest)
         if not self.exit:
-            self._ended("its keeper was killed")
+            self._ended("its supervisor was killed")
             await self._kill()
 
     def _ended(self, how: str) -> None:
@@ -120,7 +120,7 @@ class EngineProcess:
         self.exited.set()
 
     async def _kill(self) -> None:
-        """Without the keeper's help: the group, and whatever carries this instance's mark."""
+        """Without the supervisor's help: the group, and whatever carries this instance's mark."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         if self.pid is not None:

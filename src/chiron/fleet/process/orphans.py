@@ -1,9 +1,9 @@
 """Finds engine processes by a mark in their environment, as the last resort against leftovers.
 
-The keeper ends an engine however its gateway ended. What is left is the case in which somebody kills gateway and
-keeper at once: children of the engine may then run on and hold a GPU. So every process of an engine inherits a mark
-that names the gateway it belongs to, and the next gateway on the machine ends those whose gateway is gone. A mark
-holds for one process namespace: a gateway in a container is not mistaken for a dead one by the host.
+The supervisor ends an engine however its gateway ended. What is left is the case in which somebody kills gateway and
+supervisor at once: children of the engine may then run on and hold a GPU. So every process of an engine inherits a mark
+that names the gateway it belongs to, and the next gateway on the machine ends those whose gateway is gone. A mark holds
+for one process namespace: a gateway in a container is not mistaken for a dead one by the host.
 """
 
 from __future__ import annotations

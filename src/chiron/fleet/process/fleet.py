@@ -1,7 +1,7 @@
 """Instances as processes on this machine.
 
 An instance starts when its kind may be tried (``starts``), its GPUs are free (``devices``) and its engine, run by a
-keeper, answers; it has failed when its process ends or stops answering. The fleet never restarts an instance: the
+supervisor, answers; it has failed when its process ends or stops answering. The fleet never restarts an instance: the
 control plane hears that it failed and asks for another one, so that it alone decides how many there are.
 """
 
@@ -12,20 +12,20 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
-from chiron.fleet import orphans
-from chiron.fleet.devices import Devices
-from chiron.fleet.health import HealthSettings, HealthTarget, Probe
-from chiron.fleet.lives import InstanceFailedError, Life, Lives
-from chiron.fleet.process import EngineExitedError, EngineProcess, tail
-from chiron.fleet.starts import BackoffSettings, KindStatus, StartDelayedError, Starts
-from chiron.fleet.usage import CpuTimes, ProcessUsage, cpu_share, sample_below
-from chiron.net.clock import LiveClock
+from chiron.fleet.health import HealthTarget, Probe
+from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, Trouble
+from chiron.fleet.process import orphans
+from chiron.fleet.process.devices import Devices
+from chiron.fleet.process.engine_process import EngineExitedError, EngineProcess, tail
+from chiron.fleet.process.usage import CpuTimes, cpu_share, sample_below
+from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords
+from chiron.fleet.starts import StartDelayedError, Starts, StartStatus
 
 log = logging.getLogger("chiron.fleet")
 
@@ -34,7 +34,7 @@ _CLOSE_MARGIN_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessKind:
+class ProcessSource:
     """How an instance of a kind is started."""
 
     command: tuple[str, ...]
@@ -51,6 +51,9 @@ class ProcessKind:
     """Devices that one instance gets to itself, if the fleet has any to hand out."""
     log_bytes_max: int = 8 * 1024 * 1024
     """Size at which an instance's log is rotated, once: it takes at most twice that."""
+    standing: ClassVar[int] = 0
+    instances_max: ClassVar[int | None] = None
+    summary: ClassVar[str] = "started here"
 
     def __post_init__(self) -> None:
         if not self.command:
@@ -62,45 +65,23 @@ class ProcessKind:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalFleetSettings:
-    health: HealthSettings = field(default_factory=HealthSettings)
-    backoff: BackoffSettings = field(default_factory=BackoffSettings)
-    usage_period_s: float = 2.0
-    """Seconds between samples of CPU and memory."""
-    logs_kept: int = 200
-    """Log files in the directory; the oldest go first, those of running instances never."""
-    reason_lines: int = 8
-    """Last lines of the log that a failure's reason quotes."""
+class ProcessFleet:
+    """Implements ``LiveFleet``."""
 
-
-class LocalFleet:
-    """Implements the ``Fleet`` port. To be made and used on the loop's thread."""
-
-    def __init__(
-        self,
-        *,
-        clock: LiveClock,
-        kinds: Mapping[str, ProcessKind],
-        attach: Callable[[Instance, str], Engine],
-        directory: Path,
-        settings: LocalFleetSettings | None = None,
-        devices: Sequence[str] = (),
-    ) -> None:
-        """``kinds`` by InstanceKind.name; ``attach`` makes the engine of an instance that answers at a URL;
-        ``directory`` is for logs. Raises ValueError or OSError for what cannot work."""
-        for name, kind in kinds.items():
-            if devices and kind.gpus > len(devices):
-                raise ValueError(f"kind {name!r}: gpus is {kind.gpus}; there are {len(devices)} devices")
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, sources: Mapping[str, ProcessSource], environment: FleetEnvironment) -> None:
+        """``sources`` by InstanceKind.name. Raises ValueError or OSError for what cannot work."""
+        devices = environment.devices
+        for name, source in sources.items():
+            if devices and source.gpus > len(devices):
+                raise ValueError(f"kind {name!r}: gpus is {source.gpus}; there are {len(devices)} devices")
+        environment.log_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.devices = Devices(devices)
-        self._settings = settings or LocalFleetSettings()
-        self._kinds = dict(kinds)
-        self._attach = attach
-        self._directory = directory
+        self._settings = environment.settings
+        self._sources = dict(sources)
+        self._directory = environment.log_directory
         self._owner = orphans.owner_mark()
-        self._lives = Lives(clock=clock, serve=self._serve)
-        self._starts = {name: Starts(self._settings.backoff) for name in kinds}
+        self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
+        self._starts = {name: Starts(self._settings.backoff) for name in sources}
         self._processes: dict[int, tuple[EngineProcess, str]] = {}
         """Running ones and the names of their kinds, by instance id."""
         self._logs: set[Path] = set()
@@ -110,47 +91,31 @@ class LocalFleet:
         self._spawning = asyncio.Lock()
         """Making a process holds up the loop for milliseconds; several must not do so in a row."""
         self._cpu: dict[int, tuple[float, CpuTimes]] = {}
-        self._usage: dict[int, ProcessUsage] = {}
+        self._usage: dict[int, InstanceUsage] = {}
         self._sampling: asyncio.Task[None] | None = None
         if killed := orphans.kill_orphans():
             log.warning("ended %d engine processes whose gateway is gone: %s", len(killed), killed)
 
-    @property
-    def listener(self) -> FleetEvents | None:
-        """Set before the first ``create``."""
-        return self._lives.listener
-
-    @listener.setter
-    def listener(self, listener: FleetEvents | None) -> None:
-        self._lives.listener = listener
-
-    @property
-    def reasons(self) -> Mapping[int, str]:
-        """Why instances failed, by id; the latest thousand."""
-        return self._lives.reasons
-
     def create(self, instance: Instance) -> None:
         """Answered by ``instance_ready`` or ``instance_failed``, later."""
-        assert instance.kind.name in self._kinds, f"no process kind {instance.kind.name!r}"
-        self._lives.begin(instance)
+        assert instance.kind.name in self._sources, f"no process kind {instance.kind.name!r}"
+        self._records.begin(instance)
         if self._sampling is None:
             self._sampling = asyncio.get_running_loop().create_task(self._sample())
 
     def remove(self, instance: Instance) -> None:
         """At any time, also while it starts; harmless twice."""
-        self._lives.end(instance)
+        self._records.end(instance)
 
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
-        self._lives.suspect(instance)
+        self._records.suspect(instance)
 
-    def usage(self) -> dict[int, ProcessUsage]:
-        """By instance id, as last sampled; an instance appears with its first sample."""
-        return {instance: usage for instance, usage in self._usage.items() if instance in self._processes}
-
-    def status(self) -> dict[str, KindStatus]:
-        """How the starts of each kind go."""
-        return {name: starts.status() for name, starts in self._starts.items()}
+    def report(self) -> FleetReport:
+        return FleetReport(
+            kinds={name: _kind_report(starts.status()) for name, starts in self._starts.items()},
+            usage={instance: usage for instance, usage in self._usage.items() if instance in self._processes},
+        )
 
     def log_path(self, instance: Instance) -> Path:
         """Its output, standard and error; what was rotated is beside it, with ``.1``."""
@@ -159,113 +124,119 @@ class LocalFleet:
 
     async def close(self) -> None:
         """Stop everything, side by side; nothing is left when this returns."""
-        longest_s = max((kind.stop_timeout_s for kind in self._kinds.values()), default=0.0)
-        await self._lives.close(longest_s + _CLOSE_MARGIN_S)
+        longest_s = max((source.stop_timeout_s for source in self._sources.values()), default=0.0)
+        await self._records.close(longest_s + _CLOSE_MARGIN_S)
         if self._sampling is not None:
             self._sampling.cancel()
             await asyncio.wait((self._sampling,))
         mine = f"{self._owner}/{id(self):x}."
         await asyncio.to_thread(orphans.kill_marked, lambda mark: mark.startswith(mine))
 
-    async def _serve(self, life: Life) -> None:
-        """The life of one instance, and what its kind learns from it."""
-        starts = self._starts[life.instance.kind.name]
-        life.held.callback(starts.over, life)
+    async def _serve(self, record: InstanceRecord) -> None:
+        """One instance from its turn to its end, and what its kind learns from it."""
+        starts = self._starts[record.instance.kind.name]
+        record.resources.callback(starts.over, record)
         try:
-            await starts.turn(life)
+            await starts.turn(record)
         except StartDelayedError as error:
             raise InstanceFailedError(str(error)) from None
-        kind = self._kinds[life.instance.kind.name]
-        devices = await self._take_devices(life, kind)
-        life.began_s = asyncio.get_running_loop().time()
+        source = self._sources[record.instance.kind.name]
+        devices = await self._take_devices(record, source)
+        record.began_s = asyncio.get_running_loop().time()
         try:
-            await self._run(life, kind, devices, starts)
+            await self._run(record, source, devices, starts)
         except (EngineExitedError, OSError, InstanceFailedError) as error:
-            path = self.log_path(life.instance)
+            path = self.log_path(record.instance)
             lines = tail(path, self._settings.reason_lines)
             reason = f"{error}; last lines of {path}:\n{lines}" if lines else str(error)
-            starts.failed(began_s=life.began_s, ready_s=life.ready_s, reason=reason)
+            starts.failed(began_s=record.began_s, ready_s=record.ready_s, reason=reason)
             if (how := starts.status()).state != "ok":
-                kind_name, wait_s = life.instance.kind.name, how.next_start_in_s
+                kind_name, wait_s = record.instance.kind.name, how.next_start_in_s
                 log.warning(
                     "%s is %s: %d failures in a row, next start in %.1f s", kind_name, how.state, how.failures, wait_s
                 )
             raise InstanceFailedError(reason) from error
 
-    async def _run(self, life: Life, kind: ProcessKind, devices: tuple[str, ...], starts: Starts) -> None:
-        port = self._free_port(life) if any("{port}" in argument for argument in kind.command) else None
-        process = await self._start(life, kind, port, devices)
-        url = await process.unless_exited(self._until_ready(life, process, kind, port))
-        self._lives.ready(life, lambda: self._attach(life.instance, url))
-        starts.succeeded(life)
+    async def _run(
+        self, record: InstanceRecord, source: ProcessSource, devices: tuple[str, ...], starts: Starts
+    ) -> None:
+        port = self._free_port(record) if any("{port}" in argument for argument in source.command) else None
+        process = await self._start(record, source, port, devices)
+        url = await process.unless_exited(self._until_ready(record, process, source, port))
+        self._records.ready(record, url)
+        starts.succeeded(record)
         stable_after_s = self._settings.backoff.stable_after_s
         lasted = asyncio.get_running_loop().call_later(stable_after_s, starts.lasted)
-        life.held.callback(lasted.cancel)
-        await process.unless_exited(self._watch(life, kind, url))
+        record.resources.callback(lasted.cancel)
+        await process.unless_exited(self._watch(record, source, url))
 
-    async def _take_devices(self, life: Life, kind: ProcessKind) -> tuple[str, ...]:
-        if not self.devices.names or not kind.gpus:
+    async def _take_devices(self, record: InstanceRecord, source: ProcessSource) -> tuple[str, ...]:
+        if not self.devices.names or not source.gpus:
             return ()
         wait_s = self._settings.backoff.start_wait_s
-        devices = await self.devices.take(kind.gpus, wait_s)
+        devices = await self.devices.take(source.gpus, wait_s)
         if devices is None:
             raise InstanceFailedError(
-                f"{kind.gpus} of {len(self.devices.names)} devices did not become free within {wait_s:g} s"
+                f"{source.gpus} of {len(self.devices.names)} devices did not become free within {wait_s:g} s"
             )
-        life.held.callback(self.devices.give, devices)
+        record.resources.callback(self.devices.give, devices)
         return devices
 
-    async def _start(self, life: Life, kind: ProcessKind, port: int | None, devices: tuple[str, ...]) -> EngineProcess:
-        instance = life.instance
-        env = {**os.environ, **kind.env}
+    async def _start(
+        self, record: InstanceRecord, source: ProcessSource, port: int | None, devices: tuple[str, ...]
+    ) -> EngineProcess:
+        instance = record.instance
+        env = {**os.environ, **source.env}
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = env["HIP_VISIBLE_DEVICES"] = ",".join(devices)
         path = self.log_path(instance)
         self._logs.add(path)
-        life.held.callback(self._logs.discard, path)
+        record.resources.callback(self._logs.discard, path)
         prune_logs(self._directory, self._settings.logs_kept, self._logs)
         async with self._spawning:
             process = await EngineProcess.start(
-                [argument.replace("{port}", str(port)) for argument in kind.command],
+                [argument.replace("{port}", str(port)) for argument in source.command],
                 env=env,
-                stop_timeout_s=kind.stop_timeout_s,
+                stop_timeout_s=source.stop_timeout_s,
                 log=path,
-                log_bytes_max=kind.log_bytes_max,
+                log_bytes_max=source.log_bytes_max,
                 mark=f"{self._owner}/{id(self):x}.{instance.id}",
             )
-            life.held.push_async_callback(process.stop)
+            record.resources.push_async_callback(process.stop)
         self._processes[instance.id] = process, instance.kind.name
-        life.held.callback(self._forget, instance.id)
+        record.resources.callback(self._forget, instance.id)
         return process
 
-    async def _until_ready(self, life: Life, process: EngineProcess, kind: ProcessKind, port: int | None) -> str:
+    async def _until_ready(
+        self, record: InstanceRecord, process: EngineProcess, source: ProcessSource, port: int | None
+    ) -> str:
         """Its URL, once it answers there."""
         probe: Probe | None = None
         try:
-            async with asyncio.timeout(kind.start_timeout_s):
+            async with asyncio.timeout(source.start_timeout_s):
                 if port is None:
                     await process.announced.wait()
                     port = process.port
                 url = f"http://127.0.0.1:{port}"
-                probe = Probe(HealthTarget(url=url, path=kind.health_path), self._settings.health)
-                await probe.until_passed(life.poke)
+                probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
+                await probe.until_passed(record.check_now)
                 return url
         except TimeoutError:
             why = probe.reason if probe is not None else "it has printed no ready line"
-            raise InstanceFailedError(f"it was not ready within {kind.start_timeout_s:g} s: {why}") from None
+            raise InstanceFailedError(f"it was not ready within {source.start_timeout_s:g} s: {why}") from None
         finally:
             if probe is not None:
                 await probe.close()
 
-    async def _watch(self, life: Life, kind: ProcessKind, url: str) -> None:
-        probe = Probe(HealthTarget(url=url, path=kind.health_path), self._settings.health)
+    async def _watch(self, record: InstanceRecord, source: ProcessSource, url: str) -> None:
+        probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
         try:
-            await probe.until_failed(life.poke)
+            await probe.until_failed(record.check_now)
         finally:
             await probe.close()
         raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
-    def _free_port(self, life: Life) -> int:
+    def _free_port(self, record: InstanceRecord) -> int:
         """Free now. Whoever takes it before the engine does makes this start fail, and the next one gets another."""
         while True:
             with socket.socket() as probe:
@@ -273,7 +244,7 @@ class LocalFleet:
                 port = int(probe.getsockname()[1])
             if port not in self._ports:
                 self._ports.add(port)
-                life.held.callback(self._ports.discard, port)
+                record.resources.callback(self._ports.discard, port)
                 return port
 
     def _forget(self, instance_id: int) -> None:
@@ -286,7 +257,7 @@ class LocalFleet:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._settings.usage_period_s)
-            roots = {instance: process.keeper_pid for instance, (process, _) in self._processes.items()}
+            roots = {instance: process.supervisor_pid for instance, (process, _) in self._processes.items()}
             if not roots:
                 continue
             trees = await asyncio.to_thread(sample_below, roots)
@@ -297,12 +268,19 @@ class LocalFleet:
                     continue
                 before_s, before = self._cpu.get(instance, (now_s, tree.cpu_s))
                 self._cpu[instance] = now_s, tree.cpu_s
-                self._usage[instance] = ProcessUsage(
+                self._usage[instance] = InstanceUsage(
                     cpu_share=cpu_share(before, tree.cpu_s, now_s - before_s),
                     rss_bytes=tree.rss_bytes,
                     pid=process.pid,
                     restarts=self._starts[kind].failures_total,
                 )
+
+
+def _kind_report(starts: StartStatus) -> KindReport:
+    if starts.state != "crash-looping":
+        return KindReport(starts=starts)
+    reason = f"start after start of its engine fails ({starts.failures} in a row)"
+    return KindReport(starts=starts, trouble=Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False))
 
 
 def prune_logs(directory: Path, kept: int, in_use: set[Path]) -> None:

@@ -1,19 +1,19 @@
 """Runs one engine and sees to it that nothing of it outlives whoever wanted it.
 
-``python -m chiron.fleet.keeper [--grace-s S] [--log FILE --log-bytes-max N] -- COMMAND...``
+``python -m chiron.fleet.process.supervisor [--grace-s S] [--log FILE --log-bytes-max N] -- COMMAND...``
 
-Between the gateway and each engine stands a keeper. Its standard input is a pipe whose other end the gateway holds:
-however the gateway ends, kill -9 included, the kernel closes that pipe, and the keeper ends the engine. Orphans of the
-engine come to the keeper too (it is their subreaper), so that "everything has ended" is a fact that ``waitpid`` tells
-rather than a guess. If the keeper itself is killed, the kernel kills the engine (its parent-death signal). Both of
-these are Linux's; elsewhere the engine's process group is what is ended.
+Between the gateway and each engine stands a supervisor. Its standard input is a pipe whose other end the gateway holds:
+however the gateway ends, kill -9 included, the kernel closes that pipe, and the supervisor ends the engine. Orphans of
+the engine come to the supervisor too (it is their subreaper), so that "everything has ended" is a fact that ``waitpid``
+tells rather than a guess. If the supervisor itself is killed, the kernel kills the engine (its parent-death signal).
+Both of these are Linux's; elsewhere the engine's process group is what is ended.
 
 What it says on standard output, a line each: ``pid N`` once the engine runs, ``ready N`` when the engine has printed
-``chiron-engine ready port=N``, ``exit STATUS`` when it has ended (128 plus the signal's number if by a signal),
-``error TEXT`` if it could not be started. Its own exit status is the engine's. What the engine prints goes to the log,
-at most ``N`` bytes and as many again in ``FILE.1``, or without a log to standard error.
+``chiron-engine ready port=N``, ``exit STATUS`` when it has ended (128 plus the signal's number if by a signal), ``error
+TEXT`` if it could not be started. Its own exit status is the engine's. What the engine prints goes to the log, at most
+``N`` bytes and as many again in ``FILE.1``, or without a log to standard error.
 
-Standard library only, one thread, and no import of the rest: a keeper is up in some 30 ms.
+Standard library only, one thread, and no import of the rest: a supervisor is up in some 30 ms.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ _LAST_BLOCKS = 64
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="chiron.fleet.keeper", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="chiron.fleet.process.supervisor", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--grace-s", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
     parser.add_argument("--log", help="file for what the engine prints (default: standard error)")
     parser.add_argument("--log-bytes-max", type=int, default=8 * 1024 * 1024, help="size at which the log is rotated")
@@ -63,7 +65,7 @@ def keep(command: Sequence[str], *, grace_s: float, write: Callable[[bytes], Non
     woken = _wake_on_signals()
     asked_to_stop = _stop_on_signals()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    write(f"keeper {os.getpid()}: start at {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n".encode())
+    write(f"supervisor {os.getpid()}: start at {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n".encode())
     try:
         engine = _start(command)
     except OSError as error:
@@ -171,11 +173,11 @@ class ReadyLine:
 
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """In a session of its own: its group can be signalled as one, and a terminal's Ctrl-C does not reach it."""
-    keeper = os.getpid()
+    supervisor = os.getpid()
 
-    def die_with_keeper() -> None:
+    def die_with_supervisor() -> None:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != keeper:  # It died before the line above could count.
+        if os.getppid() != supervisor:  # It died before the line above could count.
             os._exit(NOT_STARTED)
 
     return subprocess.Popen(
@@ -184,7 +186,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_keeper,
+        preexec_fn=die_with_supervisor,
     )
 
 
@@ -287,7 +289,7 @@ def _copy_rest(output: int, write: Callable[[bytes], None]) -> None:
 
 
 def _say(line: str) -> None:
-    """To whoever started the keeper; it may be gone."""
+    """To whoever started the supervisor; it may be gone."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode() + b"\n")
 

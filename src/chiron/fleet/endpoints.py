@@ -8,33 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar
 
-from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
-from chiron.fleet.health import HealthSettings, HealthTarget, Probe, require_positive
-from chiron.fleet.lives import InstanceFailedError, Life, Lives
+from chiron.fleet.health import HealthTarget, Probe
+from chiron.fleet.port import EndpointState, EndpointStatus, FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords
 from chiron.fleet.waiting import heard, pause
-from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.fleet")
 
 FALLBACK_PATH = "/v1/models"
 """What every OpenAI-compatible endpoint has."""
+REASON_MAX = 200
+"""Characters of an endpoint's own reason that a client is told."""
+_DETAIL = re.compile(r"[:(]")
 _CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StaticKind:
+class EndpointsSource:
     """The endpoints of one kind, in order of preference."""
 
     urls: tuple[str, ...]
+    """Without a path, such as ``http://127.0.0.1:8001``."""
     health_path: str = "/health"
     """Answers 200 when the engine can take requests; where it is empty or unknown (404), ``/v1/models`` is asked."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent with health checks, such as the endpoint's API key; not shown."""
+    gpus: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if not self.urls:
@@ -42,39 +47,17 @@ class StaticKind:
         if len(set(self.urls)) != len(self.urls):
             raise ValueError(f"urls are {list(self.urls)}; each may be named once")
 
+    @property
+    def standing(self) -> int:
+        return len(self.urls)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecoverySettings:
-    """How an endpoint that failed comes back."""
+    @property
+    def instances_max(self) -> int:
+        return len(self.urls)
 
-    recover_checks: int = 3
-    """Checks that it must pass in a row."""
-    recover_first_s: float = 1.0
-    """Seconds between those checks; doubled with each that fails."""
-    recover_max_s: float = 5.0
-    """Longest pause between them, seconds."""
-    bind_timeout_s: float = 300.0
-    """Longest that an instance waits for an endpoint that is free and answers, before it is reported as failed."""
-
-    def __post_init__(self) -> None:
-        require_positive(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaticFleetSettings:
-    health: HealthSettings = field(default_factory=HealthSettings)
-    recovery: RecoverySettings = field(default_factory=RecoverySettings)
-
-
-EndpointState = Literal["free", "checking", "bound", "failed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointStatus:
-    state: EndpointState
-    """``checking``: an instance is about to be bound to it; ``failed``: it has yet to recover."""
-    reason: str
-    """Why the last check failed; empty if it passed or there was none."""
+    @property
+    def summary(self) -> str:
+        return f"{len(self.urls)} endpoint" + ("s" if len(self.urls) != 1 else "")
 
 
 class Endpoint:
@@ -88,67 +71,40 @@ class Endpoint:
         self.state: EndpointState = "free"
 
 
-class StaticFleet:
-    """Implements the ``Fleet`` port. To be made and used on the loop's thread."""
+class EndpointsFleet:
+    """Implements ``LiveFleet``."""
 
-    def __init__(
-        self,
-        *,
-        clock: LiveClock,
-        kinds: Mapping[str, StaticKind],
-        attach: Callable[[Instance, str], Engine],
-        settings: StaticFleetSettings | None = None,
-    ) -> None:
-        """``kinds`` by InstanceKind.name; ``attach`` makes the engine of an instance bound to a URL. Raises
-        ValueError for a URL that is none."""
-        self._settings = settings or StaticFleetSettings()
-        self._attach = attach
-        self._lives = Lives(clock=clock, serve=self._serve)
+    def __init__(self, sources: Mapping[str, EndpointsSource], environment: FleetEnvironment) -> None:
+        """``sources`` by InstanceKind.name. Raises ValueError for a URL that is none."""
+        self._settings = environment.settings
+        self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
         self._endpoints = {
-            name: [Endpoint(url, Probe(self._target(kind, url), self._settings.health)) for url in kind.urls]
-            for name, kind in kinds.items()
+            name: [Endpoint(url, Probe(self._target(source, url), self._settings.health)) for url in source.urls]
+            for name, source in sources.items()
         }
-        self._freed = {name: asyncio.Event() for name in kinds}
+        self._freed = {name: asyncio.Event() for name in sources}
         """Set, and replaced, whenever an endpoint of the kind becomes free."""
         self._recoveries: set[asyncio.Task[None]] = set()
-
-    @property
-    def listener(self) -> FleetEvents | None:
-        """Set before the first ``create``."""
-        return self._lives.listener
-
-    @listener.setter
-    def listener(self, listener: FleetEvents | None) -> None:
-        self._lives.listener = listener
-
-    @property
-    def reasons(self) -> Mapping[int, str]:
-        """Why instances failed, by id; the latest thousand."""
-        return self._lives.reasons
 
     def create(self, instance: Instance) -> None:
         """Answered by ``instance_ready`` once an endpoint is free and answers, or by ``instance_failed``."""
         assert instance.kind.name in self._endpoints, f"no endpoints of kind {instance.kind.name!r}"
-        self._lives.begin(instance)
+        self._records.begin(instance)
 
     def remove(self, instance: Instance) -> None:
         """At any time; harmless twice."""
-        self._lives.end(instance)
+        self._records.end(instance)
 
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
-        self._lives.suspect(instance)
+        self._records.suspect(instance)
 
-    def status(self) -> dict[str, dict[str, EndpointStatus]]:
-        """By kind and URL."""
-        return {
-            name: {e.url: EndpointStatus(state=e.state, reason=e.probe.reason) for e in endpoints}
-            for name, endpoints in self._endpoints.items()
-        }
+    def report(self) -> FleetReport:
+        return FleetReport(kinds={name: self._kind(endpoints) for name, endpoints in self._endpoints.items()})
 
     async def close(self) -> None:
         """Let every endpoint go."""
-        await self._lives.close(_CLOSE_TIMEOUT_S)
+        await self._records.close(_CLOSE_TIMEOUT_S)
         for task in self._recoveries:
             task.cancel()
         if self._recoveries:
@@ -157,19 +113,26 @@ class StaticFleet:
             for endpoint in endpoints:
                 await endpoint.probe.close()
 
-    def _target(self, kind: StaticKind, url: str) -> HealthTarget:
-        return HealthTarget(url=url, path=kind.health_path, fallback_path=FALLBACK_PATH, headers=kind.headers)
+    def _target(self, source: EndpointsSource, url: str) -> HealthTarget:
+        return HealthTarget(url=url, path=source.health_path, fallback_path=FALLBACK_PATH, headers=source.headers)
 
-    async def _serve(self, life: Life) -> None:
-        kind = life.instance.kind.name
-        endpoint = await self._bind(kind, life)
-        life.held.callback(self._let_go, kind, endpoint)
-        self._lives.ready(life, lambda: self._attach(life.instance, endpoint.url))
-        await endpoint.probe.until_failed(life.poke)
+    def _kind(self, endpoints: list[Endpoint]) -> KindReport:
+        status = {each.url: EndpointStatus(state=each.state, reason=each.probe.reason) for each in endpoints}
+        reason = _none_answers(status)
+        retry_s = self._settings.recovery.recover_max_s
+        trouble = Trouble(reason=reason, retry_s=retry_s, outside=True) if reason else None
+        return KindReport(endpoints=status, trouble=trouble)
+
+    async def _serve(self, record: InstanceRecord) -> None:
+        kind = record.instance.kind.name
+        endpoint = await self._bind(kind, record)
+        record.resources.callback(self._let_go, kind, endpoint)
+        self._records.ready(record, endpoint.url)
+        await endpoint.probe.until_failed(record.check_now)
         self._recover(kind, endpoint)
         raise InstanceFailedError(f"the endpoint stopped answering: {endpoint.probe.reason}")
 
-    async def _bind(self, kind: str, life: Life) -> Endpoint:
+    async def _bind(self, kind: str, record: InstanceRecord) -> Endpoint:
         """An endpoint that just answered."""
         bind_timeout_s = self._settings.recovery.bind_timeout_s
         loop = asyncio.get_running_loop()
@@ -182,7 +145,7 @@ class StaticFleet:
                     raise InstanceFailedError(f"no endpoint within {bind_timeout_s:g} s: {self._why(kind)}")
                 continue
             endpoint.state = "checking"
-            life.began_s = loop.time()
+            record.began_s = loop.time()
             try:
                 passed = await endpoint.probe.passes()
             except asyncio.CancelledError:
@@ -227,3 +190,16 @@ class StaticFleet:
         endpoint.state = "free"
         self._freed[kind].set()
         self._freed[kind] = asyncio.Event()
+
+
+def _none_answers(endpoints: Mapping[str, EndpointStatus]) -> str:
+    """Why, for clients; empty if one may answer."""
+    reasons = []
+    for url, status in endpoints.items():
+        if status.state != "failed" or not status.reason:  # Without a reason its last check passed.
+            return ""
+        # Where engines are is nothing to clients: the system's own words name addresses.
+        reasons.append(_DETAIL.split(status.reason.replace(url, "").lstrip(": "))[0][:REASON_MAX])
+    count = len(reasons)
+    which = "its endpoint does not answer" if count == 1 else f"none of its {count} endpoints answers"
+    return f"{which} ({'; '.join(dict.fromkeys(reasons))})"

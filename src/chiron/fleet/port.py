@@ -1,0 +1,123 @@
+"""What the gateway asks of a fleet, whatever its instances come from, and what a fleet says of them.
+
+A fleet is made with its sources by kind of instance and an environment, and is used on the loop's thread. Each kind of
+fleet is one file, and one member of the union in ``fleet.union``; tests hold every one of them to the same contract:
+
+- ``create`` answers later, inside a post of the clock: ``instance_ready`` with an address that answers, or
+  ``instance_failed`` with the reason. An instance that was ready may fail afterwards. After a failure or a ``remove``
+  nothing more is heard of it.
+- ``remove`` and ``suspect`` are harmless at any time, also twice, and for instances that are gone.
+- A fleet never replaces an instance by itself: the control plane decides how many there are.
+- When ``close`` returns, nothing of it is left on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from chiron.core.types import Instance
+from chiron.fleet.settings import FleetSettings
+from chiron.fleet.starts import StartStatus
+from chiron.net.clock import LiveClock
+
+
+class LiveFleetEvents(Protocol):
+    """Who hears of instances. Called inside a post of the clock."""
+
+    def instance_ready(self, instance: Instance, url: str) -> None:
+        """It answers at this address (without a path)."""
+
+    def instance_failed(self, instance: Instance, reason: str) -> None:
+        """It could not be started, or is dead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetEnvironment:
+    """What a fleet works with."""
+
+    clock: LiveClock
+    events: LiveFleetEvents
+    log_directory: Path
+    """For what engines print."""
+    settings: FleetSettings = field(default_factory=FleetSettings)
+    devices: tuple[str, ...] = ()
+    """GPUs of this machine to hand out, each to one instance at a time; empty: none are handed out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """Why no instance of a kind comes now."""
+
+    reason: str
+    """For clients: without addresses, and without what engines print."""
+    retry_s: float
+    """Until there may be news; 0: the next start is a try."""
+    outside: bool
+    """What is wrong is not in Chiron's hands and may end by itself, such as an endpoint that restarts."""
+
+
+EndpointState = Literal["free", "checking", "bound", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointStatus:
+    state: EndpointState
+    """``checking``: an instance is about to be bound to it; ``failed``: it has yet to recover."""
+    reason: str
+    """Why the last check failed; empty if it passed or there was none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindReport:
+    """How one kind of instance is doing."""
+
+    trouble: Trouble | None = None
+    """None: an instance of it may come."""
+    starts: StartStatus | None = None
+    """Of kinds whose instances are started."""
+    endpoints: Mapping[str, EndpointStatus] = field(default_factory=dict)
+    """By URL, of kinds whose instances run already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceUsage:
+    """What the machine says of one instance's processes."""
+
+    cpu_share: float
+    """Cores in use, averaged since the sample before: 1.0 is one core kept busy."""
+    rss_bytes: int
+    """Resident memory of its processes; pages that they share count in each."""
+    pid: int
+    restarts: int
+    """Instances of its kind that have failed so far; each is replaced by a new one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetReport:
+    """A fleet as it is now."""
+
+    kinds: Mapping[str, KindReport] = field(default_factory=dict)
+    """By name of the kind of instance."""
+    usage: Mapping[int, InstanceUsage] = field(default_factory=dict)
+    """By instance id, as last sampled; of instances that run on this machine."""
+
+
+class LiveFleet(Protocol):
+    """Creates, watches and removes instances."""
+
+    def create(self, instance: Instance) -> None:
+        """Answered by ``instance_ready`` or ``instance_failed``, later."""
+
+    def remove(self, instance: Instance) -> None:
+        """At any time, also while it starts."""
+
+    def suspect(self, instance: Instance) -> None:
+        """Somebody could not reach it: check now, and fail it if it does not answer."""
+
+    def report(self) -> FleetReport: ...
+
+    async def close(self) -> None:
+        """Remove everything, side by side."""

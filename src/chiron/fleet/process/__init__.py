@@ -1,0 +1,1 @@
+"""Instances as processes of this machine: the fleet, and what keeps an engine process in hand."""

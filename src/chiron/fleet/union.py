@@ -1,0 +1,61 @@
+"""What instances may come from, as a union, and the fleets of its members as one fleet.
+
+A member is a frozen dataclass that says how an instance of a kind comes to be. Besides that each has ``standing`` (how
+many instances run whether Chiron wants them or not), ``instances_max`` (how many there can be; None: no bound of its
+own), ``gpus`` (of this machine, for one instance) and ``summary`` (in a few words, for people).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from chiron.core.types import Instance
+from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
+from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
+from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
+
+Source = ProcessSource | EndpointsSource
+
+MEMBERS: Mapping[type[Any], Callable[[Mapping[str, Any], FleetEnvironment], LiveFleet]] = {
+    ProcessSource: ProcessFleet,
+    EndpointsSource: EndpointsFleet,
+}
+"""The fleet of each member."""
+
+
+class UnionFleet:
+    """Implements ``LiveFleet``: each kind of instance is left to the fleet of its source."""
+
+    def __init__(self, sources: Mapping[str, Source], environment: FleetEnvironment) -> None:
+        """``sources`` by InstanceKind.name. Raises ValueError or OSError for what cannot work."""
+        self._fleets: list[LiveFleet] = []
+        self._by_kind: dict[str, LiveFleet] = {}
+        for member, make in MEMBERS.items():
+            own = {name: source for name, source in sources.items() if type(source) is member}
+            if own:
+                fleet = make(own, environment)
+                self._fleets.append(fleet)
+                self._by_kind.update(dict.fromkeys(own, fleet))
+
+    def create(self, instance: Instance) -> None:
+        self._by_kind[instance.kind.name].create(instance)
+
+    def remove(self, instance: Instance) -> None:
+        self._by_kind[instance.kind.name].remove(instance)
+
+    def suspect(self, instance: Instance) -> None:
+        self._by_kind[instance.kind.name].suspect(instance)
+
+    def report(self) -> FleetReport:
+        kinds: dict[str, KindReport] = {}
+        usage: dict[int, InstanceUsage] = {}
+        for fleet in self._fleets:
+            report = fleet.report()
+            kinds.update(report.kinds)
+            usage.update(report.usage)
+        return FleetReport(kinds=kinds, usage=usage)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(fleet.close() for fleet in self._fleets))
