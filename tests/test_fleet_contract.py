@@ -1,0 +1,166 @@
+"""Every live fleet keeps one contract, whatever its instances come from."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
+from chiron.fleet.health import RecoverySettings
+from chiron.fleet.port import FleetEnvironment, LiveFleet
+from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
+from chiron.fleet.settings import FleetSettings
+from chiron.fleet.starts import BackoffSettings
+from chiron.fleet.union import UnionFleet
+from chiron.net.client import Origin
+from chiron.net.clock import LiveClock
+from fleet_factory import QUICK_HEALTH, Heard, an_instance, kill, until
+
+EMULATED = (
+    *(sys.executable, "-m", "chiron.engines.serve.emulated", "--port", "0"),
+    *("--profile", "llama-3.1-8b/a100/tp1", "--served-model-name", "m"),
+)
+DEAD_URL = "http://127.0.0.1:9"
+SETTINGS = FleetSettings(
+    health=QUICK_HEALTH,
+    backoff=BackoffSettings(backoff_max_s=600.0, crash_loop_starts=1),
+    recovery=RecoverySettings(recover_first_s=0.05, recover_max_s=7.0, bind_timeout_s=0.5),
+    usage_period_s=0.1,
+)
+GOOD, BAD = "good", "bad"
+"""Kinds of instances: one that works, one that cannot."""
+
+
+@dataclass
+class Site:
+    fleet: LiveFleet
+    heard: Heard
+    kill_engine: Callable[[int], Any]
+    """Of the instance with this number; by whoever runs it."""
+
+
+def process_sources() -> dict[str, ProcessSource]:
+    return {
+        GOOD: ProcessSource(command=EMULATED, stop_timeout_s=2.0),
+        BAD: ProcessSource(command=(sys.executable, "-c", "raise SystemExit('secret words')", "{port}")),
+    }
+
+
+def endpoint_sources(url: str) -> dict[str, EndpointsSource]:
+    return {GOOD: EndpointsSource(urls=(url,)), BAD: EndpointsSource(urls=(DEAD_URL,))}
+
+
+@contextlib.asynccontextmanager
+async def engine_of_somebody_else() -> AsyncIterator[tuple[str, int]]:
+    engine = await asyncio.create_subprocess_exec(*EMULATED, stdout=asyncio.subprocess.PIPE)
+    try:
+        assert engine.stdout is not None
+        line = b""
+        while b"ready port=" not in line:
+            line = await engine.stdout.readline()
+        yield f"http://127.0.0.1:{line.decode().strip().partition('=')[2]}", engine.pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            engine.kill()
+        await engine.wait()
+
+
+@contextlib.asynccontextmanager
+async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncIterator[Site]:
+    """``engine``: one runs behind the good kind of a fleet that starts none itself."""
+    async with contextlib.AsyncExitStack() as stack:
+        clock = LiveClock(asyncio.get_running_loop())
+        stack.callback(clock.stop)
+        heard = Heard(clock)
+        environment = FleetEnvironment(clock=clock, events=heard, log_directory=directory, settings=SETTINGS)
+        pid = 0
+        fleet: LiveFleet
+        if what == "process":
+            fleet = ProcessFleet(process_sources(), environment)
+        else:
+            url = DEAD_URL
+            if engine:
+                url, pid = await stack.enter_async_context(engine_of_somebody_else())
+            if what == "endpoints":
+                fleet = EndpointsFleet(endpoint_sources(url), environment)
+            else:
+                fleet = UnionFleet({GOOD: endpoint_sources(url)[GOOD], BAD: process_sources()[BAD]}, environment)
+        stack.push_async_callback(fleet.close)
+        yield Site(fleet, heard, lambda number: kill(pid or fleet.report().usage[number].pid))
+
+
+every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union"])
+
+
+@every_fleet
+def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_dies(what: str, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with site(what, tmp_path) as here:
+            fleet, heard = here.fleet, here.heard
+            first, second = an_instance(1, GOOD), an_instance(2, GOOD)
+            fleet.create(first)
+            assert not heard.ready, "a port's calls do not answer at once"
+            await until(lambda: heard.ready == [1], "ready")
+            assert first.state == "ready"
+            origin = Origin(heard.urls[1])
+            assert (await origin.fetch("GET", "/v1/models")).status == 200
+            await origin.close()
+            assert fleet.report().kinds[GOOD].trouble is None
+            fleet.suspect(first)
+            fleet.remove(first)
+            fleet.remove(first)
+            fleet.suspect(first)
+            fleet.create(second)
+            await until(lambda: heard.ready == [1, 2], "what it held is free for another")
+            await until(lambda: what != "process" or 2 in fleet.report().usage, "its process is known")
+            here.kill_engine(2)
+            await until(lambda: heard.failed == [2], "its end is noticed")
+            assert heard.reasons[2]
+            fleet.suspect(second)
+            fleet.remove(second)
+            await fleet.close()
+            await asyncio.sleep(0.05)
+            assert (heard.ready, heard.failed) == ([1, 2], [2]), "nothing is heard of what is gone"
+
+    asyncio.run(story())
+    assert not psutil.Process().children(), "nothing is left"
+
+
+@every_fleet
+def test_a_kind_that_cannot_come_says_why_and_is_not_tried_again_unasked(what: str, tmp_path: Path) -> None:
+    async def story() -> None:
+        async with site(what, tmp_path, engine=False) as here:
+            fleet, heard = here.fleet, here.heard
+            assert fleet.report().kinds[BAD].trouble is None, "nobody has tried yet"
+            fleet.create(an_instance(1, BAD))
+            await until(lambda: heard.failed == [1], "failed")
+            assert ("secret words" in heard.reasons[1]) or (DEAD_URL in heard.reasons[1])
+            trouble = fleet.report().kinds[BAD].trouble
+            assert trouble is not None
+            assert trouble.retry_s > 0.0
+            assert trouble.reason
+            assert "secret" not in trouble.reason, "what engines print is nothing to clients"
+            assert "127.0.0.1" not in trouble.reason, "where engines are is nothing to clients"
+            assert fleet.report().kinds[GOOD].trouble is None
+            await asyncio.sleep(0.2)
+            assert (heard.ready, heard.failed) == ([], [1]), "only the control plane asks for another"
+            # Neither one that waits nor the close of the fleet is heard of.
+            waiting = an_instance(2, BAD)
+            fleet.create(waiting)
+            await asyncio.sleep(0)
+            fleet.remove(waiting)
+            fleet.create(an_instance(3, BAD))
+            await fleet.close()
+            fleet.create(an_instance(4, BAD))
+            await asyncio.sleep(0.05)
+            assert (heard.ready, heard.failed) == ([], [1])
+
+    asyncio.run(story())
