@@ -6,7 +6,7 @@ straight to ``gone``; a draining instance may be taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from math import inf
 
 from chiron.control.model import ModelState
@@ -43,6 +43,8 @@ class Lifecycle:
         self._retune = retune
         self._actuates = actuates
         self._next_instance = 1
+        self._unavailable: frozenset[str] = frozenset()
+        """Names of kinds of which no instance comes for now."""
 
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
         """Clamp to the model's bounds, remember, and log if anything changed."""
@@ -127,12 +129,27 @@ class Lifecycle:
         self.announce("ready", instance)
         return True
 
-    def free_kind(self, state: ModelState) -> InstanceKind | None:
-        for kind in state.spec.kinds:
-            used = sum(1 for i in state.instances.values() if i.kind is kind)
-            if used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) >= kind.gpus:
-                return kind
-        return None
+    def free_kind(self, state: ModelState, without: Instance | None = None) -> InstanceKind | None:
+        """The first with room of which an instance can come; if there is none, the first with room is tried.
+        ``without`` makes room."""
+        free = [kind for kind in state.spec.kinds if self._has_room(state, kind, without)]
+        return next((kind for kind in free if kind.name not in self._unavailable), free[0] if free else None)
+
+    def pass_over(self, states: Iterable[ModelState], unavailable: Collection[str]) -> None:
+        """Of these kinds no instance comes for now. Starts of them give way to another kind that has room."""
+        self._unavailable = frozenset(unavailable)
+        for state in states:
+            starting = [i for i in state.instances.values() if i.state == "starting"]
+            for instance in (i for i in starting if i.kind.name in self._unavailable):
+                kind = self.free_kind(state, without=instance)
+                if kind is not None and kind.name not in self._unavailable:
+                    self.remove(state, instance)
+                    self._fleet.create(self.new_instance(state, kind, instance.role))
+
+    def _has_room(self, state: ModelState, kind: InstanceKind, without: Instance | None) -> bool:
+        used = sum(1 for i in state.instances.values() if i.kind is kind and i is not without)
+        freed = without.kind.gpus if without is not None and without.kind.gpu == kind.gpu else 0
+        return used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) + freed >= kind.gpus
 
     def new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
         instance = Instance(self._next_instance, state.spec.name, kind, role, self._clock.now_s)

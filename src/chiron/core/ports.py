@@ -8,7 +8,7 @@ the instance that has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from chiron.core.types import Decision, Engine, Instance, Request, Sample
@@ -149,3 +149,6 @@ class FleetEvents(Protocol):
 
     def instance_failed(self, instance: Instance) -> None:
         """It is gone with all it held, or its start failed."""
+
+    def kinds_unavailable(self, names: Collection[str]) -> None:
+        """All kinds of which no instance comes for now, such as endpoints that are down: others are tried instead."""

@@ -309,6 +309,8 @@ class Service:
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
+        if self.plane.actuates:
+            self.plane.kinds_unavailable(self.engines.unavailable())
         self.outages.look(self.clock.now_s)
         self.front.watch()
         self._watch_files()

@@ -76,6 +76,11 @@ class Engines:
     def report(self) -> FleetReport:
         return self.fleet.report()
 
+    def unavailable(self) -> set[str]:
+        """Names of kinds of which no instance comes for now; of those whose next start is a try, one may."""
+        kinds = self.report().kinds
+        return {name for name, kind in kinds.items() if kind.trouble is not None and kind.trouble.retry_s > 0.0}
+
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}
 

@@ -1,0 +1,43 @@
+"""A model with several kinds of instances is served by those that there are."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("httptools")
+pytest.importorskip("psutil")
+
+from chiron.net.client import Origin
+from chiron.net.server import serve
+from live_gateway import serving, until
+from scripted_engine import CHAT, ScriptedEngine, body
+from test_gateway_http_engines import whole
+
+DEAD = '{ name = "first", engine = "openai", endpoints = ["http://127.0.0.1:9"] }'
+DIES = f'{{ name = "first", engine = "command", command = ["{sys.executable}", "-c", "exit(7)", "{{port}}"] }}'
+
+
+@pytest.mark.parametrize("first", [DEAD, DIES], ids=["endpoints down", "starts fail"])
+def test_a_kind_that_does_not_come_is_passed_over_and_the_next_one_serves(tmp_path: Path, first: str) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine(whole)
+        engine.server = await serve(engine.handle)
+        second = f'{{ name = "second", engine = "openai", endpoints = ["{engine.url}"] }}'
+        text = f"[models.m]\nmin_instances = 1\nmax_instances = 1\ninstances = [{first}, {second}]\n"
+        text += '[fleet.backoff]\nbackoff_first = "50ms"\ncrash_loop_starts = 1\n'
+        async with serving(tmp_path, text) as service:
+            await until(lambda: service.engines.live, "an instance is ready")
+            (live,) = service.engines.live.values()
+            assert live.instance.kind.name == "m/second"
+            origin = Origin(service.url)
+            answer = await origin.fetch("POST", CHAT.decode(), body=body(), timeout_s=60.0)
+            assert answer.status == 200
+            await origin.close()
+            await until(lambda: not service.outages.now, "nobody is told that there is none")
+        await engine.server.close(0.0)
+
+    asyncio.run(main())
