@@ -17,6 +17,7 @@ from live_gateway import serving, until
 from scripted_engine import CHAT, ScriptedEngine, body
 from test_gateway_http_engines import whole
 
+QUICK = 'policy = "quick"\n[policies.quick]\npolicy = "chiron"\ntick = "500ms"\n'
 DEAD = '{ name = "first", engine = "openai", endpoints = ["http://127.0.0.1:9"] }'
 DIES = f'{{ name = "first", engine = "command", command = ["{sys.executable}", "-c", "exit(7)", "{{port}}"] }}'
 
@@ -27,7 +28,7 @@ def test_a_kind_that_does_not_come_is_passed_over_and_the_next_one_serves(tmp_pa
         engine = ScriptedEngine(whole)
         engine.server = await serve(engine.handle)
         second = f'{{ name = "second", engine = "openai", endpoints = ["{engine.url}"] }}'
-        text = f"[models.m]\nmin_instances = 1\nmax_instances = 1\ninstances = [{first}, {second}]\n"
+        text = f"{QUICK}[models.m]\nmin_instances = 1\nmax_instances = 1\ninstances = [{first}, {second}]\n"
         text += '[fleet.backoff]\nbackoff_first = "50ms"\ncrash_loop_starts = 1\n'
         async with serving(tmp_path, text) as service:
             await until(lambda: service.engines.live, "an instance is ready")

@@ -93,6 +93,14 @@ def test_the_screen_fits(told: dict[str, Any], width: int, height: int, instance
     assert max(line.cell_len for line in lines) <= width
 
 
+def test_why_nothing_serves_a_model_is_on_the_screen(told: dict[str, Any]) -> None:
+    (model,) = told["models"]
+    outage = "No instance of 'm0' can serve this now: its endpoint does not answer (cannot connect)."
+    down = told | {"models": [model | {"outage": outage, "instances": []}]}
+    assert f"requests are refused (503): {outage}" in plain_lines(screen(down, 120, 30))
+    assert "refused" not in plain_lines(screen(told, 120, 30))
+
+
 def test_why_batches_do_not_go_on_is_on_the_screen(told: dict[str, Any]) -> None:
     runner = {"paused": "results cannot be written: full", "failing_models": ["a"], "unserved": {"b": 1200}}
     text = plain_lines(screen(told | {"batch_runner": runner}, 100, 30))

@@ -13,23 +13,23 @@ import typer
 from chiron.cli.common.extras import needs
 from chiron.cli.serve import DEFAULT_CONFIG
 from chiron.config.read import ConfigError, suggest
+from chiron.engines.rows import ENGINES, EngineRow
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ModelSettings
 
 PLACEHOLDER = "@MODEL@"
 DEFAULT_ENGINE = "openvino"
-DEFAULT_MODELS = {"openvino": "toy", "llamacpp": "toy", "emulated": "llama-3.1-8b"}
-"""Names of models for engines that run without being told which; else ``my-model``."""
-DEFAULT_ENDPOINTS = {"vllm": 8001, "sglang": 30000, "tgi": 3000, "openai": 8001}
-"""Ports where engines usually listen; 8001 where that would be 8000, which is the gateway's own."""
+NAMES = ", ".join(ENGINES)
+FILES = " or ".join(row.name for row in ENGINES.values() if row.model_default)
+TIMED = " or ".join(row.name for row in ENGINES.values() if row.profile_key == "profile")
 
 
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(DEFAULT_CONFIG),
     engine: Annotated[
         str,
-        typer.Option("--engine", "-e", help="openvino (embedded), llamacpp, emulated, vllm, sglang, tgi, openai ..."),
+        typer.Option("--engine", "-e", help=f"One of: {NAMES}."),
     ] = DEFAULT_ENGINE,
     endpoint: Annotated[
         list[str] | None,
@@ -39,10 +39,12 @@ def init(
     model_path: Annotated[
         str,
         typer.Option(
-            "--model-path", help="A GGUF file for openvino or llamacpp; a directory or hub name for vllm or sglang."
+            "--model-path", help=f"A GGUF file for {FILES}; a directory or a hub name for engines that load those."
         ),
     ] = "",
-    profile: Annotated[str, typer.Option("--profile", help="Of an emulated engine (`chiron profile list`).")] = "",
+    profile: Annotated[
+        str, typer.Option("--profile", help=f"The timing of {TIMED} engines (`chiron profile list`).")
+    ] = "",
     deploy: Annotated[
         Path | None,
         typer.Option(
@@ -72,10 +74,10 @@ def init(
         return
     with needs("serve"):
         from chiron.config.serve import parse_serve
-        from chiron.engines.rows import ENGINES
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine!r}: {suggest(engine, ENGINES)}")
-    block = model_block(engine, model or DEFAULT_MODELS.get(engine, "my-model"), endpoint or [], model_path, profile)
+    row = ENGINES[engine]
+    block = model_block(row, model or row.sample_model, endpoint or [], model_path, profile)
     # A mistake in the options is found now, not at the first start.
     parsed = parse_serve(block, directory=file.absolute().parent, file="these options")
     block += "\n" + defaults_block(parsed.models[0])
@@ -104,23 +106,23 @@ def template() -> str:
     return (resources.files("chiron") / "data" / "serve" / "template.toml").read_text(encoding="utf-8")
 
 
-def model_block(engine: str, model: str, endpoints: list[str], model_path: str, profile: str) -> str:
+def model_block(row: EngineRow, model: str, endpoints: list[str], model_path: str, profile: str) -> str:
     """The ``[models]`` table of one engine, with what it usually needs."""
     name = model if re.fullmatch(r"[A-Za-z0-9_-]+", model) else json.dumps(model)
-    lines = [*_about(engine, endpoints, model_path), f"[models.{name}]", f"engine = {json.dumps(engine)}"]
-    if not endpoints and not model_path and engine in DEFAULT_ENDPOINTS:
-        endpoints = [f"http://127.0.0.1:{DEFAULT_ENDPOINTS[engine]}"]
+    lines = [*_about(row, endpoints, model_path), f"[models.{name}]", f"engine = {json.dumps(row.name)}"]
+    if not endpoints and not model_path and row.usual_port:
+        endpoints = [f"http://127.0.0.1:{row.usual_port}"]
     if endpoints:
         lines.append(f"endpoints = {json.dumps(endpoints)}")
-    if engine == "command" and not endpoints:
-        lines.append('command = ["my-engine", "--port", "{port}", "--model", "{model}"]')
+    elif row.sample_command:
+        lines.append(f"command = {json.dumps(row.sample_command)}")
     if model_path:
         lines.append(f"model_path = {json.dumps(model_path)}")
-    if engine == "emulated" and not endpoints:
-        lines.append(f"profile = {json.dumps(profile or 'llama-3.1-8b/a100/tp1')}")
+    if row.profile_key == "profile" and not endpoints:
+        lines.append(f"profile = {json.dumps(profile or row.sample_profile)}")
     elif profile:
-        raise ConfigError(f"--profile {profile!r}: belongs to --engine emulated")
-    if engine in ("openvino", "llamacpp") and not endpoints:
+        raise ConfigError(f"--profile {profile!r}: belongs to --engine {TIMED}")
+    if "{threads}" in str(row.command) and not endpoints:
         lines.append("# threads = 1                      # of inference; default: the engine's own choice")
     return "\n".join(lines)
 
@@ -137,17 +139,12 @@ def defaults_block(model: ModelSettings) -> str:
     return "\n".join(f"# {key:<32} # {note}" if note else f"# {key}" for key, note in notes.items())
 
 
-def _about(engine: str, endpoints: list[str], model_path: str) -> list[str]:
+def _about(row: EngineRow, endpoints: list[str], model_path: str) -> list[str]:
     """Comments that say what this kind of engine means."""
     if endpoints:
         return ["# Engines that run already. Chiron routes to them, and does not start or stop them."]
-    if engine in ("openvino", "llamacpp") and not model_path:
-        return [
-            "# Chiron starts the engine here. Without model_path it runs a toy model with random weights: it behaves",
-            '# like an engine, but its text is noise. model_path = "model.gguf" names a real one.',
-        ]
-    if engine == "emulated":
-        return ["# Engines with the timing of a profile, and text without meaning: for trying fleets without GPUs."]
-    if model_path:
+    if model_path and row.profile_key != "profile":
         return ["# Chiron starts the engines here, as many as are needed."]
+    if row.about:
+        return [f"# {line}" for line in row.about]
     return ["# The engines that run already, as many as there are; or model_path, and Chiron starts them."]

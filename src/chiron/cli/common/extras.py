@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from chiron.config.read import ConfigError
+from chiron.engines.rows import ENGINES
 
-EXTRAS = {
+EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": (
         "httptools",
         "msgspec",
@@ -19,8 +20,7 @@ EXTRAS = {
         "starlette",
         "uvloop",
     ),
-    "openvino": ("openvino_genai", "gguf"),
-    "llamacpp": ("xllamacpp", "gguf"),
+    **{row.extra: row.modules for row in ENGINES.values() if row.extra},
 }
 """Modules of each extra of the package that serving may need."""
 OPTIONAL = ("uvloop",)

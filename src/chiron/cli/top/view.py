@@ -212,7 +212,7 @@ def _starting(instance: Mapping[str, Any], cold_start_s: float | None) -> Text:
 
 def _model_foot(model: Mapping[str, Any], width: int) -> list[Text]:
     queue = model["queue"]
-    troubles = [*_starts(model["starts"]), *_endpoints(model["endpoints"])]
+    troubles = [*_outage(model["outage"]), *_starts(model["starts"]), *_endpoints(model["endpoints"])]
     text = Text("  waiting ")
     text.append(f"{queue['interactive']:,} interactive", style="bold red" if queue["interactive"] else "")
     if queue["interactive"] and queue["oldest_wait_s"] is not None:
@@ -224,6 +224,11 @@ def _model_foot(model: Mapping[str, Any], width: int) -> list[Text]:
         text.append(f" in {len(groups)} group{'s' * (len(groups) > 1)}, first {due}")
     classes = sorted(model["classes"], key=lambda cls: cls["kind"] != "interactive")
     return [*troubles, text, *(line for cls in classes for line in _class(cls, width))]
+
+
+def _outage(reason: str | None) -> list[Text]:
+    """What clients of a model are told that nothing can serve."""
+    return [Text(f"  requests are refused (503): {reason}", style="bold red")] if reason else []
 
 
 def _starts(kinds: Sequence[Mapping[str, Any]]) -> list[Text]:
