@@ -100,7 +100,7 @@ def test_a_stream_whose_instance_the_fleet_gives_up_says_so(tmp_path: Path) -> N
             engine.seen[0].write(chunk("one"))
             await until(lambda: reader.data, "it has a token")
             (instance,) = service.plane.instances.values()
-            service.clock.post(lambda: service.engines.instance_failed(instance))
+            service.clock.post(lambda: service.engines.instance_failed(instance, "gone"))
             assert (await reader.end()).error["code"] == "engine_lost"
 
     asyncio.run(main())

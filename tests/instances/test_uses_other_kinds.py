@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("psutil")
 
+
 from chiron.net.client import Origin
 from chiron.net.server import serve
 from live_gateway import serving, until
-from scripted_engine import CHAT, ScriptedEngine, body
-from test_gateway_http_engines import whole
+from scripted_engine import CHAT, ScriptedEngine, body, whole
 
 QUICK = 'policy = "quick"\n[policies.quick]\npolicy = "chiron"\ntick = "500ms"\n'
 DEAD = '{ name = "first", engine = "openai", endpoints = ["http://127.0.0.1:9"] }'
