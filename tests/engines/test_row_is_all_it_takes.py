@@ -30,7 +30,7 @@ MADE_UP = EngineRow(
     limit=LimitRequest(path="/width", method="POST", body='{"sequences": LIMIT}'),
     gpu="cpu",
     max_num_seqs=12,
-    instances_max=2,
+    max_instances=2,
     command=(
         *(*STUB, "--port", "{port}", "--heard", "{model_path}", "--answer", "/about", '{"longest": 4321}'),
         *("--answer", "/numbers", 'madeup_now 3\nmadeup_now{shard="1"} 2\nmadeup_later 1\nmadeup_room 9000\n'),

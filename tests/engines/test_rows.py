@@ -6,38 +6,17 @@ import re
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chiron.engines.rows import ENGINES, EngineRow
-
-OURS = {
-    "running",
-    "waiting",
-    "kv_usage",
-    "kv_blocks",
-    "block_size",
-    "kv_capacity_tokens",
-    "kv_used_tokens",
-    "preemptions",
-    "generation_tokens",
-    "prompt_tokens",
-    "itl_sum_s",
-    "itl_count",
-    "steps",
-    "busy_s",
-    "context_tokens",
-    "decode_tokens",
-    "prefill_tokens",
-    "waiting_tokens",
-    "head_tokens",
-}
+from chiron.engines.rows import COMMAND_NAMES, ENGINES, METRICS, EngineRow, LimitRequest
 
 
 @pytest.mark.parametrize("row", ENGINES.values(), ids=lambda row: row.name)
 def test_rows_use_known_names_and_absolute_paths(row: EngineRow) -> None:
     assert ENGINES[row.name] is row
-    assert set(row.metrics) <= OURS
+    assert set(row.metrics) <= METRICS
     assert all(names for names in row.metrics.values())
     for path in (row.health_path, row.metrics_path, row.context_path, row.limit.path if row.limit else ""):
         assert path == "" or path.startswith("/")
@@ -48,21 +27,6 @@ def test_rows_use_known_names_and_absolute_paths(row: EngineRow) -> None:
 @pytest.mark.parametrize("row", [r for r in ENGINES.values() if r.metrics], ids=lambda row: row.name)
 def test_every_engine_with_metrics_tells_load_and_latency(row: EngineRow) -> None:
     assert {"running", "waiting", "generation_tokens", "itl_sum_s", "itl_count"} <= set(row.metrics)
-
-
-COMMAND_NAMES = {
-    "python",
-    "port",
-    "model",
-    "model_path",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "kv_capacity_tokens",
-    "context_per_seq",
-    "threads",
-    "profile",
-    "pace",
-}
 
 
 @pytest.mark.parametrize("row", ENGINES.values(), ids=lambda row: row.name)
@@ -89,3 +53,27 @@ def test_extras_that_engines_need_exist_and_install_what_they_import() -> None:
         assert bool(row.extra) == bool(row.modules)
         wanted = " ".join(extras[row.extra]).replace("-", "_") if row.extra else ""
         assert all(module in wanted for module in row.modules), row.name
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"max_num_seqs": 0}, "engine 'x': max_num_seqs is 0; it must be 1 or more"),
+        ({"max_instances": 0}, "max_instances is 0"),
+        ({"health_path": ""}, "health_path is ''; it must be given"),
+        ({"metrics_path": "metrics"}, "metrics_path is 'metrics'; it must be empty or begin with '/'"),
+        ({"metrics": {"runing": ("x",)}}, "metrics is ['runing']; it must be among block_size, "),
+        ({"command": ("x", "{prt}")}, "command is 'x {prt}'; it must be names among "),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_what_is_wrong(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EngineRow(name="x", **row)
+
+
+def test_a_limit_request_says_where_the_number_stands() -> None:
+    assert LimitRequest(path="/x", body='{"n": LIMIT}').message(12) == b'{"n": 12}'
+    with pytest.raises(ValueError, match="must hold LIMIT"):
+        LimitRequest(path="/x", body="{}")
+    with pytest.raises(ValueError, match="path is 'x'"):
+        LimitRequest(path="x")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +26,8 @@ from chiron.gateway.settings import KindSettings
 KV_CAPACITY_GUESS = 262_144
 """Tokens of KV of an engine that has not told yet: some 16 GB of an 8B model's, on the large side, so that no prompt
 is refused before the engine's metrics have been read."""
+UNBOUNDED = 1_000_000
+"""Instances of a kind that nothing but the model's own bound limits."""
 _OF_OUR_COMMANDS = re.compile(r"\{(\w+)\}")
 _OF_USERS = re.compile(r"\{(model|model_path|max_num_seqs)\}")
 
@@ -34,7 +36,7 @@ def instance_bounds(section: ServeModelSection, kinds: Sequence[KindSettings], p
     """The least and the most instances of a model, with the defaults filled in."""
     endpoints = sum(kind.source.standing for kind in kinds)
     started = [kind for kind in kinds if kind.source.instances_max is None]
-    room = max((ENGINES[kind.engine].instances_max for kind in started), default=0)
+    room = max((ENGINES[kind.engine].max_instances for kind in started), default=0)
     most = section.max_instances if section.max_instances is not None else endpoints + room
     if not started and most > endpoints:
         raise ConfigError(
@@ -52,17 +54,18 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     """One kind of instance of a model. Raises ConfigError for what cannot be started or reached."""
     row = ENGINES[section.engine]
     profile = _profile(section, row, path, directory)
-    kind = _instance_kind(section, row, model, path, profile)
+    kind = _instance_kind(section, row, model, profile)
     api_key = _secret(section.api_key_file, f"{path}.api_key_file", directory)
     given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
+    source = _SOURCES[section.source](given)
     divided = section.source == "process" and row.context_per_seq > 0
     return construct(
         KindSettings,
         path,
         {
-            "kind": kind,
+            "kind": _bounded(kind, section, source, path),
             "engine": section.engine,
-            "source": _SOURCES[section.source](given),
+            "source": source,
             "served_model_name": section.served_model_name,
             "api_key": api_key,
             "kv_capacity_known": bool(section.kv_capacity_tokens or profile or divided),
@@ -109,15 +112,10 @@ def _endpoints(given: Given) -> EndpointsSource:
 _SOURCES: Mapping[SourceName, Callable[[Given], Source]] = {"process": _process, "endpoints": _endpoints}
 
 
-def _instance_kind(
-    section: ServeInstanceSection, row: EngineRow, model: str, path: str, profile: Profile | None
-) -> InstanceKind:
+def _instance_kind(section: ServeInstanceSection, row: EngineRow, model: str, profile: Profile | None) -> InstanceKind:
     seqs = section.max_num_seqs or (profile.max_num_seqs if profile else row.max_num_seqs)
     guess = seqs * row.context_per_seq or KV_CAPACITY_GUESS
     price = profile.price_per_gpu_hour if profile else 0.0
-    most = section.max_instances or (len(section.endpoints) if section.endpoints else 1_000_000)
-    if section.endpoints and most > len(section.endpoints):
-        raise ConfigError(f"{path}.max_instances: {most}; there are {len(section.endpoints)} endpoints")
     return InstanceKind(
         name=f"{model}/{section.name or section.engine}",
         gpu=section.gpu or (profile.gpu if profile else row.gpu),
@@ -127,8 +125,18 @@ def _instance_kind(
         max_num_seqs=seqs,
         max_num_batched_tokens=section.max_num_batched_tokens
         or (profile.max_num_batched_tokens if profile else row.max_num_batched_tokens),
-        max_instances=most,
+        max_instances=section.max_instances or UNBOUNDED,
     )
+
+
+def _bounded(kind: InstanceKind, section: ServeInstanceSection, source: Source, path: str) -> InstanceKind:
+    """No more instances than the source can have."""
+    most = source.instances_max
+    if most is None:
+        return kind
+    if section.max_instances is not None and section.max_instances > most:
+        raise ConfigError(f"{path}.max_instances: {section.max_instances}; there are {source.summary}")
+    return replace(kind, max_instances=section.max_instances or most)
 
 
 def _profile(section: ServeInstanceSection, row: EngineRow, path: str, directory: Path) -> Profile | None:

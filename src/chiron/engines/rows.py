@@ -9,9 +9,27 @@ may run two versions at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+METRICS = frozenset(
+    {
+        *("running", "waiting", "kv_usage", "kv_blocks", "block_size", "kv_capacity_tokens", "kv_used_tokens"),
+        *("preemptions", "generation_tokens", "prompt_tokens", "itl_sum_s", "itl_count", "steps", "busy_s"),
+        *("context_tokens", "decode_tokens", "prefill_tokens", "waiting_tokens", "head_tokens"),
+    }
+)
+"""Our names of what metrics tell; ``EngineRow.metrics`` says what they are."""
+COMMAND_NAMES = frozenset(
+    {
+        *("python", "port", "model", "model_path", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens"),
+        *("context_per_seq", "threads", "profile", "pace"),
+    }
+)
+"""What a command may name in braces."""
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 Word = str | tuple[str, ...]
 """One argument of a command line, or several that are left out together where a value in them is not known."""
@@ -25,6 +43,12 @@ class LimitRequest:
     method: str = "PUT"
     body: str = '{"limit": LIMIT}'
     """JSON, with ``LIMIT`` for the number."""
+
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/"):
+            raise ValueError(f"path is {self.path!r}; it must begin with '/'")
+        if "LIMIT" not in self.body:
+            raise ValueError(f"body is {self.body!r}; it must hold LIMIT, which stands for the number")
 
     def message(self, limit: int) -> bytes:
         return self.body.replace("LIMIT", str(limit)).encode()
@@ -78,7 +102,7 @@ class EngineRow:
     max_num_batched_tokens: int = 2048
     context_per_seq: int = 0
     """KV tokens of each sequence slot, for engines that divide their KV; 0: they share it."""
-    instances_max: int = 4
+    max_instances: int = 4
     """Of a model whose engines Chiron starts."""
     profile_key: Literal["", "profile", "pace"] = ""
     """Key of the config that names a profile: ``profile``, which the engine must have and takes its timing, KV and
@@ -110,6 +134,25 @@ class EngineRow:
     sample_profile: str = ""
     sample_command: tuple[str, ...] = ()
     """Shows the form, for engines whose command only the user knows."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_num_seqs", "max_num_batched_tokens", "max_instances"):
+            _require(getattr(self, key) >= 1, self.name, key, getattr(self, key), "1 or more")
+        _require(self.context_per_seq >= 0, self.name, "context_per_seq", self.context_per_seq, "0 or more")
+        for key in ("health_path", "metrics_path", "context_path"):
+            path = getattr(self, key)
+            _require(path[:1] in ("", "/"), self.name, key, path, "empty or begin with '/'")
+        _require(bool(self.health_path), self.name, "health_path", "", "given: what cannot be asked cannot be watched")
+        unknown = set(self.metrics) - METRICS
+        _require(not unknown, self.name, "metrics", sorted(unknown), f"among {', '.join(sorted(METRICS))}")
+        parts = " ".join(part for word in self.command for part in ((word,) if isinstance(word, str) else word))
+        named = set(_PLACEHOLDER.findall(parts))
+        _require(named <= COMMAND_NAMES, self.name, "command", parts, f"names among {', '.join(sorted(COMMAND_NAMES))}")
+
+
+def _require(fine: bool, row: str, key: str, value: object, allowed: str) -> None:
+    if not fine:
+        raise ValueError(f"engine {row!r}: {key} is {value!r}; it must be {allowed}")
 
 
 _VLLM = {
@@ -270,7 +313,7 @@ _ROWS = (
         limit=_LIMIT,
         resumes=True,
         uses_gpus=False,
-        instances_max=50,
+        max_instances=50,
         profile_key="profile",
         command=(
             *("{python}", "-m", "chiron.engines.serve.emulated", *_SERVES, "--profile", "{profile}"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.engines.rows import ENGINES
 from chiron.net.shares import LOOPBACK
 
 if TYPE_CHECKING:
@@ -225,7 +226,12 @@ class KindSettings:
     context_tokens: int | None = None
     """Prompt and answer of one request together; None: ask the engine."""
     profile: str = ""
-    """Name or path of the profile whose timing the engine has, if it is an emulated or a paced one."""
+    """Name or path of the profile whose timing the engine has, if it has another's."""
+
+    def __post_init__(self) -> None:
+        _check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        told = self.context_tokens
+        _check(told is None or told >= 1, "context_tokens", told, "1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
