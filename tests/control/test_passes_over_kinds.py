@@ -50,11 +50,11 @@ class World:
 def test_starts_of_it_are_given_up_for_the_next_kind_and_it_is_used_again_later() -> None:
     world = World(kind("first", 2), kind("second", 5), instances=2)
     assert world.asked == ["+first", "+first"]
-    world.plane.kinds_unavailable(["first"])
+    world.plane.kinds_limited({"first": 0})
     assert world.asked[2:] == ["-first", "+second", "-first", "+second"]
-    world.plane.kinds_unavailable(["first"])
+    world.plane.kinds_limited({"first": 0})
     assert len(world.asked) == 6, "once"
-    world.plane.kinds_unavailable([])
+    world.plane.kinds_limited({})
     failed = next(iter(world.plane.instances.values()))
     world.plane.instance_ready(failed, world)
     world.plane.instance_failed(failed)
@@ -63,20 +63,29 @@ def test_starts_of_it_are_given_up_for_the_next_kind_and_it_is_used_again_later(
 
 def test_it_is_tried_all_the_same_where_nothing_else_has_room() -> None:
     world = World(kind("first", 2), kind("second", 1), instances=2)
-    world.plane.kinds_unavailable(["first"])
+    world.plane.kinds_limited({"first": 0})
     assert world.asked == ["+first", "+first", "-first", "+second"]
-    world.plane.kinds_unavailable(["first", "second"])
+    world.plane.kinds_limited({"first": 0, "second": 0})
     assert len(world.asked) == 4
 
 
 def test_gpus_that_its_start_holds_are_room_for_the_next_kind() -> None:
     world = World(kind("first", 1), kind("second", 1), instances=1, gpus=1)
-    world.plane.kinds_unavailable(["first"])
+    world.plane.kinds_limited({"first": 0})
     assert world.asked == ["+first", "-first", "+second"]
+
+
+def test_starts_for_which_there_is_something_stay() -> None:
+    world = World(kind("first", 3), kind("second", 3), instances=3)
+    world.plane.instance_ready(next(iter(world.plane.instances.values())), world)
+    world.plane.kinds_limited({"first": 2})
+    assert world.asked[3:] == ["-first", "+second"]
+    world.plane.kinds_limited({"first": 2})
+    assert len(world.asked) == 5
 
 
 def test_an_instance_that_is_ready_stays() -> None:
     world = World(kind("first", 1), kind("second", 1), instances=1)
     world.plane.instance_ready(next(iter(world.plane.instances.values())), world)
-    world.plane.kinds_unavailable(["first"])
+    world.plane.kinds_limited({"first": 0})
     assert world.asked == ["+first"]

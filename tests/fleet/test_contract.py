@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_
             origin = Origin(heard.urls[1])
             assert (await origin.fetch("GET", "/v1/models")).status == 200
             await origin.close()
-            assert fleet.report().kinds[GOOD].trouble is None
+            assert fleet.report().kinds[GOOD] == replace(fleet.report().kinds[GOOD], trouble=None, instances_max=None)
             fleet.suspect(first)
             fleet.remove(first)
             fleet.remove(first)
@@ -146,6 +146,7 @@ def test_a_kind_that_cannot_come_says_why_and_is_not_tried_again_unasked(what: s
             trouble = fleet.report().kinds[BAD].trouble
             assert trouble is not None
             assert trouble.retry_s > 0.0
+            assert fleet.report().kinds[BAD].instances_max == 0
             assert trouble.reason
             assert "secret" not in trouble.reason, "what engines print is nothing to clients"
             assert "127.0.0.1" not in trouble.reason, "where engines are is nothing to clients"

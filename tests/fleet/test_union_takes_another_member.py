@@ -55,9 +55,8 @@ class LoopFleet:
 
     def report(self) -> FleetReport:
         full = Trouble(reason="its loop is full", retry_s=3.0, outside=True)
-        return FleetReport(
-            kinds={name: KindReport(trouble=full if source.down else None) for name, source in self._sources.items()}
-        )
+        down = KindReport(trouble=full, instances_max=0)
+        return FleetReport(kinds={name: down if each.down else KindReport() for name, each in self._sources.items()})
 
     async def close(self) -> None:
         await self._records.close(5.0)

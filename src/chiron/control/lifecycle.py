@@ -6,7 +6,7 @@ straight to ``gone``; a draining instance may be taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
 
 from chiron.control.model import ModelState
@@ -43,8 +43,8 @@ class Lifecycle:
         self._retune = retune
         self._actuates = actuates
         self._next_instance = 1
-        self._unavailable: frozenset[str] = frozenset()
-        """Names of kinds of which no instance comes for now."""
+        self._most: dict[str, int] = {}
+        """How many instances of a kind there can be now, by name, where it is less than usual."""
 
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
         """Clamp to the model's bounds, remember, and log if anything changed."""
@@ -130,25 +130,30 @@ class Lifecycle:
         return True
 
     def free_kind(self, state: ModelState, without: Instance | None = None) -> InstanceKind | None:
-        """The first with room of which an instance can come; if there is none, the first with room is tried.
+        """The first with room of which an instance can come now; if there is none, the first with room is tried.
         ``without`` makes room."""
         free = [kind for kind in state.spec.kinds if self._has_room(state, kind, without)]
-        return next((kind for kind in free if kind.name not in self._unavailable), free[0] if free else None)
+        return next((kind for kind in free if self._can_come(state, kind)), free[0] if free else None)
 
-    def pass_over(self, states: Iterable[ModelState], unavailable: Collection[str]) -> None:
-        """Of these kinds no instance comes for now. Starts of them give way to another kind that has room."""
-        self._unavailable = frozenset(unavailable)
+    def limit(self, states: Iterable[ModelState], most: Mapping[str, int]) -> None:
+        """No more instances than ``most`` can be of these kinds now. Starts beyond it give way to another kind."""
+        self._most = dict(most)
         for state in states:
-            starting = [i for i in state.instances.values() if i.state == "starting"]
-            for instance in (i for i in starting if i.kind.name in self._unavailable):
-                kind = self.free_kind(state, without=instance)
-                if kind is not None and kind.name not in self._unavailable:
-                    self.remove(state, instance)
-                    self._fleet.create(self.new_instance(state, kind, instance.role))
+            for kind in state.spec.kinds:
+                surplus = _count(state, kind) - self._most.get(kind.name, kind.max_instances)
+                starting = [i for i in state.instances.values() if i.kind is kind and i.state == "starting"]
+                for instance in starting[-surplus:] if surplus > 0 else ():
+                    other = self.free_kind(state, without=instance)
+                    if other is not None and other is not kind and self._can_come(state, other):
+                        self.remove(state, instance)
+                        self._fleet.create(self.new_instance(state, other, instance.role))
+
+    def _can_come(self, state: ModelState, kind: InstanceKind) -> bool:
+        return _count(state, kind) < self._most.get(kind.name, kind.max_instances)
 
     def _has_room(self, state: ModelState, kind: InstanceKind, without: Instance | None) -> bool:
-        used = sum(1 for i in state.instances.values() if i.kind is kind and i is not without)
         freed = without.kind.gpus if without is not None and without.kind.gpu == kind.gpu else 0
+        used = _count(state, kind) - (without is not None and without.kind is kind)
         return used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) + freed >= kind.gpus
 
     def new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
@@ -204,3 +209,7 @@ class Lifecycle:
 
     def announce(self, name: str, instance: Instance) -> None:
         self._journal.event(self._clock.now_s, name, None, instance)
+
+
+def _count(state: ModelState, kind: InstanceKind) -> int:
+    return sum(1 for i in state.instances.values() if i.kind is kind)

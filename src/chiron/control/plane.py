@@ -9,7 +9,7 @@ up at once: the engine takes it out at the same step boundary at which it lets t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view, local_view
@@ -664,9 +664,9 @@ class ControlPlane:
         self._retune(state, instance)
         self._pump(state)
 
-    def kinds_unavailable(self, names: Collection[str]) -> None:
-        """All kinds of which no instance comes for now, such as endpoints that are down. Others are tried instead."""
-        self._lifecycle.pass_over(self.models.values(), names)
+    def kinds_limited(self, most: Mapping[str, int]) -> None:
+        """How many instances there can be now, of all kinds of which there cannot be as many as usual, by name."""
+        self._lifecycle.limit(self.models.values(), most)
 
     def instance_failed(self, instance: Instance) -> None:
         """It is gone with all it held. Work that no client has seen a token of starts again elsewhere."""

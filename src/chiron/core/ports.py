@@ -8,7 +8,7 @@ the instance that has one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from chiron.core.types import Decision, Engine, Instance, Request, Sample
@@ -150,5 +150,6 @@ class FleetEvents(Protocol):
     def instance_failed(self, instance: Instance) -> None:
         """It is gone with all it held, or its start failed."""
 
-    def kinds_unavailable(self, names: Collection[str]) -> None:
-        """All kinds of which no instance comes for now, such as endpoints that are down: others are tried instead."""
+    def kinds_limited(self, most: Mapping[str, int]) -> None:
+        """How many instances there can be now, of all kinds of which there cannot be as many as usual, by name: some
+        endpoints are down, or starts fail. Starts beyond it give way to other kinds that have room."""

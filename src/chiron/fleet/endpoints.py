@@ -121,7 +121,8 @@ class EndpointsFleet:
         reason = _none_answers(status)
         retry_s = self._settings.recovery.recover_max_s
         trouble = Trouble(reason=reason, retry_s=retry_s, outside=True) if reason else None
-        return KindReport(endpoints=status, trouble=trouble)
+        usable = sum(1 for each in endpoints if each.state != "failed")
+        return KindReport(endpoints=status, trouble=trouble, instances_max=usable if usable < len(endpoints) else None)
 
     async def _serve(self, record: InstanceRecord) -> None:
         kind = record.instance.kind.name

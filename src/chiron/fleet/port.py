@@ -76,6 +76,8 @@ class KindReport:
 
     trouble: Trouble | None = None
     """None: an instance of it may come."""
+    instances_max: int | None = None
+    """How many there can be now, where it is less than usual."""
     starts: StartStatus | None = None
     """Of kinds whose instances are started."""
     endpoints: Mapping[str, EndpointStatus] = field(default_factory=dict)

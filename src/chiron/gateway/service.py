@@ -310,7 +310,7 @@ class Service:
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
         if self.plane.actuates:
-            self.plane.kinds_unavailable(self.engines.unavailable())
+            self.plane.kinds_limited(self.engines.limited())
         self.outages.look(self.clock.now_s)
         self.front.watch()
         self._watch_files()

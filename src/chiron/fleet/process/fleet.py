@@ -280,7 +280,9 @@ def _kind_report(starts: StartStatus) -> KindReport:
     if starts.state != "crash-looping":
         return KindReport(starts=starts)
     reason = f"start after start of its engine fails ({starts.failures} in a row)"
-    return KindReport(starts=starts, trouble=Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False))
+    trouble = Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False)
+    # When the pause is over the next start is a try.
+    return KindReport(starts=starts, trouble=trouble, instances_max=0 if trouble.retry_s > 0.0 else None)
 
 
 def prune_logs(directory: Path, kept: int, in_use: set[Path]) -> None:

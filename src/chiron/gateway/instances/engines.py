@@ -76,10 +76,10 @@ class Engines:
     def report(self) -> FleetReport:
         return self.fleet.report()
 
-    def unavailable(self) -> set[str]:
-        """Names of kinds of which no instance comes for now; of those whose next start is a try, one may."""
+    def limited(self) -> dict[str, int]:
+        """How many instances there can be now, by kind, where it is less than usual."""
         kinds = self.report().kinds
-        return {name for name, kind in kinds.items() if kind.trouble is not None and kind.trouble.retry_s > 0.0}
+        return {name: kind.instances_max for name, kind in kinds.items() if kind.instances_max is not None}
 
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}
