@@ -31,7 +31,7 @@ def told() -> dict[str, Any]:
     live = LivePlane()
     live.rush(15.0, per_s=25.0)
     around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S)
-    made = json.loads(json.dumps(status(live.plane, live.journal, around)))
+    made = json.loads(json.dumps(status(live.plane.snapshot(), live.journal, around)))
     made["batches"] = [
         {
             "id": "batch_0123456789",

@@ -7,7 +7,8 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
-from chiron.control.plane import AVOID_ALONE_S, RETRIES_MAX, ControlPlane
+from chiron.control.dispatcher import AVOID_ALONE_S, RETRIES_MAX
+from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTimes
@@ -418,7 +419,7 @@ def test_a_cancelled_request_frees_its_place_and_is_no_eviction() -> None:
     assert running[0].evictions == stage.plane.evictions == 0
     assert stage.said(running[0]) == ["arrival", "dispatch", "first_token", "ended"]
     (instance,) = stage.plane.instances.values()
-    assert instance.batch_held_until_s < 0, "batch work need not keep away"
+    assert instance.eviction_pause_until_s < 0, "batch work need not keep away"
 
 
 def test_a_request_cancelled_while_it_is_being_evicted_does_not_come_back() -> None:

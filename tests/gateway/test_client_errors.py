@@ -42,7 +42,7 @@ def test_refused_requests_are_a_category_of_their_own_and_teach_nothing(tmp_path
                 refused = await Reader(origin, asking(code, stream)).end()
                 assert refused.status == code
                 assert b"not supported" in refused.data, "in the engine's own words"
-            seen = status(service.plane, service.journal, service.around())
+            seen = status(service.plane.snapshot(), service.journal, service.around())
             (cls,) = [c for c in seen["models"][0]["classes"] if c["arrived"]]
             assert (cls["finished"], cls["rejected"], cls["failed"]) == (3, 5, 0)
             assert (cls["attained"], cls["missed"]) == (3, 0)
@@ -51,7 +51,7 @@ def test_refused_requests_are_a_category_of_their_own_and_teach_nothing(tmp_path
             assert re.search(r'chiron_requests_total\{[^}]*outcome="rejected"\} 5.0', page)
             assert service.result().summary["attainment"] == {"chat": 1.0}
             assert state.learner.mixes["chat"].view() == known
-            memory = (service.plane._fleet_state or {}).get("m")
+            memory = (service.plane.fleet_state or {}).get("m")
             remembered = memory.history.counts.sum() if memory is not None else 0.0
             assert remembered + sum(a.requests for a in state.arrivals(service.clock.elapsed_s() + 1.0)) == 3
             square = next(iter(service.plane.instances.values())).prefill_square_total

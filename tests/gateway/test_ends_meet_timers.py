@@ -34,7 +34,7 @@ def dies(incoming: Incoming) -> None:
 
 def evict(plane: ControlPlane, request: Request) -> None:
     assert request.instance is not None
-    plane._evict(plane.models[request.model], request.instance, request)
+    plane._evictor.evict(plane.models[request.model], request)
 
 
 @pytest.mark.parametrize("last", [ends, dies])

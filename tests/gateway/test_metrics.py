@@ -162,7 +162,7 @@ def test_a_gateway_without_any_traffic_renders_too_and_nothing_is_global() -> No
     assert b"chiron_build_info" in one.render()
     assert b"process_resident_memory_bytes" in other.render()
     assert {metric.name for metric in REGISTRY.collect()} == before
-    json.dumps(status(live.plane, live.journal, StatusSources()), allow_nan=False)
+    json.dumps(status(live.plane.snapshot(), live.journal, StatusSources()), allow_nan=False)
 
 
 def test_odd_label_values_are_escaped() -> None:
@@ -174,7 +174,7 @@ def test_odd_label_values_are_escaped() -> None:
 
 
 def test_the_status_is_json_and_tells_the_same(live: LivePlane, around: StatusSources, value: Value) -> None:
-    told = json.loads(json.dumps(status(live.plane, live.journal, around), allow_nan=False))
+    told = json.loads(json.dumps(status(live.plane.snapshot(), live.journal, around), allow_nan=False))
     (model,) = told["models"]
     assert (told["policy"], told["advise"], told["open_requests"]) == ("chiron", False, live.plane.open_requests)
     assert told["at"].startswith("2027-01-15T08:00:1")
@@ -198,7 +198,7 @@ def test_the_status_is_json_and_tells_the_same(live: LivePlane, around: StatusSo
 def test_promises_that_a_client_asked_for_are_not_shown_as_its_class() -> None:
     live = LivePlane()
     live.submit(replace(CHAT, ttft_s=0.1, itl_s=0.001), 1.0)
-    (model,) = status(live.plane, live.journal, StatusSources())["models"]
+    (model,) = status(live.plane.snapshot(), live.journal, StatusSources())["models"]
     (chat,) = model["classes"]
     assert (chat["ttft_slo_s"], chat["itl_slo_s"]) == (CHAT.ttft_s, CHAT.itl_s)
 
@@ -207,7 +207,7 @@ def test_a_start_that_nobody_has_timed_is_not_told() -> None:
     live = LivePlane()
 
     def told() -> tuple[float | None, bool]:
-        (model,) = status(live.plane, live.journal, StatusSources())["models"]
+        (model,) = status(live.plane.snapshot(), live.journal, StatusSources())["models"]
         page = Metrics(live.plane, live.journal, StatusSources).render()
         return model["cold_start_s"], b"chiron_cold_start_seconds{" in page
 
@@ -221,23 +221,23 @@ def test_a_start_that_nobody_has_timed_is_not_told() -> None:
 def test_the_policy_is_called_as_the_config_calls_it() -> None:
     live = LivePlane(policy="hpa-kv-tuned")
     around = StatusSources(policy="hpa-kv-tuned")
-    assert status(live.plane, live.journal, around)["policy"] == "hpa-kv-tuned"
+    assert status(live.plane.snapshot(), live.journal, around)["policy"] == "hpa-kv-tuned"
     assert b'policy="hpa-kv-tuned"' in Metrics(live.plane, live.journal, lambda: around).render()
 
 
 def test_batches_that_run_come_first_by_deadline_and_the_list_is_bounded(live: LivePlane) -> None:
     many = [batch(n, expires_s=WALL_S + 1000.0 - n) for n in range(60)] + [batch(99, status="completed")]
-    shown = status(live.plane, live.journal, StatusSources(wall_origin_s=WALL_S, batches=many))["batches"]
+    shown = status(live.plane.snapshot(), live.journal, StatusSources(wall_origin_s=WALL_S, batches=many))["batches"]
     assert len(shown) == BATCHES_SHOWN
     assert shown[0]["id"] == "batch_59"
-    (ended,) = status(live.plane, live.journal, StatusSources(batches=many[-1:]))["batches"]
+    (ended,) = status(live.plane.snapshot(), live.journal, StatusSources(batches=many[-1:]))["batches"]
     assert (ended["status"], ended["eta_s"]) == ("completed", None)
 
 
 def test_making_either_takes_milliseconds(live: LivePlane, around: StatusSources) -> None:
     """Both are made on the loop's thread; the best of three."""
     metrics = Metrics(live.plane, live.journal, lambda: around)
-    for make in (metrics.render, lambda: json.dumps(status(live.plane, live.journal, around))):
+    for make in (metrics.render, lambda: json.dumps(status(live.plane.snapshot(), live.journal, around))):
         took = []
         for _ in range(3):
             started_s = time.thread_time()
@@ -268,7 +268,7 @@ def test_requests_of_a_model_that_is_queried_before_it_has_instances_count_as_wa
     for instance in list(live.plane.instances.values()):
         live.plane.instance_failed(instance)
     live.plane.submit(Request(10_000, MODEL, CHAT, 0.0, 10, 5))
-    (model,) = status(live.plane, live.journal, StatusSources())["models"]
+    (model,) = status(live.plane.snapshot(), live.journal, StatusSources())["models"]
     assert model["classes"][0]["waiting"] == model["queue"]["interactive"] == 1
 
 

@@ -58,7 +58,7 @@ def test_a_history_of_failures_teaches_what_its_real_requests_teach(tmp_path: Pa
                 real.made(tokens)
             assert (mix.output_mean, mix.output_square) == (real.output_mean, real.output_square)
             assert mix.input_mean < 200, "and not of prompts of more than 2,000 tokens"
-            memory = (plane._fleet_state or {}).get("m")
+            memory = (plane.fleet_state or {}).get("m")
             remembered = memory.history.counts.sum() if memory is not None else 0.0
             assert remembered + sum(a.requests for a in state.arrivals(service.clock.elapsed_s() + 1.0)) == 5
             instance = next(iter(plane.instances.values()))

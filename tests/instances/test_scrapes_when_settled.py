@@ -22,7 +22,7 @@ def looks(wakes_s: list[float]) -> list[float]:
         plane: Any = SimpleNamespace(sampled=lambda samples: taken.append(clock.now_s))
         scraper = Scraper(
             clock=clock,
-            plane=plane,
+            samples=plane,
             engines={},
             period_s=1.0,
             capacity_told=lambda engine, tokens: None,

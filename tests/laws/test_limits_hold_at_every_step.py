@@ -69,7 +69,7 @@ def eligible(instance: Instance, *, interactive: bool) -> bool:
     """Empty, and free to take this kind of work. While evicted work leaves, its end will be answered by dispatch."""
     if instance.state != "ready" or instance.requests or instance.evicting:
         return False
-    held = instance.batch_held_until_s >= 0.0 and len(instance.batch) >= instance.batch_held_to
+    held = instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left
     return interactive or (instance.role != "interactive" and not held)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from chiron.control.plane import RETRIES_MAX
+from chiron.control.dispatcher import RETRIES_MAX
 from effort import examples
 from never_ran import CHAT, CLASSES, KIND, NIGHT, VOICE, Ask, World
 
@@ -157,5 +157,5 @@ def test_batch_work_taken_back_is_not_taken_for_batch_work_done() -> None:
     asks = steady(seconds=200)
     alone = World(asks, until_s=190.0)
     among = World([*asks, *(Ask(at_s=50.0, cls=NIGHT, end="leave", after_s=7.0) for _ in range(200))], until_s=190.0)
-    trust, before = (w.plane._fleet_state["m"].spare_trust for w in (among, alone))
+    trust, before = (w.plane.fleet_state["m"].spare_trust for w in (among, alone))
     assert trust == pytest.approx(before, abs=0.15)

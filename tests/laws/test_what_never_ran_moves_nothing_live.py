@@ -118,7 +118,7 @@ async def served(asked: list[Asked]) -> tuple[Journal, dict[str, Any], list[Clie
     known = {
         "mix": learner.mixes["chat"].view(),
         "step times": learner.step_times,
-        "counts": gateway.plane._fleet_state["m0"].history.counts.tolist(),  # type: ignore[index]
+        "counts": gateway.plane.fleet_state["m0"].history.counts.tolist(),  # type: ignore[index]
         "limits": [(i.id, i.max_batch_size, i.prefill_limit_s) for i in gateway.plane.instances.values()],
     }
     clock.stop()

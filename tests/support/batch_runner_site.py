@@ -52,7 +52,8 @@ class Site:
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
-            plane=self.plane,
+            completions=self.plane,
+            announcements=self.plane,
             models=self.models,
             keys=self.keys,
             next_id=lambda: next(ids),

@@ -104,7 +104,7 @@ class FakePlane:
         request.outcome = outcome
         request.payload.ended(request)
 
-    def hold_batch(
+    def announce_batch(
         self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
     ) -> None:
         sums = self.held.setdefault((model, deadline_s), [0, 0, 0.0])
@@ -206,7 +206,8 @@ class ApiSite(AbstractContextManager["ApiSite"]):
         runner = BatchRunner(
             store=store,
             clock=clock,
-            plane=self.plane,
+            completions=self.plane,
+            announcements=self.plane,
             models=served_models,
             keys=self._keys,
             next_id=lambda: next(ids),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal
 
-from chiron.control.plane import RETRIES_MAX, ControlPlane
+from chiron.control.dispatcher import RETRIES_MAX
+from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
 from chiron.fleet.model import FleetModel, FleetTimes
@@ -186,7 +187,7 @@ class World:
 
     def history(self) -> Any:
         """What the policy remembers of arrivals."""
-        memory = self.plane._fleet_state[MODEL]
+        memory = self.plane.fleet_state[MODEL]
         if hasattr(memory, "history"):
             return {name: getattr(memory.history, name).tolist() for name in ("counts", "tokens", "square")}
         return memory.arrivals.tolist()

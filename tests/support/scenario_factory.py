@@ -165,7 +165,6 @@ def make_wild(settings: WildSettings) -> Policy:
         local=_wild_cap if settings.caps else None,
         holds_batch=settings.holds_batch,
         defers_late=settings.defers_late,
-        evicts=settings.evicts,
         eviction_pause_s=settings.eviction_pause_s,
         revives=settings.revives,
         relabels=settings.relabels,
@@ -212,6 +211,7 @@ def _wild_cap(settings: WildSettings, state: None, view: LocalView) -> tuple[Loc
         prefill_step_s=step_s,
         prefill_share=draw.choice((1.0, 0.1)),
         batch_limit=draw.choice((None, 0, 2)),
+        evicts=settings.evicts,
         reason="wild",
         numbers=seen,
     ), None

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
 
+from chiron.control.actuators import Actuators
+from chiron.control.batch_size import BatchSizes
+from chiron.control.booking import leave
+from chiron.control.eviction import Evictor
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Fleet, Journal
-from chiron.core.types import Decision, Instance, InstanceKind, Request, Role
+from chiron.core.ports import Engine, Fleet, Journal
+from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
 from chiron.policies.policy import Policy
 from chiron.policies.views import ModelPlan
 
 
 class Lifecycle:
-    """Makes every model's fleet its plan. ``evict`` and ``retune`` are the control plane's own."""
+    """Makes every model's fleet its plan."""
 
     def __init__(
         self,
@@ -28,9 +32,9 @@ class Lifecycle:
         journal: Journal,
         policy: Policy,
         gpus_max: Mapping[str, float],
-        evict: Callable[[ModelState, Request], None],
-        retune: Callable[[ModelState, Instance], None],
-        actuates: bool = True,
+        actuators: Actuators,
+        evictor: Evictor,
+        sizes: BatchSizes,
     ) -> None:
         self.instances: dict[int, Instance] = {}
         """Every instance that is not gone."""
@@ -39,17 +43,44 @@ class Lifecycle:
         self._journal = journal
         self._policy = policy
         self._gpus_free = dict(gpus_max)
-        self._evict = evict
-        self._retune = retune
-        self._actuates = actuates
+        self._actuators = actuators
+        self._evictor = evictor
+        self._sizes = sizes
         self._next_instance = 1
         self._most: dict[str, int] = {}
         """How many instances of a kind there can be now, by name, where it is less than usual."""
 
+    # -- the first instances -----------------------------------------------------------------------------------
+
+    def adopt(self, state: ModelState, count: int, attach: Callable[[Instance], Engine]) -> None:
+        """Take over ``count`` running instances at the start; ``attach`` gives each its engine."""
+        self._plan_initial(state, count)
+        for role, number in state.planned.items():
+            for _ in range(number):
+                kind = self._free_kind(state)
+                if kind is None:
+                    raise ValueError(
+                        f"model {state.spec.name!r}: the GPU limits do not allow {count} initial instances"
+                    )
+                instance = self._new_instance(state, kind, role)
+                self.ready(state, instance, attach(instance))
+
+    def request_initial(self, state: ModelState, count: int) -> None:
+        """Ask the fleet for the first ``count`` instances; they become ready when they do."""
+        self._plan_initial(state, count)
+        self.reconcile(state)
+
+    def _plan_initial(self, state: ModelState, count: int) -> None:
+        policy = self._policy
+        split = policy.initial_roles(policy.settings, count) if policy.initial_roles else {"mixed": count}
+        state.planned = {role: split.get(role, 0) for role in ROLES}
+
+    # -- plans -------------------------------------------------------------------------------------------------
+
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
         """Clamp to the model's bounds, remember, and log if anything changed."""
         spec = state.spec
-        counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ("interactive", "mixed", "batch")}
+        counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ROLES}
         excess = sum(counts.values()) - spec.max_instances
         for role in ("batch", "mixed", "interactive"):
             cut = min(max(excess, 0), counts[role])
@@ -58,15 +89,10 @@ class Lifecycle:
         missing = spec.min_instances - sum(counts.values())
         if missing > 0:
             counts["mixed"] += missing
-        previous = state.planned if self._actuates else state.advised or state.planned
+        previous = self._actuators.plan(state, counts)
         before = sum(previous.values())
         after = sum(counts.values())
-        changed = counts != previous
-        if self._actuates:
-            state.planned = counts
-        else:
-            state.advised = counts
-        if changed:
+        if counts != previous:
             self._journal.decided(
                 self._clock.now_s,
                 Decision(
@@ -114,7 +140,7 @@ class Lifecycle:
                 instance.role = role
                 if instance.state == "ready":
                     state.router.changed(instance)
-                    self._retune(state, instance)
+                    self._sizes.retune(state, instance)
 
     def _revive(self, state: ModelState, role: Role) -> bool:
         if not self._policy.revives:
@@ -126,10 +152,10 @@ class Lifecycle:
         instance.state = "ready"
         instance.role = role
         state.router.add(instance)
-        self.announce("ready", instance)
+        self._announce("ready", instance)
         return True
 
-    def free_kind(self, state: ModelState, without: Instance | None = None) -> InstanceKind | None:
+    def _free_kind(self, state: ModelState, without: Instance | None = None) -> InstanceKind | None:
         """The first with room of which an instance can come now; if there is none, the first with room is tried.
         ``without`` makes room."""
         free = [kind for kind in state.spec.kinds if self._has_room(state, kind, without)]
@@ -143,10 +169,10 @@ class Lifecycle:
                 surplus = _count(state, kind) - self._most.get(kind.name, kind.max_instances)
                 starting = [i for i in state.instances.values() if i.kind is kind and i.state == "starting"]
                 for instance in starting[-surplus:] if surplus > 0 else ():
-                    other = self.free_kind(state, without=instance)
+                    other = self._free_kind(state, without=instance)
                     if other is not None and other is not kind and self._can_come(state, other):
-                        self.remove(state, instance)
-                        self._fleet.create(self.new_instance(state, other, instance.role))
+                        self._remove(state, instance)
+                        self._fleet.create(self._new_instance(state, other, instance.role))
 
     def _can_come(self, state: ModelState, kind: InstanceKind) -> bool:
         return _count(state, kind) < self._most.get(kind.name, kind.max_instances)
@@ -156,7 +182,7 @@ class Lifecycle:
         used = _count(state, kind) - (without is not None and without.kind is kind)
         return used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) + freed >= kind.gpus
 
-    def new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
+    def _new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
         instance = Instance(self._next_instance, state.spec.name, kind, role, self._clock.now_s)
         self._next_instance += 1
         limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
@@ -165,41 +191,71 @@ class Lifecycle:
         state.instances[instance.id] = instance
         if kind.gpu in self._gpus_free:
             self._gpus_free[kind.gpu] -= kind.gpus
-        self.announce("created", instance)
+        self._announce("created", instance)
         return instance
 
     def _create(self, state: ModelState, role: Role) -> bool:
-        kind = self.free_kind(state)
+        kind = self._free_kind(state)
         if kind is None:
             return False
-        self._fleet.create(self.new_instance(state, kind, role))
+        self._fleet.create(self._new_instance(state, kind, role))
         return True
 
     def _drain(self, state: ModelState, instance: Instance) -> None:
         if instance.state == "starting":
-            self.remove(state, instance)
+            self._remove(state, instance)
             return
         state.router.remove(instance)
         instance.state = "draining"
         instance.drain_started_s = started_s = self._clock.now_s
-        self.announce("draining", instance)
+        self._announce("draining", instance)
         if not instance.requests and not instance.evicting:
-            self.remove(state, instance)
+            self._remove(state, instance)
             return
 
         def hurry() -> None:
             if instance.state == "draining" and instance.drain_started_s == started_s:
                 for request in list(instance.batch.values()):
-                    self._evict(state, request)
+                    self._evictor.evict(state, request)
 
         self._clock.call_later(self._policy.drain_timeout_s, hurry)
 
-    def remove(self, state: ModelState, instance: Instance) -> None:
-        self.forget(state, instance)
-        self._fleet.remove(instance)
-        self.announce("gone", instance)
+    # -- what the fleet reports --------------------------------------------------------------------------------
 
-    def forget(self, state: ModelState, instance: Instance) -> None:
+    def ready(self, state: ModelState, instance: Instance, engine: Engine) -> None:
+        instance.engine = engine
+        instance.state = "ready"
+        instance.ready_s = self._clock.now_s
+        state.started(instance)
+        self._actuators.begin(instance)
+        self._announce("ready", instance)
+        state.router.add(instance)
+        self._sizes.retune(state, instance)
+
+    def failed(self, state: ModelState, instance: Instance) -> list[Request]:
+        """It is gone with all it held: returns that."""
+        if instance.state == "ready":
+            state.router.remove(instance)
+        instance.state = "draining"
+        lost = list(instance.requests.values()) + list(instance.evicting.values())
+        for request in lost:
+            leave(state, request)
+        instance.evicting.clear()
+        self._forget(state, instance)
+        self._announce("failed", instance)
+        return lost
+
+    def remove_if_empty(self, state: ModelState, instance: Instance) -> None:
+        """Something has left an instance that drains."""
+        if not instance.requests and not instance.evicting:
+            self._remove(state, instance)
+
+    def _remove(self, state: ModelState, instance: Instance) -> None:
+        self._forget(state, instance)
+        self._fleet.remove(instance)
+        self._announce("gone", instance)
+
+    def _forget(self, state: ModelState, instance: Instance) -> None:
         assert not instance.requests, "an instance is drained before it is removed"
         instance.state = "gone"
         del self.instances[instance.id]
@@ -207,7 +263,7 @@ class Lifecycle:
         if instance.kind.gpu in self._gpus_free:
             self._gpus_free[instance.kind.gpu] += instance.kind.gpus
 
-    def announce(self, name: str, instance: Instance) -> None:
+    def _announce(self, name: str, instance: Instance) -> None:
         self._journal.event(self._clock.now_s, name, None, instance)
 
 

@@ -100,6 +100,9 @@ class Readers(Protocol):
     def is_served(self, model: str) -> bool:
         """An instance of it is ready."""
 
+    def kv_capacity_tokens(self, model: str) -> int:
+        """Of its largest instance."""
+
 
 def model_snapshot(state: ModelState, now_s: float) -> ModelSnapshot:
     oldest_s = state.waiting.order.oldest_arrival_s()

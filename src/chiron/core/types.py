@@ -216,8 +216,6 @@ class Instance:
     __slots__ = (
         "avoided_until_s",
         "batch",
-        "batch_held_to",
-        "batch_held_until_s",
         "batch_limit",
         "batch_paced",
         "began_s",
@@ -226,6 +224,8 @@ class Instance:
         "drain_started_s",
         "engine",
         "evicting",
+        "eviction_left",
+        "eviction_pause_until_s",
         "id",
         "index",
         "kind",
@@ -271,10 +271,10 @@ class Instance:
         """Everything dispatched here that has not ended, in order of dispatch."""
         self.batch: dict[int, Request] = {}
         """The batch requests among them."""
-        self.batch_held_until_s = -1.0
-        """Until then batch work here does not grow beyond ``batch_held_to`` requests, what the last eviction left:
+        self.eviction_pause_until_s = -1.0
+        """Until then batch work here does not grow beyond ``eviction_left`` requests, what the last eviction left:
         interactive requests needed the room a moment ago, and may again."""
-        self.batch_held_to = 0
+        self.eviction_left = 0
         self.avoided_until_s = -1.0
         """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import orjson
 
 from chiron.control.plane import ControlPlane
-from chiron.core.ports import Journal
+from chiron.core.ports import EngineEvents, Journal
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
@@ -41,7 +41,7 @@ class EmulatedEngine:
     The model engine gets requests of its own, so that a payload can be both a call (here) and a length (there).
     """
 
-    def __init__(self, model: EngineModel, plane: ControlPlane, output_length: OutputLength) -> None:
+    def __init__(self, model: EngineModel, plane: EngineEvents, output_length: OutputLength) -> None:
         self.model = model
         self.instance = model.instance
         self._plane = plane
@@ -147,14 +147,13 @@ class EmulatedGateway:
         self._bandwidth = kv_transfer_gb_per_s * 1e9
         self._scrape_period_s = scrape_period_s
         self._scrape_delay_s = scrape_delay_s
-        self._journal = journal
-        self.wants_events = journal.wants_events
         self._specs = specs
         self.fleet = FleetModel(clock=clock, times=times, seed=seed, make_engine=self._make_engine)
         self.plane = ControlPlane(
             clock=clock,
             fleet=self.fleet,
-            journal=self,
+            journal=journal,
+            ends=self,
             models=specs,
             classes=classes,
             policy=policy,
@@ -165,7 +164,8 @@ class EmulatedGateway:
         keys = keys or KeyRing()
         self.front = Front(
             clock=clock,
-            plane=self.plane,
+            completions=self.plane,
+            queues=self.plane,
             models=served,
             keys=keys,
             limits=limits or LimitSettings(),
@@ -184,16 +184,8 @@ class EmulatedGateway:
         for when_s in failures_at:
             self.clock.call_at(when_s, self.fleet.fail_one)
 
-    # -- the Journal port --------------------------------------------------------------------------------------
-
-    def decided(self, now_s: float, decision: object) -> None:
-        self._journal.decided(now_s, decision)  # type: ignore[arg-type]
-
-    def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None:
-        self._journal.event(now_s, name, request, instance)
-
     def ended(self, request: Request) -> None:
-        self._journal.ended(request)
+        """The ``Ends`` port."""
         self.front.ended(request, request.tokens_done)
 
     # -- the rest ----------------------------------------------------------------------------------------------

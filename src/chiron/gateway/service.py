@@ -16,6 +16,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+from chiron.control.actuators import CarriesOut, OnlyTells
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Instance, Request
 from chiron.gateway.api import ApiLimits, ApiState, make_app
@@ -37,6 +38,7 @@ from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
+from chiron.policies.advise import advising
 from chiron.policies.registry import make_policy
 from chiron.store.directory import make_directory
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
@@ -74,6 +76,7 @@ class Service:
     def __init__(self, config: ServeConfig, *, advise: bool = False) -> None:
         """To be made on the loop that runs it. Raises ValueError or OSError for what cannot work."""
         self.config = config
+        self.advise = advise
         loop = asyncio.get_running_loop()
         self.clock = LiveClock(loop, time_s=time.monotonic)
         make_directory(config.data)
@@ -93,21 +96,23 @@ class Service:
             devices=config.devices,
             failed=self._instance_failed,
         )
+        policy = make_policy(config.policy, config.policy_settings)
         self.plane = ControlPlane(
             clock=self.clock,
             fleet=self.engines,
-            journal=_EndsCalls(self.journal, self._call_ended, advise=advise),
+            journal=_TellsOperator(self.journal, advise=advise),
+            ends=self,
             models=specs,
             classes=classes,
-            policy=make_policy(config.policy, config.policy_settings),
+            policy=advising(policy) if advise else policy,
             gpus_max=config.gpus,
             observer=self.journal.observe,
-            actuates=not advise,
+            actuators=OnlyTells() if advise else CarriesOut(),
         )
         self.engines.plane = self.plane
         self.scraper = Scraper(
             clock=self.clock,
-            plane=self.plane,
+            samples=self.plane,
             engines=self.engines.live,
             period_s=config.telemetry.scrape_period_s,
             capacity_told=self._capacity_told,
@@ -122,7 +127,8 @@ class Service:
         )
         self.front = Front(
             clock=self.clock,
-            plane=self.plane,
+            completions=self.plane,
+            queues=self.plane,
             models=self.models,
             keys=self.keys,
             limits=config.limits,
@@ -135,7 +141,8 @@ class Service:
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
-            plane=self.plane,
+            completions=self.plane,
+            announcements=self.plane,
             models=self.models,
             keys=self.keys,
             next_id=self._next_id,
@@ -250,6 +257,7 @@ class Service:
             url=self.url,
             version=version("chiron-serving"),
             policy=self.config.policy_label,
+            advise=self.advise,
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             fleet=self.engines.report(),
@@ -265,7 +273,7 @@ class Service:
     def status(self) -> dict[str, Any]:
         """The object of ``GET /chiron/status``."""
         found: dict[str, Any] = {}
-        self.clock.post(lambda: found.update(status(self.plane, self.journal, self.around())))
+        self.clock.post(lambda: found.update(status(self.plane.snapshot(), self.journal, self.around())))
         return found | {"batch_runner": self.runner.summary(), "store": self._store_status()}
 
     def _store_status(self) -> dict[str, Any]:
@@ -301,7 +309,7 @@ class Service:
 
     def _begin(self) -> None:
         for model in self.config.models:
-            self.plane.request_initial(model.name, _initial(model, advise=not self.plane.actuates))
+            self.plane.request_initial(model.name, _initial(model, advise=self.advise))
         self.plane.begin()
         self.scraper.begin()
         self.clock.call_later(WATCH_S, self._watch)
@@ -309,7 +317,7 @@ class Service:
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
-        if self.plane.actuates:
+        if not self.advise:
             self.plane.kinds_limited(self.engines.limited())
         self.outages.look(self.clock.now_s)
         self.front.watch()
@@ -349,8 +357,8 @@ class Service:
         name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)
         self.journal.note(self.clock.now_s, name, {"model": model, "reason": reason})
 
-    def _call_ended(self, request: Request) -> None:
-        """Tell whoever waits for it."""
+    def ended(self, request: Request) -> None:
+        """The ``Ends`` port: tell whoever waits for it."""
         try:
             self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
@@ -364,13 +372,9 @@ class Service:
         instance = engine.instance
         if kinds[instance.kind.name].kv_capacity_known:
             return
-        instance.kv_capacity_tokens = tokens
-        state = self.plane.models[instance.model]
-        state.kv_capacity_tokens = max(i.kv_capacity_tokens for i in state.instances.values())
-        self.models.by_name[instance.model].kv_capacity_tokens = state.kv_capacity_tokens
-        if instance.state == "ready":
-            state.router.changed(instance)
-        self.plane.capacity_known(instance.model)
+        self.plane.capacity_told(instance, tokens)
+        largest = self.plane.kv_capacity_tokens(instance.model)
+        self.models.by_name[instance.model].kv_capacity_tokens = largest
 
     def _event_writer(self) -> EventWriter | None:
         config, telemetry = self.config, self.config.telemetry
@@ -412,22 +416,21 @@ class Service:
         """Why a load balancer should send nobody here; models that scale to zero are no reason."""
         if self.front.draining:
             return "draining"
-        lacking = [self._lack(name) for name, state in self.plane.models.items() if state.spec.min_instances]
+        lacking = [self._lack(model.name) for model in self.config.models if model.min_instances]
         return "; ".join(filter(None, lacking))
 
     def _model_ready(self, model: str) -> tuple[bool, str]:
         """Whether it is worth sending requests for this model here, and how it stands with it in words."""
         if self.front.draining:
             return False, "draining"
-        state = self.plane.models[model]
         why = self._lack(model)
-        if why and (state.spec.min_instances or model in self.outages.now):
+        if why and (self.models.by_name[model].settings.min_instances or model in self.outages.now):
             return False, why
         return True, "ready" if not why else "scaled to zero: the first request starts an instance"
 
     def _lack(self, model: str) -> str:
         """Why no instance of a model is ready; "" if one is."""
-        if any(i.state == "ready" for i in self.plane.models[model].instances.values()):
+        if self.plane.is_served(model):
             return ""
         outage = self.outages.now.get(model)
         held = f"no instance is ready of {model}: {self.outages.why_held(model, self.clock.elapsed_s())}"
@@ -439,26 +442,22 @@ class Service:
         return page[0]
 
 
-class _EndsCalls:
-    """A journal that also tells the request's own call that it is over, and an operator of changes of the fleet."""
+class _TellsOperator:
+    """A journal that also tells an operator of changes of the fleet."""
 
     wants_events = True
 
-    def __init__(self, journal: LiveJournal, ended: Callable[[Request], None], *, advise: bool) -> None:
+    def __init__(self, journal: LiveJournal, *, advise: bool) -> None:
         self._journal = journal
-        self._tell = ended
         self._fleet = "advised fleet" if advise else "fleet"
         self.event = journal.event
+        self.ended = journal.ended
 
     def decided(self, now_s: float, decision: Decision) -> None:
         self._journal.decided(now_s, decision)
         if decision.kind == "fleet":
             before, after, why = decision.before, decision.after, decision.reason
             log.info("%s of %s: %g -> %g instances: %s", self._fleet, decision.subject, before, after, why)
-
-    def ended(self, request: Request) -> None:
-        self._journal.ended(request)
-        self._tell(request)
 
 
 async def run(config: ServeConfig, *, advise: bool = False, on_ready: Callable[[str], None] | None = None) -> None:

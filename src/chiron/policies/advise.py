@@ -36,4 +36,4 @@ def advising(policy: Policy) -> Policy:
     def router(settings: Any, estimates: Estimates) -> PeacefulRouter:
         return PeacefulRouter(make(settings, estimates))
 
-    return replace(policy, router=router, evicts=False, admit=None, migrate=None, initial_max_batch_size=None)
+    return replace(policy, router=router, admit=None, migrate=None, initial_max_batch_size=None)

@@ -286,7 +286,6 @@ def make_chiron(settings: ChironSettings) -> Policy:
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.initial_max_batch_size,
         holds_batch=True,
-        evicts=settings.evict,
         revives=True,
         relabels=True,
         order=lambda _, estimates: OverloadOrder(settings.overload, estimates),

@@ -33,7 +33,7 @@ def decide_batch_size(
     before = view.max_batch_size
     if not isfinite(slo_s):
         if (view.binding and before < view.max_num_seqs) or isfinite(view.prefill_limit_s):
-            return LocalDecision(max_batch_size=view.max_num_seqs, reason="no_itl_slo"), state
+            return LocalDecision(max_batch_size=view.max_num_seqs, reason="no_itl_slo", evicts=settings.evict), state
         return None, state
     counts = view.class_counts or {name: 1 for name, mix in view.mixes.items() if mix.cls.interactive}
     running = sum(counts.values())
@@ -81,6 +81,7 @@ def decide_batch_size(
         prefill_step_s=limits.step_s,
         prefill_share=limits.share,
         batch_limit=batch_limit,
+        evicts=settings.evict,
         reason=reason,
         numbers=numbers,
     )

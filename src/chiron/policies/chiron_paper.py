@@ -173,7 +173,7 @@ def decide_batch_size(
     if size == before:
         return None, state
     state = LocalState(moved_s=view.now_s, throughput=view.throughput, increased=size > before)
-    return LocalDecision(max_batch_size=size, reason=reason, numbers=numbers), state
+    return LocalDecision(max_batch_size=size, evicts=True, reason=reason, numbers=numbers), state
 
 
 def throughput_backpressure(settings: ChironPaperSettings, state: LocalState, view: LocalView) -> float:
@@ -388,7 +388,6 @@ def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
         initial_max_batch_size=settings.initial_max_batch_size,
         initial_roles=initial_roles,
         holds_batch=True,
-        evicts=True,
         revives=settings.revive,
         group_span_s=settings.group_span_s,
     )

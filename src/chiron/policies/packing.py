@@ -368,7 +368,7 @@ class PackingRouter:
     def _room_batch(self, instance: Instance) -> bool:
         if not instance.index.open or instance.role == "interactive":
             return False
-        if instance.batch_held_until_s >= 0.0 and len(instance.batch) >= instance.batch_held_to:
+        if instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left:
             return False
         settings = self._settings
         running = len(instance.requests)

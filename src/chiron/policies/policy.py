@@ -140,8 +140,6 @@ class Policy:
     """How an initial fleet of n splits into roles; None: all mixed."""
     holds_batch: bool = False
     """Batch requests wait in the global queue until a router has room for them."""
-    evicts: bool = False
-    """Beside interactive requests, batch work beyond a max batch size that was lowered is evicted."""
     eviction_pause_s: float = 5.0
     """For this long after an eviction for a place, batch work on the instance may be replaced as it ends, and not grow.
     Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""

@@ -217,6 +217,8 @@ class LocalDecision:
     """Share of the time that prefill may take there."""
     batch_limit: int | None = None
     """Requests on the instance up to which batch work is added; None: as the max batch size."""
+    evicts: bool = False
+    """Beside interactive requests, batch work beyond the max batch size is evicted; else it may end where it runs."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

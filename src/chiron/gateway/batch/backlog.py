@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
+from chiron.core.ports import BatchAnnouncements
 from chiron.gateway.batch.settings import RunnerClock
 from chiron.gateway.batch.window import Window
 from chiron.store.port import PendingWork
 
 
-class BacklogPlane(Protocol):
-    """What is asked of the control plane."""
-
-    def hold_batch(
-        self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
-    ) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
+class _Told:
     """Work that the control plane was told of, in its own units."""
 
     deadline_s: float
@@ -32,31 +24,33 @@ class _Held:
 class Backlog:
     """What the control plane was told of, by batch and model."""
 
-    def __init__(self, *, plane: BacklogPlane, clock: RunnerClock, window_of: Mapping[str, Window]) -> None:
-        self._plane = plane
+    def __init__(
+        self, *, announcements: BatchAnnouncements, clock: RunnerClock, window_of: Mapping[str, Window]
+    ) -> None:
+        self._announcements = announcements
         self._clock = clock
         self._window_of = window_of
-        self._held: dict[tuple[str, str], _Held] = {}
+        self._told: dict[tuple[str, str], _Told] = {}
 
     @property
     def items(self) -> int:
-        return sum(held.items for held in self._held.values())
+        return sum(held.items for held in self._told.values())
 
     def tell(self, pending: Iterable[PendingWork]) -> None:
         """Tell the control plane what changed in the store."""
         known = [work for work in pending if work.items and work.model in self._window_of]
-        now = {(work.batch_id, work.model): self._held_of(work) for work in known}
-        for place in [*now, *(place for place in self._held if place not in now)]:
-            old, new = self._held.get(place), now.get(place)
+        now = {(work.batch_id, work.model): self._told_of(work) for work in known}
+        for place in [*now, *(place for place in self._told if place not in now)]:
+            old, new = self._told.get(place), now.get(place)
             if old != new:
                 # On before off: a group that is empty for a moment would be forgotten with what others put there.
                 for held, sign in ((new, 1), (old, -1)):
                     if held is not None:
-                        self._hold(self._window_of[place[1]], held, sign)
-        self._held = now
+                        self._announce(self._window_of[place[1]], held, sign)
+        self._told = now
 
-    def _hold(self, window: Window, held: _Held, sign: int) -> None:
-        self._plane.hold_batch(
+    def _announce(self, window: Window, held: _Told, sign: int) -> None:
+        self._announcements.announce_batch(
             window.name,
             held.deadline_s,
             window.cls.name,
@@ -65,9 +59,9 @@ class Backlog:
             sign * held.input_square,
         )
 
-    def _held_of(self, work: PendingWork) -> _Held:
+    def _told_of(self, work: PendingWork) -> _Told:
         per_token = self._window_of[work.model].model.bytes_per_token
-        return _Held(
+        return _Told(
             deadline_s=self._clock.from_wall_s(work.deadline_s),
             items=work.items,
             input_tokens=round(work.input_bytes / per_token),

@@ -18,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
-from chiron.control.plane import RETRIES_MAX
+from chiron.control.dispatcher import RETRIES_MAX
+from chiron.core.ports import BatchAnnouncements, Completions
 from chiron.core.types import Request
-from chiron.gateway.batch.backlog import Backlog, BacklogPlane
+from chiron.gateway.batch.backlog import Backlog
 from chiron.gateway.batch.call import BatchCall, failure, output_limit
 from chiron.gateway.batch.lines import ENDPOINTS, by_name, line_body, line_check
 from chiron.gateway.batch.log import BatchLog
@@ -43,13 +43,6 @@ HELD_MAX = 64
 """Items of one batch that wait here for their key's limits."""
 
 
-class BatchPlane(BacklogPlane, Protocol):
-    """What is asked of the control plane."""
-
-    def submit(self, request: Request) -> None: ...
-    def cancel(self, request: Request) -> None: ...
-
-
 class BatchRunner:
     """Runs all batch work of a gateway. One asyncio loop; ``start`` it once the store is open."""
 
@@ -58,7 +51,8 @@ class BatchRunner:
         *,
         store: BatchStore,
         clock: RunnerClock,
-        plane: BatchPlane,
+        completions: Completions,
+        announcements: BatchAnnouncements,
         models: Models,
         keys: KeyRing,
         next_id: Callable[[], int],
@@ -70,7 +64,7 @@ class BatchRunner:
         machine's clock was set since this process began."""
         self._store = store
         self._clock = clock
-        self._plane = plane
+        self._completions = completions
         self._names = by_name(model.settings for model in models.by_name.values())
         self._settings = settings or BatchSettings()
         self._tuning = tuning or RunnerSettings()
@@ -84,7 +78,7 @@ class BatchRunner:
         """By every name: an item has the name that its model had when its batch was accepted."""
         self._unserved: dict[str, int] = {}
         """Accepted items of models that are not served, by model."""
-        self._backlog = Backlog(plane=plane, clock=clock, window_of=self._window_of)
+        self._backlog = Backlog(announcements=announcements, clock=clock, window_of=self._window_of)
         self._keys = keys
         self._next_id = next_id
         self._limits = InputLimits(items_max=self._settings.items_max, line_bytes_max=self._settings.line_max_bytes)
@@ -394,7 +388,7 @@ class BatchRunner:
             window.suspect = call
             # It had its retries; once more is enough to tell bad luck from poison.
             request.retries = RETRIES_MAX - 1
-        self._plane.submit(request)
+        self._completions.submit(request)
         return True
 
     def _try_suspect(self, window: Window) -> None:
@@ -478,7 +472,7 @@ class BatchRunner:
             for call in calls:
                 assert call.request is not None
                 if call.request.outcome is None:
-                    self._plane.cancel(call.request)
+                    self._completions.cancel(call.request)
 
         self._clock.post(cancel)
 

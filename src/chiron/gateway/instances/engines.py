@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from chiron.control.plane import ControlPlane
+from chiron.core.ports import FleetEvents, RemoteEngineEvents
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
 from chiron.fleet.port import FleetEnvironment, FleetReport
@@ -16,6 +17,10 @@ from chiron.gateway.relay.context_limit import UNTOLD, longest
 from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.settings import KindSettings
 from chiron.net.clock import LiveClock
+
+
+class InstanceEvents(FleetEvents, RemoteEngineEvents, Protocol):
+    """Who hears of instances and of what they run: the control plane."""
 
 
 class Engines:
@@ -33,7 +38,7 @@ class Engines:
         failed: Callable[[Instance, str], None] = lambda instance, reason: None,
     ) -> None:
         """``failed`` hears of each instance that failed, and why."""
-        self.plane: ControlPlane | None = None
+        self.plane: InstanceEvents | None = None
         """Set once it exists; it needs a fleet to be made."""
         self.live: dict[int, HttpEngine] = {}
         """Engines of ready and draining instances, by instance id."""
@@ -122,7 +127,6 @@ class Engines:
             model=settings.served_model_name or instance.model,
             api_key=settings.api_key,
             learn_usage=learn,
-            sets_limit=self._plane().actuates,
         )
         engine.context_tokens = settings.context_tokens
         return engine
@@ -133,6 +137,6 @@ class Engines:
             engine.close()
             engine.retire()
 
-    def _plane(self) -> ControlPlane:
+    def _plane(self) -> InstanceEvents:
         assert self.plane is not None
         return self.plane

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from chiron.control.plane import ControlPlane
+from chiron.core.ports import Samples
 from chiron.engines.metrics import read_row
 from chiron.gateway.relay.context_limit import ask_context
 from chiron.gateway.relay.upstream import HttpEngine
@@ -31,7 +31,7 @@ class Scraper:
         self,
         *,
         clock: LiveClock,
-        plane: ControlPlane,
+        samples: Samples,
         engines: Mapping[int, HttpEngine],
         period_s: float,
         capacity_told: Callable[[HttpEngine, int], None],
@@ -40,7 +40,7 @@ class Scraper:
         """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
         engine whose context is known from now on."""
         self._clock = clock
-        self._plane = plane
+        self._samples = samples
         self._engines = engines
         self._period_s = period_s
         self._capacity_told = capacity_told
@@ -116,4 +116,4 @@ class Scraper:
                     engine.instance.kind.name,
                 )
             samples.append(engine.observer.sample(now_s, engine.metrics))
-        self._plane.sampled(samples)
+        self._samples.sampled(samples)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from math import inf
 from secrets import token_hex
 
-from chiron.control.plane import ControlPlane
+from chiron.core.ports import Completions, Queues
 from chiron.core.types import Request
 from chiron.gateway.relay.admission import Models, admit
 from chiron.gateway.relay.calls import FlexCall, RelayCall
@@ -41,7 +41,8 @@ class Front:
         self,
         *,
         clock: LiveClock,
-        plane: ControlPlane,
+        completions: Completions,
+        queues: Queues,
         models: Models,
         keys: KeyRing,
         limits: LimitSettings,
@@ -54,7 +55,8 @@ class Front:
         """Requests whose clients wait."""
         self.draining = False
         self._clock = clock
-        self._plane = plane
+        self._completions = completions
+        self._queues = queues
         self._models = models
         self._keys = keys
         self._limits = limits
@@ -98,10 +100,10 @@ class Front:
             call: RelayCall | FlexCall = request.payload
             if waited_s > limits.request_timeout_s and request.interactive:
                 call.refusal = timed_out(f"The answer took longer than {limits.request_timeout_s:g} s.")
-                self._plane.cut_off(request)
+                self._completions.cut_off(request)
             elif not request.interactive and now_s > request.deadline_s:
                 call.refusal = timed_out("The deadline of the request's class has passed.")
-                self._plane.cut_off(request)
+                self._completions.cut_off(request)
             elif request.instance is None:
                 self._watch_held(request, call, now_s)
 
@@ -112,11 +114,11 @@ class Front:
         wait_max_s = min(call.wait_max_s, limits.queue_wait_max_s if request.interactive else inf)
         if outage is not None and request.interactive:
             call.refusal = outage.refusal()
-            self._plane.cut_off(request)
+            self._completions.cut_off(request)
         elif queued_s > wait_max_s:
             why = self._outages.why_held(request.model, now_s)
             call.refusal = unavailable(f"No instance had room within {wait_max_s:g} s: {why}.", limits.retry_after_s)
-            self._plane.cut_off(request)
+            self._completions.cut_off(request)
         elif 0.0 < limits.held_notice_s <= queued_s:
             call.remind(now_s, self._outages.why_held(request.model, now_s))
 
@@ -143,8 +145,8 @@ class Front:
         if refusal := self._outages.refusal(model):
             raise refusal
         # Items of batches wait there too, and have a limit of their own.
-        waiting = self._plane.models[model].clients_waiting(interactive=cls.interactive)
-        if waiting >= limits.queue_max and not (cls.interactive and self._plane.shed_lost(model)):
+        waiting = self._queues.clients_waiting(model, interactive=cls.interactive)
+        if waiting >= limits.queue_max and not (cls.interactive and self._queues.shed_lost(model)):
             kind = "requests wait" if cls.interactive else "requests of the batch class wait"
             raise too_many(f"{waiting} {kind} for {model!r} already.", limits.retry_after_s)
         if waiting >= self._shares.each and (over := self._shares.over(incoming.peers, 1)):
@@ -170,7 +172,7 @@ class Front:
             self.open[number] = request
             self._shares.add(incoming.peers, 1)
             incoming.on_close = lambda: self._left(request)
-            self._plane.submit(request)
+            self._completions.submit(request)
 
         try:
             self._clock.post(submit)
@@ -194,4 +196,4 @@ class Front:
 
     def _left(self, request: Request) -> None:
         """The client is gone: so is the need for an answer."""
-        self._clock.post(lambda: self._plane.cancel(request))
+        self._clock.post(lambda: self._completions.cancel(request))

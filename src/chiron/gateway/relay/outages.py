@@ -11,8 +11,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chiron.control.model import ModelState
-from chiron.control.plane import ControlPlane
+from chiron.control.snapshot import ModelSnapshot, Readers
 from chiron.core.types import InstanceKind
 from chiron.fleet.port import FleetReport, Trouble
 from chiron.gateway.relay.errors import ApiError, unavailable
@@ -39,7 +38,7 @@ class Outages:
     def __init__(
         self,
         *,
-        plane: ControlPlane,
+        plane: Readers,
         report: Callable[[], FleetReport],
         outage_wait_s: float = 30.0,
         retry_after_s: float = 1.0,
@@ -54,17 +53,21 @@ class Outages:
         self._changed = changed
         self._served_s: dict[str, float] = {}
         """When a model last had an instance that was ready."""
+        self._why: dict[str, str] = {}
+        """What requests wait for, by model, as of ``_why_s``: many ask at the same time."""
+        self._why_s = -1.0
 
     def look(self, now_s: float) -> None:
         """Now and then."""
         report = None
-        for name, state in self._plane.models.items():
-            if _is_served(state):
+        for model in self._plane.snapshot().models:
+            name = model.spec.name
+            if model.is_ready:
                 self._served_s[name] = now_s
                 found = None
             else:
                 report = self._report() if report is None else report
-                found = self._outage(state, report, now_s)
+                found = self._outage(model, report, now_s)
             before = self.now.get(name)
             if found is not None:
                 self.now[name] = found
@@ -76,47 +79,43 @@ class Outages:
     def refusal(self, model: str) -> ApiError | None:
         """Why a request that has just come for this model is not held; None: it is."""
         outage = self.now.get(model)
-        return None if outage is None or _is_served(self._plane.models[model]) else outage.refusal()
+        return None if outage is None or self._plane.is_served(model) else outage.refusal()
 
     def why_held(self, model: str, now_s: float) -> str:
         """What a request that waits for an instance of this model waits for."""
-        state = self._plane.models[model]
-        began = [i.began_s for i in state.instances.values() if i.state == "starting"]
-        ready = sum(1 for i in state.instances.values() if i.state == "ready")
-        parts = []
-        if ready:
-            parts.append(f"{ready} instance{'s are' if ready > 1 else ' is'} busy")
-        if began:
-            usual = f", it usually takes {state.cold_start_s:.0f} s" if state.cold_starts_seen else ""
-            parts.append(f"{len(began)} being started (for {max(0.0, now_s - min(began)):.0f} s{usual})")
-        return "; ".join(parts) or "no instance yet"
+        if self._why_s != now_s:
+            self._why_s, self._why = now_s, {}
+        why = self._why.get(model)
+        if why is None:
+            why = self._why[model] = _why_held(self._plane.model_snapshot(model), now_s)
+        return why
 
-    def _outage(self, state: ModelState, report: FleetReport, now_s: float) -> Outage | None:
-        coming = {i.kind.name: i.kind for i in state.instances.values()}
+    def _outage(self, model: ModelSnapshot, report: FleetReport, now_s: float) -> Outage | None:
+        coming = {i.kind.name: i.kind for i in model.instances}
         # Without any instance the next tick asks for one of the first kind that has room.
-        kinds = list(coming.values()) or list(state.spec.kinds)
+        kinds = list(coming.values()) or list(model.spec.kinds)
         troubles = []
         for kind in kinds:
-            trouble = self._trouble(state, kind, report, now_s)
+            trouble = self._trouble(model, kind, report, now_s)
             if trouble is None:
                 return None
             troubles.append(trouble)
         reasons = "; ".join(dict.fromkeys(trouble.reason for trouble in troubles))
         retry_s = max(self._retry_after_s, min(trouble.retry_s for trouble in troubles))
-        return Outage(reason=f"No instance of {state.spec.name!r} can serve this now: {reasons}.", retry_s=retry_s)
+        return Outage(reason=f"No instance of {model.spec.name!r} can serve this now: {reasons}.", retry_s=retry_s)
 
-    def _trouble(self, state: ModelState, kind: InstanceKind, report: FleetReport, now_s: float) -> Trouble | None:
+    def _trouble(self, model: ModelSnapshot, kind: InstanceKind, report: FleetReport, now_s: float) -> Trouble | None:
         """Why no instance of this kind comes; None: one may come."""
         known = report.kinds.get(kind.name)
         trouble = known.trouble if known is not None else None
         if trouble is None:
             return None
         if trouble.outside:
-            if state.cold_starts_seen:  # It may have come and gone between two looks.
-                self._served_s.setdefault(state.spec.name, now_s)
-            served_s = self._served_s.get(state.spec.name)
+            if model.cold_starts_seen:  # It may have come and gone between two looks.
+                self._served_s.setdefault(model.spec.name, now_s)
+            served_s = self._served_s.get(model.spec.name)
             return None if served_s is not None and now_s - served_s < self._outage_wait_s else trouble
-        if not state.spec.min_instances and trouble.retry_s <= 0.0:
+        if not model.spec.min_instances and trouble.retry_s <= 0.0:
             return None  # Nobody tries again unless somebody asks.
         return trouble
 
@@ -128,5 +127,13 @@ class Outages:
         self._changed(model, outage)
 
 
-def _is_served(state: ModelState) -> bool:
-    return any(i.state == "ready" for i in state.instances.values())
+def _why_held(model: ModelSnapshot, now_s: float) -> str:
+    began = [i.began_s for i in model.instances if i.state == "starting"]
+    ready = sum(1 for i in model.instances if i.state == "ready")
+    parts = []
+    if ready:
+        parts.append(f"{ready} instance{'s are' if ready > 1 else ' is'} busy")
+    if began:
+        usual = f", it usually takes {model.cold_start_s:.0f} s" if model.cold_starts_seen else ""
+        parts.append(f"{len(began)} being started (for {max(0.0, now_s - min(began)):.0f} s{usual})")
+    return "; ".join(parts) or "no instance yet"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Protocol
 
+from chiron.core.ports import RemoteEngineEvents
 from chiron.core.types import Instance, Request
 from chiron.engines import claims
 from chiron.engines.rows import EngineRow
@@ -44,19 +45,6 @@ SILENT_S = 5.0
 PRESUMED_PREFILLS = 1.5
 """Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
 _TAIL_BYTES = 2048
-
-
-class EngineListener(Protocol):
-    """Who hears of progress: the control plane."""
-
-    def first_token(self, request: Request) -> None: ...
-    def prefilled(self, request: Request) -> None: ...
-    def finished(self, request: Request) -> None: ...
-    def evicted(self, request: Request) -> None: ...
-    def refused(self, request: Request, reason: str) -> None: ...
-    def failed(self, request: Request, reason: str) -> None: ...
-    def lost(self, request: Request) -> None: ...
-    def avoid(self, instance: Instance, for_s: float) -> None: ...
 
 
 class UpstreamCall(Protocol):
@@ -127,15 +115,13 @@ class HttpEngine:
         instance: Instance,
         url: str,
         row: EngineRow,
-        listener: EngineListener,
+        listener: RemoteEngineEvents,
         suspect: Callable[[Instance], None],
         model: str,
         api_key: str = "",
         learn_usage: Callable[[Request, int], None] | None = None,
-        sets_limit: bool = True,
     ) -> None:
-        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths. Without
-        ``sets_limit`` the engine's own max batch size is left alone."""
+        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths."""
         self.instance = instance
         self.row = row
         self.url = url
@@ -158,7 +144,7 @@ class HttpEngine:
         self._limit = 0
         self._limit_sent = 0
         self._limit_call: Call | None = None
-        self._limit_request = row.limit if sets_limit else None
+        self._limit_request = row.limit
         self._retiring: asyncio.Task[None] | None = None
         self.headers = b"content-type: application/json\r\naccept: text/event-stream, application/json\r\n"
         """Of every request, as they go on the wire."""

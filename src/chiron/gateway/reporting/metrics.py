@@ -17,9 +17,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from chiron.control.plane import ControlPlane
+from chiron.control.snapshot import PlaneSnapshot, Readers
 from chiron.gateway.reporting.journal import LiveJournal
-from chiron.gateway.reporting.status import StatusSources, itl_slo_s, kv_usage, running_by_class
+from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.reporting.tally import SLOS, Histogram
 from chiron.store.port import ENDED
 
@@ -36,7 +36,7 @@ _INSTANCE = ("model", "instance_id")
 class Metrics:
     """``render`` gives the page. ``around`` is asked at each scrape."""
 
-    def __init__(self, plane: ControlPlane, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
+    def __init__(self, plane: Readers, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Collector(plane, journal, around))
         ProcessCollector(registry=self._registry)
@@ -71,7 +71,7 @@ class LoopLag:
 
 
 class _Collector(Collector):
-    def __init__(self, plane: ControlPlane, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
+    def __init__(self, plane: Readers, journal: LiveJournal, around: Callable[[], StatusSources]) -> None:
         self._plane = plane
         self._journal = journal
         self._around = around
@@ -80,15 +80,15 @@ class _Collector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        around = self._around()
+        around, plane = self._around(), self._plane.snapshot()
         yield from self._requests()
         yield from self._keys()
         yield from self._distributions()
-        yield from self._queues()
-        yield from self._instances()
-        yield from self._fleet(around)
+        yield from self._queues(plane)
+        yield from self._instances(plane)
+        yield from self._fleet(around, plane)
         yield from self._batches(around)
-        yield from self._gateway(around)
+        yield from self._gateway(around, plane)
 
     def _requests(self) -> Iterator[Metric]:
         requests = CounterMetricFamily("chiron_requests", "Requests that ended.", labels=(*_CLASS, "outcome"))
@@ -146,17 +146,17 @@ class _Collector(Collector):
                 family.add_metric(key, _buckets(seen), seen.sum)
         yield from (ttft, itl, e2e, queue)
 
-    def _queues(self) -> Iterator[Metric]:
+    def _queues(self, plane: PlaneSnapshot) -> Iterator[Metric]:
         running = GaugeMetricFamily("chiron_num_requests_running", "Requests on an instance.", labels=_CLASS)
         waiting = GaugeMetricFamily("chiron_num_requests_waiting", "Requests queued in the gateway.", labels=_CLASS)
-        now = {name: running_by_class(state) for name, state in self._plane.models.items()}
+        now = {model.spec.name: model.running for model in plane.models}
         for (model, name), tally in self._journal.tallies.items():
             count = now[model].get(name, 0)
             running.add_metric((model, name), count)
             waiting.add_metric((model, name), max(0, tally.arrived - tally.ended - count))
         yield from (running, waiting)
 
-    def _instances(self) -> Iterator[Metric]:
+    def _instances(self, plane: PlaneSnapshot) -> Iterator[Metric]:
         size = GaugeMetricFamily("chiron_max_batch_size", "Most requests an instance may run now.", labels=_INSTANCE)
         load = GaugeMetricFamily(
             "chiron_instance_requests_running", "Requests on this instance.", labels=(*_INSTANCE, "kind")
@@ -165,17 +165,17 @@ class _Collector(Collector):
         itl_slo = GaugeMetricFamily(
             "chiron_itl_slo_seconds", "Tightest ITL SLO of the requests on an instance.", labels=_INSTANCE
         )
-        for instance in self._plane.instances.values():
+        for instance in [instance for model in plane.models for instance in model.instances]:
             key = (instance.model, str(instance.id))
             size.add_metric(key, instance.max_batch_size)
             load.add_metric((*key, "interactive"), instance.running_interactive)
-            load.add_metric((*key, "batch"), len(instance.batch))
-            kv.add_metric(key, kv_usage(instance))
-            if isfinite(target_s := itl_slo_s(self._plane.models[instance.model], instance)):
-                itl_slo.add_metric(key, target_s)
+            load.add_metric((*key, "batch"), instance.running_batch)
+            kv.add_metric(key, instance.kv_usage)
+            if isfinite(instance.itl_slo_s):
+                itl_slo.add_metric(key, instance.itl_slo_s)
         yield from (size, load, kv, itl_slo)
 
-    def _fleet(self, around: StatusSources) -> Iterator[Metric]:
+    def _fleet(self, around: StatusSources, plane: PlaneSnapshot) -> Iterator[Metric]:
         there = GaugeMetricFamily("chiron_instances", "Instances.", labels=("model", "role", "state"))
         planned = GaugeMetricFamily(
             "chiron_instances_planned", "Instances that the plan asks for.", labels=("model", "role")
@@ -192,11 +192,12 @@ class _Collector(Collector):
             labels=("model",),
         )
         cold = GaugeMetricFamily("chiron_cold_start_seconds", "Measured cold start of an instance.", labels=("model",))
-        for model, state in self._plane.models.items():
-            up.add_metric((model,), any(i.state == "ready" for i in state.instances.values()))
+        for state in plane.models:
+            model = state.spec.name
+            up.add_metric((model,), state.is_ready)
             out.add_metric((model,), model in around.outages)
             counts: dict[tuple[str, str], int] = {}
-            for instance in state.instances.values():
+            for instance in state.instances:
                 key = (instance.role, instance.state)
                 counts[key] = counts.get(key, 0) + 1
             for role, wanted in state.planned.items():
@@ -210,14 +211,15 @@ class _Collector(Collector):
             if state.cold_starts_seen:
                 cold.add_metric((model,), state.cold_start_s)
         yield from (there, planned, *pressure.values(), cold, up, out)
-        yield from self._starts(around)
-        yield from self._bills()
+        yield from self._starts(around, plane)
+        yield from self._bills(plane.now_s)
 
-    def _starts(self, around: StatusSources) -> Iterator[Metric]:
+    def _starts(self, around: StatusSources, plane: PlaneSnapshot) -> Iterator[Metric]:
         labels = ("model", "kind")
         failures = CounterMetricFamily("chiron_instance_failures", "Instances that failed, at any age.", labels=labels)
         looping = GaugeMetricFamily("chiron_crash_looping", "1: starts of a kind keep failing.", labels=labels)
-        for model, state in self._plane.models.items():
+        for state in plane.models:
+            model = state.spec.name
             for kind in state.spec.kinds:
                 report = around.fleet.kinds.get(kind.name)
                 if report is not None and (starts := report.starts) is not None:
@@ -225,14 +227,14 @@ class _Collector(Collector):
                     looping.add_metric((model, kind.name), starts.state == "crash-looping")
         yield from (failures, looping)
 
-    def _bills(self) -> Iterator[Metric]:
+    def _bills(self, now_s: float) -> Iterator[Metric]:
         labels = ("model", "gpu")
         seconds = CounterMetricFamily(
             "chiron_gpu_seconds", "GPU-seconds of instances, from creation to end.", labels=labels
         )
         cost = CounterMetricFamily("chiron_gpu_cost", "Their cost, by price_per_gpu_hour.", labels=labels)
         recorder = self._journal.recorder
-        for key, bill in recorder.billed(self._plane.clock.now_s).items() if recorder is not None else ():
+        for key, bill in recorder.billed(now_s).items() if recorder is not None else ():
             seconds.add_metric(key, bill.gpu_seconds)
             cost.add_metric(key, bill.cost)
         yield from (seconds, cost)
@@ -257,7 +259,7 @@ class _Collector(Collector):
             jobs.add_metric(key, count)
         yield from (items, jobs)
 
-    def _gateway(self, around: StatusSources) -> Iterator[Metric]:
+    def _gateway(self, around: StatusSources, plane: PlaneSnapshot) -> Iterator[Metric]:
         decisions = CounterMetricFamily("chiron_decisions", "Decisions by reason.", labels=("kind", "reason"))
         for key, count in sorted(self._journal.decision_counts.items()):
             decisions.add_metric(key, count)
@@ -265,9 +267,7 @@ class _Collector(Collector):
         for code, count in sorted(self._journal.responses.items()):
             responses.add_metric((str(code),), count)
         yield from (decisions, responses)
-        yield CounterMetricFamily(
-            "chiron_migrations", "Requests migrated to another instance.", value=self._plane.migrations
-        )
+        yield CounterMetricFamily("chiron_migrations", "Requests migrated to another instance.", value=plane.migrations)
         yield CounterMetricFamily(
             "chiron_event_log_dropped_lines", "Lines that the event log lacks.", value=self._journal.dropped_lines
         )
@@ -276,8 +276,8 @@ class _Collector(Collector):
             "chiron_event_loop_lag_seconds", "The event loop's worst delay in ten seconds.", value=around.loop_lag_s
         )
         build = GaugeMetricFamily("chiron_build_info", "Always 1.", labels=("version", "python", "policy", "advise"))
-        advise = "false" if self._plane.actuates else "true"
-        policy = around.policy or self._plane.policy.name
+        advise = "true" if around.advise else "false"
+        policy = around.policy or plane.policy
         build.add_metric((around.version, platform.python_version(), policy, advise), 1)
         yield build
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 
-from chiron.control.model import ModelState, instance_view
-from chiron.control.plane import ControlPlane
-from chiron.core.types import Instance, RequestClass
+from chiron.control.snapshot import InstanceSnapshot, ModelSnapshot, PlaneSnapshot
+from chiron.core.types import RequestClass
 from chiron.fleet.port import FleetReport, KindReport
 from chiron.fleet.starts import StartStatus
 from chiron.gateway.relay.upstream import RETRIED
@@ -24,8 +23,6 @@ from chiron.store.port import ENDED, Batch
 from chiron.store.progress import eta_s, items_per_s
 from chiron.telemetry.run_data import DecisionPoint
 
-GROUPS_SHOWN = 16
-"""Queued batch groups listed per model; later ones are merged into the last."""
 BATCHES_SHOWN = 50
 """Batches listed: those that run, earliest deadline first, then those that ended last."""
 
@@ -39,6 +36,8 @@ class StatusSources:
     version: str = ""
     policy: str = ""
     """As the config calls it, which may be a variant's name; empty: the policy's own."""
+    advise: bool = False
+    """Decisions are only told."""
     wall_origin_s: float = 0.0
     """Unix time at ``now_s == 0`` of the clock."""
     instance_urls: Mapping[int, str] = field(default_factory=dict)
@@ -57,16 +56,16 @@ class StatusSources:
     """File descriptors of the gateway's process, and how many it may have."""
 
 
-def status(plane: ControlPlane, journal: LiveJournal, around: StatusSources) -> dict[str, Any]:
+def status(plane: PlaneSnapshot, journal: LiveJournal, around: StatusSources) -> dict[str, Any]:
     """The object. O(instances + queued batch groups)."""
-    now_s = plane.clock.now_s
+    now_s = plane.now_s
     return {
         "at": wall_time(around.wall_origin_s + now_s),
         "now_s": now_s,
         "version": around.version,
         "url": around.url,
-        "policy": around.policy or plane.policy.name,
-        "advise": not plane.actuates,
+        "policy": around.policy or plane.policy,
+        "advise": around.advise,
         "open_requests": plane.open_requests,
         "evictions": plane.evictions,
         "migrations": plane.migrations,
@@ -75,7 +74,7 @@ def status(plane: ControlPlane, journal: LiveJournal, around: StatusSources) -> 
         "client_errors": client_errors(journal),
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,
-        "models": [_model(state, journal, around, now_s) for state in plane.models.values()],
+        "models": [_model(model, journal, around, now_s) for model in plane.models],
         "decisions": [
             _decision(point, around)
             for point in sorted((*journal.decisions, *journal.batch_sizes), key=lambda point: point.t_s)
@@ -89,43 +88,24 @@ def client_errors(journal: LiveJournal) -> int:
     return sum(count for status, count in journal.responses.items() if 400 <= status < 500 and status not in RETRIED)
 
 
-def itl_slo_s(state: ModelState, instance: Instance) -> float:
-    """The tightest ITL that the instance is held to: as the local autoscaler sees it; inf without one."""
-    classes = state.classes
-    held = [classes[name].itl_s for name, count in instance.class_counts.items() if count > 0]
-    if instance.role != "batch":
-        held += [classes[name].itl_s for name in state.learner.seen_names() if classes[name].interactive]
-    return min(held, default=inf)
-
-
-def running_by_class(state: ModelState) -> dict[str, int]:
-    """Requests dispatched and not ended, by class."""
-    running: dict[str, int] = {}
-    for instance in state.instances.values():
-        for name, count in instance.class_counts.items():
-            running[name] = running.get(name, 0) + count
-    return running
-
-
-def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s: float) -> dict[str, Any]:
-    spec, plan = state.spec, journal.plan_of(state.spec.name)
-    running = running_by_class(state)
-    oldest_s = state.waiting.order.oldest_arrival_s()
+def _model(model: ModelSnapshot, journal: LiveJournal, around: StatusSources, now_s: float) -> dict[str, Any]:
+    spec, plan = model.spec, journal.plan_of(model.spec.name)
+    queue = model.queue
     kinds = {kind.name: around.fleet.kinds.get(kind.name, KindReport()) for kind in spec.kinds}
     return {
         "name": spec.name,
         "min_instances": spec.min_instances,
         "max_instances": spec.max_instances,
-        "ready": any(i.state == "ready" for i in state.instances.values()),
+        "ready": model.is_ready,
         "outage": around.outages.get(spec.name),
-        "planned": dict(state.planned),
-        "advised": dict(state.advised) or None,
+        "planned": dict(model.planned),
+        "advised": dict(model.advised) or None,
         "reason": plan.reason if plan else None,
         "ibp": _number(plan.ibp) if plan else None,
         "ibp_target": _number(plan.ibp_target) if plan else None,
         "bbp": _number(plan.bbp) if plan else None,
-        "cold_start_s": state.cold_start_s if state.cold_starts_seen else None,
-        "instances": [_instance(state, i, around, now_s) for i in state.instances.values()],
+        "cold_start_s": model.cold_start_s if model.cold_starts_seen else None,
+        "instances": [_instance(instance, around) for instance in model.instances],
         "starts": [_start(name, kind.starts) for name, kind in kinds.items() if kind.starts is not None],
         "endpoints": [
             {"kind": name, "url": url, "state": health.state, "reason": health.reason}
@@ -133,24 +113,24 @@ def _model(state: ModelState, journal: LiveJournal, around: StatusSources, now_s
             for url, health in kind.endpoints.items()
         ],
         "queue": {
-            "interactive": len(state.waiting),
-            "oldest_wait_s": max(0.0, now_s - oldest_s) if isfinite(oldest_s) else None,
-            "batch": state.batch.count,
-            "batch_held": state.batch.announced,
+            "interactive": queue.interactive,
+            "oldest_wait_s": _number(queue.oldest_wait_s),
+            "batch": queue.batch,
+            "batch_held": queue.batch_announced,
             "groups": [
                 {"deadline_in_s": _number(group.deadline_s - now_s), "requests": group.requests}
-                for group in state.batch.views(state.learner.expected_output, GROUPS_SHOWN)
+                for group in queue.groups
             ],
         },
         "classes": [
-            _class(state.classes[tally.cls.name], tally, running.get(tally.cls.name, 0), now_s)
+            _class(model.classes[tally.cls.name], tally, model.running.get(tally.cls.name, 0), now_s)
             for tally in journal.tallies_of(spec.name)
         ],
     }
 
 
-def _instance(state: ModelState, instance: Instance, around: StatusSources, now_s: float) -> dict[str, Any]:
-    view, usage, kind = instance_view(instance, now_s), around.fleet.usage.get(instance.id), instance.kind
+def _instance(instance: InstanceSnapshot, around: StatusSources) -> dict[str, Any]:
+    usage, kind = around.fleet.usage.get(instance.id), instance.kind
     return {
         "id": instance.id,
         "kind": kind.name,
@@ -158,19 +138,19 @@ def _instance(state: ModelState, instance: Instance, around: StatusSources, now_
         "gpus": kind.gpus,
         "role": instance.role,
         "state": instance.state,
-        "age_s": view.age_s,
+        "age_s": instance.age_s,
         "url": around.instance_urls.get(instance.id),
         "max_batch_size": instance.max_batch_size,
         "max_num_seqs": kind.max_num_seqs,
         "running_interactive": instance.running_interactive,
-        "running_batch": len(instance.batch),
-        "waiting": view.waiting,
-        "kv_used_tokens": view.kv_used_tokens,
-        "kv_capacity_tokens": view.kv_capacity_tokens,
-        "kv_usage": kv_usage(instance),
-        "itl_s": _number(view.itl_s),
-        "itl_slo_s": _number(itl_slo_s(state, instance)),
-        "sample_age_s": _number(view.sample_age_s),
+        "running_batch": instance.running_batch,
+        "waiting": instance.waiting,
+        "kv_used_tokens": instance.kv_used_tokens,
+        "kv_capacity_tokens": instance.kv_capacity_tokens,
+        "kv_usage": instance.kv_usage,
+        "itl_s": _number(instance.itl_s),
+        "itl_slo_s": _number(instance.itl_slo_s),
+        "sample_age_s": _number(instance.sample_age_s),
         "cpu_share": usage.cpu_share if usage else None,
         "rss_bytes": usage.rss_bytes if usage else None,
         "pid": usage.pid if usage else None,
@@ -187,12 +167,6 @@ def _start(kind: str, starts: StartStatus) -> dict[str, Any]:
         "next_start_in_s": starts.next_start_in_s,
         "reason": starts.reason,
     }
-
-
-def kv_usage(instance: Instance) -> float:
-    """Share of the KV that was in use at the last scrape, 0..1; 0 before the first."""
-    sample = instance.sample
-    return min(1.0, sample.kv_used_tokens / instance.kv_capacity_tokens) if sample else 0.0
 
 
 def _class(cls: RequestClass, tally: ClassTally, running: int, now_s: float) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""What becomes of decisions about the fleet and about batch sizes: they are carried out, or only told.
+
+Which of the two is chosen where the parts are put together. Under ``OnlyTells`` the control plane decides and writes
+down as always; the fleet stays as it was started, and engines and batch sizes stay as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from chiron.control.model import ModelState
+from chiron.core.types import Instance, Role
+from chiron.policies.views import LocalDecision
+
+
+class Actuators(Protocol):
+    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
+        """A plan for the fleet. Returns the one before."""
+
+    def begin(self, instance: Instance) -> None:
+        """Its engine is ready, and has not been told its max batch size."""
+
+    def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
+        """A decision of the local loop. Returns the max batch size before and after."""
+
+
+class CarriesOut:
+    """Plans become the fleet, limits go to routers and engines."""
+
+    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
+        before, state.planned = state.planned, counts
+        return before
+
+    def begin(self, instance: Instance) -> None:
+        assert instance.engine is not None
+        instance.engine.set_max_batch_size(instance.max_batch_size)
+
+    def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
+        if decision.prefill_limit_s != instance.prefill_limit_s:
+            instance.prefill_limit_s = decision.prefill_limit_s
+            instance.prefill_step_s = decision.prefill_step_s
+            instance.prefill_share = decision.prefill_share
+            state.router.changed(instance)
+        if decision.batch_limit != instance.batch_limit:
+            instance.batch_limit = decision.batch_limit
+            state.router.changed(instance)
+        before, size = instance.max_batch_size, _within(instance, decision)
+        if size != before:
+            instance.max_batch_size = state.batch_size_hint = size
+            assert instance.engine is not None
+            instance.engine.set_max_batch_size(size)
+            state.router.changed(instance)
+        return before, size
+
+
+class OnlyTells:
+    """Nothing is touched."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        """Max batch size last told of an instance."""
+
+    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
+        before, state.advised = state.advised or state.planned, counts
+        return before
+
+    def begin(self, instance: Instance) -> None:
+        """It keeps its own limit."""
+
+    def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
+        before, size = self._sizes.get(instance.id, instance.max_batch_size), _within(instance, decision)
+        self._sizes[instance.id] = size
+        return before, size
+
+
+def _within(instance: Instance, decision: LocalDecision) -> int:
+    return max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))

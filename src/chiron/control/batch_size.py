@@ -1,0 +1,86 @@
+"""The local loop: scrapes are learned from, and each instance gets its max batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from chiron.control.actuators import Actuators
+from chiron.control.eviction import Evictor
+from chiron.control.model import ModelState, local_view
+from chiron.core.clock import VirtualClock
+from chiron.core.ports import Journal
+from chiron.core.types import Decision, Instance, Sample
+from chiron.policies.policy import Policy
+from chiron.policies.views import LocalDecision
+
+LEARN_PER_SCRAPE = 8
+"""Instances whose scrape is learned from, per model and round: more say little new and cost time."""
+
+
+class BatchSizes:
+    """Asks the policy's local hook at each scrape, and whenever what an instance serves has changed."""
+
+    def __init__(
+        self, *, clock: VirtualClock, journal: Journal, policy: Policy, actuators: Actuators, evictor: Evictor
+    ) -> None:
+        self._clock = clock
+        self._journal = journal
+        self._hook = policy.local
+        self._settings = policy.settings
+        self._actuators = actuators
+        self._evictor = evictor
+
+    def sampled(
+        self, models: Mapping[str, ModelState], instances: Mapping[int, Instance], samples: Iterable[Sample]
+    ) -> None:
+        """A round of scrapes."""
+        learned: dict[str, int] = {}
+        fresh: list[Instance] = []
+        for sample in samples:
+            instance = instances.get(sample.instance_id)
+            if instance is None or instance.state == "starting":
+                continue
+            state = models[instance.model]
+            before, instance.previous_sample, instance.sample = instance.sample, instance.sample, sample
+            square = instance.prefill_square_total - instance.prefill_square_sampled
+            instance.prefill_square_sampled = instance.prefill_square_total
+            self._evictor.end_pause(state, instance)
+            if before is None:
+                continue
+            fresh.append(instance)
+            count = learned.get(instance.model, 0)
+            if count < LEARN_PER_SCRAPE and sample.steps - before.steps >= 4:
+                learned[instance.model] = count + 1
+                state.learner.observe(before, sample, square)
+        for name in learned:
+            models[name].learner.publish()
+        for instance in fresh:
+            if instance.state == "ready":
+                self.retune(models[instance.model], instance)
+
+    def retune(self, state: ModelState, instance: Instance) -> None:
+        """Ask for this instance's max batch size."""
+        if self._hook is None:
+            return
+        view = local_view(state, instance, self._clock.now_s)
+        decision, instance.local = self._hook(self._settings, instance.local, view)
+        if decision is None:
+            return
+        before, size = self._actuators.batch_size(state, instance, decision)
+        if size != before:
+            self._tell(instance, before, size, decision)
+        if decision.evicts and instance.running_interactive:
+            self._evictor.trim(state, instance)
+
+    def _tell(self, instance: Instance, before: int, size: int, decision: LocalDecision) -> None:
+        self._journal.decided(
+            self._clock.now_s,
+            Decision(
+                kind="batch_size",
+                subject=f"{instance.model}#{instance.id}",
+                before=before,
+                after=size,
+                reason=decision.reason,
+                numbers={"running": len(instance.requests), **decision.numbers},
+            ),
+        )

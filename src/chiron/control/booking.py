@@ -1,0 +1,56 @@
+"""What a request takes on its instance, booked when it comes and given up when it goes: counters, never recounted.
+
+A request holds its place from dispatch until the engine lets go of it. An evicted one gives its place up at once: the
+engine takes it out at the same step boundary at which it lets the next one in.
+"""
+
+from __future__ import annotations
+
+from chiron.control.model import ModelState
+from chiron.core.types import Instance, Placement, Request
+from chiron.policies.size import prefill_left_s
+
+
+def book(request: Request, placement: Placement) -> None:
+    """It runs there from now on. The router is told by whoever does more."""
+    instance, cost_s, kv_tokens, _ = placement
+    request.instance = instance
+    if request.kv_saved_tokens and request.kv_saved_on != instance.id:
+        request.kv_saved_tokens = 0
+    instance.requests[request.id] = request
+    name = request.cls.name
+    counts = instance.class_counts
+    counts[name] = counts.get(name, 0) + 1
+    request.reserved_tokens = kv_tokens
+    instance.kv_reserved_tokens += kv_tokens
+    request.prefill_cost_s = cost_s
+    instance.prefill_backlog_s += cost_s
+    if request.interactive:
+        instance.running_interactive += 1
+    else:
+        instance.batch[request.id] = request
+        instance.prefill_batch_s += cost_s
+
+
+def leave(state: ModelState, request: Request) -> Instance | None:
+    """Give up the request's place, if it still has one. Returns where it ran."""
+    instance = request.instance
+    if instance is None or instance.requests.pop(request.id, None) is None:
+        return instance
+    instance.class_counts[request.cls.name] -= 1
+    instance.kv_reserved_tokens -= request.reserved_tokens
+    if request.prefill_cost_s:
+        prefill_over(instance, request)
+    if request.interactive:
+        instance.running_interactive -= 1
+    else:
+        del instance.batch[request.id]
+    state.router.changed(instance)
+    return instance
+
+
+def prefill_over(instance: Instance, request: Request) -> None:
+    instance.prefill_backlog_s = prefill_left_s(instance.prefill_backlog_s, request.prefill_cost_s)
+    if not request.interactive:
+        instance.prefill_batch_s = prefill_left_s(instance.prefill_batch_s, request.prefill_cost_s)
+    request.prefill_cost_s = 0.0

@@ -1,0 +1,62 @@
+"""Work taken off an instance: batch work that makes way, moves, and what nobody wants any more."""
+
+from __future__ import annotations
+
+from chiron.control.booking import leave
+from chiron.control.model import ModelState
+from chiron.core.clock import VirtualClock
+from chiron.core.types import Instance, Placement, Request
+
+
+class Evictor:
+    """Takes places away; what was evicted comes back as an event of its engine."""
+
+    def __init__(self, clock: VirtualClock, pause_s: float) -> None:
+        """``pause_s``: for so long a place that batch work has just left stays free."""
+        self.evictions = 0
+        self._clock = clock
+        self._pause_s = pause_s
+
+    def evict(self, state: ModelState, request: Request) -> None:
+        request.evictions += 1
+        self.evictions += 1
+        self.stop(state, request)
+
+    def stop(self, state: ModelState, request: Request) -> None:
+        """Take its place away; the engine lets go of it at the next step."""
+        instance = leave(state, request)
+        assert instance is not None
+        instance.evicting[request.id] = request
+        assert instance.engine is not None
+        instance.engine.evict(request)
+
+    def make_room(self, state: ModelState, placement: Placement) -> None:
+        """Evict whom the placement names. Where they leave for a place, and not for their prefill alone, the place
+        stays free for a while."""
+        instance = placement.instance
+        for victim in placement.evict:
+            full = (
+                len(instance.requests) >= instance.max_batch_size
+                or instance.kv_reserved_tokens + placement.kv_tokens > instance.kv_capacity_tokens
+            )
+            self.evict(state, victim)
+            if full:
+                self._pause(instance)
+
+    def trim(self, state: ModelState, instance: Instance) -> None:
+        """Evict batch work, last come first, beyond the max batch size."""
+        while instance.batch and len(instance.requests) > instance.max_batch_size:
+            self.evict(state, next(reversed(instance.batch.values())))
+            self._pause(instance)
+
+    def _pause(self, instance: Instance) -> None:
+        """The next of a burst may want the place that batch work has just left."""
+        instance.eviction_pause_until_s = self._clock.now_s + self._pause_s
+        instance.eviction_left = len(instance.batch)
+
+    def end_pause(self, state: ModelState, instance: Instance) -> None:
+        """Let batch work grow again once the pause is over."""
+        if 0.0 <= instance.eviction_pause_until_s <= self._clock.now_s:
+            instance.eviction_pause_until_s = -1.0
+            if instance.state == "ready":
+                state.router.changed(instance)
