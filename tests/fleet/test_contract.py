@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from chiron.fleet.port import FleetEnvironment, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
-from chiron.fleet.union import UnionFleet
+from chiron.fleet.union import MEMBERS, Source, UnionFleet
 from chiron.net.client import Origin
 from chiron.net.clock import LiveClock
 from fleet_factory import QUICK_HEALTH, Heard, an_instance, kill, until
@@ -95,6 +95,15 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
                 fleet = UnionFleet({GOOD: endpoint_sources(url)[GOOD], BAD: process_sources()[BAD]}, environment)
         stack.push_async_callback(fleet.close)
         yield Site(fleet, heard, lambda number: kill(pid or fleet.report().usage[number].pid))
+
+
+def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_it() -> None:
+    assert set(MEMBERS) == set(get_args(Source))
+    for source in (*process_sources().values(), *endpoint_sources(DEAD_URL).values()):
+        assert source.standing >= 0
+        assert source.instances_max is None or source.instances_max >= source.standing
+        assert source.gpus >= 0
+        assert source.summary
 
 
 every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union"])

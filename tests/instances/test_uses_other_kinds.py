@@ -42,3 +42,22 @@ def test_a_kind_that_does_not_come_is_passed_over_and_the_next_one_serves(tmp_pa
         await engine.server.close(0.0)
 
     asyncio.run(main())
+
+
+def test_endpoints_that_are_down_leave_their_share_to_the_next_kind(tmp_path: Path) -> None:
+    async def main() -> None:
+        engines = [ScriptedEngine(whole) for _ in range(2)]
+        for engine in engines:
+            engine.server = await serve(engine.handle)
+        urls = ["http://127.0.0.1:9", engines[0].url]
+        first = f'{{ name = "first", engine = "openai", endpoints = {urls} }}'
+        second = f'{{ name = "second", engine = "openai", endpoints = ["{engines[1].url}"] }}'
+        text = f"{QUICK}[models.m]\nmin_instances = 2\nmax_instances = 2\ninstances = [{first}, {second}]\n"
+        async with serving(tmp_path, text) as service:
+            await until(lambda: len(service.engines.live) == 2, "two instances are ready")
+            kinds = sorted(live.instance.kind.name for live in service.engines.live.values())
+            assert kinds == ["m/first", "m/second"]
+        for engine in engines:
+            await engine.server.close(0.0)
+
+    asyncio.run(main())
