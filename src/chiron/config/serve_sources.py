@@ -1,0 +1,169 @@
+"""What instances of a kind come from, out of its table: a process with its command line, or endpoints.
+
+Another source is a member of ``fleet.union``, its keys in ``serve_sections``, and a function here that reads them.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from chiron.config.read import ConfigError, construct
+from chiron.config.serve_sections import ServeInstanceSection, SourceName
+from chiron.core.types import InstanceKind
+from chiron.engines.rows import EngineRow, Word
+from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.union import Source
+
+_OF_OUR_COMMANDS = re.compile(r"\{(\w+)\}")
+_OF_USERS = re.compile(r"\{(model|model_path|max_num_seqs)\}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What is known of a kind when its source is made."""
+
+    section: ServeInstanceSection
+    row: EngineRow
+    kind: InstanceKind
+    model: str
+    path: str
+    directory: Path
+    api_key: str = field(repr=False)
+
+
+def _process(given: Given) -> ProcessSource:
+    section, row, kind = given.section, given.row, given.kind
+    values = {
+        "command": _command(given),
+        "env": dict(section.env),
+        "health_path": row.health_path,
+        "start_timeout_s": section.start_timeout_s,
+        "stop_timeout_s": section.stop_timeout_s,
+        "gpus": kind.gpus if row.uses_gpus and kind.gpu != "cpu" else 0,
+        "log_bytes_max": section.log_bytes_max,
+    }
+    return construct(ProcessSource, given.path, values)
+
+
+def _endpoints(given: Given) -> EndpointsSource:
+    headers = {"authorization": f"Bearer {given.api_key}"} if given.api_key else {}
+    urls = _origins(given.section.endpoints, f"{given.path}.endpoints")
+    values = {"urls": urls, "health_path": given.row.health_path, "headers": headers}
+    return construct(EndpointsSource, given.path, values)
+
+
+_READERS: Mapping[SourceName, Callable[[Given], Source]] = {"process": _process, "endpoints": _endpoints}
+
+
+def read_source(given: Given) -> Source:
+    """Raises ConfigError for what cannot be started or reached."""
+    return _READERS[given.section.source](given)
+
+
+def profile_name(name: str, directory: Path) -> str:
+    """A profile beside the config file by its absolute path, any other by its name."""
+    return str((directory / name).resolve()) if name and (directory / name).is_file() else name
+
+
+def _origins(urls: Sequence[str], path: str) -> tuple[str, ...]:
+    """Each endpoint once: one that is named twice would be given twice its batch size."""
+    found: dict[str, int] = {}
+    for i, url in enumerate(urls):
+        origin = _origin(url, f"{path}[{i}]")
+        if origin in found:
+            raise ConfigError(f"{path}[{i}]: {url!r} is {path}[{found[origin]}] again; name each endpoint once")
+        found[origin] = i
+    return tuple(found)
+
+
+def _origin(url: str, path: str) -> str:
+    """Scheme, host and port of an endpoint. The ``/v1`` that people copy with it is taken off."""
+    what = "'http://HOST:PORT' (a trailing /v1 is ignored)"
+    try:
+        parts = urlsplit(url.strip())
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{path}: {url!r}: {error}; it must be {what}") from None
+    if parts.username or parts.password:
+        # The URL is not shown: it holds a password.
+        raise ConfigError(f"{path}: holds a user name or password; use api_key_file, and {what} here")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ConfigError(f"{path}: {url!r} must be {what}")
+    if parts.path.rstrip("/") not in ("", "/v1"):
+        raise ConfigError(f"{path}: {url!r} has the path {parts.path!r}; it must be {what}")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{host}" + (f":{port}" if port is not None else "")
+
+
+def read_secret(file: str, path: str, directory: Path) -> str:
+    if not file:
+        return ""
+    try:
+        secret = (directory / file).expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {file!r} cannot be read: {error}") from None
+    if not secret or "\n" in secret:
+        raise ConfigError(f"{path}: {file!r} must hold one line, the key")
+    return secret
+
+
+def _command(given: Given) -> tuple[str, ...]:
+    """The engine's own command line, or the user's; ``{port}`` stays for the fleet."""
+    section, row, path = given.section, given.row, given.path
+    command: tuple[Word, ...] = section.command or row.command
+    if not command:
+        raise ConfigError(
+            f"{path}: endpoints or command is missing; Chiron does not know how to start {section.engine}"
+        )
+    values = _values(given)
+    if not values["model_path"] and any("{model_path}" in part for word in command for part in _parts(word)):
+        raise ConfigError(f"{path}: endpoints, command or model_path is missing; give one of them")
+    if not section.command and row.model_default and section.model_path and not Path(values["model_path"]).exists():
+        raise ConfigError(f"{path}.model_path: {section.model_path!r}: there is no such file (a GGUF file)")
+    known = _OF_USERS if section.command else _OF_OUR_COMMANDS
+    words = [*_filled(command, values, known), *_filled(section.args, values, _OF_USERS)]
+    if not row.announces_port and not any("{port}" in word for word in words):
+        raise ConfigError(f"{path}.command: {' '.join(words)!r} must hold {{port}}, which stands for a free port")
+    return tuple(words)
+
+
+def _values(given: Given) -> Mapping[str, str]:
+    """What stands for the names in a command; empty: not known."""
+    section, kind, directory = given.section, given.kind, given.directory
+    default = "" if section.command else given.row.model_default
+    return {
+        "python": sys.executable,
+        "port": "{port}",
+        "model": section.served_model_name or given.model,
+        "model_path": _model_path(section, directory) or default,
+        "max_num_seqs": str(kind.max_num_seqs),
+        "max_num_batched_tokens": str(kind.max_num_batched_tokens),
+        "kv_capacity_tokens": str(kind.kv_capacity_tokens) if section.kv_capacity_tokens or section.profile else "",
+        "context_per_seq": str(max(1, kind.kv_capacity_tokens // kind.max_num_seqs)),
+        "threads": str(section.threads or ""),
+        "profile": profile_name(section.profile, directory),
+        "pace": profile_name(section.pace, directory),
+    }
+
+
+def _filled(words: Sequence[Word], values: Mapping[str, str], known: re.Pattern[str]) -> Iterator[str]:
+    for word in words:
+        parts = _parts(word)
+        if isinstance(word, str) or all(values[name] for part in parts for name in known.findall(part)):
+            yield from (known.sub(lambda match: values[match[1]], part) for part in parts)
+
+
+def _parts(word: Word) -> tuple[str, ...]:
+    return (word,) if isinstance(word, str) else word
+
+
+def _model_path(section: ServeInstanceSection, directory: Path) -> str:
+    """A path beside the config file made absolute; a hub name as it is."""
+    own = (directory / section.model_path).expanduser()
+    return str(own.resolve()) if section.model_path and own.exists() else section.model_path
