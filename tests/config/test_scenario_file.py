@@ -14,7 +14,7 @@ from chiron.config.read import ConfigError, keys_of
 from chiron.config.scenario import Scenario, load_scenario, parse_scenario, scenario_files
 from chiron.config.sections import BatchJobSection, InstanceSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
-from chiron.sim.setup import ColdStart, Failures
+from chiron.fleet.model import ColdStart, Failures
 from chiron.workload.generate import KINDS
 from scenario_text import SMALL
 

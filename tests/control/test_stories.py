@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from chiron.control.dispatcher import AVOID_ALONE_S, RETRIES_MAX
@@ -13,7 +12,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
-from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.fleet.model import ColdStart, Failures, FleetModel
 from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy
@@ -51,15 +50,14 @@ class Stage:
         self.transfer_s = transfer_s
         self.fleet = FleetModel(
             clock=self.clock,
-            times=FleetTimes(
+            cold_start=ColdStart(
                 node_start_s=0.0,
                 model_load_s=LOAD_S,
                 warm_load_s=LOAD_S,
                 warm_for_s=0.0,
                 jitter=0.0,
-                mtbf_s=inf,
-                start_failure=start_failure,
             ),
+            failures=Failures(start_failure=start_failure),
             seed=seed,
             make_engine=self.engine_of,
         )

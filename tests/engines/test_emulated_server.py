@@ -370,7 +370,7 @@ def test_saved_kv_is_bounded() -> None:
                 stream.call.cancel()
                 await client.until(lambda limits: limits["running"] == 0)
             assert client.engine is not None
-            assert 0 < client.engine._saved_tokens <= 15_000
+            assert 0 < client.engine._saved.tokens <= 15_000
             assert len(client.engine._saved) == 1
 
     asyncio.run(run())

@@ -18,7 +18,7 @@ import pytest
 
 from chiron.config.build import setups
 from chiron.config.scenario import load_scenario, parse_scenario
-from chiron.fleet.model import FleetTimes
+from chiron.fleet.model import Failures
 from chiron.gateway.emulation import EmulatedGateway
 from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
@@ -28,7 +28,7 @@ from chiron.net.server import HttpServer, ServerLimits
 from chiron.policies.registry import make_policy
 from chiron.sim.recorder import Recorder
 from chiron.sim.run import Simulation
-from chiron.sim.setup import Failures, Setup
+from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import OUTCOMES
 from memory_client import Client
 from virtual_loop import run_virtual
@@ -48,7 +48,7 @@ async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
             name=spec.name, kinds=(), classes=tuple(classes), default_class=interactive, batch_class=""
         )
         served[spec.name] = ServedModel(settings=settings, classes=classes, kv_capacity_tokens=10**9)
-    cold, lengths = setup.cold_start, workload.output_tokens.tolist()
+    lengths = workload.output_tokens.tolist()
     gateway = EmulatedGateway(
         clock=clock,
         specs=setup.models,
@@ -56,15 +56,8 @@ async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
         classes=workload.classes,
         policy=make_policy(setup.policy, setup.settings),
         profiles=setup.profiles,
-        times=FleetTimes(
-            node_start_s=cold.node_start_s,
-            model_load_s=cold.model_load_s,
-            warm_load_s=cold.warm_load_s,
-            warm_for_s=cold.warm_for_s,
-            jitter=cold.jitter,
-            mtbf_s=setup.failures.mtbf_s,
-            start_failure=setup.failures.start_failure,
-        ),
+        cold_start=setup.cold_start,
+        failures=setup.failures,
         journal=recorder,
         output_length=lambda request: lengths[request.id],
         seed=setup.seed,
@@ -76,7 +69,7 @@ async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
         keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in workload.tenants if name]),
         observer=recorder.observe,
     )
-    clock.post(lambda: gateway.begin(setup.initial, setup.failures.at))
+    clock.post(lambda: gateway.begin(setup.initial))
     server = HttpServer(gateway.front.handle, ServerLimits(), None, None)
     clients = [Client() for _ in range(len(workload))]
     # One timer per moment: asyncio keeps no order among equal ones.

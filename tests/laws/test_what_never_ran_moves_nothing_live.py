@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
-from chiron.fleet.model import FleetTimes
+from chiron.fleet.model import ColdStart
 from chiron.gateway.emulation import EmulatedGateway
 from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.settings import LimitSettings, ModelSettings
@@ -82,14 +82,12 @@ async def served(asked: list[Asked]) -> tuple[Journal, dict[str, Any], list[Clie
         classes=[CHAT],
         policy=make_policy("chiron", ChironSettings(prior_s=10, hold_s=10.0, headroom_prior=3.0)),
         profiles={"small": ROOMY},
-        times=FleetTimes(
+        cold_start=ColdStart(
             node_start_s=0.0,
             model_load_s=10.0,
             warm_load_s=10.0,
             warm_for_s=0.0,
             jitter=0.0,
-            mtbf_s=float("inf"),
-            start_failure=0.0,
         ),
         journal=journal,
         output_length=lambda request: 10**9 if request.input_tokens >= REFUSED else 20 + request.input_tokens % 100,

@@ -10,10 +10,11 @@ import pytest
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.profile import Profile
+from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.registry import POLICIES
 from chiron.sim.bound import BoundError, bound, bound_of_run
 from chiron.sim.run import simulate
-from chiron.sim.setup import ColdStart, Failures, Setup
+from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import RequestTable
 from chiron.workload.types import Workload
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
 from pathlib import Path
 
 from chiron.control.plane import ControlPlane
@@ -10,7 +9,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
-from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.fleet.model import ColdStart, FleetModel
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
@@ -54,17 +53,15 @@ class LivePlane:
             max_num_seqs=PROFILE.max_num_seqs,
         )
         spec = ModelSpec(name=MODEL, kinds=(kind,), min_instances=1, max_instances=4)
-        times = FleetTimes(
+        cold_start = ColdStart(
             node_start_s=1.0,
             model_load_s=4.0,
             warm_load_s=2.0,
             warm_for_s=30.0,
             jitter=0.0,
-            mtbf_s=inf,
-            start_failure=0.0,
         )
         self.engines: dict[int, EngineModel] = {}
-        self.fleet = FleetModel(clock=self.clock, times=times, seed=1, make_engine=self._engine)
+        self.fleet = FleetModel(clock=self.clock, cold_start=cold_start, seed=1, make_engine=self._engine)
         self.policy = make_policy(policy, None)
         self.recorder = LiveRecorder(
             models=(spec,), classes=(CHAT, NIGHT), settings=RecorderSettings(rows_max=rows_max, points_max=5000)

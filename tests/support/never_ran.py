@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any, Literal
 
 from chiron.control.dispatcher import RETRIES_MAX
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
-from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.fleet.model import ColdStart, FleetModel
 from chiron.policies.registry import make_policy
 from chiron.policies.views import FleetPlan, FleetView
 
@@ -140,14 +139,12 @@ class World:
         self.over: dict[int, Request] = {}
         self.fleet = FleetModel(
             clock=self.clock,
-            times=FleetTimes(
+            cold_start=ColdStart(
                 node_start_s=0.0,
                 model_load_s=20.0,
                 warm_load_s=20.0,
                 warm_for_s=0.0,
                 jitter=0.0,
-                mtbf_s=inf,
-                start_failure=0.0,
             ),
             seed=1,
             make_engine=self._engine,

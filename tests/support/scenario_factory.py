@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from chiron.core.clock import VirtualClock
 from chiron.core.types import InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
+from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.overload import OverloadOrder, OverloadSettings
 from chiron.policies.packing import PackingRouter, PackingSettings
@@ -30,7 +31,7 @@ from chiron.policies.rivals.routing import LeastRouter
 from chiron.policies.rivals.static import StaticSettings
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan
 from chiron.sim.run import Simulation
-from chiron.sim.setup import ColdStart, Failures, Setup
+from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
 from chiron.workload.types import Workload
 

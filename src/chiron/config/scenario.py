@@ -20,8 +20,8 @@ from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.sections import BatchJobSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
+from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.registry import POLICIES
-from chiron.sim.setup import ColdStart, Failures
 
 DEFAULT_POLICIES = ("chiron", "chiron-paper", "llumnix", "hpa-queue", "hpa-kv", "static")
 """What runs when neither the file nor the caller names policies."""

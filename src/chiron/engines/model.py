@@ -241,6 +241,10 @@ class EngineModel:
             preemptions=self.preemptions,
         )
 
+    def look(self, seen: Callable[[Sample], None]) -> None:
+        """Scrape it, at no distance."""
+        seen(self.sample())
+
     def fail(self) -> None:
         """The process died: nothing it held comes back."""
         self._sequences.clear()

@@ -27,16 +27,31 @@ class ModelledEngine(Engine, Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FleetTimes:
-    """Seconds; see ``sim.setup.ColdStart`` and ``Failures`` for what each is."""
+class ColdStart:
+    """How long an instance takes to come up. Billing starts with the model load."""
 
-    node_start_s: float
-    model_load_s: float
-    warm_load_s: float
-    warm_for_s: float
-    jitter: float
-    mtbf_s: float
-    start_failure: float
+    node_start_s: float = 30.0
+    """Until a node with free GPUs exists (0 on a fixed cluster). Not billed."""
+    model_load_s: float = 30.0
+    """Weights into the GPU and engine start, on a cold node. Billed. The paper's range is 15 s to 1 minute."""
+    warm_load_s: float = 15.0
+    """The same on a node that ran this model lately (weights still in its memory); no node start either. Billed."""
+    warm_for_s: float = 600.0
+    """How long a released node stays warm."""
+    jitter: float = 0.1
+    """Each start takes uniformly +- this fraction of its time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Engine failures: at random, or at given times."""
+
+    mtbf_s: float = inf
+    """Mean time between failures of one instance, exponential; inf: never."""
+    at: tuple[float, ...] = ()
+    """Seconds at which one ready instance, drawn by seed, fails."""
+    start_failure: float = 0.0
+    """Probability that a start fails when its time is over."""
 
 
 class Bill:
@@ -74,7 +89,8 @@ class FleetModel:
         self,
         *,
         clock: VirtualClock,
-        times: FleetTimes,
+        cold_start: ColdStart,
+        failures: Failures | None = None,
         seed: int,
         make_engine: Callable[[Instance], ModelledEngine],
     ) -> None:
@@ -84,7 +100,8 @@ class FleetModel:
         self.engines: dict[int, ModelledEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
-        self._times = times
+        self._cold_start = cold_start
+        self._failures = failures or Failures()
         self._seed = seed
         self._make_engine = make_engine
         self._billed_from: dict[int, float] = {}
@@ -92,13 +109,18 @@ class FleetModel:
         self._warm_until: dict[str, list[float]] = {}
         self._failure_draws = Random(f"{seed}:failures")
 
+    def begin(self) -> None:
+        """Instances fail at their times from now on."""
+        for when_s in self._failures.at:
+            self._clock.call_at(when_s, self.fail_one)
+
     def create(self, instance: Instance) -> None:
-        times, draw = self._times, self._random(instance)
+        cold, draw = self._cold_start, self._random(instance)
         warm = self._take_warm(instance.kind.name)
-        wait_s = 0.0 if warm else times.node_start_s
-        load_s = times.warm_load_s if warm else times.model_load_s
-        spread = 1.0 + times.jitter * (2.0 * draw.random() - 1.0)
-        fails = draw.random() < times.start_failure
+        wait_s = 0.0 if warm else cold.node_start_s
+        load_s = cold.warm_load_s if warm else cold.model_load_s
+        spread = 1.0 + cold.jitter * (2.0 * draw.random() - 1.0)
+        fails = draw.random() < self._failures.start_failure
 
         def loading() -> None:
             if instance.state == "starting":
@@ -128,7 +150,7 @@ class FleetModel:
     def remove(self, instance: Instance) -> None:
         self.engines.pop(instance.id, None)
         if self._stop_billing(instance):
-            self._warm_until.setdefault(instance.kind.name, []).append(self._clock.now_s + self._times.warm_for_s)
+            self._warm_until.setdefault(instance.kind.name, []).append(self._clock.now_s + self._cold_start.warm_for_s)
 
     def fail_one(self) -> None:
         """One ready instance, drawn by seed, dies."""
@@ -151,8 +173,8 @@ class FleetModel:
     def _attach(self, instance: Instance) -> ModelledEngine:
         engine = self._make_engine(instance)
         self.engines[instance.id] = engine
-        if isfinite(self._times.mtbf_s):
-            lifetime_s = Random(f"{self._seed}:life:{instance.id}").expovariate(1.0 / self._times.mtbf_s)
+        if isfinite(self._failures.mtbf_s):
+            lifetime_s = Random(f"{self._seed}:life:{instance.id}").expovariate(1.0 / self._failures.mtbf_s)
             self._clock.call_later(lifetime_s, lambda: self._fail(engine))
         return engine
 

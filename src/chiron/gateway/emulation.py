@@ -17,7 +17,7 @@ from chiron.core.ports import EngineEvents, Journal
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
-from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.fleet.model import ColdStart, Failures, FleetModel
 from chiron.fleet.port import FleetReport
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import ForeignPages
@@ -126,9 +126,10 @@ class EmulatedGateway:
         classes: Sequence[RequestClass],
         policy: Policy,
         profiles: Mapping[str, Profile],
-        times: FleetTimes,
+        cold_start: ColdStart,
         journal: Journal,
         output_length: OutputLength,
+        failures: Failures | None = None,
         seed: int = 0,
         gpus_max: Mapping[str, int] | None = None,
         scrape_period_s: float = 1.0,
@@ -148,7 +149,9 @@ class EmulatedGateway:
         self._scrape_period_s = scrape_period_s
         self._scrape_delay_s = scrape_delay_s
         self._specs = specs
-        self.fleet = FleetModel(clock=clock, times=times, seed=seed, make_engine=self._make_engine)
+        self.fleet = FleetModel(
+            clock=clock, cold_start=cold_start, failures=failures, seed=seed, make_engine=self._make_engine
+        )
         self.plane = ControlPlane(
             clock=clock,
             fleet=self.fleet,
@@ -175,14 +178,13 @@ class EmulatedGateway:
             responded=lambda status: None,
         )
 
-    def begin(self, initial: Mapping[str, int], failures_at: Sequence[float] = ()) -> None:
+    def begin(self, initial: Mapping[str, int]) -> None:
         """Posted: take over the first instances, ready at once, and start the loops."""
         for spec in self._specs:
             self.plane.adopt(spec.name, initial.get(spec.name, spec.min_instances), self.fleet.attach_running)
         self.plane.begin()
         self.clock.call_later(self._scrape_period_s, self._scrape)
-        for when_s in failures_at:
-            self.clock.call_at(when_s, self.fleet.fail_one)
+        self.fleet.begin()
 
     def ended(self, request: Request) -> None:
         """The ``Ends`` port."""

@@ -19,6 +19,8 @@ from typing import Any
 from chiron.control.actuators import CarriesOut, OnlyTells
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Instance, Request
+from chiron.fleet.port import FleetEnvironment
+from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.instances.engines import Engines
@@ -87,13 +89,21 @@ class Service:
         classes = list(config.classes.values())
         self.recorder = LiveRecorder(models=specs, classes=classes)
         self.journal = LiveJournal(recorder=self.recorder)
+        kinds = [kind for model in config.models for kind in model.kinds]
         self.engines = Engines(
             clock=self.clock,
-            kinds=[kind for model in config.models for kind in model.kinds],
+            kinds=kinds,
             models=self.models.by_name,
-            directory=config.data / "logs",
-            settings=config.fleet,
-            devices=config.devices,
+            make_fleet=lambda events: UnionFleet(
+                {kind.kind.name: kind.source for kind in kinds},
+                FleetEnvironment(
+                    clock=self.clock,
+                    events=events,
+                    log_directory=config.data / "logs",
+                    settings=config.fleet,
+                    devices=tuple(config.devices),
+                ),
+            ),
             failed=self._instance_failed,
         )
         policy = make_policy(config.policy, config.policy_settings)
@@ -109,7 +119,8 @@ class Service:
             observer=self.journal.observe,
             actuators=OnlyTells() if advise else CarriesOut(),
         )
-        self.engines.plane = self.plane
+        self.engines.listener = self.engines.events = self.plane
+        self.engines.sets_limit = not advise
         self.scraper = Scraper(
             clock=self.clock,
             samples=self.plane,

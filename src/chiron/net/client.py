@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl as ssl_module
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from chiron.net.memory import MemoryNetwork
 from chiron.net.reasons import reason_of
 
 log = logging.getLogger("chiron.http")
@@ -113,9 +113,32 @@ class Call:
             self.receiver.on_error(error)
 
 
+class Asked:
+    """A request that has been sent, for whoever wants its whole answer."""
+
+    __slots__ = ("_call", "_receiver", "_url")
+
+    def __init__(self, call: Call, receiver: _Gather, url: str) -> None:
+        self._call = call
+        self._receiver = receiver
+        self._url = url
+
+    async def answer(self, timeout_s: float) -> Response:
+        """Within so many seconds from now, or nobody waits any more. Raises NetError."""
+        try:
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
+            async with asyncio.timeout(timeout_s):
+                return await self._receiver.future
+        except TimeoutError:
+            raise TimedOutError(f"{self._url}: no answer within {timeout_s:g} s") from None
+        finally:
+            self._call.cancel()
+
+
 class Origin:
     """One server, such as ``http://127.0.0.1:8001`` or ``unix:/run/engine.sock``; a path after the host prefixes
-    the path of every request. Raises ValueError for another form of URL."""
+    the path of every request. ``memory:NAME`` is a server of this process, by its name in ``network``. Raises
+    ValueError for another form of URL."""
 
     def __init__(
         self,
@@ -127,13 +150,17 @@ class Origin:
         keepalive: bool = True,
         verify: bool = True,
         cacert: Path | None = None,
+        network: MemoryNetwork | None = None,
     ) -> None:
         self.url = url.rstrip("/")
+        self._network = network
         self._unix: str | None = None
         self._ssl: ssl_module.SSLContext | None = None
         self._prefix = b""
         if url.startswith("unix:"):
             self._unix, self._host, self._port = url.removeprefix("unix:"), "localhost", 0
+        elif network is not None:
+            self._host, self._port = url.removeprefix("memory:"), 80
         else:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -195,20 +222,24 @@ class Origin:
         body_max: int = BODY_MAX_BYTES,
     ) -> Response:
         """A whole answer in ``timeout_s``. Raises NetError, or ValueError for a line break in what is to be sent."""
+        return await self.ask(method, path, body=body, headers=headers, body_max=body_max).answer(timeout_s)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        body_max: int = BODY_MAX_BYTES,
+    ) -> Asked:
+        """Send a request now, for an answer that is awaited. Raises ValueError as ``fetch`` does."""
         for text in (method, path, *(part for header in (headers or {}).items() for part in header)):
             if "\r" in text or "\n" in text:
                 raise ValueError(f"{text!r}: a line break would start another header")
         receiver = _Gather(body_max)
         lines = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-        call = self.send(method.encode(), path.encode(), lines, body, receiver)
-        try:
-            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
-            async with asyncio.timeout(timeout_s):
-                return await receiver.future
-        except TimeoutError:
-            raise TimedOutError(f"{self.url}{path}: no answer within {timeout_s:g} s") from None
-        finally:
-            call.cancel()
+        return Asked(self.send(method.encode(), path.encode(), lines, body, receiver), receiver, f"{self.url}{path}")
 
     async def close(self) -> None:
         """Close every connection; calls under way hear that they were lost."""
@@ -233,9 +264,22 @@ class Origin:
                 connection.carry(call)
                 return
         call._reused = False
+        if self._network is not None:
+            self._join(self._network, call)
+            return
         task = asyncio.get_running_loop().create_task(self._connect(call))
         self._connecting[task] = call
         task.add_done_callback(self._connecting.pop)
+
+    def _join(self, network: MemoryNetwork, call: Call) -> None:
+        connection = _Connection(self)
+        try:
+            network.connect(self._host, lambda: connection)
+        except ConnectionRefusedError as error:
+            failure = ConnectError(f"{self.url}: cannot connect: {error}")
+            asyncio.get_running_loop().call_soon(call._fail, failure)
+        else:
+            connection.carry(call)
 
     async def _connect(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
@@ -300,12 +344,13 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        self._time = asyncio.get_running_loop().time
         self._origin._open.add(self)
 
     def usable(self) -> bool:
         if self._closed or self._transport.is_closing():
             return False
-        if time.monotonic() - self._idle_since_s > self._origin._idle_s:
+        if self._time() - self._idle_since_s > self._origin._idle_s:
             self.close()
             return False
         return True
@@ -324,7 +369,7 @@ class _Connection(asyncio.Protocol):
 
     def rest(self) -> None:
         """Wait for the next call."""
-        self._idle_since_s = time.monotonic()
+        self._idle_since_s = self._time()
         self._origin._done(self)
 
     def close(self) -> None:

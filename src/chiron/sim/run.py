@@ -11,12 +11,12 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
-from chiron.core.types import Instance, Request
-from chiron.engines.model import EngineModel, StepTimes
-from chiron.fleet.model import FleetModel, FleetTimes
+from chiron.core.types import Request
+from chiron.fleet.model import FleetModel
 from chiron.policies.registry import make_policy
+from chiron.runtime.assembly import Assembly
+from chiron.runtime.modelled import ModelledEngines, ModelScraper
 from chiron.sim.bound import Bound, bound, bound_of_run
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
@@ -70,28 +70,24 @@ class Simulation:
     ) -> None:
         self.setup = setup
         self.clock = clock or VirtualClock()
-        self._step_mode = step_mode
-        self.engines: list[EngineModel] = []
-        """Every engine there ever was."""
-        self._times = {name: StepTimes(profile) for name, profile in setup.profiles.items()}
         self.recorder = Recorder(setup.workload, events)
-        cold, failures = setup.cold_start, setup.failures
+        engines = ModelledEngines(
+            clock=self.clock,
+            profiles=setup.profiles,
+            kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
+            wire=setup.wire,
+            step_mode=step_mode,
+        )
+        self.engines = engines.made
         self.fleet = FleetModel(
             clock=self.clock,
-            times=FleetTimes(
-                node_start_s=cold.node_start_s,
-                model_load_s=cold.model_load_s,
-                warm_load_s=cold.warm_load_s,
-                warm_for_s=cold.warm_for_s,
-                jitter=cold.jitter,
-                mtbf_s=failures.mtbf_s,
-                start_failure=failures.start_failure,
-            ),
+            cold_start=setup.cold_start,
+            failures=setup.failures,
             seed=setup.seed,
-            make_engine=self._make_engine,
+            make_engine=engines.make,
         )
         self.policy = make_policy(setup.policy, setup.settings)
-        self.plane = ControlPlane(
+        self._assembly = Assembly(
             clock=self.clock,
             fleet=self.fleet,
             journal=self.recorder,
@@ -101,17 +97,19 @@ class Simulation:
             gpus_max=setup.gpus_max,
             observer=self.recorder.observe,
         )
-        self.fleet.listener = self.plane
+        self.plane = engines.listener = self._assembly.plane
+        self._scraper = ModelScraper(
+            clock=self.clock,
+            plane=self.plane,
+            engines=lambda: engines.of(self.fleet.engines),
+            period_s=setup.scrape_period_s,
+            delay_s=setup.scrape_delay_s,
+        )
 
     def run(self, progress: Progress | None = None) -> None:
         """Until the last request has ended, or the horizon."""
         setup, clock, plane = self.setup, self.clock, self.plane
-        for model in setup.models:
-            plane.adopt(model.name, setup.initial.get(model.name, model.min_instances), self.fleet.attach_running)
-        plane.begin()
-        clock.call_later(setup.scrape_period_s, self._scrape)
-        for when_s in setup.failures.at:
-            clock.call_at(when_s, self.fleet.fail_one)
+        self._assembly.begin(setup.initial, attach=self.fleet.attach_running, loops=(self._scraper, self.fleet))
         end_s = self._end_s()
         submit, run_until = plane.submit, clock.run_until
         total = max(1, len(setup.workload))
@@ -183,29 +181,6 @@ class Simulation:
     def _bounds(self, table: RequestTable, end_s: float) -> tuple[Bound, Bound]:
         return bound_of_run(self.setup, table, end_s), bound(self.setup)
 
-    def _make_engine(self, instance: Instance) -> EngineModel:
-        kind = instance.kind.name
-        profile = self.setup.profiles[kind]
-        bandwidth = self.setup.kv_transfer_gb_per_s * 1e9
-        engine = EngineModel(
-            clock=self.clock,
-            instance=instance,
-            profile=profile,
-            times=self._times[kind],
-            listener=self.plane,
-            kv_seconds_per_token=profile.kv_bytes_per_token / bandwidth if bandwidth > 0 else 0.0,
-            step_mode=self._step_mode,
-        )
-        self.engines.append(engine)
-        return engine
-
-    def _scrape(self) -> None:
-        """Read every engine now; the control plane hears of it later."""
-        alive = self.fleet.engines
-        samples = [engine.sample() for engine in self.engines if engine.instance.id in alive]
-        self.clock.call_later(self.setup.scrape_delay_s, lambda: self.plane.sampled(samples))
-        self.clock.call_later(self.setup.scrape_period_s, self._scrape)
-
     def _end_s(self) -> float:
         if isfinite(self.setup.horizon_s):
             return self.setup.horizon_s
@@ -232,6 +207,7 @@ def _requests(setup: Setup) -> Iterator[Request]:
         )
         for row, (arrival_s, tokens_in, tokens_out, model, cls, deadline_s) in enumerate(rows, start):
             request = Request(row, models[model], classes[cls], arrival_s, tokens_in, tokens_out, deadline_s)
+            request.pinned = request.interactive and setup.wire is not None
             request.tenant = tenants[workload.tenant[row] if workload.tenant is not None else 0]
             yield request
 

@@ -9,13 +9,13 @@ back with the tokens it got is copied back in, one that comes to another instanc
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Sample
 from chiron.engines.model import EngineModel, StepTimes
 from chiron.engines.profile import Profile
+from chiron.engines.saved_kv import SavedKv
 from chiron.engines.serve.answer import CallPiece
 from chiron.engines.serve.exposition import Totals, exposition
 from chiron.engines.serve.filler import (
@@ -115,9 +115,8 @@ class EmulatedEngine:
         self._warned_s = -_WARN_EVERY_S
         self._name = name
         self._streams: dict[int, _Stream] = {}
-        self._saved: OrderedDict[int, tuple[int, int]] = OrderedDict()
-        """Interrupted requests by digest: tokens generated, tokens of KV."""
-        self._saved_tokens = 0
+        self._saved = SavedKv(settings.kv_saved_tokens_max)
+        """Interrupted requests by digest."""
         self._next_id = 0
 
     # -- from the front ------------------------------------------------------------------------------------------
@@ -223,6 +222,13 @@ class EmulatedEngine:
         waiting = len(self._streams) - max(self.sample().running, self.model.max_batch_size)
         check_queue(waiting, self.settings.queue_max)
 
+    def fail(self) -> None:
+        """Die: every answer breaks off."""
+        streams, self._streams = list(self._streams.values()), {}
+        self.model.fail()
+        for stream in streams:
+            stream.choice.abort()
+
     # -- interrupted requests ------------------------------------------------------------------------------------
 
     def _cancel(self, inners: Sequence[Request]) -> None:
@@ -235,28 +241,15 @@ class EmulatedEngine:
     def _restore(self, inner: Request, request: GenerationRequest, output: Output) -> None:
         """Let a request that was interrupted here find its KV again."""
         done = request.resume_token_ids
-        saved = self._saved.get(output.digest)
-        if not done or saved is None or saved[0] < len(done):
+        if not done or self._saved.generated(output.digest) < len(done):
             return
         if list(done) != output.ids(0, len(done)):
             return  # Not the tokens that this KV belongs to.
-        self._forget(output.digest)
+        self._saved.forget(output.digest)
         # The last token was sent, but it is the next step that will put it into the KV.
         inner.kv_saved_tokens = inner.input_tokens + len(done) - 1
         inner.kv_saved_on = self.model.instance.id
         self.totals.cached_tokens += inner.kv_saved_tokens
-
-    def _save(self, digest: int, generated: int, kv_tokens: int) -> None:
-        self._forget(digest)
-        self._saved[digest] = (generated, kv_tokens)
-        self._saved_tokens += kv_tokens
-        while self._saved_tokens > self.settings.kv_saved_tokens_max:
-            self._forget(next(iter(self._saved)))
-
-    def _forget(self, digest: int) -> None:
-        saved = self._saved.pop(digest, None)
-        if saved is not None:
-            self._saved_tokens -= saved[1]
 
     # -- from the model ------------------------------------------------------------------------------------------
 
@@ -269,13 +262,17 @@ class EmulatedEngine:
             self._warned_s = now_s
             log.warning("instance %d is %.1f s behind its profile: too much load here", self.model.instance.id, late_s)
         for id in ids:
-            streams[id].token(now_s)
+            stream = streams[id]
+            if not stream.at_end:
+                stream.token(now_s)
 
     def first_token(self, request: Request) -> None:
         self._streams[request.id].token(self._clock.now_s)
 
     def finished(self, request: Request) -> None:
         stream = self._streams.pop(request.id)
+        if stream.at_end:  # Its last token comes after the first ones of others, as it does in the model's own order.
+            stream.token(self._clock.now_s)
         # vLLM's metrics know no other end of what was not cut short.
         self.totals.finished["length" if stream.output.finish_reason == "length" else "stop"] += 1
         self.totals.e2e.add(self._clock.now_s - stream.arrival_s)
@@ -284,7 +281,7 @@ class EmulatedEngine:
         stream = self._streams.pop(request.id)
         self.totals.cancelled += 1
         if request.kv_saved_tokens:
-            self._save(stream.output.digest, request.tokens_done, request.kv_saved_tokens)
+            self._saved.save(stream.output.digest, request.tokens_done, request.kv_saved_tokens)
 
     def refused(self, request: Request, reason: str) -> None:
         stream = self._streams.pop(request.id)
@@ -319,6 +316,11 @@ class _Stream:
         """Characters of text before the next token; kept only where a stop string cuts the text."""
         if output.chars is not None and self.generated:
             self._chars = len(output.text(0, self.generated))
+
+    @property
+    def at_end(self) -> bool:
+        """Its next token is the last one."""
+        return self.generated == self.output.tokens - 1
 
     def token(self, now_s: float) -> None:
         """The step that just ended generated one token."""

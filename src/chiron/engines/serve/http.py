@@ -131,6 +131,10 @@ class Reply:
         else:
             respond_error(self._incoming, error)
 
+    def abort(self) -> None:
+        self.failed = True
+        self._incoming.abort()
+
     @property
     def busy(self) -> bool:
         """What is generated must wait: for the end, or for a client that reads slowly."""
@@ -236,6 +240,10 @@ class Choice:
     def fail(self, error: RequestError) -> None:
         """Ends the whole answer."""
         self._reply.fail(error)
+
+    def abort(self) -> None:
+        """The connection breaks off in the middle of the answer, or before it."""
+        self._reply.abort()
 
     def take(self) -> Part:
         self._held = False

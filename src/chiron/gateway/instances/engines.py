@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
 
 from chiron.core.ports import FleetEvents, RemoteEngineEvents
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
-from chiron.fleet.port import FleetEnvironment, FleetReport
-from chiron.fleet.settings import FleetSettings
-from chiron.fleet.union import UnionFleet
+from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents
 from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.relay.context_limit import UNTOLD, longest
 from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.settings import KindSettings
 from chiron.net.clock import LiveClock
-
-
-class InstanceEvents(FleetEvents, RemoteEngineEvents, Protocol):
-    """Who hears of instances and of what they run: the control plane."""
+from chiron.net.memory import MemoryNetwork
 
 
 class Engines:
@@ -32,24 +25,23 @@ class Engines:
         clock: LiveClock,
         kinds: Sequence[KindSettings],
         models: Mapping[str, ServedModel],
-        directory: Path,
-        settings: FleetSettings,
-        devices: Sequence[str] = (),
+        make_fleet: Callable[[LiveFleetEvents], LiveFleet],
+        network: MemoryNetwork | None = None,
         failed: Callable[[Instance, str], None] = lambda instance, reason: None,
     ) -> None:
-        """``failed`` hears of each instance that failed, and why."""
-        self.plane: InstanceEvents | None = None
-        """Set once it exists; it needs a fleet to be made."""
+        """``make_fleet`` makes the fleet that tells this of its instances; ``network`` has those of them whose address
+        is in memory. ``failed`` hears of each instance that failed, and why."""
+        self.listener: FleetEvents | None = None
+        """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be made."""
+        self.events: RemoteEngineEvents | None = None
         self.live: dict[int, HttpEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
         self._kinds = {each.kind.name: each for each in kinds}
         self._models = models
         self._failed = failed
-        environment = FleetEnvironment(
-            clock=clock, events=self, log_directory=directory, settings=settings, devices=tuple(devices)
-        )
-        self.fleet = UnionFleet({each.kind.name: each.source for each in kinds}, environment)
+        self._network = network
+        self.fleet = make_fleet(self)
 
     # -- the Fleet port ----------------------------------------------------------------------------------------
 
@@ -63,16 +55,20 @@ class Engines:
     # -- what the fleet tells ----------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, url: str) -> None:
-        engine = self.live[instance.id] = self._attach(instance, url)
-        self.settle_context(instance.model)
-        self._plane().instance_ready(instance, engine)
+        self._listener().instance_ready(instance, self.attach(instance, url))
 
     def instance_failed(self, instance: Instance, reason: str) -> None:
         self._close(instance)
         self._failed(instance, reason)
-        self._plane().instance_failed(instance)
+        self._listener().instance_failed(instance)
 
     # -- the rest ----------------------------------------------------------------------------------------------
+
+    def attach(self, instance: Instance, url: str) -> HttpEngine:
+        """The engine of an instance that answers at this address."""
+        engine = self.live[instance.id] = self._client(instance, url)
+        self.settle_context(instance.model)
+        return engine
 
     def suspect(self, instance: Instance) -> None:
         """Requests fail there: look at it now."""
@@ -108,7 +104,7 @@ class Engines:
         self.live.clear()
         await self.fleet.close()
 
-    def _attach(self, instance: Instance, url: str) -> HttpEngine:
+    def _client(self, instance: Instance, url: str) -> HttpEngine:
         settings, served = self._kinds[instance.kind.name], self._models[instance.model]
 
         def learn(request: Request, prompt_tokens: int) -> None:
@@ -117,16 +113,18 @@ class Engines:
                 engine.context_tokens = UNTOLD  # It took what it says that it cannot: what it says is wrong.
                 self.settle_context(instance.model)
 
+        assert self.events is not None
         engine = HttpEngine(
             clock=self._clock,
             instance=instance,
             url=url,
             row=ENGINES[settings.engine],
-            listener=self._plane(),
+            listener=self.events,
             suspect=self.suspect,
             model=settings.served_model_name or instance.model,
             api_key=settings.api_key,
             learn_usage=learn,
+            network=self._network,
         )
         engine.context_tokens = settings.context_tokens
         return engine
@@ -137,6 +135,6 @@ class Engines:
             engine.close()
             engine.retire()
 
-    def _plane(self) -> InstanceEvents:
-        assert self.plane is not None
-        return self.plane
+    def _listener(self) -> FleetEvents:
+        assert self.listener is not None
+        return self.listener

@@ -114,7 +114,8 @@ class EngineObserver:
         self._pending_steps = self._pending_prefill = 0
         """Steps and tokens of prefill since then."""
         self._seen = EngineTotals()
-        self._told: EngineTotals | None = None
+        self._told: EngineTotals | None = EngineTotals()
+        """By the engine at the last look: a new one has done nothing yet."""
         self._totals = EngineTotals()
 
     def entered(self, now_s: float) -> None:
@@ -216,11 +217,15 @@ class EngineObserver:
             self._piece_tokens += tokens
             self._piece_s += decoding_s
 
-    def sample(self, now_s: float, metrics: Mapping[str, float] | None = None) -> Sample:
-        """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``)."""
+    def sample(
+        self, now_s: float, metrics: Mapping[str, float] | None = None, *, asked_s: float | None = None
+    ) -> Sample:
+        """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``), as it gave
+        them when it was asked at ``asked_s``."""
         self._advance(now_s)
         said = metrics or {}
-        totals = self._grow(now_s, _told(said))
+        told = _told(said)
+        totals = self._grow(now_s, told)
         waiting = int(said.get("waiting", 0))
         mean_input = self._inputs // self.decoding if self.decoding else 1
         used = said.get("kv_used_tokens")
@@ -228,7 +233,7 @@ class EngineObserver:
             used = said["kv_usage"] * said.get("kv_capacity_tokens", self._instance.kv_capacity_tokens)
         return Sample(
             instance_id=self._instance.id,
-            taken_s=now_s,
+            taken_s=now_s if told is None or asked_s is None else asked_s,
             running=int(said.get("running", self.inside)),
             waiting=waiting,
             waiting_tokens=int(said.get("waiting_tokens", waiting * mean_input)),

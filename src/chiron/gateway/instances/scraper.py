@@ -13,7 +13,7 @@ from chiron.core.ports import Samples
 from chiron.engines.metrics import read_row
 from chiron.gateway.relay.context_limit import ask_context
 from chiron.gateway.relay.upstream import HttpEngine
-from chiron.net.client import NetError
+from chiron.net.client import Asked, NetError
 from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.scrape")
@@ -58,7 +58,13 @@ class Scraper:
         if self._settles(self._clock.elapsed_s()):
             return
         if self._round is None or self._round.done():
-            self._round = asyncio.get_running_loop().create_task(self._scrape())
+            engines = list(self._engines.values())
+            asked = [
+                (engine, engine.origin.ask("GET", engine.row.metrics_path, body_max=METRICS_MAX_BYTES))
+                for engine in engines
+                if engine.row.metrics_path
+            ]
+            self._round = asyncio.get_running_loop().create_task(self._scrape(engines, asked, self._clock.now_s))
 
     def _settles(self, now_s: float) -> bool:
         """Whether this look is better left out: the gateway was held up, and what engines sent meanwhile is still to
@@ -70,21 +76,17 @@ class Scraper:
                 self._settled_s = now_s + LATE * self._period_s
         return now_s < self._settled_s
 
-    async def _scrape(self) -> None:
-        engines = list(self._engines.values())
+    async def _scrape(self, engines: list[HttpEngine], asked: list[tuple[HttpEngine, Asked]], asked_s: float) -> None:
         # One slow engine must not keep the others' news.
         await asyncio.gather(
-            *(self._ask(engine) for engine in engines if engine.row.metrics_path),
+            *(self._read(engine, metrics) for engine, metrics in asked),
             *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
         )
-        self._clock.post(lambda: self._tell(engines))
+        self._clock.post(lambda: self._tell(engines, asked_s))
 
-    async def _ask(self, engine: HttpEngine) -> None:
-        timeout_s = min(self._period_s, TIMEOUT_MAX_S)
+    async def _read(self, engine: HttpEngine, asked: Asked) -> None:
         try:
-            answer = await engine.origin.fetch(
-                "GET", engine.row.metrics_path, timeout_s=timeout_s, body_max=METRICS_MAX_BYTES
-            )
+            answer = await asked.answer(min(self._period_s, TIMEOUT_MAX_S))
         except NetError as error:
             engine.metrics = {}
             log.debug("%s: no metrics: %s", engine.url, error)
@@ -96,7 +98,7 @@ class Scraper:
         if engine.context_tokens is not None:
             self._clock.post(lambda: self._context_told(engine))
 
-    def _tell(self, engines: list[HttpEngine]) -> None:
+    def _tell(self, engines: list[HttpEngine], asked_s: float) -> None:
         now_s = self._clock.now_s
         samples = []
         for engine in engines:
@@ -115,5 +117,5 @@ class Scraper:
                     engine.instance.max_batch_size,
                     engine.instance.kind.name,
                 )
-            samples.append(engine.observer.sample(now_s, engine.metrics))
+            samples.append(engine.observer.sample(now_s, engine.metrics, asked_s=asked_s))
         self._samples.sampled(samples)

@@ -5,8 +5,8 @@ not pass through the control plane: it hears of the first one, of the end, and o
 collected is the affair of the request's payload, an ``UpstreamCall``.
 
 Errors: until a client has seen a byte, whatever goes wrong (no connection, a lost one, a status of ``RETRIED``) makes
-the request *lost*, and the control plane tries it again, here or elsewhere, a few times. ``FAILURES_MAX`` lost in a
-row with nothing in between are taken for a broken engine: the fleet is asked to look at it.
+the request *lost*, and the control plane tries it again, here or elsewhere, a few times. What follows for the engine
+is in ``engines.losses``; where that suspects it, the fleet is asked to look at it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from math import isfinite
 from typing import Protocol
 
 from chiron.core.ports import RemoteEngineEvents
 from chiron.core.types import Instance, Request
 from chiron.engines import claims
+from chiron.engines.losses import Losses
 from chiron.engines.rows import EngineRow
+from chiron.engines.unseen import presumed_first_token_s, presumed_prefill_s
 from chiron.gateway.instances.engine_limit import OwnLimit
 from chiron.gateway.instances.observer import Begun, EngineObserver
 from chiron.gateway.relay.collect import CollectError
 from chiron.net.client import Call, ConnectError, Header, NetError, Origin
 from chiron.net.clock import LiveClock
+from chiron.net.memory import MemoryNetwork
 
 log = logging.getLogger("chiron.upstream")
 
-FAILURES_MAX = 2
-"""Requests lost in a row before an engine is suspected."""
-AVOID_S = 0.25
-"""How long nothing is sent to an engine that lost a request; doubled with each further one, up to 32 times."""
 OF_CDNS = frozenset(range(520, 531))
 """Made up by CDNs, for an engine that they did not reach or that has too much to do: an engine says none of them."""
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504}) | OF_CDNS
@@ -42,8 +40,6 @@ NOT_THE_CLIENTS = frozenset({401, 402, 403, 407})
 ERROR_MAX_BYTES = 64 * 1024
 SILENT_S = 5.0
 """A stream that says nothing for this long, while nobody knows why, is not counted among those that decode."""
-PRESUMED_PREFILLS = 1.5
-"""Without a stream, prefill is presumed over after this many times the instance's waiting prefill."""
 _TAIL_BYTES = 2048
 
 
@@ -120,13 +116,15 @@ class HttpEngine:
         model: str,
         api_key: str = "",
         learn_usage: Callable[[Request, int], None] | None = None,
+        network: MemoryNetwork | None = None,
     ) -> None:
-        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths."""
+        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths. ``network`` has the
+        engines of this process (``memory:NAME``)."""
         self.instance = instance
         self.row = row
         self.url = url
         self.model = model
-        self.origin = Origin(url, keepalive=row.keepalive, idle_max=1024)
+        self.origin = Origin(url, keepalive=row.keepalive, idle_max=1024, network=network)
         self.observer = EngineObserver(instance, clock.now_s)
         self.metrics: dict[str, float] = {}
         """The engine's figures at the last scrape, by our names."""
@@ -139,7 +137,7 @@ class HttpEngine:
         self.learn_usage = learn_usage
         self.closed = False
         self._suspect = suspect
-        self._failures = 0
+        self._losses = Losses()
         self._told_404 = False
         self._limit = 0
         self._limit_sent = 0
@@ -166,8 +164,7 @@ class HttpEngine:
         run.call = self.origin.send(b"POST", upcall.path, upcall.headers(), body, run, lines=self.headers)
         if not upcall.streams and request.prefill_cost_s:
             # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
-            delay_s = PRESUMED_PREFILLS * self.instance.prefill_backlog_s
-            self.clock.call_later(delay_s, lambda: self._presume_prefilled(run))
+            self.clock.call_later(presumed_prefill_s(self.instance), lambda: self._presume_prefilled(run))
 
     def evict(self, request: Request) -> None:
         run = self.runs.get(request.id)
@@ -282,7 +279,7 @@ class HttpEngine:
         if problem:
             self.lost(run, UpstreamFailure(problem), sound=False)
             return
-        self._failures = 0
+        self._losses.answered()
 
         def report() -> None:
             if not self.holds(run):
@@ -290,8 +287,8 @@ class HttpEngine:
             tokens = max(1, run.output_tokens()) if run.status < 400 else 0
             if request.outcome is None:
                 request.tokens_done = tokens
-                if not run.upcall.streams:
-                    request.first_token_s = _unseen_first_token_s(request, self.clock.now_s)
+                if not run.upcall.streams and run.status < 400:
+                    request.first_token_s = presumed_first_token_s(request, self.clock.now_s)
             if run.status < 400:
                 run.first()
                 if not self.holds(run):  # Its prefill is over, and somebody more urgent took the room.
@@ -314,11 +311,8 @@ class HttpEngine:
         """No answer, or none that counts. ``sound``: what came of it so far can be gone on with."""
         run.over(cancel=True)
         self._note(run, failure)
-        self._failures += 1
         log.info("%s: %s", self.url, failure.message)
-        broken = connect or self._failures >= FAILURES_MAX
-        # A 500 may be the request's own fault; anything else says that another instance should have the next try.
-        avoid_s = 0.0 if failure.status == 500 and not broken else AVOID_S * 2 ** min(self._failures - 1, 5)
+        suspected, avoid_s = self._losses.lost(status=failure.status, connect=connect)
 
         def report() -> None:
             if not self.holds(run):
@@ -329,7 +323,7 @@ class HttpEngine:
                 self.listener.first_token(request)
             if request.outcome is None:
                 request.tokens_done = run.upcall.cut(sound and self.row.resumes)
-            if broken:
+            if suspected:
                 self._suspect(self.instance)
             if avoid_s and not self.closed:
                 self.listener.avoid(self.instance, avoid_s)
@@ -567,10 +561,3 @@ def blames_client(status: int) -> bool:
     """Whether this answer of an engine says that something is wrong with the request itself: it was no work, and nobody
     failed."""
     return 400 <= status < 500 and status not in RETRIED and status not in NOT_THE_CLIENTS
-
-
-def _unseen_first_token_s(request: Request, finish_s: float) -> float:
-    """When the first token of an answer in one piece counts as seen: so that TTFT and ITL are both met exactly when
-    the whole took no longer than both promises allow together."""
-    promised_s = request.cls.itl_s * max(0, request.tokens_done - 1)
-    return max(request.dispatch_s, finish_s - promised_s) if isfinite(promised_s) else request.dispatch_s

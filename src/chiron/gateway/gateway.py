@@ -1,0 +1,124 @@
+"""A gateway between its clients' connections and its engines: no listening socket, no disk, no processes.
+
+``service`` puts it behind a port with a store beside it, over fleets of processes and endpoints. Over emulated engines
+in memory (``runtime.emulated``) it is the same path, on any event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from chiron.control.plane import Observer
+from chiron.core.ports import Journal
+from chiron.core.types import ModelSpec, Request, RequestClass
+from chiron.gateway.instances.engines import Engines
+from chiron.gateway.instances.scraper import Scraper
+from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.cross_site import ForeignPages
+from chiron.gateway.relay.front import Front
+from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.outages import Outage, Outages
+from chiron.gateway.relay.upstream import HttpEngine
+from chiron.gateway.settings import LimitSettings
+from chiron.net.clock import LiveClock
+from chiron.net.server import Incoming
+from chiron.policies.policy import Policy
+from chiron.runtime.assembly import Assembly, Attach, Loop
+
+log = logging.getLogger("chiron.gateway")
+
+WATCH_S = 1.0
+"""Between two looks for requests that waited too long, at clients and at engines."""
+
+
+class Gateway:
+    """``front.handle`` takes requests."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        engines: Engines,
+        journal: Journal,
+        models: Models,
+        specs: Sequence[ModelSpec],
+        classes: Sequence[RequestClass],
+        policy: Policy,
+        keys: KeyRing,
+        limits: LimitSettings,
+        next_id: Callable[[], int],
+        responded: Callable[[int], None],
+        own_hosts: frozenset[str] | None = None,
+        gpus_max: Mapping[str, int] | None = None,
+        observer: Observer | None = None,
+        scrape_period_s: float = 1.0,
+        capacity_told: Callable[[HttpEngine, int], None] = lambda engine, tokens: None,
+        outage_changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
+        actuates: bool = True,
+    ) -> None:
+        self.clock = clock
+        self.engines = engines
+        self._limits = limits
+        self._assembly = Assembly(
+            clock=clock,
+            fleet=engines,
+            journal=journal,
+            ends=self,
+            models=specs,
+            classes=classes,
+            policy=policy,
+            gpus_max=gpus_max,
+            observer=observer,
+            actuates=actuates,
+        )
+        self.plane = engines.events = self._assembly.plane
+        engines.sets_limit = actuates
+        self.scraper = Scraper(
+            clock=clock,
+            plane=self.plane,
+            engines=engines.live,
+            period_s=scrape_period_s,
+            capacity_told=capacity_told,
+            context_told=lambda engine: engines.settle_context(engine.instance.model),
+        )
+        self.outages = Outages(
+            plane=self.plane,
+            report=engines.report,
+            outage_wait_s=limits.outage_wait_s,
+            retry_after_s=limits.retry_after_s,
+            changed=outage_changed,
+        )
+        self.front = Front(
+            clock=clock,
+            plane=self.plane,
+            models=models,
+            keys=keys,
+            limits=limits,
+            foreign=ForeignPages(keys, own_hosts),
+            outages=self.outages,
+            next_id=next_id,
+            responded=responded,
+        )
+
+    def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
+        """Posted; see ``Assembly.begin``."""
+        self._assembly.begin(initial, attach=attach, loops=(self.scraper, *loops))
+        self.clock.call_later(WATCH_S, self._watch)
+
+    def ended(self, request: Request) -> None:
+        """The ``Ends`` port: whoever waits for it is told."""
+        try:
+            self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
+        except Exception:
+            log.exception("the end of request %s could not be told", request.id)
+            incoming: Incoming | None = getattr(request.payload, "incoming", None)
+            if incoming is not None:
+                incoming.abort()  # Better than a client that waits for ever.
+
+    def _watch(self) -> None:
+        self.clock.call_later(WATCH_S, self._watch)
+        self.outages.look(self.clock.now_s)
+        self.front.watch()
+        for engine in list(self.engines.live.values()):
+            engine.watch(self._limits.engine_stall_s)

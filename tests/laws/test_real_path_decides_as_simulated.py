@@ -1,0 +1,137 @@
+"""Law 10 on the gateway's real path: it decides as the simulator does, to the last bit, failures included.
+
+Requests enter as bytes of clients' connections. They go through admission, calls, the clients of engines over HTTP and
+connections in memory, to the emulated engine's own server, and its tokens and its metrics page come back as bytes, each
+a wire's time later. Only sockets and processes are missing, and the loop's time is virtual. The simulator gets the same
+input: its engines are models at the other end of such a wire (``engines.remote``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from chiron.core.types import ModelSpec
+from chiron.engines.remote import CUT, Wire
+from chiron.fleet.model import Failures
+from chiron.policies.registry import POLICIES
+from chiron.sim.run import Simulation
+from chiron.sim.setup import Setup
+from chiron.telemetry.run_data import OUTCOMES
+from real_path import Client, RealPath, run_real
+from scenario_factory import PROFILE, kind_of, setup_of
+from virtual_loop import run_virtual
+
+PROFILE = replace(
+    PROFILE,
+    h_ms=9.0,
+    w0_ms=2.0,
+    f_ms_per_token=0.13,
+    c_ms_per_context_token=0.004,
+    q_ms_per_token_squared=0.0001,
+    kv_capacity_tokens=1500,
+    kv_bytes_per_token=2_000_000,
+    max_num_seqs=24,
+    max_num_batched_tokens=128,
+)
+CHAT, AGENT, NIGHT = range(3)
+TRIES = ((CUT,), (CUT, CUT), (503,), (500, CUT), (429, 429, CUT), (CUT,) * 5, (500, 500))
+"""What becomes of the first tries of a request, one way after the other."""
+
+
+def scenario(policy: str, *, fails: bool) -> Setup:
+    """A burst of two interactive classes over a batch job, on small engines; some prompts and answers fit none."""
+    draw, at_s, rows = Random(5), 0.0, []
+    while at_s < 50.0:
+        at_s += draw.expovariate(16.0 if 15.0 < at_s < 25.0 else 3.0)
+        rows.append((at_s, draw.randint(20, 120), draw.randint(2, 25), 0, draw.choice((CHAT, CHAT, AGENT))))
+    rows += [(8.0, draw.randint(20, 100), draw.randint(10, 40), 0, NIGHT) for _ in range(100)]
+    rows += [(at_s, 900, 700, 0, CHAT) for at_s in (3.0, 9.0, 23.0)]
+    failures = Failures(at=(20.0, 26.0, 40.0), start_failure=0.3) if fails else Failures()
+    return setup_of(
+        rows,
+        policy=policy,
+        profile=PROFILE,
+        model=ModelSpec(
+            name="m0",
+            kinds=(kind_of(PROFILE, max_num_batched_tokens=PROFILE.max_num_batched_tokens),),
+            max_instances=6,
+        ),
+        settings=POLICIES[policy].settings(),
+        failures=failures,
+        scrape_delay_s=0.0,
+        wire=Wire(
+            network_s=1 / 1024,
+            faults={row: TRIES[row % len(TRIES)] for row in range(3, len(rows), 5)} if fails else {},
+            pieces=frozenset(range(1, len(rows), 3)) if fails else frozenset(),
+        ),
+    )
+
+
+def both(setup: Setup) -> tuple[Simulation, RealPath]:
+    simulation = Simulation(setup)
+    simulation.run()
+    return simulation, run_virtual(run_real(setup))
+
+
+def check_equal(simulation: Simulation, real: RealPath) -> None:
+    # repr: nan is nan here, and floats are told apart to the last bit.
+    assert [repr(d) for d in real.recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
+    assert real.recorder.plan_changes == simulation.recorder.plan_changes
+    assert real.plane.evictions == simulation.plane.evictions
+    seen, table = real.recorder.table(), simulation.recorder.table()
+    for column in ("dispatch_s", "first_token_s", "finish_s", "outcome", "evictions"):
+        assert getattr(seen, column).tolist() == getattr(table, column).tolist(), column
+
+
+def said(client: Client) -> str:
+    """The text of an answer that came as a stream or in one piece."""
+    head, _, body = b"".join(client.received).partition(b"\r\n\r\n")
+    if b"text/event-stream" not in head:
+        return str(json.loads(body)["choices"][0]["text"])
+    events = [part for part in body.split(b"data: ")[1:] if part.startswith(b"{")]
+    choices = [json.loads(event[: event.rindex(b"}") + 1])["choices"] for event in events]
+    return "".join(choice[0]["text"] for choice in choices if choice)
+
+
+POLICIES_COMPARED = ["chiron", "chiron-paper", "hpa-queue-tuned", "llumnix-tuned"]
+
+
+@pytest.mark.parametrize("policy", POLICIES_COMPARED)
+def test_decides_the_same_while_instances_die_and_engines_lose_requests(policy: str) -> None:
+    setup = scenario(policy, fails=True)
+    simulation, real = both(setup)
+
+    check_equal(simulation, real)
+    outcomes = [OUTCOMES[outcome] for outcome in simulation.recorder.table().outcome.tolist()]
+    assert {"finished", "failed", "rejected"} <= set(outcomes), "everything that can go wrong went wrong"
+    assert real.faults > 20
+    for client, outcome, tokens in zip(real.clients, outcomes, setup.workload.output_tokens.tolist(), strict=True):
+        if outcome == "finished":
+            assert len(said(client).split()) == tokens, "every token once, interrupted or not"
+        else:
+            assert b"error" in b"".join(client.received)
+
+
+@pytest.mark.parametrize(
+    "policy", ["chiron", *(pytest.param(p, marks=pytest.mark.slow) for p in POLICIES_COMPARED[1:])]
+)
+def test_decides_the_same_while_nothing_fails(policy: str) -> None:
+    simulation, real = both(scenario(policy, fails=False))
+
+    check_equal(simulation, real)
+    if policy.startswith("chiron"):
+        assert real.plane.evictions > 0
+
+
+def test_another_wire_is_another_log() -> None:
+    """The comparison sees a millisecond."""
+    setup = scenario("llumnix-tuned", fails=False)
+    simulation = Simulation(replace(setup, wire=Wire(network_s=2 / 1024)))
+    simulation.run()
+
+    with pytest.raises(AssertionError):
+        check_equal(simulation, run_virtual(run_real(setup)))

@@ -1,0 +1,196 @@
+"""A scenario through the gateway's real path under virtual time, with engines in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from chiron.control.plane import ControlPlane
+from chiron.core.types import InstanceKind, RequestClass
+from chiron.engines.remote import CUT
+from chiron.engines.serve.emulated_engine import EmulatedSettings
+from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.port import LiveFleetEvents
+from chiron.gateway.gateway import Gateway
+from chiron.gateway.instances.engines import Engines
+from chiron.gateway.relay.admission import Models, ServedModel
+from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.settings import KindSettings, LimitSettings, ModelSettings
+from chiron.net.clock import LiveClock
+from chiron.net.memory import MemoryNetwork
+from chiron.net.server import HttpServer, Incoming, ServerLimits
+from chiron.policies.registry import make_policy
+from chiron.runtime.emulated import EmulatedFleet
+from chiron.runtime.emulated import wire as memory_wire
+from chiron.sim.recorder import Recorder
+from chiron.sim.setup import Setup
+
+
+class Client(asyncio.Protocol):
+    """One client: keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append(data)
+
+
+class Faults:
+    """What ``Wire.faults`` says, at the engines' end; ``told`` counts."""
+
+    def __init__(self, faults: Mapping[int, tuple[int, ...]]) -> None:
+        self.told = 0
+        self._left = {row: iter(each) for row, each in faults.items()}
+
+    def __call__(self, incoming: Incoming) -> bool:
+        if incoming.method != b"POST":
+            return False
+        status = next(self._left.get(json.loads(incoming.body)["prompt"][0], iter(())), None)
+        if status is None:
+            return False
+        self.told += 1
+        if status == CUT:
+            incoming.abort()
+        else:
+            incoming.respond(status, b"{}")
+        return True
+
+
+class Door:
+    """A gateway's connections with its clients, in memory; what they write arrives at once."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.server = HttpServer(gateway.front.handle, ServerLimits(), None, None)
+        self._network = MemoryNetwork(asyncio.get_running_loop().call_soon)
+        self._network.listen("gateway", self.server.accept)
+
+    def ask(self, client: Client, message: bytes) -> None:
+        self._network.connect("gateway", lambda: client)
+        client.transport.write(message)
+
+
+@dataclass(frozen=True)
+class RealPath:
+    """What a run left behind."""
+
+    recorder: Recorder
+    clients: list[Client]
+    plane: ControlPlane
+    faults: int
+    """Tries that engines lost or refused."""
+
+
+def served(name: str, classes: Mapping[str, RequestClass]) -> ServedModel:
+    default = next(cls.name for cls in classes.values() if cls.interactive)
+    told = ModelSettings(name=name, kinds=(), classes=tuple(classes), default_class=default, batch_class="")
+    return ServedModel(settings=told, classes=classes, kv_capacity_tokens=10**9)
+
+
+def kind_settings(kind: InstanceKind) -> KindSettings:
+    """Of an emulated engine; where it comes from is its fleet's own affair."""
+    source = EndpointsSource(urls=("http://nowhere",))
+    return KindSettings(kind=kind, engine="emulated", source=source, context_tokens=kind.kv_capacity_tokens)
+
+
+async def run_real(setup: Setup) -> RealPath:
+    """The same as ``Simulation(setup).run()``, which needs a ``setup.wire``."""
+    loop, workload, wire = asyncio.get_running_loop(), setup.workload, setup.wire
+    assert wire is not None
+    clock, recorder, faults = LiveClock(loop, wall_s=0.0), Recorder(workload), Faults(wire.faults)
+    classes = {cls.name: cls for cls in workload.classes}
+    models = Models({spec.name: served(spec.name, classes) for spec in setup.models})
+    network = memory_wire(clock, wire.network_s)
+
+    def make_fleet(events: LiveFleetEvents) -> EmulatedFleet:
+        return EmulatedFleet(
+            clock=clock,
+            events=events,
+            network=network,
+            profiles=setup.profiles,
+            cold_start=setup.cold_start,
+            failures=setup.failures,
+            seed=setup.seed,
+            settings=EmulatedSettings(kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s),
+            fault=faults,
+        )
+
+    engines = Engines(
+        clock=clock,
+        kinds=[kind_settings(kind) for spec in setup.models for kind in spec.kinds],
+        models=models.by_name,
+        make_fleet=make_fleet,
+        network=network,
+    )
+    gateway = Gateway(
+        clock=clock,
+        engines=engines,
+        journal=recorder,
+        models=models,
+        specs=setup.models,
+        classes=workload.classes,
+        policy=make_policy(setup.policy, setup.settings),
+        keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in workload.tenants if name]),
+        limits=LimitSettings(queue_max=10**6),
+        next_id=itertools.count().__next__,
+        responded=lambda status: None,
+        gpus_max=setup.gpus_max,
+        observer=recorder.observe,
+        scrape_period_s=setup.scrape_period_s,
+    )
+    fleet = engines.fleet
+    assert isinstance(fleet, EmulatedFleet)
+
+    def begin() -> None:
+        gateway.begin(setup.initial, attach=lambda i: engines.attach(i, fleet.running(i)), loops=(fleet,))
+
+    clock.post(begin)
+    door = Door(gateway)
+    clients = [Client() for _ in range(len(workload))]
+
+    def arrive(rows: list[int]) -> None:
+        for row in rows:
+            door.ask(clients[row], message(setup, row))
+
+    # One timer per moment: asyncio keeps no order among equal ones.
+    for arrival_s, rows in groupby(range(len(workload)), key=workload.arrival_s.tolist().__getitem__):
+        loop.call_at(arrival_s, arrive, list(rows))
+    while recorder.ended_count < len(workload):
+        await asyncio.sleep(1.0)
+    clock.stop()
+    await door.server.close(0)
+    await engines.close()
+    return RealPath(recorder, clients, gateway.plane, faults.told)
+
+
+def message(setup: Setup, row: int) -> bytes:
+    workload, wire = setup.workload, setup.wire
+    assert wire is not None
+    content = {
+        "model": workload.models[workload.model[row]],
+        "prompt": [row] + [7] * (int(workload.input_tokens[row]) - 1),
+        "max_tokens": int(workload.output_tokens[row]),
+        "ignore_eos": True,
+        "stream": row not in wire.pieces,
+    }
+    lines = [f"x-chiron-class: {workload.classes[workload.cls[row]].name}"]
+    if workload.tenant is not None:
+        lines.append(f"authorization: Bearer {workload.tenants[workload.tenant[row]]}")
+    return completion(content, *lines)
+
+
+def completion(content: Mapping[str, Any], *lines: str) -> bytes:
+    """A client's request, as bytes."""
+    body = json.dumps(content).encode()
+    head = ("POST /v1/completions HTTP/1.1", "host: here", "connection: close", *lines, f"content-length: {len(body)}")
+    return "\r\n".join((*head, "", "")).encode() + body
