@@ -16,7 +16,8 @@ import pytest
 from openai import APIError, AsyncOpenAI, InternalServerError
 
 from chiron.engines.metrics import parse_metrics
-from chiron.gateway.service import WATCH_S, Service
+from chiron.gateway.gateway import WATCH_S
+from chiron.gateway.service import Service
 from chiron.net.client import Origin, Response
 from chiron.net.server import Incoming, serve
 from live_gateway import serving, until

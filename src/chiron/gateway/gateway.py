@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from chiron.control.plane import Observer
+from chiron.control.actuators import CarriesOut, OnlyTells
+from chiron.control.autoscaler import Observer
 from chiron.core.ports import Journal
 from chiron.core.types import ModelSpec, Request, RequestClass
 from chiron.gateway.instances.engines import Engines
@@ -23,6 +24,7 @@ from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
+from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.runtime.assembly import Assembly, Attach, Loop
 
@@ -55,11 +57,13 @@ class Gateway:
         scrape_period_s: float = 1.0,
         capacity_told: Callable[[HttpEngine, int], None] = lambda engine, tokens: None,
         outage_changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
-        actuates: bool = True,
+        advise: bool = False,
     ) -> None:
+        """``own_hosts`` as ``ServerSettings`` has them. ``advise``: decisions are only told."""
         self.clock = clock
         self.engines = engines
         self._limits = limits
+        self._advise = advise
         self._assembly = Assembly(
             clock=clock,
             fleet=engines,
@@ -67,16 +71,15 @@ class Gateway:
             ends=self,
             models=specs,
             classes=classes,
-            policy=policy,
+            policy=advising(policy) if advise else policy,
             gpus_max=gpus_max,
             observer=observer,
-            actuates=actuates,
+            actuators=OnlyTells() if advise else CarriesOut(),
         )
         self.plane = engines.events = self._assembly.plane
-        engines.sets_limit = actuates
         self.scraper = Scraper(
             clock=clock,
-            plane=self.plane,
+            samples=self.plane,
             engines=engines.live,
             period_s=scrape_period_s,
             capacity_told=capacity_told,
@@ -91,7 +94,8 @@ class Gateway:
         )
         self.front = Front(
             clock=clock,
-            plane=self.plane,
+            completions=self.plane,
+            queues=self.plane,
             models=models,
             keys=keys,
             limits=limits,
@@ -118,6 +122,8 @@ class Gateway:
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
+        if not self._advise:
+            self.plane.kinds_limited(self.engines.limited())
         self.outages.look(self.clock.now_s)
         self.front.watch()
         for engine in list(self.engines.live.values()):

@@ -16,20 +16,16 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from chiron.control.actuators import CarriesOut, OnlyTells
-from chiron.control.plane import ControlPlane
-from chiron.core.types import Decision, Instance, Request
+from chiron.core.types import Decision, Instance
 from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
+from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
-from chiron.gateway.instances.scraper import Scraper
 from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.relay.cross_site import ForeignPages
-from chiron.gateway.relay.front import Front
 from chiron.gateway.relay.keys import KeyRing
-from chiron.gateway.relay.outages import Outage, Outages
+from chiron.gateway.relay.outages import Outage
 from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time
 from chiron.gateway.reporting.journal import LiveJournal
@@ -39,8 +35,7 @@ from chiron.gateway.reporting.status import StatusSources, status
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
-from chiron.net.server import HttpServer, Incoming, ServerLimits, serve
-from chiron.policies.advise import advising
+from chiron.net.server import HttpServer, ServerLimits, serve
 from chiron.policies.registry import make_policy
 from chiron.store.directory import make_directory
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
@@ -51,8 +46,8 @@ from chiron.telemetry.store import save_result
 
 log = logging.getLogger("chiron.gateway")
 
-WATCH_S = 1.0
-"""Between two looks for requests that waited too long, at clients and at engines."""
+FILES_LOOK_S = 1.0
+"""Between two looks at how many file descriptors are open."""
 BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
 OPEN_WAIT_S = 10.0
@@ -106,48 +101,29 @@ class Service:
             ),
             failed=self._instance_failed,
         )
-        policy = make_policy(config.policy, config.policy_settings)
-        self.plane = ControlPlane(
+        self.gateway = Gateway(
             clock=self.clock,
-            fleet=self.engines,
+            engines=self.engines,
             journal=_TellsOperator(self.journal, advise=advise),
-            ends=self,
-            models=specs,
-            classes=classes,
-            policy=advising(policy) if advise else policy,
-            gpus_max=config.gpus,
-            observer=self.journal.observe,
-            actuators=OnlyTells() if advise else CarriesOut(),
-        )
-        self.engines.listener = self.engines.events = self.plane
-        self.engines.sets_limit = not advise
-        self.scraper = Scraper(
-            clock=self.clock,
-            samples=self.plane,
-            engines=self.engines.live,
-            period_s=config.telemetry.scrape_period_s,
-            capacity_told=self._capacity_told,
-            context_told=lambda engine: self.engines.settle_context(engine.instance.model),
-        )
-        self.outages = Outages(
-            plane=self.plane,
-            report=self.engines.report,
-            outage_wait_s=config.limits.outage_wait_s,
-            retry_after_s=config.limits.retry_after_s,
-            changed=self._outage_changed,
-        )
-        self.front = Front(
-            clock=self.clock,
-            completions=self.plane,
-            queues=self.plane,
             models=self.models,
+            specs=[m.spec() for m in config.models],
+            classes=classes,
+            policy=make_policy(config.policy, config.policy_settings),
             keys=self.keys,
             limits=config.limits,
-            foreign=ForeignPages(self.keys, config.server.own_hosts),
-            outages=self.outages,
             next_id=self._next_id,
             responded=self.journal.responded,
+            own_hosts=config.server.own_hosts,
+            gpus_max=config.gpus,
+            observer=self.journal.observe,
+            scrape_period_s=config.telemetry.scrape_period_s,
+            capacity_told=self._capacity_told,
+            outage_changed=self._outage_changed,
+            advise=advise,
         )
+        self.plane = self.gateway.plane
+        self.front = self.gateway.front
+        self.outages = self.gateway.outages
         self.store = SqliteStore(config.data, wall=self._wall_s, settings=config.store)
         self.runner = BatchRunner(
             store=self.store,
@@ -319,24 +295,13 @@ class Service:
         return True
 
     def _begin(self) -> None:
-        for model in self.config.models:
-            self.plane.request_initial(model.name, _initial(model, advise=self.advise))
-        self.plane.begin()
-        self.scraper.begin()
-        self.clock.call_later(WATCH_S, self._watch)
+        initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
+        self.gateway.begin(initial)
+        self.clock.call_later(FILES_LOOK_S, self._watch_files)
         self.clock.call_later(0.0, self._look_at_batches)
 
-    def _watch(self) -> None:
-        self.clock.call_later(WATCH_S, self._watch)
-        if not self.advise:
-            self.plane.kinds_limited(self.engines.limited())
-        self.outages.look(self.clock.now_s)
-        self.front.watch()
-        self._watch_files()
-        for engine in list(self.engines.live.values()):
-            engine.watch(self.config.limits.engine_stall_s)
-
     def _watch_files(self) -> None:
+        self.clock.call_later(FILES_LOOK_S, self._watch_files)
         opened, most = files_open(), files_max()
         if opened > FILES_SHORT * most and self.clock.now_s >= self._files_warned_s + FILES_WARN_S:
             self._files_warned_s = self.clock.now_s
@@ -367,16 +332,6 @@ class Service:
     def _outage_changed(self, model: str, outage: Outage | None) -> None:
         name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)
         self.journal.note(self.clock.now_s, name, {"model": model, "reason": reason})
-
-    def ended(self, request: Request) -> None:
-        """The ``Ends`` port: tell whoever waits for it."""
-        try:
-            self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
-        except Exception:
-            log.exception("the end of request %s could not be told", request.id)
-            incoming: Incoming | None = getattr(request.payload, "incoming", None)
-            if incoming is not None:
-                incoming.abort()  # Better than a client that waits for ever.
 
     def _capacity_told(self, engine: HttpEngine, tokens: int) -> None:
         kinds = {kind.kind.name: kind for model in self.config.models for kind in model.kinds}

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from chiron.control.plane import ControlPlane, Observer
+from chiron.control.actuators import Actuators
+from chiron.control.autoscaler import Observer
+from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Engine, Fleet, FleetEvents, Journal
 from chiron.core.types import Instance, ModelSpec, RequestClass
@@ -47,7 +49,7 @@ class Assembly:
         ends: Ends | None = None,
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
-        actuates: bool = True,
+        actuators: Actuators | None = None,
     ) -> None:
         """As ``ControlPlane``, which it makes."""
         self.clock = clock
@@ -63,7 +65,7 @@ class Assembly:
             policy=policy,
             gpus_max=gpus_max,
             observer=observer,
-            actuates=actuates,
+            actuators=actuators,
         )
         fleet.listener = self.plane
 

@@ -9,7 +9,7 @@ processes are missing, so that all of it can run under virtual time. An answer i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from chiron.core.clock import Callback
 from chiron.core.types import Engine, Instance, Request
@@ -101,7 +101,7 @@ class EmulatedFleet:
         self._stop(instance)
         self._events.instance_failed(instance, "so it was emulated")
 
-    def kinds_unavailable(self, names: Collection[str]) -> None:
+    def kinds_limited(self, most: Mapping[str, int]) -> None:
         """The model of a fleet says no such thing."""
 
     # -- the rest ------------------------------------------------------------------------------------------------

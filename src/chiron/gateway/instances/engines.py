@@ -32,7 +32,8 @@ class Engines:
         """``make_fleet`` makes the fleet that tells this of its instances; ``network`` has those of them whose address
         is in memory. ``failed`` hears of each instance that failed, and why."""
         self.listener: FleetEvents | None = None
-        """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be made."""
+        """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be
+        made."""
         self.events: RemoteEngineEvents | None = None
         self.live: dict[int, HttpEngine] = {}
         """Engines of ready and draining instances, by instance id."""

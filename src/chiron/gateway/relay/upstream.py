@@ -118,8 +118,8 @@ class HttpEngine:
         learn_usage: Callable[[Request, int], None] | None = None,
         network: MemoryNetwork | None = None,
     ) -> None:
-        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths. ``network`` has the
-        engines of this process (``memory:NAME``)."""
+        """``model`` is the model's name inside the engine. ``learn_usage`` hears true prompt lengths. ``network``
+        has the engines of this process (``memory:NAME``)."""
         self.instance = instance
         self.row = row
         self.url = url
