@@ -139,6 +139,10 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("models.m={engine='openvino', profile='x'}", r"models\.m\.profile: 'x'; it belongs to engine = 'emulated'"),
         ("models.m={engine='openvino', model_path='no.gguf'}", r"model_path: 'no\.gguf': there is no such file"),
         ("models.m={engine='command', command=['x']}", r"models\.m\.command: 'x' must hold \{port\}"),
+        (
+            "models.m={engine='emulated', profile='llama-3.1-8b/a100/tp1', threads=2}",
+            r"models\.m\.threads: 2; it belongs to engine = 'llamacpp' or 'openvino'",
+        ),
         ("models.m={engine='openvino', threads=0}", r"models\.m: threads is 0; it must be 1 or more"),
         ("models.m={engine='openvino', thread=1}", r"models\.m\.thread: unknown key .*did you mean 'threads'"),
         ("models.m={engine='openvino', instances=[]}", r"models\.m\.instances: \[\] must be a list"),

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from chiron.config.read import ConfigError, construct
 from chiron.config.serve_sections import ServeInstanceSection, SourceName
 from chiron.core.types import InstanceKind
-from chiron.engines.rows import EngineRow, Word
+from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.union import Source
@@ -126,6 +126,9 @@ def _command(given: Given) -> tuple[str, ...]:
         raise ConfigError(f"{path}: endpoints, command or model_path is missing; give one of them")
     if not section.command and row.model_default and section.model_path and not Path(values["model_path"]).exists():
         raise ConfigError(f"{path}.model_path: {section.model_path!r}: there is no such file (a GGUF file)")
+    if section.threads and row.announces_port and not section.command and "{threads}" not in str(row.command):
+        owners = " or ".join(repr(each.name) for each in ENGINES.values() if "{threads}" in str(each.command))
+        raise ConfigError(f"{path}.threads: {section.threads}; it belongs to engine = {owners}")
     known = _OF_USERS if section.command else _OF_OUR_COMMANDS
     words = [*_filled(command, values, known), *_filled(section.args, values, _OF_USERS)]
     if not row.announces_port and not any("{port}" in word for word in words):
