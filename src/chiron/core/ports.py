@@ -21,6 +21,7 @@ __all__ = [
     "EngineEvents",
     "Fleet",
     "FleetEvents",
+    "FleetLimits",
     "Journal",
     "Queues",
     "RemoteEngineEvents",
@@ -150,6 +151,10 @@ class FleetEvents(Protocol):
     def instance_failed(self, instance: Instance) -> None:
         """It is gone with all it held, or its start failed."""
 
+
+class FleetLimits(Protocol):
+    """What a live fleet tells of the kinds of which there cannot be as many instances as usual."""
+
     def kinds_limited(self, most: Mapping[str, int]) -> None:
-        """How many instances there can be now, of all kinds of which there cannot be as many as usual, by name: some
-        endpoints are down, or starts fail. Starts beyond it give way to other kinds that have room."""
+        """How many instances there can be now, of all such kinds, by name: some endpoints are down, or starts fail.
+        Starts beyond it give way to other kinds that have room."""

@@ -101,9 +101,6 @@ class EmulatedFleet:
         self._stop(instance)
         self._events.instance_failed(instance, "so it was emulated")
 
-    def kinds_limited(self, most: Mapping[str, int]) -> None:
-        """The model of a fleet says no such thing."""
-
     # -- the rest ------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
