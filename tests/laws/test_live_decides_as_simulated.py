@@ -1,212 +1,177 @@
-"""Law 10: the live control plane decides as the simulated one does, given the same input at the same times.
+"""Law 10 on the gateway's real path: it decides as the simulator does, to the last bit, failures included.
 
-Requests enter as bytes on a server connection and leave as bytes: admission, the control plane, calls and answers are
-those of the gateway, on asyncio. Only engines and fleet are models, and the loop's time is virtual. The same scenario
-runs through the simulator, and the decision logs must be equal: times, reasons and all numbers, to the bit.
+Requests enter as bytes of clients' connections. They go through admission, calls, the clients of engines over HTTP and
+connections in memory, to the emulated engine's own server, and its tokens and its metrics page come back as bytes, each
+a wire's time later. Only sockets and processes are missing, and the loop's time is virtual. The simulator gets the same
+input: its engines are models at the other end of such a wire (``engines.remote``).
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 from dataclasses import replace
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from random import Random
 
+import numpy as np
 import pytest
 
-from chiron.config.build import setups
-from chiron.config.scenario import load_scenario, parse_scenario
+from chiron.core.types import ModelSpec
+from chiron.engines.remote import CUT, Wire
 from chiron.fleet.model import Failures
-from chiron.gateway.emulation import EmulatedGateway
-from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
-from chiron.gateway.settings import LimitSettings, ModelSettings
-from chiron.net.clock import LiveClock
-from chiron.net.server import HttpServer, ServerLimits
-from chiron.policies.registry import make_policy
-from chiron.sim.recorder import Recorder
+from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.overload import OverloadSettings
+from chiron.policies.registry import POLICIES
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import OUTCOMES
-from memory_client import Client
+from real_path import Client, RealPath, run_real
+from scenario_factory import PROFILE, kind_of, setup_of
 from virtual_loop import run_virtual
 
-
-async def live(setup: Setup) -> tuple[Recorder, list[Client], list[Any]]:
-    """The scenario through the gateway; its journal, its clients and its requests' bytes."""
-    loop = asyncio.get_running_loop()
-    workload = setup.workload
-    clock = LiveClock(loop, wall_s=0.0)
-    recorder = Recorder(workload)
-    classes = {c.name: c for c in workload.classes}
-    interactive = next(name for name, c in classes.items() if c.interactive)
-    served = {}
-    for spec in setup.models:
-        settings = ModelSettings(
-            name=spec.name, kinds=(), classes=tuple(classes), default_class=interactive, batch_class=""
-        )
-        served[spec.name] = ServedModel(settings=settings, classes=classes, kv_capacity_tokens=10**9)
-    lengths = workload.output_tokens.tolist()
-    gateway = EmulatedGateway(
-        clock=clock,
-        specs=setup.models,
-        served=Models(served),
-        classes=workload.classes,
-        policy=make_policy(setup.policy, setup.settings),
-        profiles=setup.profiles,
-        cold_start=setup.cold_start,
-        failures=setup.failures,
-        journal=recorder,
-        output_length=lambda request: lengths[request.id],
-        seed=setup.seed,
-        gpus_max=setup.gpus_max,
-        scrape_period_s=setup.scrape_period_s,
-        scrape_delay_s=setup.scrape_delay_s,
-        kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
-        limits=LimitSettings(queue_max=10**6),
-        keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in workload.tenants if name]),
-        observer=recorder.observe,
-    )
-    clock.post(lambda: gateway.begin(setup.initial))
-    server = HttpServer(gateway.front.handle, ServerLimits(), None, None)
-    clients = [Client() for _ in range(len(workload))]
-    # One timer per moment: asyncio keeps no order among equal ones.
-    for arrival_s, rows in groupby(range(len(workload)), key=workload.arrival_s.tolist().__getitem__):
-        loop.call_at(arrival_s, connect, server, [(clients[row], body(setup, row)) for row in rows])
-    while recorder.ended_count < len(workload):
-        await asyncio.sleep(1.0)
-    clock.stop()
-    await server.close(0)
-    return recorder, clients, lengths
+PROFILE = replace(
+    PROFILE,
+    h_ms=12.0,
+    w0_ms=2.0,
+    f_ms_per_token=0.6,
+    c_ms_per_context_token=0.02,
+    q_ms_per_token_squared=0.0001,
+    kv_capacity_tokens=1500,
+    kv_bytes_per_token=2_000_000,
+    max_num_seqs=24,
+    max_num_batched_tokens=128,
+)
+CHAT, AGENT, NIGHT = range(3)
+Row = tuple[float, int, int, int, int]
+"""Arrival (s), tokens of prompt and answer, model, class."""
+TRIES = ((CUT,), (CUT, CUT), (503,), (500, CUT), (429, 429, CUT), (CUT,) * 5, (500, 500))
+"""What becomes of the first tries of a request, one way after the other."""
 
 
-def connect(server: HttpServer, arrivals: list[tuple[Client, bytes]]) -> None:
-    for client, message in arrivals:
-        protocol = client.protocol = server.accept()
-        protocol.connection_made(client)
-        protocol.data_received(message)
+def burst() -> list[Row]:
+    """Of two interactive classes, over a batch job. Some of it fits into no engine."""
+    draw, at_s, rows = Random(5), 0.0, []
+    while at_s < 50.0:
+        at_s += draw.expovariate(16.0 if 15.0 < at_s < 25.0 else 3.0)
+        rows.append((at_s, draw.randint(20, 120), draw.randint(2, 25), 0, draw.choice((CHAT, CHAT, AGENT))))
+    rows += [(8.0, draw.randint(20, 100), draw.randint(10, 40), 0, NIGHT) for _ in range(100)]
+    rows += [(at_s, 900, 700, 0, CHAT) for at_s in (3.0, 9.0, 23.0)]
+    return rows
 
 
-def body(setup: Setup, row: int) -> bytes:
-    workload = setup.workload
-    content = json.dumps(
-        {
-            "model": workload.models[workload.model[row]],
-            "prompt": [7] * int(workload.input_tokens[row]),
-            "stream": bool(row % 2),
-        }
-    ).encode()
-    name = workload.classes[workload.cls[row]].name
-    lines = ["POST /v1/completions HTTP/1.1", "connection: close", f"x-chiron-class: {name}"]
-    if workload.tenant is not None:
-        lines.append(f"authorization: Bearer {workload.tenants[workload.tenant[row]]}")
-    return "\r\n".join((*lines, f"content-length: {len(content)}", "", "")).encode() + content
-
-
-def scenario(policy: str, *, failures: Failures | None = None) -> Setup:
-    """Bursts, a batch job that needs eviction and instances of its own, cold starts."""
-    loaded = load_scenario(
-        "demo",
-        (
-            "scale=0.12",
-            'duration="9m"',
-            "batch_job.0.requests=2500",
-            'batch_job.0.at="1m"',
-            'classes.batch.deadline="6m"',
-            'classes.chat.itl="120ms"',
-            "models.llama-8b.initial=2",
+def scenario(policy: str, *, fails: bool, rows: list[Row] | None = None) -> Setup:
+    """Small engines, on which three of six instances at most die, if it ``fails``, and engines lose requests."""
+    rows = burst() if rows is None else rows
+    failures = Failures(at=(20.0, 26.0, 40.0), start_failure=0.3) if fails else Failures()
+    return setup_of(
+        rows,
+        policy=policy,
+        profile=PROFILE,
+        model=ModelSpec(
+            name="m0",
+            kinds=(kind_of(PROFILE, max_num_batched_tokens=PROFILE.max_num_batched_tokens),),
+            max_instances=6,
+        ),
+        settings=POLICIES[policy].settings(),
+        failures=failures,
+        scrape_delay_s=0.0,
+        wire=Wire(
+            network_s=1 / 1024,
+            faults={row: TRIES[row % len(TRIES)] for row in range(3, len(rows), 5)} if fails else {},
+            pieces=frozenset(range(1, len(rows), 3)) if fails else frozenset(),
         ),
     )
-    (setup,) = setups(loaded, policies=[policy], seeds=[3])
-    return replace(setup, failures=failures or Failures())
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("chiron-paper", "llumnix-tuned", "hpa-queue-tuned")]
+def overload() -> Setup:
+    """Two keys and two classes want much more than the one instance can do, and the policy refuses some."""
+    draw, at_s, rows = Random(7), 0.0, []
+    while at_s < 15.0:
+        at_s += draw.expovariate(30.0)
+        rows.append((at_s, draw.randint(20, 120), draw.randint(2, 20), 0, draw.choice((CHAT, CHAT, AGENT))))
+    setup = scenario("chiron", fails=False, rows=rows)
+    tenant = np.array([int(row % 8 == 0) for row in range(len(rows))])
+    return replace(
+        setup,
+        models=tuple(replace(spec, max_instances=1) for spec in setup.models),
+        settings=ChironSettings(overload=OverloadSettings(refuse=True)),
+        workload=replace(setup.workload, tenants=("greedy", "modest"), tenant=tenant),
+    )
 
 
-@pytest.mark.parametrize("policy", ["chiron", *OTHERS])
-def test_gateway_and_simulator_write_equal_decision_logs(policy: str) -> None:
-    setup = scenario(policy)
+def both(setup: Setup) -> tuple[Simulation, RealPath]:
     simulation = Simulation(setup)
     simulation.run()
+    return simulation, run_virtual(run_real(setup))
 
-    recorder, clients, lengths = run_virtual(live(setup))
 
-    assert len(simulation.recorder.decisions) > (20 if "chiron" in policy else 3)
+def check_equal(simulation: Simulation, real: RealPath) -> None:
     # repr: nan is nan here, and floats are told apart to the last bit.
-    assert [repr(d) for d in recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
-    assert recorder.plan_changes == simulation.recorder.plan_changes
-    live_table, table = recorder.table(), simulation.recorder.table()
+    assert [repr(d) for d in real.recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
+    assert real.recorder.plan_changes == simulation.recorder.plan_changes
+    assert real.plane.evictions == simulation.plane.evictions
+    seen, table = real.recorder.table(), simulation.recorder.table()
     for column in ("dispatch_s", "first_token_s", "finish_s", "outcome", "evictions"):
-        assert getattr(live_table, column).tolist() == getattr(table, column).tolist(), column
-    for client, tokens in zip(clients, lengths, strict=True):
-        answer = b"".join(client.received)
-        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
-        assert answer.count(b" word") == tokens, "every token once, evicted or not"
+        assert getattr(seen, column).tolist() == getattr(table, column).tolist(), column
 
 
-def test_equal_also_when_instances_die_and_starts_fail() -> None:
-    setup = scenario("chiron", failures=Failures(at=(100.0, 200.0, 300.0), start_failure=0.3))
-    simulation = Simulation(setup)
-    simulation.run()
-
-    recorder, _, _ = run_virtual(live(setup))
-
-    assert simulation.plane.instances, "deaths and failed starts are in the log, and the fleet lives on"
-    assert OUTCOMES.index("failed") in simulation.recorder.table().outcome.tolist()
-    assert [repr(d) for d in recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
-    assert recorder.table().outcome.tolist() == simulation.recorder.table().outcome.tolist()
+def said(client: Client) -> str:
+    """The text of an answer that came as a stream or in one piece."""
+    head, _, body = b"".join(client.received).partition(b"\r\n\r\n")
+    if b"text/event-stream" not in head:
+        return str(json.loads(body)["choices"][0]["text"])
+    events = [part for part in body.split(b"data: ")[1:] if part.startswith(b"{")]
+    choices = [json.loads(event[: event.rindex(b"}") + 1])["choices"] for event in events]
+    return "".join(choice[0]["text"] for choice in choices if choice)
 
 
-OVERLOAD = """
-grace = "1m"
-[classes.chat]
-kind = "interactive"
-ttft = "2s"
-itl = "100ms"
-[classes.code]
-kind = "interactive"
-ttft = "5s"
-itl = "200ms"
-weight = 2
-[models.m]
-instances = [{ profile = "llama-3.1-8b/a100/tp1" }]
-max_instances = 1
-[[workload]]
-model = "m"
-class = "chat"
-key = "greedy"
-generate = { kind = "poisson", rate = 15, duration = "40s", lengths = "sharegpt-300" }
-[[workload]]
-model = "m"
-class = "chat"
-key = "modest"
-generate = { kind = "poisson", rate = 1, duration = "40s", lengths = "sharegpt-300" }
-[[workload]]
-model = "m"
-class = "code"
-key = "modest"
-generate = { kind = "poisson", rate = 5, duration = "40s", lengths = "sharegpt-300" }
-[policies.chiron.overload]
-refuse = true
-"""
+POLICIES_COMPARED = ["chiron", "chiron-paper", "hpa-queue-tuned", "llumnix-tuned"]
 
 
-def test_equal_also_in_an_overload_of_classes_and_keys_with_refusals() -> None:
-    (setup,) = setups(parse_scenario(OVERLOAD, directory=Path(), name="overload"), policies=["chiron"])
-    simulation = Simulation(setup)
-    simulation.run()
+@pytest.mark.parametrize("policy", POLICIES_COMPARED)
+def test_decides_the_same_while_instances_die_and_engines_lose_requests(policy: str) -> None:
+    setup = scenario(policy, fails=True)
+    simulation, real = both(setup)
 
-    recorder, clients, _ = run_virtual(live(setup))
+    check_equal(simulation, real)
+    outcomes = [OUTCOMES[outcome] for outcome in simulation.recorder.table().outcome.tolist()]
+    assert {"finished", "failed", "rejected"} <= set(outcomes), "everything that can go wrong went wrong"
+    assert real.faults > 20
+    for client, outcome, tokens in zip(real.clients, outcomes, setup.workload.output_tokens.tolist(), strict=True):
+        if outcome == "finished":
+            assert len(said(client).split()) == tokens, "every token once, interrupted or not"
+        else:
+            assert b"error" in b"".join(client.received)
 
-    shed = [outcome == OUTCOMES.index("shed") for outcome in simulation.recorder.table().outcome.tolist()]
-    assert sum(shed) > 50
-    live_table, table = recorder.table(), simulation.recorder.table()
-    for column in ("dispatch_s", "first_token_s", "finish_s", "outcome"):
-        assert getattr(live_table, column).tolist() == getattr(table, column).tolist(), column
-    for client, was_shed in zip(clients, shed, strict=True):
+
+@pytest.mark.parametrize(
+    "policy", ["chiron", *(pytest.param(p, marks=pytest.mark.slow) for p in POLICIES_COMPARED[1:])]
+)
+def test_decides_the_same_while_nothing_fails(policy: str) -> None:
+    simulation, real = both(scenario(policy, fails=False))
+
+    check_equal(simulation, real)
+    if policy == "chiron":
+        assert real.plane.evictions > 0
+        assert len(real.recorder.decisions) > 20
+
+
+def test_decides_the_same_in_an_overload_of_classes_and_keys() -> None:
+    simulation, real = both(overload())
+
+    check_equal(simulation, real)
+    shed = [OUTCOMES[outcome] == "shed" for outcome in simulation.recorder.table().outcome.tolist()]
+    assert 50 < sum(shed) < len(shed) - 50
+    for client, was_shed in zip(real.clients, shed, strict=True):
         head = b"".join(client.received).partition(b"\r\n\r\n")[0]
         assert head.startswith(b"HTTP/1.1 429 " if was_shed else b"HTTP/1.1 200 ")
         assert (b"\r\nretry-after: " in head) == was_shed
+
+
+def test_another_wire_is_another_log() -> None:
+    """The comparison sees a millisecond."""
+    setup = scenario("llumnix-tuned", fails=False)
+    simulation = Simulation(replace(setup, wire=Wire(network_s=2 / 1024)))
+    simulation.run()
+
+    with pytest.raises(AssertionError):
+        check_equal(simulation, run_virtual(run_real(setup)))

@@ -7,7 +7,6 @@ it takes for the real ones alone, to the last bit. Others are taken back by clie
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,21 +17,16 @@ from hypothesis import strategies as st
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart
-from chiron.gateway.emulation import EmulatedGateway
-from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.settings import LimitSettings, ModelSettings
-from chiron.net.clock import LiveClock
-from chiron.net.server import HttpServer, ServerLimits
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.registry import make_policy
 from effort import examples
 from live_plane_factory import PROFILE
-from memory_client import Client
+from real_path import Client, Site, completion
 from virtual_loop import run_virtual
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=60.0, itl_s=0.1)
-ROOMY = replace(PROFILE, kv_capacity_tokens=1_000_000, max_num_seqs=64, max_num_batched_tokens=2048)
-REFUSED = 30_000
+ROOMY = replace(PROFILE, f_ms_per_token=0.5, kv_capacity_tokens=100_000, max_num_seqs=64, max_num_batched_tokens=2048)
+REFUSED = 3_000
 """A prompt of this many tokens asks for more output than any instance can hold."""
 SECONDS = 60
 
@@ -40,7 +34,7 @@ SECONDS = 60
 @dataclass(frozen=True)
 class Asked:
     at_s: float
-    tokens: int = 300
+    tokens: int = 30
     stream: bool = True
     leaves: bool = False
 
@@ -49,9 +43,17 @@ class Asked:
         return self.tokens < REFUSED and not self.leaves
 
     def bytes(self) -> bytes:
-        content = json.dumps({"model": "m0", "prompt": [7] * self.tokens, "stream": self.stream}).encode()
-        lines = ("POST /v1/completions HTTP/1.1", "host: here", "connection: close", f"content-length: {len(content)}")
-        return "\r\n".join((*lines, "", "")).encode() + content
+        """Of a request whose answer is of a length by its prompt's; one that is refused wants more than there is."""
+        tokens = 5 + self.tokens % 15 if self.tokens < REFUSED else 10**7
+        return completion(
+            {
+                "model": "m0",
+                "prompt": [7] * self.tokens,
+                "max_tokens": tokens,
+                "ignore_eos": True,
+                "stream": self.stream,
+            }
+        )
 
 
 class Journal:
@@ -72,38 +74,23 @@ class Journal:
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None: ...
 
 
-async def served(asked: list[Asked]) -> tuple[Journal, dict[str, Any], list[Client]]:
-    loop = asyncio.get_running_loop()
-    clock, journal = LiveClock(loop, wall_s=0.0), Journal()
-    gateway = EmulatedGateway(
-        clock=clock,
-        specs=[ModelSpec(name="m0", kinds=(_kind(ROOMY),), min_instances=1, max_instances=20)],
-        served=Models({"m0": _served()}),
+async def answered(asked: list[Asked]) -> tuple[Journal, dict[str, Any], list[Client]]:
+    loop, journal = asyncio.get_running_loop(), Journal()
+    site = Site(
+        models=[ModelSpec(name="m0", kinds=(_kind(ROOMY),), min_instances=1, max_instances=20)],
         classes=[CHAT],
-        policy=make_policy("chiron", ChironSettings(prior_s=10, hold_s=10.0, headroom_prior=3.0)),
         profiles={"small": ROOMY},
-        cold_start=ColdStart(
-            node_start_s=0.0,
-            model_load_s=10.0,
-            warm_load_s=10.0,
-            warm_for_s=0.0,
-            jitter=0.0,
-        ),
+        policy=make_policy("chiron", ChironSettings(prior_s=10, hold_s=10.0, headroom_prior=3.0)),
         journal=journal,
-        output_length=lambda request: 10**9 if request.input_tokens >= REFUSED else 20 + request.input_tokens % 100,
-        limits=LimitSettings(queue_max=10**6),
+        cold_start=ColdStart(node_start_s=0.0, model_load_s=10.0, warm_load_s=10.0, warm_for_s=0.0, jitter=0.0),
     )
-    clock.post(lambda: gateway.begin({"m0": 6}))
-    server = HttpServer(gateway.front.handle, ServerLimits(), None, None)
+    site.begin({"m0": 6})
     clients = []
 
     def connect(each: Asked, client: Client) -> None:
-        protocol = client.protocol = server.accept()
-        protocol.connection_made(client)
-        protocol.data_received(each.bytes())
+        site.ask(client, each.bytes())
         if each.leaves:
-            client.closed = True
-            protocol.connection_lost(None)
+            client.transport.abort()
 
     for each in sorted(asked, key=lambda each: (each.at_s, not each.runs)):
         clients.append(client := Client())
@@ -112,15 +99,15 @@ async def served(asked: list[Asked]) -> tuple[Journal, dict[str, Any], list[Clie
     while len(journal.outcomes) < len(asked):
         await asyncio.sleep(1.0)
     await asyncio.sleep(SECONDS + 30 - loop.time())
-    learner = gateway.plane.models["m0"].learner
+    plane = site.gateway.plane
+    learner = plane.models["m0"].learner
     known = {
         "mix": learner.mixes["chat"].view(),
         "step times": learner.step_times,
-        "counts": gateway.plane.fleet_state["m0"].history.counts.tolist(),  # type: ignore[index]
-        "limits": [(i.id, i.max_batch_size, i.prefill_limit_s) for i in gateway.plane.instances.values()],
+        "counts": plane.fleet_state["m0"].history.counts.tolist(),  # type: ignore[index]
+        "limits": [(i.id, i.max_batch_size, i.prefill_limit_s) for i in plane.instances.values()],
     }
-    clock.stop()
-    await server.close(0)
+    await site.close()
     return journal, known, clients
 
 
@@ -136,14 +123,9 @@ def _kind(profile: Profile) -> InstanceKind:
     )
 
 
-def _served() -> ServedModel:
-    told = ModelSettings(name="m0", kinds=(), classes=("chat",), default_class="chat", batch_class="")
-    return ServedModel(settings=told, classes={"chat": CHAT}, kv_capacity_tokens=10**9)
-
-
 # A third of a minute of three times as much between two quiet ones.
 REALS = [
-    Asked(at_s=second + n / rate, tokens=1500 + 37 * (second + n) % 500, stream=n % 3 > 0)
+    Asked(at_s=second + n / rate, tokens=150 + 37 * (second + n) % 50, stream=n % 3 > 0)
     for second in range(SECONDS)
     for rate in ((9 if second // 20 == 1 else 3),)
     for n in range(rate)
@@ -151,13 +133,13 @@ REALS = [
 
 moments = st.integers(1, 4 * SECONDS - 8).map(lambda quarter: quarter / 4.0 + 0.1)
 refused = st.builds(Asked, at_s=moments, tokens=st.integers(REFUSED, 3 * REFUSED), stream=st.booleans())
-taken_back = st.builds(Asked, at_s=moments, tokens=st.integers(1, 5_000), stream=st.booleans(), leaves=st.just(True))
+taken_back = st.builds(Asked, at_s=moments, tokens=st.integers(1, 500), stream=st.booleans(), leaves=st.just(True))
 
 
 @settings(max_examples=examples(6), deadline=None, phases=(Phase.explicit, Phase.generate))
 @given(st.lists(refused, min_size=1, max_size=20))
 def test_what_engines_refuse_changes_no_decision_of_the_gateway(never: list[Asked]) -> None:
-    journal, known, _ = run_virtual(served(REALS + never))
+    journal, known, _ = run_virtual(answered(REALS + never))
 
     assert journal.outcomes.count("finished") == len(REALS)
     assert journal.outcomes.count("rejected") == len(never)
@@ -170,7 +152,7 @@ def test_what_engines_refuse_changes_no_decision_of_the_gateway(never: list[Aske
 def test_what_clients_take_back_is_forgotten(never: list[Asked]) -> None:
     """An engine may have begun with it, and who ran beside it took a step longer: that is not undone. All that the
     gateway counted is."""
-    journal, known, _ = run_virtual(served(REALS + never))
+    journal, known, _ = run_virtual(answered(REALS + never))
 
     assert journal.outcomes.count("finished") == len(REALS)
     assert journal.outcomes.count("cancelled") == len(never)
@@ -189,7 +171,7 @@ _alone: list[tuple[list[str], dict[str, Any]]] = []
 def alone() -> tuple[list[str], dict[str, Any]]:
     """The decisions for the real ones alone, and what is known at the end."""
     if not _alone:
-        journal, known, _ = run_virtual(served(REALS))
+        journal, known, _ = run_virtual(answered(REALS))
         assert len(journal.decisions) > 3, "there is something to change"
         _alone.append((journal.decisions, known))
     return _alone[0]

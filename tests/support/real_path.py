@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from chiron.control.autoscaler import Observer
 from chiron.control.plane import ControlPlane
-from chiron.core.types import InstanceKind, RequestClass
+from chiron.core.ports import Journal
+from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.engines.profile import Profile
 from chiron.engines.remote import CUT
 from chiron.engines.serve.emulated_engine import EmulatedSettings
 from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.model import ColdStart, Failures
 from chiron.fleet.port import LiveFleetEvents
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
@@ -24,9 +28,9 @@ from chiron.gateway.settings import KindSettings, LimitSettings, ModelSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
 from chiron.net.server import HttpServer, Incoming, ServerLimits
+from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
-from chiron.runtime.emulated import EmulatedFleet
-from chiron.runtime.emulated import wire as memory_wire
+from chiron.runtime.emulated import EmulatedFleet, Fault, wire
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
 
@@ -67,19 +71,6 @@ class Faults:
         return True
 
 
-class Door:
-    """A gateway's connections with its clients, in memory; what they write arrives at once."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.server = HttpServer(gateway.front.handle, ServerLimits(), None, None)
-        self._network = MemoryNetwork(asyncio.get_running_loop().call_soon)
-        self._network.listen("gateway", self.server.accept)
-
-    def ask(self, client: Client, message: bytes) -> None:
-        self._network.connect("gateway", lambda: client)
-        client.transport.write(message)
-
-
 @dataclass(frozen=True)
 class RealPath:
     """What a run left behind."""
@@ -99,78 +90,134 @@ def served(name: str, classes: Mapping[str, RequestClass]) -> ServedModel:
 
 def kind_settings(kind: InstanceKind) -> KindSettings:
     """Of an emulated engine; where it comes from is its fleet's own affair."""
-    source = EndpointsSource(urls=("http://nowhere",))
+    source = EndpointsSource(urls=("http://127.0.0.1:9",))
     return KindSettings(kind=kind, engine="emulated", source=source, context_tokens=kind.kv_capacity_tokens)
+
+
+class Site:
+    """A gateway over emulated engines in memory, on the running loop's clock; its clients' bytes arrive at once."""
+
+    def __init__(
+        self,
+        *,
+        models: Sequence[ModelSpec],
+        classes: Sequence[RequestClass],
+        profiles: Mapping[str, Profile],
+        policy: Policy,
+        journal: Journal,
+        cold_start: ColdStart,
+        failures: Failures | None = None,
+        seed: int = 0,
+        network_s: float = 0.0,
+        fault: Fault = lambda incoming: False,
+        kv_transfer_gb_per_s: float = 20.0,
+        tenants: Sequence[str] = (),
+        gpus_max: Mapping[str, int] | None = None,
+        observer: Observer | None = None,
+        scrape_period_s: float = 1.0,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.clock = clock = LiveClock(loop, wall_s=0.0)
+        by_name = {cls.name: cls for cls in classes}
+        known = Models({spec.name: served(spec.name, by_name) for spec in models})
+        network = wire(clock, network_s)
+
+        def make_fleet(events: LiveFleetEvents) -> EmulatedFleet:
+            return EmulatedFleet(
+                clock=clock,
+                events=events,
+                network=network,
+                profiles=profiles,
+                cold_start=cold_start,
+                failures=failures or Failures(),
+                seed=seed,
+                settings=EmulatedSettings(kv_transfer_gb_per_s=kv_transfer_gb_per_s),
+                fault=fault,
+            )
+
+        self.engines = Engines(
+            clock=clock,
+            kinds=[kind_settings(kind) for spec in models for kind in spec.kinds],
+            models=known.by_name,
+            make_fleet=make_fleet,
+            network=network,
+        )
+        self.gateway = Gateway(
+            clock=clock,
+            engines=self.engines,
+            journal=journal,
+            models=known,
+            specs=models,
+            classes=classes,
+            policy=policy,
+            keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in tenants if name]),
+            limits=LimitSettings(queue_max=10**6),
+            next_id=itertools.count().__next__,
+            responded=lambda status: None,
+            gpus_max=gpus_max,
+            observer=observer,
+            scrape_period_s=scrape_period_s,
+        )
+        self._server = HttpServer(self.gateway.front.handle, ServerLimits(), None, None)
+        self._door = MemoryNetwork(loop.call_soon)
+        self._door.listen("gateway", self._server.accept)
+
+    def begin(self, initial: Mapping[str, int]) -> None:
+        engines, fleet = self.engines, self.engines.fleet
+        assert isinstance(fleet, EmulatedFleet)
+
+        def begin() -> None:
+            self.gateway.begin(initial, attach=lambda i: engines.attach(i, fleet.running(i)), loops=(fleet,))
+
+        self.clock.post(begin)
+
+    def ask(self, client: Client, message: bytes) -> None:
+        self._door.connect("gateway", lambda: client)
+        client.transport.write(message)
+
+    async def close(self) -> None:
+        self.clock.stop()
+        await self._server.close(0)
+        await self.engines.close()
 
 
 async def run_real(setup: Setup) -> RealPath:
     """The same as ``Simulation(setup).run()``, which needs a ``setup.wire``."""
-    loop, workload, wire = asyncio.get_running_loop(), setup.workload, setup.wire
-    assert wire is not None
-    clock, recorder, faults = LiveClock(loop, wall_s=0.0), Recorder(workload), Faults(wire.faults)
-    classes = {cls.name: cls for cls in workload.classes}
-    models = Models({spec.name: served(spec.name, classes) for spec in setup.models})
-    network = memory_wire(clock, wire.network_s)
-
-    def make_fleet(events: LiveFleetEvents) -> EmulatedFleet:
-        return EmulatedFleet(
-            clock=clock,
-            events=events,
-            network=network,
-            profiles=setup.profiles,
-            cold_start=setup.cold_start,
-            failures=setup.failures,
-            seed=setup.seed,
-            settings=EmulatedSettings(kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s),
-            fault=faults,
-        )
-
-    engines = Engines(
-        clock=clock,
-        kinds=[kind_settings(kind) for spec in setup.models for kind in spec.kinds],
-        models=models.by_name,
-        make_fleet=make_fleet,
-        network=network,
-    )
-    gateway = Gateway(
-        clock=clock,
-        engines=engines,
-        journal=recorder,
-        models=models,
-        specs=setup.models,
+    workload = setup.workload
+    assert setup.wire is not None
+    recorder, faults = Recorder(workload), Faults(setup.wire.faults)
+    site = Site(
+        models=setup.models,
         classes=workload.classes,
+        profiles=setup.profiles,
         policy=make_policy(setup.policy, setup.settings),
-        keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in workload.tenants if name]),
-        limits=LimitSettings(queue_max=10**6),
-        next_id=itertools.count().__next__,
-        responded=lambda status: None,
+        journal=recorder,
+        cold_start=setup.cold_start,
+        failures=setup.failures,
+        seed=setup.seed,
+        network_s=setup.wire.network_s,
+        fault=faults,
+        kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
+        tenants=workload.tenants,
         gpus_max=setup.gpus_max,
         observer=recorder.observe,
         scrape_period_s=setup.scrape_period_s,
     )
-    fleet = engines.fleet
-    assert isinstance(fleet, EmulatedFleet)
-
-    def begin() -> None:
-        gateway.begin(setup.initial, attach=lambda i: engines.attach(i, fleet.running(i)), loops=(fleet,))
-
-    clock.post(begin)
-    door = Door(gateway)
+    site.begin(setup.initial)
     clients = [Client() for _ in range(len(workload))]
 
     def arrive(rows: list[int]) -> None:
         for row in rows:
-            door.ask(clients[row], message(setup, row))
+            site.ask(clients[row], message(setup, row))
 
     # One timer per moment: asyncio keeps no order among equal ones.
+    loop = asyncio.get_running_loop()
     for arrival_s, rows in groupby(range(len(workload)), key=workload.arrival_s.tolist().__getitem__):
         loop.call_at(arrival_s, arrive, list(rows))
     while recorder.ended_count < len(workload):
         await asyncio.sleep(1.0)
-    clock.stop()
-    await door.server.close(0)
-    await engines.close()
-    return RealPath(recorder, clients, gateway.plane, faults.told)
+    await site.close()
+    return RealPath(recorder, clients, site.gateway.plane, faults.told)
 
 
 def message(setup: Setup, row: int) -> bytes:
