@@ -13,15 +13,20 @@ from typing import Any, get_args
 import psutil
 import pytest
 
+from chiron.core.types import Instance
+from chiron.engines.profile_store import load_profile
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
 from chiron.fleet.health import RecoverySettings
-from chiron.fleet.port import FleetEnvironment, LiveFleet
+from chiron.fleet.model import ColdStart, Failures
+from chiron.fleet.port import FleetEnvironment, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.fleet.union import MEMBERS, Source, UnionFleet
 from chiron.net.client import Origin
 from chiron.net.clock import LiveClock
+from chiron.net.memory import MemoryNetwork
+from chiron.runtime.emulated import EmulatedFleet, wire
 from fleet_factory import QUICK_HEALTH, Heard, an_instance, kill, until
 
 EMULATED = (
@@ -45,6 +50,16 @@ class Site:
     heard: Heard
     kill_engine: Callable[[int], Any]
     """Of the instance with this number; by whoever runs it."""
+    network: MemoryNetwork | None = None
+    """Where its addresses are, if in memory."""
+
+    def create(self, instance: Instance) -> None:
+        """As the control plane does, like ``remove``."""
+        self.heard.clock.post(lambda: self.fleet.create(instance))
+
+    def remove(self, instance: Instance) -> None:
+        instance.state = "gone"
+        self.heard.clock.post(lambda: self.fleet.remove(instance))
 
 
 def process_sources() -> dict[str, ProcessSource]:
@@ -56,6 +71,17 @@ def process_sources() -> dict[str, ProcessSource]:
 
 def endpoint_sources(url: str) -> dict[str, EndpointsSource]:
     return {GOOD: EndpointsSource(urls=(url,)), BAD: EndpointsSource(urls=(DEAD_URL,))}
+
+
+def emulated_fleet(clock: LiveClock, heard: Heard) -> EmulatedFleet:
+    return EmulatedFleet(
+        clock=clock,
+        events=heard,
+        profiles={GOOD: load_profile("llama-3.1-8b/a100/tp1")},
+        cold_start=ColdStart(node_start_s=0.0, model_load_s=0.05, warm_load_s=0.05, jitter=0.0),
+        failures=Failures(),
+        network=wire(clock, 0.0),
+    )
 
 
 @contextlib.asynccontextmanager
@@ -85,6 +111,8 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
         fleet: LiveFleet
         if what == "process":
             fleet = ProcessFleet(process_sources(), environment)
+        elif what == "emulated":
+            emulated = fleet = emulated_fleet(clock, heard)
         else:
             url = DEAD_URL
             if engine:
@@ -94,7 +122,10 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
             else:
                 fleet = UnionFleet({GOOD: endpoint_sources(url)[GOOD], BAD: process_sources()[BAD]}, environment)
         stack.push_async_callback(fleet.close)
-        yield Site(fleet, heard, lambda number: kill(pid or fleet.report().usage[number].pid))
+        if what == "emulated":
+            yield Site(fleet, heard, lambda number: clock.post(emulated.model.fail_one), emulated.network)
+        else:
+            yield Site(fleet, heard, lambda number: kill(pid or fleet.report().usage[number].pid))
 
 
 def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_it() -> None:
@@ -109,32 +140,33 @@ def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_
 every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union"])
 
 
-@every_fleet
+@pytest.mark.parametrize("what", ["process", "endpoints", "union", "emulated"])
 def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_dies(what: str, tmp_path: Path) -> None:
     async def story() -> None:
         async with site(what, tmp_path) as here:
             fleet, heard = here.fleet, here.heard
             first, second = an_instance(1, GOOD), an_instance(2, GOOD)
-            fleet.create(first)
+            here.create(first)
             assert not heard.ready, "a port's calls do not answer at once"
             await until(lambda: heard.ready == [1], "ready")
             assert first.state == "ready"
-            origin = Origin(heard.urls[1])
+            origin = Origin(heard.urls[1], network=here.network)
             assert (await origin.fetch("GET", "/v1/models")).status == 200
             await origin.close()
-            assert fleet.report().kinds[GOOD] == replace(fleet.report().kinds[GOOD], trouble=None, instances_max=None)
+            report = fleet.report().kinds.get(GOOD, KindReport())
+            assert report == replace(report, trouble=None, instances_max=None)
             fleet.suspect(first)
-            fleet.remove(first)
-            fleet.remove(first)
+            here.remove(first)
+            here.remove(first)
             fleet.suspect(first)
-            fleet.create(second)
+            here.create(second)
             await until(lambda: heard.ready == [1, 2], "what it held is free for another")
             await until(lambda: what != "process" or 2 in fleet.report().usage, "its process is known")
             here.kill_engine(2)
             await until(lambda: heard.failed == [2], "its end is noticed")
             assert heard.reasons[2]
             fleet.suspect(second)
-            fleet.remove(second)
+            here.remove(second)
             await fleet.close()
             await asyncio.sleep(0.05)
             assert (heard.ready, heard.failed) == ([1, 2], [2]), "nothing is heard of what is gone"
@@ -149,7 +181,7 @@ def test_a_kind_that_cannot_come_says_why_and_is_not_tried_again_unasked(what: s
         async with site(what, tmp_path, engine=False) as here:
             fleet, heard = here.fleet, here.heard
             assert fleet.report().kinds[BAD].trouble is None, "nobody has tried yet"
-            fleet.create(an_instance(1, BAD))
+            here.create(an_instance(1, BAD))
             await until(lambda: heard.failed == [1], "failed")
             assert ("secret words" in heard.reasons[1]) or (DEAD_URL in heard.reasons[1])
             trouble = fleet.report().kinds[BAD].trouble
@@ -164,12 +196,12 @@ def test_a_kind_that_cannot_come_says_why_and_is_not_tried_again_unasked(what: s
             assert (heard.ready, heard.failed) == ([], [1]), "only the control plane asks for another"
             # Neither one that waits nor the close of the fleet is heard of.
             waiting = an_instance(2, BAD)
-            fleet.create(waiting)
+            here.create(waiting)
             await asyncio.sleep(0)
-            fleet.remove(waiting)
-            fleet.create(an_instance(3, BAD))
+            here.remove(waiting)
+            here.create(an_instance(3, BAD))
             await fleet.close()
-            fleet.create(an_instance(4, BAD))
+            here.create(an_instance(4, BAD))
             await asyncio.sleep(0.05)
             assert (heard.ready, heard.failed) == ([], [1])
 

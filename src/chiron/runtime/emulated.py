@@ -148,7 +148,7 @@ class _Hosted:
     def __init__(self, instance: Instance, engine: EmulatedEngine, server: HttpServer) -> None:
         self.instance = instance
         self.server = server
-        self.name = f"{instance.model}-{instance.id}"
+        self.name = f"instance-{instance.id}"  # A host: models may have names that none can have.
         self.url = f"memory:{self.name}"
         self.fail = engine.fail
 
