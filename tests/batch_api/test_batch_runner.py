@@ -304,8 +304,8 @@ def test_the_log_says_what_goes_on_and_how_each_batch_ended(tmp_path: Path, capl
         await first.stop()
         assert not said(" ended: ")
         second = await Site(tmp_path).start()
-        assert said(f"batch {batch.id} goes on: 15 items left, due in ")
-        assert said(f"batch {waiting.id} goes on: its input is validated again")
+        assert said(f"batch {batch.id} continues: 15 items left, due in ")
+        assert said(f"batch {waiting.id} continues: its input is validated again")
         await second.until(lambda: len(said(" ended: ")) == 2)
         assert len(said(f"batch {batch.id} ended: completed after ")) == 1
         assert said("20 of 20 items done, 0 failed")

@@ -128,13 +128,13 @@ def test_without_a_terminal_there_are_lines_and_each_decision_once() -> None:
         for elapsed_s in (0.0, 1.0, 6.0):
             view.show(status(), elapsed_s, 60.0, stopping=False)
     text = out.getvalue()
-    assert text.count("demo: 1 → 2 instances: interactive load needs so many") == 1
+    assert text.count("demo: 1 → 2 instances: interactive load needs this many") == 1
     assert text.count("max batch sizes 17; 8 evictions") == 2
     assert "\x1b" not in text
 
 
 def test_news_are_changes_of_the_fleet_only() -> None:
-    assert news(status(), -1.0) == ["0:10 demo: 1 → 2 instances: interactive load needs so many"]
+    assert news(status(), -1.0) == ["0:10 demo: 1 → 2 instances: interactive load needs this many"]
     assert news(status(), 10.0) == []
     assert "running 3 interactive + 4 batch, waiting 0 + 10" in plain(status())
 

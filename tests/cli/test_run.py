@@ -132,7 +132,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
 
 def test_bound_is_explained_and_no_policy_beats_it(scenario: Path) -> None:
     result = call("bound", scenario)
-    least = re.search(r"less than ([\d.]+) GPU-hours", result.stdout)
+    least = re.search(r"fewer than ([\d.]+) GPU-hours", result.stdout)
     assert least is not None
     assert "llama" in result.stdout
     spent = json.loads(call("simulate", scenario, "-s", 1, "--json", "-").stdout)[0]["gpu_hours"]

@@ -173,7 +173,7 @@ def test_a_batch_can_be_cancelled_and_has_no_results_before_its_end(gateway: Gat
         (["submit", "r.jsonl", "-m", "x"], "--metadata 'x': expected KEY=VALUE"),
         (["submit", "r.jsonl", "--endpoint", "/v1/nothing"], "endpoint is '/v1/nothing'; allowed: "),
         (["submit", "none.jsonl"], "error: none.jsonl: No such file or directory"),
-        (["submit", "bad.jsonl"], "bad.jsonl: the first line is no batch request"),
+        (["submit", "bad.jsonl"], "bad.jsonl: the first line is not a batch request"),
         (["cancel", "batch_x"], "404"),
         (
             ["list", "--url", "https://127.0.0.1", "--cacert", "none.pem"],
@@ -307,7 +307,7 @@ def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gatew
     watch.send_signal(signal.SIGINT)
     _, said = watch.communicate(timeout=20)
     assert watch.returncode == 130
-    assert f"the batch goes on; chiron batch status {id} --watch follows it again" in said
+    assert f"the batch continues; chiron batch status {id} --watch follows it again" in said
     assert call("batch", "cancel", id, *url).exit_code == 0
 
 

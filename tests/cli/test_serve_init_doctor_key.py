@@ -240,7 +240,7 @@ def test_doctor_checks_that_tls_files_fit_and_how_long_they_last(here: Path) -> 
     assert tls("a.pem", "a.key")["state"] == "ok"
     assert "valid until" in tls("a.pem", "a.key")["found"]
     assert tls("b.pem", "b.key")["next"] == "renew it soon"
-    assert "do not fit" in tls("a.pem", "b.key")["found"]
+    assert "do not match" in tls("a.pem", "b.key")["found"]
     assert "missing or not readable" in tls("a.pem", "no.key")["found"]
 
 

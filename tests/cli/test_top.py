@@ -104,8 +104,8 @@ def test_why_nothing_serves_a_model_is_on_the_screen(told: dict[str, Any]) -> No
 def test_why_batches_do_not_go_on_is_on_the_screen(told: dict[str, Any]) -> None:
     runner = {"paused": "results cannot be written: full", "failing_models": ["a"], "unserved": {"b": 1200}}
     text = plain_lines(screen(told | {"batch_runner": runner}, 100, 30))
-    assert "batches stand still: results cannot be written: full" in text
-    assert "every try of batch work fails for a" in text
+    assert "batches are paused: results cannot be written: full" in text
+    assert "all attempts at batch work fail for a" in text
     assert "1,200 batch items wait for b, not in the config" in text
 
 
@@ -118,8 +118,8 @@ def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: i
     assert "in SLO" in text
     assert "345,024/700,000" in text
     assert "left 13:43 of 29:09" in text
-    assert "1 → 2 instances: interactive load needs so many" in text
-    assert "stand still" not in text
+    assert "1 → 2 instances: interactive load needs this many" in text
+    assert "are paused" not in text
     for instance in told["models"][0]["instances"]:
         running = instance["running_interactive"] + instance["running_batch"]
         assert f"{running}/{instance['max_batch_size']}" in text
@@ -242,10 +242,10 @@ def test_top_prints_the_screen_once_or_json(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("answer", "key", "complaint"),
     [
-        ((200, b"{}"), "wrong", "wants the admin key (--key or CHIRON_ADMIN_KEY); it answered 401"),
+        ((200, b"{}"), "wrong", "needs the admin key (--key or CHIRON_ADMIN_KEY); it answered 401"),
         ((404, b""), KEY, "is not there (404): is this a Chiron gateway?"),
-        ((200, b"<html>"), KEY, "something that is no status: is this a Chiron gateway?"),
-        ((200, b'{"models": []}'), KEY, "something that is no status"),
+        ((200, b"<html>"), KEY, "something that is not a status: is this a Chiron gateway?"),
+        ((200, b'{"models": []}'), KEY, "something that is not a status"),
         ((302, b""), KEY, "answered 302"),
     ],
 )
@@ -273,7 +273,7 @@ def test_while_it_runs_an_outage_is_noted_and_a_refusal_ends_it(told: dict[str, 
     console = Console(file=out, width=100, height=30, force_terminal=True)
     with gateway([(200, body), (503, b""), (200, body), (403, b"")]) as url:
         fetch = fetcher(url, KEY)
-        with pytest.raises(StatusError, match="wants the admin key") as refusal:
+        with pytest.raises(StatusError, match="needs the admin key") as refusal:
             follow(fetch, fetch(), console, 0.01)
     assert refusal.value.final
     shown = out.getvalue()

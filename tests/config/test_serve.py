@@ -138,7 +138,7 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("models.m={engine='emulated', profile='x'}", r"models\.m\.profile: profile 'x' is neither packaged nor"),
         ("models.m={engine='openvino', profile='x'}", r"models\.m\.profile: 'x'; it belongs to engine = 'emulated'"),
         ("models.m={engine='openvino', model_path='no.gguf'}", r"model_path: 'no\.gguf': there is no such file"),
-        ("models.m={engine='command', command=['x']}", r"models\.m\.command: 'x' must hold \{port\}"),
+        ("models.m={engine='command', command=['x']}", r"models\.m\.command: 'x' must contain \{port\}"),
         (
             "models.m={engine='emulated', profile='llama-3.1-8b/a100/tp1', threads=2}",
             r"models\.m\.threads: 2; it belongs to engine = 'llamacpp' or 'openvino'",

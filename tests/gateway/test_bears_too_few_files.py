@@ -82,6 +82,6 @@ def test_more_clients_than_file_descriptors_stop_nobody(tmp_path: Path, loop: st
         assert gateway.wait(60) == 0
     log = said.read_text()
     assert f"this process may have {FILES} file descriptors (ulimit -n)" in log
-    assert "connections or memory are short: who is idle or slow is closed" in log
+    assert "short of connections or memory: idle and slow clients are disconnected" in log
     assert "Too many open files" not in log
     assert len(log) < 20_000

@@ -186,7 +186,7 @@ def test_a_live_run_gives_the_simulators_report_file_and_figures(ran: tuple[Live
     assert (again.requests.first_token_s == result.requests.first_token_s).all()
     page = write_report([result], tmp_path / "live.html").read_text(encoding="utf-8")
     assert "rush" in page
-    assert "only if a promise was broken" in page
+    assert "only if they had missed an SLO by then" in page
     assert (result.seed, summary["seed"], again.seed) == (None, None, None)
     shown = re.sub(r"<script.*?</script>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
     assert "seed" not in shown

@@ -159,7 +159,7 @@ def test_starts_that_fail_again_and_again_are_said_at_once(tmp_path: Path, more:
             first = await post(origin)
             error = json.loads(first.body)["error"]
             assert first.status == 503
-            assert "start after start of its engine fails (2 in a row)" in error["message"]
+            assert "its engine keeps failing to start (2 in a row)" in error["message"]
             assert 1 <= int(first.headers["retry-after"]) <= 30
             assert "exit" not in error["message"], "what engines print is nothing to clients"
             assert (await post(origin)).status == 503

@@ -99,7 +99,7 @@ def test_an_endpoint_without_a_batch_api_fails_the_job_and_only_the_job() -> Non
 
 def test_an_input_file_beyond_the_limit_is_refused_before_anything_is_sent() -> None:
     with running(Endpoint()) as endpoint:
-        with pytest.raises(PlanError, match=r"batch job 0: its input file would pass input_max_bytes \(1000\)"):
+        with pytest.raises(PlanError, match=r"batch job 0: its input file would exceed input_max_bytes \(1000\)"):
             run(endpoint, batch=BatchSettings(input_max_bytes=1000))
         assert not endpoint.files
 

@@ -99,7 +99,7 @@ def test_a_torn_last_commit_of_which_nobody_was_told_is_no_damage(killed: Path, 
 def test_a_last_commit_of_which_somebody_was_told_is_missed(killed: Path) -> None:
     flip(killed / LOG, (killed / LOG).stat().st_size - 5000)
     _, notes, batches = opened(killed)
-    assert "1 commits would be lost of which callers had been told" in notes[0]
+    assert "1 commits that were acknowledged to callers would be lost" in notes[0]
     assert batches == 1
     assert opened(killed)[1] == [], "it is told once"
 

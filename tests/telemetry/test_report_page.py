@@ -372,7 +372,7 @@ def test_decisions_are_told_in_the_sentences_of_explain() -> None:
         [
             "0:01:01",
             "fleet",
-            "llama: 3 → 5 instances: interactive work, as it comes and as forecast, needs so many instances",
+            "llama: 3 → 5 instances: current and forecast interactive load needs this many instances",
             "cold start 60 s, work rate 0.89",
         ]
     ]
@@ -541,7 +541,7 @@ def test_what_counts_as_missed_names_every_way_to_end() -> None:
     simulated = Page(report_html([small()])).text
     assert all(name in simulated for name in OUTCOMES[1:])
     live = Page(report_html([replace(small(), seed=None)])).text
-    assert "only if a promise was broken by then" in live
+    assert "only if they had missed an SLO by then" in live
 
 
 def test_a_single_run_is_compared_with_nothing_but_its_bound() -> None:

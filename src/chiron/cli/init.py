@@ -33,9 +33,11 @@ def init(
     ] = DEFAULT_ENGINE,
     endpoint: Annotated[
         list[str] | None,
-        typer.Option("--endpoint", metavar="URL", help="An engine that runs already. Repeatable."),
+        typer.Option("--endpoint", metavar="URL", help="An engine that is running already. Repeatable."),
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Its name in the API; engines must know it.")] = "",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The model's name in the API; the engines must serve it.")
+    ] = "",
     model_path: Annotated[
         str,
         typer.Option(
@@ -142,9 +144,9 @@ def defaults_block(model: ModelSettings) -> str:
 def _about(row: EngineRow, endpoints: list[str], model_path: str) -> list[str]:
     """Comments that say what this kind of engine means."""
     if endpoints:
-        return ["# Engines that run already. Chiron routes to them, and does not start or stop them."]
+        return ["# Engines that are running already. Chiron routes to them, and does not start or stop them."]
     if model_path and row.profile_key != "profile":
         return ["# Chiron starts the engines here, as many as are needed."]
     if row.about:
         return [f"# {line}" for line in row.about]
-    return ["# The engines that run already, as many as there are; or model_path, and Chiron starts them."]
+    return ["# All engines that are running already; or set model_path, and Chiron starts them."]

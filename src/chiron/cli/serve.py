@@ -58,7 +58,7 @@ def serve(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
-    """Serve OpenAI's API before your engines, autoscaled.
+    """Serve OpenAI's API in front of your engines, with autoscaling.
 
     Ctrl-C, SIGTERM or a closed terminal (SIGHUP) stops: no new requests, running ones may finish within `server.grace`,
     batches go on at the next start. A second ctrl-C stops at once.
@@ -215,7 +215,7 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
                 os._exit(128 + number)
             stopped_by.append(number)
             task.cancel()
-            say("stopping: running requests may finish; once more stops at once")
+            say("stopping: waiting for running requests to finish; once more stops at once")
 
         for number in signals:
             loop.add_signal_handler(number, stop, number)

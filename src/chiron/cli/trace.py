@@ -249,7 +249,7 @@ def diurnal(
 @make.command("closed-loop")
 def closed_loop(
     out: Out,
-    users: Annotated[int, typer.Option(help="Users who wait, think and ask again.", show_default=False)],
+    users: Annotated[int, typer.Option(help="Users who wait, think and send the next request.", show_default=False)],
     think: Annotated[str, typer.Option(metavar="DURATION", help="Mean thinking time (exponential).")] = "30s",
     response: Annotated[str, typer.Option(metavar="DURATION", help="Assumed time to a full answer.")] = "10s",
     duration: For = "10m",

@@ -109,7 +109,7 @@ def read_secret(file: str, path: str, directory: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {file!r} cannot be read: {error}") from None
     if not secret or "\n" in secret:
-        raise ConfigError(f"{path}: {file!r} must hold one line, the key")
+        raise ConfigError(f"{path}: {file!r} must contain one line, the key")
     return secret
 
 
@@ -132,7 +132,7 @@ def _command(given: Given) -> tuple[str, ...]:
     known = _OF_USERS if section.command else _OF_OUR_COMMANDS
     words = [*_filled(command, values, known), *_filled(section.args, values, _OF_USERS)]
     if not row.announces_port and not any("{port}" in word for word in words):
-        raise ConfigError(f"{path}.command: {' '.join(words)!r} must hold {{port}}, which stands for a free port")
+        raise ConfigError(f"{path}.command: {' '.join(words)!r} must contain {{port}}, which stands for a free port")
     return tuple(words)
 
 

@@ -209,4 +209,4 @@ def _check_enough(points: Sequence[StepPoint]) -> None:
     ]
     for found, least, what in needs:
         if found < least:
-            raise ProfileError(f"too little to fit: {found} {what}; at least {least} are needed")
+            raise ProfileError(f"too few measurements to fit: {found} {what}; at least {least} are needed")

@@ -320,7 +320,7 @@ _ROWS = (
             *("--kv-capacity-tokens", "{kv_capacity_tokens}"),
         ),
         announces_port=True,
-        about=("Engines with the timing of a profile, and text without meaning: for trying fleets without GPUs.",),
+        about=("Engines with the timing of a profile, and random text: to try fleets without GPUs.",),
         sample_model="llama-3.1-8b",
         sample_profile="llama-3.1-8b/a100/tp1",
     ),

@@ -115,7 +115,7 @@ class Gateway:
         try:
             self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
-            log.exception("the end of request %s could not be told", request.id)
+            log.exception("the end of request %s could not be reported", request.id)
             incoming: Incoming | None = getattr(request.payload, "incoming", None)
             if incoming is not None:
                 incoming.abort()  # Better than a client that waits for ever.

@@ -162,7 +162,7 @@ class Service:
         if self._opening.done():
             await self._opening
         elif not self.store.unavailable:
-            self.store.unavailable = f"{config.data}: the store is being opened; it may be mended or brought up to date"
+            self.store.unavailable = f"{config.data}: the store is being opened; it may be repaired or upgraded"
             log.warning("%s", self.store.unavailable)
         self._server = await serve(
             self.front.handle,
@@ -202,7 +202,7 @@ class Service:
                 if not isinstance(error, StoreFull) and not self._store_tried.is_set():
                     raise
                 if str(error) != self.store.unavailable:
-                    log.error("batches and files are not served: %s; it is tried again until it works", error)
+                    log.error("batches and files are not served: %s; retrying", error)
                 self.store.unavailable = str(error)
                 self._store_tried.set()
             await asyncio.sleep(delay_s)
@@ -214,7 +214,7 @@ class Service:
             await self.runner.start()
         except Exception:
             log.exception("batches and files are not served until a restart")
-            self.store.unavailable = self.store.unavailable or "the store could not be opened; the log says why"
+            self.store.unavailable = self.store.unavailable or "the store could not be opened; see the log"
         else:
             log.info("batches and files are served")
 
@@ -447,7 +447,7 @@ def _save(service: Service) -> None:
     try:
         save_result(service.result(), service.config.data / RESULT, mode=0o600)
     except TelemetryError as error:
-        log.warning("the result of this run is not saved: %s", error)
+        log.warning("the result of this run could not be saved: %s", error)
 
 
 def _initial(model: ModelSettings, *, advise: bool) -> int:

@@ -83,7 +83,7 @@ def prepare_job(job: Job, number: int, plan: LoadPlan, bodies: Bodies, settings:
         total += len(line)
         if total > settings.batch.input_max_bytes:
             raise PlanError(
-                f"batch job {number}: its input file would pass input_max_bytes ({settings.batch.input_max_bytes}); "
+                f"batch job {number}: its input file would exceed input_max_bytes ({settings.batch.input_max_bytes}); "
                 "send fewer or shorter requests (--input-max, --input-scale)"
             )
         lines.append(line)
@@ -158,7 +158,7 @@ async def watch(
         except (NetError, JobError, *ODD) as error:
             failures += 1
             if failures > settings.batch.poll_failures_max:
-                raise JobError(f"{failures} looks in a row failed, the last: {error}") from error
+                raise JobError(f"{failures} checks in a row failed, the last: {error}") from error
         if state.status in TERMINAL:
             return
         if now_s() > until_s:

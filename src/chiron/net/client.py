@@ -411,7 +411,7 @@ class _Connection(asyncio.Protocol):
             cause = error.__context__
             if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
                 log.error("%s: the receiver of an answer failed", self._origin.url, exc_info=cause)
-                self._give_up(call, AnswerError(f"{self._origin.url}: the answer could not be taken in"))
+                self._give_up(call, AnswerError(f"{self._origin.url}: the answer could not be processed"))
                 return
             if not self._ended:
                 self._give_up(call, AnswerError(f"{self._origin.url}: not an HTTP/1.1 answer: {error}"))

@@ -261,10 +261,10 @@ class Connection(asyncio.Protocol):
         request.method = parser.get_method()
         request.version = parser.get_http_version()
         if request.version not in ("1.1", "1.0"):
-            self._refuse(505, "only HTTP/1.1 and HTTP/1.0 are spoken here", "http_version_not_supported")
+            self._refuse(505, "only HTTP/1.1 and HTTP/1.0 are supported", "http_version_not_supported")
             return
         if request.method == b"CONNECT":
-            self._refuse(405, "this is no proxy", "method_not_allowed")
+            self._refuse(405, "this is not a proxy", "method_not_allowed")
             return
         hosts = [value for name, value in request.headers if name == b"host"]
         lacking = not hosts and limits.host_required and request.version == "1.1"

@@ -141,7 +141,7 @@ class HttpServer:
             self._nobody_before_s = now_s + LOOK_AGAIN_S
         elif now_s >= self._shed_told_s + 60.0:
             self._shed_told_s = now_s
-            log.warning("connections or memory are short: who is idle or slow is closed (%d so far)", self.shed)
+            log.warning("short of connections or memory: idle and slow clients are disconnected (%d so far)", self.shed)
         return bool(slowest)
 
     def lacks_files(self, descriptor: int) -> bool:

@@ -47,7 +47,7 @@ def log_damage(directory: Path) -> str:
     if acknowledged is not None and seen is not None:
         if seen >= acknowledged:
             return ""
-        return f"the log is damaged; {acknowledged - seen} commits would be lost of which callers had been told"
+        return f"the log is damaged; {acknowledged - seen} commits that were acknowledged to callers would be lost"
     return "the log is damaged, and later commits follow" if log.is_torn_inside else ""
 
 
@@ -94,8 +94,8 @@ def missing_commits(directory: Path, commits: int) -> str:
     if commits >= acknowledged:
         return ""
     return (
-        f"{acknowledged - commits} of {acknowledged} commits of which callers had been told are missing: the end of "
-        "the log, or the database, is gone; uploads that came with them are put aside into lost+found"
+        f"{acknowledged - commits} of {acknowledged} commits that were acknowledged to callers are missing: the end of "
+        "the log, or the database, is gone; uploads that came with them are moved to lost+found"
     )
 
 

@@ -75,7 +75,7 @@ def mend(directory: Path, lost: LostFound, note: Callable[[str], None], why: str
         raise store_error(error, building) from error
     except OSError as error:
         raise disk_error(error, building) from error
-    note(f"the database was damaged ({why}); it was made anew, the damaged files are in {place}")
+    note(f"the database was damaged ({why}); it was rebuilt, and the damaged files are in {place}")
     for word in words:
         note(word)
 
@@ -100,7 +100,7 @@ def _require_room(directory: Path, lost: LostFound, path: Path, why: str) -> Non
     old = [part for end in PARTS if (part := directory / (DATABASE + end)).exists()]
     if not lost.room_for(len(old), sum(part.stat().st_size for part in old)):
         raise StoreCorrupt(
-            f"{path}: damaged ({why}); it is not mended, since the damaged files would not fit into lost+found: "
+            f"{path}: damaged ({why}); it is not repaired, because the damaged files would not fit into lost+found: "
             f"{lost.limit()}"
         )
 
@@ -140,7 +140,9 @@ class _Mending:
             self._take(found)
             count += 1
         if not count:
-            self._words.append("not one row of it could be found: it begins empty, and all uploads are put aside")
+            self._words.append(
+                "not one row of it could be found: it starts empty, and all uploads are moved to lost+found"
+            )
         self._write_meta()
         batches, files = self._merged("batches"), self._merged("files")
         for values in files.values():
@@ -185,7 +187,7 @@ class _Mending:
         meta = self._rows["meta"].get(1)
         acknowledged = read_acknowledged(self._directory) or 0
         if meta is None:
-            self._words.append("what the store remembers of its clock is lost; it begins anew")
+            self._words.append("the store's record of its clock is lost; it starts again")
             meta = {"seen_s": None, "trusted_s": None, "doubt_s": 0.0, "commits": 0}
         # Commits that are lost are told of below, by what was in them; they are not to be missed again.
         meta = meta | {"no": 1, "schema": 3, "commits": max(meta["commits"], acknowledged)}

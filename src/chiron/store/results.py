@@ -63,7 +63,7 @@ def read_page(db: sqlite3.Connection, batch: sqlite3.Row, reading: Reading, bloc
         rows = db.execute(_OUTPUT, (reading.next_key, end_key))
     else:
         if batch["incomplete"]:
-            raise StoreUnavailable(f"batch {batch['id']!r} is being mended after damage; ask again in a moment")
+            raise StoreUnavailable(f"batch {batch['id']!r} is being repaired after damage; try again in a moment")
         # Items without a result have an error line once the batch has ended.
         rows = db.execute(_ERRORS, (reading.next_key, end_key, OPEN if ended else FAILED))
 

@@ -197,7 +197,7 @@ class SqliteStore:
         db = open_for_writing(self.directory, self.settings)
         if why := database_damage(db, full=True):
             db.close()
-            raise damaged(self._path, f"it was mended, and still: {why}")
+            raise damaged(self._path, f"it was repaired, and still: {why}")
         return db
 
     def _leave_to_sqlite(self, why: str) -> str:
@@ -226,7 +226,7 @@ class SqliteStore:
         aside = self.lost.put(unknown_files(self.directory, known))
         if aside.moved:
             count, shown = len(aside.moved), names(aside.moved)
-            log.warning("%d files that no row names are put aside into %s: %s", count, self.lost.path, shown)
+            log.warning("%d files that no row names are moved to %s: %s", count, self.lost.path, shown)
         if aside.left:
             log.error(
                 "%d files that no row names stay in %s: there is no room for them in lost+found (%s); nothing of it is "

@@ -69,7 +69,7 @@ def words(marks: ClockMarks) -> str:
     ahead_s = marks.seen_s - marks.trusted_s
     where = f"{show(abs(ahead_s))} {'ahead of' if ahead_s > 0 else 'behind'}"
     return (
-        f"the clock is {where} what this server has seen pass: nothing expires or is deleted by it until it has run "
+        f"the clock is {where} what this server expects: nothing expires or is deleted by it until it has run "
         f"for another {show(marks.doubt_s)}; if it is wrong, set it and restart"
     )
 

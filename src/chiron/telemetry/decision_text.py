@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from chiron.telemetry.format import number
 
 REASONS = {
-    "interactive_load": "interactive work, as it comes and as forecast, needs so many instances",
+    "interactive_load": "current and forecast interactive load needs this many instances",
     "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
-    "load_fell": "for a while now, less has been enough",
+    "load_fell": "fewer instances have been enough for a while now",
     "itl_below_slo": "ITL leaves room below its SLO",
     "itl_above_slo": "ITL would exceed its SLO at that size",
     "no_itl_slo": "nothing that runs there has an ITL SLO",
@@ -17,9 +17,9 @@ REASONS = {
 """Sentences for reasons that need one. All others read well enough as they are logged."""
 
 BRIEF = {
-    "interactive_load": "interactive load needs so many",
+    "interactive_load": "interactive load needs this many",
     "batch_deadlines": "batch work would miss its deadlines",
-    "load_fell": "less has been enough for a while",
+    "load_fell": "fewer have been enough for a while",
 }
 """Those of them that are long for a line of a screen."""
 

@@ -193,7 +193,7 @@ def error_section(errors: Mapping[str, tuple[int, str]]) -> str:
     )
 
 
-ERROR_LABELS = ("times", "the first one said")
+ERROR_LABELS = ("times", "first message")
 
 
 def error_row(kind: str, count: int, first: str) -> str:
@@ -299,8 +299,8 @@ def missed(result: RunData) -> str:
     if result.seed is None:
         certain = [name for name in OUTCOMES[1:] if name not in (*EXCUSED, *BLAMELESS)]
         return (
-            f", and counts {listed(certain)} requests as missed; those that a client broke off, or that are open"
-            " still, only if a promise was broken by then; rejected ones, with an error of the client, not at all"
+            f", and counts {listed(certain)} requests as missed; those that a client cancelled, or that are open"
+            " still, only if they had missed an SLO by then; rejected ones (client errors) not at all"
         )
     counted = [name for name in OUTCOMES[1:] if name not in BLAMELESS]
     return f", and counts {listed(counted)} requests as missed; rejected ones, which nobody could serve, not at all"

@@ -108,7 +108,7 @@ class Server:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise ServerError(f"{self.url}{path}: the answer is no JSON object; is this an OpenAI server?")
+            raise ServerError(f"{self.url}{path}: the answer is not a JSON object; is this an OpenAI server?")
         return found
 
     @contextmanager

@@ -73,15 +73,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the batch object
 def submit(
     file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="One request per line, in OpenAI's batch format.")],
     window: Annotated[
-        str, typer.Option("--window", "-w", metavar="TIME", help="Until when it must be done: 30m, 2h, 1d ...")
+        str, typer.Option("--window", "-w", metavar="TIME", help="Deadline, from now on: 30m, 2h, 1d ...")
     ] = "24h",
     endpoint: Annotated[
         str, typer.Option("--endpoint", help="What each line calls; default: the `url` of the first line.")
     ] = "",
     metadata: Annotated[
-        list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="Kept with the batch. Repeatable.")
+        list[str] | None,
+        typer.Option("--metadata", "-m", metavar="KEY=VALUE", help="Stored with the batch. Repeatable."),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Stay until it has ended, with a progress bar.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until it has ended, with a progress bar.")] = False,
     url: UrlOption = DEFAULT_URL,
     key: KeyOption = None,
     cacert: CacertOption = None,
@@ -286,7 +287,7 @@ def _endpoint_of(path: Path) -> str:
         url = None
     if not isinstance(url, str):
         what = '{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
-        raise ConfigError(f"{path}: the first line is no batch request; each line must look like {what}")
+        raise ConfigError(f"{path}: the first line is not a batch request; each line must look like {what}")
     return url
 
 
@@ -347,7 +348,7 @@ def _going_on(batch: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"the batch goes on; chiron batch status {batch['id']} --watch follows it again", err=True)
+        typer.echo(f"the batch continues; chiron batch status {batch['id']} --watch follows it again", err=True)
         raise
 
 

@@ -34,7 +34,7 @@ def certificate_trouble(certificate: str, key: str) -> tuple[str, str] | None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, OSError) as error:
         hint = "both must be PEM, the key not encrypted, and the key that of the certificate"
-        return f"certificate and key do not fit: {error}", hint
+        return f"certificate and key do not match: {error}", hint
     return None
 
 

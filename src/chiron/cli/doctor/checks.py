@@ -190,9 +190,9 @@ def _privacy(directory: Path) -> Check:
     """Prompts and answers lie in it."""
     found = sum(1 for _ in open_to_others(directory))
     if not found:
-        return check("data directory's mode", "closed to other users")
-    hint = "the next start closes it, or: " + f"chmod -R go= {directory}"
-    return check("data directory's mode", f"{found} files or folders can be used by others", WARN, hint)
+        return check("data directory's mode", "not accessible to other users")
+    hint = "the next start restricts it, or: " + f"chmod -R go= {directory}"
+    return check("data directory's mode", f"{found} files or folders are accessible to other users", WARN, hint)
 
 
 def _damage(directory: Path) -> Iterator[Check]:
@@ -200,13 +200,13 @@ def _damage(directory: Path) -> Iterator[Check]:
     notes = read_notes(directory)
     if notes:
         last = notes[-1]
-        found = f"{len(notes)} notes of damage; the last, {last['at']}: {last['what']}"
-        hint = f"check the disk; {directory / NAME} has all notes: remove it once they are dealt with"
+        found = f"{len(notes)} reports of damage; the last, {last['at']}: {last['what']}"
+        hint = f"check the disk; {directory / NAME} has them all; remove it once they are dealt with"
         yield check("damage", found, WARN, hint)
     else:
         yield check("damage", "none was found")
     if any((directory / FOLDER).glob("*")):
-        hint = "look through it and remove what you do not need; nothing else ever does"
+        hint = "look through it and remove what you do not need; Chiron never does"
         yield check("lost+found", f"{directory / FOLDER} is not empty", WARN, hint)
 
 
@@ -239,12 +239,12 @@ def security_checks(config: ServeConfig) -> Iterator[Check]:
     elif server.loopback:
         yield check("API keys", "none; only this machine can reach the port")
     else:
-        hint = "add [[keys]] (chiron key), unless something before Chiron checks who asks"
+        hint = "add [[keys]] (chiron key), unless a proxy in front of Chiron authenticates clients"
         yield check("API keys", f"none, and {server.host} can be reached from other machines", WARN, hint)
     if server.tls:
         yield from _tls(server.tls_cert, server.tls_key)
     elif not server.loopback:
-        hint = "set server.tls_cert and tls_key, unless a proxy before Chiron does TLS"
+        hint = "set server.tls_cert and tls_key, unless a proxy in front of Chiron terminates TLS"
         yield check("TLS", "off, and keys would cross the network in clear text", WARN, hint)
 
 
@@ -349,4 +349,4 @@ def _expiry(server: ssl.SSLContext, certificate: str) -> Check:
         return check("TLS", f"a handshake with these files fails: {error}", FAIL, "renew the certificate")
     if left_s < EXPIRY_WARN_S:
         return check("TLS", f"certificate is valid until {until}", WARN, "renew it soon")
-    return check("TLS", f"certificate and key fit, valid until {until}")
+    return check("TLS", f"certificate and key match, valid until {until}")

@@ -53,7 +53,7 @@ def _one(url: str, kind: KindSettings, model: str) -> Iterator[Check]:
         yield _metrics(url, kind, row)
         yield _stream(url, kind, model)
     except (OSError, http.client.HTTPException) as error:
-        hint = "look into the engine's log"
+        hint = "look at the engine's log"
         yield check(what, f"the connection was lost: {error or type(error).__name__}", FAIL, hint)
 
 
@@ -79,7 +79,7 @@ def _models(url: str, kind: KindSettings, model: str, row: EngineRow) -> Check:
 def _metrics(url: str, kind: KindSettings, row: EngineRow) -> Check:
     what = f"endpoint {url}: metrics"
     if not row.metrics_path:
-        return check(what, f"engine = {row.name!r} has none; Chiron goes by what it measures itself")
+        return check(what, f"engine = {row.name!r} has none; Chiron uses its own measurements")
     status, body = _fetch(url, "GET", row.metrics_path, kind)
     if status != 200:
         hint = "switch the engine's metrics on" + (f": {row.metrics_hint}" if row.metrics_hint else "")
@@ -158,4 +158,4 @@ def _authorization(kind: KindSettings) -> dict[str, str]:
 
 
 def _unauthorized(status: int) -> str:
-    return "it wants a key: set api_key_file" if status in (401, 403) else ""
+    return "it needs a key: set api_key_file" if status in (401, 403) else ""

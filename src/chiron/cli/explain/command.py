@@ -36,7 +36,7 @@ def explain(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="One model; default: all of them.")] = None,
 ) -> None:
-    """Say in words why the fleet grew or shrank.
+    """Explain in words why the fleet scaled up or down.
 
     Without --at: every reason with its count, and the largest changes. With --at: the decision in force at that
     moment, the numbers behind it, the fleet and the queue then, and the decisions before and after. A saved result

@@ -138,7 +138,7 @@ class RunClock:
 
     def _of_date(self, text: str) -> float:
         if self.began is None:
-            raise ConfigError(f"--at {text!r}: nobody knows when this run began; give the time since its start: 41:00")
+            raise ConfigError(f"--at {text!r}: the start of this run is unknown; give the time since its start: 41:00")
         try:
             moment = datetime.fromisoformat(text.strip())
         except ValueError:

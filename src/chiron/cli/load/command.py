@@ -53,7 +53,7 @@ def load(
     url: Annotated[str, typer.Option("--url", help="The endpoint, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[
         str | None,
-        what("--model", "-m", help="To ask for; a scenario names its own.", show_default=False),
+        what("--model", "-m", help="Model to request; a scenario names its own.", show_default=False),
     ] = None,
     trace: Annotated[
         str | None,
@@ -113,7 +113,7 @@ def load(
         bool | None,
         looks(
             "--ignore-eos/--no-ignore-eos",
-            help="Ask for outputs of exactly the wanted length.",
+            help="Request outputs of exactly the wanted length.",
             show_default="if the server knows the field",
         ),
     ] = None,
@@ -184,7 +184,7 @@ def load(
     ] = None,
     dry_run: Annotated[
         bool,
-        results("--dry-run", help="Say what would be sent, with its digest, and send nothing."),
+        results("--dry-run", help="Print what would be sent, with its digest, and send nothing."),
     ] = False,
 ) -> None:
     """Send a trace, a scenario or generated traffic to any OpenAI endpoint, open loop, and report.

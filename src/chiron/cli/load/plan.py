@@ -161,7 +161,7 @@ def mixed_plan(
     lengths: Lengths,
 ) -> LoadPlan:
     if not model:
-        raise ConfigError("--model is missing: name the model to ask for")
+        raise ConfigError("--model is missing: name the model to request")
     known = CLASSES | dict(_class(text) for text in classes or ())
     shares = {}
     for part in mix.split(","):

@@ -196,7 +196,7 @@ def policies() -> None:
 def _print_bound(console: Console, setup: Setup) -> None:
     least = bound_of_setup(setup)
     console.print(
-        f"{setup.scenario}, seed {setup.seed}: no scheduler can do it with less than {least.gpu_hours:.2f} GPU-hours, "
+        f"{setup.scenario}, seed {setup.seed}: no scheduler can do it in fewer than {least.gpu_hours:.2f} GPU-hours, "
         f"at a cost of {least.cost:.2f}.",
         style="bold",
         highlight=False,

@@ -160,7 +160,7 @@ class _NoRedirect(HTTPRedirectHandler):
 
 def _refused(code: int, address: str) -> StatusError:
     if code in (401, 403):
-        return StatusError(f"{address} wants the admin key (--key or CHIRON_ADMIN_KEY); it answered {code}", final=True)
+        return StatusError(f"{address} needs the admin key (--key or CHIRON_ADMIN_KEY); it answered {code}", final=True)
     if code == 404:
         return StatusError(f"{address} is not there (404): is this a Chiron gateway?", final=True)
     return StatusError(f"{address} answered {code}", final=300 <= code < 500 and code != 429)
@@ -172,5 +172,5 @@ def _read(body: bytes, address: str) -> Status:
     except ValueError:
         status = None
     if not isinstance(status, dict) or not {"now_s", "models", "decisions", "batches"} <= status.keys():
-        raise StatusError(f"{address} answered something that is no status: is this a Chiron gateway?", final=True)
+        raise StatusError(f"{address} returned something that is not a status: is this a Chiron gateway?", final=True)
     return status

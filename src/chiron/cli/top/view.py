@@ -294,10 +294,10 @@ def _store_troubles(store: Mapping[str, Any]) -> list[Text]:
 
 
 def _batch_troubles(runner: Mapping[str, Any]) -> list[Text]:
-    troubles = [f"batches stand still: {runner['paused']}"] if runner.get("paused") else []
+    troubles = [f"batches are paused: {runner['paused']}"] if runner.get("paused") else []
     if runner.get("clock"):
         troubles.append(str(runner["clock"]))
-    troubles += [f"every try of batch work fails for {name}" for name in runner.get("failing_models", ())]
+    troubles += [f"all attempts at batch work fail for {name}" for name in runner.get("failing_models", ())]
     unserved = runner.get("unserved", {})
     troubles += [f"{count:,} batch items wait for {name}, not in the config" for name, count in unserved.items()]
     return [Text(trouble, style="red") for trouble in troubles]

@@ -183,7 +183,9 @@ class _Writer:
             return self._add(f'"\\"" {self._chars(node.least, node.most)} "\\""')
         pattern = node.pattern
         if (length(pattern, 1)[1] or 0) > REPEATS_MAX:
-            raise SchemaError("a pattern that can be written out to so many characters cannot be kept by this engine.")
+            raise SchemaError(
+                "a pattern that can be written out to so many characters cannot be enforced by this engine."
+            )
         return self._add(f'"\\"" {self._matching(pattern)} "\\""')
 
     def _matching(self, pattern: Pattern) -> str:
@@ -219,24 +221,24 @@ class _Writer:
         if ranges:
             options = [f"[{''.join(_span(low, high) for low, high in ranges)}]", *escaped]
         if not options:
-            raise SchemaError("a pattern of control characters cannot be kept by this engine.")
+            raise SchemaError("a pattern of control characters cannot be enforced by this engine.")
         return options[0] if len(options) == 1 else f"({' | '.join(options)})"
 
     def _number(self, node: Number) -> str:
         if node.multiple is not None and not (node.whole and node.multiple == 1):
-            raise SchemaError("'multipleOf' cannot be kept by this engine.")
+            raise SchemaError("'multipleOf' cannot be enforced by this engine.")
         if node.least is None and node.most is None:
             return '("-"? whole)' if node.whole else "number"
         options = _between(node)
         if not options:
-            raise SchemaError("numbers between such bounds cannot be kept by this engine.")
+            raise SchemaError("numbers between such bounds cannot be enforced by this engine.")
         return self._add(" | ".join(options))
 
     # -- lists and objects ---------------------------------------------------------------------------------------
 
     def _array(self, schema: Schema, node: Array) -> str:
         if node.unique:
-            raise SchemaError("'uniqueItems' cannot be kept by this engine.")
+            raise SchemaError("'uniqueItems' cannot be enforced by this engine.")
         most, end = node.most, self._bounds.items
         if end is not None and (most is None or most > end):
             most = max(node.least, len(node.prefix), end)

@@ -262,7 +262,11 @@ class _Fields:
             raise self.error(name, f"{allowed}: this engine does not implement it", code="unsupported_parameter")
         best_of = self.integer("best_of", 1)
         if best_of is not None and best_of != (self.integer("n", 1) or 1):
-            raise self.error("best_of", "absent or equal to n: no engine here picks", code="unsupported_parameter")
+            raise self.error(
+                "best_of",
+                "absent or equal to n: this engine does not select among choices",
+                code="unsupported_parameter",
+            )
 
 
 def _messages(fields: _Fields) -> tuple[Message, ...]:
@@ -307,11 +311,11 @@ def _part(part: Any, where: str) -> str:
         return text
     if isinstance(kind, str) and kind not in ("text", "refusal"):
         raise RequestError(
-            f"{where} holds a part of type {shown(kind)}; this engine understands only text parts.",
+            f"{where} holds a part of type {shown(kind)}; this engine supports only text parts.",
             param=where,
             code="unsupported_content",
         )
-    raise RequestError(f"{where} holds {shown(part)}; only text parts are understood.", param=where)
+    raise RequestError(f"{where} holds {shown(part)}; only text parts are supported.", param=where)
 
 
 def _prompts(fields: _Fields, most: int) -> tuple[str | tuple[int, ...], ...]:

@@ -457,7 +457,8 @@ def _refuse(request: GenerationRequest) -> None:
     if request.logprobs:
         field = "top_logprobs" if request.chat else "logprobs"
         raise RequestError(
-            f"{field} is {request.logprobs}; it must be 0: this engine knows the likelihood only of what it says.",
+            f"{field} is {request.logprobs}; it must be 0: this engine knows log probabilities only of the tokens that "
+            "it generates.",
             param=field,
             code="unsupported_parameter",
         )

@@ -209,7 +209,7 @@ class _Reader:
             raise _error(where, f"it is {_shown(given)}; a schema is an object or true")
         for keyword in _REFUSED:
             if keyword in given:
-                raise _error(where, f"{keyword!r} cannot be kept by this engine; leave it out")
+                raise _error(where, f"{keyword!r} cannot be enforced by this engine; leave it out")
         for keyword, read in (("$ref", self._ref), ("allOf", self._all_of), ("anyOf", self._any), ("oneOf", self._one)):
             if keyword in given:
                 return read(_alone(keyword, given, where), f"{where}.{keyword}", depth)
@@ -358,7 +358,7 @@ def _alone(keyword: str, given: dict[str, Any], where: str) -> Any:
         if all(isinstance(o, dict) and "$ref" not in o and o.get("type", said) == said for o in value):
             return [{"type": said, **option} for option in value]
     if beside:
-        raise _error(where, f"{beside[0]!r} beside {keyword!r} cannot be kept by this engine")
+        raise _error(where, f"{beside[0]!r} beside {keyword!r} cannot be enforced by this engine")
     return value
 
 
@@ -379,7 +379,7 @@ def _text(given: dict[str, Any], where: str) -> Text:
     written, format = given.get("pattern"), given.get("format")
     known = FORMATS.get(format) if isinstance(format, str) else None
     if written is not None and known is not None:
-        raise _error(where, f"'pattern' beside the format {format!r} cannot be kept by this engine")
+        raise _error(where, f"'pattern' beside the format {format!r} cannot be enforced by this engine")
     if written is None and known is None:
         return Text(least, most)
     if not isinstance(written, str | None):

@@ -279,7 +279,7 @@ class ProcessFleet:
 def _kind_report(starts: StartStatus) -> KindReport:
     if starts.state != "crash-looping":
         return KindReport(starts=starts)
-    reason = f"start after start of its engine fails ({starts.failures} in a row)"
+    reason = f"its engine keeps failing to start ({starts.failures} in a row)"
     trouble = Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False)
     # When the pause is over the next start is a try.
     return KindReport(starts=starts, trouble=trouble, instances_max=0 if trouble.retry_s > 0.0 else None)

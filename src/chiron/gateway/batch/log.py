@@ -29,9 +29,9 @@ class BatchLog:
             due_s[work.batch_id] = min(work.deadline_s, due_s.get(work.batch_id, inf))
         for id, items in left.items():
             if items:
-                log.info("batch %s goes on: %d items left, due in %s", id, items, _in_s(due_s[id] - wall_s))
+                log.info("batch %s continues: %d items left, due in %s", id, items, _in_s(due_s[id] - wall_s))
         for batch in unvalidated:
-            log.info("batch %s goes on: its input is validated again", batch.id)
+            log.info("batch %s continues: its input is validated again", batch.id)
 
     def saw(self, batch_id: str) -> None:
         """An item of it was taken out of the store, maybe before anybody saw it waiting."""

@@ -244,7 +244,7 @@ class BatchRunner:
         before, wall_s = self._marks, self._wall_s()
         self._marks = look(before, wall_s, was_set=abs(self._clock_set_s()) > BACK_S)
         if before.doubt_s and not self._marks.doubt_s:
-            log.info("the clock has run as it should and is believed again")
+            log.info("the clock has run steadily and is trusted again")
         if wall_s >= self._keep_marks_s or bool(before.doubt_s) != bool(self._marks.doubt_s):
             await self._store.keep_clock_marks(self._marks)
             self._keep_marks_s = wall_s + self._tuning.clock_keep_s
@@ -359,7 +359,7 @@ class BatchRunner:
             return True
         body = line_body(item.body, item.endpoint)
         if body is None:
-            message = "The request's line of the input file is no longer what it was when the batch was accepted."
+            message = "The request's line of the input file has changed since the batch was accepted."
             self._writer.add(failure(item, "invalid_json_line", message))
             return True
         try:
@@ -442,7 +442,7 @@ class BatchRunner:
         item = call.item
         log.warning("batch %s item %d failed: %s", item.batch_id, item.index, reason)
         if item.attempts + 1 >= self._tuning.attempts_max:
-            tries = f"Given up after {item.attempts + 1} attempts, each with retries."
+            tries = f"Failed after {item.attempts + 1} attempts, each with retries."
             self._writer.add(failure(item, "request_failed", f"{tries} The last one: {reason}"))
         else:
             self._writer.give_back([item], failed=True)

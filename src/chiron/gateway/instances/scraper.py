@@ -110,7 +110,7 @@ class Scraper:
             own_limit = engine.own_limit.look(engine.metrics, engine.instance.max_batch_size)
             if own_limit:
                 log.warning(
-                    "%s runs %d requests at once and lets others wait inside, though its max batch size here is %d; "
+                    "%s runs %d requests at once and queues others inside, though its max batch size here is %d; "
                     "set max_num_seqs of kind %r to the engine's own limit",
                     engine.url,
                     own_limit,

@@ -142,7 +142,7 @@ class Collector:
         if not self.finished:
             raise CollectError("the engine's stream ended before the answer did")
         if any(choice.fields["finish_reason"] in _NOT_ENDS for choice in self._choices.values()):
-            raise CollectError("the engine gave the answer up")
+            raise CollectError("the engine aborted the answer")
         return self.partial()
 
     def partial(self) -> Json:

@@ -43,12 +43,12 @@ class ForeignPages:
             elif name == b"sec-fetch-site":
                 site = value
         if site == b"cross-site":
-            return forbidden("Web pages of other sites may not use what no API key protects.")
+            return forbidden("Web pages of other sites may not use routes that no API key protects.")
         if origin is not None and not self._is_of_this_machine(origin, host):
             shown = origin.decode("latin-1")[:200]
             return forbidden(
-                f"Origin {shown!r} is a web page of another site, which may not use what no API key protects. Add its "
-                "name to server.hosts, or configure keys."
+                f"Origin {shown!r} is a web page of another site, which may not use routes that no API key protects. "
+                "Add its name to server.hosts, or configure keys."
             )
         if host == self._known or self._hosts is None or host is None or _is_own(host, self._hosts):
             self._known = host

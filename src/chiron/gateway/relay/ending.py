@@ -64,7 +64,7 @@ def passed_on(failure: UpstreamFailure | None) -> Answer | None:
 def wordless(status: int) -> bytes:
     """The error object of an engine that refused with this status and no body."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return ApiError(status, f"The engine answered {status} and said no more.", type=kind, code="engine_error").body()
+    return ApiError(status, f"The engine answered {status} without a message.", type=kind, code="engine_error").body()
 
 
 def refuse(incoming: Incoming, error: ApiError, request_id: str = "") -> None:
@@ -79,7 +79,7 @@ def _answer(error: ApiError) -> Answer:
 def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
     """What is known of a request that neither the gateway nor an engine has said anything about."""
     if request.outcome == "rejected" and request.dispatch_s >= 0.0:
-        return invalid("The engine refused the request, and did not say why.")
+        return invalid("The engine refused the request without a reason.")
     if request.outcome == "rejected":
         return invalid(
             f"The prompt of about {request.input_tokens} tokens is longer than any instance can hold.",
@@ -87,7 +87,7 @@ def _reason(request: Request, failure: UpstreamFailure | None) -> ApiError:
         )
     if request.outcome == "shed":
         return too_many(
-            "More requests come than the fleet can serve in time, and this one would be among the late ones.",
+            "The fleet cannot serve all requests in time now, and this one would be late.",
             max(_RETRY_AFTER_S, request.retry_after_s),
         )
     if failure is None:

@@ -478,7 +478,7 @@ class _Run:
     def _not_taken_in(self) -> None:
         """A fault of ours, with an answer that nobody thought of: its client must not wait for ever."""
         log.exception("%s: the answer to %s failed", self._engine.url, self.request.id)
-        self._engine.lost(self, UpstreamFailure("the answer could not be taken in"), sound=False)
+        self._engine.lost(self, UpstreamFailure("the answer could not be processed"), sound=False)
 
     def on_error(self, error: NetError) -> None:
         self.call = None
