@@ -14,7 +14,7 @@ from chiron.config.read import keys_of
 from chiron.config.serve import ServeFile, parse_serve
 from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.core.types import RequestClass
-from chiron.engines.rows import ENGINES
+from chiron.engines.rows import ENGINES, EngineRow
 from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
@@ -61,3 +61,13 @@ def test_the_page_names_no_key_that_does_not_exist() -> None:
 @pytest.mark.parametrize("example", re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
 def test_the_examples_of_the_page_load(example: str) -> None:
     assert parse_serve(example, directory=Path("/nowhere")).models
+
+
+@pytest.mark.parametrize("row", ENGINES.values(), ids=lambda row: row.name)
+def test_the_page_has_the_limits_of_every_engine(row: EngineRow) -> None:
+    usual = ENGINES["openai"]
+    for key in ("max_num_seqs", "max_num_batched_tokens"):
+        (cell,) = re.findall(rf"^\| `{key}` \| ([^|]*) \|", PAGE, re.MULTILINE)
+        assert cell.startswith(f"{getattr(usual, key)};")
+        told = "the profile's" if row.profile_key == "profile" else str(getattr(row, key))
+        assert getattr(row, key) == getattr(usual, key) or f"`{row.name}` {told}" in cell
