@@ -82,9 +82,9 @@ class RealPath:
     """Tries that engines lost or refused."""
 
 
-def served(name: str, classes: Mapping[str, RequestClass]) -> ServedModel:
+def served(name: str, classes: Mapping[str, RequestClass], batch_class: str = "") -> ServedModel:
     default = next(cls.name for cls in classes.values() if cls.interactive)
-    told = ModelSettings(name=name, kinds=(), classes=tuple(classes), default_class=default, batch_class="")
+    told = ModelSettings(name=name, kinds=(), classes=tuple(classes), default_class=default, batch_class=batch_class)
     return ServedModel(settings=told, classes=classes, kv_capacity_tokens=10**9)
 
 
@@ -115,11 +115,14 @@ class Site:
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
         scrape_period_s: float = 1.0,
+        batch_class: str = "",
     ) -> None:
         loop = asyncio.get_running_loop()
         self.clock = clock = LiveClock(loop, wall_s=0.0)
         by_name = {cls.name: cls for cls in classes}
-        known = Models({spec.name: served(spec.name, by_name) for spec in models})
+        self.models = known = Models({spec.name: served(spec.name, by_name, batch_class) for spec in models})
+        self.keys = KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in tenants if name])
+        self.next_id = itertools.count().__next__
         network = wire(clock, network_s)
 
         def make_fleet(events: LiveFleetEvents) -> EmulatedFleet:
@@ -150,9 +153,9 @@ class Site:
             specs=models,
             classes=classes,
             policy=policy,
-            keys=KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in tenants if name]),
+            keys=self.keys,
             limits=LimitSettings(queue_max=10**6),
-            next_id=itertools.count().__next__,
+            next_id=self.next_id,
             responded=lambda status: None,
             gpus_max=gpus_max,
             observer=observer,
