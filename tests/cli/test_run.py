@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 import chiron
 from chiron.cli import app
 from chiron.cli.explain.command import moment, parse_moment
-from chiron.cli.explain.source import Story
+from chiron.cli.explain.source import RunHistory
 from chiron.config.build import setups
 from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.sim.many import Run, run_many
@@ -160,12 +160,14 @@ def test_a_decision_is_told_at_the_second_that_it_is_shown_with() -> None:
     decision = DecisionPoint(
         t_s=10.3, kind="fleet", subject="m", before=1, after=3, reason="interactive_load", numbers={}
     )
-    story = Story(title="", models=("m",), decisions=(decision,), ends_s=60.0, state=lambda _, at_s: [f"state {at_s}"])
-    told = list(moment(story, "m", parse_moment("0:10")))
+    history = RunHistory(
+        title="", models=("m",), decisions=(decision,), ends_s=60.0, state=lambda _, at_s: [f"state {at_s}"]
+    )
+    told = list(moment(history, "m", parse_moment("0:10")))
     assert "  The plan grew from 1 to 3 instances at 0:10." in told
     assert "  state 10.3" in told
-    assert "had not changed" in "".join(moment(story, "m", parse_moment("0:09")))
-    assert "had not changed" in "".join(moment(story, "m", parse_moment("10.2s")))
+    assert "had not changed" in "".join(moment(history, "m", parse_moment("0:09")))
+    assert "had not changed" in "".join(moment(history, "m", parse_moment("10.2s")))
 
 
 def test_an_event_log_tells_the_same_story_even_if_its_last_line_was_cut_off(scenario: Path, saved: Path) -> None:

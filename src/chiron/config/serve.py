@@ -38,7 +38,7 @@ DEFAULT_CLASSES = {
     "chat": RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1),
     "batch": RequestClass(name="batch", kind="batch", deadline_s=86_400.0),
 }
-"""What requests are promised when the file has no ``[classes]``."""
+"""Classes and SLOs when the file has no ``[classes]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

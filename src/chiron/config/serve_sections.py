@@ -100,7 +100,7 @@ class ServeInstanceSection:
         if self.endpoints and self.command:
             raise ValueError("give either endpoints (engines that run already) or command (to start them)")
         for source, keys in _KEYS_OF.items():
-            # Keys that mean nothing here are a mistake, not a wish to be ignored.
+            # Keys that have no meaning here are a mistake, and not to be ignored silently.
             for key in keys if source != self.source else ():
                 if getattr(self, key):
                     raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {_OWNERS[source]}")

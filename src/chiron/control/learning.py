@@ -61,7 +61,7 @@ _Equation = tuple[list[float], float, float]
 LEAD_PRIOR = 0.1
 """Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
 _FEW = 0.02
-"""Share of requests that may be shorter than ``output_low``: who is promised a mean is at least so long."""
+"""Share of requests that may be shorter than ``output_low``: a request whose ITL SLO is a mean is at least so long."""
 _FEW_SEEN = 500
 """Finished requests before anything is said of the shortest of them: as many as the share of missed ITL SLOs remembers,
 so that packing starts no sooner than its misses would be noticed."""

@@ -126,7 +126,7 @@ class Lifecycle:
             # First those that still start, then the emptiest; the newest of equals.
             live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
             for instance in live[: len(live) - count]:
-                # While successors still start, the model keeps the instances that its bounds promise.
+                # While successors still start, the model keeps the instances that its bounds require.
                 ready = sum(1 for i in state.instances.values() if i.state == "ready")
                 if instance.state == "ready" and ready <= state.spec.min_instances:
                     break

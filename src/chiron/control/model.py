@@ -4,7 +4,7 @@ What never ran moves nothing. An arrival is load from the moment it comes, becau
 ask for instances; if it ends without having run (refused by an engine, taken back by its client before the first
 token, failed) it is taken out of the second in which it was counted. What ran in part counts for what it ran: its
 prompt, and as many output tokens as it had made. What Chiron shed for want of room is load all the same: an overload
-that hid itself would never be cured. Lengths, classes and promises are learned from what ran only.
+that hid itself would never be cured. Lengths, classes and SLOs are learned from what ran only.
 """
 
 from __future__ import annotations

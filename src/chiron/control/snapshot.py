@@ -53,7 +53,7 @@ class QueueSnapshot:
 
     interactive: int
     oldest_wait_s: float
-    """Since the first of those arrived; inf when nobody waits."""
+    """Since the first of those arrived; inf when none waits."""
     batch: int
     batch_announced: int
     """Batch requests that are still in a store."""

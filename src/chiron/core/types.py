@@ -25,7 +25,7 @@ ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestClass:
-    """What a kind of request was promised. ``inf`` means: no such promise."""
+    """A class of requests and its SLOs. ``inf`` means: no such SLO."""
 
     name: str
     kind: Kind

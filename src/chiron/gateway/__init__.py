@@ -1,1 +1,1 @@
-"""The live driver of the control plane: one OpenAI-compatible endpoint before the engines."""
+"""The live driver of the control plane: one OpenAI-compatible endpoint in front of the engines."""

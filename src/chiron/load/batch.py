@@ -29,7 +29,7 @@ from chiron.net.client import NetError, Origin
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 BOUNDARY = "chiron-load-5d1f0a"
 ODD = (ValueError, LookupError, TypeError, AttributeError)
-"""What JSON of another shape than the API promises raises when it is read."""
+"""What reading JSON of another shape than the API's raises."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class BodySettings:
     prompt: Prompt = "text"
     """``token-ids`` needs the completions API."""
     slo_headers: bool = True
-    """Send each class's promises as ``x-slo-ttft-ms`` and ``x-slo-tpot-ms``."""
+    """Send each class's SLOs as ``x-slo-ttft-ms`` and ``x-slo-tpot-ms``."""
     tiers: Mapping[str, str] = field(default_factory=dict)
     """``service_tier`` by class name. A class not named: ``flex`` if it is batch work, none if interactive."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Bodies:
 
 
 def headers_of(settings: BodySettings, cls: RequestClass | None) -> list[tuple[bytes, bytes]]:
-    """Headers of a request; ``None``: without a class's promises."""
+    """Headers of a request; ``None``: without a class's SLOs."""
     made = {"content-type": "application/json", "user-agent": "chiron-load"}
     if settings.key:
         made["authorization"] = f"Bearer {settings.key}"

@@ -17,7 +17,7 @@ class BatchSettings:
     poll_s: float = 1.0
     """Between two looks at a job."""
     poll_failures_max: int = 30
-    """Looks in a row that may fail before a job is given up."""
+    """Failed checks in a row before a job counts as failed."""
     wait_s: float = 60.0
     """How long after its deadline a job may still end."""
     input_max_bytes: int = 1 << 30

@@ -32,7 +32,7 @@ class Proxies:
 
     def forwarded(self, chain: Sequence[bytes]) -> str:
         """The peer that a trusted proxy speaks for, by the values of ``X-Forwarded-For``: the last address that is no
-        trusted proxy itself, since whatever stands before it may be made up. "": it names none."""
+        trusted proxy itself, since anything further left may be forged. "": it names none."""
         for entry in reversed(b",".join(chain).decode("latin-1").split(",")):
             address = entry.strip().strip('"')
             address = address[1:].partition("]")[0] if address.startswith("[") else address

@@ -6,7 +6,7 @@ the instance, corrected by what was measured; a cap that holds nothing back is n
 Global, interactive (every tick): load is arriving work over one instance's capacity, so the paper's busy instances
 become a fraction; IBP = load / instances, and its target Theta = 1/headroom. How far back to average, how long to
 wait before shrinking, and the headroom over that average are chosen by a backtest over the last hour
-(``policies.headroom``): what would have kept the promises, given the measured cold start, with the fewest
+(``policies.headroom``): what would have met the SLOs, given the measured cold start, with the fewest
 instances.
 
 Global, batch: queued work in order of deadline, less what the spare capacity of the interactive fleet will do by
@@ -226,8 +226,8 @@ def _decide_model(
 
 
 def _without_requests(wanted: int, model: ModelView, memory: ModelMemory) -> int:
-    """Nobody has come for a while: nothing is added, whatever busier times would need, and the last one goes. A fleet
-    that does not follow the load would stay for ever, so where it may be empty all of it goes."""
+    """No request has arrived for a while: nothing is added, whatever busier times would need, and the last one goes.
+    A fleet that does not follow the load would stay for ever, so where it may be empty all of it goes."""
     if model.min_instances == 0 and memory.headroom.rule == CONSTANT:
         return 0
     return min(wanted, sum(model.planned.values())) if wanted > 1 else 0

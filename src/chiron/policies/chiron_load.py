@@ -31,7 +31,7 @@ class ModelMemory:
     extra: int = 0
     """Instances added for batch deadlines."""
     pressure: float = 1.0
-    """Grows while promises are missed, and decays after."""
+    """Grows while SLOs are missed, and decays after."""
     spare_trust: float = 0.0
     """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
     batch_work_s: float = 0.0
@@ -168,7 +168,7 @@ def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) 
 
 def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, serving: Capacity) -> float:
     """Instances that a queue asks for: what carries the load that comes now, and clears the queue by the time a new
-    instance is up. 0 while nobody waits.
+    instance is up. 0 while no request waits.
 
     "Now" is as long as a start takes: a burst that has lasted so long is worth one, as who knows nothing of the end
     of a thing should buy once renting has cost as much (ski rental). At most a minute.
@@ -184,7 +184,7 @@ def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
 
 
 def pressure(before: float, model: ModelView) -> float:
-    """Missed promises raise the headroom; kept ones let it decay."""
+    """Missed SLOs raise the headroom; met ones let it decay."""
     ended = model.attained + model.missed
     if ended == 0:
         return before

@@ -228,7 +228,7 @@ def _decide_model(
     serving = [i for i in model.instances if i.state in ("ready", "starting") and i.role != "batch"]
     busy = sum(1 for i in serving if i.dispatched_interactive > 0)
     theta = _theta(settings, memory, model)
-    # An empty fleet has no busy instance; whoever waits needs one.
+    # An empty fleet has no busy instance; a request that waits needs one.
     least = max(model.min_instances, 1 if model.waiting_interactive else 0)
     wanted = min(max(ceil(busy / theta - ROUNDING), least), model.max_instances)
     current = model.planned.get("interactive", 0) + model.planned.get("mixed", 0)

@@ -2,7 +2,7 @@
 
 The paper takes the over-provisioning Theta from the spike ratio of arrivals over one model-load interval. Here the
 question is asked directly: with which rule, applied to the last hour as it would have been lived through, would the
-promises have been kept with the fewest instance-seconds?
+SLOs have been met with the fewest instance-seconds?
 
 A rule is (window, settle, h): the fleet at time t is ``h`` times the largest ``window``-mean of the load seen between
 ``t - cold_start - settle`` and ``t - cold_start``: what was asked for arrives one cold start later, and shrinks only
@@ -68,7 +68,7 @@ def choose_headroom(
     ceiling: int,
     current: Rule | None = None,
 ) -> Headroom:
-    """The cheapest rule that keeps the promises, or the ``current`` one if that is nearly as cheap.
+    """The cheapest rule that meets the SLOs, or the ``current`` one if that is nearly as cheap.
 
     ``load``: instances' worth of work arriving in each past second, shape (T,). ``counts``: requests per class and
     second, shape (C, T). ``slack_s``: the wait each class can bear. ``floor``, ``ceiling``: fleet bounds.
@@ -136,11 +136,11 @@ def _least(
 ) -> tuple[float, float]:
     """(least headroom of the grid that suffices, its mean instances); misses fall as it grows, so bisect."""
     low, high = 0, len(grid) - 1
-    if not keeps_promises(load, counts, slack_s, _fleet(basis, grid[high], floor, ceiling), miss_max):
+    if not meets_slos(load, counts, slack_s, _fleet(basis, grid[high], floor, ceiling), miss_max):
         return float(grid[high]), inf
     while low < high:
         middle = (low + high) // 2
-        if keeps_promises(load, counts, slack_s, _fleet(basis, grid[middle], floor, ceiling), miss_max):
+        if meets_slos(load, counts, slack_s, _fleet(basis, grid[middle], floor, ceiling), miss_max):
             high = middle
         else:
             low = middle + 1
@@ -152,7 +152,7 @@ def _fleet(basis: Floats, h: float, floor: int, ceiling: int) -> Floats:
     return fleet
 
 
-def keeps_promises(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
+def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
     """Run the load as a fluid queue through the fleet: backlog by the reflection of its net input."""
     net = np.cumsum(load - fleet)
     backlog = net - np.minimum(np.minimum.accumulate(net), 0.0)

@@ -50,7 +50,7 @@ class OverloadSettings:
     fair: bool = True
     """Share an overload out over classes and API keys; off: the earliest deadline goes first in an overload too."""
     hold_s: float = 30.0
-    """An overload is over when nobody was lost for this long."""
+    """An overload is over when no request was lost for this long."""
     refuse: bool = False
     """Refuse requests that would be lost before their turn comes (429 with Retry-After), instead of serving them
     late."""

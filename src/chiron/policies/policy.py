@@ -102,7 +102,7 @@ class Order(Protocol):
         """One that cannot be served in time any more, the oldest; None: there is none, or this order does not care."""
 
     def oldest_arrival_s(self) -> float:
-        """inf when nobody waits. Called rarely."""
+        """inf when no request waits. Called rarely."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,12 +20,12 @@ def prefill_s(estimates: Estimates, tokens: int) -> float:
 
 
 def kv_limit(instance: Instance) -> float:
-    """KV tokens that may be promised there."""
+    """KV tokens that may be booked there."""
     return KV_FILL * instance.kv_capacity_tokens
 
 
 def kv_fits(instance: Instance, tokens: int, kv_tokens: float) -> bool:
-    """Whether so much KV may be promised there too. A request larger than that runs alone, if its prompt fits."""
+    """Whether so much KV may be booked there too. A request larger than that runs alone, if its prompt fits."""
     if instance.kv_reserved_tokens + kv_tokens <= KV_FILL * instance.kv_capacity_tokens:
         return True
     return not instance.requests and tokens < instance.kv_capacity_tokens

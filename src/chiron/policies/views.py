@@ -127,7 +127,7 @@ class ModelView:
     """Earliest deadline first; groups beyond a limit are merged into the last."""
     running_batch: int
     attained: int
-    """Interactive requests that ran and ended since the last tick with every promise kept, and those without or turned
+    """Interactive requests that ran and ended since the last tick with every SLO met, and those without or turned
     away for want of room or time."""
     missed: int
     itl_missed: float

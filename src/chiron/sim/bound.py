@@ -74,7 +74,7 @@ def bound(setup: Setup) -> Bound:
     counted = work.arrival_s < setup.horizon_s
     end_s = min(setup.horizon_s, float(work.arrival_s.max(initial=0.0)))
     required = np.ones(len(work), dtype=np.bool_)
-    due_s, itl_s = _promises(work.arrival_s, work.output_tokens, work.cls, work.deadline_s, work.classes, required)
+    due_s, itl_s = _limits(work.arrival_s, work.output_tokens, work.cls, work.deadline_s, work.classes, required)
     columns = (work.arrival_s, np.minimum(due_s, setup.horizon_s), work.input_tokens, work.output_tokens, itl_s)
     return _bound(setup, counted, work.model, columns, end_s)
 
@@ -86,7 +86,7 @@ def bound_of_run(setup: Setup, requests: RequestTable, end_s: float) -> Bound:
     if not (isfinite(end_s) and end_s >= 0.0):
         raise BoundError(f"end_s is {end_s}; it must be finite and at least 0 seconds")
     classes = setup.workload.classes
-    due_s, itl_s = _promises(
+    due_s, itl_s = _limits(
         requests.arrival_s,
         requests.output_tokens,
         requests.cls,
@@ -98,7 +98,7 @@ def bound_of_run(setup: Setup, requests: RequestTable, end_s: float) -> Bound:
     return _bound(setup, requests.outcome == 0, requests.model, columns, end_s)
 
 
-def _promises(
+def _limits(
     arrival_s: Floats,
     output_tokens: Ints,
     cls: Ints,

@@ -13,7 +13,7 @@ import numpy as np
 
 from chiron.core.types import ModelSpec
 from chiron.engines.profile import Profile
-from chiron.policies.headroom import keeps_promises
+from chiron.policies.headroom import meets_slos
 from chiron.sim.bound_work import request_work_s
 from chiron.workload.types import Workload
 
@@ -42,7 +42,7 @@ def initial_instances(workload: Workload, spec: ModelSpec, profile: Profile) -> 
     counts = np.array([np.bincount(second[cls == index], minlength=seconds) for index in present], dtype=float)
     slack_s = [SLACK_SHARE * workload.classes[index].ttft_s for index in present]
     count = max(ceil(float(work_s.sum()) / (window_s * UTILISATION)), spec.min_instances, 1)
-    while count < spec.max_instances and not keeps_promises(
+    while count < spec.max_instances and not meets_slos(
         load, counts, slack_s, np.full(seconds, float(count)), MISS_MAX
     ):
         count += 1

@@ -1,6 +1,6 @@
 """The durable store of batch work: what the gateway asks of it, and the values that cross.
 
-An implementation promises: what an awaited call answered is on disk; each item of an accepted batch ends with exactly
+An implementation guarantees: what an awaited call answered is on disk; each item of an accepted batch ends with exactly
 one result line, whatever is killed when; and memory does not grow with the size of a file or a batch.
 
 Times named ``_s`` are wall-clock seconds since the epoch, or durations in seconds. ``owner`` is the name of an API key

@@ -20,7 +20,7 @@ ROOM = 1.06
 
 
 def tradeoff(runs: Sequence[PolicyRuns], looks: dict[str, Look], bound: float | None, target: float) -> Chart | None:
-    """Attainment of the worst class against GPU-hours: one marker per policy and seed. None where nobody knows GPUs."""
+    """Attainment of the worst class against GPU-hours: a marker per policy and seed. None without known GPUs."""
     series = []
     for policy in runs:
         known = [r for r in policy.results if r.summary["gpu_hours"] is not None]
@@ -97,10 +97,10 @@ def duration(result: RunData) -> float:
 
 
 def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Chart]:
-    """A chart per class and promise: the distribution over requests, a line per policy (its first seed)."""
+    """A chart per class and SLO: the distribution over requests, a line per policy (its first seed)."""
     first = runs[0].results[0]
     drawn: list[Chart] = []
-    for index, promised in enumerate(first.classes):
+    for index, shown in enumerate(first.classes):
         if not (first.requests.cls == index).any():
             continue
         for measure, title, limit in measures(first, index):
@@ -110,7 +110,7 @@ def latencies(runs: Sequence[PolicyRuns], looks: dict[str, Look]) -> list[Chart]
             series = tuple(cdf_line(p.policy, looks[p.policy], c) for p, c in zip(runs, curves, strict=True))
             drawn.append(
                 Chart(
-                    title=f"{promised.name}: {title.split(',')[0]}",
+                    title=f"{shown.name}: {title.split(',')[0]}",
                     x=value_axis(measure, title, curves, limit),
                     panels=(
                         Panel(

@@ -4,7 +4,7 @@ Every line has ``t`` (seconds since the run began) and ``event``. The gateway st
 ``log``: ``at`` is the wall time of that line, ``run`` the wall time at ``t == 0``, which also names the run. It rotates
 its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on; a restart begins a new file too.
 
-Lines of the gateway end with a checksum, ``"sum"``, of what stands before it, so that a bit that the disk has flipped
+Lines of the gateway end with a checksum, ``"sum"``, of the rest of the line, so that a bit that the disk has flipped
 is not taken for a number. In a file where one line has a sum all must.
 """
 

@@ -149,7 +149,7 @@ def attained(ax: Any, scale: Axis) -> None:
 
 
 def limit(line: Callable[..., Any], place: float, name: str) -> None:
-    """A promise: named in the legend, because words in a chart lie on what it shows."""
+    """An SLO: named in the legend, because words in a chart cover what it shows."""
     line(place, color=LIMIT_COLOUR, linestyle="--", linewidth=1, label=name)
 
 
@@ -171,7 +171,7 @@ def fleets(ax: Any, runs: Runs, seen: dict[str, Look]) -> Any:
 def latency(ax: Any, runs: Runs, seen: dict[str, Look], cls: int, measure: str) -> Any:
     """Distribution over the requests of a class, a line per policy (its first seed), and the SLO."""
     first = runs[0].results[0]
-    title, promised = next((title, promised) for name, title, promised in measures(first, cls) if name == measure)
+    title, slo = next((title, slo) for name, title, slo in measures(first, cls) if name == measure)
     curves = [latency_cdf(policy.results[0], cls, measure) for policy in runs]
     scale = charts.share_axis(curves)
     for depth, (policy, curve) in enumerate(zip(runs, curves, strict=True)):
@@ -185,15 +185,15 @@ def latency(ax: Any, runs: Runs, seen: dict[str, Look], cls: int, measure: str) 
         )
     if measure == "deadline":
         ends = [float(c.value[-1]) for c in curves if len(c.value)]
-        ax.set_xlim(0, charts.ROOM * max(*ends, promised, 0.0))
+        ax.set_xlim(0, charts.ROOM * max(*ends, slo, 0.0))
     else:
-        low, high, ticks = log_axis(curves, promised)
+        low, high, ticks = log_axis(curves, slo)
         ax.set_xscale("log")
         ax.set_xlim(low, high)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.set_xticks([], minor=True)
-    if isfinite(promised):
-        limit(ax.axvline, promised, "SLO")
+    if isfinite(slo):
+        limit(ax.axvline, slo, "SLO")
     attained(ax, scale)
     ax.set(
         title=f"{first.classes[cls].name}: {title.split(',')[0]}", xlabel=title, ylabel="requests at least this fast"

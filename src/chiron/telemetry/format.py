@@ -11,7 +11,7 @@ from math import floor
 
 Show = Callable[[float], str]
 NONE = "–"
-"""What nobody knows."""
+"""An unknown figure."""
 DIGITS_MAX = 6
 
 
@@ -44,7 +44,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def known(show: Show, value: float | None) -> str:
-    """A figure, or the sign for one that nobody has."""
+    """A figure, or the sign for an unknown one."""
     return NONE if value is None or value != value else show(value)
 
 

@@ -15,7 +15,7 @@ OUTCOMES = ("finished", "rejected", "failed", "cancelled", "unfinished", "shed")
 BLAMELESS = ("rejected",)
 """Outcomes that are neither attained nor missed: something was wrong with the request itself."""
 EXCUSED = ("cancelled", "unfinished")
-"""Of a live run these count only if a promise was broken by then: the client left in time, or may yet be served."""
+"""Of a live run these count only if an SLO was missed by then: the client left in time, or may yet be served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ class RequestTable:
 
     def judged(self, classes: tuple[RequestClass, ...], now_s: float | None = None) -> npt.NDArray[np.bool_]:
         """All but those that can be held against nobody: something was wrong with the request itself. With ``now_s``
-        also those whose client left before a promise was broken, or that are still open then and not late yet."""
+        also those whose client left before an SLO was missed, or that are still open then and not late yet."""
         blameless: npt.NDArray[np.bool_] = ~np.isin(self.outcome, [OUTCOMES.index(name) for name in BLAMELESS])
         if now_s is None:
             return blameless

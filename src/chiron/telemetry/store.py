@@ -135,7 +135,7 @@ def check_began(value: Any, path: str | Path) -> None:
 
 
 def read_rows(columns: Any, row_type: Any, where: str) -> tuple[Any, ...]:
-    """Rows from columns; names and lengths must fit. JSON lists become the tuples that the types promise."""
+    """Rows from columns; names and lengths must fit. JSON lists become the tuples that the types require."""
     names = [field.name for field in fields(row_type)]
     added = {field.name for field in fields(row_type) if field.default is not MISSING}  # Older files lack these.
     if not isinstance(columns, dict) or not set(names) - added <= columns.keys() <= set(names):

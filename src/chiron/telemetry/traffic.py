@@ -134,19 +134,19 @@ def hinges(edges_s: Floats, start_s: Floats, slope: Floats) -> Floats:
 
 
 def latency(result: RunData, table: RequestTable, bins: Bins, end_s: float) -> Chart | None:
-    """Median and p99 of the TTFT by time of arrival, of each class that was promised one."""
+    """Median and p99 of the TTFT by time of arrival, of each class that has an SLO for it."""
     per, x_axis = axes.time(end_s)
     at = [*(bins.edges_s / per)]
     series: list[Series] = []
     limits: dict[float, list[tuple[str, str]]] = {}
     shown = [(i, c) for i, c in enumerate(result.classes) if c.interactive and (table.cls == i).any()]
-    for number, (index, promised) in enumerate(shown):
+    for number, (index, cls) in enumerate(shown):
         mine = (table.cls == index) & (table.first_token_s >= 0)
         for share, name, dash in ((0.99, "p99", ""), (0.5, "p50", "2 2.5")):
             values = quantiles(table.ttft_s()[mine], bins.of(table.arrival_s[mine]), len(bins.widths_s), share)
             if np.isfinite(values).any():
-                series.append(held(f"{promised.name} {name}", COLOURS[number % len(COLOURS)], at, values, dash=dash))
-        limits.setdefault(promised.ttft_s, []).append((promised.name, COLOURS[number % len(COLOURS)]))
+                series.append(held(f"{cls.name} {name}", COLOURS[number % len(COLOURS)], at, values, dash=dash))
+        limits.setdefault(cls.ttft_s, []).append((cls.name, COLOURS[number % len(COLOURS)]))
     seen = [value for one in series for value in one.y if isfinite(value)]
     if not seen:
         return None

@@ -42,7 +42,7 @@ class PolicyRuns:
 
     @property
     def gpu_hours(self) -> float:
-        """Mean over seeds; inf where nobody knows (a load generator sees no GPU), so that known figures rank first."""
+        """Mean over seeds; inf where it is unknown (a load generator sees no GPU), so that known figures rank first."""
         figures = self.stat("gpu_hours")
         return inf if figures is None else figures.mean
 

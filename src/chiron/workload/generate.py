@@ -92,7 +92,7 @@ class ClosedLoop:
     """Users who wait for the answer, think, and ask again: an open-loop approximation.
 
     A trace fixes its arrivals before any answer is known, so every answer is assumed to take ``response_s``. A slow
-    system would in truth be asked less often, and a fast one more; neither shows here.
+    system would in reality get fewer requests, and a fast one more; neither shows here.
     """
 
     users: int

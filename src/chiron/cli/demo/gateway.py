@@ -14,7 +14,7 @@ from pathlib import Path
 
 START_TIMEOUT_S = 60.0
 GRACE_S = 20.0
-"""Between the wish that it ends and SIGKILL."""
+"""Between SIGTERM and SIGKILL."""
 LOG_BYTES_MAX = 8 << 20
 _URL = re.compile(r"chiron serves at (\S+)/v1")
 _POLL_S = 0.05

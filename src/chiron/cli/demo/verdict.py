@@ -13,12 +13,12 @@ from chiron.telemetry.result import Result
 
 def verdict_lines(load: Mapping[str, Any], gateway: Result, instances_max: int) -> list[str]:
     """``load``: figures of the load generator; ``gateway``: the gateway's own record of the same run."""
-    lines = [_latency(name, load["classes"][name], gateway) for name in load["classes"] if _promises(name, gateway)]
+    lines = [_latency(name, load["classes"][name], gateway) for name in load["classes"] if _has_slos(name, gateway)]
     lines += [_job(job) for job in load["jobs"]]
     return [*lines, _evictions(gateway), _fleet(gateway, instances_max), _batch_sizes(gateway)]
 
 
-def _promises(name: str, result: Result) -> bool:
+def _has_slos(name: str, result: Result) -> bool:
     return any(cls.name == name and cls.interactive for cls in result.classes)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chiron.cli.explain.moment import RunClock
-from chiron.cli.explain.source import Story, load_story
+from chiron.cli.explain.source import RunHistory, load_history
 from chiron.config.read import ConfigError, suggest
 from chiron.telemetry.decision_text import quantity, words
 from chiron.telemetry.run_data import DecisionPoint
@@ -40,7 +40,7 @@ def explain(
 
     Without --at: every reason with its count, and the largest changes. With --at: the decision in force at that
     moment, the numbers behind it, the fleet and the queue then, and the decisions before and after. A saved result
-    also tells backpressure and batch groups.
+    also shows backpressure and batch groups.
 
     Examples:
 
@@ -48,27 +48,27 @@ def explain(
 
     - `chiron explain chiron-data/events.jsonl --at 12:41`
     """
-    story = load_story(file)
-    asked = None if at is None else story.clock.read(at)
+    history = load_history(file)
+    asked = None if at is None else history.clock.read(at)
     console = Console(highlight=False, markup=False)
-    models = _models(story, model)
-    console.print(story.title, style="bold", soft_wrap=True)
-    for words_of in story.damage[:DAMAGE_SHOWN]:
+    models = _models(history, model)
+    console.print(history.title, style="bold", soft_wrap=True)
+    for words_of in history.damage[:DAMAGE_SHOWN]:
         console.print(f"Passed over: {words_of}.", style="red", soft_wrap=True)
-    if len(story.damage) > DAMAGE_SHOWN:
-        console.print(f"And {len(story.damage) - DAMAGE_SHOWN} more damaged lines.", style="red")
+    if len(history.damage) > DAMAGE_SHOWN:
+        console.print(f"And {len(history.damage) - DAMAGE_SHOWN} more damaged lines.", style="red")
     if not models:
         console.print("Nothing is in it yet: no request, no instance, no decision.")
-    if story.note:
-        console.print(story.note, soft_wrap=True)
+    if history.note:
+        console.print(history.note, soft_wrap=True)
         return
     if asked is not None and asked.note:
         console.print(asked.note, soft_wrap=True, markup=False)
     for name in models:
         if asked is None:
-            _print_overview(console, story, name)
+            _print_overview(console, history, name)
         else:
-            for line in moment(story, name, asked.at_s):
+            for line in moment(history, name, asked.at_s):
                 console.print(line, soft_wrap=True, markup=False)
 
 
@@ -77,22 +77,22 @@ def parse_moment(text: str, began: datetime | None = None, ends_s: float = 0.0) 
     return RunClock(ends_s=ends_s, began=began).read(text).at_s
 
 
-def moment(story: Story, model: str, at_s: float) -> Iterator[str]:
+def moment(history: RunHistory, model: str, at_s: float) -> Iterator[str]:
     """One model around one moment, line by line."""
-    changes = [d for d in story.decisions if d.subject == model and d.before != d.after]
+    changes = [d for d in history.decisions if d.subject == model and d.before != d.after]
     # Moments are shown to the second, so a whole second has what is shown with it.
     whole = at_s == round(at_s)
     earlier = [d for d in changes if (round(d.t_s) if whole else d.t_s) <= at_s]
     later = changes[len(earlier) :]
-    clock = story.clock
+    clock = history.clock
     yield f"\n{model} at {clock.show(at_s)} ({at_s:,.0f} s)"
-    if at_s > story.ends_s:
-        yield f"  The run ended at {clock.show(story.ends_s)}; this is how it stood then."
+    if at_s > history.ends_s:
+        yield f"  The run ended at {clock.show(history.ends_s)}; this is how it stood then."
     if earlier:
         yield from _tell(earlier[-1], at_s, clock)
     else:
         yield "  The plan had not changed since the start."
-    for line in story.state(model, max(at_s, earlier[-1].t_s) if earlier else at_s):
+    for line in history.state(model, max(at_s, earlier[-1].t_s) if earlier else at_s):
         yield f"  {line}"
     if len(earlier) > 1:
         yield f"  Before it: {_brief(earlier[-2], clock)}"
@@ -113,8 +113,8 @@ def _brief(decision: DecisionPoint, clock: RunClock) -> str:
     return f"{clock.show(decision.t_s)}, {decision.before:g} -> {decision.after:g}: {words(decision.reason)}."
 
 
-def _print_overview(console: Console, story: Story, model: str) -> None:
-    changes = [d for d in story.decisions if d.subject == model and d.before != d.after]
+def _print_overview(console: Console, history: RunHistory, model: str) -> None:
+    changes = [d for d in history.decisions if d.subject == model and d.before != d.after]
     console.print(f"\n{model}: {len(changes)} change{'s' if len(changes) != 1 else ''} of the plan")
     table = Table("why", "grew", "shrank", box=None, pad_edge=False, header_style="bold")
     grew = Counter(d.reason for d in changes if d.after > d.before)
@@ -127,13 +127,13 @@ def _print_overview(console: Console, story: Story, model: str) -> None:
     largest = sorted(changes, key=lambda d: (-abs(d.after - d.before), d.t_s))[:LISTED]
     console.print("\nThe largest:")
     for decision in sorted(largest, key=lambda d: d.t_s):
-        console.print(f"  {_brief(decision, story.clock)}", soft_wrap=True)
-    console.print(f"More about one of them: --at {story.clock.option(largest[0].t_s)}")
+        console.print(f"  {_brief(decision, history.clock)}", soft_wrap=True)
+    console.print(f"More about one of them: --at {history.clock.option(largest[0].t_s)}")
 
 
-def _models(story: Story, model: str | None) -> tuple[str, ...]:
+def _models(history: RunHistory, model: str | None) -> tuple[str, ...]:
     if model is None:
-        return story.models
-    if model not in story.models:
-        raise ConfigError(f"--model {model!r}: {suggest(model, story.models)}")
+        return history.models
+    if model not in history.models:
+        raise ConfigError(f"--model {model!r}: {suggest(model, history.models)}")
     return (model,)

@@ -1,4 +1,4 @@
-"""What ``chiron explain`` tells from: a saved result, or an event log."""
+"""What ``chiron explain`` reads: a saved result, or an event log."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NO_FLEET = "No fleet is in it: a client, such as chiron load, sees none. A gatew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Story:
-    """A run, as far as it can be told."""
+class RunHistory:
+    """A run, as far as it is known."""
 
     title: str
     models: tuple[str, ...]
@@ -30,7 +30,7 @@ class Story:
     """Of the fleet, all models, in order of time."""
     ends_s: float
     note: str = ""
-    """Why it tells of no fleet, if it cannot."""
+    """Why it has no fleet, if it has none."""
     damage: tuple[str, ...] = ()
     """Lines of an event log that are damaged and passed over, in words."""
     began: datetime | None = None
@@ -43,12 +43,12 @@ class Story:
         return RunClock(ends_s=self.ends_s, began=self.began)
 
 
-def load_story(path: Path) -> Story:
+def load_history(path: Path) -> RunHistory:
     """From a file that ``--save`` or ``--events`` wrote. Raises LogError, StoreError or OSError."""
     return _of_result(path) if zipfile.is_zipfile(path) else _of_log(path)
 
 
-def _of_result(path: Path) -> Story:
+def _of_result(path: Path) -> RunHistory:
     result = load_result(path)
     began = None if result.began is None else datetime.fromisoformat(result.began)
     decisions = tuple(d for d in result.decisions if d.kind == "fleet")
@@ -59,7 +59,7 @@ def _of_result(path: Path) -> Story:
         points = [point for point in result.fleet if point.model == model and point.t_s <= at_s]
         return _tell_point(points[-1], clock) if points else ()
 
-    return Story(
+    return RunHistory(
         title=f"{result.scenario}, policy {result.policy}{seed_of(result)}",
         models=result.models,
         decisions=decisions,
@@ -95,7 +95,7 @@ def _roles(ready: Mapping[str, int]) -> str:
     return f"{sum(ready.values())} ready" + (f" ({roles})" if roles else "")
 
 
-def _of_log(path: Path) -> Story:
+def _of_log(path: Path) -> RunHistory:
     damage: list[str] = []
     events = tuple(read_event_log(path, last_run=True, damaged=damage.append))
     models = dict.fromkeys(str(event["model"]) for event in events if "model" in event)
@@ -103,7 +103,7 @@ def _of_log(path: Path) -> Story:
     def state(model: str, at_s: float) -> Iterable[str]:
         return _tell_events([event for event in events if event["t"] <= at_s], model)
 
-    return Story(
+    return RunHistory(
         title=f"event log {path.name}",
         models=tuple(models),
         decisions=tuple(_decision(event) for event in events if event.get("kind") == "fleet"),

@@ -32,7 +32,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 
 
 def comparison(scenario: str, ranking: Sequence[PolicyRuns]) -> Table:
-    """A row per policy. Columns of what nobody knows are left out: a client sees no GPU."""
+    """A row per policy. Columns without any known figure are left out: a client sees no GPU."""
     classes = list(dict.fromkeys(name for p in ranking for r in p.results for name in r.summary["attainment"]))
     table = Table(title=f"scenario {scenario}", title_justify="left", pad_edge=False, box=None, header_style="bold")
     table.add_column("policy", no_wrap=True)
@@ -74,7 +74,7 @@ def _cell(stat: Stat | None, show: Show, *, ranged: bool = False) -> str:
 
 
 def _worst(runs: PolicyRuns, figure: str, show: Show) -> str:
-    """The p99 of the interactive class that fares worst; batch work was promised no latency."""
+    """The p99 of the interactive class that fares worst; batch work has no latency SLO."""
     names = [c.name for c in runs.results[0].classes if c.interactive]
     means = [stat.mean for name in names if (stat := runs.stat(figure, name, "p99")) is not None]
     return show(max(means)) if means else NONE

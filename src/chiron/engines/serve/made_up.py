@@ -1,4 +1,4 @@
-"""JSON that nobody meant and that fits a schema: what an emulated engine says where JSON was asked for.
+"""Random JSON that fits a schema: what an emulated engine answers where JSON is required.
 
 The same schema and the same random numbers give the same text. How much is made up is limited: once a value has become
 large or deep, optional properties are left out, lists get no more items than they must, and of alternatives the

@@ -298,7 +298,7 @@ class OpenVinoEngine:
         return "length" if len(done) >= sequence.tokens_max else None
 
     def _cancel(self, sequences: list[Sequence]) -> None:
-        """Nobody wants the rest of an answer."""
+        """The rest of an answer is no longer needed."""
         for sequence in sequences:
             if sequence in self._batch.running:
                 self._batch.cancel(sequence)
@@ -322,7 +322,7 @@ class OpenVinoEngine:
             # Sequences that were cancelled are let go by one more step, even if nobody else is left.
             if not self._batch.running and not self.model.pipeline.has_non_finished_requests():
                 self._stepping = False
-                self._due_s = 0.0  # Time without work is nobody's lateness.
+                self._due_s = 0.0  # Time without work is not lateness.
                 return
             started_s = now_s()
             if self._pace is not None and started_s - self._due_s < _LATE_S:
@@ -442,7 +442,7 @@ class OpenVinoEngine:
         sequence.last_s = ended_s
 
     def _fail(self, error: Exception) -> None:
-        """A step cannot be run: nobody here gets an answer any more."""
+        """A step cannot be run: all requests here fail."""
         log.exception("a step failed")
         trouble = RequestError("The engine failed.", status=500, type="server_error", code="engine_failed")
         for sequence in [*self._batch.running, *self._waiting]:

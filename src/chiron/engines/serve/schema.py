@@ -1,7 +1,7 @@
 """JSON schemas, read strictly into values that an engine can keep to.
 
-An engine that promises JSON of a schema must keep all that the schema asks, so what is not understood here is an error
-that names the keyword and its place. What only describes (``title``, ``default``, keywords that nobody knows) is
+An engine that offers JSON of a schema must enforce all of it, so what is not understood here is an error
+that names the keyword and its place. What only describes (``title``, ``default``, unknown keywords) is
 ignored, as JSON Schema has it. Read are types, ``properties``, ``required``, ``additionalProperties``, ``items``,
 ``prefixItems``, ``enum``, ``const``, ``anyOf``, ``oneOf`` where no value can fit two, ``allOf`` of one, ``$ref``
 within the schema (also to itself), and bounds of lengths, counts and numbers, ``pattern`` and ``format``.

@@ -39,7 +39,7 @@ class ApiLimits:
     peer_share: float = 0.5
     """Of uploads and bodies at a time, what one address or API key may have."""
     upload_stall_s: float = 60.0
-    """An upload that brings nothing for so long is given up (408)."""
+    """An upload that sends nothing for so long is refused (408)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,12 +29,12 @@ class RunnerSettings:
     """What hardly anybody changes."""
 
     attempts_max: int = 2
-    """Times that the control plane may give up on an item (after retries of its own) before it fails."""
+    """Times that an item may fail in the control plane (after its own retries) before it is an error."""
     window_bytes_max: int = 128 << 20
     """Input lines of one model that are queued at a time, or twice as much where some of it is due before the rest:
     lines with images are megabytes each."""
     failing_max: int = 3
-    """Items given up in a row, of one model, before the engines are taken to be at fault."""
+    """Failed items in a row, of one model, before the engines are taken to be at fault."""
     finish_max: int = 256
     """Results written at once."""
     finish_wait_s: float = 0.02

@@ -45,7 +45,7 @@ class Window:
         self.held: deque[Item] = deque()
         """Leased, and waiting until their keys' limits let them run."""
         self.failing = 0
-        """Items given up since the last that got an answer."""
+        """Items that failed since the last that got an answer."""
         self.resume_s = 0.0
         """Nothing is submitted before (the clock's time)."""
         self.lease_delay_s = 0.0
@@ -55,7 +55,7 @@ class Window:
 
     @property
     def engines_fail(self) -> bool:
-        """So many items were given up in a row that the engines are taken to be at fault."""
+        """So many items failed in a row that the engines are taken to be at fault."""
         return self.failing >= self._tuning.failing_max
 
     def queued(self) -> list[BatchCall]:

@@ -2,7 +2,7 @@
 
 Class of a request, first match wins: header ``x-chiron-class`` (a class by name), ``service_tier: "flex"`` (the
 model's batch class), SLO headers ``x-slo-ttft-ms`` and ``x-slo-tpot-ms`` (the model's interactive class whose ITL is
-nearest below what is asked, with the asked values as its promises), else the model's default class.
+nearest below what is requested, with the requested values as its SLOs), else the model's default class.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _class_of(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel
         return cls
     if named is None and tpot is not None:
         cls = _nearest(tuple(c for c in classes.values() if c.interactive), tpot)
-    return _promised(cls, ttft, tpot)
+    return _with_slos(cls, ttft, tpot)
 
 
 @lru_cache(maxsize=1024)
@@ -170,8 +170,8 @@ def _nearest(classes: tuple[RequestClass, ...], itl_s: float) -> RequestClass:
 
 
 @lru_cache(maxsize=4096)
-def _promised(cls: RequestClass, ttft_s: float | None, itl_s: float | None) -> RequestClass:
-    """The class with the promises that the client asked for."""
+def _with_slos(cls: RequestClass, ttft_s: float | None, itl_s: float | None) -> RequestClass:
+    """The class with the SLOs that the client set."""
     return replace(cls, ttft_s=cls.ttft_s if ttft_s is None else ttft_s, itl_s=cls.itl_s if itl_s is None else itl_s)
 
 

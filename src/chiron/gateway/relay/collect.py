@@ -26,7 +26,7 @@ EVENT_MAX_BYTES = 8 << 20
 _SET_ONCE = frozenset({"role", "id", "type", "name"})
 """Strings in a delta that name something; some engines repeat them in every chunk."""
 _NOT_ENDS = frozenset({"abort", "error"})
-"""Finish reasons with which vLLM and SGLang end what they give up, when they pause or stop: half an answer."""
+"""Finish reasons of vLLM and SGLang for requests that they abort when they pause or stop: a partial answer."""
 
 
 class CollectError(ValueError):

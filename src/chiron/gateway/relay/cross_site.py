@@ -2,7 +2,7 @@
 
 A page anywhere can send requests to a loopback port. The browser says so, in ``Sec-Fetch-Site`` or, if it is an older
 one, by the page's ``Origin``; unless the page's own name has been pointed at this machine (DNS rebinding): then the
-request looks like one from the page to its own server, and only its ``Host`` tells, which is a name that nobody uses
+request looks like one from the page to its own server, and only its ``Host`` tells, which is a name that no client uses
 for this machine.
 """
 

@@ -61,7 +61,7 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None, 
 
 
 def unauthenticated(message: str) -> ApiError:
-    """No key, or one that nobody gave out."""
+    """No key, or an unknown one."""
     return ApiError(
         401, message, type="authentication_error", code="invalid_api_key", headers=((b"www-authenticate", b"Bearer"),)
     )

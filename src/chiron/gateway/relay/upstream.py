@@ -179,7 +179,7 @@ class HttpEngine:
         self.clock.call_at(self.clock.now_s, lambda: self.listener.evicted(request))
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
-        """The gate before the engine holds in any case; engines that can are told, one message at a time."""
+        """The gate in front of the engine holds in any case; engines that can are told, one message at a time."""
         self._limit = max_batch_size
         if self._limit_request is not None and self._limit_call is None and not self.closed:
             self._send_limit()

@@ -170,7 +170,7 @@ def _start(kind: str, starts: StartStatus) -> dict[str, Any]:
 
 
 def _class(cls: RequestClass, tally: ClassTally, running: int, now_s: float) -> dict[str, Any]:
-    """``cls``: as it is configured; a client may have asked for other promises."""
+    """``cls``: as it is configured; a client may have set other SLOs."""
     ttft_p50, ttft_p99 = tally.ttft_recent.quantiles(now_s, (0.5, 0.99))
     itl_p50, itl_p99 = tally.itl_recent.quantiles(now_s, (0.5, 0.99))
     arrivals, ttft_max_s = tally.history(now_s)
