@@ -6,6 +6,7 @@ from chiron.control.booking import leave
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Placement, Request
+from chiron.policies.size import within
 
 
 class Evictor:
@@ -35,12 +36,9 @@ class Evictor:
         stays free for a while."""
         instance = placement.instance
         for victim in placement.evict:
-            full = (
-                len(instance.requests) >= instance.max_batch_size
-                or instance.kv_reserved_tokens + placement.kv_tokens > instance.kv_capacity_tokens
-            )
+            had_room = within(instance, len(instance.requests) + 1, instance.kv_reserved_tokens + placement.kv_tokens)
             self.evict(state, victim)
-            if full:
+            if not had_room:
                 self._pause(instance)
 
     def trim(self, state: ModelState, instance: Instance) -> None:

@@ -16,7 +16,7 @@ from math import inf
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
-from chiron.policies.size import kv_fits, kv_limit, prefill_left_s, prefill_s
+from chiron.policies.size import fits, kv_limit, prefill_left_s, prefill_s, within
 
 _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
@@ -125,26 +125,23 @@ class PackingRouter:
         estimates = self._estimates
         tokens = request.input_tokens + request.tokens_done
         cost_s = prefill_s(estimates, tokens)
-        output = estimates.expected_output[request.cls.name]
+        need = tokens + estimates.expected_output[request.cls.name]
         if not request.interactive:
-            instance = self._choose_batch(request, tokens, tokens + output, cost_s)
+            instance = self._choose_batch(request, tokens, need, cost_s)
             if instance is None:
                 return None
             saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
-            return Placement(instance, 0.0 if saved else cost_s, tokens + int(output))
+            return Placement(instance, 0.0 if saved else cost_s, int(need))
         waited = waited_s > self._relieve_after * request.cls.ttft_s
-        instance = self._choose_interactive(
-            request, tokens, tokens + output, cost_s, everywhere=waited or not self._tight
-        )
+        instance = self._choose_interactive(request, tokens, need, cost_s, everywhere=waited or not self._tight)
         if instance is not None:
-            return Placement(instance, cost_s, tokens + int(output))
+            return Placement(instance, cost_s, int(need))
         if not self._evicts:
             return None
-        instance = self._choose_victim(request, tokens + output, cost_s, waited=waited)
+        instance = self._choose_victim(request, need, cost_s, waited=waited)
         if instance is None:
             return None
-        kv_tokens = tokens + int(output)
-        return Placement(instance, cost_s, kv_tokens, self._victims_for(instance, request, cost_s, kv_tokens))
+        return Placement(instance, cost_s, int(need), self._victims_for(instance, request, cost_s, int(need)))
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
         """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step, so it makes
@@ -193,10 +190,9 @@ class PackingRouter:
         prefill, until the request need not wait too long behind it."""
         running, reserved = len(instance.requests), instance.kv_reserved_tokens
         backlog_s, batch_s = instance.prefill_backlog_s, instance.prefill_batch_s
-        kv_max = instance.kv_capacity_tokens
         evict: list[Request] = []
         for victim in reversed(instance.batch.values()):
-            if running >= instance.max_batch_size or reserved + kv_tokens > kv_max:
+            if not within(instance, running + 1, reserved + kv_tokens):
                 running -= 1
                 reserved -= victim.reserved_tokens
             elif not (self._keeps_apart and batch_s and not self._prefill_fits(instance, request, cost_s, backlog_s)):
@@ -243,7 +239,7 @@ class PackingRouter:
                 if len(passed) >= _PROBES_MAX:
                     break
                 continue
-            if kv_fits(instance, tokens, need) and self._prefill_fits(
+            if fits(instance, tokens, need) and self._prefill_fits(
                 instance, request, cost_s, instance.prefill_backlog_s
             ):
                 chosen = instance
@@ -309,7 +305,7 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if kv_fits(instance, tokens, need):
+            if fits(instance, tokens, need):
                 if cost_s <= self._batch_prefill_room_s(instance):
                     chosen = instance
                     break
@@ -352,7 +348,7 @@ class PackingRouter:
                 if self._passes_long:
                     self.room_tokens = int(-room_s / self._estimates.prefill_token_s)
                 return None
-            if kv_fits(instance, tokens, need):
+            if fits(instance, tokens, need):
                 return instance
             heappop(heap)
             note.short_s = 0.0

@@ -24,21 +24,31 @@ def kv_limit(instance: Instance) -> float:
     return KV_FILL * instance.kv_capacity_tokens
 
 
-def kv_fits(instance: Instance, tokens: int, kv_tokens: float) -> bool:
-    """Whether so much KV may be booked there too. A request larger than that runs alone, if its prompt fits."""
-    if instance.kv_reserved_tokens + kv_tokens <= KV_FILL * instance.kv_capacity_tokens:
+def within(instance: Instance, running: int, kv_tokens: float) -> bool:
+    """Whether so many requests, and so much KV in all, may be on this instance."""
+    return running <= instance.max_batch_size and kv_tokens <= KV_FILL * instance.kv_capacity_tokens
+
+
+def fits(instance: Instance, tokens: int, kv_tokens: float) -> bool:
+    """Whether one more may be there. One that is larger than all that may be booked runs alone, if its prompt
+    fits."""
+    if within(instance, len(instance.requests) + 1, instance.kv_reserved_tokens + kv_tokens):
         return True
     return not instance.requests and tokens < instance.kv_capacity_tokens
 
 
+def kv_tokens(estimates: Estimates, request: Request) -> float:
+    """KV that it will hold at its expected end; whole tokens of it are booked."""
+    return request.input_tokens + request.tokens_done + estimates.expected_output[request.cls.name]
+
+
 def placed(estimates: Estimates, request: Request, instance: Instance) -> Placement:
     """What the request takes on this instance, whether or not it fits."""
-    tokens = request.input_tokens + request.tokens_done
     saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
     return Placement(
         instance,
-        0.0 if saved else prefill_s(estimates, tokens),
-        tokens + int(estimates.expected_output[request.cls.name]),
+        0.0 if saved else prefill_s(estimates, prompt_tokens(request)),
+        int(kv_tokens(estimates, request)),
     )
 
 
