@@ -69,9 +69,9 @@ def test_the_throughput_term_taken_literally_collapses() -> None:
         pytest.param(local(itl_s=0.2), None, (32, "itl_above_slo"), id="BP 1 is a violation"),
         pytest.param(local(itl_s=0.4, max_batch_size=1, dispatched=1), None, None, id="never below 1"),
         pytest.param(local(itl_s=0.1, max_num_seqs=80), None, (80, "backpressure_below_1"), id="the engine's most"),
-        pytest.param(local(itl_s=0.1, binding=False, dispatched=20), None, None, id="a cap that binds not grows not"),
+        pytest.param(local(itl_s=0.1, at_cap=False, dispatched=20), None, None, id="a cap that binds not grows not"),
         pytest.param(local(itl_s=0.4, dispatched=90), None, None, id="halved lately: wait until they have left"),
-        pytest.param(local(itl_s=0.4, binding=False, dispatched=20), None, (32, "itl_above_slo"), id="a cap too high"),
+        pytest.param(local(itl_s=0.4, at_cap=False, dispatched=20), None, (32, "itl_above_slo"), id="a cap too high"),
         pytest.param(local(itl_s=nan), None, None, id="idle: nothing is known"),
         pytest.param(local(itl_slo_s=inf), None, (160, "backpressure_below_1"), id="no SLO: BP 0"),
         pytest.param(local(itl_s=0.1), LocalState(moved_s=996.0), None, id="moved 4 s ago"),
@@ -102,7 +102,7 @@ def test_algorithm_1(view: Any, state: LocalState | None, expected: tuple[int, s
 
 @given(st.floats(1e-4, 10.0), st.integers(1, 4096), st.integers(0, 5000), st.floats(0.0, 1e5), st.floats(0.0, 1e5))
 def test_batch_sizes_stay_within_bounds(itl_s: float, size: int, running: int, before: float, now: float) -> None:
-    view = local(itl_s=itl_s, max_batch_size=size, dispatched=running, binding=running >= size, throughput=now)
+    view = local(itl_s=itl_s, max_batch_size=size, dispatched=running, at_cap=running >= size, throughput=now)
     state = LocalState(moved_s=0.0, throughput=before, increased=True)
     decision, _ = decide_batch_size(PAPER, state, view)
     if decision is not None:

@@ -63,7 +63,7 @@ def test_a_slower_engine_than_learned_is_corrected_for() -> None:
 
 
 def test_a_cap_that_holds_nothing_back_is_never_raised() -> None:
-    decision, _ = decide_batch_size(OURS, None, view(binding=False, dispatched=20))
+    decision, _ = decide_batch_size(OURS, None, view(at_cap=False, dispatched=20))
     assert decision is None
 
 

@@ -88,7 +88,7 @@ def local(**changes: Any) -> LocalView:
     given: dict[str, Any] = {
         "now_s": 1000.0, "role": "mixed", "max_batch_size": 64, "max_num_seqs": 4096, "max_num_batched_tokens": 8192,
         "prefill_limit_s": inf, "batch_limit": None, "batch_waits": False, "itl_missed": 0.0, "dispatched": 64,
-        "binding": True, "itl_slo_s": 0.2, "itl_s": 0.05,
+        "at_cap": True, "itl_slo_s": 0.2, "itl_s": 0.05,
         "decode_batch": 60.0, "throughput": 1200.0, "class_counts": {"chat": 64}, "mixes": {"chat": mix(CHAT)},
         "step_times": TIMES, "learned": True,
     }  # fmt: skip

@@ -21,6 +21,7 @@ def book(request: Request, placement: Placement) -> None:
     name = request.cls.name
     counts = instance.class_counts
     counts[name] = counts.get(name, 0) + 1
+    instance.sequences += request.sequences
     request.reserved_tokens = kv_tokens
     instance.kv_reserved_tokens += kv_tokens
     request.prefill_cost_s = cost_s
@@ -29,6 +30,7 @@ def book(request: Request, placement: Placement) -> None:
         instance.running_interactive += 1
     else:
         instance.batch[request.id] = request
+        instance.batch_sequences += request.sequences
         instance.prefill_batch_s += cost_s
 
 
@@ -38,6 +40,7 @@ def leave(state: ModelState, request: Request) -> Instance | None:
     if instance is None or instance.requests.pop(request.id, None) is None:
         return instance
     instance.class_counts[request.cls.name] -= 1
+    instance.sequences -= request.sequences
     instance.kv_reserved_tokens -= request.reserved_tokens
     if request.prefill_cost_s:
         prefill_over(instance, request)
@@ -45,6 +48,7 @@ def leave(state: ModelState, request: Request) -> Instance | None:
         instance.running_interactive -= 1
     else:
         del instance.batch[request.id]
+        instance.batch_sequences -= request.sequences
     state.router.changed(instance)
     return instance
 

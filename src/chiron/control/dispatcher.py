@@ -164,7 +164,7 @@ class Dispatcher:
     def _dispatch(self, state: ModelState, request: Request, placement: Placement) -> None:
         now_s = self._clock.now_s
         if placement.evict:
-            self._evictor.make_room(state, placement)
+            self._evictor.make_room(state, request, placement)
         instance = placement.instance
         if request.dispatch_s < 0.0:
             request.dispatch_s = now_s

@@ -31,19 +31,21 @@ class Evictor:
         assert instance.engine is not None
         instance.engine.evict(request)
 
-    def make_room(self, state: ModelState, placement: Placement) -> None:
-        """Evict whom the placement names. Where they leave for a place, and not for their prefill alone, the place
-        stays free for a while."""
+    def make_room(self, state: ModelState, request: Request, placement: Placement) -> None:
+        """Evict whom the request's placement names. Where they leave for a place, and not for their prefill alone, the
+        place stays free for a while."""
         instance = placement.instance
         for victim in placement.evict:
-            had_room = within(instance, len(instance.requests) + 1, instance.kv_reserved_tokens + placement.kv_tokens)
+            had_room = within(
+                instance, instance.sequences + request.sequences, instance.kv_reserved_tokens + placement.kv_tokens
+            )
             self.evict(state, victim)
             if not had_room:
                 self._pause(instance)
 
     def trim(self, state: ModelState, instance: Instance) -> None:
         """Evict batch work, last come first, beyond the max batch size."""
-        while instance.batch and len(instance.requests) > instance.max_batch_size:
+        while instance.batch and instance.sequences > instance.max_batch_size:
             self.evict(state, next(reversed(instance.batch.values())))
             self._pause(instance)
 

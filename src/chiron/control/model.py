@@ -243,7 +243,7 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         batch_waits=state.batch.count > 0 or bool(state.batch.announced),
         itl_missed=state.itl_missed,
         dispatched=len(instance.requests),
-        binding=len(instance.requests) >= instance.max_batch_size,
+        at_cap=instance.sequences >= instance.max_batch_size,
         itl_slo_s=min((c.itl_s for c in running), default=inf),
         itl_s=itl_s,
         decode_batch=decode_batch,

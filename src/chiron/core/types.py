@@ -81,6 +81,7 @@ class Request:
         "reserved_tokens",
         "retries",
         "retry_after_s",
+        "sequences",
         "tenant",
         "tokens_done",
     )
@@ -133,6 +134,8 @@ class Request:
         """Who asks (an API key's name): nobody's overload is another's. Not changed after ``submit``."""
         self.retry_after_s = 0.0
         """Of one that was shed: when it is worth asking again."""
+        self.sequences = 1
+        """Choices of its answer: the engine runs so many sequences for it. Not changed after ``submit``."""
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0
@@ -218,6 +221,7 @@ class Instance:
         "batch",
         "batch_limit",
         "batch_paced",
+        "batch_sequences",
         "began_s",
         "class_counts",
         "created_s",
@@ -248,6 +252,7 @@ class Instance:
         "role",
         "running_interactive",
         "sample",
+        "sequences",
         "state",
     )
 
@@ -271,6 +276,9 @@ class Instance:
         """Everything dispatched here that has not ended, in order of dispatch."""
         self.batch: dict[int, Request] = {}
         """The batch requests among them."""
+        self.sequences = 0
+        """Of all of them together: what the max batch size bounds."""
+        self.batch_sequences = 0
         self.eviction_pause_until_s = -1.0
         """Until then batch work here does not grow beyond ``eviction_left`` requests, what the last eviction left:
         interactive requests needed the room a moment ago, and may again."""

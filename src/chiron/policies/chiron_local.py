@@ -32,7 +32,7 @@ def decide_batch_size(
     slo_s = view.itl_slo_s
     before = view.max_batch_size
     if not isfinite(slo_s):
-        if (view.binding and before < view.max_num_seqs) or isfinite(view.prefill_limit_s):
+        if (view.at_cap and before < view.max_num_seqs) or isfinite(view.prefill_limit_s):
             return LocalDecision(max_batch_size=view.max_num_seqs, reason="no_itl_slo", evicts=settings.evict), state
         return None, state
     counts = view.class_counts or {name: 1 for name, mix in view.mixes.items() if mix.cls.interactive}
@@ -62,7 +62,7 @@ def decide_batch_size(
         size, batch_limit = _sizes_beside(view, counts, slopes, left_s, state.interactive_s)
     size = max(1, min(size, view.max_num_seqs))
     reason = "itl_below_slo" if size > before else "itl_above_slo"
-    if abs(size - before) <= 0.05 * before or (size > before and not view.binding and view.dispatched < 0.8 * before):
+    if abs(size - before) <= 0.05 * before or (size > before and not view.at_cap and view.dispatched < 0.8 * before):
         size, reason = before, "steady"
         if _near(limit_s, view.prefill_limit_s) and _near(batch_limit, view.batch_limit):
             return None, state

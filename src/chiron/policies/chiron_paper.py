@@ -159,7 +159,7 @@ def decide_batch_size(
         "tbp": throughput,
     }
     if backpressure < 1.0:
-        if settings.grow_needs_binding and not view.binding:
+        if settings.grow_needs_binding and not view.at_cap:
             return None, state
         bounded = max(backpressure, settings.backpressure_min)
         size = round(settings.alpha * before / bounded + (1.0 - settings.alpha) * before)
@@ -180,7 +180,7 @@ def throughput_backpressure(settings: ChironPaperSettings, state: LocalState, vi
     """Throughput before over throughput now; 0 where a gate is closed."""
     closed = (
         not settings.throughput_term
-        or (settings.throughput_needs_binding and not view.binding)
+        or (settings.throughput_needs_binding and not view.at_cap)
         or (settings.throughput_after_increase and not state.increased)
     )
     if closed or state.throughput <= 0.0 or view.throughput <= 0.0:

@@ -16,7 +16,7 @@ from math import inf
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
-from chiron.policies.size import fits, kv_limit, prefill_left_s, prefill_s, within
+from chiron.policies.size import fits, kv_limit, kv_tokens, prefill_left_s, prefill_s, within
 
 _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
@@ -125,7 +125,7 @@ class PackingRouter:
         estimates = self._estimates
         tokens = request.input_tokens + request.tokens_done
         cost_s = prefill_s(estimates, tokens)
-        need = tokens + estimates.expected_output[request.cls.name]
+        need = kv_tokens(estimates, request)
         if not request.interactive:
             instance = self._choose_batch(request, tokens, need, cost_s)
             if instance is None:
@@ -174,7 +174,7 @@ class PackingRouter:
             stays_s = instance.prefill_backlog_s - (instance.prefill_batch_s if self._keeps_apart and waited else 0.0)
             if (
                 not (instance.role == "batch" and (self._strict or (self._tight and not waited)))
-                and instance.running_interactive < instance.max_batch_size
+                and instance.sequences - instance.batch_sequences + request.sequences <= instance.max_batch_size
                 and self._prefill_fits(instance, request, cost_s, stays_s)
                 and _kv_without_batch(instance) + need <= kv_limit(instance)
             ):
@@ -185,15 +185,15 @@ class PackingRouter:
             heappush(heap, entry)
         return chosen
 
-    def _victims_for(self, instance: Instance, request: Request, cost_s: float, kv_tokens: int) -> tuple[Request, ...]:
+    def _victims_for(self, instance: Instance, request: Request, cost_s: float, need: int) -> tuple[Request, ...]:
         """Batch work, last come first, until the request fits by count and by KV; then what still waits for its
         prefill, until the request need not wait too long behind it."""
-        running, reserved = len(instance.requests), instance.kv_reserved_tokens
+        sequences, reserved = instance.sequences, instance.kv_reserved_tokens
         backlog_s, batch_s = instance.prefill_backlog_s, instance.prefill_batch_s
         evict: list[Request] = []
         for victim in reversed(instance.batch.values()):
-            if not within(instance, running + 1, reserved + kv_tokens):
-                running -= 1
+            if not within(instance, sequences + request.sequences, reserved + need):
+                sequences -= victim.sequences
                 reserved -= victim.reserved_tokens
             elif not (self._keeps_apart and batch_s and not self._prefill_fits(instance, request, cost_s, backlog_s)):
                 break
@@ -221,7 +221,7 @@ class PackingRouter:
     def _choose_interactive(
         self, request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
     ) -> Instance | None:
-        usual = self._is_usual(cost_s, need)
+        usual = request.sequences == 1 and self._is_usual(cost_s, need)
         heap = self._interactive
         passed: list[Entry] | None = None
         chosen: Instance | None = None
@@ -239,7 +239,7 @@ class PackingRouter:
                 if len(passed) >= _PROBES_MAX:
                     break
                 continue
-            if fits(instance, tokens, need) and self._prefill_fits(
+            if fits(instance, request, need) and self._prefill_fits(
                 instance, request, cost_s, instance.prefill_backlog_s
             ):
                 chosen = instance
@@ -274,7 +274,7 @@ class PackingRouter:
     def _room_interactive(self, instance: Instance) -> bool:
         if (
             not instance.index.open
-            or len(instance.requests) >= instance.max_batch_size
+            or instance.sequences >= instance.max_batch_size
             or instance.kv_reserved_tokens >= kv_limit(instance)
             or (self._strict and instance.role == "batch")
         ):
@@ -292,7 +292,7 @@ class PackingRouter:
             home = self._home(request)
             if home is not None:
                 return home
-        usual = need <= _USUAL * self._estimates.usual_batch.need_tokens
+        usual = request.sequences == 1 and need <= _USUAL * self._estimates.usual_batch.need_tokens
         self.room_tokens = 0
         heap = self._batch
         passed: list[Entry] = []
@@ -305,7 +305,7 @@ class PackingRouter:
                 if order != -_ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
-            if fits(instance, tokens, need):
+            if fits(instance, request, need):
                 if cost_s <= self._batch_prefill_room_s(instance):
                     chosen = instance
                     break
@@ -320,7 +320,7 @@ class PackingRouter:
                 passed.append(entry)
         for entry in passed:
             heappush(heap, entry)
-        return chosen or self._choose_short(tokens, need, cost_s)
+        return chosen or self._choose_short(request, need, cost_s)
 
     def _refuse(self, instance: Instance) -> None:
         """Remember, until the instance changes, how long a prompt it would take."""
@@ -335,7 +335,7 @@ class PackingRouter:
             heapify(heap)
             self._short_max = 64 + 2 * len(heap)
 
-    def _choose_short(self, tokens: int, need: float, cost_s: float) -> Instance | None:
+    def _choose_short(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """Among those that have refused a longer prompt; the one that takes the longest comes first."""
         heap = self._batch_short
         while heap:
@@ -348,7 +348,7 @@ class PackingRouter:
                 if self._passes_long:
                     self.room_tokens = int(-room_s / self._estimates.prefill_token_s)
                 return None
-            if fits(instance, tokens, need):
+            if fits(instance, request, need):
                 return instance
             heappop(heap)
             note.short_s = 0.0
@@ -367,7 +367,7 @@ class PackingRouter:
         if instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left:
             return False
         settings = self._settings
-        running = len(instance.requests)
+        running = instance.sequences
         own = instance.role == "batch" and not instance.running_interactive
         size = instance.max_batch_size
         if instance.batch_limit is not None and instance.batch_limit < size:

@@ -24,22 +24,22 @@ def kv_limit(instance: Instance) -> float:
     return KV_FILL * instance.kv_capacity_tokens
 
 
-def within(instance: Instance, running: int, kv_tokens: float) -> bool:
-    """Whether so many requests, and so much KV in all, may be on this instance."""
-    return running <= instance.max_batch_size and kv_tokens <= KV_FILL * instance.kv_capacity_tokens
+def within(instance: Instance, sequences: int, kv_tokens: float) -> bool:
+    """Whether so many sequences, and so much KV in all, may be on this instance."""
+    return sequences <= instance.max_batch_size and kv_tokens <= KV_FILL * instance.kv_capacity_tokens
 
 
-def fits(instance: Instance, tokens: int, kv_tokens: float) -> bool:
-    """Whether one more may be there. One that is larger than all that may be booked runs alone, if its prompt
-    fits."""
-    if within(instance, len(instance.requests) + 1, instance.kv_reserved_tokens + kv_tokens):
+def fits(instance: Instance, request: Request, kv_tokens: float) -> bool:
+    """Whether it may be there too. One that is larger than all that may be booked, or asks for more choices than the
+    max batch size, runs alone, if its prompt fits."""
+    if within(instance, instance.sequences + request.sequences, instance.kv_reserved_tokens + kv_tokens):
         return True
-    return not instance.requests and tokens < instance.kv_capacity_tokens
+    return not instance.requests and prompt_tokens(request) < instance.kv_capacity_tokens
 
 
 def kv_tokens(estimates: Estimates, request: Request) -> float:
-    """KV that it will hold at its expected end; whole tokens of it are booked."""
-    return request.input_tokens + request.tokens_done + estimates.expected_output[request.cls.name]
+    """KV that it will hold at its expected end, its prompt once for all its choices; whole tokens of it are booked."""
+    return prompt_tokens(request) + request.sequences * estimates.expected_output[request.cls.name]
 
 
 def placed(estimates: Estimates, request: Request, instance: Instance) -> Placement:

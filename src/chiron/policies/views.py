@@ -186,8 +186,8 @@ class LocalView:
     itl_missed: float
     """Share of this model's recent interactive requests that missed their ITL SLO, in the class where it is largest."""
     dispatched: int
-    binding: bool
-    """The cap held something back since the last scrape: a request waited while this instance was full."""
+    at_cap: bool
+    """It runs as many sequences as its max batch size allows."""
     itl_slo_s: float
     """Tightest ITL among the classes that run here; inf if none has one."""
     itl_s: float

@@ -383,6 +383,7 @@ class BatchRunner:
             max_output_tokens=output_limit(body.shape.fields),
         )
         call.request = request
+        request.sequences = call.sequences
         window.calls[(item.batch_id, item.index)] = call
         if suspect:
             window.suspect = call

@@ -168,7 +168,7 @@ class Front:
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
             request.pinned, request.flex = cls.interactive, not cls.interactive
-            request.tenant = key.name
+            request.tenant, request.sequences = key.name, call.sequences
             self.open[number] = request
             self._shares.add(incoming.peers, 1)
             incoming.on_close = lambda: self._left(request)
