@@ -93,7 +93,7 @@ def test_poison_fails_alone_and_says_why(tmp_path: Path) -> None:
         reasons = asyncio.run(poison(site, marks, 40))
         assert "the engine answered 500" in reasons["<500>"]
         assert "the connection was lost before its answer" in reasons["<hang-up>"]
-        assert all("Given up after 2 attempts" in reason for reason in reasons.values())
+        assert all("Failed after 2 attempts" in reason for reason in reasons.values())
         check_tries(site, marks)
 
 
@@ -104,7 +104,7 @@ def test_poison_that_kills_or_stalls_its_engine_fails_alone_too(tmp_path: Path) 
     with FaultSite(tmp_path, config(model, extra=QUICK)) as site:
         reasons = asyncio.run(poison(site, marks, 60))
         assert "the engine sent nothing for 3 s" in reasons["<hang>"]
-        assert "Given up after 2 attempts" in reasons["<die>"]
+        assert "Failed after 2 attempts" in reasons["<die>"]
         check_tries(site, marks)
 
 
