@@ -10,7 +10,7 @@ from chiron.control.dispatcher import AVOID_ALONE_S, RETRIES_MAX
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, Failures, FleetModel
 from chiron.policies.chiron import make_chiron
@@ -84,7 +84,7 @@ class Stage:
             clock=self.clock,
             instance=instance,
             profile=self.profile,
-            times=StepTimes(self.profile),
+            times=StepTable(self.profile),
             listener=self.plane,
             kv_seconds_per_token=self.transfer_s,
         )

@@ -10,7 +10,7 @@ import pytest
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of
 
 SERVER = replace(PROFILE, h_ms=1000 / 64, max_num_seqs=1, kv_capacity_tokens=1_000_000)
@@ -46,7 +46,7 @@ def waits(arrival_s: Floats, tokens: Ints) -> Floats:
         clock=clock,
         instance=Instance(1, "m0", kind_of(SERVER), "mixed", 0.0),
         profile=SERVER,
-        times=StepTimes(SERVER),
+        times=StepTable(SERVER),
         listener=ear,
     )
     for number, (arrives_s, length) in enumerate(zip(arrival_s.tolist(), tokens.tolist(), strict=True)):

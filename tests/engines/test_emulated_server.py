@@ -20,7 +20,7 @@ import pytest
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass
 from chiron.engines.metrics import parse_metrics, read_row
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.profile_store import load_profile
 from chiron.engines.rows import ENGINES
@@ -136,7 +136,7 @@ async def emulated(
     """Instances in this process, on real sockets."""
     clock = LiveClock(asyncio.get_running_loop())
     fast = at_speed(profile, speedup)
-    times = StepTimes(fast)
+    times = StepTable(fast)
     clients, servers = [], []
     for number in range(count):
         engine = EmulatedEngine(
@@ -179,7 +179,7 @@ class Modelled:
             clock=self.clock,
             instance=Instance(0, MODEL, kind, "mixed", 0.0),
             profile=profile,
-            times=StepTimes(profile),
+            times=StepTable(profile),
             listener=self,
             step_mode=True,
             stepped=self.stepped,

@@ -9,7 +9,7 @@ import pytest
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of
 
@@ -47,7 +47,7 @@ def bench(profile: Profile = PROFILE, *, transfer_s: float = 0.0) -> tuple[Virtu
         clock=clock,
         instance=Instance(1, "m0", kind_of(profile), "mixed", 0.0),
         profile=profile,
-        times=StepTimes(profile),
+        times=StepTable(profile),
         listener=ear,
         kv_seconds_per_token=transfer_s,
     )
@@ -244,4 +244,4 @@ def test_a_dead_engine_says_nothing_more() -> None:
 def test_a_step_that_takes_no_time_or_more_than_an_hour_is_refused_by_name() -> None:
     for milliseconds in (1e-5, 4e6):
         with pytest.raises(ValueError, match=r"profile 'small': a step must take between"):
-            StepTimes(replace(PROFILE, h_ms=milliseconds))
+            StepTable(replace(PROFILE, h_ms=milliseconds))

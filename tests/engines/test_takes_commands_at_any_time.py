@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of, profiles
 
@@ -27,7 +27,7 @@ class Bench:
             clock=self.clock,
             instance=instance,
             profile=profile,
-            times=StepTimes(profile),
+            times=StepTable(profile),
             listener=self,
             kv_seconds_per_token=kv_seconds_per_token,
             step_mode=step_mode,

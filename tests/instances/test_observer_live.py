@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.profile_store import load_profile
 from engine_process import EngineProcess, Stream, connected
 from live_gateway import ready, serving, until
@@ -29,7 +29,7 @@ max_num_seqs = 64
 @pytest.mark.parametrize("row", ["emulated", "openai"])
 def test_learned_step_times_are_those_of_the_profile(tmp_path: Path, row: str) -> None:
     engine = EngineProcess("chiron.engines.serve.emulated", "--profile", PROFILE, "--served-model-name", "toy")
-    truth = StepTimes(load_profile(PROFILE))
+    truth = StepTable(load_profile(PROFILE))
     steps_s = pytest.approx([truth.base[batch] + truth.c * batch * CONTEXT for batch in BATCHES], rel=0.2)
 
     async def body() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.sim.bound_step import ROUNDING_S, Demand, Sharing, Tangent, sharings, supply_of, tangents
 from chiron.sim.bound_work import best_prices, least_work, prices, request_work_s, with_feasible_itl
@@ -77,7 +77,7 @@ def busy_s(profile: Profile, inputs: list[int], outputs: list[int]) -> float:
         max_num_seqs=profile.max_num_seqs,
     )
     instance = Instance(0, "m", kind, "mixed", 0.0)
-    engine = EngineModel(clock=clock, instance=instance, profile=profile, times=StepTimes(profile), listener=Silent())
+    engine = EngineModel(clock=clock, instance=instance, profile=profile, times=StepTable(profile), listener=Silent())
     batch = RequestClass(name="b", kind="batch")
     for row, (prompt, length) in enumerate(zip(inputs, outputs, strict=True)):
         request = Request(row, "m", batch, 0.0, prompt, length)

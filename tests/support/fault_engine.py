@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chiron.core.types import Request
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
 from chiron.engines.serve.http import EngineServer, run_on_loop, serve_until_stopped
@@ -79,7 +79,7 @@ async def run(options: argparse.Namespace) -> None:
         number=0,
         name="m",
         profile=profile,
-        times=StepTimes(profile),
+        times=StepTable(profile),
         settings=EmulatedSettings(),
         speedup=options.speedup,
     )

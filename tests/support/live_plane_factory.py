@@ -7,7 +7,7 @@ from pathlib import Path
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, FleetModel
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
@@ -108,7 +108,7 @@ class LivePlane:
             clock=self.clock,
             instance=instance,
             profile=PROFILE,
-            times=StepTimes(PROFILE),
+            times=StepTable(PROFILE),
             listener=self.plane,
             kv_seconds_per_token=0.0,
             step_mode=False,

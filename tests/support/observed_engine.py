@@ -8,7 +8,7 @@ from random import Random
 from chiron.control.learning import Learner
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Sample
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.gateway.instances.observer import EngineObserver
 
@@ -38,7 +38,7 @@ class ObservedEngine:
             clock=self.clock,
             instance=self.instance,
             profile=profile,
-            times=StepTimes(profile),
+            times=StepTable(profile),
             listener=self,
             step_mode=True,
             stepped=self._stepped,
@@ -179,4 +179,4 @@ def step_s(learner: Learner, batch: float, context: float) -> float:
 
 
 def true_step_s(given: Profile, batch: int, context: float) -> float:
-    return StepTimes(given).base[batch] + batch * context * given.c_ms_per_context_token / 1000.0
+    return StepTable(given).base[batch] + batch * context * given.c_ms_per_context_token / 1000.0

@@ -33,7 +33,7 @@ _ROUND = 1.5 * 2.0**20
 _SEGMENT_STEPS_MAX = 4096
 
 
-class StepTimes:
+class StepTable:
     """A profile's coefficients, ready for use; shared by all instances of a kind."""
 
     __slots__ = ("base", "c", "q", "token_budget")
@@ -127,7 +127,7 @@ class EngineModel:
         clock: VirtualClock,
         instance: Instance,
         profile: Profile,
-        times: StepTimes,
+        times: StepTable,
         listener: EngineEvents,
         kv_seconds_per_token: float = 0.0,
         step_mode: bool = False,

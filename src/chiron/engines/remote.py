@@ -25,7 +25,7 @@ from chiron.core.clock import Callback, VirtualClock
 from chiron.core.ports import RemoteEngineEvents
 from chiron.core.types import Instance, Request, Sample
 from chiron.engines.losses import Losses
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.saved_kv import SavedKv
 from chiron.engines.unseen import presumed_first_token_s, presumed_prefill_s
@@ -62,7 +62,7 @@ class RemoteEngine:
         clock: VirtualClock,
         instance: Instance,
         profile: Profile,
-        times: StepTimes,
+        times: StepTable,
         listener: RemoteEngineEvents,
         kv_seconds_per_token: float,
         wire: Wire,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from chiron.core.clock import Callback
 from chiron.core.types import Engine, Instance, Request
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings
 from chiron.engines.serve.http import EngineServer
@@ -64,7 +64,7 @@ class EmulatedFleet:
         self._clock = clock
         self._events = events
         self._profiles = profiles
-        self._times = {name: StepTimes(profile) for name, profile in profiles.items()}
+        self._times = {name: StepTable(profile) for name, profile in profiles.items()}
         self._settings = settings or EmulatedSettings()
         self._fault = fault
         self._hosted: dict[int, _Hosted] = {}

@@ -9,7 +9,7 @@ from typing import Protocol
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import RemoteEngineEvents, Samples
 from chiron.core.types import Instance, Sample
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
 
@@ -35,7 +35,7 @@ class ModelledEngines:
         self._by_id: dict[int, EngineModel | RemoteEngine] = {}
         self._clock = clock
         self._profiles = profiles
-        self._times = {name: StepTimes(profile) for name, profile in profiles.items()}
+        self._times = {name: StepTable(profile) for name, profile in profiles.items()}
         self._bytes_per_s = kv_transfer_gb_per_s * 1e9
         self._wire = wire
         self._faults = {request: iter(faults) for request, faults in wire.faults.items()} if wire is not None else {}

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
@@ -36,7 +36,7 @@ async def run(options: argparse.Namespace, profile: Profile) -> None:
     await asyncio.sleep(options.start_delay)
     clock = LiveClock(asyncio.get_running_loop())
     fast = at_speed(profile, options.speedup)
-    times = StepTimes(fast)
+    times = StepTable(fast)
     settings = EmulatedSettings(
         lengths=LengthSettings(mean_tokens=options.output_mean, sigma=options.output_sigma, seed=options.seed),
         model_len_max=options.max_model_len,
@@ -100,7 +100,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
             max_num_seqs=options.max_num_seqs or profile.max_num_seqs,
             kv_capacity_tokens=options.kv_capacity_tokens or profile.kv_capacity_tokens,
         )
-        StepTimes(at_speed(profile, options.speedup))
+        StepTable(at_speed(profile, options.speedup))
     except (ProfileError, ValueError) as error:
         parser.error(str(error))
     return options, profile

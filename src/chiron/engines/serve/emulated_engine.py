@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Sample
-from chiron.engines.model import EngineModel, StepTimes
+from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.saved_kv import SavedKv
 from chiron.engines.serve.answer import CallPiece
@@ -87,7 +87,7 @@ class EmulatedEngine:
         number: int,
         name: str,
         profile: Profile,
-        times: StepTimes,
+        times: StepTable,
         settings: EmulatedSettings,
         speedup: float = 1.0,
     ) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.grammar import Bounds
@@ -59,7 +59,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     if options.pace:
         try:
             profile = load_profile(options.pace)
-            StepTimes(profile)
+            StepTable(profile)
         except (ProfileError, ValueError) as error:
             parser.error(f"--pace: {error}")
     for name in ("max_num_seqs", "max_num_batched_tokens"):
@@ -105,7 +105,7 @@ async def run(options: argparse.Namespace, profile: Profile | None, model: Model
         ),
         loop=asyncio.get_running_loop(),
         failed=fail,
-        pace=StepTimes(profile) if profile else None,
+        pace=StepTable(profile) if profile else None,
     )
     about: dict[str, Any] = {"engine": "openvino", "max_model_len": length}
     if options.model == TOY:

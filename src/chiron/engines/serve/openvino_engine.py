@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from chiron.engines.model import StepTimes
+from chiron.engines.model import StepTable
 from chiron.engines.serve.answer import TokenLogprob
 from chiron.engines.serve.call_text import CallText
 from chiron.engines.serve.exposition import Histogram, Totals, exposition
@@ -80,7 +80,7 @@ class OpenVinoEngine:
         *,
         loop: asyncio.AbstractEventLoop,
         failed: Callable[[Exception], None],
-        pace: StepTimes | None = None,
+        pace: StepTable | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
