@@ -26,11 +26,15 @@ ABLATIONS ?= no-batch-size-tuning:tune_batch_size=false no-prefill-limit:limit_p
 	no-batch-plan:plan_batch=false
 DYNAMO_PYTHON ?=
 
+# The optional compiled build (setup.py), from a copy of the source; and the tests that run through what it compiles.
+COMPILED := $(OUT)/compiled
+SIMULATING := tests/laws tests/sim tests/control tests/policies tests/fleet tests/engines tests/gateway tests/bench
+
 SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-slow test-all lint format bench bench-live tune figures lock clean
+.PHONY: help demo compare test test-slow test-compiled test-all lint format bench bench-live tune figures lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -59,6 +63,9 @@ test-all: $(VENV)/.dev ## Every test
 	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not alone"
 	@$(BIN)/python -m pytest -m alone
 
+test-compiled: $(VENV)/.dev $(COMPILED)/.built ## The tests that simulate, with the compiled build (four minutes, one of them to build)
+	@PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m pytest -n 3 -m "not slow" $(SIMULATING)
+
 lint: $(VENV)/.dev ## Style, types, and which package may import which
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -69,15 +76,21 @@ format: $(VENV)/.dev ## Lay the code out as `make lint` wants it
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.demo ## Speed of the simulator; beside NVIDIA Dynamo's with DYNAMO_PYTHON=its interpreter
+bench: $(VENV)/.demo $(COMPILED)/.built ## Speed of the simulator, plain and compiled; beside NVIDIA Dynamo's with DYNAMO_PYTHON=its interpreter
 	@mkdir -p $(OUT)
-	@$(BIN)/python bench/simulator.py --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
+	@$(BIN)/python bench/simulator.py $$(ls $(COMPILED)/src/chiron__mypyc* > /dev/null 2>&1 && echo --compiled $(COMPILED)/src) --json $(OUT)/speed.json $(if $(DYNAMO_PYTHON),--dynamo-python $(DYNAMO_PYTHON))
 
 bench-live: $(VENV)/.demo ## Speed of the gateway and of the batch store; what protects interactive requests (fifteen minutes)
 	@mkdir -p $(OUT)
 	@$(BIN)/python bench/gateway.py --json $(OUT)/gateway.json
 	@$(BIN)/python bench/store.py --json $(OUT)/store.json
 	@$(BIN)/python bench/protection.py --json $(OUT)/protection.json
+
+$(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
+	@rm -rf $(COMPILED) && mkdir -p $(COMPILED)
+	@cp -r src setup.py pyproject.toml README.md LICENSE NOTICE $(COMPILED)
+	@cd $(COMPILED) && CHIRON_COMPILE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	@touch $@
 
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
 

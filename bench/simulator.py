@@ -1,11 +1,14 @@
 """Speed of the simulator on one core, and beside NVIDIA Dynamo's replay on the same requests.
 
-    python bench/simulator.py [--dynamo-python PYTHON] [--repeat 3] [--quick] [--json FILE]
+    python bench/simulator.py [--compiled SRC] [--dynamo-python PYTHON] [--repeat 3] [--quick] [--json FILE]
 
 The shape: Poisson arrivals at 6 requests/s per instance, 300 prompt and 200 output tokens, Llama-3.1 8B on A100s, a
 fleet of fixed size under the full policy (both loops, dispatch, scrapes every second, results and their summary; the
 lower bound is left out). Each case runs in a process of its own. Times are CPU seconds of the process, the least of
 ``--repeat`` runs: other work on the machine disturbs them little. Making the workload is not counted.
+
+With ``--compiled`` the same runs are made by the optional compiled build, in turns with the plain one; ``SRC`` is its
+source folder (``make bench`` makes one). Their results must be equal to the last bit.
 
 Dynamo's replay (``python -m dynamo.replay``, offline mode, wheels ai-dynamo and ai-dynamo-runtime) gets the same
 arrivals and lengths and the same step times, as its NPZ of prefill and decode times. Its start-up, measured on one
@@ -15,6 +18,7 @@ request, is taken off. Prefix caching is off and blocks hold 512 tokens: the fas
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ from chiron.engines.profile_store import load_profile
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
+from chiron.telemetry.result import Result
 from chiron.workload.types import Workload
 
 RATE_PER_INSTANCE = 6.0
@@ -71,6 +76,8 @@ class Timing:
     """Mean, as the next."""
     ttft_ms: float
     finished: int
+    digest: str = ""
+    """Of all that the run decided, and when: equal digests are equal runs."""
 
     @property
     def per_second(self) -> float:
@@ -136,14 +143,38 @@ def run_case(case: Case, repeat: int) -> Timing:
         itl_ms=1000.0 * summary["itl_s"]["chat"]["mean"],
         ttft_ms=1000.0 * summary["ttft_s"]["chat"]["mean"],
         finished=summary["finished"],
+        digest=digest(result),
     )
 
 
-def timed(case: Case, repeat: int) -> Timing:
-    """In a fresh process, so that peak memory is this case's own."""
+def digest(result: Result) -> str:
+    times = (result.requests.dispatch_s, result.requests.first_token_s, result.requests.finish_s)
+    made = hashlib.sha256(repr(result.decisions).encode())
+    for column in times:
+        made.update(column.tobytes())
+    return made.hexdigest()
+
+
+def timed(case: Case, repeat: int, source: Path | None = None) -> Timing:
+    """In a fresh process, so that peak memory is this case's own. ``source``: of the package, if not the one here."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(run_case, case, repeat).result()
+    path = sys.path.copy()
+    if source is not None:
+        sys.path.insert(0, str(source))  # The process that is spawned gets it.
+    try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+            return pool.submit(run_case, case, repeat).result()
+    finally:
+        sys.path[:] = path
+
+
+def both(case: Case, repeat: int, compiled: Path) -> tuple[Timing, Timing]:
+    """Plain and compiled, in turns, the least of each."""
+    turns = [(timed(case, 1), timed(case, 1, compiled)) for _ in range(repeat)]
+    plain, fast = (min(timings, key=lambda timing: timing.cpu_s) for timings in zip(*turns, strict=True))
+    if plain.digest != fast.digest:
+        raise SystemExit(f"error: {case.policy}: the compiled build decides otherwise than the plain one")
+    return replace(plain, what=f"{case.policy}, plain"), replace(fast, what=f"{case.policy}, compiled")
 
 
 # -- Dynamo ------------------------------------------------------------------------------------------------------
@@ -245,7 +276,7 @@ def row(timing: Timing, base: Timing) -> str:
 
 
 def line(cells: Sequence[str]) -> str:
-    return f"{cells[0]:<14}" + "".join(f"{cell:>11}" for cell in cells[1:])
+    return f"{cells[0]:<18}" + "".join(f"{cell:>11}" for cell in cells[1:])
 
 
 def show(title: str, timings: Sequence[Timing]) -> None:
@@ -260,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeat", type=int, default=3, help="runs of each small case; the least time counts")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the requests: does it work at all?")
+    parser.add_argument("--compiled", type=Path, metavar="SRC", help="source folder with the compiled build in it")
     parser.add_argument("--dynamo-python", metavar="PYTHON", help="an interpreter that has ai-dynamo installed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
@@ -267,6 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--repeat is {options.repeat}; it must be at least 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no directory {options.json.absolute().parent}")
+    if options.compiled is not None and not list(options.compiled.glob("chiron__mypyc*")):
+        parser.error(f"--compiled: there is no compiled build in {options.compiled}")
     share = 100 if options.quick else 1
     repeat = 1 if options.quick else options.repeat
 
@@ -277,6 +311,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # static has the dispatch that is nearest to the replay's: round robin and least outstanding spread alike.
         fleet.append(timed_dynamo(options.dynamo_python, Case(policy="static", **shape), min(repeat, 2)))
     show("a fleet of 50: cost of a request over chiron's in the last column", fleet)
+
+    builds = []
+    if options.compiled is not None:
+        print("\nplain Python and the compiled build, equal to the last bit")
+        for name in ("chiron", "static"):
+            plain, fast = both(Case(policy=name, **shape), repeat, options.compiled.absolute())
+            builds += [plain, fast]
+            show(f"{name}: {plain.cpu_s / fast.cpu_s:.2f} times as fast compiled", [plain, fast])
 
     # As many requests per instance at every size, so that each fleet passes through the same states.
     sizes = [(10, 5 * repeat), (100, repeat), (1_000, 1), (5_000, 1)]
@@ -289,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("a million requests", [million])
 
     if options.json is not None:
-        groups = {"fleet": fleet, "scaling": scaling, "million": [million]}
+        groups = {"fleet": fleet, "builds": builds, "scaling": scaling, "million": [million]}
         figures = {name: [asdict(timing) for timing in group] for name, group in groups.items()}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -23,14 +23,18 @@ def bench(tmp_path: Path, *options: str) -> dict[str, list[dict[str, Any]]]:
 @pytest.mark.slow
 def test_the_bench_finishes_every_request(tmp_path: Path) -> None:
     figures = bench(tmp_path, "--quick")
-    assert set(figures) == {"fleet", "scaling", "million"}
+    assert set(figures) == {"fleet", "builds", "scaling", "million"}
     for timing in [timing for group in figures.values() for timing in group]:
         assert timing["finished"] == timing["requests"] > 0
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [(["--repeat", "0"], "at least 1"), (["--json", "/no/such/place.json"], "no directory")],
+    [
+        (["--repeat", "0"], "at least 1"),
+        (["--json", "/no/such/place.json"], "no directory"),
+        (["--compiled", "/no/such/place"], "no compiled build"),
+    ],
 )
 def test_bad_options_are_refused_before_anything_runs(options: list[str], why: str) -> None:
     done = subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, check=False)

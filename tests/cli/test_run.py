@@ -193,7 +193,7 @@ def test_moments_read_as_clock_or_duration(text: str, seconds: float) -> None:
 def test_the_listings_name_scenarios_and_policies() -> None:
     assert "azure" in call("scenarios").stdout
     assert "chiron" in call("policies").stdout
-    assert re.fullmatch(r"\d+\.\d+\.\d+\n", call("version").stdout)
+    assert re.fullmatch(r"\d+\.\d+\.\d+ \((compiled|plain Python)\)\n", call("version").stdout)
     assert call("--version").stdout == call("version").stdout
     assert "Examples" in call("compare", "--help").stdout
 

@@ -72,10 +72,12 @@ app = typer.Typer(
 
 @app.command()
 def version() -> None:
-    """Print the version."""
+    """Print the version, and whether it is compiled."""
     from importlib.metadata import version as installed_version
 
-    typer.echo(installed_version("chiron-serving"))
+    from chiron.core.compiled import build
+
+    typer.echo(f"{installed_version('chiron-serving')} ({build()})")
 
 
 def _version(wanted: bool) -> None:

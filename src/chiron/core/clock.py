@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from heapq import heappop, heappush
 
+from chiron.core.mypyc import mypyc_attr
+
 Callback = Callable[[], None]
 
 _ENGINE_KEY_BASE = -(1 << 40)
@@ -40,6 +42,7 @@ class Timer:
             self._callback()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # The live clock is one.
 class VirtualClock:
     """Timers under virtual time: ``run_until`` jumps from one to the next."""
 

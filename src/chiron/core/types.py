@@ -340,7 +340,7 @@ class Decision:
     kind: Literal["fleet", "batch_size", "role", "migrate", "reject"]
     subject: str
     """Model of a fleet decision, instance of a local one."""
-    before: float
-    after: float
+    before: int | float  # Compiled, a mere float would turn 1 into 1.0, and the event log would differ.
+    after: int | float
     reason: str
     numbers: Mapping[str, float] = field(default_factory=dict)
