@@ -58,10 +58,10 @@ def burst() -> list[Row]:
     return rows
 
 
-def scenario(policy: str, *, fails: bool, rows: list[Row] | None = None) -> Setup:
+def scenario(policy: str, *, fails: bool, rows: list[Row] | None = None, notice_s: float = 0.0) -> Setup:
     """Small engines, on which three of six instances at most die, if it ``fails``, and engines lose requests."""
     rows = burst() if rows is None else rows
-    failures = Failures(at=(20.0, 26.0, 40.0), start_failure=0.3) if fails else Failures()
+    failures = Failures(at=(20.3, 26.4, 40.6), start_failure=0.3) if fails else Failures()
     return setup_of(
         rows,
         policy=policy,
@@ -76,6 +76,7 @@ def scenario(policy: str, *, fails: bool, rows: list[Row] | None = None) -> Setu
         scrape_delay_s=0.0,
         wire=Wire(
             network_s=1 / 1024,
+            notice_s=notice_s,
             faults={row: TRIES[row % len(TRIES)] for row in range(3, len(rows), 5)} if fails else {},
             pieces=frozenset(range(1, len(rows), 3)) if fails else frozenset(),
         ),
@@ -127,9 +128,17 @@ def said(client: Client) -> str:
 POLICIES_COMPARED = ["chiron", "chiron-paper", "hpa-queue-tuned", "llumnix-tuned"]
 
 
-@pytest.mark.parametrize("policy", POLICIES_COMPARED)
-def test_decides_the_same_while_instances_die_and_engines_lose_requests(policy: str) -> None:
-    setup = scenario(policy, fails=True)
+TOLD, FOUND = "deaths are told at once", "deaths are found out"
+DEATHS = [
+    *(pytest.param(policy, FOUND) for policy in POLICIES_COMPARED),
+    pytest.param("chiron", TOLD),
+    *(pytest.param(policy, TOLD, marks=pytest.mark.slow) for policy in POLICIES_COMPARED[1:]),
+]
+
+
+@pytest.mark.parametrize(("policy", "noticed"), DEATHS)
+def test_decides_the_same_while_instances_die_and_engines_lose_requests(policy: str, noticed: str) -> None:
+    setup = scenario(policy, fails=True, notice_s=0.05 if noticed == FOUND else 0.0)
     simulation, real = both(setup)
 
     check_equal(simulation, real)

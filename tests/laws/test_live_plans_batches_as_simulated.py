@@ -178,6 +178,7 @@ def simulated(real: Journal) -> Journal:
     wire = replace(WIRE, faults={id: WIRE.faults.get(number, ()) for id, number in real.numbers.items()})
     engines = ModelledEngines(clock=clock, profiles={PROFILE.name: PROFILE}, kv_transfer_gb_per_s=20.0, wire=wire)
     fleet = FleetModel(clock=clock, cold_start=COLD_START, failures=FAILURES, seed=0, make_engine=engines.make)
+    engines.suspect = fleet.suspect
     assembly = Assembly(
         clock=clock,
         fleet=fleet,

@@ -110,6 +110,7 @@ class Site:
         seed: int = 0,
         network_s: float = 0.0,
         fault: Fault = lambda incoming: False,
+        notice_s: float = 0.0,
         kv_transfer_gb_per_s: float = 20.0,
         tenants: Sequence[str] = (),
         gpus_max: Mapping[str, int] | None = None,
@@ -136,6 +137,7 @@ class Site:
                 seed=seed,
                 settings=EmulatedSettings(kv_transfer_gb_per_s=kv_transfer_gb_per_s),
                 fault=fault,
+                notice_s=notice_s,
             )
 
         self.engines = Engines(
@@ -200,6 +202,7 @@ async def run_real(setup: Setup) -> RealPath:
         seed=setup.seed,
         network_s=setup.wire.network_s,
         fault=faults,
+        notice_s=setup.wire.notice_s,
         kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
         tenants=workload.tenants,
         gpus_max=setup.gpus_max,

@@ -38,6 +38,8 @@ REFUSED = "engine answered 400"
 """Longer than the engine's KV."""
 
 CUT = 0
+_LAST = 1 << 62
+"""Keys of timers from here on come after all others of the same moment, as asyncio's next turn does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,9 @@ class Wire:
     ``CUT``: the connection is cut before the first byte of an answer."""
     pieces: frozenset[int] = frozenset()
     """Interactive requests whose clients want the answer in one piece."""
+    notice_s: float = 0.0
+    """How long a fleet takes to notice that an instance has died, unless the gateway suspects it. Until then requests
+    are lost one by one. A scrape in that time is not modelled."""
 
 
 class RemoteEngine:
@@ -67,8 +72,10 @@ class RemoteEngine:
         kv_seconds_per_token: float,
         wire: Wire,
         faults: Mapping[int, Iterator[int]],
+        suspect: Callable[[Instance], None],
     ) -> None:
-        """``faults`` are those of the wire that are still to come, shared by all engines."""
+        """``faults`` are those of the wire that are still to come, shared by all engines; ``suspect`` asks the fleet to
+        look at the instance."""
         self.instance = instance
         self.model = EngineModel(
             clock=clock,
@@ -84,6 +91,9 @@ class RemoteEngine:
         self._listener = listener
         self._wire = wire
         self._faults = faults
+        self._suspect = suspect
+        self._dead = False
+        self._refusals = 0
         self._runs: dict[int, _Run] = {}
         """What the gateway believes to run here, by request."""
         self._inside: dict[int, _Run] = {}
@@ -102,9 +112,9 @@ class RemoteEngine:
     # -- the Engine port: the gateway's end ----------------------------------------------------------------------
 
     def start(self, request: Request) -> None:
-        run = _Run(request, reuses=self._pool.take(), streams=not request.pinned or request.id not in self._wire.pieces)
+        run = _Run(request, streams=not request.pinned or request.id not in self._wire.pieces)
         self._runs[request.id] = run
-        self._carry(lambda: self._arrive(run))
+        self._send(run)
         if not run.streams and request.prefill_cost_s:
             self._clock.call_later(presumed_prefill_s(self.instance), lambda: self._presume(run))
 
@@ -112,6 +122,7 @@ class RemoteEngine:
         run = self._runs.pop(request.id, None)
         if run is None:
             return  # Its end is under way to the control plane.
+        self._pool.drop(run.connection)
         self._carry(lambda: self._cancel(run))
         request.tokens_done = self._safe(run) if request.outcome is None else run.tokens
         request.kv_saved_tokens = request.input_tokens + request.tokens_done if request.tokens_done else 0
@@ -127,43 +138,59 @@ class RemoteEngine:
 
     def look(self, seen: Callable[[Sample], None]) -> None:
         """Scrape it: ask, read when the question arrives, hear of it later."""
-        self._pool.take()
+        connection, _ = self._pool.take()
 
         def read() -> None:
             sample = self.model.sample()
             self._carry(lambda: answered(sample))
 
         def answered(sample: Sample) -> None:
-            self._pool.give()
+            self._pool.give(connection)
             seen(sample)
 
         self._carry(read)
 
     def fail(self) -> None:
-        """The process died, and its fleet says so at once."""
+        """The process died: its connections are reset, and nobody answers any more."""
         for run in self._runs.values():
             if run.request.outcome is None:
                 run.request.tokens_done = self._safe(run)
-        self._runs.clear()
+        self._dead = self._pool.closed = True
         self._inside.clear()
         self.model.fail()
+        self._carry(self._reset)
 
     # -- the wire ------------------------------------------------------------------------------------------------
 
     def _carry(self, message: Callback) -> None:
         self._clock.call_later(self._wire.network_s, message)
 
+    def _send(self, run: _Run, *, fresh: bool = False) -> None:
+        """On a connection that is kept, or on a ``fresh`` one."""
+        run.connection, run.reuses = self._pool.take(run, fresh=fresh)
+        if run.connection is None:
+            self._refused_soon(run)
+        else:
+            self._carry(lambda: self._arrive(run))
+
+    def _refused_soon(self, run: _Run) -> None:
+        """Nobody listens."""
+        self._refusals += 1
+        key = _LAST + (self.instance.id << 24) + self._refusals
+        self._clock.push(self._clock.now_s, key, lambda: self._lose(run, CUT, connect=True))
+
     def _send_limit(self) -> None:
         self._limit_sent, self._limit_under_way = self._limit, True
         limit = self._limit
-        self._pool.take()
+        connection, _ = self._pool.take()
 
         def arrive() -> None:
-            self.model.set_max_batch_size(limit)
-            self._carry(answered)
+            if not self._dead:
+                self.model.set_max_batch_size(limit)
+                self._carry(answered)
 
         def answered() -> None:
-            self._pool.give()
+            self._pool.give(connection)
             self._limit_under_way = False
             if self._limit != self._limit_sent:
                 self._send_limit()
@@ -173,7 +200,16 @@ class RemoteEngine:
     # -- the gateway's end: what arrives -------------------------------------------------------------------------
 
     def _holds(self, run: _Run) -> bool:
-        return self._runs.get(run.request.id) is run
+        return self.instance.state != "gone" and self._runs.get(run.request.id) is run
+
+    def _reset(self) -> None:
+        """All connections, the oldest first."""
+        for run in self._pool.reset():
+            if run.reuses and not run.told:
+                self._refused_soon(run)  # It is sent once more.
+            else:
+                run.reuses = False
+                self._lose(run, CUT)
 
     def _token(self, run: _Run) -> None:
         run.tokens += 1
@@ -193,7 +229,7 @@ class RemoteEngine:
         self._first(run)
         if not self._holds(run):  # Its prefill is over, and somebody more urgent took the room.
             return
-        self._pool.give()
+        self._pool.give(run.connection)
         self._losses.answered()
         del self._runs[request.id]
         if request.outcome is None:
@@ -202,7 +238,7 @@ class RemoteEngine:
 
     def _refuse(self, run: _Run) -> None:
         if self._holds(run):
-            self._pool.give()
+            self._pool.give(run.connection)
             self._losses.answered()
             del self._runs[run.request.id]
             if run.request.outcome is None:
@@ -213,20 +249,23 @@ class RemoteEngine:
         if self._holds(run) and not run.told:
             self._listener.prefilled(run.request)
 
-    def _lose(self, run: _Run, status: int) -> None:
+    def _lose(self, run: _Run, status: int, *, connect: bool = False) -> None:
         if not self._holds(run):
             return
         if status != CUT:
-            self._pool.give()
-        elif run.reuses:
-            run.reuses = False
-            self._carry(lambda: self._arrive(run))
-            return
-        _, avoid_s = self._losses.lost(status=status)
+            self._pool.give(run.connection)
+        else:
+            self._pool.drop(run.connection)
+            if run.reuses and not connect:
+                self._send(run, fresh=True)
+                return
+        suspected, avoid_s = self._losses.lost(status=status, connect=connect)
         request = run.request
         del self._runs[request.id]
         if request.outcome is None:
             request.tokens_done = self._safe(run)
+        if suspected:
+            self._suspect(self.instance)
         if avoid_s:
             self._listener.avoid(self.instance, avoid_s)
         self._listener.lost(request)
@@ -238,6 +277,8 @@ class RemoteEngine:
     # -- the engine's end ----------------------------------------------------------------------------------------
 
     def _arrive(self, run: _Run) -> None:
+        if self._dead:
+            return
         request = run.request
         fault = next(self._faults.get(request.id, iter(())), None)
         if fault is not None:
@@ -303,11 +344,13 @@ class RemoteEngine:
 class _Run:
     """One stay of a request in the engine."""
 
-    __slots__ = ("generated", "inner", "request", "reuses", "streams", "tokens", "told")
+    __slots__ = ("connection", "generated", "inner", "request", "reuses", "streams", "tokens", "told")
 
-    def __init__(self, request: Request, *, reuses: bool, streams: bool) -> None:
+    def __init__(self, request: Request, *, streams: bool) -> None:
         self.request = request
-        self.reuses = reuses
+        self.connection: int | None = None
+        """Its number; None: there is none."""
+        self.reuses = False
         """It came on a connection that had been used before."""
         self.streams = streams
         self.inner: Request | None = None
@@ -321,21 +364,47 @@ class _Run:
 
 
 class _Pool:
-    """Connections to the engine that are kept: when each was last used, the longest ago first."""
+    """Connections to the engine, by number in the order in which they were made, and who uses each."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self._clock = clock
-        self._used_s: list[float] = []
+        self._made = 0
+        self._users: dict[int, _Run | None] = {}
+        self._idle: list[tuple[int, float]] = []
+        """Those that nobody uses, and since when."""
+        self.closed = False
+        """No more are made."""
 
-    def take(self) -> bool:
-        """For one request. Returns whether it was used before."""
-        while self._used_s:
-            if self._clock.now_s - self._used_s.pop() <= IDLE_S:
-                return True
-        return False
+    def take(self, run: _Run | None = None, *, fresh: bool = False) -> tuple[int | None, bool]:
+        """A connection (None: there is none), and whether it was used before."""
+        while self._idle and not fresh:
+            number, since_s = self._idle.pop()
+            if self._clock.now_s - since_s <= IDLE_S:
+                self._users[number] = run
+                return number, True
+            del self._users[number]
+        if self.closed:
+            return None, False
+        self._made += 1
+        self._users[self._made] = run
+        return self._made, False
 
-    def give(self) -> None:
-        used_s = self._used_s
-        used_s.append(self._clock.now_s)
-        if self._clock.now_s - used_s[0] > IDLE_S:
-            del used_s[0]
+    def give(self, number: int | None) -> None:
+        if number not in self._users:
+            return  # It was reset.
+        self._users[number] = None
+        self._idle.append((number, self._clock.now_s))
+        oldest, since_s = self._idle[0]
+        if self._clock.now_s - since_s > IDLE_S:
+            del self._idle[0], self._users[oldest]
+
+    def drop(self, number: int | None) -> None:
+        if number is not None:
+            self._users.pop(number, None)
+
+    def reset(self) -> list[_Run]:
+        """All of them. Returns those that used them."""
+        users = [run for run in self._users.values() if run is not None]
+        self._users.clear()
+        self._idle.clear()
+        return users

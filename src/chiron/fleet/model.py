@@ -93,7 +93,9 @@ class FleetModel:
         failures: Failures | None = None,
         seed: int,
         make_engine: Callable[[Instance], ModelledEngine],
+        notice_s: float = 0.0,
     ) -> None:
+        """``notice_s``: how long it takes to notice that an instance has died, unless somebody suspects it."""
         self.bill = Bill()
         self.listener: FleetEvents | None = None
         """Set once the control plane exists; it needs a fleet to be made."""
@@ -107,6 +109,9 @@ class FleetModel:
         self._billed_from: dict[int, float] = {}
         self._billed: dict[int, Instance] = {}
         self._warm_until: dict[str, list[float]] = {}
+        self._notice_s = notice_s
+        self._unnoticed: dict[int, Instance] = {}
+        """Dead instances."""
         self._failure_draws = Random(f"{seed}:failures")
 
     def begin(self) -> None:
@@ -148,9 +153,15 @@ class FleetModel:
         return self._attach(instance)
 
     def remove(self, instance: Instance) -> None:
+        self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
         if self._stop_billing(instance):
             self._warm_until.setdefault(instance.kind.name, []).append(self._clock.now_s + self._cold_start.warm_for_s)
+
+    def suspect(self, instance: Instance) -> None:
+        """Somebody could not reach it."""
+        if instance.id in self._unnoticed:
+            self._clock.call_at(self._clock.now_s, lambda: self._notice(instance))
 
     def fail_one(self) -> None:
         """One ready instance, drawn by seed, dies."""
@@ -184,7 +195,15 @@ class FleetModel:
             return
         engine.fail()
         self._stop_billing(instance)
-        self._heard_by().instance_failed(instance)
+        self._unnoticed[instance.id] = instance
+        if self._notice_s > 0.0:
+            self._clock.call_later(self._notice_s, lambda: self._notice(instance))
+        else:
+            self._notice(instance)
+
+    def _notice(self, instance: Instance) -> None:
+        if self._unnoticed.pop(instance.id, None) is not None:
+            self._heard_by().instance_failed(instance)
 
     def _take_warm(self, kind: str) -> bool:
         now_s = self._clock.now_s

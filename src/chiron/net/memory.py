@@ -29,6 +29,8 @@ class MemoryNetwork:
     def __init__(self, carry: Callable[[Callback], object]) -> None:
         self._carry = carry
         self._servers: dict[str, Accept] = {}
+        self._ends: dict[str, dict[MemoryTransport, None]] = {}
+        """Of open connections, the servers' ends, in the order in which they were made."""
 
     def listen(self, name: str, accept: Accept) -> None:
         assert name not in self._servers, f"{name!r} is taken"
@@ -38,6 +40,12 @@ class MemoryNetwork:
         """Nobody connects to this name any more; connections that are open stay."""
         self._servers.pop(name, None)
 
+    def cut(self, name: str) -> None:
+        """A server's process dies: nobody listens any more, and its connections are reset, the oldest first."""
+        self.forget(name)
+        for end in list(self._ends.get(name, ())):
+            end.abort()
+
     def connect(self, name: str, factory: Accept) -> asyncio.Protocol:
         """A client's protocol, connected. Raises ConnectionRefusedError."""
         accept = self._servers.get(name)
@@ -45,9 +53,13 @@ class MemoryNetwork:
             raise ConnectionRefusedError(f"nobody listens on memory:{name}")
         client, server = MemoryTransport(self._carry), MemoryTransport(self._carry)
         client.peer, server.peer = server, client
+        ends = self._ends.setdefault(name, {})
+        ends[server] = None
+        server.on_end = lambda: ends.pop(server, None)
 
         def arrive() -> None:
-            server.join(accept())
+            if not server.is_closing():
+                server.join(accept())
 
         self._carry(arrive)
         return client.join(factory())
@@ -71,6 +83,7 @@ class MemoryTransport(asyncio.Transport):
         """Written here and not yet read there."""
         self._high_bytes, self._low_bytes = HIGH_BYTES, HIGH_BYTES // 4
         self._held_up = False
+        self.on_end: Callable[[], object] = lambda: None
 
     def join(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
         self._protocol = protocol
@@ -146,8 +159,7 @@ class MemoryTransport(asyncio.Transport):
 
     def reset(self) -> None:
         if not self._closing:
-            self._closing = True
-            self._unread.clear()
+            self._stop()
             self._lose(ConnectionResetError("the other end broke the connection off"))
 
     def taken(self, count: int) -> None:
@@ -170,9 +182,13 @@ class MemoryTransport(asyncio.Transport):
 
     def _end(self) -> None:
         """The protocol is in the middle of something: it hears of the end on the loop's next turn."""
+        self._stop()
+        asyncio.get_running_loop().call_soon(self._lose, None)
+
+    def _stop(self) -> None:
         self._closing = True
         self._unread.clear()
-        asyncio.get_running_loop().call_soon(self._lose, None)
+        self.on_end()
 
     def _lose(self, error: Exception | None) -> None:
         if not self._lost and self._protocol is not None:

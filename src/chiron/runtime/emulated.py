@@ -54,11 +54,17 @@ class EmulatedFleet:
         seed: int = 0,
         settings: EmulatedSettings | None = None,
         fault: Fault = lambda incoming: False,
+        notice_s: float = 0.0,
     ) -> None:
-        """``profiles`` by kind of instance."""
+        """``profiles`` by kind of instance; ``notice_s`` as ``FleetModel`` has it."""
         self.network = network
         self.model = FleetModel(
-            clock=clock, cold_start=cold_start, failures=failures, seed=seed, make_engine=self._start
+            clock=clock,
+            cold_start=cold_start,
+            failures=failures,
+            seed=seed,
+            make_engine=self._start,
+            notice_s=notice_s,
         )
         self.model.listener = self
         self._clock = clock
@@ -80,7 +86,7 @@ class EmulatedFleet:
         self._stop(instance)
 
     def suspect(self, instance: Instance) -> None:
-        """It is as the model says, and that was told."""
+        self.model.suspect(instance)
 
     def report(self) -> FleetReport:
         return FleetReport()
@@ -129,7 +135,7 @@ class EmulatedFleet:
                 front.handle(incoming)
 
         server = HttpServer(handle, ServerLimits(), None, None)
-        hosted = self._hosted[instance.id] = _Hosted(instance, engine, server)
+        hosted = self._hosted[instance.id] = _Hosted(instance, engine, server, self.network)
         self.network.listen(hosted.name, server.accept)
         return hosted
 
@@ -145,12 +151,17 @@ class EmulatedFleet:
 class _Hosted:
     """An instance's engine and its server. To the model of the fleet it is an engine; who uses it goes to its URL."""
 
-    def __init__(self, instance: Instance, engine: EmulatedEngine, server: HttpServer) -> None:
+    def __init__(self, instance: Instance, engine: EmulatedEngine, server: HttpServer, network: MemoryNetwork) -> None:
         self.instance = instance
         self.server = server
         self.name = f"instance-{instance.id}"  # A host: models may have names that none can have.
         self.url = f"memory:{self.name}"
-        self.fail = engine.fail
+        self._engine = engine
+        self._network = network
+
+    def fail(self) -> None:
+        self._network.cut(self.name)
+        self._engine.fail()
 
     def start(self, request: Request) -> None:
         raise AssertionError(f"requests go to {self.url}")

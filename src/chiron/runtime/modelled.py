@@ -18,6 +18,8 @@ class ModelledEngines:
     """Makes them. ``listener``, the control plane, is set before the first."""
 
     listener: RemoteEngineEvents
+    suspect: Callable[[Instance], None]
+    """Asks the fleet to look at an instance; set as ``listener`` is, where there is a wire."""
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class ModelledEngines:
                 kv_seconds_per_token=kv_seconds_per_token,
                 wire=self._wire,
                 faults=self._faults,
+                suspect=self.suspect,
             )
         self.made.append(engine)
         self._by_id[instance.id] = engine

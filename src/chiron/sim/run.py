@@ -85,7 +85,9 @@ class Simulation:
             failures=setup.failures,
             seed=setup.seed,
             make_engine=engines.make,
+            notice_s=0.0 if setup.wire is None else setup.wire.notice_s,
         )
+        engines.suspect = self.fleet.suspect
         self.policy = make_policy(setup.policy, setup.settings)
         self._assembly = Assembly(
             clock=self.clock,
