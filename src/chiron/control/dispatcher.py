@@ -63,7 +63,7 @@ class Dispatcher:
             self._enter(state, request)
 
     def called_off(self, state: ModelState, request: Request, outcome: Outcome) -> None:
-        """Nobody wants it any more, or it is given up."""
+        """End a request early: its client cancelled it, or it was cut off."""
         if request.outcome is not None:
             return
         instance = request.instance
@@ -75,7 +75,7 @@ class Dispatcher:
             self._evictor.stop(state, request)
 
     def shed_lost(self, state: ModelState) -> bool:
-        """End a waiting request that its policy has given up on, to make room for one that can still be served in
+        """End a waiting request that is late already, by its policy, to make room for one that can still be served in
         time. False: there is none."""
         request = state.waiting.order.lost() if state.waiting.count else None
         if request is None:

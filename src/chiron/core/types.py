@@ -16,9 +16,9 @@ Kind = Literal["interactive", "batch"]
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
 Outcome = Literal["finished", "rejected", "failed", "cancelled", "shed"]
-"""``rejected``: something is wrong with the request itself. ``failed``: an engine did not do what it should.
-``cancelled``: its client took it back. ``shed``: Chiron refused it, because it could not be served in time, or cut it
-off after too long a time."""
+"""``rejected``: something is wrong with the request itself. ``failed``: an engine failed. ``cancelled``: its client
+cancelled it. ``shed``: Chiron refused it because it could not be served in time, or cut it off after too long a
+time."""
 
 ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
 
@@ -114,9 +114,9 @@ class Request:
         self.outcome: Outcome | None = None
         self.instance: Instance | None = None
         self.tokens_done = 0
-        """Output tokens known to be safe with us: updated when the request is evicted or ends."""
+        """Output tokens that the gateway has for good: updated when the request is evicted or ends."""
         self.ran = False
-        """An engine has made its first token: it is evidence of what runs here."""
+        """It has had a first token. Lengths and rates are learned from such requests only."""
         self.evictions = 0
         self.retries = 0
         """Engine failures survived."""

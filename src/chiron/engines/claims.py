@@ -1,12 +1,12 @@
-"""What an engine says, bounded where it comes in.
+"""Figures that an engine reports, checked where they come in.
 
-An engine may be broken, misread, or somebody else's, and what it says is counted, learned from, shown, and billed to
-keys. So every number of it passes through here once. What cannot be so is as if it had not been said, and whoever asked
-goes by what was seen instead; nothing behind this module looks for absurd numbers again.
+An engine may be faulty, misread, or run by somebody else, and its figures are counted, learned from, shown, and billed
+to keys. So each of them passes through here once. An impossible one is dropped, and the caller uses what the gateway
+measured instead; no code behind this module checks for absurd numbers again.
 
 Of an answer the gateway sees its events, its bytes and its time, and the request may have set a limit. A count of
-output tokens is believed if it is within that limit, and no larger than what these bytes can hold or this time can make
-(some engines think without showing it), and not many times smaller than the number of events.
+output tokens is accepted if it is within that limit, no larger than fits these bytes or this time (some engines reason
+without showing it), and not many times smaller than the number of events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 TOKENS_MAX = 100_000_000
 """Tokens of one prompt or answer: ten times the longest context that there is."""
 KV_TOKENS_MIN, KV_TOKENS_MAX = 256, 1_000_000_000
-"""Tokens of KV of one instance. One with less could serve nobody."""
+"""Tokens of KV of one instance. One with less could serve no request."""
 SEQUENCES_MAX = 1_000_000
 """Sequences that run or wait in one engine."""
 CHOICES_MAX = 1024
@@ -49,12 +49,12 @@ _USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE
 
 
 def whole(said: object, most: int) -> int | None:
-    """A whole number from 0 to ``most``; None: it is none."""
+    """A whole number from 0 to ``most``; None: it is not."""
     return said if type(said) is int and 0 <= said <= most else None
 
 
 def figures(said: Mapping[str, float]) -> dict[str, float]:
-    """Of an engine's metrics, by our names, those that can be."""
+    """Of an engine's metrics, by our names, those that are possible."""
     found = {}
     for name, value in said.items():
         if name == "kv_usage" and 1.0 < value <= _SHARE_ROUNDING:
@@ -69,7 +69,7 @@ def figures(said: Mapping[str, float]) -> dict[str, float]:
 def can_grow(
     seconds: float, *, steps: float, busy_s: float, decode_tokens: float, prefill_tokens: float, context_tokens: float
 ) -> bool:
-    """Whether an engine's totals can have grown so much between two looks, ``seconds`` apart (one may be late)."""
+    """Whether an engine's totals can have grown so much between two scrapes, ``seconds`` apart (one may be late)."""
     seconds = 2.0 * seconds + 5.0
     return (
         0.0 <= steps <= STEPS_PER_S_MAX * seconds

@@ -1,7 +1,7 @@
-"""Whether an engine answers: until it does, and for how long.
+"""Health checks of an engine: until it is ready, and while it is.
 
-A start is polled quickly at first. What is ready is asked now and then, and gives up its place only after several
-failures in a row, because a busy engine may miss one; when the gateway suspects it, the questions follow at once.
+A starting engine is polled quickly at first. A ready one is checked now and then, and counts as failed only after
+several failures in a row, because a busy engine may miss one; when the gateway suspects it, checks follow at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from chiron.fleet.waiting import heard, pause
 from chiron.net.client import NetError, Origin
 
 _BODY_MAX_BYTES = 4 * 1024 * 1024
-"""Of an answer that nobody reads; a list of models may be long."""
+"""Of an answer, whose content does not matter; a list of models may be long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthSettings:
-    """How often an engine is asked, and what is believed."""
+    """How often an engine is checked, and when it counts as failed."""
 
     health_period_s: float = 5.0
     """Seconds between checks of a ready instance."""
@@ -65,18 +65,18 @@ class RecoverySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthTarget:
-    """What is asked."""
+    """What is checked."""
 
     url: str
     path: str = "/health"
     fallback_path: str = ""
-    """Asked instead when ``path`` is not known there (404 or 405)."""
+    """Used instead when the engine does not know ``path`` (404 or 405)."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Such as an API key; not shown."""
 
 
 class Probe:
-    """Asks one engine. ``reason`` is why the last check failed; empty when it passed or there was none."""
+    """Checks one engine. ``reason`` is why the last check failed; empty when it passed or there was none."""
 
     def __init__(self, target: HealthTarget, settings: HealthSettings) -> None:
         self.reason = ""

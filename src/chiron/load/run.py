@@ -1,4 +1,4 @@
-"""The open loop: every request is sent at its time, whatever became of those before it.
+"""The open loop: every request is sent at its time, whether or not earlier ones have been answered.
 
 A generator that waits for answers slows down with the server and hides how slow it is (coordinated omission). Here
 the times are fixed beforehand and latencies count from them, not from the moment of sending. Should this process
@@ -26,18 +26,18 @@ from chiron.load.settings import LoadSettings
 from chiron.net.client import Origin
 
 SENDS_PER_TURN = 32
-"""Requests sent before answers are read again: a burst must not blind us."""
+"""Requests sent before answers are read again: a burst must not stop reading."""
 TICK_S = 0.001
-"""The resolution of the loop's timers. Asked for less, some loops spin until the time has come."""
+"""The resolution of the loop's timers. With less, some loops spin until the time has come."""
 RATE_LOOKS = 10
-"""Progress tells the rate of sending over this many looks."""
+"""Progress shows the rate of sending over this many updates."""
 LEAD_S = 0.1
 """Between making everything ready and the run's time 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadRun:
-    """A run that is over."""
+    """A finished run."""
 
     plan: LoadPlan
     settings: LoadSettings
@@ -63,7 +63,7 @@ async def run_load(
     stop: asyncio.Event | None = None,
 ) -> LoadRun:
     """Send a plan. Set ``stop`` to end early: nothing more is sent, and what is in flight has ``grace_s``. ``waiting``
-    hears what is waited for before the first request, if it takes long.
+    gets what the run waits for before the first request, if it takes long.
 
     Raises TargetError if the server cannot be used at all, StoppedError at a stop before it has answered the probes;
     what fails later is in the record.

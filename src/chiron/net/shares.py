@@ -1,8 +1,8 @@
-"""What one peer may hold of a server's memory and connections, and who loses first when they are short.
+"""What one peer may hold of a server's memory and connections, and which request goes first when they are short.
 
-A peer is an address (of IPv6 a /64, which is what one customer has), and beside it whoever the handler says a request
-is from, such as the holder of a key. Behind a trusted proxy the address is what the proxy says; its own connections
-are everybody's and count against nobody.
+A peer is an address (of IPv6 a /64, which is what one customer has), and also what the handler names as the source of
+a request, such as an API key. Behind a trusted proxy the address is the one that the proxy reports; the proxy's own
+connections count against no peer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
-"""Proxies are trusted there by default: who is on this machine could do worse than to name another address."""
+"""Proxies are trusted there by default: a local process could do worse than forge an address."""
 
 Network = IPv4Network | IPv6Network
 
 
 class Proxies:
-    """Addresses whose word is taken for where a request is from."""
+    """Addresses that are trusted to say where a request is from."""
 
     def __init__(self, networks: Iterable[str] = LOOPBACK) -> None:
         """Raises ValueError for what is no address or network."""
@@ -27,7 +27,7 @@ class Proxies:
         self._trusted = lru_cache(4096)(self._is_trusted)
 
     def peer_of(self, address: str) -> str:
-        """The peer that a connection is from; "": nobody, as of a trusted proxy or a unix socket."""
+        """The peer that a connection is from; "": none, as of a trusted proxy or a unix socket."""
         return "" if not address or self._trusted(address) else _peer(address)
 
     def forwarded(self, chain: Sequence[bytes]) -> str:

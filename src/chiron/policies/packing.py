@@ -1,8 +1,8 @@
-"""Preferential, packed dispatch: fill one instance before the next (paper, section 4 and 5; see DESIGN.md 5).
+"""Preferential, packed dispatch: fill one instance before the next (paper, sections 4 and 5).
 
 Interactive requests go to the first instance, in order of rank, that has room: those of role interactive, then
-mixed, then batch. Batch requests fill from the other end, so that the two meet as late as they can and the
-instances between them stay empty enough to be given back. A heap per direction holds the instances that may have
+mixed, then batch. Batch requests fill instances in the opposite order, so that the two meet as late as possible and
+the instances between them stay empty and can be scaled down. A heap per direction holds the instances that may have
 room; an entry is checked when it surfaces. One that has no room for a request of common size leaves the heap until
 its load changes, so a dispatch costs O(log instances), amortised over load changes.
 """

@@ -1,4 +1,4 @@
-"""The durable store of batch work: what the gateway asks of it, and the values that cross.
+"""The port of the durable store of batch work, and the values that it takes and returns.
 
 An implementation guarantees: what an awaited call answered is on disk; each item of an accepted batch ends with exactly
 one result line, whatever is killed when; and memory does not grow with the size of a file or a batch.
@@ -17,7 +17,7 @@ from chiron.store.trusted_clock import ClockMarks
 
 
 class StoreError(Exception):
-    """Something the store was asked for did not happen. The message says what and why."""
+    """An operation of the store failed. The message says which and why."""
 
 
 class NotFound(StoreError):  # noqa: N818
@@ -25,7 +25,7 @@ class NotFound(StoreError):  # noqa: N818
 
 
 class Conflict(StoreError):  # noqa: N818
-    """What is asked does not fit the state: a file in use is deleted, an ended batch is cancelled."""
+    """The operation does not fit the state: deleting a file in use, cancelling an ended batch."""
 
 
 class TooLarge(StoreError):  # noqa: N818
@@ -45,7 +45,7 @@ class StoreCorrupt(StoreError):  # noqa: N818
 
 
 class StoreDamaged(StoreError):  # noqa: N818
-    """What was asked for is damaged on the disk: the message names it. The rest of the store is served."""
+    """The requested data is damaged on the disk: the message names it. The rest of the store is served."""
 
 
 class StoreUnavailable(StoreError):  # noqa: N818
@@ -75,7 +75,7 @@ class StoredFile:
     created_s: float
     owner: str
     expires_s: float | None = None
-    """When it goes by itself; later if a batch needs it then. None: with the retention."""
+    """When it is deleted; later if a batch still needs it then. None: after the retention."""
     status: str = "processed"
     batch_id: str | None = None
     """The batch whose output or error lines this is; None for an uploaded file."""
@@ -101,7 +101,7 @@ class ItemSpec:
     custom_id: str
     model: str
     input_bytes: int
-    """Size of the prompt, for whoever estimates the work: summed up, plain and squared, in ``PendingWork``."""
+    """Size of the prompt, to estimate the work: summed up, plain and squared, in ``PendingWork``."""
     body_offset: int = 0
     """Where, in the line that ``check`` got, the bytes begin that ``Item.body`` shall hold."""
     body_bytes: int | None = None

@@ -1,8 +1,8 @@
 """The figures of one run, as the JSON object that ``--json`` writes (``data/result.schema.json``).
 
 Attainment counts every request of a class that could be served: one that failed, was shed, was cancelled or had not
-finished when the run stopped is a miss. A rejected one is neither kept nor missed: something was wrong with the request
-itself. A running service is judged otherwise (``judged_at_s``): nobody is to blame for a client that left in time, and
+finished when the run stopped is a miss. A rejected one is neither attained nor missed: something was wrong with the
+request itself. A running service is judged differently (``judged_at_s``): a client that left in time is no miss, and
 a request that still waits may yet be served in time; one that left after an SLO was missed is a miss. What cannot be
 computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
 """
@@ -53,7 +53,7 @@ def summarise(
     judged_at_s: float | None = None,
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
-    request at its SLO. None stands for what whoever measured cannot see: a client knows no GPU. With ``judged_at_s``
+    request at its SLO. None stands for what cannot be measured: a client sees no GPU. With ``judged_at_s``
     requests that were cancelled, or are open then, count only if an SLO was missed. Pure, O(requests)."""
     check_requests(requests, classes, models)
     attained = requests.attained(tuple(classes))

@@ -1,15 +1,15 @@
 """Brings batch work from the store to the control plane, and its results back.
 
-A job may have a million items; the control plane gets a window of them (``batch_window``), earliest deadline first,
-and hears of the rest as a sum (``batch_backlog``), so that it can plan for all of it. Memory holds at most: the
+A job may have a million items; the control plane gets a window of them (``window``), earliest deadline first, and the
+rest as sums (``backlog``), so that it can plan for all of it. Memory holds at most: the
 window, bounded in items and in bytes, what engines run, and the suspects.
 
-**Suspects.** An item may be poison: whatever engine gets it dies, and takes its neighbours with it. So an item that
-the control plane gave up on is given back with a failed attempt and tried again as the only suspect of its model;
-innocent ones pass then, and the poison fails alone. When items fail one after the other and none succeeds, the engines
-are at fault rather than the items: what waits is taken back, and single items are tried, ever less often.
+**Suspects.** An item may be poison: it kills every engine that gets it, and other requests fail with it. So an item
+that failed in the control plane is put back with a failed attempt and tried again as the only suspect of its model;
+innocent ones succeed then, and the poison fails alone. When items fail one after the other and none succeeds, the
+engines are at fault rather than the items: waiting ones are taken back, and single items are tried, ever less often.
 
-Nothing here decides who runs where or when. All state that matters is in the store; a ``kill -9`` loses the work in
+Nothing here decides what runs where or when. All state that matters is in the store; a ``kill -9`` loses the work in
 flight and no result.
 """
 

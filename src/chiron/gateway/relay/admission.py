@@ -45,7 +45,7 @@ class ServedModel:
 
     @property
     def tokens_max(self) -> int:
-        """What an engine can hold; it is the judge of what it takes, so that no estimate goes beyond."""
+        """What an engine can hold. The engine itself decides what is too long, so no estimate goes beyond."""
         return min(self.kv_capacity_tokens - 1, self.context_tokens or self.kv_capacity_tokens)
 
     def tokens(self, text_bytes: int) -> int:
@@ -61,7 +61,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """What admission found out about one request."""
+    """The result of admission for one request."""
 
     body: Body
     model: ServedModel

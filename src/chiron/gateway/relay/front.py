@@ -1,7 +1,7 @@
 """The hot path: completions from clients to the control plane.
 
-``handle`` is called by the HTTP server with a whole request. It answers bad ones at once and submits the others;
-everything after that is the control plane's doing, and the request's call (``calls``) speaks with the client.
+``handle`` is called by the HTTP server with a complete request. It answers bad ones at once and submits the others.
+The control plane decides all that follows, and the request's call (``calls``) talks to the client.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ class Front:
         self._responded = responded
         self._boot = token_hex(4)
         self._shares = Shares(limits.queue_max, limits.peer_share)
-        """Open requests by who asks."""
+        """Open requests by address and API key."""
 
     def takes(self, incoming: Incoming) -> bool:
-        """Whether this request is for the hot path, or to be refused before anybody looks at it."""
+        """Whether this request is for the hot path, or to be refused unread."""
         return (incoming.method == b"POST" and incoming.path in HOT_PATHS) or (
             self._foreign.check(incoming) is not None
         )
 
     def screen(self, incoming: Incoming) -> Callable[[], None] | None:
-        """Whether its body is worth reading: who has no key may not fill the memory. Returns what refuses it."""
+        """Whether to read its body: a client without a key must not fill the memory. Returns what refuses it."""
         try:
             incoming.context = self._keys.check(incoming.header(b"authorization"))
         except ApiError as error:
