@@ -1,1 +1,1 @@
-"""Scenario files and serve configs: read strictly, and made into runs."""
+"""Scenario files and serve configs: read strictly, and turned into runs."""

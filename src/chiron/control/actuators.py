@@ -1,6 +1,6 @@
-"""What becomes of decisions about the fleet and about batch sizes: they are carried out, or only told.
+"""What happens to decisions about the fleet and about batch sizes: they are carried out, or only reported.
 
-Which of the two is chosen where the parts are put together. Under ``OnlyTells`` the control plane decides and writes
+Which of the two is chosen at assembly. Under ``OnlyTells`` the control plane decides and writes
 down as always; the fleet stays as it was started, and engines and batch sizes stay as they were.
 """
 

@@ -1,4 +1,4 @@
-"""The global loop: the policy's plan becomes the fleet, and running requests move between instances."""
+"""The global loop: carry out the policy's plan for the fleet, and migrate running requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local loop: scrapes are learned from, and each instance gets its max batch size."""
+"""The local loop: learn from scrapes, and set the max batch size of each instance."""
 
 from __future__ import annotations
 

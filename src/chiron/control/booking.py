@@ -1,4 +1,4 @@
-"""What a request takes on its instance, booked when it comes and given up when it goes: counters, never recounted.
+"""What a request takes on its instance, booked at its dispatch and freed at its end: counters, never recounted.
 
 A request holds its place from dispatch until the engine lets go of it. An evicted one gives its place up at once: the
 engine takes it out at the same step boundary at which it lets the next one in.

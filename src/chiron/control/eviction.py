@@ -1,4 +1,4 @@
-"""Work taken off an instance: batch work that makes way, moves, and what nobody wants any more."""
+"""Work taken off an instance: eviction of batch work, migration, and requests that were cancelled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instances from plan to gone: started, drained, taken back, re-labelled, within bounds and GPU limits.
+"""Instances from start to end: created, drained, taken back, re-labelled, within bounds and GPU limits.
 
 States: ``starting`` -> ``ready`` -> ``draining`` -> ``gone``; a start that is no longer wanted, and a failure, go
 straight to ``gone``; a draining instance may be taken back.

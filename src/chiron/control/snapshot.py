@@ -1,4 +1,4 @@
-"""What there is and how it goes, as frozen values: all that status, metrics and pages read of the control plane.
+"""The state of the control plane as frozen values: all that status, metrics and pages read of it.
 
 A snapshot is taken when somebody asks and shares nothing with the control plane, so it may be kept, compared, and sent
 to another process. It costs O(instances + batch groups). Policies have views of their own (``model``).

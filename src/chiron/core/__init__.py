@@ -1,1 +1,1 @@
-"""Types, ports and the timer heap: what everything else agrees on. Standard library only."""
+"""Types, ports and the timer heap, used by everything else. Standard library only."""

@@ -1,7 +1,7 @@
 """One heap of timers with one total order, ``(when_s, key)``.
 
 Two drivers drain it: the simulator in a loop, the gateway on asyncio. Control code asks for ``now_s`` and for
-timers and cannot tell which of the two it lives in.
+timers and cannot tell which of the two drives it.
 
 Keys break ties. Ordinary timers take the next number of a counter, so equal times fire in the order of asking.
 An engine model takes one negative key for life (see ``engine_key``): its timer is moved often, and how often it

@@ -1,4 +1,4 @@
-"""What everybody may catch who passes on what a user wrote."""
+"""The base of all errors in a user's input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows when an engine loses requests: it is left alone for a while, and looked at if it goes on.
+"""When an engine loses requests: it gets none for a while, and is checked if it goes on.
 
 The gateway's client of an engine judges by this, and so does its model in the simulator.
 """

@@ -1,7 +1,7 @@
-"""Prometheus text to numbers, without a client library: a scrape happens every second on every instance.
+"""Prometheus text to numbers, without a client library: every instance is scraped every second.
 
 Tolerant by design: a line that is not a sample, and a value that is not finite, are as if they were not there. What
-is missing then must be treated as missing by whoever reads it, never as zero.
+is missing must be treated as missing by the caller, never as zero.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Profiles as files: one flat JSON object each, read strictly; the packaged ones by name.
 
-Packaged profiles live in ``chiron/data/profiles/MODEL/GPU/tpN.json`` and are named by that path. Everything that can
+Packaged profiles are in ``chiron/data/profiles/MODEL/GPU/tpN.json`` and are named by that path. Everything that can
 be wrong with a file (unknown, missing or doubled key, wrong type, value out of range) is a ``ProfileError`` that names
 the file, the key, the value and what is allowed.
 """

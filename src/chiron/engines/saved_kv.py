@@ -1,4 +1,4 @@
-"""KV of interrupted requests in an engine's host memory: whoever comes back here is copied in, not prefilled."""
+"""KV of interrupted requests in an engine's host memory: a request that resumes here is copied in, not prefilled."""
 
 from __future__ import annotations
 

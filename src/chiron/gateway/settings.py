@@ -1,4 +1,4 @@
-"""What the gateway can be told, as frozen values. ``config.serve`` reads them from a file; so can you make them.
+"""Settings of the gateway, as frozen values. ``config.serve`` reads them from a file.
 
 Durations are seconds, sizes bytes. Every queue, wait and body has a limit here. Hashes and keys stay out of ``repr``,
 so that no log of a configuration shows them.

@@ -1,4 +1,4 @@
-"""``chiron-paper``: the published design (arXiv 2501.08090), as far as public sources tell it.
+"""``chiron-paper``: the published design (arXiv 2501.08090), as far as public sources describe it.
 
 Local, per instance (Algorithm 1), on the max batch size B::
 

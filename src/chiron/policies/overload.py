@@ -1,4 +1,4 @@
-"""Whose turn it is when not everybody can be served in time: the order of waiting requests under ``chiron``.
+"""The order of waiting requests under ``chiron`` when not all of them can be served in time.
 
 While all can be on time the earliest TTFT deadline goes first. Once some cannot, that order is the worst there is:
 each request waits until its prefill takes it past its deadline, and all of them miss. Three rules end that.

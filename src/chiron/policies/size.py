@@ -1,4 +1,4 @@
-"""How large a request is, what its prefill takes, and what fits on an instance: said here and nowhere else."""
+"""How large a request is, what its prefill takes, and what fits on an instance: computed here and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The simulator: the control plane under virtual time, before a model of the engines."""
+"""The simulator: the control plane under virtual time, in front of a model of the engines."""

@@ -1,4 +1,4 @@
-"""Everything one simulation needs, as values. ``config`` makes it from a scenario file; so can you."""
+"""Everything that one simulation needs, as values. ``config`` makes it from a scenario file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found damaged, in words: in the log, and in a file that the next start, the doctor and the status read."""
+"""Reports of damage: in the log, and in a file that the next start, the doctor and the status read."""
 
 from __future__ import annotations
 

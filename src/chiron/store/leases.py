@@ -1,4 +1,4 @@
-"""Who has which item, in memory only.
+"""Leases of items, in memory only.
 
 A lease does not outlive the process that took it, and the directory has one process: writing leases down would cost a
 write per item and buy nothing. After a crash every item without a result is simply pending. Only the writer's thread

@@ -1,4 +1,4 @@
-"""``lost+found``: where a store puts what it does not know, and what it found damaged.
+"""``lost+found``: where a store moves unknown and damaged files.
 
 A file that no row names may be the upload of a batch whose row was lost: whoever deletes it makes the damage final.
 So nothing is deleted because it is unknown. What is put aside counts against a limit; beyond it everything stays where

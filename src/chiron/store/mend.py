@@ -1,4 +1,4 @@
-"""A damaged database made anew from the rows that can still be found.
+"""A damaged database rebuilt from the rows that can still be found.
 
 The rows are read off the pages (``pages``), of the database and of its log, and written into a new database; what is
 known twice is taken from where it is whole, what can be reckoned is reckoned, and what is lost is said so where a user

@@ -1,4 +1,4 @@
-"""How fast a batch goes and when it will be done: pure functions of what the store keeps about it."""
+"""The speed and ETA of a batch: pure functions of what the store records about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of a batch twice, reckoned anew from its items and results: counts, sizes, open work."""
+"""What a batch's row repeats of its items and results, recomputed from them: counts, sizes, open work."""
 
 from __future__ import annotations
 

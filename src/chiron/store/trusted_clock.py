@@ -1,6 +1,6 @@
-"""The time by which things expire and are deleted: the wall clock, as far as it can be believed.
+"""The time by which things expire and are deleted: the wall clock, as far as it can be trusted.
 
-A machine that starts with a wrong clock must not take everything for old. Neither a wrong clock nor a long time
+A machine that starts with a wrong clock must not treat everything as old. Neither a wrong clock nor a long time
 switched off can be seen from inside, so what nobody saw pass does not count at first: the trusted time goes on from
 where it was when it was last kept, as fast as a running process sees time pass. A gap of up to ``gap_s`` is a restart
 and is believed at once. A larger one, or one backwards, puts the clock in doubt, across restarts, until a process has

@@ -1,4 +1,4 @@
-"""Axes: where a value lies between two ends, and the ticks that are worth their place.
+"""Axes: the position of a value between two ends, and the ticks.
 
 Attainment has an axis of its own. What matters is how many requests miss: from 99 to 99.9 % is ten times fewer, and as
 far as from 90 to 99. So the axis is the logarithm of the share that misses, labelled with the share that does not.

@@ -1,4 +1,4 @@
-"""Decisions and moments as people say them."""
+"""Decisions and times as text for people."""
 
 from __future__ import annotations
 

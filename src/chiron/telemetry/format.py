@@ -1,7 +1,7 @@
-"""Figures as text: the same for the terminal, the page, the pictures and notebooks, so that nobody finds two.
+"""Figures as text: the same on the terminal, on the page, in pictures and in notebooks.
 
-A share is rounded down, and shows as many nines as it has: neither a miss reads as a hit nor a shortfall as a target
-kept. Nothing but all is 100 %.
+A share is rounded down, and shows as many nines as it has: a miss never reads as a hit, nor a shortfall as a target
+met. Only all of them is 100 %.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The report: one HTML file that needs nothing else, neither network nor server.
 
 All of it is HTML and SVG, made here, and readable without scripts; ``report.js`` picks policies, filters decisions, and
-reads values where a pointer is. What a user named (policies, models, keys, errors of servers) is escaped where it is
+reads values where a pointer is. Text from users and servers (policies, models, keys, errors) is escaped where it is
 written.
 """
 

@@ -1,4 +1,4 @@
-"""What the requests of a run say over time: how many came and were served, tokens, latencies.
+"""The requests of a run over time: arrivals, completions, tokens, latencies.
 
 From the request table alone, so that a client's run, which sees no fleet, has a time axis, too.
 """

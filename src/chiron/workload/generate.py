@@ -2,7 +2,7 @@
 
 All open-loop kinds are one mechanism: a renewal process in operational time (Gamma gaps of mean 1 and a given CV;
 CV 1 is Poisson, 0 is a metronome), mapped to seconds through the integral of a rate. So a spike or a day shape has
-whatever short-time burstiness is asked for. The process has run before time 0, so a trace does not begin with an
+whatever short-time burstiness is requested. The process has run before time 0, so a trace does not begin with an
 arrival.
 """
 

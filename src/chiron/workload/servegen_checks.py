@@ -1,6 +1,6 @@
-"""Whether columns and tables of ServeGen clients can be what they say, before anything is computed from them.
+"""Checks columns and tables of ServeGen clients before anything is computed from them.
 
-A file of clients comes from elsewhere: whatever is wrong in it is said with the file, the row or the client, the value
+A file of clients comes from elsewhere: an error in it is reported with the file, the row or the client, the value
 and what is allowed, and never shows as an index that points nowhere.
 """
 

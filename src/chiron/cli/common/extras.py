@@ -1,4 +1,4 @@
-"""What is not in the base install: which packages a command needs, and how to get them."""
+"""Packages beyond the base install: which of them a command needs, and how to get them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTPS: whom to trust (``--cacert``), and whether a server's own files are good."""
+"""HTTPS: which certificates to trust (``--cacert``), and whether a server's own files are valid."""
 
 from __future__ import annotations
 

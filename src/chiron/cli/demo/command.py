@@ -1,4 +1,4 @@
-"""``chiron demo``: the gateway with real engines under real traffic, watched, and then a verdict."""
+"""``chiron demo``: the gateway with real engines under real traffic on one screen, then a verdict."""
 
 from __future__ import annotations
 

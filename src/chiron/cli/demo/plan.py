@@ -1,4 +1,4 @@
-"""What ``chiron demo`` plays: its traffic, its gateway's config, and what must be said about both."""
+"""What ``chiron demo`` runs: its traffic, its gateway's config, and a description of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``chiron doctor`` at the engines' doors: do they answer, know the model, stream, and show metrics we can read?"""
+"""``chiron doctor`` for endpoints: do they answer, serve the model, stream, and have metrics that we can read?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A faulty engine: a server that says what no engine should, to test what runs in front of engines.
+"""A faulty engine: a server that returns what no engine should, to test what runs in front of engines.
 
     python -m chiron.engines.serve.faulty --port 8001 --seed 1
 

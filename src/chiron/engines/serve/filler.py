@@ -1,4 +1,4 @@
-"""What an emulated engine says: common words in an order that depends on the prompt alone.
+"""The text of an emulated engine: common words in an order that depends on the prompt alone.
 
 One word is one token, and its place in the list is its id. Where JSON or a call of a tool is asked for, it is made up
 to fit the schema and cut into tokens of four characters. The answer is a function of the request and the server's seed,

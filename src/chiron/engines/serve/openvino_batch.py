@@ -1,4 +1,4 @@
-"""Who is in OpenVINO's pipeline, and who may leave it when.
+"""Which sequences are in OpenVINO's pipeline, and when they may leave it.
 
 The pipeline files a block of KV under its tokens when it begins to write it. Whoever left inside a block would leave it
 filed as complete, and whoever came with the same beginning later would read KV that was never written. So a sequence

@@ -1,4 +1,4 @@
-"""Types of command line options; what is wrong with a value is told with what is allowed."""
+"""Types of command line options; an error names the value and what is allowed."""
 
 from __future__ import annotations
 

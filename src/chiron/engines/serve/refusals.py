@@ -1,6 +1,6 @@
-"""What an engine refuses before it queues a request: what fits no context, and what finds the queue full.
+"""Requests that an engine refuses before it queues them: too long for its context, or its queue is full.
 
-Gateways and clients go by the codes, so every engine of ours says these the same way.
+Gateways and clients rely on the codes, so all our engines use the same ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A request that is not served, as a client hears it."""
+"""The error that a client gets for a request that is not served."""
 
 from __future__ import annotations
 

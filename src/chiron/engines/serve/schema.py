@@ -1,4 +1,4 @@
-"""JSON schemas, read strictly into values that an engine can keep to.
+"""JSON schemas, read strictly into values that an engine can enforce.
 
 An engine that offers JSON of a schema must enforce all of it, so what is not understood here is an error
 that names the keyword and its place. What only describes (``title``, ``default``, unknown keywords) is

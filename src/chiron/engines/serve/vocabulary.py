@@ -1,4 +1,4 @@
-"""The words that emulated engines say; one is one token, and its place here is the token's id."""
+"""The words of emulated engines; each is one token, and its place here is the token's id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAI API besides the hot path: files, batches, models, health, and what the admin may ask."""
+"""The OpenAI API besides the hot path: files, batches, models, health, and the admin routes."""
 
 from chiron.gateway.api.app import make_app
 from chiron.gateway.api.state import ApiLimits, ApiState, BatchWork

@@ -1,4 +1,4 @@
-"""What one engine does, seen from the gateway: enough for the control plane even when the engine tells nothing.
+"""What one engine does, measured by the gateway: enough for the control plane even without the engine's metrics.
 
 Every decoding sequence makes one token per engine step, so over an interval::
 

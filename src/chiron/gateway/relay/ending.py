@@ -1,4 +1,4 @@
-"""What a client is told when its request ends without the answer that it asked for: one choice for every kind of call.
+"""The error that a client gets when its request ends without an answer: the same for every kind of call.
 
 What the gateway itself decided (a time-out) comes first, then the engine's own words, then what is known of the tries.
 """

@@ -1,4 +1,4 @@
-"""API keys: who asks, for what, how often.
+"""API keys: authentication, permissions and rate limits.
 
 Only SHA-256 hashes are kept. Keys are long and random, so a slow password hash would protect nothing and cost
 milliseconds on the path of every request. Looking the hash up in a dict leaks timing about the hash, from which a

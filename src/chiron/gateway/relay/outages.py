@@ -1,4 +1,4 @@
-"""Models that nothing can serve, and what their clients are told.
+"""Models without an instance that can serve them, and the errors that their clients get.
 
 A request without an instance is held while one is really coming: a start is under way, or one will be tried. It is
 refused at once (503, with the reason and Retry-After) while none can come: no endpoint has ever answered, or start

@@ -1,7 +1,7 @@
-"""The gateway's journal: hears everything from the control plane, and keeps what others ask for later.
+"""The gateway's journal: gets every event from the control plane, and keeps what is read later.
 
 An event costs the loop's thread a few microseconds: counters are incremented, a line for the event log is queued.
-Files, Prometheus text and quantiles are made elsewhere or when somebody asks.
+Files, Prometheus text and quantiles are made elsewhere or on request.
 """
 
 from __future__ import annotations

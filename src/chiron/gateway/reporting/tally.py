@@ -1,4 +1,4 @@
-"""Counts and distributions of requests by model and class, kept as they happen and read when somebody asks.
+"""Counts and distributions of requests by model and class, updated as they happen and read on request.
 
 Own accumulators instead of the metric library's: a request costs a few list increments here, under no lock, and the
 same numbers serve Prometheus, the status and the terminal view.
