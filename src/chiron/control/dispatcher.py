@@ -97,6 +97,7 @@ class Dispatcher:
         refusal = self._admit(self._settings, state.waiting.order, request, self._clock.now_s)
         if refusal is None:
             return False
+        request.refused_because = refusal.reason
         request.retry_after_s = refusal.retry_after_s
         self._end(state, request, "shed")
         return True

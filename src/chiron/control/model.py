@@ -15,7 +15,7 @@ from math import inf, nan
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
-from chiron.policies.order import DeadlineOrder
+from chiron.policies.order import KeyOrder
 from chiron.policies.policy import Policy
 from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
 
@@ -50,7 +50,7 @@ class ModelState:
         self.classes = {c.name: c for c in classes}
         self.learner = Learner(classes)
         self.router = policy.router(policy.settings, self.learner)
-        order = policy.order(policy.settings, self.learner) if policy.order is not None else DeadlineOrder()
+        order = policy.order(policy.settings, self.learner) if policy.order is not None else KeyOrder()
         self.waiting = WaitingQueue(order)
         self.batch = BatchQueue(policy.group_span_s, defers_late=policy.defers_late, shortest_s=self.learner.shortest_s)
         self.instances: dict[int, Instance] = {}

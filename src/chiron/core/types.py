@@ -78,6 +78,7 @@ class Request:
         "pinned",
         "prefill_cost_s",
         "ran",
+        "refused_because",
         "reserved_tokens",
         "retries",
         "retry_after_s",
@@ -132,6 +133,8 @@ class Request:
         """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
         self.tenant = ""
         """Who asks (an API key's name): nobody's overload is another's. Not changed after ``submit``."""
+        self.refused_because = ""
+        """Reason of the policy's admit hook, of one that it did not take."""
         self.retry_after_s = 0.0
         """Of one that was shed: when it is worth asking again."""
         self.sequences = 1

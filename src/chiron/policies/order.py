@@ -1,25 +1,31 @@
-"""Earliest deadline first: the order of waiting requests unless a policy brings its own."""
+"""Waiting requests by a fixed key: earliest TTFT deadline first, unless a policy brings another key or order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from math import inf
 
 from chiron.core.types import Request
 
 
-class DeadlineOrder:
-    """By TTFT deadline, then by number. Ended requests are dropped when they surface."""
+def first_token_due_s(request: Request) -> float:
+    return request.arrival_s + request.cls.ttft_s
 
-    def __init__(self) -> None:
+
+class KeyOrder:
+    """Least key first, then by number; implements ``policies.policy.Order``. A key must not change while its request
+    waits. Ended requests are dropped when they surface."""
+
+    def __init__(self, key: Callable[[Request], float] = first_token_due_s) -> None:
+        self._key = key
         self._heap: list[tuple[float, int, Request]] = []
 
     def __iter__(self) -> Iterator[Request]:
         yield from (entry[2] for entry in self._heap if entry[2].outcome is None)
 
     def add(self, request: Request, now_s: float) -> None:
-        heappush(self._heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+        heappush(self._heap, (self._key(request), request.id, request))
 
     def forget(self, request: Request) -> None:
         """Nothing to do: it is seen to have ended."""
@@ -38,5 +44,7 @@ class DeadlineOrder:
         return None
 
     def oldest_arrival_s(self) -> float:
-        head = self.head(0.0)
-        return inf if head is None else head.arrival_s
+        if self._key is first_token_due_s:  # Of one class the head is the oldest; of several, near enough.
+            head = self.head(0.0)
+            return inf if head is None else head.arrival_s
+        return min((request.arrival_s for request in self), default=inf)

@@ -70,6 +70,8 @@ class Recorder:
                 line |= {"model": request.model, "class": request.cls.name, "input_tokens": request.input_tokens}
             elif name == "ended":
                 line["outcome"] = request.outcome
+                if request.refused_because:
+                    line["reason"] = request.refused_because
         if instance is not None:
             line["instance"] = instance.id
             if request is None:

@@ -196,6 +196,7 @@ class LiveJournal:
             "class": request.cls.name,
             "key": self._key_of(request),
             "outcome": request.outcome,
+            "reason": request.refused_because or None,
             "instance": instance.id if instance is not None else None,
             "input_tokens": prompt_tokens(request),
             "output_tokens": tokens,
