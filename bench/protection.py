@@ -10,7 +10,7 @@ take turns on the same engine process:
 
 - interactive alone, batch alone: straight to the engine, the ideals;
 - both straight: nobody protects anybody, the engine serves first come first served;
-- chiron, evict = false: one queue before the engine, interactive first, no eviction;
+- chiron, evict = false: one queue in front of the engine, interactive first, no eviction;
 - chiron: the default.
 
 Times are seen by the client, from when a request was to be sent. Batch throughput is the engine's count of generated

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 TARGET = 0.99
-"""Attainment that every class must reach for a policy to count as one that keeps its promises."""
+"""Attainment that every class must reach for a policy to count as one that meets its SLOs."""
 ABLATION = ".ablation.json"
 WHOLE = "chiron"
 """The row of an ablation that has every part."""

@@ -1,4 +1,4 @@
-"""LangChain, LlamaIndex, instructor, LiteLLM and the openai SDK before the gateway of the demo, with both engines.
+"""LangChain, LlamaIndex, instructor, LiteLLM and the openai SDK against the gateway of the demo, with both engines.
 
 They are installed from the package index, at the versions in ``client_libraries.txt``, into an environment of their
 own. What they could not do is in a table here and in ``docs/clients.md``, and a check that begins to pass fails too.

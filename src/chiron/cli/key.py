@@ -23,10 +23,10 @@ def key(
         typer.Option("--out", metavar="FILE", help="Write the key into this new file (mode 0600), and do not show it."),
     ] = None,
 ) -> None:
-    """Make an API key: show it once, and print what belongs into the config.
+    """Make an API key: show it once, and print the lines to add to the config.
 
-    The key goes to stderr, the TOML with its hash to stdout, so that it can be appended to a config. Only the hash is
-    kept; nobody can get the key back from it.
+    The key goes to stderr, the TOML with its hash to stdout, so that it can be appended to a config. Only the hash
+    is stored; the key cannot be recovered from it.
 
     Examples:
 

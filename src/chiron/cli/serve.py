@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Serve OpenAI's API in front of your engines, with autoscaling.
 
-    Ctrl-C, SIGTERM or a closed terminal (SIGHUP) stops: no new requests, running ones may finish within `server.grace`,
-    batches go on at the next start. A second ctrl-C stops at once.
+    Ctrl-C, SIGTERM or a closed terminal (SIGHUP) stops it: no new requests, running ones finish within `server.grace`,
+    batches continue at the next start. A second ctrl-C stops at once.
 
     Examples:
 

@@ -69,8 +69,8 @@ class ModelSection:
     min_instances: int = 1
     max_instances: int = 50
     initial: Literal["auto"] | int = "auto"
-    """Instances that are ready at time 0, the same for every policy. ``"auto"``: what keeps the interactive
-    promises of the first ten minutes, as if the fleet had been running before (``sim.initial``)."""
+    """Instances that are ready at time 0, the same for every policy. ``"auto"``: what meets the interactive
+    SLOs of the first ten minutes, as if the fleet had been running before (``sim.initial``)."""
 
     def __post_init__(self) -> None:
         require(bool(self.instances), "instances", [], "a list with at least one { profile = ... }")

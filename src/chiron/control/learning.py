@@ -214,8 +214,8 @@ class Learner:
         return self._expected_output[name] * self.step_times.fixed_s if self.trusted else 0.0
 
     def seen_names(self) -> list[str]:
-        """Classes that this model has had requests of; all of them before the first. What another model was promised
-        is not this one's concern."""
+        """Classes that this model has had requests of; all of them before the first. SLOs of
+        another model do not matter to this one."""
         return [name for name, mix in self.mixes.items() if mix.seen] or list(self.mixes)
 
     def ran(self, request: Request) -> None:

@@ -69,8 +69,8 @@ class ServerSettings:
     tls_key: str = ""
     """PEM file with the private key, not encrypted."""
     trusted_proxies: tuple[str, ...] = LOOPBACK
-    """Addresses and networks of proxies before the gateway: their connections are everybody's, and the shares of
-    addresses go by what they say in ``X-Forwarded-For``."""
+    """Addresses and networks of proxies in front of the gateway: their connections count against no address, and the
+    shares of addresses use what they send in ``X-Forwarded-For``."""
     open_without_keys: bool = False
     """Listen beyond loopback although no API key is set: anybody who reaches the port may use the models."""
     grace_s: float = 30.0

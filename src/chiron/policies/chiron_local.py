@@ -20,8 +20,8 @@ class LocalState:
     correction: float = 1.0
     """Measured over predicted step time."""
     interactive_s: float = 0.0
-    """Work that interactive requests bring to a step beside batch work: a mean over some five scrapes, as theirs over
-    their tokens is what was promised."""
+    """Work that interactive requests bring to a step beside batch work: a mean over some five scrapes, because the SLO
+    is a mean over a request's tokens."""
 
 
 def decide_batch_size(
@@ -148,8 +148,8 @@ class PrefillLimits:
 def prefill_limits(settings: ChironSettings, view: LocalView, target_s: float, context: float) -> PrefillLimits:
     """No limits where the engine's own token budget keeps steps within the target.
 
-    A prompt of c seconds delays each request that decodes by c in all, whatever steps it is spread over. What was
-    promised is the mean over a request's tokens, so one of n tokens bears n times what a step has left. n is what all
+    A prompt of c seconds delays each request that decodes by c in all, whatever steps it is spread over. The
+    SLO is the mean over a request's tokens, so one of n tokens bears n times what a step has left. n is what all
     but a few requests of a class have; while requests miss their ITL, the limit goes back to what a single step has
     left.
     """

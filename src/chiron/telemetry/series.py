@@ -92,11 +92,11 @@ def latency_cdf(result: RunData, cls: int, measure: str) -> Cdf:
 
 def measures(result: RunData, cls: int) -> list[tuple[str, str, float]]:
     """What class number ``cls`` is judged by: measure, axis title, limit. TTFT without a limit if by nothing."""
-    promised = result.classes[cls]
+    slo = result.classes[cls]
     due = np.isfinite(result.requests.deadline_s[result.requests.cls == cls]).any()
     asked = [
-        ("ttft", "time to first token, s", promised.ttft_s),
-        ("itl", "mean inter-token latency, s", promised.itl_s),
+        ("ttft", "time to first token, s", slo.ttft_s),
+        ("itl", "mean inter-token latency, s", slo.itl_s),
         ("deadline", "share of the time to the deadline used", 1.0 if due else np.inf),
     ]
     return [one for one in asked if np.isfinite(one[2])] or asked[:1]

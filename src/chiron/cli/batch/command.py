@@ -87,7 +87,7 @@ def submit(
     key: KeyOption = None,
     cacert: CacertOption = None,
 ) -> None:
-    """Upload a file and start a batch from it. Prints the batch's id on stdout, all else on stderr.
+    """Upload a file and start a batch from it. Prints the batch's id on stdout, everything else on stderr.
 
     Examples:
 

@@ -53,7 +53,7 @@ def doctor(
 ) -> None:
     """Check this machine, a config and its engines: each line is ok, warn or fail, with what to do next.
 
-    It changes nothing, and asks each endpoint for one short completion. Exit status 1 if something fails.
+    It changes nothing, and sends each endpoint one short completion request. Exit status 1 if something fails.
 
     Examples:
 

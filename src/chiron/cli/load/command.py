@@ -189,7 +189,7 @@ def load(
 ) -> None:
     """Send a trace, a scenario or generated traffic to any OpenAI endpoint, open loop, and report.
 
-    Requests go out at their own times, whatever became of those before; latencies count from those times. Every
+    Requests are sent at their scheduled times, answered or not; latencies count from those times. Every
     answer is streamed. Exit status 1: no request finished.
 
     Examples:
