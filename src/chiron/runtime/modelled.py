@@ -107,13 +107,13 @@ class ModelScraper:
         self._clock.call_later(self._period_s, self._scrape)
 
     def _scrape(self) -> None:
-        asked_s = self._clock.now_s
         engines = list(self._engines())
         samples: list[Sample] = []
 
         def seen(sample: Sample) -> None:
-            # As far as the one who asks can tell, it is of when it was asked for.
-            samples.append(sample if sample.taken_s == asked_s else replace(sample, taken_s=asked_s))
+            # As far as whoever asked can tell, it is of when the answer came.
+            now_s = self._clock.now_s
+            samples.append(sample if sample.taken_s == now_s else replace(sample, taken_s=now_s))
             if len(samples) == len(engines):
                 tell()
 

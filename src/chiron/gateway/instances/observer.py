@@ -217,15 +217,11 @@ class EngineObserver:
             self._piece_tokens += tokens
             self._piece_s += decoding_s
 
-    def sample(
-        self, now_s: float, metrics: Mapping[str, float] | None = None, *, asked_s: float | None = None
-    ) -> Sample:
-        """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``), as it gave
-        them when it was asked at ``asked_s``."""
+    def sample(self, now_s: float, metrics: Mapping[str, float] | None = None) -> Sample:
+        """What a scrape shows now; ``metrics`` are the engine's own figures by our names (``engines.rows``)."""
         self._advance(now_s)
         said = metrics or {}
-        told = _told(said)
-        totals = self._grow(now_s, told)
+        totals = self._grow(now_s, _told(said))
         waiting = int(said.get("waiting", 0))
         mean_input = self._inputs // self.decoding if self.decoding else 1
         used = said.get("kv_used_tokens")
@@ -233,7 +229,7 @@ class EngineObserver:
             used = said["kv_usage"] * said.get("kv_capacity_tokens", self._instance.kv_capacity_tokens)
         return Sample(
             instance_id=self._instance.id,
-            taken_s=now_s if told is None or asked_s is None else asked_s,
+            taken_s=now_s,
             running=int(said.get("running", self.inside)),
             waiting=waiting,
             waiting_tokens=int(said.get("waiting_tokens", waiting * mean_input)),

@@ -64,7 +64,7 @@ class Scraper:
                 for engine in engines
                 if engine.row.metrics_path
             ]
-            self._round = asyncio.get_running_loop().create_task(self._scrape(engines, asked, self._clock.now_s))
+            self._round = asyncio.get_running_loop().create_task(self._scrape(engines, asked))
 
     def _settles(self, now_s: float) -> bool:
         """Whether this look is better left out: the gateway was held up, and what engines sent meanwhile is still to
@@ -76,13 +76,13 @@ class Scraper:
                 self._settled_s = now_s + LATE * self._period_s
         return now_s < self._settled_s
 
-    async def _scrape(self, engines: list[HttpEngine], asked: list[tuple[HttpEngine, Asked]], asked_s: float) -> None:
+    async def _scrape(self, engines: list[HttpEngine], asked: list[tuple[HttpEngine, Asked]]) -> None:
         # One slow engine must not keep the others' news.
         await asyncio.gather(
             *(self._read(engine, metrics) for engine, metrics in asked),
             *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
         )
-        self._clock.post(lambda: self._tell(engines, asked_s))
+        self._clock.post(lambda: self._tell(engines))
 
     async def _read(self, engine: HttpEngine, asked: Asked) -> None:
         try:
@@ -98,7 +98,7 @@ class Scraper:
         if engine.context_tokens is not None:
             self._clock.post(lambda: self._context_told(engine))
 
-    def _tell(self, engines: list[HttpEngine], asked_s: float) -> None:
+    def _tell(self, engines: list[HttpEngine]) -> None:
         now_s = self._clock.now_s
         samples = []
         for engine in engines:
@@ -117,5 +117,5 @@ class Scraper:
                     engine.instance.max_batch_size,
                     engine.instance.kind.name,
                 )
-            samples.append(engine.observer.sample(now_s, engine.metrics, asked_s=asked_s))
+            samples.append(engine.observer.sample(now_s, engine.metrics))
         self._samples.sampled(samples)
