@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("httptools")
 pytest.importorskip("psutil")
 
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
@@ -28,16 +29,21 @@ ROOT = Path(__file__).parent.parent.parent
 DEPLOY = Path(str(resources.files("chiron") / "data" / "deploy"))
 
 
-def exported() -> set[str]:
-    """Names of all series and families that a gateway's metrics page has."""
+def families() -> list[Metric]:
+    """A gateway's metrics page, as Prometheus' own parser reads it."""
     live = LivePlane()
     live.rush(2.0, per_s=5.0)
     around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S)
     text = Metrics(live.plane, live.journal, lambda: around).render().decode()
-    families = list(text_string_to_metric_families(text))
+    return list(text_string_to_metric_families(text))
+
+
+def exported() -> set[str]:
+    """Names of all series and families of the page."""
+    found = families()
     kinds = {"counter": "_total", "histogram": "_bucket"}
-    names = {f"{family.name}{kinds.get(family.type, '')}" for family in families}
-    return names | {family.name for family in families if family.type == "histogram"}
+    names = {f"{family.name}{kinds.get(family.type, '')}" for family in found}
+    return names | {family.name for family in found if family.type == "histogram"}
 
 
 def queries() -> list[str]:
@@ -58,6 +64,17 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     asked = {name for query in queries() for name in re.findall(r"chiron_\w+", query)}
     assert len(asked) > 25
     assert asked - exported() == set()
+
+
+def test_the_dashboard_groups_by_labels_that_the_metrics_have() -> None:
+    labels = {sample.name: set(sample.labels) for family in families() for sample in family.samples}
+    grouped = [
+        (name, set(by.split(", ")))
+        for query in queries()
+        for by, name in re.findall(r"sum by \(([^)]*)\) \((?:rate\()?(chiron_\w+)", query)
+    ]
+    assert len(grouped) > 25
+    assert [(name, by - labels[name]) for name, by in grouped if name in labels and not by <= labels[name]] == []
 
 
 def test_the_reference_lists_every_metric_and_no_other() -> None:
