@@ -177,10 +177,12 @@ def test_decides_the_same_in_an_overload_of_classes_and_keys() -> None:
 
 
 def test_another_wire_is_another_log() -> None:
-    """The comparison sees a millisecond."""
+    """What is compared above shows a millisecond."""
     setup = scenario("llumnix-tuned", fails=False)
-    simulation = Simulation(replace(setup, wire=Wire(network_s=2 / 1024)))
-    simulation.run()
+    finish_s = []
+    for network_s in (1 / 1024, 2 / 1024):
+        simulation = Simulation(replace(setup, wire=Wire(network_s=network_s)))
+        simulation.run()
+        finish_s.append(simulation.recorder.table().finish_s.tolist())
 
-    with pytest.raises(AssertionError):
-        check_equal(simulation, run_virtual(run_real(setup)))
+    assert finish_s[0] != finish_s[1]
