@@ -127,6 +127,23 @@ def test_keys_of_a_class_share_an_overload_equally() -> None:
     assert served["modest"] == pytest.approx(20, abs=1)
 
 
+def test_a_turn_of_a_request_that_never_ran_is_given_back() -> None:
+    """The engine refuses two of three of one key's requests: as many of it run as of the other key's."""
+    order = order_of()
+    order.add(request(0, 0.0), 0.0)
+    for id in range(1, 201):
+        order.add(request(id, 4.0, tenant="refused" if id % 2 else "other"), 4.0)
+    ran: Counter[str] = Counter()
+    for _ in range(60):
+        turn = serve(order, 4.9)
+        assert turn is not None
+        if turn.tenant == "refused" and turn.id % 3:
+            order.never_ran(turn)
+        else:
+            ran[turn.tenant] += 1
+    assert ran["refused"] == pytest.approx(ran["other"], abs=1)
+
+
 def test_who_was_away_has_saved_up_no_turns() -> None:
     order = order_of()
     order.add(request(0, 0.0), 0.0)

@@ -253,6 +253,8 @@ class Dispatcher:
         instance = request.instance
         assert instance is not None
         instance.evicting.pop(request.id, None)
+        if not request.ran:
+            state.waiting.order.never_ran(request)
         request.instance = None
         request.instance_saved = instance if request.kv_saved_tokens else None
         destination, request.migrating_to = request.migrating_to, None
@@ -279,6 +281,8 @@ class Dispatcher:
     def gave_up(self, state: ModelState, request: Request, reason: str, outcome: Outcome) -> None:
         """The engine will not or cannot run it."""
         instance = self._left(state, request)
+        if not request.ran:
+            state.waiting.order.never_ran(request)
         if request.outcome is None:
             self._journal.decided(
                 self._clock.now_s,
@@ -294,6 +298,8 @@ class Dispatcher:
             request.instance = None
             request.migrating_to = None
             request.kv_saved_tokens = 0
+            if not request.ran:
+                state.waiting.order.never_ran(request)
             if request.outcome is not None:
                 continue
             request.retries += 1

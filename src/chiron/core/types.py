@@ -85,6 +85,7 @@ class Request:
         "sequences",
         "tenant",
         "tokens_done",
+        "turn",
     )
 
     def __init__(
@@ -133,6 +134,8 @@ class Request:
         """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
         self.tenant = ""
         """Who asks (an API key's name): nobody's overload is another's. Not changed after ``submit``."""
+        self.turn: Any = None
+        """The order's own note about the turn that it had."""
         self.refused_because = ""
         """Reason of the policy's admit hook, of one that it did not take."""
         self.retry_after_s = 0.0

@@ -40,6 +40,9 @@ class KeyOrder:
         assert self._heap[0][2] is request
         heappop(self._heap)
 
+    def never_ran(self, request: Request) -> None:
+        """Nothing to do: nobody is charged."""
+
     def lost(self) -> Request | None:
         return None
 

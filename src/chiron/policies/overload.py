@@ -104,6 +104,10 @@ class _Class:
         """When that measurement began."""
 
 
+_Turn = tuple[_Class, _Tenant | None, float, float]
+"""Who was charged for a turn, how many seconds of engine time, and when."""
+
+
 class OverloadOrder:
     """Implements ``policies.policy.Order`` for one model, and answers the ``admit`` hook."""
 
@@ -177,13 +181,26 @@ class OverloadOrder:
             assert group.late[0] is request
             group.late.popleft()
             self._turn = 0
-            self._served(group, None, self._work_s(request), now_s)
+            self._served(request, group, None, self._work_s(request), now_s)
             return
         cost_s, group, tenant = counted
         assert tenant.heap[0][2] is request
-        self._served(group, tenant, cost_s, now_s)
+        self._served(request, group, tenant, cost_s, now_s)
         self._take(group, tenant)
         self._turn += 1
+
+    def never_ran(self, request: Request) -> None:
+        turn: _Turn | None = request.turn
+        if turn is None:
+            return
+        request.turn = None
+        group, tenant, cost_s, when_s = turn
+        group.tag -= cost_s / group.cls.weight
+        group.rate = max(0.0, group.rate - cost_s / RATE_WINDOW_S * exp(-(group.rate_s - when_s) / RATE_WINDOW_S))
+        if tenant is not None:
+            tenant.tag -= cost_s
+            if self._drop_ended(tenant):
+                self._rank(group, tenant)
 
     def lost(self) -> Request | None:
         """Of the class that has most of them."""
@@ -328,8 +345,9 @@ class OverloadOrder:
         tenant.work_s = tenant.work_s - cost_s if tenant.count else 0.0
         group.work_s = group.work_s - cost_s if group.count else 0.0
 
-    def _served(self, group: _Class, tenant: _Tenant | None, cost_s: float, now_s: float) -> None:
+    def _served(self, request: Request, group: _Class, tenant: _Tenant | None, cost_s: float, now_s: float) -> None:
         """Charge a turn: virtual time moves to where it began, and who had it waits for its next."""
+        request.turn = (group, tenant, cost_s, now_s)
         self._now_tag = max(self._now_tag, group.tag)
         group.tag += cost_s / group.cls.weight
         if tenant is not None:

@@ -98,6 +98,9 @@ class Order(Protocol):
     def remove_head(self, request: Request, now_s: float) -> None:
         """What ``head`` returned is dispatched."""
 
+    def never_ran(self, request: Request) -> None:
+        """It had its turn, and was refused, lost or taken back before its first token: nobody is charged for it."""
+
     def lost(self) -> Request | None:
         """One that cannot be served in time any more, the oldest; None: there is none, or this order does not care."""
 
