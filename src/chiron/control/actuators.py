@@ -59,7 +59,7 @@ class OnlyTells:
 
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
-        """Max batch size last told of an instance."""
+        """Max batch size last reported of an instance."""
 
     def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
         before, state.advised = state.advised or state.planned, counts

@@ -12,7 +12,7 @@ from chiron.policies.size import prefill_left_s
 
 
 def book(request: Request, placement: Placement) -> None:
-    """It runs there from now on. The router is told by whoever does more."""
+    """It runs there from now on. The caller informs the router."""
     instance, cost_s, kv_tokens, _ = placement
     request.instance = instance
     if request.kv_saved_tokens and request.kv_saved_on != instance.id:

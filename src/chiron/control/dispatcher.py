@@ -309,7 +309,7 @@ class Dispatcher:
                 self._enter(state, request)
 
     def _left(self, state: ModelState, request: Request) -> Instance:
-        """An engine has let go of it. Returns where it ran."""
+        """An engine has released it. Returns where it ran."""
         instance = leave(state, request)
         assert instance is not None
         instance.evicting.pop(request.id, None)

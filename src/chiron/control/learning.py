@@ -210,7 +210,7 @@ class Learner:
         return self._expected_output
 
     def shortest_s(self, name: str) -> float:
-        """What a mean answer of this class takes at the least: its steps with nobody else in them."""
+        """What a mean answer of this class takes at the least: its steps without any other request."""
         return self._expected_output[name] * self.step_times.fixed_s if self.trusted else 0.0
 
     def seen_names(self) -> list[str]:

@@ -4,7 +4,7 @@
 asks. Synchronous and single-threaded: every call runs to its end, and engines answer later. Each part knows only those
 above it::
 
-    booking, eviction     places on instances: taken, given up, taken away
+    booking, eviction     slots on instances: booked, freed, taken away
     batch_size            the local loop
     lifecycle             instances, from plan to gone
     dispatcher            requests, from arrival to end

@@ -66,7 +66,7 @@ class ModelSnapshot:
     classes: Mapping[str, RequestClass]
     planned: Mapping[Role, int]
     advised: Mapping[Role, int]
-    """The last plan that was told and not carried out; empty where plans are carried out."""
+    """The last plan that was reported and not carried out; empty where plans are carried out."""
     cold_start_s: float
     cold_starts_seen: int
     instances: tuple[InstanceSnapshot, ...]
@@ -91,7 +91,7 @@ class PlaneSnapshot:
 
 
 class Readers(Protocol):
-    """The control plane, to whoever reads it."""
+    """What readers see of the control plane."""
 
     def snapshot(self) -> PlaneSnapshot: ...
 

@@ -42,7 +42,7 @@ class Fleet(Protocol):
 
 
 class Ends(Protocol):
-    """Whoever waits for requests."""
+    """The clients that wait for requests."""
 
     def ended(self, request: Request) -> None:
         """Its ``outcome`` is set; nothing more will happen to it. Called once for each request, after the journal."""
@@ -81,7 +81,7 @@ class Completions(Protocol):
 
 
 class BatchAnnouncements(Protocol):
-    """Batch work that is still in a store: planners know of it, nobody runs it yet."""
+    """Batch work that is still in a store: known to the planner, and not running yet."""
 
     def announce_batch(
         self, model: str, deadline_s: float, cls: str, requests: int, input_tokens: int, input_square: float
@@ -111,7 +111,7 @@ class EngineEvents(Protocol):
         """A complete answer; ``tokens_done`` is its length."""
 
     def evicted(self, request: Request) -> None:
-        """The engine let go of it; ``tokens_done`` and saved KV are up to date."""
+        """The engine has released it; ``tokens_done`` and saved KV are up to date."""
 
     def refused(self, request: Request, reason: str) -> None:
         """The engine says that something is wrong with the request."""

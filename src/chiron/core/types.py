@@ -133,7 +133,7 @@ class Request:
         self.flex = False
         """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
         self.tenant = ""
-        """Who asks (an API key's name): nobody's overload is another's. Not changed after ``submit``."""
+        """The tenant (an API key's name): overloads are kept apart by it. Not changed after ``submit``."""
         self.turn: Any = None
         """The order's own note about the turn that it had."""
         self.refused_because = ""
@@ -292,7 +292,7 @@ class Instance:
         self.avoided_until_s = -1.0
         """Nothing is dispatched here before this: it lost requests a moment ago."""
         self.evicting: dict[int, Request] = {}
-        """Told to leave; the engine has not let go yet."""
+        """Told to leave; the engine has not released it yet."""
         self.running_interactive = 0
         self.class_counts: dict[str, int] = {}
         self.kv_reserved_tokens = 0

@@ -24,7 +24,7 @@ log = logging.getLogger("chiron.fleet")
 FALLBACK_PATH = "/v1/models"
 """What every OpenAI-compatible endpoint has."""
 REASON_MAX = 200
-"""Characters of an endpoint's own reason that a client is told."""
+"""Characters of an endpoint's own reason that are passed on to clients."""
 _DETAIL = re.compile(r"[:(]")
 _CLOSE_TIMEOUT_S = 5.0
 

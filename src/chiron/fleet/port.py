@@ -25,7 +25,7 @@ from chiron.net.clock import LiveClock
 
 
 class LiveFleetEvents(Protocol):
-    """Who hears of instances. Called inside a post of the clock."""
+    """The listener of instances. Called inside a post of the clock."""
 
     def instance_ready(self, instance: Instance, url: str) -> None:
         """It answers at this address (without a path)."""

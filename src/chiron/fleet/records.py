@@ -2,7 +2,7 @@
 
 A fleet supplies ``serve``: bring the instance up, say ``ready``, watch it; raise InstanceFailedError when it fails.
 Whatever it acquires goes on the record's ``resources`` and is given back however the instance ends. The control plane
-hears of a failure at once, before the giving back, which may take a while.
+is told of a failure at once, before resources are given back, which may take a while.
 """
 
 from __future__ import annotations

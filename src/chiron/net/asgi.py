@@ -116,7 +116,7 @@ class _Cycle:
             more, self._ended = not self._ended, False
             return {"type": "http.request", "body": body, "more_body": more}
         if self._ended and not self._left:
-            # Once only; after that, whoever asks waits for the client to leave or for the answer's end.
+            # Once only; after that, the application waits for the client to disconnect or for the answer's end.
             self._ended = False
             return {"type": "http.request", "body": b"", "more_body": False}
         return {"type": "http.disconnect"}

@@ -2,7 +2,7 @@
 
 The pool gives out the connection used last, so that those beyond the need grow old and close. A reused connection that
 the server had closed meanwhile shows as lost before any answer; such a request is sent once more on a new connection,
-because nobody has seen it yet. Everything else that goes wrong is the receiver's to judge.
+because nothing of it has been delivered. All other failures are for the receiver to judge.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Call:
 
 
 class Asked:
-    """A request that has been sent, for whoever wants its whole answer."""
+    """A request that has been sent, for a caller that wants its whole answer."""
 
     __slots__ = ("_call", "_receiver", "_url")
 
@@ -124,7 +124,7 @@ class Asked:
         self._url = url
 
     async def answer(self, timeout_s: float) -> Response:
-        """Within so many seconds from now, or nobody waits any more. Raises NetError."""
+        """Waits at most so many seconds from now. Raises NetError."""
         try:
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the answer.
             async with asyncio.timeout(timeout_s):
@@ -242,14 +242,14 @@ class Origin:
         return Asked(self.send(method.encode(), path.encode(), lines, body, receiver), receiver, f"{self.url}{path}")
 
     async def close(self) -> None:
-        """Close every connection; calls under way hear that they were lost."""
+        """Close every connection; calls in flight are reported as lost."""
         self._closed = True
         connecting = dict(self._connecting)
         for task in connecting:
             task.cancel()
         if connecting:
             await asyncio.wait(connecting, timeout=1.0)
-        for call in connecting.values():  # A task that never ran has told nobody.
+        for call in connecting.values():  # A task that never ran has reported nothing.
             call._fail(ConnectError(f"{self.url}: closed"))
         for connection in list(self._open):
             connection.cut(f"{self.url}: closed")
@@ -378,7 +378,7 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
     def cut(self, why: str) -> None:
-        """Close; a call under way hears of it."""
+        """Close; a call in flight is reported as lost."""
         call = self._call
         self.close()
         if call is not None:
@@ -397,7 +397,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         call = self._call
         if call is None:
-            self.close()  # Bytes that nobody asked for.
+            self.close()  # Bytes without a request.
             return
         self._any = True
         self._head_bytes += len(data)
@@ -406,7 +406,7 @@ class _Connection(asyncio.Protocol):
         except (
             httptools.HttpParserError,
             httptools.HttpParserCallbackError,
-            httptools.HttpParserUpgrade,  # Not a HttpParserError; nobody asked for another protocol.
+            httptools.HttpParserUpgrade,  # Not a HttpParserError; no other protocol was requested.
         ) as error:
             cause = error.__context__
             if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:

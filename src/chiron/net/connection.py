@@ -329,7 +329,7 @@ class Connection(asyncio.Protocol):
         if over := server.body_shares.over(request.peers):
             self._refuse(503, f"the requests of {over} that are open hold too much memory", "service_unavailable")
             return
-        # Whoever is slow goes first; it may be this one.
+        # The slowest request goes first; it may be this one.
         if server.held_bytes > limits.bodies_max_bytes and not server.free_memory() and not self._deaf:
             self._refuse(503, "the requests that are open hold too much memory", "service_unavailable")
         if self._deaf:
@@ -382,7 +382,7 @@ class Connection(asyncio.Protocol):
         self._waiting.append(request)
 
     def _decline(self, request: Incoming, refusal: Callable[[], None]) -> None:
-        """A head that is refused: nothing of its body is kept. It is told in its turn, and then the connection ends."""
+        """A head that is refused: its body is dropped. It is answered in its turn, and then the connection ends."""
         request.refusal = refusal
         if self._ready:
             self._serve(request)
@@ -548,7 +548,7 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
-        self._next_deadline()  # While nobody reads it is not the client who is late.
+        self._next_deadline()  # While the handler does not read, it is not the client who is late.
 
     def _refuse_head(self) -> None:
         limits = self.server.limits
@@ -560,7 +560,7 @@ class Connection(asyncio.Protocol):
         self._refuse(413, f"the request's body is too large; allowed: {allowed} bytes", "request_too_large")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
-        """An answer that the handler never hears of, and the end of the connection."""
+        """An answer without the handler, and the end of the connection."""
         if self._deaf:
             return
         self._deaf = True

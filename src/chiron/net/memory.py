@@ -37,11 +37,11 @@ class MemoryNetwork:
         self._servers[name] = accept
 
     def forget(self, name: str) -> None:
-        """Nobody connects to this name any more; connections that are open stay."""
+        """No new connections to this name; open ones stay."""
         self._servers.pop(name, None)
 
     def cut(self, name: str) -> None:
-        """A server's process dies: nobody listens any more, and its connections are reset, the oldest first."""
+        """A server's process dies: it listens no more, and its connections are reset, the oldest first."""
         self.forget(name)
         for end in list(self._ends.get(name, ())):
             end.abort()
@@ -181,7 +181,7 @@ class MemoryTransport(asyncio.Transport):
                 self.close()
 
     def _end(self) -> None:
-        """The protocol is in the middle of something: it hears of the end on the loop's next turn."""
+        """The protocol is in the middle of something: it is told of the end on the loop's next turn."""
         self._stop()
         asyncio.get_running_loop().call_soon(self._lose, None)
 

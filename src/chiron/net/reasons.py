@@ -1,4 +1,4 @@
-"""Why a connection failed, in words for whoever has to put it right. Without the extras: every command may use it."""
+"""Why a connection failed, in words for an operator. Without the extras: every command may use it."""
 
 from __future__ import annotations
 

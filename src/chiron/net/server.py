@@ -68,7 +68,7 @@ class HttpServer:
         self.connection_shares = Shares(limits.connections_max, limits.peer_share)
         self.body_shares = Shares(limits.bodies_max_bytes, limits.peer_share, least=limits.body_max_bytes)
         self._nobody_before_s = 0.0
-        """Nobody is slow enough to have to go before this: to look is work."""
+        """No request is slow enough to be cut off before this: each check costs time."""
         self._shed_told_s = -inf
         self.now_s = 0.0
         """Seconds, as of the last sweep."""

@@ -2,7 +2,7 @@
 
 An instance starts when its kind may be tried (``starts``), its GPUs are free (``devices``) and its engine, run by a
 supervisor, answers; it has failed when its process ends or stops answering. The fleet never restarts an instance: the
-control plane hears that it failed and asks for another one, so that it alone decides how many there are.
+control plane is told that it failed and asks for another one, so that it alone decides how many there are.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class ProcessFleet:
         raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
     def _free_port(self, record: InstanceRecord) -> int:
-        """Free now. Whoever takes it before the engine does makes this start fail, and the next one gets another."""
+        """Free now. If another program takes it before the engine, this start fails, and the next gets another."""
         while True:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))

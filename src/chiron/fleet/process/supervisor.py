@@ -1,4 +1,4 @@
-"""Runs one engine and sees to it that nothing of it outlives whoever wanted it.
+"""Runs one engine and makes sure that none of its processes outlives its gateway.
 
 ``python -m chiron.fleet.process.supervisor [--grace-s S] [--log FILE --log-bytes-max N] -- COMMAND...``
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def keep(command: Sequence[str], *, grace_s: float, write: Callable[[bytes], None]) -> int:
-    """Run ``command`` until it ends or nobody wants it any more; then end all that is left of it."""
+    """Run ``command`` until it ends or is no longer wanted; then end all processes that are left of it."""
     woken = _wake_on_signals()
     asked_to_stop = _stop_on_signals()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
@@ -81,7 +81,7 @@ def keep(command: Sequence[str], *, grace_s: float, write: Callable[[bytes], Non
     selector = selectors.DefaultSelector()
     selector.register(output, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
-    with contextlib.suppress(PermissionError):  # A plain file or /dev/null: whoever gives that wants no leash.
+    with contextlib.suppress(PermissionError):  # A plain file or /dev/null: then nothing ties it to a parent.
         selector.register(0, selectors.EVENT_READ)
 
     unwanted = False
@@ -104,7 +104,7 @@ def keep(command: Sequence[str], *, grace_s: float, write: Callable[[bytes], Non
         ended, alone = _reap(engine.pid)
         if ended is not None and status is None:
             status = engine.returncode = ended
-            _copy_rest(output, write)  # The log is complete when somebody hears of the end.
+            _copy_rest(output, write)  # The log is complete when the end is reported.
             _say(f"exit {status}")
         if status is not None and alone:
             break
@@ -289,7 +289,7 @@ def _copy_rest(output: int, write: Callable[[bytes], None]) -> None:
 
 
 def _say(line: str) -> None:
-    """To whoever started the supervisor; it may be gone."""
+    """To the process that started the supervisor; it may be gone."""
     with contextlib.suppress(OSError):
         os.write(1, line.encode() + b"\n")
 

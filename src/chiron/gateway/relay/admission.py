@@ -81,7 +81,7 @@ class Models:
                 self._found.setdefault(alias, served)
 
     def named(self, name: str) -> ServedModel | None:
-        """By name or alias, whoever asks."""
+        """By name or alias, for any key."""
         return self._found.get(name)
 
     def find(self, name: object, key: Key) -> ServedModel:

@@ -123,7 +123,7 @@ class Front:
             call.remind(now_s, self._outages.why_held(request.model, now_s))
 
     def ended(self, request: Request, tokens: int) -> None:
-        """The control plane ended a request: whoever waits for it is told, and a client's key pays for ``tokens``. Of
+        """The control plane ended a request: its client gets an answer, and the client's key pays for ``tokens``. Of
         one that is called off they are what an engine has made so far: its client has most of it."""
         if self.open.pop(request.id, None) is not None:
             self._shares.add(request.payload.incoming.peers, -1)

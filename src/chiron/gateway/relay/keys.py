@@ -144,7 +144,7 @@ class KeyRing:
         """Count one request with ``tokens`` prompt tokens. Raises ApiError 429, and then counts nothing.
 
         ``now_s`` is any clock that does not go back. A request larger than a minute's worth of tokens waits for a
-        full minute and goes into debt: refusing it for ever would help nobody.
+        full minute and goes into debt, instead of being refused for ever.
         """
         buckets = self._buckets.get(key.name)
         if buckets is None:

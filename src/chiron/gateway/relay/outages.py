@@ -44,7 +44,7 @@ class Outages:
         retry_after_s: float = 1.0,
         changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
     ) -> None:
-        """``report``: how the fleet is; ``changed`` hears of the begin and the end of an outage."""
+        """``report``: the state of the fleet; ``changed`` is called when an outage begins or ends."""
         self.now: dict[str, Outage] = {}
         self._plane = plane
         self._report = report
@@ -116,7 +116,7 @@ class Outages:
             served_s = self._served_s.get(model.spec.name)
             return None if served_s is not None and now_s - served_s < self._outage_wait_s else trouble
         if not model.spec.min_instances and trouble.retry_s <= 0.0:
-            return None  # Nobody tries again unless somebody asks.
+            return None  # A start is tried again only for a new request.
         return trouble
 
     def _tell(self, model: str, outage: Outage | None) -> None:

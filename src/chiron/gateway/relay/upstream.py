@@ -1,7 +1,7 @@
 """An engine behind HTTP as the control plane's ``Engine`` port.
 
 The control plane decides when a request starts and when it must leave; this module speaks with the engine. Tokens do
-not pass through the control plane: it hears of the first one, of the end, and of samples. What is relayed and what is
+not pass through the control plane: it is told of the first one, of the end, and of samples. What is relayed and what is
 collected is the affair of the request's payload, an ``UpstreamCall``.
 
 Errors: until a client has seen a byte, whatever goes wrong (no connection, a lost one, a status of ``RETRIED``) makes
@@ -39,7 +39,7 @@ NOT_THE_CLIENTS = frozenset({401, 402, 403, 407})
 """Statuses that say that the gateway may not ask: its key for the engine is wrong, or something on the way minds."""
 ERROR_MAX_BYTES = 64 * 1024
 SILENT_S = 5.0
-"""A stream that says nothing for this long, while nobody knows why, is not counted among those that decode."""
+"""A stream that is silent for this long, for an unknown reason, is not counted among those that decode."""
 _TAIL_BYTES = 2048
 
 
@@ -83,11 +83,11 @@ class UpstreamCall(Protocol):
         """The body is complete. Returns "" or, if the answer is not what it should be, why."""
 
     def cut(self, resumes: bool) -> int:
-        """The engine was told to stop. Returns the output tokens that are safe with us (0: start again)."""
+        """The engine was told to stop. Returns the output tokens that the gateway has (0: start again)."""
 
 
 class UpstreamFailure:
-    """One failed try: what the client is told if it was the last."""
+    """One failed try: the error that the client gets if it was the last."""
 
     __slots__ = ("at_s", "body", "content_type", "message", "status")
 
@@ -388,7 +388,7 @@ class _Run:
         self.begun: Begun | None = None
         """What its beginning was counted as, once it decodes."""
         self.silent = False
-        """It decoded, and nobody can see that it still does."""
+        """It decoded, and it cannot be seen whether it still does."""
         self._watched, self._watched_s = self._tail, self._began_s
 
     def silent_s(self, now_s: float) -> float:
@@ -427,7 +427,7 @@ class _Run:
         self.status = status
         if status == 404:
             self._engine.not_found(self.upcall.path)
-        # A redirect is for whoever configured the engine's address.
+        # A redirect is an error in the engine's configured address.
         if status in RETRIED or 300 <= status < 400 or not claims.is_status(status):
             self._error = []
             self._tail = next((value for name, value in headers if name == b"content-type"), b"")
@@ -476,7 +476,7 @@ class _Run:
             self._not_taken_in()
 
     def _not_taken_in(self) -> None:
-        """A fault of ours, with an answer that nobody thought of: its client must not wait for ever."""
+        """A bug of ours with an unexpected answer: its client must not wait for ever."""
         log.exception("%s: the answer to %s failed", self._engine.url, self.request.id)
         self._engine.lost(self, UpstreamFailure("the answer could not be processed"), sound=False)
 
