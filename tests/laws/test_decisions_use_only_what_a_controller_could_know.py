@@ -60,6 +60,9 @@ def test_what_arrives_later_changes_nothing_before(setup: Setup, thinning: int) 
     assert until(whole, end_s) == until(short, end_s)
 
 
+sealed = pytest.mark.skipif(build() == "compiled", reason="compiled code reads attributes without asking the class")
+
+
 class SealedRequest(Request):
     """A request whose payload only the engine model may touch."""
 
@@ -77,7 +80,7 @@ class SealedRequest(Request):
         self.sealed = value
 
 
-@pytest.mark.skipif(build() == "compiled", reason="compiled code reads attributes without asking the class")
+@sealed
 @pytest.mark.parametrize("policy", [*sorted(POLICIES), "wild"])
 def test_nothing_but_the_engine_reads_the_payload(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chiron.sim.run, "Request", SealedRequest)
@@ -85,6 +88,7 @@ def test_nothing_but_the_engine_reads_the_payload(policy: str, monkeypatch: pyte
     assert done.result.summary["finished"] > 50
 
 
+@sealed
 def test_the_seal_is_noticed_when_broken() -> None:
     request = SealedRequest(1, "m0", setup_of([(0.0, 1, 1, 0, 0)]).workload.classes[0], 0.0, 1, 7)
     with pytest.raises(AssertionError, match="reads the true output length"):

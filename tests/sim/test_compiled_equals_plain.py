@@ -12,10 +12,13 @@ from compiled import copy_source, python, setup
 
 PROGRAM = """
 import sys
+from chiron.api import load_scenario, scenarios
 from chiron.core.compiled import build
 from scenario_factory import example_setup, everything, run
 print(build(), file=sys.stderr)
 assert build() == sys.argv[1], build()
+for name in scenarios():
+    print(name, load_scenario(name))
 for policy in sys.argv[2:]:
     for part, text in everything(run(example_setup(policy))).items():
         print(policy, part, text)

@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from chiron.core.types import Role
 from chiron.policies.capacity import capacity
-from chiron.policies.packing import PackingRouter, PackingSettings
+from chiron.policies.packing import PackingRouter
+from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.rivals import tuned
 from chiron.policies.views import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chiron.policies.overload import OverloadSettings
-from chiron.policies.packing import PackingSettings
+from chiron.policies.overload_settings import OverloadSettings
+from chiron.policies.packing_settings import PackingSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

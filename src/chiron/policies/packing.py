@@ -10,11 +10,11 @@ its load changes, so a dispatch costs O(log instances), amortised over load chan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf
 
 from chiron.core.types import Instance, Placement, Request
+from chiron.policies.packing_settings import PackingSettings as PackingSettings
 from chiron.policies.policy import Estimates
 from chiron.policies.size import fits, kv_limit, kv_tokens, prefill_left_s, prefill_s, within
 
@@ -28,20 +28,6 @@ RELIEVE_AFTER = 0.1
 another, so that prefill has the steps to itself."""
 
 _ROLE_ORDER = {"interactive": 0, "mixed": 1, "batch": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackingSettings:
-    """Limits of one instance's share of work waiting to be prefilled."""
-
-    prefill_share_of_ttft: float = 0.25
-    """An interactive request goes where at most this share of its TTFT target of prefill waits before it."""
-    batch_prefill_share_of_ttft: float = 0.05
-    """Batch work is released to an instance shared with interactive work only while less than this waits there."""
-    batch_reserve: float = 0.1
-    """Share of the max batch size that batch work leaves free on an instance shared with interactive work."""
-    batch_prefill_s: float = 2.0
-    """The same limit, in seconds, on an instance of role batch."""
 
 
 Entry = tuple[int, int, Instance]
