@@ -27,7 +27,7 @@ pytest.importorskip("httptools")
 pytest.importorskip("psutil")
 
 from chiron.cli import app
-from chiron.cli import batch as batch_command
+from chiron.cli.batch import command as batch_command
 from chiron.cli.batch.client import Server, ServerError
 from chiron.gateway.relay.keys import hash_secret
 

@@ -1,4 +1,4 @@
-"""JSON schemas of clients: what is made up or let through fits them, and what cannot be kept is refused in words."""
+"""JSON schemas of clients: what is made up or let through fits them, and what cannot be enforced is refused."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def test_formats_are_kept(format: str) -> None:
         ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is required"),
         ({"type": "object", "properties": []}, "schema.properties"),
         ({"type": "object", "properties": {"\ud800": True}}, "surrogate"),
-        ({"not": {"type": "null"}}, "'not' cannot be kept"),
-        ({"type": "object", "patternProperties": {}}, "'patternProperties' cannot be kept"),
-        ({"if": {}, "then": {}}, "'if' cannot be kept"),
+        ({"not": {"type": "null"}}, "'not' cannot be enforced"),
+        ({"type": "object", "patternProperties": {}}, "'patternProperties' cannot be enforced"),
+        ({"if": {}, "then": {}}, "'if' cannot be enforced"),
         ({"allOf": [{"type": "string"}, {"minLength": 2}]}, "only a list of one"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "might fit two"),
         ({"anyOf": []}, "not empty"),
@@ -129,7 +129,7 @@ def test_formats_are_kept(format: str) -> None:
     ],
     ids=lambda value: json.dumps(value)[:60],
 )  # fmt: skip
-def test_what_cannot_be_kept_is_refused_and_named(schema: Any, says: str) -> None:
+def test_what_cannot_be_enforced_is_refused_and_named(schema: Any, says: str) -> None:
     with pytest.raises(SchemaError, match=re.escape(says)):
         read_schema(schema, "schema")
 

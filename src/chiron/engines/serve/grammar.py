@@ -52,7 +52,7 @@ class Bounds:
 
 
 def json_grammar(schema: Schema, bounds: Bounds) -> str:
-    """Raises SchemaError for what cannot be kept."""
+    """Raises SchemaError for what cannot be enforced."""
     writer = _Writer(bounds)
     return writer.grammar(writer.rule(schema, schema.root))
 

@@ -287,7 +287,7 @@ class _Reader:
             raise _error(where, "none of the values is of the type")
         beside = sorted(name for hints in _HINTS.values() for name in hints if name in given)
         if beside:
-            raise _error(where, f"{beside[0]!r} beside {'const' if 'const' in given else 'enum'!r} cannot be kept")
+            raise _error(where, f"{beside[0]!r} beside {'const' if 'const' in given else 'enum'!r} cannot be enforced")
         return Literal(tuple(_json(value, where) for value in fitting))
 
     def _typed(self, type: str, given: dict[str, Any], where: str, depth: int) -> Node:
