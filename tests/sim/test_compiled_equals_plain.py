@@ -11,6 +11,7 @@ from chiron.policies.registry import POLICIES
 from compiled import copy_source, python, setup
 
 PROGRAM = """
+import pickle
 import sys
 from chiron.api import load_scenario, scenarios
 from chiron.core.compiled import build
@@ -20,7 +21,8 @@ assert build() == sys.argv[1], build()
 for name in scenarios():
     print(name, load_scenario(name))
 for policy in sys.argv[2:]:
-    for part, text in everything(run(example_setup(policy))).items():
+    setup = pickle.loads(pickle.dumps(example_setup(policy)))  # As for a run on another core.
+    for part, text in everything(run(setup)).items():
         print(policy, part, text)
 """
 

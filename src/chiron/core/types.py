@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple, Protocol
 
-from chiron.core.request_class import Kind as Kind
-from chiron.core.request_class import RequestClass as RequestClass
+from chiron.core.specs import InstanceKind as InstanceKind
+from chiron.core.specs import Kind as Kind
+from chiron.core.specs import ModelSpec as ModelSpec
+from chiron.core.specs import RequestClass as RequestClass
 
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
@@ -121,41 +123,6 @@ class Request:
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0
         """Seconds of prefill that dispatch counts for this request until its first token (an estimate)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceKind:
-    """A thing that can be started for a model: an engine on some GPUs."""
-
-    name: str
-    gpu: str
-    gpus: int
-    price_per_gpu_hour: float
-    kv_capacity_tokens: int
-    max_num_seqs: int
-    """The most sequences the engine can ever run at once; a max batch size never exceeds it."""
-    max_num_batched_tokens: int = 2048
-    """The engine's token budget of one step."""
-    max_instances: int = 1_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
-    """A served model: its kinds of instances in order of preference, and its fleet bounds (instances)."""
-
-    name: str
-    kinds: tuple[InstanceKind, ...]
-    min_instances: int = 1
-    max_instances: int = 50
-
-    def __post_init__(self) -> None:
-        if not self.kinds:
-            raise ValueError(f"model {self.name!r} has no instance kind")
-        if not 0 <= self.min_instances <= self.max_instances:
-            raise ValueError(
-                f"model {self.name!r}: min_instances {self.min_instances} must lie in 0..max_instances "
-                f"({self.max_instances})"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
