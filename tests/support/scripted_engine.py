@@ -49,16 +49,20 @@ class ScriptedEngine:
         if self.act is not None:
             self.act(incoming)
 
+    async def close(self) -> None:
+        """Of its servers the last one: a test may have closed the first and opened another."""
+        await self.server.close(0.0)
+
 
 @asynccontextmanager
 async def before(
     directory: Path, *engines: ScriptedEngine, model: str = "", extra: str = ""
 ) -> AsyncIterator[tuple[Service, Origin]]:
-    """A gateway before these engines, which are all ready, and a client of it."""
+    """A gateway in front of these engines, which are all ready, and a client of it."""
     async with AsyncExitStack() as stack:
         for engine in engines:
             engine.server = await serve(engine.handle)
-            stack.push_async_callback(engine.server.close, 0.0)
+            stack.push_async_callback(engine.close)
         urls = [engine.url for engine in engines]
         text = f'[models.m]\nengine = "openai"\nendpoints = {urls}\nmax_num_seqs = 4\n{model}\n{extra}'
         service = await stack.enter_async_context(serving(directory, text))
