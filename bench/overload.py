@@ -3,7 +3,7 @@
     python bench/overload.py [--json FILE] [--figure FILE.svg] [--policies chiron ...] > section.md
 
 Runs the packaged scenario ``overload`` at 0.5 to 4 times its rate. Goodput is requests per second of arrivals that were
-served with TTFT and ITL kept. The law: it does not fall as the load grows beyond what the fleet carries.
+served with TTFT and ITL met. The law: it does not fall as the load grows beyond what the fleet carries.
 ``make figures`` puts it into docs/results.md.
 """
 
@@ -28,7 +28,7 @@ HEADING = """
 ## Overload
 
 Four A100 that may not become more, with 0.5 to 4 times the load that they carry (scenario `overload`, `--scale`).
-Requests per second that were served with TTFT and ITL kept, of those offered. `python bench/overload.py`
+Requests per second that were served with TTFT and ITL met, of those offered. `python bench/overload.py`
 """
 
 

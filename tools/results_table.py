@@ -28,7 +28,7 @@ INTRODUCTION = (
     "# Results",
     "Every figure on this page was written by `make figures`, which runs the packaged scenarios (`chiron scenarios`) "
     "and then `tools/results_table.py`.",
-    "- **in SLO**: share of all requests of a class that finished with TTFT, mean ITL and deadline kept. Rejected and "
+    "- **in SLO**: share of all requests of a class that finished with TTFT, mean ITL and deadline met. Rejected and "
     "unfinished ones count as missed.\n"
     "- **GPU-hours**: billed from the start of each model load until the instance is gone.\n"
     "- **over bound**: GPU-hours over the least that any scheduler would have needed for what this run delivered "
@@ -36,7 +36,7 @@ INTRODUCTION = (
     "- **p99**: by class, in the order of the columns before.\n"
     "- **reversed**: changes of the plan against the direction of the one before, within 60 s of it.\n"
     "- Several seeds: the mean, and the range in brackets where it shows.\n"
-    f"- Policies that keep at least {TARGET:.0%} of every class in every seed come first, the cheapest on top. "
+    f"- Policies with at least {TARGET:.0%} of every class in SLO in every seed come first, the cheapest on top. "
     "The others follow, nearest to it first.",
 )
 
@@ -130,7 +130,7 @@ def page(paths: Sequence[Path], pictures: str | None) -> str:
 
 
 def glance(comparisons: Mapping[str, Sequence[Policy]]) -> str:
-    """Policies by scenarios: GPU-hours where every class is kept, else the worst class in brackets."""
+    """Policies by scenarios: GPU-hours where every class meets its SLO, else the worst class in brackets."""
     names = list(dict.fromkeys(p.name for policies in comparisons.values() for p in policies))
     by_scenario = {scenario: {p.name: p for p in policies} for scenario, policies in comparisons.items()}
     rows = []
@@ -139,7 +139,7 @@ def glance(comparisons: Mapping[str, Sequence[Policy]]) -> str:
         rows.append([f"`{name}`", *cells])
     legend = (
         f"Where a class falls below {TARGET:.0%}, its attainment follows in brackets. "
-        "Bold: the cheapest that keeps every class."
+        "Bold: the cheapest that meets the SLOs of every class."
     )
     return table(["policy", *comparisons], rows) + "\n\n" + legend
 

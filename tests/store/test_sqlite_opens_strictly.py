@@ -156,7 +156,7 @@ def test_damage_is_not_mended_where_the_damaged_files_could_not_be_kept(tmp_path
     content[-100] ^= 1
     content[8192] ^= 8
     database.write_bytes(content)
-    with pytest.raises(StoreCorrupt, match=r"not mended.*store\.lost_files_max"):
+    with pytest.raises(StoreCorrupt, match=r"not repaired.*store\.lost_files_max"):
         opened(tmp_path, StoreSettings(reserve_bytes=0, lost_files_max=0))
     assert database.read_bytes() == content
     assert [file.filename for file in asyncio.run(listed(tmp_path))] == ["in.jsonl"]

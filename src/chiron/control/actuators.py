@@ -1,6 +1,6 @@
 """What happens to decisions about the fleet and about batch sizes: they are carried out, or only reported.
 
-Which of the two is chosen at assembly. Under ``OnlyTells`` the control plane decides and writes
+Which of the two is chosen at assembly. Under ``NullActuators`` the control plane decides and writes
 down as always; the fleet stays as it was started, and engines and batch sizes stay as they were.
 """
 
@@ -25,7 +25,7 @@ class Actuators(Protocol):
         """A decision of the local loop. Returns the max batch size before and after."""
 
 
-class CarriesOut:
+class DirectActuators:
     """Plans become the fleet, limits go to routers and engines."""
 
     def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
@@ -54,7 +54,7 @@ class CarriesOut:
         return before, size
 
 
-class OnlyTells:
+class NullActuators:
     """Nothing is touched."""
 
     def __init__(self) -> None:

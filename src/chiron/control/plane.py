@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from chiron.control.actuators import Actuators, CarriesOut
+from chiron.control.actuators import Actuators, DirectActuators
 from chiron.control.autoscaler import Autoscaler, Observer
 from chiron.control.batch_size import BatchSizes
 from chiron.control.dispatcher import Dispatcher
@@ -51,7 +51,7 @@ class ControlPlane:
         """``ends``: who waits for requests; in a simulation nobody. ``actuators``: what becomes of decisions; by
         default they are carried out."""
         gpus = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
-        actuators = actuators or CarriesOut()
+        actuators = actuators or DirectActuators()
         self.clock = clock
         self.policy = policy
         self.models = {m.name: ModelState(m, tuple(classes), policy) for m in models}

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from chiron.control.actuators import CarriesOut, OnlyTells
+from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.autoscaler import Observer
 from chiron.core.ports import Journal
 from chiron.core.types import ModelSpec, Request, RequestClass
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper
 from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.cross_site import ForeignPages
+from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage, Outages
@@ -74,7 +74,7 @@ class Gateway:
             policy=advising(policy) if advise else policy,
             gpus_max=gpus_max,
             observer=observer,
-            actuators=OnlyTells() if advise else CarriesOut(),
+            actuators=NullActuators() if advise else DirectActuators(),
         )
         self.plane = engines.events = self._assembly.plane
         self.scraper = Scraper(
@@ -99,7 +99,7 @@ class Gateway:
             models=models,
             keys=keys,
             limits=limits,
-            foreign=ForeignPages(keys, own_hosts),
+            foreign=CrossSiteGuard(keys, own_hosts),
             outages=self.outages,
             next_id=next_id,
             responded=responded,

@@ -21,7 +21,7 @@ _PRIVATE_ENDS = (".localhost", ".internal")
 """Names that no public name server answers for."""
 
 
-class ForeignPages:
+class CrossSiteGuard:
     """Tells requests of such pages. ``hosts``: names by which the gateway is known; None: those are not checked."""
 
     def __init__(self, keys: KeyRing, hosts: Collection[str] | None) -> None:

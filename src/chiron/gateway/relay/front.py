@@ -16,7 +16,7 @@ from chiron.core.ports import Completions, Queues
 from chiron.core.types import Request
 from chiron.gateway.relay.admission import Models, admit
 from chiron.gateway.relay.calls import FlexCall, RelayCall
-from chiron.gateway.relay.cross_site import ForeignPages
+from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.ending import refuse
 from chiron.gateway.relay.errors import ApiError, internal, timed_out, too_many, unavailable
 from chiron.gateway.relay.keys import Key, KeyRing
@@ -46,7 +46,7 @@ class Front:
         models: Models,
         keys: KeyRing,
         limits: LimitSettings,
-        foreign: ForeignPages,
+        foreign: CrossSiteGuard,
         outages: Outages,
         next_id: Callable[[], int],
         responded: Callable[[int], None],

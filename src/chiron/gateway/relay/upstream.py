@@ -153,16 +153,16 @@ class HttpEngine:
     # -- the Engine port ---------------------------------------------------------------------------------------
 
     def start(self, request: Request) -> None:
-        upcall: UpstreamCall = request.payload
+        sent: UpstreamCall = request.payload
         if request.tokens_done and not self.row.resumes:
-            request.tokens_done = upcall.cut(False)
-        run = _Run(self, request, upcall)
+            request.tokens_done = sent.cut(False)
+        run = _Run(self, request, sent)
         self.runs[request.id] = run
         self.observer.entered(self.clock.now_s)
-        body = upcall.message(self.row, self.model, request)
+        body = sent.message(self.row, self.model, request)
         run.body_bytes = len(body)
-        run.call = self.origin.send(b"POST", upcall.path, upcall.headers(), body, run, lines=self.headers)
-        if not upcall.streams and request.prefill_cost_s:
+        run.call = self.origin.send(b"POST", sent.path, sent.headers(), body, run, lines=self.headers)
+        if not sent.streams and request.prefill_cost_s:
             # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
             self.clock.call_later(presumed_prefill_s(self.instance), lambda: self._presume_prefilled(run))
 
@@ -172,8 +172,8 @@ class HttpEngine:
             return  # Its end is under way to the control plane.
         run.over(cancel=True)
         self._leave(run)
-        upcall: UpstreamCall = request.payload
-        request.tokens_done = upcall.cut(self.row.resumes) if request.outcome is None else run.tokens
+        sent: UpstreamCall = request.payload
+        request.tokens_done = sent.cut(self.row.resumes) if request.outcome is None else run.tokens
         request.kv_saved_tokens = request.input_tokens + request.tokens_done if request.tokens_done else 0
         request.kv_saved_on = self.instance.id
         self.clock.call_at(self.clock.now_s, lambda: self.listener.evicted(request))
@@ -205,7 +205,7 @@ class HttpEngine:
             run.over(cancel=True)
             self._note(run, UpstreamFailure("its engine was lost"))
             if run.request.outcome is None:
-                run.request.tokens_done = run.upcall.cut(self.row.resumes)
+                run.request.tokens_done = run.sent.cut(self.row.resumes)
         self.runs.clear()
         if self._limit_call is not None:
             self._limit_call.cancel()
@@ -249,7 +249,7 @@ class HttpEngine:
 
     def _note(self, run: _Run, failure: UpstreamFailure) -> None:
         failure.at_s = self.clock.elapsed_s()
-        run.upcall.error = failure
+        run.sent.error = failure
 
     def _leave(self, run: _Run, *, ran: bool = True) -> None:
         """``ran=False``: what it was presumed to do was nothing."""
@@ -263,8 +263,8 @@ class HttpEngine:
                 run.request.input_tokens,
                 run.tokens,
                 decoded=run.begun is not None and not run.silent,
-                streams=run.upcall.streams,
-                sequences=run.upcall.sequences,
+                streams=run.sent.streams,
+                sequences=run.sent.sequences,
             )
 
     def holds(self, run: _Run) -> bool:
@@ -275,7 +275,7 @@ class HttpEngine:
     def ended(self, run: _Run) -> None:
         """A complete answer."""
         request = run.request
-        problem = run.upcall.end()
+        problem = run.sent.end()
         if problem:
             self.lost(run, UpstreamFailure(problem), sound=False)
             return
@@ -287,7 +287,7 @@ class HttpEngine:
             tokens = max(1, run.output_tokens()) if run.status < 400 else 0
             if request.outcome is None:
                 request.tokens_done = tokens
-                if not run.upcall.streams and run.status < 400:
+                if not run.sent.streams and run.status < 400:
                     request.first_token_s = presumed_first_token_s(request, self.clock.now_s)
             if run.status < 400:
                 run.first()
@@ -300,7 +300,7 @@ class HttpEngine:
             elif run.status >= 400:
                 self.listener.failed(request, f"engine answered {run.status}")
             else:
-                run.upcall.prompt_tokens = run.prompt_tokens
+                run.sent.prompt_tokens = run.prompt_tokens
                 if run.prompt_tokens and self.learn_usage is not None:
                     self.learn_usage(request, run.prompt_tokens)
                 self.listener.finished(request)
@@ -319,10 +319,10 @@ class HttpEngine:
                 return
             self._leave(run, ran=False)
             request = run.request
-            if request.first_token_s < 0.0 and run.upcall.visible:
+            if request.first_token_s < 0.0 and run.sent.visible:
                 self.listener.first_token(request)
             if request.outcome is None:
-                request.tokens_done = run.upcall.cut(sound and self.row.resumes)
+                request.tokens_done = run.sent.cut(sound and self.row.resumes)
             if suspected:
                 self._suspect(self.instance)
             if avoid_s and not self.closed:
@@ -354,17 +354,17 @@ class _Run:
         "decoding_s",
         "prompt_tokens",
         "request",
+        "sent",
         "silent",
         "status",
         "tokens",
         "told",
-        "upcall",
     )
 
-    def __init__(self, engine: HttpEngine, request: Request, upcall: UpstreamCall) -> None:
+    def __init__(self, engine: HttpEngine, request: Request, sent: UpstreamCall) -> None:
         self._engine = engine
         self.request = request
-        self.upcall = upcall
+        self.sent = sent
         self.call: Call | None = None
         self.status = 0
         self.told = False
@@ -393,7 +393,7 @@ class _Run:
 
     def silent_s(self, now_s: float) -> float:
         """For how long nothing has come, as exactly as this is asked often."""
-        if self._tail is not self._heard or self.upcall.held_up or not self.upcall.streams:
+        if self._tail is not self._heard or self.sent.held_up or not self.sent.streams:
             self._heard, self._heard_s = self._tail, now_s
         return now_s - self._heard_s
 
@@ -401,10 +401,10 @@ class _Run:
         """Now and then: whether it can be seen to decode."""
         if self._tail is not self._watched:
             self._watched, self._watched_s = self._tail, now_s
-        elif self.told and not self.silent and self.upcall.streams and now_s - self._watched_s >= SILENT_S:
+        elif self.told and not self.silent and self.sent.streams and now_s - self._watched_s >= SILENT_S:
             self.silent = True
             self._engine.observer.fell_silent(
-                now_s, self._watched_s, self.request.input_tokens, self.tokens, self.upcall.sequences
+                now_s, self._watched_s, self.request.input_tokens, self.tokens, self.sent.sequences
             )
 
     def _speak_again(self) -> None:
@@ -412,7 +412,7 @@ class _Run:
         if self._engine.holds(self):
             self.silent = False
             now_s = self._engine.clock.elapsed_s()
-            sequences = self.upcall.sequences
+            sequences = self.sent.sequences
             self._engine.observer.spoke_again(now_s, self.request.input_tokens, self.tokens, sequences)
 
     def over(self, *, cancel: bool) -> None:
@@ -426,14 +426,14 @@ class _Run:
     def on_head(self, status: int, headers: list[Header]) -> None:
         self.status = status
         if status == 404:
-            self._engine.not_found(self.upcall.path)
+            self._engine.not_found(self.sent.path)
         # A redirect is an error in the engine's configured address.
         if status in RETRIED or 300 <= status < 400 or not claims.is_status(status):
             self._error = []
             self._tail = next((value for name, value in headers if name == b"content-type"), b"")
             return
         assert self.call is not None
-        self.upcall.begin(self.call, status, headers)
+        self.sent.begin(self.call, status, headers)
 
     def on_data(self, data: bytes) -> None:
         if self._error is not None:
@@ -442,14 +442,14 @@ class _Run:
             return
         self._bytes += len(data)
         try:
-            tokens = self.upcall.data(data)
+            tokens = self.sent.data(data)
         except (ValueError, CollectError) as error:
             self._engine.lost(self, UpstreamFailure(str(error)), sound=False)
             return
         except Exception:
             self._not_taken_in()
             return
-        if self.upcall.streams and self.status < 300:
+        if self.sent.streams and self.status < 300:
             self.tokens += tokens
             if self.silent:
                 self._speak_again()
@@ -502,24 +502,24 @@ class _Run:
         engine, tokens = self._engine, self.request.input_tokens
         self.decoding_s = engine.clock.now_s
         prefilled = 0 if self.request.kv_saved_tokens else tokens + self.began_with
-        upcall = self.upcall
+        sent = self.sent
         self.begun = engine.observer.first_token(
             self.decoding_s,
             tokens,
             entered_s=self._began_s,
             prefilled=prefilled,
-            streams=upcall.streams,
-            sequences=upcall.sequences,
+            streams=sent.streams,
+            sequences=sent.sequences,
         )
         engine.observer.held_tokens += self.tokens
 
     def count(self, tokens: int) -> None:
         """It ended with this many output tokens: put right what was counted in passing."""
         observer = self._engine.observer
-        if self.upcall.streams:
+        if self.sent.streams:
             observer.tokens += tokens - self.tokens
         else:
-            sequences = self.upcall.sequences
+            sequences = self.sent.sequences
             observer.answered(tokens - sequences, (self._engine.clock.now_s - self.decoding_s) * sequences)
 
     def output_tokens(self) -> int:
@@ -532,8 +532,8 @@ class _Run:
             before=self.began_with,
             answer_bytes=self._bytes,
             took_s=self._engine.clock.now_s - self._began_s,
-            most=self.upcall.output_max,
-            streams=self.upcall.streams,
+            most=self.sent.output_max,
+            streams=self.sent.streams,
         )
 
 
