@@ -20,10 +20,11 @@ from chiron.core.types import Request
 from chiron.engines.model import StepTable
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
-from chiron.engines.serve.http import EngineServer, run_on_loop, serve_until_stopped
+from chiron.engines.serve.http import EngineServer, serve_until_stopped
 from chiron.engines.serve.openai import GenerationRequest
 from chiron.engines.serve.request_error import RequestError
 from chiron.net.clock import LiveClock
+from chiron.net.loop import run_on_loop
 from chiron.net.server import Incoming
 
 

@@ -20,6 +20,7 @@ from chiron.cli.common.extras import needs, require_extras
 from chiron.cli.common.tls import certificate_trouble
 from chiron.config.read import ConfigError
 from chiron.engines.rows import ENGINES
+from chiron.net.loop import run_on_loop
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig, ServerSettings
@@ -230,8 +231,7 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
             if stopped_by:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(supervised())
+    run_on_loop(supervised())
     return stopped_by[0] if stopped_by else None
 
 
@@ -239,14 +239,6 @@ def _stopping_signals() -> list[signal.Signals]:
     """Without SIGHUP where it is ignored: nohup asks for that."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
 
 
 def raise_file_limit(wanted: int) -> None:

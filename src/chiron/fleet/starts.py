@@ -12,11 +12,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import Literal
 
+from chiron.core.backoff import doubled_s
 from chiron.fleet.health import require_positive
 from chiron.fleet.waiting import heard
-
-_DOUBLINGS_MAX = 64
-"""Keeps the power finite."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +58,7 @@ def backoff_s(settings: BackoffSettings, failures: int) -> float:
         return 0.0
     if failures >= settings.crash_loop_starts:
         return settings.backoff_max_s
-    doublings = min(failures - 1, _DOUBLINGS_MAX)
-    return float(min(settings.backoff_first_s * 2.0**doublings, settings.backoff_max_s))
+    return doubled_s(settings.backoff_first_s, settings.backoff_max_s, failures - 1)
 
 
 class StartDelayedError(Exception):

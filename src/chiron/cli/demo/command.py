@@ -36,6 +36,7 @@ from chiron.cli.top.command import StatusError, fetcher
 from chiron.config.read import ConfigError
 from chiron.load.plan import LoadPlan
 from chiron.load.settings import BatchSettings, LoadSettings
+from chiron.net.loop import run_on_loop
 
 if TYPE_CHECKING:
     from chiron.load.run import LoadRun
@@ -103,7 +104,7 @@ def demo(
     try:
         with Gateway(out) as gateway:
             caption = [about_engines(embedded), about_traffic(plan)]
-            run = _with_fast_loop(_play(plan, gateway, console, caption, seed))
+            run = run_on_loop(_play(plan, gateway, console, caption, seed))
             say(console, "Stopping the gateway and its engines ...")
     except GatewayError as error:
         typer.echo(f"error: {error}", err=True)
@@ -195,14 +196,6 @@ async def _play(plan: LoadPlan, gateway: Gateway, console: Console, caption: lis
             loop.remove_signal_handler(number)
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
-
-
-def _with_fast_loop(main: Any) -> Any:
-    with suppress(ModuleNotFoundError):
-        import uvloop
-
-        return uvloop.run(main)
-    return asyncio.run(main)
 
 
 def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list[str], machine: list[str]) -> None:

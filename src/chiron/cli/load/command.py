@@ -8,11 +8,11 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,8 +38,7 @@ from chiron.load.body import BodySettings
 from chiron.load.errors import StoppedError
 from chiron.load.plan import Lengths, LoadPlan
 from chiron.load.settings import BatchSettings, LoadSettings
-
-T = TypeVar("T")
+from chiron.net.loop import run_on_loop
 
 FAILED = 1
 what = partial(typer.Option, rich_help_panel="What to send")
@@ -302,7 +301,7 @@ def _run(plan: LoadPlan, settings: LoadSettings, outputs: Outputs, label: str) -
                 return await run_load(plan, settings, progress=view.show, waiting=view.waiting, stop=stop)
 
         try:
-            run = _with_fast_loop(main)
+            run = run_on_loop(main())
         except StoppedError as error:
             console.print(str(error))
             raise typer.Exit(INTERRUPTED) from None
@@ -340,17 +339,6 @@ class _stopped_by_interrupt:  # noqa: N801 - reads as a statement
             with suppress(NotImplementedError):
                 loop.remove_signal_handler(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _with_fast_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run on uvloop if it is installed."""
-    factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    with suppress(ModuleNotFoundError):
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main())
 
 
 def _write(result: Any, outputs: Outputs) -> None:

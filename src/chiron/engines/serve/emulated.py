@@ -22,9 +22,10 @@ from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings, at_speed
 from chiron.engines.serve.filler import LengthSettings
-from chiron.engines.serve.http import EngineServer, run_on_loop, serve_until_stopped
+from chiron.engines.serve.http import EngineServer, serve_until_stopped
 from chiron.engines.serve.options import real, whole
 from chiron.net.clock import LiveClock
+from chiron.net.loop import run_on_loop
 
 log = logging.getLogger("chiron.emulated")
 

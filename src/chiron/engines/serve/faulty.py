@@ -17,8 +17,9 @@ from random import Random
 from typing import Any
 
 from chiron.engines.rows import ENGINES
-from chiron.engines.serve.http import run_on_loop, serve_until_stopped
+from chiron.engines.serve.http import serve_until_stopped
 from chiron.engines.serve.options import real, whole
+from chiron.net.loop import run_on_loop
 from chiron.net.server import Incoming
 
 NUMBERS: tuple[Any, ...] = (

@@ -11,8 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -275,13 +274,3 @@ async def serve_until_stopped(*fronts: HasHandle, host: str, port: int, failed: 
     for wait in waits:
         wait.cancel()
     await asyncio.gather(*(server.close(_STOP_GRACE_S) for server in servers))
-
-
-def run_on_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Run on uvloop where it is installed, else on asyncio's own loop."""
-    runner: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run
-    with suppress(ImportError):
-        import uvloop
-
-        runner = uvloop.run
-    runner(main)

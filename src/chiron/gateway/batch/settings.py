@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+from chiron.core.backoff import doubled_s
 from chiron.core.clock import Callback, Timer
 from chiron.store.port import StoreError
 
@@ -87,4 +88,4 @@ def try_later(
         clock.call_later(delay_s, again)
 
     clock.post(wake_later)
-    return min(tuning.backoff_max_s, 2.0 * delay_s)
+    return doubled_s(delay_s, tuning.backoff_max_s, 1)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
+from chiron.core.backoff import doubled_s
 from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.batch.settings import RunnerSettings
 from chiron.gateway.batch.writer import Place
@@ -132,8 +133,8 @@ class Window:
         self.failing += 1
         if not self.engines_fail:
             return 0.0
-        doublings = min(self.failing - self._tuning.failing_max, 30)
-        delay_s = min(self._tuning.backoff_max_s, self._tuning.backoff_min_s * 2.0**doublings)
+        doublings = self.failing - self._tuning.failing_max
+        delay_s = doubled_s(self._tuning.backoff_min_s, self._tuning.backoff_max_s, doublings)
         self.resume_s = now_s + delay_s
         return delay_s
 
