@@ -34,7 +34,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-slow test-compiled test-all lint format bench bench-live tune figures lock clean
+.PHONY: help demo compare test test-slow test-compiled test-all lint format bench bench-live bench-http tune figures lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -85,6 +85,10 @@ bench-live: $(VENV)/.demo ## Speed of the gateway and of the batch store; what p
 	@$(BIN)/python bench/gateway.py --json $(OUT)/gateway.json
 	@$(BIN)/python bench/store.py --json $(OUT)/store.json
 	@$(BIN)/python bench/protection.py --json $(OUT)/protection.json
+
+bench-http: $(VENV)/.demo ## The gateway's own HTTP beside uvicorn, granian and aiohttp (three minutes)
+	@$(INSTALL) --upgrade --target $(OUT)/http-libraries -r bench/requirements.txt
+	@PYTHONPATH=$(OUT)/http-libraries $(BIN)/python bench/http_stack.py --json $(OUT)/http_stack.json
 
 $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 	@rm -rf $(COMPILED) && mkdir -p $(COMPILED)

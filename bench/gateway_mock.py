@@ -1,4 +1,4 @@
-"""The cheapest engine there can be: fixed answers, so that a benchmark measures what stands before it.
+"""The cheapest engine there can be: fixed answers, so that a benchmark measures what stands in front of it.
 
     python bench/gateway_mock.py PORT [--chunks 200] [--pace 0.010]
 
@@ -16,25 +16,33 @@ PAD = "x" * 72
 
 
 def events(count: int) -> list[bytes]:
-    """Each event in its chunk framing; the last with the end of the answer."""
+    """Of one stream, without framing; the last comes with the stream's end."""
     made = []
     for i in range(count):
         choice = {"index": 0, "delta": {"content": f" word{i % 1000:03d}{PAD[:20]}"}, "finish_reason": None}
         body = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [choice]}
-        data = b"data: " + json.dumps(body).encode() + b"\n\n"
-        made.append(b"%x\r\n%b\r\n" % (len(data), data))
-    made[-1] += b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+        made.append(b"data: " + json.dumps(body).encode() + b"\n\n")
+    made[-1] += b"data: [DONE]\n\n"
     return made
 
 
-def answer() -> bytes:
+def chunks(count: int) -> list[bytes]:
+    """Each event in its chunk framing; the last with the end of the answer."""
+    made = [b"%x\r\n%b\r\n" % (len(data), data) for data in events(count)]
+    made[-1] += b"0\r\n\r\n"
+    return made
+
+
+def answer_body() -> bytes:
     message = {"role": "assistant", "content": PAD * 2}
     usage = {"prompt_tokens": 60, "completion_tokens": 16, "total_tokens": 76}
     choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    body = json.dumps(
-        {"id": "chatcmpl-0", "object": "chat.completion", "model": "m", "choices": choices, "usage": usage}
-    )
-    data = body.encode()
+    whole = {"id": "chatcmpl-0", "object": "chat.completion", "model": "m", "choices": choices, "usage": usage}
+    return json.dumps(whole).encode()
+
+
+def answer() -> bytes:
+    data = answer_body()
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(data), data)
 
 
@@ -79,8 +87,8 @@ class Engine(asyncio.Protocol):
             self.loop.call_at(due_s, self.emit, index + 1, due_s)
 
 
-async def main(port: int, chunks: int, pace_s: float) -> None:
-    stream, whole = events(chunks), answer()
+async def main(port: int, count: int, pace_s: float) -> None:
+    stream, whole = chunks(count), answer()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Engine(stream, whole, pace_s), "127.0.0.1", port, backlog=2048)
     await server.serve_forever()
