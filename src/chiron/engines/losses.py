@@ -5,10 +5,13 @@ The gateway's client of an engine judges by this, and so does its model in the s
 
 from __future__ import annotations
 
+from chiron.core.backoff import doubled_s
+
 FAILURES_MAX = 2
 """Requests lost in a row before an engine is suspected."""
 AVOID_S = 0.25
-"""How long nothing is sent to an engine that lost a request; doubled with each further one, up to 32 times."""
+"""How long nothing is sent to an engine that lost a request; doubled with each further one."""
+AVOID_MAX_S = 8.0
 
 
 class Losses:
@@ -31,4 +34,4 @@ class Losses:
         # A 500 may be the request's own fault; anything else says that another instance should have the next try.
         if status == 500 and not suspected:
             return False, 0.0
-        return suspected, AVOID_S * 2 ** min(self._in_a_row - 1, 5)
+        return suspected, doubled_s(AVOID_S, AVOID_MAX_S, self._in_a_row - 1)

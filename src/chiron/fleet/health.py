@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from chiron.core.backoff import doubled_s
 from chiron.fleet.waiting import heard, pause
 from chiron.net.client import NetError, Origin
 
@@ -101,7 +102,7 @@ class Probe:
         while not await self.passes():
             await heard(check_now, pause_s)
             check_now.clear()
-            pause_s = min(2.0 * pause_s, self._settings.poll_max_s)
+            pause_s = doubled_s(pause_s, self._settings.poll_max_s, 1)
 
     async def until_failed(self, check_now: asyncio.Event) -> None:
         """Return when too many checks in a row have failed; ``check_now`` brings the next one forward."""
