@@ -5,6 +5,7 @@ from __future__ import annotations
 from chiron.control.booking import book, leave
 from chiron.control.model import ModelState
 from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass
+from chiron.gateway.relay.body import places
 from chiron.policies.registry import make_policy
 
 KIND = InstanceKind(name="a", gpu="a100", gpus=1, price_per_gpu_hour=2.0, kv_capacity_tokens=400_000, max_num_seqs=8)
@@ -85,3 +86,13 @@ def test_batch_work_makes_way_for_as_many_places_as_are_needed() -> None:
     assert found is not None
     assert found.instance is one
     assert found.evict == tuple(reversed(jobs[4:]))
+
+
+def test_a_request_for_very_many_choices_does_not_wait_for_an_empty_instance() -> None:
+    state, (one,) = model()
+    for number in range(4):
+        run(state, number)
+    assert state.router.place(several(10**6), 0.0) is None
+    found = state.router.place(several(places(10**6)), 0.0)
+    assert found is not None
+    assert found.instance is one

@@ -118,7 +118,8 @@ class Request:
         self.retry_after_s = 0.0
         """Of one that was shed: when it is worth asking again."""
         self.sequences = 1
-        """Choices of its answer: the engine runs so many sequences for it. Not changed after ``submit``."""
+        """Places that it takes on an instance: one for each choice of its answer, up to a limit. Not changed after
+        ``submit``."""
         self.reserved_tokens = 0
         """KV tokens that dispatch counts for this request on its instance (an estimate)."""
         self.prefill_cost_s = 0.0

@@ -30,6 +30,7 @@ from chiron.gateway.batch.settings import RunnerClock, RunnerSettings, back_off,
 from chiron.gateway.batch.window import Lease, Window
 from chiron.gateway.batch.writer import ResultWriter
 from chiron.gateway.relay.admission import Models, check_fits
+from chiron.gateway.relay.body import places
 from chiron.gateway.relay.collect import CollectError
 from chiron.gateway.relay.errors import ApiError
 from chiron.gateway.relay.keys import KeyRing
@@ -383,7 +384,7 @@ class BatchRunner:
             max_output_tokens=output_limit(body.shape.fields),
         )
         call.request = request
-        request.sequences = call.sequences
+        request.sequences = places(call.sequences)
         window.calls[(item.batch_id, item.index)] = call
         if suspect:
             window.suspect = call

@@ -400,3 +400,13 @@ def _no_messages() -> ApiError:
 def _no_message(text: bytes) -> ApiError:
     shown = text[:80].decode("utf-8", "replace")
     return invalid(f"messages: {shown} is not an object with role and content", param="messages")
+
+
+PLACES_MAX = 4
+"""Of an instance, what one request may book. One for more choices than that would hold up all requests behind it until
+an instance is nearly empty; its further choices wait inside the engine."""
+
+
+def places(sequences: int) -> int:
+    """How many places on an instance a request with so many choices books."""
+    return min(sequences, PLACES_MAX)

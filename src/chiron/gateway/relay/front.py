@@ -15,6 +15,7 @@ from secrets import token_hex
 from chiron.core.ports import Completions, Queues
 from chiron.core.types import Request
 from chiron.gateway.relay.admission import Models, admit
+from chiron.gateway.relay.body import places
 from chiron.gateway.relay.calls import FlexCall, RelayCall
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.ending import refuse
@@ -168,7 +169,7 @@ class Front:
         def submit() -> None:
             request = Request(number, model, cls, self._clock.now_s, admitted.input_tokens, call)
             request.pinned, request.flex = cls.interactive, not cls.interactive
-            request.tenant, request.sequences = key.name, call.sequences
+            request.tenant, request.sequences = key.name, places(call.sequences)
             self.open[number] = request
             self._shares.add(incoming.peers, 1)
             incoming.on_close = lambda: self._left(request)
