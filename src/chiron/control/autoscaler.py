@@ -82,6 +82,7 @@ class Autoscaler:
             # Scrapes do it sooner, but they may be missing.
             self._evictor.end_pause(self._models[instance.model], instance)
         for state in self._models.values():
+            self._dispatcher.end_unanswered(state)
             self._lifecycle.reconcile(state)
             self._dispatcher.pump(state)
         if self._observer is not None:

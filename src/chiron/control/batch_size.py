@@ -41,6 +41,8 @@ class BatchSizes:
             if instance is None or instance.state == "starting":
                 continue
             state = models[instance.model]
+            if instance.sample is not None and sample.taken_s <= instance.sample.taken_s:
+                continue  # It was overtaken, or has come twice.
             before, instance.previous_sample, instance.sample = instance.sample, instance.sample, sample
             square = instance.prefill_square_total - instance.prefill_square_sampled
             instance.prefill_square_sampled = instance.prefill_square_total

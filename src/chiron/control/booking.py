@@ -15,6 +15,7 @@ def book(request: Request, placement: Placement) -> None:
     """It runs there from now on. The caller informs the router."""
     instance, cost_s, kv_tokens, _ = placement
     request.instance = instance
+    request.epoch += 1
     if request.kv_saved_tokens and request.kv_saved_on != instance.id:
         request.kv_saved_tokens = 0
     instance.requests[request.id] = request
@@ -32,6 +33,16 @@ def book(request: Request, placement: Placement) -> None:
         instance.batch[request.id] = request
         instance.batch_sequences += request.sequences
         instance.prefill_batch_s += cost_s
+
+
+def held_by(request: Request) -> Instance | None:
+    """The instance whose engine has it, also one that has been asked to let go of it. None: nobody has it, and what is
+    told of it as of one that runs comes too late."""
+    instance = request.instance
+    if instance is None:
+        return None
+    number = request.id
+    return instance if number in instance.requests or number in instance.evicting else None
 
 
 def leave(state: ModelState, request: Request) -> Instance | None:

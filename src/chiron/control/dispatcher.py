@@ -1,11 +1,18 @@
-"""Requests from arrival to end: queued, placed, dispatched, tried again, ended exactly once."""
+"""Requests from arrival to end: queued, placed, dispatched, tried again, ended exactly once.
+
+Every placement ends exactly once, whatever is told of it. What is told of a request that no engine has (any more), of
+one that has not been submitted, and of one twice, changes nothing and is counted in ``refused_events``. An eviction
+that was not asked for is a loss. An answer without a first token had it when it ended. An eviction that is never
+answered is over after ``ANSWER_MAX_S``. Events of an earlier placement of a request that runs again look like those of
+the present one: whoever tells of placements over a network compares ``Request.epoch``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
 from chiron.control.batch_size import BatchSizes
-from chiron.control.booking import book, leave, prefill_over
+from chiron.control.booking import book, held_by, leave, prefill_over
 from chiron.control.eviction import Evictor
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
@@ -37,6 +44,8 @@ class Dispatcher:
     ) -> None:
         self.open_requests = 0
         """Arrived and not ended."""
+        self.refused_events = 0
+        """What was told and could not be."""
         self._clock = clock
         self._admit = policy.admit
         self._settings = policy.settings
@@ -53,6 +62,10 @@ class Dispatcher:
     # -- requests come and go ----------------------------------------------------------------------------------
 
     def arrived(self, state: ModelState, request: Request) -> None:
+        if request.submitted:
+            self.refused_events += 1
+            return
+        request.submitted = True
         self.open_requests += 1
         if self._event is not None:
             self._event(self._clock.now_s, "arrival", request, None)
@@ -64,7 +77,7 @@ class Dispatcher:
 
     def called_off(self, state: ModelState, request: Request, outcome: Outcome) -> None:
         """End a request early: its client cancelled it, or it was cut off."""
-        if request.outcome is not None:
+        if request.outcome is not None or not request.submitted:
             return
         instance = request.instance
         self._end(state, request, outcome)
@@ -218,8 +231,14 @@ class Dispatcher:
 
     def first_token(self, state: ModelState, request: Request) -> None:
         """Only the first time counts."""
-        instance = request.instance
-        assert instance is not None
+        instance = held_by(request)
+        if instance is None:
+            self.refused_events += 1
+            return
+        self._began(state, request, instance)
+        self.prefilled(state, request)
+
+    def _began(self, state: ModelState, request: Request, instance: Instance) -> None:
         if request.first_token_s < 0.0 and request.outcome is None:
             request.first_token_s = self._clock.now_s
             if request.dispatch_s > request.arrival_s and not (request.retries or request.evictions):
@@ -232,7 +251,6 @@ class Dispatcher:
         if not request.ran and request.outcome is None:
             request.ran = True
             state.learner.ran(request)
-        self.prefilled(state, request)
 
     def prefilled(self, state: ModelState, request: Request) -> None:
         instance = request.instance
@@ -244,15 +262,20 @@ class Dispatcher:
 
     def finished(self, state: ModelState, request: Request) -> None:
         instance = self._left(state, request)
+        if instance is None:
+            return
         if request.outcome is None:
+            if not request.ran:
+                self._began(state, request, instance)
             state.learner.made(request)
             self._end(state, request, "finished")
         self._after_leaving(state, instance)
 
     def evicted(self, state: ModelState, request: Request) -> None:
         instance = request.instance
-        assert instance is not None
-        instance.evicting.pop(request.id, None)
+        if instance is None or instance.evicting.pop(request.id, None) is None:
+            self.lost(state, request)
+            return
         if not request.ran:
             state.waiting.order.never_ran(request)
         request.instance = None
@@ -275,12 +298,16 @@ class Dispatcher:
 
     def lost(self, state: ModelState, request: Request) -> None:
         instance = self._left(state, request)
+        if instance is None:
+            return
         self.try_again(state, (request,))
         self._after_leaving(state, instance)
 
     def gave_up(self, state: ModelState, request: Request, reason: str, outcome: Outcome) -> None:
         """The engine will not or cannot run it."""
         instance = self._left(state, request)
+        if instance is None:
+            return
         if not request.ran:
             state.waiting.order.never_ran(request)
         if request.outcome is None:
@@ -308,10 +335,19 @@ class Dispatcher:
             else:
                 self._enter(state, request)
 
-    def _left(self, state: ModelState, request: Request) -> Instance:
-        """An engine has released it. Returns where it ran."""
-        instance = leave(state, request)
-        assert instance is not None
+    def end_unanswered(self, state: ModelState) -> None:
+        """Evictions that no engine has answered are over."""
+        for instance in list(state.instances.values()):
+            for request in self._evictor.unanswered(instance):
+                self.lost(state, request)
+
+    def _left(self, state: ModelState, request: Request) -> Instance | None:
+        """An engine has released it. Returns where it ran; None: no engine had it."""
+        instance = held_by(request)
+        if instance is None:
+            self.refused_events += 1
+            return None
+        leave(state, request)
         instance.evicting.pop(request.id, None)
         return instance
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from chiron.control.booking import leave
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.size import within
+
+ANSWER_MAX_S: Final = 60.0
+"""For so long an engine may take to let go of a request. What is not answered by then is not there any more: a
+message was lost, and an instance that drains would wait for it for ever."""
 
 
 class Evictor:
@@ -28,8 +34,16 @@ class Evictor:
         instance = leave(state, request)
         assert instance is not None
         instance.evicting[request.id] = request
+        request.evict_asked_s = self._clock.now_s
         assert instance.engine is not None
         instance.engine.evict(request)
+
+    def unanswered(self, instance: Instance) -> list[Request]:
+        """Requests that the engine ought to have let go of long ago."""
+        if not instance.evicting:
+            return []
+        since_s = self._clock.now_s - ANSWER_MAX_S
+        return [request for request in instance.evicting.values() if request.evict_asked_s <= since_s]
 
     def make_room(self, state: ModelState, request: Request, placement: Placement) -> None:
         """Evict whom the request's placement names. Where they leave for a place, and not for their prefill alone, the

@@ -113,6 +113,11 @@ class ControlPlane:
         return self._dispatcher.open_requests
 
     @property
+    def refused_events(self) -> int:
+        """What was told and could not be: of a request that no engine has, of an instance that is gone, twice."""
+        return self._dispatcher.refused_events
+
+    @property
     def evictions(self) -> int:
         return self._evictor.evictions
 
@@ -205,6 +210,8 @@ class ControlPlane:
             self._dispatcher.pump(state)
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
+        if not self._knows(instance) or kv_capacity_tokens <= 0:
+            return
         state = self.models[instance.model]
         instance.kv_capacity_tokens = kv_capacity_tokens
         state.kv_capacity_tokens = max(i.kv_capacity_tokens for i in state.instances.values())
@@ -215,6 +222,8 @@ class ControlPlane:
     # -- fleets ------------------------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
+        if not self._knows(instance) or instance.state != "starting":
+            return
         state = self.models[instance.model]
         self._lifecycle.ready(state, instance, engine)
         self._dispatcher.pump(state)
@@ -225,7 +234,7 @@ class ControlPlane:
 
     def instance_failed(self, instance: Instance) -> None:
         """Work that no client has seen a token of starts again elsewhere."""
-        if instance.state == "gone":
+        if not self._knows(instance):
             return
         state = self.models[instance.model]
         started = instance.state != "starting"
@@ -233,3 +242,9 @@ class ControlPlane:
         if started:  # A start that failed is tried again at the next tick: failing at once must not be a loop.
             self._lifecycle.reconcile(state)
         self._dispatcher.pump(state)
+
+    def _knows(self, instance: Instance) -> bool:
+        """Whether it is not gone; what is told of it then comes too late."""
+        known = self.instances.get(instance.id) is instance
+        self._dispatcher.refused_events += not known
+        return known

@@ -102,7 +102,8 @@ class Queues(Protocol):
 
 
 class EngineEvents(Protocol):
-    """What every engine tells of the requests that it runs."""
+    """What every engine tells of the requests that it runs. Whatever comes late, twice or not at all, each placement
+    ends once; what is told of an earlier placement than ``Request.epoch`` says must not come here."""
 
     def first_token(self, request: Request) -> None:
         """Its prefill is over. After an eviction without saved KV this comes again."""

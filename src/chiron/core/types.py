@@ -36,6 +36,8 @@ class Request:
         "cls",
         "deadline_s",
         "dispatch_s",
+        "epoch",
+        "evict_asked_s",
         "evictions",
         "finish_s",
         "first_token_s",
@@ -60,6 +62,7 @@ class Request:
         "retries",
         "retry_after_s",
         "sequences",
+        "submitted",
         "tenant",
         "tokens_done",
         "turn",
@@ -92,6 +95,13 @@ class Request:
         self.finish_s = -1.0
         self.outcome: Outcome | None = None
         self.instance: Instance | None = None
+        self.submitted = False
+        """The control plane has taken it in."""
+        self.epoch = 0
+        """Number of its latest placement. What an engine tells late, twice or across a network is told of a placement:
+        of an earlier one than this it is stale, and whoever stands between the two must drop it."""
+        self.evict_asked_s = -1.0
+        """When its engine was last asked to let go of it."""
         self.tokens_done = 0
         """Output tokens that the gateway has for good: updated when the request is evicted or ends."""
         self.ran = False
