@@ -26,13 +26,14 @@ COMPILED = (
     "engines/model.py",
     "policies/capacity.py",
     "policies/chiron_local.py",
+    "policies/deadline_groups.py",
     "policies/order.py",
     "policies/overload.py",
     "policies/packing.py",
     "policies/policy.py",
     "policies/size.py",
     "policies/views.py",
-    "policies/rivals/routing.py",
+    "policies/least_router.py",
 )
 """What runs for each request, step or scrape. The rest costs more to compile than it saves. What users configure is not
 among them: a compiled class has lost the annotations by which it is read, and turns 1 into 1.0."""

@@ -6,6 +6,7 @@ from math import inf
 
 from chiron.control.queue import BatchQueue
 from chiron.core.types import Request, RequestClass
+from chiron.policies.deadline_groups import DeadlineGroups
 
 JOBS = RequestClass(name="jobs", kind="batch")
 
@@ -17,15 +18,15 @@ def item(number: int, deadline_s: float, tokens: int = 100) -> Request:
 def drained(queue: BatchQueue, now_s: float) -> list[int]:
     order = []
     while (head := queue.head(now_s)) is not None:
-        queue.remove_head(head)
+        queue.remove_head(head, now_s)
         order.append(head.id)
     return order
 
 
 def queue_of(*items: Request, defers_late: bool = True) -> BatchQueue:
-    queue = BatchQueue(10.0, defers_late=defers_late, shortest_s=lambda name: 5.0)
+    queue = BatchQueue(DeadlineGroups(10.0, (lambda name: 5.0) if defers_late else None), 10.0)
     for one in items:
-        queue.add(one)
+        queue.add(one, 0.0)
     return queue
 
 
@@ -48,9 +49,9 @@ def test_a_shorter_prompt_is_found_in_any_of_the_next_groups_and_nothing_is_lost
     short = item(7, 90.0, 200)
     queue = queue_of(*long, short)
     assert queue.head(0.0) is long[0]
-    assert queue.head(0.0, below=(4096).bit_length()) is short
-    assert queue.head(0.0, below=(100).bit_length()) is None
-    queue.remove_head(short)
+    assert queue.shorter(0.0, 4096) is short
+    assert queue.shorter(0.0, 100) is None
+    queue.remove_head(short, 0.0)
     assert queue.count == 3
     assert drained(queue, 0.0) == [0, 1, 2]
 
@@ -64,5 +65,13 @@ def test_one_that_ended_while_it_was_late_or_queued_is_counted_no_more() -> None
         queue.forget(one)
     assert [r.id for r in queue] == [3]
     assert drained(queue, 100.0) == [3]
-    queue.add(item(4, 10.0))
+    queue.add(item(4, 10.0), 100.0)
     assert drained(queue, 100.0) == [4]
+
+
+def test_a_group_that_filled_again_is_due_when_what_is_in_it_now_is() -> None:
+    first, second = item(1, 11.0), item(2, 15.0)
+    queue = queue_of(first)
+    queue.remove_head(first, 0.0)
+    queue.add(second, 0.0)
+    assert [view.deadline_s for view in queue.views({"jobs": 1.0})] == [15.0]

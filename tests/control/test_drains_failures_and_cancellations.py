@@ -61,7 +61,7 @@ class Stage:
             seed=seed,
             make_engine=self.engine_of,
         )
-        base = replace(make_chiron(ChironSettings()), fleet=self.decide, fleet_period_s=1.0, local=None)
+        base = replace(make_chiron(ChironSettings()), fleet=self.decide, fleet_period_s=1.0, batch_size=None)
         model = ModelSpec(name="m0", kinds=(kind_of(profile),), min_instances=least, max_instances=most)
         self.plane = ControlPlane(
             clock=self.clock,

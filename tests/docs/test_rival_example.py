@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -16,15 +17,18 @@ import pytest
 
 from chiron.config.build import setups
 from chiron.config.scenario import load_scenario
-from chiron.core.types import Placement, Request
-from chiron.policies.order import KeyOrder
-from chiron.policies.policy import Estimates, Policy, PolicyEntry
-from chiron.policies.registry import POLICIES, make_policy
-from chiron.policies.rivals.routing import LeastRouter
-from chiron.policies.rivals.static import StaticSettings
-from chiron.sim.run import simulate
+from chiron.core.types import ModelSpec
+from chiron.engines.remote import Wire
+from chiron.policies.policy import PolicyEntry
+from chiron.policies.registry import POLICIES
+from chiron.sim.run import Simulation, simulate
+from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import OUTCOMES
+from real_path import RealPath, both, check_equal, run_real
+from scenario_factory import PROFILE, kind_of, setup_of, workload_of
 from scenario_text import SMALL
+from virtual_loop import run_virtual
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -58,11 +62,11 @@ def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return saved("rival", "target", tmp_path, monkeypatch)
 
 
-def run(tmp_path: Path, *overrides: str, policy: str = "target", events: io.StringIO | None = None) -> Result:
+def run(tmp_path: Path, *overrides: str) -> Result:
     path = tmp_path / "small.toml"
     path.write_text(SMALL)
-    (setup,) = setups(load_scenario(str(path), overrides), policies=[policy], seeds=[1])
-    return simulate(setup, events=events)
+    (setup,) = setups(load_scenario(str(path), overrides), policies=["target"], seeds=[1])
+    return simulate(setup)
 
 
 @pytest.mark.usefixtures("rival")
@@ -87,49 +91,118 @@ def test_the_example_is_as_short_as_it_is_said_to_be() -> None:
     assert len(block("registry").splitlines()) == 1
 
 
-def test_an_admission_rule_is_one_file_and_the_simulator_sees_whom_it_refuses(
+# -- one hook exchanged, simulated and as a gateway --------------------------------------------------------------------
+
+
+CHAT, AGENT, NIGHT = range(3)
+SLOW = replace(
+    PROFILE,
+    h_ms=12.0,
+    f_ms_per_token=0.6,
+    kv_capacity_tokens=1500,
+    max_num_seqs=8,
+    max_num_batched_tokens=128,
+)
+
+
+def trial(policy: str, *, instances: int = 1) -> Setup:
+    """More interactive requests than the instances can do, and a batch job."""
+    draw, at_s, rows = Random(7), 0.0, []
+    while at_s < 10.0:
+        at_s += draw.expovariate(20.0)
+        rows.append((at_s, draw.randint(20, 120), draw.randint(2, 20), 0, draw.choice((CHAT, AGENT))))
+    rows += [(2.0 + n / 64, draw.randint(20, 120), draw.randint(2, 20), 0, NIGHT) for n in range(30)]
+    kind = kind_of(SLOW, max_num_batched_tokens=SLOW.max_num_batched_tokens)
+    return setup_of(
+        rows,
+        policy=policy,
+        settings=POLICIES[policy].settings(),
+        profile=SLOW,
+        model=ModelSpec(name="m0", kinds=(kind,), min_instances=instances, max_instances=instances),
+        initial=instances,
+        scrape_delay_s=0.0,
+        wire=Wire(network_s=1 / 1024),
+    )
+
+
+def both_ways(setup: Setup) -> tuple[Simulation, RealPath]:
+    simulation, real = both(setup)
+    check_equal(simulation, real)
+    return simulation, real
+
+
+def test_an_admission_rule_refuses_requests_simulated_and_their_clients_live(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("admission", "chiron-impatient", tmp_path, monkeypatch)
-    events = io.StringIO()
-    crowded = ("models.llama.max_instances=1", "classes.chat.itl=20ms")
-    result = run(tmp_path, *crowded, "workload.0.generate.rate=40", policy="chiron-impatient", events=events)
+    setup = trial("chiron-impatient")
+    simulation, real = both_ways(setup)
+    table = simulation.recorder.table()
+    shed = [OUTCOMES[outcome] == "shed" for outcome in table.outcome.tolist()]
+    assert 20 < sum(shed) < len(shed) - 50
+    assert not any(was for was, cls in zip(shed, setup.workload.cls.tolist(), strict=True) if cls == NIGHT)
+    for client, was_shed in zip(real.clients, shed, strict=True):
+        head = b"".join(client.received).partition(b"\r\n\r\n")[0]
+        assert head.startswith(b"HTTP/1.1 429 " if was_shed else b"HTTP/1.1 200 ")
+        after = re.search(rb"\r\nretry-after: (\d+)", head)
+        assert (after is not None and int(after[1]) >= 2) == was_shed, "it says for how long the oldest has waited"
+
+
+def test_the_event_log_has_the_reason_of_an_admission_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved("admission", "chiron-impatient", tmp_path, monkeypatch)
+    setup, events = trial("chiron-impatient"), io.StringIO()
+    Simulation(setup, events=events).run()
     ends = [line for line in map(json.loads, events.getvalue().splitlines()) if line["event"] == "ended"]
-    refused = [line for line in ends if line["outcome"] == "shed"]
-    assert len(refused) == result.summary["shed"] > 50
-    assert {line["reason"] for line in refused} == {"queue_too_old"}
+    assert {line["reason"] for line in ends if line["outcome"] == "shed"} == {"queue_too_old"}
     assert not any("reason" in line for line in ends if line["outcome"] != "shed")
-    patient = run(tmp_path, *crowded, "policies.chiron-impatient.wait_max=100s", policy="chiron-impatient")
-    assert patient.summary["shed"] == 0
+    patient = Simulation(replace(setup, settings=replace(setup.settings, wait_max_s=100.0)))
+    patient.run()
+    assert OUTCOMES.index("shed") not in patient.recorder.table().outcome
 
 
-def test_a_queue_order_is_one_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def shortest_first(settings: StaticSettings) -> Policy:
-        order = KeyOrder(lambda request: request.input_tokens)
-        return replace(make_policy("static", settings), holds_batch=True, router=one_at_a_time, order=lambda *_: order)
-
-    entry = PolicyEntry(settings=StaticSettings, make=shortest_first, about="shortest prompt first")
-    monkeypatch.setitem(POLICIES, "shortest", entry)
-    result = run(tmp_path, "models.llama.max_instances=1", "workload.0.generate.rate=1", policy="shortest")
-    requests = result.requests
-    assert (requests.cls == 0).sum() > 30
-    interactive = [
-        (dispatched, tokens, arrived)
-        for dispatched, tokens, arrived, cls in zip(
-            requests.dispatch_s, requests.input_tokens, requests.arrival_s, requests.cls, strict=True
-        )
-        if cls == 0
-    ]
-    for dispatched, tokens, _ in interactive:
-        passed = [t for d, t, arrived in interactive if arrived < dispatched < d]
-        assert all(t >= tokens for t in passed), "nobody with a shorter prompt waited meanwhile"
+def test_a_queue_order_holds_for_interactive_requests_and_for_batch_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("order", "chiron-shortest", tmp_path, monkeypatch)
+    simulation, _ = both_ways(trial("chiron-shortest"))
+    assert passed_by_longer(simulation, CHAT, AGENT) == 0
+    assert passed_by_longer(simulation, NIGHT) == 0
+    plain = Simulation(trial("chiron"))
+    plain.run()
+    assert passed_by_longer(plain, CHAT, AGENT) > 10
+    assert passed_by_longer(plain, NIGHT) > 10
 
 
-class OneAtATime(LeastRouter):
-    def place(self, request: Request, waited_s: float) -> Placement | None:
-        placement = super().place(request, waited_s)
-        return placement if placement is not None and not placement.instance.requests else None
+def passed_by_longer(simulation: Simulation, *classes: int) -> int:
+    """Requests of these classes that were dispatched while one with a shorter prompt waited."""
+    table = simulation.recorder.table()
+    columns = (table.dispatch_s, table.arrival_s, table.input_tokens, table.cls)
+    rows = [row for row in zip(*(column.tolist() for column in columns), strict=True) if row[3] in classes]
+    assert sum(dispatch_s > arrival_s for dispatch_s, arrival_s, _, _ in rows) > 20, "they wait"
+    return sum(
+        any(arrival_s < at_s < dispatch_s and others < tokens for dispatch_s, arrival_s, others, _ in rows)
+        for at_s, _, tokens, _ in rows
+    )
 
 
-def one_at_a_time(_: Any, estimates: Estimates) -> OneAtATime:
-    return OneAtATime(estimates, lambda instance: len(instance.requests))
+def test_a_router_sends_requests_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved("router", "static-freest", tmp_path, monkeypatch)
+    long, short = (0.0, 1200, 200, 0, CHAT), [(1.0 + n / 8, 20, 20, 0, CHAT) for n in range(6)]
+
+    def placed(policy: str) -> list[tuple[int, int]]:
+        """Requests and instances, simulated and live."""
+        setup = replace(trial(policy, instances=2), workload=workload_of([long, *short]))
+        logs = io.StringIO(), io.StringIO()
+        Simulation(setup, events=logs[0]).run()
+        run_virtual(run_real(setup, logs[1]))
+        simulated, live = (dispatched(log.getvalue()) for log in logs)
+        assert simulated == live
+        return simulated
+
+    assert placed("static-freest") == [(0, 1), *((n, 2) for n in range(1, 7))]
+    assert (2, 1) in placed("static"), "by count some go to the one with the long prompt"
+
+
+def dispatched(log: str) -> list[tuple[int, int]]:
+    lines = map(json.loads, log.splitlines())
+    return [(line["request"], line["instance"]) for line in lines if line["event"] == "dispatch"]

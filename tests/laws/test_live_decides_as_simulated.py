@@ -24,9 +24,8 @@ from chiron.policies.registry import POLICIES
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import OUTCOMES
-from real_path import Client, RealPath, run_real
+from real_path import Client, both, check_equal
 from scenario_factory import PROFILE, kind_of, setup_of
-from virtual_loop import run_virtual
 
 PROFILE = replace(
     PROFILE,
@@ -97,22 +96,6 @@ def overload() -> Setup:
         settings=ChironSettings(overload=OverloadSettings(refuse=True)),
         workload=replace(setup.workload, tenants=("greedy", "modest"), tenant=tenant),
     )
-
-
-def both(setup: Setup) -> tuple[Simulation, RealPath]:
-    simulation = Simulation(setup)
-    simulation.run()
-    return simulation, run_virtual(run_real(setup))
-
-
-def check_equal(simulation: Simulation, real: RealPath) -> None:
-    # repr: nan is nan here, and floats are told apart to the last bit.
-    assert [repr(d) for d in real.recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
-    assert real.recorder.plan_changes == simulation.recorder.plan_changes
-    assert real.plane.evictions == simulation.plane.evictions
-    seen, table = real.recorder.table(), simulation.recorder.table()
-    for column in ("dispatch_s", "first_token_s", "finish_s", "outcome", "evictions"):
-        assert getattr(seen, column).tolist() == getattr(table, column).tolist(), column
 
 
 def said(client: Client) -> str:

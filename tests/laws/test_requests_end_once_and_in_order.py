@@ -141,7 +141,7 @@ def check_gpus(setup: Setup, done: Run) -> None:
     limit = sum(setup.gpus_max.values()) if setup.gpus_max else 10_000
     gpus_least = min(kind.gpus for m in setup.models for kind in m.kinds)
     most = {m.name: m.max_instances for m in setup.models}
-    labels = done.simulation.policy.relabels
+    labels = done.simulation.policy.label is not None
     for event in done.events:
         name, instance = event["event"], event.get("instance", -1)
         if "request" in event or name == "decision":

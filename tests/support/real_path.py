@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TextIO
 
 from chiron.control.autoscaler import Observer
 from chiron.control.plane import ControlPlane
@@ -32,7 +32,9 @@ from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
 from chiron.runtime.emulated import EmulatedFleet, Fault, wire
 from chiron.sim.recorder import Recorder
+from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
+from virtual_loop import run_virtual
 
 
 class Client(asyncio.Protocol):
@@ -186,11 +188,11 @@ class Site:
         await self.engines.close()
 
 
-async def run_real(setup: Setup) -> RealPath:
-    """The same as ``Simulation(setup).run()``, which needs a ``setup.wire``."""
+async def run_real(setup: Setup, events: TextIO | None = None) -> RealPath:
+    """The same as ``Simulation(setup, events=events).run()``, which needs a ``setup.wire``."""
     workload = setup.workload
     assert setup.wire is not None
-    recorder, faults = Recorder(workload), Faults(setup.wire.faults)
+    recorder, faults = Recorder(workload, events), Faults(setup.wire.faults)
     site = Site(
         models=setup.models,
         classes=workload.classes,
@@ -247,3 +249,21 @@ def completion(content: Mapping[str, Any], *lines: str) -> bytes:
     body = json.dumps(content).encode()
     head = ("POST /v1/completions HTTP/1.1", "host: here", "connection: close", *lines, f"content-length: {len(body)}")
     return "\r\n".join((*head, "", "")).encode() + body
+
+
+def both(setup: Setup) -> tuple[Simulation, RealPath]:
+    """The scenario simulated, and on the real path."""
+    simulation = Simulation(setup)
+    simulation.run()
+    return simulation, run_virtual(run_real(setup))
+
+
+def check_equal(simulation: Simulation, real: RealPath) -> None:
+    """They decided the same, and requests had the same times, to the last bit."""
+    # repr: nan is nan here, and floats are told apart to the last bit.
+    assert [repr(d) for d in real.recorder.decisions] == [repr(d) for d in simulation.recorder.decisions]
+    assert real.recorder.plan_changes == simulation.recorder.plan_changes
+    assert real.plane.evictions == simulation.plane.evictions
+    seen, table = real.recorder.table(), simulation.recorder.table()
+    for column in ("dispatch_s", "first_token_s", "finish_s", "outcome", "evictions"):
+        assert getattr(seen, column).tolist() == getattr(table, column).tolist(), column

@@ -23,11 +23,13 @@ from chiron.core.types import InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.deadline_groups import DeadlineGroups
+from chiron.policies.instances import label_by_rank, take_back_fullest
+from chiron.policies.least_router import LeastRouter
 from chiron.policies.overload import OverloadOrder, OverloadSettings
 from chiron.policies.packing import PackingRouter, PackingSettings
 from chiron.policies.policy import Estimates, Order, Policy, PolicyEntry, Refusal, Router
 from chiron.policies.registry import POLICIES
-from chiron.policies.rivals.routing import LeastRouter
 from chiron.policies.rivals.static import StaticSettings
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan
 from chiron.sim.run import Simulation
@@ -160,15 +162,14 @@ def make_wild(settings: WildSettings) -> Policy:
     return Policy(
         name="wild",
         settings=settings,
-        router=router,
+        place=router,
         fleet=_wild_fleet,
         fleet_period_s=settings.tick_s,
-        local=_wild_cap if settings.caps else None,
-        holds_batch=settings.holds_batch,
-        defers_late=settings.defers_late,
+        batch_size=_wild_cap if settings.caps else None,
+        order_batch=_wild_order_batch if settings.holds_batch else None,
         eviction_pause_s=settings.eviction_pause_s,
-        revives=settings.revives,
-        relabels=settings.relabels,
+        take_back=take_back_fullest if settings.revives else None,
+        label=label_by_rank if settings.relabels else None,
         order=_wild_order if settings.overload else None,
         admit=_wild_admit if settings.overload and settings.refuses else None,
         group_span_s=settings.group_span_s,
@@ -180,6 +181,10 @@ def make_wild(settings: WildSettings) -> Policy:
 
 def _wild_order(settings: WildSettings, estimates: Estimates) -> OverloadOrder:
     return OverloadOrder(OverloadSettings(late_turn=3, hold_s=2.0, refuse=settings.refuses), estimates)
+
+
+def _wild_order_batch(settings: WildSettings, estimates: Estimates) -> DeadlineGroups:
+    return DeadlineGroups(settings.group_span_s, estimates.shortest_s if settings.defers_late else None)
 
 
 def _wild_admit(settings: WildSettings, order: Order, request: Request, now_s: float) -> Refusal | None:

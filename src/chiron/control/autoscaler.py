@@ -9,6 +9,7 @@ from chiron.control.eviction import Evictor
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view
 from chiron.core.clock import VirtualClock
+from chiron.policies.defaults import keep_fleet
 from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, Migration, PolicyState
 
@@ -75,7 +76,7 @@ class Autoscaler:
         policy = self._policy
         view = fleet_view(now_s, now_s - self._last_tick_s, self._models.values(), self._gpus_max)
         self._last_tick_s = now_s
-        plan, self.fleet_state = policy.fleet(policy.settings, self.fleet_state, view)
+        plan, self.fleet_state = (policy.fleet or keep_fleet)(policy.settings, self.fleet_state, view)
         for name, model_plan in plan.items():
             self._lifecycle.adopt_plan(self._models[name], model_plan)
         for instance in self._lifecycle.instances.values():

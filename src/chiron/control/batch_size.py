@@ -18,14 +18,14 @@ LEARN_PER_SCRAPE = 8
 
 
 class BatchSizes:
-    """Asks the policy's local hook at each scrape, and whenever what an instance serves has changed."""
+    """Asks the policy's ``batch_size`` hook at each scrape, and whenever what an instance serves has changed."""
 
     def __init__(
         self, *, clock: VirtualClock, journal: Journal, policy: Policy, actuators: Actuators, evictor: Evictor
     ) -> None:
         self._clock = clock
         self._journal = journal
-        self._hook = policy.local
+        self._hook = policy.batch_size
         self._settings = policy.settings
         self._actuators = actuators
         self._evictor = evictor

@@ -49,7 +49,6 @@ class Dispatcher:
         self._clock = clock
         self._admit = policy.admit
         self._settings = policy.settings
-        self._holds_batch = policy.holds_batch
         self._journal = journal
         self._event: Callable[[float, str, Request | None, Instance | None], None] | None = (
             journal.event if journal.wants_events else None
@@ -82,7 +81,7 @@ class Dispatcher:
         instance = request.instance
         self._end(state, request, outcome)
         if instance is None:
-            (state.batch if not request.interactive and self._holds_batch else state.waiting).forget(request)
+            (state.batch if not request.interactive and state.holds_batch else state.waiting).forget(request)
             self.pump(state)  # It may have been in the way of the next one.
         elif request.id in instance.requests:
             self._evictor.stop(state, request)
@@ -117,8 +116,8 @@ class Dispatcher:
 
     def _enter(self, state: ModelState, request: Request) -> None:
         """Dispatch or queue; who came earlier and waits goes first."""
-        if not request.interactive and self._holds_batch:
-            state.batch.add(request)
+        if not request.interactive and state.holds_batch:
+            state.batch.add(request, self._clock.now_s)
             if not state.waiting.count:
                 self._release_batch(state)
         elif state.waiting.count:
@@ -162,18 +161,21 @@ class Dispatcher:
             self._release_batch(state)
 
     def _release_batch(self, state: ModelState) -> None:
-        batch, router = state.batch, state.router
-        below = batch.BITS_MAX
-        while (request := batch.head(self._clock.now_s, below)) is not None:
+        """While there is room. A prompt that is too long is passed by shorter ones, each time by half as long ones."""
+        batch, router, now_s = state.batch, state.router, self._clock.now_s
+        room_tokens = 0
+        request = batch.head(now_s)
+        while request is not None:
             placement = router.place(request, 0.0)
-            if placement is None:
+            if placement is not None:
+                batch.remove_head(request, now_s)
+                self._dispatch(state, request, placement)
+            else:
                 bits = router.room_tokens.bit_length()
-                if not 0 < bits < below:
+                if not bits or (room_tokens and bits >= room_tokens.bit_length()):
                     return
-                below = bits
-                continue
-            batch.remove_head(request)
-            self._dispatch(state, request, placement)
+                room_tokens = router.room_tokens
+            request = batch.shorter(now_s, room_tokens) if room_tokens else batch.head(now_s)
 
     def _dispatch(self, state: ModelState, request: Request, placement: Placement) -> None:
         now_s = self._clock.now_s

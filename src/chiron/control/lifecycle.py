@@ -6,14 +6,14 @@ straight to ``gone``; a draining instance may be taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
 from chiron.control.actuators import Actuators
 from chiron.control.batch_size import BatchSizes
 from chiron.control.booking import leave
 from chiron.control.eviction import Evictor
-from chiron.control.model import ModelState
+from chiron.control.model import ModelState, instance_view
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal
 from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
@@ -107,12 +107,12 @@ class Lifecycle:
 
     def reconcile(self, state: ModelState) -> None:
         """Start and drain instances until the fleet is the plan."""
-        if self._policy.relabels:
+        if self._policy.label is not None:
             total = sum(state.planned.values())
             self._resize(
                 state, [i for i in state.instances.values() if i.state in ("starting", "ready")], total, "mixed"
             )
-            self._relabel(state)
+            self._relabel(state, self._policy.label(self._policy.settings, state.planned))
             return
         for role, count in state.planned.items():
             live = [i for i in state.instances.values() if i.role == role and i.state in ("starting", "ready")]
@@ -120,7 +120,7 @@ class Lifecycle:
 
     def _resize(self, state: ModelState, live: list[Instance], count: int, role: Role) -> None:
         for _ in range(count - len(live)):
-            if not self._revive(state, role) and not self._create(state, role):
+            if not self._take_back(state, role) and not self._create(state, role):
                 break
         if len(live) > count:
             # First those that still start, then the emptiest; the newest of equals.
@@ -132,9 +132,8 @@ class Lifecycle:
                     break
                 self._drain(state, instance)
 
-    def _relabel(self, state: ModelState) -> None:
+    def _relabel(self, state: ModelState, labels: Sequence[Role]) -> None:
         live = sorted((i for i in state.instances.values() if i.state in ("starting", "ready")), key=lambda i: i.rank)
-        labels: list[Role] = [role for role, count in state.planned.items() for _ in range(count)]
         for instance, role in zip(live, labels, strict=False):
             if instance.role != role:
                 instance.role = role
@@ -142,13 +141,12 @@ class Lifecycle:
                     state.router.changed(instance)
                     self._sizes.retune(state, instance)
 
-    def _revive(self, state: ModelState, role: Role) -> bool:
-        if not self._policy.revives:
+    def _take_back(self, state: ModelState, role: Role) -> bool:
+        policy, now_s = self._policy, self._clock.now_s
+        draining = [instance_view(i, now_s) for i in state.instances.values() if i.state == "draining"]
+        if policy.take_back is None or not draining:
             return False
-        draining = [i for i in state.instances.values() if i.state == "draining"]
-        if not draining:
-            return False
-        instance = max(draining, key=lambda i: (len(i.requests), -i.id))
+        instance = self.instances[policy.take_back(policy.settings, draining)]
         instance.state = "ready"
         instance.role = role
         state.router.add(instance)

@@ -15,7 +15,7 @@ from math import inf, nan
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
-from chiron.policies.order import KeyOrder
+from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
 from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
 
@@ -49,10 +49,11 @@ class ModelState:
         self.spec = spec
         self.classes = {c.name: c for c in classes}
         self.learner = Learner(classes)
-        self.router = policy.router(policy.settings, self.learner)
-        order = policy.order(policy.settings, self.learner) if policy.order is not None else KeyOrder()
-        self.waiting = WaitingQueue(order)
-        self.batch = BatchQueue(policy.group_span_s, defers_late=policy.defers_late, shortest_s=self.learner.shortest_s)
+        settings = policy.settings
+        self.router = (policy.place or least_outstanding)(settings, self.learner)
+        self.waiting = WaitingQueue((policy.order or earliest_first_token)(settings, self.learner))
+        self.holds_batch = policy.order_batch is not None
+        self.batch = BatchQueue((policy.order_batch or arrival_order)(settings, self.learner), policy.group_span_s)
         self.instances: dict[int, Instance] = {}
         self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
         self.advised: dict[Role, int] = {}

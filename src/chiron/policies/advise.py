@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from chiron.core.types import Placement, Request
+from chiron.policies.defaults import least_outstanding
 from chiron.policies.policy import Estimates, Policy, Router
 
 
@@ -31,9 +32,9 @@ class PeacefulRouter:
 
 def advising(policy: Policy) -> Policy:
     """The same policy where nobody is refused, evicted or moved, and batch sizes begin where the engines allow."""
-    make = policy.router
+    make = policy.place or least_outstanding
 
     def router(settings: Any, estimates: Estimates) -> PeacefulRouter:
         return PeacefulRouter(make(settings, estimates))
 
-    return replace(policy, router=router, admit=None, migrate=None, initial_max_batch_size=None)
+    return replace(policy, place=router, admit=None, migrate=None, initial_max_batch_size=None)

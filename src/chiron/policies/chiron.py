@@ -37,7 +37,9 @@ from chiron.policies.chiron_load import (
 )
 from chiron.policies.chiron_local import decide_batch_size
 from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.deadline_groups import DeadlineGroups
 from chiron.policies.headroom import CONSTANT, followed, window_mean
+from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.overload import OverloadOrder
 from chiron.policies.packing import PackingRouter
 from chiron.policies.policy import Estimates, Order, Policy, Refusal
@@ -277,19 +279,21 @@ def make_chiron(settings: ChironSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
         return PackingRouter(settings.packing, estimates, evicts=settings.evict, keeps_apart=True, passes_long=True)
 
+    def order_batch(_: Any, estimates: Estimates) -> DeadlineGroups:
+        return DeadlineGroups(settings.group_span_s, estimates.shortest_s)
+
     return Policy(
         name="chiron",
         settings=settings,
-        router=router,
-        local=decide_batch_size if settings.tune_batch_size else None,
+        place=router,
+        batch_size=decide_batch_size if settings.tune_batch_size else None,
         fleet=decide_fleet,
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.initial_max_batch_size,
-        holds_batch=True,
-        revives=True,
-        relabels=True,
+        take_back=take_back_fullest,
+        label=label_by_rank,
         order=lambda _, estimates: OverloadOrder(settings.overload, estimates),
         admit=admit if settings.overload.refuse else None,
-        defers_late=True,
+        order_batch=order_batch,
         group_span_s=settings.group_span_s,
     )

@@ -27,6 +27,8 @@ import numpy.typing as npt
 
 from chiron.core.types import Role
 from chiron.policies.capacity import capacity
+from chiron.policies.deadline_groups import DeadlineGroups
+from chiron.policies.instances import take_back_fullest
 from chiron.policies.packing import PackingRouter
 from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.policy import Estimates, Policy
@@ -382,13 +384,13 @@ def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
     return Policy(
         name="chiron-paper",
         settings=settings,
-        router=router,
-        local=decide_batch_size,
+        place=router,
+        batch_size=decide_batch_size,
         fleet=decide_fleet,
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.initial_max_batch_size,
         initial_roles=initial_roles,
-        holds_batch=True,
-        revives=settings.revive,
+        order_batch=lambda settings, _: DeadlineGroups(settings.group_span_s),
+        take_back=take_back_fullest if settings.revive else None,
         group_span_s=settings.group_span_s,
     )

@@ -14,8 +14,8 @@ def first_token_due_s(request: Request) -> float:
 
 
 class KeyOrder:
-    """Least key first, then by number; implements ``policies.policy.Order``. A key must not change while its request
-    waits. Ended requests are dropped when they surface."""
+    """Least key first, then by number; implements ``policies.policy.Order`` and ``BatchOrder``. A key must not change
+    while its request waits. Ended requests are dropped when they surface."""
 
     def __init__(self, key: Callable[[Request], float] = first_token_due_s) -> None:
         self._key = key
@@ -35,6 +35,10 @@ class KeyOrder:
         while heap and heap[0][2].outcome is not None:
             heappop(heap)
         return heap[0][2] if heap else None
+
+    def shorter(self, now_s: float, tokens: int) -> Request | None:
+        """Nobody passes the head."""
+        return None
 
     def remove_head(self, request: Request, now_s: float) -> None:
         assert self._heap[0][2] is request

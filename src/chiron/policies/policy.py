@@ -1,8 +1,15 @@
 """A policy is a tuple of hooks; everything Chiron and its rivals differ in.
 
+    admit       take this request, or refuse it
+    order       which waiting request is next; ``order_batch``: likewise, of the batch requests that are held back
+    place       where it runs, and who makes way for it
+    batch_size  an instance's max batch size from now on
+    fleet       how many instances of each role; ``take_back`` and ``label``: which ones
+    migrate     which running request moves where
+
 Hooks that are rare (a fleet tick, a scrape) are pure functions ``decide(settings, state, view) -> (decision, state)``.
-The router is on the path of every request, so it is an object over indexes that it keeps up to date itself; it too
-sees no clock and does no I/O.
+Those on the path of every request make an object over indexes that it keeps up to date itself, one for each model; it
+too sees no clock and does no I/O. A hook that is not set has a default (``policies.defaults``).
 """
 
 from __future__ import annotations
@@ -11,8 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chiron.core.types import Instance, Placement, Request
-from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, PolicyState, StepTimes
+from chiron.core.types import Instance, Placement, Request, Role
+from chiron.policies.views import (
+    FleetPlan,
+    FleetView,
+    InstanceView,
+    LocalDecision,
+    LocalView,
+    Migration,
+    PolicyState,
+    StepTimes,
+)
 
 
 class UsualSize(Protocol):
@@ -48,6 +64,9 @@ class Estimates(Protocol):
 
     @property
     def step_times(self) -> StepTimes: ...
+
+    def shortest_s(self, name: str) -> float:
+        """What a mean answer of this class takes at the least."""
 
     @property
     def first_token_lead_s(self) -> Mapping[str, float]:
@@ -108,6 +127,30 @@ class Order(Protocol):
         """inf when no request waits. Called rarely."""
 
 
+class BatchOrder(Protocol):
+    """Which batch request is next, of those of one model that are held back. O(log requests) a call. They are released
+    in this order while nobody else waits and the router has room."""
+
+    def __iter__(self) -> Iterator[Request]:
+        """Everybody who is held, in any order."""
+
+    def add(self, request: Request, now_s: float) -> None:
+        """It is held: it has just come, or was evicted."""
+
+    def forget(self, request: Request) -> None:
+        """It ended while it was held."""
+
+    def head(self, now_s: float) -> Request | None:
+        """Whose turn it is; it stays until ``remove_head``."""
+
+    def shorter(self, now_s: float, tokens: int) -> Request | None:
+        """The router has no room for a prompt as long as that of the last one, and had some for one of ``tokens``: who
+        passes, with a shorter prompt; None: nobody."""
+
+    def remove_head(self, request: Request, now_s: float) -> None:
+        """What ``head`` or ``shorter`` returned is dispatched."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """A request that is not taken."""
@@ -119,8 +162,13 @@ class Refusal:
 
 
 AdmitHook = Callable[[Any, Order, Request, float], Refusal | None]
-LocalHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
+OrderHook = Callable[[Any, Estimates], Order]
+BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
+PlaceHook = Callable[[Any, Estimates], Router]
+BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
+TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
+LabelHook = Callable[[Any, Mapping[Role, int]], Sequence[Role]]
 MigrationHook = Callable[[Any, PolicyState, FleetView], tuple[tuple[Migration, ...], PolicyState]]
 
 
@@ -130,37 +178,40 @@ class Policy:
 
     name: str
     settings: Any
-    router: Callable[[Any, Estimates], Router]
-    """Makes the router of one model from (settings, estimates)."""
-    fleet: FleetHook
-    fleet_period_s: float
+    """Passed to every hook."""
+    admit: AdmitHook | None = None
+    """Asked about each arrival, with the order of the requests that wait and the time; None: everybody is taken."""
+    order: OrderHook | None = None
+    """Makes the order of one model's waiting requests; None: earliest TTFT deadline first."""
+    order_batch: BatchOrderHook | None = None
+    """Makes the order of one model's batch requests, which are held in the global queue until the router has room and
+    nobody else waits; None: they wait among the others."""
+    place: PlaceHook | None = None
+    """Makes the router of one model; None: least outstanding requests first."""
+    batch_size: BatchSizeHook | None = None
+    """Asked at each scrape of an instance; None: max batch sizes stay."""
+    fleet: FleetHook | None = None
+    """None: the fleet stays as it is."""
+    take_back: TakeBackHook | None = None
+    """Which of the draining instances (by id) comes back before a new one is started; None: none does."""
+    label: LabelHook | None = None
+    """Roles are labels: makes the roles of a plan, in order of rank, and instances are re-labelled to them. None: an
+    instance keeps its role, and instances of each role start and drain."""
+    migrate: MigrationHook | None = None
+    """None: no running request moves."""
+    fleet_period_s: float = 30.0
     fleet_first_s: float = 0.0
     """No fleet tick before this time."""
-    local: LocalHook | None = None
+    migrate_period_s: float = 1.0
     initial_max_batch_size: int | None = None
     """None: what the engine can at most."""
     initial_roles: Callable[[Any, int], Mapping[str, int]] | None = None
     """How an initial fleet of n splits into roles; None: all mixed."""
-    holds_batch: bool = False
-    """Batch requests wait in the global queue until a router has room for them."""
     eviction_pause_s: float = 5.0
     """For this long after an eviction for a place, batch work on the instance may be replaced as it ends, and not grow.
     Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""
-    revives: bool = False
-    """A scale-up takes draining instances back first."""
-    order: Callable[[Any, Estimates], Order] | None = None
-    """Makes the order of one model's waiting requests; None: earliest deadline first."""
-    admit: AdmitHook | None = None
-    """Asked about each arrival, with the order of the requests that wait and the time; None: everybody is taken."""
-    defers_late: bool = False
-    """Batch requests that cannot meet their deadline any more wait behind those that can, and one whose prompt is too
-    long to be let in beside interactive requests is passed by shorter ones."""
     group_span_s: float = 300.0
-    """Batch requests whose deadlines share a span of this length form a group."""
-    migrate: MigrationHook | None = None
-    migrate_period_s: float = 1.0
-    relabels: bool = False
-    """Roles are labels: a plan re-labels instances in order of rank instead of starting and draining."""
+    """Batch requests whose deadlines share a span of this length are one group to the fleet hook."""
     drain_timeout_s: float = 120.0
     """Batch work still running on a draining instance after this long is evicted."""
 

@@ -19,11 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
-from chiron.policies.policy import Estimates, Policy
+from chiron.policies.policy import Policy
 from chiron.policies.rivals import tuned
-from chiron.policies.rivals.routing import LeastRouter
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
@@ -196,13 +195,9 @@ def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
 
 
 def make_hpa(settings: HpaSettings) -> Policy:
-    def router(_: Any, estimates: Estimates) -> LeastRouter:
-        return LeastRouter(estimates, lambda instance: len(instance.requests))
-
     return Policy(
         name=f"hpa-{settings.metric}",
         settings=settings,
-        router=router,
         fleet=decide_fleet,
         fleet_period_s=settings.sync_s,
         initial_max_batch_size=settings.max_num_seqs,

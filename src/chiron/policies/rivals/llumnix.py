@@ -24,9 +24,10 @@ from math import inf
 from typing import Any, Literal
 
 from chiron.core.types import Instance
+from chiron.policies.instances import take_back_fullest
+from chiron.policies.least_router import LeastRouter
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.rivals import tuned
-from chiron.policies.rivals.routing import LeastRouter
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, Migration, ModelPlan, ModelView
 
 
@@ -213,12 +214,12 @@ def make_llumnix(settings: LlumnixSettings) -> Policy:
     return Policy(
         name="llumnix",
         settings=settings,
-        router=router,
+        place=router,
         fleet=decide_fleet,
         fleet_period_s=settings.interval_s,
         initial_max_batch_size=settings.max_num_seqs,
         # A scale-up during a scale-down takes the leaving instance back (artifact).
-        revives=True,
+        take_back=take_back_fullest,
         migrate=decide_migrations,
         migrate_period_s=settings.migrate_period_s,
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from chiron.policies.policy import Estimates, Policy
-from chiron.policies.rivals.routing import LeastRouter
+from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 
 
@@ -27,13 +25,9 @@ def decide_fleet(settings: StaticSettings, state: None, view: FleetView) -> tupl
 
 
 def make_static(settings: StaticSettings) -> Policy:
-    def router(_: Any, estimates: Estimates) -> LeastRouter:
-        return LeastRouter(estimates, lambda instance: len(instance.requests))
-
     return Policy(
         name="static",
         settings=settings,
-        router=router,
         fleet=decide_fleet,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
