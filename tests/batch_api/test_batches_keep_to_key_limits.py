@@ -43,7 +43,7 @@ def test_items_wait_for_their_keys_tokens_per_minute_prompts_and_answers(tmp_pat
         assert len(site.plane.submitted) <= 3
         done = await site.ended(team, step_s=1.0)
         assert (done.status, done.completed) == ("completed", 12)
-        spent = 12 * 4000 / 4 + 11 * 100  # The last answer is paid for afterwards.
+        spent = 12 * 971 + 11 * 100  # A prompt counts for 971 tokens; the last answer is paid for afterwards.
         assert site.clock.now_s >= (spent - 3000) / 100
         await site.stop()
 

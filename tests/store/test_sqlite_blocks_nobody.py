@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
-import time
+import threading
 import tracemalloc
 from math import inf
 from pathlib import Path
@@ -15,7 +15,7 @@ import pytest
 from chiron.store.database import open_for_reading
 from chiron.store.items import lease
 from chiron.store.leases import Leases
-from chiron.store.port import BatchStore, Ended
+from chiron.store.port import BatchStore, Ended, ItemSpec, LineError
 from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
 from store_sites import sqlite_site
 
@@ -72,19 +72,27 @@ def test_the_few_items_of_a_rare_model_are_looked_for_once(tmp_path: Path) -> No
 def test_small_work_gets_in_between_large_work(tmp_path: Path) -> None:
     async def run() -> None:
         site = sqlite_site(tmp_path)
+        looked_at, half_way, small_work_done = 0, threading.Event(), threading.Event()
+
+        def slow_check(line: bytes) -> ItemSpec | LineError:
+            """The large one stops half-way until small work is done, however quick or slow a thread may be."""
+            nonlocal looked_at
+            looked_at += 1
+            if looked_at == 10_000:
+                half_way.set()
+                assert small_work_done.wait(60.0), "small work waits for the large one"
+            return check(line)
+
         async with site.store() as store:
             small = await start(site, store, 100)
             large = await submit(site, store, b"".join(line_of(f"{index}") + b"\n" for index in range(20_000)))
-            validation = asyncio.create_task(store.validate(large.id, check, LIMITS))
-            waits = []
-            for item in await store.lease(MODEL, 100):
-                before = time.perf_counter()
+            validation = asyncio.create_task(store.validate(large.id, slow_check, LIMITS))
+            await asyncio.to_thread(half_way.wait, 60.0)
+            for item in await store.lease(MODEL, 10):
                 await store.finish([result(item)], site.now_s)
-                waits.append(time.perf_counter() - before)
-                if validation.done():
-                    break
-            assert len(waits) > 3, "it waited until the large one was done"
-            assert (await store.get_batch(small.id, None)).completed == len(waits)
+            assert (await store.get_batch(small.id, None)).completed == 10
+            assert not validation.done()
+            small_work_done.set()
             assert (await validation).total == 20_000
 
     asyncio.run(run())
