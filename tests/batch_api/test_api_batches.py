@@ -17,7 +17,7 @@ ENDPOINT = "/v1/chat/completions"
 
 
 def client(site: ApiSite, key: str = "sk-any") -> openai.OpenAI:
-    return openai.OpenAI(base_url=site.url + "/v1", api_key=key, max_retries=0, timeout=10)
+    return openai.OpenAI(base_url=site.url + "/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture

@@ -12,19 +12,18 @@ from hypothesis import HealthCheck, Phase, given, settings
 from fuzz_checks import FORM, is_right, options_for
 from gateway_site import ApiSite
 
-schemathesis = pytest.importorskip("schemathesis")
-
 HOT = ["/v1/chat/completions", "/v1/completions"]
 """Answered by the hot path, which is not here."""
 
 
-def fuzz(site: ApiSite, mode: Any, examples: int) -> list[str]:
+def fuzz(site: ApiSite, mode: str, examples: int) -> list[str]:
+    schemathesis = pytest.importorskip("schemathesis")  # A second that the collection of tests need not take.
     schema = schemathesis.openapi.from_url(site.url + "/openapi.json").exclude(path=HOT)
     tried = []
     for found in schema.get_all_operations():
         operation = found.ok()
 
-        @given(case=operation.as_strategy(generation_mode=mode))
+        @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode(mode)))
         @settings(
             max_examples=examples,
             phases=[Phase.generate],
@@ -33,17 +32,17 @@ def fuzz(site: ApiSite, mode: Any, examples: int) -> list[str]:
         def run(case: Any) -> None:
             case.call_and_validate(**options_for(case.operation))
 
-        if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.query:
+        if mode == "positive" or operation.body or operation.query:
             run()
             tried.append(operation.label)
     return tried
 
 
-@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_every_operation_does_what_the_document_says(tmp_path: Path, mode: Any) -> None:
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_every_operation_does_what_the_document_says(tmp_path: Path, mode: str) -> None:
     with ApiSite(tmp_path) as site:
         tried = fuzz(site, mode, 10)
-    assert len(tried) == (17 if mode is schemathesis.GenerationMode.POSITIVE else 5)
+    assert len(tried) == (17 if mode == "positive" else 5)
 
 
 PURPOSE, FILE = ("purpose", (None, "batch")), ("file", ("a.jsonl", b"\xff{}"))

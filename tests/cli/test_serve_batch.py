@@ -38,6 +38,7 @@ engine = "emulated"
 profile = "llama-3.1-8b/a100/tp1"
 args = ["--speedup", "50"]
 max_instances = 1
+max_num_seqs = 8
 
 [server]
 port = 0
@@ -47,7 +48,7 @@ grace = "5s"
 name = "team"
 hash = "{hash_secret(SECRET.encode())}"
 """
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 
 runner = CliRunner()
 
@@ -76,7 +77,7 @@ class Gateway:
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=20)
+            return self.process.wait(timeout=60)
         finally:
             self.process.kill()
             self.process.wait()
@@ -305,7 +306,7 @@ def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gatew
     id = watch.stdout.readline().strip()
     assert "in progress" in watch.stderr.readline()
     watch.send_signal(signal.SIGINT)
-    _, said = watch.communicate(timeout=20)
+    _, said = watch.communicate(timeout=60)
     assert watch.returncode == 130
     assert f"the batch continues; chiron batch status {id} --watch follows it again" in said
     assert call("batch", "cancel", id, *url).exit_code == 0
@@ -344,7 +345,7 @@ def on_a_terminal(directory: Path) -> Iterator[tuple[subprocess.Popen[bytes], in
 def long_stream(host: str) -> http.client.HTTPResponse:
     """A stream that has begun and takes about a second more."""
     body = {"model": "m", "stream": True, "max_tokens": 4000, "messages": [{"role": "user", "content": "hello"}]}
-    asked = http.client.HTTPConnection(host, timeout=30)
+    asked = http.client.HTTPConnection(host, timeout=60)
     headers = {"authorization": f"Bearer {SECRET}", "connection": "close"}
     asked.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     answer = asked.getresponse()
@@ -358,7 +359,7 @@ def test_a_closed_terminal_lets_what_runs_end_however_often_it_says_so(here: Pat
         os.close(terminal)
         process.send_signal(signal.SIGHUP)
         assert answer.read().rstrip().endswith(b"data: [DONE]")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert (here / "chiron-data" / "result.chiron").exists()
 
 
@@ -388,7 +389,7 @@ def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
     )
     assert watch.stdout is not None
     id = watch.stdout.readline().strip()
-    until_s = time.monotonic() + 30
+    until_s = time.monotonic() + 60
     while "in progress, 0 of" in call("batch", "status", id, "--url", first.url).stdout and time.monotonic() < until_s:
         time.sleep(0.1)
     first.stop(signal.SIGKILL)

@@ -56,7 +56,7 @@ def wait_until_ready(port: int) -> None:
     end_s = time.monotonic() + START_S
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5.0):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=60.0):
                 return
         except (urllib.error.URLError, OSError):
             assert time.monotonic() < end_s, "the gateway does not become ready"

@@ -473,7 +473,7 @@ def test_one_process_serves_a_fleet_and_stops_when_told() -> None:
                 await client.origin.close()
 
         asyncio.run(run())
-        process.communicate(timeout=15)  # The answers would take minutes.
+        process.communicate(timeout=60)  # The answers would take minutes.
         assert process.returncode == 0
     finally:
         with suppress(ProcessLookupError):
@@ -494,7 +494,7 @@ def test_one_process_serves_a_fleet_and_stops_when_told() -> None:
 )
 def test_a_wrong_command_line_is_told_what_is_wrong(arguments: tuple[str, ...], named: str) -> None:
     process = launch(*arguments)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert named in errors
     assert "Traceback" not in errors

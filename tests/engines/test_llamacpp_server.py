@@ -115,7 +115,7 @@ def test_it_stops_at_once_though_a_stream_runs(server: tuple[subprocess.Popen[st
     process, port = server
     with open_stream(port) as stream:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
         # Cut off: it did not wait for the stream to end.
         rest = b""
         with suppress(HTTPException, ConnectionError):
@@ -134,7 +134,7 @@ def test_a_wrong_model_is_told(tmp_path: Path, content: bytes | None, named: str
     path = tmp_path / "model.gguf"
     if content is not None:
         path.write_bytes(content)
-    result = subprocess.run([*COMMAND, "--model", str(path)], capture_output=True, text=True, timeout=20, check=False)
+    result = subprocess.run([*COMMAND, "--model", str(path)], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert named in result.stderr
     assert str(path) in result.stderr
@@ -144,6 +144,6 @@ def test_a_wrong_model_is_told(tmp_path: Path, content: bytes | None, named: str
 def test_without_the_package_it_says_what_to_install(tmp_path: Path) -> None:
     program = "import sys; sys.modules['xllamacpp'] = None; from chiron.engines.serve.llamacpp import main; main()"
     command = [sys.executable, "-c", program, "--model", str(tmp_path / "model.gguf")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert "pip install 'chiron-serving[llamacpp]'" in result.stderr

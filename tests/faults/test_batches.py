@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
 
 
 async def reach(
-    api: Api, batch_id: str, goal: Callable[[dict[str, Any]], bool], timeout_s: float = 40.0
+    api: Api, batch_id: str, goal: Callable[[dict[str, Any]], bool], timeout_s: float = 90.0
 ) -> dict[str, Any]:
     until_s = time.monotonic() + timeout_s
     while not goal(batch := await api.batch(batch_id)):
@@ -100,11 +100,12 @@ def test_an_upload_that_is_cut_leaves_nothing(site: FaultSite) -> None:
     async def run() -> None:
         async with Api(site.url) as api:
             before = set(stored(site))
+            files = await api.get("/v1/files")
             async with Raw(site) as raw:
                 await raw.send_half_an_upload(form(jsonl(item(f"c{i}") for i in range(20_000))))
                 await asyncio.to_thread(wait_for, lambda: set(stored(site)) - before, "the upload has begun")
             await asyncio.to_thread(wait_for, lambda: set(stored(site)) == before, "its part is gone")
-            assert (await api.get("/v1/files"))["data"] == []
+            assert await api.get("/v1/files") == files
 
     asyncio.run(run())
 
@@ -174,13 +175,26 @@ def test_a_corrupt_line_is_answered_with_its_number(site: FaultSite) -> None:
 
 
 def test_what_is_done_at_the_deadline_is_kept(site: FaultSite) -> None:
+    async def expired(api: Api, window_s: int) -> int:
+        """Items that were seen done before the deadline of a batch that takes three times as long."""
+        seen = 0
+
+        def over(batch: dict[str, Any]) -> bool:
+            nonlocal seen
+            seen = max(seen, batch["request_counts"]["completed"])
+            return bool(batch["status"] == "expired")
+
+        lines = [item(f"c{i}", 5 if i < 10 else SLOW_ITEM) for i in range(10 + 10 * window_s)]
+        batch = await reach(api, await api.submit(lines, f"{window_s}s"), over)
+        output, errors = await both_files(api, batch)
+        assert len(output) >= seen
+        assert {line["error"]["code"] for line in errors} == {"batch_expired"}
+        return seen
+
     async def run() -> None:
         async with Api(site.url) as api:
-            lines = [item(f"c{i}", 5 if i < 10 else SLOW_ITEM) for i in range(60)]
-            batch = await reach(api, await api.submit(lines, "5s"), is_in("expired"))
-            output, errors = await both_files(api, batch)
-            assert len(output) >= 10
-            assert {line["error"]["code"] for line in errors} == {"batch_expired"}
+            # A machine that is held up may get to nothing within a short one.
+            assert await expired(api, 5) or await expired(api, 15) or await expired(api, 45)
 
     asyncio.run(run())
 
@@ -220,7 +234,7 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing(tmp_path: Path) -> None:
             batch_id = await api.submit([item(f"c{i}", 60) for i in range(400)])
             await reach(api, batch_id, lambda batch: batch["request_counts"]["completed"] > 0)
             limit(site, 1)
-            until_s = time.monotonic() + 20.0
+            until_s = time.monotonic() + 60.0
             while not (why := await paused(api)):
                 assert time.monotonic() < until_s
                 await asyncio.sleep(0.05)

@@ -37,7 +37,7 @@ DEAD_URL = "http://127.0.0.1:9"
 SETTINGS = FleetSettings(
     health=QUICK_HEALTH,
     backoff=BackoffSettings(backoff_max_s=600.0, crash_loop_starts=1),
-    recovery=RecoverySettings(recover_first_s=0.05, recover_max_s=7.0, bind_timeout_s=0.5),
+    recovery=RecoverySettings(recover_first_s=0.05, recover_max_s=7.0),
     usage_period_s=0.1,
 )
 GOOD, BAD = "good", "bad"
@@ -106,7 +106,9 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
         clock = LiveClock(asyncio.get_running_loop())
         stack.callback(clock.stop)
         heard = Heard(clock)
-        environment = FleetEnvironment(clock=clock, events=heard, log_directory=directory, settings=SETTINGS)
+        patience = replace(SETTINGS.recovery, bind_timeout_s=60.0 if engine else 0.5)
+        settings = replace(SETTINGS, recovery=patience)
+        environment = FleetEnvironment(clock=clock, events=heard, log_directory=directory, settings=settings)
         pid = 0
         fleet: LiveFleet
         if what == "process":

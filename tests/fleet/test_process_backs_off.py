@@ -44,7 +44,7 @@ def test_an_instance_that_lasted_is_replaced_at_once() -> None:
         now_s = asyncio.get_running_loop().time()
         starts.failed(began_s=now_s - 100.0, ready_s=now_s - 61.0, reason="a bit flipped")
         assert starts.status().state == "ok"
-        await asyncio.wait_for(starts.turn("next"), 30.0)
+        await asyncio.wait_for(starts.turn("next"), 60.0)
         starts.failed(began_s=now_s, ready_s=now_s, reason="died young")
         assert starts.status().state == "backing-off"
         starts.lasted()

@@ -48,14 +48,14 @@ def test_devices_are_given_first_come_first_served_and_survive_cancellation() ->
     async def story() -> None:
         devices = Devices(["a", "b"])
         assert await devices.take(1, 1.0) == ("a",)
-        big = asyncio.create_task(devices.take(2, 5.0))
+        big = asyncio.create_task(devices.take(2, 60.0))
         await asyncio.sleep(0)
-        small = asyncio.create_task(devices.take(1, 5.0))
+        small = asyncio.create_task(devices.take(1, 60.0))
         await asyncio.sleep(0.01)
         assert not small.done(), "one that asked later does not overtake"
         big.cancel()
         assert await small == ("b",)
-        late = asyncio.create_task(devices.take(1, 5.0))
+        late = asyncio.create_task(devices.take(1, 60.0))
         await asyncio.sleep(0.01)
         devices.give(("a",))  # Handed to the waiting one ...
         late.cancel()  # ... which leaves in the same moment.

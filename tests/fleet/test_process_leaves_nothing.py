@@ -120,14 +120,14 @@ def test_a_program_that_is_cancelled_stops_its_engines(tmp_path: Path) -> None:
 
 def test_the_supervisor_forwards_output_and_exit_status() -> None:
     done = subprocess.run(
-        [*SUPERVISOR, *STUB, "--exit-code", "5"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+        [*SUPERVISOR, *STUB, "--exit-code", "5"], stdin=subprocess.DEVNULL, capture_output=True, timeout=120
     )
     assert done.returncode == 5
     assert b"stub: cannot load the model" in done.stderr
     words = [line.split()[0] for line in done.stdout.splitlines()]
     assert words == [b"pid", b"exit"]
     missing = subprocess.run(
-        [*SUPERVISOR, "/no/such/engine"], stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+        [*SUPERVISOR, "/no/such/engine"], stdin=subprocess.DEVNULL, capture_output=True, timeout=120
     )
     assert missing.returncode == 127
     assert missing.stdout.startswith(b"error cannot run '/no/such/engine'")

@@ -27,7 +27,7 @@ def ask(site: ApiSite, path: str, method: str = "GET", key: str = "") -> tuple[i
     if key:
         request.add_header("authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, response.read(), response.headers
     except urllib.error.HTTPError as error:
         with error:

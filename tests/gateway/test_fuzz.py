@@ -13,8 +13,6 @@ from edge_site import ask, chat, edge_site
 from fault_site import FaultSite
 from fuzz_checks import options_for
 
-schemathesis = pytest.importorskip("schemathesis")
-
 HOT = ["/v1/chat/completions", "/v1/completions"]
 ENDS_IT = "/chiron/drain"
 """Everything after it is answered with 503."""
@@ -43,13 +41,14 @@ def hot_checks() -> list[Any]:
     ]
 
 
-def fuzz(site: FaultSite, mode: Any, examples: int) -> list[str]:
+def fuzz(site: FaultSite, mode: str, examples: int) -> list[str]:
+    schemathesis = pytest.importorskip("schemathesis")  # A second that the collection of tests need not take.
     schema = schemathesis.openapi.from_url(site.url + "/openapi.json").exclude(path=ENDS_IT)
     tried = []
     for found in schema.get_all_operations():
         operation = found.ok()
-        if mode is schemathesis.GenerationMode.POSITIVE or operation.body or operation.query:
-            try_out(operation, mode, examples)
+        if mode == "positive" or operation.body or operation.query:
+            try_out(operation, schemathesis.GenerationMode(mode), examples)
             tried.append(operation.label)
     return tried
 
@@ -64,20 +63,20 @@ def try_out(operation: Any, mode: Any, examples: int) -> None:
         suppress_health_check=list(HealthCheck),
     )
     def run(case: Any) -> None:
-        case.call_and_validate(timeout=30, **options)
+        case.call_and_validate(timeout=60, **options)
 
     run()
 
 
-MODES = list(schemathesis.GenerationMode)
+MODES = ("positive", "negative")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_operation_does_what_the_document_says(site: FaultSite, mode: Any) -> None:
+def test_every_operation_does_what_the_document_says(site: FaultSite, mode: str) -> None:
     assert f"POST {HOT[0]}" in fuzz(site, mode, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-def test_every_operation_many_times(site: FaultSite, mode: Any) -> None:
+def test_every_operation_many_times(site: FaultSite, mode: str) -> None:
     fuzz(site, mode, 150)

@@ -29,7 +29,7 @@ def test_tls_from_end_to_end(tmp_path: Path) -> None:
 
         def ready() -> bool:
             try:
-                with urllib.request.urlopen(url + "/ready", context=trust, timeout=30) as answer:
+                with urllib.request.urlopen(url + "/ready", context=trust, timeout=60) as answer:
                     return answer.status == 200
             except urllib.error.HTTPError as error:
                 error.close()
@@ -39,18 +39,18 @@ def test_tls_from_end_to_end(tmp_path: Path) -> None:
         head = {"authorization": f"Bearer {SECRETS['all']}"}
         for stream in (False, True):
             asked = urllib.request.Request(url + "/v1/chat/completions", json.dumps(chat(stream=stream)).encode(), head)
-            with urllib.request.urlopen(asked, context=trust, timeout=30) as answer:
+            with urllib.request.urlopen(asked, context=trust, timeout=60) as answer:
                 assert answer.status == 200
                 assert answer.read()
         with pytest.raises(urllib.error.URLError, match="certificate verify failed"):
-            urllib.request.urlopen(url + "/health", context=ssl.create_default_context(), timeout=30)
+            urllib.request.urlopen(url + "/health", context=ssl.create_default_context(), timeout=60)
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
         old.maximum_version = ssl.TLSVersion.TLSv1_2
         old.set_ciphers("AES128-SHA")
         with socket.create_connection(("127.0.0.1", site.port)) as raw, pytest.raises(ssl.SSLError):
             old.wrap_socket(raw)
-        with socket.create_connection(("127.0.0.1", site.port), timeout=30) as plain:
+        with socket.create_connection(("127.0.0.1", site.port), timeout=60) as plain:
             plain.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
             assert b"HTTP/" not in plain.recv(1000)
     assert "Traceback" not in site.log.read_text()

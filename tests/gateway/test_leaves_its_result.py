@@ -37,11 +37,11 @@ async def serve_one(directory: Path) -> None:
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     task = asyncio.create_task(run(parse_serve(CONFIG, directory=directory), on_ready=url.set_result))
     try:
-        done, _ = await asyncio.wait((task, url), timeout=30, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((task, url), timeout=60, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             await task
         origin = Origin(await url)
-        answer = await origin.fetch("POST", "/v1/chat/completions", body=BODY, timeout_s=30)
+        answer = await origin.fetch("POST", "/v1/chat/completions", body=BODY, timeout_s=60)
         assert answer.status == 200
         await origin.close()
     finally:

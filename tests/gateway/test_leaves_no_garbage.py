@@ -45,7 +45,7 @@ async def uncollected(directory: Path, fields: dict[str, object]) -> int:
         assert answer.status == 200, answer
 
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await client.fetch("GET", "/ready")).status != 200:
                 await asyncio.sleep(0.02)
         await ask()

@@ -23,7 +23,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
 
 
 def client(site: FaultSite, key: str = "all", **options: Any) -> Any:
-    return openai.OpenAI(base_url=site.url + "/v1", api_key=SECRETS.get(key, key), max_retries=0, timeout=20, **options)
+    return openai.OpenAI(base_url=site.url + "/v1", api_key=SECRETS.get(key, key), max_retries=0, timeout=60, **options)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def engine(incoming: Incoming) -> None:
 
 
 def post(url: str, path: str, body: bytes, headers: dict[str, str]) -> int:
-    connection = HTTPConnection(url.removeprefix("http://"), timeout=20)
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=60)
     try:
         connection.request("POST", path, body, headers)
         return connection.getresponse().status
@@ -39,7 +39,7 @@ async def statuses(directory: Path, config: str, headers: dict[str, str], server
     service = Service(parse_serve(text, directory=directory, file="chiron.toml"))
     client = Origin(await service.start())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (await client.fetch("GET", "/ready")).status != 200:
                 await asyncio.sleep(0.02)
             paths = {"/v1/completions": BODY, "/chiron/drain": b""}

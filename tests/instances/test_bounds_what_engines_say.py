@@ -115,7 +115,7 @@ async def try_all(origin: Origin, turns: int) -> list[int]:
     for turn in range(turns):
         fields = kinds[turn % len(kinds)]
         try:
-            answer = await origin.fetch("POST", CHAT, body=body(**fields), timeout_s=30.0)
+            answer = await origin.fetch("POST", CHAT, body=body(**fields), timeout_s=60.0)
         except TimedOutError:
             pytest.fail("nobody waits for ever")
         except NetError:

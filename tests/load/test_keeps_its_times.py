@@ -48,7 +48,7 @@ def test_requests_leave_on_time_while_every_answer_is_still_awaited() -> None:
 
     # A closed loop would wait for an answer before it has sent them all, and time out.
     with running(Endpoint(holds=True)) as endpoint:
-        done = run(endpoint, arrivals, look=look, request_timeout_s=30.0)
+        done = run(endpoint, arrivals, look=look, request_timeout_s=60.0)
     assert done.record.sent == 20
     assert (done.record.sent_s >= arrivals).all()
     table = result_of(done, "load").requests
@@ -115,7 +115,7 @@ def test_a_stop_sends_nothing_more_waits_for_the_grace_and_reports_what_was_done
             stop.set()
 
     with running(Endpoint(holds=True)) as endpoint:
-        done = run(endpoint, [0.0, 0.1, 0.1, 3600.0, 3600.0], look=look, grace_s=grace_s, request_timeout_s=30.0)
+        done = run(endpoint, [0.0, 0.1, 0.1, 3600.0, 3600.0], look=look, grace_s=grace_s, request_timeout_s=60.0)
         assert len(endpoint.bodies) == 3 + 2
     said = figures(done)
     assert done.stopped

@@ -121,7 +121,7 @@ def with_script(
 
 
 async def get(origin: Origin, method: str = "GET") -> tuple[int, bytes]:
-    answer = await origin.fetch(method, "/x", timeout_s=30.0)
+    answer = await origin.fetch(method, "/x", timeout_s=60.0)
     return answer.status, answer.body
 
 
@@ -218,7 +218,7 @@ def test_without_a_length_the_answer_ends_with_the_connection_but_not_with_a_res
 def test_half_answers_and_nonsense_are_errors(blocks: list[bytes], error: type[NetError]) -> None:
     async def use(script: Script, origin: Origin) -> None:
         with pytest.raises(error, match=str(script.port)):
-            await origin.fetch("POST", "/x", timeout_s=0.3 if error is TimedOutError else 30.0)
+            await origin.fetch("POST", "/x", timeout_s=0.3 if error is TimedOutError else 60.0)
 
     with_script(use, [blocks])
 
@@ -339,7 +339,7 @@ def test_no_connection_is_a_connect_error() -> None:
         await server.wait_closed()
         bad_host = "http://" + "x" * 300
         for url in (f"http://127.0.0.1:{port}", "http://localhost.invalid", bad_host, "unix:/nowhere/at/all"):
-            origin = Origin(url, connect_timeout_s=2.0)
+            origin = Origin(url, connect_timeout_s=60.0)
             with pytest.raises(ConnectError):
                 await origin.fetch("GET", "/")
             await origin.close()

@@ -54,7 +54,7 @@ def test_a_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(StoreLocked, match=rf"{tmp_path}.*pid {holder.pid}"):
             opened(tmp_path)
         holder.kill()
-        holder.wait(10)
+        holder.wait(60)
         opened(tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_a_batch_whose_input_was_taken_away_ends_with_a_reason(operations_max: i
             lost = await start(site, store, 5)
             fine = await start(site, store, 2)
             (tmp_path / "files" / lost.input_file_id).write_bytes(lines_of(2))
-            leased = await asyncio.wait_for(store.lease("llama-3.1-8b", 10), 10)
+            leased = await asyncio.wait_for(store.lease("llama-3.1-8b", 10), 60)
             assert [(item.batch_id, item.index) for item in leased] == [(fine.id, 0), (fine.id, 1)]
             lost = await store.get_batch(lost.id, None)
             assert (lost.status, lost.failed, lost.errors[0].code) == ("failed", 5, "input_file_missing")

@@ -83,7 +83,7 @@ def start_grandchild(path: Path, *, own_session: bool) -> None:
 
 def answer(connection: socket.socket, options: argparse.Namespace) -> None:
     with connection:
-        connection.settimeout(1.0)
+        connection.settimeout(10.0)
         try:
             head = connection.recv(65536).decode()
             if options.deaf and os.path.exists(options.deaf):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -28,15 +31,29 @@ from chiron.store.port import request_id
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "fault_engine.py"
 START_TIMEOUT_S = 60.0
+PORTS = 8000
 _MARK = "FAULT_SITE"
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port that is free, and that nobody takes while its server is away: it is below those that the kernel gives
+    away, and locked against other processes of the tests for as long as this one lives."""
+    locks = Path(tempfile.gettempdir()) / f"chiron-test-ports-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.sample(range(given_away - PORTS, given_away), PORTS):
+        lock = os.open(locks / str(port), os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            os.close(lock)
+        else:
+            return port
+    raise AssertionError(f"none of {PORTS} ports is free")
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
     """What the condition says once it is true."""
     until_s = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -62,7 +79,7 @@ completion_window_min = "1s"
 reserve_bytes = 0
 
 [fleet]
-health = {{ health_period = "500ms", health_timeout = "2s", suspect_period = "50ms" }}
+health = {{ health_period = "500ms", health_timeout = "20s", suspect_period = "50ms" }}
 backoff = {{ backoff_first = "50ms", backoff_max = "500ms", crash_loop_starts = 100 }}
 recovery = {{ recover_checks = 2, recover_first = "100ms", recover_max = "300ms" }}
 {extra}
@@ -153,7 +170,7 @@ class FaultSite(AbstractContextManager["FaultSite"]):
         wait_for(lambda: self.listens() or not self.alive, "the gateway listens", START_TIMEOUT_S)
         assert self.alive, self.log.read_text()
 
-    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 30.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, timeout_s: float = 60.0) -> int:
         assert self.process is not None
         self.process.send_signal(number)
         try:
@@ -195,7 +212,7 @@ class FaultSite(AbstractContextManager["FaultSite"]):
                     found.append(process)
         return found
 
-    def await_nobody(self, timeout_s: float = 15.0) -> list[psutil.Process]:
+    def await_nobody(self, timeout_s: float = 60.0) -> list[psutil.Process]:
         """Those that are still there when the time is up."""
         until_s = time.monotonic() + timeout_s
         while (left := self.processes()) and time.monotonic() < until_s:

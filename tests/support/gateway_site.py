@@ -160,14 +160,14 @@ class ApiSite(AbstractContextManager["ApiSite"]):
 
     def __enter__(self) -> ApiSite:
         self._thread.start()
-        self._up.wait(10)
+        self._up.wait(60)
         if self._error is not None:
             raise self._error
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def pass_time(self, seconds: float) -> None:

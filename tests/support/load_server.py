@@ -200,7 +200,7 @@ def running(endpoint: Endpoint) -> Iterator[Endpoint]:
     try:
         yield endpoint
     finally:
-        asyncio.run_coroutine_threadsafe(server.close(0.0), loop).result(10)
+        asyncio.run_coroutine_threadsafe(server.close(0.0), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
+        thread.join(60)
         loop.close()

@@ -57,7 +57,7 @@ async def verdicts(answers: list[Answer], timeout_s: float = 60.0) -> Counter[st
     return Counter([await answer.end(timeout_s) for answer in answers])
 
 
-async def until(condition: Callable[[dict[str, Any]], Any], api: Api, what: str, timeout_s: float = 30.0) -> Any:
+async def until(condition: Callable[[dict[str, Any]], Any], api: Api, what: str, timeout_s: float = 60.0) -> Any:
     """What ``condition`` says of the gateway's status once it is true."""
     until_s = time.monotonic() + timeout_s
     while not (found := condition(status := await api.get("/chiron/status"))):

@@ -166,7 +166,7 @@ def test_after_kill_9_everything_that_was_flushed_is_readable(tmp_path: Path) ->
         seen = numbers(path)
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
         if process.stdout is not None:
             process.stdout.close()
     after = numbers(path)
