@@ -32,7 +32,7 @@ def test_a_stream_that_is_called_off_counts_as_far_as_it_came(tmp_path: Path) ->
             (run,) = next(iter(service.engines.live.values())).runs.values()
             await until(lambda: run.tokens == 200, "the tokens have been passed on")
             call.cancel()
-            await until(lambda: not service.front.open, "it is over")
+            await until(lambda: not service.desk.open, "it is over")
             refused = await origin.fetch("POST", CHAT.decode(), body=body(), headers=HEADERS)
             assert refused.status == 429
             assert "100 tokens per minute" in json.loads(refused.body)["error"]["message"]

@@ -92,7 +92,7 @@ def test_an_answer_that_breaks_off_leaves_no_request_behind(tmp_path: Path, who:
                     reader = Reader(origin, body(stream=who == "client"))
                     await until(lambda: reader.data or reader.over, "it begins")  # noqa: B023
                     reader.call.cancel()
-                    await until(lambda: not service.front.open, "it is over")
+                    await until(lambda: not service.desk.open, "it is over")
                     engine.seen.clear()
                     engine.left.clear()
                 await until(lambda: len(service._server.connections) < 2, "its connection is gone")  # type: ignore[union-attr]

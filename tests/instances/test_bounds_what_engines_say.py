@@ -290,7 +290,7 @@ def test_what_waits_and_fits_no_engine_is_told_when_that_is_known(tmp_path: Path
             long = [{"role": "user", "content": "x" * 40_000}]
             waiting = [Reader(origin, body(messages=long, **fields)) for fields in ({}, {"service_tier": "flex"})]
             short = Reader(origin, body())
-            await until(lambda: len(service.front.open) == 4, "three wait")
+            await until(lambda: len(service.desk.open) == 4, "three wait")
             said[0] = b'vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1\n'
             for reader in waiting:
                 await reader.end()

@@ -227,7 +227,7 @@ def test_a_client_that_leaves_frees_its_place_at_once(tmp_path: Path, stream: bo
                 elif not incoming.closed:
                     incoming.write(b"data: [DONE]\n\n")
                     incoming.finish()
-            await until(lambda: not service.front.open, "all have ended")
+            await until(lambda: not service.desk.open, "all have ended")
             assert [reader.over for reader in readers] == ["", "end", "end", "end", "end", ""]
 
     asyncio.run(main())
@@ -239,7 +239,7 @@ def test_limits_on_waiting(tmp_path: Path) -> None:
         engine = ScriptedEngine()
         async with before(tmp_path, engine, extra=limits) as (service, origin):
             readers = [Reader(origin, body(stream=number % 2 == 1)) for number in range(6)]
-            await until(lambda: len(service.front.open) == 6, "six are there")
+            await until(lambda: len(service.desk.open) == 6, "six are there")
             refused = await origin.fetch("POST", "/v1/chat/completions", body=body())
             assert (refused.status, refused.headers["retry-after"]) == (429, "3")
             assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
@@ -265,7 +265,7 @@ def test_without_an_engine_each_kind_of_client_has_its_limit_under_any_policy(tm
         async with serving(tmp_path, nobody + "[limits]\nqueue_max = 2\n") as service:
             origin = Origin(service.url)
             waiting = [Reader(origin, body(service_tier=tier)) for tier in ("flex", "default") * 2]
-            await until(lambda: len(service.front.open) == len(waiting), "four wait")
+            await until(lambda: len(service.desk.open) == len(waiting), "four wait")
             for tier, kind in (("flex", "requests of the batch class"), ("default", "requests")):
                 refused = await origin.fetch("POST", "/v1/chat/completions", body=body(service_tier=tier))
                 assert refused.status == 429
@@ -331,7 +331,7 @@ def test_a_request_that_takes_too_long_is_504_or_an_error_event_and_its_engine_i
             assert (plain.status, json.loads(plain.data)["error"]["code"]) == (504, "timeout")
             assert (stream.status, stream.error["type"], b"one" in stream.data) == (200, "timeout_error", True)
             await until(lambda: len(engine.left) == 2, "the engine is free")
-            assert not service.front.open
+            assert not service.desk.open
 
     asyncio.run(main())
 
@@ -411,7 +411,7 @@ def test_a_client_that_cannot_be_told_is_cut_off_and_does_not_wait_for_ever(tmp_
             raise RuntimeError("a mistake of ours")
 
         async with before(tmp_path, ScriptedEngine(acts)) as (service, origin):
-            service.front.ended = fails  # type: ignore[method-assign]
+            service.desk.ended = fails  # type: ignore[method-assign]
             reader = await Reader(origin, body(service_tier="flex")).end()
             assert (reader.status, reader.over) == (0, "ConnectionLostError")
 

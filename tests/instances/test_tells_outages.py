@@ -101,7 +101,7 @@ def test_a_request_waits_for_an_endpoint_that_is_being_asked_for_the_first_time(
         server = await serve(handle)
         async with gateway(tmp_path, f"[models.m]\n{NEVER.format(port=server.port)}") as (service, origin):
             reader = Reader(origin, body())
-            await until(lambda: asked and service.front.open, "it is held")
+            await until(lambda: asked and service.desk.open, "it is held")
             held_s = service.clock.elapsed_s()
             await until(lambda: service.clock.elapsed_s() > held_s + 1.5 * WATCH_S, "the watch has looked")
             assert not reader.over
@@ -131,7 +131,7 @@ def test_endpoints_that_have_answered_get_a_while_to_return(tmp_path: Path, wait
                 assert (await reader.end()).status == 503
                 assert "does not answer" in json.loads(reader.data)["error"]["message"]
             else:
-                await until(lambda: service.front.open, "it is held")
+                await until(lambda: service.desk.open, "it is held")
             engine.server = await serve(engine.handle, port=port)
             await until(lambda: service.engines.live, "it is back")
             if wait_s > 1.0:

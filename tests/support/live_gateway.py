@@ -12,7 +12,7 @@ from typing import Any
 
 from chiron.config.serve import load_serve
 from chiron.core.types import Instance
-from chiron.gateway.relay.upstream import HttpEngine
+from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.service import Service
 from chiron.net.client import Origin
 
@@ -48,13 +48,13 @@ async def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0
     return found
 
 
-async def ready(service: Service) -> tuple[Instance, HttpEngine]:
+async def ready(service: Service) -> tuple[Instance, InstanceEngine]:
     """The one instance, once it is ready."""
 
-    def found() -> HttpEngine | None:
+    def found() -> InstanceEngine | None:
         return next(iter(service.engines.live.values()), None)
 
-    engine: HttpEngine = await until(found, "an engine is ready")
+    engine: InstanceEngine = await until(found, "an engine is ready")
     return engine.instance, engine
 
 

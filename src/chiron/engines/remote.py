@@ -1,7 +1,7 @@
 """An engine model at the other end of a wire: what a gateway has, in the simulator.
 
 The plain model hears a command and is heard in no time, and an eviction ends when the engine lets go. A gateway's
-client of an engine (``HttpEngine``) knows less, and later, and this is its model, rule by rule:
+client of an engine (``InstanceEngine`` and ``Upstream``) knows less, and later, and this is its model, rule by rule:
 
 - Commands arrive ``network_s`` after they are given, tokens and ends as long after the step that made them.
 - An eviction is a connection that closes: it is over at once, with the tokens that have arrived, and the engine learns

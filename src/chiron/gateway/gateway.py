@@ -13,6 +13,8 @@ from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.autoscaler import Observer
 from chiron.core.ports import Journal
 from chiron.core.types import ModelSpec, Request, RequestClass
+from chiron.gateway.brain.desk import Desk
+from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper
 from chiron.gateway.relay.admission import Models
@@ -20,7 +22,6 @@ from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage, Outages
-from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
@@ -55,7 +56,7 @@ class Gateway:
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
         scrape_period_s: float = 1.0,
-        capacity_told: Callable[[HttpEngine, int], None] = lambda engine, tokens: None,
+        capacity_told: Callable[[InstanceEngine, int], None] = lambda engine, tokens: None,
         outage_changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
         advise: bool = False,
     ) -> None:
@@ -92,17 +93,22 @@ class Gateway:
             retry_after_s=limits.retry_after_s,
             changed=outage_changed,
         )
-        self.front = Front(
+        self.desk = Desk(
             clock=clock,
             completions=self.plane,
             queues=self.plane,
-            models=models,
             keys=keys,
             limits=limits,
-            foreign=CrossSiteGuard(keys, own_hosts),
             outages=self.outages,
             next_id=next_id,
+        )
+        self.front = Front(
+            desk=self.desk,
+            models=models,
+            keys=keys,
+            foreign=CrossSiteGuard(keys, own_hosts),
             responded=responded,
+            retry_after_s=limits.retry_after_s,
         )
 
     def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
@@ -113,7 +119,7 @@ class Gateway:
     def ended(self, request: Request) -> None:
         """The ``Ends`` port: whoever waits for it is told."""
         try:
-            self.front.ended(request, request.tokens_done or self.engines.tokens_of(request))
+            self.desk.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
             log.exception("the end of request %s could not be reported", request.id)
             incoming: Incoming | None = getattr(request.payload, "incoming", None)
@@ -125,6 +131,5 @@ class Gateway:
         if not self._advise:
             self.plane.kinds_limited(self.engines.limited())
         self.outages.look(self.clock.now_s)
-        self.front.watch()
-        for engine in list(self.engines.live.values()):
-            engine.watch(self._limits.engine_stall_s)
+        self.desk.watch()
+        self.engines.watch(self._limits.engine_stall_s)

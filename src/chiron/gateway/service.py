@@ -22,11 +22,11 @@ from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.gateway import Gateway
+from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
-from chiron.gateway.relay.upstream import HttpEngine
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
@@ -122,6 +122,7 @@ class Service:
             advise=advise,
         )
         self.plane = self.gateway.plane
+        self.desk = self.gateway.desk
         self.front = self.gateway.front
         self.outages = self.gateway.outages
         self.store = SqliteStore(config.data, wall=self._wall_s, settings=config.store)
@@ -333,7 +334,7 @@ class Service:
         name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)
         self.journal.note(self.clock.now_s, name, {"model": model, "reason": reason})
 
-    def _capacity_told(self, engine: HttpEngine, tokens: int) -> None:
+    def _capacity_told(self, engine: InstanceEngine, tokens: int) -> None:
         kinds = {kind.kind.name: kind for model in self.config.models for kind in model.kinds}
         instance = engine.instance
         if kinds[instance.kind.name].kv_capacity_known:

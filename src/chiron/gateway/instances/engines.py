@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 from chiron.core.ports import FleetEvents, RemoteEngineEvents
 from chiron.core.types import Instance, Request
 from chiron.engines.rows import ENGINES
 from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents
+from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.relay.context_limit import UNTOLD, longest
-from chiron.gateway.relay.upstream import HttpEngine
+from chiron.gateway.relay.upstream import EngineAddress, Upstream
 from chiron.gateway.settings import KindSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
@@ -35,13 +37,16 @@ class Engines:
         """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be
         made."""
         self.events: RemoteEngineEvents | None = None
-        self.live: dict[int, HttpEngine] = {}
+        self.live: dict[int, InstanceEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
         self._kinds = {each.kind.name: each for each in kinds}
         self._models = models
         self._failed = failed
         self._network = network
+        self._numbers = itertools.count(1).__next__
+        self._upstreams: dict[int, Upstream] = {}
+        """This process's own connections to the engines in ``live``."""
         self.fleet = make_fleet(self)
 
     # -- the Fleet port ----------------------------------------------------------------------------------------
@@ -65,7 +70,7 @@ class Engines:
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
-    def attach(self, instance: Instance, url: str) -> HttpEngine:
+    def attach(self, instance: Instance, url: str) -> InstanceEngine:
         """The engine of an instance that answers at this address."""
         engine = self.live[instance.id] = self._client(instance, url)
         self.settle_context(instance.model)
@@ -95,8 +100,15 @@ class Engines:
     def tokens_of(self, request: Request) -> int:
         """Output tokens seen so far of a request that an engine is still at."""
         engine = self.live.get(request.instance.id) if request.instance is not None else None
-        run = engine.runs.get(request.id) if engine is not None else None
-        return run.tokens if run is not None else 0
+        placed = engine.runs.get(request.id) if engine is not None else None
+        return placed.tokens if placed is not None else 0
+
+    def watch(self, stall_s: float) -> None:
+        """Once a second, posted."""
+        for engine in list(self.live.values()):
+            engine.watch()
+        for upstream in list(self._upstreams.values()):
+            upstream.watch(stall_s)
 
     async def close(self) -> None:
         for engine in list(self.live.values()):
@@ -105,7 +117,7 @@ class Engines:
         self.live.clear()
         await self.fleet.close()
 
-    def _client(self, instance: Instance, url: str) -> HttpEngine:
+    def _client(self, instance: Instance, url: str) -> InstanceEngine:
         settings, served = self._kinds[instance.kind.name], self._models[instance.model]
 
         def learn(request: Request, prompt_tokens: int) -> None:
@@ -115,17 +127,23 @@ class Engines:
                 self.settle_context(instance.model)
 
         assert self.events is not None
-        engine = HttpEngine(
+        engine = InstanceEngine(
             clock=self._clock,
             instance=instance,
-            url=url,
-            row=ENGINES[settings.engine],
+            address=address_of(settings, instance.model, url),
+            carry=lambda placed: upstream.carry(placed),
             listener=self.events,
             suspect=self.suspect,
-            model=settings.served_model_name or instance.model,
-            api_key=settings.api_key,
             learn_usage=learn,
             network=self._network,
+            numbers=self._numbers,
+        )
+        upstream = self._upstreams[instance.id] = Upstream(
+            clock=self._clock,
+            address=engine.address,
+            origin=engine.origin,
+            reports=engine,
+            counts=engine.observer,
         )
         engine.context_tokens = settings.context_tokens
         return engine
@@ -135,7 +153,18 @@ class Engines:
         if engine is not None:
             engine.close()
             engine.retire()
+            del self._upstreams[instance.id]
 
     def _listener(self) -> FleetEvents:
         assert self.listener is not None
         return self.listener
+
+
+def address_of(settings: KindSettings, model: str, url: str) -> EngineAddress:
+    """Of an engine of this kind that serves ``model`` at ``url``."""
+    return EngineAddress(
+        url=url,
+        row=ENGINES[settings.engine],
+        model=settings.served_model_name or model,
+        api_key=settings.api_key,
+    )

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 
 from chiron.core.ports import Samples
 from chiron.engines.metrics import read_row
+from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.relay.context_limit import ask_context
-from chiron.gateway.relay.upstream import HttpEngine
 from chiron.net.client import Asked, NetError
 from chiron.net.clock import LiveClock
 
@@ -32,10 +32,10 @@ class Scraper:
         *,
         clock: LiveClock,
         samples: Samples,
-        engines: Mapping[int, HttpEngine],
+        engines: Mapping[int, InstanceEngine],
         period_s: float,
-        capacity_told: Callable[[HttpEngine, int], None],
-        context_told: Callable[[HttpEngine], None],
+        capacity_told: Callable[[InstanceEngine, int], None],
+        context_told: Callable[[InstanceEngine], None],
     ) -> None:
         """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
         engine whose context is known from now on."""
@@ -76,7 +76,7 @@ class Scraper:
                 self._settled_s = now_s + LATE * self._period_s
         return now_s < self._settled_s
 
-    async def _scrape(self, engines: list[HttpEngine], asked: list[tuple[HttpEngine, Asked]]) -> None:
+    async def _scrape(self, engines: list[InstanceEngine], asked: list[tuple[InstanceEngine, Asked]]) -> None:
         # One slow engine must not keep the others' news.
         await asyncio.gather(
             *(self._read(engine, metrics) for engine, metrics in asked),
@@ -84,7 +84,7 @@ class Scraper:
         )
         self._clock.post(lambda: self._tell(engines))
 
-    async def _read(self, engine: HttpEngine, asked: Asked) -> None:
+    async def _read(self, engine: InstanceEngine, asked: Asked) -> None:
         try:
             answer = await asked.answer(min(self._period_s, TIMEOUT_MAX_S))
         except NetError as error:
@@ -93,12 +93,12 @@ class Scraper:
             return
         engine.metrics = read_row(engine.row, answer.body.decode("utf-8", "replace")) if answer.status == 200 else {}
 
-    async def _ask_context(self, engine: HttpEngine) -> None:
+    async def _ask_context(self, engine: InstanceEngine) -> None:
         engine.context_tokens = await ask_context(engine.origin, engine.row, engine.model, engine.authorization)
         if engine.context_tokens is not None:
             self._clock.post(lambda: self._context_told(engine))
 
-    def _tell(self, engines: list[HttpEngine]) -> None:
+    def _tell(self, engines: list[InstanceEngine]) -> None:
         now_s = self._clock.now_s
         samples = []
         for engine in engines:

@@ -57,6 +57,7 @@ class RelayCall:
         "error",
         "incoming",
         "key_name",
+        "number",
         "output_max",
         "path",
         "prompt_bytes",
@@ -80,6 +81,8 @@ class RelayCall:
         responded: Callable[[int], None],
     ) -> None:
         self.incoming = incoming
+        self.number = 0
+        """Id of its request, once there is one."""
         self.path = incoming.path.encode()
         self.streams = stream
         self.prompt_bytes = body.shape.learnable_bytes
@@ -112,6 +115,11 @@ class RelayCall:
         incoming.on_resume = self._resume
 
     # -- UpstreamCall ------------------------------------------------------------------------------------------------
+
+    @property
+    def peers(self) -> Sequence[str]:
+        """Whose shares it counts against."""
+        return self.incoming.peers
 
     @property
     def visible(self) -> bool:
@@ -339,6 +347,8 @@ class FlexCall(CollectedCall):
     ) -> None:
         super().__init__(path=incoming.path.encode(), body=body, request_id=request_id, key_name=key_name)
         self.incoming = incoming
+        self.number = 0
+        """Id of its request, once there is one."""
         self.refusal: ApiError | None = None
         self.responded = responded
         self.wait_max_s = inf
@@ -348,6 +358,11 @@ class FlexCall(CollectedCall):
             bool((body.shape.fields.get("stream_options") or {}).get("include_usage")) if stream else True
         )
         incoming.body = b""
+
+    @property
+    def peers(self) -> Sequence[str]:
+        """Whose shares it counts against."""
+        return self.incoming.peers
 
     def remind(self, now_s: float, words: str) -> None:
         """Say that it still waits."""
