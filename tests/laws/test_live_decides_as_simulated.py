@@ -98,6 +98,22 @@ def overload() -> Setup:
     )
 
 
+def through_relays() -> Setup:
+    """Deaths and refusals, and no two arrivals at once, which several relays would bring in an order of their own. No
+    connection is cut: whether that shows depends on who has used it before, and each relay has its own."""
+    spread = sorted((at_s + row / 1024 if at_s == 8.0 else at_s, *rest) for row, (at_s, *rest) in enumerate(burst()))
+    rows = [each for each in spread if each[0] < 30.0]
+    setup = scenario("chiron", fails=True, rows=rows)
+    assert setup.wire is not None
+    tries = ((503,), (500, 503), (429, 429, 500), (500,) * 5)
+    faults = {row: tries[row % len(tries)] for row in range(3, len(rows), 5)}
+    return replace(
+        setup,
+        failures=replace(setup.failures, at=(14.3, 20.3)),
+        wire=replace(setup.wire, faults=faults),
+    )
+
+
 def said(client: Client) -> str:
     """The text of an answer that came as a stream or in one piece."""
     head, _, body = b"".join(client.received).partition(b"\r\n\r\n")
@@ -157,6 +173,23 @@ def test_decides_the_same_in_an_overload_of_classes_and_keys() -> None:
         head = b"".join(client.received).partition(b"\r\n\r\n")[0]
         assert head.startswith(b"HTTP/1.1 429 " if was_shed else b"HTTP/1.1 200 ")
         assert (b"\r\nretry-after: " in head) == was_shed
+
+
+@pytest.mark.parametrize("relays", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 5))])
+def test_decides_the_same_with_any_number_of_relays(relays: int) -> None:
+    setup = through_relays()
+    simulation, real = both(setup, relays)
+
+    check_equal(simulation, real)
+    outcomes = [OUTCOMES[outcome] for outcome in simulation.recorder.table().outcome.tolist()]
+    assert {"finished", "failed", "rejected"} <= set(outcomes)
+    assert real.plane.evictions > 0
+    for client, outcome, tokens in zip(real.clients, outcomes, setup.workload.output_tokens.tolist(), strict=True):
+        if outcome == "finished":
+            assert len(said(client).split()) == tokens, "every token once, interrupted or not"
+        else:
+            received = b"".join(client.received)
+            assert b"error" in received or not received.startswith(b"HTTP/1.1 200 ")
 
 
 def test_another_wire_is_another_log() -> None:

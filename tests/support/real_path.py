@@ -24,6 +24,7 @@ from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.relay import Relay
 from chiron.gateway.settings import KindSettings, LimitSettings, ModelSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
@@ -119,14 +120,22 @@ class Site:
         observer: Observer | None = None,
         scrape_period_s: float = 1.0,
         batch_class: str = "",
+        relays: int = 0,
     ) -> None:
+        """``relays``: through so many of them, each at the other end of a connection, in turn; 0: all in one."""
         loop = asyncio.get_running_loop()
         self.clock = clock = LiveClock(loop, wall_s=0.0)
         by_name = {cls.name: cls for cls in classes}
-        self.models = known = Models({spec.name: served(spec.name, by_name, batch_class) for spec in models})
+
+        def know() -> Models:
+            return Models({spec.name: served(spec.name, by_name, batch_class) for spec in models})
+
+        self.models = known = know()
         self.keys = KeyRing([Key(name=name, hash=hash_secret(name.encode())) for name in tenants if name])
         self.next_id = itertools.count().__next__
         network = wire(clock, network_s)
+        kinds = [kind_settings(kind) for spec in models for kind in spec.kinds]
+        limits = LimitSettings(queue_max=10**6)
 
         def make_fleet(events: LiveFleetEvents) -> EmulatedFleet:
             return EmulatedFleet(
@@ -144,7 +153,7 @@ class Site:
 
         self.engines = Engines(
             clock=clock,
-            kinds=[kind_settings(kind) for spec in models for kind in spec.kinds],
+            kinds=kinds,
             models=known.by_name,
             make_fleet=make_fleet,
             network=network,
@@ -158,16 +167,38 @@ class Site:
             classes=classes,
             policy=policy,
             keys=self.keys,
-            limits=LimitSettings(queue_max=10**6),
+            limits=limits,
             next_id=self.next_id,
             responded=lambda status: None,
             gpus_max=gpus_max,
             observer=observer,
             scrape_period_s=scrape_period_s,
         )
-        self._server = HttpServer(self.gateway.front.handle, ServerLimits(), None, None)
         self._door = MemoryNetwork(loop.call_soon)
-        self._door.listen("gateway", self._server.accept)
+        fronts = [self.gateway.front]
+        self.relays: list[Relay] = []
+        if relays:
+            brain = self.gateway.open_to_relays(responded=lambda status, count: None, ride_s=0.0)
+            self._door.listen("brain", lambda: brain.link("a relay").wire)
+        for _ in range(relays):
+            relay = Relay(
+                clock=clock,
+                models=know(),
+                kinds=kinds,
+                keys=self.keys,
+                limits=limits,
+                closed=lambda why: None,
+                network=network,
+                ride_s=0.0,
+            )
+            self.relays.append(relay)
+            self._door.connect("brain", lambda relay=relay: relay.uplink.wire)  # type: ignore[misc]
+        if relays:
+            fronts = [relay.front for relay in self.relays]
+        self._servers = [HttpServer(front.handle, ServerLimits(), None, None) for front in fronts]
+        for number, server in enumerate(self._servers):
+            self._door.listen(f"gateway-{number}", server.accept)
+        self._turns = itertools.cycle(range(len(fronts)))
 
     def begin(self, initial: Mapping[str, int]) -> None:
         engines, fleet = self.engines, self.engines.fleet
@@ -179,16 +210,17 @@ class Site:
         self.clock.post(begin)
 
     def ask(self, client: Client, message: bytes) -> None:
-        self._door.connect("gateway", lambda: client)
+        self._door.connect(f"gateway-{next(self._turns)}", lambda: client)
         client.transport.write(message)
 
     async def close(self) -> None:
         self.clock.stop()
-        await self._server.close(0)
+        for server in self._servers:
+            await server.close(0)
         await self.engines.close()
 
 
-async def run_real(setup: Setup, events: TextIO | None = None) -> RealPath:
+async def run_real(setup: Setup, events: TextIO | None = None, relays: int = 0) -> RealPath:
     """The same as ``Simulation(setup, events=events).run()``, which needs a ``setup.wire``."""
     workload = setup.workload
     assert setup.wire is not None
@@ -210,6 +242,7 @@ async def run_real(setup: Setup, events: TextIO | None = None) -> RealPath:
         gpus_max=setup.gpus_max,
         observer=recorder.observe,
         scrape_period_s=setup.scrape_period_s,
+        relays=relays,
     )
     site.begin(setup.initial)
     clients = [Client() for _ in range(len(workload))]
@@ -251,11 +284,11 @@ def completion(content: Mapping[str, Any], *lines: str) -> bytes:
     return "\r\n".join((*head, "", "")).encode() + body
 
 
-def both(setup: Setup) -> tuple[Simulation, RealPath]:
+def both(setup: Setup, relays: int = 0) -> tuple[Simulation, RealPath]:
     """The scenario simulated, and on the real path."""
     simulation = Simulation(setup)
     simulation.run()
-    return simulation, run_virtual(run_real(setup))
+    return simulation, run_virtual(run_real(setup, relays=relays))
 
 
 def check_equal(simulation: Simulation, real: RealPath) -> None:

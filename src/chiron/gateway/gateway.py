@@ -14,9 +14,11 @@ from chiron.control.autoscaler import Observer
 from chiron.core.ports import Journal
 from chiron.core.types import ModelSpec, Request, RequestClass
 from chiron.gateway.brain.desk import Desk
+from chiron.gateway.brain.relays import RelayLink, Relays
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper
+from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
@@ -63,6 +65,9 @@ class Gateway:
         """``own_hosts`` as ``ServerSettings`` has them. ``advise``: decisions are only told."""
         self.clock = clock
         self.engines = engines
+        self.relays: Relays | None = None
+        self._models = models
+        self._keys = keys
         self._limits = limits
         self._advise = advise
         self._assembly = Assembly(
@@ -111,10 +116,32 @@ class Gateway:
             retry_after_s=limits.retry_after_s,
         )
 
+    def open_to_relays(
+        self,
+        *,
+        responded: Callable[[int, int], None],
+        left: Callable[[RelayLink, str], None] = lambda link, why: None,
+        ride_s: float = RIDE_S,
+    ) -> Relays:
+        """Take requests from relays in other processes, too; arguments as ``Relays`` has them."""
+        relays = self.relays = self.engines.relays = Relays(
+            clock=self.clock,
+            desk=self.desk,
+            models=self._models,
+            keys=self._keys,
+            engines=self.engines.live,
+            responded=responded,
+            left=left,
+            ride_s=ride_s,
+        )
+        return relays
+
     def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
         """Posted; see ``Assembly.begin``."""
         self._assembly.begin(initial, attach=attach, loops=(self.scraper, *loops))
         self.clock.call_later(WATCH_S, self._watch)
+        if self.relays is not None:
+            self.relays.begin()
 
     def ended(self, request: Request) -> None:
         """The ``Ends`` port: whoever waits for it is told."""

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from chiron.core.ports import FleetEvents, RemoteEngineEvents
 from chiron.core.types import Instance, Request
-from chiron.engines.rows import ENGINES
 from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents
-from chiron.gateway.instances.engine import InstanceEngine
+from chiron.gateway.instances.engine import Carrier, InstanceEngine, Placed
 from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.relay.context_limit import UNTOLD, longest
-from chiron.gateway.relay.upstream import EngineAddress, Upstream
+from chiron.gateway.relay.upstream import Upstream, address_of
 from chiron.gateway.settings import KindSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
+
+
+class Elsewhere(Protocol):
+    """Relays in other processes, which have connections of their own to every engine."""
+
+    def carry(self, engine: InstanceEngine, placed: Placed) -> Carrier | None:
+        """Who carries this there; None: it is carried here."""
+
+    def instance_up(self, engine: InstanceEngine) -> None: ...
+    def instance_gone(self, instance: Instance) -> None: ...
 
 
 class Engines:
@@ -37,6 +47,8 @@ class Engines:
         """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be
         made."""
         self.events: RemoteEngineEvents | None = None
+        self.relays: Elsewhere | None = None
+        """Set where there are any."""
         self.live: dict[int, InstanceEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
@@ -73,6 +85,8 @@ class Engines:
     def attach(self, instance: Instance, url: str) -> InstanceEngine:
         """The engine of an instance that answers at this address."""
         engine = self.live[instance.id] = self._client(instance, url)
+        if self.relays is not None:
+            self.relays.instance_up(engine)
         self.settle_context(instance.model)
         return engine
 
@@ -126,12 +140,16 @@ class Engines:
                 engine.context_tokens = UNTOLD  # It took what it says that it cannot: what it says is wrong.
                 self.settle_context(instance.model)
 
+        def carry(placed: Placed) -> Carrier:
+            far = self.relays.carry(engine, placed) if self.relays is not None else None
+            return far if far is not None else upstream.carry(placed)
+
         assert self.events is not None
         engine = InstanceEngine(
             clock=self._clock,
             instance=instance,
             address=address_of(settings, instance.model, url),
-            carry=lambda placed: upstream.carry(placed),
+            carry=carry,
             listener=self.events,
             suspect=self.suspect,
             learn_usage=learn,
@@ -154,17 +172,9 @@ class Engines:
             engine.close()
             engine.retire()
             del self._upstreams[instance.id]
+            if self.relays is not None:
+                self.relays.instance_gone(instance)
 
     def _listener(self) -> FleetEvents:
         assert self.listener is not None
         return self.listener
-
-
-def address_of(settings: KindSettings, model: str, url: str) -> EngineAddress:
-    """Of an engine of this kind that serves ``model`` at ``url``."""
-    return EngineAddress(
-        url=url,
-        row=ENGINES[settings.engine],
-        model=settings.served_model_name or model,
-        api_key=settings.api_key,
-    )

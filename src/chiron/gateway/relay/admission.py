@@ -159,7 +159,7 @@ def _class_of(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel
         return cls
     if named is None and tpot is not None:
         cls = _nearest(tuple(c for c in classes.values() if c.interactive), tpot)
-    return _with_slos(cls, ttft, tpot)
+    return with_slos(cls, ttft, tpot)
 
 
 @lru_cache(maxsize=1024)
@@ -170,7 +170,7 @@ def _nearest(classes: tuple[RequestClass, ...], itl_s: float) -> RequestClass:
 
 
 @lru_cache(maxsize=4096)
-def _with_slos(cls: RequestClass, ttft_s: float | None, itl_s: float | None) -> RequestClass:
+def with_slos(cls: RequestClass, ttft_s: float | None, itl_s: float | None) -> RequestClass:
     """The class with the SLOs that the client set."""
     return replace(cls, ttft_s=cls.ttft_s if ttft_s is None else ttft_s, itl_s=cls.itl_s if itl_s is None else itl_s)
 

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from chiron.core.types import Request
 from chiron.engines import claims
-from chiron.engines.rows import EngineRow
+from chiron.engines.rows import ENGINES, EngineRow
 from chiron.gateway.relay.collect import CollectError
+from chiron.gateway.settings import KindSettings
 from chiron.net.client import Call, ConnectError, Header, NetError, Origin
 from chiron.net.clock import LiveClock
 
@@ -113,6 +114,16 @@ class EngineAddress:
         """Headers of every request, as they go on the wire."""
         lines = b"content-type: application/json\r\naccept: text/event-stream, application/json\r\n"
         return lines + (b"authorization: Bearer %b\r\n" % self.api_key.encode() if self.api_key else b"")
+
+
+def address_of(settings: KindSettings, model: str, url: str) -> EngineAddress:
+    """Of an engine of this kind that serves ``model`` at ``url``."""
+    return EngineAddress(
+        url=url,
+        row=ENGINES[settings.engine],
+        model=settings.served_model_name or model,
+        api_key=settings.api_key,
+    )
 
 
 class Placement:

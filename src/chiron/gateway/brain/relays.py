@@ -1,0 +1,435 @@
+"""Relays in processes of their own, as the brain knows them.
+
+Each has a ``RelayLink``. A client's request is a ``FarCall`` here: its bytes and its client are at the relay. What is
+placed for it is a ``FarRun``, known by the placement's number from ``Place`` to its one end; what a relay says of any
+other number is late or doubled, and is dropped and counted (``RelayLink.late``). Nothing above knows how many relays
+there are: to the desk, the control plane and the instances' engines a ``FarCall`` is a call like any other.
+
+A relay that dies takes its clients with it: their requests are cancelled, and what ran for them has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
+from typing import Any
+
+from chiron.core.types import Instance, Request
+from chiron.gateway.brain.desk import Desk
+from chiron.gateway.instances.engine import InstanceEngine, Placed
+from chiron.gateway.port import messages as m
+from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
+from chiron.gateway.relay.admission import Models, with_slos
+from chiron.gateway.relay.calls import REMIND_S
+from chiron.gateway.relay.errors import ApiError
+from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.upstream import UpstreamFailure
+from chiron.net.clock import LiveClock
+
+log = logging.getLogger("chiron.relays")
+
+TICK_S = 1.0
+"""Between two looks at what relays should know of models."""
+
+
+class FarCall:
+    """A client's request at a relay: ``Request.payload``; implements ``ClientCall``."""
+
+    __slots__ = (
+        "_reminded_s",
+        "collected",
+        "error",
+        "here",
+        "key_name",
+        "link",
+        "number",
+        "paid_tokens",
+        "peers",
+        "prompt_bytes",
+        "prompt_tokens",
+        "refusal",
+        "request_id",
+        "run",
+        "sequences",
+        "streams",
+        "wait_max_s",
+    )
+
+    def __init__(self, link: RelayLink, said: m.Arrive) -> None:
+        self.link = link
+        self.here = said.number
+        """The relay's number for it."""
+        self.number = 0
+        self.request_id = said.request_id
+        self.key_name = said.key
+        self.peers: Sequence[str] = said.peers
+        self.sequences = said.sequences
+        self.streams = said.streams
+        self.prompt_bytes = said.prompt_bytes
+        self.prompt_tokens = 0
+        self.collected = said.collected
+        self.wait_max_s = said.wait_max_s
+        self.error: UpstreamFailure | None = None
+        self.refusal: ApiError | None = None
+        self.run: FarRun | None = None
+        """Its placement, while it has one."""
+        self.paid_tokens = 0
+        """Output tokens that its key had paid for when it ended."""
+        self._reminded_s = -inf
+
+    def remind(self, now_s: float, words: str) -> None:
+        if self.streams and now_s - self._reminded_s >= REMIND_S:
+            self._reminded_s = now_s
+            self.link.wire.post(m.Remind(self.here, words[: m.TEXT_MAX]))
+
+    def ended(self, request: Request) -> None:
+        seen = self.run.placed.tokens if self.run is not None else 0
+        self.paid_tokens = request.tokens_done or seen
+        self.link.ended(self, request)
+
+
+class FarRun:
+    """A placement that a relay carries; implements ``Carrier``."""
+
+    __slots__ = ("asked", "engine", "link", "placed")
+
+    def __init__(self, link: RelayLink, engine: InstanceEngine, placed: Placed) -> None:
+        self.link = link
+        self.engine = engine
+        self.placed = placed
+        self.asked = False
+        """The relay was told to stop it."""
+
+    def evict(self) -> None:
+        if self.link.gone:
+            self.link.forget(self)
+            self.engine.evicted(self.placed, self.placed.tokens if self.placed.request.outcome is not None else 0)
+        elif not self.asked:
+            self.asked = True
+            self.link.wire.send(m.Evict(self.placed.number))
+
+    def drop(self) -> int:
+        call: FarCall = self.placed.request.payload
+        self.link.forget(self)
+        return self.placed.tokens if call.collected and self.engine.row.resumes else 0
+
+
+class RelayLink:
+    """The brain's end of the connection to one relay."""
+
+    def __init__(self, relays: Relays, name: str, *, ride_s: float) -> None:
+        self.name = name
+        self.gone = False
+        self.calls: dict[int, FarCall] = {}
+        """Requests that have not ended, by the relay's numbers."""
+        self.runs: dict[int, FarRun] = {}
+        """Placements that have not ended, by number."""
+        self.late = 0
+        """Messages about placements that had ended already."""
+        self.health = m.Health(0, 0, 0.0)
+        self.wire = Wire(
+            name=name,
+            kind=m.Up,
+            opened=self._opened,
+            received=self._received,
+            closed=self._closed,
+            ride_s=ride_s,
+        )
+        self._relays = relays
+        self._shapes: dict[str, m.Shape] = {}
+        self._hear: Mapping[type, Callable[[Any], None]] = {
+            m.Arrive: self._arrive,
+            m.Left: self._left,
+            m.FirstToken: self._first_token,
+            m.Answered: self._answered,
+            m.Lost: self._lost,
+            m.Evicted: self._evicted,
+            m.Silent: self._silent,
+            m.Spoke: self._spoke,
+            m.Counted: self._counted,
+            m.Made: self._made,
+            m.Responded: self._responded,
+            m.Health: self._health,
+        }
+
+    # -- what the rest of the brain asks -----------------------------------------------------------------------
+
+    def carry(self, engine: InstanceEngine, placed: Placed) -> FarRun:
+        call: FarCall = placed.request.payload
+        run = call.run = self.runs[placed.number] = FarRun(self, engine, placed)
+        if not self.gone:
+            self.wire.send(m.Place(call.here, placed.number, engine.instance.id, placed.request.tokens_done))
+        return run
+
+    def ended(self, call: FarCall, request: Request) -> None:
+        """The control plane is done with a request."""
+        self.calls.pop(call.here, None)
+        if self.gone:
+            return
+        message = m.End(
+            call.here,
+            str(request.outcome),
+            dispatched=request.dispatch_s >= 0.0,
+            retries=request.retries,
+            retry_after_s=request.retry_after_s,
+            refusal=_refusal(call.refusal) if call.refusal is not None else None,
+        )
+        if request.outcome == "finished" and call.streams:
+            self.wire.post(message)  # Its client has it all.
+        else:
+            self.wire.send(message)
+
+    def forget(self, run: FarRun) -> None:
+        """Its placement has ended."""
+        self.runs.pop(run.placed.number, None)
+        call: FarCall = run.placed.request.payload
+        if call.run is run:
+            call.run = None
+
+    def tell_shapes(self) -> None:
+        """What has changed of the models since the last time."""
+        for name, served in self._relays.models.by_name.items():
+            shape = m.Shape(name, served.kv_capacity_tokens, served.context_tokens, served.bytes_per_token)
+            if shape != self._shapes.get(name):
+                self._shapes[name] = shape
+                self.wire.post(shape)
+
+    # -- the wire ----------------------------------------------------------------------------------------------
+
+    def _opened(self) -> None:
+        self._relays.joined(self)
+
+    def _received(self, messages: Sequence[Any]) -> None:
+        """One post for all of a read: timers that are due count first, once."""
+
+        def take() -> None:
+            for message in messages:
+                try:
+                    self._hear[type(message)](message)
+                except ProtocolError:
+                    raise
+                except Exception:
+                    log.exception("%s: %s could not be taken in", self.name, type(message).__name__)
+
+        self._relays.clock.post(take)
+
+    def _closed(self, why: str) -> None:
+        self.gone = True
+        self._relays.clock.post(lambda: self._bury(why))
+
+    def _bury(self, why: str) -> None:
+        desk = self._relays.desk
+        for call in list(self.calls.values()):
+            desk.left(call)
+        for run in list(self.runs.values()):
+            run.evict()  # Of requests that had ended before, and were being stopped.
+        self._relays.left(self, why)
+
+    # -- what the relay says -----------------------------------------------------------------------------------
+
+    def _arrive(self, said: m.Arrive) -> None:
+        if said.number in self.calls:
+            raise ProtocolError(f"request {said.number} arrives twice")
+        relays = self._relays
+        served, key = relays.models.by_name.get(said.model), relays.keys.named(said.key)
+        cls = served.classes.get(said.cls) if served is not None else None
+        if cls is None or key is None:
+            raise ProtocolError(
+                f"request {said.number} names model {said.model!r}, class {said.cls!r}, key {said.key!r}"
+            )
+        if (said.ttft_s, said.itl_s) != (cls.ttft_s, cls.itl_s):
+            cls = with_slos(cls, said.ttft_s, said.itl_s)
+        call = self.calls[said.number] = FarCall(self, said)
+        try:
+            key.permit(said.model, cls.name)
+            relays.desk.arrive(call, said.model, cls, key, said.input_tokens)
+        except ApiError as error:
+            self.calls.pop(said.number, None)
+            self.wire.send(m.End(said.number, "refused", refusal=_refusal(error)))
+
+    def _left(self, said: m.Left) -> None:
+        call = self.calls.get(said.number)
+        if call is None:
+            return  # Its end is under way to the relay.
+        if call.run is not None:
+            call.run.placed.tokens = max(call.run.placed.tokens, said.tokens)
+        self._relays.desk.left(call)
+
+    def _first_token(self, said: m.FirstToken) -> None:
+        run = self._run(said.run)
+        if run is None or run.placed.told:
+            self.late += 1
+            return
+        run.placed.tokens = max(run.placed.tokens, said.tokens)
+        run.engine.first_token(run.placed)
+
+    def _answered(self, said: m.Answered) -> None:
+        run = self._ends(said.run, said.seen)
+        if run is not None:
+            run.engine.answered(run.placed, said.status, said.tokens, said.prompt_tokens)
+
+    def _lost(self, said: m.Lost) -> None:
+        run = self._ends(said.run, said.seen)
+        if run is not None:
+            failure = UpstreamFailure(said.message, said.status)
+            run.engine.lost(run.placed, failure, connect=said.connect, visible=said.visible, kept=said.kept)
+
+    def _evicted(self, said: m.Evicted) -> None:
+        run = self._run(said.run)
+        if run is not None and not run.asked:
+            raise ProtocolError(f"placement {said.run} is evicted, which nobody asked for")
+        run = self._ends(said.run, said.seen)
+        if run is None:
+            return
+        request = run.placed.request
+        call: FarCall = request.payload
+        if request.outcome is not None and said.seen > call.paid_tokens:
+            self._relays.desk.charge(call, said.seen - call.paid_tokens)
+        run.engine.evicted(run.placed, said.kept)
+
+    def _silent(self, said: m.Silent) -> None:
+        run = self._run(said.run)
+        if run is None or run.placed.silent or not run.placed.told:
+            self.late += 1
+            return
+        run.placed.silent = True
+        run.placed.tokens = said.tokens
+        run.engine.fell_silent(run.placed, self._relays.clock.now_s - said.for_s)
+
+    def _spoke(self, said: m.Spoke) -> None:
+        run = self._run(said.run)
+        if run is None or not run.placed.silent:
+            self.late += 1
+            return
+        run.placed.tokens = said.tokens
+        run.engine.spoke_again(run.placed)
+
+    def _counted(self, said: m.Counted) -> None:
+        engine = self._relays.engines.get(said.instance)
+        if engine is not None:
+            engine.observer.tokens += said.tokens
+            engine.observer.held_tokens += said.tokens
+
+    def _made(self, said: m.Made) -> None:
+        run = self._run(said.run)
+        if run is None or not run.placed.told:
+            self.late += 1
+            return
+        run.placed.tokens = said.tokens
+
+    def _responded(self, said: m.Responded) -> None:
+        self._relays.responded(said.status, said.count)
+
+    def _health(self, said: m.Health) -> None:
+        self.health = said
+
+    def _run(self, number: int) -> FarRun | None:
+        """The placement, unless it has ended."""
+        return self.runs.get(number)
+
+    def _ends(self, number: int, seen: int) -> FarRun | None:
+        """The placement, which ends now; None: it has ended already."""
+        run = self.runs.get(number)
+        if run is None:
+            self.late += 1
+            return None
+        self.forget(run)
+        run.placed.tokens = max(run.placed.tokens, seen)
+        return run
+
+
+class Relays:
+    """All relays of this brain."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        desk: Desk,
+        models: Models,
+        keys: KeyRing,
+        engines: Mapping[int, InstanceEngine],
+        responded: Callable[[int, int], None],
+        left: Callable[[RelayLink, str], None] = lambda link, why: None,
+        ride_s: float = RIDE_S,
+    ) -> None:
+        """``engines`` are those of instances that are ready; ``responded`` hears (status, count) of answers; ``left``
+        hears of each relay whose connection has ended, and why."""
+        self.clock = clock
+        self.desk = desk
+        self.models = models
+        self.keys = keys
+        self.engines = engines
+        self.responded = responded
+        self.links: list[RelayLink] = []
+        """Those that have said hello and are there."""
+        self.draining = False
+        self.late = 0
+        """``RelayLink.late`` of those that are gone."""
+        self._left = left
+        self._ride_s = ride_s
+
+    def link(self, name: str) -> RelayLink:
+        """The end of a connection to one more relay; its ``wire`` is the protocol."""
+        return RelayLink(self, name, ride_s=self._ride_s)
+
+    def begin(self) -> None:
+        """Posted."""
+        self.clock.call_later(TICK_S, self._tick)
+
+    def carry(self, engine: InstanceEngine, placed: Placed) -> FarRun | None:
+        call = placed.request.payload
+        return call.link.carry(engine, placed) if isinstance(call, FarCall) else None
+
+    def instance_up(self, engine: InstanceEngine) -> None:
+        for link in self.links:
+            link.wire.send(_up(engine))
+
+    def instance_gone(self, instance: Instance) -> None:
+        for link in self.links:
+            link.wire.send(m.InstanceGone(instance.id))
+
+    def drain(self, on: bool) -> None:
+        """Requests that come are refused from now on (or taken again)."""
+        self.draining = on
+        for link in self.links:
+            link.wire.send(m.Drain(on))
+
+    def stop(self, grace_s: float) -> None:
+        """They let open requests end for so long, and end themselves."""
+        for link in self.links:
+            link.wire.send(m.Stop(grace_s))
+
+    @property
+    def connections(self) -> int:
+        return sum(link.health.connections for link in self.links)
+
+    def joined(self, link: RelayLink) -> None:
+        """It has said hello."""
+        self.links.append(link)
+        link.tell_shapes()
+        for engine in self.engines.values():
+            link.wire.post(_up(engine))
+        link.wire.send(m.Drain(self.draining))
+
+    def left(self, link: RelayLink, why: str) -> None:
+        if link in self.links:
+            self.links.remove(link)
+            self.late += link.late
+        self._left(link, why)
+
+    def _tick(self) -> None:
+        self.clock.call_later(TICK_S, self._tick)
+        for link in self.links:
+            link.tell_shapes()
+
+
+def _up(engine: InstanceEngine) -> m.InstanceUp:
+    instance = engine.instance
+    return m.InstanceUp(instance.id, instance.model, instance.kind.name, engine.url)
+
+
+def _refusal(error: ApiError) -> m.Refusal:
+    message = error.message[: m.TEXT_MAX]
+    return m.Refusal(error.status, message, error.type, error.code, error.param, error.headers)

@@ -1,0 +1,254 @@
+"""The messages between a relay and the brain.
+
+A relay numbers its requests, the brain numbers placements. A request is ``Arrive``, any number of placements, and one
+``End``; a placement is ``Place`` and exactly one of ``Answered``, ``Lost`` and ``Evicted``, unless its instance is gone
+(``InstanceGone``) or its relay is. What comes for a placement that has ended is late: it is counted and dropped.
+
+Structs are arrays on the wire. A change of any of them is a new ``VERSION``.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+VERSION = 1
+NAME = "chiron-relay"
+
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
+Number = Annotated[int, Meta(ge=1, le=1 << 62)]
+Seconds = Annotated[float, Meta(ge=0.0)]
+Status = Annotated[int, Meta(ge=0, le=999)]
+Name = Annotated[str, Meta(max_length=1024)]
+Text = Annotated[str, Meta(max_length=4096)]
+TEXT_MAX = 4096
+
+
+class Message(Struct, array_like=True, frozen=True, gc=False):
+    """One of them."""
+
+
+class Hello(Message, tag=0, frozen=True):
+    """The first one of each end."""
+
+    name: str = NAME
+    version: int = VERSION
+
+
+# -- up: from a relay ------------------------------------------------------------------------------------------------
+
+
+class Arrive(Message, tag=1, frozen=True):
+    """A client's request, read and sized. Answered by ``Place`` or ``End``."""
+
+    number: Number
+    request_id: Name
+    model: Name
+    cls: Name
+    ttft_s: Seconds
+    """The class's, or what the client asked for; so is the next."""
+    itl_s: Seconds
+    key: Name
+    """Name of its API key."""
+    input_tokens: Number
+    peers: Annotated[tuple[Name, ...], Meta(max_length=8)]
+    """Whose shares it counts against."""
+    sequences: Number
+    streams: bool
+    prompt_bytes: Count
+    collected: bool
+    """Its answer is put together at the relay, so that it can be gone on with elsewhere."""
+    wait_max_s: Seconds = inf
+
+
+class Left(Message, tag=2, frozen=True):
+    """Its client is gone."""
+
+    number: Number
+    tokens: Count
+    """Output tokens that it has had."""
+
+
+class FirstToken(Message, tag=3, frozen=True):
+    """A stream has begun."""
+
+    run: Number
+    tokens: Count
+    """Output tokens so far."""
+
+
+class Answered(Message, tag=4, frozen=True):
+    """A complete answer of an engine, or a refusal that is one. An end."""
+
+    run: Number
+    status: Status
+    tokens: Count
+    """Output tokens, as the engine's usage says if that can be."""
+    prompt_tokens: Count
+    """As it says; 0: it does not."""
+    seen: Count
+    """Output tokens that were counted in passing."""
+
+
+class Lost(Message, tag=5, frozen=True):
+    """No answer, or none that counts. An end."""
+
+    run: Number
+    status: Status
+    """The engine's; 0: it gave none."""
+    message: Text
+    connect: bool
+    """There was no connection."""
+    visible: bool
+    """A client has seen a part of the answer."""
+    kept: Count
+    """Output tokens that can be gone on with."""
+    seen: Count
+
+
+class Evicted(Message, tag=6, frozen=True):
+    """The engine was told to stop, as ``Evict`` asked. An end."""
+
+    run: Number
+    kept: Count
+    """Output tokens that can be gone on with; of a request that is over, those that were seen."""
+    seen: Count
+
+
+class Silent(Message, tag=7, frozen=True):
+    """A stream that decodes says nothing any more."""
+
+    run: Number
+    for_s: Seconds
+    tokens: Count
+
+
+class Spoke(Message, tag=8, frozen=True):
+    """It says something again."""
+
+    run: Number
+    tokens: Count
+
+
+class Counted(Message, tag=9, frozen=True):
+    """Output tokens that an instance's streams have made since the last time."""
+
+    instance: Count
+    tokens: Count
+
+
+class Made(Message, tag=12, frozen=True):
+    """Now and then, of answers that are collected: what is kept of them if their instance fails."""
+
+    run: Number
+    tokens: Count
+    """Output tokens so far."""
+
+
+class Responded(Message, tag=10, frozen=True):
+    """So many answers with this status went to clients since the last time."""
+
+    status: Status
+    count: Number
+
+
+class Health(Message, tag=11, frozen=True):
+    """Once a second."""
+
+    connections: Count
+    """Of clients, now."""
+    files_open: Count
+    loop_lag_s: Seconds
+    """The longest that the relay's loop was held up."""
+
+
+# -- down: from the brain --------------------------------------------------------------------------------------------
+
+
+class InstanceUp(Message, tag=32, frozen=True):
+    """An engine answers at this address."""
+
+    instance: Count
+    model: Name
+    kind: Name
+    url: Text
+
+
+class InstanceGone(Message, tag=33, frozen=True):
+    """Whatever was placed there has ended."""
+
+    instance: Count
+
+
+class Shape(Message, tag=34, frozen=True):
+    """What is known of a model: how long prompts are, and may be."""
+
+    model: Name
+    kv_capacity_tokens: Count
+    context_tokens: Count
+    bytes_per_token: Annotated[float, Meta(gt=0.0)]
+
+
+class Place(Message, tag=35, frozen=True):
+    """Send this request to this instance. Answered by one end."""
+
+    number: Number
+    run: Number
+    instance: Count
+    tokens_done: Count
+    """Output tokens to go on from."""
+
+
+class Evict(Message, tag=36, frozen=True):
+    """Stop it. Answered by ``Evicted``, or by the end that is under way."""
+
+    run: Number
+
+
+class Refusal(Struct, array_like=True, frozen=True, gc=False):
+    """An answer of the gateway's own, as ``errors.ApiError`` has it."""
+
+    status: Annotated[int, Meta(ge=400, le=599)]
+    message: Text
+    type: Name
+    code: Name | None = None
+    param: Name | None = None
+    headers: Annotated[tuple[tuple[bytes, bytes], ...], Meta(max_length=16)] = ()
+
+
+class End(Message, tag=37, frozen=True):
+    """A request is over; its client may still wait for a word."""
+
+    number: Number
+    outcome: Name
+    """As ``Request.outcome``; ``refused``: it was not taken."""
+    dispatched: bool = False
+    retries: Count = 0
+    retry_after_s: Seconds = 0.0
+    refusal: Refusal | None = None
+    """Why the gateway itself ended it."""
+
+
+class Remind(Message, tag=38, frozen=True):
+    """A client that reads a stream may be told what it waits for."""
+
+    number: Number
+    words: Text
+
+
+class Drain(Message, tag=39, frozen=True):
+    """Take new requests no more (or again)."""
+
+    on: bool
+
+
+class Stop(Message, tag=40, frozen=True):
+    """Accept no more connections, let requests end for so long, then end."""
+
+    grace_s: Seconds
+
+
+Up = Arrive | Left | FirstToken | Answered | Lost | Evicted | Silent | Spoke | Counted | Made | Responded | Health
+Down = InstanceUp | InstanceGone | Shape | Place | Evict | End | Remind | Drain | Stop

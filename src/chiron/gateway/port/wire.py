@@ -1,0 +1,195 @@
+"""The wire between a relay and the brain: frames of messages over a stream of bytes.
+
+A frame is four bytes of length and a msgpack array of messages. What is urgent goes out at the end of the turn of the
+loop in which it was sent, together with all that waits; the rest waits for it, at most ``ride_s``: waking up costs the
+other end many times what a message does. With ``ride_s`` = 0 nothing waits, so that all messages arrive in the order in
+which they were sent, over several wires too. The first frame of each end is a ``Hello`` with a version.
+
+Whoever breaks the protocol is cut off, and the log says why: a frame that is too long or cannot be read, a version that
+does not fit, an end that does not read what it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from chiron.gateway.port.messages import NAME, VERSION, Hello, Message
+
+log = logging.getLogger("chiron.port")
+
+RIDE_S = 0.002
+FRAME_MAX_BYTES = 4 << 20
+"""Of one frame. A message has at most a few kilobytes, and a frame is begun anew before it gets long."""
+FRAME_FULL_BYTES = 64 << 10
+UNREAD_MAX_BYTES = 64 << 20
+"""What the other end may have left unread."""
+_LENGTH_BYTES = 4
+
+
+class ProtocolError(Exception):
+    """The other end said what it may not. The message says what."""
+
+
+class Wire(asyncio.Protocol):
+    """One end of the connection between a relay and the brain."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        kind: Any,
+        opened: Callable[[], None],
+        received: Callable[[Sequence[Any]], None],
+        closed: Callable[[str], None],
+        ride_s: float = RIDE_S,
+    ) -> None:
+        """``name`` is the other end's, for the log; ``kind`` is a union of the messages that it may send. ``opened`` is
+        called once both have said hello, ``received`` with the messages of each read, and may raise ProtocolError;
+        ``closed`` once, with a reason."""
+        self.name = name
+        self.up = False
+        """Both have said hello."""
+        self._decoder = msgspec.msgpack.Decoder(list[kind])
+        self._encoder = msgspec.msgpack.Encoder()
+        self._opened = opened
+        self._received = received
+        self._closed = closed
+        self._ride_s = ride_s
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._over = False
+        self._unsent: list[Message] = []
+        self._flushes: asyncio.Handle | None = None
+        self._urgent = False
+        self._unread = bytearray()
+
+    # -- what is sent ------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """At the end of this turn of the loop."""
+        self._unsent.append(message)
+        if not self._ride_s:
+            self.flush()
+        elif not self._urgent:
+            self._urgent = True
+            if self._flushes is not None:
+                self._flushes.cancel()
+            self._flushes = self._loop.call_soon(self.flush)
+
+    def post(self, message: Message) -> None:
+        """With the next that is urgent, or a little later."""
+        self._unsent.append(message)
+        if not self._ride_s:
+            self.flush()
+        elif self._flushes is None:
+            self._flushes = self._loop.call_later(self._ride_s, self.flush)
+
+    def close(self, why: str) -> None:
+        """Send what waits, and end."""
+        if not self._over:
+            self.flush()
+            if self._transport is not None:
+                self._transport.close()
+            self._end(why)
+
+    def flush(self) -> None:
+        """Send what waits, now."""
+        if self._flushes is not None:
+            self._flushes.cancel()
+            self._flushes = None
+        self._urgent = False
+        if not self._unsent or self._transport is None or self._over or not self.up:
+            return  # Before the hello it waits; afterwards nobody hears it.
+        messages, self._unsent = self._unsent, []
+        transport = self._transport
+        transport.write(b"".join(self._frames(messages)))
+        if transport.get_write_buffer_size() > UNREAD_MAX_BYTES:
+            self._break(f"it has left more than {UNREAD_MAX_BYTES} bytes unread")
+
+    def _frames(self, messages: list[Message]) -> list[bytes]:
+        found = [self._frame(messages)]
+        if len(found[0]) <= FRAME_FULL_BYTES or len(messages) == 1:
+            return found
+        half = len(messages) // 2
+        return self._frames(messages[:half]) + self._frames(messages[half:])
+
+    def _frame(self, messages: Sequence[Message]) -> bytes:
+        body = self._encoder.encode(messages)
+        return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+    # -- asyncio -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        assert self._transport is not None
+        self._transport.write(self._frame([Hello()]))
+
+    def data_received(self, data: bytes) -> None:
+        if self._over:
+            return
+        self._unread += data
+        try:
+            messages = self._take()
+            if messages:
+                self._received(messages)
+        except ProtocolError as error:
+            self._break(str(error))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end("its connection was lost" if exc is None else f"its connection was lost: {exc}")
+
+    # -- what comes --------------------------------------------------------------------------------------------
+
+    def _take(self) -> list[Any]:
+        """The messages of all frames that are complete."""
+        unread, messages, at = self._unread, [], 0
+        while len(unread) - at >= _LENGTH_BYTES:
+            length = int.from_bytes(unread[at : at + _LENGTH_BYTES], "big")
+            if length > FRAME_MAX_BYTES:
+                raise ProtocolError(f"a frame of {length} bytes; allowed: {FRAME_MAX_BYTES}")
+            if len(unread) - at - _LENGTH_BYTES < length:
+                break
+            at += _LENGTH_BYTES
+            frame = bytes(unread[at : at + length])
+            at += length
+            if not self.up:
+                self._greet(frame)
+                continue
+            try:
+                messages += self._decoder.decode(frame)
+            except (msgspec.MsgspecError, ValueError) as error:
+                raise ProtocolError(f"a frame that cannot be read: {error}") from None
+        if at:
+            del unread[:at]
+        return messages
+
+    def _greet(self, frame: bytes) -> None:
+        try:
+            (hello,) = msgspec.msgpack.decode(frame, type=list[Hello])
+        except (msgspec.MsgspecError, ValueError):
+            raise ProtocolError(f"it does not speak {NAME}") from None
+        if hello.name != NAME or hello.version != VERSION:
+            raise ProtocolError(f"it speaks {hello.name} version {hello.version}; this is {NAME} version {VERSION}")
+        self.up = True
+        self._opened()
+        self.flush()
+
+    def _break(self, why: str) -> None:
+        """It cannot be spoken with."""
+        log.error("the connection to %s is closed: %s", self.name, why)
+        if self._transport is not None:
+            self._transport.abort()
+        self._end(why)
+
+    def _end(self, why: str) -> None:
+        if not self._over:
+            self._over = True
+            if self._flushes is not None:
+                self._flushes.cancel()
+            self._unsent.clear()
+            self._closed(why)

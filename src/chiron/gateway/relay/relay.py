@@ -1,0 +1,63 @@
+"""One relay: clients' requests in, engines' answers out, a brain elsewhere. No listening socket and no process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from chiron.gateway.port import messages as m
+from chiron.gateway.port.wire import RIDE_S
+from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.cross_site import CrossSiteGuard
+from chiron.gateway.relay.front import Front
+from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.uplink import Uplink
+from chiron.gateway.relay.upstream import address_of
+from chiron.gateway.settings import KindSettings, LimitSettings
+from chiron.net.clock import LiveClock
+from chiron.net.memory import MemoryNetwork
+
+
+class Relay:
+    """``front.handle`` takes requests; ``uplink.wire`` is the protocol of the connection to the brain."""
+
+    def __init__(
+        self,
+        *,
+        clock: LiveClock,
+        models: Models,
+        kinds: Sequence[KindSettings],
+        keys: KeyRing,
+        limits: LimitSettings,
+        closed: Callable[[str], None],
+        own_hosts: frozenset[str] | None = None,
+        stop: Callable[[float], None] = lambda grace_s: None,
+        health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
+        network: MemoryNetwork | None = None,
+        ride_s: float = RIDE_S,
+    ) -> None:
+        """``closed`` hears why the brain is gone, ``stop`` that the relay is to end, with a grace period (s)."""
+        by_name = {each.kind.name: each for each in kinds}
+        self.uplink = Uplink(
+            clock=clock,
+            models=models,
+            address_of=lambda model, kind, url: address_of(by_name[kind], model, url),
+            engine_stall_s=limits.engine_stall_s,
+            retry_after_s=limits.retry_after_s,
+            closed=closed,
+            drain=self._drain,
+            stop=stop,
+            health=health,
+            network=network,
+            ride_s=ride_s,
+        )
+        self.front = Front(
+            desk=self.uplink,
+            models=models,
+            keys=keys,
+            foreign=CrossSiteGuard(keys, own_hosts),
+            responded=self.uplink.responded,
+            retry_after_s=limits.retry_after_s,
+        )
+
+    def _drain(self, on: bool) -> None:
+        self.front.draining = on
