@@ -46,7 +46,7 @@ class Told:
         self.placements: list[tuple[Request, int]] = []
         self.ends: Counter[int] = Counter()
         self.evicted_interactive = 0
-        policy = replace(make_chiron(ChironSettings()), fleet=self.decide, fleet_period_s=5.0, local=None)
+        policy = replace(make_chiron(ChironSettings()), fleet=self.decide, fleet_period_s=5.0, batch_size=None)
         self.plane = ControlPlane(
             clock=self.clock,
             fleet=self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
@@ -12,6 +13,9 @@ from chiron.core.clock import VirtualClock
 from chiron.policies.defaults import keep_fleet
 from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, Migration, PolicyState
+
+PREPARE_GAP_S: Final = 0.005
+"""Between two calls of a policy's ``prepare``: the requests that arrive meanwhile are placed."""
 
 Observer = Callable[[FleetView, FleetPlan], None]
 
@@ -44,6 +48,7 @@ class Autoscaler:
         self._migration_state: PolicyState = None
         self._last_tick_s = 0.0
         self._waking = False
+        self._preparing = False
 
     def begin(self) -> None:
         """Start the periodic loops."""
@@ -71,12 +76,27 @@ class Autoscaler:
         finally:  # Live, a faulty tick must not be the last one.
             self._clock.call_later(self._policy.fleet_period_s, self._fleet_tick)
 
+    def _prepare_soon(self) -> None:
+        if self._policy.prepare is not None and not self._preparing:
+            self._preparing = True
+            self._clock.call_later(PREPARE_GAP_S, self._prepare)
+
+    def _prepare(self) -> None:
+        self._preparing = False
+        prepare = self._policy.prepare
+        assert prepare is not None
+        state = prepare(self._policy.settings, self.fleet_state)
+        if state is not None:
+            self.fleet_state = state
+            self._prepare_soon()
+
     def _tick(self) -> None:
         now_s = self._clock.now_s
         policy = self._policy
         view = fleet_view(now_s, now_s - self._last_tick_s, self._models.values(), self._gpus_max)
         self._last_tick_s = now_s
         plan, self.fleet_state = (policy.fleet or keep_fleet)(policy.settings, self.fleet_state, view)
+        self._prepare_soon()
         for name, model_plan in plan.items():
             self._lifecycle.adopt_plan(self._models[name], model_plan)
         for instance in self._lifecycle.instances.values():

@@ -31,10 +31,14 @@ class BatchSizes:
         self._evictor = evictor
 
     def sampled(
-        self, models: Mapping[str, ModelState], instances: Mapping[int, Instance], samples: Iterable[Sample]
+        self,
+        models: Mapping[str, ModelState],
+        instances: Mapping[int, Instance],
+        samples: Iterable[Sample],
+        learned: dict[str, int],
     ) -> None:
-        """A round of scrapes."""
-        learned: dict[str, int] = {}
+        """A part of a round of scrapes. ``learned`` counts, by model, what the round has been learned from."""
+        news: set[str] = set()
         fresh: list[Instance] = []
         for sample in samples:
             instance = instances.get(sample.instance_id)
@@ -53,8 +57,9 @@ class BatchSizes:
             count = learned.get(instance.model, 0)
             if count < LEARN_PER_SCRAPE and sample.steps - before.steps >= 4:
                 learned[instance.model] = count + 1
+                news.add(instance.model)
                 state.learner.observe(before, sample, square)
-        for name in learned:
+        for name in sorted(news):
             models[name].learner.publish()
         for instance in fresh:
             if instance.state == "ready":

@@ -9,6 +9,7 @@ above it::
     lifecycle             instances, from plan to gone
     dispatcher            requests, from arrival to end
     autoscaler            the global loop
+    scrapes               rounds of samples, a few instances at a time
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
+from chiron.control.scrapes import Scrapes
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Engine, Fleet, Journal
@@ -90,6 +92,13 @@ class ControlPlane:
         )
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
+        self._scrapes = Scrapes(
+            clock=clock,
+            models=self.models,
+            instances=self.instances,
+            sizes=self._sizes,
+            dispatcher=self._dispatcher,
+        )
 
     # -- the start ---------------------------------------------------------------------------------------------
 
@@ -205,9 +214,7 @@ class ControlPlane:
         self._dispatcher.avoid(self.models[instance.model], instance, for_s)
 
     def sampled(self, samples: Iterable[Sample]) -> None:
-        self._sizes.sampled(self.models, self.instances, samples)
-        for state in self.models.values():
-            self._dispatcher.pump(state)
+        self._scrapes.sampled(samples)
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
         if not self._knows(instance) or kv_capacity_tokens <= 0:

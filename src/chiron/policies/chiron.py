@@ -30,6 +30,7 @@ from chiron.policies.chiron_load import (
     first_memory,
     growing_to,
     interactive_capacity,
+    prepared,
     pressure,
     remember,
     surging_to,
@@ -59,6 +60,11 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
         before[model.name] = memory
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
     return share_gpus(settings, plans, before, memories, view)
+
+
+def prepare(settings: ChironSettings, state: State | None) -> State | None:
+    """Compute a part of what the next tick will need."""
+    return prepared(state) if state else None
 
 
 def share_gpus(
@@ -289,6 +295,7 @@ def make_chiron(settings: ChironSettings) -> Policy:
         batch_size=decide_batch_size if settings.tune_batch_size else None,
         fleet=decide_fleet,
         fleet_period_s=settings.tick_s,
+        prepare=prepare,
         initial_max_batch_size=settings.initial_max_batch_size,
         take_back=take_back_fullest,
         label=label_by_rank,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf, sqrt
 
@@ -10,7 +11,18 @@ import numpy as np
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
 from chiron.policies.chiron_local import itl_target_s
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule, choose_headroom, followed, window_mean
+from chiron.policies.headroom import (
+    CONSTANT,
+    Backtest,
+    Floats,
+    Headroom,
+    Question,
+    Rule,
+    advanced,
+    answer,
+    followed,
+    window_mean,
+)
 from chiron.policies.load_history import LoadHistory, presumed, worth
 from chiron.policies.views import ClassMix, ModelView
 
@@ -24,6 +36,8 @@ class ModelMemory:
     headroom: Headroom
     backtest_s: float
     """Time of the last backtest."""
+    backtest: Backtest | None = None
+    """The one under way."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, instances wanted) over the hold time."""
     last_change_s: float = -inf
@@ -106,18 +120,20 @@ def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, no
 
 
 def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:
-    """Choose the rule anew, once there is something to learn from."""
-    seconds = memory.load.shape[0]
-    seen_s = seconds - settings.prior_s if seconds < settings.memory_s else inf
-    due = now_s - memory.backtest_s >= settings.backtest_s
-    if not settings.adapt_headroom or seen_s < settings.learning_s or not due or not memory.counts.any():
+    """Choose the rule anew, once there is something to learn from: asked at one tick, adopted at the next at which the
+    computation is over. If nothing has been done about it by then, nobody prepares, and it is done at once."""
+    backtest = memory.backtest
+    if backtest is not None:
+        if backtest.steps and not backtest.done:
+            return memory
+        return replace(_adopted(settings, memory, answer(backtest)), backtest=None)
+    if not _asks(settings, memory, now_s):
         return memory
-    slacks = _slacks_s(settings, model)
-    headroom = choose_headroom(
-        memory.load,
-        memory.counts,
-        slacks,
-        [CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)],
+    question = Question(
+        load=memory.load,
+        counts=memory.counts,
+        slack_s=tuple(_slacks_s(settings, model)),
+        rules=(CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)),
         cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
         tick_s=settings.tick_s,
         miss_max=settings.miss_max,
@@ -125,13 +141,42 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         ceiling=model.max_instances,
         current=memory.headroom.rule,
     )
+    return replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
+
+
+STEPS_AT_ONCE = 2
+"""Of a backtest, in one call between ticks: a few tenths of a millisecond."""
+
+
+def prepared(memories: Mapping[str, ModelMemory]) -> dict[str, ModelMemory] | None:
+    """The backtests that are under way, a few steps on; None: there is nothing left to do."""
+    for name, memory in memories.items():
+        if memory.backtest is not None and not memory.backtest.done:
+            return {**memories, name: replace(memory, backtest=advanced(memory.backtest, STEPS_AT_ONCE))}
+    return None
+
+
+def _seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
+    """How much of the history is traffic that was seen."""
+    seconds = memory.load.shape[0]
+    return seconds - settings.prior_s if seconds < settings.memory_s else inf
+
+
+def _asks(settings: ChironSettings, memory: ModelMemory, now_s: float) -> bool:
+    """Whether it is time for a backtest."""
+    due = now_s - memory.backtest_s >= settings.backtest_s
+    learned = _seen_s(settings, memory) >= settings.learning_s
+    return settings.adapt_headroom and learned and due and bool(memory.counts.any())
+
+
+def _adopted(settings: ChironSettings, memory: ModelMemory, headroom: Headroom) -> ModelMemory:
     # An hour shows rare bursts that ten minutes do not.
-    unseen = 1.0 - min(1.0, seen_s / settings.memory_s)
+    unseen = 1.0 - min(1.0, _seen_s(settings, memory) / settings.memory_s)
     margin = 1.0 + settings.margin + settings.margin_unseen * unseen
     h = headroom.h * margin
     if headroom.rule == CONSTANT:
         h = float(round(h))  # Whole instances already: rounding a small margin up would double a fleet of one.
-    return replace(memory, headroom=replace(headroom, h=h), backtest_s=now_s)
+    return replace(memory, headroom=replace(headroom, h=h))
 
 
 def _slacks_s(settings: ChironSettings, model: ModelView) -> list[float]:

@@ -7,7 +7,7 @@ measured corrects it. Where a step full of prefill would break that SLO by itsel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite, isnan
 
 from chiron.policies.capacity import work_s
@@ -46,16 +46,17 @@ def decide_batch_size(
         count * (view.mixes[name].input_tokens + view.mixes[name].output_tokens) for name, count in counts.items()
     )
     context /= running
+    correction = state.correction
     if not isnan(view.itl_s) and view.decode_batch >= 1.0:
         predicted = times.fixed_s + slope * view.decode_batch
         ratio = min(2.0, max(0.5, view.itl_s / predicted))
-        state = replace(state, correction=state.correction + 0.2 * (ratio - state.correction))
+        correction += 0.2 * (ratio - correction)
     target_s = itl_target_s(settings, slo_s, view.itl_missed)
     limits = prefill_limits(settings, view, target_s, context)
     limit_s = limits.mean_s
-    left_s = target_s / state.correction - times.fixed_s
+    left_s = target_s / correction - times.fixed_s
     interactive = {name: count for name, count in counts.items() if view.mixes[name].cls.interactive}
-    state = replace(state, interactive_s=_followed(state.interactive_s, interactive, slopes))
+    state = LocalState(correction=correction, interactive_s=_followed(state.interactive_s, interactive, slopes))
     size = int(left_s / slope)
     batch_limit = None
     if 0 < sum(interactive.values()) < running and limits.step_s < inf:
@@ -71,7 +72,7 @@ def decide_batch_size(
         "itl_slo_s": slo_s,
         "itl_target_s": target_s,
         "slope_s": slope,
-        "correction": state.correction,
+        "correction": correction,
         "prefill_limit_s": limit_s,
         "prefill_step_s": limits.step_s,
     }

@@ -13,12 +13,16 @@ short ones.
 
 One more rule, ``CONSTANT``, is the least fixed fleet that would have done: for bursts without memory nothing that
 follows the load is cheaper.
+
+All that takes some 10 ms, and no request should have to wait for it: a ``Backtest`` is the computation as a value, as
+far as it has come, and ``advanced`` takes it a few steps on, each of them one run of the load or one rule's basis. What
+comes out does not depend on how it was cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
@@ -68,24 +72,120 @@ def choose_headroom(
     ceiling: int,
     current: Rule | None = None,
 ) -> Headroom:
-    """The cheapest rule that meets the SLOs, or the ``current`` one if that is nearly as cheap.
+    """The cheapest rule that meets the SLOs, or the ``current`` one if that is nearly as cheap: all at once."""
+    question = Question(
+        load=load,
+        counts=counts,
+        slack_s=tuple(slack_s),
+        rules=tuple(rules),
+        cold_start_s=cold_start_s,
+        tick_s=tick_s,
+        miss_max=miss_max,
+        floor=floor,
+        ceiling=ceiling,
+        current=current,
+    )
+    return answer(Backtest(question=question))
 
-    ``load``: instances' worth of work arriving in each past second, shape (T,). ``counts``: requests per class and
-    second, shape (C, T). ``slack_s``: the wait each class can bear. ``floor``, ``ceiling``: fleet bounds.
-    """
-    tick = max(1, round(tick_s))
-    found: list[Headroom] = []
-    for rule in rules:
-        if rule == CONSTANT:
-            grid, basis = np.arange(max(floor, 1), max(ceiling, 1) + 1, dtype=float), np.ones(len(load))
-        else:
-            grid, basis = _GRID, _basis(load, rule, cold_start_s, tick)
-        h, cost = _least(load, counts, slack_s, basis, grid, miss_max, floor, ceiling)
-        found.append(Headroom(rule=rule, h=h, instances=cost))
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Question:
+    """What a backtest is about."""
+
+    load: Floats
+    """Instances' worth of work arriving in each past second, shape (T,)."""
+    counts: Floats
+    """Requests per class and second, shape (C, T)."""
+    slack_s: tuple[float, ...]
+    """The wait each class can bear."""
+    rules: tuple[Rule, ...]
+    cold_start_s: float
+    tick_s: float
+    miss_max: float
+    floor: int
+    """Of the fleet, as the next."""
+    ceiling: int
+    current: Rule | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """For the least headroom of one rule that suffices: it is above ``low``'s and at most ``high``'s of the grid.
+    Misses fall as it grows."""
+
+    rule: Rule
+    grid: Floats
+    basis: Floats
+    low: int
+    high: int
+    possible: bool = False
+    """The largest of the grid is enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Backtest:
+    """A backtest under way."""
+
+    question: Question
+    found: tuple[Headroom, ...] = ()
+    """Of the first rules."""
+    search: _Search | None = None
+    steps: int = 0
+    """That it has taken so far."""
+
+    @property
+    def done(self) -> bool:
+        return len(self.found) == len(self.question.rules)
+
+
+def advanced(backtest: Backtest, steps: int) -> Backtest:
+    """So many steps on, or done."""
+    while steps > 0 and not backtest.done:
+        backtest = _advanced(backtest)
+        steps -= 1
+    return backtest
+
+
+def answer(backtest: Backtest) -> Headroom:
+    """What comes out; what is left to compute is computed."""
+    while not backtest.done:
+        backtest = _advanced(backtest)
+    found = backtest.found
     best = min(found, key=lambda f: f.instances)
     # A change of rule moves the fleet: it must be worth it.
-    present = next((f for f in found if f.rule == current), best)
+    present = next((f for f in found if f.rule == backtest.question.current), best)
     return best if best.instances < (1.0 - _WORTH) * present.instances else present
+
+
+def _advanced(backtest: Backtest) -> Backtest:
+    question, search = backtest.question, backtest.search
+    backtest = replace(backtest, steps=backtest.steps + 1)
+    if search is None:
+        return replace(backtest, search=_began(question, question.rules[len(backtest.found)]))
+    if search.possible and search.low >= search.high:
+        h = float(search.grid[search.high])
+        cost = float(_fleet(question, search, search.high).mean())
+    else:
+        middle = (search.low + search.high) // 2 if search.possible else search.high
+        enough = meets_slos(
+            question.load, question.counts, question.slack_s, _fleet(question, search, middle), question.miss_max
+        )
+        if search.possible or enough:
+            low, high = (search.low, middle) if enough else (middle + 1, search.high)
+            return replace(backtest, search=replace(search, low=low, high=high, possible=True))
+        h, cost = float(search.grid[-1]), inf
+    found = Headroom(rule=search.rule, h=h, instances=cost)
+    return replace(backtest, found=(*backtest.found, found), search=None)
+
+
+def _began(question: Question, rule: Rule) -> _Search:
+    if rule == CONSTANT:
+        grid = np.arange(max(question.floor, 1), max(question.ceiling, 1) + 1, dtype=float)
+        basis = np.ones(len(question.load))
+    else:
+        grid = _GRID
+        basis = _basis(question.load, rule, question.cold_start_s, max(1, round(question.tick_s)))
+    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1)
 
 
 def window_mean(load: Floats, window_s: int) -> float:
@@ -124,31 +224,10 @@ def _means(load: Floats, window_s: int, tick: int) -> Floats:
     return means
 
 
-def _least(
-    load: Floats,
-    counts: Floats,
-    slack_s: Sequence[float],
-    basis: Floats,
-    grid: Floats,
-    miss_max: float,
-    floor: int,
-    ceiling: int,
-) -> tuple[float, float]:
-    """(least headroom of the grid that suffices, its mean instances); misses fall as it grows, so bisect."""
-    low, high = 0, len(grid) - 1
-    if not meets_slos(load, counts, slack_s, _fleet(basis, grid[high], floor, ceiling), miss_max):
-        return float(grid[high]), inf
-    while low < high:
-        middle = (low + high) // 2
-        if meets_slos(load, counts, slack_s, _fleet(basis, grid[middle], floor, ceiling), miss_max):
-            high = middle
-        else:
-            low = middle + 1
-    return float(grid[high]), float(_fleet(basis, grid[high], floor, ceiling).mean())
-
-
-def _fleet(basis: Floats, h: float, floor: int, ceiling: int) -> Floats:
-    fleet: Floats = np.clip(np.ceil(basis * h - 0.05), max(floor, 1), max(ceiling, 1))
+def _fleet(question: Question, search: _Search, at: int) -> Floats:
+    """With this headroom of the grid."""
+    basis, h = search.basis, search.grid[at]
+    fleet: Floats = np.clip(np.ceil(basis * h - 0.05), max(question.floor, 1), max(question.ceiling, 1))
     return fleet
 
 

@@ -166,6 +166,7 @@ OrderHook = Callable[[Any, Estimates], Order]
 BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
 PlaceHook = Callable[[Any, Estimates], Router]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
+PrepareHook = Callable[[Any, PolicyState], PolicyState | None]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
 LabelHook = Callable[[Any, Mapping[Role, int]], Sequence[Role]]
@@ -192,6 +193,9 @@ class Policy:
     """Asked at each scrape of an instance; None: max batch sizes stay."""
     fleet: FleetHook | None = None
     """None: the fleet stays as it is."""
+    prepare: PrepareHook | None = None
+    """Works on the fleet hook's state between two ticks, less than a millisecond a call; None when nothing is left to
+    do. What it changes is when something is computed, never what comes out."""
     take_back: TakeBackHook | None = None
     """Which of the draining instances (by id) comes back before a new one is started; None: none does."""
     label: LabelHook | None = None
