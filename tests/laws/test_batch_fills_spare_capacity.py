@@ -3,6 +3,7 @@ they keep theirs; what is already lost takes nothing from what is not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def run(
     most: int | None = None,
     duration_s: float = 240.0,
     seed: int = 3,
+    overrides: Sequence[str] = (),
 ) -> Result:
     """Interactive: (class, TTFT s, ITL ms, requests/s, lengths); jobs: (at s, due after s, items, lengths)."""
     parts = [
@@ -57,7 +59,7 @@ def run(
         parts.append(CHAT.format(name=name, ttft=ttft, itl=itl, rate=rate, duration=duration_s, lengths=lengths))
     for number, (at, due, requests, lengths) in enumerate(jobs, 1):
         parts.append(JOB.format(number=number, at=at, due=due, requests=requests, lengths=lengths))
-    scenario = parse_scenario("".join(parts), directory=Path(), name="spare")
+    scenario = parse_scenario("".join(parts), directory=Path(), name="spare").with_overrides(*overrides)
     (setup,) = setups(scenario, policies=["chiron"])
     return simulate(setup, with_bound=False)
 
@@ -117,3 +119,21 @@ def test_no_instance_is_added_for_batch_work_that_fits_beside_tight_slos() -> No
     attained = result.summary["attainment"]
     assert min(attained.values()) >= 0.98, attained
     assert result.summary["instances_peak"] <= 4
+
+
+def test_requests_that_are_lost_do_not_keep_a_job_from_its_deadline() -> None:
+    """For a minute comes much more than one instance carries; then hundreds wait that have missed their TTFT, and the
+    job is due before all of them could be served."""
+    crowd = [("chat", 1.5, 50, 23.0, CONVERSATIONS), ("agent", 10.0, 150, 14.0, '"azure-2023-code"')]
+    job = [(5, 100, 300, '"sharegpt-300"')]
+    result, unprotected = (
+        run(crowd, job, instances=1, duration_s=60.0, overrides=[f"policies.chiron.risk_share={share}"])
+        for share in (0.1, 1e9)
+    )
+    attained, before = result.summary["attainment"], unprotected.summary["attainment"]
+    assert min(before["chat"], before["agent"]) < 0.9, "an overload"
+    assert before["job1"] < 0.1
+    assert attained["job1"] > 0.8
+    assert all(attained[name] > before[name] - 0.005 for name in ("chat", "agent")), "who was not lost pays nothing"
+    items = result.requests.evictions[result.requests.cls == 2]
+    assert items.sum() < 0.3 * len(items), "it stays where it runs"

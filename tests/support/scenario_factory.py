@@ -200,7 +200,8 @@ def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[F
         if settings.resizes and draw.random() < 0.6:
             counts = {"interactive": draw.randint(0, 1), "mixed": draw.randint(0, 2), "batch": draw.randint(0, 1)}
         seen = {f"kv_{i.id}": float(i.kv_used_tokens) for i in model.instances}
-        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen)
+        risk = Random(f"{settings.seed}:risk:{model.name}:{view.now_s}").random() < 0.5
+        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen, batch_at_risk=risk)
     return plans, None
 
 

@@ -24,6 +24,8 @@ from chiron.policies.size import placed
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
+LOST_TURN = 40
+"""Batch requests at risk that may pass those that are lost, before one of these has its turn."""
 AVOID_ALONE_S = 0.5
 """Longest that the only instance of a model gets no requests after it lost some."""
 
@@ -120,6 +122,8 @@ class Dispatcher:
             state.batch.add(request, self._clock.now_s)
             if not state.waiting.count:
                 self._release_batch(state)
+            elif state.batch_at_risk:
+                self.pump(state)
         elif state.waiting.count:
             state.waiting.add(request, self._clock.now_s)
             self.pump(state)
@@ -150,6 +154,10 @@ class Dispatcher:
             now_s = self._clock.now_s
             while (request := waiting.head(now_s)) is not None:
                 waited_s = now_s - request.arrival_s
+                if state.batch_at_risk and waiting.order.only_lost():
+                    if not self._dispatch_lost(state, request, waited_s):
+                        break
+                    continue
                 placement = state.router.place(request, waited_s)
                 if placement is None:
                     for victim in state.router.relieve(request, waited_s):
@@ -159,6 +167,25 @@ class Dispatcher:
                 self._dispatch(state, request, placement)
         if state.batch.count and not waiting.count:
             self._release_batch(state)
+
+    def _dispatch_lost(self, state: ModelState, request: Request, waited_s: float) -> bool:
+        """The turn of a request that is lost, while batch work is at risk: that goes first, and is not evicted. What
+        waits for room then gets it, but for an empty instance and a turn in ``LOST_TURN``. False: it goes on waiting.
+        """
+        batch = state.batch
+        if batch.count:
+            before = batch.count
+            self._release_batch(state)
+            state.passed_lost += before - batch.count
+        placement = state.router.place(request, waited_s)
+        if placement is None or placement.evict:
+            return False
+        if batch.count and placement.instance.requests and state.passed_lost < LOST_TURN:
+            return False
+        state.passed_lost = 0
+        state.waiting.remove_head(request, self._clock.now_s)
+        self._dispatch(state, request, placement)
+        return True
 
     def _release_batch(self, state: ModelState) -> None:
         """While there is room. A prompt that is too long is passed by shorter ones, each time by half as long ones."""

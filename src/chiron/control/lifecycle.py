@@ -79,6 +79,7 @@ class Lifecycle:
 
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
         """Clamp to the model's bounds, remember, and log if anything changed."""
+        state.batch_at_risk = plan.batch_at_risk
         spec = state.spec
         counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ROLES}
         excess = sum(counts.values()) - spec.max_instances

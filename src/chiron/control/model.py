@@ -54,6 +54,10 @@ class ModelState:
         self.waiting = WaitingQueue((policy.order or earliest_first_token)(settings, self.learner))
         self.holds_batch = policy.order_batch is not None
         self.batch = BatchQueue((policy.order_batch or arrival_order)(settings, self.learner), policy.group_span_s)
+        self.batch_at_risk = False
+        """By the last plan: batch work goes before requests that are lost."""
+        self.passed_lost = 0
+        """Batch requests that went before them, since one of them was dispatched."""
         self.instances: dict[int, Instance] = {}
         self.planned: dict[Role, int] = {"interactive": 0, "mixed": 0, "batch": 0}
         self.advised: dict[Role, int] = {}

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from chiron.core.types import Request, Role
-from chiron.policies.chiron_batch import batch_extra, instances_apart
+from chiron.policies.chiron_batch import batch_at_risk, batch_extra, instances_apart
 from chiron.policies.chiron_load import (
     ModelMemory,
     backtested,
@@ -229,6 +229,7 @@ def _decide_model(
         ibp=recent / live,
         ibp_target=1.0 / headroom,
         bbp=float(bbp),
+        batch_at_risk=batch_at_risk(memory, model, now_s),
     )
     return plan, memory
 

@@ -43,11 +43,17 @@ def batch_extra(
     present += max(0, ready - interactive) * own.work_rate
     duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
     ahead, demand, bbp, need = 0.0, -inf, 0, 0.0
+    in_time, risk_until_s = 0.0, memory.risk_until_s
+    shortest_s = max(m.output_tokens * own.step_s for m in seen)
     for group, group_work in zip(model.groups, work, strict=True):
         ahead += group_work
         left_s = group.deadline_s - now_s
         usable_s = max(settings.tick_s, left_s * (1.0 - settings.deadline_margin) - duration_s)
         bbp += ahead > present * usable_s
+        if left_s > shortest_s:
+            in_time += group_work
+            if in_time > max(present, settings.risk_share * ready * own.work_rate) * usable_s:
+                risk_until_s = max(risk_until_s, group.deadline_s)
         need = max(need, ahead / own.work_rate / usable_s)
         overdue = ahead - trust * spare * usable_s
         demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
@@ -57,12 +63,21 @@ def batch_extra(
         memory,
         extra=extra,
         batch_work_s=ahead,
+        risk_until_s=risk_until_s,
         batch_spare=max(0.0, min(ready, interactive) - average) * serving.work_rate,
         batch_own=max(0, ready - interactive) * own.work_rate,
         batch_apart=need if own.work_rate > settings.apart_gain * serving.work_rate else 0.0,
         apart_missed_s=now_s if model.itl_missed > 3.0 * settings.itl_missed_max else memory.apart_missed_s,
     )
     return extra, bbp, numbers, memory
+
+
+def batch_at_risk(memory: ModelMemory, model: ModelView, now_s: float) -> bool:
+    """Work that was found at risk is queued or runs. It stays so while it runs: what lost requests evicted as soon as
+    little of it was queued would be at risk again."""
+    if now_s >= memory.risk_until_s:
+        return False
+    return model.running_batch > 0 or any(group.deadline_s <= memory.risk_until_s for group in model.groups)
 
 
 def instances_apart(settings: ChironSettings, memory: ModelMemory, total: int, now_s: float) -> int:

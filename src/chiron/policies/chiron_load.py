@@ -55,6 +55,9 @@ class ModelMemory:
     batch_apart: float = 0.0
     """Instances without interactive work that queued batch work would fill until it is due; 0 where it runs about as
     well beside interactive requests."""
+    risk_until_s: float = -inf
+    """Deadline of the last request group that was at risk: until it is done or due, batch work goes before interactive
+    requests that are lost."""
     apart_missed_s: float = -inf
     """When interactive requests last missed their ITL SLO so often that none is kept free for batch work."""
 

@@ -86,6 +86,9 @@ class ChironSettings:
     """Share of an added instance's time that the plan counts on."""
     deadline_margin: float = 0.1
     """Share of the time to each deadline that is kept in hand, besides one request's own duration."""
+    risk_share: float = 0.1
+    """Batch work goes before interactive requests that have missed their TTFT already, and is not evicted for them, if
+    the fleet's present spare capacity will not finish it in time, nor would this share of the whole fleet."""
     apart_gain: float = 1.1
     """Spare instances are kept free of interactive requests for batch work where it gains at least this factor."""
     plan_batch: bool = True
@@ -98,7 +101,16 @@ class ChironSettings:
         for name in ("tick_s", "backtest_s", "initial_max_batch_size", "memory_s", "group_span_s", "headroom_prior"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("hold_s", "learning_s", "prior_s", "prior_load", "margin", "margin_unseen", "itl_gain"):
+        for name in (
+            "hold_s",
+            "learning_s",
+            "prior_s",
+            "prior_load",
+            "margin",
+            "margin_unseen",
+            "itl_gain",
+            "risk_share",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.deadline_margin < 1:

@@ -47,6 +47,10 @@ class KeyOrder:
     def never_ran(self, request: Request) -> None:
         """Nothing to do: nobody is charged."""
 
+    def only_lost(self) -> bool:
+        """It does not know."""
+        return False
+
     def lost(self) -> Request | None:
         return None
 

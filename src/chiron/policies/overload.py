@@ -179,6 +179,9 @@ class OverloadOrder:
             if self._drop_ended(tenant):
                 self._rank(group, tenant)
 
+    def only_lost(self) -> bool:
+        return all(not group.count for group in self._classes.values())
+
     def lost(self) -> Request | None:
         """Of the class that has most of them."""
         able = [group for group in self._classes.values() if self._drop_ended_late(group)]

@@ -120,6 +120,9 @@ class Order(Protocol):
     def never_ran(self, request: Request) -> None:
         """It had its turn, and was refused, lost or taken back before its first token: nobody is charged for it."""
 
+    def only_lost(self) -> bool:
+        """Nobody who waits can be served in time any more. Called after ``head``."""
+
     def lost(self) -> Request | None:
         """One that cannot be served in time any more, the oldest; None: there is none, or this order does not care."""
 

@@ -163,6 +163,9 @@ class ModelPlan:
     ibp: float = nan
     ibp_target: float = nan
     bbp: float = nan
+    batch_at_risk: bool = False
+    """Batch work will miss its deadline unless it goes before requests that are lost anyway (``Order.only_lost``). They
+    evict none of it either."""
 
 
 FleetPlan = Mapping[str, ModelPlan]
