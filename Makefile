@@ -53,7 +53,7 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 	@echo "Report: $(OUT)/report.html    Figures: $(OUT)/figures    Numbers: $(OUT)/results.json"
 
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
-	@$(BIN)/python -m pytest -n 3 -m "not slow"
+	@$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.dev ## The slow tests only; those that load the whole machine one at a time (ten minutes)
 	@$(BIN)/python -m pytest -n 2 -m "slow and not alone"
@@ -64,7 +64,7 @@ test-all: $(VENV)/.dev ## Every test
 	@$(BIN)/python -m pytest -m alone
 
 test-compiled: $(VENV)/.dev $(COMPILED)/.built ## The tests that simulate, with the compiled build (four minutes, one of them to build)
-	@PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m pytest -n 3 -m "not slow" $(SIMULATING)
+	@PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow" $(SIMULATING)
 
 lint: $(VENV)/.dev ## Style, types, and which package may import which
 	@$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_simulate_prints_a_table_and_writes_one_json_object_per_policy_and_seed(scenario: Path) -> None:
     target = scenario.with_name("out.json")
-    result = call("simulate", scenario, "--json", target)
+    result = call("simulate", scenario, "--json", target, "--jobs", 1)
     assert result.exit_code == 0
     assert "scenario small" in result.stdout
     summaries = json.loads(target.read_text())
@@ -85,7 +85,7 @@ def test_several_jobs_give_what_one_job_gives(scenario: Path) -> None:
 
 def test_events_and_saved_results_of_several_runs_have_policy_and_seed_in_their_names(scenario: Path) -> None:
     folder = scenario.parent
-    call("compare", scenario, "--events", folder / "log.jsonl", "--save", folder / "run.chiron", "--jobs", 2)
+    call("compare", scenario, "--events", folder / "log.jsonl", "--save", folder / "run.chiron", "--jobs", 1)
     for seed in (1, 2):
         events = [json.loads(line) for line in (folder / f"log.static.{seed}.jsonl").read_text().splitlines()]
         assert {"arrival", "ended"} <= {event["event"] for event in events}

@@ -117,7 +117,8 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, content: str) -> None
 def test_it_reads_what_compare_writes(tmp_path: Path) -> None:
     scenario, out = tmp_path / "small.toml", tmp_path / "small.json"
     scenario.write_text(SMALL)
-    done = CliRunner().invoke(app, ["compare", str(scenario), "-p", "static", "-s", "1", "-s", "2", "--json", str(out)])
+    words = ["-p", "static", "-s", "1", "-s", "2", "--json", str(out), "--jobs", "1"]
+    done = CliRunner().invoke(app, ["compare", str(scenario), *words])
     assert done.exit_code == 0, done.output
     row = rows(page(out))["`static`"]
     hours = [r["gpu_hours"] for r in json.loads(out.read_text())]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from edge_site import ask, chat, edge_site
+from effort import examples
 from fault_site import FaultSite
 from fuzz_checks import options_for
 
@@ -41,24 +42,24 @@ def hot_checks() -> list[Any]:
     ]
 
 
-def fuzz(site: FaultSite, mode: str, examples: int) -> list[str]:
+def fuzz(site: FaultSite, mode: str, count: int) -> list[str]:
     schemathesis = pytest.importorskip("schemathesis")  # A second that the collection of tests need not take.
     schema = schemathesis.openapi.from_url(site.url + "/openapi.json").exclude(path=ENDS_IT)
     tried = []
     for found in schema.get_all_operations():
         operation = found.ok()
         if mode == "positive" or operation.body or operation.query:
-            try_out(operation, schemathesis.GenerationMode(mode), examples)
+            try_out(operation, schemathesis.GenerationMode(mode), count)
             tried.append(operation.label)
     return tried
 
 
-def try_out(operation: Any, mode: Any, examples: int) -> None:
+def try_out(operation: Any, mode: Any, count: int) -> None:
     options = {"checks": hot_checks()} if operation.path in HOT else options_for(operation)
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
-        max_examples=examples,
+        max_examples=count,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
@@ -73,7 +74,7 @@ MODES = ("positive", "negative")
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_does_what_the_document_says(site: FaultSite, mode: str) -> None:
-    assert f"POST {HOT[0]}" in fuzz(site, mode, 8)
+    assert f"POST {HOT[0]}" in fuzz(site, mode, examples(8))
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ async def uncollected(directory: Path, fields: dict[str, object]) -> int:
     finally:
         gc.enable()
         gc.set_threshold(700, 10, 10)
+        gc.freeze()
         await client.close()
         await service.stop(0.0)
         await upstream.close(0.0)
@@ -100,5 +101,6 @@ def test_an_answer_that_breaks_off_leaves_no_request_behind(tmp_path: Path, who:
             finally:
                 gc.enable()
                 gc.set_threshold(700, 10, 10)
+                gc.freeze()
 
     assert asyncio.run(main()) < 5

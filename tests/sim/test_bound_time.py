@@ -6,7 +6,6 @@ from math import inf
 
 import numpy as np
 import pytest
-from scipy.optimize import linprog
 
 from chiron.sim.bound_time import absorbed, peak_load
 
@@ -42,6 +41,8 @@ def test_a_due_time_before_the_arrival_is_a_window_of_one_instant() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_absorbed_work_is_the_optimum_of_the_linear_program(seed: int) -> None:
+    from scipy.optimize import linprog  # Half a second that the collection of tests need not take.
+
     random = np.random.default_rng(seed)
     parts, jobs, end_s, rate = 16, 30, 160.0, 3.0
     first = random.integers(0, parts, jobs)

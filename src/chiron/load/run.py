@@ -145,8 +145,10 @@ class _Sender:
 
     async def run(self) -> None:
         loop = self._loop
-        gc.collect()
-        gc.freeze()  # The plan is large and does not change: no collection need look at it.
+        freezes = not gc.get_freeze_count()  # What a caller froze is not ours to unfreeze.
+        if freezes:
+            gc.collect()
+            gc.freeze()  # The plan is large and does not change: no collection need look at it.
         cpu_s = process_time()
         self._start_s = perf_counter() + LEAD_S
         loop.call_later(LEAD_S, self._send_due)
@@ -169,7 +171,8 @@ class _Sender:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            gc.unfreeze()
+            if freezes:
+                gc.unfreeze()
         self.wall_s = perf_counter() - self._start_s
         self.stopped = self._stop.is_set()
         self.cpu_share = (process_time() - cpu_s) / max(self.wall_s + LEAD_S, 1e-9)
