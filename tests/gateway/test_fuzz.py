@@ -3,16 +3,19 @@ none is other than described."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from importlib import resources
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
 from edge_site import ask, chat, edge_site
 from effort import examples
 from fault_site import FaultSite
-from fuzz_checks import options_for
+from fuzz_checks import FORM, is_right, options_for
 
 HOT = ["/v1/chat/completions", "/v1/completions"]
 ENDS_IT = "/chiron/drain"
@@ -74,10 +77,38 @@ MODES = ("positive", "negative")
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_does_what_the_document_says(site: FaultSite, mode: str) -> None:
-    assert f"POST {HOT[0]}" in fuzz(site, mode, examples(8))
+    tried = fuzz(site, mode, examples(8))
+    assert f"POST {HOT[0]}" in tried
+    assert len(tried) == (18 if mode == "positive" else 7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_many_times(site: FaultSite, mode: str) -> None:
     fuzz(site, mode, 150)
+
+
+PURPOSE, FILE = ("purpose", (None, "batch")), ("file", ("a.jsonl", b"\xff{}"))
+EXPIRES = [("expires_after[anchor]", (None, "created_at")), ("expires_after[seconds]", (None, "3600"))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "right"),
+    [
+        ([PURPOSE, FILE], True),
+        ([PURPOSE, FILE, *EXPIRES], True),
+        ([FILE], False),
+        ([PURPOSE, ("file", (None, "no file"))], False),
+        ([PURPOSE, PURPOSE, FILE], False),
+        ([PURPOSE, FILE, ("more", (None, "x"))], False),
+        ([PURPOSE, FILE, EXPIRES[0]], False),
+        ([("purpose", (None, "fun")), FILE], False),
+    ],
+)
+def test_a_form_is_judged_as_it_was_sent(fields: list[Any], right: bool) -> None:
+    document = json.loads(resources.files("chiron").joinpath("data/openapi.json").read_text())
+    schema = document["paths"]["/v1/files"]["post"]["requestBody"]["content"][FORM]["schema"]
+    if "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    sent = requests.Request("POST", "http://127.0.0.1/v1/files", files=fields).prepare()
+    assert is_right(sent, schema) == right
