@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 
-from effort import examples
 from hypothesis import HealthCheck, settings
+
+from effort import examples
 
 settings.register_profile(
     "chiron",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ lengths = { input = 500, output = 150 }
 """  # noqa: E501
 
 
+@cache
 def run(policy: str, text: str = SMALL) -> Result:
     scenario: Scenario = parse_scenario(text, directory=Path())
     (setup,) = setups(scenario, policies=[policy])

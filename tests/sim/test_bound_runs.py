@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from math import inf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,8 +107,17 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+def pairs() -> list[Any]:
+    """Every policy in every scenario; what is tuned differs in numbers alone, and is as long again."""
+    slow = {name for name in POLICIES if name.endswith("-tuned")}
+    return [
+        pytest.param(policy, scenario, marks=[pytest.mark.slow] if policy in slow else [])
+        for policy in sorted(POLICIES)
+        for scenario in SCENARIOS
+    ]
+
+
+@pytest.mark.parametrize(("policy", "scenario"), pairs())
 def test_no_policy_beats_the_bound(policy: str, scenario: str) -> None:
     run = setup(policy, **SCENARIOS[scenario])  # type: ignore[arg-type]
     result = simulate(run, with_bound=False)
