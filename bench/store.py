@@ -30,7 +30,7 @@ from random import Random
 import orjson
 
 from chiron.store.port import Ended, InputLimits, Item, ItemSpec, LineError
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 
 WAKE_S = 0.01
 GROUPS = 4

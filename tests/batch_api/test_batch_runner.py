@@ -15,7 +15,7 @@ from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import StoreFull
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 from gateway_site import hashed, line, models, prompt, served
 
 

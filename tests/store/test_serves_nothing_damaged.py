@@ -191,3 +191,17 @@ def test_a_damaged_row_deletes_nothing(tmp_path: Path) -> None:
             assert (tmp_path / "files" / batch.input_file_id).read_bytes() == lines_of(5)
 
     asyncio.run(run())
+
+
+def test_what_was_learned_and_is_damaged_is_not_loaded(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with sqlite_site(tmp_path).store() as store:
+            await store.save_learned("control", b"step times")
+            path = tmp_path / "learned.control"
+            path.write_bytes(path.read_bytes().replace(b"times", b"tides"))
+            with pytest.raises(StoreDamaged, match=r"learned\.control"):
+                await store.load_learned("control")
+            await store.save_learned("control", b"anew")
+            assert await store.load_learned("control") == b"anew"
+
+    asyncio.run(run())

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from chiron.store.database import open_for_reading
-from chiron.store.items import lease
-from chiron.store.leases import Leases
 from chiron.store.port import BatchStore, Ended, ItemSpec, LineError
+from chiron.store.sqlite.database import open_for_reading
+from chiron.store.sqlite.items import lease
+from chiron.store.sqlite.leases import Leases
 from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
 from store_sites import sqlite_site
 

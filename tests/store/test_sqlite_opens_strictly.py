@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from chiron.store.database import read_meta, write_row
+from chiron.store.jobs.rows import write_row
 from chiron.store.port import StoreCorrupt, StoredFile, StoreError, StoreLocked
 from chiron.store.settings import StoreSettings
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.database import connect_to, read_meta
+from chiron.store.sqlite.store import SqliteStore
 from store_contract import LIMITS, Site, check, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
 HOLD = """
 import asyncio, sys, time
 from pathlib import Path
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 async def main():
     await SqliteStore(Path(sys.argv[1]), wall=time.time).open()
     print("open", flush=True)
@@ -112,9 +113,8 @@ def test_the_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
-    with sqlite3.connect(tmp_path / "batch.sqlite3") as db:
+    with connect_to(tmp_path / "batch.sqlite3") as db:
         db.execute("PRAGMA user_version = 99")
-        db.row_factory = sqlite3.Row
         write_row(db, "meta", dict(read_meta(db)) | {"schema": 99})
     db.close()
     with pytest.raises(StoreError, match="schema 99"):

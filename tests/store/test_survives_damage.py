@@ -22,12 +22,13 @@ from random import Random
 
 import pytest
 
-from chiron.store.database import PAGE_BYTES, copied, item_index
-from chiron.store.pages import Pages
+from chiron.store.jobs.rows import copied, item_index
 from chiron.store.port import ENDED, Batch, BatchStore, Ended, StoreDamaged, StoredFile
 from chiron.store.settings import StoreSettings
-from chiron.store.sqlite import SqliteStore
-from chiron.store.wal import FRAME_BYTES, HEADER_BYTES, Frame, Log, read_log
+from chiron.store.sqlite.database import PAGE_BYTES
+from chiron.store.sqlite.pages import Pages
+from chiron.store.sqlite.store import SqliteStore
+from chiron.store.sqlite.wal import FRAME_BYTES, HEADER_BYTES, Frame, Log, read_log
 from store_contract import LIMITS, MODEL, check, keys, line_of, lines_of, start, submit, upload
 from store_sites import sqlite_site
 

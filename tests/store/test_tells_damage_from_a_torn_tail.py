@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from chiron.store.acknowledged import Acknowledged, read_acknowledged
-from chiron.store.sqlite import SqliteStore
-from chiron.store.wal import FRAME_BYTES, HEADER_BYTES, read_log
+from chiron.store.sqlite.acknowledged import Acknowledged, read_acknowledged
+from chiron.store.sqlite.store import SqliteStore
+from chiron.store.sqlite.wal import FRAME_BYTES, HEADER_BYTES, read_log
 from store_contract import start, upload
 from store_sites import sqlite_site
 

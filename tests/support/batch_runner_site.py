@@ -12,7 +12,7 @@ from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.batch.settings import RunnerSettings
 from chiron.gateway.relay.keys import KeyRing
 from chiron.store.port import Batch
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 from gateway_site import FakePlane, jsonl, line, models
 
 WALL_S = 1_800_000_000.0

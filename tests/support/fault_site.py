@@ -25,8 +25,9 @@ from typing import Any
 import psutil
 
 from chiron.net.client import NetError, Origin, Response
-from chiron.store.database import item_index, open_for_reading
+from chiron.store.jobs.rows import item_index
 from chiron.store.port import request_id
+from chiron.store.sqlite.database import open_for_reading
 
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "fault_engine.py"

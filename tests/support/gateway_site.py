@@ -24,7 +24,7 @@ from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.settings import BatchSettings, ModelSettings
 from chiron.net.clock import LiveClock
 from chiron.net.server import serve
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 
 CLASSES = {
     "chat": RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1),

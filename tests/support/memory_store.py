@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -17,6 +17,9 @@ class MemoryStore:
         self.ended: list[Ended] = []
         self._waiting: dict[tuple[str, int], Item] = {}
         self._leased: dict[tuple[str, int], Item] = {}
+        self.learned: dict[str, bytes] = {}
+
+    def on_news(self, tell: Callable[[], None]) -> None: ...
 
     def add(self, items: Sequence[Item]) -> None:
         self._waiting.update({(item.batch_id, item.index): item for item in items})
@@ -78,3 +81,9 @@ class MemoryStore:
         return ClockMarks()
 
     async def keep_clock_marks(self, marks: ClockMarks) -> None: ...
+
+    async def save_learned(self, name: str, data: bytes) -> None:
+        self.learned[name] = data
+
+    async def load_learned(self, name: str) -> bytes | None:
+        return self.learned.get(name)

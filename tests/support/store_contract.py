@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from chiron.store.learned import LEARNED_BYTES_MAX
 from chiron.store.port import (
     Batch,
     BatchStore,
@@ -597,7 +598,8 @@ async def a_lease_that_nobody_waits_for_is_given_back(site: Site) -> None:
         async with asyncio.timeout(60):
             while sum(work.items for work in await store.pending()) < 100:
                 pass
-        assert indices(await store.lease(MODEL, 200)) == list(range(100))
+        found = indices(await store.lease(MODEL, 200))
+        assert found == list(range(100)), found
 
 
 async def many_callers_at_once_lose_nothing(site: Site) -> None:
@@ -862,6 +864,23 @@ async def results_cannot_be_input(site: Site) -> None:
             )
 
 
+async def what_was_learned_is_kept(site: Site) -> None:
+    async with site.store() as store:
+        assert await store.load_learned("control") is None
+        await store.save_learned("control", b"first")
+        await store.save_learned("control", Random(3).randbytes(300_000))
+        await store.save_learned("other", b"")
+        with pytest.raises(ValueError, match="name"):
+            await store.save_learned("../control", b"")
+        with pytest.raises(ValueError, match="at most"):
+            await store.save_learned("control", bytes(LEARNED_BYTES_MAX + 1))
+        await asyncio.gather(*(store.save_learned("race", b"%d" % number * 1000) for number in range(8)))
+    async with site.store() as store:
+        assert await store.load_learned("control") == Random(3).randbytes(300_000)
+        assert await store.load_learned("other") == b""
+        assert await store.load_learned("race") in [b"%d" % number * 1000 for number in range(8)]
+
+
 async def a_closed_store_says_so(site: Site) -> None:
     async with site.store() as store:
         pass
@@ -968,6 +987,7 @@ CASES: list[Case] = [
     an_input_outlives_its_time_while_its_batch_runs,
     results_go_when_their_time_is_over,
     results_cannot_be_input,
+    what_was_learned_is_kept,
     a_closed_store_says_so,
     any_history_leaves_one_line_per_item,
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chiron.store.port import BatchStore
 from chiron.store.settings import StoreSettings
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 from store_contract import Site
 
 

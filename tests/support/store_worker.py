@@ -19,7 +19,7 @@ from typing import TextIO
 
 from chiron.store.port import ENDED, Ended
 from chiron.store.settings import StoreSettings
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.store import SqliteStore
 from store_contract import LIMITS, MODEL, check, keys, lines_of
 
 ITEMS = 1200

@@ -37,9 +37,9 @@ from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, ServerLimits, serve
 from chiron.policies.registry import make_policy
-from chiron.store.directory import make_directory
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
-from chiron.store.sqlite import SqliteStore
+from chiron.store.sqlite.directory import make_directory
+from chiron.store.sqlite.store import SqliteStore
 from chiron.telemetry.errors import TelemetryError
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import save_result
@@ -262,15 +262,7 @@ class Service:
         """The object of ``GET /chiron/status``."""
         found: dict[str, Any] = {}
         self.clock.post(lambda: found.update(status(self.plane.snapshot(), self.journal, self.around())))
-        return found | {"batch_runner": self.runner.summary(), "store": self._store_status()}
-
-    def _store_status(self) -> dict[str, Any]:
-        files, size = self.store.lost_holds
-        return {
-            "unavailable": self.store.unavailable,
-            "damage": self.store.damage.notes,
-            "lost_and_found": {"path": str(self.store.lost.path), "files": files, "bytes": size},
-        }
+        return found | {"batch_runner": self.runner.summary(), "store": dict(self.store.report())}
 
     def result(self) -> Result:
         """The run so far, as the simulator's reports have it. Without the config, which may hold tokens."""

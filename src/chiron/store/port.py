@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from chiron.store.trusted_clock import ClockMarks
 
@@ -264,12 +264,22 @@ class Upload(Protocol):
 class BatchStore(Protocol):
     """Files, batches and their items. All methods may raise ``StoreError``; ``StoreFull`` where they write."""
 
+    unavailable: str
+    """Why it cannot be used although it is wanted, as callers are told (``StoreUnavailable``); empty if it can. Whoever
+    opens it may set it."""
+
     async def open(self) -> None:
         """Take the store. Items leased by a process that is gone are pending again, half-made files are removed.
         Raises ``StoreLocked`` and ``StoreCorrupt``."""
 
     async def close(self) -> None:
         """Wait for what was asked and let go. Nothing is lost without it."""
+
+    def on_news(self, tell: Callable[[], None]) -> None:
+        """``tell`` is called, on the loop that opened the store, when somebody else made work that can be leased."""
+
+    def report(self) -> Mapping[str, Any]:
+        """For the status page."""
 
     async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> Upload: ...
 
@@ -359,3 +369,10 @@ class BatchStore(Protocol):
 
     async def sweep(self, now_s: float) -> Swept:
         """Remove what ended, and uploads unused, longer ago than the store's retention."""
+
+    async def save_learned(self, name: str, data: bytes) -> None:
+        """Keep what was learned in place of what was kept under this name: at most ``learned.LEARNED_BYTES_MAX``, else
+        ValueError. A crash leaves the old or the new, whole."""
+
+    async def load_learned(self, name: str) -> bytes | None:
+        """What was kept last; None: nothing. Raises ``StoreDamaged`` if it is no longer what was kept."""

@@ -8,11 +8,19 @@ so that a sum that was wrong before stays wrong after.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 from zlib import crc32
 
 from chiron.store.port import StoreDamaged
+
+
+class Row(Protocol):
+    """Values by name; iterated in the order of the columns."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "meta": ("no", "schema", "commits", "seen_s", "trusted_s", "doubt_s"),
@@ -57,7 +65,7 @@ def row_sum(table: str, values: Sequence[object]) -> int:
     return crc32(repr(plain).encode(errors="surrogatepass"), SALTS[table])
 
 
-def check_row(table: str, row: sqlite3.Row, what: str) -> sqlite3.Row:
+def check_row(table: str, row: Row, what: str) -> Row:
     """The row, if it fits its sum; ``what`` names it. The row has all columns of the table in order, the sum last."""
     *values, found = row
     if row_sum(table, values) != found:
@@ -84,7 +92,7 @@ ITEM_COLUMNS = ("key", "state", "lane", "attempts", "offset", "bytes", "input_by
 """The arguments of ``item_sum``, in order."""
 
 
-def item_fits(row: sqlite3.Row) -> bool:
+def item_fits(row: Row) -> bool:
     """Whether an item's row, with at least ``ITEM_COLUMNS`` and ``sum``, is as it was written."""
     values = [row[name] for name in ITEM_COLUMNS]
     *numbers, custom_id, _ = values

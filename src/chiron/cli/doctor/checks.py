@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Literal
 from chiron.cli.common.extras import EXTRAS, OPTIONAL, install_hint, missing
 from chiron.cli.common.tls import certificate_trouble
 from chiron.store.damage import NAME, read_notes
-from chiron.store.directory import open_to_others
-from chiron.store.lost import FOLDER
+from chiron.store.sqlite.directory import open_to_others
+from chiron.store.sqlite.lost import FOLDER
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig

@@ -103,6 +103,7 @@ class BatchRunner:
     async def start(self) -> None:
         """Take up what the last process left."""
         tuning = self._tuning
+        self._store.on_news(self._news.set)
         marks = await self._store.clock_marks()
         self._marks = begin(marks, self._wall_s(), gap_s=tuning.clock_gap_s, grace_s=tuning.clock_grace_s)
         if self._marks.doubt_s:

@@ -8,27 +8,23 @@ disk has lost items is read again as well, and gets those that are missing.
 from __future__ import annotations
 
 import json
-import sqlite3
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
-from io import BufferedReader
-from pathlib import Path
+from io import BufferedReader, RawIOBase
 from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
 
-from chiron.store.batches import fail_validation, find_batch, find_file, storable, update_batch
-from chiron.store.content import CheckedFile
-from chiron.store.database import OPEN, item_key, write_row
-from chiron.store.directory import disk_error
-from chiron.store.port import Check, InputLimits, ItemSpec, LineError, NotFound, StoreDamaged
-from chiron.store.recount import add_missing, end_mending
-from chiron.store.results import id_size
-from chiron.store.sums import BLOCK_BYTES, item_sum
-from chiron.store.writer import Operation, Transaction
+from chiron.store.jobs.batches import fail_validation, find_batch, find_file, storable, update_batch
+from chiron.store.jobs.database import Operation, Transaction
+from chiron.store.jobs.recount import add_missing, end_mending
+from chiron.store.jobs.results import id_size
+from chiron.store.jobs.rows import OPEN, item_key, write_row
+from chiron.store.port import Check, InputLimits, ItemSpec, LineError, NotFound, StoreDamaged, StoreError
+from chiron.store.sums import BLOCK_BYTES, ITEM_COLUMNS, Row, item_sum
 
 BLOCK_ITEMS = 500
 """Items per transaction: a few milliseconds of the writer's time."""
@@ -91,12 +87,13 @@ class _Findings:
 
 
 class Validation:
-    """Validates one batch. ``run`` blocks; everything it writes goes through ``submit``, and ``ask`` only reads."""
+    """Validates one batch. ``run`` blocks; everything it writes goes through ``submit``, and ``ask`` only reads.
+    ``open_input`` raises FileNotFoundError if the content is gone, and StoreError."""
 
     def __init__(
         self,
         batch_id: str,
-        path: Path,
+        open_input: Callable[[Row], RawIOBase],
         check: Check,
         limits: InputLimits,
         submit: Callable[[Operation[bool]], Future[bool]],
@@ -104,7 +101,7 @@ class Validation:
         now: Callable[[], float],
     ) -> None:
         self._batch_id = batch_id
-        self._path = path
+        self._open_input = open_input
         self._check = check
         self._limits = limits
         self._submit = submit
@@ -120,7 +117,7 @@ class Validation:
         self._mending = bool(self._ask(self._is_mended).result())
         try:
             file = self._ask(self._input).result()
-            with BufferedReader(CheckedFile(self._path, file), BLOCK_BYTES) as stream:
+            with BufferedReader(self._open_input(file), BLOCK_BYTES) as stream:
                 if not self._read_items(stream):
                     return
         except (FileNotFoundError, NotFound) as error:
@@ -128,8 +125,7 @@ class Validation:
             message = f"the input file cannot be read: {why}"
             self._found.errors.append(LineError(code="input_file_missing", message=message, param="input_file_id"))
         except OSError as error:
-            # The file is there; that too many are open, say, passes.
-            raise disk_error(error, self._path) from error
+            raise StoreError(f"the input of batch {self._batch_id!r} cannot be read: {error.strerror}") from error
         found = self._found
         if self._mending:
             self._submit(self._end_mending).result()
@@ -144,7 +140,7 @@ class Validation:
         """Whether this batch ran already, and only lacks items that the disk has lost."""
         return bool(find_batch(transaction.db, self._batch_id)["incomplete"])
 
-    def _input(self, transaction: Transaction) -> sqlite3.Row:
+    def _input(self, transaction: Transaction) -> Row:
         batch = find_batch(transaction.db, self._batch_id)
         return find_file(transaction.db, batch["input_file_id"])
 
@@ -228,11 +224,8 @@ class Validation:
                 return bool(batch["incomplete"])
             if batch["status"] != "validating":
                 return False
-            transaction.db.executemany(
-                "INSERT OR REPLACE INTO items(key, state, lane, attempts, offset, bytes, input_bytes, custom_id,"
-                " body_sum, sum) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(base + row[0], *row[1:], item_sum(base + row[0], *row[1:])) for row in rows],
-            )
+            summed = [(base + row[0], *row[1:], item_sum(base + row[0], *row[1:])) for row in rows]
+            transaction.db.insert_rows("items", (*ITEM_COLUMNS, "sum"), summed, True)
             return True
 
         # The next block is read while this one is committed.
@@ -268,6 +261,7 @@ class Validation:
         model = next(iter(found.work)) if len(found.work) == 1 else None
         lanes = json.dumps(list(found.work))
         total = len(found.hashes)
+        transaction.has_news = True
         update_batch(db, no, status="in_progress", in_progress_s=self._now(), total=total, model=model, lanes=lanes)
         return True
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from chiron.store.batches import ended_s, insert_file, results_file
-from chiron.store.database import FAILED, LOST, OK, OPEN, item_index, item_key, keep_copy, write_row
+from chiron.store.jobs.batches import ended_s, insert_file, results_file
+from chiron.store.jobs.database import Database
+from chiron.store.jobs.results import id_size, lost_line, unfinished_line
+from chiron.store.jobs.rows import FAILED, LOST, OK, OPEN, item_index, item_key, keep_copy, write_row
 from chiron.store.port import ENDED, RUNNING, LineError
-from chiron.store.results import id_size, lost_line, unfinished_line
-from chiron.store.sums import COLUMNS, item_sum
+from chiron.store.sums import COLUMNS, ITEM_COLUMNS, Row, item_sum
 
 
 def keys_of(batch: int) -> tuple[int, int]:
@@ -20,18 +20,17 @@ def keys_of(batch: int) -> tuple[int, int]:
     return item_key(batch, 0), item_key(batch + 1, 0) - 1
 
 
-def set_state(db: sqlite3.Connection, key: int, state: int) -> None:
+def set_state(db: Database, key: int, state: int) -> None:
     row = db.execute("SELECT * FROM items WHERE key = ?", (key,)).fetchone()
-    write_item(db, *[state if name == "state" else row[name] for name in row.keys()[:-1]])
+    write_item(db, *[state if name == "state" else row[name] for name in ITEM_COLUMNS])
 
 
-def write_item(db: sqlite3.Connection, *values: Any) -> None:
+def write_item(db: Database, *values: Any) -> None:
     """By ``ITEM_COLUMNS``; what was there is replaced."""
-    marks = ", ".join("?" * (len(values) + 1))
-    db.execute(f"INSERT OR REPLACE INTO items VALUES({marks})", (*values, item_sum(*values)))
+    db.insert_rows("items", (*ITEM_COLUMNS, "sum"), [(*values, item_sum(*values))], True)
 
 
-def recounted(db: sqlite3.Connection, batch: dict[str, Any], served: frozenset[int] = frozenset()) -> dict[str, Any]:
+def recounted(db: Database, batch: dict[str, Any], served: frozenset[int] = frozenset()) -> dict[str, Any]:
     """The batch with counts and sizes as its items and results have them, but for files whose lines were deleted
     (``served``: the states, ``OK`` and ``FAILED``, whose lines are still there; of a running batch all are). Its rows
     of ``work`` are written anew."""
@@ -42,8 +41,8 @@ def recounted(db: sqlite3.Connection, batch: dict[str, Any], served: frozenset[i
     )
     sizes = dict(
         db.execute(
-            "SELECT state, sum(length(line) + 1) FROM items JOIN results USING(key) WHERE key BETWEEN ? AND ?"
-            " GROUP BY state",
+            "SELECT state, CAST(sum(length(line) + 1) AS BIGINT) FROM items JOIN results USING(key)"
+            " WHERE key BETWEEN ? AND ? GROUP BY state",
             keys_of(no),
         ).fetchall()
     )
@@ -61,7 +60,7 @@ def recounted(db: sqlite3.Connection, batch: dict[str, Any], served: frozenset[i
     return changed
 
 
-def add_missing(db: sqlite3.Connection, batch: sqlite3.Row, rows: Sequence[tuple[Any, ...]]) -> None:
+def add_missing(db: Database, batch: Row, rows: Sequence[tuple[Any, ...]]) -> None:
     """Items of a batch that ran already, by ``ITEM_COLUMNS``: those of them that the disk has lost. Of a batch that is
     over nobody knows any more how they ended."""
     lost = batch["status"] not in RUNNING
@@ -70,7 +69,7 @@ def add_missing(db: sqlite3.Connection, batch: sqlite3.Row, rows: Sequence[tuple
             write_item(db, key, LOST if lost else OPEN, *rest)
 
 
-def end_mending(db: sqlite3.Connection, batch: sqlite3.Row, trouble: str) -> None:
+def end_mending(db: Database, batch: Row, trouble: str) -> None:
     """The input was read again, as far as it could be. What is still missing is lost, and its name too."""
     no = batch["no"]
     have = {
@@ -94,7 +93,7 @@ FILES_OF = ((OK, "output_file_id"), (FAILED, "error_file_id"))
 BOTH = frozenset({OK, FAILED})
 
 
-def served_of(db: sqlite3.Connection, batch: sqlite3.Row) -> frozenset[int]:
+def served_of(db: Database, batch: Row) -> frozenset[int]:
     """States whose lines are still there."""
     return frozenset(
         state
@@ -103,7 +102,7 @@ def served_of(db: sqlite3.Connection, batch: sqlite3.Row) -> frozenset[int]:
     )
 
 
-def settle_files(db: sqlite3.Connection, batch: dict[str, Any], served: frozenset[int] = BOTH) -> None:
+def settle_files(db: Database, batch: dict[str, Any], served: frozenset[int] = BOTH) -> None:
     """The rows of output and errors of a batch that is over say what its lines are; ``batch`` gets their ids."""
     if batch["status"] not in ENDED:
         return
@@ -123,7 +122,7 @@ def settle_files(db: sqlite3.Connection, batch: dict[str, Any], served: frozense
             batch[name] = file.id
 
 
-def _made_bytes(db: sqlite3.Connection, batch: dict[str, Any], ended: bool) -> int:
+def _made_bytes(db: Database, batch: dict[str, Any], ended: bool) -> int:
     """Size of the lines that are made when they are read."""
     size = 0
     states = (LOST, OPEN) if ended else (LOST, LOST)
@@ -142,7 +141,7 @@ def _made_bytes(db: sqlite3.Connection, batch: dict[str, Any], ended: bool) -> i
     return size
 
 
-def _write_work(db: sqlite3.Connection, no: int, lanes: list[str]) -> None:
+def _write_work(db: Database, no: int, lanes: list[str]) -> None:
     sums: dict[int, list[int]] = {}
     for row in db.execute(
         f"SELECT lane, input_bytes, custom_id FROM items WHERE key BETWEEN ? AND ? AND state = {OPEN}", keys_of(no)

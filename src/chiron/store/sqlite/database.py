@@ -1,9 +1,5 @@
 """The SQLite database: its tables, how it is opened, and what its errors mean.
 
-An item is a row that points into the uploaded file, so that input is on disk once. Items and results have one key,
-``batch number << 32 | index``: both tables lie on disk in the order of the input, and the primary key of ``results``
-is what makes a second result for an item impossible.
-
 Every row carries a checksum (``sums``). Rows of files and batches are kept twice: ``copies`` has each as it was at its
 last change of status, on other pages, since all that belongs to a batch is worth nothing without its row.
 """
@@ -12,13 +8,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from chiron.store.jobs.rows import BATCH_DEFAULTS, keep_copy, write_row
 from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull
 from chiron.store.settings import StoreSettings
-from chiron.store.sums import COLUMNS, check_row, item_sum, result_sum, row_sum
+from chiron.store.sums import COLUMNS, Row, check_row, item_sum, result_sum
 
 DATABASE = "batch.sqlite3"
 APPLICATION_ID = 0x43484952  # "CHIR"
@@ -27,10 +24,6 @@ SQLITE_MIN = (3, 35, 0)
 """The first with ``RETURNING``."""
 PAGE_BYTES = 8192
 """Results of about a kilobyte fill large pages better than small ones."""
-
-OPEN, OK, FAILED, LOST = 0, 1, 2, 3
-"""States of an item: no result yet, a line in the output file, a line in the error file; it had a line, which was
-damaged on the disk, and counts as failed."""
 
 TABLES = {
     "meta": """CREATE TABLE meta(
@@ -86,99 +79,10 @@ MARKS = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEM
 META = (1, SCHEMA_VERSION, 0, None, None, 0.0)
 """The row of ``meta`` in a new database."""
 
-BATCH_DEFAULTS: dict[str, object] = dict.fromkeys(COLUMNS["batches"]) | {
-    "total": 0,
-    "completed": 0,
-    "failed": 0,
-    "errors": "[]",
-    "recent": "[]",
-    "output_bytes": 0,
-    "error_bytes": 0,
-    "lanes": "[]",
-    "incomplete": 0,
-    "usage": "[0, 0, 0, 0]",
-}
 
-INDEX_MAX = (1 << 32) - 1
-"""No item has it: an input file holds fewer lines."""
-
-
-def item_key(batch: int, index: int) -> int:
-    assert 0 <= index <= INDEX_MAX, index
-    return batch << 32 | index
-
-
-def item_index(key: int) -> int:
-    return key & INDEX_MAX
-
-
-# Rows with their sums.
-
-
-def insert_row(db: sqlite3.Connection, table: str, values: Mapping[str, object]) -> int:
-    """A new row of ``files``, ``batches`` or ``purges``, all columns but its number given. Returns the number."""
-    names = COLUMNS[table][1:]
-    marks = ", ".join("?" * len(names))
-    row = [values[name] for name in names]
-    cursor = db.execute(f"INSERT INTO {table}({', '.join(names)}, sum) VALUES({marks}, 0)", row)
-    no = cursor.lastrowid
-    assert no is not None
-    db.execute(f"UPDATE {table} SET sum = ? WHERE no = ?", (row_sum(table, [no, *row]), no))
-    return no
-
-
-def write_row(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> None:
-    """A whole row with the key that it has; what was there is replaced."""
-    row = [values[name] for name in COLUMNS[table]]
-    db.execute(_WRITE[table], (*row, row_sum(table, row)))
-
-
-_WRITE = {
-    table: f"INSERT OR REPLACE INTO {table}({', '.join(names)}, sum) VALUES({', '.join('?' * (len(names) + 1))})"
-    for table, names in COLUMNS.items()
-}
-
-
-def change_row(db: sqlite3.Connection, table: str, row: sqlite3.Row, changes: Mapping[str, object]) -> dict[str, Any]:
-    """Change columns of a row that was checked and has a number. Returns its values."""
-    values: dict[str, Any] = {name: row[name] for name in COLUMNS[table]} | dict(changes)
-    columns = ", ".join(f"{name} = ?" for name in changes)
-    total = row_sum(table, [values[name] for name in COLUMNS[table]])
-    db.execute(f"UPDATE {table} SET {columns}, sum = ? WHERE no = ?", (*changes.values(), total, row["no"]))
-    return values
-
-
-_COPIED = ("batches", "files")
-
-
-def copy_number(table: str, no: int) -> int:
-    return 2 * no + _COPIED.index(table)
-
-
-def copied(copy_no: int) -> tuple[str, int]:
-    """Table and number of the row that a copy is of."""
-    return _COPIED[copy_no % 2], copy_no // 2
-
-
-def keep_copy(db: sqlite3.Connection, table: str, values: Mapping[str, Any]) -> None:
-    row = [value.hex() if isinstance(value := values[name], bytes) else value for name in COLUMNS[table]]
-    write_row(db, "copies", {"no": copy_number(table, values["no"]), "row": json.dumps(row)})
-
-
-def drop_copy(db: sqlite3.Connection, table: str, no: int) -> None:
-    db.execute("DELETE FROM copies WHERE no = ?", (copy_number(table, no),))
-
-
-def read_copy(table: str, text: str) -> dict[str, Any]:
-    values = dict(zip(COLUMNS[table], json.loads(text), strict=True))
-    if values.get("block_sums") is not None:
-        values["block_sums"] = bytes.fromhex(values["block_sums"])
-    return values
-
-
-def read_meta(db: sqlite3.Connection) -> sqlite3.Row:
+def read_meta(db: Connection) -> Row:
     """Raises StoreDamaged."""
-    row: sqlite3.Row | None = db.execute("SELECT * FROM meta").fetchone()
+    row: Row | None = db.execute("SELECT * FROM meta").fetchone()
     if row is None:
         raise StoreDamaged("the row of meta is missing")
     return check_row("meta", row, "meta")
@@ -187,10 +91,23 @@ def read_meta(db: sqlite3.Connection) -> sqlite3.Row:
 # Opening.
 
 
-def connect(directory: Path) -> sqlite3.Connection:
+class Connection(sqlite3.Connection):
+    """Implements ``Database``."""
+
+    keeps_copies = True
+
+    def insert_rows(self, table: str, names: Sequence[str], rows: Collection[Sequence[Any]], replace: bool) -> None:
+        verb = "INSERT OR REPLACE" if replace else "INSERT"
+        columns = ", ".join(f'"{name}"' for name in names)
+        self.executemany(f"{verb} INTO {table}({columns}) VALUES({', '.join('?' * len(names))})", rows)
+
+    def page(self, sql: str, values: Sequence[Any], block_bytes: int) -> sqlite3.Cursor:
+        return self.execute(sql, values)  # Rows are read off the disk as they are asked for.
+
+
+def connect(directory: Path) -> Connection:
     """A connection that leaves transactions to us; whichever thread has it uses it alone."""
-    db = sqlite3.connect(directory / DATABASE, isolation_level=None, check_same_thread=False, timeout=10.0)
-    db.row_factory = sqlite3.Row
+    db = connect_to(directory / DATABASE, check_same_thread=False, timeout=10.0)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = OFF")
     # What was deleted is deleted; and a search for rows in a damaged file finds no old ones.
@@ -198,7 +115,15 @@ def connect(directory: Path) -> sqlite3.Connection:
     return db
 
 
-def open_for_writing(directory: Path, settings: StoreSettings) -> sqlite3.Connection:
+def connect_to(path: Path, *, check_same_thread: bool = True, timeout: float = 5.0) -> Connection:
+    db = sqlite3.connect(
+        path, isolation_level=None, check_same_thread=check_same_thread, timeout=timeout, factory=Connection
+    )
+    db.row_factory = sqlite3.Row
+    return db
+
+
+def open_for_writing(directory: Path, settings: StoreSettings) -> Connection:
     """The one connection that writes; makes the tables in an empty database. Raises ``StoreCorrupt``."""
     if sqlite3.sqlite_version_info < SQLITE_MIN:
         raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: {'.'.join(map(str, SQLITE_MIN))} is needed")
@@ -215,13 +140,13 @@ def open_for_writing(directory: Path, settings: StoreSettings) -> sqlite3.Connec
     return db
 
 
-def open_for_reading(directory: Path) -> sqlite3.Connection:
+def open_for_reading(directory: Path) -> Connection:
     db = connect(directory)
     db.execute("PRAGMA query_only = ON")
     return db
 
 
-def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> None:
+def _prepare(db: Connection, path: Path, settings: StoreSettings) -> None:
     found, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
     if empty:
@@ -252,21 +177,21 @@ def _prepare(db: sqlite3.Connection, path: Path, settings: StoreSettings) -> Non
         db.execute("COMMIT")
 
 
-def make_tables(db: sqlite3.Connection) -> None:
+def make_tables(db: Connection) -> None:
     """In an empty database, inside a transaction."""
     _run(db, SCHEMA)
     _run(db, MARKS)
     write_row(db, "meta", dict(zip(COLUMNS["meta"], META, strict=True)))
 
 
-def _run(db: sqlite3.Connection, script: str) -> None:
+def _run(db: Connection, script: str) -> None:
     """Several statements, without the COMMIT that ``executescript`` begins with."""
     for statement in script.split(";"):
         if statement.strip():
             db.execute(statement)
 
 
-def _upgrade_1(db: sqlite3.Connection) -> None:
+def _upgrade_1(db: Connection) -> None:
     _run(
         db,
         "ALTER TABLE files ADD COLUMN expires_s REAL;"
@@ -275,7 +200,7 @@ def _upgrade_1(db: sqlite3.Connection) -> None:
     )
 
 
-def _upgrade_2(db: sqlite3.Connection) -> None:
+def _upgrade_2(db: Connection) -> None:
     """Every row gets its sum. The bytes of old uploads were never summed and stay without."""
     old = ("files", "batches", "work", "items", "results", "purges")
     for table in old:

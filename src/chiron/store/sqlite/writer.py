@@ -12,53 +12,22 @@ Each commit that changes something has a number. Once it is on the disk the numb
 from __future__ import annotations
 
 import logging
-import sqlite3
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
-from chiron.store.acknowledged import Acknowledged
-from chiron.store.database import SCHEMA_VERSION, SQLITE_ERRORS, store_error, write_row
+from chiron.store.jobs.database import Meta, Operation, Transaction
+from chiron.store.jobs.rows import write_row
 from chiron.store.port import StoreClosed
-from chiron.store.trusted_clock import ClockMarks
+from chiron.store.sqlite.acknowledged import Acknowledged
+from chiron.store.sqlite.database import SCHEMA_VERSION, SQLITE_ERRORS, Connection, store_error
 
 log = logging.getLogger("chiron.store")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meta:
-    """What the store remembers of itself."""
-
-    commits: int = 0
-    """Numbered so far."""
-    marks: ClockMarks = field(default_factory=ClockMarks)
-
-
-def meta_of(row: sqlite3.Row) -> Meta:
-    marks = ClockMarks(seen_s=row["seen_s"], trusted_s=row["trusted_s"], doubt_s=row["doubt_s"])
-    return Meta(commits=row["commits"], marks=marks)
-
-
-@dataclass(slots=True)
-class Transaction:
-    """What an operation works on."""
-
-    db: sqlite3.Connection
-    meta: Meta
-    """An operation may replace it, but for ``commits``."""
-    undo: list[Callable[[], None]] = field(default_factory=list)
-    """How to take back changes in memory if the transaction is rolled back; called last first."""
-    has_chores: bool = False
-    """Set by an operation that leaves chores."""
-
-
-Operation = Callable[[Transaction], T]
 
 
 @dataclass(slots=True)
@@ -74,7 +43,7 @@ class Writer:
 
     def __init__(
         self,
-        db: sqlite3.Connection,
+        db: Connection,
         path: Path,
         group_max: int,
         chore: Operation[None],
@@ -204,7 +173,7 @@ class Writer:
         return error
 
 
-def write_meta(db: sqlite3.Connection, meta: Meta) -> None:
+def write_meta(db: Connection, meta: Meta) -> None:
     write_row(db, "meta", {"no": 1, "schema": SCHEMA_VERSION, "commits": meta.commits} | asdict(meta.marks))
 
 

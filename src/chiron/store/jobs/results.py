@@ -8,13 +8,13 @@ checked against its sum, and the lines of a batch that has ended against their n
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from chiron.store.database import FAILED, LOST, OK, OPEN, item_index, item_key
+from chiron.store.jobs.database import Cursor, Database
+from chiron.store.jobs.rows import FAILED, LOST, OK, OPEN, QUOTED, item_index, item_key
 from chiron.store.port import ENDED, StoreDamaged, StoreUnavailable, request_id
-from chiron.store.sums import ITEM_COLUMNS, item_fits, result_fits
+from chiron.store.sums import Row, item_fits, result_fits
 
 _REASONS = {
     "expired": ("batch_expired", "The batch's completion window ended before this request was completed."),
@@ -51,23 +51,23 @@ class Reading:
         self.size += len(page.lines)
 
 
-def begin_reading(batch: sqlite3.Row, state: int) -> Reading:
+def begin_reading(batch: Row, state: int) -> Reading:
     return Reading(state=state, next_key=item_key(batch["no"], 0), ended=batch["status"] in ENDED)
 
 
-def read_page(db: sqlite3.Connection, batch: sqlite3.Row, reading: Reading, block_bytes: int) -> Page:
+def read_page(db: Database, batch: Row, reading: Reading, block_bytes: int) -> Page:
     """The next lines. Raises StoreDamaged where they are not what was written, at the end also if some are missing."""
     end_key = item_key(batch["no"] + 1, 0)
     ended = batch["status"] in ENDED
     if reading.state == OK:
-        rows = db.execute(_OUTPUT, (reading.next_key, end_key))
+        rows = db.page(_OUTPUT, (reading.next_key, end_key), block_bytes)
     else:
         if batch["incomplete"]:
             raise StoreUnavailable(f"batch {batch['id']!r} is being repaired after damage; try again in a moment")
         # Items without a result have an error line once the batch has ended.
-        rows = db.execute(_ERRORS, (reading.next_key, end_key, OPEN if ended else FAILED))
+        rows = db.page(_ERRORS, (reading.next_key, end_key, OPEN if ended else FAILED), block_bytes)
 
-    def line_of(row: sqlite3.Row, number: int) -> bytes:
+    def line_of(row: Row, number: int) -> bytes:
         line: bytes = row["line"]
         if row["state"] in (OK, FAILED):
             fits = result_fits(row["key"], row["state"], line, row["sum"])
@@ -85,7 +85,7 @@ def read_page(db: sqlite3.Connection, batch: sqlite3.Row, reading: Reading, bloc
     return page
 
 
-def _check_end(batch: sqlite3.Row, reading: Reading) -> None:
+def _check_end(batch: Row, reading: Reading) -> None:
     of_output = reading.state == OK
     count = batch["completed" if of_output else "failed"]
     size = batch["output_bytes" if of_output else "error_bytes"]
@@ -94,7 +94,7 @@ def _check_end(batch: sqlite3.Row, reading: Reading) -> None:
         raise _damaged(batch, reading, found)
 
 
-def _damaged(batch: sqlite3.Row, reading: Reading, what: str) -> StoreDamaged:
+def _damaged(batch: Row, reading: Reading, what: str) -> StoreDamaged:
     of_output = reading.state == OK
     name = batch["output_file_id" if of_output else "error_file_id"]
     file = f"file {name!r}" if name else f"the {'output' if of_output else 'errors'} so far"
@@ -106,16 +106,14 @@ _OUTPUT = (
     f" WHERE items.key >= ? AND items.key < ? AND state = {OK} ORDER BY items.key"
 )
 _ERRORS = (
-    f"SELECT {', '.join(f'items.{name}' for name in ITEM_COLUMNS)}, line,"
+    f"SELECT items.{', items.'.join(QUOTED)}, line,"
     f" CASE WHEN state = {FAILED} THEN results.sum ELSE items.sum END AS sum"
     " FROM items LEFT JOIN results ON results.key = items.key"
     f" WHERE items.key >= ? AND items.key < ? AND state IN ({FAILED}, {LOST}, ?) ORDER BY items.key"
 )
 
 
-def _collect(
-    rows: sqlite3.Cursor, line_of: Callable[[sqlite3.Row, int], bytes], reading: Reading, block_bytes: int
-) -> Page:
+def _collect(rows: Cursor, line_of: Callable[[Row, int], bytes], reading: Reading, block_bytes: int) -> Page:
     lines: list[bytes] = []
     size = 0
     next_key = reading.next_key

@@ -14,8 +14,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from chiron.store.database import DATABASE
 from chiron.store.port import StoreError, StoreFull, StoreLocked
+from chiron.store.sqlite.database import DATABASE
 
 FILES = "files"
 PART = ".part"

@@ -7,25 +7,23 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from chiron.store.acknowledged import exists, read_acknowledged
-from chiron.store.database import (
+from chiron.store.jobs.recount import keys_of
+from chiron.store.jobs.rows import FAILED, LOST, OK, copy_number
+from chiron.store.port import StoreDamaged
+from chiron.store.sqlite.acknowledged import exists, read_acknowledged
+from chiron.store.sqlite.database import (
     APPLICATION_ID,
     DATABASE,
-    FAILED,
     INDEXES,
-    LOST,
-    OK,
     PAGE_BYTES,
     SCHEMA_VERSION,
     TABLES,
-    copy_number,
+    Connection,
     read_meta,
 )
-from chiron.store.pages import Pages
-from chiron.store.port import StoreDamaged
-from chiron.store.recount import keys_of
+from chiron.store.sqlite.pages import Pages
+from chiron.store.sqlite.wal import Log, read_log
 from chiron.store.sums import COLUMNS, item_fits, result_fits, row_sum
-from chiron.store.wal import Log, read_log
 
 FIRST_WITH_SUMS = 3
 """Version of the schema."""
@@ -99,7 +97,7 @@ def missing_commits(directory: Path, commits: int) -> str:
     )
 
 
-def database_damage(db: sqlite3.Connection, *, full: bool) -> str:
+def database_damage(db: Connection, *, full: bool) -> str:
     """What is wrong first; empty if nothing is. ``full``: also every item and result, and every page."""
     try:
         return next(_findings(db, full=full), "")
@@ -109,7 +107,7 @@ def database_damage(db: sqlite3.Connection, *, full: bool) -> str:
         return f"a value is of no use: {error}"
 
 
-def _findings(db: sqlite3.Connection, *, full: bool) -> Iterator[str]:
+def _findings(db: Connection, *, full: bool) -> Iterator[str]:
     schema = dict(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'"))
     if schema != TABLES | INDEXES:
         yield "the schema is not what it was"
@@ -134,7 +132,7 @@ def _findings(db: sqlite3.Connection, *, full: bool) -> Iterator[str]:
         yield from _deep_findings(db)
 
 
-def _deep_findings(db: sqlite3.Connection) -> Iterator[str]:
+def _deep_findings(db: Connection) -> Iterator[str]:
     for row in db.execute("SELECT * FROM items"):
         if not item_fits(row):
             yield "a row of items does not fit its sum"
@@ -155,7 +153,7 @@ def _deep_findings(db: sqlite3.Connection) -> Iterator[str]:
         yield from _missing_results(db, batch)
 
 
-def _missing_results(db: sqlite3.Connection, batch: sqlite3.Row) -> Iterator[str]:
+def _missing_results(db: Connection, batch: sqlite3.Row) -> Iterator[str]:
     """Items with a result have it, unless the file that it was in has been deleted."""
     for state, name in ((OK, "output_file_id"), (FAILED, "error_file_id")):
         if batch[name] is not None and not db.execute("SELECT 1 FROM files WHERE id = ?", (batch[name],)).fetchone():

@@ -13,37 +13,30 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chiron.store.acknowledged import read_acknowledged
-from chiron.store.batches import ended_s
-from chiron.store.database import (
+from chiron.store.jobs.batches import ended_s
+from chiron.store.jobs.recount import keys_of, recounted, set_state, settle_files, write_item
+from chiron.store.jobs.rows import FAILED, LOST, OK, OPEN, copied, item_index, keep_copy, read_copy, write_row
+from chiron.store.port import ENDED, RUNNING, LineError, StoreCorrupt
+from chiron.store.sqlite.acknowledged import read_acknowledged
+from chiron.store.sqlite.database import (
     DATABASE,
-    FAILED,
-    LOST,
-    OK,
-    OPEN,
     PAGE_BYTES,
     SQLITE_ERRORS,
-    copied,
-    item_index,
-    keep_copy,
+    Connection,
+    connect_to,
     make_tables,
-    read_copy,
     store_error,
-    write_row,
 )
-from chiron.store.directory import disk_error, sync_directory
-from chiron.store.lost import LostFound
-from chiron.store.pages import Found, Pages
-from chiron.store.port import ENDED, RUNNING, LineError, StoreCorrupt
-from chiron.store.recount import keys_of, recounted, set_state, settle_files, write_item
+from chiron.store.sqlite.directory import disk_error, sync_directory
+from chiron.store.sqlite.lost import LostFound
+from chiron.store.sqlite.pages import Found, Pages
+from chiron.store.sqlite.wal import read_log
 from chiron.store.sums import COLUMNS, item_sum, result_sum
-from chiron.store.wal import read_log
 
 BUILDING, READY = DATABASE + ".building", DATABASE + ".mended"
 PARTS = ("", "-wal", "-shm")
@@ -61,8 +54,7 @@ def mend(directory: Path, lost: LostFound, note: Callable[[str], None], why: str
     try:
         building.unlink(missing_ok=True)
         _require_room(directory, lost, path, why)
-        db = sqlite3.connect(building, isolation_level=None)
-        db.row_factory = sqlite3.Row
+        db = connect_to(building)
         try:
             words = _Mending(db, directory).run(path)
         finally:
@@ -117,7 +109,7 @@ def _sync(path: Path) -> None:
 class _Mending:
     """One go at it, in a new database."""
 
-    def __init__(self, db: sqlite3.Connection, directory: Path) -> None:
+    def __init__(self, db: Connection, directory: Path) -> None:
         self._db = db
         self._directory = directory
         self._rows: dict[str, dict[int, dict[str, Any]]] = {"files": {}, "batches": {}, "purges": {}, "meta": {}}

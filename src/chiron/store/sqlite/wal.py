@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from chiron.store.database import PAGE_BYTES
+from chiron.store.sqlite.database import PAGE_BYTES
 
 HEADER_BYTES, FRAME_HEAD_BYTES = 32, 24
 FRAME_BYTES = FRAME_HEAD_BYTES + PAGE_BYTES

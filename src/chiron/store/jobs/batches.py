@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 from uuid import uuid4
 
-from chiron.store.database import (
+from chiron.store.jobs.database import Database, Leases, Transaction
+from chiron.store.jobs.results import unfinished_bytes
+from chiron.store.jobs.rows import (
     BATCH_DEFAULTS,
     FAILED,
     OK,
@@ -20,12 +21,9 @@ from chiron.store.database import (
     item_key,
     keep_copy,
 )
-from chiron.store.leases import Leases
 from chiron.store.port import ENDED, Batch, BatchStatus, Conflict, LineError, NotFound, StoredFile, TokenUsage
-from chiron.store.results import unfinished_bytes
-from chiron.store.sums import check_row, row_sum
+from chiron.store.sums import Row, check_row, row_sum
 from chiron.store.trusted_clock import ClockMarks
-from chiron.store.writer import Transaction
 
 PURGE_STEP = 2_000
 """Items whose rows are removed in one step: a few milliseconds."""
@@ -38,15 +36,15 @@ SELECT_BATCH = "SELECT * FROM batches"
 SELECT_FILE = "SELECT * FROM files"
 
 
-def checked_batch(row: sqlite3.Row) -> sqlite3.Row:
+def checked_batch(row: Row) -> Row:
     return check_row("batches", row, f"batch {row['id']!r}")
 
 
-def checked_file(row: sqlite3.Row) -> sqlite3.Row:
+def checked_file(row: Row) -> Row:
     return check_row("files", row, f"file {row['id']!r}")
 
 
-def read_batch(row: sqlite3.Row) -> Batch:
+def read_batch(row: Row) -> Batch:
     """Of a row that was checked."""
     values: dict[str, Any] = {name: row[name] for name in _FIELDS}
     values["metadata"] = json.loads(values["metadata"])
@@ -56,20 +54,20 @@ def read_batch(row: sqlite3.Row) -> Batch:
     return Batch(**values)
 
 
-def find_batch(db: sqlite3.Connection, batch_id: str, owner: str | None = None) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (storable(batch_id),)).fetchone()
+def find_batch(db: Database, batch_id: str, owner: str | None = None) -> Row:
+    row: Row | None = db.execute(f"{SELECT_BATCH} WHERE id = ?", (storable(batch_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no batch {batch_id!r}")
     return checked_batch(row)
 
 
-def batch_row(db: sqlite3.Connection, no: int) -> sqlite3.Row:
-    row: sqlite3.Row = db.execute(f"{SELECT_BATCH} WHERE no = ?", (no,)).fetchone()
+def batch_row(db: Database, no: int) -> Row:
+    row: Row = db.execute(f"{SELECT_BATCH} WHERE no = ?", (no,)).fetchone()
     return checked_batch(row)
 
 
-def find_file(db: sqlite3.Connection, file_id: str, owner: str | None = None) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(f"{SELECT_FILE} WHERE id = ?", (storable(file_id),)).fetchone()
+def find_file(db: Database, file_id: str, owner: str | None = None) -> Row:
+    row: Row | None = db.execute(f"{SELECT_FILE} WHERE id = ?", (storable(file_id),)).fetchone()
     if row is None or owner not in (None, row["owner"]):
         raise NotFound(f"no file {file_id!r}")
     return checked_file(row)
@@ -80,19 +78,17 @@ def storable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def fits(table: str, row: sqlite3.Row) -> bool:
+def fits(table: str, row: Row) -> bool:
     *values, found = row
     return bool(row_sum(table, values) == found)
 
 
-def read_file_row(row: sqlite3.Row) -> StoredFile:
+def read_file_row(row: Row) -> StoredFile:
     names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "expires_s", "batch_id")
     return StoredFile(**{name: row[name] for name in names})
 
 
-def insert_file(
-    db: sqlite3.Connection, file: StoredFile, state: int | None = None, block_sums: bytes | None = None
-) -> None:
+def insert_file(db: Database, file: StoredFile, state: int | None = None, block_sums: bytes | None = None) -> None:
     """``block_sums``: of an upload; those from before there were any have none."""
     names = ("id", "purpose", "filename", "bytes", "created_s", "owner", "expires_s", "batch_id")
     values: dict[str, object] = {name: getattr(file, name) for name in names}
@@ -137,12 +133,12 @@ def create_batch(
     return read_batch(find_batch(transaction.db, batch_id))
 
 
-def update_batch(db: sqlite3.Connection, no: int, **values: object) -> None:
+def update_batch(db: Database, no: int, **values: object) -> None:
     """``values`` by column; the names are ours. Raises StoreDamaged: what is damaged must not be summed anew."""
     change_batch(db, batch_row(db, no), **values)
 
 
-def change_batch(db: sqlite3.Connection, row: sqlite3.Row, **values: object) -> None:
+def change_batch(db: Database, row: Row, **values: object) -> None:
     """The same, for a row that was read and checked in this transaction."""
     after = change_row(db, "batches", row, values)
     if "status" in values:
@@ -193,11 +189,11 @@ def end_if_idle(transaction: Transaction, leases: Leases, batch_id: str, now_s: 
         return  # Some of its items are still to be read again.
     if row["completed"] + row["failed"] == row["total"]:
         end_batch(transaction, leases, row, "cancelled" if row["status"] == "cancelling" else "completed", now_s)
-    elif row["status"] in ("finalizing", "cancelling") and not leases.count(row["no"]):
+    elif row["status"] in ("finalizing", "cancelling") and not leases.count(transaction.db, row["no"]):
         end_batch(transaction, leases, row, "expired" if row["status"] == "finalizing" else "cancelled", now_s)
 
 
-def end_batch(transaction: Transaction, leases: Leases, row: sqlite3.Row, status: BatchStatus, now_s: float) -> None:
+def end_batch(transaction: Transaction, leases: Leases, row: Row, status: BatchStatus, now_s: float) -> None:
     """The batch leaves no item behind: those without a result count as failed, and their lines are made when read."""
     db, no = transaction.db, row["no"]
     open_items, id_bytes = open_work(db, no)
@@ -217,16 +213,16 @@ def end_batch(transaction: Transaction, leases: Leases, row: sqlite3.Row, status
         values["error_file_id"] = _add_results_file(db, row, "error", FAILED, error_bytes, now_s)
     update_batch(db, no, **values)
     db.execute("DELETE FROM work WHERE batch = ?", (no,))
-    leases.drop(no, transaction.undo)
+    leases.drop(transaction, no)
 
 
-def open_work(db: sqlite3.Connection, no: int) -> tuple[int, int]:
+def open_work(db: Database, no: int) -> tuple[int, int]:
     """Items of a running batch without a result, and the sum of ``id_size`` over them."""
     rows = [check_work(row) for row in db.execute("SELECT * FROM work WHERE batch = ?", (no,))]
     return sum(row["items"] for row in rows), sum(row["id_bytes"] for row in rows)
 
 
-def check_work(row: sqlite3.Row) -> sqlite3.Row:
+def check_work(row: Row) -> Row:
     """``row`` has the columns of ``work``."""
     return check_row("work", row, f"the open items of model {row['model']!r} in batch number {row['batch']}")
 
@@ -245,15 +241,13 @@ def _errors_text(errors: list[LineError]) -> str:
     return json.dumps([asdict(error) for error in errors])
 
 
-def _add_results_file(db: sqlite3.Connection, row: sqlite3.Row, name: str, state: int, size: int, now_s: float) -> str:
+def _add_results_file(db: Database, row: Row, name: str, state: int, size: int, now_s: float) -> str:
     file = results_file(row, name, size, now_s)
     insert_file(db, file, state)
     return file.id
 
 
-def results_file(
-    row: sqlite3.Row | Mapping[str, Any], name: str, size: int, now_s: float, id: str | None = None
-) -> StoredFile:
+def results_file(row: Row | Mapping[str, Any], name: str, size: int, now_s: float, id: str | None = None) -> StoredFile:
     """The output or error file of a batch."""
     after_s = row["output_expires_after_s"]
     return StoredFile(
@@ -298,7 +292,7 @@ def expire_files(transaction: Transaction, now_s: float) -> list[str]:
     return [row["id"] for row in rows if row["batch_id"] is None]
 
 
-def _drop_file(transaction: Transaction, row: sqlite3.Row) -> None:
+def _drop_file(transaction: Transaction, row: Row) -> None:
     """The row, and the lines if it is a batch's output or errors."""
     if row["batch_id"] is not None:
         purge(transaction, find_batch(transaction.db, row["batch_id"])["no"], row["state"])
@@ -311,19 +305,20 @@ def _drop_file(transaction: Transaction, row: sqlite3.Row) -> None:
 
 def forget_removals(transaction: Transaction, file_ids: list[str]) -> None:
     """Their content is gone."""
-    transaction.db.executemany("DELETE FROM removals WHERE id = ?", [(file_id,) for file_id in file_ids])
+    for file_id in file_ids:
+        transaction.db.execute("DELETE FROM removals WHERE id = ?", (file_id,))
 
 
 _USER_OF_FILE = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({', '.join('?' * len(ENDED))})"
 
 
-def clock_marks(db: sqlite3.Connection, kept: ClockMarks) -> ClockMarks:
+def clock_marks(db: Database, kept: ClockMarks) -> ClockMarks:
     """``kept``, or what the newest time in a store says that has kept none."""
     if kept.seen_s is not None:
         return kept
     newest_s = db.execute(
         "SELECT max(s) FROM (SELECT max(created_s) AS s FROM files UNION ALL SELECT max(coalesce(completed_s, failed_s,"
-        " expired_s, cancelled_s, finalizing_s, in_progress_s, created_s)) FROM batches)"
+        " expired_s, cancelled_s, finalizing_s, in_progress_s, created_s)) FROM batches) AS newest"
     ).fetchone()[0]
     return kept if newest_s is None else ClockMarks(seen_s=newest_s, trusted_s=newest_s)
 
@@ -373,7 +368,7 @@ def purge_step(transaction: Transaction) -> None:
     transaction.has_chores = True
     end = item_key(todo["batch"] + 1, 0)
     last = db.execute(
-        "SELECT max(key) FROM (SELECT key FROM items WHERE key >= ? AND key < ? ORDER BY key LIMIT ?)",
+        "SELECT max(key) FROM (SELECT key FROM items WHERE key >= ? AND key < ? ORDER BY key LIMIT ?) AS part",
         (todo["next_key"], end, PURGE_STEP),
     ).fetchone()[0]
     if last is None:

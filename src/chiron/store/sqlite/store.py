@@ -10,46 +10,25 @@ import asyncio
 import logging
 import os
 import shutil
-import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import RawIOBase
 from math import inf
 from pathlib import Path
 from threading import local
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from chiron.store import batches, items
-from chiron.store.acknowledged import Acknowledged
-from chiron.store.content import CheckedFile, check_content
 from chiron.store.damage import Damage
-from chiron.store.database import (
-    DATABASE,
-    FAILED,
-    OK,
-    SQLITE_ERRORS,
-    damaged,
-    open_for_reading,
-    open_for_writing,
-    read_meta,
-    store_error,
-)
-from chiron.store.directory import (
-    FILES,
-    disk_error,
-    file_path,
-    lock,
-    make_private,
-    remove_files,
-    remove_parts,
-    sync_directory,
-    unknown_files,
-)
-from chiron.store.inspect import database_damage, is_older, is_ours, log_damage, missing_commits
-from chiron.store.leases import Leases
-from chiron.store.lost import LostFound
-from chiron.store.mend import finish, mend
+from chiron.store.jobs import batches, lists
+from chiron.store.jobs.database import Database, Operation, Transaction, meta_of
+from chiron.store.jobs.items import Leased
+from chiron.store.jobs.items import finish as finish_items
+from chiron.store.jobs.results import Page, Reading, begin_reading, read_page
+from chiron.store.jobs.rows import FAILED, OK
+from chiron.store.jobs.validation import Validation
+from chiron.store.learned import check_learned
 from chiron.store.port import (
     Batch,
     Check,
@@ -67,12 +46,40 @@ from chiron.store.port import (
     StoreUnavailable,
     Swept,
 )
-from chiron.store.results import Page, Reading, begin_reading, read_page
 from chiron.store.settings import StoreSettings
+from chiron.store.sqlite import items
+from chiron.store.sqlite.acknowledged import Acknowledged
+from chiron.store.sqlite.content import CheckedFile, check_content
+from chiron.store.sqlite.database import (
+    DATABASE,
+    SQLITE_ERRORS,
+    Connection,
+    damaged,
+    open_for_reading,
+    open_for_writing,
+    read_meta,
+    store_error,
+)
+from chiron.store.sqlite.directory import (
+    FILES,
+    disk_error,
+    file_path,
+    lock,
+    make_private,
+    remove_files,
+    remove_parts,
+    sync_directory,
+    unknown_files,
+)
+from chiron.store.sqlite.inspect import database_damage, is_older, is_ours, log_damage, missing_commits
+from chiron.store.sqlite.learned import load_learned, save_learned
+from chiron.store.sqlite.leases import Leases
+from chiron.store.sqlite.lost import LostFound
+from chiron.store.sqlite.mend import finish, mend
+from chiron.store.sqlite.upload import FileUpload
+from chiron.store.sqlite.writer import Writer
+from chiron.store.sums import Row
 from chiron.store.trusted_clock import ClockMarks
-from chiron.store.upload import FileUpload
-from chiron.store.validation import Validation
-from chiron.store.writer import Operation, Transaction, Writer, meta_of
 
 T = TypeVar("T")
 
@@ -99,7 +106,8 @@ class _Opened:
     uploaders: ThreadPoolExecutor
     validator: ThreadPoolExecutor
     places: asyncio.Semaphore
-    connections: list[sqlite3.Connection] = field(default_factory=list)
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    connections: list[Connection] = field(default_factory=list)
     uploads: set[FileUpload] = field(default_factory=set)
     validating: set[str] = field(default_factory=set)
     checked: dict[str, None] = field(default_factory=dict)
@@ -168,7 +176,7 @@ class SqliteStore:
             places=asyncio.Semaphore(self.settings.operations_max),
         )
 
-    def _open_whole(self) -> sqlite3.Connection:
+    def _open_whole(self) -> Connection:
         """The database, mended if it is damaged and can be."""
         try:
             finish(self.directory, self.lost)
@@ -212,7 +220,7 @@ class SqliteStore:
         self.damage.note(f"{why}; what was committed after the damage is lost, but for the copy in {place}", "start")
         return ""
 
-    def _damage_of(self, db: sqlite3.Connection) -> str:
+    def _damage_of(self, db: Connection) -> str:
         small = self._path.stat().st_size <= self.settings.check_bytes_max
         if why := database_damage(db, full=small or self.damage.is_undealt()):
             return why
@@ -236,6 +244,19 @@ class SqliteStore:
                 self.lost.limit(),
                 names(aside.left),
             )
+
+    def on_news(self, tell: Callable[[], None]) -> None:
+        """Nobody else has the directory."""
+
+    def report(self) -> Mapping[str, Any]:
+        files, size = self.lost_holds
+        return {
+            "kind": "sqlite",
+            "at": str(self.directory),
+            "unavailable": self.unavailable,
+            "damage": self.damage.notes,
+            "lost_and_found": {"path": str(self.lost.path), "files": files, "bytes": size},
+        }
 
     async def close(self) -> None:
         if self._now is not None:
@@ -274,13 +295,13 @@ class SqliteStore:
         with self._noting_damage():
             return await asyncio.get_running_loop().run_in_executor(self._opened.readers, run)
 
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def _read(self, query: Callable[[Database], T]) -> T:
         """Run a query on a reader's thread, in one snapshot."""
         now = self._opened
 
         def run() -> T:
             try:
-                db: sqlite3.Connection | None = getattr(self._of_thread, "db", None)
+                db: Connection | None = getattr(self._of_thread, "db", None)
                 if db is None:
                     db = self._of_thread.db = open_for_reading(self.directory)
                     now.connections.append(db)
@@ -340,25 +361,7 @@ class SqliteStore:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> list[StoredFile]:
-        wanted = None if purpose is None else batches.storable(purpose)
-
-        def query(db: sqlite3.Connection) -> list[StoredFile]:
-            behind = None if after is None else batches.find_file(db, after, owner)["no"]
-            rows = db.execute(
-                "SELECT * FROM files WHERE (:owner IS NULL OR owner = :owner)"
-                " AND (:purpose IS NULL OR purpose = :purpose)"
-                f" AND (:behind IS NULL OR no {'>' if order == 'asc' else '<'} :behind)"
-                f" ORDER BY no {'ASC' if order == 'asc' else 'DESC'} LIMIT :limit",
-                {
-                    "owner": owner,
-                    "purpose": wanted,
-                    "behind": behind,
-                    "limit": max(0, limit),
-                },
-            )
-            return [batches.read_file_row(batches.checked_file(row)) for row in rows]
-
-        return await self._read(query)
+        return await self._read(lambda db: lists.list_files(db, owner, after, limit, order, purpose))
 
     async def delete_file(self, file_id: str, owner: str | None) -> None:
         await self._write(lambda transaction: batches.delete_file(transaction, file_id, owner))
@@ -379,7 +382,7 @@ class SqliteStore:
         async for block in blocks:
             yield block
 
-    async def _read_upload(self, row: sqlite3.Row) -> AsyncIterator[bytes]:
+    async def _read_upload(self, row: Row) -> AsyncIterator[bytes]:
         path = file_path(self.directory, row["id"])
         try:
             if self._is_unchecked(row["id"], row["bytes"]):
@@ -427,8 +430,8 @@ class SqliteStore:
         async for page in self._pages(batch, state):
             yield page.lines
 
-    async def _pages(self, batch: sqlite3.Row, state: int) -> AsyncIterator[Page]:
-        def query(db: sqlite3.Connection) -> Page:
+    async def _pages(self, batch: Row, state: int) -> AsyncIterator[Page]:
+        def query(db: Database) -> Page:
             now = batches.find_batch(db, batch["id"])
             file_id = now["output_file_id" if state == OK else "error_file_id"]
             if file_id is not None:
@@ -485,7 +488,17 @@ class SqliteStore:
             return now.writer.submit(operation, reads=True)
 
         path = file_path(self.directory, batch.input_file_id)
-        validation = Validation(batch_id, path, check, limits, submit, ask, self._wall)
+
+        def open_input(file: Row) -> RawIOBase:
+            try:
+                return CheckedFile(path, file)
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                # The file is there; that too many are open, say, passes.
+                raise disk_error(error, path) from error
+
+        validation = Validation(batch_id, open_input, check, limits, submit, ask, self._wall)
 
         def run() -> None:
             try:
@@ -498,27 +511,13 @@ class SqliteStore:
         return await self.get_batch(batch_id, None)
 
     async def unvalidated(self) -> list[Batch]:
-        return await self._read(
-            lambda db: [
-                batches.read_batch(batches.checked_batch(row))
-                for row in db.execute(f"{batches.SELECT_BATCH} WHERE status = 'validating' OR incomplete ORDER BY no")
-            ]
-        )
+        return await self._read(lists.unvalidated)
 
     async def get_batch(self, batch_id: str, owner: str | None) -> Batch:
         return await self._read(lambda db: batches.read_batch(batches.find_batch(db, batch_id, owner)))
 
     async def list_batches(self, owner: str | None, after: str | None = None, limit: int = 20) -> list[Batch]:
-        def query(db: sqlite3.Connection) -> list[Batch]:
-            behind = None if after is None else batches.find_batch(db, after, owner)["no"]
-            rows = db.execute(
-                f"{batches.SELECT_BATCH} WHERE (:owner IS NULL OR owner = :owner)"
-                " AND (:behind IS NULL OR no < :behind) ORDER BY no DESC LIMIT :limit",
-                {"owner": owner, "behind": behind, "limit": max(0, limit)},
-            )
-            return [batches.read_batch(batches.checked_batch(row)) for row in rows]
-
-        return await self._read(query)
+        return await self._read(lambda db: lists.list_batches(db, owner, after, limit))
 
     async def cancel_batch(self, batch_id: str, now_s: float, owner: str | None = None) -> Batch:
         return await self._write(
@@ -569,13 +568,13 @@ class SqliteStore:
         )
         await asyncio.shield(asyncio.wrap_future(lost))
 
-    def _give_back(self, writer: Writer, done: Future[list[items.Leased]]) -> None:
+    def _give_back(self, writer: Writer, done: Future[list[Leased]]) -> None:
         if not done.cancelled() and done.exception() is None:
             keys = [(item.batch_id, item.index) for item in done.result()]
             writer.submit(lambda transaction: items.release(transaction, self._leases, keys, False))
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
-        await self._write(lambda transaction: items.finish(transaction, self._leases, ended, now_s))
+        await self._write(lambda transaction: finish_items(transaction, self._leases, ended, now_s))
 
     async def release(self, items_: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
         await self._write(lambda transaction: items.release(transaction, self._leases, items_, failed_attempt))
@@ -612,6 +611,17 @@ class SqliteStore:
         )
         await self._remove(files)
         return Swept(batches=count, files=len(files))
+
+    # What was learned.
+
+    async def save_learned(self, name: str, data: bytes) -> None:
+        check_learned(name, data)
+        async with self._opened.learning:
+            await self._in_thread(lambda: save_learned(self.directory, name, data))
+
+    async def load_learned(self, name: str) -> bytes | None:
+        check_learned(name)
+        return await self._in_thread(lambda: load_learned(self.directory, name))
 
 
 def _close(now: _Opened) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Iterator
 from io import RawIOBase
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 from zlib import crc32
 
 from chiron.store.port import StoreDamaged
-from chiron.store.sums import BLOCK_BYTES, unpack
+from chiron.store.sums import BLOCK_BYTES, Row, unpack
 
 
 class CheckedFile(RawIOBase):
     """A file of known size whose blocks have sums. Reading raises StoreDamaged where it is not what was uploaded."""
 
-    def __init__(self, path: Path, row: sqlite3.Row) -> None:
+    def __init__(self, path: Path, row: Row) -> None:
         """``row``: of the file, checked. Raises OSError."""
         super().__init__()
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -63,7 +62,7 @@ class CheckedFile(RawIOBase):
         return block
 
 
-def check_content(path: Path, row: sqlite3.Row) -> None:
+def check_content(path: Path, row: Row) -> None:
     """Read it all once. Raises StoreDamaged and OSError."""
     with CheckedFile(path, row) as stream:
         for _ in _blocks(stream):

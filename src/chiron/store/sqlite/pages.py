@@ -15,9 +15,10 @@ from struct import error as StructError  # noqa: N812
 from struct import unpack_from
 from typing import Any
 
-from chiron.store.database import FAILED, OK, PAGE_BYTES
+from chiron.store.jobs.rows import FAILED, OK
+from chiron.store.sqlite.database import PAGE_BYTES
+from chiron.store.sqlite.wal import Frame, Log
 from chiron.store.sums import COLUMNS, ITEM_COLUMNS, item_sum, result_fits, row_sum
-from chiron.store.wal import Frame, Log
 
 LEAF = 0x0D
 _LOCAL_MAX = PAGE_BYTES - 35

@@ -7,8 +7,15 @@ touches this.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappush
+
+from chiron.store.jobs.database import Database, Transaction
+from chiron.store.jobs.rows import OPEN, item_index
+from chiron.store.sums import STATE_FACTOR, Row
+
+KEYS_MAX = 500
+"""Keys in one statement."""
 
 Undo = Callable[[], None]
 
@@ -41,6 +48,8 @@ class LaneLeases:
 
 
 class Leases:
+    """Implements ``jobs.database.Leases``."""
+
     def __init__(self) -> None:
         self._batches: dict[int, dict[int, LaneLeases]] = {}
 
@@ -52,7 +61,7 @@ class Leases:
             found = lanes[lane] = LaneLeases()
         return found
 
-    def count(self, batch: int) -> int:
+    def count(self, db: Database, batch: int) -> int:
         """Leased items of a batch."""
         return sum(len(lane.leased) for lane in self._batches.get(batch, {}).values())
 
@@ -73,8 +82,26 @@ class Leases:
         heappush(self.lane(batch, lane).released, index)
         return True
 
-    def drop(self, batch: int, undo: list[Undo]) -> None:
+    def drop(self, transaction: Transaction, batch: int) -> None:
         """The batch has ended."""
         lanes = self._batches.pop(batch, None)
         if lanes is not None:
-            undo.append(lambda: self._batches.update({batch: lanes}))
+            transaction.undo.append(lambda: self._batches.update({batch: lanes}))
+
+    def close(self, transaction: Transaction, batch: int, state: int, keys: Sequence[int]) -> list[Row]:
+        """Give open items their final state; they are nobody's any more."""
+        closed: list[Row] = []
+        for start in range(0, len(keys), KEYS_MAX):
+            some = keys[start : start + KEYS_MAX]
+            closed += transaction.db.execute(
+                f"UPDATE items SET state = ?, sum = sum + ? WHERE state = {OPEN} AND key IN ({marks(some)})"
+                " RETURNING key, lane, input_bytes, custom_id",
+                (state, state * STATE_FACTOR, *some),
+            ).fetchall()
+        for item in closed:
+            self.end(batch, item["lane"], item_index(item["key"]), transaction.undo)
+        return closed
+
+
+def marks(values: Sequence[object]) -> str:
+    return ", ".join("?" * len(values))

@@ -1,0 +1,1 @@
+"""The batch store on SQLite, in one directory, for one process."""
