@@ -1,15 +1,22 @@
-"""Places with a SQLite store, for tests."""
+"""Places with a store, for tests."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from chiron.store.port import BatchStore
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite.store import SqliteStore
 from store_contract import Site
+
+if TYPE_CHECKING:
+    from chiron.store.postgres.settings import PostgresSettings
+    from chiron.store.postgres.store import PostgresStore
+    from postgres_server import Server
 
 
 def sqlite_site(directory: Path, settings: StoreSettings | None = None) -> Site:
@@ -25,4 +32,38 @@ def sqlite_site(directory: Path, settings: StoreSettings | None = None) -> Site:
             await opened.close()
 
     site = Site(store=store, retention_s=settings.retention_s)
+    return site
+
+
+@dataclass
+class PostgresSite(Site):
+    directory: Path = Path()
+    settings: PostgresSettings = None  # type: ignore[assignment]
+
+    def make(self, name: str = "one") -> PostgresStore:
+        """Not yet open; ``name`` is the gateway's."""
+        from chiron.store.postgres.store import PostgresStore
+
+        return PostgresStore(self.directory, wall=lambda: self.now_s, settings=self.settings, name=name)
+
+    @asynccontextmanager
+    async def gateway(self, name: str = "one") -> AsyncIterator[PostgresStore]:
+        opened = self.make(name)
+        await opened.open()
+        try:
+            yield opened
+        finally:
+            await opened.close()
+
+
+def postgres_site(server: Server, schema: str, directory: Path, **settings: Any) -> PostgresSite:
+    from chiron.store.postgres.settings import PostgresSettings
+
+    password = directory / "password"
+    password.write_text(f"{server.password}\n")
+    values = {"url": server.url, "schema": schema, "password_file": str(password)} | settings
+    chosen = PostgresSettings(**values)
+    site = PostgresSite(
+        store=lambda: site.gateway(), retention_s=chosen.retention_s, directory=directory, settings=chosen
+    )
     return site

@@ -1,0 +1,1 @@
+"""The batch store on PostgreSQL, for one gateway or several."""
