@@ -28,7 +28,7 @@ from chiron.cli.demo.view import DemoView, captions, news, plain
 from chiron.config.read import ConfigError
 from chiron.config.scenario import load_scenario
 from chiron.config.serve import load_serve
-from chiron.store.sqlite.directory import lock
+from chiron.store.directory import lock
 from chiron.telemetry.run_data import DecisionPoint
 from chiron.telemetry.store import load_result
 from chiron.workload.load import load_trace

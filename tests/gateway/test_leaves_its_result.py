@@ -14,8 +14,8 @@ pytest.importorskip("httptools")
 from chiron.config.serve import parse_serve
 from chiron.gateway.service import RESULT, run
 from chiron.net.client import Origin
+from chiron.store.directory import lock
 from chiron.store.port import StoreLocked
-from chiron.store.sqlite.directory import lock
 from chiron.telemetry.store import load_result
 
 CONFIG = """

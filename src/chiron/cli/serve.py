@@ -100,7 +100,7 @@ def serve(
         hint = "one gateway has a data directory at a time: stop that one, or choose another directory with --data"
         raise ConfigError(f"server.data: {error}; {hint}") from None
     except StoreError as error:
-        raise ConfigError(f"server.data: {error}") from None
+        raise ConfigError(f"{'server.data: ' if str(loaded.data) in str(error) else ''}{error}") from None
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
@@ -165,9 +165,11 @@ def overrides(set_: list[str] | None, host: str | None, port: int | None, data: 
 def extras_of(config: ServeConfig) -> list[str]:
     """Extras of the package that this config needs."""
     from chiron.fleet.process.fleet import ProcessSource
+    from chiron.store.postgres.settings import PostgresSettings
 
     kinds = [kind for model in config.models for kind in model.kinds if isinstance(kind.source, ProcessSource)]
-    return ["serve", *dict.fromkeys(extra for kind in kinds if (extra := ENGINES[kind.engine].extra))]
+    of_store = ["postgres"] if isinstance(config.store, PostgresSettings) else []
+    return ["serve", *of_store, *dict.fromkeys(extra for kind in kinds if (extra := ENGINES[kind.engine].extra))]
 
 
 def welcome(config: ServeConfig, url: str, advise: bool) -> str:

@@ -32,6 +32,7 @@ from chiron.gateway.settings import (
     TelemetrySettings,
 )
 from chiron.policies.registry import POLICIES
+from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
 DEFAULT_CLASSES = {
@@ -54,7 +55,9 @@ class ServeFile:
     server: ServerSettings = field(default_factory=ServerSettings)
     limits: LimitSettings = field(default_factory=LimitSettings)
     batch: BatchSettings = field(default_factory=BatchSettings)
-    store: StoreSettings = field(default_factory=StoreSettings)
+    store: StoreSettings | PostgresSettings = field(default_factory=StoreSettings)
+    """Where batches are kept: SQLite in the data directory, or with ``store.url``, or ``store = "postgresql://..."``,
+    PostgreSQL."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
@@ -109,10 +112,42 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
         "classes": classes or DEFAULT_CLASSES,
         "policies": read_policies(table),
         "keys": _read_keys(table.get("keys", [])),
-        # How long things are kept is said once, in [batch].
-        "store": read_record(StoreSettings, table.get("store", {}), "store", retention_s=StoreSettings().retention_s),
+        "store": _read_store(table.get("store", {})),
     }
     return read_record(ServeFile, {key: value for key, value in table.items() if key not in given}, "", **given)
+
+
+def _read_store(entry: object) -> StoreSettings | PostgresSettings:
+    """How long things are kept is said once, in [batch]. Values are not shown where they may hold a password."""
+    if isinstance(entry, str):
+        entry = {"url": entry}
+    retention_s = StoreSettings().retention_s
+    if not isinstance(entry, Mapping):
+        raise ConfigError("store: must be postgresql://USER@HOST/DATABASE, or a table")
+    if "url" in entry:
+        if not isinstance(entry["url"], str):
+            raise ConfigError("store.url: must be text, postgresql://USER@HOST/DATABASE")
+        for key in entry:
+            if key in keys_of(StoreSettings) and key not in keys_of(PostgresSettings):
+                raise ConfigError(f"store.{key}: is for SQLite, and store.url says PostgreSQL: remove one of them")
+        return read_record(PostgresSettings, entry, "store", retention_s=retention_s)
+    for key in entry:
+        if key in keys_of(PostgresSettings) and key not in keys_of(StoreSettings):
+            raise ConfigError(f"store.{key}: is for PostgreSQL: set store.url as well, or remove it")
+    return read_record(StoreSettings, entry, "store", retention_s=retention_s)
+
+
+def _resolve_store(
+    store: StoreSettings | PostgresSettings, retention_s: float, directory: Path
+) -> StoreSettings | PostgresSettings:
+    if isinstance(store, StoreSettings):
+        return replace(store, retention_s=retention_s)
+    return replace(
+        store,
+        retention_s=retention_s,
+        password_file=_resolve(store.password_file, directory),
+        tls_root_cert=_resolve(store.tls_root_cert, directory),
+    )
 
 
 def _read_keys(entries: object) -> tuple[Key, ...]:
@@ -173,7 +208,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "limits": file.limits,
             "batch": file.batch,
             "telemetry": file.telemetry,
-            "store": replace(file.store, retention_s=file.batch.retention_s),
+            "store": _resolve_store(file.store, file.batch.retention_s, directory),
             "fleet": file.fleet,
             "devices": file.devices,
             "gpus": file.gpus,

@@ -37,9 +37,9 @@ from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, ServerLimits, serve
 from chiron.policies.registry import make_policy
+from chiron.store.directory import make_directory
+from chiron.store.make import make_store
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
-from chiron.store.sqlite.directory import make_directory
-from chiron.store.sqlite.store import SqliteStore
 from chiron.telemetry.errors import TelemetryError
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import save_result
@@ -125,7 +125,7 @@ class Service:
         self.desk = self.gateway.desk
         self.front = self.gateway.front
         self.outages = self.gateway.outages
-        self.store = SqliteStore(config.data, wall=self._wall_s, settings=config.store)
+        self.store = make_store(config.store, config.data, self._wall_s)
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
@@ -182,7 +182,7 @@ class Service:
         self.url = f"{scheme}://{host}:{self._server.port}"
         self.clock.post(self._begin)
         if self._opening.done():
-            await self.runner.start()
+            await self._start_runner()
         else:
             self._starting_batches = asyncio.get_running_loop().create_task(self._start_batches(self._opening))
         # What has been made so far stays; the collector need not look at it again and again.
@@ -193,14 +193,14 @@ class Service:
         return self.url
 
     async def _open_store(self) -> None:
-        """Raises StoreError at the first try for anything but a lack of room."""
+        """Raises StoreError at the first try for anything but a lack of room, or a server that is away."""
         delay_s = OPEN_AGAIN_MIN_S
         while True:
             try:
                 await self.store.open()
                 return
             except StoreError as error:
-                if not isinstance(error, StoreFull) and not self._store_tried.is_set():
+                if not isinstance(error, StoreFull | StoreUnavailable) and not self._store_tried.is_set():
                     raise
                 if str(error) != self.store.unavailable:
                     log.error("batches and files are not served: %s; retrying", error)
@@ -209,10 +209,21 @@ class Service:
             await asyncio.sleep(delay_s)
             delay_s = min(OPEN_AGAIN_MAX_S, 2.0 * delay_s)
 
+    async def _start_runner(self) -> None:
+        """The server of a store may go just when it is open."""
+        delay_s = OPEN_AGAIN_MIN_S
+        while True:
+            try:
+                return await self.runner.start()
+            except StoreUnavailable as error:
+                log.warning("batches are not run: %s; retrying", error)
+            await asyncio.sleep(delay_s)
+            delay_s = min(OPEN_AGAIN_MAX_S, 2.0 * delay_s)
+
     async def _start_batches(self, opening: asyncio.Task[None]) -> None:
         try:
             await opening
-            await self.runner.start()
+            await self._start_runner()
         except Exception:
             log.exception("batches and files are not served until a restart")
             self.store.unavailable = self.store.unavailable or "the store could not be opened; see the log"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from chiron.fleet.settings import FleetSettings
     from chiron.fleet.union import Source
     from chiron.gateway.relay.keys import Key
+    from chiron.store.postgres.settings import PostgresSettings
     from chiron.store.settings import StoreSettings
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -274,7 +275,7 @@ class ServeConfig:
     limits: LimitSettings
     batch: BatchSettings
     telemetry: TelemetrySettings
-    store: StoreSettings
+    store: StoreSettings | PostgresSettings
     fleet: FleetSettings
     devices: tuple[str, ...]
     """GPU numbers that are handed out to processes, each to one at a time; empty: it hands out none."""

@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "starlette",
         "uvloop",
     ),
+    "postgres": ("psycopg",),
     **{row.extra: row.modules for row in ENGINES.values() if row.extra},
 }
 """Modules of each extra of the package that serving may need."""

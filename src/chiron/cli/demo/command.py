@@ -122,8 +122,8 @@ def say(console: Console, text: str) -> None:
 
 def prepare(out: Path) -> None:
     """An empty directory, or what an earlier demo left there, made empty. Never anybody else's."""
+    from chiron.store.directory import lock
     from chiron.store.port import StoreError
-    from chiron.store.sqlite.directory import lock
 
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / MARK).is_file():

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 from chiron.cli.common.extras import EXTRAS, OPTIONAL, install_hint, missing
 from chiron.cli.common.tls import certificate_trouble
 from chiron.store.damage import NAME, read_notes
-from chiron.store.sqlite.directory import open_to_others
+from chiron.store.directory import open_to_others
 from chiron.store.sqlite.lost import FOLDER
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ FREE_COMFORT_BYTES = 10 << 30
 FSYNC_SLOW_S = 0.05
 """Every batch commit waits for one; above this the store is slow, and the disk probably a network's."""
 FSYNC_TRIES = 5
+CLOCK_WARN_S = 30.0
+"""A difference between the clocks of a store's server and this machine that is worth a word."""
 YEAR_MIN = 2025
 """A clock that shows less was never set; deadlines of batches are wall-clock times."""
 RUNNING = "a Chiron is running"
@@ -184,6 +186,41 @@ def data_checks(config: ServeConfig) -> Iterator[Check]:
     slow = fsync_s > FSYNC_SLOW_S
     hint = "batches will be slow; use a local disk for server.data" if slow else ""
     yield check("fsync", found, WARN if slow else OK, hint)
+
+
+def store_checks(config: ServeConfig) -> Iterator[Check]:
+    """Whether a store that is a server can be used; one in the data directory is looked at with that."""
+    from chiron.store.port import StoreError
+    from chiron.store.postgres.settings import PostgresSettings
+
+    settings = config.store
+    if not isinstance(settings, PostgresSettings) or missing("postgres"):
+        return  # That the extra is missing is told with the extras.
+    from chiron.store.postgres.look import look
+
+    try:
+        seen = look(settings)
+    except StoreError as error:
+        yield check("store", str(error), FAIL, "see [store] in docs/serve.md; batches are not served without it")
+        return
+    found = f"{seen.at}: PostgreSQL {seen.server}, {'TLS' if seen.encrypted else 'not encrypted'}"
+    yield check("store", f"{found}, {seen.round_trip_s * 1e3:.1f} ms per round trip, {seen.size_bytes / 1e9:.1f} GB")
+    if seen.schema > seen.schema_known:
+        hint = "run a newer Chiron, or choose another store.schema"
+        yield check("store's tables", f"version {seen.schema}; this Chiron reads {seen.schema_known}", FAIL, hint)
+    elif seen.schema == 0 and not seen.may_create:
+        hint = f"create the schema {settings.schema} for this user, or grant it CREATE on the database"
+        yield check("store's tables", "not there yet, and this user may not make them", FAIL, hint)
+    else:
+        yield check("store's tables", f"version {seen.schema}" if seen.schema else "are made at the start")
+    if seen.holders:
+        yield check("gateways on the store", f"{', '.join(seen.holders)} now")
+    if abs(seen.clock_ahead_s) > CLOCK_WARN_S:
+        found = f"{abs(seen.clock_ahead_s):.0f} s {'ahead of' if seen.clock_ahead_s > 0 else 'behind'} this machine's"
+        yield check("store's clock", found, WARN, "set both clocks (NTP)")
+    if settings.file_bytes_max < config.batch.file_max_bytes:
+        found = f"{settings.file_bytes_max:,} bytes (store.file_bytes_max)"
+        yield check("largest upload", found)
 
 
 def _privacy(directory: Path) -> Check:

@@ -26,6 +26,7 @@ from chiron.cli.doctor.checks import (
     port_check,
     process_checks,
     security_checks,
+    store_checks,
 )
 from chiron.cli.serve import DEFAULT_CONFIG, FILES_BESIDES, FILES_PER_CONNECTION, extras_of, load, overrides
 from chiron.config.read import ConfigError
@@ -99,6 +100,7 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
     yield file_limit_check(connections, connections * FILES_PER_CONNECTION + FILES_BESIDES)
     yield port_check(config)
     yield from data_checks(config)
+    yield from store_checks(config)
     yield from log_checks(config)
     yield from security_checks(config)
     yield from process_checks(config)

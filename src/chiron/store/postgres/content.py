@@ -120,9 +120,14 @@ class BlockUpload:
         def write(db: Database) -> None:
             # The last commit of an upload, of its row, waits for the disk, and so for all before it.
             db.execute("SET LOCAL synchronous_commit = off")
-            db.execute(
-                "INSERT INTO uploads(id, holder) VALUES(?, ?) ON CONFLICT DO NOTHING", (self._file.id, self._holder)
-            )
+            if first == 0:
+                db.execute(
+                    "INSERT INTO uploads(id, holder) SELECT ?, no FROM holders WHERE no = ?",
+                    (self._file.id, self._holder),
+                )
+            known = db.execute("SELECT 1 AS one FROM uploads WHERE id = ? FOR SHARE", (self._file.id,)).fetchone()
+            if known is None:
+                raise _lost(self._file)
             for number, start in enumerate(range(0, size, BLOCK_BYTES), first):
                 block = data[start : start + BLOCK_BYTES]
                 db.execute("INSERT INTO blocks(id, number, data) VALUES(?, ?, ?)", (self._file.id, number, block))
@@ -151,7 +156,11 @@ def take_upload(transaction: Transaction, file: StoredFile) -> None:
         (file.id,),
     ).fetchone()
     if known is None or (row["blocks"], row["size"]) != (-(-file.bytes // BLOCK_BYTES), file.bytes):
-        raise StoreError(f"{file.filename!r}: the connection to the server was lost during the upload; send it again")
+        raise _lost(file)
+
+
+def _lost(file: StoredFile) -> StoreError:
+    return StoreError(f"{file.filename!r}: the connection to the server was lost during the upload; send it again")
 
 
 def remove_step(transaction: Transaction) -> None:

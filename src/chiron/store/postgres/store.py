@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from uuid import uuid4
 import psycopg
 
 from chiron.store.damage import Damage
+from chiron.store.directory import disk_error, hold
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction
 from chiron.store.jobs.items import Leased
@@ -73,12 +75,16 @@ log = logging.getLogger("chiron.store")
 CHECKED_MAX: Final = 1_000
 """Files remembered as whole."""
 LISTEN_AGAIN_S: Final = 5.0
+NAME: Final = "gateway-name"
+_NAME_FORM: Final = re.compile(r"[A-Za-z0-9._-]{13,80}")
 
 
 @dataclass(slots=True)
 class _Opened:
     """What exists while the store is open."""
 
+    held: int | None
+    """The lock of the directory."""
     writer: Writer
     readers: ThreadPoolExecutor
     validator: ThreadPoolExecutor
@@ -99,9 +105,11 @@ class PostgresStore:
     def __init__(
         self, directory: Path, *, wall: Callable[[], float], settings: PostgresSettings, name: str | None = None
     ) -> None:
-        """``directory`` gets the reports of damage."""
+        """``directory`` gets the reports of damage, and has the gateway's name if none is given. Whoever gives one
+        sees to it that no two gateways have the same."""
         self.settings = settings
-        self.name = name or f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        self.directory = directory
+        self._given_name = name
         self.damage = Damage(directory, wall)
         self._wall = wall
         self._of_thread = local()
@@ -115,11 +123,12 @@ class PostgresStore:
         if self._now is not None:
             raise Conflict(f"{where(self.settings)}: open already")
         self._loop = asyncio.get_running_loop()
-        writer = await asyncio.to_thread(lambda: Writer(self.settings, self.name, self._tell))
+        held, writer = await asyncio.to_thread(self._open)
         end = Event()
         listener = Thread(target=self._listen, args=(end,), name="store-listener", daemon=True)
         self._of_thread = local()
         self._now = _Opened(
+            held=held,
             writer=writer,
             readers=ThreadPoolExecutor(self.settings.connections_max, thread_name_prefix="store-reader"),
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
@@ -129,6 +138,16 @@ class PostgresStore:
         )
         self.unavailable = ""
         listener.start()
+
+    def _open(self) -> tuple[int | None, Writer]:
+        if self._given_name is not None:
+            return None, Writer(self.settings, self._given_name, self._tell)
+        held = hold(self.directory)
+        try:
+            return held, Writer(self.settings, _name_of(self.directory), self._tell)
+        except BaseException:
+            os.close(held)
+            raise
 
     async def close(self) -> None:
         if self._now is not None:
@@ -586,6 +605,25 @@ class PostgresStore:
 _READ: Final = "BEGIN READ ONLY"
 
 
+def _name_of(directory: Path) -> str:
+    """The name of the gateway that has this directory, the same at each start: so its next process knows at once that
+    the last one is over. Raises StoreError."""
+    path = directory / NAME
+    try:
+        try:
+            known = path.read_text().strip()
+        except FileNotFoundError:
+            known = ""
+        if not _NAME_FORM.fullmatch(known):
+            known = f"{socket.gethostname()[:60]}-{uuid4().hex[:12]}"
+            part = path.with_name(f"{NAME}.part")
+            part.write_text(f"{known}\n")
+            part.rename(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return known
+
+
 def _ask(db: Database, operation: Operation[T]) -> T:
     from chiron.store.jobs.database import Meta
 
@@ -601,3 +639,5 @@ def _close(now: _Opened) -> None:
     for connection in now.connections:
         connection.close()
     now.listener.join()
+    if now.held is not None:
+        os.close(now.held)

@@ -12,12 +12,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from chiron.store.directory import DATABASE
 from chiron.store.jobs.rows import BATCH_DEFAULTS, keep_copy, write_row
 from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull
 from chiron.store.settings import StoreSettings
 from chiron.store.sums import COLUMNS, Row, check_row, item_sum, result_sum
 
-DATABASE = "batch.sqlite3"
 APPLICATION_ID = 0x43484952  # "CHIR"
 SCHEMA_VERSION = 3
 SQLITE_MIN = (3, 35, 0)

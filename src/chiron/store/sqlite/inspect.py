@@ -7,13 +7,13 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from chiron.store.directory import DATABASE
 from chiron.store.jobs.recount import keys_of
 from chiron.store.jobs.rows import FAILED, LOST, OK, copy_number
 from chiron.store.port import StoreDamaged
 from chiron.store.sqlite.acknowledged import exists, read_acknowledged
 from chiron.store.sqlite.database import (
     APPLICATION_ID,
-    DATABASE,
     INDEXES,
     PAGE_BYTES,
     SCHEMA_VERSION,

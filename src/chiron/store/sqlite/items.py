@@ -8,12 +8,12 @@ from heapq import heappop
 from itertools import groupby
 from pathlib import Path
 
+from chiron.store.directory import disk_error, file_path
 from chiron.store.jobs.batches import batch_row
 from chiron.store.jobs.database import Database, Transaction
 from chiron.store.jobs.items import Leased, leased_item, with_body
 from chiron.store.jobs.rows import INDEX_MAX, OPEN, item_index, item_key
 from chiron.store.port import Item, PendingWork
-from chiron.store.sqlite.directory import disk_error, file_path
 from chiron.store.sqlite.leases import LaneLeases, Leases
 from chiron.store.sums import ATTEMPT_FACTOR, ITEM_COLUMNS, Row, item_fits
 

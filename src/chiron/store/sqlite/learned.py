@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from chiron.store.directory import disk_error, sync_directory
 from chiron.store.learned import learned_sum
 from chiron.store.port import StoreDamaged
-from chiron.store.sqlite.directory import disk_error, sync_directory
 
 _PREFIX, _PART = "learned.", ".part"
 

@@ -18,21 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chiron.store.directory import DATABASE, disk_error, sync_directory
 from chiron.store.jobs.batches import ended_s
 from chiron.store.jobs.recount import keys_of, recounted, set_state, settle_files, write_item
 from chiron.store.jobs.rows import FAILED, LOST, OK, OPEN, copied, item_index, keep_copy, read_copy, write_row
 from chiron.store.port import ENDED, RUNNING, LineError, StoreCorrupt
 from chiron.store.sqlite.acknowledged import read_acknowledged
-from chiron.store.sqlite.database import (
-    DATABASE,
-    PAGE_BYTES,
-    SQLITE_ERRORS,
-    Connection,
-    connect_to,
-    make_tables,
-    store_error,
-)
-from chiron.store.sqlite.directory import disk_error, sync_directory
+from chiron.store.sqlite.database import PAGE_BYTES, SQLITE_ERRORS, Connection, connect_to, make_tables, store_error
 from chiron.store.sqlite.lost import LostFound
 from chiron.store.sqlite.pages import Found, Pages
 from chiron.store.sqlite.wal import read_log

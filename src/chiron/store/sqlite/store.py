@@ -21,6 +21,18 @@ from threading import local
 from typing import Any, Literal, TypeVar
 
 from chiron.store.damage import Damage
+from chiron.store.directory import (
+    DATABASE,
+    FILES,
+    disk_error,
+    file_path,
+    lock,
+    make_private,
+    remove_files,
+    remove_parts,
+    sync_directory,
+    unknown_files,
+)
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction, meta_of
 from chiron.store.jobs.items import Leased
@@ -51,7 +63,6 @@ from chiron.store.sqlite import items
 from chiron.store.sqlite.acknowledged import Acknowledged
 from chiron.store.sqlite.content import CheckedFile, check_content
 from chiron.store.sqlite.database import (
-    DATABASE,
     SQLITE_ERRORS,
     Connection,
     damaged,
@@ -59,17 +70,6 @@ from chiron.store.sqlite.database import (
     open_for_writing,
     read_meta,
     store_error,
-)
-from chiron.store.sqlite.directory import (
-    FILES,
-    disk_error,
-    file_path,
-    lock,
-    make_private,
-    remove_files,
-    remove_parts,
-    sync_directory,
-    unknown_files,
 )
 from chiron.store.sqlite.inspect import database_damage, is_older, is_ours, log_damage, missing_commits
 from chiron.store.sqlite.learned import load_learned, save_learned

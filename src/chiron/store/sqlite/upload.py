@@ -12,9 +12,9 @@ from io import FileIO
 from pathlib import Path
 from threading import Lock
 
+from chiron.store.directory import check_room, disk_error, file_path, part_path, sync_directory
 from chiron.store.port import StoreClosed, StoredFile, StoreError, TooLarge
 from chiron.store.settings import StoreSettings
-from chiron.store.sqlite.directory import check_room, disk_error, file_path, part_path, sync_directory
 from chiron.store.sums import BlockSums
 
 RunInThread = Callable[[Callable[[], None]], Awaitable[None]]

@@ -15,14 +15,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chiron.store.port import StoreError, StoreFull, StoreLocked
-from chiron.store.sqlite.database import DATABASE
 
+DATABASE = "batch.sqlite3"
 FILES = "files"
 PART = ".part"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def lock(directory: Path) -> int:
+    """``hold``, with the places in it where SQLite's store keeps database and files."""
+    try:
+        make_directory(directory)
+        (directory / FILES).mkdir(mode=0o700, exist_ok=True)
+        (directory / DATABASE).touch(mode=0o600)  # SQLite would make it readable to all; its other files follow it.
+    except OSError as error:
+        raise disk_error(error, directory) from error
+    return hold(directory)
+
+
+def hold(directory: Path) -> int:
     """Make the directory and take it for this process, until the returned descriptor is closed.
 
     Prompts and answers lie in it, so it is its owner's alone. The lock is the kernel's: it is gone as soon as the
@@ -30,8 +41,6 @@ def lock(directory: Path) -> int:
     """
     try:
         make_directory(directory)
-        (directory / FILES).mkdir(mode=0o700, exist_ok=True)
-        (directory / DATABASE).touch(mode=0o600)  # SQLite would make it readable to all; its other files follow it.
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise disk_error(error, directory) from error

@@ -1,0 +1,110 @@
+"""Who leads, in a row of the database, by the server's clock.
+
+It has a connection of its own: a leader renews also while others wait for their turn to write, and a lost connection
+costs one answer, not the lease. A row rather than an advisory lock: the lock would be lost with the connection, and
+kept for as long as the server believes that a machine that is gone is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import psycopg
+
+from chiron.store.lease import Held, check_name
+from chiron.store.port import StoreUnavailable
+from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
+from chiron.store.postgres.schema import prepare
+from chiron.store.postgres.settings import PostgresSettings
+
+T = TypeVar("T")
+
+
+class PostgresLease:
+    """Implements ``LeaderLease``. ``close`` lets go of the connection, not of the lease."""
+
+    def __init__(self, settings: PostgresSettings, *, name: str, holder: str, lease_s: float) -> None:
+        if not 0.1 <= lease_s <= 3600:
+            raise ValueError(f"lease_s: {lease_s!r} must be between 0.1 s and an hour")
+        self._settings = settings
+        self._name = check_name("name", name)
+        self._holder = check_name("holder", holder)
+        self._lease_s = lease_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-lease")
+        self._db: Connection | None = None
+
+    async def try_take(self) -> Held | None:
+        def take(db: Connection) -> Held | None:
+            # The token grows also if it was ours and was over: somebody may have acted meanwhile.
+            row = db.execute(
+                "INSERT INTO leaders(name, holder, token, until)"
+                " VALUES(?, ?, 1, clock_timestamp() + make_interval(secs => ?)) ON CONFLICT (name) DO UPDATE SET"
+                " token = leaders.token + CASE WHEN leaders.holder = excluded.holder"
+                "  AND leaders.until > clock_timestamp() THEN 0 ELSE 1 END,"
+                " holder = excluded.holder, until = excluded.until"
+                " WHERE leaders.until <= clock_timestamp() OR leaders.holder = excluded.holder"
+                " RETURNING token",
+                (self._name, self._holder, self._lease_s),
+            ).fetchone()
+            return None if row is None else Held(holder=self._holder, token=row["token"], left_s=self._lease_s)
+
+        return await self._run(take)
+
+    async def renew(self) -> bool:
+        def extend(db: Connection) -> bool:
+            done = db.execute(
+                "UPDATE leaders SET until = clock_timestamp() + make_interval(secs => ?)"
+                " WHERE name = ? AND holder = ? AND until > clock_timestamp()",
+                (self._lease_s, self._name, self._holder),
+            )
+            return done.rowcount == 1
+
+        return await self._run(extend)
+
+    async def release(self) -> None:
+        await self._run(
+            lambda db: db.execute(
+                "UPDATE leaders SET until = clock_timestamp()"
+                " WHERE name = ? AND holder = ? AND until > clock_timestamp()",
+                (self._name, self._holder),
+            )
+        )
+
+    async def holder(self) -> Held | None:
+        def ask(db: Connection) -> Held | None:
+            row = db.execute(
+                "SELECT holder, token, CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
+                " FROM leaders WHERE name = ? AND until > clock_timestamp()",
+                (self._name,),
+            ).fetchone()
+            return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
+
+        return await self._run(ask)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(lambda: self._thread.shutdown(wait=True))
+        if self._db is not None:
+            self._db.close()
+
+    async def _run(self, query: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._query(query))
+
+    def _query(self, query: Callable[[Connection], T]) -> T:
+        """All of them may be asked twice: with a connection that was lost unnoticed it is asked again."""
+        for last in (False, True):
+            fresh = self._db is None
+            if self._db is None:
+                self._db = connect(self._settings, "lease")
+                prepare(self._db, self._settings)
+            try:
+                return query(self._db)
+            except psycopg.Error as error:
+                if not is_lost(self._db.raw):
+                    raise store_error(error, self._settings) from error
+                self._db = None
+                if last or fresh:
+                    raise StoreUnavailable(f"{where(self._settings)}: {error}") from error
+        raise AssertionError

@@ -1,0 +1,134 @@
+"""Several gateways on one PostgreSQL: no item is leased twice, and what one leaves behind another runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from chiron.store.port import StoreError
+from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
+from store_sites import PostgresSite
+
+Place = Callable[[], PostgresSite]
+
+
+def test_two_gateways_lease_from_one_job_without_doubling_an_item(postgres_place: Place) -> None:
+    site = postgres_place()
+
+    async def run() -> None:
+        async with site.gateway("a") as a, site.gateway("b") as b:
+            batch = await start(site, a, 300)
+
+            async def work(store: object) -> list[int]:
+                done: list[int] = []
+                while leased := await store.lease(MODEL, 7):  # type: ignore[attr-defined]
+                    await store.finish([result(item) for item in leased], site.now_s)  # type: ignore[attr-defined]
+                    done += indices(leased)
+                return done
+
+            done = await asyncio.gather(work(a), work(b), work(a), work(b))
+            while rest := await a.lease(MODEL, 300):  # Skipped, because the other was leasing them just then.
+                await a.finish([result(item) for item in rest], site.now_s)
+                done.append(indices(rest))
+            assert sorted(index for part in done for index in part) == list(range(300))
+            batch = await b.get_batch(batch.id, None)
+            assert (batch.status, batch.completed) == ("completed", 300)
+            assert (await content(b, batch.output_file_id)).count(b"\n") == 300
+
+    asyncio.run(run())
+
+
+def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place) -> None:
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=1.0)
+
+    async def run() -> None:
+        dead = site.make("dead")
+        await dead.open()
+        batch = await start(site, dead, 10)
+        leased = await dead.lease(MODEL, 6)
+        upload = await dead.begin_file("batch", "half", "", 1 << 30)
+        await upload.write(bytes(2 << 20))
+        await dead.finish([result(leased[0])], site.now_s)
+        assert dead._now is not None
+        async with site.gateway("lives") as lives:
+            assert indices(await lives.lease(MODEL, 10)) == [6, 7, 8, 9]
+            # It dies: nobody renews. Its thread is not killed, but ours is as good as gone to the server.
+            stop_renewing(dead)
+            async with asyncio.timeout(60):
+                while not (again := await lives.lease(MODEL, 10)):
+                    await lives.expire(site.now_s)
+                    await asyncio.sleep(0.05)
+            assert indices(again) == [1, 2, 3, 4, 5]
+            assert [item.attempts for item in again] == [0] * 5
+            await lives.finish([result(item, text="lives") for item in again], site.now_s)
+            for _ in range(3):
+                await lives.expire(site.now_s)  # Chores are run beside it.
+            left = await lives._read(lambda db: db.execute("SELECT count(*) AS n FROM blocks").fetchone()["n"])
+            assert left == 1, "what the dead gateway uploaded by half is gone; the batch's input is there"
+            # It was only slow: its results come too late, and count for nothing.
+            stop_renewing(dead, no_longer=True)
+            await dead.finish([result(item, text="dead") for item in leased], site.now_s)
+            await dead.release(keys(leased), True)
+            (work,) = [work.items for work in await lives.pending()] or [0]
+            assert work == 0
+            batch_now = await lives.get_batch(batch.id, None)
+            assert (batch_now.completed, batch_now.failed) == (6, 0)
+            with pytest.raises(StoreError, match="send it again"):
+                await upload.write(bytes(2 << 20))
+        await dead.close()
+
+    asyncio.run(run())
+
+
+def stop_renewing(store: object, no_longer: bool = False) -> None:
+    """As if its process had stopped: the writer's thread takes no job and renews no lease."""
+    writer = store._now.writer  # type: ignore[attr-defined]
+    if no_longer:
+        writer.stopped.set()
+    else:
+        from threading import Event
+
+        writer.stopped = Event()
+        stopped = writer.stopped
+        writer.submit(lambda transaction: stopped.wait(60), alone=True)
+
+
+def test_a_gateway_that_starts_again_knows_that_its_last_process_is_over(postgres_place: Place) -> None:
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=3600.0)
+
+    async def run() -> None:
+        killed = site.make("a")
+        await killed.open()
+        await start(site, killed, 5)
+        assert len(await killed.lease(MODEL, 5)) == 5
+        async with site.gateway("b") as other, site.gateway("a") as again:
+            assert await other.lease(MODEL, 5) != [] or await again.lease(MODEL, 5) != []
+        await killed.close()
+
+    asyncio.run(run())
+
+
+def test_others_hear_of_new_work_at_once(postgres_place: Place) -> None:
+    site = postgres_place()
+
+    async def run() -> None:
+        async with site.gateway("a") as a, site.gateway("b") as b:
+            heard = asyncio.Event()
+            b.on_news(heard.set)
+            async with asyncio.timeout(60):
+                while not await b._read(
+                    lambda db: db.execute(
+                        "SELECT count(*) AS n FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
+                    ).fetchone()["n"]
+                ):
+                    await asyncio.sleep(0.02)
+                batch = await submit(site, a, lines_of(3))
+                await a.validate(batch.id, check, LIMITS)
+                await heard.wait()
+
+    asyncio.run(run())
