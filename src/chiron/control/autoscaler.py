@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState, fleet_view
 from chiron.core.clock import VirtualClock
+from chiron.core.kept import Kept
 from chiron.policies.defaults import keep_fleet
-from chiron.policies.policy import Policy
+from chiron.policies.policy import ClassesOf, Policy
 from chiron.policies.views import FleetPlan, FleetView, Migration, PolicyState
 
 PREPARE_GAP_S: Final = 0.005
@@ -57,6 +58,20 @@ class Autoscaler:
         self._clock.call_later(max(policy.fleet_first_s, policy.fleet_period_s), self._fleet_tick)
         if policy.migrate is not None:
             self._clock.call_later(policy.migrate_period_s, self._migration_tick)
+
+    def learned(self) -> Mapping[str, Any]:
+        """What the fleet hook knows of each model, as plain data."""
+        learned = self._policy.learned
+        return learned(self._policy.settings, self.fleet_state, self._classes()) if learned is not None else {}
+
+    def restore(self, kept: Mapping[str, Kept]) -> None:
+        """The same of an earlier run."""
+        policy = self._policy
+        if policy.restore is not None:
+            self.fleet_state = policy.restore(policy.settings, kept, self._classes(), self._clock.now_s)
+
+    def _classes(self) -> ClassesOf:
+        return {name: tuple(state.classes.values()) for name, state in self._models.items()}
 
     def wake(self) -> None:
         """Something waits and there is no instance at all: do not wait for the next tick to start one."""

@@ -27,8 +27,9 @@ from bisect import bisect_left, insort
 from collections import deque
 from math import exp, inf, isfinite, log
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
+from chiron.core.kept import Kept
 from chiron.core.types import Request, RequestClass, Sample
 from chiron.policies.size import prefill_s
 from chiron.policies.views import ClassMix, StepTimes
@@ -60,6 +61,11 @@ _Equation = tuple[list[float], float, float]
 """Coefficients in units of the prior, what they add up to, weight."""
 LEAD_PRIOR = 0.1
 """Time from dispatch to first token before any was seen, beyond the request's own prefill: this share of TTFT."""
+_COUNT_MAX: Final = 1_000_000_000_000
+"""Most that is believed of what an earlier run has kept, as the next three."""
+_TOKENS_MAX: Final = 1e8
+_TIME_MAX_S: Final = 1e5
+_SUM_MAX: Final = 1e6
 _FEW = 0.02
 """Share of requests that may be shorter than ``output_low``: a request whose ITL SLO is a mean is at least so long."""
 _FEW_SEEN = 500
@@ -98,6 +104,30 @@ class Mix:
         self.counts[min(output_tokens.bit_length(), 31)] += 1.0
         if self.finished % _MEMORY == 0:
             self.counts = [0.5 * count for count in self.counts]
+
+    def learned(self) -> dict[str, Any]:
+        return {
+            "seen": self.seen,
+            "finished": self.finished,
+            "input_mean": self.input_mean,
+            "input_square": self.input_square,
+            "output_mean": self.output_mean,
+            "output_square": self.output_square,
+            "counts": list(self.counts),
+        }
+
+    def restore(self, kept: Kept) -> bool:
+        """All or nothing: the figures belong together."""
+        seen, finished = kept.whole("seen", 0, _COUNT_MAX), kept.whole("finished", 0, _COUNT_MAX)
+        means = [kept.number(name, 0.0, _TOKENS_MAX) for name in ("input_mean", "output_mean")]
+        squares = [kept.number(name, 0.0, _TOKENS_MAX**2) for name in ("input_square", "output_square")]
+        counts = kept.numbers("counts", 0.0, _COUNT_MAX, least=32, most=32)
+        if seen is None or finished is None or counts is None or None in means or None in squares:
+            return False
+        self.seen, self.finished, self.counts = seen, finished, counts
+        self.input_mean, self.output_mean = (mean or 0.0 for mean in means)
+        self.input_square, self.output_square = (square or 0.0 for square in squares)
+        return True
 
     def output_low(self) -> int:
         """Tokens that all but a few of the outputs have: a power of two. 1 until enough have been seen."""
@@ -148,6 +178,9 @@ class Lead:
             return
         self.value_s = min(self._sorted[-self.RANK], self.most_s)
 
+    def learned(self) -> list[float]:
+        return list(self._recent)
+
 
 class Usual:
     """What a request of common size is like: exponential means over about a hundred."""
@@ -163,6 +196,13 @@ class Usual:
         self.input_tokens += _USUAL_WEIGHT * (tokens - self.input_tokens)
         self.input_square += _USUAL_WEIGHT * (tokens * tokens - self.input_square)
         self.need_tokens += _USUAL_WEIGHT * (need - self.need_tokens)
+
+    def learned(self) -> list[float]:
+        return [self.input_tokens, self.input_square, self.need_tokens]
+
+    def restore(self, values: list[float] | None) -> None:
+        if values is not None:
+            self.input_tokens, self.input_square, self.need_tokens = values
 
 
 class Learner:
@@ -200,6 +240,58 @@ class Learner:
         )
         self.prefill_token_s = PRIOR[3]
         self.prefill_square_s = PRIOR[4]
+
+    def learned(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "classes": {
+                name: {**mix.learned(), "lead_s": self._leads[name].learned()} for name, mix in self.mixes.items()
+            },
+            "usual": self.usual.learned(),
+            "usual_batch": self.usual_batch.learned(),
+            "steps": {
+                "updates": self.updates,
+                "prior": self._prior,
+                "values": list(self._values),
+                "moment": list(self._moment),
+                "normal": [value for row in self._normal for value in row],
+            },
+        }
+
+    def restore(self, kept: Kept) -> None:
+        """What an earlier run has learned, as far as it is sound; classes that are no longer there are passed over."""
+        classes = kept.part("classes")
+        for name, mix in self.mixes.items():
+            if name not in classes:
+                continue
+            told = classes.part(name)
+            if not mix.restore(told):
+                continue
+            self._expected_output[name] = mix.output_mean
+            if mix.seen and mix.cls.interactive:
+                self.ttft_min_s = min(self.ttft_min_s, mix.cls.ttft_s)
+            for time_s in told.numbers("lead_s", 0.0, _TIME_MAX_S, least=0, most=Lead.WINDOW) or ():
+                self._leads[name].observe(time_s)
+            self.first_token_lead_s[name] = self._leads[name].value_s
+        self.usual.restore(kept.numbers("usual", 0.0, _TOKENS_MAX**2, least=3, most=3))
+        self.usual_batch.restore(kept.numbers("usual_batch", 0.0, _TOKENS_MAX**2, least=3, most=3))
+        self._restore_steps(kept.part("steps"))
+
+    def _restore_steps(self, kept: Kept) -> None:
+        updates = kept.whole("updates", 0, _COUNT_MAX)
+        prior = kept.number("prior", 0.05, 50.0)
+        values = kept.numbers("values", 0.0, _TIME_MAX_S, least=5, most=5)
+        moment = kept.numbers("moment", -_SUM_MAX, _SUM_MAX, least=5, most=5)
+        normal = kept.numbers("normal", -_SUM_MAX, _SUM_MAX, least=25, most=25)
+        if updates is None or prior is None or values is None or moment is None or normal is None:
+            return
+        rows = [normal[5 * i : 5 * i + 5] for i in range(5)]
+        if not _is_normal(rows):
+            kept.drop("these are not sums of squares", "normal")
+            return
+        self.updates, self._prior, self._moment, self._normal = updates, prior, moment, rows
+        self._seen = updates
+        self.publish()
 
     @property
     def trusted(self) -> bool:
@@ -312,6 +404,17 @@ class Learner:
         )
         self.prefill_token_s = values[3]
         self.prefill_square_s = values[4]
+
+
+def _is_normal(rows: list[list[float]]) -> bool:
+    """Whether it can be a sum of equations times their transposes: symmetric, and no entry larger than its diagonals
+    allow (Cauchy and Schwarz)."""
+    return all(rows[i][i] >= 0.0 for i in range(5)) and all(
+        abs(rows[i][j] - rows[j][i]) <= 1e-9 * (rows[i][i] + rows[j][j])
+        and rows[i][j] ** 2 <= rows[i][i] * rows[j][j] * (1.0 + 1e-9)
+        for i in range(5)
+        for j in range(i)
+    )
 
 
 def _solve(normal: list[list[float]], moment: list[float], prior: float) -> list[float]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import inf, nan
+from typing import Any
 
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
+from chiron.core.kept import Kept
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
@@ -128,6 +130,30 @@ class ModelState:
             self.missed += 1
         else:
             self.attained += 1
+
+    def learned(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "learner": self.learner.learned(),
+            "itl_missed": dict(self._itl_missed),
+            "cold_start_s": self.cold_start_s,
+            "cold_starts_seen": self.cold_starts_seen,
+            "batch_size_hint": self.batch_size_hint,
+        }
+
+    def restore(self, kept: Kept) -> None:
+        """What an earlier run has learned, as far as it is sound."""
+        self.learner.restore(kept.part("learner"))
+        missed = kept.part("itl_missed")
+        for name in self._itl_missed:
+            if name in missed:
+                self._itl_missed[name] = missed.number(name, 0.0, 1.0) or 0.0
+        seen = kept.whole("cold_starts_seen", 0, 1_000_000_000)
+        took_s = kept.number("cold_start_s", 0.0, 86400.0)
+        if seen and took_s is not None:
+            self.cold_starts_seen, self.cold_start_s = seen, took_s
+        most = max(kind.max_num_seqs for kind in self.spec.kinds)
+        self.batch_size_hint = kept.whole("batch_size_hint", 0, most) or 0
 
     def started(self, instance: Instance) -> None:
         """Learn the cold start from the time that this one took, without what it waited before."""

@@ -21,11 +21,13 @@ from chiron.control.autoscaler import Autoscaler, Observer
 from chiron.control.batch_size import BatchSizes
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
+from chiron.control.learned import AGE_MAX_S, LOAD_AGE_MAX_S, Learned
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.control.scrapes import Scrapes
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
 from chiron.core.clock import VirtualClock
+from chiron.core.kept import Kept
 from chiron.core.ports import Ends, Engine, Fleet, Journal
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.policies.policy import Policy
@@ -110,9 +112,36 @@ class ControlPlane:
         """Ask the fleet for the first ``count`` instances of ``model``; they become ready when they do."""
         self._lifecycle.request_initial(self.models[model], count)
 
+    def restore(self, learned: Learned, age_s: float) -> list[str]:
+        """Take over what an earlier run has learned, before ``begin``; ``age_s``: how long ago that was. Returns what
+        was left out, and why."""
+        notes: list[str] = []
+        if not 0.0 <= age_s <= AGE_MAX_S:
+            return [f"it is {age_s:.0f} s old; at most {AGE_MAX_S:.0f} s are allowed"]
+        models = Kept(learned.models, "models", notes)
+        fleet: dict[str, Kept] = {}
+        for name, state in self.models.items():
+            if name in models:
+                kept = models.part(name)
+                state.restore(kept)
+                fleet[name] = kept.part("fleet")
+        if learned.policy != self.policy.name:
+            notes.append(f"the load as policy {learned.policy!r} saw it is of no use to {self.policy.name!r}")
+        elif age_s > LOAD_AGE_MAX_S:
+            notes.append(f"the load of {age_s:.0f} s ago is too old; at most {LOAD_AGE_MAX_S:.0f} s are allowed")
+        else:
+            self._autoscaler.restore(fleet)
+        return notes
+
     def begin(self) -> None:
         """Start the periodic loops."""
         self._autoscaler.begin()
+
+    def learned(self, wall_s: float) -> Learned:
+        """What the next run should know; ``wall_s`` is the Unix time now."""
+        fleet = self._autoscaler.learned()
+        models = {name: {**state.learned(), "fleet": fleet.get(name, {})} for name, state in self.models.items()}
+        return Learned(policy=self.policy.name, wall_s=wall_s, models=models)
 
     # -- what is read ------------------------------------------------------------------------------------------
 

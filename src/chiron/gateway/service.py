@@ -21,6 +21,7 @@ from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
+from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
@@ -137,6 +138,7 @@ class Service:
             settings=config.batch,
             clock_set_s=lambda: time.time() - self._wall_s(),
         )
+        self.learned = LearnedKeeper(store=self.store, clock=self.clock, plane=self.plane, wall_s=self._wall_s)
         self.url = ""
         self._stopping = False
         self._files_warned_s = -FILES_WARN_S
@@ -165,6 +167,8 @@ class Service:
         elif not self.store.unavailable:
             self.store.unavailable = f"{config.data}: the store is being opened; it may be repaired or upgraded"
             log.warning("%s", self.store.unavailable)
+        if self._opening.done():
+            await self.learned.read()
         self._server = await serve(
             self.front.handle,
             host=config.server.host,
@@ -246,6 +250,8 @@ class Service:
                 task.cancel()
         if self._batch_look is not None:
             self._batch_look.cancel()
+        if self._server is not None:  # Else nothing was served, and the directory may be another's.
+            await self.learned.close()
         await self.engines.close()
         await self.store.close()
         self.journal.close()
@@ -300,6 +306,7 @@ class Service:
 
     def _begin(self) -> None:
         initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
+        self.learned.begin()
         self.gateway.begin(initial)
         self.clock.call_later(FILES_LOOK_S, self._watch_files)
         self.clock.call_later(0.0, self._look_at_batches)

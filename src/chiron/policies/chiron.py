@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from chiron.core.kept import Kept
 from chiron.core.types import Request, Role
 from chiron.policies.chiron_batch import batch_at_risk, batch_extra, instances_apart
 from chiron.policies.chiron_load import (
@@ -30,9 +31,11 @@ from chiron.policies.chiron_load import (
     first_memory,
     growing_to,
     interactive_capacity,
+    learned_load,
     prepared,
     pressure,
     remember,
+    restored_load,
     surging_to,
     whole,
 )
@@ -43,7 +46,7 @@ from chiron.policies.headroom import CONSTANT, followed, window_mean
 from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.overload import OverloadOrder
 from chiron.policies.packing import PackingRouter
-from chiron.policies.policy import Estimates, Order, Policy, Refusal
+from chiron.policies.policy import ClassesOf, Estimates, Order, Policy, Refusal
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 State = dict[str, ModelMemory]
@@ -65,6 +68,17 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
 def prepare(settings: ChironSettings, state: State | None) -> State | None:
     """Compute a part of what the next tick will need."""
     return prepared(state) if state else None
+
+
+def learned(settings: ChironSettings, state: State | None, classes: ClassesOf) -> dict[str, dict[str, Any]]:
+    """The load of the last hour, and what was made of it."""
+    return {name: learned_load(memory, classes[name]) for name, memory in (state or {}).items()}
+
+
+def restore(settings: ChironSettings, kept: Mapping[str, Kept], classes: ClassesOf, now_s: float) -> State:
+    """The time between is left out: who was not there cannot tell it from a time without requests."""
+    found = {name: restored_load(settings, part, classes[name], now_s) for name, part in kept.items()}
+    return {name: memory for name, memory in found.items() if memory is not None}
 
 
 def share_gpus(
@@ -297,6 +311,8 @@ def make_chiron(settings: ChironSettings) -> Policy:
         fleet=decide_fleet,
         fleet_period_s=settings.tick_s,
         prepare=prepare,
+        learned=learned,
+        restore=restore,
         initial_max_batch_size=settings.initial_max_batch_size,
         take_back=take_back_fullest,
         label=label_by_rank,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf, sqrt
+from typing import Any
 
 import numpy as np
 
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
 from chiron.policies.chiron_local import itl_target_s
 from chiron.policies.chiron_settings import ChironSettings
@@ -23,7 +27,7 @@ from chiron.policies.headroom import (
     followed,
     window_mean,
 )
-from chiron.policies.load_history import LoadHistory, presumed, worth
+from chiron.policies.load_history import LoadHistory, presumed, remembered, worth
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -110,6 +114,83 @@ def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> Mo
         headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
         backtest_s=now_s,
     )
+
+
+_LOAD_MAX = 1e6
+"""Instances' worth, or requests, in a second: what is more is not believed."""
+
+
+def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[str, Any]:
+    """As plain data: some 40 bytes for each second, 3,600 at most, and 20 for each class."""
+    rule = memory.headroom.rule
+    names = [cls.name for cls in classes if cls.interactive]
+    return {
+        "load": _packed(memory.load),
+        "counts": {name: _packed(row) for name, row in zip(names, memory.counts, strict=True)},
+        "window_s": rule.window_s,
+        "settle_s": rule.settle_s,
+        "h": memory.headroom.h,
+        "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
+        "pressure": memory.pressure,
+        "spare_trust": memory.spare_trust,
+    }
+
+
+def restored_load(
+    settings: ChironSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float
+) -> ModelMemory | None:
+    """The memory that this makes; None: it tells of no load, and all begins anew."""
+    load = _unpacked(settings, kept, "load")
+    if load is None:
+        return None
+    none = np.zeros(len(load))
+    told = kept.part("counts")
+    names = [cls.name for cls in classes if cls.interactive]
+    rows = [_unpacked(settings, told, name) if name in told else None for name in names]
+    counts = np.array([row if row is not None and len(row) == len(load) else none for row in rows])
+    rule, h = _restored_rule(settings, kept), kept.number("h", 0.01, 1e4)
+    headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
+    if rule is not None and h is not None:
+        headroom = Headroom(rule=rule, h=h, instances=1.0)
+    return ModelMemory(
+        history=remembered(floor(now_s) - len(load), load, counts.reshape(len(names), len(load))),
+        headroom=headroom,
+        backtest_s=now_s - (kept.number("backtest_ago_s", 0.0, 1e6) or 0.0),
+        pressure=kept.number("pressure", 1.0, 1.25) or 1.0,
+        spare_trust=kept.number("spare_trust", 0.0, 1.0) or 0.0,
+    )
+
+
+def _restored_rule(settings: ChironSettings, kept: Kept) -> Rule | None:
+    window_s, settle_s = kept.whole("window_s", 0, 86400), kept.whole("settle_s", 0, 86400)
+    if window_s is None or settle_s is None:
+        return None
+    rule = Rule(window_s=window_s, settle_s=settle_s)
+    if rule != CONSTANT and window_s == 0:
+        kept.drop("a rule without a window", "window_s")
+        return None
+    return rule
+
+
+def _packed(values: Floats) -> str:
+    return b64encode(values.astype("<f8").tobytes()).decode()
+
+
+def _unpacked(settings: ChironSettings, kept: Kept, name: str) -> Floats | None:
+    """Up to ``memory_s`` figures, the newest, all of them sound."""
+    text = kept.text(name, 12 * 86400)
+    if not text:
+        return None
+    try:
+        values = np.frombuffer(b64decode(text, validate=True), dtype="<f8").astype(np.float64)
+    except ValueError as error:  # Not base64, or no whole number of figures.
+        kept.drop(str(error), name)
+        return None
+    # A figure that is no number fails both comparisons.
+    if not len(values) or not ((values >= 0.0) & (values <= _LOAD_MAX)).all():
+        kept.drop(f"not all of it are numbers in 0..{_LOAD_MAX:g}", name)
+        return None
+    return values[-settings.memory_s :]
 
 
 def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float) -> ModelMemory:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from chiron.core.types import Instance, Placement, Request, Role
+from chiron.core.kept import Kept
+from chiron.core.types import Instance, Placement, Request, RequestClass, Role
 from chiron.policies.views import (
     FleetPlan,
     FleetView,
@@ -169,6 +170,10 @@ OrderHook = Callable[[Any, Estimates], Order]
 BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
 PlaceHook = Callable[[Any, Estimates], Router]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
+ClassesOf = Mapping[str, Sequence[RequestClass]]
+"""Of each model, in the order of ``ModelView.mixes``."""
+LearnedHook = Callable[[Any, PolicyState, ClassesOf], Mapping[str, Mapping[str, Any]]]
+RestoreHook = Callable[[Any, Mapping[str, Kept], ClassesOf, float], PolicyState]
 PrepareHook = Callable[[Any, PolicyState], PolicyState | None]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
@@ -199,6 +204,11 @@ class Policy:
     prepare: PrepareHook | None = None
     """Works on the fleet hook's state between two ticks, less than a millisecond a call; None when nothing is left to
     do. What it changes is when something is computed, never what comes out."""
+    learned: LearnedHook | None = None
+    """What the fleet hook's state knows of each model that the next run should know: plain data by model, of bounded
+    size. None: nothing."""
+    restore: RestoreHook | None = None
+    """Makes the fleet hook's first state from that, which may be damaged, and from the time."""
     take_back: TakeBackHook | None = None
     """Which of the draining instances (by id) comes back before a new one is started; None: none does."""
     label: LabelHook | None = None

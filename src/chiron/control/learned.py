@@ -1,0 +1,61 @@
+"""What a control plane has learned, as a value: kept by one run, and given to the next one.
+
+Step times, lengths, time to first token, cold starts, and what the policy's fleet hook knows of the load. Not among it:
+what runs and waits (soft state, told anew), plans, holds and outages, which are of the moment. Everything is checked
+when it is read back (``core.kept``), and what is too old is dropped: each part with a note. The bytes end with their
+checksum.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from zlib import crc32
+
+VERSION: Final = 1
+AGE_MAX_S: Final = 7 * 86400.0
+"""Older than this nothing of it is used; load in particular is no longer used after ``LOAD_AGE_MAX_S``."""
+LOAD_AGE_MAX_S: Final = 3600.0
+BYTES_MAX: Final = 32 * 1024 * 1024
+
+
+class LearnedError(Exception):
+    """Bytes that are no learned state, or not one of this version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """Plain data: what ``Kept`` reads."""
+
+    policy: str
+    wall_s: float
+    """Unix time at which this was so."""
+    models: Mapping[str, Mapping[str, Any]]
+    """By name. Under ``fleet`` the fleet hook's own."""
+
+    def to_bytes(self) -> bytes:
+        content = {"version": VERSION, "policy": self.policy, "wall_s": self.wall_s, "models": self.models}
+        body = json.dumps(content, separators=(",", ":")).encode()
+        return b"%b\n%08x\n" % (body, crc32(body))
+
+
+def from_bytes(data: bytes) -> Learned:
+    """Raises LearnedError."""
+    if len(data) > BYTES_MAX:
+        raise LearnedError(f"learned state of {len(data)} bytes; there are at most {BYTES_MAX}")
+    body, _, end = data.rstrip(b"\n").rpartition(b"\n")
+    if not body or end != b"%08x" % crc32(body):
+        raise LearnedError("learned state does not fit its checksum: it is damaged, or was cut off")
+    try:
+        content = json.loads(body)
+    except ValueError as error:
+        raise LearnedError(f"learned state is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        found = content.get("version") if isinstance(content, dict) else None
+        raise LearnedError(f"learned state of version {found!r}; this is version {VERSION}")
+    policy, wall_s, models = content.get("policy"), content.get("wall_s"), content.get("models")
+    if not isinstance(policy, str) or not isinstance(models, dict) or not isinstance(wall_s, int | float):
+        raise LearnedError("learned state without a policy, a time or models")
+    return Learned(policy=policy, wall_s=float(wall_s), models=models)

@@ -1,0 +1,196 @@
+"""What a control plane has learned outlives it: the next one plans as if there had been no restart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from math import inf, nan, sin
+from random import Random
+from typing import Any
+
+import pytest
+
+from chiron.control.learned import AGE_MAX_S, LOAD_AGE_MAX_S, Learned, LearnedError, from_bytes
+from chiron.core.types import ModelSpec
+from chiron.policies.chiron_settings import ChironSettings
+from chiron.sim.run import Simulation
+from chiron.sim.setup import Setup
+from scenario_factory import PROFILE, kind_of, setup_of
+
+RESTART_S, END_S = 900.0, 1200.0
+FAST = ChironSettings(learning_s=120.0, backtest_s=30.0, memory_s=900, prior_s=120, settles_s=(10, 60))
+ROOMY = replace(PROFILE, kv_capacity_tokens=20_000, max_num_seqs=2, max_num_batched_tokens=256)
+TRACE_SEED = 3
+TICK_S = FAST.tick_s
+MISTAKE_MAX = 1
+"""Instances that a plan may differ by after a restart that remembers, from one of the tick before, the same or the one
+after: what runs at that moment and what is held are not carried over."""
+
+
+def rows(start_s: float, end_s: float) -> list[tuple[float, int, int, int, int]]:
+    """Chat that swells and bursts, as from ``start_s`` on."""
+    draw, at_s, found = Random(TRACE_SEED), 0.0, []
+    while at_s < end_s:
+        burst = 2.0 if int(at_s) % 150 < 20 else 1.0
+        at_s += draw.expovariate(burst * (5.0 + 4.0 * sin(at_s / 200.0)))
+        row = (at_s - start_s, draw.randint(40, 200), draw.randint(20, 120), 0, 0)
+        if at_s >= start_s:
+            found.append(row)
+    return found
+
+
+def day(start_s: float = 0.0, end_s: float = END_S, initial: int = 1) -> Simulation:
+    spec = ModelSpec(name="m0", kinds=(kind_of(ROOMY),), min_instances=1, max_instances=20)
+    setup: Setup = setup_of(
+        rows(start_s, end_s), policy="chiron", settings=FAST, profile=ROOMY, model=spec, initial=initial
+    )
+    return Simulation(replace(setup, horizon_s=end_s - start_s, seed=int(start_s)))
+
+
+def planned(simulation: Simulation, start_s: float) -> dict[float, int]:
+    """Instances planned at each tick, by the time of the whole day."""
+    found: dict[float, int] = {}
+    observe = simulation.plane._autoscaler._observer
+
+    def look(view: Any, plan: Any) -> None:
+        found[start_s + view.now_s] = sum(plan["m0"].counts.values())
+        if observe is not None:
+            observe(view, plan)
+
+    simulation.plane._autoscaler._observer = look
+    simulation.run()
+    return found
+
+
+@pytest.fixture(scope="module")
+def without_restart() -> tuple[dict[float, int], Learned]:
+    """The plans of the whole day, and what was known in the middle of it."""
+    simulation = day(end_s=END_S + TICK_S)
+    known: list[Learned] = []
+    simulation.clock.call_at(RESTART_S, lambda: known.append(simulation.plane.learned(RESTART_S)))
+    return planned(simulation, 0.0), known[0]
+
+
+def after_restart(learned: Learned | None, count: int, notes: list[str] | None = None) -> dict[float, int]:
+    simulation = day(RESTART_S, initial=count)
+    if learned is not None:
+        found = simulation.plane.restore(from_bytes(learned.to_bytes()), 5.0)
+        if notes is not None:
+            notes.extend(found)
+    return planned(simulation, RESTART_S)
+
+
+def mistakes(found: dict[float, int], right: dict[float, int]) -> list[int]:
+    assert len(found) > 50
+    near = [(at_s - TICK_S, at_s, at_s + TICK_S) for at_s in found]
+    return [min(abs(count - right[n]) for n in around) for count, around in zip(found.values(), near, strict=True)]
+
+
+def test_a_restart_in_the_middle_of_a_day_changes_no_plan_by_much(
+    without_restart: tuple[dict[float, int], Learned],
+) -> None:
+    plans, learned = without_restart
+    notes: list[str] = []
+    remembers = mistakes(after_restart(learned, plans[RESTART_S], notes), plans)
+    forgets = mistakes(after_restart(None, plans[RESTART_S]), plans)
+
+    assert notes == []
+    assert max(remembers) <= MISTAKE_MAX
+    assert sum(forgets) > 3 * sum(remembers), "which is what it is for"
+
+
+def test_all_of_it_comes_back_as_it_was(without_restart: tuple[dict[float, int], Learned]) -> None:
+    _, learned = without_restart
+    plane = day(RESTART_S).plane
+    assert plane.restore(from_bytes(learned.to_bytes()), 0.0) == []
+
+    again = plane.learned(RESTART_S)
+
+    assert plane.models["m0"].learner.trusted
+    assert json.loads(again.to_bytes().split(b"\n")[0]) == json.loads(learned.to_bytes().split(b"\n")[0])
+
+
+def changed(learned: Learned, change: Callable[[dict[str, Any]], None]) -> Learned:
+    models = json.loads(json.dumps(learned.models))
+    change(models["m0"])
+    return replace_models(learned, models)
+
+
+def replace_models(learned: Learned, models: Any) -> Learned:
+    return Learned(policy=learned.policy, wall_s=learned.wall_s, models=models)
+
+
+WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
+    ("a cold start of no time", lambda m: m.update(cold_start_s=-1.0), "cold_start_s: -1.0 is not a number"),
+    ("a cold start that is no number", lambda m: m.update(cold_start_s=nan), "cold_start_s: nan"),
+    ("as many starts as never", lambda m: m.update(cold_starts_seen=inf), "cold_starts_seen: inf"),
+    ("a limit beyond the engine's", lambda m: m.update(batch_size_hint=10**6), "batch_size_hint: 1000000"),
+    ("text for a length", lambda m: m["learner"]["classes"]["chat"].update(input_mean="long"), "input_mean: 'long'"),
+    ("no lengths", lambda m: m["learner"].update(classes=[]), "classes: it is not an object"),
+    ("too few sums", lambda m: m["learner"]["steps"].update(moment=[1.0]), "moment: it is not a list"),
+    (
+        "sums that no equations have",
+        lambda m: m["learner"]["steps"]["normal"].__setitem__(0, 0.0),
+        "normal: these are not sums of squares",
+    ),
+    ("a truth for a number", lambda m: m["learner"]["steps"].update(updates=True), "updates: True"),
+    ("a load that is no text", lambda m: m["fleet"].update(load=7), "load: it is not a text"),
+    ("a load of half a number", lambda m: m["fleet"].update(load="AAAA"), "load: "),
+    ("a load that is no base64", lambda m: m["fleet"].update(load="\x00!"), "load: "),
+    ("a load below nothing", lambda m: m["fleet"].update(load="AAAAAAAA8L8="), "load: not all of it are numbers"),
+    ("a headroom of nothing", lambda m: m["fleet"].update(h=0.0), "h: 0.0 is not a number"),
+    ("a pressure of a thousand", lambda m: m["fleet"].update(pressure=1000.0), "pressure: 1000.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "note"), [each[1:] for each in WRONG], ids=[each[0] for each in WRONG])
+def test_what_is_damaged_is_left_out_with_a_note(
+    change: Callable[[dict[str, Any]], Any], note: str, without_restart: tuple[dict[float, int], Learned]
+) -> None:
+    _, learned = without_restart
+    plane = day(RESTART_S).plane
+
+    notes = plane.restore(changed(learned, change), 5.0)
+
+    assert len(notes) == 1
+    assert note in notes[0]
+    assert notes[0].startswith("models.m0.")
+    plane.begin()
+    plane.clock.run_until(30.0)  # It can be worked with.
+
+
+def test_what_is_too_old_or_of_another_policy_is_left_out(
+    without_restart: tuple[dict[float, int], Learned],
+) -> None:
+    _, learned = without_restart
+    for age_s, policy, load, lengths in (
+        (LOAD_AGE_MAX_S, "chiron", True, True),
+        (LOAD_AGE_MAX_S + 1, "chiron", False, True),
+        (60.0, "hpa", False, True),
+        (AGE_MAX_S + 1, "chiron", False, False),
+        (-60.0, "chiron", False, False),
+    ):
+        plane = day(RESTART_S).plane
+        notes = plane.restore(Learned(policy=policy, wall_s=0.0, models=learned.models), age_s)
+        assert bool(plane.fleet_state) == load
+        assert plane.models["m0"].learner.trusted == lengths
+        assert bool(notes) == (not (load and lengths))
+
+
+def test_bytes_that_are_not_whole_are_refused(without_restart: tuple[dict[float, int], Learned]) -> None:
+    data = without_restart[1].to_bytes()
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 4
+    for wrong, message in (
+        (data[: len(data) // 2], "checksum"),
+        (bytes(flipped), "checksum"),
+        (b"", "checksum"),
+        (b"[]\n0c2bc5c5\n".replace(b"0c2bc5c5", b"%08x" % __import__("zlib").crc32(b"[]")), "version None"),
+    ):
+        with pytest.raises(LearnedError, match=message):
+            from_bytes(wrong)
+
+
+def test_it_has_a_size(without_restart: tuple[dict[float, int], Learned]) -> None:
+    assert len(without_restart[1].to_bytes()) < 60_000
