@@ -25,6 +25,10 @@ def section(heading: str) -> str:
         ("chiron-paper", "`chiron-paper`"),
         ("llumnix", "`llumnix`"),
         ("hpa-queue", "`hpa-queue`"),
+        ("knative-kpa", "`knative-kpa`"),
+        ("keda-hpa", "`keda-hpa`"),
+        ("ray-serve", "`ray-serve`"),
+        ("aibrix-apa", "`aibrix-apa`"),
         ("static", "`static`"),
     ],
 )

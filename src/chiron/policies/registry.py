@@ -8,8 +8,12 @@ from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSettings, make_chiron_paper
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
+from chiron.policies.rivals.aibrix import AibrixSettings, make_aibrix
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
+from chiron.policies.rivals.keda import KedaSettings, make_keda
+from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix
+from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.static import StaticSettings, make_static
 
 POLICIES: dict[str, PolicyEntry] = {
@@ -57,6 +61,26 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=HpaKvTunedSettings,
         make=make_hpa,
         about="hpa-kv with target and batch size found by the fair tuning",
+    ),
+    "knative-kpa": PolicyEntry(
+        settings=KnativeSettings,
+        make=make_knative,
+        about="Knative's autoscaler on requests in flight, with its panic mode",
+    ),
+    "keda-hpa": PolicyEntry(
+        settings=KedaSettings,
+        make=make_keda,
+        about="KEDA with an HPA on waiting and running requests, as llm-d's guide sets it up",
+    ),
+    "ray-serve": PolicyEntry(
+        settings=RayServeSettings,
+        make=make_ray_serve,
+        about="Ray Serve on ongoing requests per replica, power of two choices",
+    ),
+    "aibrix-apa": PolicyEntry(
+        settings=AibrixSettings,
+        make=make_aibrix,
+        about="AIBrix's autoscaler on the share of KV in use and on waiting requests",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

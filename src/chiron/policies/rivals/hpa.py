@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Literal, Protocol
 
 from chiron.policies.policy import Policy
 from chiron.policies.rivals import tuned
@@ -83,6 +83,28 @@ class HpaKvTunedSettings(HpaKvSettings):
     max_num_seqs: int = tuned.HPA_KV_MAX_NUM_SEQS
 
 
+class Behaviour(Protocol):
+    """The settings of ``HpaSettings`` that say how a recommendation is followed."""
+
+    @property
+    def stabilise_up_s(self) -> float: ...
+
+    @property
+    def stabilise_down_s(self) -> float: ...
+
+    @property
+    def up_pods(self) -> int: ...
+
+    @property
+    def up_percent(self) -> float: ...
+
+    @property
+    def down_percent(self) -> float: ...
+
+    @property
+    def rate_period_s(self) -> float: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What the autoscaler remembers of one model."""
@@ -119,7 +141,7 @@ def desired_pods(
     return current if against else wanted
 
 
-def stabilised(settings: HpaSettings, wanted: Sequence[tuple[float, int]], current: int, now_s: float) -> int:
+def stabilised(settings: Behaviour, wanted: Sequence[tuple[float, int]], current: int, now_s: float) -> int:
     """The last of ``wanted``, held against rises and falls that did not last."""
     last = wanted[-1][1]
     least = min((n for t, n in wanted if t > now_s - settings.stabilise_up_s), default=last)
@@ -127,7 +149,7 @@ def stabilised(settings: HpaSettings, wanted: Sequence[tuple[float, int]], curre
     return min(max(current, min(last, least)), max(last, most))
 
 
-def rate_limited(settings: HpaSettings, wanted: int, current: int, changes: Sequence[int]) -> int:
+def rate_limited(settings: Behaviour, wanted: int, current: int, changes: Sequence[int]) -> int:
     """``wanted`` as far as the rates allow; ``changes`` are those of the last period."""
     before = current - sum(changes)
     if wanted > current:
@@ -135,6 +157,22 @@ def rate_limited(settings: HpaSettings, wanted: int, current: int, changes: Sequ
         return min(wanted, max(limit, current))
     limit = int(before * (1.0 - settings.down_percent / 100.0))
     return max(wanted, min(limit, current))
+
+
+def follow(settings: Behaviour, memory: Memory, model: ModelView, wanted: int, now_s: float) -> tuple[int, Memory]:
+    """What becomes of a number that the metrics ask for: stabilised, limited in its rate, and within bounds."""
+    current = sum(model.planned.values())
+    window_s = max(settings.stabilise_up_s, settings.stabilise_down_s)
+    # The first recommendation on record is the size that was found.
+    history = memory.wanted or ((now_s, current),)
+    history = (*(w for w in history if w[0] > now_s - window_s), (now_s, wanted))
+    settled = stabilised(settings, history, current, now_s)
+    recent = tuple(c for c in memory.changes if c[0] > now_s - settings.rate_period_s)
+    count = rate_limited(settings, settled, current, [change for _, change in recent])
+    count = min(max(count, model.min_instances, 1), model.max_instances)
+    if count != current:
+        recent = (*recent, (now_s, count - current))
+    return count, Memory(wanted=history, changes=recent)
 
 
 def decide_fleet(settings: HpaSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
@@ -158,20 +196,11 @@ def _decide_model(settings: HpaSettings, memory: Memory, model: ModelView, now_s
     )
     if wanted is None:
         return _plan(current, "metrics_missing", {}), memory
-    window_s = max(settings.stabilise_up_s, settings.stabilise_down_s)
-    # The first recommendation on record is the size that was found.
-    history = memory.wanted or ((now_s, current),)
-    history = (*(w for w in history if w[0] > now_s - window_s), (now_s, wanted))
-    settled = stabilised(settings, history, current, now_s)
-    recent = tuple(c for c in memory.changes if c[0] > now_s - settings.rate_period_s)
-    count = rate_limited(settings, settled, current, [change for _, change in recent])
-    count = min(max(count, model.min_instances, 1), model.max_instances)
-    if count != current:
-        recent = (*recent, (now_s, count - current))
+    count, memory = follow(settings, memory, model, wanted, now_s)
     mean = sum(metrics) / len(metrics)
     reason = _reason(count, wanted, current)
     plan = _plan(count, reason, {"metric": mean, "target": settings.target, "wanted": float(wanted)})
-    return plan, Memory(wanted=history, changes=recent)
+    return plan, memory
 
 
 def _metric(settings: HpaSettings, instance: InstanceView) -> float:
