@@ -10,6 +10,7 @@ the present one: whoever tells of placements over a network compares ``Request.e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 
 from chiron.control.batch_size import BatchSizes
 from chiron.control.booking import book, held_by, leave, prefill_over
@@ -204,6 +205,18 @@ class Dispatcher:
                 room_tokens = router.room_tokens
             request = batch.shorter(now_s, room_tokens) if room_tokens else batch.head(now_s)
 
+    def resumed(self, state: ModelState, request: Request, instance: Instance) -> None:
+        """It runs there already: booked, and not started. It is no arrival of this control plane, and no load."""
+        request.submitted = True
+        self.open_requests += 1
+        placement = placed(state.learner, request, instance)
+        book(request, placement._replace(prefill_s=0.0) if request.ran else placement)
+        if self._event is not None:
+            self._event(self._clock.now_s, "arrival", request, None)
+            self._event(self._clock.now_s, "dispatch", request, instance)
+        if instance.state == "ready":
+            state.router.changed(instance)
+
     def _dispatch(self, state: ModelState, request: Request, placement: Placement) -> None:
         now_s = self._clock.now_s
         if placement.evict:
@@ -239,7 +252,7 @@ class Dispatcher:
     def avoid(self, state: ModelState, instance: Instance, for_s: float) -> None:
         """While no other instance can take its requests it is only a short while: the fault may be in a request, and
         the others wait."""
-        if instance.state != "ready":
+        if instance.state != "ready" or instance.avoided_until_s == inf:
             return
         if not any(
             i.state == "ready" and i.avoided_until_s < 0.0 for i in state.instances.values() if i is not instance

@@ -46,6 +46,8 @@ class Lifecycle:
         self._actuators = actuators
         self._evictor = evictor
         self._sizes = sizes
+        self.only_grows = False
+        """No fleet shrinks: not all that runs is known."""
         self._next_instance = 1
         self._most: dict[str, int] = {}
         """How many instances of a kind there can be now, by name, where it is less than usual."""
@@ -64,6 +66,21 @@ class Lifecycle:
                     )
                 instance = self._new_instance(state, kind, role)
                 self.ready(state, instance, attach(instance))
+
+    def adopt_one(
+        self, state: ModelState, kind: str, role: Role, *, number: int, max_batch_size: int, engine: Engine
+    ) -> Instance | None:
+        """Take over one that is up under its number. None: the number is taken, or there is no such kind."""
+        found = next((each for each in state.spec.kinds if each.name == kind), None)
+        if found is None or number in self.instances or number < 1:
+            return None
+        state.planned = {**state.planned, role: state.planned.get(role, 0) + 1}
+        self._next_instance, following = number, self._next_instance
+        instance = self._new_instance(state, found, role)
+        self._next_instance = max(following, number + 1)
+        instance.max_batch_size = min(max(1, max_batch_size), found.max_num_seqs)
+        self.ready(state, instance, engine)
+        return instance
 
     def request_initial(self, state: ModelState, count: int) -> None:
         """Ask the fleet for the first ``count`` instances; they become ready when they do."""
@@ -90,6 +107,8 @@ class Lifecycle:
         missing = spec.min_instances - sum(counts.values())
         if missing > 0:
             counts["mixed"] += missing
+        if self.only_grows and sum(counts.values()) < sum(state.planned.values()):
+            return
         previous = self._actuators.plan(state, counts)
         before = sum(previous.values())
         after = sum(counts.values())

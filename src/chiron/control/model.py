@@ -94,6 +94,7 @@ class ModelState:
         if arrivals.second != second:
             arrivals = self._arriving[name] = self._bin(name, second)
         arrivals.add(request.input_tokens, 1)
+        request.counted = True
 
     def arrivals(self, now_s: float) -> list[_Arrivals]:
         """Of full seconds, since they were last forgotten."""
@@ -114,7 +115,8 @@ class ModelState:
         cls, outcome = request.cls, request.outcome
         shed = outcome == "shed"
         if not (shed or outcome == "finished" or (outcome == "cancelled" and request.ran)):
-            self._bin(cls.name, int(request.arrival_s)).add(request.input_tokens, -1)
+            if request.counted:
+                self._bin(cls.name, int(request.arrival_s)).add(request.input_tokens, -1)
             return
         if not request.interactive:
             return

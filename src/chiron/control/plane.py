@@ -10,6 +10,7 @@ above it::
     dispatcher            requests, from arrival to end
     autoscaler            the global loop
     scrapes               rounds of samples, a few instances at a time
+    takeover              what runs when this one begins, told by others
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.control.scrapes import Scrapes
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
+from chiron.control.takeover import SETTLE_S, Takeover
 from chiron.core.clock import VirtualClock
 from chiron.core.kept import Kept
 from chiron.core.ports import Ends, Engine, Fleet, Journal
-from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Sample
+from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.policies.policy import Policy
 from chiron.policies.views import PolicyState
 
@@ -94,6 +96,9 @@ class ControlPlane:
         )
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
+        self._takeover = Takeover(
+            clock=clock, models=self.models, lifecycle=self._lifecycle, dispatcher=self._dispatcher
+        )
         self._scrapes = Scrapes(
             clock=clock,
             models=self.models,
@@ -132,6 +137,52 @@ class ControlPlane:
         else:
             self._autoscaler.restore(fleet)
         return notes
+
+    def take_over(self, settle_s: float = SETTLE_S) -> None:
+        """Follow another control plane, whose instances and requests still run: before ``begin``. Told by
+        ``adopt_instance`` and ``adopt_running`` what runs, until ``told_all`` or for ``settle_s``; until then nothing
+        is dispatched to what was taken over, and no fleet shrinks."""
+        self._takeover.begin(settle_s)
+
+    def adopt_instance(
+        self, model: str, kind: str, role: Role, *, number: int, max_batch_size: int, engine: Engine
+    ) -> Instance | None:
+        """An instance that is up, under its number. None: it cannot be taken in."""
+        return self._takeover.instance(
+            self.models[model], kind, role, number=number, max_batch_size=max_batch_size, engine=engine
+        )
+
+    def adopt_running(
+        self,
+        instance: Instance,
+        request: Request,
+        *,
+        epoch: int,
+        tokens_done: int,
+        dispatch_s: float,
+        first_token_s: float,
+    ) -> bool:
+        """A request that runs on an instance, in the placement of this number; ``tokens_done`` as when it was started,
+        ``first_token_s`` below 0 before its first token. False: it cannot be taken in, and must be stopped."""
+        if not self._knows(instance):
+            return False
+        return self._takeover.running(
+            self.models[instance.model],
+            instance,
+            request,
+            epoch=epoch,
+            tokens_done=tokens_done,
+            dispatch_s=dispatch_s,
+            first_token_s=first_token_s,
+        )
+
+    def told_all(self) -> None:
+        """All that runs has been told."""
+        self._takeover.settled()
+
+    @property
+    def settling(self) -> bool:
+        return self._takeover.settling
 
     def begin(self) -> None:
         """Start the periodic loops."""

@@ -34,6 +34,7 @@ class Request:
     __slots__ = (
         "arrival_s",
         "cls",
+        "counted",
         "deadline_s",
         "dispatch_s",
         "epoch",
@@ -97,6 +98,8 @@ class Request:
         self.instance: Instance | None = None
         self.submitted = False
         """The control plane has taken it in."""
+        self.counted = False
+        """It was counted as an arrival, by this control plane and not by one before it."""
         self.epoch = 0
         """Number of its latest placement. What an engine tells late, twice or across a network is told of a placement:
         of an earlier one than this it is stale, and whoever stands between the two must drop it."""
