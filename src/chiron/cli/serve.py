@@ -23,6 +23,7 @@ from chiron.engines.rows import ENGINES
 from chiron.net.loop import run_on_loop
 
 if TYPE_CHECKING:
+    from chiron.gateway.processes.fork_server import ForkServer
     from chiron.gateway.settings import ServeConfig, ServerSettings
 
 DEFAULT_CONFIG = "chiron.toml"
@@ -57,6 +58,12 @@ def serve(
         Path | None,
         typer.Option("--data", metavar="DIR", help="Directory for batches and logs, instead of the config's."),
     ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers", metavar="N|auto", help="Processes that carry connections and tokens; auto: cores less one."
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Serve OpenAI's API in front of your engines, with autoscaling.
@@ -72,7 +79,7 @@ def serve(
 
     - `chiron serve chiron.toml --policy llumnix --set limits.queue_max=500`
     """
-    loaded = load(config, overrides(set_, host, port, data), policy)
+    loaded = load(config, overrides(set_, host, port, data, workers), policy)
     require_extras(extras_of(loaded))
     _require_certificate(loaded.server)
     with needs("serve"):
@@ -83,11 +90,15 @@ def serve(
     )
     raise_file_limit(loaded.limits.connections_max * FILES_PER_CONNECTION + FILES_BESIDES)
 
+    relays = loaded.server.relays(os.cpu_count() or 1)
+    forks = _fork_server(loaded) if relays else None
+
     def ready(url: str) -> None:
         say(welcome(loaded, url, advise))
 
     async def body() -> None:
-        await run(loaded, advise=advise, on_ready=ready)
+        spawn = forks.spawn if forks is not None else None
+        await run(loaded, advise=advise, relays=relays, spawn=spawn, on_ready=ready)
 
     try:
         stopped_by = run_until_stopped(body)
@@ -101,9 +112,20 @@ def serve(
         raise ConfigError(f"server.data: {error}; {hint}") from None
     except StoreError as error:
         raise ConfigError(f"{'server.data: ' if str(loaded.data) in str(error) else ''}{error}") from None
+    finally:
+        if forks is not None:
+            forks.close()
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+
+
+def _fork_server(config: ServeConfig) -> ForkServer:
+    """Makes the relays. Before there is a loop, or a thread."""
+    from chiron.gateway.processes.fork_server import ForkServer
+    from chiron.gateway.processes.relay import run_relay
+
+    return ForkServer(lambda brain, start: run_relay(config, brain, start))
 
 
 def _cannot_listen(error: OSError, server: ServerSettings) -> str:
@@ -149,13 +171,17 @@ def load(config: Path, assignments: list[str], policy: str | None) -> ServeConfi
     return load_serve(config, assignments, policy)
 
 
-def overrides(set_: list[str] | None, host: str | None, port: int | None, data: Path | None) -> list[str]:
+def overrides(
+    set_: list[str] | None, host: str | None, port: int | None, data: Path | None, workers: str | None = None
+) -> list[str]:
     """The command's options as ``path=value``; a later one wins."""
     found = list(set_ or ())
     if host is not None:
         found.append(f"server.host={json.dumps(host)}")
     if port is not None:
         found.append(f"server.port={port}")
+    if workers is not None:
+        found.append(f"server.workers={workers if workers.isdecimal() else json.dumps(workers)}")
     if data is not None:
         # Relative to where the command runs, as every path of a command line is.
         found.append(f"server.data={json.dumps(str(data.absolute()))}")

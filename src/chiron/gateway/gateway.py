@@ -120,6 +120,7 @@ class Gateway:
         self,
         *,
         responded: Callable[[int, int], None],
+        listening: Callable[[RelayLink], None] = lambda link: None,
         left: Callable[[RelayLink, str], None] = lambda link, why: None,
         ride_s: float = RIDE_S,
     ) -> Relays:
@@ -131,6 +132,7 @@ class Gateway:
             keys=self._keys,
             engines=self.engines.live,
             responded=responded,
+            listening=listening,
             left=left,
             ride_s=ride_s,
         )

@@ -9,11 +9,12 @@ import asyncio
 import gc
 import itertools
 import logging
-import ssl
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from chiron.core.types import Decision, Instance
@@ -25,18 +26,21 @@ from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
-from chiron.gateway.relay.admission import Models, ServedModel
+from chiron.gateway.processes.fork_server import RelayStart
+from chiron.gateway.processes.workers import Port, Spawn, Workers, reserve
+from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
-from chiron.gateway.reporting.status import StatusSources, status
+from chiron.gateway.reporting.status import RelayReport, StatusSources, status
+from chiron.gateway.serving import served_models, server_limits, tls_context
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
-from chiron.net.server import HttpServer, ServerLimits, serve
+from chiron.net.server import HttpServer, serve
 from chiron.policies.registry import make_policy
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
@@ -60,8 +64,6 @@ RESULT = "result.chiron"
 FILES_SHORT = 0.85
 """Of the file descriptors that there may be: from here on it is said."""
 FILES_WARN_S = 60.0
-FILES_BESIDES = 64
-"""File descriptors for the store, logs, scrapes; of the others each client's connection may need one for an engine."""
 GC_THRESHOLD = 50_000
 """Allocations between collections of the youngest generation: requests are freed by counting references."""
 SWITCH_INTERVAL_S = 0.0005
@@ -71,15 +73,18 @@ SWITCH_INTERVAL_S = 0.0005
 class Service:
     """One gateway."""
 
-    def __init__(self, config: ServeConfig, *, advise: bool = False) -> None:
-        """To be made on the loop that runs it. Raises ValueError or OSError for what cannot work."""
+    def __init__(
+        self, config: ServeConfig, *, advise: bool = False, relays: int = 0, spawn: Spawn | None = None
+    ) -> None:
+        """To be made on the loop that runs it. ``spawn`` makes each of so many ``relays``; 0: this process listens
+        itself. Raises ValueError or OSError for what cannot work."""
         self.config = config
         self.advise = advise
         loop = asyncio.get_running_loop()
         self.clock = LiveClock(loop, time_s=time.monotonic)
         make_directory(config.data)
         self._numbers = itertools.count(1)
-        self.models = Models({m.name: _served(config, m) for m in config.models})
+        self.models = Models(served_models(config))
         self.keys = KeyRing(config.keys, config.admin_key_hash, admin_open=config.server.loopback)
         specs = [m.spec() for m in config.models]
         classes = list(config.classes.values())
@@ -151,6 +156,11 @@ class Service:
         """Set once the store could not be opened for want of room."""
         self.metrics = Metrics(self.plane, self.journal, self.around)
         self._server: HttpServer | None = None
+        self._relays = relays
+        self._spawn = spawn
+        self._workers: Workers | None = None
+        self._port: Port | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> str:
         """Open the store, ask for the first instances, listen. Returns the URL that clients use.
@@ -169,21 +179,14 @@ class Service:
             log.warning("%s", self.store.unavailable)
         if self._opening.done():
             await self.learned.read()
-        self._server = await serve(
-            self.front.handle,
-            host=config.server.host,
-            port=config.server.port,
-            ssl=_tls(config),
-            limits=_server_limits(config),
-            app=make_app(self._api_state()),
-            is_app=lambda incoming: not self.front.takes(incoming),
-            screen=self.front.screen,
-        )
+        port = await self._listen()
         # Not before data directory and port are ours: it puts aside the log that another gateway may be writing.
         self.journal.log_to(self._event_writer())
         scheme = "https" if config.server.tls else "http"
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
-        self.url = f"{scheme}://{host}:{self._server.port}"
+        self.url = f"{scheme}://{host}:{port}"
+        if self._workers is not None:
+            await self._workers.begin()
         self.clock.post(self._begin)
         if self._opening.done():
             await self._start_runner()
@@ -195,6 +198,36 @@ class Service:
         gc.set_threshold(GC_THRESHOLD, 50, 100)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
+
+    async def _listen(self) -> int:
+        """Where clients, or relays for them, reach this process. Returns the clients' port."""
+        config, spawn = self.config, self._spawn
+        app, is_app = make_app(self._api_state()), lambda incoming: not self.front.takes(incoming)
+        if spawn is None:
+            self._server = await serve(
+                self.front.handle,
+                host=config.server.host,
+                port=config.server.port,
+                ssl=tls_context(config),
+                limits=server_limits(config),
+                app=app,
+                is_app=is_app,
+                screen=self.front.screen,
+            )
+            return self._server.port
+        self._port = await reserve(config.server.host, config.server.port)
+        self._folder = tempfile.TemporaryDirectory(prefix="chiron-")  # Nobody else may look into it.
+        path = str(Path(self._folder.name) / "api")
+        limits = server_limits(config)
+        self._server = await serve(
+            self.front.handle, path=path, limits=limits, app=app, is_app=is_app, screen=self.front.screen
+        )
+        start = RelayStart(port=self._port.number, api_path=path, relays=self._relays)
+        workers = self._workers = Workers(clock=self.clock, spawn=spawn, start=start)
+        workers.relays = self.gateway.open_to_relays(
+            responded=self.journal.responded, listening=workers.listens, left=workers.left
+        )
+        return self._port.number
 
     async def _open_store(self) -> None:
         """Raises StoreError at the first try for anything but a lack of room, or a server that is away."""
@@ -236,13 +269,19 @@ class Service:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
-        self.front.draining = self._stopping = True
+        self._stopping = True
+        self._drain(True)
+        grace_s = self.config.server.grace_s if grace_s is None else grace_s
         if self._server is not None:
-            closing = asyncio.ensure_future(
-                self._server.close(self.config.server.grace_s if grace_s is None else grace_s)
+            closing = asyncio.gather(
+                self._server.close(grace_s), *([self._workers.stop(grace_s)] if self._workers is not None else [])
             )
             await self.runner.close()
             await closing
+        if self._port is not None:
+            self._port.close()
+        if self._folder is not None:
+            self._folder.cleanup()
         self.clock.stop()
         self._lag.close()
         for task in (self._starting_batches, self._opening):
@@ -270,9 +309,31 @@ class Service:
             batch_in_flight=self.runner.in_flight(),
             outages={model: outage.reason for model, outage in self.outages.now.items()},
             loop_lag_s=self._lag.worst_s,
-            connections=len(self._server.connections) if self._server is not None else 0,
+            connections=self._connections(),
+            relays=self._relay_reports(),
+            relays_started=self._workers.started if self._workers is not None else 0,
             files_open=files_open(),
             files_max=files_max(),
+        )
+
+    def _connections(self) -> int:
+        """Of clients: those that come to this process are relays' where there are any."""
+        if self.gateway.relays is not None:
+            return self.gateway.relays.connections
+        return len(self._server.connections) if self._server is not None else 0
+
+    def _relay_reports(self) -> tuple[RelayReport, ...]:
+        relays = self.gateway.relays
+        return tuple(
+            RelayReport(
+                pid=link.pid,
+                connections=link.health.connections,
+                files_open=link.health.files_open,
+                loop_lag_s=link.health.loop_lag_s,
+                open_requests=len(link.calls),
+                late_messages=link.late,
+            )
+            for link in (relays.links if relays is not None else ())
         )
 
     def status(self) -> dict[str, Any]:
@@ -293,16 +354,21 @@ class Service:
 
     def drain(self) -> None:
         """Answer new requests with 503 from now on."""
-        self.front.draining = True
+        self._drain(True)
         self.journal.note(self.clock.elapsed_s(), "drain", {})
 
     def undrain(self) -> bool:
         """Take new requests again, unless the gateway stops."""
         if self._stopping:
             return False
-        self.front.draining = False
+        self._drain(False)
         self.journal.note(self.clock.elapsed_s(), "undrain", {})
         return True
+
+    def _drain(self, on: bool) -> None:
+        self.front.draining = on
+        if self.gateway.relays is not None:
+            self.gateway.relays.drain(on)
 
     def _begin(self) -> None:
         initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
@@ -437,10 +503,17 @@ class _TellsOperator:
             log.info("%s of %s: %g -> %g instances: %s", self._fleet, decision.subject, before, after, why)
 
 
-async def run(config: ServeConfig, *, advise: bool = False, on_ready: Callable[[str], None] | None = None) -> None:
+async def run(
+    config: ServeConfig,
+    *,
+    advise: bool = False,
+    relays: int = 0,
+    spawn: Spawn | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
     """Serve until cancelled; then stop well, and leave the run's result in the data directory. ``on_ready`` hears the
-    URL."""
-    service = Service(config, advise=advise)
+    URL; the others are as ``Service`` has them."""
+    service = Service(config, advise=advise, relays=relays, spawn=spawn)
     started = False
     try:
         url = await service.start()
@@ -467,48 +540,3 @@ def _initial(model: ModelSettings, *, advise: bool) -> int:
     if not advise:
         return model.min_instances
     return min(model.max_instances, max(1, model.min_instances, sum(kind.source.standing for kind in model.kinds)))
-
-
-def _served(config: ServeConfig, model: Any) -> ServedModel:
-    return ServedModel(
-        settings=model,
-        classes={name: config.classes[name] for name in model.classes},
-        kv_capacity_tokens=max(kind.kind.kv_capacity_tokens for kind in model.kinds),
-    )
-
-
-def _tls(config: ServeConfig) -> ssl.SSLContext | None:
-    if not config.server.tls:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(config.server.tls_cert, config.server.tls_key)
-    return context
-
-
-def _server_limits(config: ServeConfig) -> ServerLimits:
-    limits, files = config.limits, files_max()
-    connections_max = min(limits.connections_max, max(8, (files - FILES_BESIDES) // 2))
-    if connections_max < limits.connections_max:
-        log.warning(
-            "at most %d connections instead of limits.connections_max = %d: this process may have %d file descriptors "
-            "(ulimit -n), and a request needs two",
-            connections_max,
-            limits.connections_max,
-            files,
-        )
-    return ServerLimits(
-        body_max_bytes=limits.body_max_bytes,
-        bodies_max_bytes=limits.bodies_max_bytes,
-        header_max_bytes=limits.header_max_bytes,
-        headers_max=limits.headers_max,
-        host_required=True,
-        connections_max=connections_max,
-        peer_share=limits.peer_share,
-        trusted_proxies=config.server.trusted_proxies,
-        files_max=files,
-        idle_s=limits.idle_s,
-        header_timeout_s=limits.header_timeout_s,
-        body_timeout_s=limits.body_timeout_s,
-        stall_s=limits.client_stall_s,
-    )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_address, ip_network
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.rows import ENGINES
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DAY_S = 86_400.0
+WORKERS_MAX = 256
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
@@ -74,6 +75,9 @@ class ServerSettings:
     shares of addresses use what they send in ``X-Forwarded-For``."""
     open_without_keys: bool = False
     """Listen beyond loopback although no API key is set: anybody who reaches the port may use the models."""
+    workers: int | Literal["auto"] = 1
+    """Processes that carry clients' connections and tokens (relays), beside the one that decides; 1: one process does
+    all of it. "auto": as many as there are cores, less one."""
     grace_s: float = 30.0
     """At a stop, how long running requests may still take before they are cut."""
 
@@ -87,9 +91,16 @@ class ServerSettings:
         for each in self.trusted_proxies:
             allowed = "addresses or networks, such as '10.0.0.5' or '10.0.0.0/8'"
             _check(_is_network(each), "trusted_proxies", each, allowed)
+        fine = self.workers == "auto" or 1 <= self.workers <= WORKERS_MAX
+        _check(fine, "workers", self.workers, f"1 to {WORKERS_MAX}, or 'auto'")
         _check(bool(self.data), "data", self.data, "a directory")
         lacking, given = ("tls_key", "tls_cert") if self.tls_cert else ("tls_cert", "tls_key")
         _check(bool(self.tls_cert) == bool(self.tls_key), lacking, "", f"set together with {given}")
+
+    def relays(self, cores: int) -> int:
+        """Processes beside the one that decides, on a machine with so many cores; 0: none."""
+        workers = cores - 1 if self.workers == "auto" else self.workers
+        return workers if workers > 1 else 0
 
     @property
     def tls(self) -> bool:

@@ -83,7 +83,9 @@ class HttpServer:
         """The protocol of one more client: what a listening socket asks for, or a test with a transport of its own."""
         return Connection(self)
 
-    async def listen(self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None) -> None:
+    async def listen(
+        self, host: str, port: int, path: str | None, ssl: ssl_module.SSLContext | None, *, reuse_port: bool = False
+    ) -> None:
         factory = self.accept
         if path is not None:
             self._listener = await self._loop.create_unix_server(factory, path=path, backlog=BACKLOG)
@@ -91,7 +93,13 @@ class HttpServer:
         # Who does not get through a handshake is not counted yet, so it has no longer than for a head.
         handshake_s = self.limits.header_timeout_s if ssl is not None else None
         self._listener = await self._loop.create_server(
-            factory, host, port, ssl=ssl, backlog=ACCEPTED_AT_ONCE, ssl_handshake_timeout=handshake_s
+            factory,
+            host,
+            port,
+            ssl=ssl,
+            backlog=ACCEPTED_AT_ONCE,
+            ssl_handshake_timeout=handshake_s,
+            reuse_port=reuse_port or None,
         )
         for wire in self._listener.sockets:
             # asyncio takes it for what it accepts in one go, before anybody can refuse; the system's is longer.
@@ -172,14 +180,17 @@ async def serve(
     app: Any = None,
     is_app: Callable[[Incoming], bool] | None = None,
     screen: Screen | None = None,
+    streamed: Handler | None = None,
+    reuse_port: bool = False,
 ) -> HttpServer:
     """Listen on ``host:port`` (0: a free one; see ``HttpServer.port``) or on the unix socket ``path``.
 
     Requests for which ``is_app`` is true go to the ASGI application ``app`` (all of them, if only ``app`` is given
-    and ``is_app`` is not). ``screen`` sees the head of each one for ``handle``, of pipelined ones too, before memory is
-    spent on its body.
+    and ``is_app`` is not), or to the handler ``streamed`` in its place. ``screen`` sees the head of each one for
+    ``handle``, of pipelined ones too, before memory is spent on its body. ``reuse_port``: other processes listen on the
+    same port, and the system spreads connections over them.
     """
-    hosted: Handler | None = None
+    hosted = streamed
     if app is not None:
         from chiron.net.asgi import host_app
 
@@ -187,7 +198,7 @@ async def serve(
         if is_app is None:
             is_app = _always
     server = HttpServer(handle, limits or ServerLimits(), hosted, is_app, screen)
-    await server.listen(host, port, path, ssl)
+    await server.listen(host, port, path, ssl, reuse_port=reuse_port)
     return server
 
 

@@ -128,6 +128,9 @@ class RelayLink:
         self.late = 0
         """Messages about placements that had ended already."""
         self.health = m.Health(0, 0, 0.0)
+        self.pid = 0
+        self.listens = False
+        """It takes clients' connections."""
         self.wire = Wire(
             name=name,
             kind=m.Up,
@@ -151,6 +154,7 @@ class RelayLink:
             m.Made: self._made,
             m.Responded: self._responded,
             m.Health: self._health,
+            m.Listening: self._listening,
         }
 
     # -- what the rest of the brain asks -----------------------------------------------------------------------
@@ -324,6 +328,11 @@ class RelayLink:
     def _health(self, said: m.Health) -> None:
         self.health = said
 
+    def _listening(self, said: m.Listening) -> None:
+        self.listens = True
+        self.pid = said.pid
+        self._relays.listening(self)
+
     def _run(self, number: int) -> FarRun | None:
         """The placement, unless it has ended."""
         return self.runs.get(number)
@@ -351,11 +360,13 @@ class Relays:
         keys: KeyRing,
         engines: Mapping[int, InstanceEngine],
         responded: Callable[[int, int], None],
+        listening: Callable[[RelayLink], None] = lambda link: None,
         left: Callable[[RelayLink, str], None] = lambda link, why: None,
         ride_s: float = RIDE_S,
     ) -> None:
-        """``engines`` are those of instances that are ready; ``responded`` hears (status, count) of answers; ``left``
-        hears of each relay whose connection has ended, and why."""
+        """``engines`` are those of instances that are ready; ``responded`` hears (status, count) of answers;
+        ``listening`` hears of each relay that takes connections, ``left`` of each whose connection here has ended, and
+        why."""
         self.clock = clock
         self.desk = desk
         self.models = models
@@ -367,6 +378,7 @@ class Relays:
         self.draining = False
         self.late = 0
         """``RelayLink.late`` of those that are gone."""
+        self.listening = listening
         self._left = left
         self._ride_s = ride_s
 
@@ -411,7 +423,8 @@ class Relays:
         link.tell_shapes()
         for engine in self.engines.values():
             link.wire.post(_up(engine))
-        link.wire.send(m.Drain(self.draining))
+        link.wire.post(m.Drain(self.draining))
+        link.wire.send(m.Ready())
 
     def left(self, link: RelayLink, why: str) -> None:
         if link in self.links:

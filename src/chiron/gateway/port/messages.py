@@ -164,6 +164,13 @@ class Health(Message, tag=11, frozen=True):
     """The longest that the relay's loop was held up."""
 
 
+class Listening(Message, tag=13, frozen=True):
+    """It takes clients' connections."""
+
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    pid: Count
+
+
 # -- down: from the brain --------------------------------------------------------------------------------------------
 
 
@@ -244,11 +251,29 @@ class Drain(Message, tag=39, frozen=True):
     on: bool
 
 
+class Ready(Message, tag=41, frozen=True):
+    """All that the brain knows of engines and models has been said: the relay may listen."""
+
+
 class Stop(Message, tag=40, frozen=True):
     """Accept no more connections, let requests end for so long, then end."""
 
     grace_s: Seconds
 
 
-Up = Arrive | Left | FirstToken | Answered | Lost | Evicted | Silent | Spoke | Counted | Made | Responded | Health
-Down = InstanceUp | InstanceGone | Shape | Place | Evict | End | Remind | Drain | Stop
+Up = (
+    Arrive
+    | Left
+    | FirstToken
+    | Answered
+    | Lost
+    | Evicted
+    | Silent
+    | Spoke
+    | Counted
+    | Made
+    | Responded
+    | Health
+    | Listening
+)
+Down = InstanceUp | InstanceGone | Shape | Place | Evict | End | Remind | Drain | Ready | Stop

@@ -30,12 +30,14 @@ class Relay:
         limits: LimitSettings,
         closed: Callable[[str], None],
         own_hosts: frozenset[str] | None = None,
+        ready: Callable[[], None] = lambda: None,
         stop: Callable[[float], None] = lambda grace_s: None,
         health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
         network: MemoryNetwork | None = None,
         ride_s: float = RIDE_S,
     ) -> None:
-        """``closed`` hears why the brain is gone, ``stop`` that the relay is to end, with a grace period (s)."""
+        """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is time to
+        end, with a grace period (s)."""
         by_name = {each.kind.name: each for each in kinds}
         self.uplink = Uplink(
             clock=clock,
@@ -45,6 +47,7 @@ class Relay:
             retry_after_s=limits.retry_after_s,
             closed=closed,
             drain=self._drain,
+            ready=ready,
             stop=stop,
             health=health,
             network=network,

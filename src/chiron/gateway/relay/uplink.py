@@ -128,13 +128,14 @@ class Uplink:
         retry_after_s: float,
         closed: Callable[[str], None],
         drain: Callable[[bool], None] = lambda on: None,
+        ready: Callable[[], None] = lambda: None,
         stop: Callable[[float], None] = lambda grace_s: None,
         health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
         network: MemoryNetwork | None = None,
         ride_s: float = RIDE_S,
     ) -> None:
         """``address_of`` (model, kind, url) raises KeyError for what the config does not have; ``closed`` hears why the
-        brain is gone, ``drain`` and ``stop`` what it says; ``health`` is asked once a second."""
+        brain is gone, ``drain``, ``ready`` and ``stop`` what it says; ``health`` is asked once a second."""
         self.clock = clock
         self.wire = Wire(
             name="the brain", kind=m.Down, opened=self._opened, received=self._received, closed=closed, ride_s=ride_s
@@ -169,6 +170,7 @@ class Uplink:
             m.End: self._end,
             m.Remind: self._remind,
             m.Drain: lambda said: self._drain(said.on),
+            m.Ready: lambda said: ready(),
             m.Stop: lambda said: self._stop(said.grace_s),
         }
 

@@ -154,9 +154,9 @@ class LiveJournal:
         if self.recorder is not None:
             self.recorder.timeline.observe(view, plan)
 
-    def responded(self, status: int) -> None:
-        """An HTTP answer with this status went out."""
-        self.responses[status] += 1
+    def responded(self, status: int, count: int = 1) -> None:
+        """So many HTTP answers with this status went out."""
+        self.responses[status] += count
 
     def note(self, now_s: float, name: str, facts: dict[str, Any]) -> None:
         """An event of the gateway itself, such as ``drain``, for the event log."""

@@ -272,6 +272,9 @@ class _Collector(Collector):
             "chiron_event_log_dropped_lines", "Lines that the event log lacks.", value=self._journal.dropped_lines
         )
         yield GaugeMetricFamily("chiron_open_connections", "Client connections.", value=around.connections)
+        if around.relays_started:
+            yield GaugeMetricFamily("chiron_relays", "Relay processes that serve clients.", value=len(around.relays))
+            yield CounterMetricFamily("chiron_relay_starts", "Relay processes started.", value=around.relays_started)
         yield GaugeMetricFamily(
             "chiron_event_loop_lag_seconds", "The event loop's worst delay in ten seconds.", value=around.loop_lag_s
         )

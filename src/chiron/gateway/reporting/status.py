@@ -7,7 +7,7 @@ is null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -25,6 +25,19 @@ from chiron.telemetry.run_data import DecisionPoint
 
 BATCHES_SHOWN = 50
 """Batches listed: those that run, earliest deadline first, then those that ended last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayReport:
+    """One process that carries clients' connections."""
+
+    pid: int
+    connections: int
+    files_open: int
+    loop_lag_s: float
+    open_requests: int
+    late_messages: int
+    """About placements that had ended already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +64,9 @@ class StatusSources:
     """The longest that the event loop was late in the last seconds."""
     connections: int = 0
     """Open client connections."""
+    relays: Sequence[RelayReport] = ()
+    relays_started: int = 0
+    """Since the start, those included that were started again."""
     files_open: int = 0
     files_max: int = 0
     """File descriptors of the gateway's process, and how many it may have."""
@@ -71,6 +87,7 @@ def status(plane: PlaneSnapshot, journal: LiveJournal, around: StatusSources) ->
         "migrations": plane.migrations,
         "connections": around.connections,
         "files": {"open": around.files_open, "max": around.files_max},
+        "relays": [asdict(relay) for relay in around.relays],
         "client_errors": client_errors(journal),
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,

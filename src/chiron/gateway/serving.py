@@ -1,0 +1,69 @@
+"""How the gateway listens to clients: what one process and a relay of its own have in common."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+
+from chiron.gateway.relay.admission import ServedModel
+from chiron.gateway.settings import ModelSettings, ServeConfig
+from chiron.net.files import files_max
+from chiron.net.limits import ServerLimits
+
+log = logging.getLogger("chiron.gateway")
+
+FILES_BESIDES = 64
+"""File descriptors for the store, logs, scrapes; of the others each client's connection may need one for an engine."""
+
+
+def served_models(config: ServeConfig) -> dict[str, ServedModel]:
+    """The config's models, of which nothing is known yet, by name."""
+    return {model.name: _served(config, model) for model in config.models}
+
+
+def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+    if not config.server.tls:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(config.server.tls_cert, config.server.tls_key)
+    return context
+
+
+def server_limits(config: ServeConfig, processes: int = 1) -> ServerLimits:
+    """Of one of so many processes: connections and memory are divided among them."""
+    limits, files = config.limits, files_max()
+    asked = -(-limits.connections_max // processes)
+    connections_max = min(asked, max(8, (files - FILES_BESIDES) // 2))
+    if connections_max < asked:
+        log.warning(
+            "at most %d connections instead of limits.connections_max = %d: this process may have %d file descriptors "
+            "(ulimit -n), and a request needs two",
+            connections_max,
+            asked,
+            files,
+        )
+    return ServerLimits(
+        body_max_bytes=limits.body_max_bytes,
+        bodies_max_bytes=max(limits.body_max_bytes, limits.bodies_max_bytes // processes),
+        header_max_bytes=limits.header_max_bytes,
+        headers_max=limits.headers_max,
+        host_required=True,
+        connections_max=connections_max,
+        peer_share=limits.peer_share,
+        trusted_proxies=config.server.trusted_proxies,
+        files_max=files,
+        idle_s=limits.idle_s,
+        header_timeout_s=limits.header_timeout_s,
+        body_timeout_s=limits.body_timeout_s,
+        stall_s=limits.client_stall_s,
+    )
+
+
+def _served(config: ServeConfig, model: ModelSettings) -> ServedModel:
+    classes = {name: config.classes[name] for name in model.classes}
+    return ServedModel(
+        settings=model,
+        classes=classes,
+        kv_capacity_tokens=max(kind.kind.kv_capacity_tokens for kind in model.kinds),
+    )
