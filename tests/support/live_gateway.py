@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,10 @@ from typing import Any
 from chiron.config.serve import load_serve
 from chiron.core.types import Instance
 from chiron.gateway.instances.engine import InstanceEngine
+from chiron.gateway.processes.fork_server import RelayStart
+from chiron.gateway.processes.relay import RelayServer
 from chiron.gateway.service import Service
+from chiron.gateway.settings import ServeConfig
 from chiron.net.client import Origin
 
 BESIDES = """
@@ -27,16 +31,56 @@ usage_period = "1s"
 COMPLETIONS = "/v1/completions"
 
 
+class LoopRelays:
+    """Relays on this loop, beside the brain that they speak to: everything but their processes."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.running: list[RelayServer] = []
+        self._config = config
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, brain: socket.socket, start: RelayStart) -> None:
+        server = RelayServer(self._config, start)
+        self.running.append(server)
+        task = asyncio.get_running_loop().create_task(self._run(server, brain.dup()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def die(self, server: RelayServer) -> None:
+        """As when its process is killed: all its connections are cut."""
+        server.relay.uplink.wire.abort()
+        server.over.set()
+
+    async def _run(self, server: RelayServer, brain: socket.socket) -> None:
+        await server.join(brain)
+        await server.over.wait()
+        self.running.remove(server)
+        await server.close()
+
+    async def close(self) -> None:
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+RELAYS: dict[Path, LoopRelays] = {}
+"""Of gateways that run, by their directory."""
+
+
 @asynccontextmanager
-async def serving(directory: Path, text: str) -> AsyncIterator[Service]:
+async def serving(directory: Path, text: str, relays: int = 0) -> AsyncIterator[Service]:
     """The gateway that ``text`` (TOML) and ``BESIDES`` configure; its engines are stopped with it."""
     (directory / "chiron.toml").write_text(text + BESIDES)
-    service = Service(load_serve(directory / "chiron.toml", [], None))
+    config = load_serve(directory / "chiron.toml", [], None)
+    there = LoopRelays(config)
+    RELAYS[directory] = there
+    service = Service(config, relays=relays, spawn=there.spawn if relays else None)
     try:
         await service.start()
         yield service
     finally:
         await service.stop(0.1)
+        await there.close()
+        del RELAYS[directory]
 
 
 async def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:

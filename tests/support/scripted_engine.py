@@ -56,7 +56,7 @@ class ScriptedEngine:
 
 @asynccontextmanager
 async def before(
-    directory: Path, *engines: ScriptedEngine, model: str = "", extra: str = ""
+    directory: Path, *engines: ScriptedEngine, model: str = "", extra: str = "", relays: int = 0
 ) -> AsyncIterator[tuple[Service, Origin]]:
     """A gateway in front of these engines, which are all ready, and a client of it."""
     async with AsyncExitStack() as stack:
@@ -65,7 +65,7 @@ async def before(
             stack.push_async_callback(engine.close)
         urls = [engine.url for engine in engines]
         text = f'[models.m]\nengine = "openai"\nendpoints = {urls}\nmax_num_seqs = 4\n{model}\n{extra}'
-        service = await stack.enter_async_context(serving(directory, text))
+        service = await stack.enter_async_context(serving(directory, text, relays))
         await until(lambda: len(service.engines.live) == len(engines), "the engines are ready")
         origin = Origin(service.url)
         stack.push_async_callback(origin.close)

@@ -26,7 +26,6 @@ from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage, Outages
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock
-from chiron.net.server import Incoming
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.runtime.assembly import Assembly, Attach, Loop
@@ -151,9 +150,9 @@ class Gateway:
             self.desk.ended(request, request.tokens_done or self.engines.tokens_of(request))
         except Exception:
             log.exception("the end of request %s could not be reported", request.id)
-            incoming: Incoming | None = getattr(request.payload, "incoming", None)
-            if incoming is not None:
-                incoming.abort()  # Better than a client that waits for ever.
+            abandon: Callable[[], None] | None = getattr(request.payload, "abandon", None)
+            if abandon is not None:
+                abandon()  # Better than a client that waits for ever.
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)

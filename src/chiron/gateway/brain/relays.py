@@ -22,7 +22,7 @@ from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
-from chiron.gateway.relay.errors import ApiError
+from chiron.gateway.relay.errors import ApiError, internal
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
@@ -82,6 +82,11 @@ class FarCall:
         if self.streams and now_s - self._reminded_s >= REMIND_S:
             self._reminded_s = now_s
             self.link.wire.post(m.Remind(self.here, words[: m.TEXT_MAX]))
+
+    def abandon(self) -> None:
+        """Its end cannot be told as it should be: its client gets an error."""
+        self.link.calls.pop(self.here, None)
+        self.link.wire.send(m.End(self.here, "failed", refusal=_refusal(internal(self.request_id))))
 
     def ended(self, request: Request) -> None:
         seen = self.run.placed.tokens if self.run is not None else 0

@@ -97,6 +97,11 @@ class Wire(asyncio.Protocol):
                 self._transport.close()
             self._end(why)
 
+    def abort(self) -> None:
+        """End at once, as if this end had died."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def flush(self) -> None:
         """Send what waits, now."""
         if self._flushes is not None:

@@ -191,6 +191,10 @@ class RelayCall:
             self.responded(200)
         incoming.write(b": waiting: %b\n\n" % words.encode("ascii", "replace"))
 
+    def abandon(self) -> None:
+        """Its end cannot be told: cut its client off."""
+        self.incoming.abort()
+
     def ended(self, request: Request) -> None:
         """The control plane is done with it; the client may still wait for a word."""
         incoming = self.incoming
@@ -372,6 +376,10 @@ class FlexCall(CollectedCall):
         if self._wants_stream and not self.incoming.closed and not self.incoming.paused:
             self._start_stream()
             self.incoming.write(b": waiting: %b\n\n" % words.encode("ascii", "replace"))
+
+    def abandon(self) -> None:
+        """Its end cannot be told: cut its client off."""
+        self.incoming.abort()
 
     def ended(self, request: Request) -> None:
         if self.incoming.closed:

@@ -36,7 +36,7 @@ class Relay:
         network: MemoryNetwork | None = None,
         ride_s: float = RIDE_S,
     ) -> None:
-        """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is time to
+        """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is to
         end, with a grace period (s)."""
         by_name = {each.kind.name: each for each in kinds}
         self.uplink = Uplink(
