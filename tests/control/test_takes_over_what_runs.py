@@ -372,9 +372,9 @@ def test_what_is_told_is_booked_as_it_runs_there() -> None:
     (first, *_), instance = sorted(world.runs), leader.plane.instances[1]
     told = world.requests[first]
 
-    assert leader.plane.adopt_running(instance, told, epoch=7, tokens_done=3, dispatch_s=1.0, first_token_s=2.0)
+    assert leader.plane.adopt_running(instance, told, epoch=7, tokens_done=3, dispatch_s=2.0, first_token_s=2.5)
 
-    assert (told.epoch, told.tokens_done, told.dispatch_s, told.first_token_s, told.ran) == (7, 3, 1.0, 2.0, True)
+    assert (told.epoch, told.tokens_done, told.dispatch_s, told.first_token_s, told.ran) == (7, 3, 2.0, 2.5, True)
     assert instance.prefill_backlog_s == 0.0, "its prefill is over"
     fresh = Request(500, "m0", CLASSES[2], 1.0, 8, 20)
     assert leader.plane.adopt_running(instance, fresh, epoch=1, tokens_done=0, dispatch_s=-1.0, first_token_s=-1.0)
