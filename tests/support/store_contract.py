@@ -243,6 +243,15 @@ async def text_that_is_no_text_does_no_harm(site: Site) -> None:
             with pytest.raises(NotFound):
                 await call
         assert await store.list_files(None, limit=-1) == []
+        named = await (await store.begin_file("batch", "a\0b", "", 10)).commit()
+        assert (await store.get_file(named.id, None)).filename == "a\ufffdb"
+        with pytest.raises(NotFound):
+            await store.get_file("\0", None)
+        batch = await submit(site, store, line_of("a\0b") + b"\n" + line_of("b"))
+        assert (await store.validate(batch.id, check, LIMITS)).status == "in_progress"
+        assert [item.custom_id for item in await store.lease(MODEL, 2)] == ["a\0b", "b"]
+        odd = await submit(site, store, line_of("a", "m\0"))
+        assert (await store.validate(odd.id, check, LIMITS)).status == "failed"
 
 
 async def lists_are_read_in_pages(site: Site) -> None:

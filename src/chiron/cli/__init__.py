@@ -28,6 +28,7 @@ COMMANDS = {
     "top": "chiron.cli.top.command:top",
     "key": "chiron.cli.key:key",
     "batch": "chiron.cli.batch.command:app",
+    "store": "chiron.cli.store:app",
     "trace": "chiron.cli.trace:app",
     "profile": "chiron.cli.profile.command:app",
 }

@@ -74,8 +74,9 @@ def find_file(db: Database, file_id: str, owner: str | None = None) -> Row:
 
 
 def storable(text: str) -> str:
-    """Text as it can be stored: JSON and forms can carry halves of surrogate pairs, which UTF-8 cannot."""
-    return text.encode(errors="replace").decode()
+    """Text as any database can store it: JSON and forms can carry halves of surrogate pairs, which UTF-8 cannot, and
+    NUL, which PostgreSQL cannot."""
+    return text.encode(errors="replace").decode().replace("\0", "\ufffd")
 
 
 def fits(table: str, row: Row) -> bool:

@@ -18,7 +18,7 @@ from zlib import crc32
 
 import numpy as np
 
-from chiron.store.jobs.batches import fail_validation, find_batch, find_file, storable, update_batch
+from chiron.store.jobs.batches import fail_validation, find_batch, find_file, update_batch
 from chiron.store.jobs.database import Operation, Transaction
 from chiron.store.jobs.recount import add_missing, end_mending
 from chiron.store.jobs.results import id_size
@@ -210,9 +210,12 @@ class Validation:
         spec = self._check(line.text)
         if isinstance(spec, ItemSpec):
             for name, value in (("custom_id", spec.custom_id), ("model", spec.model)):
-                if storable(value) != value:
+                if value.encode(errors="replace").decode() != value:
                     message = f"{value!r} holds half of a surrogate pair, which is no character"
                     return LineError(code="invalid_json_line", message=message, param=name)
+            if "\0" in spec.model:
+                message = "the model's name holds the character U+0000"
+                return LineError(code="invalid_json_line", message=message, param="model")
         return spec
 
     def _insert(self, rows: list[_Row]) -> bool:

@@ -44,3 +44,8 @@ def load_learned(directory: Path, name: str) -> bytes | None:
     if head != b"%08x" % learned_sum(name, data):
         raise StoreDamaged(f"{path}: what was learned is damaged on the disk")
     return data
+
+
+def learned_names(directory: Path) -> list[str]:
+    paths = directory.glob(f"{_PREFIX}*")
+    return sorted(path.name.removeprefix(_PREFIX) for path in paths if path.suffix != _PART)

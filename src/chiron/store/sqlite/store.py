@@ -76,6 +76,7 @@ from chiron.store.sqlite.learned import load_learned, save_learned
 from chiron.store.sqlite.leases import Leases
 from chiron.store.sqlite.lost import LostFound
 from chiron.store.sqlite.mend import finish, mend
+from chiron.store.sqlite.moved import require_not_moved
 from chiron.store.sqlite.upload import FileUpload
 from chiron.store.sqlite.writer import Writer
 from chiron.store.sums import Row
@@ -141,6 +142,7 @@ class SqliteStore:
     def _open(self) -> _Opened:
         held = lock(self.directory)
         try:
+            require_not_moved(self.directory)
             db = self._open_whole()
             try:
                 uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
