@@ -28,6 +28,8 @@ _COPIED: Final = {
     "results": {"line": "bytea"},
 }
 """Tables that get many rows at once, with their columns that are not ``int8``."""
+_CONTROL: Final = frozenset({"BEGIN", "COMMIT", "ROLLBACK", "BEGIN READ ONLY"})
+"""To prepare these would save nothing."""
 _KEYS: Final = {"work": ("batch", "lane")}
 """Primary keys that are not the first column."""
 
@@ -72,7 +74,7 @@ class Connection:
         self.raw = raw
 
     def execute(self, sql: str, values: Sequence[Any] = (), /) -> psycopg.Cursor[Row]:
-        return self.raw.execute(_translated(sql), values, binary=True)
+        return self.raw.execute(_translated(sql), values, binary=True, prepare=False if sql in _CONTROL else None)
 
     def insert_rows(self, table: str, names: Sequence[str], rows: Collection[Sequence[Any]], replace: bool) -> None:
         if not rows:
@@ -213,6 +215,7 @@ _HOPELESS: Final = (
     ("permission denied", "grant it to the user"),
     ("certificate", "check store.tls and store.tls_root_cert"),
     ("SSL", "check store.tls"),
+    ("invalid", "check store.url"),
 )
 """What a refused connection says that waiting does not mend, and what to do about it."""
 

@@ -260,6 +260,7 @@ class Writer:
         log.error("batches and files are not served: %s; reconnecting", why)
         self._lost = True
         self._told(why)
+        self.holder.cursors.clear()  # What was leased last may not have been.
         self._db.close()
         began_s, delay_s = time.monotonic(), RECONNECT_MIN_S
         while not self._end.is_set():

@@ -1,0 +1,177 @@
+"""Connections and servers that are lost: nothing is lost or doubled, and the store says that it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from chiron.store.port import Ended, StoreUnavailable
+from cutting_proxy import CuttingProxy, When
+from postgres_server import Server, postgres_server, why_not
+from store_contract import LIMITS, MODEL, check, content, create, indices, lines_of, result, start, submit, upload
+from store_sites import PostgresSite, postgres_site
+
+Place = Callable[[], PostgresSite]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_commit_whose_answer_is_lost_counts_once(when: When, postgres_place: Place, postgres: Server) -> None:
+    site = postgres_place()
+    proxy = CuttingProxy(postgres.port)
+    url = site.settings.url.replace(f":{postgres.port}/", f":{proxy.port}/")
+    site.settings = replace(site.settings, url=url, reconnect_max_s=0.2)
+
+    async def run() -> None:
+        async with site.gateway() as store:
+            batch = await start(site, store, 10)
+            file = await upload(store, lines_of(2))
+            proxy.cut(when)
+            made = await create(site, store, file)
+            assert proxy.was_cut.is_set()
+            assert [each.id for each in await store.list_batches(None)] == [made.id, batch.id]
+            proxy.cut(when)
+            leased = await store.lease(MODEL, 4)
+            assert proxy.was_cut.is_set()
+            assert indices(leased) == [0, 1, 2, 3]
+            proxy.cut(when)
+            await store.finish([result(item) for item in leased], site.now_s)
+            assert proxy.was_cut.is_set()
+            assert (await store.get_batch(batch.id, None)).completed == 4
+            assert indices(await store.lease(MODEL, 100)) == [4, 5, 6, 7, 8, 9]
+            assert store.unavailable == ""
+
+    try:
+        asyncio.run(run())
+    finally:
+        proxy.close()
+
+
+def test_connections_that_the_server_ends_are_made_anew(postgres_place: Place) -> None:
+    site = postgres_place()
+
+    async def run() -> None:
+        async with site.gateway() as store, site.gateway("other") as other:
+            batch = await start(site, store, 5)
+            await other._change(
+                lambda db: db.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name LIKE 'chiron %' AND pid != pg_backend_pid()"
+                ).fetchall()
+            )
+            assert await store.get_batch(batch.id, None) == batch, "a reader asks again"
+            async with asyncio.timeout(60):
+                while True:
+                    try:
+                        leased = await store.lease(MODEL, 9)
+                        break
+                    except StoreUnavailable:
+                        await asyncio.sleep(0.02)
+            assert indices(leased) == [0, 1, 2, 3, 4]
+            await store.finish([result(item) for item in leased], site.now_s)
+            assert (await store.get_batch(batch.id, None)).status == "completed"
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_is_told_and_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if why := why_not():
+        pytest.skip(why)
+
+    async def run(server: Server) -> None:
+        site = postgres_site(server, "chiron", tmp_path, reconnect_max_s=0.5)
+        async with site.gateway() as store:
+            batch = await start(site, store, 5)
+            leased = await store.lease(MODEL, 2)
+            await asyncio.to_thread(lambda: server.stop(signal.SIGKILL))
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable):
+                    await store.get_batch(batch.id, None)  # The first one finds it out.
+            with pytest.raises(StoreUnavailable):
+                await store.begin_file("batch", "x", "", 100)
+            async with asyncio.timeout(60):
+                while not store.unavailable:
+                    await asyncio.sleep(0.02)
+            assert "127.0.0.1" in str(store.report()["unavailable"])
+            assert server.password not in str(store.report())
+            await asyncio.to_thread(server.start)
+            async with asyncio.timeout(60):
+                while store.unavailable:
+                    await asyncio.sleep(0.02)
+            assert await store.get_batch(batch.id, None) == batch
+            assert indices(await store.lease(MODEL, 9)) == [2, 3, 4], "what it leased it still has"
+            await store.finish([result(item) for item in leased], site.now_s)
+            assert (await store.get_batch(batch.id, None)).completed == 2
+        said = [record.message for record in caplog.records if record.name == "chiron.store"]
+        assert any("not served" in line for line in said)
+        assert any("served again" in line for line in said)
+
+    with caplog.at_level(logging.INFO, "chiron.store"), postgres_server() as server:
+        asyncio.run(run(server))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    """Killed with -9 in the middle of writes and restarted, ten times, with everything on the disk as in production."""
+    if why := why_not():
+        pytest.skip(why)
+    random = Random("postgres:kill")
+    total = 1500
+    kept: dict[int, bytes] = {}
+
+    async def run(server: Server) -> None:
+        site = postgres_site(server, "chiron", tmp_path, reconnect_max_s=0.2, lease_s=600.0)
+        async with site.gateway() as store:
+            ended = asyncio.Event()
+
+            async def again(call: Callable[[], object]) -> object:
+                while True:
+                    try:
+                        return await call()  # type: ignore[misc]
+                    except StoreUnavailable:
+                        await asyncio.sleep(0.05)
+
+            batch = await submit(site, store, lines_of(total))
+            validation = asyncio.create_task(again(lambda: store.validate(batch.id, check, LIMITS)))  # type: ignore[arg-type]
+
+            async def work() -> None:
+                while not ended.is_set():
+                    leased = await again(lambda: store.lease(MODEL, random.randrange(1, 20)))
+                    for item in leased:  # type: ignore[attr-defined]
+                        line = json.dumps({"index": item.index, "token": random.random()}).encode()
+                        one = Ended(batch_id=item.batch_id, index=item.index, ok=True, line=line)
+                        assert item.index not in kept, "leased again though its result was acknowledged"
+                        await again(lambda one=one: store.finish([one], site.now_s))  # type: ignore[misc]
+                        kept[item.index] = line
+                    if not leased:
+                        await asyncio.sleep(0.01)
+
+            workers = [asyncio.create_task(work()) for _ in range(8)]
+            for kill in range(10):
+                async with asyncio.timeout(120):
+                    while len(kept) < kill * 100:
+                        await asyncio.sleep(0.01)
+                await asyncio.sleep(random.uniform(0.0, 0.2))
+                await asyncio.to_thread(lambda: server.stop(signal.SIGKILL))
+                await asyncio.to_thread(server.start)
+            async with asyncio.timeout(300):
+                await validation
+                while len(kept) < total:
+                    await asyncio.sleep(0.05)
+            ended.set()
+            await asyncio.gather(*workers)
+            done = await store.get_batch(batch.id, None)
+            assert (done.status, done.completed, done.failed) == ("completed", total, 0)
+            lines = (await content(store, done.output_file_id)).splitlines()
+            assert lines == [kept[index] for index in range(total)]
+
+    with postgres_server(settings=()) as server:
+        asyncio.run(run(server))
