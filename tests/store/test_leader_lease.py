@@ -71,9 +71,13 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
 
 
 @pytest.mark.parametrize(("key", "value"), [("name", ""), ("holder", "a b"), ("lease_s", 0.0)])
-def test_odd_leases_are_refused(key: str, value: object, postgres_place: Callable[[], PostgresSite]) -> None:
+def test_odd_leases_are_refused(key: str, value: object) -> None:
+    pytest.importorskip("psycopg")
     from chiron.store.postgres.lease import PostgresLease
+    from chiron.store.postgres.settings import PostgresSettings
+
+    settings = PostgresSettings(url="postgresql://nobody@nowhere/none")
 
     values: dict[str, object] = {"name": "brain", "holder": "a", "lease_s": 3.0} | {key: value}
     with pytest.raises(ValueError, match=key):
-        PostgresLease(postgres_place().settings, **values)  # type: ignore[arg-type]
+        PostgresLease(settings, **values)  # type: ignore[arg-type]

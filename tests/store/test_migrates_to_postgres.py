@@ -106,6 +106,7 @@ def test_all_of_a_store_is_moved_and_its_work_goes_on(postgres_place: Place, tmp
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_move_that_was_cut_off_goes_on(postgres_place: Place, tmp_path: Path) -> None:
     from chiron.store import migrate as moving
 
@@ -139,6 +140,7 @@ def test_a_move_that_was_cut_off_goes_on(postgres_place: Place, tmp_path: Path) 
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_what_came_back_as_something_else_is_not_moved(postgres_place: Place, tmp_path: Path) -> None:
     from chiron.store.migrate import migrate
 
@@ -163,6 +165,7 @@ def test_what_came_back_as_something_else_is_not_moved(postgres_place: Place, tm
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_store_that_is_used_is_no_place_to_move_to(postgres_place: Place, tmp_path: Path) -> None:
     from chiron.store.migrate import migrate
 

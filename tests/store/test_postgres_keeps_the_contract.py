@@ -12,13 +12,9 @@ from store_sites import PostgresSite
 
 QUICK = (
     contract.a_file_comes_back_byte_for_byte,
-    contract.a_file_exists_only_once_it_is_committed,
-    contract.a_valid_file_becomes_items,
     contract.harmless_oddities_are_tolerated,
     contract.released_items_are_leased_again_first,
-    contract.a_second_result_is_ignored,
     contract.what_never_ran_expires_with_a_line,
-    contract.what_is_old_is_swept,
     contract.what_was_learned_is_kept,
 )
 """Where the two stores differ most; the rest takes many seconds."""

@@ -81,6 +81,7 @@ def test_tables_of_a_newer_version_are_refused(postgres_place: Place) -> None:
         opened(site)
 
 
+@pytest.mark.slow
 def test_tables_of_something_else_are_refused(postgres_place: Place) -> None:
     site = postgres_place()
     opened(site)
@@ -89,6 +90,7 @@ def test_tables_of_something_else_are_refused(postgres_place: Place) -> None:
         opened(site)
 
 
+@pytest.mark.slow
 def test_many_that_start_at_once_make_the_tables_once(postgres_place: Place) -> None:
     site = postgres_place()
 
@@ -115,7 +117,13 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(("sql", "said"), DAMAGED)
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        case if "set_byte" in case[0] or "line" in case[0] else pytest.param(*case, marks=pytest.mark.slow)
+        for case in DAMAGED
+    ],
+)
 def test_what_was_changed_behind_our_back_is_not_served(sql: str, said: str, postgres_place: Place) -> None:
     site = postgres_place()
 
