@@ -55,6 +55,7 @@ class Heard:
     def __init__(self, clock: LiveClock) -> None:
         self.ready: list[int] = []
         self.failed: list[int] = []
+        self.leaving: list[int] = []
         self.urls: dict[int, str] = {}
         self.reasons: dict[int, str] = {}
         self.clock = clock
@@ -64,6 +65,10 @@ class Heard:
         instance.state = "ready"
         self.ready.append(instance.id)
         self.urls[instance.id] = url
+
+    def instance_leaving(self, instance: Instance, reason: str) -> None:
+        assert self.clock._posting
+        self.leaving.append(instance.id)
 
     def instance_failed(self, instance: Instance, reason: str) -> None:
         assert self.clock._posting

@@ -10,14 +10,48 @@ from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
 from chiron.config.sections import require
 from chiron.engines.rows import ENGINES
 
-SourceName = Literal["process", "endpoints"]
+SourceName = Literal["process", "endpoints", "kubernetes"]
 
 _KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
     "process": ("command", "model_path", "args", "env", "threads", "pace"),
     "endpoints": ("endpoints", "api_key_file"),
+    "kubernetes": ("kubernetes", "api_key_file"),
 }
 """Keys that mean something for one source of instances only."""
-_OWNERS: Mapping[SourceName, str] = {"process": "engines that Chiron starts", "endpoints": "endpoints"}
+_OWNERS: Mapping[SourceName, str] = {
+    "process": "engines that Chiron starts",
+    "endpoints": "endpoints",
+    "kubernetes": "kubernetes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeKubernetesSection:
+    """The workload whose pods are the instances. One of the first three keys is required."""
+
+    deployment: str = ""
+    """Name of a Deployment."""
+    statefulset: str = ""
+    """Name of a StatefulSet. Its pods go from the last one only, so an instance may have to move first."""
+    leaderworkerset: str = ""
+    """Name of a LeaderWorkerSet: each group is an instance, at its leader's address."""
+    namespace: str = ""
+    """Default: the one that Chiron runs in, or the kubeconfig's."""
+    port: int = 8000
+    """Where the engine listens in each pod."""
+    kubeconfig: str = ""
+    """A file; default: the service account of Chiron's pod, else ``KUBECONFIG`` or ``~/.kube/config``."""
+    context: str = ""
+    """Of the kubeconfig; default: its current one."""
+    yield_s: float = 600.0
+    """After somebody else has scaled it down, Chiron asks for no more than what is left for so long."""
+
+    def __post_init__(self) -> None:
+        names = [each for each in (self.deployment, self.statefulset, self.leaderworkerset) if each]
+        if len(names) != 1:
+            raise ValueError("give one of deployment, statefulset and leaderworkerset")
+        require(1 <= self.port <= 65_535, "port", self.port, "1 to 65535")
+        require(self.yield_s > 0, "yield", self.yield_s, "above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +64,8 @@ class ServeInstanceSection:
     """What logs and metrics call it; default: the engine's name. Needed if two kinds of one model would be alike."""
     endpoints: tuple[str, ...] = ()
     """Base URLs of engines that run already, such as ``http://127.0.0.1:8001``. Chiron does not start or stop them."""
+    kubernetes: ServeKubernetesSection | None = None
+    """The pods of a workload, which Chiron scales: ``{ deployment = "NAME", namespace = "NAME" }``."""
     command: tuple[str, ...] = ()
     """Program and arguments of one engine process. ``{port}`` stands for a free port, ``{model}`` for the model's
     name, ``{model_path}`` for ``model_path``."""
@@ -65,7 +101,8 @@ class ServeInstanceSection:
     max_instances: int | None = None
     """Of this kind; default: as many as there are endpoints, else no bound besides the model's."""
     start_timeout_s: float = 300.0
-    """From the start of a process to its first good health check."""
+    """From the start of a process to its first good health check. A pod that takes longer is not given up, and counts
+    as absent in decisions until it is ready."""
     stop_timeout_s: float = 10.0
     """Between SIGTERM and SIGKILL of a process."""
     log_bytes_max: int = 8 << 20
@@ -73,7 +110,7 @@ class ServeInstanceSection:
     served_model_name: str = ""
     """The model's name inside the engine; default: the name in this file."""
     api_key_file: str = ""
-    """A file that holds the key which the endpoints want; kept out of this file on purpose."""
+    """A file that holds the key which the endpoints or pods want; kept out of this file on purpose."""
 
     def __post_init__(self) -> None:
         if not self.engine:
@@ -99,16 +136,20 @@ class ServeInstanceSection:
         require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
         if self.endpoints and self.command:
             raise ValueError("give either endpoints (engines that run already) or command (to start them)")
+        if self.kubernetes and (self.endpoints or self.command):
+            raise ValueError("give kubernetes (pods that Chiron scales) or endpoints or command, not two of them")
         for source, keys in _KEYS_OF.items():
             # Keys that have no meaning here are a mistake, and not to be ignored silently.
             for key in keys if source != self.source else ():
+                if key in _KEYS_OF[self.source]:
+                    continue
                 if getattr(self, key):
                     raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {_OWNERS[source]}")
 
     @property
     def source(self) -> SourceName:
         """What its instances come from: the keys say it. Here and nowhere else."""
-        return "endpoints" if self.endpoints else "process"
+        return "kubernetes" if self.kubernetes else "endpoints" if self.endpoints else "process"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

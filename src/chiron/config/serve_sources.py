@@ -1,4 +1,4 @@
-"""What instances of a kind come from, out of its table: a process with its command line, or endpoints.
+"""What instances of a kind come from, out of its table: a process with its command line, endpoints, or pods.
 
 Another source is a member of ``fleet.union``, its keys in ``serve_sections``, and a function here that reads them.
 """
@@ -17,6 +17,7 @@ from chiron.config.serve_sections import ServeInstanceSection, SourceName
 from chiron.core.types import InstanceKind
 from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.kubernetes.source import WORKLOADS, KubernetesSource
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.union import Source
 
@@ -52,13 +53,40 @@ def _process(given: Given) -> ProcessSource:
 
 
 def _endpoints(given: Given) -> EndpointsSource:
-    headers = {"authorization": f"Bearer {given.api_key}"} if given.api_key else {}
     urls = _origins(given.section.endpoints, f"{given.path}.endpoints")
-    values = {"urls": urls, "health_path": given.row.health_path, "headers": headers}
+    values = {"urls": urls, "health_path": given.row.health_path, "headers": _headers(given)}
     return construct(EndpointsSource, given.path, values)
 
 
-_READERS: Mapping[SourceName, Callable[[Given], Source]] = {"process": _process, "endpoints": _endpoints}
+def _kubernetes(given: Given) -> KubernetesSource:
+    section, table = given.section, given.section.kubernetes
+    assert table is not None
+    workload = next(name for name in WORKLOADS if getattr(table, name))
+    own = (given.directory / table.kubeconfig).expanduser() if table.kubeconfig else None
+    values = {
+        "workload": workload,
+        "name": getattr(table, workload),
+        "namespace": table.namespace,
+        "port": table.port,
+        "health_path": given.row.health_path,
+        "headers": _headers(given),
+        "kubeconfig": str(own.resolve()) if own is not None else "",
+        "context": table.context,
+        "start_timeout_s": section.start_timeout_s,
+        "yield_s": table.yield_s,
+    }
+    return construct(KubernetesSource, f"{given.path}.kubernetes", values)
+
+
+def _headers(given: Given) -> Mapping[str, str]:
+    return {"authorization": f"Bearer {given.api_key}"} if given.api_key else {}
+
+
+_READERS: Mapping[SourceName, Callable[[Given], Source]] = {
+    "process": _process,
+    "endpoints": _endpoints,
+    "kubernetes": _kubernetes,
+}
 
 
 def read_source(given: Given) -> Source:

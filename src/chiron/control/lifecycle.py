@@ -163,10 +163,10 @@ class Lifecycle:
 
     def _take_back(self, state: ModelState, role: Role) -> bool:
         policy, now_s = self._policy, self._clock.now_s
-        draining = [instance_view(i, now_s) for i in state.instances.values() if i.state == "draining"]
+        draining = [i for i in state.instances.values() if i.state == "draining" and not i.leaving]
         if policy.take_back is None or not draining:
             return False
-        instance = self.instances[policy.take_back(policy.settings, draining)]
+        instance = self.instances[policy.take_back(policy.settings, [instance_view(i, now_s) for i in draining])]
         instance.state = "ready"
         instance.role = role
         state.router.add(instance)
@@ -191,6 +191,18 @@ class Lifecycle:
                     if other is not None and other is not kind and self._can_come(state, other):
                         self._remove(state, instance)
                         self._fleet.create(self._new_instance(state, other, instance.role))
+
+    def take_over(self, states: Iterable[ModelState], found: Mapping[str, int]) -> None:
+        """So many instances of these kinds run already: as many of them as the bounds allow join the fleet."""
+        split = self._policy.initial_roles(self._policy.settings, 1) if self._policy.initial_roles else {}
+        role: Role = next((role for role in ROLES if split.get(role)), "mixed")
+        for state in states:
+            for kind in state.spec.kinds:
+                room = state.spec.max_instances - sum(state.planned.values())
+                for _ in range(min(found.get(kind.name, 0), room)):
+                    if self._has_room(state, kind, None):
+                        state.planned = {**state.planned, role: state.planned.get(role, 0) + 1}
+                        self._fleet.create(self._new_instance(state, kind, role))
 
     def _can_come(self, state: ModelState, kind: InstanceKind) -> bool:
         return _count(state, kind) < self._most.get(kind.name, kind.max_instances)
@@ -262,6 +274,13 @@ class Lifecycle:
         self._forget(state, instance)
         self._announce("failed", instance)
         return lost
+
+    def leaving(self, state: ModelState, instance: Instance) -> None:
+        """It will be taken away soon. Harmless twice, and for one that drains already."""
+        instance.leaving = True
+        if instance.state == "ready":
+            self._drain(state, instance)
+            self.reconcile(state)
 
     def remove_if_empty(self, state: ModelState, instance: Instance) -> None:
         """Something has left an instance that drains."""

@@ -319,6 +319,14 @@ class ControlPlane:
         """How many instances there can be now, of all kinds of which there cannot be as many as usual, by name."""
         self._lifecycle.limit(self.models.values(), most)
 
+    def kinds_found(self, found: Mapping[str, int]) -> None:
+        """How many instances run that nobody has asked for, by name of their kind."""
+        self._lifecycle.take_over(self.models.values(), found)
+
+    def instance_leaving(self, instance: Instance) -> None:
+        """It is drained, and another one takes its place."""
+        self._lifecycle.leaving(self.models[instance.model], instance)
+
     def instance_failed(self, instance: Instance) -> None:
         """Work that no client has seen a token of starts again elsewhere."""
         if not self._knows(instance):

@@ -25,6 +25,7 @@ __all__ = [
     "Journal",
     "Queues",
     "RemoteEngineEvents",
+    "RemoteFleetEvents",
     "Samples",
 ]
 
@@ -153,9 +154,20 @@ class FleetEvents(Protocol):
         """It is gone with all it held, or its start failed."""
 
 
+class RemoteFleetEvents(Protocol):
+    """What a fleet that is not Chiron's alone tells besides."""
+
+    def instance_leaving(self, instance: Instance) -> None:
+        """It will be taken away soon, by the platform or by somebody else: to be drained, and replaced."""
+
+
 class FleetLimits(Protocol):
-    """What a live fleet tells of the kinds of which there cannot be as many instances as usual."""
+    """What a live fleet tells of kinds of which there are more instances than asked for, or cannot be as many."""
 
     def kinds_limited(self, most: Mapping[str, int]) -> None:
         """How many instances there can be now, of all such kinds, by name: some endpoints are down, or starts fail.
         Starts beyond it give way to other kinds that have room."""
+
+    def kinds_found(self, found: Mapping[str, int]) -> None:
+        """How many instances run that nobody has asked for, by name of their kind: to be taken over. Nothing is removed
+        because it is unknown; what is not needed is drained by a later plan, with its reason."""

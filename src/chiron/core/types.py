@@ -197,6 +197,7 @@ class Instance:
         "kind",
         "kv_capacity_tokens",
         "kv_reserved_tokens",
+        "leaving",
         "local",
         "max_batch_size",
         "model",
@@ -229,6 +230,8 @@ class Instance:
         """When its start began; later than ``created_s`` if it had to wait for its turn or for a device."""
         self.ready_s = -1.0
         self.drain_started_s = -1.0
+        self.leaving = False
+        """It will be taken away whatever the plan says: once it drains it is not taken back."""
         self.engine: Engine | None = None
         self.rank = id
         """Packing order: low ranks fill first."""

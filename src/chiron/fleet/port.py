@@ -8,12 +8,13 @@ fleet is one file, and one member of the union in ``fleet.union``; tests hold ev
   nothing more is heard of it.
 - ``remove`` and ``suspect`` are harmless at any time, also twice, and for instances that are gone.
 - A fleet never replaces an instance by itself: the control plane decides how many there are.
+- One that is about to be taken away by somebody else is announced (``instance_leaving``), so that it can be drained.
 - When ``close`` returns, nothing of it is left on this machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -33,6 +34,10 @@ class LiveFleetEvents(Protocol):
     def instance_failed(self, instance: Instance, reason: str) -> None:
         """It could not be started, or is dead."""
 
+    def instance_leaving(self, instance: Instance, reason: str) -> None:
+        """One that is ready will be taken away soon by somebody else: nothing new should begin there. It may be told
+        twice; ``instance_failed`` follows unless it is removed before."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetEnvironment:
@@ -43,6 +48,10 @@ class FleetEnvironment:
     log_directory: Path
     """For what engines print."""
     settings: FleetSettings = field(default_factory=FleetSettings)
+    advise: bool = False
+    """Nothing is started, stopped or scaled; what runs is used."""
+    noted: Callable[[str, str], None] = lambda kind, text: None
+    """Hears what an operator should know of a kind of instance, by its name, when it begins."""
     devices: tuple[str, ...] = ()
     """GPUs of this machine to hand out, each to one instance at a time; empty: none are handed out."""
 
@@ -78,6 +87,10 @@ class KindReport:
     """None: an instance of it may come."""
     instances_max: int | None = None
     """How many there can be now, where it is less than usual."""
+    found: int = 0
+    """Instances that run although nobody has asked for them, to be taken over: the next ``create`` gets one."""
+    notes: tuple[str, ...] = ()
+    """What an operator should know now."""
     starts: StartStatus | None = None
     """Of kinds whose instances are started."""
     endpoints: Mapping[str, EndpointStatus] = field(default_factory=dict)

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 
 from chiron.core.types import Instance
-from chiron.fleet.port import LiveFleetEvents
+from chiron.fleet.port import KindReport, LiveFleetEvents, Trouble
+from chiron.fleet.starts import StartStatus
 from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.fleet")
@@ -68,6 +69,10 @@ class InstanceRecords:
         if self._records.pop(instance.id, None) is not None:
             self._tasks[instance.id].cancel()
 
+    def record(self, instance: Instance) -> InstanceRecord | None:
+        """None: it has ended, or was never begun."""
+        return self._records.get(instance.id)
+
     def suspect(self, instance: Instance) -> None:
         record = self._records.get(instance.id)
         if record is not None:
@@ -83,6 +88,15 @@ class InstanceRecords:
                 assert record.ready_s is not None
                 record.instance.began_s = self._clock.now_s - (record.ready_s - record.began_s)
                 self._events.instance_ready(record.instance, url)
+
+        self._clock.post(tell)
+
+    def leaving(self, record: InstanceRecord, reason: str) -> None:
+        """Tell that it will end soon whatever Chiron does, if it is ready: what has not begun has nothing to lose."""
+
+        def tell() -> None:
+            if self._is_held(record) and record.ready_s is not None:
+                self._events.instance_leaving(record.instance, reason)
 
         self._clock.post(tell)
 
@@ -129,3 +143,13 @@ class InstanceRecords:
         del self._tasks[instance_id]
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "ending an instance failed", "exception": error})
+
+
+def starts_report(starts: StartStatus) -> KindReport:
+    """Of a kind whose instances are started."""
+    if starts.state != "crash-looping":
+        return KindReport(starts=starts)
+    reason = f"its engine keeps failing to start ({starts.failures} in a row)"
+    trouble = Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False)
+    # When the pause is over the next start is a try.
+    return KindReport(starts=starts, trouble=trouble, instances_max=0 if trouble.retry_s > 0.0 else None)

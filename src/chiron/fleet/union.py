@@ -13,14 +13,17 @@ from typing import Any
 
 from chiron.core.types import Instance
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
+from chiron.fleet.kubernetes.fleet import KubernetesFleet
+from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 
-Source = ProcessSource | EndpointsSource
+Source = ProcessSource | EndpointsSource | KubernetesSource
 
 MEMBERS: Mapping[type[Any], Callable[[Mapping[str, Any], FleetEnvironment], LiveFleet]] = {
     ProcessSource: ProcessFleet,
     EndpointsSource: EndpointsFleet,
+    KubernetesSource: KubernetesFleet,
 }
 """The fleet of each member."""
 

@@ -81,7 +81,7 @@ class Gateway:
             observer=observer,
             actuators=NullActuators() if advise else DirectActuators(),
         )
-        self.plane = engines.events = self._assembly.plane
+        self.plane = engines.events = engines.leaving = self._assembly.plane
         self.scraper = Scraper(
             clock=clock,
             samples=self.plane,
@@ -158,6 +158,7 @@ class Gateway:
         self.clock.call_later(WATCH_S, self._watch)
         if not self._advise:
             self.plane.kinds_limited(self.engines.limited())
+        self.plane.kinds_found(self.engines.found())
         self.outages.look(self.clock.now_s)
         self.desk.watch()
         self.engines.watch(self._limits.engine_stall_s)

@@ -103,6 +103,8 @@ class Service:
                     log_directory=config.data / "logs",
                     settings=config.fleet,
                     devices=tuple(config.devices),
+                    advise=advise,
+                    noted=self._fleet_noted,
                 ),
             ),
             failed=self._instance_failed,
@@ -405,6 +407,9 @@ class Service:
     def _instance_failed(self, instance: Instance, reason: str) -> None:
         facts = {"instance": instance.id, "model": instance.model, "kind": instance.kind.name, "reason": reason}
         self.journal.note(self.clock.now_s, "failure", facts)
+
+    def _fleet_noted(self, kind: str, text: str) -> None:
+        self.clock.post(lambda: self.journal.note(self.clock.now_s, "fleet_note", {"kind": kind, "note": text}))
 
     def _outage_changed(self, model: str, outage: Outage | None) -> None:
         name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)

@@ -150,8 +150,10 @@ class Origin:
         keepalive: bool = True,
         verify: bool = True,
         cacert: Path | None = None,
+        ssl: ssl_module.SSLContext | None = None,
         network: MemoryNetwork | None = None,
     ) -> None:
+        """``ssl``: how an https server is met, in place of ``verify`` and ``cacert``."""
         self.url = url.rstrip("/")
         self._network = network
         self._unix: str | None = None
@@ -169,7 +171,7 @@ class Origin:
             self._port = parts.port or (443 if parts.scheme == "https" else 80)
             self._prefix = parts.path.rstrip("/").encode()
             if parts.scheme == "https":
-                self._ssl = ssl_module.create_default_context(cafile=cacert)
+                self._ssl = ssl or ssl_module.create_default_context(cafile=cacert)
                 if not verify:
                     self._ssl.check_hostname = False
                     self._ssl.verify_mode = ssl_module.CERT_NONE

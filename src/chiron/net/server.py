@@ -125,6 +125,10 @@ class HttpServer:
         # Aborted transports say goodbye on the next turn of the loop.
         await asyncio.sleep(0)
 
+    def listening(self) -> list[int]:
+        """File descriptors of its listening sockets."""
+        return [each.fileno() for each in self._listener.sockets] if self._listener is not None else []
+
     def make_room(self) -> bool:
         """Close some of the connections that are idle or slow, the slowest first. False: none is."""
         return self._cut_slow(max(1, self.limits.connections_max // 100), lambda connection: True)

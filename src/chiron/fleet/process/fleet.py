@@ -19,13 +19,13 @@ from typing import ClassVar
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, Trouble
+from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage
 from chiron.fleet.process import orphans
 from chiron.fleet.process.devices import Devices
 from chiron.fleet.process.engine_process import EngineExitedError, EngineProcess, tail
 from chiron.fleet.process.usage import CpuTimes, cpu_share, sample_below
-from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords
-from chiron.fleet.starts import StartDelayedError, Starts, StartStatus
+from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
+from chiron.fleet.starts import StartDelayedError, Starts
 
 log = logging.getLogger("chiron.fleet")
 
@@ -113,7 +113,7 @@ class ProcessFleet:
 
     def report(self) -> FleetReport:
         return FleetReport(
-            kinds={name: _kind_report(starts.status()) for name, starts in self._starts.items()},
+            kinds={name: starts_report(starts.status()) for name, starts in self._starts.items()},
             usage={instance: usage for instance, usage in self._usage.items() if instance in self._processes},
         )
 
@@ -274,15 +274,6 @@ class ProcessFleet:
                     pid=process.pid,
                     restarts=self._starts[kind].failures_total,
                 )
-
-
-def _kind_report(starts: StartStatus) -> KindReport:
-    if starts.state != "crash-looping":
-        return KindReport(starts=starts)
-    reason = f"its engine keeps failing to start ({starts.failures} in a row)"
-    trouble = Trouble(reason=reason, retry_s=starts.next_start_in_s, outside=False)
-    # When the pause is over the next start is a try.
-    return KindReport(starts=starts, trouble=trouble, instances_max=0 if trouble.retry_s > 0.0 else None)
 
 
 def prune_logs(directory: Path, kept: int, in_use: set[Path]) -> None:

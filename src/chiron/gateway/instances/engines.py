@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from chiron.core.ports import FleetEvents, RemoteEngineEvents
+from chiron.core.ports import FleetEvents, RemoteEngineEvents, RemoteFleetEvents
 from chiron.core.types import Instance, Request
 from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents
 from chiron.gateway.instances.engine import Carrier, InstanceEngine, Placed
@@ -16,6 +17,8 @@ from chiron.gateway.relay.upstream import Upstream, address_of
 from chiron.gateway.settings import KindSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
+
+log = logging.getLogger("chiron.fleet")
 
 
 class Elsewhere(Protocol):
@@ -47,6 +50,8 @@ class Engines:
         """Set once the control plane exists, as is ``events``, who hears what engines do: it needs a fleet to be
         made."""
         self.events: RemoteEngineEvents | None = None
+        self.leaving: RemoteFleetEvents | None = None
+        """Set with ``events``: who hears of instances that are taken away."""
         self.relays: Elsewhere | None = None
         """Set where there are any."""
         self.live: dict[int, InstanceEngine] = {}
@@ -75,6 +80,11 @@ class Engines:
     def instance_ready(self, instance: Instance, url: str) -> None:
         self._listener().instance_ready(instance, self.attach(instance, url))
 
+    def instance_leaving(self, instance: Instance, reason: str) -> None:
+        log.warning("instance %d of %s is drained: %s", instance.id, instance.model, reason)
+        assert self.leaving is not None
+        self.leaving.instance_leaving(instance)
+
     def instance_failed(self, instance: Instance, reason: str) -> None:
         self._close(instance)
         self._failed(instance, reason)
@@ -101,6 +111,10 @@ class Engines:
         """How many instances there can be now, by kind, where it is less than usual."""
         kinds = self.report().kinds
         return {name: kind.instances_max for name, kind in kinds.items() if kind.instances_max is not None}
+
+    def found(self) -> dict[str, int]:
+        """How many instances run that nobody has asked for, by kind."""
+        return {name: kind.found for name, kind in self.report().kinds.items() if kind.found}
 
     def urls(self) -> dict[int, str]:
         return {number: engine.url for number, engine in self.live.items()}

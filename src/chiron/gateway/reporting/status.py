@@ -129,6 +129,7 @@ def _model(model: ModelSnapshot, journal: LiveJournal, around: StatusSources, no
             for name, kind in kinds.items()
             for url, health in kind.endpoints.items()
         ],
+        "fleet_notes": [note for kind in kinds.values() for note in kind.notes],
         "queue": {
             "interactive": queue.interactive,
             "oldest_wait_s": _number(queue.oldest_wait_s),

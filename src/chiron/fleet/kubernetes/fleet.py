@@ -1,0 +1,204 @@
+"""Instances as pods of a Deployment, StatefulSet or LeaderWorkerSet.
+
+Kubernetes places, restarts and adds nodes; Chiron sets how many replicas there are, takes each ready pod for an
+instance, and names the one that goes. When the gateway ends nothing is scaled: the next one takes over what runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+from chiron.core.types import Instance
+from chiron.fleet.health import HealthTarget, Probe
+from chiron.fleet.kubernetes.access import find_access
+from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.pods import FOR_CLIENTS, Pod
+from chiron.fleet.kubernetes.source import KubernetesSource
+from chiron.fleet.kubernetes.workload import Hold, Loss, StartFailedError, Workload
+from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
+from chiron.fleet.starts import StartDelayedError, Starts
+
+log = logging.getLogger("chiron.fleet")
+
+_CLOSE_TIMEOUT_S = 5.0
+RETRY_S = 10.0
+"""Of what is in the cluster's hands: when there may be news."""
+
+
+class PodTakenError(InstanceFailedError):
+    """Its pod was deleted by somebody else: no fault of the start."""
+
+
+class KubernetesFleet:
+    """Implements ``LiveFleet``."""
+
+    def __init__(self, sources: Mapping[str, KubernetesSource], environment: FleetEnvironment) -> None:
+        """``sources`` by InstanceKind.name. Raises ValueError for credentials that cannot be used."""
+        self._sources = dict(sources)
+        self._settings = environment.settings
+        self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
+        self._starts = {name: Starts(self._settings.backoff) for name in sources}
+        self._claims: dict[int, Hold] = {}
+        """Of instances that take over a replica that is there, until they are served; by instance id."""
+        self._clients: dict[tuple[str, str], Client] = {}
+        self._workloads: dict[str, Workload] = {}
+        named: dict[str, str] = {}
+        for kind, source in sources.items():
+            access = find_access(os.environ, source.kubeconfig, source.context)
+            client = self._clients.setdefault((source.kubeconfig, source.context), Client(access))
+            workload = Workload(
+                source,
+                client,
+                source.namespace or access.namespace,
+                advise=environment.advise,
+                noted=lambda text, kind=kind: environment.noted(kind, text),  # type: ignore[misc]
+            )
+            if workload.name in named:
+                raise ValueError(f"kinds {named[workload.name]!r} and {kind!r} are both pods of {workload.name}")
+            named[workload.name] = kind
+            self._workloads[kind] = workload
+        self._running: list[asyncio.Task[None]] = []
+        for kind, workload in self._workloads.items():
+            task = asyncio.get_running_loop().create_task(workload.run(), name=f"workload-{kind}")
+            task.add_done_callback(_report_end)
+            self._running.append(task)
+
+    def create(self, instance: Instance) -> None:
+        """Answered by ``instance_ready`` once there is a pod for it, or by ``instance_failed``."""
+        workload = self._workloads[instance.kind.name]
+        self._records.begin(instance)
+        record = self._records.record(instance)
+        if workload.spare and record is not None:  # At once, so that nobody else is told of it.
+            self._claims[instance.id] = self._hold(record, workload)
+
+    def remove(self, instance: Instance) -> None:
+        """At any time; harmless twice."""
+        self._records.end(instance)
+
+    def suspect(self, instance: Instance) -> None:
+        """Somebody could not reach it: check now, and fail it if it does not answer."""
+        self._records.suspect(instance)
+
+    def report(self) -> FleetReport:
+        return FleetReport(kinds={kind: self._kind(kind) for kind in self._workloads})
+
+    async def close(self) -> None:
+        """Let every pod go on."""
+        for task in self._running:  # First, so that nothing is scaled for the instances that end now.
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self._records.close(_CLOSE_TIMEOUT_S)
+        for workload in self._workloads.values():
+            await workload.close()
+        for client in self._clients.values():
+            await client.close()
+
+    def _hold(self, record: InstanceRecord, workload: Workload) -> Hold:
+        hold = workload.hold(record.check_now, lambda reason: self._records.leaving(record, reason))
+        record.resources.callback(workload.release, hold)
+        return hold
+
+    async def _serve(self, record: InstanceRecord) -> None:
+        """One instance from its turn to its end, and what its kind learns from it."""
+        kind = record.instance.kind.name
+        workload, starts = self._workloads[kind], self._starts[kind]
+        record.resources.callback(starts.over, record)
+        hold = self._claims.pop(record.instance.id, None)
+        if hold is None:
+            try:
+                await starts.turn(record)
+            except StartDelayedError as error:
+                raise InstanceFailedError(str(error)) from None
+            hold = self._hold(record, workload)
+        record.began_s = asyncio.get_running_loop().time()
+        try:
+            await self._run(record, workload, hold, starts)
+        except PodTakenError:
+            raise
+        except (InstanceFailedError, StartFailedError) as error:
+            starts.failed(began_s=record.began_s, ready_s=record.ready_s, reason=str(error))
+            raise InstanceFailedError(str(error)) from None
+
+    async def _run(self, record: InstanceRecord, workload: Workload, hold: Hold, starts: Starts) -> None:
+        source = self._sources[record.instance.kind.name]
+        while True:
+            pod = await hold.pod
+            probe = Probe(self._target(source, pod), self._settings.health)
+            record.resources.push_async_callback(probe.close)
+            if await self._answers(record, source, workload, hold, probe):
+                break
+            workload.wait_again(hold)
+        self._records.ready(record, _url(pod, source.port))
+        starts.succeeded(record)
+        lasted = asyncio.get_running_loop().call_later(self._settings.backoff.stable_after_s, starts.lasted)
+        record.resources.callback(lasted.cancel)
+        if (loss := await _unless(hold.lost, probe.until_failed(record.check_now))) is not None:
+            raise (PodTakenError if loss.taken else InstanceFailedError)(loss.reason)
+        workload.replace(hold)
+        raise InstanceFailedError(f"pod {pod.name} stopped answering: {probe.reason}")
+
+    async def _answers(
+        self, record: InstanceRecord, source: KubernetesSource, workload: Workload, hold: Hold, probe: Probe
+    ) -> bool:
+        """False: its pod was lost before it did."""
+        try:
+            async with asyncio.timeout(source.start_timeout_s):
+                return await _unless(hold.lost, probe.until_passed(record.check_now)) is None
+        except TimeoutError:
+            workload.replace(hold)
+            raise InstanceFailedError(
+                f"its pod is ready, and does not answer within {source.start_timeout_s:g} s: {probe.reason}"
+            ) from None
+
+    def _target(self, source: KubernetesSource, pod: Pod) -> HealthTarget:
+        return HealthTarget(url=_url(pod, source.port), path=source.health_path, headers=source.headers)
+
+    def _kind(self, kind: str) -> KindReport:
+        state, starts = self._workloads[kind].state(), starts_report(self._starts[kind].status())
+        trouble, most = starts.trouble, starts.instances_max
+        limits = [state.most] if state.most is not None else []
+        if state.overdue:
+            limits.append(state.holds - state.overdue)
+            if trouble is None and state.cause is not None:
+                trouble = Trouble(reason=FOR_CLIENTS[state.cause.name], retry_s=RETRY_S, outside=True)
+        if state.most == 0 and trouble is None:
+            trouble = Trouble(reason="somebody has scaled it to zero", retry_s=RETRY_S, outside=True)
+        if most is not None:
+            limits.append(most)
+        return KindReport(
+            trouble=trouble,
+            instances_max=min(limits, default=None),
+            starts=starts.starts,
+            found=state.found,
+            notes=state.notes,
+        )
+
+
+async def _unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -> Loss | None:
+    """None once ``work`` is done; the loss if the pod is lost first."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            return lost.result()
+        await task
+        return None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+def _url(pod: Pod, port: int) -> str:
+    host = f"[{pod.address}]" if ":" in pod.address else pod.address
+    return f"http://{host}:{port}"
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler({"message": "a workload is no longer watched", "exception": error})

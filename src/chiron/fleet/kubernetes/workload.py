@@ -1,0 +1,574 @@
+"""One workload: how many replicas it is to have, which pods serve which instances, and who goes when there are fewer.
+
+Chiron asks for as many replicas as there are instances (``holds``), and never touches the rest: ``surplus`` counts the
+replicas that somebody else asked for, or that were there before it. An instance gets a pod only when one is ready,
+whichever comes first, so a pod that is slow or gone costs nobody more than its turn.
+
+Fewer replicas: the pods that no instance uses are marked as the cheapest to delete before the number is lowered. Until
+the workload's controller has acted, it may still choose others (pods that are not ready go before all marks), so a
+marked pod that is left serves again. Pods with ordinals go from the end only: an instance on the last pod moves first.
+
+Whoever else scales the same workload is noticed by a number that Chiron did not write, and is not fought: pods beyond
+Chiron's own are left alone until an instance can use them, and after a cut Chiron asks for no more than what is left
+for a while (``yield_s``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chiron.core.backoff import doubled_s
+from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
+from chiron.fleet.kubernetes.pods import DELETION_COST, Cause, Pod, read_pod
+from chiron.fleet.kubernetes.source import KubernetesSource
+from chiron.fleet.kubernetes.watch import Watch, WatchSettings
+from chiron.fleet.waiting import heard, pause
+
+log = logging.getLogger("chiron.fleet")
+
+CHEAPEST = -1_000_000
+"""Deletion cost of a pod that is to go."""
+TRIES_MAX = 8
+"""Of one change of the scale, when others change the workload at the same moment."""
+RESTARTS_MAX = 2
+"""Restarts after which an engine that keeps ending counts as one that cannot start."""
+MARKED_AT_ONCE = 16
+"""Pods that are marked side by side."""
+NOTES_MAX = 20
+"""Shown at once: a broken image breaks every pod."""
+CONFLICT, NOT_FOUND = 409, 404
+REPLACE_PAUSE_S = 60.0
+"""Between two pods that are deleted because they do not answer: an error of ours must not empty a fleet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """A pod that an instance had has ended."""
+
+    reason: str
+    taken: bool
+    """It was deleted; otherwise its engine ended."""
+
+
+class Hold:
+    """One instance's claim to a replica."""
+
+    __slots__ = ("_left", "check_now", "ended", "leaving", "lost", "pod", "since_s")
+
+    def __init__(self, now_s: float, check_now: asyncio.Event, left: Callable[[str], None]) -> None:
+        self.since_s = now_s
+        """Since when it has waited for a pod."""
+        self.check_now = check_now
+        """Set when the cluster doubts its pod."""
+        self._left = left
+        self.leaving = False
+        """Its pod is about to go, and the instance has been told."""
+        self.pod: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
+        """Set when it gets one; an error if its pod cannot start."""
+        self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
+        """Set when that pod has ended."""
+        self.ended = False
+
+    def leave(self, reason: str) -> None:
+        """Its pod is about to be deleted, not by its instance."""
+        if not self.leaving:
+            self.leaving = True
+            self._left(reason)
+
+
+class StartFailedError(Exception):
+    """The pod of an instance cannot start."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadState:
+    """As it is now."""
+
+    holds: int
+    found: int
+    """Replicas that instances should take over."""
+    overdue: int
+    """Instances that have waited for a pod for too long."""
+    most: int | None
+    """Replicas that somebody else has cut it to."""
+    cause: Cause | None
+    """Why the first instance that waits has no pod."""
+    notes: tuple[str, ...]
+    """For operators."""
+
+
+class Workload:
+    """Started by ``run``; used on the loop's thread."""
+
+    def __init__(
+        self,
+        source: KubernetesSource,
+        client: Client,
+        namespace: str,
+        *,
+        advise: bool = False,
+        noted: Callable[[str], None] = lambda text: None,
+        settings: WatchSettings | None = None,
+    ) -> None:
+        """``advise``: nothing is written. ``noted`` hears what an operator should know, once when it begins."""
+        self.name = f"{source.workload} {namespace}/{source.name}"
+        self._source = source
+        self._client = client
+        self._advise = advise
+        self._noted = noted
+        self._settings = settings or WatchSettings()
+        self._path = f"{source.row.api}/namespaces/{namespace}/{source.row.plural}"
+        self._pods_path = f"/api/v1/namespaces/{namespace}/pods"
+        self._pods: dict[str, Pod] = {}
+        """Those of this workload, by uid."""
+        self._waiting: list[Hold] = []
+        self._bound: dict[str, Hold] = {}
+        """By uid of the pod."""
+        self._doomed: set[str] = set()
+        """Pods marked to go, by uid."""
+        self._condemned: set[str] = set()
+        """Pods that have failed a start, by uid."""
+        self._replicas: int | None = None
+        """As last read or written by Chiron."""
+        self._attempted: int | None = None
+        """What a write said whose answer never came."""
+        self._making_way = False
+        """Pods are being marked, and the number is not lowered yet."""
+        self._listed = False
+        """All pods are known."""
+        self._surplus = 0
+        self._found = 0
+        self._most: int | None = None
+        self._most_until_s = 0.0
+        self._replaced_s = -REPLACE_PAUSE_S
+        self._dirty = asyncio.Event()
+        self._trouble: dict[str, str] = {}
+        """What is wrong, by topic."""
+        self._foreign = ""
+        self._refused: Cause | None = None
+        self._controller: Cause | None = None
+        self._told: dict[str, str] = {}
+        """The last cause that was noted of a pod, by uid: a crash loop says the same with other numbers each time."""
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # -- instances ---------------------------------------------------------------------------------------------------
+
+    @property
+    def spare(self) -> int:
+        """Replicas that no instance has claimed."""
+        return self._surplus
+
+    def hold(self, check_now: asyncio.Event, left: Callable[[str], None]) -> Hold:
+        """Another instance wants a pod."""
+        hold = Hold(asyncio.get_running_loop().time(), check_now, left)
+        if self._surplus:
+            self._surplus -= 1
+            self._found = max(0, self._found - 1)
+        self._waiting.append(hold)
+        self._wake()
+        return hold
+
+    def wait_again(self, hold: Hold) -> None:
+        """The pod that it had ended before the instance was ready."""
+        self._unbind(hold)
+        loop = asyncio.get_running_loop()
+        hold.pod, hold.lost, hold.leaving = loop.create_future(), loop.create_future(), False
+        self._waiting.insert(0, hold)
+        self._wake()
+
+    def release(self, hold: Hold) -> None:
+        """The instance is gone. Harmless twice."""
+        if hold.ended:
+            return
+        hold.ended = True
+        if hold in self._waiting:
+            self._waiting.remove(hold)
+        self._unbind(hold)
+        self._wake()
+
+    def replace(self, hold: Hold) -> None:
+        """The instance's engine does not answer while its pod claims to be ready, or its node is lost: have another pod
+        made for it, if this is not the gateway's own trouble."""
+        uid = next((uid for uid, each in self._bound.items() if each is hold), "")
+        pod = self._pods.get(uid)
+        now_s = asyncio.get_running_loop().time()
+        if pod is None or pod.deleting or self._advise:
+            return
+        lost = pod.cause is not None and pod.cause.name == "node_lost"
+        if not (pod.ready or lost):
+            return  # Kubernetes sees that something is wrong with it, and restarts its container.
+        if now_s - self._replaced_s < REPLACE_PAUSE_S:
+            return
+        self._replaced_s = now_s
+        self._note(f"pod {pod.name} does not answer{' and its node is lost' if lost else ''}: deleted, for a new one")
+        self._background(self._client.delete(f"{self._pods_path}/{pod.name}", {"preconditions": {"uid": pod.uid}}))
+
+    def state(self) -> WorkloadState:
+        now_s = asyncio.get_running_loop().time()
+        limit_s = self._source.start_timeout_s
+        overdue = sum(1 for hold in self._waiting if now_s - hold.since_s > limit_s)
+        notes = [f"{self.name}: {text}" for text in (*self._trouble.values(), self._foreign) if text]
+        unready = [pod for pod in self._pods.values() if pod.cause is not None and not pod.ready and not pod.deleting]
+        notes += [f"pod {pod.name}: {pod.cause}" for pod in sorted(unready, key=_age)]
+        return WorkloadState(
+            holds=len(self._waiting) + len(self._bound),
+            found=self._surplus if self._advise else self._found,
+            overdue=overdue,
+            most=self._most,
+            cause=self._why_waiting() if self._waiting else None,
+            notes=tuple(notes[:NOTES_MAX]),
+        )
+
+    # -- what runs ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        selector = await self._selector()
+        pods = Watch(
+            self._client,
+            self._pods_path,
+            {"labelSelector": selector},
+            changed=self._pod_changed,
+            gone=self._pod_gone,
+            listed=self._pods_listed,
+            troubled=lambda why: self._troubled("pods", why and f"its pods cannot be watched: {why}"),
+            settings=self._settings,
+        )
+        itself = Watch(
+            self._client,
+            self._path,
+            {"fieldSelector": f"metadata.name={self._source.name}"},
+            changed=self._changed,
+            gone=lambda uid: self._dirty.set(),
+            troubled=lambda why: self._troubled("workload", why and f"it cannot be watched: {why}"),
+            settings=self._settings,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            for each in (pods.run(), itself.run(), self._keep_scaled()):
+                tasks.create_task(each)
+
+    async def close(self) -> None:
+        """Nothing is scaled: whoever comes next takes over what runs."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=1.0)
+
+    async def _selector(self) -> str:
+        """Of its pods."""
+        failures = 0
+        while True:
+            try:
+                scale = await self._client.get(f"{self._path}/{self._source.name}/scale")
+                selector = _table(scale, "status").get("selector")
+                if not isinstance(selector, str) or not selector:
+                    raise KubernetesError("its scale names no selector")
+                self._observe(_replicas(scale))
+                self._refusal(None)
+                return selector
+            except KubernetesError as error:
+                self._refusal(error)
+            failures += 1
+            await pause(doubled_s(self._settings.backoff_first_s, self._settings.backoff_max_s, failures - 1))
+
+    async def _keep_scaled(self) -> None:
+        failures = 0
+        while True:
+            until_s = self._most_until_s if self._most is not None else None
+            now_s = asyncio.get_running_loop().time()
+            await heard(self._dirty, 3600.0 if until_s is None else until_s - now_s)
+            self._dirty.clear()
+            try:
+                await self._scale()
+                self._refusal(None)
+                failures = 0
+                self._wake()
+            except KubernetesError as error:
+                self._refusal(error)
+                failures += 1
+                self._dirty.set()
+                await pause(doubled_s(self._settings.backoff_first_s, self._settings.backoff_max_s, failures - 1))
+
+    async def _scale(self) -> None:
+        path = f"{self._path}/{self._source.name}/scale"
+        for _ in range(TRIES_MAX):
+            scale = await self._client.get(path)
+            replicas = _replicas(scale)
+            self._observe(replicas)
+            if self._advise or self._wanted() == replicas:
+                return
+            self._making_way = True
+            try:
+                wanted = await self._make_way(replicas, self._wanted())
+                if wanted == replicas:
+                    return
+                self._attempted = wanted
+                await self._client.put(path, {**scale, "spec": {**_table(scale, "spec"), "replicas": wanted}})
+                self._replicas = wanted
+            except ApiError as error:
+                if error.status < 500:  # Otherwise it may have been done.
+                    self._attempted = None
+                if error.status != CONFLICT:
+                    raise
+                continue  # Somebody else has changed it since: what does it say now?
+            finally:
+                self._making_way = False
+            log.info("%s: %d -> %d replicas", self.name, replicas, wanted)
+            return
+        raise KubernetesError(f"its scale was changed by others {TRIES_MAX} times in a row")
+
+    def _wanted(self) -> int:
+        now_s = asyncio.get_running_loop().time()
+        if self._most is not None and now_s >= self._most_until_s:
+            self._most, self._foreign = None, ""
+        wanted = len(self._waiting) + len(self._bound) + self._surplus
+        return wanted if self._most is None else min(wanted, self._most)
+
+    def _observe(self, replicas: int) -> None:
+        """A number that Chiron did not write is somebody else's."""
+        before, self._replicas = self._replicas, replicas
+        attempted, self._attempted = self._attempted, None
+        own = len(self._waiting) + len(self._bound)
+        if self._advise:
+            self._surplus = max(0, replicas - own)
+        if before is None:
+            self._surplus = self._found = max(0, replicas - own)
+            if self._surplus and not self._advise:
+                log.info("%s: it has %d replicas, which are taken over", self.name, replicas)
+        elif replicas == attempted or self._advise:
+            pass
+        elif replicas > before:
+            self._surplus = max(self._surplus, replicas - own)
+            self._most = None
+            self._others(before, replicas)
+        elif replicas < before:
+            self._surplus = min(self._surplus, max(0, replicas - own))
+            self._found = min(self._found, self._surplus)
+            if replicas < own + self._surplus:
+                self._most = replicas
+                self._most_until_s = asyncio.get_running_loop().time() + self._source.yield_s
+            self._others(before, replicas)
+
+    def _others(self, before: int, replicas: int) -> None:
+        self._foreign = f"somebody else has scaled it from {before} to {replicas} replicas"
+        self._note(self._foreign)
+
+    async def _make_way(self, replicas: int, wanted: int) -> int:
+        """Name those that go. Returns how few replicas there can be now."""
+        if wanted > replicas:
+            return wanted
+        if not self._listed or self._trouble.get("pods"):
+            return replicas  # Nobody could be named.
+        if self._source.row.ordinals:
+            return self._from_the_end(replicas, wanted)
+        idle = sorted(
+            (pod for pod in self._active() if pod.uid not in self._bound),
+            key=lambda pod: (pod.ready, pod.uid not in self._condemned, pod.created, pod.name),
+        )
+        going = idle[: replicas - wanted]
+        self._doomed.update(pod.uid for pod in going)
+        marks = [pod for pod in going if pod.cost != CHEAPEST]
+        for i in range(0, len(marks), MARKED_AT_ONCE):
+            await asyncio.gather(*(self._mark(pod, str(CHEAPEST)) for pod in marks[i : i + MARKED_AT_ONCE]))
+        return wanted
+
+    def _from_the_end(self, replicas: int, wanted: int) -> int:
+        by_ordinal = {pod.ordinal: pod for pod in self._active()}
+        while replicas > wanted:
+            last = by_ordinal.get(replicas - 1)
+            hold = self._bound.get(last.uid) if last is not None else None
+            if last is not None and hold is not None:
+                # Its instance moves to a pod that stays.
+                hold.leave(f"pod {last.name} is the last of {self.name}, which goes first")
+                break
+            if last is not None:
+                self._doomed.add(last.uid)
+            replicas -= 1
+        return replicas
+
+    async def _mark(self, pod: Pod, cost: str | None) -> None:
+        try:
+            body = {"metadata": {"annotations": {DELETION_COST: cost}, "uid": pod.uid}}
+            await self._client.patch(f"{self._pods_path}/{pod.name}", body)
+        except ApiError as error:
+            if error.status not in (CONFLICT, NOT_FOUND):  # It has gone meanwhile.
+                raise
+
+    # -- what the API server says ------------------------------------------------------------------------------------
+
+    def _pod_changed(self, item: Mapping[str, Any]) -> None:
+        try:
+            pod = read_pod(item)
+        except ValueError as error:
+            log.warning("%s: %s", self.name, error)
+            return
+        if not self._is_ours(pod):
+            return
+        before = self._pods.get(pod.uid)
+        self._pods[pod.uid] = pod
+        if pod.cause is not None and not pod.ready and pod.cause.name != self._told.get(pod.uid):
+            self._told[pod.uid] = pod.cause.name
+            self._note(f"pod {pod.name}: {pod.cause}")
+        hold = self._bound.get(pod.uid)
+        if hold is not None and before is not None:
+            self._look_at_bound(hold, before, pod)
+        self._wake()
+
+    def _look_at_bound(self, hold: Hold, before: Pod, pod: Pod) -> None:
+        if pod.over:
+            _settle(hold.lost, Loss(reason=f"pod {pod.name} has ended: {pod.cause or 'for good'}", taken=False))
+        elif pod.restarts > before.restarts or _has_ended(pod):
+            why = f"the engine of pod {pod.name} has ended: {pod.cause or 'it was restarted'}"
+            _settle(hold.lost, Loss(reason=why, taken=False))
+        elif not pod.ready and before.ready:
+            hold.check_now.set()
+        if pod.deleting and not before.deleting:
+            hold.leave(f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}")
+
+    def _pods_listed(self) -> None:
+        self._listed = True
+        self._wake()
+
+    def _pod_gone(self, uid: str) -> None:
+        pod = self._pods.pop(uid, None)
+        self._doomed.discard(uid)
+        self._condemned.discard(uid)
+        self._told.pop(uid, None)
+        hold = self._bound.get(uid)
+        if hold is not None and pod is not None:
+            _settle(hold.lost, Loss(reason=f"pod {pod.name} is gone", taken=True))
+        self._wake()
+
+    def _changed(self, item: Mapping[str, Any]) -> None:
+        """The workload itself."""
+        status = item.get("status")
+        conditions = status.get("conditions") if isinstance(status, Mapping) else None
+        self._controller = None
+        for each in conditions if isinstance(conditions, list) else ():
+            if isinstance(each, Mapping) and each.get("type") == "ReplicaFailure" and each.get("status") == "True":
+                self._controller = Cause(name="no_pod", words=str(each.get("message") or each.get("reason"))[:300])
+        self._troubled("controller", str(self._controller or ""))
+        spec = item.get("spec")
+        if isinstance(spec, Mapping) and spec.get("replicas") != self._replicas:
+            self._dirty.set()
+
+    def _refusal(self, error: KubernetesError | None) -> None:
+        self._troubled("scale", f"it cannot be scaled: {error}" if error is not None else "")
+        said = error.status if isinstance(error, ApiError) else 0
+        self._refused = Cause(name="forbidden", words=str(error)) if said in (401, 403, 404) else None
+
+    # -- who gets which pod ------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        active = self._active()
+        if not self._making_way and self._replicas is not None and len(active) <= self._replicas:
+            self._doomed.clear()  # Those who are left stay.
+        free = [pod for pod in active if pod.ready and pod.address and self._is_idle(pod)]
+        for pod, hold in zip(sorted(free, key=_age), list(self._waiting), strict=False):
+            self._waiting.remove(hold)
+            self._bound[pod.uid] = hold
+            self._condemned.discard(pod.uid)
+            _settle(hold.pod, pod)
+            if pod.cost < 0 and not self._advise:
+                self._background(self._mark(pod, None))
+        for hold, pod in self._pairs():
+            if pod.cause is not None and _is_final(pod):
+                self._condemned.add(pod.uid)
+                self._waiting.remove(hold)
+                _fail(hold.pod, StartFailedError(pod.cause))
+        if self._replicas != self._wanted():
+            self._dirty.set()
+
+    def _pairs(self) -> list[tuple[Hold, Pod]]:
+        """Instances that wait, each with the pod that it waits for if all goes as planned."""
+        coming = [pod for pod in self._active() if not pod.ready and self._is_idle(pod)]
+        coming = [pod for pod in coming if pod.uid not in self._condemned]
+        return list(zip(self._waiting, sorted(coming, key=_age), strict=False))
+
+    def _why_waiting(self) -> Cause:
+        pairs = self._pairs()
+        cause = next((pod.cause for _, pod in pairs if pod.cause is not None), None)
+        unknown = Cause(name="not_started", words="") if pairs else Cause(name="no_pod", words="there is no pod yet")
+        return cause or self._refused or self._controller or unknown
+
+    def _active(self) -> list[Pod]:
+        return [pod for pod in self._pods.values() if not pod.deleting and not pod.over]
+
+    def _is_idle(self, pod: Pod) -> bool:
+        return pod.uid not in self._bound and pod.uid not in self._doomed
+
+    def _is_ours(self, pod: Pod) -> bool:
+        """The selector may fit pods of others."""
+        name = self._source.name
+        return pod.owner.startswith(f"{name}-") if self._source.workload == "deployment" else pod.owner == name
+
+    def _unbind(self, hold: Hold) -> None:
+        for uid in [uid for uid, each in self._bound.items() if each is hold]:
+            del self._bound[uid]
+
+    def _troubled(self, topic: str, why: str) -> None:
+        if why and not self._trouble.get(topic):
+            self._note(why)
+        elif not why and self._trouble.get(topic):
+            log.warning("%s: no longer: %s", self.name, self._trouble[topic])
+        self._trouble[topic] = why
+
+    def _note(self, text: str) -> None:
+        log.warning("%s: %s", self.name, text)
+        self._noted(f"{self.name}: {text}")
+
+    def _background(self, call: Any) -> None:
+        async def run() -> None:
+            try:
+                await call
+            except KubernetesError as error:
+                log.warning("%s: %s", self.name, error)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _age(pod: Pod) -> tuple[str, int, str]:
+    """The oldest first; of numbered ones the lowest: they stay longest."""
+    return pod.created, pod.ordinal, pod.name
+
+
+def _has_ended(pod: Pod) -> bool:
+    return not pod.ready and pod.cause is not None and pod.cause.name in ("crash_loop", "out_of_memory")
+
+
+def _is_final(pod: Pod) -> bool:
+    """It will not become ready by waiting."""
+    assert pod.cause is not None
+    return pod.cause.name == "image" or (_has_ended(pod) and pod.restarts >= RESTARTS_MAX)
+
+
+def _table(item: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = item.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _replicas(scale: Mapping[str, Any]) -> int:
+    replicas = _table(scale, "spec").get("replicas", 0)
+    if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
+        raise KubernetesError(f"its scale says replicas {replicas!r}")
+    return replicas
+
+
+def _settle(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -1,0 +1,460 @@
+"""Instances as pods: scaled, bound when ready, named before they go, and told apart when they do not come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiron.core.types import Instance
+from chiron.fleet.kubernetes.fleet import KubernetesFleet
+from chiron.fleet.kubernetes.pods import DELETION_COST
+from chiron.fleet.kubernetes.source import KubernetesSource
+from chiron.fleet.kubernetes.testing.api import Refusal, shut
+from chiron.fleet.port import FleetEnvironment, KindReport
+from chiron.net.clock import LiveClock
+from fleet_factory import Heard, an_instance, quick_settings, until
+from kubernetes_site import DEPLOYMENTS, PODS, PORT, Cluster, cluster, every_cluster, workload
+
+KIND = "engine"
+STATEFUL_SETS = "/apis/apps/v1/namespaces/default/statefulsets"
+
+
+@dataclass
+class Site:
+    cluster: Cluster
+    fleet: KubernetesFleet
+    heard: Heard
+    notes: list[str]
+    instances: dict[int, Instance] = field(default_factory=dict)
+
+    def create(self, *numbers: int) -> None:
+        for number in numbers:
+            instance = self.instances[number] = an_instance(number, KIND)
+            self.heard.clock.post(lambda instance=instance: self.fleet.create(instance))  # type: ignore[misc]
+
+    def remove(self, *numbers: int) -> None:
+        for number in numbers:
+            instance = self.instances.pop(number)
+            instance.state = "gone"
+            self.heard.clock.post(lambda instance=instance: self.fleet.remove(instance))  # type: ignore[misc]
+
+    async def ready(self, *numbers: int) -> None:
+        await until(lambda: set(numbers) <= set(self.heard.ready), f"{numbers} are ready, not {self.heard.ready}")
+
+    async def failed(self, *numbers: int) -> None:
+        await until(lambda: set(numbers) <= set(self.heard.failed), f"{numbers} have failed, not {self.heard.failed}")
+
+    async def pod_of(self, number: int) -> str:
+        address = self.heard.urls[number].removeprefix("http://").partition(":")[0]
+        return next(p["metadata"]["name"] for p in await self.cluster.pods() if p["status"].get("podIP") == address)
+
+    async def said(self, words: str) -> None:
+        await until(lambda: any(words in note for note in self.notes), f"{words!r} is said, not {self.notes}")
+
+    @property
+    def kind(self) -> KindReport:
+        return self.fleet.report().kinds[KIND]
+
+
+@contextlib.asynccontextmanager
+async def fleet_on(here: Cluster, *, advise: bool = False, **source: Any) -> AsyncIterator[Site]:
+    clock = LiveClock(asyncio.get_running_loop())
+    heard, notes = Heard(clock), []
+    given = {"workload": "deployment", "name": "engine", "port": PORT, "kubeconfig": str(here.kubeconfig), **source}
+    environment = FleetEnvironment(
+        clock=clock,
+        events=heard,
+        log_directory=Path("/nowhere"),
+        settings=quick_settings(),
+        advise=advise,
+        noted=lambda kind, text: notes.append(text),
+    )
+    fleet = KubernetesFleet({KIND: KubernetesSource(**given)}, environment)
+    try:
+        yield Site(here, fleet, heard, notes)
+    finally:
+        await fleet.close()
+        clock.stop()
+
+
+def told(
+    what: str,
+    directory: Path,
+    story: Callable[[Site], Awaitable[None]],
+    item: dict[str, Any],
+    *,
+    path: str = DEPLOYMENTS,
+    nodes: int = 2,
+    gpus: int = 8,
+    **source: Any,
+) -> None:
+    async def run() -> None:
+        async with cluster(what, directory, nodes=nodes, gpus=gpus) as here:
+            await here.apply(item, path)
+            await here.until_ready(min(nodes * gpus, item["spec"]["replicas"]))
+            async with fleet_on(here, **source) as site:
+                await story(site)
+
+    asyncio.run(run())
+
+
+@every_cluster
+def test_replicas_follow_the_instances_up_from_zero_and_down_to_zero(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2, 3)
+        await here.ready(1, 2, 3)
+        assert await here.cluster.replicas() == 3
+        assert len(set(here.heard.urls.values())) == 3
+        # Whoever has been drained goes, also one that is neither the youngest nor the oldest.
+        victim, stays = await here.pod_of(2), {await here.pod_of(1), await here.pod_of(3)}
+        here.remove(2)
+        await here.cluster.until_ready(2)
+        assert await here.cluster.ready() == stays, victim
+        here.remove(1, 3)
+        await here.cluster.until_ready(0)
+        assert await here.cluster.replicas() == 0
+        assert (here.heard.failed, here.heard.leaving) == ([], [])
+
+    told(what, tmp_path, story, workload(replicas=0))
+
+
+@every_cluster
+def test_a_start_that_is_no_longer_needed_is_cancelled_and_one_taken_back_costs_nothing(
+    what: str, tmp_path: Path
+) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1)  # There is one GPU: the second waits for another.
+        await here.said("unschedulable")
+        first = await here.pod_of(1)
+        here.remove(2)
+        await here.cluster.until_ready(1)
+        assert await here.cluster.replicas() == 1
+        assert await here.cluster.ready() == {first}
+        # In one moment one goes and another comes: it gets the same pod, and nothing is scaled.
+        here.remove(1)
+        here.create(3)
+        await here.ready(3)
+        assert await here.pod_of(3) == first
+
+    told(what, tmp_path, story, workload(replicas=0), nodes=1, gpus=1)
+
+
+@every_cluster
+def test_pods_that_are_there_at_the_start_are_found_and_none_is_deleted(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        before = await here.cluster.ready()
+        here.create(1)
+        await here.ready(1)
+        await until(lambda: here.kind.found == 2, "two are to be taken over")
+        here.create(2, 3)
+        assert here.kind.found == 0, "said once"
+        await here.ready(2, 3)
+        assert await here.cluster.ready() == before
+        # The gateway ends; the next one finds all three.
+        await here.fleet.close()
+        assert await here.cluster.replicas() == 3
+        async with fleet_on(here.cluster) as next_one:
+            await until(lambda: next_one.kind.found == 3, "all are found again")
+        assert await here.cluster.ready() == before
+        assert here.heard.failed == []
+
+    told(what, tmp_path, story, workload(replicas=3))
+
+
+@every_cluster
+def test_somebody_else_who_scales_is_noticed_and_not_fought(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2, 3)
+        await here.ready(1, 2, 3)
+        await here.cluster.set_replicas(4)
+        await here.said("from 3 to 4")
+        await here.cluster.until_ready(4)
+        assert here.kind.found == 0, "it is theirs"
+        here.create(4)  # Chiron needs another: there is one.
+        await here.ready(4)
+        assert await here.cluster.replicas() == 4
+        # A cut: those who lose their pods hear of it while these still run, and no more than what is left is asked for.
+        await here.cluster.set_replicas(2)
+        await here.said("from 4 to 2")
+        await until(lambda: len(here.heard.leaving) == 2, "two are told to leave")
+        await here.failed(*here.heard.leaving)
+        here.create(5, 6)
+        assert here.kind.instances_max == 2
+        await asyncio.sleep(0.3)
+        assert await here.cluster.replicas() == 2
+        # They give it back.
+        await here.cluster.set_replicas(4)
+        await here.ready(5, 6)
+        assert here.kind.instances_max is None
+        assert await here.cluster.replicas() == 4
+
+    told(what, tmp_path, story, workload(replicas=0))
+
+
+def test_after_a_while_chiron_asks_again_for_what_somebody_else_has_cut(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1, 2)
+        await here.cluster.set_replicas(1)
+        await until(lambda: len(here.heard.failed) == 1, "one is gone")
+        here.create(3)
+        await here.ready(3)
+        assert await here.cluster.replicas() == 2
+
+    told("fake", tmp_path, story, workload(replicas=0), yield_s=0.5)
+
+
+@every_cluster
+def test_what_keeps_a_start_is_told_apart(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.said("image: ImagePullBackOff")
+        await here.failed(1)
+        assert "missing/engine" in here.heard.reasons[1]
+        await here.cluster.until_ready(0)
+
+    told(what, tmp_path, story, workload(container={"image": "missing/engine"}))
+
+
+@pytest.mark.parametrize(("image", "words"), [("exits/3", "crash loop"), ("exits/137", "out of memory")])
+def test_an_engine_that_keeps_ending_is_a_start_that_failed(image: str, words: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.failed(1)
+        assert words in here.heard.reasons[1]
+        await here.said(words)
+        assert any(words in note for note in here.kind.notes) or not await here.cluster.pods()
+        await here.cluster.until_ready(0)
+        assert await here.cluster.replicas() == 0, "it holds no GPU"
+        starts = here.kind.starts
+        assert starts is not None
+        assert starts.failures == 1
+
+    told("fake", tmp_path, story, workload(container={"image": image}))
+
+
+def test_a_start_that_takes_too_long_counts_as_absent_and_still_comes(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1)
+        assert here.kind.trouble is None
+        await until(lambda: here.kind.instances_max == 1, "the second does not count")
+        trouble = here.kind.trouble
+        assert trouble is not None
+        assert trouble.reason == "no node has room for another instance"
+        assert any("unschedulable" in note and "nvidia.com/gpu" in note for note in here.kind.notes)
+        assert here.heard.failed == []
+        # A node comes.
+        kubelet = here.cluster.kubelets[0]
+        assert here.cluster.fake is not None
+        here.cluster.fake.patch("nodes", kubelet._node, {"status": {"allocatable": {"nvidia.com/gpu": "2"}}}, "status")
+        await here.ready(2)
+        assert (here.kind.instances_max, here.kind.trouble) == (None, None)
+
+    told("fake", tmp_path, story, workload(), nodes=1, gpus=1, start_timeout_s=0.3)
+
+
+@every_cluster
+def test_a_pod_that_somebody_deletes_is_left_before_it_ends(what: str, tmp_path: Path) -> None:
+    """A drained node, a roll-out: its requests have until the end of the grace period."""
+
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1, 2)
+        pod = await here.pod_of(1)
+        await here.cluster.client.delete(f"{PODS}/{pod}")
+        await until(lambda: here.heard.leaving == [1], "it is told to leave")
+        assert 1 not in here.heard.failed, "it serves during preStop"
+        here.create(3)  # As the control plane does.
+        (tmp_path / "go").touch()
+        await here.ready(3)
+        await here.failed(1)
+        assert await here.cluster.replicas() in (2, 3)
+        here.instances.pop(1)
+        await here.cluster.until_ready(2)
+
+    hook = {"preStop": {"exec": {"command": ["sh", "-c", f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"]}}}
+    told(what, tmp_path, story, workload(container={"lifecycle": hook}))
+
+
+def test_an_engine_that_is_restarted_has_lost_its_requests(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        here.cluster.container(await here.pod_of(1)).exit(137)
+        await here.failed(1)
+        here.create(2)
+        await here.ready(2)
+        assert len(await here.cluster.pods()) == 1
+
+    told("fake", tmp_path, story, workload())
+
+
+def test_an_engine_that_does_not_answer_while_its_pod_is_ready_gets_another_pod(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        pod = await here.pod_of(1)
+        await shut(here.cluster.container(pod).server)
+        await here.failed(1)
+        here.create(2)
+        await here.ready(2)
+        assert await here.pod_of(2) != pod
+        await here.said("does not answer")
+
+    told("fake", tmp_path, story, workload())
+
+
+@every_cluster
+def test_a_stateful_set_moves_the_instance_of_its_last_pod_before_it_shrinks(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2, 3)
+        await here.ready(1, 2, 3)
+        numbers = {await here.pod_of(number): number for number in (1, 2, 3)}
+        first, last = numbers["engine-0"], numbers["engine-2"]
+        here.remove(first)
+        await until(lambda: here.heard.leaving == [last], "the last one has to move")
+        assert await here.cluster.replicas(path=STATEFUL_SETS) == 3
+        here.create(4)  # In its place, as the control plane does.
+        await here.ready(4)
+        assert await here.pod_of(4) == "engine-0"
+        assert len(await here.cluster.ready()) == 3, "it runs until it is drained"
+        here.remove(last)
+        await here.cluster.until_ready(2)
+        assert await here.cluster.ready() == {"engine-0", "engine-1"}
+        assert here.heard.failed == []
+
+    told(
+        what,
+        tmp_path,
+        story,
+        workload("StatefulSet"),
+        path=STATEFUL_SETS,
+        workload="statefulset",
+    )
+
+
+def test_an_api_server_that_restarts_changes_nothing_for_what_runs(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        here.create(1)
+        await here.ready(1)
+        await fake.stop()
+        here.create(2)
+        await here.said("the API server gave no answer")
+        assert here.heard.failed == []
+        await fake.start()
+        await here.ready(2)
+        await until(lambda: here.kind.notes == (), f"nothing is wrong any more: {here.kind.notes}")
+        # Its answer to a write is lost, and the write is not: the number is Chiron's own.
+        cut = []
+
+        def lose(method: str, path: str) -> Refusal | None:
+            if method == "PUT" and not cut:
+                cut.append(path)
+                fake.patch("deployments", "engine", {"spec": {"replicas": 3}})
+                return Refusal(500, "InternalError", "the answer is lost")
+            return None
+
+        fake.interfere = lose
+        here.create(3)
+        await here.ready(3)
+        assert cut
+        assert not any("somebody else" in note for note in here.notes)
+
+    told("fake", tmp_path, story, workload())
+
+
+def test_conflicts_are_tried_again_and_refusals_are_said(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        left = [3]
+
+        def conflict(method: str, path: str) -> Refusal | None:
+            if method == "PUT" and left[0]:
+                left[0] -= 1
+                return Refusal(409, "Conflict", "the object has been modified")
+            return None
+
+        fake.interfere = conflict
+        here.create(1)
+        await here.ready(1)
+        assert left == [0]
+        fake.interfere = lambda method, path: Refusal(403, "Forbidden", "no scale") if method == "PUT" else None
+        here.create(2)
+        await here.said("403 Forbidden: no scale")
+        await until(lambda: here.kind.trouble is not None, "clients hear of it")
+        trouble = here.kind.trouble
+        assert trouble is not None
+        assert trouble.reason == "the cluster does not let Chiron scale it"
+        fake.interfere = lambda method, path: None
+        await here.ready(2)
+
+    told("fake", tmp_path, story, workload(), start_timeout_s=0.2)
+
+
+def test_advice_writes_nothing_and_takes_in_whatever_runs(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        fake.requests.clear()
+        here.create(1)
+        await here.ready(1)
+        await until(lambda: here.kind.found == 1, "the other is found")
+        here.create(2)
+        await here.ready(2)
+        await here.cluster.set_replicas(3)
+        await until(lambda: here.kind.found == 1, "and the one that an autoscaler adds")
+        here.create(3, 4)  # One more than there is.
+        await here.ready(3)
+        await here.cluster.set_replicas(4)
+        await here.ready(4)
+        assert here.kind.found == 0
+        here.remove(4)
+        await asyncio.sleep(0.1)
+        mine = [each for each in fake.requests if each[0] != "GET" and "/scale" in each[1]]
+        assert len(mine) == 2, "the test's own"
+        assert await here.cluster.replicas() == 4
+
+    told("fake", tmp_path, story, workload(replicas=2), advise=True)
+
+
+def test_pods_of_others_that_fit_the_selector_are_not_used_and_marks_are_taken_back(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        assert here.cluster.controllers is not None
+        stranger = {
+            "metadata": {"name": "stranger", "labels": {"app": "engine"}},
+            "spec": {"containers": [{"name": "x"}]},
+        }
+        fake.create(fake._resource("pods"), "default", stranger)
+        here.create(1, 2)
+        await here.ready(1, 2)
+        assert "stranger" not in {await here.pod_of(1), await here.pod_of(2)}
+        # While the workload's controller is slow the one that was marked is needed again.
+        here.cluster.controllers.paused = True
+        victim = await here.pod_of(2)
+        here.remove(2)
+
+        def cost() -> object:
+            return fake.get("pods", victim)["metadata"].get("annotations", {}).get(DELETION_COST)
+
+        await until(lambda: fake.get("deployments", "engine")["spec"]["replicas"] == 1, "scaled")
+        assert cost() is not None
+        here.create(3)
+        await until(lambda: fake.get("deployments", "engine")["spec"]["replicas"] == 2, "scaled back")
+        await here.ready(3)
+        assert await here.pod_of(3) == victim
+        await until(lambda: cost() is None, "its mark is gone")
+
+    told("fake", tmp_path, story, workload())

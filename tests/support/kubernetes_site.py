@@ -1,0 +1,180 @@
+"""A cluster for tests: an API server (in memory, or a real one), controllers, and kubelets whose pods are real."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiron.fleet.kubernetes.access import from_kubeconfig
+from chiron.fleet.kubernetes.client import Client, KubernetesError
+from chiron.fleet.kubernetes.testing.api import FakeKubernetes, shut
+from chiron.fleet.kubernetes.testing.controllers import Controllers
+from chiron.fleet.kubernetes.testing.kubelet import Container, Kubelet, Run
+from chiron.net.server import HttpServer, Incoming, serve
+from real_kubernetes import control_plane, kubeconfig
+
+PORT = 8000
+PODS = "/api/v1/namespaces/default/pods"
+DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
+PROGRAMS = os.environ.get("CHIRON_TEST_KUBERNETES", "")
+"""Where kube-apiserver and the others are: what tools/build_kubernetes.sh made."""
+needs_kubernetes = (
+    pytest.mark.kubernetes,
+    pytest.mark.skipif(not PROGRAMS, reason="CHIRON_TEST_KUBERNETES names no programs"),
+)
+every_cluster = pytest.mark.parametrize("what", ["fake", pytest.param("real", marks=needs_kubernetes)])
+
+
+class LoopContainer:
+    """A container that is a server on the test's own loop."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self._end: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def ended(self) -> int:
+        code = await asyncio.shield(self._end)
+        await shut(self.server)
+        return code
+
+    async def stop(self, grace_s: float) -> None:
+        self.exit(0)
+        await shut(self.server)
+
+    def exit(self, code: int) -> None:
+        if not self._end.done():
+            self._end.set_result(code)
+
+
+async def run_on_loop(pod: Mapping[str, Any], address: str) -> Container:
+    """What the image says happens: ``exits/7`` ends with code 7, ``deaf/x`` never answers, others are sound."""
+    image = pod["spec"]["containers"][0]["image"]
+
+    def handle(incoming: Incoming) -> None:
+        if not image.startswith("deaf/"):
+            incoming.respond(200, b"{}")
+
+    container = LoopContainer(await serve(handle, host=address, port=PORT))
+    if image.startswith("exits/"):
+        container.exit(int(image.removeprefix("exits/")))
+    return container
+
+
+@dataclass
+class Cluster:
+    client: Client
+    kubeconfig: Path
+    kubelets: list[Kubelet]
+    fake: FakeKubernetes | None = None
+    controllers: Controllers | None = None
+    stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+
+    async def apply(self, item: Mapping[str, Any], path: str = DEPLOYMENTS) -> dict[str, Any]:
+        return await self.client.post(path, item)
+
+    async def pods(self) -> list[dict[str, Any]]:
+        """Those that are not being deleted."""
+        items = (await self.client.get(PODS))["items"]
+        return [pod for pod in items if not pod["metadata"].get("deletionTimestamp")]
+
+    async def ready(self) -> set[str]:
+        return {
+            pod["metadata"]["name"]
+            for pod in await self.pods()
+            for condition in pod.get("status", {}).get("conditions", ())
+            if condition["type"] == "Ready" and condition["status"] == "True"
+        }
+
+    async def replicas(self, name: str = "engine", path: str = DEPLOYMENTS) -> int:
+        return int((await self.client.get(f"{path}/{name}/scale"))["spec"]["replicas"])
+
+    async def set_replicas(self, replicas: int, name: str = "engine", path: str = DEPLOYMENTS) -> None:
+        await self.client.patch(f"{path}/{name}/scale", {"spec": {"replicas": replicas}})
+
+    def container(self, pod: str) -> Any:
+        return next(kubelet.containers[pod] for kubelet in self.kubelets if pod in kubelet.containers)
+
+    async def until(self, condition: Any, what: str, timeout_s: float = 60.0) -> None:
+        """``condition`` is awaited again and again."""
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        while not await condition():
+            assert asyncio.get_running_loop().time() < deadline_s, f"not within {timeout_s} s: {what}"
+            await asyncio.sleep(0.02)
+
+    async def until_ready(self, count: int) -> None:
+        async def there() -> bool:
+            return len(await self.ready()) == count == len(await self.pods())
+
+        await self.until(there, f"{count} pods are ready")
+
+
+def workload(
+    kind: str = "Deployment",
+    name: str = "engine",
+    replicas: int = 0,
+    *,
+    gpus: int = 1,
+    container: Mapping[str, Any] | None = None,
+    **spec: Any,
+) -> dict[str, Any]:
+    limits = {"limits": {"nvidia.com/gpu": gpus}} if gpus else {}
+    engine = {"name": "engine", "image": "sound", "resources": limits, **(container or {})}
+    pod = {"terminationGracePeriodSeconds": 20, "containers": [engine], **spec}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": kind,
+        "metadata": {"name": name},
+        "spec": {
+            "replicas": replicas,
+            **({"serviceName": name, "podManagementPolicy": "Parallel"} if kind == "StatefulSet" else {}),
+            "selector": {"matchLabels": {"app": name}},
+            "template": {"metadata": {"labels": {"app": name}}, "spec": pod},
+        },
+    }
+
+
+@contextlib.asynccontextmanager
+async def cluster(
+    what: str, directory: Path, *, nodes: int = 2, gpus: int = 8, run: Run = run_on_loop, restart_s: float = 0.02
+) -> AsyncIterator[Cluster]:
+    async with contextlib.AsyncExitStack() as stack:
+        fake = controllers = None
+        if what == "fake":
+            fake = await stack.enter_async_context(FakeKubernetes())
+            controllers = Controllers(fake)
+            config = kubeconfig(directory / "kubeconfig", fake.url)
+        else:
+            config = await stack.enter_async_context(control_plane(Path(PROGRAMS), directory))
+        client = Client(from_kubeconfig(config))
+        stack.push_async_callback(client.close)
+        kubelets = []
+        for number in range(nodes):
+            kubelet = Kubelet(client, f"node-{number}", run=run, gpus=gpus, restart_s=restart_s)
+            task = asyncio.get_running_loop().create_task(kubelet.run())
+            kubelets.append(kubelet)
+
+            async def stop(kubelet: Kubelet = kubelet, task: asyncio.Task[None] = task) -> None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await kubelet.close()
+
+            stack.push_async_callback(stop)
+        here = Cluster(client=client, kubeconfig=config, kubelets=kubelets, fake=fake, controllers=controllers)
+
+        async def nodes_ready() -> bool:
+            with contextlib.suppress(KubernetesError):
+                items = (await client.get("/api/v1/nodes"))["items"]
+                tainted = [node for node in items if node.get("spec", {}).get("taints")]
+                capable = [node for node in items if node.get("status", {}).get("allocatable")]
+                return len(capable) == nodes and not tainted
+            return False
+
+        await here.until(nodes_ready, "the nodes are there")
+        yield here
