@@ -17,6 +17,8 @@ from chiron.core.types import Instance
 from chiron.engines.profile_store import load_profile
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
 from chiron.fleet.health import RecoverySettings
+from chiron.fleet.kubernetes.fleet import KubernetesFleet
+from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.model import ColdStart, Failures
 from chiron.fleet.port import FleetEnvironment, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
@@ -28,6 +30,7 @@ from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
 from chiron.runtime.emulated import EmulatedFleet, wire
 from fleet_factory import QUICK_HEALTH, Heard, an_instance, kill, until
+from kubernetes_site import PORT, cluster, workload
 
 EMULATED = (
     *(sys.executable, "-m", "chiron.engines.serve.emulated", "--port", "0"),
@@ -66,6 +69,13 @@ def process_sources() -> dict[str, ProcessSource]:
     return {
         GOOD: ProcessSource(command=EMULATED, stop_timeout_s=2.0),
         BAD: ProcessSource(command=(sys.executable, "-c", "raise SystemExit('secret words')", "{port}")),
+    }
+
+
+def kubernetes_sources(kubeconfig: str) -> dict[str, KubernetesSource]:
+    return {
+        kind: KubernetesSource(workload="deployment", name=kind, port=PORT, kubeconfig=kubeconfig)
+        for kind in (GOOD, BAD)
     }
 
 
@@ -113,6 +123,12 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
         fleet: LiveFleet
         if what == "process":
             fleet = ProcessFleet(process_sources(), environment)
+        elif what == "kubernetes":
+            directory.mkdir(exist_ok=True)
+            here = await stack.enter_async_context(cluster("fake", directory))
+            await here.apply(workload(name=GOOD))
+            await here.apply(workload(name=BAD, container={"image": "missing/secret words"}))
+            fleet = KubernetesFleet(kubernetes_sources(str(here.kubeconfig)), environment)
         elif what == "emulated":
             emulated = fleet = emulated_fleet(clock, heard)
         else:
@@ -124,7 +140,12 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
             else:
                 fleet = UnionFleet({GOOD: endpoint_sources(url)[GOOD], BAD: process_sources()[BAD]}, environment)
         stack.push_async_callback(fleet.close)
-        if what == "emulated":
+        if what == "kubernetes":
+            # Of the pods one serves at a time.
+            yield Site(
+                fleet, heard, lambda number: [each.exit(1) for k in here.kubelets for each in k.containers.values()]
+            )
+        elif what == "emulated":
             yield Site(fleet, heard, lambda number: clock.post(emulated.model.fail_one), emulated.network)
         else:
             yield Site(fleet, heard, lambda number: kill(pid or fleet.report().usage[number].pid))
@@ -132,17 +153,18 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
 
 def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_it() -> None:
     assert set(MEMBERS) == set(get_args(Source))
-    for source in (*process_sources().values(), *endpoint_sources(DEAD_URL).values()):
+    sources = process_sources(), endpoint_sources(DEAD_URL), kubernetes_sources("")
+    for source in (source for each in sources for source in each.values()):
         assert source.standing >= 0
         assert source.instances_max is None or source.instances_max >= source.standing
         assert source.gpus >= 0
         assert source.summary
 
 
-every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union"])
+every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes"])
 
 
-@pytest.mark.parametrize("what", ["process", "endpoints", "union", "emulated"])
+@pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes", "emulated"])
 def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_dies(what: str, tmp_path: Path) -> None:
     async def story() -> None:
         async with site(what, tmp_path) as here:

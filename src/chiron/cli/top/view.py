@@ -213,6 +213,7 @@ def _starting(instance: Mapping[str, Any], cold_start_s: float | None) -> Text:
 def _model_foot(model: Mapping[str, Any], width: int) -> list[Text]:
     queue = model["queue"]
     troubles = [*_outage(model["outage"]), *_starts(model["starts"]), *_endpoints(model["endpoints"])]
+    troubles += [Text(f"  {' '.join(note.split())}", style="red") for note in model.get("fleet_notes", ())]
     text = Text("  waiting ")
     text.append(f"{queue['interactive']:,} interactive", style="bold red" if queue["interactive"] else "")
     if queue["interactive"] and queue["oldest_wait_s"] is not None:
