@@ -70,7 +70,7 @@ class ControlPlane:
             *("--bind-address=127.0.0.1", "--advertise-address=127.0.0.1", "--cert-dir=certs"),
             *("--service-cluster-ip-range=10.0.0.0/24", "--token-auth-file=tokens.csv", "--authorization-mode=RBAC"),
             *("--service-account-key-file=sa.pub", "--service-account-signing-key-file=sa.key"),
-            *("--service-account-issuer=https://k.local", "--disable-admission-plugins=ServiceAccount"),
+            *("--service-account-issuer=https://127.0.0.1", "--disable-admission-plugins=ServiceAccount"),
         )
 
     async def kill(self, name: str) -> None:
