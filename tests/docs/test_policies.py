@@ -27,6 +27,7 @@ def section(heading: str) -> str:
         ("hpa-queue", "`hpa-queue`"),
         ("knative-kpa", "`knative-kpa`"),
         ("keda-hpa", "`keda-hpa`"),
+        ("llm-d-slo", "`llm-d-slo`"),
         ("ray-serve", "`ray-serve`"),
         ("aibrix-apa", "`aibrix-apa`"),
         ("static", "`static`"),

@@ -12,6 +12,7 @@ from chiron.policies.rivals.aibrix import AibrixSettings, make_aibrix
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
+from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
 from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.static import StaticSettings, make_static
@@ -71,6 +72,11 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=KedaSettings,
         make=make_keda,
         about="KEDA with an HPA on waiting and running requests, as llm-d's guide sets it up",
+    ),
+    "llm-d-slo": PolicyEntry(
+        settings=LlmdSloSettings,
+        make=make_llmd_slo,
+        about="llm-d's scaling on latency over SLO, a KEDA formula followed by an HPA",
     ),
     "ray-serve": PolicyEntry(
         settings=RayServeSettings,

@@ -83,14 +83,18 @@ class HpaKvTunedSettings(HpaKvSettings):
     max_num_seqs: int = tuned.HPA_KV_MAX_NUM_SEQS
 
 
-class Behaviour(Protocol):
-    """The settings of ``HpaSettings`` that say how a recommendation is followed."""
+class Windows(Protocol):
+    """The settings of ``HpaSettings`` that say for how long a recommendation counts."""
 
     @property
     def stabilise_up_s(self) -> float: ...
 
     @property
     def stabilise_down_s(self) -> float: ...
+
+
+class Behaviour(Windows, Protocol):
+    """Those that say how it is followed."""
 
     @property
     def up_pods(self) -> int: ...
@@ -141,7 +145,7 @@ def desired_pods(
     return current if against else wanted
 
 
-def stabilised(settings: Behaviour, wanted: Sequence[tuple[float, int]], current: int, now_s: float) -> int:
+def stabilised(settings: Windows, wanted: Sequence[tuple[float, int]], current: int, now_s: float) -> int:
     """The last of ``wanted``, held against rises and falls that did not last."""
     last = wanted[-1][1]
     least = min((n for t, n in wanted if t > now_s - settings.stabilise_up_s), default=last)
