@@ -115,8 +115,9 @@ def test_bad_input_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plot_draws_what_was_fitted_and_what_was_not(tmp_path: Path) -> None:
+def test_plot_draws_what_was_fitted_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.legend.Legend._find_best_position", lambda *_: pytest.fail("a legend has no place"))
     data = json.loads(chiron("show", A100, "--json")[1]) | {"model": "other", "kv_capacity_tokens": 3000}
     (tmp_path / "mine.json").write_text(json.dumps(data), encoding="utf-8")
     out_file = tmp_path / "plot.svg"

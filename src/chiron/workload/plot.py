@@ -65,8 +65,9 @@ def _histogram(panel: Axes, trace: Trace) -> None:
     for tokens, colour, label in _fields(trace):
         panel.hist(tokens, bins=bins.tolist(), color=colour, alpha=0.6, label=label)
     panel.set(title="lengths", ylabel="requests")
+    panel.set_ylim(top=1.3 * panel.get_ylim()[1])  # Room for the legend.
     _token_axis(panel, longest)
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="upper left")
 
 
 def _cdf(panel: Axes, trace: Trace) -> None:
@@ -75,7 +76,7 @@ def _cdf(panel: Axes, trace: Trace) -> None:
         panel.plot(np.quantile(tokens, share), share, color=colour, label=label)
     panel.set(title="lengths, cumulative", ylabel="share of requests", ylim=(0, 1.02))
     _token_axis(panel, _longest(trace))
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="upper left")
 
 
 def _gaps(panel: Axes, arrival_s: Floats) -> None:

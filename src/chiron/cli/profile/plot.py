@@ -54,7 +54,7 @@ def _draw_decode(axes: Any, profile: Profile, points: Sequence[StepPoint]) -> No
     if profile.mape > 0:
         title += f" (all steps: {100 * profile.mape:.1f} % off on average, {100 * profile.max_error:.0f} % at worst)"
     _finish(axes, title, "decoding sequences", 1024)
-    axes.legend(title="context, tokens", frameon=False, fontsize=8, title_fontsize=8)
+    axes.legend(title="context, tokens", loc="upper left", frameon=False, fontsize=8, title_fontsize=8)
 
 
 def _draw_prefill(axes: Any, profile: Profile, points: Sequence[StepPoint]) -> None:
@@ -67,7 +67,7 @@ def _draw_prefill(axes: Any, profile: Profile, points: Sequence[StepPoint]) -> N
         axes.plot(n, ms, "o", color=COLOURS[1], markersize=4, label="grid it was fitted to")
     axes.axvline(profile.max_num_batched_tokens, color="0.6", linestyle=":", label="token budget of a step")
     _finish(axes, f"{profile.name}: prefill in one step", "prompt tokens", PREFILL_MAX_TOKENS)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="upper left", frameon=False, fontsize=8)
 
 
 def _finish(axes: Any, title: str, xlabel: str, most: int) -> None:
