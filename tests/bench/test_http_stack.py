@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_site import free_port
+from ports import free_port
 
 BENCH = Path(__file__).parents[2] / "bench"
 LIBRARIES = ("uvicorn", "granian", "aiohttp")

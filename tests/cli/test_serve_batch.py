@@ -42,7 +42,7 @@ max_num_seqs = 8
 
 [server]
 port = 0
-grace = "5s"
+grace = "30s"
 
 [[keys]]
 name = "team"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ pytest.importorskip("psutil")
 pytest.importorskip("openai")
 
 from chiron.config.serve import parse_serve
+from ports import free_port
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "getting-started.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^<!-- (run|start) -->\n```(\w*)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
@@ -37,12 +37,6 @@ def test_every_block_that_can_be_run_here_is_marked() -> None:
     marked = "".join(text for _, _, text in BLOCKS)
     for command in ("chiron init", "chiron doctor", "chiron serve", "chiron batch submit", "chiron explain", "openai"):
         assert command in marked
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def at_port(text: str, port: int) -> str:

@@ -15,7 +15,8 @@ import pytest
 from chiron.engines.metrics import read_row
 from chiron.engines.rows import ENGINES
 from chiron.net.client import Origin
-from fault_site import Answer, Api, FaultSite, chat, config, free_port, item
+from fault_site import Answer, Api, FaultSite, chat, config, item
+from ports import free_port
 from vllm_process import CONTEXT_TOKENS, MODEL, VllmProcess, write_model
 
 PYTHON = os.environ.get("CHIRON_TEST_VLLM", "")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from fault_site import ENGINE, Answer, Api, FaultSite, chat, config, free_port, item, started_engines, wait_for
+from fault_site import ENGINE, Answer, Api, FaultSite, chat, config, item, started_engines, wait_for
+from ports import free_port
 
 QUICK = '[limits]\nengine_stall = "3s"'
 

@@ -19,7 +19,8 @@ pytest.importorskip("openvino_genai")
 
 from chiron.cli.demo.plan import write_config
 from edge_site import ask
-from fault_site import FaultSite, free_port, wait_for
+from fault_site import FaultSite, wait_for
+from ports import free_port
 
 HERE = Path(__file__).parents[1] / "support"
 PINS = HERE / "client_libraries.txt"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from openai.types import Batch
 
 from chiron.engines.metrics import parse_metrics
 from chiron.net.client import Origin
-from chiron.net.server import Incoming
+from chiron.net.server import Incoming, serve
 from chiron.telemetry.event_log import read_event_log
 from live_gateway import serving, until
 from scripted_engine import SSE, Reader, ScriptedEngine, before, body, chunk, whole
@@ -233,16 +232,20 @@ def test_a_client_that_leaves_frees_its_place_at_once(tmp_path: Path, stream: bo
     asyncio.run(main())
 
 
-def test_limits_on_waiting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patient", [True, False])
+def test_limits_on_waiting(tmp_path: Path, patient: bool) -> None:
     async def main() -> None:
-        limits = '[limits]\nqueue_max = 2\nqueue_wait_max = "1s"\nretry_after = "3s"\n'
+        wait = "10m" if patient else "1s"
+        limits = f'[limits]\nqueue_max = 2\nqueue_wait_max = "{wait}"\nretry_after = "3s"\n'
         engine = ScriptedEngine()
         async with before(tmp_path, engine, extra=limits) as (service, origin):
             readers = [Reader(origin, body(stream=number % 2 == 1)) for number in range(6)]
             await until(lambda: len(service.desk.open) == 6, "six are there")
-            refused = await origin.fetch("POST", "/v1/chat/completions", body=body())
-            assert (refused.status, refused.headers["retry-after"]) == (429, "3")
-            assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
+            if patient:
+                refused = await origin.fetch("POST", "/v1/chat/completions", body=body())
+                assert (refused.status, refused.headers["retry-after"]) == (429, "3")
+                assert json.loads(refused.body)["error"]["code"] == "rate_limit_exceeded"
+                return
             for reader in readers[4:]:
                 await reader.end()
                 assert (reader.status, json.loads(reader.data)["error"]["code"]) == (503, "service_unavailable")
@@ -257,12 +260,13 @@ def test_limits_on_waiting(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["chiron", "hpa-queue"])
 def test_without_an_engine_each_kind_of_client_has_its_limit_under_any_policy(tmp_path: Path, policy: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    nobody = f'policy = "{policy}"\n[models.m]\nengine = "openai"\nendpoints = ["http://127.0.0.1:{port}"]\n'
+    model = f'policy = "{policy}"\n[models.m]\nengine = "openai"\nendpoints = ["http://127.0.0.1:PORT"]\n'
+    # It says neither that it can serve nor that it cannot: clients wait.
+    model += '[limits]\nqueue_max = 2\n[fleet.health]\nhealth_timeout = "10m"\n'
 
     async def main() -> None:
-        async with serving(tmp_path, nobody + "[limits]\nqueue_max = 2\n") as service:
+        silent = await serve(lambda incoming: None)
+        async with serving(tmp_path, model.replace("PORT", str(silent.port))) as service:
             origin = Origin(service.url)
             waiting = [Reader(origin, body(service_tier=tier)) for tier in ("flex", "default") * 2]
             await until(lambda: len(service.desk.open) == len(waiting), "four wait")
@@ -271,6 +275,7 @@ def test_without_an_engine_each_kind_of_client_has_its_limit_under_any_policy(tm
                 assert refused.status == 429
                 assert json.loads(refused.body)["error"]["message"].startswith(f"2 {kind} wait for 'm'")
             await origin.close()
+        await silent.close(0.0)
 
     asyncio.run(main())
 
@@ -319,13 +324,15 @@ def test_the_limit_on_waiting_also_holds_for_who_lost_its_engine(tmp_path: Path)
 
 
 def test_a_request_that_takes_too_long_is_504_or_an_error_event_and_its_engine_is_told(tmp_path: Path) -> None:
+    def begins(incoming: Incoming) -> None:
+        if json.loads(incoming.body).get("stream"):
+            incoming.start(200, SSE)
+            incoming.write(chunk("one"))
+
     async def main() -> None:
-        engine = ScriptedEngine()
-        async with before(tmp_path, engine, extra='[limits]\nrequest_timeout = "500ms"\n') as (service, origin):
+        engine = ScriptedEngine(begins)
+        async with before(tmp_path, engine, extra='[limits]\nrequest_timeout = "2s"\n') as (service, origin):
             plain, stream = Reader(origin, body()), Reader(origin, body(stream=True))
-            await until(lambda: len(engine.seen) == 2, "both run")
-            engine.seen[1].start(200, SSE)
-            engine.seen[1].write(chunk("one"))
             await plain.end()
             await stream.end()
             assert (plain.status, json.loads(plain.data)["error"]["code"]) == (504, "timeout")

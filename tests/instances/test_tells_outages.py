@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,16 +20,11 @@ from chiron.gateway.service import Service
 from chiron.net.client import Origin, Response
 from chiron.net.server import Incoming, serve
 from live_gateway import serving, until
+from ports import free_port
 from scripted_engine import CHAT, SSE, Reader, ScriptedEngine, before, body, chunk, whole
 
 NEVER = 'engine = "openai"\nendpoints = ["http://127.0.0.1:{port}"]\n'
 PATH = CHAT.decode()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @asynccontextmanager
@@ -120,10 +114,10 @@ def test_endpoints_that_have_answered_get_a_while_to_return(tmp_path: Path, wait
     quick += '[fleet.recovery]\nrecover_first = "50ms"\nrecover_max = "50ms"\n'
 
     async def main() -> None:
-        engine = ScriptedEngine(whole)
+        port = free_port()  # It is to have the same when it returns.
+        engine = ScriptedEngine(whole, port)
         async with before(tmp_path, engine, extra=limits + quick) as (service, origin):
             assert (await post(origin)).status == 200
-            port = engine.server.port
             await engine.server.close(0.0)
             await until(lambda: not service.engines.live, "it is lost")
             reader = Reader(origin, body())
@@ -192,11 +186,10 @@ def test_a_held_stream_hears_what_it_waits_for_and_other_clients_do_not_mind(tmp
             ask: Any = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
             streamed = asyncio.ensure_future(client.chat.completions.create(stream=True, **ask))
             plain = asyncio.ensure_future(client.chat.completions.create(**ask))
+            await until(lambda: service.plane.models["m"].waiting.count == 3, "all wait")
             await until(lambda: b": waiting: " in reader.data, "it is told")
             assert reader.status == 200
-            assert not plain.done()
             assert b"being started" in reader.data
-            assert service.plane.models["m"].waiting.count == 3
             text = [piece.choices[0].delta.content async for piece in await streamed if piece.choices]
             assert "".join(filter(None, text))
             answer = await plain

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -28,30 +24,12 @@ from chiron.net.client import NetError, Origin, Response
 from chiron.store.jobs.rows import item_index
 from chiron.store.port import request_id
 from chiron.store.sqlite.database import open_for_reading
+from ports import free_port
 
 TESTS = Path(__file__).parent
 ENGINE = TESTS / "fault_engine.py"
 START_TIMEOUT_S = 60.0
-PORTS = 8000
 _MARK = "FAULT_SITE"
-
-
-def free_port() -> int:
-    """A port that is free, and that nobody takes while its server is away: it is below those that the kernel gives
-    away, and locked against other processes of the tests for as long as this one lives."""
-    locks = Path(tempfile.gettempdir()) / f"chiron-test-ports-{os.getuid()}"
-    locks.mkdir(exist_ok=True)
-    given_away = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in random.sample(range(given_away - PORTS, given_away), PORTS):
-        lock = os.open(locks / str(port), os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            os.close(lock)
-        else:
-            return port
-    raise AssertionError(f"none of {PORTS} ports is free")
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:

@@ -30,8 +30,9 @@ def body(**fields: Any) -> bytes:
 class ScriptedEngine:
     """Healthy; ``act`` gets every completion."""
 
-    def __init__(self, act: Callable[[Incoming], None] | None = None) -> None:
+    def __init__(self, act: Callable[[Incoming], None] | None = None, port: int = 0) -> None:
         self.act = act
+        self.port = port
         self.seen: list[Incoming] = []
         self.left: list[Incoming] = []
         self.server: HttpServer
@@ -61,7 +62,7 @@ async def before(
     """A gateway in front of these engines, which are all ready, and a client of it."""
     async with AsyncExitStack() as stack:
         for engine in engines:
-            engine.server = await serve(engine.handle)
+            engine.server = await serve(engine.handle, port=engine.port)
             stack.push_async_callback(engine.close)
         urls = [engine.url for engine in engines]
         text = f'[models.m]\nengine = "openai"\nendpoints = {urls}\nmax_num_seqs = 4\n{model}\n{extra}'
