@@ -1,10 +1,11 @@
 """What the gateway costs: requests per second, CPU per request and per streamed chunk, added time to first token.
 
-    python bench/gateway.py [--seconds 4] [--json FILE] [--set PATH=VALUE]
+    python bench/gateway.py [--seconds 4] [--workers 1,2] [--json FILE] [--set PATH=VALUE]
 
 A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
 to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
-its event log, metrics, queue and policy. CPU is user and system time of the measured process.
+its event log, metrics, queue and policy; also with relays in processes of their own (``--workers``), which have all
+cores but the first. CPU is user and system time of the measured processes, of relays and of the brain apart.
 
 Small requests and the many streams are sent by ``wrk`` if it is installed: it takes so little of the load's core that
 the measured one has to carry more than 30,000 chunks a second. Else, and for the time to first token, by a client here.
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,26 +101,38 @@ def cpu_s(pid: int) -> float:
 
 
 class Used:
-    """CPU of a process from now on."""
+    """CPU of processes from now on."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid, self.cpu_s, self.began_s = pid, cpu_s(pid), time.perf_counter()
+    def __init__(self, pids: Sequence[int]) -> None:
+        self.began_s = time.perf_counter()
+        self.cpu_s = {pid: cpu_s(pid) for pid in pids}
 
-    def share(self) -> float:
-        """CPU seconds per second."""
-        return (cpu_s(self.pid) - self.cpu_s) / (time.perf_counter() - self.began_s)
+    def shares(self) -> list[float]:
+        """CPU seconds per second, of each."""
+        passed_s = time.perf_counter() - self.began_s
+        return [(cpu_s(pid) - before_s) / passed_s for pid, before_s in self.cpu_s.items()]
 
 
-def rss_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+def us(shares: Sequence[float], rate: float, what: str) -> dict[str, float]:
+    """CPU for each ``what`` at this rate: of all processes, and where there are several of the first (the brain) and of
+    the others (relays) apart."""
+    parts = [share / rate * 1e6 for share in shares]
+    found = {f"us_per_{what}": sum(parts)}
+    if len(parts) > 1:
+        found |= {f"brain_us_per_{what}": parts[0], f"relay_us_per_{what}": sum(parts[1:])}
+    return found
+
+
+def rss_mb(pids: Sequence[int]) -> float:
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def on_core(core: int, command: list[str]) -> list[str]:
+def on_core(core: int | str, command: list[str]) -> list[str]:
     return ["taskset", "-c", str(core), *command] if shutil.which("taskset") and (os.cpu_count() or 1) > 1 else command
 
 
-def start(stack: ExitStack, core: int, command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
+def start(stack: ExitStack, core: int | str, command: list[str], **kwargs: Any) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(on_core(core, command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **kwargs)
 
     def stop() -> None:
@@ -224,40 +237,56 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-async def measure_small(url: str, pid: int, small: Callable[[str, float], float], seconds: float) -> dict[str, float]:
+async def measure_small(
+    url: str, pids: Sequence[int], small: Callable[[str, float], float], seconds: float
+) -> dict[str, float]:
     await asyncio.to_thread(small, url, 1.0)
-    used = Used(pid)
+    used = Used(pids)
     rate = await asyncio.to_thread(small, url, seconds)
-    return {"small_per_s": rate, "us_per_request": used.share() / rate * 1e6}
+    return {"small_per_s": rate, **us(used.shares(), rate, "request")}
 
 
-async def measure_streams(url: str, pid: int, count: int) -> dict[str, float]:
-    used = Used(pid)
+async def measure_streams(url: str, pids: Sequence[int], count: int) -> dict[str, float]:
+    used = Used(pids)
     made, took_s = await streams(url, count)
     rate = sum(stream.chunks for stream in made) / took_s
     ttft = [stream.first_s - stream.sent_s for stream in made]
     return {
         "chunks_per_s": rate,
-        "us_per_chunk": used.share() / rate * 1e6,
+        **us(used.shares(), rate, "chunk"),
         "ttft_p50_ms": statistics.median(ttft) * 1000,
         "ttft_p99_ms": quantile(ttft, 0.99) * 1000,
     }
 
 
-async def measure_chunks(url: str, pid: int, count: int, chunks: int, seconds: float, work: Path) -> dict[str, float]:
+async def measure_chunks(
+    url: str, pids: Sequence[int], count: int, chunks: int, seconds: float, work: Path
+) -> dict[str, float]:
     """As many chunks as they offer; times to first token are not seen."""
     per_chunk = stream_bytes(url) / chunks
-    used = Used(pid)
+    used = Used(pids)
     rate = await asyncio.to_thread(streams_by_wrk, url, count, seconds, work) / per_chunk
-    return {"chunks_per_s": rate, "us_per_chunk": used.share() / rate * 1e6}
+    return {"chunks_per_s": rate, **us(used.shares(), rate, "chunk")}
 
 
-async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[str]) -> list[dict[str, Any]]:
+async def relays_of(url: str) -> list[int]:
+    """Process ids of a gateway's relays."""
+    origin = Origin(url)
+    try:
+        answer = await origin.fetch("GET", "/chiron/status", timeout_s=10.0)
+    finally:
+        await origin.close()
+    return [relay["pid"] for relay in json.loads(answer.body)["relays"]]
+
+
+async def run(
+    seconds: float, plan: list[tuple[int, int, float]], changes: list[str], workers: list[int]
+) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         python = sys.executable
         targets: dict[str, dict[int, str]] = {}
-        pids: dict[tuple[str, int], int] = {}
+        pids: dict[tuple[str, int], list[int]] = {}
         engines = {}
         for count, chunks, pace_s in plan:
             port = free_port()
@@ -266,24 +295,27 @@ async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[
             )
             engines[count] = port
             targets.setdefault("straight to the engine", {})[count] = f"http://127.0.0.1:{port}"
-            pids["straight to the engine", count] = mock.pid
+            pids["straight to the engine", count] = [mock.pid]
             await until_up(f"http://127.0.0.1:{port}", "/health")
         # Whatever is measured sees one engine at a time: one process for each.
         for count, _, _ in plan:
-            relay, gate = free_port(), free_port()
+            relay = free_port()
             engine = f"http://127.0.0.1:{engines[count]}"
             process = start(stack, 1, [python, str(HERE / "gateway_relay.py"), str(relay), engine])
             targets.setdefault("bare relay", {})[count] = f"http://127.0.0.1:{relay}"
-            pids["bare relay", count] = process.pid
-            folder = work / f"serve{count}"
-            folder.mkdir()
-            (folder / "chiron.toml").write_text(CONFIG.format(port=gate, engine=engines[count]))
-            serve = [python, "-m", "chiron", "serve", "chiron.toml", *(f"--set={change}" for change in changes)]
-            process = start(stack, 1, serve, cwd=folder)
-            targets.setdefault("chiron serve", {})[count] = f"http://127.0.0.1:{gate}"
-            pids["chiron serve", count] = process.pid
+            pids["bare relay", count] = [process.pid]
             await until_up(f"http://127.0.0.1:{relay}", "/health")
-            await until_up(f"http://127.0.0.1:{gate}", "/ready")
+            for number in workers:
+                name, gate = "chiron serve" if number == 1 else f"chiron serve, {number} relays", free_port()
+                folder = work / f"serve{count}-{number}"
+                folder.mkdir()
+                (folder / "chiron.toml").write_text(CONFIG.format(port=gate, engine=engines[count]))
+                serve = [python, "-m", "chiron", "serve", "chiron.toml", *(f"--set={change}" for change in changes)]
+                cores = 1 if number == 1 else f"1-{max(1, (os.cpu_count() or 1) - 1)}"
+                process = start(stack, cores, [*serve, f"--workers={number}"], cwd=folder)
+                targets.setdefault(name, {})[count] = url = f"http://127.0.0.1:{gate}"
+                await until_up(url, "/ready")
+                pids[name, count] = [process.pid, *(await relays_of(url))]
         by_wrk = shutil.which("wrk") is not None
 
         def small(url: str, for_s: float) -> float:
@@ -295,13 +327,13 @@ async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[
             row: dict[str, Any] = {"target": name}
             row |= await measure_small(urls[first[0]], pids[name, first[0]], small, seconds)
             for count, chunks, pace_s in plan:
-                url, pid = urls[count], pids[name, count]
+                url, own = urls[count], pids[name, count]
                 if by_wrk and count > CLIENTS_MAX:
-                    part = await measure_chunks(url, pid, count, chunks, 2 * seconds, work)
+                    part = await measure_chunks(url, own, count, chunks, 2 * seconds, work)
                 else:
-                    part = await measure_streams(url, pid, count)
+                    part = await measure_streams(url, own, count)
                 row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = part
-                row["rss_mb"] = rss_mb(pid)
+                row["rss_mb"] = rss_mb(own)
             rows.append(row)
             print_row(row, plan)
         return rows
@@ -309,9 +341,13 @@ async def run(seconds: float, plan: list[tuple[int, int, float]], changes: list[
 
 def print_row(row: dict[str, Any], plan: list[tuple[int, int, float]]) -> None:
     cells = [f"{row['target']:24}", f"{row['small_per_s']:8,.0f} req/s", f"{row['us_per_request']:5.0f} us/req"]
+    if "brain_us_per_request" in row:
+        cells.append(f"({row['relay_us_per_request']:.0f} relays, {row['brain_us_per_request']:.0f} brain)")
     for count, chunks, pace_s in plan:
         part = row[f"{count}x{chunks}@{pace_s * 1000:g}ms"]
         cells.append(f"{count} streams: {part['chunks_per_s']:7,.0f} chunks/s {part['us_per_chunk']:4.0f} us/chunk")
+        if "brain_us_per_chunk" in part:
+            cells.append(f"({part['relay_us_per_chunk']:.1f} relays, {part['brain_us_per_chunk']:.1f} brain)")
         if "ttft_p50_ms" in part:
             cells.append(f"TTFT {part['ttft_p50_ms']:5.1f}/{part['ttft_p99_ms']:5.1f} ms")
     print("  ".join([*cells, f"{row['rss_mb']:.0f} MB"]), flush=True)
@@ -323,11 +359,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="a smoke run: 16 streams, one second")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for chiron serve")
+    parser.add_argument("--workers", default="1", metavar="N,N", help="chiron serve with so many workers, each in turn")
     given = parser.parse_args()
+    workers = [int(number) for number in given.workers.split(",")]
     plan = [(16, 20, 0.010)] if given.quick else [(64, 200, 0.010), (512, 150, 0.015)]
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {0})
-    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set))
+    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set, workers))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
