@@ -14,6 +14,7 @@ from live_gateway import RELAYS, until
 from scripted_engine import CHAT, SSE, Reader, ScriptedEngine, before, body, chunk
 
 PATH = CHAT.decode()
+STOP = {"index": 0, "delta": {}, "finish_reason": "stop"}
 DONE = b"data: [DONE]\n\n"
 KEYS = f"""
 [[keys]]
@@ -126,6 +127,69 @@ def test_a_relay_that_dies_takes_its_own_requests_with_it_and_no_others(tmp_path
             assert live.instance.requests == live.instance.evicting == {}
             for origin, _ in clients:
                 await origin.close()
+
+    asyncio.run(main())
+
+
+def items(count: int) -> bytes:
+    asked = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+    lines = [{"custom_id": str(i), "method": "POST", "url": PATH, "body": asked} for i in range(count)]
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def test_batch_items_run_on_relays_and_again_where_one_dies(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with before(tmp_path, engine, relays=2, model="max_instances = 1") as (service, _):
+            relays = RELAYS[tmp_path]
+            origin = Origin(service.url, keepalive=False)
+            form = {"content-type": "multipart/form-data; boundary=x"}
+            data = FORM + b'name="file"; filename="f.jsonl"\r\n\r\n' + items(8) + b"\r\n--x--\r\n"
+            file = json.loads((await origin.fetch("POST", "/v1/files", body=data, headers=form)).body)["id"]
+            job = {"input_file_id": file, "endpoint": PATH, "completion_window": "24h"}
+            asked = json.dumps(job).encode()
+            header = {"content-type": "application/json"}
+            batch = json.loads((await origin.fetch("POST", "/v1/batches", body=asked, headers=header)).body)
+            await until(lambda: len(engine.seen) == 4, "four run")
+            assert not any(upstream.runs for upstream in service.engines._upstreams.values()), "none in the brain"
+            dying = max(relays.running, key=lambda relay: len(relay.relay.uplink.runs))
+            mine = len(dying.relay.uplink.runs)
+            assert mine > 0
+            relays.die(dying)
+            await until(lambda: len(engine.left) == mine, "its items were stopped")
+            done = 0
+            answered: set[int] = set()
+
+            def answer() -> bool:
+                nonlocal done
+                for incoming in engine.seen:
+                    if not incoming.closed and id(incoming) not in answered:
+                        answered.add(id(incoming))
+                        incoming.start(200, SSE)
+                        incoming.write(chunk("fine") + chunk("", choices=[STOP]) + DONE)
+                        incoming.finish()
+                        done += 1
+                return done == 8
+
+            await until(answer, "each item is answered once")
+
+            async def ended() -> dict[str, object]:
+                found: dict[str, object] = json.loads((await origin.fetch("GET", f"/v1/batches/{batch['id']}")).body)
+                return found
+
+            end_s = asyncio.get_running_loop().time() + 60.0
+            while (found := await ended())["status"] != "completed":
+                assert asyncio.get_running_loop().time() < end_s, found
+                await asyncio.sleep(0.05)
+            assert found["request_counts"] == {"total": 8, "completed": 8, "failed": 0}
+            lines = (await origin.fetch("GET", f"/v1/files/{found['output_file_id']}/content")).body.splitlines()
+            results = [json.loads(line) for line in lines]
+            assert sorted(int(result["custom_id"]) for result in results) == list(range(8))
+            bodies = [result["response"]["body"] for result in results]
+            assert all(body["choices"][0]["message"]["content"] == "fine" for body in bodies)
+            await until(lambda: not any(relay.relay.uplink.held for relay in relays.running), "nothing is held")
+            assert not any(link.items or link.runs for link in service.gateway.relays.links)
+            await origin.close()
 
     asyncio.run(main())
 

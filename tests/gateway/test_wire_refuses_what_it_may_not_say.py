@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -25,7 +25,7 @@ BROKEN = {
     "another version": (frame([[0, "chiron-relay", 99]]), "version 99"),
     "another protocol": (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", "a frame of"),
     "no hello": (frame([[2, 1, 0]]), "does not speak chiron-relay"),
-    "a long frame": (frame([HELLO]) + (FRAME_MAX_BYTES + 1).to_bytes(4, "big"), "allowed: 4194304"),
+    "a long frame": (frame([HELLO]) + (FRAME_MAX_BYTES + 1).to_bytes(4, "big"), f"allowed: {FRAME_MAX_BYTES}"),
     "not msgpack": (frame([HELLO]) + b"\x00\x00\x00\x02\xc1\xc1", "cannot be read"),
     "no such message": (frame([HELLO]) + frame([[99, 1]]), "cannot be read"),
     "a message of the other side": (frame([HELLO]) + frame([[36, 1]]), "cannot be read"),
@@ -105,3 +105,10 @@ def test_messages_arrive_in_order_many_in_a_frame() -> None:
         await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+def test_every_message_is_of_one_side() -> None:
+    sides = [set(get_args(m.Up)), set(get_args(m.Down))]
+    every = {each for each in m.Message.__subclasses__() if each is not m.Hello}
+    assert sides[0] | sides[1] == every
+    assert not sides[0] & sides[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -11,14 +11,30 @@ from chiron.core.types import Request
 from chiron.engines.claims import usage_details
 from chiron.gateway.batch.lines import answer_line, error_line
 from chiron.gateway.relay.body import Body
-from chiron.gateway.relay.calls import CollectedCall
+from chiron.gateway.relay.calls import ItemCall
 from chiron.gateway.relay.collect import CollectError
-from chiron.gateway.relay.upstream import RETRIED
 from chiron.store.port import NO_TOKENS, Ended, Item, TokenUsage, request_id
 
 
-class BatchCall(CollectedCall):
+class FarAnswer(NamedTuple):
+    """An answer that was put together elsewhere."""
+
+    body: bytes
+    """JSON."""
+    cached_tokens: int
+    reasoning_tokens: int
+
+
+class Elsewhere(Protocol):
+    """A relay in another process that has the item's body, and what has come of its answer."""
+
+    def item_ended(self, call: BatchCall, request: Request) -> None: ...
+
+
+class BatchCall(ItemCall):
     """A leased item; ``on_end`` hears of its end, once."""
+
+    collected = True
 
     def __init__(
         self, item: Item, body: Body, answer_max_bytes: int, on_end: Callable[[BatchCall, Request], None]
@@ -31,30 +47,32 @@ class BatchCall(CollectedCall):
             answer_max_bytes=answer_max_bytes,
         )
         self.item = item
+        self.body = body
+        self.answer_max_bytes = answer_max_bytes
         self.request: Request | None = None
+        self.link: Elsewhere | None = None
+        """Who carries it, if that is not this process."""
+        self.here = 0
+        """Its number there."""
+        self.run: Any = None
+        """Its placement there, while it has one."""
+        self.far: FarAnswer | None = None
         self._on_end = on_end
 
-    def end(self) -> str:
-        """A refusal may also come inside the stream; like one with a status of its own it is an answer."""
-        said = self.collector.error
-        if self.status < 300 and said is not None:
-            code = said.get("code")
-            if isinstance(code, int) and _is_no(code):
-                self.status, self.answer = code, bytearray(orjson.dumps({"error": said}))
-        return super().end()
-
     def ended(self, request: Request) -> None:
+        if self.link is not None:
+            self.link.item_ended(self, request)
         self._on_end(self, request)
 
     @property
-    def refused(self) -> bool:
-        """The engine said no, and would say so again."""
-        return _is_no(self.status)
+    def tokens_seen(self) -> int:
+        """Output tokens so far of this try."""
+        return self.run.placed.tokens if self.run is not None else self.collector.tokens
 
     def result(self) -> Ended:
         """The result line of an answer, be it a refusal. Raises CollectError if there is none."""
-        status, body = (self.status, _json(self.answer)) if self.refused else (200, self.collector.result())
         item = self.item
+        status, body = self.outcome() if self.far is None else (self.status, orjson.Fragment(self.far.body))
         try:
             line = answer_line(item.batch_id, item.index, item.custom_id, status, body)
         except orjson.JSONEncodeError as error:
@@ -68,13 +86,8 @@ class BatchCall(CollectedCall):
         request = self.request
         assert request is not None
         input_tokens, output = self.prompt_tokens or request.input_tokens, request.tokens_done
-        cached, reasoning = usage_details(self.collector.usage)
+        cached, reasoning = usage_details(self.collector.usage) if self.far is None else self.far[1:]
         return TokenUsage(input_tokens, min(cached, input_tokens), output, min(reasoning, output))
-
-
-def _is_no(status: int) -> bool:
-    """501: the engine lacks what is asked for."""
-    return (400 <= status < 500 or status == 501) and status not in RETRIED
 
 
 def failure(item: Item, code: str, message: str) -> Ended:
@@ -87,10 +100,3 @@ def output_limit(fields: Mapping[str, Any]) -> int | None:
     """The most output tokens that a request allows, if it says."""
     limits = [fields.get(name) for name in ("max_completion_tokens", "max_tokens")]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
-
-
-def _json(body: bytes | bytearray) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return {"error": {"message": body.decode("utf-8", "replace")}}

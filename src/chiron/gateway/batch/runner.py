@@ -422,7 +422,7 @@ class BatchRunner:
         key = self._keys.named(call.item.owner)
         if key is None or not self._keys.limited(key):
             return
-        tokens = request.tokens_done or call.collector.tokens
+        tokens = request.tokens_done or call.tokens_seen
         if request.outcome == "cancelled" and not tokens:
             self._keys.give_back(key, request.input_tokens)
         else:

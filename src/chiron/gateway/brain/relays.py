@@ -16,8 +16,9 @@ from math import inf
 from typing import Any
 
 from chiron.core.types import Instance, Request
+from chiron.gateway.batch.call import BatchCall, FarAnswer
 from chiron.gateway.brain.desk import Desk
-from chiron.gateway.instances.engine import InstanceEngine, Placed
+from chiron.gateway.instances.engine import InstanceEngine, Placed, restart
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
 from chiron.gateway.relay.admission import Models, with_slos
@@ -115,7 +116,7 @@ class FarRun:
             self.link.wire.send(m.Evict(self.placed.number))
 
     def drop(self) -> int:
-        call: FarCall = self.placed.request.payload
+        call: FarCall | BatchCall = self.placed.request.payload
         self.link.forget(self)
         return self.placed.tokens if call.collected and self.engine.row.resumes else 0
 
@@ -128,6 +129,8 @@ class RelayLink:
         self.gone = False
         self.calls: dict[int, FarCall] = {}
         """Requests that have not ended, by the relay's numbers."""
+        self.items: dict[int, BatchCall] = {}
+        """Items of batches whose bodies are there, by numbers of ours."""
         self.runs: dict[int, FarRun] = {}
         """Placements that have not ended, by number."""
         self.late = 0
@@ -158,6 +161,7 @@ class RelayLink:
             m.Counted: self._counted,
             m.Made: self._made,
             m.Responded: self._responded,
+            m.Result: self._result,
             m.Health: self._health,
             m.Listening: self._listening,
         }
@@ -165,11 +169,34 @@ class RelayLink:
     # -- what the rest of the brain asks -----------------------------------------------------------------------
 
     def carry(self, engine: InstanceEngine, placed: Placed) -> FarRun:
-        call: FarCall = placed.request.payload
-        run = call.run = self.runs[placed.number] = FarRun(self, engine, placed)
+        call: FarCall | BatchCall = placed.request.payload
+        run = self.runs[placed.number] = FarRun(self, engine, placed)
+        call.run = run
         if not self.gone:
             self.wire.send(m.Place(call.here, placed.number, engine.instance.id, placed.request.tokens_done))
         return run
+
+    def take_item(self, call: BatchCall, placed: Placed) -> None:
+        """Its body goes there, and what has come of it elsewhere is lost."""
+        restart(placed)
+        request = placed.request
+        call.link, call.here = self, m.ITEMS_FROM + request.id
+        self.items[call.here] = call
+        message = m.Item(
+            number=call.here,
+            request_id=call.request_id,
+            model=request.model,
+            path=call.path.decode(),
+            body=call.body.raw,
+            input_tokens=request.input_tokens,
+            answer_max_bytes=call.answer_max_bytes,
+        )
+        self.wire.send(message)
+
+    def item_ended(self, call: BatchCall, request: Request) -> None:
+        self.items.pop(call.here, None)
+        if not self.gone:
+            self.wire.post(m.End(call.here, str(request.outcome)))
 
     def ended(self, call: FarCall, request: Request) -> None:
         """The control plane is done with a request."""
@@ -192,7 +219,7 @@ class RelayLink:
     def forget(self, run: FarRun) -> None:
         """Its placement has ended."""
         self.runs.pop(run.placed.number, None)
-        call: FarCall = run.placed.request.payload
+        call: FarCall | BatchCall = run.placed.request.payload
         if call.run is run:
             call.run = None
 
@@ -228,12 +255,21 @@ class RelayLink:
         self._relays.clock.post(lambda: self._bury(why))
 
     def _bury(self, why: str) -> None:
-        desk = self._relays.desk
+        """First of all nothing more is sent there: what ends makes room for what waits."""
+        relays = self._relays
+        relays.left(self)
+        for item in self.items.values():
+            item.link = None
+        self.items.clear()
         for call in list(self.calls.values()):
-            desk.left(call)
+            relays.desk.left(call)
         for run in list(self.runs.values()):
-            run.evict()  # Of requests that had ended before, and were being stopped.
-        self._relays.left(self, why)
+            if isinstance(run.placed.request.payload, BatchCall):
+                self.forget(run)
+                run.engine.abandoned(run.placed)
+            else:
+                run.evict()  # Of a request that had ended before, and was being stopped.
+        relays.buried(self, why)
 
     # -- what the relay says -----------------------------------------------------------------------------------
 
@@ -292,8 +328,8 @@ class RelayLink:
         if run is None:
             return
         request = run.placed.request
-        call: FarCall = request.payload
-        if request.outcome is not None and said.seen > call.paid_tokens:
+        call = request.payload
+        if isinstance(call, FarCall) and request.outcome is not None and said.seen > call.paid_tokens:
             self._relays.desk.charge(call, said.seen - call.paid_tokens)
         run.engine.evicted(run.placed, said.kept)
 
@@ -329,6 +365,16 @@ class RelayLink:
 
     def _responded(self, said: m.Responded) -> None:
         self._relays.responded(said.status, said.count)
+
+    def _result(self, said: m.Result) -> None:
+        call = self.items.get(said.number)
+        if call is None:
+            self.late += 1
+        elif b"\n" in said.body:
+            raise ProtocolError(f"the answer to item {call.request_id} has more than one line")
+        else:
+            call.status = said.status
+            call.far = FarAnswer(said.body, said.cached_tokens, said.reasoning_tokens)
 
     def _health(self, said: m.Health) -> None:
         self.health = said
@@ -397,7 +443,18 @@ class Relays:
 
     def carry(self, engine: InstanceEngine, placed: Placed) -> FarRun | None:
         call = placed.request.payload
-        return call.link.carry(engine, placed) if isinstance(call, FarCall) else None
+        if isinstance(call, FarCall):
+            return call.link.carry(engine, placed)
+        if not isinstance(call, BatchCall):
+            return None
+        link = call.link if isinstance(call.link, RelayLink) else None
+        if link is None and self.links:
+            link = min(self.links, key=lambda each: len(each.items))
+            link.take_item(call, placed)
+        if link is None and call.here:
+            call.here = 0
+            restart(placed)  # What came of it was at a relay that is gone.
+        return link.carry(engine, placed) if link is not None else None
 
     def instance_up(self, engine: InstanceEngine) -> None:
         for link in self.links:
@@ -431,10 +488,14 @@ class Relays:
         link.wire.post(m.Drain(self.draining))
         link.wire.send(m.Ready())
 
-    def left(self, link: RelayLink, why: str) -> None:
+    def left(self, link: RelayLink) -> None:
+        """Its connection has ended."""
         if link in self.links:
             self.links.remove(link)
             self.late += link.late
+
+    def buried(self, link: RelayLink, why: str) -> None:
+        """Nothing is left of what it carried."""
         self._left(link, why)
 
     def _tick(self) -> None:

@@ -58,6 +58,11 @@ class Placed(Placement):
         """What its beginning was counted as, once it decodes."""
 
 
+def restart(placed: Placed) -> None:
+    """Who carries it has nothing of what came of the request elsewhere."""
+    placed.request.tokens_done = placed.tokens = placed.began_with = 0
+
+
 class InstanceEngine:
     """Implements the ``Engine`` port, and what relays tell (``RunReports``). Made when the instance is ready."""
 
@@ -186,6 +191,15 @@ class InstanceEngine:
                 self.listener.lost(request)
 
         self.clock.post(report)
+
+    def abandoned(self, placed: Placed) -> None:
+        """Who carried it is gone, with all that came of it, which says nothing of the engine (posted)."""
+        if self.holds(placed):
+            self._leave(placed, ran=False)
+            self._note(placed, UpstreamFailure("its relay was lost"))
+            if placed.request.outcome is None:
+                placed.request.tokens_done = 0
+            self.listener.lost(placed.request)
 
     def evicted(self, placed: Placed, kept: int) -> None:
         if not self.holds(placed):

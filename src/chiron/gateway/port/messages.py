@@ -1,8 +1,9 @@
 """The messages between a relay and the brain.
 
 A relay numbers its requests, the brain numbers placements. A request is ``Arrive``, any number of placements, and one
-``End``; a placement is ``Place`` and exactly one of ``Answered``, ``Lost`` and ``Evicted``, unless its instance is gone
-(``InstanceGone``) or its relay is. What comes for a placement that has ended is late: it is counted and dropped.
+``End``; an item of a batch is ``Item``, and then the same. A placement is ``Place`` and exactly one of ``Answered``,
+``Lost`` and ``Evicted``, unless its instance is gone (``InstanceGone``) or its relay is. What comes for a placement
+that has ended is late: it is counted and dropped.
 
 Structs are arrays on the wire. A change of any of them is a new ``VERSION``.
 """
@@ -24,6 +25,8 @@ Status = Annotated[int, Meta(ge=0, le=999)]
 Name = Annotated[str, Meta(max_length=1024)]
 Text = Annotated[str, Meta(max_length=4096)]
 TEXT_MAX = 4096
+ITEMS_FROM = 1 << 60
+"""Numbers of batch items at a relay, beyond those that it gives itself."""
 
 
 class Message(Struct, array_like=True, frozen=True, gc=False):
@@ -164,6 +167,17 @@ class Health(Message, tag=11, frozen=True):
     """The longest that the relay's loop was held up."""
 
 
+class Result(Message, tag=14, frozen=True):
+    """The answer to an item, just before the ``Answered`` that ends its placement."""
+
+    number: Number
+    status: Status
+    body: bytes
+    """JSON, on one line."""
+    cached_tokens: Count
+    reasoning_tokens: Count
+
+
 class Listening(Message, tag=13, frozen=True):
     """It takes clients' connections."""
 
@@ -206,6 +220,19 @@ class Place(Message, tag=35, frozen=True):
     instance: Count
     tokens_done: Count
     """Output tokens to go on from."""
+
+
+class Item(Message, tag=42, frozen=True):
+    """An item of a batch, before its first ``Place`` here."""
+
+    number: Number
+    """From ``ITEMS_FROM`` on: the brain's."""
+    request_id: Name
+    model: Name
+    path: Name
+    body: bytes
+    input_tokens: Number
+    answer_max_bytes: Number
 
 
 class Evict(Message, tag=36, frozen=True):
@@ -274,6 +301,7 @@ Up = (
     | Made
     | Responded
     | Health
+    | Result
     | Listening
 )
-Down = InstanceUp | InstanceGone | Shape | Place | Evict | End | Remind | Drain | Ready | Stop
+Down = InstanceUp | InstanceGone | Shape | Item | Place | Evict | End | Remind | Drain | Ready | Stop

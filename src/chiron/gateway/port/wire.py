@@ -23,10 +23,10 @@ from chiron.gateway.port.messages import NAME, VERSION, Hello, Message
 log = logging.getLogger("chiron.port")
 
 RIDE_S = 0.002
-FRAME_MAX_BYTES = 4 << 20
-"""Of one frame. A message has at most a few kilobytes, and a frame is begun anew before it gets long."""
+FRAME_MAX_BYTES = 128 << 20
+"""Of one frame. Only an item of a batch and its answer are long; a frame of others is begun anew before it gets so."""
 FRAME_FULL_BYTES = 64 << 10
-UNREAD_MAX_BYTES = 64 << 20
+UNREAD_MAX_BYTES = 512 << 20
 """What the other end may have left unread."""
 _LENGTH_BYTES = 4
 

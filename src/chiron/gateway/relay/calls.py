@@ -20,7 +20,7 @@ from chiron.gateway.relay.body import Body
 from chiron.gateway.relay.collect import CollectError, Collector
 from chiron.gateway.relay.ending import Answer, last_word, passed_on, wordless
 from chiron.gateway.relay.errors import ApiError
-from chiron.gateway.relay.upstream import ERROR_MAX_BYTES, UpstreamFailure
+from chiron.gateway.relay.upstream import ERROR_MAX_BYTES, RETRIED, UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
 
@@ -120,6 +120,11 @@ class RelayCall:
     def peers(self) -> Sequence[str]:
         """Whose shares it counts against."""
         return self.incoming.peers
+
+    @property
+    def closed(self) -> bool:
+        """Its client has its whole answer, or has left."""
+        return self.incoming.closed
 
     @property
     def visible(self) -> bool:
@@ -256,6 +261,8 @@ class CollectedCall:
     streams = True
     visible = False
     held_up = False
+    closed = False
+    """Nobody waits for it at the other end of a connection."""
 
     def __init__(
         self, *, path: bytes, body: Body, request_id: str, key_name: str, answer_max_bytes: int = 64 << 20
@@ -335,6 +342,28 @@ class CollectedCall:
         """For those who wait for it."""
 
 
+class ItemCall(CollectedCall):
+    """An item of a batch: its answer, or a refusal that would come again, becomes a line of results."""
+
+    def end(self) -> str:
+        """A refusal may also come inside the stream; like one with a status of its own it is an answer."""
+        said = self.collector.error
+        if self.status < 300 and said is not None:
+            code = said.get("code")
+            if isinstance(code, int) and _is_no(code):
+                self.status, self.answer = code, bytearray(orjson.dumps({"error": said}))
+        return super().end()
+
+    @property
+    def refused(self) -> bool:
+        """The engine said no, and would say so again."""
+        return _is_no(self.status)
+
+    def outcome(self) -> tuple[int, Any]:
+        """Status and body of its answer, be it a refusal. Raises CollectError if there is none."""
+        return (self.status, _json(self.answer)) if self.refused else (200, self.collector.result())
+
+
 class FlexCall(CollectedCall):
     """A client waits for an answer of the batch class (``service_tier: "flex"``). It comes in one piece, also as a
     stream; until then a stream gets a comment now and then, so that nothing on the way closes it."""
@@ -367,6 +396,11 @@ class FlexCall(CollectedCall):
     def peers(self) -> Sequence[str]:
         """Whose shares it counts against."""
         return self.incoming.peers
+
+    @property
+    def closed(self) -> bool:  # type: ignore[override]
+        """Its client has its whole answer, or has left."""
+        return self.incoming.closed
 
     def remind(self, now_s: float, words: str) -> None:
         """Say that it still waits."""
@@ -446,3 +480,15 @@ def tokens_in(data: bytes) -> int:
     """Events in a block of a stream that hold text."""
     # Only at the start of a line, where a text that is generated cannot be: JSON has no line breaks inside text.
     return sum(_TEXT.search(event) is not None for event in (b"\n" + data).split(b"\ndata:")[1:])
+
+
+def _is_no(status: int) -> bool:
+    """501: the engine lacks what is asked for."""
+    return (400 <= status < 500 or status == 501) and status not in RETRIED
+
+
+def _json(body: bytes | bytearray) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {"error": {"message": body.decode("utf-8", "replace")}}

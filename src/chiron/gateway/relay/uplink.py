@@ -15,11 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import orjson
+
 from chiron.core.types import Outcome, Request, RequestClass
+from chiron.engines.claims import usage_details
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
-from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.calls import CollectedCall, FlexCall, RelayCall
+from chiron.gateway.relay.admission import Models, is_chat
+from chiron.gateway.relay.body import read_body
+from chiron.gateway.relay.calls import CollectedCall, FlexCall, ItemCall, RelayCall
 from chiron.gateway.relay.errors import ApiError, unavailable
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.relay.upstream import EngineAddress, Placement, Run, Upstream, UpstreamFailure
@@ -51,6 +55,35 @@ class Held:
         """What its last placement ended with, if that was a complete answer."""
 
 
+class RelayedItem(ItemCall):
+    """An item of a batch; its answer goes to the brain as bytes."""
+
+    def __init__(self, said: m.Item) -> None:
+        path = said.path
+        super().__init__(
+            path=path.encode(),
+            body=read_body(said.body, is_chat(path)),
+            request_id=said.request_id,
+            key_name="",
+            answer_max_bytes=said.answer_max_bytes,
+        )
+        self._answer = b""
+
+    def end(self) -> str:
+        problem = super().end()
+        if problem or not (self.status < 300 or self.refused):
+            return problem
+        try:
+            self._answer = orjson.dumps(self.outcome()[1])
+        except orjson.JSONEncodeError as error:
+            return f"the engine's answer cannot be kept: {error}"
+        return ""
+
+    def result(self, number: int) -> m.Result:
+        cached, reasoning = usage_details(self.collector.usage)
+        return m.Result(number, self.status if self.refused else 200, self._answer, cached, reasoning)
+
+
 class RunTeller:
     """What happens at one instance, told to the brain. Implements ``RunReports`` and ``Counts``."""
 
@@ -72,6 +105,9 @@ class RunTeller:
         held = self._uplink.left_engine(placed)
         if held is not None:
             held.answer = message
+        call = placed.request.payload
+        if isinstance(call, RelayedItem) and (status < 300 or call.refused):
+            self._wire.post(call.result(placed.request.id))
         self._wire.post(message)
 
     def lost(self, placed: Placement, failure: UpstreamFailure, *, connect: bool, visible: bool, kept: int) -> None:
@@ -165,6 +201,7 @@ class Uplink:
             m.InstanceUp: self._instance_up,
             m.InstanceGone: self._instance_gone,
             m.Shape: self._shape,
+            m.Item: self._item,
             m.Place: self._place,
             m.Evict: self._evict,
             m.End: self._end,
@@ -301,6 +338,18 @@ class Uplink:
         served.context_tokens = said.context_tokens
         served.bytes_per_token = said.bytes_per_token
 
+    def _item(self, said: m.Item) -> None:
+        served = self._models.by_name.get(said.model)
+        if served is None or not served.settings.batch_class:
+            raise ProtocolError(f"an item is of model {said.model!r}, which takes no batch work")
+        try:
+            call = RelayedItem(said)
+        except ApiError as error:
+            raise ProtocolError(f"item {said.request_id} cannot be read: {error.message}") from None
+        cls = served.classes[served.settings.batch_class]
+        request = Request(said.number, said.model, cls, self.clock.now_s, said.input_tokens, call)
+        self.held[said.number] = Held(request)
+
     def _place(self, said: m.Place) -> None:
         held = self.held.get(said.number)
         upstream = self.upstreams.get(said.instance)
@@ -309,7 +358,7 @@ class Uplink:
         if held.left:
             self.wire.send(m.Evicted(said.run, 0, 0))
             return
-        if held.request.payload.incoming.closed:  # It has had its whole answer before the brain knew of it.
+        if held.request.payload.closed:  # It has had its whole answer before the brain knew of it.
             before = held.answer or m.Answered(said.run, 200, held.request.tokens_done, 0, 0)
             self.wire.post(m.Answered(said.run, before.status, before.tokens, before.prompt_tokens, 0))
             return
