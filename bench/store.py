@@ -1,6 +1,6 @@
 """A large batch job through the durable store: uploaded, validated, leased, finished, read back.
 
-    python bench/store.py [--items 700000] [--input-bytes 2048] [--result-bytes 1024] [--directory DIR] [--json FILE]
+    python bench/store.py [--items 700000] [--input-bytes 2048] [--postgres URL|here] [--json FILE]
 
 Each stage prints items per second, CPU seconds of the process (all threads), the peak of its memory so far, and how
 late the event loop was meanwhile (p50, p99, most): a task that asks to be woken every 10 ms measures it, since
@@ -8,6 +8,10 @@ interactive requests would wait as long. ``--switch-interval`` is how long Pytho
 finishing go in groups of ``--group`` items with four groups under way, as the gateway does it; ``--single`` more items
 are finished one by one by ``--callers`` callers at a time, which is what group commit is for. Results are words and
 numbers, not one repeated byte.
+
+``--postgres`` puts PostgreSQL beside SQLite in the same run, with the items per second of the one over those of the
+other: at a URL (in a schema of its own; the password in PGPASSWORD), or ``here``, on a server that it starts from
+Debian's package, with everything on the disk at a commit. The CPU seconds are this process's; the server has its own.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import resource
 import shutil
@@ -22,14 +27,18 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import orjson
 
-from chiron.store.port import Ended, InputLimits, Item, ItemSpec, LineError
+from chiron.store.port import BatchStore, Ended, InputLimits, Item, ItemSpec, LineError
+from chiron.store.postgres.settings import PostgresSettings
+from chiron.store.postgres.store import PostgresStore
 from chiron.store.sqlite.store import SqliteStore
 
 WAKE_S = 0.01
@@ -122,10 +131,9 @@ def input_blocks(items: int, line_bytes: int) -> AsyncIterator[bytes]:
     return blocks()
 
 
-async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, object]:
+async def run(arguments: argparse.Namespace, directory: Path, store: BatchStore) -> dict[str, Any]:
     items, group = arguments.items, arguments.group
     single, leased_only = min(arguments.single, items // 2), min(arguments.leased, items)
-    store = SqliteStore(directory, wall=time.time)
     stages = []
     file_id = batch_id = ""
     read_bytes = 0
@@ -233,6 +241,30 @@ async def run(arguments: argparse.Namespace, directory: Path) -> dict[str, objec
     }
 
 
+@contextmanager
+def postgres_url(where: str, scratch: Path) -> Iterator[PostgresSettings]:
+    """Settings with a schema that is gone at the end."""
+    limits = {"schema": f"bench_{os.getpid()}", "file_bytes_max": 1 << 40}
+    if where != "here":
+        yield PostgresSettings(url=where, **limits)
+        return
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+    from postgres_server import postgres_server
+
+    # As a server is run: on the disk at a commit, with memory for more than a test.
+    with postgres_server(settings=("shared_buffers=512MB", "max_wal_size=4GB")) as server:
+        os.environ["PGPASSWORD"] = server.password
+        yield PostgresSettings(url=server.url, **limits)
+
+
+def show_ratios(sqlite_stages: list[dict[str, Any]], postgres_stages: list[dict[str, Any]]) -> None:
+    print(f"\n{'items/s':<28}{'SQLite':>10}{'PostgreSQL':>12}{'ratio':>8}{'CPU ratio':>11}")
+    for one, other in zip(sqlite_stages, postgres_stages, strict=True):
+        a, b = one["items_per_s"], other["items_per_s"]
+        cpu = (other["cpu_s"] / other["items"]) / max(1e-9, one["cpu_s"] / one["items"])
+        print(f"{one['name']:<28}{a:>10,}{b:>12,}{b / max(1, a):>8.2f}{cpu:>11.2f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=700_000)
@@ -244,12 +276,19 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=64, help="callers that finish one by one")
     parser.add_argument("--switch-interval", type=float, default=0.005, help="seconds (Python's default: 0.005)")
     parser.add_argument("--directory", type=Path, help="where to put the store (default: a temporary directory)")
+    parser.add_argument("--postgres", metavar="URL|here", default="", help="measure PostgreSQL beside it")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     sys.setswitchinterval(arguments.switch_interval)
     directory = Path(tempfile.mkdtemp(prefix="bench-store-", dir=arguments.directory))
     try:
-        result = asyncio.run(run(arguments, directory))
+        result = asyncio.run(run(arguments, directory, SqliteStore(directory, wall=time.time)))
+        if arguments.postgres:
+            with postgres_url(arguments.postgres, directory.parent) as settings:
+                print(f"\nPostgreSQL at {settings.url.rpartition('@')[2]}")
+                beside = PostgresStore(directory / "postgres", wall=time.time, settings=settings, name="bench")
+                result["postgres"] = asyncio.run(run(arguments, directory / "postgres", beside))
+            show_ratios(result["stages"], result["postgres"]["stages"])
     finally:
         shutil.rmtree(directory)
     if arguments.json:

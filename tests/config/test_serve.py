@@ -26,6 +26,7 @@ from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.gateway.relay.keys import hash_secret
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServeConfig, ServerSettings, TelemetrySettings
+from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
 THREE_LINES = """
@@ -179,6 +180,10 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("limits.idle=-1", r"limits\.idle: duration -1"),
         ("batch.completion_window_min=31d", r"batch: completion_window_min is 2678400\.0; it must be at most"),
         ("store.retention=1d", r"store\.retention: unknown key"),
+        ("store.url=mysql://a:secret@b/c", r"store: url: must be postgresql://USER@HOST:PORT/DATABASE$"),
+        ("store.uri=postgresql://a:secret@b/c", r"store\.uri: unknown key; (?!.*secret)"),
+        ("store.lease=10s", r"store\.lease: is for PostgreSQL: set store\.url as well"),
+        ("store='sqlite'", r"store: url: must be postgresql"),
         ("fleet.health.health_period=0", r"fleet\.health: health_period_s is 0\.0; it must be above 0"),
         ("telemetry.rotate_keep=-1", r"telemetry: rotate_keep is -1"),
         ("policy=chirron", r"policy: unknown policy 'chirron'; did you mean 'chiron'"),
@@ -291,6 +296,29 @@ SECTIONS = {
     "fleet.recovery": RecoverySettings,
     "store": StoreSettings,
 }
+
+
+def test_a_store_on_postgresql_is_a_url_or_a_table() -> None:
+    url = "postgresql://chiron@db:5432/chiron"
+    plain = parse(f'store = "{url}"\n' + THREE_LINES).store
+    assert plain == PostgresSettings(url=url, retention_s=BatchSettings().retention_s)
+    assert url not in repr(plain)
+    table = f'[store]\nurl = "{url}"\npassword_file = "secret"\ntls = "verify-full"\n'
+    table += 'lease = "10s"\nfile_bytes_max = "1GiB"\n'
+    store = parse(THREE_LINES + table + '[batch]\nretention = "1d"').store
+    assert isinstance(store, PostgresSettings)
+    assert (store.lease_s, store.file_bytes_max, store.retention_s) == (10.0, 1 << 30, 86_400.0)
+    assert store.password_file.startswith("/")
+    for change, message in (
+        ("store.reserve_bytes=1", r"store\.reserve_bytes: is for SQLite"),
+        ("store.tls=maybe", r"store\.tls: 'maybe'"),
+        ("store.password_env=PASSWORD", "password_env: give it or password_file"),
+        ("store.schema='A b'", "schema: 'A b' must be"),
+        ("store.lease=0.1s", "lease: 0.1 must be between"),
+        ("store.connections_max=0", "connections_max: 0 must be between"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(THREE_LINES + table, change)
 
 
 def test_the_written_config_is_nothing_but_defaults() -> None:

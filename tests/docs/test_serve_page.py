@@ -20,6 +20,7 @@ from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings, TelemetrySettings
+from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
@@ -33,13 +34,14 @@ SECTIONS = {
     "limits": LimitSettings,
     "batch": BatchSettings,
     "store": StoreSettings,
+    "store on PostgreSQL": PostgresSettings,
     "telemetry": TelemetrySettings,
     "fleet": FleetSettings,
     "fleet.health": HealthSettings,
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,
 }
-GIVEN = {"keys": {"admin"}, "store": {"retention"}}
+GIVEN = {"keys": {"admin"}, "store": {"retention"}, "store on PostgreSQL": {"retention"}}
 """Fields that are no keys."""
 
 

@@ -124,6 +124,10 @@ def _read_store(entry: object) -> StoreSettings | PostgresSettings:
     retention_s = StoreSettings().retention_s
     if not isinstance(entry, Mapping):
         raise ConfigError("store: must be postgresql://USER@HOST/DATABASE, or a table")
+    known = dict.fromkeys([*keys_of(PostgresSettings), *keys_of(StoreSettings)])
+    for key in entry:
+        if key not in known:
+            raise ConfigError(f"store.{key}: unknown key; {suggest(key, known)}")
     if "url" in entry:
         if not isinstance(entry["url"], str):
             raise ConfigError("store.url: must be text, postgresql://USER@HOST/DATABASE")

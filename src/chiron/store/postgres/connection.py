@@ -21,7 +21,7 @@ from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull,
 from chiron.store.postgres.settings import PostgresSettings
 
 SERVER_MIN: Final = 130_000
-ROWS_PER_PAGE: Final = 2_000
+ROWS_PER_PAGE: Final = 512
 _AS_BYTES: Final = frozenset({"custom_id"})
 _COPIED: Final = {
     "items": {"custom_id": "bytea"},
@@ -177,7 +177,9 @@ def _parameters(settings: PostgresSettings, name: str) -> dict[str, Any]:
         "options": f"-c statement_timeout={round(1000 * settings.statement_timeout_s)}"
         # Whoever stalls in a transaction holds up all others.
         f" -c idle_in_transaction_session_timeout={round(1000 * max(5.0, settings.lease_s / 2))}"
-        " -c synchronous_commit=on -c lock_timeout=0",
+        " -c synchronous_commit=on -c lock_timeout=0"
+        # All we ask for is found by an index; without statistics, as on a new database, the planner would not know.
+        " -c enable_seqscan=off -c enable_hashjoin=off -c enable_bitmapscan=off -c jit=off",
     }
     if settings.tls_root_cert:
         found["sslrootcert"] = settings.tls_root_cert

@@ -36,7 +36,8 @@ class PostgresSettings:
     reconnect_max_s: float = 5.0
     """The longest pause between two tries to reconnect."""
     file_bytes_max: int = 2 << 30
-    """A larger upload is refused: files are stored in the database. At 40 to 70 MB/s that takes about a minute."""
+    """A larger upload is refused: files are stored in the database. At the 8 MB/s of a busy small
+    machine that takes four minutes."""
     database_bytes_max: int = 1 << 40
     """Uploads and new batches are refused (``StoreFull``) while the database is larger."""
     retention_s: float = 30 * 86_400.0

@@ -31,7 +31,6 @@ from chiron.store.directory import disk_error, hold
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction
 from chiron.store.jobs.items import Leased
-from chiron.store.jobs.items import finish as finish_items
 from chiron.store.jobs.results import Page, Reading, begin_reading, read_page
 from chiron.store.jobs.rows import FAILED, OK, write_row
 from chiron.store.jobs.validation import Validation
@@ -75,6 +74,9 @@ log = logging.getLogger("chiron.store")
 CHECKED_MAX: Final = 1_000
 """Files remembered as whole."""
 LISTEN_AGAIN_S: Final = 5.0
+COMMIT_WAIT_S: Final = 3.0
+"""For so long the answer of a commit is waited for while the server is away."""
+LOOK_S: Final = 0.5
 NAME: Final = "gateway-name"
 _NAME_FORM: Final = re.compile(r"[A-Za-z0-9._-]{13,80}")
 
@@ -202,11 +204,19 @@ class PostgresStore:
                 end.wait(LISTEN_AGAIN_S)
 
     async def _write(self, operation: Operation[T]) -> T:
-        """Run it on the writer's thread; answered after its commit. Being cancelled does not undo it."""
+        """Run it on the writer's thread; answered after its commit. Being cancelled does not undo it.
+        Whoever asked does not wait for a server that went away in the middle of the commit."""
         now = self._opened
         async with now.places:
             with self._noting_damage():
-                return await asyncio.shield(asyncio.wrap_future(now.writer.submit(operation)))
+                asked = asyncio.wrap_future(now.writer.submit(operation))
+                asked.add_done_callback(_look_at)
+                away_s = 0.0
+                while not (await asyncio.wait((asked,), timeout=LOOK_S))[0]:
+                    away_s = away_s + LOOK_S if self.unavailable else 0.0
+                    if away_s >= COMMIT_WAIT_S:
+                        raise StoreUnavailable(f"{self.unavailable}; whether it was done meanwhile is not known")
+                return asked.result()
 
     @contextmanager
     def _noting_damage(self) -> Iterator[None]:
@@ -527,8 +537,10 @@ class PostgresStore:
             writer.submit(lambda transaction: leases.release(transaction, writer.holder, keys, False))
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
-        holder = self._opened.writer.holder
-        await self._write(lambda transaction: finish_items(transaction, holder, ended, now_s))
+        now = self._opened
+        async with now.places:
+            with self._noting_damage():
+                await asyncio.shield(asyncio.wrap_future(now.writer.finish(ended, now_s)))
 
     async def release(self, items: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
         holder = self._opened.writer.holder
@@ -628,6 +640,12 @@ def _ask(db: Database, operation: Operation[T]) -> T:
     from chiron.store.jobs.database import Meta
 
     return operation(Transaction(db, Meta()))
+
+
+def _look_at(asked: asyncio.Future[Any]) -> None:
+    """Nobody may be there any more to hear of its error."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def _close(now: _Opened) -> None:

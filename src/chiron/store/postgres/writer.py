@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from random import Random
 from threading import Event, Lock, Thread
@@ -27,7 +28,8 @@ import psycopg
 
 from chiron.store.jobs.batches import purge_step
 from chiron.store.jobs.database import Meta, Operation, Transaction
-from chiron.store.port import StoreClosed, StoreError, StoreUnavailable
+from chiron.store.jobs.items import finish
+from chiron.store.port import Ended, StoreClosed, StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.content import remove_step
 from chiron.store.postgres.leases import Holder, free, free_over, register
@@ -46,12 +48,18 @@ TRIES_MAX: Final = 5
 RECONNECT_MIN_S: Final = 0.1
 
 
+Results = tuple[Sequence[Ended], float]
+"""Results, and when they came."""
+
+
 @dataclass(slots=True)
 class _Job:
     run: Operation[Any]
     alone: bool
     reads: bool
     future: Future[Any]
+    ended: Results | None = None
+    """Set instead of ``run``: results, which are written together with those of other callers."""
 
 
 class _OverError(Exception):
@@ -96,6 +104,16 @@ class Writer:
                 future.set_exception(StoreClosed(f"{where(self._settings)}: closed"))
             else:
                 self._queue.put(_Job(operation, alone or reads, reads, future))
+        return future
+
+    def finish(self, ended: Sequence[Ended], now_s: float) -> Future[None]:
+        """Keep results, with those of other callers that wait."""
+        future: Future[None] = Future()
+        with self._closing:
+            if self._closed:
+                future.set_exception(StoreClosed(f"{where(self._settings)}: closed"))
+            else:
+                self._queue.put(_Job(_nothing, False, False, future, (ended, now_s)))
         return future
 
     def close(self) -> None:
@@ -148,15 +166,18 @@ class Writer:
             self._commit_as_new_holder(group, tries)
         except Exception as error:
             if is_lost(self._db.raw):
+                unknown = committing and not group[0].reads
+                if not unknown:
+                    _fail(group, StoreUnavailable(str(self._named(error))))
                 self._reconnect(error)
+                if not unknown:
+                    return
                 if self._end.is_set():
                     _fail(group, StoreUnavailable(f"{where(self._settings)}: closed while the server was away"))
-                elif committing and not group[0].reads and self._is_committed():
+                elif self._is_committed():
                     self._answer(group, results, transaction)
-                elif committing or tries == 0:
-                    self._commit(group, tries + 1)
                 else:
-                    _fail(group, self._named(error))
+                    self._commit(group, tries + 1)
                 return
             self._roll_back()
             gave_way = isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
@@ -179,7 +200,7 @@ class Writer:
         db.execute("BEGIN")
         if not group[0].alone:
             db.execute("SELECT pg_advisory_xact_lock(?)", (TURN_LOCK,))
-        results = [job.run(transaction) for job in group]
+        results = self._run_each(group, transaction)
         if transaction.has_news:
             db.execute(f"NOTIFY {CHANNEL}, '{self._settings.schema}'")
         row = db.execute(
@@ -190,6 +211,18 @@ class Writer:
         if row is None:
             raise _OverError
         self._commits = row["commits"]
+        return results
+
+    def _run_each(self, group: list[_Job], transaction: Transaction) -> list[Any]:
+        results: list[Any] = []
+        for ended, jobs in groupby(group, key=lambda job: job.ended is not None):
+            if not ended:
+                results += [job.run(transaction) for job in jobs]
+                continue
+            together = [job.ended for job in jobs if job.ended is not None]
+            lines = [one for several, _ in together for one in several]
+            finish(transaction, self.holder, lines, max(now_s for _, now_s in together))
+            results += [None] * len(together)
         return results
 
     def _answer(self, group: list[_Job], results: list[Any], transaction: Transaction) -> None:
@@ -316,6 +349,10 @@ class Writer:
 def _chores(transaction: Transaction) -> None:
     purge_step(transaction)
     remove_step(transaction)
+
+
+def _nothing(transaction: Transaction) -> None:
+    """What a job does that has something else to be done with it."""
 
 
 def _fail(group: list[_Job], error: Exception) -> None:
