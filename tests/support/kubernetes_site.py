@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from chiron.fleet.kubernetes.testing.api import FakeKubernetes, shut
 from chiron.fleet.kubernetes.testing.controllers import Controllers
 from chiron.fleet.kubernetes.testing.kubelet import Container, Kubelet, Run
 from chiron.net.server import HttpServer, Incoming, serve
-from real_kubernetes import control_plane, kubeconfig
+from real_kubernetes import ControlPlane, control_plane, kubeconfig
 
 PORT = 8000
 PODS = "/api/v1/namespaces/default/pods"
@@ -74,7 +74,19 @@ class Cluster:
     kubelets: list[Kubelet]
     fake: FakeKubernetes | None = None
     controllers: Controllers | None = None
-    stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
+    plane: ControlPlane | None = None
+
+    async def restart_api(self) -> None:
+        """Kill it, and start it again a moment later."""
+        if self.fake is not None:
+            await self.fake.stop()
+            await asyncio.sleep(0.5)
+            await self.fake.start()
+            return
+        assert self.plane is not None
+        await self.plane.kill("kube-apiserver")
+        await self.plane.start_api()
+        await self.plane.until_ready(self.kubeconfig)
 
     async def apply(self, item: Mapping[str, Any], path: str = DEPLOYMENTS) -> dict[str, Any]:
         return await self.client.post(path, item)
@@ -145,13 +157,13 @@ async def cluster(
     what: str, directory: Path, *, nodes: int = 2, gpus: int = 8, run: Run = run_on_loop, restart_s: float = 0.02
 ) -> AsyncIterator[Cluster]:
     async with contextlib.AsyncExitStack() as stack:
-        fake = controllers = None
+        fake = controllers = plane = None
         if what == "fake":
             fake = await stack.enter_async_context(FakeKubernetes())
             controllers = Controllers(fake)
             config = kubeconfig(directory / "kubeconfig", fake.url)
         else:
-            config = await stack.enter_async_context(control_plane(Path(PROGRAMS), directory))
+            plane, config = await stack.enter_async_context(control_plane(Path(PROGRAMS), directory))
         client = Client(from_kubeconfig(config))
         stack.push_async_callback(client.close)
         kubelets = []
@@ -166,7 +178,9 @@ async def cluster(
                 await kubelet.close()
 
             stack.push_async_callback(stop)
-        here = Cluster(client=client, kubeconfig=config, kubelets=kubelets, fake=fake, controllers=controllers)
+        here = Cluster(
+            client=client, kubeconfig=config, kubelets=kubelets, fake=fake, controllers=controllers, plane=plane
+        )
 
         async def nodes_ready() -> bool:
             with contextlib.suppress(KubernetesError):

@@ -93,14 +93,8 @@ class ControlPlane:
 
 
 @contextlib.asynccontextmanager
-async def control_plane(programs: Path, directory: Path) -> AsyncIterator[Path]:
-    """Gives the path of a kubeconfig for an administrator."""
-    async with started(programs, directory) as (_, config):
-        yield config
-
-
-@contextlib.asynccontextmanager
-async def started(programs: Path, directory: Path) -> AsyncIterator[tuple[ControlPlane, Path]]:
+async def control_plane(programs: Path, directory: Path) -> AsyncIterator[tuple[ControlPlane, Path]]:
+    """And the path of a kubeconfig for an administrator."""
     plane = ControlPlane(programs, directory)
     subprocess.run(["openssl", "genrsa", "-out", "sa.key", "2048"], cwd=directory, check=True, capture_output=True)
     subprocess.run(

@@ -1,0 +1,249 @@
+"""A gateway before pods: the fleet goes up and down under load, and no request fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiron.fleet.kubernetes.testing.kubelet import Container, Run, run_process
+from chiron.gateway.service import Service
+from chiron.net.client import Header, NetError, Origin
+from chiron.net.server import Incoming, serve
+from chiron.policies.policy import Policy
+from chiron.policies.registry import POLICIES, PolicyEntry
+from chiron.policies.views import FleetPlan, FleetView, ModelPlan
+from kubernetes_site import PODS, PORT, Cluster, LoopContainer, cluster, needs_kubernetes, workload
+from live_gateway import serving, until
+
+CHUNKS, CHUNK_S = 10, 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StairsSettings:
+    """None."""
+
+
+WANTED = [1]
+"""How many instances there are to be; the tests set it."""
+
+
+def decide_fleet(settings: StairsSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
+    return {
+        each.name: ModelPlan(counts={"mixed": WANTED[0]}, reason="stairs", numbers={}) for each in view.models
+    }, None
+
+
+def make_stairs(settings: StairsSettings) -> Policy:
+    return Policy(name="stairs", settings=settings, fleet=decide_fleet, fleet_period_s=0.1)
+
+
+@pytest.fixture(autouse=True)
+def stairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICIES, "stairs", PolicyEntry(settings=StairsSettings, make=make_stairs, about="as told"))
+
+
+async def run_engine_on_loop(pod: Mapping[str, Any], address: str) -> Container:
+    """Streams ten chunks, one each 20 ms."""
+
+    def handle(incoming: Incoming) -> None:
+        if incoming.method != b"POST":
+            incoming.respond(200, b"{}")
+            return
+        incoming.start(200, [(b"content-type", b"text/event-stream")])
+        loop = asyncio.get_running_loop()
+
+        def write(number: int) -> None:
+            if incoming.closed:
+                return
+            if number == CHUNKS:
+                incoming.write(b"data: [DONE]\n\n")
+                incoming.finish()
+                return
+            choice = {"index": 0, "delta": {"content": "x"}, "finish_reason": "stop" if number == CHUNKS - 1 else None}
+            head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            incoming.write(b"data: " + json.dumps(head).encode() + b"\n\n")
+            loop.call_later(CHUNK_S, write, number + 1)
+
+        write(0)
+
+    return LoopContainer(await serve(handle, host=address, port=PORT))
+
+
+class _Stream:
+    """The answer to one request."""
+
+    def __init__(self) -> None:
+        self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._status = 0
+        self._data = b""
+
+    def on_head(self, status: int, headers: list[Header]) -> None:
+        self._status = status
+
+    def on_data(self, data: bytes) -> None:
+        self._data += data
+
+    def on_end(self) -> None:
+        good = self._status == 200 and b"[DONE]" in self._data and b'"error"' not in self._data
+        self.over.set_result("" if good else f"{self._status}: {self._data[-300:]!r}")
+
+    def on_error(self, error: NetError) -> None:
+        self.over.set_result(str(error))
+
+
+class Load:
+    """So many clients, each with one streamed request after another."""
+
+    def __init__(self, url: str, clients: int, **body: Any) -> None:
+        self.sent = 0
+        self.failures: list[str] = []
+        self._origin = Origin(url)
+        messages = [{"role": "user", "content": "hello"}]
+        self._body = json.dumps({"model": "m", "messages": messages, "stream": True, **body}).encode()
+        self._stopping = False
+        self._tasks = [asyncio.get_running_loop().create_task(self._run()) for _ in range(clients)]
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            stream = _Stream()
+            headers = [(b"content-type", b"application/json")]
+            self._origin.send(b"POST", b"/v1/chat/completions", headers, self._body, stream)
+            if failure := await stream.over:
+                self.failures.append(failure)
+            self.sent += 1
+
+    async def stop(self) -> None:
+        """After the requests that run."""
+        self._stopping = True
+        await asyncio.gather(*self._tasks)
+        await self._origin.close()
+
+
+def config(kubeconfig: Path, most: int, **more: str) -> str:
+    lines = [f"{key} = {value}" for key, value in more.items()]
+    return "\n".join(
+        [
+            'policy = "stairs"',
+            "[models.m]",
+            'engine = "openai"',
+            f'kubernetes = {{ deployment = "engine", port = {PORT}, kubeconfig = "{kubeconfig}" }}',
+            "min_instances = 0",
+            f"max_instances = {most}",
+            "max_num_seqs = 64",
+            *lines,
+        ]
+    )
+
+
+@contextlib.asynccontextmanager
+async def gateway(here: Cluster, directory: Path, most: int, **more: str) -> AsyncIterator[Service]:
+    directory.mkdir(exist_ok=True)
+    async with serving(directory, config(here.kubeconfig, most, **more)) as service:
+        yield service
+
+
+def ready_count(service: Service) -> int:
+    return sum(1 for each in service.engines.live.values() if each.instance.state == "ready")
+
+
+async def climb(service: Service, count: int) -> float:
+    """Seconds until there are so many."""
+    began_s = time.monotonic()
+    WANTED[0] = count
+    await until(lambda: ready_count(service) == count == len(service.engines.live), f"{count} instances", 300.0)
+    return time.monotonic() - began_s
+
+
+def test_up_and_down_under_load_without_a_failed_request(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    go.touch()
+    hook = {"preStop": {"exec": {"command": ["sh", "-c", f"until [ -e {go} ]; do sleep 0.05; done"]}}}
+
+    async def story() -> None:
+        async with cluster("fake", tmp_path, run=run_engine_on_loop) as here:
+            await here.apply(workload(replicas=0, container={"lifecycle": hook}))
+            async with gateway(here, tmp_path / "a", 6) as service:
+                WANTED[0] = 0
+                load = Load(service.url, 8)  # From zero: they are held until there is an instance.
+                await asyncio.sleep(0.1)
+                for count in (1, 5, 2):
+                    await climb(service, count)
+                    sent = load.sent
+                    await until(lambda sent=sent: load.sent > sent + 10, "requests go on")  # type: ignore[misc]
+                # A pod that somebody deletes is replaced, and what runs there ends while its preStop hook waits.
+                go.unlink()
+                (pod, *_) = sorted(await here.ready())
+                await here.client.delete(f"{PODS}/{pod}")
+                await here.until_ready(2)
+                await climb(service, 2)
+                go.touch()
+                sent = load.sent
+                await until(lambda: load.sent > sent + 10, "requests go on")
+                await load.stop()
+                assert load.failures == []
+                await climb(service, 0)
+                await here.until_ready(0)
+
+    asyncio.run(story())
+
+
+def test_the_next_gateway_takes_over_what_the_last_one_left(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with cluster("fake", tmp_path, run=run_engine_on_loop) as here:
+            await here.apply(workload(replicas=0))
+            async with gateway(here, tmp_path / "a", 6) as service:
+                await climb(service, 3)
+            before = await here.ready()
+            assert len(before) == 3
+            WANTED[0] = 3
+            async with gateway(here, tmp_path / "b", 6) as service:
+                await climb(service, 3)
+                assert await here.ready() == before
+                assert len(service.status()["models"][0]["instances"]) == 3
+
+    asyncio.run(story())
+
+
+def emulated_pods(directory: Path) -> tuple[dict[str, Any], Run]:
+    words = (sys.executable, "-m", "chiron.engines.serve.emulated", "--host", "$(POD_IP)", "--port", str(PORT))
+    more = ("--profile", "llama-3.1-8b/a100/tp1", "--served-model-name", "m", "--output-mean", "60")
+    container = {
+        "command": [*words, *more],
+        "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
+        "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}},
+    }
+    return container, run_process(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["fake", pytest.param("real", marks=needs_kubernetes)])
+def test_one_to_twelve_to_three_with_emulated_engines_while_the_api_server_restarts(what: str, tmp_path: Path) -> None:
+    async def story() -> None:
+        container, run = emulated_pods(tmp_path)
+        async with cluster(what, tmp_path, run=run) as here:
+            await here.apply(workload(replicas=0, container=container))
+            async with gateway(here, tmp_path / "a", 12) as service:
+                first_s = await climb(service, 1)
+                load = Load(service.url, 6)
+                up_s = await climb(service, 12)
+                WANTED[0] = 3
+                await here.restart_api()
+                down_s = await climb(service, 3)
+                await here.until_ready(3)
+                sent = load.sent
+                await until(lambda: load.sent > sent + 10, "requests go on")
+                await load.stop()
+                assert load.failures == []
+                times = f"to 1 in {first_s:.1f} s, to 12 in {up_s:.1f} s, to 3 in {down_s:.1f} s"
+                print(f"\n{what}: {times}; {load.sent} requests")
+
+    asyncio.run(story())
