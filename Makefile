@@ -34,7 +34,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-slow test-compiled test-all lint format bench bench-live bench-http tune figures lock clean
+.PHONY: help demo compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -58,6 +58,19 @@ test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
 test-slow: $(VENV)/.dev ## The slow tests only; those that load the whole machine one at a time (ten minutes)
 	@$(BIN)/python -m pytest -n 2 -m "slow and not alone"
 	@$(BIN)/python -m pytest -m "slow and alone"
+
+# A real kube-apiserver and its controllers, built from Debian's source once and kept.
+KUBERNETES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/chiron/kubernetes-1.20
+
+test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (five minutes to build it once, then two)
+	@CHIRON_TEST_KUBERNETES=$(KUBERNETES) $(BIN)/python -m pytest -m kubernetes
+
+kubernetes-programs: $(KUBERNETES)/etcd
+
+$(KUBERNETES)/etcd:
+	@echo "Building Kubernetes 1.20 from Debian's source package (once; five minutes or more) ..."
+	@mkdir -p $(dir $(KUBERNETES))
+	@nice -n 19 tools/build_kubernetes.sh $(KUBERNETES) > $(KUBERNETES).log 2>&1 || { tail -20 $(KUBERNETES).log; exit 1; }
 
 test-all: $(VENV)/.dev ## Every test
 	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not alone"
