@@ -65,7 +65,7 @@ KUBERNETES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/chiron/ku
 test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (five minutes to build it once, then two)
 	@CHIRON_TEST_KUBERNETES=$(KUBERNETES) $(BIN)/python -m pytest -m kubernetes
 
-kubernetes-programs: $(KUBERNETES)/etcd
+kubernetes-programs: $(KUBERNETES)/etcd ## Build that control plane, if it is not there
 
 $(KUBERNETES)/etcd:
 	@echo "Building Kubernetes 1.20 from Debian's source package (once; five minutes or more) ..."
