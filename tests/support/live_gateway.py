@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,10 @@ RELAYS: dict[Path, LoopRelays] = {}
 
 
 @asynccontextmanager
-async def serving(directory: Path, text: str, relays: int = 0) -> AsyncIterator[Service]:
-    """The gateway that ``text`` (TOML) and ``BESIDES`` configure; its engines are stopped with it."""
+async def serving(directory: Path, text: str, relays: int = 0, changes: Sequence[str] = ()) -> AsyncIterator[Service]:
+    """The gateway that ``text`` (TOML), ``BESIDES`` and ``changes`` configure; its engines are stopped with it."""
     (directory / "chiron.toml").write_text(text + BESIDES)
-    config = load_serve(directory / "chiron.toml", [], None)
+    config = load_serve(directory / "chiron.toml", list(changes), None)
     there = LoopRelays(config)
     RELAYS[directory] = there
     service = Service(config, relays=relays, spawn=there.spawn if relays else None)

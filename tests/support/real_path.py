@@ -32,6 +32,7 @@ from chiron.net.server import HttpServer, Incoming, ServerLimits
 from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
 from chiron.runtime.emulated import EmulatedFleet, Fault, wire
+from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedInputs, RecordedOutputs, Write
 from chiron.sim.recorder import Recorder
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
@@ -121,10 +122,18 @@ class Site:
         scrape_period_s: float = 1.0,
         batch_class: str = "",
         relays: int = 0,
+        record: Write | None = None,
     ) -> None:
-        """``relays``: through so many of them, each at the other end of a connection, in turn; 0: all in one."""
+        """``relays``: through so many of them, each at the other end of a connection, in turn; 0: all in one.
+        ``record`` gets the lines of an input log."""
         loop = asyncio.get_running_loop()
         self.clock = clock = LiveClock(loop, wall_s=0.0)
+        self._recording: RecordedInputs | None = None
+        if record is not None:
+            point = Point()
+            self.clock = clock = MarkedLiveClock(loop, point, wall_s=0.0)
+            self._recording = RecordedInputs(clock=clock, point=point, write=record)
+            journal = RecordedOutputs(journal, record)
         by_name = {cls.name: cls for cls in classes}
 
         def know() -> Models:
@@ -173,6 +182,7 @@ class Site:
             gpus_max=gpus_max,
             observer=observer,
             scrape_period_s=scrape_period_s,
+            recording=self._recording,
         )
         self._door = MemoryNetwork(loop.call_soon)
         fronts = [self.gateway.front]
@@ -205,6 +215,8 @@ class Site:
         assert isinstance(fleet, EmulatedFleet)
 
         def begin() -> None:
+            if self._recording is not None:
+                self._recording.start()
             self.gateway.begin(initial, attach=lambda i: engines.attach(i, fleet.running(i)), loops=(fleet,))
 
         self.clock.post(begin)
@@ -220,7 +232,9 @@ class Site:
         await self.engines.close()
 
 
-async def run_real(setup: Setup, events: TextIO | None = None, relays: int = 0) -> RealPath:
+async def run_real(
+    setup: Setup, events: TextIO | None = None, relays: int = 0, record: Write | None = None
+) -> RealPath:
     """The same as ``Simulation(setup, events=events).run()``, which needs a ``setup.wire``."""
     workload = setup.workload
     assert setup.wire is not None
@@ -243,6 +257,7 @@ async def run_real(setup: Setup, events: TextIO | None = None, relays: int = 0) 
         observer=recorder.observe,
         scrape_period_s=setup.scrape_period_s,
         relays=relays,
+        record=record,
     )
     site.begin(setup.initial)
     clients = [Client() for _ in range(len(workload))]

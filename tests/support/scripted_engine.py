@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,12 @@ class ScriptedEngine:
 
 @asynccontextmanager
 async def before(
-    directory: Path, *engines: ScriptedEngine, model: str = "", extra: str = "", relays: int = 0
+    directory: Path,
+    *engines: ScriptedEngine,
+    model: str = "",
+    extra: str = "",
+    relays: int = 0,
+    changes: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Service, Origin]]:
     """A gateway in front of these engines, which are all ready, and a client of it."""
     async with AsyncExitStack() as stack:
@@ -66,7 +71,7 @@ async def before(
             stack.push_async_callback(engine.close)
         urls = [engine.url for engine in engines]
         text = f'[models.m]\nengine = "openai"\nendpoints = {urls}\nmax_num_seqs = 4\n{model}\n{extra}'
-        service = await stack.enter_async_context(serving(directory, text, relays))
+        service = await stack.enter_async_context(serving(directory, text, relays, changes))
         await until(lambda: len(service.engines.live) == len(engines), "the engines are ready")
         origin = Origin(service.url)
         stack.push_async_callback(origin.close)

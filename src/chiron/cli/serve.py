@@ -145,7 +145,8 @@ def _cannot_write(error: OSError, config: ServeConfig) -> str:
     if not error.filename:
         return ""
     path = Path(os.fsdecode(error.filename))
-    for key, own in (("server.data", config.data), ("telemetry.event_log", config.event_log)):
+    logs = (("telemetry.event_log", config.event_log), ("telemetry.input_log", config.input_log))
+    for key, own in (("server.data", config.data), *logs):
         if own is not None and (path in (own, *own.parents) or own in path.parents):
             return f"{key}: cannot write {path}: {error.strerror}"
     return ""

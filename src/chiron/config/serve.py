@@ -208,6 +208,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
         {
             "data": data,
             "event_log": None if log == "off" else Path(_resolve(log, directory)) if log else data / "events.jsonl",
+            "input_log": Path(_resolve(file.telemetry.input_log, directory)) if file.telemetry.input_log else None,
             "server": server,
             "limits": file.limits,
             "batch": file.batch,

@@ -325,7 +325,8 @@ class ControlPlane:
 
     def instance_leaving(self, instance: Instance) -> None:
         """It is drained, and another one takes its place."""
-        self._lifecycle.leaving(self.models[instance.model], instance)
+        if self._knows(instance):
+            self._lifecycle.leaving(self.models[instance.model], instance)
 
     def instance_failed(self, instance: Instance) -> None:
         """Work that no client has seen a token of starts again elsewhere."""

@@ -29,6 +29,7 @@ from chiron.net.clock import LiveClock
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.runtime.assembly import Assembly, Attach, Loop
+from chiron.runtime.input_log import Inputs, RecordedInputs
 
 log = logging.getLogger("chiron.gateway")
 
@@ -60,8 +61,10 @@ class Gateway:
         capacity_told: Callable[[InstanceEngine, int], None] = lambda engine, tokens: None,
         outage_changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
         advise: bool = False,
+        recording: RecordedInputs | None = None,
     ) -> None:
-        """``own_hosts`` as ``ServerSettings`` has them. ``advise``: decisions are only told."""
+        """``own_hosts`` as ``ServerSettings`` has them. ``advise``: decisions are only told. ``recording`` writes down
+        what the control plane is told."""
         self.clock = clock
         self.engines = engines
         self.relays: Relays | None = None
@@ -81,10 +84,17 @@ class Gateway:
             observer=observer,
             actuators=NullActuators() if advise else DirectActuators(),
         )
-        self.plane = engines.events = engines.leaving = self._assembly.plane
+        self.plane = self._assembly.plane
+        self.inputs: Inputs = self.plane
+        """Where the control plane is told what happens."""
+        self._recording = recording
+        if recording is not None:
+            recording.plane = self.plane
+            self.inputs = recording
+        engines.events = engines.leaving = engines.listener = self.inputs
         self.scraper = Scraper(
             clock=clock,
-            samples=self.plane,
+            samples=self.inputs,
             engines=engines.live,
             period_s=scrape_period_s,
             capacity_told=capacity_told,
@@ -99,8 +109,8 @@ class Gateway:
         )
         self.desk = Desk(
             clock=clock,
-            completions=self.plane,
-            queues=self.plane,
+            completions=self.inputs,
+            queues=self.inputs,
             keys=keys,
             limits=limits,
             outages=self.outages,
@@ -139,6 +149,8 @@ class Gateway:
 
     def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
         """Posted; see ``Assembly.begin``."""
+        if self._recording is not None:
+            self._recording.begin(initial, attached=attach is not None)
         self._assembly.begin(initial, attach=attach, loops=(self.scraper, *loops))
         self.clock.call_later(WATCH_S, self._watch)
         if self.relays is not None:
@@ -157,8 +169,8 @@ class Gateway:
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
         if not self._advise:
-            self.plane.kinds_limited(self.engines.limited())
-        self.plane.kinds_found(self.engines.found())
+            self.inputs.kinds_limited(self.engines.limited())
+        self.inputs.kinds_found(self.engines.found())
         self.outages.look(self.clock.now_s)
         self.desk.watch()
         self.engines.watch(self._limits.engine_stall_s)

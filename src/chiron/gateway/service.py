@@ -17,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from chiron.core.ports import Journal
 from chiron.core.types import Decision, Instance
 from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
+from chiron.gateway.brain.input_file import InputFile
 from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engine import InstanceEngine
@@ -42,6 +44,7 @@ from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, serve
 from chiron.policies.registry import make_policy
+from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedOutputs, described
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
@@ -81,7 +84,12 @@ class Service:
         self.config = config
         self.advise = advise
         loop = asyncio.get_running_loop()
-        self.clock = LiveClock(loop, time_s=time.monotonic)
+        point = Point()
+        recorded = config.input_log is not None
+        self.clock = (
+            MarkedLiveClock(loop, point, time_s=time.monotonic) if recorded else LiveClock(loop, time_s=time.monotonic)
+        )
+        self._input_file = InputFile(self.clock, point) if recorded else None
         make_directory(config.data)
         self._numbers = itertools.count(1)
         self.models = Models(served_models(config))
@@ -109,14 +117,19 @@ class Service:
             ),
             failed=self._instance_failed,
         )
+        policy = make_policy(config.policy, config.policy_settings)
+        self._facts = described(policy, specs, classes, config.gpus, advise=advise)
+        journal: Journal = _TellsOperator(self.journal, advise=advise)
+        if self._input_file is not None:
+            journal = RecordedOutputs(journal, self._input_file.write)
         self.gateway = Gateway(
             clock=self.clock,
             engines=self.engines,
-            journal=_TellsOperator(self.journal, advise=advise),
+            journal=journal,
             models=self.models,
-            specs=[m.spec() for m in config.models],
+            specs=specs,
             classes=classes,
-            policy=make_policy(config.policy, config.policy_settings),
+            policy=policy,
             keys=self.keys,
             limits=config.limits,
             next_id=self._next_id,
@@ -128,8 +141,10 @@ class Service:
             capacity_told=self._capacity_told,
             outage_changed=self._outage_changed,
             advise=advise,
+            recording=None if self._input_file is None else self._input_file.recording,
         )
         self.plane = self.gateway.plane
+        self.inputs = self.gateway.inputs
         self.desk = self.gateway.desk
         self.front = self.gateway.front
         self.outages = self.gateway.outages
@@ -137,15 +152,15 @@ class Service:
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
-            completions=self.plane,
-            announcements=self.plane,
+            completions=self.inputs,
+            announcements=self.inputs,
             models=self.models,
             keys=self.keys,
             next_id=self._next_id,
             settings=config.batch,
             clock_set_s=lambda: time.time() - self._wall_s(),
         )
-        self.learned = LearnedKeeper(store=self.store, clock=self.clock, plane=self.plane, wall_s=self._wall_s)
+        self.learned = LearnedKeeper(store=self.store, clock=self.clock, plane=self.inputs, wall_s=self._wall_s)
         self.url = ""
         self._stopping = False
         self._files_warned_s = -FILES_WARN_S
@@ -184,6 +199,11 @@ class Service:
         port = await self._listen()
         # Not before data directory and port are ours: it puts aside the log that another gateway may be writing.
         self.journal.log_to(self._event_writer())
+        if self._input_file is not None and config.input_log is not None:
+            told = config.telemetry
+            self._input_file.open(
+                config.input_log, rotate_bytes=told.rotate_bytes, rotate_keep=told.rotate_keep, facts=self._facts
+            )
         scheme = "https" if config.server.tls else "http"
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         self.url = f"{scheme}://{host}:{port}"
@@ -296,6 +316,8 @@ class Service:
         await self.engines.close()
         await self.store.close()
         self.journal.close()
+        if self._input_file is not None:
+            self._input_file.close()
 
     def around(self) -> StatusSources:
         """What the status page and the metrics show besides the control plane."""
@@ -420,7 +442,7 @@ class Service:
         instance = engine.instance
         if kinds[instance.kind.name].kv_capacity_known:
             return
-        self.plane.capacity_told(instance, tokens)
+        self.inputs.capacity_told(instance, tokens)
         largest = self.plane.kv_capacity_tokens(instance.model)
         self.models.by_name[instance.model].kv_capacity_tokens = largest
 

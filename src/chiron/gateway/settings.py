@@ -211,10 +211,12 @@ class TelemetrySettings:
     event_log: str = ""
     """File of the event log (JSON lines); relative to the config file; empty: ``events.jsonl`` in the data
     directory; ``"off"``: none."""
+    input_log: str = ""
+    """File of the input log, for ``chiron replay``; relative to the config file; empty: none."""
     rotate_bytes: int = 256 * MIB
     """The event log starts a new file at this size."""
     rotate_keep: int = 8
-    """Older files of the event log that are kept."""
+    """Older files of the event log that are kept; the input log has the same."""
 
     def __post_init__(self) -> None:
         _above_zero(self, "rotate_keep")
@@ -282,6 +284,8 @@ class ServeConfig:
     """Absolute."""
     event_log: Path | None
     """Absolute; None: no event log."""
+    input_log: Path | None
+    """Absolute; None: no input log."""
     server: ServerSettings
     limits: LimitSettings
     batch: BatchSettings

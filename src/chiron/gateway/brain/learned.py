@@ -11,8 +11,8 @@ import logging
 from collections.abc import Callable
 
 from chiron.control.learned import Learned, LearnedError, from_bytes
-from chiron.control.plane import ControlPlane
 from chiron.net.clock import LiveClock
+from chiron.runtime.input_log import Inputs
 from chiron.store.port import BatchStore, StoreError
 
 log = logging.getLogger("chiron.learned")
@@ -25,9 +25,7 @@ PERIOD_S = 60.0
 class LearnedKeeper:
     """``wall_s`` tells the Unix time."""
 
-    def __init__(
-        self, *, store: BatchStore, clock: LiveClock, plane: ControlPlane, wall_s: Callable[[], float]
-    ) -> None:
+    def __init__(self, *, store: BatchStore, clock: LiveClock, plane: Inputs, wall_s: Callable[[], float]) -> None:
         self._store = store
         self._clock = clock
         self._plane = plane
