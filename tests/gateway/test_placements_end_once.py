@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Instance, ModelSpec, Request, RequestClass
 from chiron.fleet.model import ColdStart
-from chiron.gateway.brain.relays import RelayLink
+from chiron.gateway.brain.relays import QUIET_MAX, RelayLink
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
 from chiron.net.memory import MemoryNetwork
@@ -215,6 +215,14 @@ class Trial:
         for _ in range(12):
             await asyncio.sleep(0)
 
+    async def sleep(self, seconds: float) -> None:
+        """Relays that live say so, as they do once a second."""
+        for _ in range(int(seconds)):
+            await asyncio.sleep(1.0)
+            for relay in self.relays:
+                if not relay.dead:
+                    relay.wire.send(m.Health(0, 0, 0.0))
+
     async def play(self, steps: list[Step]) -> None:
         self.relays = [self.join(), self.join()]
         await self.settle()
@@ -231,8 +239,8 @@ class Trial:
                     for run in list(told.places):
                         relay.end(told, run, "evicted" if run in told.asked else "finished")
             await self.settle()
-            await asyncio.sleep(1.0)
-        await asyncio.sleep(20.0)  # Whatever engines were avoided for, and whatever was restarted.
+            await self.sleep(1.0)
+        await self.sleep(20.0)  # Whatever engines were avoided for, and whatever was restarted.
 
     async def _do(self, step: str, which: int, pick: int) -> None:
         relay = self.relays[which]
@@ -299,6 +307,28 @@ def test_nothing_is_left_of_any_placement(steps: list[Step]) -> None:
             assert (instance.sequences, instance.kv_reserved_tokens) == (0, 0)
             assert (seen.inside, seen.decoding, seen.held_tokens) == (0, 0, 0)
         assert trial.site.gateway.desk.open == {}
+        await trial.site.close()
+
+    run_virtual(main())
+
+
+def test_a_relay_that_hangs_is_taken_to_be_dead() -> None:
+    async def main() -> None:
+        trial = Trial()
+        relay = trial.join()
+        trial.relays = [relay]
+        await trial.settle()
+        await trial.sleep(QUIET_MAX + 5.0)
+        assert len(trial.brain.links) == 1, "it says something once a second"
+        relay.arrive(CHAT)
+        await trial.settle()
+        assert trial.site.gateway.plane.open_requests == 1
+        await asyncio.sleep(QUIET_MAX - 2.0)
+        assert len(trial.brain.links) == 1
+        await asyncio.sleep(5.0)
+        await trial.settle()
+        assert trial.brain.links == []
+        assert trial.site.gateway.plane.open_requests == 0
         await trial.site.close()
 
     run_virtual(main())

@@ -31,7 +31,9 @@ from chiron.net.clock import LiveClock
 log = logging.getLogger("chiron.relays")
 
 TICK_S = 1.0
-"""Between two looks at what relays should know of models."""
+"""Between two looks at relays, and at what they should know of models."""
+QUIET_MAX = 30
+"""Looks at a relay that says nothing, though it should once a second, until it is taken to be dead."""
 
 
 class FarCall:
@@ -135,6 +137,8 @@ class RelayLink:
         """Placements that have not ended, by number."""
         self.late = 0
         """Messages about placements that had ended already."""
+        self.quiet = 0
+        """Looks since it last said something."""
         self.health = m.Health(0, 0, 0.0)
         self.pid = 0
         self.listens = False
@@ -238,6 +242,7 @@ class RelayLink:
 
     def _received(self, messages: Sequence[Any]) -> None:
         """One post for all of a read: timers that are due count first, once."""
+        self.quiet = 0
 
         def take() -> None:
             for message in messages:
@@ -430,6 +435,7 @@ class Relays:
         self.late = 0
         """``RelayLink.late`` of those that are gone."""
         self.listening = listening
+        self._looked_s = 0.0
         self._left = left
         self._ride_s = ride_s
 
@@ -500,8 +506,15 @@ class Relays:
 
     def _tick(self) -> None:
         self.clock.call_later(TICK_S, self._tick)
-        for link in self.links:
+        now_s, before_s = self.clock.elapsed_s(), self._looked_s
+        self._looked_s = now_s
+        for link in list(self.links):
             link.tell_shapes()
+            # Looks that this process makes up for after a stall say nothing: what relays sent is still to be read.
+            if now_s - before_s >= TICK_S / 2:
+                link.quiet += 1
+            if link.quiet > QUIET_MAX:
+                link.wire.give_up(f"it (process {link.pid}) has said nothing for {QUIET_MAX} s")
 
 
 def _up(engine: InstanceEngine) -> m.InstanceUp:

@@ -114,7 +114,7 @@ class Wire(asyncio.Protocol):
         transport = self._transport
         transport.write(b"".join(self._frames(messages)))
         if transport.get_write_buffer_size() > UNREAD_MAX_BYTES:
-            self._break(f"it has left more than {UNREAD_MAX_BYTES} bytes unread")
+            self.give_up(f"it has left more than {UNREAD_MAX_BYTES} bytes unread")
 
     def _frames(self, messages: list[Message]) -> list[bytes]:
         found = [self._frame(messages)]
@@ -143,7 +143,7 @@ class Wire(asyncio.Protocol):
             if messages:
                 self._received(messages)
         except ProtocolError as error:
-            self._break(str(error))
+            self.give_up(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end("its connection was lost" if exc is None else f"its connection was lost: {exc}")
@@ -184,8 +184,8 @@ class Wire(asyncio.Protocol):
         self._opened()
         self.flush()
 
-    def _break(self, why: str) -> None:
-        """It cannot be spoken with."""
+    def give_up(self, why: str) -> None:
+        """The other end cannot be spoken with."""
         log.error("the connection to %s is closed: %s", self.name, why)
         if self._transport is not None:
             self._transport.abort()
