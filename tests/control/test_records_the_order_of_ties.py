@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -11,7 +12,7 @@ from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Instance, ModelSpec, Request
 from chiron.policies.registry import make_policy
 from chiron.runtime.input_log import MarkedClock, Point, RecordedInputs, RecordedOutputs, described
-from chiron.runtime.replay import replay
+from chiron.runtime.replay import Replayed, replay
 from scenario_factory import CLASSES, PROFILE, kind_of
 
 SPEC = ModelSpec(name="m0", kinds=(kind_of(PROFILE),), min_instances=0, max_instances=2)
@@ -40,21 +41,72 @@ class Nothing:
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None: ...
 
 
+class Recorded:
+    """A control plane without instances, whose log is ``lines``; ``ended`` hears of each end."""
+
+    def __init__(self, ended: Callable[[Request], None] = lambda request: None) -> None:
+        policy, point, self.nothing = make_policy("chiron", None), Point(), Nothing()
+        self.lines: list[dict[str, Any]] = [{"t": 0.0, "event": "log", **described(policy, [SPEC], CLASSES, None)}]
+        self.hears = ended
+        self.clock = MarkedClock(point)
+        self.inputs = RecordedInputs(clock=self.clock, point=point, write=self.write)
+        self.plane = self.inputs.plane = ControlPlane(
+            clock=self.clock,
+            fleet=self.nothing,
+            journal=RecordedOutputs(self.nothing, self.write),
+            ends=self,
+            models=[SPEC],
+            classes=CLASSES,
+            policy=policy,
+        )
+        self.inputs.start()
+        self.inputs.begin({"m0": 0}, attached=False)
+        self.plane.request_initial("m0", 0)
+        self.plane.begin()
+        self.clock.run_until(1.0)
+
+    def ended(self, request: Request) -> None:
+        self.hears(request)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self.lines.append(dict(line))
+
+    def replayed(self) -> Replayed:
+        return replay(orjson.loads(orjson.dumps(line)) for line in self.lines)
+
+
+def test_a_request_that_follows_one_whose_end_is_being_told() -> None:
+    """It is submitted from inside, before the control plane has done all that follows from the end."""
+
+    def follow(request: Request) -> None:
+        if request.id < 5:
+            recorded.inputs.submit(Request(request.id + 1, "m0", CLASSES[0], 1.0, 8 if request.id == 4 else 10**6))
+
+    recorded = Recorded(follow)
+    recorded.inputs.submit(Request(1, "m0", CLASSES[0], 1.0, 10**6))  # It fits nowhere, and so do the next.
+    recorded.inputs.cancel(Request(99, "m0", CLASSES[0], 1.0, 8))
+
+    recorded.hears = lambda request: recorded.inputs.submit(Request(8, "m0", CLASSES[0], 2.0, 8))
+    recorded.clock.run_until(2.0)
+    recorded.inputs.instance_ready(recorded.nothing.instance, recorded.nothing)
+    recorded.inputs.submit(Request(6, "m0", CLASSES[0], 2.0, 8))
+    first = next(iter(recorded.plane.models["m0"].instances[1].requests.values()))
+    recorded.inputs.finished(first)
+
+    assert [line["d"] for line in recorded.lines if line.get("k") == "submit"] == [0, 1, 2, 3, 4, 0, 1]
+    names = [line.get("k") for line in recorded.lines]
+    assert names[names.index("ended", names.index("finished")) :][:4] == ["ended", "submit", "arrival", "dispatch"]
+    lines = recorded.lines
+    recorded.lines = [line for line in lines if line.get("a") != (99,)]
+    assert recorded.replayed().difference == ""
+    recorded.lines = lines
+    assert "of which the replay knows nothing" in recorded.replayed().difference
+
+
 @pytest.mark.parametrize("timer_first", [True, False])
 def test_an_arrival_beside_a_timer(*, timer_first: bool) -> None:
-    policy, point, nothing = make_policy("chiron", None), Point(), Nothing()
-    lines: list[dict[str, Any]] = [{"t": 0.0, "event": "log", **described(policy, [SPEC], CLASSES, None)}]
-    clock = MarkedClock(point)
-    inputs = RecordedInputs(clock=clock, point=point, write=lambda line: lines.append(dict(line)))
-    journal = RecordedOutputs(nothing, lambda line: lines.append(dict(line)))
-    plane = inputs.plane = ControlPlane(
-        clock=clock, fleet=nothing, journal=journal, models=[SPEC], classes=CLASSES, policy=policy
-    )
-    inputs.start()
-    inputs.begin({"m0": 0}, attached=False)
-    plane.request_initial("m0", 0)
-    plane.begin()
-    clock.run_until(1.0)
+    recorded = Recorded()
+    clock, inputs, nothing, plane = recorded.clock, recorded.inputs, recorded.nothing, recorded.plane
 
     inputs.submit(Request(1, "m0", CLASSES[0], 1.0, 8))  # An instance is asked for, by a timer of this moment.
     if timer_first:
@@ -68,9 +120,9 @@ def test_an_arrival_beside_a_timer(*, timer_first: bool) -> None:
     inputs.kinds_found({PROFILE.name: 1})
     inputs.instance_leaving(nothing.instance)
 
-    names = [line.get("k", line["event"]) for line in lines]
+    names = [line.get("k", line["event"]) for line in recorded.lines]
     assert (names.index("created") < len(names) - 1 - names[::-1].index("arrival")) == timer_first
-    done = replay([orjson.loads(orjson.dumps(line)) for line in lines])
+    done = recorded.replayed()
     assert done.difference == ""
     assert done.placements == names.count("dispatch") > 0
     assert done.learned.models["m0"]["cold_start_s"] == plane.models["m0"].cold_start_s == 0.5

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import orjson
+
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request
@@ -22,7 +24,9 @@ from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.settings import BatchSettings
 from chiron.policies.registry import make_policy
 from chiron.runtime.assembly import Assembly
+from chiron.runtime.input_log import Write, described
 from chiron.runtime.modelled import ModelledEngines, ModelScraper
+from chiron.runtime.replay import replay
 from chiron.store.port import Item
 from memory_store import MemoryStore
 from real_path import Client, Faults, Site, completion
@@ -104,9 +108,9 @@ class Announcements:
     journal: Journal
 
     def announce_batch(self, *work: Any) -> None:
-        plane = self.site.gateway.plane
-        self.journal.told.append((plane.clock.now_s, lambda plane, requests: plane.announce_batch(*work)))
-        plane.announce_batch(*work)
+        now_s = self.site.clock.now_s
+        self.journal.told.append((now_s, lambda plane, requests: plane.announce_batch(*work)))
+        self.site.gateway.inputs.announce_batch(*work)
 
 
 def fields(number: int, draw: Random) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def fields(number: int, draw: Random) -> dict[str, Any]:
     return {"model": "m0", "prompt": prompt, "max_tokens": draw.randint(5, 25), "ignore_eos": True, "stream": True}
 
 
-async def live() -> tuple[Journal, MemoryStore]:
+async def live(record: Write | None = None) -> tuple[Journal, MemoryStore]:
     loop, draw, journal, store = asyncio.get_running_loop(), Random(3), Journal(writes_down=True), MemoryStore()
     site = Site(
         models=MODELS,
@@ -127,12 +131,13 @@ async def live() -> tuple[Journal, MemoryStore]:
         network_s=WIRE.network_s,
         fault=Faults(WIRE.faults),
         batch_class=NIGHT.name,
+        record=record,
     )
     site.begin({"m0": 1})
     runner = BatchRunner(
         store=store,  # type: ignore[arg-type]
         clock=site.clock,
-        completions=site.gateway.plane,
+        completions=site.gateway.inputs,
         announcements=Announcements(site, journal),
         models=site.models,
         keys=site.keys,
@@ -205,7 +210,10 @@ def simulated(real: Journal) -> Journal:
 
 
 def test_decides_the_same_about_batch_work_that_a_store_holds() -> None:
-    journal, store = run_virtual(live())
+    lines: list[dict[str, Any]] = [
+        {"t": 0.0, "event": "log", **described(make_policy("chiron", None), MODELS, CLASSES, None)}
+    ]
+    journal, store = run_virtual(live(lambda line: lines.append(dict(line))))
 
     same = simulated(journal)
 
@@ -214,3 +222,7 @@ def test_decides_the_same_about_batch_work_that_a_store_holds() -> None:
     assert len(same.decisions) > 10
     assert sum(end[-1] for end in journal.ends) > 0, "batch work was interrupted"
     assert sorted(each.ok for each in store.ended) == [True] * 180, "and each item has one result"
+
+    again = replay(orjson.loads(orjson.dumps(line)) for line in lines)
+    assert again.difference == "", "and a replay of what was told is the same"
+    assert again.decisions == len(journal.decisions)

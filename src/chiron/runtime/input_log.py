@@ -200,6 +200,7 @@ class RecordedInputs:
             request.tenant,
             request.sequences,
             request.tokens_done,
+            request.retries,
         )
         with self._point.at_it():
             self.plane.submit(request)

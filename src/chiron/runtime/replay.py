@@ -215,6 +215,7 @@ class _Replay:
         tenant: str,
         sequences: int,
         tokens_done: int,
+        retries: int,
     ) -> None:
         request = self._requests.get(number)
         if request is None:
@@ -222,7 +223,7 @@ class _Replay:
                 number, model, self._class(cls), arrival_s, input_tokens, None, _far(deadline_s), max_output_tokens
             )
             request.pinned, request.flex, request.tenant = pinned, flex, tenant
-            request.sequences, request.tokens_done = sequences, tokens_done
+            request.sequences, request.tokens_done, request.retries = sequences, tokens_done, retries
             self._requests[number] = request
         self.plane.submit(request)
 
