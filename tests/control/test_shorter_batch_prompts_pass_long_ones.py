@@ -20,19 +20,23 @@ NIGHT = 2
 LONG, SHORT, SHORTER, SHORTEST = range(4)
 
 
-class Reluctant(LeastRouter):
-    """Takes prompts of 40 tokens and more only once ``after`` shorter ones have been placed."""
+class Reluctant:
+    """A router that takes prompts of 40 tokens and more only once ``after`` shorter ones have been placed."""
 
     def __init__(self, estimates: Estimates, after: int) -> None:
-        super().__init__(estimates, lambda instance: len(instance.requests))
+        self._router = router = LeastRouter(estimates, lambda instance: len(instance.requests))
         self._after = after
+        self.room_tokens = 39
+        self.add = router.add
+        self.remove = router.remove
+        self.changed = router.changed
+        self.relieve = router.relieve
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
-        self.room_tokens = 39
         if request.input_tokens >= 40 and self._after > 0:
             return None
         self._after -= 1
-        return super().place(request, waited_s)
+        return self._router.place(request, waited_s)
 
 
 def dispatched(monkeypatch: pytest.MonkeyPatch, order_batch: Any, after: int) -> list[int]:
