@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Event
 
 import pytest
 
-from chiron.store.port import StoreError
+from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
 from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
 from store_sites import PostgresSite
 
@@ -90,8 +91,6 @@ def stop_renewing(store: object, no_longer: bool = False) -> None:
     if no_longer:
         writer.stopped.set()
     else:
-        from threading import Event
-
         writer.stopped = Event()
         stopped = writer.stopped
         writer.submit(lambda transaction: stopped.wait(60), alone=True)
@@ -132,5 +131,42 @@ def test_others_hear_of_new_work_at_once(postgres_place: Place) -> None:
                 batch = await submit(site, a, lines_of(3))
                 await a.validate(batch.id, check, LIMITS)
                 await heard.wait()
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_what_a_dead_gateway_was_validating_is_validated_by_the_other(postgres_place: Place) -> None:
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=1.0)
+    reached, go_on = Event(), Event()
+
+    def stuck(line: bytes) -> ItemSpec | LineError:
+        reached.set()
+        assert go_on.wait(60)
+        return check(line)
+
+    async def run() -> None:
+        async with site.gateway("dies") as dies, site.gateway("lives") as lives:
+            batch = await submit(site, dies, lines_of(700))
+            assert await lives.unvalidated() == [batch]
+            task = asyncio.create_task(dies.validate(batch.id, stuck, LIMITS))
+            await asyncio.to_thread(lambda: reached.wait(60))
+            assert await lives.unvalidated() == []
+            with pytest.raises(Conflict, match="by another gateway"):
+                await lives.validate(batch.id, check, LIMITS)
+            stop_renewing(dies)
+            async with asyncio.timeout(60):
+                while await lives.unvalidated() != [batch]:
+                    await lives.expire(site.now_s)
+                    await asyncio.sleep(0.05)
+            done = await lives.validate(batch.id, check, LIMITS)
+            assert (done.status, done.total) == ("in_progress", 700)
+            leased = await lives.lease(MODEL, 5)
+            await lives.finish([result(item) for item in leased], site.now_s)
+            go_on.set()
+            stop_renewing(dies, no_longer=True)
+            late = await task
+            assert (late.status, late.completed) == ("in_progress", 5), "what came too late changes nothing"
 
     asyncio.run(run())

@@ -1,4 +1,6 @@
-"""A process that works on a store: ``python store_worker.py DIRECTORY ACKNOWLEDGED SEED BATCHES KILL_AFTER_S``.
+"""A process that works on a store: ``python store_worker.py PLACE ACKNOWLEDGED SEED BATCHES KILL_AFTER_S``.
+
+PLACE is a directory, or ``URL SCHEMA PASSWORD_FILE DIRECTORY NAME`` in one argument: a gateway's name on PostgreSQL.
 
 The kernel kills it once it has used so much CPU time after opening the store (0: never), which a busy machine does not
 change.
@@ -13,11 +15,12 @@ import json
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import TextIO
 
-from chiron.store.port import ENDED, Ended
+from chiron.store.port import ENDED, BatchStore, Conflict, Ended
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite.store import SqliteStore
 from store_contract import LIMITS, MODEL, check, keys, lines_of
@@ -25,9 +28,20 @@ from store_contract import LIMITS, MODEL, check, keys, lines_of
 ITEMS = 1200
 
 
-async def work(directory: Path, acknowledged: TextIO, seed: str, count: int, kill_after_s: float) -> None:
+def store_at(place: str) -> BatchStore:
+    if not place.startswith("postgresql://"):
+        return SqliteStore(Path(place), wall=time.time, settings=StoreSettings(reserve_bytes=0))
+    from chiron.store.postgres.settings import PostgresSettings
+    from chiron.store.postgres.store import PostgresStore
+
+    url, schema, password_file, directory, name = place.split()
+    settings = PostgresSettings(url=url, schema=schema, password_file=password_file, lease_s=120.0)
+    return PostgresStore(Path(directory), wall=time.time, settings=settings, name=name)
+
+
+async def work(place: str, acknowledged: TextIO, seed: str, count: int, kill_after_s: float) -> None:
     random = Random(seed)
-    store = SqliteStore(directory, wall=time.time, settings=StoreSettings(reserve_bytes=0))
+    store = store_at(place)
     await store.open()
     signal.setitimer(signal.ITIMER_PROF, kill_after_s)  # Nobody handles its signal.
 
@@ -37,7 +51,8 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int, kil
 
     async def submit() -> None:
         for batch in await store.unvalidated():
-            await store.validate(batch.id, check, LIMITS)
+            with suppress(Conflict):  # Another process has just begun.
+                await store.validate(batch.id, check, LIMITS)
         while len(await store.list_batches(None, limit=count)) < count:
             upload = await store.begin_file("batch", "in.jsonl", "", 1 << 30)
             for block in (lines_of(ITEMS)[start : start + 20_000] for start in range(0, 1 << 30, 20_000)):
@@ -65,6 +80,11 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int, kil
     async def run() -> None:
         while await unfinished():
             leased = await store.lease(MODEL, random.randrange(1, 40))
+            if not leased:
+                await store.expire(time.time())
+                for batch in await store.unvalidated() if place.startswith("postgresql://") else ():
+                    with suppress(Conflict):
+                        await store.validate(batch.id, check, LIMITS)
             if leased and random.random() < 0.1:
                 await store.release(keys(leased), random.random() < 0.5)
                 continue
@@ -89,4 +109,4 @@ async def work(directory: Path, acknowledged: TextIO, seed: str, count: int, kil
 
 if __name__ == "__main__":
     with open(sys.argv[2], "a") as opened:
-        asyncio.run(work(Path(sys.argv[1]), opened, sys.argv[3], int(sys.argv[4]), float(sys.argv[5])))
+        asyncio.run(work(sys.argv[1], opened, sys.argv[3], int(sys.argv[4]), float(sys.argv[5])))

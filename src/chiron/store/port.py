@@ -325,7 +325,7 @@ class BatchStore(Protocol):
         ``cancelled`` if that was asked meanwhile. Starts over if it is called again after a crash or ``StoreFull``."""
 
     async def unvalidated(self) -> list[Batch]:
-        """Batches in ``validating``, oldest first."""
+        """Batches in ``validating``, oldest first, but for those that another process is validating."""
 
     async def get_batch(self, batch_id: str, owner: str | None) -> Batch: ...
 

@@ -93,6 +93,9 @@ class BatchRunner:
         """Batches that were cancelled or expired of late: a lease may be under way."""
         self._ended_since = 0
         self._next_sweep_s = 0.0
+        self._to_validate: set[str] = set()
+        """Batches in ``_unchecked``, or being validated, or to be tried again."""
+        self._next_orphans_s = 0.0
         self._clock_set_s = clock_set_s
         self._marks = ClockMarks()
         self._keep_marks_s = 0.0
@@ -128,7 +131,9 @@ class BatchRunner:
 
     def created(self, batch: Batch) -> None:
         """Validate it, then run it."""
-        self._unchecked.put_nowait((batch, self._tuning.backoff_min_s))
+        if batch.id not in self._to_validate:
+            self._to_validate.add(batch.id)
+            self._unchecked.put_nowait((batch, self._tuning.backoff_min_s))
 
     async def cancel(self, batch_id: str, owner: str | None) -> Batch:
         """Cancel in the store, and stop what runs. Raises StoreError."""
@@ -191,8 +196,9 @@ class BatchRunner:
             try:
                 batch = await self._store.validate(batch.id, check, self._limits)
                 log.info("batch %s: %s, %d items", batch.id, batch.status, batch.total)
+                self._to_validate.discard(batch.id)
             except NotFound:
-                pass
+                self._to_validate.discard(batch.id)
             except StoreFull as error:
                 # There is no room for the others either.
                 next_s = await self._back_off(f"validation of {batch.id}", error, delay_s)
@@ -232,6 +238,11 @@ class BatchRunner:
     async def _look_after(self) -> None:
         """Deadlines and retention."""
         now_s = await self._due_s()
+        if now_s >= self._next_orphans_s:
+            # A gateway that shares the store may have died before it had validated all that it had taken.
+            self._next_orphans_s = now_s + self._tuning.orphans_period_s
+            for batch in await self._store.unvalidated():
+                self.created(batch)
         for batch_id in await self._store.expire(now_s):
             log.info("batch %s expired", batch_id)
             self._drop(batch_id)

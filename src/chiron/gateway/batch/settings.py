@@ -52,6 +52,8 @@ class RunnerSettings:
     """Batches that wait for validation before the API says 429."""
     sweep_period_s: float = 600.0
     """Between two removals of what is past its retention."""
+    orphans_period_s: float = 10.0
+    """Between two looks for batches that nobody validates any more."""
     clock_gap_s: float = 3600.0
     """The wall clock may have moved on by so much since the last process, without a doubt whether it is right."""
     clock_grace_s: float = 86_400.0

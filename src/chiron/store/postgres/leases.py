@@ -231,6 +231,32 @@ def pending(db: Database) -> list[PendingWork]:
     ]
 
 
+# Validation.
+
+
+def begin_validation(transaction: Transaction, holder: Holder, batch_id: str) -> bool:
+    """Whether nobody else validates it."""
+    row = transaction.db.execute(
+        "INSERT INTO validations(batch, holder) VALUES(?, ?) ON CONFLICT (batch) DO UPDATE SET holder = excluded.holder"
+        " WHERE NOT EXISTS (SELECT 1 FROM holders WHERE no = validations.holder AND no != excluded.holder"
+        "  AND until > clock_timestamp()) RETURNING batch",
+        (batch_id, holder.no),
+    ).fetchone()
+    return row is not None
+
+
+def end_validation(transaction: Transaction, holder: Holder, batch_id: str) -> None:
+    transaction.db.execute("DELETE FROM validations WHERE batch = ? AND holder = ?", (batch_id, holder.no))
+
+
+def validated_by_others(db: Database, holder: Holder) -> set[str]:
+    rows = db.execute(
+        "SELECT batch FROM validations JOIN holders ON no = holder WHERE no != ? AND until > clock_timestamp()",
+        (holder.no,),
+    )
+    return {row["batch"] for row in rows.fetchall()}
+
+
 # Holders.
 
 
@@ -268,5 +294,6 @@ def free(transaction: Transaction, holder: int) -> None:
     db.execute("DELETE FROM leased WHERE holder = ?", (holder,))
     db.execute("INSERT INTO removals(id) SELECT id FROM uploads WHERE holder = ?", (holder,))
     db.execute("DELETE FROM uploads WHERE holder = ?", (holder,))
+    db.execute("DELETE FROM validations WHERE holder = ?", (holder,))
     db.execute("DELETE FROM holders WHERE no = ?", (holder,))
     transaction.has_chores = True

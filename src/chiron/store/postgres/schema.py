@@ -59,6 +59,7 @@ ALTER TABLE blocks ALTER COLUMN data SET STORAGE EXTERNAL;
 CREATE TABLE holders(
   no BIGSERIAL PRIMARY KEY, name TEXT NOT NULL, until TIMESTAMPTZ NOT NULL, commits BIGINT NOT NULL
 ) WITH (fillfactor = 20);
+CREATE TABLE validations(batch TEXT PRIMARY KEY, holder BIGINT NOT NULL);
 CREATE TABLE uploads(id TEXT PRIMARY KEY, holder BIGINT NOT NULL);
 CREATE TABLE leased(
   batch BIGINT NOT NULL, lane BIGINT NOT NULL, holder BIGINT NOT NULL, items BIGINT NOT NULL,
@@ -73,7 +74,8 @@ CREATE INDEX batches_by_status ON batches(status, expires_s);
 CREATE INDEX batches_by_input ON batches(input_file_id);
 """
 """``items.holder``: NULL: nobody had it yet; 0: it came back and is in ``returned``; else who has it. ``uploads``:
-files on their way in. ``leased``: sums over what each holder has. A block has ``BLOCK_BYTES`` but for the last."""
+files on their way in. ``validations``: who validates what. ``leased``: sums over what each holder has. A block has
+``BLOCK_BYTES`` but for the last."""
 
 MIGRATIONS: Final = (_FIRST,)
 """From each version to the next, beginning with an empty schema."""

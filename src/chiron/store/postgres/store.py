@@ -467,11 +467,28 @@ class PostgresStore:
                 now.validating.discard(batch_id)
 
         now.validating.add(batch_id)
-        await asyncio.get_running_loop().run_in_executor(now.validator, run)
+        holder = now.writer.holder
+        try:
+            if not await self._write(lambda transaction: leases.begin_validation(transaction, holder, batch_id)):
+                raise Conflict(f"batch {batch_id!r} is being validated by another gateway")
+        except BaseException:
+            now.validating.discard(batch_id)
+            raise
+        try:
+            await asyncio.get_running_loop().run_in_executor(now.validator, run)
+        finally:
+            # Nobody waits for it: what stays goes with this gateway.
+            now.writer.submit(lambda transaction: leases.end_validation(transaction, holder, batch_id))
         return await self.get_batch(batch_id, None)
 
     async def unvalidated(self) -> list[Batch]:
-        return await self._read(lists.unvalidated)
+        holder = self._opened.writer.holder
+
+        def query(db: Database) -> list[Batch]:
+            others = leases.validated_by_others(db, holder)
+            return [batch for batch in lists.unvalidated(db) if batch.id not in others]
+
+        return await self._read(query)
 
     async def get_batch(self, batch_id: str, owner: str | None) -> Batch:
         return await self._read(lambda db: batches.read_batch(batches.find_batch(db, batch_id, owner)))
