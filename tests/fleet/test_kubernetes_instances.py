@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import chiron
 from chiron.core.types import Instance
+from chiron.fleet.kubernetes.access import from_kubeconfig
+from chiron.fleet.kubernetes.client import ApiError, Client
 from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.pods import DELETION_COST
 from chiron.fleet.kubernetes.source import KubernetesSource
@@ -19,7 +23,8 @@ from chiron.fleet.kubernetes.testing.api import Refusal, shut
 from chiron.fleet.port import FleetEnvironment, KindReport
 from chiron.net.clock import LiveClock
 from fleet_factory import Heard, an_instance, quick_settings, until
-from kubernetes_site import DEPLOYMENTS, PODS, PORT, Cluster, cluster, every_cluster, workload
+from kubernetes_site import DEPLOYMENTS, PODS, PORT, PROGRAMS, Cluster, cluster, every_cluster, workload
+from real_kubernetes import kubeconfig
 
 KIND = "engine"
 STATEFUL_SETS = "/apis/apps/v1/namespaces/default/statefulsets"
@@ -458,3 +463,41 @@ def test_pods_of_others_that_fit_the_selector_are_not_used_and_marks_are_taken_b
         await until(lambda: cost() is None, "its mark is gone")
 
     told("fake", tmp_path, story, workload())
+
+
+@pytest.mark.kubernetes
+@pytest.mark.skipif(not PROGRAMS, reason="CHIRON_TEST_KUBERNETES names no programs")
+def test_the_role_that_ships_allows_what_chiron_does_and_nothing_else(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("real", tmp_path) as here:
+            text = (Path(chiron.__file__).parent / "data/deploy/kubernetes/chiron.yaml").read_text()
+            by_kind = {item["kind"]: item for item in yaml.safe_load_all(text)}
+            rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/default"
+            binding = by_kind["RoleBinding"]
+            binding["subjects"] = [{"kind": "User", "name": "chiron", "apiGroup": "rbac.authorization.k8s.io"}]
+            await here.client.post(f"{rbac}/roles", by_kind["Role"])
+            await here.client.post(f"{rbac}/rolebindings", binding)
+            await here.apply(workload(name="vllm"))
+            await here.apply(workload(name="other"))
+            assert here.plane is not None
+            limited = kubeconfig(tmp_path / "limited", here.plane.url, "chirontok")
+            async with fleet_on(replace(here, kubeconfig=limited), name="vllm") as site:
+                site.create(1, 2)
+                await site.ready(1, 2)
+                site.remove(2)
+                await here.until_ready(1)
+                pod = await site.pod_of(1)
+                client = Client(from_kubeconfig(limited))
+                await client.delete(f"{PODS}/{pod}")
+                for call in (
+                    client.get(f"{DEPLOYMENTS}/other/scale"),
+                    client.delete(f"{DEPLOYMENTS}/vllm"),
+                    client.get("/api/v1/namespaces/default/secrets"),
+                    client.get("/api/v1/nodes"),
+                ):
+                    with pytest.raises(ApiError, match="403 Forbidden"):
+                        await call
+                await client.close()
+                assert not any("403" in note for note in site.notes)
+
+    asyncio.run(run())
