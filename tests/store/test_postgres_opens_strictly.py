@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull, StoreUnavailable
-from postgres_server import Server
+from postgres_server import Server, postgres_server, why_not
 from store_contract import LIMITS, MODEL, check, content, lines_of, result, start, submit, upload
-from store_sites import PostgresSite
+from store_sites import PostgresSite, postgres_site
 
 Place = Callable[[], PostgresSite]
 
@@ -193,3 +196,35 @@ def test_a_database_without_room_and_a_file_that_is_too_large_are_refused(postgr
     assert isinstance(store_error(psycopg.errors.DiskFull("could not extend file"), site.settings), StoreFull)
     assert isinstance(store_error(psycopg.errors.AdminShutdown("bye"), site.settings), StoreUnavailable)
     assert isinstance(store_error(psycopg.errors.DataCorrupted("page"), site.settings), StoreDamaged)
+
+
+@pytest.mark.slow
+def test_a_server_with_tls_is_checked(tmp_path: Path) -> None:
+    from chiron.store.postgres.look import look
+
+    if why := why_not():
+        pytest.skip(why)
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=db -keyout {key} -out {certificate}"
+    words = [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(words, check=True, capture_output=True)
+    with postgres_server() as server:
+        server.stop()
+        server.use_tls(certificate, key)
+        server.start()
+        sound = postgres_site(server, "tls", tmp_path, tls="verify-full", tls_root_cert=str(certificate))
+        opened(sound)
+        assert look(sound.settings).encrypted
+        assert look(replace(sound.settings, tls="require", tls_root_cert="")).encrypted
+        assert not look(replace(sound.settings, tls="disable", tls_root_cert="")).encrypted
+        assert look(sound.settings).schema == 1
+        other = tmp_path / "other.pem"
+        words[words.index(str(certificate))] = str(other)
+        subprocess.run(words, check=True, capture_output=True)
+        with pytest.raises(StoreError, match=r"certificate verify failed.*store\.tls"):
+            opened(postgres_site(server, "tls", tmp_path, tls="verify-full", tls_root_cert=str(other)))
+        named = sound.settings.url.replace("127.0.0.1", "localhost")
+        with pytest.raises(StoreError, match="localhost"):
+            opened(postgres_site(server, "tls", tmp_path, url=named, tls="verify-full", tls_root_cert=str(certificate)))

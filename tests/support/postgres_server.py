@@ -79,6 +79,17 @@ class Server:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, **_as_user(), start_new_session=True)  # type: ignore[call-overload]
         self.wait()
 
+    def use_tls(self, certificate: Path, key: Path) -> None:
+        """From the next start on. The server must own its key."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            place = self.directory / name
+            shutil.copyfile(source, place)
+            place.chmod(0o600)
+            if user := _as_user():
+                os.chown(place, user["user"], user["group"])  # type: ignore[arg-type]
+        files = (f"ssl_cert_file={self.directory}/server.crt", f"ssl_key_file={self.directory}/server.key")
+        self.settings = (*self.settings, "ssl=on", *files)
+
     def wait(self) -> None:
         import psycopg
 

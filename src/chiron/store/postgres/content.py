@@ -102,8 +102,13 @@ class BlockUpload:
             await self._run(forget)
 
     def _require_open(self) -> None:
-        if self._ended or self._failed:
-            raise StoreClosed(f"{self._file.filename!r}: the upload has {'ended' if self._ended else 'failed'}")
+        self._require_not_ended()
+        if self._failed:
+            raise StoreClosed(f"{self._file.filename!r}: the upload has failed")
+
+    def _require_not_ended(self) -> None:
+        if self._ended:
+            raise StoreClosed(f"{self._file.filename!r}: the upload has ended")
 
     def _end(self) -> None:
         self._ended = True
@@ -132,7 +137,11 @@ class BlockUpload:
                 block = data[start : start + BLOCK_BYTES]
                 db.execute("INSERT INTO blocks(id, number, data) VALUES(?, ?, ?)", (self._file.id, number, block))
 
-        await self._run(write)
+        try:
+            await self._run(write)
+        except StoreError:
+            self._require_not_ended()  # It was aborted meanwhile, and what there was of it is gone.
+            raise
         self._failed = False
 
 

@@ -670,7 +670,7 @@ def _close(now: _Opened) -> None:
     now.writer.close()
     # A validation under way ends at its next block.
     now.validator.shutdown(wait=True, cancel_futures=True)
-    now.readers.shutdown(wait=True, cancel_futures=True)
+    now.readers.shutdown(wait=True)  # Uploads are written there too, and whoever does hears how it ended.
     for connection in now.connections:
         connection.close()
     now.listener.join()

@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from random import Random
 from threading import Event, Lock, Thread
 from typing import Any, Final, TypeVar
+from zlib import crc32
 
 import psycopg
 
@@ -41,7 +42,7 @@ log = logging.getLogger("chiron.store")
 T = TypeVar("T")
 
 TURN_LOCK: Final = 0x43484952_5455524E
-"""Whoever writes anything but a lease has it until the commit, with the schema's number beside it."""
+"""Whoever writes anything but a lease has it until the commit; one for each schema."""
 CHANNEL: Final = "chiron_store"
 TRIES_MAX: Final = 5
 """Of a transaction that the server gave up for others."""
@@ -74,6 +75,7 @@ class Writer:
         self._settings = settings
         self._name = name
         self._told = told
+        self._turn = TURN_LOCK ^ crc32(settings.schema.encode())
         self._random = Random(f"{name}:reconnect")
         self.holder = Holder()
         self._has_chores = True
@@ -199,7 +201,7 @@ class Writer:
             return [group[0].run(transaction)]
         db.execute("BEGIN")
         if not group[0].alone:
-            db.execute("SELECT pg_advisory_xact_lock(?)", (TURN_LOCK,))
+            db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
         results = self._run_each(group, transaction)
         if transaction.has_news:
             db.execute(f"NOTIFY {CHANNEL}, '{self._settings.schema}'")
@@ -269,7 +271,7 @@ class Writer:
         db = self._db
         db.execute("BEGIN")
         transaction = Transaction(db, Meta())
-        db.execute("SELECT pg_advisory_xact_lock(?)", (TURN_LOCK,))
+        db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
         free_over(transaction, -1, self._name)
         number = register(db, self._name, self._settings.lease_s)
         db.execute("COMMIT")
@@ -337,7 +339,7 @@ class Writer:
         try:
             self._db.execute("BEGIN")
             transaction = Transaction(self._db, Meta())
-            self._db.execute("SELECT pg_advisory_xact_lock(?)", (TURN_LOCK,))
+            self._db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
             free(transaction, self.holder.no)
             if transaction.has_news:
                 self._db.execute(f"NOTIFY {CHANNEL}, '{self._settings.schema}'")
