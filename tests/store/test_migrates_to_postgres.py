@@ -20,10 +20,10 @@ Place = Callable[[], PostgresSite]
 async def fill(site: Site) -> None:
     """Batches in every state, with results, failed attempts, leases, files that are unused and gone."""
     async with site.store() as store:
-        running = await start(site, store, 600)
-        leased = await store.lease(MODEL, 300)
-        await store.finish([result(item, ok=item.index % 7 > 0) for item in leased[:250]], site.now_s)
-        await store.release(keys(leased[250:260]), True)
+        running = await start(site, store, 320)
+        leased = await store.lease(MODEL, 160)
+        await store.finish([result(item, ok=item.index % 7 > 0) for item in leased[:110]], site.now_s)
+        await store.release(keys(leased[110:120]), True)
         done = await start(site, store, 5, owner="me", window_s=60)
         await store.finish([result(item) for item in await store.lease(MODEL, 5)], site.now_s)
         cancelled = await start(site, store, 4)
@@ -82,7 +82,7 @@ def test_all_of_a_store_is_moved_and_its_work_goes_on(postgres_place: Place, tmp
             assert await all_of(store) == before
             again = [*await store.lease(MODEL, 1000), *await store.lease("a", 9), *await store.lease("b", 9)]
             assert sum(item.attempts for item in again) == 10
-            assert len(again) == 350 + 10
+            assert len(again) == 210 + 10
             assert {item.custom_id[:6] for item in again if item.model == "a"} == {"odd-\0-"}
             await store.finish([result(item) for item in again], old.now_s)
             for batch in await store.unvalidated():

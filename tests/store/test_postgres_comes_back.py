@@ -54,6 +54,7 @@ def test_a_commit_whose_answer_is_lost_counts_once(when: When, postgres_place: P
         proxy.close()
 
 
+@pytest.mark.slow
 def test_connections_that_the_server_ends_are_made_anew(postgres_place: Place) -> None:
     site = postgres_place()
 

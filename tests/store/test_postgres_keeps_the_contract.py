@@ -11,7 +11,6 @@ import store_contract as contract
 from store_sites import PostgresSite
 
 QUICK = (
-    contract.a_file_comes_back_byte_for_byte,
     contract.harmless_oddities_are_tolerated,
     contract.released_items_are_leased_again_first,
     contract.what_never_ran_expires_with_a_line,
