@@ -24,6 +24,7 @@ from chiron.control import scrapes
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
+from chiron.gateway.instances.observer import EngineObserver
 from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_load import STEPS_AT_ONCE
 from chiron.policies.chiron_settings import ChironSettings
@@ -144,6 +145,19 @@ def rounds(instances: int, requests: int, slice_size: int) -> tuple[list[float],
         scrapes.SLICE = before  # type: ignore[misc]
 
 
+def made(instances: int, slice_size: int) -> list[float]:
+    """Milliseconds that a gateway takes to make the samples of a slice."""
+    kind = InstanceKind(name="k", gpu="g", gpus=1, price_per_gpu_hour=1.0, kv_capacity_tokens=1000, max_num_seqs=8)
+    observers = [EngineObserver(Instance(number, "m", kind, "mixed", 0.0), 0.0) for number in range(instances)]
+    figures = {"running": 3.0, "waiting": 0.0, "kv_usage": 0.3}
+    took = []
+    for round_number in range(1, 6):
+        for first in range(0, instances, slice_size):
+            part = observers[first : first + slice_size]
+            took.append(ms(lambda part=part, at_s=float(round_number): [o.sample(at_s, figures) for o in part]))
+    return took
+
+
 def backtests(instances: int) -> tuple[list[float], list[float], list[float]]:
     """Milliseconds of each fleet tick without a backtest, of each piece of one, and of one in one go."""
     plane, clock = plane_of(instances)
@@ -227,6 +241,8 @@ def main() -> int:
     show("scrapes, a round in one go", [took for took in whole if took > 0.05])
     slices, placed = rounds(options.instances, options.requests, scrapes.SLICE)
     show(f"scrapes, a slice of {scrapes.SLICE}", slices)
+    show("samples of a round made in one go", made(options.instances, options.instances))
+    show(f"samples of a slice of {scrapes.SLICE} made", made(options.instances, scrapes.SLICE))
     show("a placement", placed)
     ticks, pieces, whole = backtests(options.instances)
     show("backtest, in one go", whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_a_request_that_arrives_between_two_slices_is_placed_at_once() -> None:
     assert len(many.retuned) == scrapes.SLICE
 
 
-def test_a_round_that_is_overtaken_by_the_next_holds_one_sample_of_each_instance() -> None:
+def test_of_the_rounds_that_wait_for_one_that_is_under_way_the_newest_counts() -> None:
     many = second_round(4 * scrapes.SLICE)
     for _ in range(50):
         many.clock.run_until(many.clock.now_s + 1e-4)
@@ -137,8 +138,42 @@ def test_a_round_that_is_overtaken_by_the_next_holds_one_sample_of_each_instance
 
     many.clock.run_until(3.0)
 
-    assert len(many.retuned) < 8 * scrapes.SLICE
+    assert len(many.retuned) == 2 * many.count
     assert {i.sample.taken_s for i in many.plane.instances.values() if i.sample is not None} == {last_s}
+
+
+def test_samples_are_asked_for_when_they_are_taken() -> None:
+    many, made = Many(3 * scrapes.SLICE), list[int]()
+
+    def samples(taken_s: float) -> Iterator[Sample]:
+        for number in list(many.plane.instances):
+            made.append(number)
+            yield sample(number, taken_s, 0)
+
+    many.plane.sampled(samples(0.0))
+    counts = [len(made)]
+    while len(made) < many.count:
+        assert many.clock.step()
+        counts.append(len(made))
+
+    assert counts == [scrapes.SLICE + 1, scrapes.SLICE + 1, 2 * scrapes.SLICE, 3 * scrapes.SLICE]
+
+
+def test_samples_that_cannot_be_made_hold_up_no_later_round() -> None:
+    many = Many(3 * scrapes.SLICE)
+
+    def broken() -> Iterator[Sample]:
+        for number in list(many.plane.instances)[: 2 * scrapes.SLICE]:
+            yield sample(number, 0.0, 0)
+        raise OSError("it is gone")
+
+    many.plane.sampled(broken())
+    with pytest.raises(OSError, match="it is gone"):
+        many.clock.run_until(1.0)
+
+    many.scrape()
+    many.clock.run_until(2.0)
+    assert all(i.sample is not None for i in many.plane.instances.values())
 
 
 def test_a_round_is_learned_from_as_often_whatever_its_size() -> None:

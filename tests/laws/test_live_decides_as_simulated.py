@@ -15,6 +15,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from chiron.control import scrapes
 from chiron.core.types import ModelSpec
 from chiron.engines.remote import CUT, Wire
 from chiron.fleet.model import Failures
@@ -190,6 +191,18 @@ def test_decides_the_same_with_any_number_of_relays(relays: int) -> None:
         else:
             received = b"".join(client.received)
             assert b"error" in received or not received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_decides_the_same_when_a_round_of_scrapes_is_taken_in_slices() -> None:
+    rows = [row for row in burst() if row[0] < 12.0]
+    setup = scenario("chiron", fails=False, rows=rows)
+    count = 3 * scrapes.SLICE
+    models = tuple(replace(spec, min_instances=count, max_instances=count) for spec in setup.models)
+    simulation, real = both(replace(setup, models=models, initial={"m0": count}))
+
+    check_equal(simulation, real)
+    taken = {i.sample.taken_s for i in real.plane.instances.values() if i.sample is not None}
+    assert len(taken) >= 3
 
 
 def test_another_wire_is_another_log() -> None:

@@ -139,7 +139,7 @@ class Samples(Protocol):
     """What scrapes of engines bring."""
 
     def sampled(self, samples: Iterable[Sample]) -> None:
-        """A round of scrapes."""
+        """A round of scrapes. Of many instances it is not taken at once: samples are asked for as they are taken."""
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
         """An engine has told how much KV it has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -95,12 +95,20 @@ class ModelScraper:
         engines: Callable[[], Iterable[Looked]],
         period_s: float,
         delay_s: float,
+        dated_when_taken: bool = False,
     ) -> None:
+        """``dated_when_taken``: as a gateway's samples are, where there is a wire; else when they were read."""
         self._clock = clock
         self._plane = plane
         self._engines = engines
         self._period_s = period_s
         self._delay_s = delay_s
+        self._dated_when_taken = dated_when_taken
+
+    def _dated(self, samples: list[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            now_s = self._clock.now_s
+            yield replace(sample, taken_s=now_s) if self._dated_when_taken and sample.taken_s != now_s else sample
 
     def begin(self) -> None:
         """The first round one period from now."""
@@ -118,7 +126,7 @@ class ModelScraper:
                 tell()
 
         def tell() -> None:
-            self._clock.call_later(self._delay_s, lambda: self._plane.sampled(samples))
+            self._clock.call_later(self._delay_s, lambda: self._plane.sampled(self._dated(samples)))
 
         for engine in engines:
             engine.look(seen)

@@ -106,6 +106,7 @@ class Simulation:
             engines=lambda: engines.of(self.fleet.engines),
             period_s=setup.scrape_period_s,
             delay_s=setup.scrape_delay_s,
+            dated_when_taken=setup.wire is not None,
         )
 
     def run(self, progress: Progress | None = None) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from chiron.core.ports import Samples
+from chiron.core.types import Sample
 from chiron.engines.metrics import read_row
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.relay.context_limit import ask_context
@@ -99,8 +100,10 @@ class Scraper:
             self._clock.post(lambda: self._context_told(engine))
 
     def _tell(self, engines: list[InstanceEngine]) -> None:
-        now_s = self._clock.now_s
-        samples = []
+        self._samples.sampled(self._sampled(engines))
+
+    def _sampled(self, engines: list[InstanceEngine]) -> Iterator[Sample]:
+        """Made when they are taken: of many engines it is work for a while."""
         for engine in engines:
             if engine.closed:
                 continue
@@ -117,5 +120,4 @@ class Scraper:
                     engine.instance.max_batch_size,
                     engine.instance.kind.name,
                 )
-            samples.append(engine.observer.sample(now_s, engine.metrics))
-        self._samples.sampled(samples)
+            yield engine.observer.sample(self._clock.now_s, engine.metrics)
