@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
+from typing import TYPE_CHECKING
 
 import pytest
 
 from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
 from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
 from store_sites import PostgresSite
+
+if TYPE_CHECKING:
+    from chiron.store.postgres.store import PostgresStore
 
 Place = Callable[[], PostgresSite]
 
@@ -44,7 +48,7 @@ def test_two_gateways_lease_from_one_job_without_doubling_an_item(postgres_place
 
 def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place) -> None:
     site = postgres_place()
-    site.settings = replace(site.settings, lease_s=1.0)
+    site.settings = replace(site.settings, lease_s=3600.0)
 
     async def run() -> None:
         dead = site.make("dead")
@@ -54,15 +58,13 @@ def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place
         upload = await dead.begin_file("batch", "half", "", 1 << 30)
         await upload.write(bytes(2 << 20))
         await dead.finish([result(leased[0])], site.now_s)
-        assert dead._now is not None
         async with site.gateway("lives") as lives:
             assert indices(await lives.lease(MODEL, 10)) == [6, 7, 8, 9]
-            # It dies: nobody renews. Its thread is not killed, but ours is as good as gone to the server.
-            stop_renewing(dead)
-            async with asyncio.timeout(60):
-                while not (again := await lives.lease(MODEL, 10)):
-                    await lives.expire(site.now_s)
-                    await asyncio.sleep(0.05)
+            await lives.expire(site.now_s)
+            assert await lives.lease(MODEL, 10) == [], "it is alive"
+            await end_lease(lives, "dead")
+            await lives.expire(site.now_s)
+            again = await lives.lease(MODEL, 10)
             assert indices(again) == [1, 2, 3, 4, 5]
             assert [item.attempts for item in again] == [0] * 5
             await lives.finish([result(item, text="lives") for item in again], site.now_s)
@@ -71,7 +73,6 @@ def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place
             left = await lives._read(lambda db: db.execute("SELECT count(*) AS n FROM blocks").fetchone()["n"])
             assert left == 1, "what the dead gateway uploaded by half is gone; the batch's input is there"
             # It was only slow: its results come too late, and count for nothing.
-            stop_renewing(dead, no_longer=True)
             await dead.finish([result(item, text="dead") for item in leased], site.now_s)
             await dead.release(keys(leased), True)
             (work,) = [work.items for work in await lives.pending()] or [0]
@@ -85,15 +86,12 @@ def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place
     asyncio.run(run())
 
 
-def stop_renewing(store: object, no_longer: bool = False) -> None:
-    """As if its process had stopped: the writer's thread takes no job and renews no lease."""
-    writer = store._now.writer  # type: ignore[attr-defined]
-    if no_longer:
-        writer.stopped.set()
-    else:
-        writer.stopped = Event()
-        stopped = writer.stopped
-        writer.submit(lambda transaction: stopped.wait(60), alone=True)
+async def end_lease(store: PostgresStore, name: str) -> None:
+    """As if nothing had been heard of a gateway for longer than its lease."""
+    ended = await store._change(
+        lambda db: db.execute("UPDATE holders SET until = clock_timestamp() WHERE name = ?", (name,)).rowcount
+    )
+    assert ended == 1
 
 
 @pytest.mark.slow
@@ -138,7 +136,7 @@ def test_others_hear_of_new_work_at_once(postgres_place: Place) -> None:
 @pytest.mark.slow
 def test_what_a_dead_gateway_was_validating_is_validated_by_the_other(postgres_place: Place) -> None:
     site = postgres_place()
-    site.settings = replace(site.settings, lease_s=1.0)
+    site.settings = replace(site.settings, lease_s=3600.0)
     reached, go_on = Event(), Event()
 
     def stuck(line: bytes) -> ItemSpec | LineError:
@@ -155,17 +153,14 @@ def test_what_a_dead_gateway_was_validating_is_validated_by_the_other(postgres_p
             assert await lives.unvalidated() == []
             with pytest.raises(Conflict, match="by another gateway"):
                 await lives.validate(batch.id, check, LIMITS)
-            stop_renewing(dies)
-            async with asyncio.timeout(60):
-                while await lives.unvalidated() != [batch]:
-                    await lives.expire(site.now_s)
-                    await asyncio.sleep(0.05)
+            await end_lease(lives, "dies")
+            await lives.expire(site.now_s)
+            assert await lives.unvalidated() == [batch]
             done = await lives.validate(batch.id, check, LIMITS)
             assert (done.status, done.total) == ("in_progress", 700)
             leased = await lives.lease(MODEL, 5)
             await lives.finish([result(item) for item in leased], site.now_s)
             go_on.set()
-            stop_renewing(dies, no_longer=True)
             late = await task
             assert (late.status, late.completed) == ("in_progress", 5), "what came too late changes nothing"
 
