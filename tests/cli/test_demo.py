@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,11 @@ def eventually(holds: Any, timeout_s: float = 120.0) -> None:
 
 
 def engine_runs(out: Path) -> bool:
-    return any("chiron.engines.serve.emulated" in p.cmdline() for p in of_demo(out) if p.is_running())
+    for process in of_demo(out):
+        with suppress(psutil.Error):  # It may be gone by now.
+            if "chiron.engines.serve.emulated" in process.cmdline():
+                return True
+    return False
 
 
 @pytest.mark.alone

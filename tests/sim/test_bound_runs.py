@@ -107,13 +107,17 @@ SCENARIOS = {
 }
 
 
+EVERY = ("overloaded", "two kinds", "no floor")
+"""Scenarios of every policy in the default suite."""
+
+
 def pairs() -> list[Any]:
-    """Every policy in every scenario; what is tuned differs in numbers alone, and is as long again."""
-    slow = {name for name in POLICIES if name.endswith("-tuned")}
+    """Every policy in every scenario, most of the rivals' in the slow suite."""
     return [
-        pytest.param(policy, scenario, marks=[pytest.mark.slow] if policy in slow else [])
+        pytest.param(policy, scenario, marks=[] if usual else [pytest.mark.slow])
         for policy in sorted(POLICIES)
         for scenario in SCENARIOS
+        for usual in [policy in ("chiron", "static") or (scenario in EVERY and not policy.endswith("-tuned"))]
     ]
 
 
