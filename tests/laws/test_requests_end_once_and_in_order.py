@@ -11,15 +11,20 @@ from chiron.sim.setup import Setup
 from effort import examples
 from scenario_factory import CLASSES, Run, WildSettings, run, setups
 
-law = settings(
-    max_examples=examples(120),
-)
-
 
 @given(setups())
-@law
-def test_every_request_is_somewhere_and_ends_at_most_once(setup: Setup) -> None:
+@settings(max_examples=examples(200))
+def test_requests_and_instances_keep_to_their_order_in_any_simulation(setup: Setup) -> None:
+    """Each law is read from the same runs: simulating is what takes the time."""
     done = run(setup)
+    check_every_request_is_somewhere_and_ends_at_most_once(done)
+    check_time_never_goes_back(done)
+    check_instances_are_drained_before_they_go_and_take_no_work_unless_ready(done)
+    check_interactive_requests_are_never_evicted_and_evicted_work_finishes_once(setup, done)
+    check_plans_and_gpus_stay_within_their_bounds(setup, done)
+
+
+def check_every_request_is_somewhere_and_ends_at_most_once(done: Run) -> None:
     place: dict[int, int | None] = {}
     """Where each request is that has arrived and not ended: an instance, or None for the queue."""
     ended: set[int] = set()
@@ -51,10 +56,7 @@ def test_every_request_is_somewhere_and_ends_at_most_once(setup: Setup) -> None:
     assert np.flatnonzero(table.outcome != 4).tolist() == sorted(ended)
 
 
-@given(setups())
-@law
-def test_time_never_goes_back(setup: Setup) -> None:
-    done = run(setup)
+def check_time_never_goes_back(done: Run) -> None:
     times = [event["t"] for event in done.events]
     assert times == sorted(times)
     table = done.result.requests
@@ -67,10 +69,7 @@ def test_time_never_goes_back(setup: Setup) -> None:
     assert (table.first_token_s[finished] <= table.finish_s[finished]).all()
 
 
-@given(setups())
-@law
-def test_instances_are_drained_before_they_go_and_take_no_work_unless_ready(setup: Setup) -> None:
-    done = run(setup)
+def check_instances_are_drained_before_they_go_and_take_no_work_unless_ready(done: Run) -> None:
     state: dict[int, str] = {}
     held: dict[int, set[int]] = {}
     follows: dict[str, set[str | None]] = {
@@ -98,10 +97,7 @@ def test_instances_are_drained_before_they_go_and_take_no_work_unless_ready(setu
                 inside.discard(number)
 
 
-@given(setups())
-@law
-def test_interactive_requests_are_never_evicted_and_evicted_work_finishes_once(setup: Setup) -> None:
-    done = run(setup)
+def check_interactive_requests_are_never_evicted_and_evicted_work_finishes_once(setup: Setup, done: Run) -> None:
     events = done.events
     classes = {e["request"]: e["class"] for e in events if e["event"] == "arrival"}
     interactive = {c.name for c in CLASSES if c.interactive}
@@ -116,10 +112,7 @@ def test_interactive_requests_are_never_evicted_and_evicted_work_finishes_once(s
     assert not table.evictions[np.isin(table.cls, [i for i, c in enumerate(CLASSES) if c.interactive])].any()
 
 
-@given(setups())
-@law
-def test_plans_and_gpus_stay_within_their_bounds(setup: Setup) -> None:
-    done = run(setup)
+def check_plans_and_gpus_stay_within_their_bounds(setup: Setup, done: Run) -> None:
     bounds = {m.name: m for m in setup.models}
     for decision in done.result.decisions:
         if decision.kind in ("fleet", "role"):
