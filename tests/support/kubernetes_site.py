@@ -105,7 +105,7 @@ class Cluster:
         }
 
     async def replicas(self, name: str = "engine", path: str = DEPLOYMENTS) -> int:
-        return int((await self.client.get(f"{path}/{name}/scale"))["spec"]["replicas"])
+        return int((await self.client.get(f"{path}/{name}/scale"))["spec"].get("replicas", 0))
 
     async def set_replicas(self, replicas: int, name: str = "engine", path: str = DEPLOYMENTS) -> None:
         await self.client.patch(f"{path}/{name}/scale", {"spec": {"replicas": replicas}})

@@ -477,11 +477,12 @@ def now(later_s: float = 0.0) -> str:
 def _scale_of(item: Object) -> Object:
     meta = {key: item["metadata"][key] for key in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")}
     selector = item["spec"].get("selector", {}).get("matchLabels", {})
+    replicas = item["spec"].get("replicas", 0)
     return {
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
         "metadata": meta,
-        "spec": {"replicas": item["spec"].get("replicas", 0)},
+        "spec": {"replicas": replicas} if replicas else {},  # As the real one: a zero is left out.
         "status": {
             "replicas": item.get("status", {}).get("replicas", 0),
             "selector": ",".join(f"{key}={value}" for key, value in selector.items()),
