@@ -80,10 +80,13 @@ async def gateway(directory: Path, engine: ScriptedEngine, workers: int = 2) -> 
     (directory / "chiron.toml").write_text(
         f'[server]\nport = {port}\n[models.m]\nengine = "openai"\nendpoints = ["{engine.url}"]\nmax_num_seqs = 64\n'
     )
+    temporary = directory / "tmp"
+    temporary.mkdir()
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "chiron", "serve", "chiron.toml", "--workers", str(workers)],
             cwd=directory,
+            env=os.environ | {"TMPDIR": str(temporary)},
             stderr=log,
         )
     running = Running(process, f"http://127.0.0.1:{port}")
@@ -102,6 +105,7 @@ async def gateway(directory: Path, engine: ScriptedEngine, workers: int = 2) -> 
         process.wait(WAIT_S)
         _, alive = psutil.wait_procs(family, WAIT_S)
         assert not alive, "no process outlives the gateway"
+        assert list(temporary.iterdir()) == [], "and no socket"
         await engine.close()
 
 

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 
@@ -68,7 +69,7 @@ def _serve(gateway: socket.socket, run: RunRelay) -> None:
     """The fork server's whole life; does not return."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # The gateway says when it is over.
-    lines, sockets, children = b"", list[int](), set[int]()
+    lines, sockets, children, api_path = b"", list[int](), set[int](), ""
     while True:
         _reap(children)
         if not select.select([gateway], [], [], REAP_S)[0]:
@@ -83,14 +84,18 @@ def _serve(gateway: socket.socket, run: RunRelay) -> None:
         sockets += received
         while b"\n" in lines:
             line, _, lines = lines.partition(b"\n")
-            brain = socket.socket(fileno=sockets.pop(0))
+            brain, start = socket.socket(fileno=sockets.pop(0)), RelayStart(**json.loads(line))
+            api_path = start.api_path
             pid = os.fork()
             if pid == 0:
                 gateway.close()
-                os._exit(run(brain, RelayStart(**json.loads(line))))
+                os._exit(run(brain, start))
             brain.close()
             children.add(pid)
     _end(children)
+    with suppress(OSError):  # A gateway that stopped has removed it.
+        os.unlink(api_path)
+        os.rmdir(os.path.dirname(api_path))
     os._exit(0)
 
 
