@@ -62,7 +62,7 @@ test-slow: $(VENV)/.dev ## The slow tests only; those that load the whole machin
 # A real kube-apiserver and its controllers, built from Debian's source once and kept.
 KUBERNETES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/chiron/kubernetes-1.20
 
-test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (five minutes to build it once, then two)
+test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (minutes to build it once, then five)
 	@CHIRON_TEST_KUBERNETES=$(KUBERNETES) $(BIN)/python -m pytest -m kubernetes
 
 kubernetes-programs: $(KUBERNETES)/etcd ## Build that control plane, if it is not there
