@@ -75,10 +75,13 @@ def test_a_pod_uses_its_service_account_and_a_name_in_the_config_comes_first(tmp
         ({"user": {"exec": {"command": "aws"}}}, "has exec; Chiron needs a token or a certificate"),
         ({"cluster": {"server": "example.com"}}, "it must be https://HOST:PORT"),
         (
-            {"cluster": {"server": "https://h", "certificate-authority-data": "%"}},
+            {"cluster": {"server": "https://example.com", "certificate-authority-data": "%"}},
             "certificate-authority cannot be read",
         ),
-        ({"cluster": {"server": "https://h", "certificate-authority-data": "eA=="}}, "certificates cannot be used"),
+        (
+            {"cluster": {"server": "https://example.com", "certificate-authority-data": "eA=="}},
+            "certificates cannot be used",
+        ),
         ({"user": {"client-certificate": "a", "client-key": "b"}}, "client-certificate cannot be read"),
     ],
 )
