@@ -33,7 +33,7 @@ def families() -> list[Metric]:
     """A gateway's metrics page, as Prometheus' own parser reads it."""
     live = LivePlane()
     live.rush(2.0, per_s=5.0)
-    around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S)
+    around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S, relays_started=1)
     text = Metrics(live.plane, live.journal, lambda: around).render().decode()
     return list(text_string_to_metric_families(text))
 
@@ -106,13 +106,16 @@ def test_the_proxies_allow_what_the_gateway_allows() -> None:
         assert "/metrics" in text
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_init_writes_the_files_and_overwrites_none(tmp_path: Path) -> None:
     target = tmp_path / "deploy"
     written = CliRunner().invoke(app, ["init", "--deploy", str(target)], catch_exceptions=False)
     assert written.exit_code == 0
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
-        path.name: path.read_bytes() for path in DEPLOY.iterdir()
-    }
+    assert contents(target) == contents(DEPLOY)
+    assert "kubernetes/chiron.yaml" in contents(target)
     (target / "nginx.conf").write_text("mine")
     again = CliRunner().invoke(app, ["init", "--deploy", str(target)])
     assert again.exit_code == 2

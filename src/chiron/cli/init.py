@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,13 +96,22 @@ def init(
 
 def _write_deploy_files(directory: Path) -> None:
     """What operators need besides the config. Raises ConfigError if one of the files exists."""
-    files = sorted((resources.files("chiron") / "data" / "deploy").iterdir(), key=lambda file: file.name)
-    directory.mkdir(parents=True, exist_ok=True)
-    if taken := [str(directory / file.name) for file in files if (directory / file.name).exists()]:
+    files = {directory / name: content for name, content in _packaged(resources.files("chiron") / "data" / "deploy")}
+    if taken := [str(path) for path in files if path.exists()]:
         raise ConfigError(f"--deploy: {taken[0]} exists already, and is not overwritten; name another directory")
-    for file in files:
-        (directory / file.name).write_bytes(file.read_bytes())
-        typer.echo(str(directory / file.name))
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        typer.echo(str(path))
+
+
+def _packaged(folder: Traversable, within: str = "") -> Iterator[tuple[str, bytes]]:
+    """The files of a folder and of those in it, by their paths."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _packaged(entry, f"{within}{entry.name}/")
+        else:
+            yield within + entry.name, entry.read_bytes()
 
 
 def template() -> str:
