@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import psutil
 import pytest
 
+from child_processes import children
 from chiron.core.types import Instance
 from chiron.engines.profile_store import load_profile
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
@@ -196,7 +196,7 @@ def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_
             assert (heard.ready, heard.failed) == ([1, 2], [2]), "nothing is heard of what is gone"
 
     asyncio.run(story())
-    assert not psutil.Process().children(), "nothing is left"
+    assert not children(), "nothing is left"
 
 
 @every_fleet

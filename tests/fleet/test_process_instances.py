@@ -8,9 +8,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
+from child_processes import children
 from chiron.fleet.health import HealthTarget, Probe
 from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
@@ -95,7 +95,7 @@ def test_a_start_that_takes_too_long_fails(tmp_path: Path, port: str | None) -> 
             assert "not ready within 1 s" in heard.reasons[1]
             why = "no ready line" if port is None else "cannot connect"
             assert why in heard.reasons[1]
-            await until(lambda: not psutil.Process().children(), "the process is gone")
+            await until(lambda: not children(), "the process is gone")
 
     asyncio.run(story())
 
@@ -110,7 +110,7 @@ def test_an_instance_may_be_removed_while_it_starts(tmp_path: Path) -> None:
             for instance in instances[1:]:
                 await asyncio.sleep(0.01 * instance.id)  # At several points of its start.
                 fleet.remove(instance)
-            await until(lambda: not psutil.Process().children(), "all processes are gone")
+            await until(lambda: not children(), "all processes are gone")
             assert not heard.ready
             assert not heard.failed
 

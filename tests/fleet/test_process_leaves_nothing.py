@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
+from child_processes import children
 from chiron.fleet.process import orphans
 from fleet_factory import STUB, alive, an_instance, kill, local_fleet, pid_in, stub_kind, until, until_sync
 
@@ -154,4 +154,4 @@ def test_the_supervisor_ends_a_stubborn_engine_when_nobody_wants_it(tmp_path: Pa
         assert supervisor.wait(timeout=60.0) == 128 + signal.SIGKILL
     assert not alive(engine)
     assert not alive(pid_in(child))
-    assert not psutil.Process().children()
+    assert not children()

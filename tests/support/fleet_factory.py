@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from child_processes import children
 from chiron.core.types import Instance, InstanceKind
 from chiron.fleet.health import HealthSettings
 from chiron.fleet.port import FleetEnvironment
@@ -101,7 +102,7 @@ async def local_fleet(
     finally:
         await fleet.close()
         clock.stop()
-        assert not psutil.Process().children(), "the fleet left processes or zombies behind"
+        assert not children(), "the fleet left processes or zombies behind"
 
 
 async def until(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:

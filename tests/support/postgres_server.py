@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import create_server
 
+from child_processes import KEPT
+
 USER = "chiron"
 PASSWORD = "a password"
 WAIT_S = 60.0
@@ -77,6 +79,7 @@ class Server:
             words += ["-c", setting]
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, **_as_user(), start_new_session=True)  # type: ignore[call-overload]
+        KEPT.add(self.process.pid)
         self.wait()
 
     def use_tls(self, certificate: Path, key: Path) -> None:
@@ -114,6 +117,7 @@ class Server:
         else:
             self.process.send_signal(how)
         self.process.wait(timeout=WAIT_S)
+        KEPT.discard(self.process.pid)
         self.process = None
         if how == signal.SIGKILL:
             _end_children(self.directory)
