@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,6 +99,8 @@ class _Opened:
     validating: set[str] = field(default_factory=set)
     checked: dict[str, None] = field(default_factory=dict)
     """Files that were found to be whole, the oldest finding first."""
+    owed: deque[tuple[str, int]] = field(default_factory=deque)
+    """Items that are leased for nobody, because the server was away when they were to be given back."""
 
 
 class PostgresStore:
@@ -514,6 +517,7 @@ class PostgresStore:
         if limit <= 0 or bytes_max == 0:
             return []
         async with now.places:
+            self._give_back_owed(now)
             future = now.writer.submit(
                 lambda transaction: leases.lease(
                     transaction.db,
@@ -536,7 +540,7 @@ class PostgresStore:
                     await self._lose_input(now, batch_id)
             except BaseException:
                 # Whoever asked has gone or hears of an error; nobody else would ever give these back.
-                future.add_done_callback(lambda done: self._give_back(now.writer, done))
+                future.add_done_callback(lambda done: self._give_back_leased(now, done))
                 raise
             return found
 
@@ -548,10 +552,23 @@ class PostgresStore:
         )
         await asyncio.shield(asyncio.wrap_future(lost))
 
-    def _give_back(self, writer: Writer, done: Future[list[Leased]]) -> None:
+    def _give_back_leased(self, now: _Opened, done: Future[list[Leased]]) -> None:
         if not done.cancelled() and done.exception() is None:
-            keys = [(item.batch_id, item.index) for item in done.result()]
-            writer.submit(lambda transaction: leases.release(transaction, writer.holder, keys, False))
+            self._give_back(now, [(item.batch_id, item.index) for item in done.result()])
+
+    def _give_back_owed(self, now: _Opened) -> None:
+        if keys := [now.owed.popleft() for _ in range(len(now.owed))]:
+            self._give_back(now, keys)
+
+    def _give_back(self, now: _Opened, keys: list[tuple[str, int]]) -> None:
+        """Now, or as soon as the server is there."""
+
+        def given(done: Future[None]) -> None:
+            if done.cancelled() or done.exception() is not None:
+                now.owed.extend(keys)
+
+        released = now.writer.submit(lambda transaction: leases.release(transaction, now.writer.holder, keys, False))
+        released.add_done_callback(given)
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
         now = self._opened
@@ -589,7 +606,9 @@ class PostgresStore:
         await self._write(keep)
 
     async def expire(self, now_s: float) -> list[str]:
-        holder = self._opened.writer.holder
+        now = self._opened
+        holder = now.writer.holder
+        self._give_back_owed(now)
 
         def run(transaction: Transaction) -> list[str]:
             for name in leases.free_over(transaction, holder.no):
