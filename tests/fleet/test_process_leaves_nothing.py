@@ -41,7 +41,14 @@ asyncio.run(main())
 def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str], int, int, int]:
     """A gateway in small; also the process ids of its engine, the engine's child, and the supervisor."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(Path(__file__).parents[1] / "support"), str(directory), *switches],
+        [
+            sys.executable,
+            "-c",
+            PARENT,
+            str(Path(__file__).parents[1] / "support" / "processes"),
+            str(directory),
+            *switches,
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )

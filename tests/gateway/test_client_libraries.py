@@ -22,7 +22,7 @@ from edge_site import ask
 from fault_site import FaultSite, wait_for
 from ports import free_port
 
-HERE = Path(__file__).parents[1] / "support"
+HERE = Path(__file__).parents[1] / "support" / "gateway"
 PINS = HERE / "client_libraries.txt"
 INSTALL_TIMEOUT_S = 1200.0
 CHECKS_TIMEOUT_S = 900.0

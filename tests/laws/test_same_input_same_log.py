@@ -30,7 +30,7 @@ for policy in sys.argv[1:]:
 def output(hash_seed: str) -> bytes:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, "chiron", "static", "wild"],
-        cwd=Path(__file__).parents[1] / "support",
+        cwd=Path(__file__).parents[1] / "support" / "simulated",
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         capture_output=True,
         timeout=60,

@@ -17,7 +17,7 @@ from store_contract import content
 from store_sites import PostgresSite
 from store_worker import ITEMS
 
-WORKER = Path(__file__).parents[1] / "support" / "store_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "store" / "store_worker.py"
 BATCHES = 3
 
 

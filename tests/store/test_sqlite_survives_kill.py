@@ -16,7 +16,7 @@ from store_contract import content
 from store_sites import sqlite_site
 from store_worker import ITEMS
 
-WORKER = Path(__file__).parents[1] / "support" / "store_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "store" / "store_worker.py"
 
 
 def run_worker(directory: Path, acknowledged: Path, seed: str, batches: int, kill_after_s: float) -> bool:

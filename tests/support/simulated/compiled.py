@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def copy_source(folder: Path) -> None:
@@ -37,7 +37,7 @@ def setup(folder: Path, *arguments: str, **environment: str) -> str:
 def python(code: str, *arguments: str, source: Path | None = None) -> bytes:
     """What ``code`` prints in a process of its own, with the package from ``source`` or as it is here."""
     first = [str(source)] if source is not None else []
-    path = [*first, str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    path = [*first, str(ROOT / "tests" / "support" / "simulated"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
