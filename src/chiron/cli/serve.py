@@ -97,8 +97,7 @@ def serve(
         say(welcome(loaded, url, advise))
 
     async def body() -> None:
-        spawn = forks.spawn if forks is not None else None
-        await run(loaded, advise=advise, relays=relays, spawn=spawn, on_ready=ready)
+        await run(loaded, advise=advise, relays=relays, processes=forks, on_ready=ready)
 
     try:
         stopped_by = run_until_stopped(body)

@@ -29,7 +29,7 @@ from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.processes.fork_server import RelayStart
-from chiron.gateway.processes.workers import Port, Spawn, Workers, reserve
+from chiron.gateway.processes.workers import Port, RelayProcesses, Workers, reserve
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
@@ -77,9 +77,9 @@ class Service:
     """One gateway."""
 
     def __init__(
-        self, config: ServeConfig, *, advise: bool = False, relays: int = 0, spawn: Spawn | None = None
+        self, config: ServeConfig, *, advise: bool = False, relays: int = 0, processes: RelayProcesses | None = None
     ) -> None:
-        """To be made on the loop that runs it. ``spawn`` makes each of so many ``relays``; 0: this process listens
+        """To be made on the loop that runs it. ``processes`` makes so many ``relays``; 0: this process listens
         itself. Raises ValueError or OSError for what cannot work."""
         self.config = config
         self.advise = advise
@@ -174,7 +174,7 @@ class Service:
         self.metrics = Metrics(self.plane, self.journal, self.around)
         self._server: HttpServer | None = None
         self._relays = relays
-        self._spawn = spawn
+        self._processes = processes
         self._workers: Workers | None = None
         self._port: Port | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -223,9 +223,9 @@ class Service:
 
     async def _listen(self) -> int:
         """Where clients, or relays for them, reach this process. Returns the clients' port."""
-        config, spawn = self.config, self._spawn
+        config, processes = self.config, self._processes
         app, is_app = make_app(self._api_state()), lambda incoming: not self.front.takes(incoming)
-        if spawn is None:
+        if processes is None:
             self._server = await serve(
                 self.front.handle,
                 host=config.server.host,
@@ -245,7 +245,7 @@ class Service:
             self.front.handle, path=path, limits=limits, app=app, is_app=is_app, screen=self.front.screen
         )
         start = RelayStart(port=self._port.number, api_path=path, relays=self._relays)
-        workers = self._workers = Workers(clock=self.clock, spawn=spawn, start=start)
+        workers = self._workers = Workers(clock=self.clock, processes=processes, start=start)
         workers.relays = self.gateway.open_to_relays(
             responded=self.journal.responded, listening=workers.listens, left=workers.left
         )
@@ -535,12 +535,12 @@ async def run(
     *,
     advise: bool = False,
     relays: int = 0,
-    spawn: Spawn | None = None,
+    processes: RelayProcesses | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until cancelled; then stop well, and leave the run's result in the data directory. ``on_ready`` hears the
     URL; the others are as ``Service`` has them."""
-    service = Service(config, advise=advise, relays=relays, spawn=spawn)
+    service = Service(config, advise=advise, relays=relays, processes=processes)
     started = False
     try:
         url = await service.start()

@@ -36,15 +36,22 @@ class LoopRelays:
 
     def __init__(self, config: ServeConfig) -> None:
         self.running: list[RelayServer] = []
+        self.killed: list[str] = []
         self._config = config
+        self._named: dict[str, RelayServer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, brain: socket.socket, start: RelayStart) -> None:
-        server = RelayServer(self._config, start)
+    def spawn(self, name: str, brain: socket.socket, start: RelayStart) -> None:
+        server = self._named[name] = RelayServer(self._config, start)
         self.running.append(server)
         task = asyncio.get_running_loop().create_task(self._run(server, brain.dup()))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def kill(self, name: str) -> None:
+        self.killed.append(name)
+        if name in self._named:
+            self.die(self._named.pop(name))
 
     def die(self, server: RelayServer) -> None:
         """As when its process is killed: all its connections are cut."""
@@ -73,7 +80,7 @@ async def serving(directory: Path, text: str, relays: int = 0, changes: Sequence
     config = load_serve(directory / "chiron.toml", list(changes), None)
     there = LoopRelays(config)
     RELAYS[directory] = there
-    service = Service(config, relays=relays, spawn=there.spawn if relays else None)
+    service = Service(config, relays=relays, processes=there if relays else None)
     try:
         await service.start()
         yield service

@@ -2,8 +2,8 @@
 
 It is forked itself before the gateway has a loop, threads, engines or files of its own, so that nothing of these is
 inherited by a relay; all modules are loaded by then, and a relay is up in some milliseconds. It has one thread and no
-loop: it reads which relay to make, and reaps those that have ended. When the gateway is gone, by whatever way, its
-socket closes; so do those of the relays, which end, and what has not ended in time is killed.
+loop: it reads which relay to make or to kill, and reaps those that have ended. When the gateway is gone, by whatever
+way, its socket closes; so do those of the relays, which end, and what has not ended in time is killed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +56,14 @@ class ForkServer:
         theirs.close()
         self._socket = ours
 
-    def spawn(self, brain: socket.socket, start: RelayStart) -> None:
+    def spawn(self, name: str, brain: socket.socket, start: RelayStart) -> None:
         """Make a relay that speaks to the other end of ``brain``. Raises OSError if the fork server is gone."""
-        socket.send_fds(self._socket, [json.dumps(asdict(start)).encode() + b"\n"], [brain.fileno()])
+        socket.send_fds(self._socket, [_line(name, asdict(start))], [brain.fileno()])
+
+    def kill(self, name: str) -> None:
+        """Unless it has ended: also one that is stopped, which would keep its share of the port's connections."""
+        with suppress(OSError):  # The fork server is gone.
+            self._socket.sendall(_line(name, None))
 
     def close(self) -> None:
         """Once all relays have been told to end: wait until they have."""
@@ -65,11 +71,16 @@ class ForkServer:
         os.waitpid(self.pid, 0)
 
 
+def _line(name: str, start: dict[str, Any] | None) -> bytes:
+    """What the fork server reads: the relay's name, and what to make it with (null: kill it)."""
+    return json.dumps([name, start]).encode() + b"\n"
+
+
 def _serve(gateway: socket.socket, run: RunRelay) -> None:
     """The fork server's whole life; does not return."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # The gateway says when it is over.
-    lines, sockets, children, api_path = b"", list[int](), set[int](), ""
+    lines, sockets, children, api_path = b"", list[int](), dict[str, int](), ""
     while True:
         _reap(children)
         if not select.select([gateway], [], [], REAP_S)[0]:
@@ -84,14 +95,18 @@ def _serve(gateway: socket.socket, run: RunRelay) -> None:
         sockets += received
         while b"\n" in lines:
             line, _, lines = lines.partition(b"\n")
-            brain, start = socket.socket(fileno=sockets.pop(0)), RelayStart(**json.loads(line))
+            name, said = json.loads(line)
+            if said is None:
+                _kill(children, name)
+                continue
+            brain, start = socket.socket(fileno=sockets.pop(0)), RelayStart(**said)
             api_path = start.api_path
             pid = os.fork()
             if pid == 0:
                 gateway.close()
                 os._exit(run(brain, start))
             brain.close()
-            children.add(pid)
+            children[name] = pid
     _end(children)
     with suppress(OSError):  # A gateway that stopped has removed it.
         os.unlink(api_path)
@@ -99,17 +114,23 @@ def _serve(gateway: socket.socket, run: RunRelay) -> None:
     os._exit(0)
 
 
-def _reap(children: set[int]) -> None:
-    for pid in list(children):
+def _reap(children: dict[str, int]) -> None:
+    for name, pid in list(children.items()):
         if os.waitpid(pid, os.WNOHANG)[0]:
-            children.discard(pid)
+            del children[name]
 
 
-def _end(children: set[int]) -> None:
+def _kill(children: dict[str, int], name: str) -> None:
+    """A child that has not been reaped keeps its number: nobody else is hit."""
+    if (pid := children.pop(name, None)) is not None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _end(children: dict[str, int]) -> None:
     until_s = time.monotonic() + LINGER_S
     while children and time.monotonic() < until_s:
         _reap(children)
         time.sleep(0.01)
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+    for name in list(children):
+        _kill(children, name)

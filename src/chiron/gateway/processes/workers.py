@@ -1,7 +1,8 @@
 """Sees to it that there are as many relays as there should be, on a port of their own.
 
 One that ends is started again after a pause, which doubles while relays end soon after their start. What ran for it has
-ended by then (``brain.relays``).
+ended by then (``brain.relays``). One that hangs, or is stopped, is killed: as long as it has its listening socket, the
+kernel hands it its share of new connections, and nobody answers them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 from chiron.core.backoff import doubled_s
 from chiron.gateway.brain.relays import RelayLink, Relays
@@ -20,15 +21,23 @@ from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.relays")
 
-Spawn = Callable[[socket.socket, RelayStart], None]
-"""Makes a relay that speaks to the other end of this socket; raises OSError."""
 START_MAX_S = 60.0
-"""For so long the first relays may take to listen."""
+"""For so long a relay may take to listen."""
 AGAIN_MIN_S, AGAIN_MAX_S = 0.1, 10.0
 STEADY_S = 10.0
 """A relay that ends later than this after its start has worked."""
 STOP_S = 5.0
 """Beyond the grace period."""
+
+
+class RelayProcesses(Protocol):
+    """Relays by name."""
+
+    def spawn(self, name: str, brain: socket.socket, start: RelayStart) -> None:
+        """Make one that speaks to the other end of this socket. Raises OSError."""
+
+    def kill(self, name: str) -> None:
+        """At once, unless it has ended."""
 
 
 class Port:
@@ -75,13 +84,13 @@ def _bind(wire: socket.socket, address: tuple[object, ...]) -> None:
 class Workers:
     """The relays of one gateway."""
 
-    def __init__(self, *, clock: LiveClock, spawn: Spawn, start: RelayStart) -> None:
+    def __init__(self, *, clock: LiveClock, processes: RelayProcesses, start: RelayStart) -> None:
         self.relays: Relays | None = None
         """Set before ``begin``; it tells this of relays that listen, and that have left."""
         self.started = 0
         """Relays, ever."""
         self._clock = clock
-        self._spawn = spawn
+        self._processes = processes
         self._start = start
         self._began_s: dict[str, float] = {}
         self._failures = 0
@@ -92,7 +101,7 @@ class Workers:
     async def begin(self) -> None:
         """All of them, until they take connections. Raises OSError if they do not."""
         for _ in range(self._start.relays):
-            self._make()
+            self._clock.post(self._make)
         try:
             async with asyncio.timeout(START_MAX_S):
                 while self._listening < self._start.relays:
@@ -120,6 +129,7 @@ class Workers:
         self._news.set()
         if self._stopping:
             return
+        self._processes.kill(link.name)
         now_s = self._clock.now_s
         steady = link.listens and now_s - self._began_s.pop(link.name, now_s) >= STEADY_S
         self._failures = 0 if steady else self._failures + 1
@@ -137,21 +147,28 @@ class Workers:
         self._news.clear()
 
     def _make(self) -> None:
+        """Posted."""
         if self._stopping:
             return
         assert self.relays is not None
         self.started += 1
         link = self.relays.link(f"relay {self.started}")
         self._began_s[link.name] = self._clock.now_s
+        self._clock.call_later(START_MAX_S, lambda: self._require(link))
         task = asyncio.get_running_loop().create_task(self._connect(link))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _require(self, link: RelayLink) -> None:
+        """By now it listens, or it never will."""
+        if not (link.listens or link.gone):
+            link.wire.give_up(f"it did not listen within {START_MAX_S:g} s")
 
     async def _connect(self, link: RelayLink) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         try:
-            self._spawn(theirs, self._start)
+            self._processes.spawn(link.name, theirs, self._start)
         except OSError as error:
             log.error("no relay can be started (%s): restart the gateway", error)
         finally:
