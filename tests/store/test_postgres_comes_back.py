@@ -6,28 +6,54 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
 from chiron.store.port import Ended, StoreUnavailable
 from cutting_proxy import CuttingProxy, When
 from postgres_server import Server, postgres_server, why_not
-from store_contract import LIMITS, MODEL, check, content, create, indices, lines_of, result, start, submit, upload
+from store_contract import LIMITS, MODEL, check, content, create, indices, keys, lines_of, result, start, submit, upload
 from store_sites import PostgresSite, postgres_site
 
+if TYPE_CHECKING:
+    from chiron.store.postgres.store import PostgresStore
+
+T = TypeVar("T")
 Place = Callable[[], PostgresSite]
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_commit_whose_answer_is_lost_counts_once(when: When, postgres_place: Place, postgres: Server) -> None:
+@pytest.fixture
+def cut_off(postgres_place: Place, postgres: Server) -> Iterator[tuple[PostgresSite, CuttingProxy]]:
+    """A place whose connections can be cut."""
     site = postgres_place()
     proxy = CuttingProxy(postgres.port)
     url = site.settings.url.replace(f":{postgres.port}/", f":{proxy.port}/")
-    site.settings = replace(site.settings, url=url, reconnect_max_s=0.2)
+    # So long a lease needs no renewal: no COMMIT but those that the test makes.
+    site.settings = replace(site.settings, url=url, reconnect_max_s=0.2, lease_s=600.0)
+    yield site, proxy
+    proxy.close()
+
+
+async def back(store: PostgresStore) -> None:
+    async with asyncio.timeout(60):
+        while store.unavailable:
+            await asyncio.sleep(0.01)
+
+
+async def away(store: PostgresStore) -> None:
+    async with asyncio.timeout(60):
+        while not store.unavailable:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_commit_whose_answer_is_lost_counts_once(when: When, cut_off: tuple[PostgresSite, CuttingProxy]) -> None:
+    site, proxy = cut_off
 
     async def run() -> None:
         async with site.gateway() as store:
@@ -48,10 +74,69 @@ def test_a_commit_whose_answer_is_lost_counts_once(when: When, postgres_place: P
             assert indices(await store.lease(MODEL, 100)) == [4, 5, 6, 7, 8, 9]
             assert store.unavailable == ""
 
-    try:
-        asyncio.run(run())
-    finally:
-        proxy.close()
+    asyncio.run(run())
+
+
+def test_what_was_leased_just_before_the_server_went_is_leased_again(
+    cut_off: tuple[PostgresSite, CuttingProxy],
+) -> None:
+    """The lease counts, its bodies cannot be read, and to give it back there is no server."""
+    site, proxy = cut_off
+
+    async def run() -> None:
+        async with site.gateway() as store:
+            await start(site, store, 6)
+            await store.pending()  # So all that was asked before is committed.
+            proxy.cut("answered", down=True)
+            with pytest.raises(StoreUnavailable):
+                await store.lease(MODEL, 4)
+            assert proxy.was_cut.is_set()
+            await away(store)
+            proxy.mend()
+            await back(store)
+            assert indices(await store.lease(MODEL, 9)) == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "down"), [("before", False), ("after", False), ("answered", True)])
+def test_a_batch_comes_to_its_end_wherever_connections_are_cut(
+    when: When, down: bool, cut_off: tuple[PostgresSite, CuttingProxy]
+) -> None:
+    site, proxy = cut_off
+
+    async def run() -> None:
+        async with site.gateway() as store:
+
+            async def again(call: Callable[[], Awaitable[T]]) -> T:
+                async with asyncio.timeout(60):
+                    while True:
+                        try:
+                            return await call()
+                        except StoreUnavailable:
+                            proxy.mend()
+                            await asyncio.sleep(0.01)
+
+            for commits_before in range(12):
+                batch = await submit(site, store, lines_of(700))
+                proxy.cut(when, of="", commits_before=commits_before, down=down)
+                accepted = await again(lambda batch=batch: store.validate(batch.id, check, LIMITS))  # type: ignore[misc]
+                assert (accepted.status, accepted.total) == ("in_progress", 700)
+                leased = await again(lambda: store.lease(MODEL, 600))
+                await again(lambda leased=leased: store.release(keys(leased[:100]), failed_attempt=False))  # type: ignore[misc]
+                await again(
+                    lambda leased=leased: store.finish([result(item) for item in leased[100:]], site.now_s)  # type: ignore[misc]
+                )
+                rest = await again(lambda: store.lease(MODEL, 1000))
+                await again(lambda rest=rest: store.finish([result(item) for item in rest], site.now_s))  # type: ignore[misc]
+                proxy.mend()
+                done = await again(lambda batch=batch: store.get_batch(batch.id, None))  # type: ignore[misc]
+                assert (done.status, done.completed) == ("completed", 700), commits_before
+                assert await again(store.unvalidated) == []
+            assert proxy.was_cut.is_set()
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow

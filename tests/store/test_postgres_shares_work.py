@@ -6,16 +6,12 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from threading import Event
-from typing import TYPE_CHECKING
 
 import pytest
 
 from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
 from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
-from store_sites import PostgresSite
-
-if TYPE_CHECKING:
-    from chiron.store.postgres.store import PostgresStore
+from store_sites import PostgresSite, end_lease
 
 Place = Callable[[], PostgresSite]
 
@@ -84,14 +80,6 @@ def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place
         await dead.close()
 
     asyncio.run(run())
-
-
-async def end_lease(store: PostgresStore, name: str) -> None:
-    """As if nothing had been heard of a gateway for longer than its lease."""
-    ended = await store._change(
-        lambda db: db.execute("UPDATE holders SET until = clock_timestamp() WHERE name = ?", (name,)).rowcount
-    )
-    assert ended == 1
 
 
 @pytest.mark.slow

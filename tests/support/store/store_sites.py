@@ -67,3 +67,11 @@ def postgres_site(server: Server, schema: str, directory: Path, **settings: Any)
         store=lambda: site.gateway(), retention_s=chosen.retention_s, directory=directory, settings=chosen
     )
     return site
+
+
+async def end_lease(store: PostgresStore, name: str) -> None:
+    """As if nothing had been heard of a gateway for longer than its lease."""
+    ended = await store._change(
+        lambda db: db.execute("UPDATE holders SET until = clock_timestamp() WHERE name = ?", (name,)).rowcount
+    )
+    assert ended == 1
