@@ -18,7 +18,7 @@ from chiron.store.port import Ended, StoreUnavailable
 from cutting_proxy import CuttingProxy, When
 from postgres_server import Server, postgres_server, why_not
 from store_contract import LIMITS, MODEL, check, content, create, indices, keys, lines_of, result, start, submit, upload
-from store_sites import PostgresSite, postgres_site
+from store_sites import PostgresSite, end_lease, postgres_site
 
 if TYPE_CHECKING:
     from chiron.store.postgres.store import PostgresStore
@@ -95,6 +95,31 @@ def test_what_was_leased_just_before_the_server_went_is_leased_again(
             proxy.mend()
             await back(store)
             assert indices(await store.lease(MODEL, 9)) == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(run())
+
+
+def test_a_commit_of_a_gateway_that_was_given_up_meanwhile_is_not_made_twice(
+    cut_off: tuple[PostgresSite, CuttingProxy], postgres: Server
+) -> None:
+    site, proxy = cut_off
+    other_site = replace(site, settings=replace(site.settings, url=postgres.url))
+
+    async def run() -> None:
+        async with site.gateway() as store, other_site.gateway("other") as other:
+            file = await upload(store, lines_of(2))
+            proxy.cut("after", down=True)
+            making = asyncio.create_task(create(site, store, file))
+            await asyncio.to_thread(proxy.was_cut.wait, 60)
+            await end_lease(other, "one")
+            await other.expire(site.now_s)
+            proxy.mend()
+            with pytest.raises(StoreUnavailable, match="not known"):
+                await making
+            (made,) = await other.list_batches(None)
+            await back(store)
+            assert await store.list_batches(None) == [made]
+            assert (await store.validate(made.id, check, LIMITS)).status == "in_progress", "it goes on as a new holder"
 
     asyncio.run(run())
 

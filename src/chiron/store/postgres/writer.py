@@ -8,7 +8,8 @@ the row of its holder: once there is a connection again, that number says it. Th
 was not committed. Everything else fails with ``StoreUnavailable`` until then, at once.
 
 **A holder that is over.** A gateway that stalled for longer than its lease finds its row gone at its next commit: that
-is taken back, and run again as a new holder.
+is taken back, and run again as a new holder. If the row goes while it is not known whether a commit succeeded, nobody
+will know: it is not run again, and callers are told so.
 """
 
 from __future__ import annotations
@@ -168,18 +169,12 @@ class Writer:
             self._commit_as_new_holder(group, tries)
         except Exception as error:
             if is_lost(self._db.raw):
-                unknown = committing and not group[0].reads
-                if not unknown:
-                    _fail(group, StoreUnavailable(str(self._named(error))))
-                self._reconnect(error)
-                if not unknown:
-                    return
-                if self._end.is_set():
-                    _fail(group, StoreUnavailable(f"{where(self._settings)}: closed while the server was away"))
-                elif self._is_committed():
-                    self._answer(group, results, transaction)
+                if committing and not group[0].reads:
+                    self._reconnect(error)
+                    self._settle(group, results, transaction, tries)
                 else:
-                    self._commit(group, tries + 1)
+                    _fail(group, StoreUnavailable(str(self._named(error))))
+                    self._reconnect(error)
                 return
             self._roll_back()
             gave_way = isinstance(error, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
@@ -193,6 +188,18 @@ class Writer:
                     self._commit([job])
         else:
             self._answer(group, results, transaction)
+
+    def _settle(self, group: list[_Job], results: list[Any], transaction: Transaction, tries: int) -> None:
+        """Answer those whose commit was not answered, or run it again."""
+        committed = self._is_committed()
+        if committed:
+            self._answer(group, results, transaction)
+        elif committed is not None and tries < TRIES_MAX:
+            self._commit(group, tries + 1)
+        else:
+            while_away = "closed" if self._end.is_set() else "taken for dead, or cut off again and again,"
+            said = f"{while_away} while the server was away; whether it was done is not known"
+            _fail(group, StoreUnavailable(f"{where(self._settings)}: {said}"))
 
     def _run(self, group: list[_Job], transaction: Transaction) -> list[Any]:
         db = self._db
@@ -280,14 +287,19 @@ class Writer:
         self._commits = 0
         self._has_chores = True
 
-    def _is_committed(self) -> bool:
-        """Whether the transaction whose commit was not answered is. Waits for the server to have done with it."""
-        try:
-            row = self._db.execute("SELECT commits FROM holders WHERE no = ? FOR UPDATE", (self.holder.no,)).fetchone()
-        except psycopg.Error as error:
-            self._reconnect(error)
-            return not self._end.is_set() and self._is_committed()
-        return row is not None and row["commits"] == self._commits
+    def _is_committed(self) -> bool | None:
+        """Whether the transaction whose commit was not answered is. Waits for the server to have done with it. None:
+        nobody knows any more, since our holder is over, or this is the end."""
+        while not self._end.is_set():
+            try:
+                row = self._db.execute(
+                    "SELECT commits FROM holders WHERE no = ? FOR UPDATE", (self.holder.no,)
+                ).fetchone()
+            except psycopg.Error as error:
+                self._reconnect(error)
+            else:
+                return None if row is None else bool(row["commits"] == self._commits)
+        return None
 
     def _reconnect(self, error: Exception) -> None:
         """Blocks until there is a connection, or the end. Those who ask meanwhile are refused."""
