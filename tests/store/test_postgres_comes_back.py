@@ -124,6 +124,22 @@ def test_a_commit_of_a_gateway_that_was_given_up_meanwhile_is_not_made_twice(
     asyncio.run(run())
 
 
+def test_a_server_that_hangs_is_given_up(cut_off: tuple[PostgresSite, CuttingProxy]) -> None:
+    from psycopg import OperationalError
+
+    from chiron.store.postgres.connection import connect, is_lost, store_error
+
+    site, proxy = cut_off
+    db = connect(site.settings, "test")
+    assert db.raw.answer_max_s == site.settings.statement_timeout_s + site.settings.connect_timeout_s
+    db.raw.answer_max_s = 0.2
+    proxy.hold()
+    with pytest.raises(OperationalError, match=r"has not answered for 0\.2 s") as error:
+        db.execute("SELECT 1")
+    assert is_lost(db.raw)
+    assert isinstance(store_error(error.value, site.settings), StoreUnavailable)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("when", "down"), [("before", False), ("after", False), ("answered", True)])
 def test_a_batch_comes_to_its_end_wherever_connections_are_cut(

@@ -7,10 +7,12 @@ SQLite; text columns that may hold any character are ``bytea``, since PostgreSQL
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
+from math import inf
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import psycopg
 from psycopg import Cursor
@@ -19,6 +21,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull, StoreUnavailable
 from chiron.store.postgres.settings import PostgresSettings
+
+if TYPE_CHECKING:
+    from psycopg.abc import PQGen
+
+T = TypeVar("T")
 
 SERVER_MIN: Final = 130_000
 ROWS_PER_PAGE: Final = 512
@@ -63,6 +70,34 @@ def _make_rows(cursor: Cursor[Any]) -> Callable[[Sequence[Any]], Row]:
         return Row(places, row)
 
     return make
+
+
+class _RawConnection(psycopg.Connection[Row]):
+    """The server's own limit of a statement does not help if the server hangs: nothing would ever come, or fail.
+    Derived because that is how psycopg lets its wait be changed."""
+
+    answer_max_s = inf
+
+    def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
+        return super().wait(self._limited(gen), *args, **kwargs)
+
+    def _limited(self, gen: PQGen[T]) -> PQGen[T]:
+        """The same, but an error if nothing could be sent or received for ``answer_max_s``. psycopg says several times
+        a second that it still waits."""
+        heard_s = time.monotonic()
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if ready:
+                    heard_s = time.monotonic()
+                elif time.monotonic() - heard_s > self.answer_max_s:
+                    self.close()
+                    raise psycopg.OperationalError(f"the server has not answered for {self.answer_max_s:g} s")
+                state = gen.send(ready)
+        except StopIteration as end:
+            found: T = end.value
+            return found
 
 
 class Connection:
@@ -146,9 +181,10 @@ def connect(settings: PostgresSettings, name: str) -> Connection:
     except psycopg.Error as error:
         raise StoreError(f"store.url: {_first_line(error)}") from None
     try:
-        raw = psycopg.connect(conninfo, autocommit=True, row_factory=_make_rows)
+        raw = _RawConnection.connect(conninfo, autocommit=True, row_factory=_make_rows)
     except psycopg.Error as error:
         raise _connect_error(error, settings) from None
+    raw.answer_max_s = settings.statement_timeout_s + settings.connect_timeout_s
     try:
         if raw.info.server_version < SERVER_MIN:
             found = raw.info.parameter_status("server_version") or raw.info.server_version
