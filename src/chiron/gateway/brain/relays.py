@@ -20,7 +20,7 @@ from chiron.gateway.batch.call import BatchCall, FarAnswer
 from chiron.gateway.brain.desk import Desk
 from chiron.gateway.instances.engine import InstanceEngine, Placed, restart
 from chiron.gateway.port import messages as m
-from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
+from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, ProtocolError, Wire
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
 from chiron.gateway.relay.errors import ApiError, internal
@@ -34,6 +34,10 @@ TICK_S = 1.0
 """Between two looks at relays, and at what they should know of models."""
 QUIET_MAX = 30
 """Looks at a relay that says nothing, though it should once a second, until it is taken to be dead."""
+ITEM_MAX_BYTES = FRAME_MAX_BYTES - (1 << 20)
+"""Of the body of a batch item that is sent to a relay."""
+ITEMS_MAX_BYTES = UNREAD_MAX_BYTES // 2
+"""Of the bodies of items at one relay: all may be handed over before it has read the first."""
 
 
 class FarCall:
@@ -133,6 +137,8 @@ class RelayLink:
         """Requests that have not ended, by the relay's numbers."""
         self.items: dict[int, BatchCall] = {}
         """Items of batches whose bodies are there, by numbers of ours."""
+        self.item_bytes = 0
+        """Of their bodies."""
         self.runs: dict[int, FarRun] = {}
         """Placements that have not ended, by number."""
         self.late = 0
@@ -180,12 +186,18 @@ class RelayLink:
             self.wire.send(m.Place(call.here, placed.number, engine.instance.id, placed.request.tokens_done))
         return run
 
+    def has_room(self, call: BatchCall) -> bool:
+        """For the body of one more item."""
+        added = len(call.body.raw)
+        return added <= ITEM_MAX_BYTES and self.item_bytes + added <= ITEMS_MAX_BYTES
+
     def take_item(self, call: BatchCall, placed: Placed) -> None:
         """Its body goes there, and what has come of it elsewhere is lost."""
         restart(placed)
         request = placed.request
         call.link, call.here = self, m.ITEMS_FROM + request.id
         self.items[call.here] = call
+        self.item_bytes += len(call.body.raw)
         message = m.Item(
             number=call.here,
             request_id=call.request_id,
@@ -198,7 +210,8 @@ class RelayLink:
         self.wire.send(message)
 
     def item_ended(self, call: BatchCall, request: Request) -> None:
-        self.items.pop(call.here, None)
+        if self.items.pop(call.here, None) is not None:
+            self.item_bytes -= len(call.body.raw)
         if not self.gone:
             self.wire.post(m.End(call.here, str(request.outcome)))
 
@@ -454,8 +467,9 @@ class Relays:
         if not isinstance(call, BatchCall):
             return None
         link = call.link if isinstance(call.link, RelayLink) else None
-        if link is None and self.links:
-            link = min(self.links, key=lambda each: len(each.items))
+        # What no relay has room for is sent to its engine from here.
+        if link is None and (able := [each for each in self.links if each.has_room(call)]):
+            link = min(able, key=lambda each: len(each.items))
             link.take_item(call, placed)
         if link is None and call.here:
             call.here = 0

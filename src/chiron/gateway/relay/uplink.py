@@ -68,6 +68,7 @@ class RelayedItem(ItemCall):
             answer_max_bytes=said.answer_max_bytes,
         )
         self._answer = b""
+        self._answer_max_bytes = said.answer_max_bytes
 
     def end(self) -> str:
         problem = super().end()
@@ -77,6 +78,9 @@ class RelayedItem(ItemCall):
             self._answer = orjson.dumps(self.outcome()[1])
         except orjson.JSONEncodeError as error:
             return f"the engine's answer cannot be kept: {error}"
+        if len(self._answer) > self._answer_max_bytes:  # Numbers can be longer than the engine wrote them.
+            self._answer = b""
+            return f"the answer is larger than {self._answer_max_bytes} bytes"
         return ""
 
     def result(self, number: int) -> m.Result:
