@@ -8,10 +8,11 @@ from dataclasses import replace
 from math import inf, nan, sin
 from random import Random
 from typing import Any
+from zlib import crc32
 
 import pytest
 
-from chiron.control.learned import AGE_MAX_S, LOAD_AGE_MAX_S, Learned, LearnedError, from_bytes
+from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, LOAD_AGE_MAX_S, Learned, LearnedError, from_bytes
 from chiron.core.types import ModelSpec
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.sim.run import Simulation
@@ -121,6 +122,8 @@ def replace_models(learned: Learned, models: Any) -> Learned:
     return Learned(policy=learned.policy, wall_s=learned.wall_s, models=models)
 
 
+THREE_APART = [(0.999 if i == j else -0.5) if i < 3 and j < 3 else 0.0 for i in range(5) for j in range(5)]
+"""Any two of these may be, all three may not; with the ridge of the prior the elimination would divide by zero."""
 WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("a cold start of no time", lambda m: m.update(cold_start_s=-1.0), "cold_start_s: -1.0 is not a number"),
     ("a cold start that is no number", lambda m: m.update(cold_start_s=nan), "cold_start_s: nan"),
@@ -132,6 +135,11 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     (
         "sums that no equations have",
         lambda m: m["learner"]["steps"]["normal"].__setitem__(0, 0.0),
+        "normal: these are not sums of squares",
+    ),
+    (
+        "sums that no three equations have",
+        lambda m: m["learner"]["steps"].update(prior=1.0, normal=THREE_APART),
         "normal: these are not sums of squares",
     ),
     ("a truth for a number", lambda m: m["learner"]["steps"].update(updates=True), "updates: True"),
@@ -169,7 +177,10 @@ def test_what_is_too_old_or_of_another_policy_is_left_out(
         (LOAD_AGE_MAX_S + 1, "chiron", False, True),
         (60.0, "hpa", False, True),
         (AGE_MAX_S + 1, "chiron", False, False),
+        (-CLOCK_SKEW_MAX_S, "chiron", True, True),
         (-60.0, "chiron", False, False),
+        (-365 * 86400.0, "chiron", False, False),
+        (365 * 86400.0, "chiron", False, False),
     ):
         plane = day(RESTART_S).plane
         notes = plane.restore(Learned(policy=policy, wall_s=0.0, models=learned.models), age_s)
@@ -178,7 +189,12 @@ def test_what_is_too_old_or_of_another_policy_is_left_out(
         assert bool(notes) == (not (load and lengths))
 
 
-def test_bytes_that_are_not_whole_are_refused(without_restart: tuple[dict[float, int], Learned]) -> None:
+def sealed(body: bytes) -> bytes:
+    """With the checksum that it should have."""
+    return b"%b\n%08x\n" % (body, crc32(body))
+
+
+def test_bytes_that_are_no_learned_state_are_refused(without_restart: tuple[dict[float, int], Learned]) -> None:
     data = without_restart[1].to_bytes()
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 4
@@ -186,7 +202,10 @@ def test_bytes_that_are_not_whole_are_refused(without_restart: tuple[dict[float,
         (data[: len(data) // 2], "checksum"),
         (bytes(flipped), "checksum"),
         (b"", "checksum"),
-        (b"[]\n0c2bc5c5\n".replace(b"0c2bc5c5", b"%08x" % __import__("zlib").crc32(b"[]")), "version None"),
+        (sealed(b"[]"), "version None"),
+        (sealed(b"[" * 100_000), "not JSON: maximum recursion depth"),
+        (sealed(b'{"version":1,"policy":"chiron","wall_s":1%b,"models":{}}' % (b"0" * 400)), "wall_s: 1000"),
+        (sealed(b'{"version":1,"policy":"chiron","wall_s":NaN,"models":{}}'), "wall_s: nan is not a number"),
     ):
         with pytest.raises(LearnedError, match=message):
             from_bytes(wrong)

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 from zlib import crc32
 
+from chiron.core.kept import Kept
+
 VERSION: Final = 1
 AGE_MAX_S: Final = 7 * 86400.0
 """Older than this nothing of it is used; load in particular is no longer used after ``LOAD_AGE_MAX_S``."""
 LOAD_AGE_MAX_S: Final = 3600.0
+CLOCK_SKEW_MAX_S: Final = 10.0
+"""It may have been kept so long after now: by another machine, whose clock is a little ahead."""
+WALL_MAX_S: Final = 1e11
 BYTES_MAX: Final = 32 * 1024 * 1024
 
 
@@ -50,12 +55,16 @@ def from_bytes(data: bytes) -> Learned:
         raise LearnedError("learned state does not fit its checksum: it is damaged, or was cut off")
     try:
         content = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LearnedError(f"learned state is not JSON: {error}") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else None
         raise LearnedError(f"learned state of version {found!r}; this is version {VERSION}")
-    policy, wall_s, models = content.get("policy"), content.get("wall_s"), content.get("models")
-    if not isinstance(policy, str) or not isinstance(models, dict) or not isinstance(wall_s, int | float):
-        raise LearnedError("learned state without a policy, a time or models")
-    return Learned(policy=policy, wall_s=float(wall_s), models=models)
+    notes: list[str] = []
+    told = Kept(content, "learned state", notes)
+    policy, wall_s, models = told.text("policy", 100), told.number("wall_s", 0.0, WALL_MAX_S), content.get("models")
+    if policy is None or wall_s is None:
+        raise LearnedError(notes[0])
+    if not isinstance(models, dict):
+        raise LearnedError("learned state without models")
+    return Learned(policy=policy, wall_s=wall_s, models=models)

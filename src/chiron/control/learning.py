@@ -252,7 +252,6 @@ class Learner:
             "steps": {
                 "updates": self.updates,
                 "prior": self._prior,
-                "values": list(self._values),
                 "moment": list(self._moment),
                 "normal": [value for row in self._normal for value in row],
             },
@@ -280,13 +279,12 @@ class Learner:
     def _restore_steps(self, kept: Kept) -> None:
         updates = kept.whole("updates", 0, _COUNT_MAX)
         prior = kept.number("prior", 0.05, 50.0)
-        values = kept.numbers("values", 0.0, _TIME_MAX_S, least=5, most=5)
         moment = kept.numbers("moment", -_SUM_MAX, _SUM_MAX, least=5, most=5)
         normal = kept.numbers("normal", -_SUM_MAX, _SUM_MAX, least=25, most=25)
-        if updates is None or prior is None or values is None or moment is None or normal is None:
+        if updates is None or prior is None or moment is None or normal is None:
             return
         rows = [normal[5 * i : 5 * i + 5] for i in range(5)]
-        if not _is_normal(rows):
+        if not _is_normal(rows, prior):
             kept.drop("these are not sums of squares", "normal")
             return
         self.updates, self._prior, self._moment, self._normal = updates, prior, moment, rows
@@ -406,15 +404,22 @@ class Learner:
         self.prefill_square_s = values[4]
 
 
-def _is_normal(rows: list[list[float]]) -> bool:
-    """Whether it can be a sum of equations times their transposes: symmetric, and no entry larger than its diagonals
-    allow (Cauchy and Schwarz)."""
-    return all(rows[i][i] >= 0.0 for i in range(5)) and all(
-        abs(rows[i][j] - rows[j][i]) <= 1e-9 * (rows[i][i] + rows[j][j])
-        and rows[i][j] ** 2 <= rows[i][i] * rows[j][j] * (1.0 + 1e-9)
-        for i in range(5)
-        for j in range(i)
-    )
+def _is_normal(rows: list[list[float]], prior: float) -> bool:
+    """Whether it can be a sum of equations times their transposes: symmetric, and, but for rounding, positive
+    semidefinite, so that with the ridge no pivot of the elimination is below it."""
+    if any(abs(rows[i][j] - rows[j][i]) > 1e-9 * (rows[i][i] + rows[j][j]) for i in range(5) for j in range(i)):
+        return False
+    ridge = _RIDGE / prior**2
+    left = [list(row) for row in rows]
+    for i, pivot in enumerate(left):
+        pivot[i] += ridge
+        if pivot[i] < 0.5 * ridge:
+            return False
+        for row in left[i + 1 :]:
+            factor = row[i] / pivot[i]
+            for j in range(i, 5):
+                row[j] -= factor * pivot[j]
+    return True
 
 
 def _solve(normal: list[list[float]], moment: list[float], prior: float) -> list[float]:

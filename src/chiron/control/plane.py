@@ -22,7 +22,7 @@ from chiron.control.autoscaler import Autoscaler, Observer
 from chiron.control.batch_size import BatchSizes
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
-from chiron.control.learned import AGE_MAX_S, LOAD_AGE_MAX_S, Learned
+from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, LOAD_AGE_MAX_S, Learned
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.control.scrapes import Scrapes
@@ -121,7 +121,9 @@ class ControlPlane:
         """Take over what an earlier run has learned, before ``begin``; ``age_s``: how long ago that was. Returns what
         was left out, and why."""
         notes: list[str] = []
-        if not 0.0 <= age_s <= AGE_MAX_S:
+        if age_s < -CLOCK_SKEW_MAX_S:
+            return [f"it is of {-age_s:.0f} s from now; at most {CLOCK_SKEW_MAX_S:.0f} s are allowed"]
+        if not age_s <= AGE_MAX_S:
             return [f"it is {age_s:.0f} s old; at most {AGE_MAX_S:.0f} s are allowed"]
         models = Kept(learned.models, "models", notes)
         fleet: dict[str, Kept] = {}
