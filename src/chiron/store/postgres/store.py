@@ -31,8 +31,8 @@ from chiron.store.damage import Damage
 from chiron.store.directory import disk_error, hold
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction
+from chiron.store.jobs.downloads import WholeFiles, read_lines
 from chiron.store.jobs.items import Leased
-from chiron.store.jobs.results import Page, Reading, begin_reading, read_page
 from chiron.store.jobs.rows import FAILED, OK, write_row
 from chiron.store.jobs.validation import Validation
 from chiron.store.learned import check_learned, learned_sum
@@ -72,12 +72,12 @@ T = TypeVar("T")
 
 log = logging.getLogger("chiron.store")
 
-CHECKED_MAX: Final = 1_000
-"""Files remembered as whole."""
 LISTEN_AGAIN_S: Final = 5.0
 COMMIT_WAIT_S: Final = 3.0
 """For so long the answer of a commit is waited for while the server is away."""
 LOOK_S: Final = 0.5
+_READ: Final = "BEGIN READ ONLY"
+_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
 NAME: Final = "gateway-name"
 _NAME_FORM: Final = re.compile(r"[A-Za-z0-9._-]{13,80}")
 
@@ -92,13 +92,12 @@ class _Opened:
     readers: ThreadPoolExecutor
     validator: ThreadPoolExecutor
     places: asyncio.Semaphore
+    whole: WholeFiles
     listener: Thread
     end: Event = field(default_factory=Event)
     connections: list[Connection] = field(default_factory=list)
     uploads: set[BlockUpload] = field(default_factory=set)
     validating: set[str] = field(default_factory=set)
-    checked: dict[str, None] = field(default_factory=dict)
-    """Files that were found to be whole, the oldest finding first."""
     owed: deque[tuple[str, int]] = field(default_factory=deque)
     """Items that are leased for nobody, because the server was away when they were to be given back."""
 
@@ -138,6 +137,7 @@ class PostgresStore:
             readers=ThreadPoolExecutor(self.settings.connections_max, thread_name_prefix="store-reader"),
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
             places=asyncio.Semaphore(self.settings.operations_max),
+            whole=WholeFiles(self.settings.check_first_bytes_max),
             listener=listener,
             end=end,
         )
@@ -229,7 +229,7 @@ class PostgresStore:
             self.damage.note(str(error))
             raise
 
-    async def _read(self, query: Callable[[Database], T], begin: str = "BEGIN READ ONLY") -> T:
+    async def _read(self, query: Callable[[Database], T], begin: str = _READ) -> T:
         """Run a query on a reader's thread, in a transaction."""
         now = self._opened
         with self._noting_damage():
@@ -238,6 +238,10 @@ class PostgresStore:
     async def _change(self, query: Callable[[Database], T]) -> T:
         """The same for what no other operation minds."""
         return await self._read(query, "BEGIN")
+
+    async def _snapshot(self, query: Callable[[Database], T]) -> T:
+        """The same for several statements that must see the same."""
+        return await self._read(query, _SNAPSHOT)
 
     def _query(self, now: _Opened, query: Callable[[Database], T], begin: str) -> T:
         for last in (False, True):
@@ -339,10 +343,10 @@ class PostgresStore:
             yield block
 
     async def _read_upload(self, row: Row) -> AsyncIterator[bytes]:
-        if self._is_unchecked(row["id"], row["bytes"]):
+        if self._opened.whole.is_unchecked(row["id"], row["bytes"]):
             async for _ in self._blocks(row):
                 pass
-            self._note_checked(row["id"])
+            self._opened.whole.add(row["id"])
         async for block in self._blocks(row):
             yield block
 
@@ -366,46 +370,12 @@ class PostgresStore:
             yield block
             number += 1
 
-    def _is_unchecked(self, file_id: str, size: int) -> bool:
-        """Whether it must be read once before its first byte is passed on: what is told with the first byte, that it is
-        whole, cannot be taken back. Later readings check as well, and break off."""
-        return size <= self.settings.check_first_bytes_max and file_id not in self._opened.checked
-
-    def _note_checked(self, file_id: str) -> None:
-        checked = self._opened.checked
-        checked[file_id] = None
-        while len(checked) > CHECKED_MAX:
-            del checked[next(iter(checked))]
-
     async def read_results(self, batch_id: str, ok: bool, owner: str | None = None) -> AsyncIterator[bytes]:
         async for block in self._read_lines(batch_id, OK if ok else FAILED, owner):
             yield block
 
-    async def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
-        batch = await self._read(lambda db: batches.find_batch(db, batch_id, owner))
-        file_id = batch["output_file_id" if state == OK else "error_file_id"]
-        size = batch["output_bytes" if state == OK else "error_bytes"]
-        if file_id is not None and self._is_unchecked(file_id, size):
-            async for _ in self._pages(batch, state):
-                pass
-            self._note_checked(file_id)
-        async for page in self._pages(batch, state):
-            yield page.lines
-
-    async def _pages(self, batch: Row, state: int) -> AsyncIterator[Page]:
-        def query(db: Database) -> Page:
-            now = batches.find_batch(db, batch["id"])
-            file_id = now["output_file_id" if state == OK else "error_file_id"]
-            if file_id is not None:
-                # Its lines go with it.
-                batches.find_file(db, file_id)
-            return read_page(db, now, reading, self.settings.block_bytes)
-
-        reading: Reading = begin_reading(batch, state)
-        snapshot = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-        while (page := await self._read(query, snapshot)).lines:
-            reading.turn(page)
-            yield page
+    def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
+        return read_lines(self._snapshot, self._opened.whole, batch_id, state, owner, self.settings.block_bytes)
 
     # Batches.
 
@@ -648,9 +618,6 @@ class PostgresStore:
             return data
 
         return await self._read(query)
-
-
-_READ: Final = "BEGIN READ ONLY"
 
 
 def _name_of(directory: Path) -> str:

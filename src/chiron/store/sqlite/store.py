@@ -35,9 +35,9 @@ from chiron.store.directory import (
 )
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction, meta_of
+from chiron.store.jobs.downloads import WholeFiles, read_lines
 from chiron.store.jobs.items import Leased
 from chiron.store.jobs.items import finish as finish_items
-from chiron.store.jobs.results import Page, Reading, begin_reading, read_page
 from chiron.store.jobs.rows import FAILED, OK
 from chiron.store.jobs.validation import Validation
 from chiron.store.learned import check_learned
@@ -86,8 +86,6 @@ T = TypeVar("T")
 
 log = logging.getLogger("chiron.store")
 
-CHECKED_MAX = 1_000
-"""Files remembered as whole."""
 NAMES_SHOWN = 5
 """Files named in one line of the log."""
 
@@ -107,12 +105,11 @@ class _Opened:
     uploaders: ThreadPoolExecutor
     validator: ThreadPoolExecutor
     places: asyncio.Semaphore
+    whole: WholeFiles
     learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     connections: list[Connection] = field(default_factory=list)
     uploads: set[FileUpload] = field(default_factory=set)
     validating: set[str] = field(default_factory=set)
-    checked: dict[str, None] = field(default_factory=dict)
-    """Files that were found to be whole, the oldest finding first."""
 
 
 class SqliteStore:
@@ -176,6 +173,7 @@ class SqliteStore:
             uploaders=ThreadPoolExecutor(self.settings.upload_threads, thread_name_prefix="store-uploader"),
             validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
             places=asyncio.Semaphore(self.settings.operations_max),
+            whole=WholeFiles(self.settings.check_first_bytes_max),
         )
 
     def _open_whole(self) -> Connection:
@@ -387,9 +385,9 @@ class SqliteStore:
     async def _read_upload(self, row: Row) -> AsyncIterator[bytes]:
         path = file_path(self.directory, row["id"])
         try:
-            if self._is_unchecked(row["id"], row["bytes"]):
+            if self._opened.whole.is_unchecked(row["id"], row["bytes"]):
                 await self._in_thread(lambda: check_content(path, row))
-                self._note_checked(row["id"])
+                self._opened.whole.add(row["id"])
             # A file that is deleted while it is read can be read to its end.
             stream = await self._in_thread(lambda: CheckedFile(path, row))
             try:
@@ -406,45 +404,12 @@ class SqliteStore:
         except OSError as error:
             raise disk_error(error, path) from error
 
-    def _is_unchecked(self, file_id: str, size: int) -> bool:
-        """Whether it must be read once before its first byte is passed on: what is told with the first byte, that it is
-        whole, cannot be taken back. Later readings check as well, and break off."""
-        return size <= self.settings.check_first_bytes_max and file_id not in self._opened.checked
-
-    def _note_checked(self, file_id: str) -> None:
-        checked = self._opened.checked
-        checked[file_id] = None
-        while len(checked) > CHECKED_MAX:
-            del checked[next(iter(checked))]
-
     async def read_results(self, batch_id: str, ok: bool, owner: str | None = None) -> AsyncIterator[bytes]:
         async for block in self._read_lines(batch_id, OK if ok else FAILED, owner):
             yield block
 
-    async def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
-        batch = await self._read(lambda db: batches.find_batch(db, batch_id, owner))
-        file_id = batch["output_file_id" if state == OK else "error_file_id"]
-        size = batch["output_bytes" if state == OK else "error_bytes"]
-        if file_id is not None and self._is_unchecked(file_id, size):
-            async for _ in self._pages(batch, state):
-                pass
-            self._note_checked(file_id)
-        async for page in self._pages(batch, state):
-            yield page.lines
-
-    async def _pages(self, batch: Row, state: int) -> AsyncIterator[Page]:
-        def query(db: Database) -> Page:
-            now = batches.find_batch(db, batch["id"])
-            file_id = now["output_file_id" if state == OK else "error_file_id"]
-            if file_id is not None:
-                # Its lines go with it.
-                batches.find_file(db, file_id)
-            return read_page(db, now, reading, self.settings.block_bytes)
-
-        reading: Reading = begin_reading(batch, state)
-        while (page := await self._read(query)).lines:
-            reading.turn(page)
-            yield page
+    def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
+        return read_lines(self._read, self._opened.whole, batch_id, state, owner, self.settings.block_bytes)
 
     # Batches.
 
