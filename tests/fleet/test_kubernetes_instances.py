@@ -20,6 +20,7 @@ from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.pods import DELETION_COST
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.testing.api import Refusal, shut
+from chiron.fleet.kubernetes.workload import Workload
 from chiron.fleet.port import FleetEnvironment, KindReport
 from chiron.net.clock import LiveClock
 from fleet_factory import Heard, an_instance, quick_settings, until
@@ -344,6 +345,63 @@ def test_a_stateful_set_moves_the_instance_of_its_last_pod_before_it_shrinks(wha
         path=STATEFUL_SETS,
         workload="statefulset",
     )
+
+
+async def scale_reads_meanwhile(here: Cluster) -> int:
+    """How often the scale is read during thirty other requests, on the same loop as all else."""
+    assert here.fake is not None
+    here.fake.requests.clear()
+    for _ in range(30):
+        await here.pods()
+    return sum(1 for method, path in here.fake.requests if method == "GET" and path.endswith("/scale"))
+
+
+def test_a_number_that_has_to_wait_is_not_asked_for_in_a_loop(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1, 2)
+        numbers = {await here.pod_of(number): number for number in (1, 2)}
+        here.remove(numbers["engine-0"])
+        await until(lambda: here.heard.leaving == [numbers["engine-1"]], "the last one has to move")
+        assert await scale_reads_meanwhile(here.cluster) < 5
+
+    told("fake", tmp_path, story, workload("StatefulSet"), path=STATEFUL_SETS, workload="statefulset")
+
+
+def test_advice_for_more_than_runs_is_not_asked_for_in_a_loop(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1)
+        assert await scale_reads_meanwhile(here.cluster) < 5
+
+    told("fake", tmp_path, story, workload(replicas=1), advise=True)
+
+
+def test_pods_that_are_listed_together_are_looked_at_once(tmp_path: Path) -> None:
+    looks: list[str] = []
+
+    class Watched(Workload):
+        def _assign(self) -> None:
+            looks.append(self.name)
+            super()._assign()
+
+    async def run() -> None:
+        async with cluster("fake", tmp_path, nodes=1, gpus=0) as here:
+            await here.apply(workload(replicas=50))  # None of them finds a node.
+
+            async def there() -> bool:
+                return len(await here.pods()) == 50
+
+            await here.until(there, "fifty pods are there")
+            source = KubernetesSource(workload="deployment", name="engine")
+            watched = Watched(source, here.client, "default")
+            running = asyncio.get_running_loop().create_task(watched.run())
+            await until(lambda: bool(watched.state().notes), "they are known")
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert len(looks) < 20, looks
+
+    asyncio.run(run())
 
 
 def test_an_api_server_that_restarts_changes_nothing_for_what_runs(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ class Workload:
         self._most_until_s = 0.0
         self._replaced_s = -REPLACE_PAUSE_S
         self._dirty = asyncio.Event()
+        self._woken = False
         self._trouble: dict[str, str] = {}
         """What is wrong, by topic."""
         self._foreign = ""
@@ -239,7 +240,7 @@ class Workload:
             changed=self._pod_changed,
             gone=self._pod_gone,
             listed=self._pods_listed,
-            troubled=lambda why: self._troubled("pods", why and f"its pods cannot be watched: {why}"),
+            troubled=self._pods_troubled,
             settings=self._settings,
         )
         itself = Watch(
@@ -287,29 +288,33 @@ class Workload:
             await heard(self._dirty, 3600.0 if until_s is None else until_s - now_s)
             self._dirty.clear()
             try:
-                await self._scale()
+                written = await self._scale()
                 self._refusal(None)
                 failures = 0
-                self._wake()
+                self._assign()
+                # What has to wait is asked again when something happens: at once would be a loop without a pause.
+                if written and self._replicas != self._wanted():
+                    self._dirty.set()
             except KubernetesError as error:
                 self._refusal(error)
                 failures += 1
                 self._dirty.set()
                 await pause(doubled_s(self._settings.backoff_first_s, self._settings.backoff_max_s, failures - 1))
 
-    async def _scale(self) -> None:
+    async def _scale(self) -> bool:
+        """False: there is nothing to write now."""
         path = f"{self._path}/{self._source.name}/scale"
         for _ in range(TRIES_MAX):
             scale = await self._client.get(path)
             replicas = _replicas(scale)
             self._observe(replicas)
             if self._advise or self._wanted() == replicas:
-                return
+                return False
             self._making_way = True
             try:
                 wanted = await self._make_way(replicas, self._wanted())
                 if wanted == replicas:
-                    return
+                    return False
                 self._attempted = wanted
                 await self._client.put(path, {**scale, "spec": {**_table(scale, "spec"), "replicas": wanted}})
                 self._replicas = wanted
@@ -322,7 +327,7 @@ class Workload:
             finally:
                 self._making_way = False
             log.info("%s: %d -> %d replicas", self.name, replicas, wanted)
-            return
+            return True
         raise KubernetesError(f"its scale was changed by others {TRIES_MAX} times in a row")
 
     def _wanted(self) -> int:
@@ -437,6 +442,11 @@ class Workload:
         self._listed = True
         self._wake()
 
+    def _pods_troubled(self, why: str) -> None:
+        if self._trouble.get("pods") and not why:
+            self._wake()  # Fewer replicas may have had to wait for this.
+        self._troubled("pods", why and f"its pods cannot be watched: {why}")
+
     def _pod_gone(self, uid: str) -> None:
         pod = self._pods.pop(uid, None)
         self._doomed.discard(uid)
@@ -468,6 +478,19 @@ class Workload:
     # -- who gets which pod ------------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
+        """Something has happened. Once for all of one turn of the loop: a list may bring thousands of pods."""
+        if not self._woken:
+            self._woken = True
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._woken = False
+        self._assign()
+        if self._replicas != self._wanted():
+            self._dirty.set()
+
+    def _assign(self) -> None:
+        """Ready pods to the instances that wait."""
         active = self._active()
         if not self._making_way and self._replicas is not None and len(active) <= self._replicas:
             self._doomed.clear()  # Those who are left stay.
@@ -484,8 +507,6 @@ class Workload:
                 self._condemned.add(pod.uid)
                 self._waiting.remove(hold)
                 _fail(hold.pod, StartFailedError(pod.cause))
-        if self._replicas != self._wanted():
-            self._dirty.set()
 
     def _pairs(self) -> list[tuple[Hold, Pod]]:
         """Instances that wait, each with the pod that it waits for if all goes as planned."""
