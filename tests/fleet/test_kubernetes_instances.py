@@ -377,6 +377,28 @@ def test_advice_for_more_than_runs_is_not_asked_for_in_a_loop(tmp_path: Path) ->
     told("fake", tmp_path, story, workload(replicas=1), advise=True)
 
 
+def test_fewer_replicas_wait_until_pods_are_watched_again_and_no_longer(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        here.create(1, 2)
+        await here.ready(1, 2)
+        fake.interfere = lambda method, path: Refusal(503, "", "busy") if path == PODS else None
+        fake.cut_watches()
+        await here.said("its pods cannot be watched")
+        here.remove(2)
+        await until(lambda: fake.requests[-1][1].endswith("/scale"), "it looks")
+        fake.interfere = lambda method, path: None
+
+        async def scaled() -> bool:
+            fake.bookmark()  # Nothing else is heard: no pod changes.
+            return fake.get("deployments", "engine")["spec"]["replicas"] == 1
+
+        await here.cluster.until(scaled, "one is left")
+
+    told("fake", tmp_path, story, workload())
+
+
 def test_pods_that_are_listed_together_are_looked_at_once(tmp_path: Path) -> None:
     looks: list[str] = []
 
