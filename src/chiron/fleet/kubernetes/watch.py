@@ -2,7 +2,8 @@
 
 Between two objects of a watch any time may pass, and a connection that is dead looks like one on which nothing
 happens. So the server is asked to end each watch after a while, and one that outlives that is cut. A version that the
-server no longer knows (410) means: list anew, and whatever is missing from the list has gone meanwhile.
+server no longer knows (410), or cannot read, means: list anew, and whatever is missing from the list has gone
+meanwhile.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from chiron.net.client import NetError
 log = logging.getLogger("chiron.fleet")
 
 GONE = 410
+VERSION_REFUSED = (400, GONE, 422)
+"""Statuses of a watch that begins at a version that the server cannot use."""
 OBJECTS_MAX = 10_000
 """In one set: more than a fleet has."""
+PAGES_MAX = 1_000
+"""Of one list: a server that always names a next page would be asked for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +98,7 @@ class Watch:
                 self._version = ""
                 failures += 1
             except (KubernetesError, NetError) as error:
-                if isinstance(error, ApiError) and error.status == GONE:
+                if isinstance(error, ApiError) and error.status in VERSION_REFUSED:
                     self._version = ""
                 failures += 1
                 self._troubled(str(error))
@@ -103,7 +108,7 @@ class Watch:
     async def _list(self) -> None:
         found: dict[str, Mapping[str, Any]] = {}
         query = {**self._query, "limit": str(self._settings.page)}
-        while True:
+        for _ in range(PAGES_MAX):
             page = await self._client.get(self._path, **query)
             items, head = page.get("items"), page.get("metadata")
             if (not isinstance(items, list) and items is not None) or not isinstance(head, Mapping):
@@ -115,6 +120,8 @@ class Watch:
             if not head.get("continue"):
                 break
             query["continue"] = str(head["continue"])
+        else:
+            raise KubernetesError(f"{self._path}: more than {PAGES_MAX} pages")
         version = head.get("resourceVersion")
         if not isinstance(version, str) or not version:
             raise KubernetesError(f"{self._path}: the list has no resourceVersion")
