@@ -518,14 +518,22 @@ def test_pods_of_others_that_fit_the_selector_are_not_used_and_marks_are_taken_b
         fake = here.cluster.fake
         assert fake is not None
         assert here.cluster.controllers is not None
+
+        async def canary_is_ready() -> bool:
+            return any(name.startswith("engine-canary") for name in await here.cluster.ready())
+
         stranger = {
             "metadata": {"name": "stranger", "labels": {"app": "engine"}},
             "spec": {"containers": [{"name": "x"}]},
         }
         fake.create(fake._resource("pods"), "default", stranger)
+        # Another Deployment, with the same labels and the same beginning of its name.
+        await here.cluster.apply(workload(replicas=1) | {"metadata": {"name": "engine-canary"}})
+        await here.cluster.until(canary_is_ready, "it is ready")
         here.create(1, 2)
         await here.ready(1, 2)
-        assert "stranger" not in {await here.pod_of(1), await here.pod_of(2)}
+        used = {await here.pod_of(1), await here.pod_of(2)}
+        assert not any(name.startswith(("stranger", "engine-canary")) for name in used)
         # While the workload's controller is slow the one that was marked is needed again.
         here.cluster.controllers.paused = True
         victim = await here.pod_of(2)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
+from chiron.fleet.kubernetes.client import refusal
 from chiron.fleet.kubernetes.pods import read_pod
 
 
@@ -63,7 +65,13 @@ def test_ready_means_running_and_ready() -> None:
     assert read_pod(pod({}, deletionTimestamp="2026-01-01T00:00:00Z")).deleting
 
 
-@pytest.mark.parametrize("said", ["10.0.0.1", "fd00::1", "0.0.0.0", "224.0.0.1", "example.com", "10.0.0.1:80", 7, None])
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("10.0.0.1", "fd00::1", "0.0.0.0", "224.0.0.1", "example.com", "10.0.0.1:80", 7, None),
+        *("169.254.169.254", "fe80::1", "fd00::1%eth0", "fd00::1%]@10.0.0.1"),
+    ],
+)
 def test_an_address_is_an_ip_address_or_none(said: object) -> None:
     assert read_pod(pod({"podIP": said})).address == (said if said in ("10.0.0.1", "fd00::1") else "")
 
@@ -82,7 +90,29 @@ def test_nonsense_is_read_as_nothing(nonsense: dict[str, Any]) -> None:
     assert 0 <= found.restarts < 1 << 31
 
 
-@pytest.mark.parametrize("meta", [{"name": ""}, {"uid": None}, {"name": 3}])
-def test_without_a_name_and_a_uid_it_is_no_pod(meta: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="without name or uid"):
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *({"name": ""}, {"uid": None}, {"name": 3}, {"name": "x" * 1_000_000}, {"uid": "x" * 1_000_000}),
+        *({"name": "a/../../nodes/b"}, {"name": "a\r\nb"}, {"name": "a?force"}, {"uid": "\x1b[2J"}, {"name": "a\n"}),
+    ],
+)
+def test_without_a_sound_name_and_uid_it_is_no_pod(meta: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="which is none") as error:
         read_pod(pod({}, **meta))
+    assert len(str(error.value)) < 200
+    assert str(error.value).isprintable()
+
+
+def test_what_a_cluster_says_is_one_short_line_without_control_characters() -> None:
+    """It goes to terminals."""
+    said = "\x1b[2J no\nroom \x00" + "x" * 1_000_000
+    cause = read_pod(pod(condition("PodScheduled", "False", reason="Unschedulable", message=said))).cause
+    for text in (
+        str(cause),
+        str(refusal(403, orjson.dumps({"message": said, "reason": said}))),
+        str(refusal(502, said.encode())),
+    ):
+        assert "room" in text
+        assert text.isprintable()
+        assert len(text) < 1000

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 import orjson
 
 from chiron.fleet.kubernetes.access import Access
+from chiron.fleet.kubernetes.pods import WORDS_MAX, words
 from chiron.net.client import Call, Header, NetError, Origin
 
 log = logging.getLogger("chiron.fleet")
@@ -24,8 +25,6 @@ BODY_MAX_BYTES = 64 * 1024 * 1024
 """Of one answer: a page of 500 pods of 100 KB."""
 LINE_MAX_BYTES = 4 * 1024 * 1024
 """Of one event of a watch; etcd takes objects of up to 1.5 MiB."""
-MESSAGE_MAX = 300
-"""Characters of what the server says that are passed on."""
 
 
 class KubernetesError(Exception):
@@ -163,8 +162,8 @@ def refusal(status: int, body: bytes) -> ApiError:
     except orjson.JSONDecodeError:
         said = None
     if not isinstance(said, dict):
-        return ApiError(status, "", body[:MESSAGE_MAX].decode("utf-8", "replace"))
-    return ApiError(status, str(said.get("reason") or "")[:MESSAGE_MAX], str(said.get("message") or "")[:MESSAGE_MAX])
+        return ApiError(status, "", words(body[:WORDS_MAX].decode("utf-8", "replace")))
+    return ApiError(status, words(said.get("reason")), words(said.get("message")))
 
 
 def _object(body: bytes, what: str) -> dict[str, Any]:

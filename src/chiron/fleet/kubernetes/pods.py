@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Literal
 
+from chiron.fleet.kubernetes.source import NAME
+
 DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Of the pods of a ReplicaSet those with the lowest go first. Kubernetes 1.22 and later."""
 WORDS_MAX = 300
@@ -35,6 +37,7 @@ _PULLS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNever
 _CANNOT_RUN = ("CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _NODE_LOST = ("NodeLost", "NodeNotReady", "TerminationByKubelet", "DeletionByTaintManager")
 _ORDINAL = re.compile(r"-(\d{1,6})$")
+_UID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +70,6 @@ class Pod:
     deleting: bool
     over: bool
     """All of its containers have ended for good."""
-    containers: tuple[str, ...]
-    """Ids of those that run: another one means that one has been restarted."""
     restarts: int
     cost: int
     cause: Cause | None
@@ -84,22 +85,23 @@ def read_pod(item: Mapping[str, Any]) -> Pod:
     """Raises ValueError for what is no pod."""
     meta, status = _table(item, "metadata"), _table(item, "status")
     name, uid = meta.get("name"), meta.get("uid")
-    if not isinstance(name, str) or not isinstance(uid, str) or not name or not uid:
-        raise ValueError("a pod without name or uid")
+    # Both become parts of requests, and of what operators read.
+    for key, value, form in (("name", name, NAME), ("uid", uid, _UID)):
+        if not isinstance(value, str) or not form.fullmatch(value):
+            raise ValueError(f"a pod whose {key} is {str(value)[:40]!r}, which is none")
     conditions = {str(each.get("type")): each for each in _tables(status, "conditions")}
     containers = _tables(status, "containerStatuses")
     phase = status.get("phase")
     return Pod(
-        name=name,
-        uid=uid,
-        created=str(meta.get("creationTimestamp") or ""),
+        name=str(name),
+        uid=str(uid),
+        created=words(meta.get("creationTimestamp")),
         owner=_owner(meta),
         address=_address(status.get("podIP")),
         ready=_is_true(conditions.get("Ready")) and phase == "Running",
         scheduled=bool(_table(item, "spec").get("nodeName")),
         deleting=bool(meta.get("deletionTimestamp")),
         over=phase in ("Failed", "Succeeded"),
-        containers=tuple(str(each.get("containerID") or "") for each in containers),
         restarts=max((_whole(each.get("restartCount")) for each in containers), default=0),
         cost=_whole(_table(meta, "annotations").get(DELETION_COST)),
         cause=_cause(status, conditions, containers),
@@ -112,18 +114,18 @@ def _cause(
     ready = conditions.get("Ready", {})
     for said in (status.get("reason"), ready.get("reason"), conditions.get("DisruptionTarget", {}).get("reason")):
         if said in _NODE_LOST:
-            return Cause(name="node_lost", words=_words(status.get("message") or ready.get("message") or said))
+            return Cause(name="node_lost", words=words(status.get("message") or ready.get("message") or said))
     scheduled = conditions.get("PodScheduled", {})
     if scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable":
-        return Cause(name="unschedulable", words=_words(scheduled.get("message")))
+        return Cause(name="unschedulable", words=words(scheduled.get("message")))
     for each in [*_tables(status, "initContainerStatuses"), *containers]:
         waiting = _table(_table(each, "state"), "waiting")
         ended = _table(_table(each, "state"), "terminated") or _table(_table(each, "lastState"), "terminated")
         said = waiting.get("reason")
         if said in _PULLS:
-            return Cause(name="image", words=_words(f"{said}: {waiting.get('message') or each.get('image')}"))
+            return Cause(name="image", words=words(f"{said}: {waiting.get('message') or each.get('image')}"))
         if ended.get("reason") == "OOMKilled" and not each.get("ready"):
-            return Cause(name="out_of_memory", words=_words(f"{each.get('name')} was killed for its memory"))
+            return Cause(name="out_of_memory", words=words(f"{each.get('name')} was killed for its memory"))
         if said in _CANNOT_RUN or (ended and not each.get("ready")):
             return Cause(name="crash_loop", words=_ending(each, ended, said))
     return None
@@ -132,7 +134,7 @@ def _cause(
 def _ending(container: Mapping[str, Any], ended: Mapping[str, Any], said: object) -> str:
     how = f"exit code {ended.get('exitCode')}" if ended else str(said)
     message = ended.get("message") or _table(_table(container, "state"), "waiting").get("message")
-    return _words(f"{container.get('name')} ended ({how}): {message}" if message else f"{container.get('name')}: {how}")
+    return words(f"{container.get('name')} ended ({how}): {message}" if message else f"{container.get('name')}: {how}")
 
 
 def _address(said: object) -> str:
@@ -141,12 +143,14 @@ def _address(said: object) -> str:
         found = ip_address(said) if isinstance(said, str) else None
     except ValueError:
         return ""
-    return str(found) if found is not None and not found.is_unspecified and not found.is_multicast else ""
+    if found is None or found.is_unspecified or found.is_multicast or found.is_link_local:
+        return ""
+    return "" if "%" in str(found) else str(found)  # What follows may be any text, in the middle of a URL.
 
 
 def _owner(meta: Mapping[str, Any]) -> str:
     owners = [each for each in _tables(meta, "ownerReferences") if each.get("controller") is True]
-    return str(owners[0].get("name") or "") if owners else ""
+    return words(owners[0].get("name")) if owners else ""
 
 
 def _table(item: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -170,6 +174,11 @@ def _whole(value: object) -> int:
         return 0
 
 
-def _words(text: object) -> str:
-    """One line without control characters."""
-    return " ".join(str(text or "").split())[:WORDS_MAX]
+def words(text: object) -> str:
+    """One line of bounded length without control characters, for logs and terminals."""
+    line = " ".join(str(text or "")[: 4 * WORDS_MAX].split())[:WORDS_MAX]
+    return (
+        line
+        if line.isprintable()
+        else "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in line)
+    )

@@ -26,7 +26,8 @@ WORKLOADS: Mapping[WorkloadName, WorkloadRow] = {
     "leaderworkerset": WorkloadRow(api="/apis/leaderworkerset.x-k8s.io/v1", plural="leaderworkersets", ordinals=True),
 }
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+"""Of objects."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class KubernetesSource:
             raise ValueError(f"workload is {self.workload!r}; it must be one of {', '.join(WORKLOADS)}")
         for key in ("name", "namespace"):
             value = getattr(self, key)
-            if not _NAME.fullmatch(value) and (value or key == "name"):
+            if not NAME.fullmatch(value) and (value or key == "name"):
                 raise ValueError(f"{key} is {value!r}; it must be a Kubernetes name: a-z, 0-9, - and .")
         if not 1 <= self.port <= 65_535:
             raise ValueError(f"port is {self.port}; it must be 1 to 65535")

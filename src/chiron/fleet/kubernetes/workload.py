@@ -23,7 +23,7 @@ from typing import Any
 
 from chiron.core.backoff import doubled_s
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
-from chiron.fleet.kubernetes.pods import DELETION_COST, Cause, Pod, read_pod
+from chiron.fleet.kubernetes.pods import DELETION_COST, Cause, Pod, read_pod, words
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.waiting import heard, pause
@@ -464,7 +464,7 @@ class Workload:
         self._controller = None
         for each in conditions if isinstance(conditions, list) else ():
             if isinstance(each, Mapping) and each.get("type") == "ReplicaFailure" and each.get("status") == "True":
-                self._controller = Cause(name="no_pod", words=str(each.get("message") or each.get("reason"))[:300])
+                self._controller = Cause(name="no_pod", words=words(each.get("message") or each.get("reason")))
         self._troubled("controller", str(self._controller or ""))
         spec = item.get("spec")
         if isinstance(spec, Mapping) and spec.get("replicas") != self._replicas:
@@ -529,7 +529,8 @@ class Workload:
     def _is_ours(self, pod: Pod) -> bool:
         """The selector may fit pods of others."""
         name = self._source.name
-        return pod.owner.startswith(f"{name}-") if self._source.workload == "deployment" else pod.owner == name
+        # A Deployment's pods belong to ReplicaSets, which have its name and a hash without a dash.
+        return name == (pod.owner.rpartition("-")[0] if self._source.workload == "deployment" else pod.owner)
 
     def _unbind(self, hold: Hold) -> None:
         for uid in [uid for uid, each in self._bound.items() if each is hold]:
