@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import msgspec
@@ -18,20 +18,17 @@ import orjson
 
 from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.learned import Learned, LearnedError, from_bytes
-from chiron.core.errors import InputError
 from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Sample
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES
 from chiron.runtime.assembly import Assembly
+from chiron.runtime.input_lines import Line, ReplayError, checked, shown
 from chiron.runtime.input_log import SAMPLE_FIELDS, VERSION, MarkedClock, Point, output_line
 from chiron.telemetry.event_log import decision_line
 
-Line = dict[str, Any]
-
-
-class ReplayError(InputError):
-    """A log that cannot be replayed: no input log, without its beginning, or with lines lost."""
+IDLE_TIMERS_MAX = 100_000
+"""Timers that fire between two lines: those of some days without a request or a sample."""
 
 
 class _DiffersError(Exception):
@@ -52,10 +49,15 @@ class Replayed:
     """By the control plane that was told again, up to there."""
 
 
-def replay(lines: Iterable[Line], make: Callable[[str, Any], Policy] | None = None) -> Replayed:
+def replay(
+    lines: Iterable[Line],
+    make: Callable[[str, Any], Policy] | None = None,
+    *,
+    idle_timers_max: int = IDLE_TIMERS_MAX,
+) -> Replayed:
     """``lines`` of one run, in order, as ``read_event_log`` reads them. ``make`` makes the policy of a name and its
     settings; default: the one that it is. Raises ReplayError."""
-    return _Replay(iter(lines), make or _make).run()
+    return _Replay(iter(lines), make or _make, idle_timers_max).run()
 
 
 def _make(name: str, settings: Any) -> Policy:
@@ -68,8 +70,9 @@ class _Replay:
     listener: Any = None
     wants_events = True
 
-    def __init__(self, lines: Iterator[Line], make: Callable[[str, Any], Policy]) -> None:
+    def __init__(self, lines: Iterator[Line], make: Callable[[str, Any], Policy], idle_timers_max: int) -> None:
         self._lines = lines
+        self._idle_timers_max = idle_timers_max
         self._next: Line | None = None
         self._make = make
         self._point = Point()
@@ -77,6 +80,8 @@ class _Replay:
         self._requests: dict[int, Request] = {}
         self._instances: dict[int, Instance] = {}
         self._inputs = self._decisions = self._placements = 0
+        self._idle = 0
+        """Timers that have fired since the line before."""
 
     def run(self) -> Replayed:
         self._assemble(next(self._lines, {}))
@@ -105,15 +110,15 @@ class _Replay:
         try:
             setup = json.loads(head["replay"])
             if setup["version"] != VERSION:
-                raise ReplayError(f"an input log of version {setup['version']!r}; this is version {VERSION}")
+                raise ReplayError(f"an input log of version {shown(setup['version'])}; this is version {VERSION}")
             entry = POLICIES.get(setup["policy"])
             if entry is None:
-                raise ReplayError(f"policy {setup['policy']!r} is unknown; known are {', '.join(POLICIES)}")
+                raise ReplayError(f"policy {shown(setup['policy'])} is unknown; known are {', '.join(POLICIES)}")
             settings = msgspec.convert(setup["settings"], entry.settings)
             models = msgspec.convert(setup["models"], list[ModelSpec])
             self._classes = {cls.name: cls for cls in msgspec.convert(setup["classes"], list[RequestClass])}
             gpus_max = msgspec.convert(setup["gpus_max"], dict[str, int] | None)
-        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError, msgspec.ValidationError) as error:
             raise ReplayError(f"this is no input log (telemetry.input_log writes one): {error}") from None
         policy = self._make(setup["policy"], settings)
         self._assembly = Assembly(
@@ -135,9 +140,10 @@ class _Replay:
         self._next = None
         for line in self._lines:
             if line["event"] == "dropped":
-                raise ReplayError(f"at {line['t']} s {line.get('lines')} lines of the log were lost")
+                raise ReplayError(f"at {line['t']} s {shown(line.get('lines'))} lines of the log were lost")
             if line["event"] in ("in", "out", "decision"):
-                self._next = line
+                self._next = checked(line, self._clock.now_s)
+                self._idle = 0
                 return
 
     def _made(self, line: Line) -> None:
@@ -146,7 +152,7 @@ class _Replay:
             return  # The log ends before.
         line = orjson.loads(orjson.dumps(line))
         if line != self._next:
-            raise _DiffersError(f"the log has {_shown(self._next)}, the replay made {_shown(line)}")
+            raise _DiffersError(f"the log has {shown(self._next)}, the replay made {shown(line)}")
         self._decisions += line["event"] == "decision"
         self._placements += line.get("k") == "dispatch"
         self._advance()
@@ -155,7 +161,12 @@ class _Replay:
         """The control plane's next timer, from which this is to come."""
         due_s = self._clock.next_s()
         if due_s is None or due_s > line["t"]:
-            raise _DiffersError(f"the log has {_shown(line)}, the replay made nothing of the kind")
+            raise _DiffersError(f"the log has {shown(line)}, the replay made nothing of the kind")
+        self._idle += 1
+        if self._idle > self._idle_timers_max:
+            raise ReplayError(
+                f"{self._idle_timers_max:,} timers fired before {shown(line)}: no gateway is idle for so long"
+            )
         self._clock.step()
 
     def _apply_next(self) -> None:
@@ -176,14 +187,12 @@ class _Replay:
         self._advance()
         self._inputs += 1
         try:
-            call = getattr(self, f"_in_{line['k']}")
-        except AttributeError:
-            raise ReplayError(f"input {line['k']!r} is unknown") from None
-        try:
             with self._point.at_it():
-                call(*line["a"])
+                getattr(self, f"_in_{line['k']}")(*line["a"])
         except (KeyError, LearnedError) as error:
-            raise _DiffersError(f"the log has {_shown(line)}, of which the replay knows nothing: {error}") from None
+            raise _DiffersError(
+                f"the log has {shown(line)}, of which the replay knows nothing: {shown(str(error))}"
+            ) from None
 
     def inside(self) -> None:
         """What came while the control plane was at this."""
@@ -196,7 +205,10 @@ class _Replay:
     # -- inputs ------------------------------------------------------------------------------------------------
 
     def _in_begin(self, initial: Mapping[str, int], attached: bool) -> None:
-        self._assembly.begin(initial, attach=self._attach if attached else None)
+        try:
+            self._assembly.begin(initial, attach=self._attach if attached else None)
+        except ValueError as error:  # More than the GPU limits allow.
+            raise _DiffersError(f"the log begins with {shown(dict(initial))}: {error}") from None
 
     def _in_restore(self, learned: str, age_s: float) -> None:
         self.plane.restore(from_bytes(learned.encode()), age_s)
@@ -278,7 +290,7 @@ class _Replay:
         self.plane.avoid(self._instances[number], for_s)
 
     def _in_sampled(self, samples: list[list[Any]]) -> None:
-        self.plane.sampled([Sample(**dict(zip(SAMPLE_FIELDS, each, strict=True))) for each in samples])
+        self.plane.sampled([Sample(**dict(zip(SAMPLE_FIELDS, map(_figure, each), strict=True))) for each in samples])
 
     def _in_capacity_told(self, number: int, tokens: int) -> None:
         self.plane.capacity_told(self._instances[number], tokens)
@@ -349,6 +361,6 @@ def _far(time_s: float | None) -> float:
     return inf if time_s is None else time_s
 
 
-def _shown(line: Line) -> str:
-    shown = orjson.dumps(line).decode()
-    return shown if len(shown) <= 400 else shown[:397] + "..."
+def _figure(told: Any) -> Any:
+    """Nor what is not a number, which an engine may say."""
+    return nan if told is None else told

@@ -123,7 +123,7 @@ def _run(file: BinaryIO) -> str | None:
         return _DAMAGED
     try:
         head = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         head = None
     return str(head["run"]) if isinstance(head, dict) and head.get("event") == "log" and "run" in head else None
 
@@ -152,7 +152,7 @@ def _events(name: Path, file: BinaryIO, damaged: Callable[[str], None] | None) -
             continue
         try:
             event = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not line.endswith(b"\n") and (number > 1 or line[:5] == b'{"t":'[: len(line)]):
                 return
             raise LogError(
