@@ -5,7 +5,14 @@ A relay numbers its requests, the brain numbers placements. A request is ``Arriv
 ``Lost`` and ``Evicted``, unless its instance is gone (``InstanceGone``) or its relay is. What comes for a placement
 that has ended is late: it is counted and dropped.
 
-Structs are arrays on the wire. A change of any of them is a new ``VERSION``.
+A relay may outlive its brain. To the next one it tells, after its ``Hello``, each instance that it knows (``Known``),
+what ended meanwhile (``Running``, and its end), what runs (``Running``) and what waits (``Waits``), and then ``Told``;
+the brain answers with the instances that it knows under the same numbers, ``Unknown`` for each placement that it does
+not count, and ``Ready``. Placements that a relay chose itself meanwhile have numbers from ``OWN_FROM`` on. Times are
+told as ages, because clocks of two machines differ.
+
+Structs are arrays on the wire. A change of any of them is a new ``VERSION``; ``VERSION_MIN`` is the lowest that is
+still spoken.
 """
 
 from __future__ import annotations
@@ -15,18 +22,27 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-VERSION = 1
+VERSION = 2
+VERSION_MIN = 2
 NAME = "chiron-relay"
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Number = Annotated[int, Meta(ge=1, le=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0.0)]
+Age = Annotated[float, Meta(ge=0.0, le=1e7)]
+"""Seconds ago."""
 Status = Annotated[int, Meta(ge=0, le=999)]
 Name = Annotated[str, Meta(max_length=1024)]
 Text = Annotated[str, Meta(max_length=4096)]
 TEXT_MAX = 4096
 ITEMS_FROM = 1 << 60
 """Numbers of batch items at a relay, beyond those that it gives itself."""
+OWN_FROM = 1 << 61
+"""Numbers of placements that a relay chose itself, beyond those of any brain."""
+TERM_SHIFT = 40
+"""Placements of a brain are numbered from its term on, shifted by so much: those of another one are not among them."""
+TERM_MAX = (1 << 20) - 1
+Term = Annotated[int, Meta(ge=0, le=TERM_MAX)]
 
 
 class Message(Struct, array_like=True, frozen=True, gc=False):
@@ -38,6 +54,15 @@ class Hello(Message, tag=0, frozen=True):
 
     name: str = NAME
     version: int = VERSION
+    version_min: int = 0
+    """The lowest that it still speaks; 0: no other."""
+    term: Term = 0
+    """A brain's own; each brain of a gateway has a higher one than those before it. A relay's: the highest that it has
+    seen."""
+    nonce: Name = ""
+    """A relay's that stays when its brain is gone: drawn at its start. Empty: it ends with its brain."""
+    returns: bool = False
+    """It has known a brain before, and tells this one what it knows, up to ``Told``."""
 
 
 # -- up: from a relay ------------------------------------------------------------------------------------------------
@@ -185,6 +210,57 @@ class Listening(Message, tag=13, frozen=True):
     pid: Count
 
 
+class Known(Message, tag=15, frozen=True):
+    """An instance that a brain before this one has told of."""
+
+    instance: Count
+    model: Name
+    kind: Name
+    url: Text
+    max_batch_size: Count
+    """As last told; 0: it was not."""
+    role: Name
+
+
+class Running(Message, tag=16, frozen=True):
+    """A placement that runs, or has ended while nobody could be told: its end follows at once."""
+
+    request: Arrive
+    run: Number
+    instance: Count
+    tokens_before: Count
+    """Output tokens that it went on from."""
+    tokens: Count
+    """Output tokens so far."""
+    arrived: Age
+    """These three are ages as of now, or of its end."""
+    placed: Age
+    began: Annotated[float, Meta(ge=-1.0, le=1e7)]
+    """Since its first token; -1: it has none yet."""
+    silent: bool
+    losses: Count
+    """Placements of the request that were lost."""
+
+
+class Waits(Message, tag=17, frozen=True):
+    """A request without a placement."""
+
+    request: Arrive
+    arrived: Age
+    losses: Count
+
+
+class Told(Message, tag=18, frozen=True):
+    """All that this relay knows."""
+
+    own_placements: Count = 0
+    """Placements that it chose itself while there was no brain."""
+    expired: Count = 0
+    """Requests that it gave up, because there was none for too long."""
+    forgotten: Count = 0
+    """Ends that it could not keep."""
+
+
 # -- down: from the brain --------------------------------------------------------------------------------------------
 
 
@@ -288,6 +364,27 @@ class Stop(Message, tag=40, frozen=True):
     grace_s: Seconds
 
 
+class Limit(Message, tag=43, frozen=True):
+    """How full an instance may be, and its role: as they change, for relays that stay."""
+
+    instance: Count
+    max_batch_size: Count
+    role: Name
+
+
+class Unknown(Message, tag=44, frozen=True):
+    """A placement that the relay has told of is not counted: it runs to its end, and nobody wants to hear of it."""
+
+    run: Number
+
+
+class Pulse(Message, tag=45, frozen=True):
+    """A few times a second, to relays that stay: the brain is there."""
+
+    relays: Number
+    """How many share its instances."""
+
+
 Up = (
     Arrive
     | Left
@@ -303,5 +400,24 @@ Up = (
     | Health
     | Result
     | Listening
+    | Known
+    | Running
+    | Waits
+    | Told
 )
-Down = InstanceUp | InstanceGone | Shape | Item | Place | Evict | End | Remind | Drain | Ready | Stop
+Down = (
+    InstanceUp
+    | InstanceGone
+    | Shape
+    | Item
+    | Place
+    | Evict
+    | End
+    | Remind
+    | Drain
+    | Ready
+    | Stop
+    | Limit
+    | Unknown
+    | Pulse
+)

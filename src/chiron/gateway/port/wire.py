@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from chiron.gateway.port.messages import NAME, VERSION, Hello, Message
+from chiron.gateway.port.messages import NAME, VERSION, VERSION_MIN, Hello, Message
 
 log = logging.getLogger("chiron.port")
 
@@ -47,13 +47,18 @@ class Wire(asyncio.Protocol):
         received: Callable[[Sequence[Any]], None],
         closed: Callable[[str], None],
         ride_s: float = RIDE_S,
+        hello: Hello | None = None,
+        greeted: Callable[[Hello], None] = lambda hello: None,
     ) -> None:
-        """``name`` is the other end's, for the log; ``kind`` is a union of the messages that it may send. ``opened`` is
-        called once both have said hello, ``received`` with the messages of each read, and may raise ProtocolError;
-        ``closed`` once, with a reason."""
+        """``name`` is the other end's, for the log; ``kind`` is a union of the messages that it may send. ``hello`` is
+        what this end says first; ``greeted`` hears the other one's, and may raise ProtocolError. ``opened`` is called
+        once both have said hello, ``received`` with the messages of each read, and may raise ProtocolError; ``closed``
+        once, with a reason."""
         self.name = name
         self.up = False
-        """Both have said hello."""
+        """Both have said hello, and it is not ``over``."""
+        self._hello = hello or Hello(version_min=VERSION_MIN)
+        self._greeted = greeted
         self._decoder = msgspec.msgpack.Decoder(list[kind])
         self._encoder = msgspec.msgpack.Encoder()
         self._opened = opened
@@ -62,7 +67,8 @@ class Wire(asyncio.Protocol):
         self._ride_s = ride_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._over = False
+        self.over = False
+        """It is closed, for good."""
         self._unsent: list[Message] = []
         self._flushes: asyncio.Handle | None = None
         self._urgent = False
@@ -91,7 +97,7 @@ class Wire(asyncio.Protocol):
 
     def close(self, why: str) -> None:
         """Send what waits, and end."""
-        if not self._over:
+        if not self.over:
             self.flush()
             if self._transport is not None:
                 self._transport.close()
@@ -108,7 +114,7 @@ class Wire(asyncio.Protocol):
             self._flushes.cancel()
             self._flushes = None
         self._urgent = False
-        if not self._unsent or self._transport is None or self._over or not self.up:
+        if not self._unsent or self._transport is None or self.over or not self.up:
             return  # Before the hello it waits; afterwards nobody hears it.
         messages, self._unsent = self._unsent, []
         transport = self._transport
@@ -132,10 +138,10 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
         assert self._transport is not None
-        self._transport.write(self._frame([Hello()]))
+        self._transport.write(self._frame([self._hello]))
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
+        if self.over:
             return
         self._unread += data
         try:
@@ -178,8 +184,11 @@ class Wire(asyncio.Protocol):
             (hello,) = msgspec.msgpack.decode(frame, type=list[Hello])
         except (msgspec.MsgspecError, ValueError):
             raise ProtocolError(f"it does not speak {NAME}") from None
-        if hello.name != NAME or hello.version != VERSION:
-            raise ProtocolError(f"it speaks {hello.name} version {hello.version}; this is {NAME} version {VERSION}")
+        lowest = hello.version_min or hello.version
+        if hello.name != NAME or hello.version < VERSION_MIN or lowest > VERSION:
+            theirs, ours = _versions(lowest, hello.version), _versions(VERSION_MIN, VERSION)
+            raise ProtocolError(f"it speaks {hello.name} {theirs}; this is {NAME} {ours}")
+        self._greeted(hello)
         self.up = True
         self._opened()
         self.flush()
@@ -192,9 +201,13 @@ class Wire(asyncio.Protocol):
         self._end(why)
 
     def _end(self, why: str) -> None:
-        if not self._over:
-            self._over = True
+        if not self.over:
+            self.over, self.up = True, False
             if self._flushes is not None:
                 self._flushes.cancel()
             self._unsent.clear()
             self._closed(why)
+
+
+def _versions(lowest: int, highest: int) -> str:
+    return f"version {highest}" if lowest >= highest else f"versions {lowest} to {highest}"

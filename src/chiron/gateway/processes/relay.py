@@ -87,7 +87,7 @@ class RelayServer:
             log.exception("the relay cannot listen")
             self.over.set()
             return
-        self.relay.uplink.wire.send(m.Listening(self._server.port, os.getpid()))
+        self.relay.uplink.tell_listening(self._server.port, os.getpid())
 
     def _health(self) -> m.Health:
         connections = len(self._server.connections) if self._server is not None else 0

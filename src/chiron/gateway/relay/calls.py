@@ -127,6 +127,10 @@ class RelayCall:
         return self.incoming.closed
 
     @property
+    def body_bytes(self) -> int:
+        return len(self._body.raw)
+
+    @property
     def visible(self) -> bool:
         return self._began
 
@@ -287,6 +291,10 @@ class CollectedCall:
         )
         self._body = body
         self._tries = 0
+
+    @property
+    def body_bytes(self) -> int:
+        return len(self._body.raw)
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
         self._tries += 1

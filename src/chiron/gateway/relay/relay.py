@@ -9,6 +9,7 @@ from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
+from chiron.gateway.relay.joining import Connect, StaySettings
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.uplink import Uplink
 from chiron.gateway.relay.upstream import address_of
@@ -35,9 +36,15 @@ class Relay:
         health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
         network: MemoryNetwork | None = None,
         ride_s: float = RIDE_S,
+        connect: Connect | None = None,
+        stay: StaySettings | None = None,
     ) -> None:
         """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is to
-        end, with a grace period (s)."""
+        end, with a grace period (s).
+
+        With ``connect`` the relay outlives its brain, as ``stay`` says: ``uplink.begin()`` has it find one, and
+        another one whenever that is gone. ``ready`` is then called for the first only, and ``closed`` never.
+        Without it ``uplink.wire`` is the protocol of the one connection that there is."""
         by_name = {each.kind.name: each for each in kinds}
         self.uplink = Uplink(
             clock=clock,
@@ -52,6 +59,8 @@ class Relay:
             health=health,
             network=network,
             ride_s=ride_s,
+            connect=connect,
+            stay=stay,
         )
         self.front = Front(
             desk=self.uplink,

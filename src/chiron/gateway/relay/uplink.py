@@ -4,6 +4,10 @@ Towards the clients' side (``front``) it is the desk, towards the engines' side 
 both are the very same as in one process. It decides nothing: what has come it tells, what it is told it does. Each
 ``Place`` has one end from here, whatever crosses it on the way: where the client has left meanwhile that is
 ``Evicted``, and an answer that was complete already is told again.
+
+A relay may outlive its brain (``StaySettings``). While it has none (``alone``) running streams go on to their ends, and
+their clients notice nothing; requests that come, wait. Items of batches are dropped: the store has them. The next brain
+is told what the last one knew, and what it did not. What it does not count runs to its end by itself.
 """
 
 from __future__ import annotations
@@ -13,18 +17,23 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from secrets import token_hex
 from typing import Any, cast
 
 import orjson
+from msgspec.structs import replace
 
 from chiron.core.types import Outcome, Request, RequestClass
 from chiron.engines.claims import usage_details
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
 from chiron.gateway.relay.admission import Models, is_chat
+from chiron.gateway.relay.alone import Alone
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.calls import CollectedCall, FlexCall, ItemCall, RelayCall
 from chiron.gateway.relay.errors import ApiError, unavailable
+from chiron.gateway.relay.held import Held
+from chiron.gateway.relay.joining import Connect, Joining, StaySettings
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.relay.upstream import EngineAddress, Placement, Run, Upstream, UpstreamFailure
 from chiron.net.client import Origin
@@ -37,22 +46,9 @@ WATCH_S = 1.0
 """Between two looks at engines."""
 COUNTS_S = 0.1
 """Between two reports of what streams have made: engines are sampled once a second, or a little more often."""
+LOOK_S = 0.25
+"""Between two looks at whether the brain says anything, and at what waits without one."""
 _OUTCOMES = frozenset({"finished", "rejected", "failed", "cancelled", "shed", "refused"})
-
-
-class Held:
-    """A request that the brain has not ended yet."""
-
-    __slots__ = ("answer", "left", "request", "run")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.run: Run | None = None
-        """Its placement, while it has one."""
-        self.left = False
-        """Its client has left, and the brain was told."""
-        self.answer: m.Answered | None = None
-        """What its last placement ended with, if that was a complete answer."""
 
 
 class RelayedItem(ItemCall):
@@ -95,49 +91,52 @@ class RunTeller:
         self.tokens = 0
         self.held_tokens = 0
         self._uplink = uplink
-        self._wire = uplink.wire
         self._instance = instance
         self._told = 0
+        self.counted = True
+        """The brain knows the instance."""
 
     def first_token(self, placed: Placement) -> None:
         placed.told = True
-        self._wire.post(m.FirstToken(placed.number, placed.tokens))
+        self._uplink.began(placed)
+        self._uplink.post(m.FirstToken(placed.number, placed.tokens))
 
     def answered(self, placed: Placement, status: int, tokens: int, prompt_tokens: int) -> None:
         self.tell_counts()
         message = m.Answered(placed.number, status, tokens, prompt_tokens, placed.tokens)
-        held = self._uplink.left_engine(placed)
-        if held is not None:
-            held.answer = message
         call = placed.request.payload
         if isinstance(call, RelayedItem) and (status < 300 or call.refused):
-            self._wire.post(call.result(placed.request.id))
-        self._wire.post(message)
+            self._uplink.post(call.result(placed.request.id))
+        self._uplink.post(message)
+        self._uplink.ended(placed, message)
 
     def lost(self, placed: Placement, failure: UpstreamFailure, *, connect: bool, visible: bool, kept: int) -> None:
         self.tell_counts()
-        self._uplink.left_engine(placed)
         placed.request.payload.error = failure
         words = failure.message[: m.TEXT_MAX]
-        self._wire.send(m.Lost(placed.number, failure.status, words, connect, visible, kept, placed.tokens))
+        message = m.Lost(placed.number, failure.status, words, connect, visible, kept, placed.tokens)
+        self._uplink.send(message)
+        self._uplink.ended(placed, message)
 
     def evicted(self, placed: Placement, kept: int) -> None:
         self.tell_counts()
-        self._uplink.left_engine(placed)
-        self._wire.send(m.Evicted(placed.number, kept, placed.tokens))
+        message = m.Evicted(placed.number, kept, placed.tokens)
+        self._uplink.send(message)
+        self._uplink.ended(placed, message)
 
     def fell_silent(self, placed: Placement, since_s: float) -> None:
         self.tell_counts()
-        self._wire.post(m.Silent(placed.number, max(0.0, self._uplink.clock.now_s - since_s), placed.tokens))
+        self._uplink.post(m.Silent(placed.number, max(0.0, self._uplink.clock.now_s - since_s), placed.tokens))
 
     def spoke_again(self, placed: Placement) -> None:
         placed.silent = False
-        self._wire.post(m.Spoke(placed.number, placed.tokens))
+        self._uplink.post(m.Spoke(placed.number, placed.tokens))
 
     def tell_counts(self) -> None:
         """Before anything that says how many tokens a run has made, so that sums agree."""
         if self.tokens != self._told:
-            self._wire.post(m.Counted(self._instance, self.tokens - self._told))
+            if self.counted:
+                self._uplink.post(m.Counted(self._instance, self.tokens - self._told))
             self._told = self.tokens
 
 
@@ -173,19 +172,56 @@ class Uplink:
         health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
         network: MemoryNetwork | None = None,
         ride_s: float = RIDE_S,
+        connect: Connect | None = None,
+        stay: StaySettings | None = None,
     ) -> None:
         """``address_of`` (model, kind, url) raises KeyError for what the config does not have; ``closed`` hears why the
-        brain is gone, ``drain``, ``ready`` and ``stop`` what it says; ``health`` is asked once a second."""
+        brain is gone, ``drain``, ``ready`` and ``stop`` what it says; ``health`` is asked once a second. With
+        ``connect`` the relay stays when its brain is gone: ``begin`` has it find one, again and again, ``ready`` is
+        called for the first only, and ``closed`` never."""
         self.clock = clock
-        self.wire = Wire(
-            name="the brain", kind=m.Down, opened=self._opened, received=self._received, closed=closed, ride_s=ride_s
-        )
         self.held: dict[int, Held] = {}
         """By our number."""
         self.upstreams: dict[int, Upstream] = {}
         """By id of instance."""
         self.runs: dict[int, Run] = {}
         """By number of placement."""
+        self.known: dict[int, m.Known] = {}
+        """Instances, as the brain last told of them."""
+        self.listening: m.Listening | None = None
+        """What each brain is told once clients can connect."""
+        self.term = 0
+        """The highest that a brain has had."""
+        self._ride_s = ride_s
+        self._ready_once = ready
+        self._closed_for_good = closed
+        self._nonce = token_hex(8) if connect is not None else ""
+        self._joined = False
+        """A brain has said hello before."""
+        self._begun = False
+        self._heard_s = 0.0
+        self._looked_s = 0.0
+        self._silent_looks = 0
+        self._silent_s = (stay or StaySettings()).silent_s
+        self._telling = 0
+        """Ends that the present brain has been told, and has not said that it heard."""
+        self._confirmed: set[int] = set()
+        """Instances that the present brain has told of."""
+        self._uncounted: list[Upstream] = []
+        """Of instances that it does not know, while something runs there."""
+        self._alone_since_s: float | None = None
+        self._own_numbers = itertools.count(m.OWN_FROM)
+        self.alone = Alone(
+            settings=stay or StaySettings(),
+            retry_after_s=retry_after_s,
+            upstreams=self.upstreams,
+            known=self.known,
+            carry=self._carry_alone,
+            end=self._end_here,
+        )
+        self.wire = self._make_wire()
+        self._joining = Joining(connect, self._renew_wire) if connect is not None else None
+        self._joins: asyncio.Task[None] | None = None
         self._models = models
         self._address_of = address_of
         self._stall_s = engine_stall_s
@@ -211,17 +247,19 @@ class Uplink:
             m.End: self._end,
             m.Remind: self._remind,
             m.Drain: lambda said: self._drain(said.on),
-            m.Ready: lambda said: ready(),
+            m.Ready: lambda said: self._ready(),
+            m.Limit: self._limit,
+            m.Unknown: self._unknown,
+            m.Pulse: self._pulse,
             m.Stop: lambda said: self._stop(said.grace_s),
         }
 
     # -- the front's desk --------------------------------------------------------------------------------------
 
     def arrive(self, call: RelayCall | FlexCall, model: str, cls: RequestClass, key: Key, input_tokens: int) -> None:
-        if not self.wire.up:
+        if not self.wire.up and self._alone_since_s is None:
             raise unavailable("The gateway is starting.", self._retry_after_s)
         number = call.number = next(self._numbers)
-        self.held[number] = Held(Request(number, model, cls, self.clock.elapsed_s(), input_tokens, call))
         message = m.Arrive(
             number=number,
             request_id=call.request_id,
@@ -238,7 +276,13 @@ class Uplink:
             collected=isinstance(call, FlexCall),
             wait_max_s=call.wait_max_s,
         )
-        self.wire.send(message)
+        held = Held(Request(number, model, cls, self.clock.elapsed_s(), input_tokens, call), message)
+        if self.wire.up:
+            self.held[number] = held
+            self.wire.send(message)
+        else:
+            self.alone.check_room(held)
+            self.clock.post(lambda: self._hold(held))
 
     def left(self, call: RelayCall | FlexCall) -> None:
         held = self.held.get(call.number)
@@ -246,20 +290,31 @@ class Uplink:
             return
         held.left = True
         tokens = held.run.placed.tokens if held.run is not None else held.request.tokens_done
-        self.wire.send(m.Left(call.number, tokens))
+        self.send(m.Left(call.number, tokens))
         if held.run is not None:
             held.run.evict()  # As the brain will say.
+        elif self._alone_since_s is not None:
+            self._settle(held)
 
     # -- what engines' side and clients' side tell ----------------------------------------------------------------
 
-    def left_engine(self, placed: Placement) -> Held | None:
-        """A placement has ended. Returns its request, unless the brain has ended that."""
+    def began(self, placed: Placement) -> None:
+        """Its first token is here."""
+        placed.request.first_token_s = self.clock.elapsed_s()
+
+    def ended(self, placed: Placement, message: m.Answered | m.Lost | m.Evicted) -> None:
+        """A placement has ended, and the brain was told, if there is one."""
         self.runs.pop(placed.number, None)
         self._made.pop(placed.number, None)
         held = self.held.get(placed.request.id)
-        if held is not None:
-            held.run = None
-        return held
+        if held is None or held.placed is not placed:
+            return  # The brain has ended it.
+        held.run, held.last = None, message
+        if isinstance(message, m.Lost):
+            held.losses += 1
+            self.alone.lost(held.instance, self.clock.elapsed_s())
+        if self._alone_since_s is not None or held.uncounted:
+            self._settle(held)
 
     def tell_made(self) -> None:
         """How far answers have come that are collected."""
@@ -267,36 +322,110 @@ class Uplink:
             placed = run.placed
             if placed.told and placed.tokens != self._made.get(number) and isinstance(run.sent, CollectedCall):
                 self._made[number] = placed.tokens
-                self.wire.post(m.Made(number, placed.tokens))
+                self.post(m.Made(number, placed.tokens))
 
     def responded(self, status: int) -> None:
         self._answers[status] += 1
 
     # -- the wire ----------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Find a brain, and another one whenever it is gone; for a relay that stays."""
+        assert self._joining is not None
+        self._joins = asyncio.get_running_loop().create_task(self._joining.run())
+
+    def close(self) -> None:
+        """Look for no brain any more."""
+        if self._joins is not None:
+            self._joins.cancel()
+            self._joins = None
+
+    def send(self, message: m.Message) -> None:
+        """Soon; to nobody, if there is no brain."""
+        if self.wire.up:
+            self.wire.send(message)
+
+    def post(self, message: m.Message) -> None:
+        """With the next, or a little later."""
+        if self.wire.up:
+            self.wire.post(message)
+
+    def tell_listening(self, port: int, pid: int) -> None:
+        """It takes clients' connections from now on."""
+        self.listening = m.Listening(port, pid)
+        self.send(self.listening)
+
+    def _make_wire(self) -> Wire:
+        wire = Wire(
+            name="the brain",
+            kind=m.Down,
+            opened=self._opened,
+            received=self._received,
+            closed=lambda why: self._closed(wire, why),
+            ride_s=self._ride_s,
+            hello=m.Hello(version_min=m.VERSION_MIN, term=self.term, nonce=self._nonce, returns=self._joined),
+            greeted=self._greeted,
+        )
+        return wire
+
+    def _renew_wire(self) -> Wire:
+        self.wire = self._make_wire()
+        return self.wire
+
+    def _greeted(self, hello: m.Hello) -> None:
+        if hello.term < self.term:
+            raise ProtocolError(f"its term is {hello.term}, and there has been one of term {self.term}: it is over")
+        self.term = hello.term
+
     def _opened(self) -> None:
         self.clock.post(self._begin)
+        if self._joining is not None:
+            self._joining.changed()
 
     def _begin(self) -> None:
-        self.clock.call_later(WATCH_S, self._watch)
-        self.clock.call_later(COUNTS_S, self._tell_counts)
+        self._heard_s, self._silent_looks = self.clock.now_s, 0
+        if not self._begun:
+            self._begun = True
+            self.clock.call_later(WATCH_S, self._watch)
+            self.clock.call_later(COUNTS_S, self._tell_counts)
+            if self._joining is not None:
+                self.clock.call_later(LOOK_S, self._look)
+        if self._joined:
+            self._tell_all()
+        self._joined = True
+
+    def _closed(self, wire: Wire, why: str) -> None:
+        if self._joining is None:
+            self._closed_for_good(why)
+            return
+        self._joining.changed()
+        if wire is self.wire and self._joined and self._alone_since_s is None:
+            log.error("there is no brain: %s; running requests go on, new ones wait", why)
+            self.clock.post(self._go_on_alone)
 
     def _watch(self) -> None:
         self.clock.call_later(WATCH_S, self._watch)
-        for upstream in list(self.upstreams.values()):
+        for upstream in (*self.upstreams.values(), *self._uncounted):
             upstream.watch(self._stall_s)
+        for upstream in [each for each in self._uncounted if not each.runs]:
+            self._uncounted.remove(upstream)
+            self._retire(upstream)
         self.tell_made()
-        self.wire.post(self._health())
+        self.post(self._health())
 
     def _tell_counts(self) -> None:
         self.clock.call_later(COUNTS_S, self._tell_counts)
         for teller in self._tellers.values():
             teller.tell_counts()
-        for status, count in self._answers.items():
-            self.wire.post(m.Responded(status, count))
-        self._answers.clear()
+        if self.wire.up:
+            for status, count in self._answers.items():
+                self.wire.post(m.Responded(status, count))
+            self._answers.clear()
 
     def _received(self, messages: Sequence[Any]) -> None:
+        self._silent_looks = 0
+        self._heard_s = self.clock.elapsed_s()
+
         def take() -> None:
             for message in messages:
                 try:
@@ -308,13 +437,157 @@ class Uplink:
 
         self.clock.post(take)
 
+    # -- without a brain ---------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """A few times a second: whether the brain says anything, and what becomes of what waits without it."""
+        self.clock.call_later(LOOK_S, self._look)
+        now_s, before_s = self.clock.elapsed_s(), self._looked_s
+        self._looked_s = now_s
+        if self._alone_since_s is not None:
+            self.alone.look(now_s)
+            return
+        # Looks that this process makes up for after a stall say nothing: what the brain sent is still to be read.
+        if now_s - before_s >= LOOK_S / 2:
+            self._silent_looks += 1
+        if self._silent_looks * LOOK_S > self._silent_s and any(
+            held.run is None and held.outcome is None and held.request.interactive for held in self.held.values()
+        ):
+            self.wire.give_up(f"it has said nothing for {self._silent_s:g} s, and requests wait")
+
+    def _go_on_alone(self) -> None:
+        self._alone_since_s = now_s = self.clock.now_s
+        self._telling = 0  # Nobody has said that they were heard.
+        self.alone.begin(now_s, self._heard_s)
+        for held in list(self.held.values()):
+            if held.arrive is None:
+                self._drop_item(held)
+            elif held.run is None:
+                self._settle(held)
+
+    def _drop_item(self, held: Held) -> None:
+        """Its brain has it in the store, and runs it again."""
+        self.held.pop(held.request.id, None)
+        if (run := held.run) is not None:
+            self.runs.pop(run.placed.number, None)
+            self._made.pop(run.placed.number, None)
+            run.drop()
+
+    def _hold(self, held: Held) -> None:
+        self.held[held.request.id] = held
+        if self.wire.up:
+            assert held.arrive is not None
+            self.wire.send(held.arrive)
+            return
+        self.alone.wait(held)
+        self.alone.place(self.clock.now_s)
+
+    def _settle(self, held: Held) -> None:
+        """It has no placement, and no brain counted its last one: it ends here, or waits for another one."""
+        outcome, now_s = held.outcome, self.clock.elapsed_s()
+        alone, counted = self._alone_since_s is not None, not held.uncounted
+        if outcome is None:
+            held.uncounted = False
+            if alone:
+                self.alone.wait(held)
+                self.alone.place(now_s)
+            else:
+                self.send(held.waits(now_s))
+            return
+        if alone and counted and held.last is not None:
+            left = (m.Left(held.request.id, held.last.seen),) if held.left else ()
+            self.alone.keep((held.running(now_s), *left, held.last))
+        self.alone.no_longer_waits(held)
+        self._end_here(held, outcome, None)
+        if alone:
+            self.alone.place(now_s)
+
+    def _end_here(self, held: Held, outcome: Outcome, refusal: ApiError | None) -> None:
+        """A request is over without a word of the brain."""
+        request = held.request
+        self.held.pop(request.id, None)
+        request.outcome, request.retries = outcome, held.losses
+        if refusal is not None:
+            request.payload.refusal = refusal
+        self._tell_client(request)
+
+    def _tell_client(self, request: Request) -> None:
+        try:
+            request.payload.ended(request)
+        except Exception:
+            log.exception("the end of request %s could not be told", request.payload.request_id)
+            request.payload.abandon()
+
+    def _carry_alone(self, held: Held, instance: int) -> None:
+        held.request.tokens_done = 0
+        number = next(self._own_numbers)
+        try:
+            self._carry(held, number, instance)
+        except Exception:
+            log.exception("request %s could not be sent", held.request.payload.request_id)
+            self._end_here(held, "failed", None)
+
+    def _carry(self, held: Held, number: int, instance: int) -> None:
+        upstream, placed = self.upstreams[instance], Placement(number, held.request)
+        run = self.runs[number] = upstream.carry(placed)
+        held.began(run, placed, instance, self.clock.elapsed_s())
+
+    def _tell_all(self) -> None:
+        """To a brain that does not know what the last one knew."""
+        now_s, alone, wire = self.clock.now_s, self.alone, self.wire
+        self._alone_since_s = None
+        self._confirmed.clear()
+        if self.listening is not None:
+            wire.send(self.listening)
+        for known in self.known.values():
+            wire.send(known)
+        for messages in alone.untold:
+            for message in messages:
+                wire.send(message)
+        self._telling = len(alone.untold)
+        for held in self.held.values():
+            if held.uncounted:
+                continue
+            wire.send(held.running(now_s) if held.run is not None else held.waits(now_s))
+        wire.send(m.Told(alone.placements, alone.expired, alone.forgotten))
+        alone.placements = alone.expired = alone.forgotten = 0
+        alone.over()
+
+    def _ready(self) -> None:
+        """All that the brain knows is known here, and the other way round."""
+        for _ in range(self._telling):
+            self.alone.untold.popleft()
+        self._telling = 0
+        for instance in [each for each in self.upstreams if each not in self._confirmed]:
+            self._leave_uncounted(instance)
+        ready, self._ready_once = self._ready_once, lambda: None
+        ready()
+
+    def _leave_uncounted(self, instance: int) -> None:
+        """The brain does not know it: what runs there goes on, and nothing more is sent there."""
+        upstream, teller = self.upstreams.pop(instance), self._tellers.pop(instance)
+        self.known.pop(instance, None)
+        teller.counted = False
+        self._uncounted.append(upstream)
+        for run in upstream.runs.values():
+            held = self.held.get(run.placed.request.id)
+            if held is not None and held.arrive is not None:
+                held.uncounted = True
+
     # -- what the brain says -----------------------------------------------------------------------------------
 
     def _instance_up(self, said: m.InstanceUp) -> None:
+        self._confirmed.add(said.instance)
+        known = self.known.get(said.instance)
+        if known is not None and (known.model, known.kind, known.url) == (said.model, said.kind, said.url):
+            return
+        if known is not None:
+            self._leave_uncounted(said.instance)
         try:
             address = self._address_of(said.model, said.kind, said.url)
         except KeyError:
             raise ProtocolError(f"instance {said.instance} is of model {said.model!r}, kind {said.kind!r}") from None
+        self.known[said.instance] = m.Known(said.instance, said.model, said.kind, said.url, 0, "mixed")
         teller = self._tellers[said.instance] = self._make_teller(self, said.instance)
         origin = Origin(said.url, keepalive=address.row.keepalive, idle_max=1024, network=self._network)
         self.upstreams[said.instance] = Upstream(
@@ -324,15 +597,38 @@ class Uplink:
     def _instance_gone(self, said: m.InstanceGone) -> None:
         upstream = self.upstreams.pop(said.instance, None)
         self._tellers.pop(said.instance, None)
+        self.known.pop(said.instance, None)
         if upstream is None:
             return
         for run in list(upstream.runs.values()):
-            run.placed.request.tokens_done = run.drop()
-            self.left_engine(run.placed)
-            run.placed.request.payload.error = UpstreamFailure("its engine was lost")
+            placed = run.placed
+            placed.request.tokens_done = run.drop()
+            self.runs.pop(placed.number, None)
+            self._made.pop(placed.number, None)
+            held = self.held.get(placed.request.id)
+            if held is not None and held.placed is placed:
+                held.run = None
+            placed.request.payload.error = UpstreamFailure("its engine was lost")
+        self._retire(upstream)
+
+    def _retire(self, upstream: Upstream) -> None:
         task = asyncio.get_running_loop().create_task(upstream.origin.close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
+
+    def _limit(self, said: m.Limit) -> None:
+        known = self.known.get(said.instance)
+        if known is not None:
+            self.known[said.instance] = replace(known, max_batch_size=said.max_batch_size, role=said.role)
+
+    def _unknown(self, said: m.Unknown) -> None:
+        run = self.runs.get(said.run)
+        held = self.held.get(run.placed.request.id) if run is not None else None
+        if held is not None:
+            held.uncounted = True
+
+    def _pulse(self, said: m.Pulse) -> None:
+        self.alone.relays = said.relays
 
     def _shape(self, said: m.Shape) -> None:
         served = self._models.by_name.get(said.model)
@@ -363,14 +659,16 @@ class Uplink:
             self.wire.send(m.Evicted(said.run, 0, 0))
             return
         if held.request.payload.closed:  # It has had its whole answer before the brain knew of it.
-            before = held.answer or m.Answered(said.run, 200, held.request.tokens_done, 0, 0)
+            before = held.last
+            if not isinstance(before, m.Answered):
+                before = m.Answered(said.run, 200, held.request.tokens_done, 0, 0)
             self.wire.post(m.Answered(said.run, before.status, before.tokens, before.prompt_tokens, 0))
             return
         request = held.request
         # After its instance failed we know better how far it came.
         request.tokens_done = max(said.tokens_done, request.tokens_done) if said.tokens_done else 0
         try:
-            held.run = self.runs[said.run] = upstream.carry(Placement(said.run, request))
+            self._carry(held, said.run, said.instance)
         except Exception:
             log.exception("request %s could not be sent", held.request.payload.request_id)
             self.wire.send(m.Lost(said.run, 0, "the request could not be sent", False, False, 0, 0))
@@ -388,7 +686,10 @@ class Uplink:
             raise ProtocolError(f"request {said.number} ends as {said.outcome!r}")
         request, call = held.request, held.request.payload
         request.outcome = cast(Outcome, said.outcome)
-        request.dispatch_s = 0.0 if said.dispatched else -1.0
+        if not said.dispatched:
+            request.dispatch_s = -1.0
+        elif request.dispatch_s < 0.0:
+            request.dispatch_s = 0.0
         request.retries = said.retries
         request.retry_after_s = said.retry_after_s
         if (told := said.refusal) is not None:

@@ -187,6 +187,8 @@ class Upstream:
         self.counts = counts
         self.runs: dict[int, Run] = {}
         """What the engine has not answered yet, by number of placement."""
+        self.sequences = 0
+        """Of all of that."""
         self._lines = address.lines
         self._told_404 = False
 
@@ -195,6 +197,7 @@ class Upstream:
         request = placed.request
         sent: UpstreamCall = request.payload
         run = self.runs[placed.number] = Run(self, placed, sent)
+        self.sequences += sent.sequences
         body = sent.message(self.row, self.address.model, request)
         run.body_bytes = len(body)
         run.call = self.origin.send(b"POST", sent.path, sent.headers(), body, run, lines=self._lines)
@@ -294,7 +297,8 @@ class Run:
 
     def over(self, *, cancel: bool) -> None:
         self._over = True
-        self._upstream.runs.pop(self.placed.number, None)
+        if self._upstream.runs.pop(self.placed.number, None) is not None:
+            self._upstream.sequences -= self.sent.sequences
         if cancel and self.call is not None:
             self.call.cancel()
         self.call = None  # It refers to this run: no cycle is left behind.

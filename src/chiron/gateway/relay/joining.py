@@ -1,0 +1,85 @@
+"""A relay that outlives its brain: its connection to whoever leads, made again and again.
+
+Who starts the relay knows how a brain is found (``Connect``). Each try has its own ``Wire``; one that does not get as
+far as both hellos within ``HELLO_MAX_S`` is given up: a process that hangs still accepts connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from chiron.core.backoff import doubled_s
+from chiron.gateway.port.wire import Wire
+
+log = logging.getLogger("chiron.relay")
+
+AGAIN_MIN_S, AGAIN_MAX_S = 0.05, 0.5
+"""Between two tries: a new brain should be found well within the time that it needs to start."""
+HELLO_MAX_S = 3.0
+
+Connect = Callable[[Callable[[], Wire]], Awaitable[object]]
+"""Opens a connection to the brain that leads now, with the protocol that its argument makes, as asyncio's
+``create_unix_connection`` and ``create_connection`` do. Raises OSError."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaySettings:
+    """Of a relay that stays when its brain is gone."""
+
+    hold_s: float = 10.0
+    """For so long a new interactive request waits for a brain; then it gets 503 with Retry-After. Three times what a
+    new brain should need."""
+    hold_max: int = 10_000
+    """Requests that wait, beyond which new ones get 503 at once."""
+    hold_max_bytes: int = 256 << 20
+    """Of their bodies."""
+    kept_max: int = 50_000
+    """Ends that nobody could be told, kept for the next brain."""
+    silent_s: float = 1.0
+    """A brain that has said nothing for so long is gone, connected or not: the relay places requests itself."""
+    batch_s: float = 300.0
+    """For so long after that it places requests of the batch class, too."""
+
+    def __post_init__(self) -> None:
+        for name in ("hold_s", "hold_max", "hold_max_bytes", "kept_max", "silent_s", "batch_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+class Joining:
+    """Keeps a connection to the brain. ``run`` is for a task of its own."""
+
+    def __init__(self, connect: Connect, make_wire: Callable[[], Wire]) -> None:
+        self._connect = connect
+        self._make_wire = make_wire
+        self._changed = asyncio.Event()
+        """A wire has said hello, or is over."""
+
+    def changed(self) -> None:
+        self._changed.set()
+
+    async def run(self) -> None:
+        failures = 0
+        while True:
+            wire = self._make_wire()
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(HELLO_MAX_S):
+                    await self._connect(lambda wire=wire: wire)  # type: ignore[misc]
+                    await self._until(lambda wire=wire: wire.up or wire.over)  # type: ignore[misc]
+            except (OSError, TimeoutError) as error:
+                log.debug("the brain cannot be reached: %r", error)
+                wire.abort()
+            if wire.up:
+                failures = 0
+                await self._until(lambda wire=wire: wire.over)  # type: ignore[misc]
+            await asyncio.sleep(doubled_s(AGAIN_MIN_S, AGAIN_MAX_S, failures))
+            failures += 1
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            await self._changed.wait()
+            self._changed.clear()
