@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +24,15 @@ from chiron.engines.rows import ENGINES
 from chiron.net.loop import run_on_loop
 
 if TYPE_CHECKING:
-    from chiron.gateway.processes.fork_server import ForkServer
+    from chiron.gateway.processes.keeper import Keeper, Seat
+    from chiron.gateway.processes.kept import KeeperLink
     from chiron.gateway.settings import ServeConfig, ServerSettings
+
+log = logging.getLogger("chiron.gateway")
 
 DEFAULT_CONFIG = "chiron.toml"
 INTERRUPTED = 130
+KEEPER_GONE = 1
 FILES_PER_CONNECTION = 2
 """A request holds the client's connection and one to an engine."""
 FILES_BESIDES = 1000
@@ -83,24 +88,15 @@ def serve(
     require_extras(extras_of(loaded))
     _require_certificate(loaded.server)
     with needs("serve"):
-        from chiron.gateway.service import run
+        import chiron.gateway.service  # noqa: F401  Loaded before the first fork, and asked for with a clear message.
         from chiron.store.port import StoreError, StoreLocked
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     raise_file_limit(loaded.limits.connections_max * FILES_PER_CONNECTION + FILES_BESIDES)
 
-    relays = loaded.server.relays(os.cpu_count() or 1)
-    forks = _fork_server(loaded) if relays else None
-
-    def ready(url: str) -> None:
-        say(welcome(loaded, url, advise))
-
-    async def body() -> None:
-        await run(loaded, advise=advise, relays=relays, processes=forks, on_ready=ready)
-
     try:
-        stopped_by = run_until_stopped(body)
+        _serve(loaded, advise=advise)
     except OSError as error:
         refusal = _cannot_listen(error, loaded.server) or _cannot_write(error, loaded)
         if refusal:
@@ -111,20 +107,56 @@ def serve(
         raise ConfigError(f"server.data: {error}; {hint}") from None
     except StoreError as error:
         raise ConfigError(f"{'server.data: ' if str(loaded.data) in str(error) else ''}{error}") from None
-    finally:
-        if forks is not None:
-            forks.close()
+
+
+def _serve(config: ServeConfig, *, advise: bool) -> None:
+    """In one process, or as the keeper of several: then also once in each brain that it makes."""
+    from chiron.gateway.processes.start import BrainStart
+    from chiron.gateway.service import run
+
+    keeper = _keeper(config)
+    seat = keeper.run() if keeper is not None else None
+    if keeper is not None and seat is None:
+        raise typer.Exit(keeper.status)
+    follows = seat is not None and seat.number > 1
+    if follows:
+        log.warning("this is brain %d: the one before it has ended", seat.number if seat is not None else 0)
+
+    async def body(say_keeper: Callable[[str], None]) -> None:
+        def ready(url: str) -> None:
+            say_keeper("ready")
+            if not follows:
+                say(welcome(config, url, advise))
+
+        brain = None
+        if keeper is not None:
+            brain = BrainStart(relays=keeper.start, opened=lambda: say_keeper("open"), follows=follows)
+        await run(config, advise=advise, brain=brain, on_ready=ready)
+
+    stopped_by = run_until_stopped(body, keeper, seat)
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
 
 
-def _fork_server(config: ServeConfig) -> ForkServer:
-    """Makes the relays. Before there is a loop, or a thread."""
-    from chiron.gateway.processes.fork_server import ForkServer
+def _keeper(config: ServeConfig) -> Keeper | None:
+    """To be made before there is a loop, or a thread; None: one process does it all."""
+    from chiron.gateway.processes.keeper import Keeper
     from chiron.gateway.processes.relay import run_relay
+    from chiron.gateway.processes.reserved import reserve
+    from chiron.gateway.processes.start import RelayStart
 
-    return ForkServer(lambda brain, start: run_relay(config, brain, start))
+    relays = config.server.relays(os.cpu_count() or 1)
+    if not relays:
+        return None
+    port = reserve(config.server.host, config.server.port)
+    folder = Path(tempfile.mkdtemp(prefix="chiron-"))  # Nobody else may look into it.
+    return Keeper(
+        relay=lambda keeper, start: run_relay(config, keeper, start),
+        start=RelayStart(port=port.number, folder=folder, relays=relays),
+        port=port,
+        stopping=_stopping_signals(),
+    )
 
 
 def _cannot_listen(error: OSError, server: ServerSettings) -> str:
@@ -226,15 +258,17 @@ def _describe_kind(kind: Any) -> str:
     return f"{kind.kind.name.rpartition('/')[2]} ({kind.source.summary})"
 
 
-def run_until_stopped(body: Callable[[], Any]) -> int | None:
+def run_until_stopped(
+    body: Callable[[Callable[[str], None]], Any], keeper: Keeper | None = None, seat: Seat | None = None
+) -> int | None:
     """Run a coroutine; the first SIGINT, SIGTERM or SIGHUP cancels it, so that it can end well; a second, but for
-    SIGHUP, ends the process at once. Returns the signal that stopped it."""
-    signals = _stopping_signals()
+    SIGHUP, ends the process at once. Returns the signal that stopped it. With a ``keeper``, that says so, and hears
+    what ``body`` says."""
+    signals = _stopping_signals() if seat is None else []
     stopped_by: list[int] = []
 
     async def supervised() -> None:
         loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(body())
 
         def stop(number: int) -> None:
             if stopped_by and number == signal.SIGHUP:
@@ -243,9 +277,15 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
                 # Engines die with this process: their supervisors see the pipe close.
                 os._exit(128 + number)
             stopped_by.append(number)
-            task.cancel()
+            if task is not None:
+                task.cancel()
             say("stopping: waiting for running requests to finish; once more stops at once")
 
+        task: asyncio.Future[Any] | None = None
+        link = await _join_keeper(keeper, seat, stop) if keeper is not None and seat is not None else None
+        task = asyncio.ensure_future(body(link.say if link is not None else lambda word: None))
+        if stopped_by:
+            task.cancel()
         for number in signals:
             loop.add_signal_handler(number, stop, number)
         try:
@@ -258,9 +298,23 @@ def run_until_stopped(body: Callable[[], Any]) -> int | None:
                 loop.remove_signal_handler(number)
             if stopped_by:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            if link is not None:
+                link.close()
 
     run_on_loop(supervised())
     return stopped_by[0] if stopped_by else None
+
+
+async def _join_keeper(keeper: Keeper, seat: Seat, stop: Callable[[int], None]) -> KeeperLink:
+    from chiron.gateway.processes.kept import KeeperLink
+
+    def gone() -> None:
+        keeper.start.clear()
+        os._exit(KEEPER_GONE)  # As if all had been killed at once: what is to survive that is on disk.
+
+    link = KeeperLink(stop=stop, gone=gone)
+    await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=seat.socket)
+    return link
 
 
 def _stopping_signals() -> list[signal.Signals]:

@@ -10,11 +10,9 @@ import gc
 import itertools
 import logging
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from chiron.core.ports import Journal
@@ -28,8 +26,8 @@ from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
-from chiron.gateway.processes.fork_server import RelayStart
-from chiron.gateway.processes.workers import Port, RelayProcesses, Workers, reserve
+from chiron.gateway.processes.start import BrainStart
+from chiron.gateway.processes.workers import Workers
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
@@ -76,11 +74,9 @@ SWITCH_INTERVAL_S = 0.0005
 class Service:
     """One gateway."""
 
-    def __init__(
-        self, config: ServeConfig, *, advise: bool = False, relays: int = 0, processes: RelayProcesses | None = None
-    ) -> None:
-        """To be made on the loop that runs it. ``processes`` makes so many ``relays``; 0: this process listens
-        itself. Raises ValueError or OSError for what cannot work."""
+    def __init__(self, config: ServeConfig, *, advise: bool = False, brain: BrainStart | None = None) -> None:
+        """To be made on the loop that runs it. ``brain``: relays in other processes listen; None: this one does.
+        Raises ValueError or OSError for what cannot work."""
         self.config = config
         self.advise = advise
         loop = asyncio.get_running_loop()
@@ -173,11 +169,8 @@ class Service:
         """Set once the store could not be opened for want of room."""
         self.metrics = Metrics(self.plane, self.journal, self.around)
         self._server: HttpServer | None = None
-        self._relays = relays
-        self._processes = processes
+        self._brain = brain
         self._workers: Workers | None = None
-        self._port: Port | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     async def start(self) -> str:
         """Open the store, ask for the first instances, listen. Returns the URL that clients use.
@@ -207,8 +200,11 @@ class Service:
         scheme = "https" if config.server.tls else "http"
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         self.url = f"{scheme}://{host}:{port}"
-        if self._workers is not None:
-            await self._workers.begin()
+        if self._brain is not None and self._workers is not None:
+            await self._workers.open(self._brain.relays.brain_path)
+            self._brain.opened()
+            if not self._brain.follows:  # Else those that wait for it are not to wait for one that just ends.
+                await self._workers.wait()
         self.clock.post(self._begin)
         if self._opening.done():
             await self._start_runner()
@@ -223,9 +219,9 @@ class Service:
 
     async def _listen(self) -> int:
         """Where clients, or relays for them, reach this process. Returns the clients' port."""
-        config, processes = self.config, self._processes
+        config, brain = self.config, self._brain
         app, is_app = make_app(self._api_state()), lambda incoming: not self.front.takes(incoming)
-        if processes is None:
+        if brain is None:
             self._server = await serve(
                 self.front.handle,
                 host=config.server.host,
@@ -237,19 +233,16 @@ class Service:
                 screen=self.front.screen,
             )
             return self._server.port
-        self._port = await reserve(config.server.host, config.server.port)
-        self._folder = tempfile.TemporaryDirectory(prefix="chiron-")  # Nobody else may look into it.
-        path = str(Path(self._folder.name) / "api")
+        path = str(brain.relays.api_path)
         limits = server_limits(config)
         self._server = await serve(
             self.front.handle, path=path, limits=limits, app=app, is_app=is_app, screen=self.front.screen
         )
-        start = RelayStart(port=self._port.number, api_path=path, relays=self._relays)
-        workers = self._workers = Workers(clock=self.clock, processes=processes, start=start)
+        workers = self._workers = Workers(clock=self.clock, count=brain.relays.relays)
         workers.relays = self.gateway.open_to_relays(
             responded=self.journal.responded, listening=workers.listens, left=workers.left
         )
-        return self._port.number
+        return brain.relays.port
 
     async def _open_store(self) -> None:
         """Raises StoreError at the first try for anything but a lack of room, or a server that is away."""
@@ -300,10 +293,6 @@ class Service:
             )
             await self.runner.close()
             await closing
-        if self._port is not None:
-            self._port.close()
-        if self._folder is not None:
-            self._folder.cleanup()
         self.clock.stop()
         self._lag.close()
         for task in (self._starting_batches, self._opening):
@@ -534,13 +523,12 @@ async def run(
     config: ServeConfig,
     *,
     advise: bool = False,
-    relays: int = 0,
-    processes: RelayProcesses | None = None,
+    brain: BrainStart | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve until cancelled; then stop well, and leave the run's result in the data directory. ``on_ready`` hears the
     URL; the others are as ``Service`` has them."""
-    service = Service(config, advise=advise, relays=relays, processes=processes)
+    service = Service(config, advise=advise, brain=brain)
     started = False
     try:
         url = await service.start()

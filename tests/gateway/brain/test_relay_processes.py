@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,15 @@ class Running:
     async def relays(self) -> list[int]:
         return [relay["pid"] for relay in (await self.get("/chiron/status"))["relays"]]
 
+    async def brain(self, but: psutil.Process | None = None) -> psutil.Process:
+        """The one that is at work, once it is another: it writes the event log."""
+
+        def found() -> psutil.Process | None:
+            return next((each for each in self.family() if each != but and _is_brain(each)), None)
+
+        process: psutil.Process = await until(found, "a brain is at work")
+        return process
+
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
@@ -67,6 +76,12 @@ class Running:
         reader = Reader(origin, body(stream=True))
         self.readers.append((origin, reader))
         return reader
+
+
+def _is_brain(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return any(file.path.endswith("events.jsonl") for file in process.open_files())
+    return False
 
 
 @asynccontextmanager
@@ -143,11 +158,30 @@ def test_a_killed_relay_is_replaced_and_streams_of_the_others_are_whole(tmp_path
     asyncio.run(main())
 
 
-def test_a_killed_brain_leaves_no_process(tmp_path: Path) -> None:
+def test_a_killed_brain_has_a_successor_that_serves(tmp_path: Path) -> None:
+    async def main() -> None:
+        engine = ScriptedEngine()
+        async with gateway(tmp_path, engine) as running:
+            brain = await running.brain()
+            for _ in range(2):
+                brain.kill()
+                brain = await running.brain(but=brain)
+            while not (await running.get("/chiron/status"))["models"][0]["ready"]:
+                await asyncio.sleep(0.05)
+            await until(lambda: running.stream() and engine.seen, "a request reaches the engine")
+            engine.seen[0].start(200, SSE)
+            engine.seen[0].write(chunk("one") + DONE)
+            engine.seen[0].finish()
+            await until(lambda: any(reader.data for _, reader in running.readers), "and is answered")
+
+    asyncio.run(main())
+
+
+def test_a_killed_keeper_leaves_no_process(tmp_path: Path) -> None:
     async def main() -> None:
         async with gateway(tmp_path, ScriptedEngine()) as running:
             family = running.family()
-            assert len(family) == 3, "two relays, and what makes them"
+            assert len(family) == 3, "two relays, and the brain"
             running.process.kill()
             _, alive = psutil.wait_procs(family, WAIT_S)
             assert not alive
@@ -155,7 +189,7 @@ def test_a_killed_brain_leaves_no_process(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("whole_group", [False, True], ids=["the brain", "every process"])
+@pytest.mark.parametrize("whole_group", [False, True], ids=["the keeper", "every process"])
 def test_a_stop_lets_streams_of_all_relays_end(tmp_path: Path, whole_group: bool) -> None:
     """A service manager signals every process, and a terminal its whole group."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import shutil
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -14,8 +15,9 @@ from typing import Any
 from chiron.config.serve import load_serve
 from chiron.core.types import Instance
 from chiron.gateway.instances.engine import InstanceEngine
-from chiron.gateway.processes.fork_server import RelayStart
 from chiron.gateway.processes.relay import RelayServer
+from chiron.gateway.processes.reserved import reserve
+from chiron.gateway.processes.start import BrainStart, RelayStart
 from chiron.gateway.service import Service
 from chiron.gateway.settings import ServeConfig
 from chiron.net.client import Origin
@@ -34,43 +36,49 @@ COMPLETIONS = "/v1/completions"
 class LoopRelays:
     """Relays on this loop, beside the brain that they speak to: everything but their processes."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, count: int) -> None:
         self.running: list[RelayServer] = []
-        self.killed: list[str] = []
         self._config = config
-        self._named: dict[str, RelayServer] = {}
+        self._closed = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._port = reserve(config.server.host, config.server.port)
+        self._folder = tempfile.mkdtemp(prefix="chiron-")
+        self.start = RelayStart(port=self._port.number, folder=Path(self._folder), relays=count)
 
-    def spawn(self, name: str, brain: socket.socket, start: RelayStart) -> None:
-        server = self._named[name] = RelayServer(self._config, start)
-        self.running.append(server)
-        task = asyncio.get_running_loop().create_task(self._run(server, brain.dup()))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def kill(self, name: str) -> None:
-        self.killed.append(name)
-        if name in self._named:
-            self.die(self._named.pop(name))
+    def open(self) -> None:
+        """The brain listens for them."""
+        for _ in range(self.start.relays):
+            task = asyncio.get_running_loop().create_task(self._keep())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def die(self, server: RelayServer) -> None:
         """As when its process is killed: all its connections are cut."""
         server.relay.uplink.wire.abort()
         server.over.set()
 
-    async def _run(self, server: RelayServer, brain: socket.socket) -> None:
-        await server.join(brain)
-        await server.over.wait()
-        self.running.remove(server)
-        await server.close()
+    async def _keep(self) -> None:
+        """One at a time, and another when it has ended."""
+        while not self._closed:
+            server = RelayServer(self._config, self.start)
+            self.running.append(server)
+            await server.join()
+            await server.over.wait()
+            self.running.remove(server)
+            await server.close()
 
     async def close(self) -> None:
+        self._closed = True
+        for server in self.running:
+            server.over.set()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        self._port.close()
+        shutil.rmtree(self._folder)
 
 
 RELAYS: dict[Path, LoopRelays] = {}
-"""Of gateways that run, by their directory."""
+"""Of gateways that run with relays, by their directory."""
 
 
 @asynccontextmanager
@@ -78,16 +86,20 @@ async def serving(directory: Path, text: str, relays: int = 0, changes: Sequence
     """The gateway that ``text`` (TOML), ``BESIDES`` and ``changes`` configure; its engines are stopped with it."""
     (directory / "chiron.toml").write_text(text + BESIDES)
     config = load_serve(directory / "chiron.toml", list(changes), None)
-    there = LoopRelays(config)
-    RELAYS[directory] = there
-    service = Service(config, relays=relays, processes=there if relays else None)
+    there = LoopRelays(config, relays) if relays else None
+    brain = None
+    if there is not None:
+        RELAYS[directory] = there
+        brain = BrainStart(relays=there.start, opened=there.open)
+    service = Service(config, brain=brain)
     try:
         await service.start()
         yield service
     finally:
         await service.stop(0.1)
-        await there.close()
-        del RELAYS[directory]
+        if there is not None:
+            await there.close()
+            del RELAYS[directory]
 
 
 async def until(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:

@@ -1,8 +1,8 @@
 """A relay as a process of its own, on the port that all relays share.
 
 It joins the brain first, and listens once it knows what the brain knows of engines and models. It ends when the brain
-tells it to, with a grace period for what is under way, and at once when the brain is gone: its socket closes however
-that comes about, ``kill -9`` included.
+tells it to, with a grace period for what is under way, and at once when the brain or the keeper is gone: its sockets
+close however that comes about, ``kill -9`` included.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 
+from chiron.core.backoff import doubled_s
 from chiron.gateway.port import messages as m
-from chiron.gateway.processes.fork_server import RelayStart
+from chiron.gateway.processes.kept import KeeperLink
+from chiron.gateway.processes.start import RelayStart
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.passing import Passing
@@ -32,6 +33,8 @@ from chiron.net.server import HttpServer, serve
 log = logging.getLogger("chiron.relay")
 
 SWITCH_INTERVAL_S = 0.0005
+CONNECT_MIN_S, CONNECT_MAX_S = 0.05, 0.5
+"""Between two tries to reach the brain."""
 
 
 class RelayServer:
@@ -60,10 +63,17 @@ class RelayServer:
         self._server: HttpServer | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def join(self, brain: socket.socket) -> None:
-        """Speak with the brain, which is at the other end of this socket."""
-        loop = asyncio.get_running_loop()
-        await loop.create_unix_connection(lambda: self.relay.uplink.wire, sock=brain)
+    async def join(self) -> None:
+        """Speak with the brain, once it is there."""
+        loop, tries = asyncio.get_running_loop(), 0
+        while not self.over.is_set():
+            try:
+                await loop.create_unix_connection(lambda: self.relay.uplink.wire, str(self._start.brain_path))
+                return
+            except OSError as error:
+                log.debug("the brain cannot be reached: %s", error)
+            await asyncio.sleep(doubled_s(CONNECT_MIN_S, CONNECT_MAX_S, tries))
+            tries += 1
 
     def _ready(self) -> None:
         """All that the brain knows is known here."""
@@ -78,7 +88,7 @@ class RelayServer:
                 port=self._start.port,
                 ssl=tls_context(config),
                 limits=server_limits(config, self._start.relays),
-                streamed=Passing(self._start.api_path).handle,
+                streamed=Passing(str(self._start.api_path)).handle,
                 is_app=lambda incoming: not front.takes(incoming),
                 screen=front.screen,
                 reuse_port=True,
@@ -118,18 +128,24 @@ class RelayServer:
             await upstream.origin.close()
 
 
-def run_relay(config: ServeConfig, brain: socket.socket, start: RelayStart) -> int:
+def run_relay(config: ServeConfig, keeper: socket.socket, start: RelayStart) -> int:
     """In a fresh process, until it is over. Returns its exit status."""
-    # The terminal's ctrl-C and a service manager's SIGTERM reach every process; the brain tells relays what to do.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def main() -> None:
         server = RelayServer(config, start)
-        await server.join(brain)
+
+        def gone() -> None:
+            start.clear()
+            server.over.set()
+
+        link = KeeperLink(stop=lambda number: None, gone=gone)
+        await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=keeper)
+        joining = asyncio.ensure_future(server.join())
         await server.over.wait()
+        joining.cancel()
         await server.close()
+        link.close()
 
     try:
         run_on_loop(main())

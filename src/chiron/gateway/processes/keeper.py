@@ -1,0 +1,305 @@
+"""The first process of a gateway of several: it keeps the others running.
+
+It reserves the port, makes the brain and the relays by forking, and makes each again that has ended, after a pause that
+doubles while it ends soon after its start. It has one thread and no loop, and knows neither store nor control plane, so
+that there is next to nothing in it that could fail. All modules are loaded before it forks, so a process is up in some
+milliseconds; nothing of one process is inherited by another.
+
+Each process has a socket to the keeper. It says there, line by line, that it is ``alive`` (once a second; one that says
+nothing for long hangs, and is killed), the brain also that it is ``open`` (relays may come) and ``ready`` (all is
+served). A brain that ends before it was ready the first time is not started again: it has said why on the terminal. The
+keeper sends the number of the signal that asks the gateway to stop. When the keeper is gone, by whatever way, the
+sockets close, and the processes end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from math import inf
+
+from chiron.core.backoff import doubled_s
+from chiron.gateway.processes.reserved import Port
+from chiron.gateway.processes.start import RelayStart
+
+log = logging.getLogger("chiron.keeper")
+
+RunRelay = Callable[[socket.socket, RelayStart], int]
+"""Is a relay, until it is over; returns its exit status."""
+LOOK_S = 1.0
+"""Between two looks at the processes."""
+QUIET_MAX = 30
+"""Looks at a process that says nothing, though it should once a second, until it is taken to hang."""
+AGAIN_MIN_S, AGAIN_MAX_S = 0.1, 10.0
+STEADY_S = 10.0
+"""A process that ends later than this after its start has worked."""
+LINGER_S = 5.0
+"""How long relays may take to end once the brain has stopped."""
+_BLOCK_BYTES = 4096
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(slots=True)
+class Process:
+    """One that is to run: as it is now, and what is known of those before it."""
+
+    name: str
+    due_s: float = inf
+    """When it is to be started."""
+    pid: int = 0
+    """0: it does not run."""
+    socket: socket.socket | None = None
+    starts: int = 0
+    began_s: float = 0.0
+    failures: int = 0
+    """That followed one another."""
+    quiet: int = 0
+    heard: bytes = b""
+    """Of a line that is not complete."""
+    said: set[bytes] = field(default_factory=set)
+    """Since its start."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """What a brain gets from the keeper."""
+
+    socket: socket.socket
+    number: int
+    """1: no other brain was before it."""
+
+
+class Keeper:
+    """Make it while there is one thread and no loop."""
+
+    def __init__(
+        self,
+        *,
+        relay: RunRelay,
+        start: RelayStart,
+        port: Port,
+        stopping: Sequence[signal.Signals],
+        quiet_max: int = QUIET_MAX,
+    ) -> None:
+        """``stopping``: signals that ask for an end."""
+        self.status = 0
+        """The exit status, once all is over."""
+        self.start = start
+        self._relay = relay
+        self._port = port
+        self._stopping = stopping
+        self._quiet_max = quiet_max
+        self._brain = Process("the brain")
+        self._relays = [Process(f"relay {number + 1}") for number in range(start.relays)]
+        self._stopped_by: list[int] = []
+        self._served = False
+        """A brain was ready."""
+
+    def run(self) -> Seat | None:
+        """Returns a seat in each process that is to be a brain, and None in this one once all is over."""
+        gc.freeze()  # What has been loaded is shared by all processes, as long as nobody writes to it.
+        with _heard_signals(self._stopping, self._hear_signal) as woken:
+            self._brain.due_s = looked_s = time.monotonic()
+            while not self._brain_is_over():
+                for process in self._processes:
+                    if process.due_s <= time.monotonic() and (end := self._fork(process)) is not None:
+                        if process is self._brain:
+                            return Seat(socket=end, number=process.starts)
+                        os._exit(self._relay(end, self.start))
+                self._wait(woken)
+                if (now_s := time.monotonic()) - looked_s >= LOOK_S:
+                    # Looks that this process makes up for after a stall say nothing: it has yet to read.
+                    self._look(late=now_s - looked_s >= 2 * LOOK_S)
+                    looked_s = now_s
+            self._end()
+        return None
+
+    @property
+    def _processes(self) -> list[Process]:
+        return [self._brain, *self._relays]
+
+    def _brain_is_over(self) -> bool:
+        return self._brain.pid == 0 and self._brain.due_s == inf
+
+    # -- making one --------------------------------------------------------------------------------------------
+
+    def _fork(self, process: Process) -> socket.socket | None:
+        """In the new process: its end of the socket. None: this is the keeper still."""
+        ours, theirs = socket.socketpair()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()  # Else what waits there is written twice.
+        process.due_s, process.began_s, process.quiet, process.heard = inf, time.monotonic(), 0, b""
+        process.said.clear()
+        process.starts += 1
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            self._become_child()
+            return theirs
+        theirs.close()
+        ours.setblocking(False)
+        process.pid, process.socket = pid, ours
+        return None
+
+    def _become_child(self) -> None:
+        """Nothing of the keeper's is left here: who has another's socket would keep it from closing."""
+        if sys.platform == "linux":  # So that a process that is stopped sees its socket close, too.
+            _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in self._stopping:
+            # The terminal's ctrl-C and a service manager's SIGTERM reach every process; the keeper says what to do.
+            # Not ignored, which engines would inherit.
+            signal.signal(number, _not_for_us)
+        self._port.close()
+        for each in self._processes:
+            if each.socket is not None:
+                each.socket.close()
+
+    # -- what happens ------------------------------------------------------------------------------------------
+
+    def _wait(self, woken: socket.socket) -> None:
+        """Until something happens, or is due."""
+        sockets = {each.socket: each for each in self._processes if each.socket is not None}
+        due_s = min(each.due_s for each in self._processes) - time.monotonic()
+        for ready in select.select([woken, *sockets], [], [], min(LOOK_S, max(0.0, due_s)))[0]:
+            if ready is woken:
+                woken.recv(_BLOCK_BYTES)
+            else:
+                self._read(sockets[ready])
+        for process in self._processes:
+            if process.pid:
+                pid, status = os.waitpid(process.pid, os.WNOHANG)
+                if pid:
+                    self._ended(process, os.waitstatus_to_exitcode(status))
+
+    def _read(self, process: Process) -> None:
+        assert process.socket is not None
+        try:
+            data = process.socket.recv(_BLOCK_BYTES)
+        except OSError:
+            data = b""
+        if not data:  # It ends, or is about to.
+            process.socket.close()
+            process.socket = None
+            return
+        process.quiet = 0
+        *lines, process.heard = (process.heard + data).split(b"\n")
+        process.heard = process.heard[-_BLOCK_BYTES:]
+        for line in lines:
+            if line in (b"open", b"ready"):
+                process.said.add(line)
+        if process is self._brain and b"open" in process.said:
+            for relay in self._relays:
+                if not relay.starts:
+                    relay.due_s = time.monotonic()
+        self._served |= process is self._brain and b"ready" in process.said
+
+    def _ended(self, process: Process, status: int) -> None:
+        """It was reaped. Negative: the number of the signal that killed it."""
+        process.pid = 0
+        if process.socket is not None:
+            process.socket.close()
+            process.socket = None
+        if process is self._brain and (self._stopped_by or not self._served):
+            self.status = status if status >= 0 else 128 - status
+            return
+        if self._stopped_by:
+            return
+        lived_s = time.monotonic() - process.began_s
+        process.failures = 0 if lived_s >= STEADY_S else process.failures + 1
+        pause_s = doubled_s(AGAIN_MIN_S, AGAIN_MAX_S, max(0, process.failures - 1))
+        process.due_s = time.monotonic() + pause_s
+        log.error("%s has ended (%s); another is started in %.1f s", process.name, _why(status), pause_s)
+
+    def _look(self, *, late: bool) -> None:
+        for process in self._processes:
+            if not process.pid or late:
+                continue
+            process.quiet += 1
+            if process.quiet > self._quiet_max:
+                log.error(
+                    "%s (process %d) has said nothing for %d s: killed", process.name, process.pid, self._quiet_max
+                )
+                os.kill(process.pid, signal.SIGKILL)  # Not reaped yet, so nobody else has its number.
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _hear_signal(self, number: int) -> None:
+        if self._stopped_by and number == signal.SIGHUP:
+            return  # A terminal that closes says so more than once: its shell does as well.
+        if self._stopped_by:
+            for process in self._processes:
+                if process.pid:
+                    os.kill(process.pid, signal.SIGKILL)
+            self.start.clear()
+            os._exit(128 + number)
+        self._stopped_by.append(number)
+        if self._brain.pid == 0:  # One was to be started.
+            self._brain.due_s = inf
+        elif self._brain.socket is not None:
+            with suppress(OSError):
+                self._brain.socket.send(b"%d\n" % number)
+
+    def _end(self) -> None:
+        """The brain has told the relays to stop, or nobody has: they see their sockets close."""
+        for relay in self._relays:
+            relay.due_s = inf
+            if relay.socket is not None:
+                relay.socket.close()
+                relay.socket = None
+        until_s = time.monotonic() + LINGER_S
+        while any(relay.pid for relay in self._relays) and time.monotonic() < until_s:
+            for relay in self._relays:
+                if relay.pid and os.waitpid(relay.pid, os.WNOHANG)[0]:
+                    relay.pid = 0
+            time.sleep(0.01)
+        for relay in self._relays:
+            if relay.pid:
+                os.kill(relay.pid, signal.SIGKILL)
+                os.waitpid(relay.pid, 0)
+        self._port.close()
+        self.start.clear()
+
+
+def _not_for_us(_number: int, _frame: object) -> None:
+    """Of a signal that the keeper hears."""
+
+
+def _why(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+
+
+@contextmanager
+def _heard_signals(stopping: Sequence[signal.Signals], hear: Callable[[int], None]) -> Iterator[socket.socket]:
+    """``hear`` is called with each signal, and the socket can be read after each, also after the end of a child."""
+    read, write = socket.socketpair()
+    read.setblocking(False)
+    write.setblocking(False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *stopping)}
+    for number in stopping:
+        signal.signal(number, lambda number, _frame: hear(number))
+    signal.signal(signal.SIGCHLD, _not_for_us)
+    wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    owner = os.getpid()
+    try:
+        yield read
+    finally:
+        if os.getpid() == owner:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        read.close()
+        write.close()

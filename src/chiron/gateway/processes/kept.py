@@ -1,0 +1,55 @@
+"""A process that the keeper has made: its end of the socket between them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+ALIVE_S = 0.5
+"""Between two signs of life."""
+_UNREAD_MAX_BYTES = 4096
+_LINE_MAX_BYTES = 64
+
+
+class KeeperLink(asyncio.Protocol):
+    """``stop`` hears the number of the signal that asks the gateway to stop, ``gone`` that the keeper is."""
+
+    def __init__(self, *, stop: Callable[[int], None], gone: Callable[[], None]) -> None:
+        self._stop = stop
+        self._gone = gone
+        self._unread = b""
+        self._transport: asyncio.Transport | None = None
+        self._alive: asyncio.TimerHandle | None = None
+
+    def say(self, word: str) -> None:
+        """Unless the keeper does not read."""
+        transport = self._transport
+        if transport is not None and transport.get_write_buffer_size() < _UNREAD_MAX_BYTES:
+            transport.write(f"{word}\n".encode())
+
+    def close(self) -> None:
+        if self._alive is not None:
+            self._alive.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+            self._transport = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._say_alive()
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        self._unread = self._unread[-_LINE_MAX_BYTES:]
+        for line in lines:
+            if line.isdigit():
+                self._stop(int(line))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self.close()
+            self._gone()
+
+    def _say_alive(self) -> None:
+        self.say("alive")
+        self._alive = asyncio.get_running_loop().call_later(ALIVE_S, self._say_alive)

@@ -1,0 +1,46 @@
+"""What the processes of a gateway are started with, besides the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayStart:
+    port: int
+    """Which all relays listen on."""
+    folder: Path
+    """Has the sockets below, and nobody else may look into it."""
+    relays: int
+    """How many share the limits of clients' connections."""
+
+    @property
+    def brain_path(self) -> Path:
+        """Unix socket on which the brain hears relays."""
+        return self.folder / "brain"
+
+    @property
+    def api_path(self) -> Path:
+        """Unix socket of the brain's own HTTP server."""
+        return self.folder / "api"
+
+    def clear(self) -> None:
+        """Nobody is left who would use the sockets."""
+        with suppress(OSError):
+            for path in (self.brain_path, self.api_path):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrainStart:
+    """For a brain that has relays in other processes."""
+
+    relays: RelayStart
+    opened: Callable[[], None] = lambda: None
+    """Called once relays can come."""
+    follows: bool = False
+    """Another brain was at work before this one."""
