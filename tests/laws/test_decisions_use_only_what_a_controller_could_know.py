@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chiron.sim.run
+from chiron.control.scrapes import GAP_S, SLICE
 from chiron.core.compiled import build
-from chiron.core.types import Request
+from chiron.core.types import ModelSpec, Request
+from chiron.engines.remote import Wire
 from chiron.policies.registry import POLICIES
 from chiron.sim.setup import Setup
 from effort import examples
-from scenario_factory import Run, example_setup, run, setup_of, setups
+from scenario_factory import PROFILE, Run, example_setup, kind_of, run, setup_of, setups
 
 law = settings(
     max_examples=examples(60),
@@ -112,3 +114,23 @@ def test_what_engines_report_is_known_only_after_the_scrape_delay() -> None:
     assert ages
     assert min(ages) == pytest.approx(0.7)
     assert max(ages) <= 1.7 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("wire", "age_s"), [(Wire(network_s=1 / 1024, notice_s=0.05), 0.0), (None, 2 * GAP_S)], ids=["wire", "no wire"]
+)
+def test_beside_a_wire_a_sample_is_of_when_its_slice_is_taken(wire: Wire | None, age_s: float) -> None:
+    """As a gateway counts what it relays at that moment. Without a wire it is of when the engine was read: that of the
+    last instance, in the second slice of a round, is then two gaps old."""
+    ages: dict[float, float] = {}
+    spec = ModelSpec(name="m0", kinds=(kind_of(PROFILE),), min_instances=1, max_instances=SLICE + 2)
+    setup = setup_of([(0.0, 20, 150, 0, 0)], model=spec, initial=SLICE + 2, scrape_delay_s=0.0, wire=wire)
+
+    def watch(simulation: chiron.sim.run.Simulation) -> None:
+        sample = simulation.plane.instances[SLICE + 2].sample
+        if sample is not None:
+            ages.setdefault(sample.taken_s, simulation.clock.now_s - sample.taken_s)
+
+    run(setup, watch=watch)
+    assert len(ages) > 1
+    assert list(ages.values()) == pytest.approx([age_s] * len(ages))
