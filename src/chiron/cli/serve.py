@@ -130,7 +130,8 @@ def _serve(config: ServeConfig, *, advise: bool) -> None:
 
         brain = None
         if keeper is not None:
-            brain = BrainStart(relays=keeper.start, opened=lambda: say_keeper("open"), follows=follows)
+            opened, term = lambda: say_keeper("open"), seat.number if seat is not None else 1
+            brain = BrainStart(relays=keeper.start, opened=opened, follows=follows, term=term)
         await run(config, advise=advise, brain=brain, on_ready=ready)
 
     stopped_by = run_until_stopped(body, keeper, seat)

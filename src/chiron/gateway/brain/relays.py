@@ -490,11 +490,6 @@ class Relays:
         for link in self.links:
             link.wire.send(m.Drain(on))
 
-    def stop(self, grace_s: float) -> None:
-        """They let open requests end for so long, and end themselves."""
-        for link in self.links:
-            link.wire.send(m.Stop(grace_s))
-
     @property
     def connections(self) -> int:
         return sum(link.health.connections for link in self.links)

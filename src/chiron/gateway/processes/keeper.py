@@ -249,12 +249,13 @@ class Keeper:
         self._stopped_by.append(number)
         if self._brain.pid == 0:  # One was to be started.
             self._brain.due_s = inf
-        elif self._brain.socket is not None:
-            with suppress(OSError):
-                self._brain.socket.send(b"%d\n" % number)
+        for process in self._processes:
+            if process.socket is not None:
+                with suppress(OSError):
+                    process.socket.send(b"%d\n" % number)
 
     def _end(self) -> None:
-        """The brain has told the relays to stop, or nobody has: they see their sockets close."""
+        """Relays that have not stopped by now see their sockets close."""
         for relay in self._relays:
             relay.due_s = inf
             if relay.socket is not None:

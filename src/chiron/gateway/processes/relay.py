@@ -13,12 +13,15 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from chiron.core.backoff import doubled_s
 from chiron.gateway.port import messages as m
+from chiron.gateway.port.wire import Wire
 from chiron.gateway.processes.kept import KeeperLink
 from chiron.gateway.processes.start import RelayStart
 from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.passing import Passing
 from chiron.gateway.relay.relay import Relay
@@ -40,8 +43,8 @@ CONNECT_MIN_S, CONNECT_MAX_S = 0.05, 0.5
 class RelayServer:
     """A relay with its listening socket. ``over`` is set when there is nothing left to do."""
 
-    def __init__(self, config: ServeConfig, start: RelayStart) -> None:
-        """To be made on the loop that runs it."""
+    def __init__(self, config: ServeConfig, start: RelayStart, *, stay: StaySettings | None = None) -> None:
+        """To be made on the loop that runs it. With ``stay`` it outlives its brain."""
         loop = asyncio.get_running_loop()
         self.over = asyncio.Event()
         self.clock = LiveClock(loop, time_s=time.monotonic)
@@ -54,26 +57,36 @@ class RelayServer:
             closed=self._brain_gone,
             own_hosts=config.server.own_hosts,
             ready=self._ready,
-            stop=self._stop,
+            stop=self.stop,
             health=self._health,
+            connect=self._connect if stay is not None else None,
+            stay=stay,
         )
         self._config = config
+        self._stays = stay is not None
         self._start = start
+        self._stopping = False
         self._lag = LoopLag(loop)
         self._server: HttpServer | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def join(self) -> None:
         """Speak with the brain, once it is there."""
-        loop, tries = asyncio.get_running_loop(), 0
+        if self._stays:
+            self.relay.uplink.begin()
+            return
+        tries = 0
         while not self.over.is_set():
             try:
-                await loop.create_unix_connection(lambda: self.relay.uplink.wire, str(self._start.brain_path))
+                await self._connect(lambda: self.relay.uplink.wire)
                 return
             except OSError as error:
                 log.debug("the brain cannot be reached: %s", error)
             await asyncio.sleep(doubled_s(CONNECT_MIN_S, CONNECT_MAX_S, tries))
             tries += 1
+
+    async def _connect(self, make: Callable[[], Wire]) -> None:
+        await asyncio.get_running_loop().create_unix_connection(make, str(self._start.brain_path))
 
     def _ready(self) -> None:
         """All that the brain knows is known here."""
@@ -103,13 +116,17 @@ class RelayServer:
         connections = len(self._server.connections) if self._server is not None else 0
         return m.Health(connections, files_open(), self._lag.worst_s)
 
-    def _stop(self, grace_s: float) -> None:
-        self.relay.front.draining = True
+    def stop(self, grace_s: float) -> None:
+        """Take no more, let open requests end for so long, and end. The brain says so, or the keeper, or both."""
+        if self._stopping:
+            return
+        self._stopping = self.relay.front.draining = True
         self._task = asyncio.get_running_loop().create_task(self._close(grace_s))
 
     async def _close(self, grace_s: float) -> None:
         if self._server is not None:
             await self._server.close(grace_s)
+        self.relay.uplink.close()
         self.relay.uplink.wire.close("the relay stops")
         self.over.set()
 
@@ -120,6 +137,7 @@ class RelayServer:
 
     async def close(self) -> None:
         """Cut off whatever there is."""
+        self.relay.uplink.close()
         self._lag.close()
         self.clock.stop()
         if self._server is not None:
@@ -139,7 +157,7 @@ def run_relay(config: ServeConfig, keeper: socket.socket, start: RelayStart) -> 
             start.clear()
             server.over.set()
 
-        link = KeeperLink(stop=lambda number: None, gone=gone)
+        link = KeeperLink(stop=lambda number: server.stop(config.server.grace_s), gone=gone)
         await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=keeper)
         joining = asyncio.ensure_future(server.join())
         await server.over.wait()

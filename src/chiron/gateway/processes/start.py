@@ -43,4 +43,6 @@ class BrainStart:
     opened: Callable[[], None] = lambda: None
     """Called once relays can come."""
     follows: bool = False
-    """Another brain was at work before this one."""
+    """Another brain was at work before this one: what runs is told by relays, and no fleet shrinks until it is."""
+    term: int = 1
+    """Higher than those of the brains before it."""

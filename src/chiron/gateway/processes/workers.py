@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from chiron.gateway.brain.relays import RelayLink, Relays
+from chiron.gateway.port.messages import Stop
 from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.relays")
@@ -62,7 +63,8 @@ class Workers:
         if self._server is not None:
             self._server.close()
         assert self.relays is not None
-        self.relays.stop(grace_s)
+        for link in self.relays.links:
+            link.wire.send(Stop(grace_s))
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s + STOP_S):
                 while self.relays.links:
