@@ -164,6 +164,7 @@ HOSTS = {
     "192.168.0.7",
     "HOST",
     "arxiv.org",
+    "chiron.llm.svc",
     "creativecommons.org",
     "engine",
     "evil.example",

@@ -20,6 +20,7 @@ from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.pods import DELETION_COST
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.testing.api import Refusal, shut
+from chiron.fleet.kubernetes.watch import WatchSettings
 from chiron.fleet.kubernetes.workload import Workload
 from chiron.fleet.port import FleetEnvironment, KindReport
 from chiron.net.clock import LiveClock
@@ -347,6 +348,40 @@ def test_a_stateful_set_moves_the_instance_of_its_last_pod_before_it_shrinks(wha
     )
 
 
+@every_cluster
+def test_where_another_scales_instances_wait_for_it_and_leave_marks_for_it(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1)
+        await until(lambda: any("at 1 replicas; 2 are planned" in note for note in here.kind.notes), "it is said")
+        assert await here.cluster.replicas() == 1
+        await here.cluster.set_replicas(3)  # One more than anybody needs.
+        await here.ready(1, 2)
+        await here.cluster.until_ready(3)
+        assert not any("somebody else" in note for note in here.kind.notes)
+        victim = await here.pod_of(1)
+        spare = (await here.cluster.ready() - {victim, await here.pod_of(2)}).pop()
+        here.remove(1)
+
+        async def marked() -> bool:
+            pods = {pod["metadata"]["name"]: pod["metadata"] for pod in await here.cluster.pods()}
+            costs = {name: int(meta.get("annotations", {}).get(DELETION_COST, 0)) for name, meta in pods.items()}
+            return {name for name, cost in costs.items() if cost < 0} == {victim, spare}
+
+        await here.cluster.until(marked, "both that are not needed are marked")
+        assert await here.cluster.replicas() == 3
+        await here.cluster.set_replicas(1)
+        await here.cluster.until_ready(1)
+        assert await here.cluster.ready() == {await here.pod_of(2)}
+        assert not here.heard.failed
+        # A cut below the plan is waited out, not fought.
+        await here.cluster.set_replicas(0)
+        await until(lambda: here.heard.failed, "its pod is gone")
+        assert here.kind.instances_max is None
+
+    told(what, tmp_path, story, workload(replicas=1), scaler="external")
+
+
 async def scale_reads_meanwhile(here: Cluster) -> int:
     """How often the scale is read during thirty other requests, on the same loop as all else."""
     assert here.fake is not None
@@ -422,6 +457,32 @@ def test_pods_that_are_listed_together_are_looked_at_once(tmp_path: Path) -> Non
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             assert len(looks) < 20, looks
+
+    asyncio.run(run())
+
+
+def test_what_runs_is_known_a_while_after_all_pods_have_been_listed_and_not_before(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("fake", tmp_path, nodes=1, gpus=0) as here:
+            fake = here.fake
+            assert fake is not None
+            await here.apply(workload(replicas=1))
+            fake.interfere = lambda method, path: Refusal(503, "", "busy") if path == PODS else None
+            source = KubernetesSource(workload="deployment", name="engine")
+            quick = WatchSettings(settle_s=1e-6, backoff_first_s=0.01)
+            watched = Workload(source, here.client, "default", settings=quick)
+            running = asyncio.get_running_loop().create_task(watched.run())
+            await until(lambda: fake.requests.count(("GET", PODS)) > 2, "it asks for them again and again")
+            assert not watched.state().known
+            fake.interfere = lambda method, path: None
+            await until(lambda: watched.state().known, "they are known")
+            slow = Workload(source, here.client, "default")
+            running_too = asyncio.get_running_loop().create_task(slow.run())
+            await until(lambda: slow._listed, "all pods are known there, too")
+            assert not slow.state().known
+            for task in (running, running_too):
+                task.cancel()
+            await asyncio.gather(running, running_too, return_exceptions=True)
 
     asyncio.run(run())
 

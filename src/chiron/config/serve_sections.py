@@ -45,6 +45,8 @@ class ServeKubernetesSection:
     """Of the kubeconfig; default: its current one."""
     yield_s: float = 600.0
     """After somebody else has scaled it down, Chiron asks for no more than what is left for so long."""
+    scaler: str = "chiron"
+    """Who sets its number of replicas: Chiron, or another one (KEDA, an HPA) that reads ``/chiron/desired``."""
 
     def __post_init__(self) -> None:
         names = [each for each in (self.deployment, self.statefulset, self.leaderworkerset) if each]

@@ -74,6 +74,7 @@ def _kubernetes(given: Given) -> KubernetesSource:
         "context": table.context,
         "start_timeout_s": section.start_timeout_s,
         "yield_s": table.yield_s,
+        "scaler": table.scaler,
     }
     return construct(KubernetesSource, f"{given.path}.kubernetes", values)
 

@@ -89,6 +89,8 @@ class KindReport:
     """How many there can be now, where it is less than usual."""
     found: int = 0
     """Instances that run although nobody has asked for them, to be taken over: the next ``create`` gets one."""
+    known: bool = True
+    """What runs of it is known, and has been for long enough to be taken over."""
     notes: tuple[str, ...] = ()
     """What an operator should know now."""
     starts: StartStatus | None = None

@@ -31,6 +31,7 @@ from chiron.gateway.processes.workers import Workers
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
+from chiron.gateway.reporting.desired import desired_page
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
@@ -318,6 +319,7 @@ class Service:
             wall_origin_s=self.clock.wall_origin_s,
             instance_urls=self.engines.urls(),
             fleet=self.engines.report(),
+            gpus_max=self.config.gpus,
             batches=self._batches,
             batch_in_flight=self.runner.in_flight(),
             outages={model: outage.reason for model, outage in self.outages.now.items()},
@@ -354,6 +356,12 @@ class Service:
         found: dict[str, Any] = {}
         self.clock.post(lambda: found.update(status(self.plane.snapshot(), self.journal, self.around())))
         return found | {"batch_runner": self.runner.summary(), "store": dict(self.store.report())}
+
+    def desired(self) -> dict[str, Any]:
+        """The object of ``GET /chiron/desired``."""
+        found: dict[str, Any] = {}
+        self.clock.post(lambda: found.update(desired_page(self.plane.snapshot(), self.journal, self.around())))
+        return found
 
     def result(self) -> Result:
         """The run so far, as the simulator's reports have it. Without the config, which may hold tokens."""
@@ -464,6 +472,7 @@ class Service:
             model_ready=self._model_ready,
             retry_after_s=self.config.limits.retry_after_s,
             status=self.status,
+            desired=self.desired,
             drain=self.drain,
             undrain=self.undrain,
             metrics=self._render_metrics,

@@ -175,6 +175,7 @@ class KubernetesFleet:
             instances_max=min(limits, default=None),
             starts=starts.starts,
             found=state.found,
+            known=state.known,
             notes=state.notes,
         )
 

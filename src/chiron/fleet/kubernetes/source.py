@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 WorkloadName = Literal["deployment", "statefulset", "leaderworkerset"]
+ScalerName = Literal["chiron", "external"]
+SCALERS: tuple[ScalerName, ...] = ("chiron", "external")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ class KubernetesSource:
     """A pod that is not ready for longer, seconds, counts as absent in decisions; it is not given up."""
     yield_s: float = 600.0
     """After somebody else has scaled it down, Chiron does not scale it up again for so many seconds."""
+    scaler: ScalerName = "chiron"
+    """Who sets its number of replicas. Another one is told how many there should be, and which pods may go."""
     standing: ClassVar[int] = 0
     instances_max: ClassVar[int | None] = None
     gpus: ClassVar[int] = 0
@@ -59,6 +63,8 @@ class KubernetesSource:
     def __post_init__(self) -> None:
         if self.workload not in WORKLOADS:
             raise ValueError(f"workload is {self.workload!r}; it must be one of {', '.join(WORKLOADS)}")
+        if self.scaler not in SCALERS:
+            raise ValueError(f"scaler is {self.scaler!r}; it must be one of {', '.join(SCALERS)}")
         for key in ("name", "namespace"):
             value = getattr(self, key)
             if not NAME.fullmatch(value) and (value or key == "name"):

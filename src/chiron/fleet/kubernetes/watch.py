@@ -45,6 +45,8 @@ class WatchSettings:
     """Pause after a failure; it doubles with each further one."""
     backoff_max_s: float = 10.0
     """Longest pause: an API server that restarts is back in seconds."""
+    settle_s: float = 15.0
+    """So long after all pods are known, those that run have been taken over, and the policy has seen them."""
 
     def __post_init__(self) -> None:
         require_positive(self)

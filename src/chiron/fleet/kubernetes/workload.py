@@ -11,6 +11,9 @@ marked pod that is left serves again. Pods with ordinals go from the end only: a
 Whoever else scales the same workload is noticed by a number that Chiron did not write, and is not fought: pods beyond
 Chiron's own are left alone until an instance can use them, and after a cut Chiron asks for no more than what is left
 for a while (``yield_s``).
+
+Where another scaler is the one to set the number (``scaler``), Chiron never writes it: instances wait for pods until
+that scaler has followed the plan, and pods that no instance needs are marked, for when it lowers the number.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from chiron.core.backoff import doubled_s
@@ -95,6 +99,8 @@ class WorkloadState:
     holds: int
     found: int
     """Replicas that instances should take over."""
+    known: bool
+    """Its replicas and its pods are known, and whoever takes them over has had time for it."""
     overdue: int
     """Instances that have waited for a pod for too long."""
     most: int | None
@@ -123,6 +129,7 @@ class Workload:
         self._source = source
         self._client = client
         self._advise = advise
+        self._follows = source.scaler == "external" and not advise
         self._noted = noted
         self._settings = settings or WatchSettings()
         self._path = f"{source.row.api}/namespaces/{namespace}/{source.row.plural}"
@@ -144,6 +151,8 @@ class Workload:
         """Pods are being marked, and the number is not lowered yet."""
         self._listed = False
         """All pods are known."""
+        self._known_s = inf
+        """Since when."""
         self._surplus = 0
         self._found = 0
         self._most: int | None = None
@@ -216,12 +225,13 @@ class Workload:
         now_s = asyncio.get_running_loop().time()
         limit_s = self._source.start_timeout_s
         overdue = sum(1 for hold in self._waiting if now_s - hold.since_s > limit_s)
-        notes = [f"{self.name}: {text}" for text in (*self._trouble.values(), self._foreign) if text]
+        notes = [f"{self.name}: {text}" for text in (*self._trouble.values(), self._foreign, self._behind()) if text]
         unready = [pod for pod in self._pods.values() if pod.cause is not None and not pod.ready and not pod.deleting]
         notes += [f"pod {pod.name}: {pod.cause}" for pod in sorted(unready, key=_age)]
         return WorkloadState(
             holds=len(self._waiting) + len(self._bound),
             found=self._surplus if self._advise else self._found,
+            known=now_s - self._known_s >= self._settings.settle_s,
             overdue=overdue,
             most=self._most,
             cause=self._why_waiting() if self._waiting else None,
@@ -308,13 +318,13 @@ class Workload:
             scale = await self._client.get(path)
             replicas = _replicas(scale)
             self._observe(replicas)
-            if self._advise or self._wanted() == replicas:
+            if self._advise or self._wanted() == replicas or (self._follows and self._wanted() > replicas):
                 return False
             self._making_way = True
             try:
                 wanted = await self._make_way(replicas, self._wanted())
-                if wanted == replicas:
-                    return False
+                if wanted == replicas or self._follows:
+                    return False  # Its scaler lowers the number, when it likes, and finds marks.
                 self._attempted = wanted
                 await self._client.put(path, {**scale, "spec": {**_table(scale, "spec"), "replicas": wanted}})
                 self._replicas = wanted
@@ -334,7 +344,8 @@ class Workload:
         now_s = asyncio.get_running_loop().time()
         if self._most is not None and now_s >= self._most_until_s:
             self._most, self._foreign = None, ""
-        wanted = len(self._waiting) + len(self._bound) + self._surplus
+        own = len(self._waiting) + len(self._bound)
+        wanted = own + (self._found if self._follows else self._surplus)
         return wanted if self._most is None else min(wanted, self._most)
 
     def _observe(self, replicas: int) -> None:
@@ -342,13 +353,14 @@ class Workload:
         before, self._replicas = self._replicas, replicas
         attempted, self._attempted = self._attempted, None
         own = len(self._waiting) + len(self._bound)
-        if self._advise:
+        if self._advise or self._follows:
             self._surplus = max(0, replicas - own)
+            self._found = min(self._found, self._surplus)
         if before is None:
             self._surplus = self._found = max(0, replicas - own)
             if self._surplus and not self._advise:
                 log.info("%s: it has %d replicas, which are taken over", self.name, replicas)
-        elif replicas == attempted or self._advise:
+        elif replicas == attempted or self._advise or self._follows:
             pass
         elif replicas > before:
             self._surplus = max(self._surplus, replicas - own)
@@ -439,6 +451,8 @@ class Workload:
             hold.leave(f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}")
 
     def _pods_listed(self) -> None:
+        if not self._listed:
+            self._known_s = asyncio.get_running_loop().time()
         self._listed = True
         self._wake()
 
@@ -517,8 +531,16 @@ class Workload:
     def _why_waiting(self) -> Cause:
         pairs = self._pairs()
         cause = next((pod.cause for _, pod in pairs if pod.cause is not None), None)
-        unknown = Cause(name="not_started", words="") if pairs else Cause(name="no_pod", words="there is no pod yet")
+        why = self._behind() or "there is no pod yet"
+        unknown = Cause(name="not_started", words="") if pairs else Cause(name="no_pod", words=why)
         return cause or self._refused or self._controller or unknown
+
+    def _behind(self) -> str:
+        """What its scaler has not done yet; empty: nothing."""
+        own = len(self._waiting) + len(self._bound)
+        if not self._follows or self._replicas is None or self._replicas >= own:
+            return ""
+        return f"whoever scales it has it at {self._replicas} replicas; {own} are planned"
 
     def _active(self) -> list[Pod]:
         return [pod for pod in self._pods.values() if not pod.deleting and not pod.over]

@@ -86,6 +86,26 @@ class Admin:
         self._state.keys.check_admin(authorization(request))
         return json_response(self._state.status())
 
+    async def desired(self, request: Request) -> Response:
+        """Of one model, or of one kind of its instances, an object that KEDA reads; of all models without a name."""
+        state, asked = self._state, request.query_params
+        state.keys.check_admin(authorization(request))
+        page = state.desired()
+        if (name := asked.get("model")) is None:
+            return json_response(page)
+        served = state.models.named(name)
+        if served is None:
+            raise model_not_found(name[:200], state.models.by_name)
+        found = next(each for each in page["models"] if each["model"] == served.settings.name)
+        if (kind := asked.get("kind")) is not None:
+            kinds = {each["kind"]: each for each in found["kinds"]}
+            if kind not in kinds:
+                raise not_found(f"Model {found['model']!r} has no kind {kind[:200]!r}. Its kinds: {', '.join(kinds)}.")
+            found = kinds[kind]
+        if found["desired"] is None:  # A number would be believed.
+            return json_response({"status": found["why"]}, 503, retry_after(state.retry_after_s))
+        return json_response(found)
+
     async def drain(self, request: Request) -> Response:
         self._state.keys.check_admin(authorization(request))
         self._state.drain()

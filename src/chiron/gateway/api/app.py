@@ -43,6 +43,7 @@ def api_routes(state: ApiState) -> dict[str, dict[str, Endpoint]]:
         "/metrics": {"GET": admin.metrics},
         "/openapi.json": {"GET": admin.openapi},
         "/chiron/status": {"GET": admin.status},
+        "/chiron/desired": {"GET": admin.desired},
         "/chiron/drain": {"POST": admin.drain},
         "/chiron/undrain": {"POST": admin.undrain},
     }

@@ -58,6 +58,8 @@ class ApiState:
     """The status page's content."""
     drain: Callable[[], None]
     """Take no new requests, finish those under way."""
+    desired: Callable[[], Mapping[str, Any]] = lambda: {"models": []}
+    """How many instances there should be now, of each model and kind."""
     undrain: Callable[[], bool] = lambda: True
     """Take new requests again. Returns whether that is still possible: not once the gateway stops."""
     model_ready: Callable[[str], tuple[bool, str]] = lambda model: (True, "ready")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any
 
 from chiron.core.types import Decision, Instance, Request, RequestClass
@@ -63,6 +64,8 @@ class LiveJournal:
         """HTTP answers by status, as the gateway reports them with ``responded``."""
         self.plans: FleetPlan = {}
         """What the policy wanted at the last tick."""
+        self.planned_s = -inf
+        """When that was."""
         self._write = writer.write if writer is not None else None
         self._name_of = name_of
         self._key_of = key_of
@@ -150,7 +153,7 @@ class LiveJournal:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def observe(self, view: FleetView, plan: FleetPlan) -> None:
-        self.plans = plan
+        self.plans, self.planned_s = plan, view.now_s
         if self.recorder is not None:
             self.recorder.timeline.observe(view, plan)
 

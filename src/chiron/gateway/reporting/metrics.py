@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from chiron.control.snapshot import PlaneSnapshot, Readers
+from chiron.gateway.reporting.desired import desired
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.reporting.tally import SLOS, Histogram
@@ -87,6 +88,7 @@ class _Collector(Collector):
         yield from self._queues(plane)
         yield from self._instances(plane)
         yield from self._fleet(around, plane)
+        yield self._desired(around, plane)
         yield from self._batches(around)
         yield from self._gateway(around, plane)
 
@@ -213,6 +215,18 @@ class _Collector(Collector):
         yield from (there, planned, *pressure.values(), cold, up, out)
         yield from self._starts(around, plane)
         yield from self._bills(plane.now_s)
+
+    def _desired(self, around: StatusSources, plane: PlaneSnapshot) -> Metric:
+        """Nothing where there is no number: whoever scales by it keeps what there is."""
+        family = GaugeMetricFamily(
+            "chiron_instances_desired",
+            "Instances that there should be now, for KEDA and the like; absent while that is not known.",
+            labels=("model", "kind"),
+        )
+        for each in desired(plane, self._journal, around):
+            for kind, count in each.kinds.items():
+                family.add_metric((each.model.spec.name, kind), count)
+        return family
 
     def _starts(self, around: StatusSources, plane: PlaneSnapshot) -> Iterator[Metric]:
         labels = ("model", "kind")

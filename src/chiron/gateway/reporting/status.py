@@ -55,6 +55,8 @@ class StatusSources:
     """Unix time at ``now_s == 0`` of the clock."""
     instance_urls: Mapping[int, str] = field(default_factory=dict)
     fleet: FleetReport = field(default_factory=FleetReport)
+    gpus_max: Mapping[str, int] = field(default_factory=dict)
+    """How many GPUs all models together may have, by type; those that are not named: any number."""
     batches: Sequence[Batch] = ()
     batch_in_flight: Mapping[str, int] = field(default_factory=dict)
     """Items leased from the store, by batch id."""
