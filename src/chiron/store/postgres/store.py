@@ -248,8 +248,7 @@ class PostgresStore:
             db: Connection | None = getattr(self._of_thread, "db", None)
             try:
                 if db is None:
-                    db = self._of_thread.db = connect(self.settings, "reader")
-                    now.connections.append(db)
+                    db = self._of_thread.db = self._connect_reader(now)
                     last = True
                 db.execute(begin)
                 try:
@@ -268,9 +267,18 @@ class PostgresStore:
                 now.connections.remove(db)
                 self._of_thread.db = None
                 if last or begin != "BEGIN READ ONLY":
-                    now.writer.submit(lambda transaction: None)  # So that it notices.
+                    now.writer.look()
                     raise StoreUnavailable(f"{where(self.settings)}: {error}") from error
         raise AssertionError
+
+    def _connect_reader(self, now: _Opened) -> Connection:
+        try:
+            db = connect(self.settings, "reader")
+        except StoreUnavailable:
+            now.writer.look()
+            raise
+        now.connections.append(db)
+        return db
 
     # Files.
 

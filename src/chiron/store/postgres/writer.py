@@ -109,6 +109,10 @@ class Writer:
                 self._queue.put(_Job(operation, alone or reads, reads, future))
         return future
 
+    def look(self) -> None:
+        """Whether the server is there: a reader has found it gone."""
+        self.submit(lambda transaction: None)
+
     def finish(self, ended: Sequence[Ended], now_s: float) -> Future[None]:
         """Keep results, with those of other callers that wait."""
         future: Future[None] = Future()
