@@ -63,6 +63,14 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
             while (taken := await first.try_take()) is None:  # By the server's clock it is over by itself.
                 await asyncio.sleep(0.02)
         assert taken.token == short.token + 1
+        # The server's clock is set back, and the leader is gone: it does not lead for another day.
+        set_back = "UPDATE leaders SET until = until + INTERVAL '1 day'"
+        assert (await first._run(lambda db: db.execute(set_back))).rowcount == 1
+        assert await first.holder() is None
+        after = await second.try_take()
+        assert after is not None
+        assert after.token == taken.token + 1
+        assert not await first.renew()
         assert not await third.renew()
         for each in (first, second, third, *contenders):
             await each.close()

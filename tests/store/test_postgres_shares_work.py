@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from threading import Event
 
 import pytest
 
+pytest.importorskip("psycopg")
+
 from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
+from chiron.store.postgres.store import NAME, PostgresStore
 from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
 from store_sites import PostgresSite, end_lease
 
@@ -99,6 +106,65 @@ def test_a_gateway_that_starts_again_knows_that_its_last_process_is_over(postgre
     asyncio.run(run())
 
 
+def test_two_gateways_of_one_name_both_go_on(
+    postgres_place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a data directory was copied. The second one takes the first one for its own last process."""
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=3600.0)
+    directories = [tmp_path / "first", tmp_path / "copy"]
+
+    def name_of(directory: Path) -> str:
+        return (directory / NAME).read_text()
+
+    async def run() -> None:
+        first, second = (PostgresStore(each, wall=lambda: site.now_s, settings=site.settings) for each in directories)
+        await first.open()
+        shutil.copytree(directories[0], directories[1])
+        batch = await start(site, first, 10)
+        lost = await first.lease(MODEL, 4)
+        await second.open()
+        kept = await second.lease(MODEL, 6)
+        assert indices(kept) == [0, 1, 2, 3, 4, 5]
+        await first.finish([result(item, text="first") for item in lost], site.now_s)
+        rest = await first.lease(MODEL, 10)
+        assert indices(rest) == [6, 7, 8, 9], "nobody takes what the other has"
+        await second.finish([result(item) for item in kept], site.now_s)
+        await first.finish([result(item) for item in rest], site.now_s)
+        assert (await first.get_batch(batch.id, None)).status == "completed"
+        assert (await content(first, (await first.get_batch(batch.id, None)).output_file_id)).count(b"\n") == 10
+        await first.close()
+        await second.close()
+
+    with caplog.at_level(logging.ERROR, "chiron.store"):
+        asyncio.run(run())
+    (said,) = [record.message for record in caplog.records]
+    old, new = name_of(directories[1]).strip(), name_of(directories[0]).strip()
+    assert old != new
+    assert said == f"another gateway runs as {old}: was its directory copied? This one goes on as {new}"
+
+
+def test_a_dead_gateway_is_not_alive_for_a_day_because_the_servers_clock_was_set_back(postgres_place: Place) -> None:
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=3600.0)
+
+    async def run() -> None:
+        dead = site.make("dead")
+        await dead.open()
+        await start(site, dead, 3)
+        await dead.lease(MODEL, 3)
+        async with site.gateway("lives") as lives:
+            await lives.expire(site.now_s)
+            assert await lives.lease(MODEL, 3) == [], "it is alive"
+            await end_lease(lives, "dead", "1 day")
+            await end_lease(lives, "lives", "1 day")
+            await lives.expire(site.now_s)
+            assert indices(await lives.lease(MODEL, 3)) == [0, 1, 2]
+        await dead.close()
+
+    asyncio.run(run())
+
+
 @pytest.mark.slow
 def test_others_hear_of_new_work_at_once(postgres_place: Place) -> None:
     site = postgres_place()
@@ -108,15 +174,11 @@ def test_others_hear_of_new_work_at_once(postgres_place: Place) -> None:
             heard = asyncio.Event()
             b.on_news(heard.set)
             async with asyncio.timeout(60):
-                while not await b._read(
-                    lambda db: db.execute(
-                        "SELECT count(*) AS n FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
-                    ).fetchone()["n"]
-                ):
-                    await asyncio.sleep(0.02)
-                batch = await submit(site, a, lines_of(3))
-                await a.validate(batch.id, check, LIMITS)
-                await heard.wait()
+                while not heard.is_set():  # Again where it did not listen yet.
+                    batch = await submit(site, a, lines_of(3))
+                    await a.validate(batch.id, check, LIMITS)
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(heard.wait(), 0.5)
 
     asyncio.run(run())
 

@@ -23,6 +23,7 @@ from chiron.store.jobs.rows import item_key, write_row
 from chiron.store.learned import learned_sum
 from chiron.store.port import Conflict, StoreCorrupt, StoreDamaged, StoreError
 from chiron.store.postgres.connection import connect, store_error, where
+from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import prepare, read_meta
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
@@ -116,7 +117,7 @@ class _Migration:
     def _require_ours(self, files: Sequence[Row], batches: Sequence[Row]) -> None:
         """The new store is empty, but for what an earlier try left."""
         new, at = self._new, where(self._settings)
-        live = new.execute("SELECT name FROM holders WHERE until > clock_timestamp()").fetchall()
+        live = new.execute(f"SELECT name FROM holders WHERE {ALIVE}").fetchall()
         if live:
             raise Conflict(f"{at}: a gateway runs on it ({live[0]['name']}): stop it first")
         for table, rows in (("files", files), ("batches", batches)):

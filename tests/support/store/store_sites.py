@@ -69,9 +69,14 @@ def postgres_site(server: Server, schema: str, directory: Path, **settings: Any)
     return site
 
 
-async def end_lease(store: PostgresStore, name: str) -> None:
-    """As if nothing had been heard of a gateway for longer than its lease."""
+async def end_lease(store: PostgresStore, name: str, left: str = "0") -> None:
+    """As if nothing had been heard of a gateway for longer than its lease; ``left``: or as if the server's clock had
+    been set back by so much."""
     ended = await store._change(
-        lambda db: db.execute("UPDATE holders SET until = clock_timestamp() WHERE name = ?", (name,)).rowcount
+        lambda db: (
+            db.execute(
+                "UPDATE holders SET until = clock_timestamp() + CAST(? AS INTERVAL) WHERE name = ?", (left, name)
+            ).rowcount
+        )
     )
     assert ended == 1

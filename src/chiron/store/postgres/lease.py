@@ -2,7 +2,8 @@
 
 It has a connection of its own: a leader renews also while others wait for their turn to write, and a lost connection
 costs one answer, not the lease. A row rather than an advisory lock: the lock would be lost with the connection, and
-kept for as long as the server believes that a machine that is gone is there.
+kept for as long as the server believes that a machine that is gone is there. A lease that lasts for longer than any
+can, because the server's clock was set back, counts as over.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import psycopg
 from chiron.store.lease import Held, check_name
 from chiron.store.port import StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
+from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
 
@@ -42,10 +44,10 @@ class PostgresLease:
             row = db.execute(
                 "INSERT INTO leaders(name, holder, token, until)"
                 " VALUES(?, ?, 1, clock_timestamp() + make_interval(secs => ?)) ON CONFLICT (name) DO UPDATE SET"
-                " token = leaders.token + CASE WHEN leaders.holder = excluded.holder"
-                "  AND leaders.until > clock_timestamp() THEN 0 ELSE 1 END,"
+                f" token = leaders.token + CASE WHEN leaders.holder = excluded.holder AND leaders.{ALIVE}"
+                "  THEN 0 ELSE 1 END,"
                 " holder = excluded.holder, until = excluded.until"
-                " WHERE leaders.until <= clock_timestamp() OR leaders.holder = excluded.holder"
+                f" WHERE NOT (leaders.{ALIVE}) OR leaders.holder = excluded.holder"
                 " RETURNING token",
                 (self._name, self._holder, self._lease_s),
             ).fetchone()
@@ -77,7 +79,7 @@ class PostgresLease:
         def ask(db: Connection) -> Held | None:
             row = db.execute(
                 "SELECT holder, token, CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
-                " FROM leaders WHERE name = ? AND until > clock_timestamp()",
+                f" FROM leaders WHERE name = ? AND {ALIVE}",
                 (self._name,),
             ).fetchone()
             return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])

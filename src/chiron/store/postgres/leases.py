@@ -4,6 +4,9 @@ A holder is a gateway from one start to its end. It says every few seconds, by t
 be believed alive; what a holder has that is over is leased to others. So a lease costs one small change of its item's
 row, and none to be kept. ``leased`` has the sums over what each holder has, in rows of its own: holders do not wait for
 one another. Rows that another gateway is leasing at this moment are skipped.
+
+If the server's clock jumps ahead, holders seem over until they say it again, and items may run twice. If it is set
+back, they seem alive in a future that no lease reaches: that counts as over.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from chiron.store.jobs.rows import OPEN, QUOTED, item_index, item_key
 from chiron.store.port import PendingWork
 from chiron.store.sums import ATTEMPT_FACTOR, STATE_FACTOR, Row, item_fits
 
+ALIVE: Final = "until BETWEEN clock_timestamp() AND clock_timestamp() + INTERVAL '2 hours'"
+"""Of a holder. A lease lasts for an hour at most."""
 RETURNED: Final = 0
 """The holder of an item that came back."""
 RESCAN_S: Final = 30.0
@@ -239,7 +244,7 @@ def begin_validation(transaction: Transaction, holder: Holder, batch_id: str) ->
     row = transaction.db.execute(
         "INSERT INTO validations(batch, holder) VALUES(?, ?) ON CONFLICT (batch) DO UPDATE SET holder = excluded.holder"
         " WHERE NOT EXISTS (SELECT 1 FROM holders WHERE no = validations.holder AND no != excluded.holder"
-        "  AND until > clock_timestamp()) RETURNING batch",
+        f"  AND {ALIVE}) RETURNING batch",
         (batch_id, holder.no),
     ).fetchone()
     return row is not None
@@ -251,7 +256,7 @@ def end_validation(transaction: Transaction, holder: Holder, batch_id: str) -> N
 
 def validated_by_others(db: Database, holder: Holder) -> set[str]:
     rows = db.execute(
-        "SELECT batch FROM validations JOIN holders ON no = holder WHERE no != ? AND until > clock_timestamp()",
+        f"SELECT batch FROM validations JOIN holders ON no = holder WHERE no != ? AND {ALIVE}",
         (holder.no,),
     )
     return {row["batch"] for row in rows.fetchall()}
@@ -269,12 +274,17 @@ def register(db: Database, name: str, lease_s: float) -> int:
     return int(row["no"])
 
 
+def is_alive(db: Database, name: str) -> bool:
+    """Whether there is a holder of this name."""
+    return db.execute(f"SELECT no FROM holders WHERE name = ? AND {ALIVE}", (name,)).fetchone() is not None
+
+
 def free_over(transaction: Transaction, but: int, name: str | None = None) -> list[str]:
     """Free what holders have that are over, or that have this name: of one name only the newest lives. Returns the
     names of those that were over."""
     db = transaction.db
     over = db.execute(
-        "SELECT no, name FROM holders WHERE no != ? AND (until < clock_timestamp() OR name = ?) ORDER BY no"
+        f"SELECT no, name FROM holders WHERE no != ? AND (NOT ({ALIVE}) OR name = ?) ORDER BY no"
         " FOR UPDATE SKIP LOCKED",
         (but, name or ""),
     ).fetchall()

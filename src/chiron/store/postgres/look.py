@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import psycopg
 
 from chiron.store.postgres.connection import connect, store_error, where
+from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import SCHEMA_VERSION, read_version
 from chiron.store.postgres.settings import PostgresSettings
 
@@ -50,7 +51,7 @@ def look(settings: PostgresSettings) -> Look:
         ahead_s = row["now_s"] - time.time()
         names = ()
         if version == SCHEMA_VERSION:
-            rows = db.execute("SELECT name FROM holders WHERE until > clock_timestamp() ORDER BY no").fetchall()
+            rows = db.execute(f"SELECT name FROM holders WHERE {ALIVE} ORDER BY no").fetchall()
             names = tuple(each["name"] for each in rows)
         return Look(
             at=where(settings),

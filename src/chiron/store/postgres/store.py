@@ -145,11 +145,13 @@ class PostgresStore:
         listener.start()
 
     def _open(self) -> tuple[int | None, Writer]:
-        if self._given_name is not None:
-            return None, Writer(self.settings, self._given_name, self._tell)
+        given = self._given_name
+        if given is not None:
+            return None, Writer(self.settings, given, self._tell, lambda: _unique_name(given))
         held = hold(self.directory)
         try:
-            return held, Writer(self.settings, _name_of(self.directory), self._tell)
+            name = _name_of(self.directory)
+            return held, Writer(self.settings, name, self._tell, lambda: _new_name(self.directory))
         except BaseException:
             os.close(held)
             raise
@@ -633,18 +635,28 @@ def _name_of(directory: Path) -> str:
     the last one is over. Raises StoreError."""
     path = directory / NAME
     try:
-        try:
-            known = path.read_text().strip()
-        except FileNotFoundError:
-            known = ""
-        if not _NAME_FORM.fullmatch(known):
-            known = f"{socket.gethostname()[:60]}-{uuid4().hex[:12]}"
-            part = path.with_name(f"{NAME}.part")
-            part.write_text(f"{known}\n")
-            part.rename(path)
+        known = path.read_text().strip()
+    except FileNotFoundError:
+        known = ""
     except OSError as error:
         raise disk_error(error, path) from error
-    return known
+    return known if _NAME_FORM.fullmatch(known) else _new_name(directory)
+
+
+def _new_name(directory: Path) -> str:
+    """It is that of the directory from now on."""
+    name, path = _unique_name(socket.gethostname()), directory / NAME
+    try:
+        part = path.with_name(f"{NAME}.part")
+        part.write_text(f"{name}\n")
+        part.rename(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    return name
+
+
+def _unique_name(like: str) -> str:
+    return f"{like[:60]}-{uuid4().hex[:12]}"
 
 
 def _ask(db: Database, operation: Operation[T]) -> T:

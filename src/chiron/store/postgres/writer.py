@@ -10,6 +10,9 @@ was not committed. Everything else fails with ``StoreUnavailable`` until then, a
 **A holder that is over.** A gateway that stalled for longer than its lease finds its row gone at its next commit: that
 is taken back, and run again as a new holder. If the row goes while it is not known whether a commit succeeded, nobody
 will know: it is not run again, and callers are told so.
+
+**Two of one name**, as where a data directory was copied: whoever starts frees what the other has, as if that were its
+last process. The other finds its holder over and one of its name alive, and goes on under a new name.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from chiron.store.jobs.items import finish
 from chiron.store.port import Ended, StoreClosed, StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.content import remove_step
-from chiron.store.postgres.leases import Holder, free, free_over, register
+from chiron.store.postgres.leases import Holder, free, free_over, is_alive, register
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
 
@@ -71,11 +74,14 @@ class _OverError(Exception):
 class Writer:
     """Runs operations in the order of asking. ``told`` hears "" when the store can be used, else why not."""
 
-    def __init__(self, settings: PostgresSettings, name: str, told: Callable[[str], None]) -> None:
-        """Blocks. Raises StoreError."""
+    def __init__(
+        self, settings: PostgresSettings, name: str, told: Callable[[str], None], new_name: Callable[[], str]
+    ) -> None:
+        """``new_name`` is asked for if another gateway has this one, and keeps it. Blocks. Raises StoreError."""
         self._settings = settings
         self._name = name
         self._told = told
+        self._new_name = new_name
         self._turn = TURN_LOCK ^ crc32(settings.schema.encode())
         self._random = Random(f"{name}:reconnect")
         self.holder = Holder()
@@ -88,7 +94,7 @@ class Writer:
         self._commits = 0
         self._db = self._connect()
         try:
-            self._register()
+            self._register(self._name)
         except psycopg.Error as error:
             self._db.close()
             raise store_error(error, settings) from error
@@ -169,7 +175,6 @@ class Writer:
             self._db.execute("COMMIT")
         except _OverError:
             self._roll_back()
-            log.warning("%s: not heard of for longer than store.lease: what was leased may run twice", self._name)
             self._commit_as_new_holder(group, tries)
         except Exception as error:
             if is_lost(self._db.raw):
@@ -252,8 +257,15 @@ class Writer:
 
     def _commit_as_new_holder(self, group: list[_Job], tries: int) -> None:
         try:
-            self._register()
-        except psycopg.Error as error:
+            if is_alive(self._db, self._name):
+                taken, self._name = self._name, self._new_name()
+                log.error(
+                    "another gateway runs as %s: was its directory copied? This one goes on as %s", taken, self._name
+                )
+            else:
+                log.warning("%s: not heard of for longer than store.lease: what was leased may run twice", self._name)
+            self._register(self._name)
+        except (psycopg.Error, StoreError) as error:
             if is_lost(self._db.raw):
                 self._reconnect(error)
             _fail(group, self._named(error))
@@ -277,14 +289,14 @@ class Writer:
             raise
         return db
 
-    def _register(self) -> None:
+    def _register(self, name: str) -> None:
         """Become a new holder, of a name that then has no other."""
         db = self._db
         db.execute("BEGIN")
         transaction = Transaction(db, Meta())
         db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
-        free_over(transaction, -1, self._name)
-        number = register(db, self._name, self._settings.lease_s)
+        free_over(transaction, -1, name)
+        number = register(db, name, self._settings.lease_s)
         db.execute("COMMIT")
         self.holder.no = number
         self.holder.cursors.clear()
