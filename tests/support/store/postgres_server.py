@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from socket import create_server
 
 from child_processes import KEPT
+from ports import free_port
 
 USER = "chiron"
 PASSWORD = "a password"
@@ -78,7 +78,7 @@ class Server:
         for setting in (*settings, *quiet, *self.settings):
             words += ["-c", setting]
         with open(self.directory / "log", "ab") as log:
-            self.process = subprocess.Popen(words, stdout=log, stderr=log, **_as_user(), start_new_session=True)  # type: ignore[call-overload]
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, **as_user(), start_new_session=True)  # type: ignore[call-overload]
         KEPT.add(self.process.pid)
         self.wait()
 
@@ -88,7 +88,7 @@ class Server:
             place = self.directory / name
             shutil.copyfile(source, place)
             place.chmod(0o600)
-            if user := _as_user():
+            if user := as_user():
                 os.chown(place, user["user"], user["group"])  # type: ignore[arg-type]
         files = (f"ssl_cert_file={self.directory}/server.crt", f"ssl_key_file={self.directory}/server.key")
         self.settings = (*self.settings, "ssl=on", *files)
@@ -152,7 +152,7 @@ def _bin(name: str) -> Path:
     return found / name
 
 
-def _as_user() -> dict[str, object]:
+def as_user() -> dict[str, object]:
     user = _unprivileged() if os.getuid() == 0 else None
     if user is None:
         return {}
@@ -164,7 +164,7 @@ def postgres_server(settings: tuple[str, ...] = FAST) -> Iterator[Server]:
     """Started, and gone at the end."""
     directory = Path(tempfile.mkdtemp(prefix="chiron-postgres-", dir="/tmp"))
     try:
-        if user := _as_user():
+        if user := as_user():
             os.chown(directory, user["user"], user["group"])  # type: ignore[arg-type]
         password = directory / "password"
         password.write_text(PASSWORD)
@@ -176,11 +176,9 @@ def postgres_server(settings: tuple[str, ...] = FAST) -> Iterator[Server]:
             ],
             check=True,
             stdout=subprocess.DEVNULL,
-            **_as_user(),  # type: ignore[call-overload]
+            **as_user(),  # type: ignore[call-overload]
         )
-        with create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        server = Server(directory=directory, port=port, settings=settings)
+        server = Server(directory=directory, port=free_port(), settings=settings)
         try:
             server.start()
             yield server

@@ -2,6 +2,10 @@
 
 Transactions are ours: connections commit each statement by itself unless we say BEGIN. ``?`` stands for a value, as in
 SQLite; text columns that may hold any character are ``bytea``, since PostgreSQL's text has no NUL.
+
+A pooler between us and the server must give each connection a session of its own: settings, prepared statements, locks
+and what is listened for belong to a session, and with a pooler that changes sessions between transactions others would
+get them.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SERVER_MIN: Final = 130_000
+LOOKS_FOR_SHARING: Final = 5
+"""Connections that look whether a pooler gives them the session of one that is open. Idle ones show it at once."""
 ROWS_PER_PAGE: Final = 512
 _AS_BYTES: Final = frozenset({"custom_id"})
 _COPIED: Final = {
@@ -180,18 +186,13 @@ def connect(settings: PostgresSettings, name: str) -> Connection:
         conninfo = make_conninfo(settings.url, **_parameters(settings, name))
     except psycopg.Error as error:
         raise StoreError(f"store.url: {_first_line(error)}") from None
-    try:
-        raw = _RawConnection.connect(conninfo, autocommit=True, row_factory=_make_rows)
-    except psycopg.Error as error:
-        raise _connect_error(error, settings) from None
-    raw.answer_max_s = settings.statement_timeout_s + settings.connect_timeout_s
+    raw = _open(conninfo, settings)
     try:
         if raw.info.server_version < SERVER_MIN:
             found = raw.info.parameter_status("server_version") or raw.info.server_version
             raise StoreError(f"{where(settings)}: PostgreSQL {found} is too old: {SERVER_MIN // 10_000} is needed")
-        if raw.info.encoding != "utf-8":
-            raw.execute("SET client_encoding = 'UTF8'")
-        raw.execute(quoting.SQL("SET search_path = {}").format(quoting.Identifier(settings.schema)))
+        _require_own_session(raw, conninfo, settings)
+        raw.execute(_session_settings(settings))
     except psycopg.Error as error:
         raw.close()
         raise store_error(error, settings) from error
@@ -199,6 +200,59 @@ def connect(settings: PostgresSettings, name: str) -> Connection:
         raw.close()
         raise
     return Connection(raw)
+
+
+def _open(conninfo: str, settings: PostgresSettings) -> _RawConnection:
+    try:
+        raw = _RawConnection.connect(conninfo, autocommit=True, row_factory=_make_rows)
+    except psycopg.Error as error:
+        raise _connect_error(error, settings) from None
+    raw.answer_max_s = settings.statement_timeout_s + settings.connect_timeout_s
+    return raw
+
+
+def _require_own_session(raw: _RawConnection, conninfo: str, settings: PostgresSettings) -> None:
+    """Raises StoreError if a pooler gives the session of an open connection to another one."""
+    mine = _session(raw)
+    if mine == raw.info.backend_pid:
+        return  # The server itself: a pooler has numbers of its own.
+    for _ in range(LOOKS_FOR_SHARING):
+        other = _open(conninfo, settings)
+        try:
+            shared = _session(other) == mine
+        finally:
+            other.close()
+        if shared:
+            raise StoreError(
+                f"{where(settings)}: a connection pooler shares sessions among its clients (pool_mode transaction or "
+                "statement); name the server itself in store.url, or a pooler with pool_mode session"
+            )
+
+
+def _session(raw: _RawConnection) -> int:
+    row = raw.execute("SELECT pg_backend_pid()").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _session_settings(settings: PostgresSettings) -> quoting.Composed:
+    """Said after connecting: poolers refuse them as parameters of a connection, or drop them."""
+    values: dict[str, str | int] = {
+        "client_encoding": "UTF8",
+        "statement_timeout": round(1000 * settings.statement_timeout_s),
+        # Whoever stalls in a transaction holds up all others.
+        "idle_in_transaction_session_timeout": round(1000 * max(5.0, settings.lease_s / 2)),
+        "synchronous_commit": "on",
+        "lock_timeout": 0,
+        # All we ask for is found by an index; without statistics, as on a new database, the planner would not know.
+        **dict.fromkeys(("enable_seqscan", "enable_hashjoin", "enable_bitmapscan", "jit"), "off"),
+    }
+    said = [quoting.SQL("SET search_path = {}").format(quoting.Identifier(settings.schema))]
+    said += [
+        quoting.SQL("SET {} = {}").format(quoting.Identifier(name), quoting.Literal(value))
+        for name, value in values.items()
+    ]
+    return quoting.SQL("; ").join(said)
 
 
 def _parameters(settings: PostgresSettings, name: str) -> dict[str, Any]:
@@ -210,12 +264,6 @@ def _parameters(settings: PostgresSettings, name: str) -> dict[str, Any]:
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": round(1000 * max(10.0, settings.lease_s)),
-        "options": f"-c statement_timeout={round(1000 * settings.statement_timeout_s)}"
-        # Whoever stalls in a transaction holds up all others.
-        f" -c idle_in_transaction_session_timeout={round(1000 * max(5.0, settings.lease_s / 2))}"
-        " -c synchronous_commit=on -c lock_timeout=0"
-        # All we ask for is found by an index; without statistics, as on a new database, the planner would not know.
-        " -c enable_seqscan=off -c enable_hashjoin=off -c enable_bitmapscan=off -c jit=off",
     }
     if settings.tls_root_cert:
         found["sslrootcert"] = settings.tls_root_cert
