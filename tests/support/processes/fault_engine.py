@@ -4,7 +4,8 @@ A line per event goes to ``DIRECTORY/engine-PID.log`` as it happens, also if kil
 ``finish ID``, ``leave ID``; ID is the gateway's ``x-request-id`` but for the try.
 
 Marks in a prompt: ``<die>`` ends the process, ``<500>`` is answered with that status, ``<hang-up>`` breaks the
-connection, ``<hang>`` is never answered. Every request gets 503 with ``--sick``, and while ``DIRECTORY/sick`` exists.
+connection, ``<hang>`` is never answered, ``<hold>`` is begun once ``DIRECTORY/go`` exists. Every request gets 503 with
+``--sick``, and while ``DIRECTORY/sick`` exists.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from chiron.net.clock import LiveClock
 from chiron.net.loop import run_on_loop
 from chiron.net.server import Incoming
 
+HOLD_PERIOD_S = 0.05
+
 
 class FaultyEngine(EmulatedEngine):
     """Writes down what it does."""
@@ -36,6 +39,7 @@ class FaultyEngine(EmulatedEngine):
         self._diary = os.open(directory / f"engine-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._sick = sick
         self._sick_file = directory / "sick"
+        self._go_file = directory / "go"
         self._ids: dict[int, str] = {}
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
@@ -54,6 +58,20 @@ class FaultyEngine(EmulatedEngine):
             return
         if b"<hang>" in body:
             return
+        if b"<hold>" in body:
+            self._hold(id, request, incoming)
+        else:
+            self._run(id, request, incoming)
+
+    def _hold(self, id: str, request: GenerationRequest, incoming: Incoming) -> None:
+        if incoming.closed:
+            return
+        if self._go_file.exists():
+            self._run(id, request, incoming)
+        else:
+            asyncio.get_running_loop().call_later(HOLD_PERIOD_S, self._hold, id, request, incoming)
+
+    def _run(self, id: str, request: GenerationRequest, incoming: Incoming) -> None:
         self._ids[self._next_id + 1] = id
         super().submit(request, incoming)
 
