@@ -24,9 +24,9 @@ from chiron.net.clock import LiveClock
 STUB = (sys.executable, "-I", "-S", str(Path(__file__).with_name("engine_stub.py")))
 
 QUICK_HEALTH = HealthSettings(
-    health_period_s=0.1, health_timeout_s=5.0, suspect_period_s=0.02, poll_first_s=0.02, poll_max_s=0.1
+    health_period_s=0.1, health_timeout_s=60.0, suspect_period_s=0.02, poll_first_s=0.02, poll_max_s=0.1
 )
-"""Quick to ask, patient with the answer: a busy machine may hold up a sound stub for a second or two."""
+"""Quick to ask, patient with the answer: a busy machine may hold up a sound stub for seconds."""
 
 
 def quick_settings(**backoff: float) -> FleetSettings:
