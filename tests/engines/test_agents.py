@@ -385,12 +385,19 @@ def test_json_survives_a_shortage_of_kv(engines: dict[str, EngineProcess]) -> No
 def test_choices_are_sequences_within_the_limit_and_leave_together(
     engines: dict[str, EngineProcess], engine: str, tokens: int
 ) -> None:
+    def inside(found: dict[str, int]) -> tuple[int, int]:
+        return found["running"], found["waiting"]
+
     async def check() -> None:
         async with connected(engines[engine].url) as origin:
             await limits(origin, 2)
             body = {"model": "m", "prompt": ["a", "b"], "n": 3, "max_tokens": tokens, "ignore_eos": True}
-            stream = Stream(origin, "/v1/completions", body)
-            await until(lambda n: (n["running"], n["waiting"]) == (2, 4), origin)
+            for _ in range(5):  # Once is enough, unless it runs in an engine while nothing of this process does.
+                stream = Stream(origin, "/v1/completions", body)
+                found = await until(lambda n: inside(n) == (2, 4) or stream.complete, origin)  # noqa: B023
+                if inside(found) == (2, 4):
+                    break
+            assert inside(found) == (2, 4)
             stream.call.cancel()
             await until(lambda n: n["running"] + n["waiting"] == 0, origin)
             await limits(origin, 8)

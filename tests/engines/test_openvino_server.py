@@ -296,13 +296,16 @@ def test_a_prefill_that_was_interrupted_leaves_nothing_wrong_behind(engine: Engi
         async with connected(interrupted.url) as origin:
             # Their tokens take their part of each step, so that the others' prefill does not end at a block's end.
             running = [start(origin, 100 + seed, 3000) for seed in range(3)]
-            await asyncio.gather(*(stream.tokens(2) for stream in running))
             for seed in range(60):
+                for place, other in enumerate(running):  # They last for seconds, which a machine may take in one.
+                    if other.complete:
+                        running[place] = start(origin, 100 + place, 3000)
+                await asyncio.gather(*(other.tokens(2) for other in running))
                 before = await metrics(origin)
                 stream = start(origin, seed, 20, length=900)
                 await running[0].tokens(len(running[0].token_ids) + 3)
                 stream.call.cancel()
-                await until(lambda found: found["running"] == len(running), origin)
+                await until(lambda found: found["running"] <= len(running), origin)
                 after = await metrics(origin)
                 begun, answered = (
                     after[name] > before[name]

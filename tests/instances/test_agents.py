@@ -187,18 +187,21 @@ def test_an_answer_that_was_evicted_is_whole_in_the_end(tmp_path: Any, asked: di
     ):
         fields: dict[str, Any] = {"model": "big", "messages": SAY, "extra_body": {"ignore_eos": True}, **asked}
         alone = api.chat.completions.create(**fields)
-        found: list[Any] = []
-        flex = threading.Thread(target=lambda: found.append(api.chat.completions.create(**fields, service_tier="flex")))
-        flex.start()
-        evicted = 0
-        while flex.is_alive() and not evicted:
-            time.sleep(0.3)  # It is to have said something by then; evicted before that, it would prove little.
-            api.chat.completions.create(model="big", messages=SAY, max_tokens=2)
-            evicted = evictions(site)
-        flex.join()
-        assert evicted > 0
-        assert known(said(found[0])) == known(said(alone))
-        assert found[0].usage == alone.usage
+        for _ in range(5):  # Once is enough, unless this process stalls for as long as the answer takes.
+            found: list[Any] = []
+            flex = threading.Thread(
+                target=lambda found=found: found.append(api.chat.completions.create(**fields, service_tier="flex"))
+            )
+            flex.start()
+            while flex.is_alive() and not evictions(site):
+                time.sleep(0.3)  # It is to have said something by then; evicted before that, it would prove little.
+                api.chat.completions.create(model="big", messages=SAY, max_tokens=2)
+            flex.join()
+            assert known(said(found[0])) == known(said(alone))
+            assert found[0].usage == alone.usage
+            if evictions(site):
+                break
+        assert evictions(site) > 0
 
 
 def evictions(site: FaultSite) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("openvino_genai")
 
 from chiron.engines.serve.toy import ToySettings, write_toy
+from chiron.gateway.instances.engine import InstanceEngine
+from chiron.gateway.service import Service
 from engine_process import connected, limits, metrics
 from live_gateway import ask, ready, serving, until
 
@@ -51,6 +54,17 @@ def prompt(seed: int, tokens: int) -> list[int]:
     return [draw.randrange(400) for _ in range(tokens)]
 
 
+async def interrupted(
+    service: Service, engine: InstanceEngine, long: list[int], chat: list[int], tokens: int = LONG
+) -> dict[str, Any]:
+    """Batch work's answer: when it has made some tokens, two interactive requests take all places. It is evicted
+    once, unless this process stalls while the engine's does not, and it ends before they come."""
+    flex = asyncio.create_task(ask(service.url, prompt=long, max_tokens=tokens, service_tier="flex"))
+    await until(lambda: flex.done() or any(run.tokens > 100 for run in engine.runs.values()), "it makes tokens")
+    await asyncio.gather(*(ask(service.url, prompt=chat, max_tokens=200) for _ in range(2)))
+    return await flex
+
+
 def test_an_evicted_answer_is_the_uninterrupted_one_and_its_kv_was_kept(tmp_path: Path, model: Path) -> None:
     long, chat = prompt(1, 600), prompt(2, 40)
 
@@ -60,18 +74,12 @@ def test_an_evicted_answer_is_the_uninterrupted_one_and_its_kv_was_kept(tmp_path
             whole = await ask(engine.url, prompt=long, max_tokens=LONG)
             # Another prompt of that length first: how much a prefill without KV computes.
             async with connected(engine.url) as origin:
-                before = await metrics(origin)
-                flex = asyncio.create_task(
-                    ask(service.url, prompt=prompt(3, 600), max_tokens=LONG, service_tier="flex")
-                )
-                run = await until(lambda: next(iter(engine.runs.values()), None), "batch work runs")
-                await until(lambda: run.tokens > 100, "it has made some tokens")
-                chats = [asyncio.create_task(ask(service.url, prompt=chat, max_tokens=200)) for _ in range(2)]
-                await until(lambda: service.plane.evictions, "interactive requests evict it")
-                await asyncio.gather(*chats)
-                assert not flex.done()
-                answer = await flex
-                after = await metrics(origin)
+                for seed in range(3, 8):
+                    before = await metrics(origin)
+                    answer = await interrupted(service, engine, prompt(seed, 600), chat)
+                    after = await metrics(origin)
+                    if service.plane.evictions:
+                        break
             assert service.plane.evictions == 1
             assert answer["usage"] == {"prompt_tokens": 600, "completion_tokens": LONG, "total_tokens": 600 + LONG}
             # Prefilled: its own prompt, the chats' (the second finds the first's), and little more.
@@ -80,11 +88,10 @@ def test_an_evicted_answer_is_the_uninterrupted_one_and_its_kv_was_kept(tmp_path
             assert after["vllm:prefix_cache_hits_total"] - before["vllm:prefix_cache_hits_total"] >= 600 + 32
             assert after["chiron:engine_cancelled_requests_total"] == 1
 
-            again = asyncio.create_task(ask(service.url, prompt=long, max_tokens=LONG, service_tier="flex"))
-            run = await until(lambda: next(iter(engine.runs.values()), None), "batch work runs")
-            await until(lambda: run.tokens > 150, "it has made some tokens")
-            await asyncio.gather(*(ask(service.url, prompt=chat, max_tokens=200) for _ in range(2)))
-            answer = await again
+            for _ in range(5):
+                answer = await interrupted(service, engine, long, chat)
+                if service.plane.evictions == 2:
+                    break
             assert service.plane.evictions == 2
             assert answer["choices"][0]["text"] == whole["choices"][0]["text"]
 
@@ -95,22 +102,18 @@ def test_a_resumed_answer_goes_on_at_once(tmp_path: Path, model: Path) -> None:
     async def body() -> None:
         async with serving(tmp_path, config(model, slots=2)) as service:
             _, engine = await ready(service)
-            flex = asyncio.create_task(ask(service.url, prompt=prompt(4, 900), max_tokens=1148, service_tier="flex"))
-            first = await until(lambda: next(iter(engine.runs.values()), None), "batch work runs")
-            await until(lambda: first.tokens > 60, "it has made some tokens")
             async with connected(engine.url) as origin:
-                before = await metrics(origin)
-                await asyncio.gather(*(ask(service.url, prompt=prompt(5, 20), max_tokens=200) for _ in range(2)))
-                assert service.plane.evictions == 1
-                request = first.request
-                second = await until(lambda: engine.runs.get(request.id), "it runs again")
-                held = second.tokens
-                await until(lambda: second.tokens > held, "it goes on")
-                after = await metrics(origin)
-            # Prefilled meanwhile: the chats' prompts, and of its own what a kept KV lacks.
+                for seed in range(4, 9):
+                    before = await metrics(origin)
+                    answer = await interrupted(service, engine, prompt(seed, 900), prompt(50, 20), 1148)
+                    after = await metrics(origin)
+                    if service.plane.evictions:
+                        break
+            assert service.plane.evictions == 1
+            assert answer["usage"]["completion_tokens"] == 1148
+            # Prefilled: its prompt, the chats', and of its own tokens what a kept KV lacks.
             prefilled = after["chiron:engine_prefill_tokens_total"] - before["chiron:engine_prefill_tokens_total"]
-            assert prefilled < 2 * 20 + 64
-            flex.cancel()
+            assert 900 <= prefilled < 900 + 2 * 20 + 64
 
     asyncio.run(body())
 
@@ -127,11 +130,10 @@ initial_max_batch_size = 3
             async with connected(engine.url) as origin:
 
                 async def follows() -> int:
-                    for _ in range(200):
-                        if (said := (await limits(origin))["limit"]) == instance.max_batch_size:
-                            return said
-                        await asyncio.sleep(0.01)
-                    raise AssertionError(f"the engine's limit is {said}, the gate's {instance.max_batch_size}")
+                    async with asyncio.timeout(60.0):
+                        while (said := (await limits(origin))["limit"]) != instance.max_batch_size:
+                            await asyncio.sleep(0.01)
+                    return said
 
                 assert await follows() == 3
                 risen = False
@@ -141,9 +143,10 @@ initial_max_batch_size = 3
                         await ask(service.url, prompt=prompt(number, 30), max_tokens=300)
 
                 work = [asyncio.create_task(client(i)) for i in range(8)]
-                await until(lambda: instance.max_batch_size > 3, "step times are learned and the limit rises")
+                async with asyncio.timeout(60.0):  # A stall may lower it again for a while.
+                    while await follows() <= 3:
+                        await asyncio.sleep(0.01)
                 assert service.plane.models["toy"].learner.trusted
-                assert await follows() > 3
                 risen = True
                 await asyncio.gather(*work)
                 assert len(engine.runs) == 0

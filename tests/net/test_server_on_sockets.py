@@ -7,6 +7,7 @@ import socket
 import ssl
 import time
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +218,28 @@ def test_a_reader_that_stalls_is_cut_off_and_one_that_is_slow_is_not() -> None:
                 await stuck(hold, client)
                 await until(lambda: hold.left)
                 await until(lambda: not server.connections)
-            slow = Hold()
-            server.handle = slow
-            async with peer(server.port, limit=1024) as client:
-                await stuck(slow, client)
-                slow.seen[0].write(b"y" * (8 << 20))
-                ends_s = time.monotonic() + 7.0
-                while time.monotonic() < ends_s:
-                    assert await asyncio.wait_for(client.reader.read(200_000), 30.0)
-                    await asyncio.sleep(0.1)
-                assert slow.left == []
+            for _ in range(5):  # Once is enough, but where this test itself reads nothing for long.
+                slow = Hold()
+                server.handle = slow
+                async with peer(server.port, limit=1024) as client:
+                    began_s = time.monotonic()
+                    await stuck(slow, client)
+                    slow.seen[0].write(b"y" * (8 << 20))
+                    if longest_pause_s([began_s, *await read_slowly(client, 7.0)]) < 2.0:
+                        assert slow.left == []
+                        return
+            pytest.fail("this machine stalls all the time")
+
+    async def read_slowly(client: Any, for_s: float) -> list[float]:
+        """When something was read, as long as there was something."""
+        read_s = [time.monotonic()]
+        while read_s[-1] < read_s[0] + for_s and await asyncio.wait_for(client.reader.read(200_000), 30.0):
+            await asyncio.sleep(0.1)
+            read_s.append(time.monotonic())
+        return read_s
+
+    def longest_pause_s(read_s: list[float]) -> float:
+        return max(other - one for one, other in pairwise([*read_s, time.monotonic()]))
 
     asyncio.run(main())
 
