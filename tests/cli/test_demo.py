@@ -269,7 +269,7 @@ def test_a_short_demo_runs_to_its_verdict_and_leaves_what_it_promises(tmp_path: 
     ):  # fmt: skip
         assert said in text, text
     assert "warning: job" not in text
-    assert not of_demo(out)
+    eventually(lambda: not of_demo(out))
     saved = load_result(out / "data" / "result.chiron")
     client = load_result(out / "client.chiron")
     assert saved.summary["finished"] >= client.summary["finished"] > 0
@@ -293,7 +293,7 @@ def test_ctrl_c_ends_a_demo_with_what_was_measured_and_leaves_nothing_running(tm
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert "stopped early" in text
-    assert not of_demo(out)
+    eventually(lambda: not of_demo(out))
 
 
 @pytest.mark.alone

@@ -249,7 +249,9 @@ import sys
 from chiron.cli import app
 _, scenario, target, jobs = sys.argv
 seeds = [word for seed in range(60) for word in ("-s", str(seed))]
-app(["compare", scenario, *seeds, "--json", target, "--jobs", jobs])
+# No stall of whoever interrupts is to be as long as all of them.
+longer = ["--set", "workload.0.generate.duration=3m"] if jobs == "1" else []
+app(["compare", scenario, *seeds, *longer, "--json", target, "--jobs", jobs])
 """
 
 

@@ -30,6 +30,7 @@ from chiron.cli import app
 from chiron.cli.batch import command as batch_command
 from chiron.cli.batch.client import Server, ServerError
 from chiron.gateway.relay.keys import hash_secret
+from ports import free_port
 
 SECRET = "sk-chiron-of-this-test"
 CONFIG = f"""
@@ -196,9 +197,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
 
 
 def test_a_server_that_is_not_there_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    result = call("batch", "list", "--url", f"http://127.0.0.1:{port}")
+    result = call("batch", "list", "--url", f"http://127.0.0.1:{free_port()}")
     assert result.exit_code == 2
     assert "cannot connect: Connection refused; is `chiron serve` running there?" in result.stderr
 
@@ -376,8 +375,8 @@ def test_under_nohup_the_gateway_outlives_its_terminal(here: Path) -> None:
 
 @pytest.mark.slow
 def test_a_watched_batch_survives_kill_9_of_the_gateway(here: Path) -> None:
-    first = Gateway(here)
-    port = first.url.rpartition(":")[2]
+    port = str(free_port())
+    first = Gateway(here, "--port", port)
     requests = write_requests(here / "r.jsonl", 300, tokens=2000)
     program = [sys.executable, "-c", "from chiron.cli import main; main()"]
     watch = subprocess.Popen(

@@ -18,7 +18,7 @@ EXTRA = """
 rotate_bytes = "32KiB"
 rotate_keep = 50
 """
-ITEMS = 60
+ITEMS = 120
 LEAVERS = 5
 
 
@@ -43,7 +43,8 @@ async def story(site: FaultSite) -> tuple[list[Answer], dict[tuple[str, ...], fl
         pid = await until(lambda s: s["models"][0]["instances"][0]["pid"], api, "an engine's pid is known")
         psutil.Process(pid).kill()
         answers += await send(api, per_s=30.0, for_s=2.0, tokens=30)
-        leavers = [Answer(api.origin, chat(f"bye {i}", 400)) for i in range(LEAVERS)]
+        # None of these ends by itself before its client has left.
+        leavers = [Answer(api.origin, chat(f"bye {i}", 20_000)) for i in range(LEAVERS)]
         for answer in leavers:
             await answer.first.wait()
             answer.call.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ itl = "1s"
 refuse = REFUSE
 """
 PER_S, FOR_S, SETTLED_S = 30.0, 25.0, 10.0
+STALL_S = 0.5
+
+
+def stalls(times_s: list[float]) -> list[tuple[float, float]]:
+    """When nothing at all happened, though dozens of things happen in each second: the machine was held up."""
+    return [(one, other) for one, other in pairwise(sorted(times_s)) if other - one > STALL_S]
 
 
 @pytest.mark.slow
@@ -28,7 +35,8 @@ PER_S, FOR_S, SETTLED_S = 30.0, 25.0, 10.0
 @pytest.mark.parametrize("refuse", [False, True])
 def test_what_the_engine_does_in_an_overload_it_does_in_time(tmp_path: Path, refuse: bool) -> None:
     """Eight places and 60 tokens at some 11 ms: a good ten requests/s. Judged against the same run: of all that was
-    begun, once the overload had been seen, nearly everything but the turns of the lost was on time."""
+    begun, once the overload had been seen, nearly everything but the turns of the lost was on time, unless it waited
+    while the machine stalled."""
     model = emulated(min_instances=1, max_instances=1, max_num_seqs=8, classes=["chat"])
     extra = EXTRA.replace("REFUSE", str(refuse).lower())
 
@@ -50,8 +58,11 @@ def test_what_the_engine_does_in_an_overload_it_does_in_time(tmp_path: Path, ref
     begun = {line["request"]: line["t"] for line in lines if line["event"] == "first_token"}
     since_s, until_s = min(arrived.values()) + SETTLED_S, max(arrived.values())
     settled = [id for id, at_s in begun.items() if since_s <= at_s <= until_s]
-    late = [id for id in settled if begun[id] - arrived[id] > TTFT_S]
-    assert len(late) <= 0.15 * len(settled), (len(late), len(settled))
+    held_up = stalls([line["t"] for line in lines])
+    judged = [id for id in settled if not any(arrived[id] < end and begun[id] > start for start, end in held_up)]
+    assert len(judged) >= 20, (len(judged), held_up)
+    late = [id for id in judged if begun[id] - arrived[id] > TTFT_S]
+    assert len(late) <= 0.15 * len(judged), (len(late), len(judged), held_up)
     if refuse:
         assert ends["shed"] == len(later) > 50
         assert min(later) >= 1

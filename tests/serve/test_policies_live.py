@@ -55,7 +55,7 @@ def once(answer: Answer) -> bool:
 def test_a_rival_serves_everybody(tmp_path: Path, policy: str) -> None:
     items, tokens = (60 if policy in QUICK else 20), 160  # What one instance does in a few seconds more.
     if policy == "llumnix-quick":  # Long items still run on the first instance when others have started, and are moved.
-        items, tokens = 36, 600
+        items, tokens = 60, 600
     model = emulated(min_instances=1, max_instances=4, max_num_seqs=12, kv_capacity_tokens=8000)
     with FaultSite(tmp_path, config(model, extra=EXTRA), "--policy", policy) as site:
         status = asyncio.run(story(site, items, tokens))

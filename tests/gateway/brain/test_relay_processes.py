@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import psutil
 import pytest
 
 from chiron.net.client import NetError, Origin
+from ports import free_port
 from scripted_engine import SSE, Reader, ScriptedEngine, body, chunk
 
 pytestmark = pytest.mark.slow
@@ -89,9 +89,7 @@ async def gateway(directory: Path, engine: ScriptedEngine, workers: int = 2) -> 
     from chiron.net.server import serve
 
     engine.server = await serve(engine.handle)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (directory / "chiron.toml").write_text(
         f'[server]\nport = {port}\n[models.m]\nengine = "openai"\nendpoints = ["{engine.url}"]\nmax_num_seqs = 64\n'
     )
@@ -153,7 +151,10 @@ def test_a_killed_relay_is_replaced_and_streams_of_the_others_are_whole(tmp_path
             assert all(reader.data == chunk("one") + chunk("two") + DONE for reader in whole)
             assert all(reader.data == chunk("one") for reader in readers if reader not in whole)
             await until(lambda: len(engine.left) + len(whole) == 12, "the dead one's requests were stopped")
-            assert (await running.get("/chiron/status"))["open_requests"] == 0
+            end_s = time.monotonic() + WAIT_S
+            while (left := (await running.get("/chiron/status"))["open_requests"]) != 0:
+                assert time.monotonic() < end_s, f"{left} requests are open"
+                await asyncio.sleep(0.05)
 
     asyncio.run(main())
 
