@@ -22,7 +22,7 @@ from chiron.fleet.kubernetes.pods import DELETION_COST
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.testing.api import Refusal, shut
 from chiron.fleet.kubernetes.watch import WatchSettings
-from chiron.fleet.kubernetes.workload import Workload
+from chiron.fleet.kubernetes.workload import CHEAPEST, Workload
 from chiron.fleet.port import FleetEnvironment, KindReport
 from chiron.net.clock import LiveClock
 from fleet_factory import Heard, an_instance, quick_settings, until
@@ -492,6 +492,23 @@ def test_what_runs_is_known_a_while_after_all_pods_have_been_listed_and_not_befo
             await asyncio.gather(running, running_too, return_exceptions=True)
 
     asyncio.run(run())
+
+
+def test_a_mark_that_is_heard_of_when_its_pod_serves_an_instance_is_taken_back(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        here.create(1)
+        await here.ready(1)
+        name = await here.pod_of(1)
+        fake.patch("pods", name, {"metadata": {"annotations": {DELETION_COST: str(CHEAPEST)}}})
+
+        async def unmarked() -> bool:
+            return DELETION_COST not in fake.get("pods", name)["metadata"].get("annotations", {})
+
+        await here.cluster.until(unmarked, "the mark is taken back")
+
+    told("fake", tmp_path, story, workload(replicas=1))
 
 
 def test_an_api_server_that_restarts_changes_nothing_for_what_runs(tmp_path: Path) -> None:

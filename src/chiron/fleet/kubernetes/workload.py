@@ -437,6 +437,9 @@ class Workload:
         hold = self._bound.get(pod.uid)
         if hold is not None and before is not None:
             self._look_at_bound(hold, before, pod)
+        if hold is not None and pod.cost == CHEAPEST and not self._advise:
+            # It was marked, and given to an instance before this was heard.
+            self._background(self._mark(pod, None))
         self._wake()
 
     def _look_at_bound(self, hold: Hold, before: Pod, pod: Pod) -> None:
