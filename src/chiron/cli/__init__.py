@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "chiron.cli.simulate.command:compare",
     "bound": "chiron.cli.simulate.command:bound",
     "explain": "chiron.cli.explain.command:explain",
+    "advice": "chiron.cli.advice:advice",
     "replay": "chiron.cli.replay:replay",
     "scenarios": "chiron.cli.simulate.command:scenarios",
     "policies": "chiron.cli.simulate.command:policies",

@@ -47,6 +47,7 @@ from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedOutputs, de
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
+from chiron.telemetry.advice import log_facts
 from chiron.telemetry.errors import TelemetryError
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import save_result
@@ -451,7 +452,9 @@ class Service:
         settings = EventLogSettings(
             path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
         )
-        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts={"policy": config.policy_label})
+        specs = [model.spec() for model in config.models]
+        facts = {"policy": config.policy_label, **log_facts(specs, config.classes.values(), advise=self.advise)}
+        return EventWriter(settings, wall_origin_s=self.clock.wall_origin_s, facts=facts)
 
     def _next_id(self) -> int:
         return next(self._numbers)

@@ -1,0 +1,122 @@
+"""``chiron advice``: what an event log in advise mode says that would have been done, and saved."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from chiron.cli import app
+from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.telemetry.advice import log_facts, read_advice
+from chiron.telemetry.errors import LogError
+from scripted_engine import ScriptedEngine, before
+
+KIND = InstanceKind(name="k", gpu="g", gpus=2, price_per_gpu_hour=1.5, kv_capacity_tokens=1, max_num_seqs=1)
+CLASSES = [
+    RequestClass(name="chat", kind="interactive", ttft_s=1.0, itl_s=0.1),
+    RequestClass(name="batch", kind="batch", deadline_s=60.0),
+]
+FACTS = log_facts([ModelSpec(name="m", kinds=(KIND,))], CLASSES, advise=True)
+
+
+def head(run: str = "monday", **facts: Any) -> dict[str, Any]:
+    return {"t": 0.0, "event": "log", "run": run, "at": run, **FACTS, **facts}
+
+
+def instance(t_s: float, name: str, number: int) -> dict[str, Any]:
+    return {"t": t_s, "event": name, "instance": number, "model": "m", "role": "mixed"}
+
+
+def decided(t_s: float, before: int, after: int, reason: str = "interactive_load") -> dict[str, Any]:
+    about = {"event": "decision", "kind": "fleet", "subject": "m", "numbers": {}}
+    return {"t": t_s, **about, "before": before, "after": after, "reason": reason}
+
+
+def ended(t_s: float, cls: str = "chat", outcome: str = "finished", **times: float) -> dict[str, Any]:
+    return {"t": t_s, "event": "ended", "model": "m", "class": cls, "outcome": outcome, "instance": 1, **times}
+
+
+LOG = [
+    head(),
+    *(instance(0.0, "created", n) for n in (1, 2, 3)),
+    *(instance(10.0, "ready", n) for n in (1, 2, 3)),
+    ended(20.0, ttft_s=9.0),  # Nothing is advised yet.
+    decided(100.0, 3, 1, "load_fell"),  # 100 s: 3 ran, 1 was advised.
+    ended(150.0, ttft_s=0.5, itl_s=0.05),
+    ended(160.0, ttft_s=0.5, itl_s=0.5),
+    ended(170.0, outcome="cancelled", ttft_s=9.0),
+    ended(180.0, cls="batch", ttft_s=9.0),
+    instance(190.0, "draining", 3),
+    decided(200.0, 1, 5),  # 50 s: 3 ran, 5 were advised.
+    ended(210.0, outcome="shed"),
+    head(),  # The next file of the same run.
+    instance(250.0, "gone", 3),  # 50 s: 2 ran, 5 were advised.
+    {"t": 300.0, "event": "drain"},
+    head("tuesday", advise=False),  # Not in advise mode.
+    decided(1000.0, 1, 9),
+    head("wednesday"),
+    instance(0.0, "ready", 1),
+    decided(10.0, 2, 1),  # 100 s: 1 ran, 1 was advised.
+    ended(110.0, ttft_s=0.5),
+]
+
+
+def test_what_ran_is_set_beside_what_was_advised_over_all_runs_in_advise_mode() -> None:
+    (found,) = read_advice(LOG)
+    assert (found.model, found.seconds) == ("m", 300.0)
+    assert found.ran_mean == pytest.approx((100 * 3 + 50 * 3 + 50 * 2 + 100) / 300)
+    assert found.advised_mean == pytest.approx((100 * 1 + 100 * 5 + 100) / 300)
+    assert (found.ran_most, found.advised_most) == (3, 5)
+    assert (found.short_s, found.spare_s) == (100.0, 100.0)
+    assert (found.when_short.met, found.when_short.missed) == (0, 1)
+    assert (found.otherwise.met, found.otherwise.missed) == (2, 1)
+    assert (found.changes, dict(found.reasons)) == (3, {"interactive_load": 2, "load_fell": 1})
+    assert found.saved == pytest.approx(1 - 700 / 650)
+    assert found.saved_cost == pytest.approx((650 - 700) / 3600 * 3.0)
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        ([head(advise=False), decided(1.0, 1, 2), ended(5.0)], "not written by chiron serve --advise"),
+        ([decided(1.0, 1, 2)], "not written by chiron serve --advise"),
+        ([head(), instance(1.0, "ready", 1), ended(5.0)], "nothing has been decided"),
+    ],
+)
+def test_a_log_without_advice_says_why(log: list[dict[str, Any]], why: str) -> None:
+    with pytest.raises(LogError, match=why):
+        read_advice(log)
+
+
+def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text("".join(json.dumps(event) + "\n" for event in LOG))
+    said = CliRunner().invoke(app, ["advice", str(file)]).output
+    for words in (
+        "m: 5 min with advice",
+        "7.7% more instance-hours",
+        "More were advised than ran for 2 min: 0.0% of requests met their SLOs then, 66.7% of requests met",
+        "fewer instances have been enough for a while now (1)",
+    ):
+        assert words in said
+    (found,) = json.loads(CliRunner().invoke(app, ["advice", str(file), "--json"]).output)
+    assert found["ran_most"] == 3
+
+
+def test_a_gateway_writes_what_the_command_needs(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with before(tmp_path, ScriptedEngine()) as (service, _):
+            log = service.config.event_log
+            assert log is not None
+            line = json.loads(log.read_text().splitlines()[0])
+            assert line["advise"] is False
+            assert line["models"]["m"]["price_per_hour"] == 0.0
+            interactive = {each.name for each in service.config.classes.values() if each.interactive}
+            assert set(line["models"]["m"]["classes"]) == interactive
+
+    asyncio.run(main())
