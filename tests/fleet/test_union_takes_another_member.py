@@ -79,6 +79,7 @@ def member(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(directory: Path, source: Any) -> ServeConfig:
     text = '[models.m]\nengine = "openai"\nendpoints = ["http://127.0.0.1:9"]\n' + BESIDES
+    text += '[limits]\noutage_wait = "200ms"\n'
     read = parse_serve(text, directory=directory)
     (model,) = read.models
     return replace(read, models=(replace(model, kinds=(replace(model.kinds[0], source=source),)),))

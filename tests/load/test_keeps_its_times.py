@@ -95,14 +95,17 @@ def test_what_is_due_beyond_the_limit_in_flight_is_not_sent_and_said_loudly() ->
 
 
 def test_a_request_without_an_end_times_out_and_its_connection_is_closed() -> None:
-    with running(Endpoint(gap_s=60.0)) as endpoint:
-        done = run(endpoint, [0.0, 0.1], request_timeout_s=2.0)
-        until_s = monotonic() + 60
-        while endpoint.left < 2 and monotonic() < until_s:
-            sleep(0.01)
-        assert endpoint.left == 2
-    assert figures(done)["errors"] == {"timeout": 2}
-    assert (done.record.first_s >= 0).all()  # The first token was seen.
+    for _ in range(5):  # Once is enough, but for a machine that stalls for the two seconds.
+        with running(Endpoint(gap_s=60.0)) as endpoint:
+            done = run(endpoint, [0.0, 0.1], request_timeout_s=2.0)
+            until_s = monotonic() + 60
+            while endpoint.left < 2 and monotonic() < until_s:
+                sleep(0.01)
+            assert endpoint.left == 2
+        assert figures(done)["errors"] == {"timeout": 2}
+        if (done.record.first_s >= 0).all():
+            return
+    pytest.fail("no first token was seen")
 
 
 @pytest.mark.parametrize(("grace_s", "answered"), [(60.0, 3), (0.1, 1)])

@@ -247,8 +247,9 @@ def test_making_either_takes_milliseconds(live: LivePlane, around: StatusSources
 
 
 def test_a_blocked_loop_shows_as_lag() -> None:
-    async def measure() -> tuple[float, float]:
+    async def measure() -> tuple[float, float, float]:
         loop = asyncio.get_running_loop()
+        began_s = loop.time()
         lag = LoopLag(loop)
         before_s = lag.worst_s
         loop.call_later(0.2, time.sleep, 0.15)
@@ -256,11 +257,11 @@ def test_a_blocked_loop_shows_as_lag() -> None:
         loop.call_later(0.45, done.set_result, None)
         await done
         lag.close()
-        return before_s, lag.worst_s
+        return before_s, lag.worst_s, loop.time() - began_s
 
-    before_s, worst_s = asyncio.run(measure())
+    before_s, worst_s, whole_s = asyncio.run(measure())
     assert before_s == 0.0
-    assert 0.05 < worst_s < 5.0
+    assert 0.05 < worst_s < whole_s
 
 
 def test_requests_of_a_model_that_is_queried_before_it_has_instances_count_as_waiting() -> None:
