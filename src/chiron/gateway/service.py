@@ -56,6 +56,8 @@ log = logging.getLogger("chiron.gateway")
 
 FILES_LOOK_S = 1.0
 """Between two looks at how many file descriptors are open."""
+JOURNAL_PERIOD_S = 0.25
+"""Longest that the event log may be behind while nothing happens."""
 BATCHES_PERIOD_S = 1.0
 """Between two looks at the store for the status page."""
 OPEN_WAIT_S = 10.0
@@ -398,6 +400,11 @@ class Service:
         self.gateway.begin(initial)
         self.clock.call_later(FILES_LOOK_S, self._watch_files)
         self.clock.call_later(0.0, self._look_at_batches)
+        self._settle_journal()
+
+    def _settle_journal(self) -> None:
+        self.clock.call_later(JOURNAL_PERIOD_S, self._settle_journal)
+        self.journal.settle()
 
     def _watch_files(self) -> None:
         self.clock.call_later(FILES_LOOK_S, self._watch_files)

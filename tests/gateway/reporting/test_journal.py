@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Request, RequestClass
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
-from chiron.gateway.reporting.journal import DECISIONS_KEPT, REASONS_MAX, LiveJournal
+from chiron.gateway.reporting.journal import DECISIONS_KEPT, REASONS_MAX, TOGETHER, LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
 from chiron.gateway.reporting.tally import HISTORY, SLOT_S, ClassTally, Rolling
 from chiron.telemetry.event_log import read_event_log
@@ -90,6 +90,53 @@ def test_requests_are_called_as_clients_know_them_and_keys_by_name(tmp_path: Pat
     assert drain == {"t": 2.0, "event": "drain", "by": "admin"}
 
 
+def test_what_is_noted_down_is_written_in_order_and_as_it_was_then(tmp_path: Path) -> None:
+    writer = EventWriter(EventLogSettings(path=tmp_path / "log"), wall_origin_s=0.0)
+    journal = LiveJournal(writer=writer)
+    requests = [
+        Request(id, MODEL, CHAT, 1.0, 10, SimpleNamespace(request_id=str(id), prompt_tokens=0)) for id in (1, 2)
+    ]
+    for request in requests:
+        journal.event(1.0, "arrival", request, None)
+    journal.decided(2.0, Decision(kind="fleet", subject=MODEL, before=1, after=2, reason="x"))
+    first = requests[0]
+    first.outcome, first.finish_s, first.tokens_done = "cancelled", 3.0, 5
+    journal.ended(first)
+    first.tokens_done, first.payload.prompt_tokens = 7, 99  # Its engine goes on for a step.
+    journal.note(4.0, "drain", {})
+    journal.close()
+    _, *events = read_event_log(tmp_path / "log")
+    assert [(e["t"], e["event"]) for e in events] == [
+        (1.0, "arrival"),
+        (1.0, "arrival"),
+        (2.0, "decision"),
+        (3.0, "ended"),
+        (4.0, "drain"),
+    ]
+    assert (events[3]["output_tokens"], events[3]["input_tokens"]) == (5, 10)
+
+
+def test_a_request_that_no_line_can_hold_costs_no_other_line(tmp_path: Path) -> None:
+    writer = EventWriter(EventLogSettings(path=tmp_path / "log"), wall_origin_s=0.0)
+    journal = LiveJournal(writer=writer)
+    for name in ("a", "\ud800", "b"):
+        journal.event(1.0, "arrival", Request(1, MODEL, CHAT, 1.0, 10, SimpleNamespace(request_id=name)), None)
+    journal.close()
+    assert [e["request"] for e in read_event_log(tmp_path / "log") if e["event"] == "arrival"] == ["a", "b"]
+    assert journal.dropped_lines == 1
+
+
+def test_lines_that_come_together_and_find_the_queue_full_are_counted(tmp_path: Path) -> None:
+    settings = EventLogSettings(path=tmp_path / "log", queue_max=100, flush_s=3600)
+    journal = LiveJournal(writer=EventWriter(settings, wall_origin_s=0.0))
+    for id in range(3 * TOGETHER):
+        journal.event(float(id), "arrival", Request(id, MODEL, CHAT, 1.0, 10), None)
+    assert journal.dropped_lines == 3 * TOGETHER - 100
+    journal.close()
+    seen = [e["request"] for e in read_event_log(tmp_path / "log") if e["event"] == "arrival"]
+    assert seen == [str(id) for id in range(100)]
+
+
 def test_tallies_count_what_happened(ran: tuple[LivePlane, Path]) -> None:
     live, _ = ran
     for cls in (CHAT, NIGHT):
@@ -142,8 +189,8 @@ def test_status_and_report_judge_each_end_alike(ends: list[tuple[RequestClass, A
         if outcome != "rejected" and (outcome == "finished" or ran_s):
             request.first_token_s = 100.0 + waited_s
         request.finish_s = 100.0 + waited_s + ran_s
-        tallies[cls.name].end(request)
-        live.recorder.ended(request)
+        tallies[cls.name].end(request, request.input_tokens)
+        live.recorder.ended(request, request.input_tokens)
     summary = live.recorder.result(1000.0, policy=live.policy).summary
     for name, tally in tallies.items():
         judged = tally.attained + tally.missed
@@ -159,7 +206,7 @@ def test_a_running_service_is_not_blamed_for_clients_that_left_nor_for_work_that
         live.recorder.arrived(request)
         if outcome:
             request.outcome, request.first_token_s, request.finish_s = outcome, 11.0, 20.0  # type: ignore[assignment]
-            live.recorder.ended(request)
+            live.recorder.ended(request, request.input_tokens)
     summary = live.recorder.result(100.0, policy=live.policy).summary
     assert (summary["attainment"], summary["attainment_all"], summary["batch_late"]) == ({"night": 0.5}, 0.5, 1)
     assert summary["models"][MODEL] == {"requests": 4, "finished": 1, "attainment": 0.5}
@@ -270,7 +317,7 @@ ALL = RequestClass(name="all", kind="interactive", ttft_s=1.0, itl_s=0.1, deadli
 )
 def test_each_promise_is_judged_by_what_was_seen(request_: Request, kept: str, missed: str, verdict: str) -> None:
     tally = ClassTally(request_.cls)
-    tally.end(request_)
+    tally.end(request_, request_.input_tokens)
     assert [name for name, count in tally.slos_met.items() if count] == kept.split()
     assert [name for name, count in tally.slos_missed.items() if count] == missed.split()
     assert (tally.attained, tally.missed) == (int(verdict == "attained"), int(verdict == "missed"))

@@ -7,11 +7,11 @@ advance, and the report shows a dash.
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from struct import Struct
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,12 @@ _COLUMNS = {
     "outcome": "b",
     "evictions": "h",
 }
-_DTYPES = {"h": np.int16, "d": np.float64, "q": np.int64, "b": np.int8}
+_TYPES = {"h": "<i2", "d": "<f8", "q": "<i8", "b": "i1"}
+_ROW = np.dtype([(name, _TYPES[code]) for name, code in _COLUMNS.items()])
+_PACKED = Struct("<" + "".join(_COLUMNS.values()))
+_ARRIVAL = Struct("<d")
+_ARRIVAL_AT = 4
+"""Where in a row its arrival stands."""
 
 Row = tuple[int, int, float, float, float, float, float, int, int, int, int]
 
@@ -50,7 +55,7 @@ class RecorderSettings:
     """How much of a live run is remembered for its report."""
 
     rows_max: int = 2_000_000
-    """Ended requests; beyond it the oldest are forgotten. 64 bytes each."""
+    """Ended requests; beyond it the oldest are forgotten. 63 bytes each."""
     points_max: int = 100_000
     """Fleet points, batch sizes, decisions, plan changes and past instances, each; about 1 kB per point at most."""
 
@@ -100,9 +105,9 @@ class LiveRecorder:
         self._class_index = {c.name: index for index, c in enumerate(self._classes)}
         self._start_s = start_s
         self._open: dict[int, Request] = {}
-        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in _COLUMNS.items()}
-        self._append = tuple(column.append for column in self._columns.values())
-        self._rows = 0
+        self._rows = bytearray()
+        """Packed, one after the other: to add one costs less than to add to eleven columns."""
+        self._count = 0
         self._oldest = 0
         """Row that the next one replaces, once there are ``rows_max``."""
         self._alive: dict[int, tuple[Instance, float]] = {}
@@ -116,20 +121,19 @@ class LiveRecorder:
     def arrived(self, request: Request) -> None:
         self._open[request.id] = request
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request, prompt: int) -> None:
+        """``prompt``: its ``prompt_tokens``."""
         self._open.pop(request.id, None)
-        row = self._row(request)
-        if self._rows < self.settings.rows_max:
-            self._rows += 1
-            for append, value in zip(self._append, row, strict=True):
-                append(value)
+        row = _PACKED.pack(*self._row(request, prompt))
+        if self._count < self.settings.rows_max:
+            self._count += 1
+            self._rows += row
             return
         self.forgotten += 1
-        at = self._oldest
-        self._start_s = max(self._start_s, self._columns["arrival_s"][at])
-        for column, value in zip(self._columns.values(), row, strict=True):
-            column[at] = value
-        self._oldest = (at + 1) % self.settings.rows_max
+        at = self._oldest * _PACKED.size
+        self._start_s = max(self._start_s, _ARRIVAL.unpack_from(self._rows, at + _ARRIVAL_AT)[0])
+        self._rows[at : at + _PACKED.size] = row
+        self._oldest = (self._oldest + 1) % self.settings.rows_max
 
     def instance_event(self, now_s: float, name: str, instance: Instance) -> None:
         """``created`` opens a bill, ``gone`` and ``failed`` close it."""
@@ -214,16 +218,12 @@ class LiveRecorder:
 
     def table(self) -> RequestTable:
         """Ended and open requests, in order of arrival."""
-        open_rows = [self._row(request) for request in self._open.values()]
-        made = {}
-        for index, (name, code) in enumerate(_COLUMNS.items()):
-            dtype = _DTYPES[code]
-            late = np.array([row[index] for row in open_rows], dtype=dtype)
-            made[name] = np.concatenate([np.array(self._columns[name], dtype=dtype), late])
-        order = np.argsort(made["arrival_s"], kind="stable")
-        return RequestTable(**{name: column[order] for name, column in made.items()})
+        late = np.array([self._row(r, prompt_tokens(r)) for r in self._open.values()], dtype=_ROW)
+        rows = np.concatenate([np.frombuffer(bytes(self._rows), dtype=_ROW), late])
+        rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
+        return RequestTable(**{name: np.ascontiguousarray(rows[name]) for name in _COLUMNS})
 
-    def _row(self, request: Request) -> Row:
+    def _row(self, request: Request, prompt: int) -> Row:
         return (
             self._model_index[request.model],
             self._class_index[request.cls.name],
@@ -232,10 +232,10 @@ class LiveRecorder:
             request.first_token_s,
             request.finish_s,
             request.deadline_s,
-            prompt_tokens(request),
+            prompt,
             request.tokens_done,
             _OUTCOME[request.outcome or "unfinished"],
-            min(request.evictions, 32767),
+            request.evictions if request.evictions < 32767 else 32767,
         )
 
 

@@ -62,6 +62,7 @@ class Rolling:
         self._current: dict[int, int] = {}
         self._slots: deque[tuple[int, dict[int, int]]] = deque([(0, self._current)])
         self._total: dict[int, int] = {}
+        """Of all slots but the current one."""
 
     def observe(self, now_s: float, value: float) -> None:
         slot = int(now_s / SLOT_S)
@@ -69,23 +70,25 @@ class Rolling:
             self._turn(slot)
         bucket = floor(log(value if value > _SHORTEST else _SHORTEST) * _PER_E)
         self._current[bucket] = self._current.get(bucket, 0) + 1
-        self._total[bucket] = self._total.get(bucket, 0) + 1
 
     def quantiles(self, now_s: float, shares: Sequence[float]) -> list[float]:
         """At each share (0..1); nan while the last minute is empty."""
         slot = int(now_s / SLOT_S)
         if slot != self._slot:
             self._turn(slot)
-        count = sum(self._total.values())
+        total = dict(self._total)
+        _add(total, self._current)
+        count = sum(total.values())
         if not count:
             return [nan] * len(shares)
-        buckets = sorted(self._total)
-        ranks = list(accumulate(self._total[bucket] for bucket in buckets))
+        buckets = sorted(total)
+        ranks = list(accumulate(total[bucket] for bucket in buckets))
         return [exp((buckets[bisect_left(ranks, share * count)] + 0.5) / _PER_E) for share in shares]
 
     def _turn(self, slot: int) -> None:
         """Begin a slot and forget those of more than a minute ago."""
         self._slot = slot
+        _add(self._total, self._current)
         self._current = {}
         self._slots.append((slot, self._current))
         while self._slots[0][0] <= slot - SLOTS:
@@ -96,6 +99,11 @@ class Rolling:
                     self._total[bucket] = left
                 else:
                     del self._total[bucket]
+
+
+def _add(total: dict[int, int], counts: dict[int, int]) -> None:
+    for bucket, number in counts.items():
+        total[bucket] = total.get(bucket, 0) + number
 
 
 @dataclass(slots=True)
@@ -116,13 +124,14 @@ class KeyTally:
         self.prompt_tokens = 0
         self.generation_tokens = 0
 
-    def end(self, request: Request) -> None:
+    def end(self, request: Request, prompt: int) -> None:
+        """``prompt``: its ``prompt_tokens``."""
         outcome = request.outcome
         assert outcome is not None
         self.requests[outcome] = self.requests.get(outcome, 0) + 1
         self.generation_tokens += request.tokens_done
         if request.first_token_s >= 0.0:
-            self.prompt_tokens += prompt_tokens(request)
+            self.prompt_tokens += prompt
 
 
 class ClassTally:
@@ -190,13 +199,14 @@ class ClassTally:
         if ttft_s > slot.ttft_max_s:
             slot.ttft_max_s = ttft_s
 
-    def end(self, request: Request) -> None:
+    def end(self, request: Request, prompt: int) -> None:
+        """``prompt``: its ``prompt_tokens``."""
         outcome, finish_s, tokens = request.outcome, request.finish_s, request.tokens_done
         assert outcome is not None
         self.outcomes[outcome] += 1
         self.generation_tokens += tokens
         if request.first_token_s >= 0.0:
-            self.prompt_tokens += prompt_tokens(request)
+            self.prompt_tokens += prompt
         self.retries += request.retries
         if request.dispatch_s >= 0.0:
             self.queue.observe(request.dispatch_s - request.arrival_s)
@@ -206,7 +216,8 @@ class ClassTally:
                 itl_s = (finish_s - request.first_token_s) / (tokens - 1)
                 self.itl.observe(itl_s)
                 self.itl_recent.observe(finish_s, itl_s)
-        self._judge(request)
+        if outcome != "rejected":
+            self._judge(request, tokens)
 
     def history(self, now_s: float) -> tuple[list[int], list[float]]:
         """Arrivals, and the longest TTFT in seconds (0: no first token), of each of the last ``HISTORY`` full slots."""
@@ -222,43 +233,28 @@ class ClassTally:
             self._history.append(self._newest)
         return self._newest
 
-    def _judge(self, request: Request) -> None:
+    def _judge(self, request: Request, tokens: int) -> None:
+        """Each SLO that can be judged. A request that failed or was shed met none. Of one that its client cancelled,
+        only the SLOs that it had missed by then are judged."""
+        cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
+        failed = outcome != "finished" and outcome != "cancelled"
         missed = False
-        for slo, met in _slos_judged(request):
-            if met:
-                self.slos_met[slo] += 1
-            else:
-                missed = True
-                self.slos_missed[slo] += 1
-        if request.outcome == "finished" and not missed:
+        if cls.ttft_s != inf:
+            late = (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > cls.ttft_s
+            if late or failed or first_s >= 0.0:
+                missed |= self._count("ttft", late or failed)
+        if cls.itl_s != inf and outcome != "cancelled":
+            slow = tokens > 1 and (finish_s - first_s) / (tokens - 1) > cls.itl_s
+            missed |= self._count("itl", slow or failed)
+        if isfinite(request.deadline_s):
+            late = finish_s > request.deadline_s
+            if late or outcome != "cancelled":
+                missed |= self._count("deadline", late or failed)
+        if outcome == "finished" and not missed:
             self.attained += 1
-        elif missed or request.outcome not in ("cancelled", "rejected"):
+        elif missed or outcome != "cancelled":
             self.missed += 1
 
-
-def _slos_judged(request: Request) -> list[tuple[str, bool]]:
-    """Each SLO of an ended request that can be judged, and whether it was met.
-
-    A request that failed or was shed met none. Of one that its client cancelled, only the SLOs that it had missed by
-    then are judged; of a rejected one, none.
-    """
-    if request.outcome == "rejected":
-        return []
-    cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
-    judged: list[tuple[str, bool]] = []
-    failed = outcome != "finished" and outcome != "cancelled"
-    if cls.ttft_s != inf:
-        late = (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > cls.ttft_s
-        if late or failed or first_s >= 0.0:
-            judged.append(("ttft", not (late or failed)))
-    if cls.itl_s != inf:
-        tokens = request.tokens_done
-        if outcome == "finished":
-            judged.append(("itl", tokens <= 1 or (finish_s - first_s) / (tokens - 1) <= cls.itl_s))
-        elif failed:
-            judged.append(("itl", False))
-    if isfinite(request.deadline_s):
-        late = finish_s > request.deadline_s
-        if late or outcome != "cancelled":
-            judged.append(("deadline", not (late or failed)))
-    return judged
+    def _count(self, slo: str, missed: bool) -> bool:
+        (self.slos_missed if missed else self.slos_met)[slo] += 1
+        return missed
