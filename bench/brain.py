@@ -1,6 +1,6 @@
 """What the deciding part of a gateway costs, and how long a placement waits for it.
 
-    python bench/brain.py [--instances 1000] [--rate 4000] [--seconds 20] [--policy chiron] [--json FILE]
+    python bench/brain.py [--instances 1000] [--rate 4000] [--seconds 20] [--together 1] [--policy chiron] [--json F]
 
 One control plane as ``chiron serve`` has it, with its limits of API keys, its journal and its event log, in front of
 stand-in engines that take as long as an 8B model on an A100. Sockets, HTTP and tokens are left out: relays have those.
@@ -8,9 +8,13 @@ Time is virtual: each input (an arrival, a first token, an end, a round of sampl
 when it comes at ``--rate`` arrivals a second, and what each one takes is measured in CPU time of this thread. So other
 work on the machine disturbs little, and the rate can be one that this machine cannot carry.
 
-Placements/s of a core: arrivals over the CPU seconds of everything that they and the loops caused. The wait of a
-placement follows from the same measured times by Lindley's recursion: one server, first come, first served, at
-several shares of what it can carry (time is compressed for it, the loops' periods are not).
+Each input is taken by itself. With ``--together N`` up to N inputs that come within ``TOGETHER_S`` are taken in one
+go, at the time of the last, as they are when a relay's messages come in one read: so they do when a brain is busy.
+
+Placements/s of a core: what the loops leave of it, which take the same however much comes, over the CPU time of what
+one placement brings: an arrival, a first token, an end, and their share of the event log's thread. The wait of a
+placement follows from the same measured times by Lindley's recursion: one server, first come, first served, at several
+shares of what it can carry (time is compressed for it, the loops' periods are not).
 """
 
 from __future__ import annotations
@@ -44,6 +48,8 @@ PREFILL_S_PER_TOKEN = 40e-6
 WARM_UP_S = 15.0
 """Not measured: the fleet fills, tables grow."""
 LOADS = (0.1, 0.5, 0.8)
+TOGETHER_S = 0.005
+LOOPS = ("timers (ticks, holds)", "round of samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,22 +65,34 @@ class Cost:
 
 
 class StandIn:
-    """All engines: answers after as long as an engine takes, by one heap."""
+    """All engines: answers after as long as an engine takes, by one heap. What it is asked for is only noted down while
+    time is taken."""
 
     def __init__(self, clock: VirtualClock) -> None:
         self.clock = clock
+        self._asked: list[tuple[bool, Request]] = []
         self.due: list[tuple[float, int, str, Request]] = []
         self._runs: dict[int, int] = {}
         self._last = 0
 
     def start(self, request: Request) -> None:
-        run = self._begin(request)
-        first_s = self.clock.now_s + STEP_S + PREFILL_S_PER_TOKEN * request.input_tokens
-        heapq.heappush(self.due, (first_s, run, "first token", request))
-        heapq.heappush(self.due, (first_s + STEP_S * request.payload.output_tokens, run, "end", request))
+        self._asked.append((True, request))
 
     def evict(self, request: Request) -> None:
-        heapq.heappush(self.due, (self.clock.now_s + STEP_S, self._begin(request), "evicted", request))
+        self._asked.append((False, request))
+
+    def work(self) -> None:
+        """On what was asked for."""
+        now_s = self.clock.now_s
+        for starts, request in self._asked:
+            run = self._begin(request)
+            if starts:
+                first_s = now_s + STEP_S + PREFILL_S_PER_TOKEN * request.input_tokens
+                heapq.heappush(self.due, (first_s, run, "first token", request))
+                heapq.heappush(self.due, (first_s + STEP_S * request.payload.output_tokens, run, "end", request))
+            else:
+                heapq.heappush(self.due, (now_s + STEP_S, run, "evicted", request))
+        self._asked.clear()
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
         """Nothing batches here."""
@@ -158,6 +176,9 @@ class Brain:
         self.order: list[tuple[float, int, bool]] = []
         """When each came, what it took, and whether it is an arrival."""
         self.measuring = False
+        self.log_s = 0.0
+        """CPU time of the event log's thread."""
+        self.log_clock = time.pthread_getcpuclockid(self.writer.thread.ident or 0)
         self._totals: dict[int, tuple[int, int, float]] = {}
         self._sampled_s = 0.0
 
@@ -170,6 +191,7 @@ class Brain:
         began_ns = time.thread_time_ns()
         call()
         spent_ns = time.thread_time_ns() - began_ns
+        self.engines.work()
         if self.measuring:
             self.spent.setdefault(what, []).append(spent_ns)
             self.order.append((self.clock.now_s, spent_ns, what == "arrival"))
@@ -227,41 +249,69 @@ class Brain:
         return made
 
 
-def drive(brain: Brain, *, rate: float, seconds: float, flex_share: float, seed: int) -> int:
+Take = tuple[str, Callable[[], None]]
+
+
+def drive(brain: Brain, *, rate: float, seconds: float, flex_share: float, seed: int, together: int = 1) -> int:
     """Returns the placements that were measured."""
     generator = random.Random(seed)
     clock, engines = brain.clock, brain.engines
     next_arrival_s, next_round_s, number, placed = 0.0, 1.0, 0, 0
     end_s = WARM_UP_S + seconds
+    waiting: list[Take] = []
+    """Inputs that are taken in one go."""
+    first_s = log_began_s = 0.0
     while clock.now_s < end_s:
-        brain.measuring = clock.now_s >= WARM_UP_S
+        if not brain.measuring and clock.now_s >= WARM_UP_S:
+            brain.measuring, log_began_s = True, time.clock_gettime(brain.log_clock)
         due_s = engines.due[0][0] if engines.due else end_s
         timer_s = clock.next_s()
         at_s = min(next_arrival_s, due_s, next_round_s, end_s if timer_s is None else timer_s)
+        rare = at_s in (timer_s, next_round_s)
+        if waiting and (rare or len(waiting) >= together or at_s > first_s + TOGETHER_S):
+            take_all(brain, waiting)
+            continue
         if timer_s == at_s:
-            brain.take("timers (ticks, holds)", lambda at_s=at_s: clock.run_until(at_s))  # type: ignore[misc]
+            brain.take(LOOPS[0], lambda at_s=at_s: clock.run_until(at_s))  # type: ignore[misc]
             continue
         clock.now_s = at_s
         if at_s == next_round_s:
             samples = brain.samples()
-            brain.take("round of samples", lambda samples=samples: brain.plane.sampled(samples))  # type: ignore[misc]
+            brain.take(LOOPS[1], lambda samples=samples: brain.plane.sampled(samples))  # type: ignore[misc]
             next_round_s += 1.0
-        elif at_s == next_arrival_s:
+            continue
+        if not waiting:
+            first_s = at_s
+        if at_s == next_arrival_s:
             number += 1
             placed += brain.measuring
             key, tokens = generator.randrange(KEYS), generator.randint(50, 600)
             output = max(1, round(generator.expovariate(1 / 200)))
             cls = brain.classes[generator.random() < flex_share]
-            brain.take(
-                "arrival",
-                lambda n=number, k=key, t=tokens, o=output, c=cls: brain.arrive(n, k, t, o, c),  # type: ignore[misc]
-            )
+            call = lambda n=number, k=key, t=tokens, o=output, c=cls: brain.arrive(n, k, t, o, c)  # type: ignore[misc] # noqa: E731
+            waiting.append(("arrival", call))
             next_arrival_s = at_s + generator.expovariate(rate)
         else:
             _, run, what, request = heapq.heappop(engines.due)
+            call = lambda r=run, w=what, q=request: brain.engines.holds(r, q) and brain.tell(w, q)  # type: ignore[misc] # noqa: E731
             if engines.holds(run, request):
-                brain.take(what, lambda w=what, q=request: brain.tell(w, q))  # type: ignore[misc]
+                waiting.append((what, call))
+    brain.log_s = time.clock_gettime(brain.log_clock) - log_began_s
     return placed
+
+
+def take_all(brain: Brain, waiting: list[Take]) -> None:
+    if len(waiting) == 1:
+        brain.take(*waiting[0])
+    else:
+        calls = [call for _, call in waiting]
+
+        def all_of_them() -> None:
+            for call in calls:
+                call()
+
+        brain.take("inputs, several at a time", all_of_them)
+    waiting.clear()
 
 
 def waits_us(order: list[tuple[float, int, bool]], *, load: float) -> list[float]:
@@ -302,20 +352,32 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         gc.freeze()
         gc.set_threshold(50_000, 50, 100)  # As the gateway.
         placed = drive(
-            brain, rate=arguments.rate, seconds=arguments.seconds, flex_share=arguments.flex, seed=arguments.seed
+            brain,
+            rate=arguments.rate,
+            seconds=arguments.seconds,
+            flex_share=arguments.flex,
+            seed=arguments.seed,
+            together=arguments.together,
         )
         open_requests = brain.plane.open_requests
         brain.writer.close()
+    brain.spent["event log's thread"] = [round(1e9 * brain.log_s)]
     made = costs(brain.spent, placed)
-    waits = {load: waits_us(brain.order, load=load) for load in LOADS}
+    us = sum(cost.per_placement_us for cost in made if cost.what not in LOOPS)
+    loops = sum(cost.count * cost.mean_us for cost in made if cost.what in LOOPS) / 1e6 / arguments.seconds
+    # Of inputs that are taken together nobody knows which of them waited for how long.
+    waits = {load: waits_us(brain.order, load=load) for load in LOADS} if arguments.together == 1 else {}
     return {
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "build": build(),
         "instances": arguments.instances,
+        "together": arguments.together,
         "open_requests": open_requests,
         "placed": placed,
         "costs": [asdict(cost) for cost in made],
-        "us_per_placement": sum(cost.per_placement_us for cost in made),
+        "us_per_placement": us,
+        "loops_share": loops,
+        "placements_per_s": 1e6 * (1.0 - loops) / us,
         "waits_us": {
             str(load): {"p50": each[len(each) // 2], "p99": each[int(0.99 * len(each))], "longest": each[-1]}
             for load, each in waits.items()
@@ -331,6 +393,7 @@ def main() -> None:
     parser.add_argument("--flex", type=float, default=0.1, help="share of requests of the batch class")
     parser.add_argument("--seconds", type=float, default=20.0, help=f"measured, after {WARM_UP_S:g} s")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--together", type=int, default=1, help="inputs that are taken in one go, at most")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = run(arguments)
@@ -344,8 +407,10 @@ def main() -> None:
             f"{cost['what']:24} {cost['count']:8} {cost['mean_us']:9.1f} {cost['p99_us']:9.1f} "
             f"{cost['longest_us']:9.1f} {cost['per_placement_us']:12.1f}"
         )
-    us = found["us_per_placement"]
-    print(f"{'all':24} {'':8} {'':9} {'':9} {'':9} {us:12.1f} us: {1e6 / us:,.0f} placements/s on one core")
+    print(
+        f"the loops take {100 * found['loops_share']:.1f} % of a core, a placement {found['us_per_placement']:.1f} us: "
+        f"{found['placements_per_s']:,.0f} placements/s on one core"
+    )
     for load, wait in found["waits_us"].items():
         print(
             f"at {100 * float(load):.0f} % load a placement waits {wait['p50']:.0f} us (p50), {wait['p99']:.0f} (p99), "

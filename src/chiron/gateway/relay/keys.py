@@ -15,10 +15,10 @@ from math import inf
 from secrets import token_urlsafe
 
 from chiron.gateway.relay.errors import forbidden, too_many, unauthenticated
+from chiron.gateway.relay.token_bucket import TokenBucket
 
 ADMIN = "admin"
 SECRET_PREFIX = "sk-chiron-"
-PERIOD_S = 60.0
 """Limits are per minute, and a key that was idle for a minute may spend a minute's worth at once."""
 
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
@@ -80,7 +80,7 @@ class KeyRing:
 
     def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "", *, admin_open: bool = False) -> None:
         self._keys: dict[str, Key] = {}
-        self._buckets: dict[str, tuple[_Bucket, _Bucket]] = {}
+        self._buckets: dict[str, tuple[TokenBucket, TokenBucket]] = {}
         names: set[str] = set()
         for key in keys:
             if not key.name or key.name == ADMIN or key.name in names:
@@ -92,7 +92,7 @@ class KeyRing:
             names.add(key.name)
             self._keys[key.hash] = key
             if key.requests_per_minute < inf or key.tokens_per_minute < inf:
-                self._buckets[key.name] = (_Bucket(key.requests_per_minute), _Bucket(key.tokens_per_minute))
+                self._buckets[key.name] = (TokenBucket(key.requests_per_minute), TokenBucket(key.tokens_per_minute))
         self._by_name = {key.name: key for key in keys}
         self.open = not keys
         self.admin_open = admin_open and not admin_hash and not keys
@@ -150,11 +150,12 @@ class KeyRing:
         if buckets is None:
             return
         requests, token_bucket = buckets
-        wait_s = max(requests.wait_s(now_s, 1.0), token_bucket.wait_s(now_s, tokens))
-        if wait_s > 0.0:
+        requests_wait_s, tokens_wait_s = requests.wait_s(now_s, 1.0), token_bucket.wait_s(now_s, tokens)
+        if requests_wait_s > 0.0 or tokens_wait_s > 0.0:
+            wait_s = max(requests_wait_s, tokens_wait_s)
             limit = (
                 f"{key.requests_per_minute:g} requests per minute"
-                if requests.wait_s(now_s, 1.0) > 0.0
+                if requests_wait_s > 0.0
                 else f"{key.tokens_per_minute:g} tokens per minute"
             )
             raise too_many(f"Rate limit of API key {key.name!r} reached: {limit}. Try again in {wait_s:.1f} s.", wait_s)
@@ -189,38 +190,6 @@ class KeyRing:
         buckets = self._buckets.get(key.name)
         if buckets is not None:
             buckets[1].level -= tokens
-
-
-class _Bucket:
-    """A token bucket that may go into debt. A limit of inf never empties."""
-
-    __slots__ = ("at_s", "level", "size")
-
-    def __init__(self, per_minute: float) -> None:
-        self.size = per_minute
-        self.level = per_minute
-        self.at_s = 0.0
-
-    def wait_s(self, now_s: float, amount: float) -> float:
-        """Seconds until it holds ``amount`` (or is full); 0: now."""
-        if self.size == inf:
-            return 0.0
-        self._fill(now_s)
-        # At least one fits a full bucket, also when less than one a minute is allowed.
-        missing = min(amount, self.size) - self.level
-        return missing * PERIOD_S / self.size if missing > 1e-9 else 0.0
-
-    def spares(self, now_s: float, amount: float) -> bool:
-        """Whether half of it is left after ``amount``, or it is full."""
-        if self.size == inf:
-            return True
-        self._fill(now_s)
-        return self.level + 1e-9 >= min(self.size, self.size / 2.0 + amount)
-
-    def _fill(self, now_s: float) -> None:
-        # Whoever asks may look at the clock a little earlier than whoever asked before.
-        self.level = min(self.size, self.level + max(0.0, now_s - self.at_s) * self.size / PERIOD_S)
-        self.at_s = max(self.at_s, now_s)
 
 
 def hash_secret(secret: bytes) -> str:
