@@ -190,7 +190,7 @@ class World:
         leader.plane.take_over(settle_s)
         for number in self.engines:
             adopted = leader.plane.adopt_instance(
-                "m0", ROOMY.name, "mixed", number=number, max_batch_size=SLOTS, engine=leader
+                "m0", ROOMY.name, "mixed", number=number, max_batch_size=SLOTS, attach=lambda instance: leader
             )
             assert adopted is not None
             assert adopted.id == number
@@ -328,7 +328,9 @@ def test_what_cannot_be_is_not_taken_in() -> None:
     assert not leader.plane.adopt_running(other, double, **run), "told by two"
     assert leader.plane.open_requests == 1
     for kind, taken in ((ROOMY.name, instance.id), ("no such kind", 50)):
-        adopted = leader.plane.adopt_instance("m0", kind, "mixed", number=taken, max_batch_size=SLOTS, engine=leader)
+        adopted = leader.plane.adopt_instance(
+            "m0", kind, "mixed", number=taken, max_batch_size=SLOTS, attach=lambda instance: leader
+        )
         assert adopted is None
 
 

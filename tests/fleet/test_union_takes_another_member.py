@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,6 +52,9 @@ class LoopFleet:
 
     def suspect(self, instance: Instance) -> None:
         self._records.suspect(instance)
+
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        return None  # They end with the gateway.
 
     def report(self) -> FleetReport:
         full = Trouble(reason="its loop is full", retry_s=3.0, outside=True)

@@ -46,8 +46,8 @@ class Lifecycle:
         self._actuators = actuators
         self._evictor = evictor
         self._sizes = sizes
-        self.only_grows = False
-        """No fleet shrinks: not all that runs is known."""
+        self.unsettled = False
+        """Not all that runs is known: nothing is created or drained, and no plan is adopted."""
         self._next_instance = 1
         self._most: dict[str, int] = {}
         """How many instances of a kind there can be now, by name, where it is less than usual."""
@@ -68,7 +68,14 @@ class Lifecycle:
                 self.ready(state, instance, attach(instance))
 
     def adopt_one(
-        self, state: ModelState, kind: str, role: Role, *, number: int, max_batch_size: int, engine: Engine
+        self,
+        state: ModelState,
+        kind: str,
+        role: Role,
+        *,
+        number: int,
+        max_batch_size: int,
+        attach: Callable[[Instance], Engine],
     ) -> Instance | None:
         """Take over one that is up under its number. None: the number is taken, or there is no such kind."""
         found = next((each for each in state.spec.kinds if each.name == kind), None)
@@ -79,12 +86,20 @@ class Lifecycle:
         instance = self._new_instance(state, found, role)
         self._next_instance = max(following, number + 1)
         instance.max_batch_size = min(max(1, max_batch_size), found.max_num_seqs)
-        self.ready(state, instance, engine)
+        self.ready(state, instance, attach(instance))
         return instance
 
     def request_initial(self, state: ModelState, count: int) -> None:
         """Ask the fleet for the first ``count`` instances; they become ready when they do."""
         self._plan_initial(state, count)
+        self.reconcile(state)
+
+    def request_missing(self, state: ModelState, count: int) -> None:
+        """The same, where some have been taken over."""
+        policy = self._policy
+        missing = max(0, count - sum(state.planned.values()))
+        split = policy.initial_roles(policy.settings, missing) if policy.initial_roles else {"mixed": missing}
+        state.planned = {role: state.planned.get(role, 0) + split.get(role, 0) for role in ROLES}
         self.reconcile(state)
 
     def _plan_initial(self, state: ModelState, count: int) -> None:
@@ -96,6 +111,8 @@ class Lifecycle:
 
     def adopt_plan(self, state: ModelState, plan: ModelPlan) -> None:
         """Clamp to the model's bounds, remember, and log if anything changed."""
+        if self.unsettled:
+            return
         state.batch_at_risk = plan.batch_at_risk
         spec = state.spec
         counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ROLES}
@@ -107,8 +124,6 @@ class Lifecycle:
         missing = spec.min_instances - sum(counts.values())
         if missing > 0:
             counts["mixed"] += missing
-        if self.only_grows and sum(counts.values()) < sum(state.planned.values()):
-            return
         previous = self._actuators.plan(state, counts)
         before = sum(previous.values())
         after = sum(counts.values())
@@ -127,6 +142,8 @@ class Lifecycle:
 
     def reconcile(self, state: ModelState) -> None:
         """Start and drain instances until the fleet is the plan."""
+        if self.unsettled:
+            return
         if self._policy.label is not None:
             total = sum(state.planned.values())
             self._resize(

@@ -97,7 +97,11 @@ class ControlPlane:
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
         self._takeover = Takeover(
-            clock=clock, models=self.models, lifecycle=self._lifecycle, dispatcher=self._dispatcher
+            clock=clock,
+            models=self.models,
+            lifecycle=self._lifecycle,
+            dispatcher=self._dispatcher,
+            wake=self._autoscaler.wake,
         )
         self._scrapes = Scrapes(
             clock=clock,
@@ -114,8 +118,12 @@ class ControlPlane:
         self._lifecycle.adopt(self.models[model], count, attach)
 
     def request_initial(self, model: str, count: int) -> None:
-        """Ask the fleet for the first ``count`` instances of ``model``; they become ready when they do."""
-        self._lifecycle.request_initial(self.models[model], count)
+        """Ask the fleet for the first ``count`` instances of ``model``; they become ready when they do. While this one
+        takes over, those that are missing in the end."""
+        if self.settling:
+            self._takeover.initial(model, count)
+        else:
+            self._lifecycle.request_initial(self.models[model], count)
 
     def restore(self, learned: Learned, age_s: float) -> list[str]:
         """Take over what an earlier run has learned, before ``begin``; ``age_s``: how long ago that was. Returns what
@@ -143,15 +151,22 @@ class ControlPlane:
     def take_over(self, settle_s: float = SETTLE_S) -> None:
         """Follow another control plane, whose instances and requests still run: before ``begin``. Told by
         ``adopt_instance`` and ``adopt_running`` what runs, until ``told_all`` or for ``settle_s``; until then nothing
-        is dispatched to what was taken over, and no fleet shrinks."""
+        is dispatched to what was taken over, and no fleet grows or shrinks."""
         self._takeover.begin(settle_s)
 
     def adopt_instance(
-        self, model: str, kind: str, role: Role, *, number: int, max_batch_size: int, engine: Engine
+        self,
+        model: str,
+        kind: str,
+        role: Role,
+        *,
+        number: int,
+        max_batch_size: int,
+        attach: Callable[[Instance], Engine],
     ) -> Instance | None:
-        """An instance that is up, under its number. None: it cannot be taken in."""
+        """An instance that is up, under its number; ``attach`` gives it its engine. None: it cannot be taken in."""
         return self._takeover.instance(
-            self.models[model], kind, role, number=number, max_batch_size=max_batch_size, engine=engine
+            self.models[model], kind, role, number=number, max_batch_size=max_batch_size, attach=attach
         )
 
     def adopt_running(
@@ -246,7 +261,7 @@ class ControlPlane:
     def submit(self, request: Request) -> None:
         state = self.models[request.model]
         self._dispatcher.arrived(state, request)
-        if not state.instances and request.outcome is None:
+        if not state.instances and request.outcome is None and not self.settling:
             self._autoscaler.wake()
 
     def cancel(self, request: Request) -> None:
@@ -260,7 +275,7 @@ class ControlPlane:
     ) -> None:
         state = self.models[model]
         state.batch.announce(deadline_s, cls, requests, input_tokens, input_square)
-        if requests > 0 and not state.instances:
+        if requests > 0 and not state.instances and not self.settling:
             self._autoscaler.wake()
 
     def clients_waiting(self, model: str, *, interactive: bool) -> int:

@@ -2,15 +2,15 @@
 
 What its predecessor knew of the moment is told anew: each instance that is up, and by those who relay its answers each
 request that runs there. Until all have told, or for a settling time at the most, nobody knows how full an instance is:
-nothing is dispatched to it, requests that arrive are held, and no fleet shrinks. From then on all is as always. An
-instance may turn out to run more than its max batch size allows (the limit was lowered, a relay was late): it gets
-nothing new until it is below. Requests that waited when the predecessor died arrive again, with the time of their
-first arrival; what a store knows of batch work comes from the store.
+nothing is dispatched to it, requests that arrive are held, and no fleet grows or shrinks. From then on all is as
+always. An instance may turn out to run more than its max batch size allows (the limit was lowered, a relay was late):
+it gets nothing new until it is below. Requests that waited when the predecessor died arrive again, with the time of
+their first arrival; what a store knows of batch work comes from the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Final
 
@@ -35,29 +35,44 @@ class Takeover:
         models: Mapping[str, ModelState],
         lifecycle: Lifecycle,
         dispatcher: Dispatcher,
+        wake: Callable[[], None],
     ) -> None:
+        """``wake``: something may wait for an instance that nobody has asked for."""
         self._clock = clock
         self._models = models
         self._lifecycle = lifecycle
         self._dispatcher = dispatcher
+        self._wake = wake
         self._timer: Timer | None = None
         self._told: set[int] = set()
         """Requests that were said to run, by id, while it settles."""
+        self._initial: dict[str, int] = {}
+        """Instances to begin with, by model: what is missing of them once it has settled."""
 
     @property
     def settling(self) -> bool:
-        return self._lifecycle.only_grows
+        return self._lifecycle.unsettled
 
     def begin(self, settle_s: float) -> None:
-        self._lifecycle.only_grows = True
+        self._lifecycle.unsettled = True
         self._timer = self._clock.call_later(settle_s, self.settled)
 
+    def initial(self, model: str, count: int) -> None:
+        self._initial[model] = count
+
     def instance(
-        self, state: ModelState, kind: str, role: Role, *, number: int, max_batch_size: int, engine: Engine
+        self,
+        state: ModelState,
+        kind: str,
+        role: Role,
+        *,
+        number: int,
+        max_batch_size: int,
+        attach: Callable[[Instance], Engine],
     ) -> Instance | None:
         """One that is up. None: it is known already, or no kind of the model has this name."""
         instance = self._lifecycle.adopt_one(
-            state, kind, role, number=number, max_batch_size=max_batch_size, engine=engine
+            state, kind, role, number=number, max_batch_size=max_batch_size, attach=attach
         )
         if instance is not None and self.settling:
             state.router.remove(instance)
@@ -99,11 +114,14 @@ class Takeover:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self._lifecycle.only_grows = False
+        self._lifecycle.unsettled = False
         self._told.clear()
-        for state in self._models.values():
+        for name, state in self._models.items():
             for instance in state.instances.values():
                 if instance.state == "ready" and instance.avoided_until_s == inf:
                     instance.avoided_until_s = -1.0
                     state.router.add(instance)
+            if name in self._initial:
+                self._lifecycle.request_missing(state, self._initial.pop(name))
             self._dispatcher.pump(state)
+        self._wake()

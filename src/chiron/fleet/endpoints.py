@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -85,6 +85,8 @@ class EndpointsFleet:
         self._freed = {name: asyncio.Event() for name in sources}
         """Set, and replaced, whenever an endpoint of the kind becomes free."""
         self._recoveries: set[asyncio.Task[None]] = set()
+        self._adopted: dict[int, Endpoint] = {}
+        """Of instances that were up before, until they are watched."""
 
     def create(self, instance: Instance) -> None:
         """Answered by ``instance_ready`` once an endpoint is free and answers, or by ``instance_failed``."""
@@ -98,6 +100,18 @@ class EndpointsFleet:
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
+
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        endpoint = next((each for each in self._endpoints.get(kind, ()) if each.url == url), None)
+        if endpoint is None or endpoint.state != "free":
+            return None
+
+        def begin(instance: Instance) -> None:
+            endpoint.state = "bound"
+            self._adopted[instance.id] = endpoint
+            self._records.begin(instance)
+
+        return begin
 
     def report(self) -> FleetReport:
         return FleetReport(kinds={name: self._kind(endpoints) for name, endpoints in self._endpoints.items()})
@@ -126,9 +140,13 @@ class EndpointsFleet:
 
     async def _serve(self, record: InstanceRecord) -> None:
         kind = record.instance.kind.name
-        endpoint = await self._bind(kind, record)
+        adopted = self._adopted.pop(record.instance.id, None)
+        endpoint = adopted or await self._bind(kind, record)
         record.resources.callback(self._let_go, kind, endpoint)
-        self._records.ready(record, endpoint.url)
+        if adopted is None:
+            self._records.ready(record, endpoint.url)
+        else:
+            record.check_now.set()
         await endpoint.probe.until_failed(record.check_now)
         self._recover(kind, endpoint)
         raise InstanceFailedError(f"the endpoint stopped answering: {endpoint.probe.reason}")

@@ -134,6 +134,11 @@ class LiveFleet(Protocol):
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
 
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        """An instance of this kind is said to answer at this address, from a gateway before this one. None: nobody
+        here knows it, or it is in use. Else who is to be called, at once, with the record of an instance that is then
+        watched as if it had been created here; ``instance_ready`` is not told of it."""
+
     def report(self) -> FleetReport: ...
 
     async def close(self) -> None:

@@ -51,6 +51,10 @@ class UnionFleet:
     def suspect(self, instance: Instance) -> None:
         self._by_kind[instance.kind.name].suspect(instance)
 
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        fleet = self._by_kind.get(kind)
+        return fleet.adopt(kind, url) if fleet is not None else None
+
     def report(self) -> FleetReport:
         kinds: dict[str, KindReport] = {}
         usage: dict[int, InstanceUsage] = {}

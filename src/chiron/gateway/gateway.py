@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.autoscaler import Observer
+from chiron.control.plane import ControlPlane
+from chiron.control.takeover import SETTLE_S
 from chiron.core.ports import Journal
-from chiron.core.types import ModelSpec, Request, RequestClass
+from chiron.core.types import ROLES, Instance, ModelSpec, Request, RequestClass
 from chiron.gateway.brain.desk import Desk
 from chiron.gateway.brain.relays import RelayLink, Relays
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper
+from chiron.gateway.port.messages import TERM_SHIFT, Known
 from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import CrossSiteGuard
@@ -35,6 +38,37 @@ log = logging.getLogger("chiron.gateway")
 
 WATCH_S = 1.0
 """Between two looks for requests that waited too long, at clients and at engines."""
+
+
+class Adopting:
+    """Implements ``Adoption``."""
+
+    def __init__(self, plane: ControlPlane, engines: Engines) -> None:
+        self._engines = engines
+        self._plane = plane
+        self.adopt_running = plane.adopt_running
+        self.told_all = plane.told_all
+
+    def adopt_instance(self, said: Known) -> InstanceEngine | None:
+        """Only while a control plane settles: later on it may have given the instance up."""
+        plane, engines = self._plane, self._engines
+        begin = engines.fleet.adopt(said.kind, said.url) if plane.settling else None
+        if begin is None or said.model not in plane.models or said.role not in ROLES:
+            return None
+
+        def attach(instance: Instance) -> InstanceEngine:
+            begin(instance)
+            return engines.attach(instance, said.url)
+
+        plane.adopt_instance(
+            said.model,
+            said.kind,
+            said.role,
+            number=said.instance,
+            max_batch_size=said.max_batch_size or 1 << 30,
+            attach=attach,
+        )
+        return engines.live.get(said.instance)
 
 
 class Gateway:
@@ -132,8 +166,11 @@ class Gateway:
         listening: Callable[[RelayLink], None] = lambda link: None,
         left: Callable[[RelayLink, str], None] = lambda link, why: None,
         ride_s: float = RIDE_S,
+        term: int = 0,
+        superseded: Callable[[int], None] = lambda term: None,
     ) -> Relays:
         """Take requests from relays in other processes, too; arguments as ``Relays`` has them."""
+        self.engines.number_from((term << TERM_SHIFT) + 1)
         relays = self.relays = self.engines.relays = Relays(
             clock=self.clock,
             desk=self.desk,
@@ -144,8 +181,18 @@ class Gateway:
             listening=listening,
             left=left,
             ride_s=ride_s,
+            term=term,
+            superseded=superseded,
+            adoption=Adopting(self.plane, self.engines),
         )
         return relays
+
+    def take_over(self, *, settle_s: float = SETTLE_S, relays: int = 0) -> None:
+        """Follow another gateway, before ``begin``: relays tell what runs. Nothing new is placed, created or drained
+        before so many ``relays`` have told, or for ``settle_s``."""
+        self.plane.take_over(settle_s)
+        if self.relays is not None:
+            self.relays.expects = relays
 
     def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
         """Posted; see ``Assembly.begin``."""

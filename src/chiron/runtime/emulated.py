@@ -88,6 +88,9 @@ class EmulatedFleet:
     def suspect(self, instance: Instance) -> None:
         self.model.suspect(instance)
 
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        return None  # They end with this process.
+
     def report(self) -> FleetReport:
         return FleetReport()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from chiron.core.types import Instance
@@ -83,6 +83,9 @@ class KubernetesFleet:
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
+
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        return None  # Pods that run are found by their watch, and get records of their own.
 
     def report(self) -> FleetReport:
         return FleetReport(kinds={kind: self._kind(kind) for kind in self._workloads})

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -110,6 +110,9 @@ class ProcessFleet:
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
+
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        return None  # They end with the gateway that started them.
 
     def report(self) -> FleetReport:
         return FleetReport(

@@ -82,21 +82,59 @@ class Desk:
         """A request has come. Raises ApiError if it is not taken."""
         self._check(call, model, cls)
         self._keys.take(key, self._clock.elapsed_s(), input_tokens)
-        number = call.number = self._next_id()
+        call.number = self._next_id()
 
         def submit() -> None:
-            request = Request(number, model, cls, self._clock.now_s, input_tokens, call)
-            request.pinned, request.flex = cls.interactive, not cls.interactive
-            request.tenant, request.sequences = key.name, places(call.sequences)
-            self.open[number] = request
-            self._shares.add(call.peers, 1)
+            self._completions.submit(self._enter(call, model, cls, key, input_tokens, self._clock.now_s))
+
+        self._post(call, submit)
+
+    def arrive_again(
+        self, call: ClientCall, model: str, cls: RequestClass, key: Key, input_tokens: int, *, ago_s: float, losses: int
+    ) -> None:
+        """It came so long ago, and a brain before this one had not placed it, or had lost it so often. Limits do not
+        hold for it: it has been taken. Raises ApiError."""
+        call.number = self._next_id()
+
+        def submit() -> None:
+            request = self._enter(call, model, cls, key, input_tokens, self._clock.now_s - ago_s)
+            request.retries = losses
+            self._keys.count(key, self._clock.now_s, input_tokens)
             self._completions.submit(request)
 
+        self._post(call, submit)
+
+    def adopt(
+        self, call: ClientCall, model: str, cls: RequestClass, key: Key, input_tokens: int, *, ago_s: float, losses: int
+    ) -> Request:
+        """The same, but it runs (posted): the caller tells the control plane of it."""
+        call.number = self._next_id()
+        request = self._enter(call, model, cls, key, input_tokens, self._clock.now_s - ago_s)
+        request.retries = losses
+        self._keys.count(key, self._clock.now_s, input_tokens)
+        return request
+
+    def forget(self, request: Request) -> None:
+        """It is not counted after all."""
+        if self.open.pop(request.id, None) is not None:
+            self._shares.add(request.payload.peers, -1)
+
+    def _enter(
+        self, call: ClientCall, model: str, cls: RequestClass, key: Key, input_tokens: int, arrival_s: float
+    ) -> Request:
+        request = Request(call.number, model, cls, arrival_s, input_tokens, call)
+        request.pinned, request.flex = cls.interactive, not cls.interactive
+        request.tenant, request.sequences = key.name, places(call.sequences)
+        self.open[request.id] = request
+        self._shares.add(call.peers, 1)
+        return request
+
+    def _post(self, call: ClientCall, submit: Callable[[], None]) -> None:
         try:
             self._clock.post(submit)
         except Exception:
             log.exception("%s could not be submitted", call.request_id)
-            if self.open.pop(number, None) is not None:
+            if self.open.pop(call.number, None) is not None:
                 self._shares.add(call.peers, -1)
             raise internal(call.request_id) from None
 

@@ -6,6 +6,10 @@ other number is late or doubled, and is dropped and counted (``RelayLink.late``)
 there are: to the desk, the control plane and the instances' engines a ``FarCall`` is a call like any other.
 
 A relay that dies takes its clients with it: their requests are cancelled, and what ran for them has ended.
+
+A relay may come from another brain, and tell what it knows of there (``m.Known`` up to ``m.Told``). What it runs on an
+instance that this brain knows, or takes over (``Adoption``), under the same number and address, is counted from then on
+like any other placement; the rest runs to its end uncounted.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
-from chiron.core.types import Instance, Request
+from chiron.core.types import Instance, Request, RequestClass
 from chiron.gateway.batch.call import BatchCall, FarAnswer
 from chiron.gateway.brain.desk import Desk
 from chiron.gateway.instances.engine import InstanceEngine, Placed, restart
@@ -24,12 +28,14 @@ from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, 
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
 from chiron.gateway.relay.errors import ApiError, internal
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.relays")
 
+PULSE_S = 0.25
+"""Between two signs of life to relays that stay without their brain."""
 TICK_S = 1.0
 """Between two looks at relays, and at what they should know of models."""
 QUIET_MAX = 30
@@ -127,6 +133,28 @@ class FarRun:
         return self.placed.tokens if call.collected and self.engine.row.resumes else 0
 
 
+class Adoption(Protocol):
+    """What a brain does with what relays tell of the one before it."""
+
+    def adopt_instance(self, said: m.Known) -> InstanceEngine | None:
+        """An instance that this brain does not know. None: it cannot be taken over."""
+
+    def adopt_running(
+        self,
+        instance: Instance,
+        request: Request,
+        *,
+        epoch: int,
+        tokens_done: int,
+        dispatch_s: float,
+        first_token_s: float,
+    ) -> bool:
+        """As ``ControlPlane.adopt_running``."""
+
+    def told_all(self) -> None:
+        """Every relay that is expected has told."""
+
+
 class RelayLink:
     """The brain's end of the connection to one relay."""
 
@@ -156,7 +184,17 @@ class RelayLink:
             received=self._received,
             closed=self._closed,
             ride_s=ride_s,
+            hello=m.Hello(version_min=m.VERSION_MIN, term=relays.term),
+            greeted=self._greeted,
         )
+        self.nonce = ""
+        """Of a relay that stays when this brain is gone."""
+        self.returns = False
+        """It comes from another brain."""
+        self.told = False
+        """All that it knew is known here."""
+        self._shared: set[int] = set()
+        """Instances that both know under the same number and address."""
         self._relays = relays
         self._shapes: dict[str, m.Shape] = {}
         self._hear: Mapping[type, Callable[[Any], None]] = {
@@ -174,6 +212,10 @@ class RelayLink:
             m.Result: self._result,
             m.Health: self._health,
             m.Listening: self._listening,
+            m.Known: self._known,
+            m.Running: self._running,
+            m.Waits: self._waits,
+            m.Told: self._told,
         }
 
     # -- what the rest of the brain asks -----------------------------------------------------------------------
@@ -250,6 +292,13 @@ class RelayLink:
 
     # -- the wire ----------------------------------------------------------------------------------------------
 
+    def _greeted(self, hello: m.Hello) -> None:
+        relays = self._relays
+        if hello.term > relays.term:
+            relays.superseded(hello.term)
+            raise ProtocolError(f"it has seen a brain of term {hello.term}; this one's is {relays.term}: it is over")
+        self.nonce, self.returns = hello.nonce, hello.returns
+
     def _opened(self) -> None:
         self._relays.joined(self)
 
@@ -294,15 +343,12 @@ class RelayLink:
     def _arrive(self, said: m.Arrive) -> None:
         if said.number in self.calls:
             raise ProtocolError(f"request {said.number} arrives twice")
-        relays = self._relays
-        served, key = relays.models.by_name.get(said.model), relays.keys.named(said.key)
-        cls = served.classes.get(said.cls) if served is not None else None
-        if cls is None or key is None:
+        relays, found = self._relays, self._admitted(said)
+        if found is None:
             raise ProtocolError(
                 f"request {said.number} names model {said.model!r}, class {said.cls!r}, key {said.key!r}"
             )
-        if (said.ttft_s, said.itl_s) != (cls.ttft_s, cls.itl_s):
-            cls = with_slos(cls, said.ttft_s, said.itl_s)
+        cls, key = found
         call = self.calls[said.number] = FarCall(self, said)
         try:
             key.permit(said.model, cls.name)
@@ -310,6 +356,17 @@ class RelayLink:
         except ApiError as error:
             self.calls.pop(said.number, None)
             self.wire.send(m.End(said.number, "refused", refusal=_refusal(error)))
+
+    def _admitted(self, said: m.Arrive) -> tuple[RequestClass, Key] | None:
+        """Its class and its key. None: there is no such model, class or key."""
+        relays = self._relays
+        served, key = relays.models.by_name.get(said.model), relays.keys.named(said.key)
+        cls = served.classes.get(said.cls) if served is not None else None
+        if cls is None or key is None:
+            return None
+        if (said.ttft_s, said.itl_s) != (cls.ttft_s, cls.itl_s):
+            cls = with_slos(cls, said.ttft_s, said.itl_s)
+        return cls, key
 
     def _left(self, said: m.Left) -> None:
         call = self.calls.get(said.number)
@@ -402,6 +459,77 @@ class RelayLink:
         self.pid = said.pid
         self._relays.listening(self)
 
+    # -- what it says of another brain ---------------------------------------------------------------------------
+
+    def _known(self, said: m.Known) -> None:
+        relays = self._relays
+        engine = relays.engines.get(said.instance)
+        if engine is None and relays.adoption is not None:
+            engine = relays.adoption.adopt_instance(said)
+        if engine is not None and (engine.instance.model, engine.url) == (said.model, said.url):
+            self._shared.add(said.instance)
+
+    def _running(self, said: m.Running) -> None:
+        if said.request.number in self.calls or said.run in self.runs:
+            raise ProtocolError(f"request {said.request.number} or placement {said.run} is told twice")
+        if not self._adopt(said):
+            self.wire.post(m.Unknown(said.run))
+
+    def _adopt(self, said: m.Running) -> bool:
+        """Count it from now on. False: that cannot be."""
+        relays, asked = self._relays, said.request
+        engine = relays.engines.get(said.instance) if said.instance in self._shared else None
+        found = self._admitted(asked)
+        if relays.adoption is None or engine is None or found is None or engine.instance.model != asked.model:
+            return False
+        call, now_s = FarCall(self, asked), relays.clock.now_s
+        request = relays.desk.adopt(
+            call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses
+        )
+        taken = relays.adoption.adopt_running(
+            engine.instance,
+            request,
+            epoch=1,
+            tokens_done=said.tokens_before,
+            dispatch_s=now_s - said.placed,
+            first_token_s=now_s - said.began if said.began >= 0.0 else -1.0,
+        )
+        if not taken:
+            relays.desk.forget(request)
+            return False
+        self.calls[asked.number] = call
+        placed = engine.adopt(request, said.run, tokens=said.tokens, began=said.began >= 0.0)
+        run = placed.carrier = call.run = self.runs[said.run] = FarRun(self, engine, placed)
+        if said.silent and placed.told:
+            run.placed.silent = True
+            engine.fell_silent(placed, now_s)
+        return True
+
+    def _waits(self, said: m.Waits) -> None:
+        asked = said.request
+        if asked.number in self.calls:
+            raise ProtocolError(f"request {asked.number} is told twice")
+        found = self._admitted(asked)
+        call = FarCall(self, asked)
+        try:
+            if found is None:
+                raise internal(asked.request_id)
+            self.calls[asked.number] = call
+            self._relays.desk.arrive_again(
+                call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses
+            )
+        except ApiError as error:
+            self.calls.pop(asked.number, None)
+            self.wire.send(m.End(asked.number, "refused", refusal=_refusal(error)))
+
+    def _told(self, said: m.Told) -> None:
+        relays = self._relays
+        relays.own_placements += said.own_placements
+        relays.expired += said.expired
+        if said.forgotten:
+            log.warning("%s could not keep %d ends of requests while there was no brain", self.name, said.forgotten)
+        relays.returned(self)
+
     def _run(self, number: int) -> FarRun | None:
         """The placement, unless it has ended."""
         return self.runs.get(number)
@@ -432,10 +560,15 @@ class Relays:
         listening: Callable[[RelayLink], None] = lambda link: None,
         left: Callable[[RelayLink, str], None] = lambda link, why: None,
         ride_s: float = RIDE_S,
+        term: int = 0,
+        superseded: Callable[[int], None] = lambda term: None,
+        adoption: Adoption | None = None,
     ) -> None:
         """``engines`` are those of instances that are ready; ``responded`` hears (status, count) of answers;
         ``listening`` hears of each relay that takes connections, ``left`` of each whose connection here has ended, and
-        why."""
+        why. ``term``: this brain's, at most ``m.TERM_MAX``; ``superseded`` hears of a higher one, which means that
+        another brain leads. ``adoption``: what becomes of what relays know from another brain; None: it is not
+        counted."""
         self.clock = clock
         self.desk = desk
         self.models = models
@@ -448,6 +581,17 @@ class Relays:
         self.late = 0
         """``RelayLink.late`` of those that are gone."""
         self.listening = listening
+        self.term = term
+        self.superseded = superseded
+        self.adoption = adoption
+        self.expects = 0
+        """Relays that must have told before a brain that takes over goes on; 0: it waits for its settling time."""
+        self.own_placements = 0
+        """Placements that relays chose while they had no brain."""
+        self.expired = 0
+        """Requests that relays gave up because they had none."""
+        self._limits: dict[int, m.Limit] = {}
+        """As last told to relays that stay."""
         self._looked_s = 0.0
         self._left = left
         self._ride_s = ride_s
@@ -459,6 +603,7 @@ class Relays:
     def begin(self) -> None:
         """Posted."""
         self.clock.call_later(TICK_S, self._tick)
+        self.clock.call_later(PULSE_S, self._pulse)
 
     def carry(self, engine: InstanceEngine, placed: Placed) -> FarRun | None:
         call = placed.request.payload
@@ -496,12 +641,27 @@ class Relays:
 
     def joined(self, link: RelayLink) -> None:
         """It has said hello."""
+        for other in [each for each in self.links if link.nonce and each.nonce == link.nonce]:
+            other.wire.give_up("it has come back by another connection")
         self.links.append(link)
         link.tell_shapes()
         for engine in self.engines.values():
             link.wire.post(_up(engine))
+        if link.nonce:
+            self._note_limits()
+            for limit in self._limits.values():
+                link.wire.post(limit)
+            link.wire.post(m.Pulse(len(self.links)))
         link.wire.post(m.Drain(self.draining))
+        if not link.returns:
+            self.returned(link)
+
+    def returned(self, link: RelayLink) -> None:
+        """It knows nothing that this brain does not know."""
+        link.told = True
         link.wire.send(m.Ready())
+        if self.adoption is not None and 0 < self.expects <= sum(each.told for each in self.links):
+            self.adoption.told_all()
 
     def left(self, link: RelayLink) -> None:
         """Its connection has ended."""
@@ -513,8 +673,33 @@ class Relays:
         """Nothing is left of what it carried."""
         self._left(link, why)
 
+    def _pulse(self) -> None:
+        self.clock.call_later(PULSE_S, self._pulse)
+        for link in self.links:
+            if link.nonce:
+                link.wire.send(m.Pulse(len(self.links)))
+
+    def _note_limits(self) -> list[m.Limit]:
+        """What has changed since the last look, which is told from now on."""
+        changed = []
+        for number, engine in self.engines.items():
+            limit = m.Limit(number, engine.instance.max_batch_size, engine.instance.role)
+            if limit != self._limits.get(number):
+                self._limits[number] = limit
+                changed.append(limit)
+        for number in [each for each in self._limits if each not in self.engines]:
+            del self._limits[number]
+        return changed
+
+    def _tell_limits(self) -> None:
+        staying = [link for link in self.links if link.nonce]
+        for limit in self._note_limits() if staying else ():
+            for link in staying:
+                link.wire.post(limit)
+
     def _tick(self) -> None:
         self.clock.call_later(TICK_S, self._tick)
+        self._tell_limits()
         now_s, before_s = self.clock.elapsed_s(), self._looked_s
         self._looked_s = now_s
         for link in list(self.links):

@@ -44,7 +44,7 @@ Carry = Callable[["Placed"], Carrier]
 class Placed(Placement):
     """One placement of a request: from its start on an instance to its one end there."""
 
-    __slots__ = ("began_with", "begun", "carrier", "decoding_s", "entered_s")
+    __slots__ = ("adopted", "began_with", "begun", "carrier", "decoding_s", "entered_s")
 
     def __init__(self, number: int, request: Request, now_s: float) -> None:
         super().__init__(number, request)
@@ -56,6 +56,8 @@ class Placed(Placement):
         """When it began to decode, as far as can be seen."""
         self.begun: Begun | None = None
         """What its beginning was counted as, once it decodes."""
+        self.adopted = False
+        """It began under another brain: when, this one has not seen."""
 
 
 def restart(placed: Placed) -> None:
@@ -119,9 +121,22 @@ class InstanceEngine:
         self.runs[request.id] = placed
         self.observer.entered(self.clock.now_s)
         placed.carrier = self.carry(placed)
-        if not request.payload.streams and request.prefill_cost_s:
-            # Its first token cannot be seen. What waits for prefill to end must not wait for the whole answer.
-            self.clock.call_later(presumed_prefill_s(self.instance), lambda: self._presume_prefilled(placed))
+        self._presume_soon(placed)
+
+    def adopt(self, request: Request, number: int, *, tokens: int, began: bool) -> Placed:
+        """It runs here already, in the placement of this number; ``began``: it has had its first token. The caller sets
+        who carries it (posted)."""
+        placed = Placed(number, request, self.clock.now_s)
+        placed.adopted = True
+        placed.tokens = max(tokens, placed.tokens)
+        self.runs[request.id] = placed
+        self.observer.entered(self.clock.now_s)
+        if began:
+            placed.told = True
+            self._begin_decoding(placed)
+        else:
+            self._presume_soon(placed)
+        return placed
 
     def evict(self, request: Request) -> None:
         placed = self.runs.get(request.id)
@@ -260,6 +275,12 @@ class InstanceEngine:
             self._begin_decoding(placed)
         self.listener.first_token(placed.request)
 
+    def _presume_soon(self, placed: Placed) -> None:
+        """The first token of an answer in one piece cannot be seen. What waits for prefill to end must not wait for the
+        whole answer."""
+        if not placed.request.payload.streams and placed.request.prefill_cost_s:
+            self.clock.call_later(presumed_prefill_s(self.instance), lambda: self._presume_prefilled(placed))
+
     def _presume_prefilled(self, placed: Placed) -> None:
         if self.holds(placed) and placed.decoding_s < 0.0:
             self._begin_decoding(placed)
@@ -273,7 +294,7 @@ class InstanceEngine:
             placed.decoding_s,
             tokens,
             entered_s=placed.entered_s,
-            prefilled=0 if request.kv_saved_tokens else tokens + placed.began_with,
+            prefilled=0 if request.kv_saved_tokens or placed.adopted else tokens + placed.began_with,
             streams=sent.streams,
             sequences=sent.sequences,
         )
@@ -284,7 +305,7 @@ class InstanceEngine:
         sent = placed.request.payload
         if sent.streams:
             self.observer.tokens += tokens - placed.tokens
-        else:
+        elif not placed.adopted:
             decoding_s = self.clock.now_s - placed.decoding_s
             self.observer.answered(tokens - sent.sequences, decoding_s * sent.sequences)
 

@@ -61,7 +61,7 @@ class Engines:
         self._models = models
         self._failed = failed
         self._network = network
-        self._numbers = itertools.count(1).__next__
+        self._numbers = itertools.count(1)
         self._upstreams: dict[int, Upstream] = {}
         """This process's own connections to the engines in ``live``."""
         self.fleet = make_fleet(self)
@@ -99,6 +99,10 @@ class Engines:
             self.relays.instance_up(engine)
         self.settle_context(instance.model)
         return engine
+
+    def number_from(self, first: int) -> None:
+        """Of the placements from now on."""
+        self._numbers = itertools.count(first)
 
     def suspect(self, instance: Instance) -> None:
         """Requests fail there: look at it now."""
@@ -168,7 +172,7 @@ class Engines:
             suspect=self.suspect,
             learn_usage=learn,
             network=self._network,
-            numbers=self._numbers,
+            numbers=lambda: next(self._numbers),
         )
         upstream = self._upstreams[instance.id] = Upstream(
             clock=self._clock,

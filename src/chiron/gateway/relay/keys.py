@@ -178,6 +178,13 @@ class KeyRing:
         token_bucket.level -= tokens
         return True
 
+    def count(self, key: Key, now_s: float, tokens: int) -> None:
+        """Count one request that has been taken already, however little is left."""
+        buckets = self._buckets.get(key.name)
+        if buckets is not None:
+            for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
+                bucket.take(now_s, amount)
+
     def give_back(self, key: Key, tokens: int) -> None:
         """One that was counted never ran."""
         buckets = self._buckets.get(key.name)

@@ -27,6 +27,12 @@ class TokenBucket:
         missing = (amount if amount < self.size else self.size) - self.level
         return missing * PERIOD_S / self.size if missing > 1e-9 else 0.0
 
+    def take(self, now_s: float, amount: float) -> None:
+        """However little is left."""
+        if self.size != inf:
+            self._fill(now_s)
+        self.level -= amount
+
     def spares(self, now_s: float, amount: float) -> bool:
         """Whether half of it is left after ``amount``, or it is full."""
         if self.size == inf:

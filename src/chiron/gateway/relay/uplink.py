@@ -48,6 +48,8 @@ COUNTS_S = 0.1
 """Between two reports of what streams have made: engines are sampled once a second, or a little more often."""
 LOOK_S = 0.25
 """Between two looks at whether the brain says anything, and at what waits without one."""
+HANGS = 5.0
+"""Times ``silent_s``: a brain that has said nothing for so long is given up although nothing waits for it."""
 _OUTCOMES = frozenset({"finished", "rejected", "failed", "cancelled", "shed", "refused"})
 
 
@@ -222,6 +224,7 @@ class Uplink:
         self.wire = self._make_wire()
         self._joining = Joining(connect, self._renew_wire) if connect is not None else None
         self._joins: asyncio.Task[None] | None = None
+        self._stopped = False
         self._models = models
         self._address_of = address_of
         self._stall_s = engine_stall_s
@@ -336,6 +339,7 @@ class Uplink:
 
     def close(self) -> None:
         """Look for no brain any more."""
+        self._stopped = True
         if self._joins is not None:
             self._joins.cancel()
             self._joins = None
@@ -399,7 +403,7 @@ class Uplink:
             self._closed_for_good(why)
             return
         self._joining.changed()
-        if wire is self.wire and self._joined and self._alone_since_s is None:
+        if wire is self.wire and self._joined and self._alone_since_s is None and not self._stopped:
             log.error("there is no brain: %s; running requests go on, new ones wait", why)
             self.clock.post(self._go_on_alone)
 
@@ -450,10 +454,14 @@ class Uplink:
         # Looks that this process makes up for after a stall say nothing: what the brain sent is still to be read.
         if now_s - before_s >= LOOK_S / 2:
             self._silent_looks += 1
-        if self._silent_looks * LOOK_S > self._silent_s and any(
+        silent_s = self._silent_looks * LOOK_S
+        if silent_s > self._silent_s and (silent_s > HANGS * self._silent_s or self._interactive_waits()):
+            self.wire.give_up(f"it has said nothing for {silent_s:g} s")
+
+    def _interactive_waits(self) -> bool:
+        return any(
             held.run is None and held.outcome is None and held.request.interactive for held in self.held.values()
-        ):
-            self.wire.give_up(f"it has said nothing for {self._silent_s:g} s, and requests wait")
+        )
 
     def _go_on_alone(self) -> None:
         self._alone_since_s = now_s = self.clock.now_s
