@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from chiron.store.lease import LeaderLease, OnlyHere
+from chiron.fleet.kubernetes.testing.api import Refusal
+from chiron.gateway.kubernetes_lease import TOKEN, KubernetesLease
+from chiron.store.lease import Held, LeaderLease, OnlyHere
+from chiron.store.port import StoreError, StoreUnavailable
+from kubernetes_site import cluster, every_cluster
 from store_sites import PostgresSite
+
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
+LEASE_S = 1500.0
 
 
 async def taken_kept_and_released(lease: LeaderLease) -> None:
@@ -89,3 +98,99 @@ def test_odd_leases_are_refused(key: str, value: object) -> None:
     values: dict[str, object] = {"name": "brain", "holder": "a", "lease_s": 3.0} | {key: value}
     with pytest.raises(ValueError, match=key):
         PostgresLease(settings, **values)  # type: ignore[arg-type]
+
+
+@every_cluster
+def test_one_of_several_leads_by_a_lease_of_kubernetes(what: str, tmp_path: Path) -> None:
+    now_s = [0.0]
+
+    async def run() -> None:
+        async with cluster(what, tmp_path, nodes=0) as here:
+
+            def lease(holder: str) -> KubernetesLease:
+                given: dict[str, Any] = {"name": "chiron", "holder": holder, "lease_s": LEASE_S}
+                return KubernetesLease(
+                    here.client, "default", wall_s=lambda: now_s[0], time_s=lambda: now_s[0], **given
+                )
+
+            first, second = lease("a"), lease("b")
+            await taken_kept_and_released(first)
+            assert await second.try_take() is None
+            assert not await second.renew()
+            await second.release()  # It is not theirs to release.
+            held = await second.holder()
+            assert held is not None
+            assert (held.holder, held.left_s > LEASE_S) == ("a", True)
+            await first.release()
+            contenders = [lease(f"c{number}") for number in range(4)]
+            won = [one for one in await asyncio.gather(*(each.try_take() for each in contenders)) if one is not None]
+            assert len(won) == 1, "two lead"
+            assert won[0].token > held.token
+            await asyncio.gather(*(each.release() for each in contenders))
+            before = await first.try_take()
+            assert before is not None
+            # Whoever has it knows first that it is over, though both clocks began to count at different times.
+            assert await second.holder() == Held(holder="a", token=before.token, left_s=LEASE_S * 4 / 3)
+            now_s[0] += LEASE_S - 1.0
+            assert await first.renew()
+            now_s[0] += LEASE_S
+            assert await first.holder() is None
+            assert not await first.renew()
+            assert await second.try_take() is None, "it has been seen to change, and lasts from then on"
+            now_s[0] += LEASE_S + 1.0
+            assert await second.try_take() is None, "others wait for longer than its holder counts"
+            now_s[0] += LEASE_S / 3
+            taken = await second.try_take()
+            assert taken is not None
+            assert taken.token > before.token
+            assert not await first.renew()
+            assert await first.try_take() is None
+            # Deleted by somebody: nobody has it, and tokens grow all the same.
+            await here.client.delete(f"{LEASES}/chiron")
+            assert not await second.renew()
+            after = await first.try_take()
+            assert after is not None
+            assert after.token > taken.token
+            # The same name again, in another process: the one before it is over.
+            again = await lease("a").try_take()
+            assert again is not None
+            assert again.token > after.token
+            assert not await first.renew()
+
+    asyncio.run(run())
+
+
+def test_a_lease_of_kubernetes_that_says_what_cannot_be_is_not_believed(tmp_path: Path) -> None:
+    now_s = [0.0]
+
+    async def run() -> None:
+        async with cluster("fake", tmp_path, nodes=0) as here:
+            fake = here.fake
+            assert fake is not None
+            given: dict[str, Any] = {"name": "chiron", "holder": "a", "lease_s": LEASE_S}
+            given |= {"wall_s": lambda: now_s[0], "time_s": lambda: now_s[0]}
+            lease = KubernetesLease(here.client, "default", **given)
+
+            def said(**spec: object) -> None:
+                head = {"name": "chiron", "annotations": {TOKEN: "7"} | spec.pop("annotations", {})}  # type: ignore[dict-item, operator]
+                fake.apply({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": head, "spec": spec})
+
+            said(holderIdentity="b", leaseDurationSeconds=10**9)
+            assert await lease.try_take() is None
+            now_s[0] += 3600.0
+            assert await lease.try_take() is not None, "nothing lasts for longer than an hour"
+            fake.interfere = lambda method, _: Refusal(409, "Conflict", "changed") if method == "PUT" else None
+            assert await lease.try_take() is None, "somebody else was quicker"
+            fake.interfere = lambda method, path: None
+            said(holderIdentity="kube-scheduler", leaseDurationSeconds=15, annotations={TOKEN: None})
+            with pytest.raises(StoreError, match="held by 'kube-scheduler', which is no gateway"):
+                await lease.try_take()
+            await fake.stop()
+            with pytest.raises(StoreUnavailable, match="the API server gave no answer"):
+                await lease.renew()
+            await fake.start()
+            for wrong in ({"name": "../x"}, {"lease_s": 0.5}, {"holder": ""}):
+                with pytest.raises(ValueError, match=next(iter(wrong))):
+                    KubernetesLease(here.client, "default", **given | wrong)
+
+    asyncio.run(run())
