@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from effort import examples
 
@@ -17,6 +18,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("chiron")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is tried with more examples in the slow part."""
+    for item in items:
+        test = getattr(item, "obj", None)
+        if is_hypothesis_test(test) or item.name == "runTest":
+            item.add_marker("examples")
 
 
 def pytest_collection_finish() -> None:

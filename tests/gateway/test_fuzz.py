@@ -13,7 +13,6 @@ import requests
 from hypothesis import HealthCheck, Phase, given, settings
 
 from edge_site import ask, chat, edge_site
-from effort import examples
 from fault_site import FaultSite
 from fuzz_checks import FORM, is_right, options_for
 
@@ -77,7 +76,7 @@ MODES = ("positive", "negative")
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_does_what_the_document_says(site: FaultSite, mode: str) -> None:
-    tried = fuzz(site, mode, examples(8))
+    tried = fuzz(site, mode, 2)
     assert f"POST {HOT[0]}" in tried
     assert len(tried) == (18 if mode == "positive" else 7)
 

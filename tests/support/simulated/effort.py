@@ -1,4 +1,4 @@
-"""How often the laws are tried: a third of the examples in ``make test``, all in CI and in ``make test-all``."""
+"""How often the laws are tried: a third of the examples in ``make test``, all in ``make test-slow`` and in CI."""
 
 from __future__ import annotations
 
