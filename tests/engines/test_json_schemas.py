@@ -20,6 +20,7 @@ from chiron.engines.serve.grammar import Bounds, call_grammar, json_grammar
 from chiron.engines.serve.made_up import make_up
 from chiron.engines.serve.pattern import PatternError, read_pattern
 from chiron.engines.serve.schema import SchemaError, read_schema
+from effort import examples
 
 NAMES = [f"p{i}" for i in range(1000)]
 FITTING: list[Any] = [
@@ -241,7 +242,7 @@ def schemas() -> st.SearchStrategy[Any]:
 
 
 @given(schema=schemas(), seed=st.integers(0, 1 << 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_any_schema_is_either_kept_or_refused(schema: Any, seed: int) -> None:
     try:
         read = read_schema(schema, "schema")
@@ -252,7 +253,7 @@ def test_any_schema_is_either_kept_or_refused(schema: Any, seed: int) -> None:
 
 
 @given(pattern=st.text("ab^$|*+?(){}[]-\\d.,013<P:=! é", max_size=24), seed=st.integers(0, 1 << 30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_any_pattern_is_either_matched_or_refused(pattern: str, seed: int) -> None:
     try:
         read = read_schema({"type": "string", "pattern": pattern}, "schema")

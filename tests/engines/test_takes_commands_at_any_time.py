@@ -13,6 +13,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
+from effort import examples
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of, profiles
 
 
@@ -150,7 +151,7 @@ transfers = st.sampled_from((0.0, TICK_S / 4, 0.002))
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_fast_forward_equals_step_mode_under_any_commands(profile: Profile, seed: int, transfer_s: float) -> None:
     fast, _ = play(profile, seed=seed, kv_seconds_per_token=transfer_s)
     slow, _ = play(profile, seed=seed, kv_seconds_per_token=transfer_s, step_mode=True)
@@ -158,7 +159,7 @@ def test_fast_forward_equals_step_mode_under_any_commands(profile: Profile, seed
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_books_balance_after_every_event(profile: Profile, seed: int, transfer_s: float) -> None:
     bench, requests = play(profile, seed=seed, kv_seconds_per_token=transfer_s, step_mode=True, after_each=check_books)
     engine = bench.engine
@@ -177,7 +178,7 @@ def test_books_balance_after_every_event(profile: Profile, seed: int, transfer_s
 
 
 @given(small_profiles, seeds, transfers)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_nothing_is_admitted_beyond_the_max_batch_size(profile: Profile, seed: int, transfer_s: float) -> None:
     admitted: set[int] = set()
 

@@ -235,7 +235,7 @@ def storm(
 
 
 def test_a_few_kills_lose_and_double_nothing(tmp_path: Path) -> None:
-    storm(tmp_path, 1, ["engine", "gateway", "supervisor", "everything"], (0.2, 0.6), 50)
+    storm(tmp_path, 1, ["supervisor", "everything"], (0.2, 0.6), 40)
 
 
 @pytest.mark.alone

@@ -73,7 +73,7 @@ def goodput(result: Result, after_s: float = 60.0, until_s: float = 240.0) -> fl
 
 CASES = [
     # (what, knee in requests/s for one instance, arguments)
-    pytest.param(6.0, {"lengths": '"sharegpt-300"'}, (5.0, 0.2), id="chat on an A100"),
+    pytest.param(6.0, {"lengths": '"sharegpt-300"'}, (5.0, 0.2), id="chat on an A100", marks=pytest.mark.slow),
     pytest.param(6.0, {"lengths": '"sharegpt-300"'}, (1.0, 0.1), id="tight TTFT", marks=pytest.mark.slow),
     pytest.param(
         2.2,
@@ -90,6 +90,12 @@ CASES = [
         marks=pytest.mark.slow,
     ),
 ]
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_goodput_far_beyond_the_knee_is_that_at_the_knee(refuse: bool) -> None:
+    at_the_knee, beyond = (goodput(run(("chat", 5.0, 0.2, rate), refuse=refuse)) for rate in (6.0, 15.0))
+    assert beyond >= 0.9 * at_the_knee > 4.0
 
 
 @pytest.mark.parametrize(("knee", "how", "slo"), CASES)

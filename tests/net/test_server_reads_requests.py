@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiron.net.server import Handler, HttpServer, ServerLimits
+from effort import examples
 from net_site import HELLO, Answer, Echo, Hold, Wire, answers
 
 
@@ -71,7 +72,7 @@ def test_split_at_every_byte() -> None:
 
 
 @given(st.lists(st.integers(0, len(STREAM)), max_size=12))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_split_anywhere(cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(STREAM)]
     blocks = [STREAM[a:b] for a, b in pairwise(edges) if a < b]
@@ -79,7 +80,7 @@ def test_split_anywhere(cuts: list[int]) -> None:
 
 
 @given(st.binary(max_size=200), st.integers(0, len(STREAM)))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_whatever_comes_the_answer_is_http_and_no_handler_sees_half_a_request(noise: bytes, cut: int) -> None:
     found, echo, _ = ask(STREAM[:cut] + noise)
     assert all(answer.status in (200, 400, 405, 501, 505) for answer in found)
@@ -296,7 +297,7 @@ def test_bodies_have_a_limit_by_length_and_by_what_comes() -> None:
 
 
 @given(st.lists(st.binary(min_size=1, max_size=5), max_size=600))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_body_in_any_chunks_is_put_together(chunks: list[bytes]) -> None:
     data = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
     _, echo, _ = ask(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n", data, b"0\r\n\r\n")

@@ -18,6 +18,7 @@ from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed
 from chiron.policies.load_history import presumed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
+from effort import examples
 from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model
 
 TIMES = StepTimes(
@@ -122,7 +123,7 @@ def drive(loads: list[int], hold_s: float = 60.0, **changes: object) -> list[tup
     return plans
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.lists(st.integers(0, 400), min_size=20, max_size=80))
 def test_plans_stay_in_bounds_and_never_turn_back_within_the_hold(loads: list[int]) -> None:
     plans = drive(loads)

@@ -54,9 +54,12 @@ def run(policy: str, text: str = SMALL) -> Result:
     return simulate(setup, with_bound=False)
 
 
+SHORT = SMALL.replace('duration = "3m"', 'duration = "2m"').replace("requests = 600", "requests = 400")
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_run_ends_every_request_within_the_bounds(policy: str) -> None:
-    result = run(policy)
+    result = run(policy, SHORT)
     assert result.summary["finished"] == result.summary["requests"]
     assert result.summary["instances_peak"] <= 8
     assert all(sum(point.ready.values()) + point.starting >= 1 for point in result.fleet)

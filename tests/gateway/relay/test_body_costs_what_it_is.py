@@ -15,6 +15,7 @@ from chiron.gateway.batch.lines import line_check
 from chiron.gateway.relay.body import MEDIA_BYTES, SMALL_BYTES, read_body
 from chiron.gateway.relay.keys import ANONYMOUS
 from chiron.store.port import ItemSpec
+from effort import examples
 from gateway_site import models
 
 ATTACK = """
@@ -153,7 +154,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     st.dictionaries(TEXTS, JSON, max_size=5),
     st.sampled_from([0, 1, 2 * SMALL_BYTES]),
