@@ -10,6 +10,7 @@ import pytest
 
 from chiron.fleet.starts import BackoffSettings, StartDelayedError, Starts, backoff_s
 from fleet_factory import an_instance, kill, local_fleet, quick_settings, starts_of, stub_kind, until
+from virtual_loop import run_virtual
 
 
 def test_the_pause_doubles_up_to_its_limit_and_a_crash_loop_takes_the_limit() -> None:
@@ -68,7 +69,7 @@ def test_after_a_failure_one_start_is_tried_and_the_others_follow_its_success() 
         starts.succeeded(1)
         await until(turns[2].done, "the third follows")
 
-    asyncio.run(story())
+    run_virtual(story())
 
 
 def test_a_start_whose_turn_does_not_come_is_given_up_with_the_reason() -> None:
@@ -79,7 +80,7 @@ def test_a_start_whose_turn_does_not_come_is_given_up_with_the_reason() -> None:
         with pytest.raises(StartDelayedError, match=r"waited 0\.2 s for its turn: no memory"):
             await starts.turn("waits in vain")
 
-    asyncio.run(story())
+    run_virtual(story())
 
 
 def test_a_crash_loop_slows_down_is_named_and_heals(tmp_path: Path) -> None:
