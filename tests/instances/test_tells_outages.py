@@ -111,6 +111,7 @@ def test_a_request_waits_for_an_endpoint_that_is_being_asked_for_the_first_time(
 def test_endpoints_that_have_answered_get_a_while_to_return(tmp_path: Path, wait_s: float) -> None:
     limits = f'[limits]\noutage_wait = "{wait_s}s"\n'
     quick = '[fleet.health]\nhealth_period = "100ms"\nhealth_failures_max = 1\n'
+    quick += 'health_timeout = "60s"\n'
     quick += '[fleet.recovery]\nrecover_first = "50ms"\nrecover_max = "50ms"\n'
 
     async def main() -> None:

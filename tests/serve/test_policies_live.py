@@ -39,7 +39,7 @@ async def story(site: FaultSite, items: int, item_tokens: int) -> dict[str, Any]
         assert set(await verdicts(answers)) == {"complete"}
         assert all(once(answer) for answer in answers), "no text comes twice, wherever batch work is moved"
         status: dict[str, Any] = await until(
-            lambda s: s if s["batches"][0]["status"] == "completed" else None, api, f"{batch} completes", 90.0
+            lambda s: s if s["batches"][0]["status"] == "completed" else None, api, f"{batch} completes", 300.0
         )
         assert status["batches"][0]["completed"] == items
         return status
