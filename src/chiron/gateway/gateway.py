@@ -36,6 +36,8 @@ from chiron.runtime.input_log import Inputs, RecordedInputs
 
 log = logging.getLogger("chiron.gateway")
 
+BEFORE_S = 600.0
+"""What the clock of a gateway that takes over should show at its start: relays tell of what began before that."""
 WATCH_S = 1.0
 """Between two looks for requests that waited too long, at clients and at engines."""
 

@@ -23,7 +23,7 @@ from chiron.gateway.api import ApiLimits, ApiState, make_app
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.brain.input_file import InputFile
 from chiron.gateway.brain.learned import LearnedKeeper
-from chiron.gateway.gateway import Gateway
+from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.processes.start import BrainStart
@@ -86,8 +86,11 @@ class Service:
         loop = asyncio.get_running_loop()
         point = Point()
         recorded = config.input_log is not None
+        ahead_s = BEFORE_S if brain is not None and brain.follows else 0.0
         self.clock = (
-            MarkedLiveClock(loop, point, time_s=time.monotonic) if recorded else LiveClock(loop, time_s=time.monotonic)
+            MarkedLiveClock(loop, point, time_s=time.monotonic, ahead_s=ahead_s)
+            if recorded
+            else LiveClock(loop, time_s=time.monotonic, ahead_s=ahead_s)
         )
         self._input_file = InputFile(self.clock, point) if recorded else None
         make_directory(config.data)
@@ -330,6 +333,8 @@ class Service:
             connections=self._connections(),
             relays=self._relay_reports(),
             relays_started=self._workers.started if self._workers is not None else 0,
+            relay_fallback_placements=self.gateway.relays.own_placements if self.gateway.relays is not None else 0,
+            relay_expired_requests=self.gateway.relays.expired if self.gateway.relays is not None else 0,
             files_open=files_open(),
             files_max=files_max(),
         )

@@ -19,7 +19,7 @@ log = logging.getLogger("chiron.clock")
 
 
 class LiveClock(VirtualClock):
-    """``now_s`` is seconds since the clock was made. Everything from outside comes in through ``post``."""
+    """``now_s`` is seconds since the clock was made, and ``ahead_s``. All from outside comes in through ``post``."""
 
     __slots__ = (
         "_armed_s",
@@ -40,14 +40,16 @@ class LiveClock(VirtualClock):
         on_error: Callable[[BaseException], None] | None = None,
         wall_s: float | None = None,
         time_s: Callable[[], float] | None = None,
+        ahead_s: float = 0.0,
     ) -> None:
         """``time_s`` is a finer clock than the loop's own, of the same rate: uvloop's time goes in milliseconds and
-        stands still for a turn of the loop. Default: the loop's."""
-        super().__init__()
+        stands still for a turn of the loop. Default: the loop's. ``ahead_s``: what it shows now, so that it has times
+        for what happened before it was made."""
+        super().__init__(ahead_s)
         self._loop = loop
         self._time = time_s or loop.time
-        self._origin_s = self._time()
-        self.wall_origin_s = time.time() if wall_s is None else wall_s
+        self._origin_s = self._time() - ahead_s
+        self.wall_origin_s = time.time() - ahead_s if wall_s is None else wall_s
         """Unix time at ``now_s == 0``."""
         self._error = on_error or _log_error
         self._handle: asyncio.TimerHandle | None = None

@@ -114,8 +114,9 @@ class MarkedLiveClock(LiveClock):
         *,
         wall_s: float | None = None,
         time_s: Callable[[], float] | None = None,
+        ahead_s: float = 0.0,
     ) -> None:
-        super().__init__(loop, wall_s=wall_s, time_s=time_s)
+        super().__init__(loop, wall_s=wall_s, time_s=time_s, ahead_s=ahead_s)
         self.point = point
 
     def call_at(self, when_s: float, callback: Callback) -> Timer:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-from outliving_site import OutlivingSite, parts, whole_stream
+import pytest
+
+from chiron.gateway.relay.joining import StaySettings
+from outliving_site import STEP_S, OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
+
+NEVER_S = 1e6
 
 
 def test_streams_go_on_and_what_comes_is_held_until_another_brain_leads() -> None:
@@ -35,11 +40,203 @@ def test_streams_go_on_and_what_comes_is_held_until_another_brain_leads() -> Non
         for number in site.clients:
             assert parts(site.clients[number]) == (200, whole_stream(number, running.get(number, 4)))
         assert all(len(each) == 1 for each in brain.ends.outcomes.values())
-        assert sorted(brain.ends.tokens.values()) == sorted([*running.values(), 4, 4])
+        assert sorted(request.tokens_done for request in brain.ends.requests) == sorted([*running.values(), 4, 4])
         assert brain.gateway.plane.open_requests == 0
         assert [engine.most for engine in site.engines] == [2, 2]
         assert brain.fleet.used == {1: "memory:engine-0", 2: "memory:engine-1"}
         assert sorted(number for engine in site.engines for number in engine.seen) == [1, 2, 3, 4, 5, 6]
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_what_ended_meanwhile_is_counted_once_with_the_time_that_it_took() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 7)
+        site.ask(2, 5, stream=False)
+        site.ask(3, 6, cls="night")
+        leaver = site.ask(4, 40)
+        await asyncio.sleep(0.3)
+        site.kill()
+        leaver.transport.abort()
+        await asyncio.sleep(3.0)
+        assert [parts(site.clients[number])[0] for number in (1, 2, 3)] == [200, 200, 200], "nobody waits for a brain"
+        assert len(site.relays[0].uplink.alone.untold) == 4
+
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        ended = brain.ends.requests
+        assert sorted(request.outcome for request in ended) == ["cancelled", "finished", "finished", "finished"]
+        assert sorted(request.tokens_done for request in ended if request.outcome == "finished") == [1, 6, 7]
+        (streamed,) = [request for request in ended if request.tokens_done == 7]
+        assert streamed.finish_s - streamed.first_token_s == pytest.approx(7 * STEP_S, abs=0.01)
+        assert streamed.first_token_s - streamed.arrival_s == pytest.approx(STEP_S, abs=0.01)
+        assert not site.relays[0].uplink.alone.untold
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_what_waits_for_a_brain_is_bounded_in_time_number_and_bytes() -> None:
+    async def main() -> None:
+        site = OutlivingSite(stay=StaySettings(hold_s=2.0, hold_max=2, hold_max_bytes=400, silent_s=NEVER_S))
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.kill()
+        await asyncio.sleep(0.1)
+        site.ask(1, 4)
+        site.ask(2, 400)
+        site.ask(3, 4)  # One too many.
+        await asyncio.sleep(0.1)
+        assert [parts(site.clients[number])[0] for number in (1, 2, 3)] == [0, 0, 503]
+        await asyncio.sleep(2.5)
+        for number in (1, 2, 3):
+            status, body = parts(site.clients[number])
+            assert (status, b"retry-after: 1" in b"".join(site.clients[number].received).lower()) == (503, True)
+            assert b"control plane" in body
+        site.ask(4, 4, padding=400)
+        await asyncio.sleep(0.1)
+        assert parts(site.clients[4])[0] == 503, "too large"
+        site.ask(5, 4)
+        brain = await site.lead()
+        await asyncio.sleep(5.0)
+        assert parts(site.clients[5]) == (200, whole_stream(5, 4))
+        assert brain.relays.expired == 2
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_stream_whose_engine_fails_meanwhile_ends_with_an_error_and_one_that_has_not_begun_runs_again() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 30)
+        await asyncio.sleep(1.0)
+        site.ask(2, 30)
+        await asyncio.sleep(STEP_S / 2)
+        site.kill()
+        for engine in site.engines:
+            await engine.server.close(0)
+        await asyncio.sleep(0.5)
+        assert b"engine was lost" in parts(site.clients[1])[1]
+        assert parts(site.clients[2])[0] == 0
+        brain = await site.lead()
+        await asyncio.sleep(20.0)
+        assert parts(site.clients[2]) == (200, whole_stream(2, 30))
+        assert sorted(request.outcome for request in brain.ends.requests) == ["failed", "finished"]
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_brain_that_is_over_is_refused_and_hears_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        await site.lead(term=7)
+        await asyncio.sleep(1.0)
+        site.kill()
+        old = await site.lead(term=6)
+        await asyncio.sleep(2.0)
+        assert old.relays.links == []
+        assert set(old.superseded) == {7}
+        site.ask(1, 4)
+        await asyncio.sleep(0.1)
+        assert parts(site.clients[1])[0] == 0
+        site.kill()
+        await site.lead(term=8)
+        await asyncio.sleep(2.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 4))
+        await site.close()
+
+    run_virtual(main())
+    assert "term is 6, and there has been one of term 7" in caplog.text
+
+
+def test_what_runs_where_the_next_brain_knows_nothing_goes_on_uncounted() -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=3)
+        await site.lead()
+        await asyncio.sleep(1.0)
+        for number in range(1, 7):
+            site.ask(number, 30)
+        await asyncio.sleep(0.5)
+        site.kill()
+        lost = site.urls.pop()
+        brain = await site.lead()
+        await asyncio.sleep(0.6)
+        plane = brain.gateway.plane
+        assert plane.open_requests == 4
+        assert {i.sequences for i in plane.instances.values() if i.state == "ready"} == {2}
+        assert lost not in [upstream.address.url for upstream in site.relays[0].uplink.upstreams.values()]
+        await asyncio.sleep(10.0)
+        assert [parts(client) for client in site.clients.values()] == [
+            (200, whole_stream(number, 30)) for number in site.clients
+        ]
+        assert len(brain.ends.requests) == 4
+        assert site.relays[0].uplink.held == {}
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_relays_place_what_waits_once_the_brain_has_been_silent() -> None:
+    async def main() -> None:
+        site = OutlivingSite(slots=4, relays=2, stay=StaySettings(hold_s=30.0, silent_s=1.0, batch_s=4.0))
+        await site.lead()
+        await asyncio.sleep(2.5)  # Relays have been told how full an instance may be.
+        site.kill()
+        for number in range(1, 7):
+            site.ask(number, 40)
+        await asyncio.sleep(0.5)
+        assert all(engine.running.total() == 0 for engine in site.engines), "a brain may come within a second"
+        await asyncio.sleep(1.0)
+        assert [engine.running.total() for engine in site.engines] == [2, 2], "half of each: there are two relays"
+        site.ask(7, 8, relay=1, cls="night")
+        await asyncio.sleep(0.5)
+        assert [engine.running.total() for engine in site.engines] == [3, 2]
+        await asyncio.sleep(2.5)
+        site.ask(8, 8, relay=1, cls="night")
+        site.ask(9, 8, relay=1)
+        await asyncio.sleep(1.5)
+        ran = [number for engine in site.engines for number in engine.seen]
+        assert (8 in ran, 9 in ran) == (False, True), "no batch work after a while"
+
+        brain = await site.lead()
+        await asyncio.sleep(0.6)
+        assert sum(i.sequences for i in brain.gateway.plane.instances.values()) == brain.gateway.plane.open_requests
+        await asyncio.sleep(20.0)
+        assert all(parts(client)[0] == 200 for client in site.clients.values())
+        assert len(brain.ends.requests) == 9
+        assert brain.relays.own_placements == 6
+        assert max(engine.most for engine in site.engines) <= 4
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_brain_that_hangs_is_given_up_when_something_waits() -> None:
+    async def main() -> None:
+        site = OutlivingSite(stay=StaySettings(silent_s=1.0))
+        await site.lead()
+        await asyncio.sleep(2.5)
+        site.ask(1, 60)
+        await asyncio.sleep(0.5)
+        site.hang()
+        await asyncio.sleep(3.0)
+        assert site.relays[0].uplink.wire.up, "nobody needs it"
+        site.ask(2, 4)
+        await asyncio.sleep(0.5)
+        assert not site.relays[0].uplink.wire.up
+        await asyncio.sleep(2.0)
+        assert parts(site.clients[2]) == (200, whole_stream(2, 4))
+        await site.lead()
+        await asyncio.sleep(8.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 60))
         await site.close()
 
     run_virtual(main())

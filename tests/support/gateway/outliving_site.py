@@ -16,7 +16,7 @@ from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Reque
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.port import FleetReport, LiveFleetEvents
 from chiron.gateway.brain.relays import Relays
-from chiron.gateway.gateway import Gateway
+from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.admission import Models
@@ -47,11 +47,11 @@ def whole_stream(number: int, tokens: int) -> bytes:
     return b"".join(chunk(number, token, tokens) for token in range(tokens)) + STREAMED
 
 
-def own_clock() -> LiveClock:
+def own_clock(ahead_s: float = 0.0) -> LiveClock:
     """One that begins now. Virtual time stands still until a timer is due, and a clock whose sums round down would wait
     for that for ever: each look at this one takes what no test can see."""
     loop, looks = asyncio.get_running_loop(), itertools.count()
-    return LiveClock(loop, wall_s=0.0, time_s=lambda: loop.time() + next(looks) * 1e-13)
+    return LiveClock(loop, wall_s=0.0, time_s=lambda: loop.time() + next(looks) * 1e-13, ahead_s=ahead_s)
 
 
 class SteppingEngine:
@@ -138,14 +138,13 @@ class Ends:
 
     def __init__(self) -> None:
         self.outcomes: dict[int, list[str]] = {}
-        self.tokens: dict[str, int] = {}
-        """Output tokens, by the gateway's id for the request."""
+        self.requests: list[Request] = []
 
     def decided(self, now_s: float, decision: Decision) -> None: ...
 
     def ended(self, request: Request) -> None:
         self.outcomes.setdefault(request.id, []).append(str(request.outcome))
-        self.tokens[request.payload.request_id] = request.tokens_done
+        self.requests.append(request)
 
     def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None: ...
 
@@ -155,7 +154,7 @@ class Brain:
 
     def __init__(self, site: OutlivingSite, term: int, *, takes_over: bool, settle_s: float) -> None:
         self.site = site
-        self.clock = clock = own_clock()
+        self.clock = clock = own_clock(BEFORE_S if takes_over else 0.0)
         self.ends = Ends()
         self.links: list[Wire] = []
         self.fleet: StandingFleet
@@ -183,7 +182,10 @@ class Brain:
             next_id=lambda: next(numbers),
             responded=lambda status: None,
         )
-        self.relays: Relays = self.gateway.open_to_relays(responded=lambda status, count: None, ride_s=0.0, term=term)
+        self.superseded: list[int] = []
+        self.relays: Relays = self.gateway.open_to_relays(
+            responded=lambda status, count: None, ride_s=0.0, term=term, superseded=self.superseded.append
+        )
         if takes_over:
             self.gateway.take_over(settle_s=settle_s, relays=len(site.relays))
         clock.post(lambda: self.gateway.begin({}))
@@ -267,10 +269,18 @@ class OutlivingSite:
         self.brain = None
         self.door.forget("brain")
 
-    def ask(self, number: int, tokens: int, *, relay: int = 0, cls: str = "chat", stream: bool = True) -> Client:
+    def ask(
+        self, number: int, tokens: int, *, relay: int = 0, cls: str = "chat", stream: bool = True, padding: int = 0
+    ) -> Client:
         """A client's request; its answer has so many chunks."""
         client = self.clients[number] = Client()
-        content = {"model": "m0", "prompt": [number, tokens], "max_tokens": tokens, "stream": stream}
+        content = {
+            "model": "m0",
+            "prompt": [number, tokens],
+            "max_tokens": tokens,
+            "stream": stream,
+            "user": "x" * padding,
+        }
         self.door.connect(f"relay-{relay}", lambda: client)
         client.transport.write(completion(content, f"x-chiron-class: {cls}"))
         return client

@@ -97,7 +97,7 @@ class Desk:
         call.number = self._next_id()
 
         def submit() -> None:
-            request = self._enter(call, model, cls, key, input_tokens, self._clock.now_s - ago_s)
+            request = self._enter(call, model, cls, key, input_tokens, max(0.0, self._clock.now_s - ago_s))
             request.retries = losses
             self._keys.count(key, self._clock.now_s, input_tokens)
             self._completions.submit(request)
@@ -109,7 +109,7 @@ class Desk:
     ) -> Request:
         """The same, but it runs (posted): the caller tells the control plane of it."""
         call.number = self._next_id()
-        request = self._enter(call, model, cls, key, input_tokens, self._clock.now_s - ago_s)
+        request = self._enter(call, model, cls, key, input_tokens, max(0.0, self._clock.now_s - ago_s))
         request.retries = losses
         self._keys.count(key, self._clock.now_s, input_tokens)
         return request

@@ -491,8 +491,8 @@ class RelayLink:
             request,
             epoch=1,
             tokens_done=said.tokens_before,
-            dispatch_s=now_s - said.placed,
-            first_token_s=now_s - said.began if said.began >= 0.0 else -1.0,
+            dispatch_s=max(0.0, now_s - said.placed),
+            first_token_s=max(0.0, now_s - said.began) if said.began >= 0.0 else -1.0,
         )
         if not taken:
             relays.desk.forget(request)

@@ -289,6 +289,16 @@ class _Collector(Collector):
         if around.relays_started:
             yield GaugeMetricFamily("chiron_relays", "Relay processes that serve clients.", value=len(around.relays))
             yield CounterMetricFamily("chiron_relay_starts", "Relay processes started.", value=around.relays_started)
+            yield CounterMetricFamily(
+                "chiron_relay_fallback_placements",
+                "Placements that relays chose while they had no brain, as far as they have told.",
+                value=around.relay_fallback_placements,
+            )
+            yield CounterMetricFamily(
+                "chiron_relay_expired_requests",
+                "Requests that relays gave up because they had no brain for too long, as far as they have told.",
+                value=around.relay_expired_requests,
+            )
         yield GaugeMetricFamily(
             "chiron_event_loop_lag_seconds", "The event loop's worst delay in ten seconds.", value=around.loop_lag_s
         )

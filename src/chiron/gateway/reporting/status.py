@@ -69,6 +69,10 @@ class StatusSources:
     relays: Sequence[RelayReport] = ()
     relays_started: int = 0
     """Since the start, those included that were started again."""
+    relay_fallback_placements: int = 0
+    """That relays chose while they had no brain."""
+    relay_expired_requests: int = 0
+    """That relays gave up because they had none for too long."""
     files_open: int = 0
     files_max: int = 0
     """File descriptors of the gateway's process, and how many it may have."""
