@@ -40,6 +40,7 @@ from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
+from chiron.gateway.service import GC_THRESHOLD
 from chiron.policies.registry import make_policy
 
 KEYS = 50
@@ -350,7 +351,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         brain = Brain(policy=arguments.policy, instances=arguments.instances, folder=Path(folder))
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 50, 100)  # As the gateway.
+        gc.set_threshold(GC_THRESHOLD, 50, 100)
         placed = drive(
             brain,
             rate=arguments.rate,

@@ -69,8 +69,9 @@ RESULT = "result.chiron"
 FILES_SHORT = 0.85
 """Of the file descriptors that there may be: from here on it is said."""
 FILES_WARN_S = 60.0
-GC_THRESHOLD = 50_000
-"""Allocations between collections of the youngest generation: requests are freed by counting references."""
+GC_THRESHOLD = 200_000
+"""More objects than at the last collection, until the next. Requests are freed by counting references, and a collection
+looks at all that are open: with 20,000 of them it holds the loop for a tenth of a second and finds nothing."""
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that computes (validation of a job's lines) may keep the loop waiting."""
 
