@@ -178,7 +178,7 @@ def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:
     state = None
     for tick in range(200):
         now_s = 5.0 * (tick + 1)
-        deaf = [replace(instance(id=i), sample_age_s=100.0) for i in range(4)]
+        deaf = [instance(id=i, sample_age_s=100.0) for i in range(4)]
         plan, state = decide_fleet(ours, state, fleet(model(deaf), now_s=now_s, since_s=5.0))
         assert sum(plan["llama"].counts.values()) == 4
     assert plan["llama"].reason == "stale_metrics"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from chiron.policies.instances import label_by_rank, take_back_fullest
@@ -46,7 +44,7 @@ def test_the_fullest_instance_is_taken_back_and_of_equals_the_older() -> None:
 
     draining = [view(1, 2), view(2, 5), view(3, 5)]
     assert take_back_fullest(None, draining) == 2
-    assert take_back_fullest(None, [replace(one, dispatched=0) for one in draining]) == 1
+    assert take_back_fullest(None, [one._replace(dispatched=0) for one in draining]) == 1
 
 
 def test_labels_are_in_order_of_rank() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 from chiron.core.types import RequestClass, Role, State
 
@@ -43,9 +43,8 @@ class ClassMix:
     """Output tokens that all but a few requests have; 1 until that is known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceView:
-    """One instance at a fleet tick."""
+class InstanceView(NamedTuple):
+    """One instance at a fleet tick. A tuple, because a tick makes one for each instance while requests wait."""
 
     id: int
     role: Role
@@ -171,9 +170,8 @@ class ModelPlan:
 FleetPlan = Mapping[str, ModelPlan]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalView:
-    """One instance, each time a scrape of it arrives."""
+class LocalView(NamedTuple):
+    """One instance, each time a scrape of it arrives. A tuple for the same reason."""
 
     now_s: float
     role: Role
