@@ -1,11 +1,15 @@
 """What the gateway costs: requests per second, CPU per request and per streamed chunk, added time to first token.
 
-    python bench/gateway.py [--seconds 4] [--workers 1,2] [--json FILE] [--set PATH=VALUE]
+    python bench/gateway.py [--seconds 4] [--workers 1,2] [--rounds 3] [--json FILE] [--set PATH=VALUE]
+        [--router vllm-router=PYTHON] [--router sglang-router=PYTHON]
 
 A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
 to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
 its event log, metrics, queue and policy; also with relays in processes of their own (``--workers``), which have all
-cores but the first. CPU is user and system time of the measured processes, of relays and of the brain apart.
+cores but the first. Other routers run beside them, if an interpreter is given that has them (``pip install vllm-router
+sglang-router`` into a virtual environment of its own). With ``--rounds`` every target has its turn so often, one after
+the other, and the medians are shown; what else the machine does then hits all of them. CPU is user and system time of
+the measured processes, of relays and of the brain apart.
 
 Small requests and the many streams are sent by ``wrk`` if it is installed: it takes so little of the load's core that
 the measured one has to carry more than 30,000 chunks a second. Else, and for the time to first token, by a client here.
@@ -53,6 +57,10 @@ data = "data"
 instances = [{{ engine = "openai", endpoints = ["http://127.0.0.1:{engine}"], max_num_seqs = 4096 }}]
 
 """
+ROUTERS = {"vllm-router": "vllm_router.launch_router", "sglang-router": "sglang_router.launch_router"}
+"""Modules that start the others."""
+BASE = "vllm-router"
+"""What ratios are to, where it runs; else to the bare relay."""
 CLIENTS_MAX = 64
 """More streams than this need ``wrk``, if it is there: the client here would be the bottleneck."""
 DONE = """
@@ -286,7 +294,12 @@ def brain_of(pid: int, relays: Sequence[int]) -> int:
 
 
 async def run(
-    seconds: float, plan: list[tuple[int, int, float]], changes: list[str], workers: list[int]
+    seconds: float,
+    plan: list[tuple[int, int, float]],
+    changes: list[str],
+    workers: list[int],
+    routers: dict[str, str],
+    rounds: int,
 ) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -311,6 +324,22 @@ async def run(
             targets.setdefault("bare relay", {})[count] = f"http://127.0.0.1:{relay}"
             pids["bare relay", count] = [process.pid]
             await until_up(f"http://127.0.0.1:{relay}", "/health")
+            for name, interpreter in routers.items():
+                port, metrics = free_port(), free_port()
+                command = [
+                    interpreter,
+                    "-m",
+                    ROUTERS[name],
+                    "--host=127.0.0.1",
+                    f"--port={port}",
+                    "--worker-urls",
+                    engine,
+                ]
+                command += ["--policy=round_robin", f"--prometheus-port={metrics}", "--log-level=error"]
+                process = start(stack, 1, command)
+                targets.setdefault(name, {})[count] = url = f"http://127.0.0.1:{port}"
+                pids[name, count] = [process.pid]
+                await until_up(url, "/readiness", 60.0)
             for number in workers:
                 name, gate = "chiron serve" if number == 1 else f"chiron serve, {number} relays", free_port()
                 folder = work / f"serve{count}-{number}"
@@ -328,22 +357,56 @@ async def run(
         def small(url: str, for_s: float) -> float:
             return small_by_wrk(url, for_s, work) if by_wrk else asyncio.run(small_by_us(url, for_s))
 
-        rows = []
-        for name, urls in targets.items():
-            first, *_ = plan
-            row: dict[str, Any] = {"target": name}
-            row |= await measure_small(urls[first[0]], pids[name, first[0]], small, seconds)
-            for count, chunks, pace_s in plan:
-                url, own = urls[count], pids[name, count]
-                if by_wrk and count > CLIENTS_MAX:
-                    part = await measure_chunks(url, own, count, chunks, 2 * seconds, work)
-                else:
-                    part = await measure_streams(url, own, count)
-                row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = part
-                row["rss_mb"] = rss_mb(own)
-            rows.append(row)
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
+        for _ in range(rounds):
+            for name, urls in targets.items():
+                first, *_ = plan
+                row: dict[str, Any] = {"target": name}
+                row |= await measure_small(urls[first[0]], pids[name, first[0]], small, seconds)
+                for count, chunks, pace_s in plan:
+                    url, own = urls[count], pids[name, count]
+                    if by_wrk and count > CLIENTS_MAX:
+                        part = await measure_chunks(url, own, count, chunks, 2 * seconds, work)
+                    else:
+                        part = await measure_streams(url, own, count)
+                    row[f"{count}x{chunks}@{pace_s * 1000:g}ms"] = part
+                    row["rss_mb"] = rss_mb(own)
+                found[name].append(row)
+        rows = [medians(each) for each in found.values()]
+        for row in rows:
             print_row(row, plan)
+        print_ratios(rows, plan)
         return rows
+
+
+def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of rows of one target, figure by figure."""
+    first, *_ = rows
+    return {
+        name: medians([row[name] for row in rows])
+        if isinstance(value, dict)
+        else statistics.median(row[name] for row in rows)
+        if isinstance(value, int | float)
+        else value
+        for name, value in first.items()
+    }
+
+
+def print_ratios(rows: list[dict[str, Any]], plan: list[tuple[int, int, float]]) -> None:
+    """CPU over that of the base, without the brain's part where it is known."""
+    by_name = {row["target"]: row for row in rows}
+    base = by_name.get(BASE, by_name["bare relay"])
+    parts = [f"{count}x{chunks}@{pace_s * 1000:g}ms" for count, chunks, pace_s in plan]
+    print(f"CPU over that of {base['target']}, of relays alone where they have processes of their own:")
+    for row in rows:
+        if row is base or row["target"].startswith("straight"):
+            continue
+        request = row.get("relay_us_per_request", row["us_per_request"]) / base["us_per_request"]
+        chunks = [
+            row[part].get("relay_us_per_chunk", row[part]["us_per_chunk"]) / base[part]["us_per_chunk"]
+            for part in parts
+        ]
+        print(f"{row['target']:24} {request:.2f}x a request, {', '.join(f'{each:.2f}x' for each in chunks)} a chunk")
 
 
 def print_row(row: dict[str, Any], plan: list[tuple[int, int, float]]) -> None:
@@ -367,12 +430,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: 16 streams, one second")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="for chiron serve")
     parser.add_argument("--workers", default="1", metavar="N,N", help="chiron serve with so many workers, each in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="every target has its turn so often")
+    parser.add_argument(
+        "--router", action="append", default=[], metavar="NAME=PYTHON", help=f"also measure one of {', '.join(ROUTERS)}"
+    )
     given = parser.parse_args()
+    routers = dict(each.split("=", 1) for each in given.router if "=" in each)
+    if len(routers) != len(given.router) or not routers.keys() <= ROUTERS.keys():
+        parser.error(f"--router is {given.router}; it must be NAME=PYTHON with a NAME of {', '.join(ROUTERS)}")
     workers = [int(number) for number in given.workers.split(",")]
     plan = [(16, 20, 0.010)] if given.quick else [(64, 200, 0.010), (512, 150, 0.015)]
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {0})
-    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set, workers))
+    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set, workers, routers, given.rounds))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
