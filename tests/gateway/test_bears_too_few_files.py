@@ -72,10 +72,10 @@ def test_more_clients_than_file_descriptors_stop_nobody(tmp_path: Path, loop: st
         for _ in range(2 * FILES):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
         ends_s = time.monotonic() + 60.0
-        while not ask(port, "/health"):
+        while not (page := ask(port, "/chiron/status")):
             assert time.monotonic() < ends_s, said.read_text()
             time.sleep(0.1)
-        files = json.loads(ask(port, "/chiron/status"))["files"]
+        files = json.loads(page)["files"]
         assert files["max"] == FILES
         assert 0 < files["open"] < FILES
         gateway.stdin.close()
