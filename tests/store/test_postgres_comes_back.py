@@ -77,24 +77,36 @@ def test_a_commit_whose_answer_is_lost_counts_once(when: When, cut_off: tuple[Po
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("by", ["this gateway", "another one"])
 def test_what_was_leased_just_before_the_server_went_is_leased_again(
-    cut_off: tuple[PostgresSite, CuttingProxy],
+    by: str, cut_off: tuple[PostgresSite, CuttingProxy], postgres: Server
 ) -> None:
-    """The lease counts, its bodies cannot be read, and to give it back there is no server."""
+    """The lease counts, its bodies cannot be read, and to give it back there is no server. With its next lease it gives
+    it back, or at the next round of what has expired, if it leases no more."""
     site, proxy = cut_off
+    other_site = replace(site, settings=replace(site.settings, url=postgres.url))
 
     async def run() -> None:
-        async with site.gateway() as store:
+        async with site.gateway() as store, other_site.gateway("other") as other:
             await start(site, store, 6)
             await store.pending()  # So all that was asked before is committed.
+            owed = store._opened.owed
             proxy.cut("answered", down=True)
             with pytest.raises(StoreUnavailable):
                 await store.lease(MODEL, 4)
             assert proxy.was_cut.is_set()
             await away(store)
+            async with asyncio.timeout(60):
+                while not owed:  # Asked for while the server is away, it is not given back.
+                    await asyncio.sleep(0.01)
             proxy.mend()
             await back(store)
-            assert indices(await store.lease(MODEL, 9)) == [0, 1, 2, 3, 4, 5]
+            if by == "another one":
+                assert indices(await other.lease(MODEL, 9)) == [4, 5]
+                await store.expire(site.now_s)
+                assert indices(await other.lease(MODEL, 9)) == [0, 1, 2, 3]
+            else:
+                assert indices(await store.lease(MODEL, 9)) == [0, 1, 2, 3, 4, 5]
 
     asyncio.run(run())
 
