@@ -12,7 +12,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from brain import waits_us  # noqa: E402
+from brain import LOOPS, waits_us  # noqa: E402
 
 
 def test_a_placement_waits_for_what_came_before_it() -> None:
@@ -30,4 +30,20 @@ def test_a_small_run_places_every_request(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "brain.json").read_text())
     assert found["placed"] > 100
     assert {cost["what"] for cost in found["costs"]} >= {"arrival", "first token", "end", "round of samples"}
-    assert found["us_per_placement"] == pytest.approx(sum(c["per_placement_us"] for c in found["costs"]))
+    placement = [c["per_placement_us"] for c in found["costs"] if c["what"] not in LOOPS]
+    assert found["us_per_placement"] == pytest.approx(sum(placement))
+    loops_s = sum(c["count"] * c["mean_us"] for c in found["costs"] if c["what"] in LOOPS) / 1e6
+    assert found["loops_share"] == pytest.approx(loops_s / 10.0)
+    assert found["placements_per_s"] == pytest.approx((1.0 - found["loops_share"]) * 1e6 / sum(placement))
+
+
+def test_what_comes_together_is_taken_together_and_all_of_it(tmp_path: Path) -> None:
+    found = {}
+    for together in (1, 8):
+        command = [sys.executable, str(BENCH / "brain.py"), "--instances", "5", "--rate", "20", "--seconds", "3"]
+        command += ["--together", str(together), "--json", str(tmp_path / "brain.json")]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        found[together] = json.loads((tmp_path / "brain.json").read_text())
+    assert found[8]["placed"] == found[1]["placed"] > 20
+    counts = {each["what"]: each["count"] for each in found[8]["costs"]}
+    assert counts["inputs, several at a time"] > 0
