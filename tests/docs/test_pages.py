@@ -165,6 +165,7 @@ HOSTS = {
     "HOST",
     "arxiv.org",
     "chiron.llm.svc",
+    "deb.debian.org",
     "creativecommons.org",
     "engine",
     "evil.example",

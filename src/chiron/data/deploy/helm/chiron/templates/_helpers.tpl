@@ -1,0 +1,79 @@
+{{- define "chiron.labels" -}}
+app.kubernetes.io/name: chiron
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- /* The config as TOML. Helm has all numbers as floats, and its own toToml writes them so; Chiron tells 8080 from
+8080.0. Tables of the first two levels have headers, what is below them stands in one line. */ -}}
+{{- define "chiron.toml" -}}
+{{- include "chiron.keys" .Values.config -}}
+{{- range $section, $table := .Values.config }}
+{{- if kindIs "map" $table }}
+{{- with include "chiron.keys" $table }}
+[{{ include "chiron.key" $section }}]
+{{- . }}
+{{ end }}
+{{- range $name, $inner := $table }}
+{{- if kindIs "map" $inner }}
+[{{ include "chiron.key" $section }}.{{ include "chiron.key" $name }}]
+{{- range $key, $value := $inner }}
+{{- if not (kindIs "invalid" $value) }}
+{{ include "chiron.key" $key }} = {{ include "chiron.value" $value }}
+{{- end }}
+{{- end }}
+{{ end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* What stands in a table before the tables inside it. */ -}}
+{{- define "chiron.keys" -}}
+{{- range $key, $value := . }}
+{{- if not (or (kindIs "map" $value) (kindIs "invalid" $value)) }}
+{{ include "chiron.key" $key }} = {{ include "chiron.value" $value }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "chiron.key" -}}
+{{- if regexMatch "^[A-Za-z0-9_-]+$" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
+{{- define "chiron.value" -}}
+{{- if kindIs "slice" . -}}
+[{{ range $i, $item := . }}{{ if $i }}, {{ end }}{{ include "chiron.value" $item }}{{ end }}]
+{{- else if kindIs "map" . -}}
+{ {{- $first := true -}}
+{{- range $key, $value := . -}}
+{{- if not (kindIs "invalid" $value) -}}
+{{ if not $first }},{{ end }} {{ include "chiron.key" $key }} = {{ include "chiron.value" $value -}}
+{{- $first = false -}}
+{{- end -}}
+{{- end }} }
+{{- else if and (kindIs "float64" .) (eq (floor .) .) -}}
+{{ printf "%d" (int64 .) }}
+{{- else -}}
+{{ toJson . }}
+{{- end -}}
+{{- end -}}
+
+{{- /* The workloads that the config names, as a JSON list. */ -}}
+{{- define "chiron.workloads" -}}
+{{- $found := list -}}
+{{- $kinds := list (list "deployment" "apps" "deployments") (list "statefulset" "apps" "statefulsets") (list "leaderworkerset" "leaderworkerset.x-k8s.io" "leaderworkersets") -}}
+{{- range $name, $model := .Values.config.models -}}
+{{- range $instance := ($model.instances | default (list $model)) -}}
+{{- with $instance.kubernetes -}}
+{{- $workload := . -}}
+{{- $writes := and (not $.Values.advise) (ne (default "chiron" $workload.scaler) "external") -}}
+{{- range $kind := $kinds -}}
+{{- with (get $workload (index $kind 0)) -}}
+{{- $found = append $found (dict "name" . "namespace" (default "" $workload.namespace) "group" (index $kind 1) "plural" (index $kind 2) "writes" $writes) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $found | toJson -}}
+{{- end -}}

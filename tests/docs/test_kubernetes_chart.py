@@ -1,0 +1,181 @@
+"""The Helm chart, rendered by Helm itself: valid objects, a config that Chiron reads, and no right too many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from chiron.config.serve import ServeConfig, parse_serve
+from chiron.fleet.kubernetes.source import KubernetesSource
+from render_manifests import CHART, DEPLOY, plain, render
+
+helm_python = pytest.importorskip("helm_python")
+
+Values = dict[str, Any]
+EVERYTHING: Values = {
+    "advise": True,
+    "imagePullSecrets": [{"name": "registry"}],
+    "podAnnotations": {"a": "b"},
+    "nodeSelector": {"disk": "ssd"},
+    "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    "affinity": {"nodeAffinity": {}},
+    "storage": {"storageClassName": "fast"},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {}}]},
+    "dashboards": {"enabled": True},
+    "engine": {"enabled": True, "gpus": 2, "resources": {"limits": {"memory": "64Gi"}}},
+}
+KINDS: Values = {
+    "config": {
+        "server": {"port": 9000, "grace": "1m"},
+        "policies": {"mine": {"policy": "chiron", "hold": "2m", "itl_margin": 0.5, "tick": "5s"}},
+        "models": {
+            "llama-3.1-8b": None,
+            "two": {
+                "max_instances": 1000000,
+                "instances": [
+                    {"engine": "vllm", "name": "a", "kubernetes": {"deployment": "a", "scaler": "external"}},
+                    {"engine": "vllm", "name": "b", "kubernetes": {"statefulset": "b", "namespace": "other"}},
+                ],
+            },
+            "three": {"engine": "vllm", "kubernetes": {"leaderworkerset": "c"}},
+        },
+    }
+}
+
+
+def objects(values: Values) -> list[dict[str, Any]]:
+    return [item for text in render(values).values() for item in yaml.safe_load_all(text) if item]
+
+
+def one(values: Values, kind: str) -> dict[str, Any]:
+    (found,) = [item for item in objects(values) if item["kind"] == kind]
+    return found
+
+
+def config_of(values: Values, directory: Path) -> ServeConfig:
+    (text,) = [item["data"]["chiron.toml"] for item in objects(values) if "chiron.toml" in item.get("data", {})]
+    return parse_serve(text, directory=directory)
+
+
+def test_the_plain_manifests_are_made_from_it() -> None:
+    for name, text in plain().items():
+        assert (DEPLOY / "kubernetes" / name).read_text() == text, "run tools/render_manifests.py"
+
+
+def test_helm_has_nothing_to_say_about_it() -> None:
+    for values in ({}, EVERYTHING, KINDS):
+        report = helm_python.lint(str(CHART), values, strict=True, kube_version="v1.34.0")
+        assert report["errors"] == []
+        assert [each for each in report["messages"] if each["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING, KINDS], ids=["defaults", "everything", "kinds"])
+@pytest.mark.parametrize("version", ["1.28", "1.37"])
+def test_every_object_is_valid(values: Values, version: str) -> None:
+    found = objects(values)
+    names = [(item["kind"], item["metadata"]["name"], item["metadata"].get("namespace")) for item in found]
+    assert len(set(names)) == len(names) >= 8
+    for item in found:
+        if item["kind"] != "ServiceMonitor":  # Its schema is the Prometheus operator's.
+            kubernetes_validate.validate(item, version, strict=True)
+
+
+def test_numbers_of_the_config_stay_what_they_are(tmp_path: Path) -> None:
+    config = config_of(KINDS, tmp_path)
+    assert config.server.port == 9000
+    assert {model.name: model.max_instances for model in config.models}["two"] == 1000000
+    container = one(KINDS, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": 9000}]
+
+
+def test_rights_are_those_that_the_named_workloads_need() -> None:
+    roles = [item for item in objects(KINDS) if item["kind"] == "Role"]
+    rights = {
+        (role["metadata"].get("namespace"), resource, name, *rule["verbs"])
+        for role in roles
+        for rule in role["rules"]
+        for resource in rule["resources"]
+        for name in rule.get("resourceNames", [None])
+    }
+    look = ("get", "list", "watch")
+    assert rights == {
+        (None, "deployments", "a", *look),
+        (None, "deployments/scale", "a", "get"),  # KEDA scales it.
+        (None, "leaderworkersets", "c", *look),
+        (None, "leaderworkersets/scale", "c", "get", "update"),
+        (None, "pods", None, "list", "watch", "patch", "delete"),
+        ("other", "statefulsets", "b", *look),
+        ("other", "statefulsets/scale", "b", "get", "update"),
+        ("other", "pods", None, "list", "watch", "patch", "delete"),
+    }
+    for binding in [item for item in objects(KINDS) if item["kind"] == "RoleBinding"]:
+        expected = {"kind": "ServiceAccount", "name": "chiron"}
+        expected |= {"namespace": "default"} if "namespace" in binding["metadata"] else {}
+        assert binding["subjects"] == [expected]
+
+
+def test_in_advise_mode_it_may_change_nothing() -> None:
+    verbs = {verb for rule in one(EVERYTHING, "Role")["rules"] for verb in rule["verbs"]}
+    assert verbs == {"get", "list", "watch"}
+    (gateway,) = [i for i in objects(EVERYTHING) if i["kind"] == "Deployment" and i["metadata"]["name"] == "chiron"]
+    assert gateway["spec"]["template"]["spec"]["containers"][0]["args"][-1] == "--advise"
+
+
+def test_another_config_is_another_pod() -> None:
+    def mark(values: Values) -> str:
+        return str(one(values, "Deployment")["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+
+    assert mark({}) == mark({"service": {"port": 81}}) != mark(KINDS)
+
+
+def test_the_example_engine_has_gpus_or_none_and_keeps_its_number_of_replicas(tmp_path: Path) -> None:
+    def engine(**about: Any) -> dict[str, Any]:
+        values = {"engine": {"enabled": True, **about}}
+        (found,) = [i for i in objects(values) if i["kind"] == "Deployment" and i["metadata"]["name"] == "vllm"]
+        return found
+
+    (source,) = [kind.source for kind in config_of({}, tmp_path).models[0].kinds]
+    assert isinstance(source, KubernetesSource)
+    assert source.name == engine()["metadata"]["name"]
+    assert "replicas" not in engine()["spec"]
+    for about, resources in (
+        ({}, {"limits": {"nvidia.com/gpu": "1"}}),
+        ({"gpus": 0}, None),
+        ({"gpus": 0, "resources": {"requests": {"cpu": "8"}}}, {"requests": {"cpu": "8"}}),
+        ({"gpus": 2, "resources": {"limits": {"memory": "9Gi"}}}, {"limits": {"memory": "9Gi", "nvidia.com/gpu": "2"}}),
+    ):
+        assert engine(**about)["spec"]["template"]["spec"]["containers"][0].get("resources") == resources
+
+
+def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships() -> None:
+    (endpoint,) = one(EVERYTHING, "ServiceMonitor")["spec"]["endpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
+    assert endpoint["authorization"] == {"credentials": {"name": "chiron-admin", "key": "token"}}
+    (shown,) = [item for item in objects(EVERYTHING) if item["metadata"]["name"] == "chiron-dashboards"]
+    assert yaml.safe_load(shown["data"]["chiron.json"]) == yaml.safe_load(
+        (DEPLOY / "grafana-dashboard.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"replicas": 2},
+        {"config": {"server": {"port": "80"}}},
+        {"config": {"models": {"m": {"kubernetes": {"deployment": "a", "statefulset": "b"}}}}},
+        {"config": {"models": {"m": {"kubernetes": {"deployment": "A_b"}}}}},
+        {"config": {"models": {"m": {"instances": [{"kubernetes": {"deployment": "a", "scaler": "keda"}}]}}}},
+        {"storage": {"size": "much"}},
+        {"serviceMonitor": {"interval": "often"}},
+        {"engine": {"gpus": -1}},
+        {"image": {"tag": 1}},
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(wrong: Values) -> None:
+    with helm_python.Chart.load(str(CHART)) as chart, pytest.raises(helm_python.HelmError):
+        chart.render(wrong, name="chiron", namespace="default")
