@@ -32,7 +32,8 @@ class CuttingProxy:
         self._lock = Lock()
         self._clients: set[socket.socket] = set()
         self.was_cut = Event()
-        Thread(target=self._accept, daemon=True).start()
+        self._accepting = Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def cut(self, when: When, *, of: str = "chiron writer", commits_before: int = 0, down: bool = False) -> None:
         """Armed for one COMMIT, behind ``commits_before`` others, of clients with ``of`` in their application's name;
@@ -52,6 +53,9 @@ class CuttingProxy:
         self._passing.set()
 
     def close(self) -> None:
+        # Its number may be another listener's at once: whoever waits in it has to be out of it first.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join()
         self._listener.close()
         self._passing.set()
 
