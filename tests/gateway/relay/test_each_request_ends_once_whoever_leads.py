@@ -57,7 +57,8 @@ class Trial:
             await site.lead(settle_s=0.5 + pick / 10.0)
         elif step in ("kill", "hang", "cut") and site.brain is not None:
             if step == "cut":
-                site.brain.links[pick % len(site.brain.links)].abort()
+                if links := site.brain.links:
+                    links[pick % len(links)].abort()
             elif step == "kill" or not self.notices:
                 site.kill()
             else:
