@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
+from chiron.core.types import Request
+from chiron.gateway.batch.call import BatchCall
+from chiron.gateway.brain.relays import REJOIN_S
+from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
-from outliving_site import STEP_S, OutlivingSite, parts, whole_stream
+from chiron.store.port import Item
+from outliving_site import NIGHT, STEP_S, Brain, OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
 
 NEVER_S = 1e6
@@ -237,6 +243,94 @@ def test_a_brain_that_hangs_is_given_up_when_something_waits() -> None:
         await site.lead()
         await asyncio.sleep(8.0)
         assert parts(site.clients[1]) == (200, whole_stream(1, 60))
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_relay_that_comes_back_to_the_brain_that_it_lost_goes_on_where_it_was() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        for number in range(1, 9):
+            site.ask(number, 10 + number)
+        waits, leaves = site.ask(9, 5), site.ask(10, 5)
+        await asyncio.sleep(0.5)
+        for pause_s in (0.01, 0.6, 0.3):
+            brain.links[-1].abort()
+            await asyncio.sleep(0.01)
+            leaves.transport.abort()
+            await asyncio.sleep(pause_s)
+        await asyncio.sleep(20.0)
+        for number in range(1, 9):
+            assert parts(site.clients[number]) == (200, whole_stream(number, 10 + number))
+        assert parts(waits)[0] == 200
+        outcomes = [request.outcome for request in brain.ends.requests]
+        assert sorted(outcomes) == ["cancelled", *["finished"] * 9]
+        assert [engine.most for engine in site.engines] == [2, 2]
+        assert (brain.relays.links[0].before, len(brain.relays.links)) == (None, 1)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_relay_that_does_not_come_back_is_forgotten_soon() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 100)
+        await asyncio.sleep(0.5)
+        site.relays[0].uplink.close()
+        site.relays[0].uplink.wire.abort()
+        await asyncio.sleep(REJOIN_S / 2)
+        assert brain.gateway.plane.open_requests == 1
+        await asyncio.sleep(REJOIN_S)
+        assert brain.gateway.plane.open_requests == 0
+        assert [i.sequences for i in brain.gateway.plane.instances.values()] == [0, 0]
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_items_of_batches_end_with_their_brain() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        done: list[Request] = []
+
+        def submit(brain: Brain, tokens: int) -> None:
+            asked = json.dumps({"model": "m0", "prompt": [1, tokens], "max_tokens": tokens}).encode()
+            item = Item(
+                batch_id="b",
+                index=0,
+                custom_id="c",
+                model="m0",
+                endpoint="/v1/completions",
+                body=asked,
+                deadline_s=1e9,
+                attempts=0,
+                owner="",
+            )
+            call = BatchCall(item, read_body(asked, False), 1 << 20, lambda call, request: done.append(request))
+            call.request = Request(1000, "m0", NIGHT, brain.clock.now_s, 2, call)
+            brain.clock.post(lambda: brain.gateway.inputs.submit(call.request))  # type: ignore[arg-type]
+
+        submit(brain, 40)
+        await asyncio.sleep(1.0)
+        assert [engine.running.total() for engine in site.engines] == [0, 1]
+        site.kill()
+        await asyncio.sleep(0.1)
+        assert [engine.running.total() for engine in site.engines] == [0, 0], "the store has it"
+        assert site.relays[0].uplink.held == {}
+        second = await site.lead()
+        await asyncio.sleep(1.0)
+        submit(second, 8)
+        await asyncio.sleep(3.0)
+        assert [request.outcome for request in done] == ["finished"]
+        assert done[0].payload.result().ok
         await site.close()
 
     run_virtual(main())

@@ -9,7 +9,8 @@ A relay that dies takes its clients with it: their requests are cancelled, and w
 
 A relay may come from another brain, and tell what it knows of there (``m.Known`` up to ``m.Told``). What it runs on an
 instance that this brain knows, or takes over (``Adoption``), under the same number and address, is counted from then on
-like any other placement; the rest runs to its end uncounted.
+like any other placement; the rest runs to its end uncounted. One that comes back to the brain that it has just lost
+goes on where it was (``RelayLink.before``): what runs is the same placement, and what has ended is told again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from chiron.net.clock import LiveClock
 
 log = logging.getLogger("chiron.relays")
 
+REJOIN_S = 1.0
+"""For so long what a relay that stays carries is kept when its connection is lost: it may be alive, and come back."""
+ENDS_KEPT = 4096
+"""Of requests of one relay, the last: whether it has heard of them is not known until it says something."""
 PULSE_S = 0.25
 """Between two signs of life to relays that stay without their brain."""
 TICK_S = 1.0
@@ -161,6 +166,7 @@ class RelayLink:
     def __init__(self, relays: Relays, name: str, *, ride_s: float) -> None:
         self.name = name
         self.gone = False
+        self.buried = False
         self.calls: dict[int, FarCall] = {}
         """Requests that have not ended, by the relay's numbers."""
         self.items: dict[int, BatchCall] = {}
@@ -193,6 +199,10 @@ class RelayLink:
         """It comes from another brain."""
         self.told = False
         """All that it knew is known here."""
+        self.before: RelayLink | None = None
+        """The connection that this relay has lost, with what it carried, until all has been told."""
+        self.ends: dict[int, m.End] = {}
+        """The last ones, for a relay that may not have heard them."""
         self._shared: set[int] = set()
         """Instances that both know under the same number and address."""
         self._relays = relays
@@ -260,7 +270,7 @@ class RelayLink:
     def ended(self, call: FarCall, request: Request) -> None:
         """The control plane is done with a request."""
         self.calls.pop(call.here, None)
-        if self.gone:
+        if self.gone and not self.nonce:
             return
         message = m.End(
             call.here,
@@ -270,6 +280,10 @@ class RelayLink:
             retry_after_s=request.retry_after_s,
             refusal=_refusal(call.refusal) if call.refusal is not None else None,
         )
+        if self.nonce:
+            self.ends[call.here] = message
+            if len(self.ends) > ENDS_KEPT:
+                del self.ends[next(iter(self.ends))]
         if request.outcome == "finished" and call.streams:
             self.wire.post(message)  # Its client has it all.
         else:
@@ -319,12 +333,25 @@ class RelayLink:
 
     def _closed(self, why: str) -> None:
         self.gone = True
-        self._relays.clock.post(lambda: self._bury(why))
+        self._relays.clock.post(lambda: self._lost_connection(why))
 
-    def _bury(self, why: str) -> None:
+    def _lost_connection(self, why: str) -> None:
         """First of all nothing more is sent there: what ends makes room for what waits."""
         relays = self._relays
-        relays.left(self)
+        relays.left(self, why)
+        if self.before is not None:
+            self.before.bury(why)
+        if self.nonce and self.told:
+            relays.away(self, why)
+        else:
+            self.bury(why)
+
+    def bury(self, why: str) -> None:
+        """It does not come back: nothing is left of what it carried. Harmless twice."""
+        if self.buried:
+            return
+        self.buried = True
+        relays = self._relays
         for item in self.items.values():
             item.link = None
         self.items.clear()
@@ -336,7 +363,6 @@ class RelayLink:
                 run.engine.abandoned(run.placed)
             else:
                 run.evict()  # Of a request that had ended before, and was being stopped.
-        relays.buried(self, why)
 
     # -- what the relay says -----------------------------------------------------------------------------------
 
@@ -472,8 +498,57 @@ class RelayLink:
     def _running(self, said: m.Running) -> None:
         if said.request.number in self.calls or said.run in self.runs:
             raise ProtocolError(f"request {said.request.number} or placement {said.run} is told twice")
-        if not self._adopt(said):
+        if not (self._resumes(said) or self._adopt(said)):
             self.wire.post(m.Unknown(said.run))
+
+    def _resumes(self, said: m.Running) -> bool:
+        """Whether this brain has placed it, or ended it, over the connection that was lost."""
+        before, number = self.before, said.request.number
+        if before is None:
+            return False
+        if (end := before.ends.get(number)) is not None:
+            self.wire.send(m.Evict(said.run))
+            self.wire.send(end)
+            return True
+        call = before.calls.get(number)
+        if call is not None and call.run is not None and call.run.placed.number == said.run:
+            self._resume(call)
+            run = call.run
+            run.placed.tokens = max(run.placed.tokens, said.tokens)
+            run.engine.observer.inexact = True  # Nobody told of what it has made meanwhile.
+            if said.began >= 0.0 and not run.placed.told:
+                run.engine.first_token(run.placed)
+            if run.asked:
+                self.wire.send(m.Evict(said.run))
+            return True
+        if call is not None and said.run < m.OWN_FROM:  # It was stopped meanwhile, and may have been placed again.
+            self.wire.send(m.Evict(said.run))
+            self._resume(call)
+            if (again := call.run) is not None:
+                self._place_again(again)
+            return True
+        if call is not None:  # The relay has placed it itself.
+            self._relays.desk.left(call)
+        return False
+
+    def _place_again(self, run: FarRun) -> None:
+        """The relay has nothing of it."""
+        restart(run.placed)
+        call: FarCall = run.placed.request.payload
+        if run.asked:  # To be answered at once.
+            self.forget(run)
+            run.engine.evicted(run.placed, 0)
+        else:
+            self.wire.send(m.Place(call.here, run.placed.number, run.engine.instance.id, 0))
+
+    def _resume(self, call: FarCall) -> None:
+        """It goes on over this connection."""
+        before = call.link
+        del before.calls[call.here]
+        self.calls[call.here], call.link = call, self
+        if (run := call.run) is not None:
+            before.runs.pop(run.placed.number, None)
+            self.runs[run.placed.number], run.link = run, self
 
     def _adopt(self, said: m.Running) -> bool:
         """Count it from now on. False: that cannot be."""
@@ -506,9 +581,17 @@ class RelayLink:
         return True
 
     def _waits(self, said: m.Waits) -> None:
-        asked = said.request
+        asked, before = said.request, self.before
         if asked.number in self.calls:
             raise ProtocolError(f"request {asked.number} is told twice")
+        if before is not None and (end := before.ends.get(asked.number)) is not None:
+            self.wire.send(end)
+            return
+        if before is not None and (known := before.calls.get(asked.number)) is not None:
+            self._resume(known)
+            if known.run is not None:  # It never heard of this placement, or has lost it.
+                self._place_again(known.run)
+            return
         found = self._admitted(asked)
         call = FarCall(self, asked)
         try:
@@ -586,6 +669,8 @@ class Relays:
         self.adoption = adoption
         self.expects = 0
         """Relays that must have told before a brain that takes over goes on; 0: it waits for its settling time."""
+        self._away: dict[str, RelayLink] = {}
+        """Connections that were lost a moment ago, by their relays' nonces."""
         self.own_placements = 0
         """Placements that relays chose while they had no brain."""
         self.expired = 0
@@ -643,6 +728,7 @@ class Relays:
         """It has said hello."""
         for other in [each for each in self.links if link.nonce and each.nonce == link.nonce]:
             other.wire.give_up("it has come back by another connection")
+        link.before = self._away.pop(link.nonce, None)
         self.links.append(link)
         link.tell_shapes()
         for engine in self.engines.values():
@@ -659,19 +745,30 @@ class Relays:
     def returned(self, link: RelayLink) -> None:
         """It knows nothing that this brain does not know."""
         link.told = True
+        if (before := link.before) is not None:
+            link.before = None
+            before.bury("the relay came back without it")
         link.wire.send(m.Ready())
         if self.adoption is not None and 0 < self.expects <= sum(each.told for each in self.links):
             self.adoption.told_all()
 
-    def left(self, link: RelayLink) -> None:
+    def left(self, link: RelayLink, why: str) -> None:
         """Its connection has ended."""
         if link in self.links:
             self.links.remove(link)
             self.late += link.late
-
-    def buried(self, link: RelayLink, why: str) -> None:
-        """Nothing is left of what it carried."""
         self._left(link, why)
+
+    def away(self, link: RelayLink, why: str) -> None:
+        """It may come back."""
+        self._away[link.nonce] = link
+
+        def over() -> None:
+            if self._away.get(link.nonce) is link:
+                del self._away[link.nonce]
+                link.bury(why)
+
+        self.clock.call_later(REJOIN_S, over)
 
     def _pulse(self) -> None:
         self.clock.call_later(PULSE_S, self._pulse)

@@ -79,6 +79,7 @@ class EngineObserver:
         "_totals",
         "decoding",
         "held_tokens",
+        "inexact",
         "inside",
         "streaming",
         "tokens",
@@ -97,6 +98,8 @@ class EngineObserver:
         """Output tokens of streams, ever, without the first of each."""
         self.held_tokens = 0
         """Output tokens of the requests that decode now."""
+        self.inexact = False
+        """Some of these may have been missed, until nothing decodes."""
         self._inputs = 0
         self._seen_tokens = 0
         self._evidence_s = 0.0
@@ -210,6 +213,8 @@ class EngineObserver:
         self._alone_since_s = self._at_s
         if not self.decoding:
             self._idle_since_s = now_s
+            if self.inexact:
+                self.held_tokens, self.inexact = 0, False
 
     def answered(self, tokens: int, decoding_s: float) -> None:
         """An answer in one piece: ``tokens`` after the first took ``decoding_s``, of all its sequences together."""

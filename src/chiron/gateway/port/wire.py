@@ -78,6 +78,8 @@ class Wire(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         """At the end of this turn of the loop."""
+        if self.over:
+            return
         self._unsent.append(message)
         if not self._ride_s:
             self.flush()
@@ -89,6 +91,8 @@ class Wire(asyncio.Protocol):
 
     def post(self, message: Message) -> None:
         """With the next that is urgent, or a little later."""
+        if self.over:
+            return
         self._unsent.append(message)
         if not self._ride_s:
             self.flush()

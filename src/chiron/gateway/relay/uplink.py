@@ -141,6 +141,10 @@ class RunTeller:
                 self._uplink.post(m.Counted(self._instance, self.tokens - self._told))
             self._told = self.tokens
 
+    def forget_counts(self) -> None:
+        """The brain is told how far each run has come."""
+        self._told = self.tokens
+
 
 class PromptTeller(RunTeller):
     """Tells of each block of tokens at once, in the order in which all happens."""
@@ -545,6 +549,8 @@ class Uplink:
         now_s, alone, wire = self.clock.now_s, self.alone, self.wire
         self._alone_since_s = None
         self._confirmed.clear()
+        for teller in self._tellers.values():
+            teller.forget_counts()
         if self.listening is not None:
             wire.send(self.listening)
         for known in self.known.values():
