@@ -113,6 +113,8 @@ def test_a_relay_that_dies_takes_its_own_requests_with_it_and_no_others(tmp_path
             await until(lambda: len(service.desk.open) == lives, "its requests are over")
             await until(lambda: len(relays.running) == 2 and len(service.gateway.relays.links) == 2, "another is there")
             await until(_all_run(service, lives), "what waited has the places")
+            there = min(4, lives)
+            await until(lambda: sum(not each.closed for each in engine.seen) == there, "the engine has those alone")
             for incoming in engine.seen:
                 if not incoming.closed:
                     if not incoming.started:
