@@ -45,11 +45,12 @@ WATCH_S = 1.0
 class Adopting:
     """Implements ``Adoption``."""
 
-    def __init__(self, plane: ControlPlane, engines: Engines) -> None:
+    def __init__(self, plane: ControlPlane, inputs: Inputs, engines: Engines) -> None:
         self._engines = engines
         self._plane = plane
-        self.adopt_running = plane.adopt_running
-        self.told_all = plane.told_all
+        self._inputs = inputs
+        self.adopt_running = inputs.adopt_running
+        self.told_all = inputs.told_all
 
     def adopt_instance(self, said: Known) -> InstanceEngine | None:
         """Only while a control plane settles: later on it may have given the instance up."""
@@ -62,7 +63,7 @@ class Adopting:
             begin(instance)
             return engines.attach(instance, said.url)
 
-        plane.adopt_instance(
+        self._inputs.adopt_instance(
             said.model,
             said.kind,
             said.role,
@@ -185,14 +186,14 @@ class Gateway:
             ride_s=ride_s,
             term=term,
             superseded=superseded,
-            adoption=Adopting(self.plane, self.engines),
+            adoption=Adopting(self.plane, self.inputs, self.engines),
         )
         return relays
 
     def take_over(self, *, settle_s: float = SETTLE_S, relays: int = 0) -> None:
         """Follow another gateway, before ``begin``: relays tell what runs. Nothing new is placed, created or drained
         before so many ``relays`` have told, or for ``settle_s``."""
-        self.plane.take_over(settle_s)
+        self.inputs.take_over(settle_s)
         if self.relays is not None:
             self.relays.expects = relays
 

@@ -34,7 +34,7 @@ from chiron.core.ports import (
     RemoteFleetEvents,
     Samples,
 )
-from chiron.core.types import Decision, Instance, ModelSpec, Request, RequestClass, Sample
+from chiron.core.types import Decision, Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.net.clock import LiveClock
 from chiron.policies.policy import Policy
 from chiron.telemetry.event_log import decision_line
@@ -61,6 +61,32 @@ class Inputs(
     def restore(self, learned: Learned, age_s: float) -> list[str]: ...
 
     def learned(self, wall_s: float) -> Learned: ...
+
+    def take_over(self, settle_s: float) -> None: ...
+
+    def adopt_instance(
+        self,
+        model: str,
+        kind: str,
+        role: Role,
+        *,
+        number: int,
+        max_batch_size: int,
+        attach: Callable[[Instance], Engine],
+    ) -> Instance | None: ...
+
+    def adopt_running(
+        self,
+        instance: Instance,
+        request: Request,
+        *,
+        epoch: int,
+        tokens_done: int,
+        dispatch_s: float,
+        first_token_s: float,
+    ) -> bool: ...
+
+    def told_all(self) -> None: ...
 
 
 class Point:
@@ -183,26 +209,67 @@ class RecordedInputs:
     def learned(self, wall_s: float) -> Learned:
         return self.plane.learned(wall_s)
 
+    # -- what another control plane did ------------------------------------------------------------------------
+
+    def take_over(self, settle_s: float) -> None:
+        self._take("take_over", settle_s)
+        with self._point.at_it():
+            self.plane.take_over(settle_s)
+
+    def adopt_instance(
+        self,
+        model: str,
+        kind: str,
+        role: Role,
+        *,
+        number: int,
+        max_batch_size: int,
+        attach: Callable[[Instance], Engine],
+    ) -> Instance | None:
+        self._take("adopt_instance", model, kind, role, number, max_batch_size)
+        with self._point.at_it():
+            return self.plane.adopt_instance(
+                model, kind, role, number=number, max_batch_size=max_batch_size, attach=attach
+            )
+
+    def adopt_running(
+        self,
+        instance: Instance,
+        request: Request,
+        *,
+        epoch: int,
+        tokens_done: int,
+        dispatch_s: float,
+        first_token_s: float,
+    ) -> bool:
+        self._take(
+            "adopt_running",
+            *_described(request),
+            instance.id,
+            epoch,
+            tokens_done,
+            dispatch_s,
+            first_token_s,
+        )
+        with self._point.at_it():
+            return self.plane.adopt_running(
+                instance,
+                request,
+                epoch=epoch,
+                tokens_done=tokens_done,
+                dispatch_s=dispatch_s,
+                first_token_s=first_token_s,
+            )
+
+    def told_all(self) -> None:
+        self._take("told_all")
+        with self._point.at_it():
+            self.plane.told_all()
+
     # -- clients and batch jobs --------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        cls = request.cls
-        self._take(
-            "submit",
-            request.id,
-            request.model,
-            (cls.name, cls.kind, cls.ttft_s, cls.itl_s, cls.deadline_s, cls.weight),
-            request.arrival_s,
-            request.input_tokens,
-            request.deadline_s,
-            request.max_output_tokens,
-            request.pinned,
-            request.flex,
-            request.tenant,
-            request.sequences,
-            request.tokens_done,
-            request.retries,
-        )
+        self._take("submit", *_described(request))
         with self._point.at_it():
             self.plane.submit(request)
 
@@ -317,6 +384,26 @@ class RecordedInputs:
         self._take("instance_leaving", instance.id)
         with self._point.at_it():
             self.plane.instance_leaving(instance)
+
+
+def _described(request: Request) -> tuple[object, ...]:
+    """A request as it came."""
+    cls = request.cls
+    return (
+        request.id,
+        request.model,
+        (cls.name, cls.kind, cls.ttft_s, cls.itl_s, cls.deadline_s, cls.weight),
+        request.arrival_s,
+        request.input_tokens,
+        request.deadline_s,
+        request.max_output_tokens,
+        request.pinned,
+        request.flex,
+        request.tenant,
+        request.sequences,
+        request.tokens_done,
+        request.retries,
+    )
 
 
 def left_by_adapter(request: Request) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ import orjson
 
 from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.learned import Learned, LearnedError, from_bytes
-from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Sample
+from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES
@@ -213,7 +213,30 @@ class _Replay:
     def _in_restore(self, learned: str, age_s: float) -> None:
         self.plane.restore(from_bytes(learned.encode()), age_s)
 
-    def _in_submit(
+    def _in_submit(self, *about: Any) -> None:
+        self.plane.submit(self._request(*about))
+
+    def _in_take_over(self, settle_s: float) -> None:
+        self.plane.take_over(settle_s)
+
+    def _in_adopt_instance(self, model: str, kind: str, role: Role, number: int, max_batch_size: int) -> None:
+        self.plane.adopt_instance(model, kind, role, number=number, max_batch_size=max_batch_size, attach=self._attach)
+
+    def _in_adopt_running(self, *about: Any) -> None:
+        *request, number, epoch, tokens_done, dispatch_s, first_token_s = about
+        self.plane.adopt_running(
+            self._instances[number],
+            self._request(*request),
+            epoch=epoch,
+            tokens_done=tokens_done,
+            dispatch_s=dispatch_s,
+            first_token_s=first_token_s,
+        )
+
+    def _in_told_all(self) -> None:
+        self.plane.told_all()
+
+    def _request(
         self,
         number: int,
         model: str,
@@ -228,7 +251,7 @@ class _Replay:
         sequences: int,
         tokens_done: int,
         retries: int,
-    ) -> None:
+    ) -> Request:
         request = self._requests.get(number)
         if request is None:
             request = Request(
@@ -237,7 +260,7 @@ class _Replay:
             request.pinned, request.flex, request.tenant = pinned, flex, tenant
             request.sequences, request.tokens_done, request.retries = sequences, tokens_done, retries
             self._requests[number] = request
-        self.plane.submit(request)
+        return request
 
     def _class(self, told: list[Any]) -> RequestClass:
         name, kind, *times, weight = told

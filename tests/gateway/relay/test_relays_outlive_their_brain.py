@@ -12,6 +12,7 @@ from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.brain.relays import REJOIN_S
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
+from chiron.runtime.replay import replay
 from chiron.store.port import Item
 from outliving_site import NIGHT, STEP_S, Brain, OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
@@ -50,6 +51,10 @@ def test_streams_go_on_and_what_comes_is_held_until_another_brain_leads() -> Non
         assert brain.gateway.plane.open_requests == 0
         assert [engine.most for engine in site.engines] == [2, 2]
         assert brain.fleet.used == {1: "memory:engine-0", 2: "memory:engine-1"}
+        again = replay(brain.log)
+        assert (again.difference, again.placements) == ("", 6)
+        kinds = {line["k"] for line in brain.log[1:] if line["event"] == "in"}
+        assert {"take_over", "adopt_instance", "adopt_running", "told_all", "submit"} <= kinds
         assert sorted(number for engine in site.engines for number in engine.seen) == [1, 2, 3, 4, 5, 6]
         await site.close()
 

@@ -10,7 +10,10 @@ import asyncio
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
 
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.fleet.endpoints import EndpointsSource
@@ -28,6 +31,7 @@ from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
 from chiron.net.server import HttpServer, Incoming, ServerLimits
 from chiron.policies.registry import POLICIES, make_policy
+from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedInputs, RecordedOutputs, described
 from real_path import Client, completion, served
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.5)
@@ -47,11 +51,17 @@ def whole_stream(number: int, tokens: int) -> bytes:
     return b"".join(chunk(number, token, tokens) for token in range(tokens)) + STREAMED
 
 
-def own_clock(ahead_s: float = 0.0) -> LiveClock:
+def own_clock(ahead_s: float = 0.0, point: Point | None = None) -> LiveClock:
     """One that begins now. Virtual time stands still until a timer is due, and a clock whose sums round down would wait
     for that for ever: each look at this one takes what no test can see."""
     loop, looks = asyncio.get_running_loop(), itertools.count()
-    return LiveClock(loop, wall_s=0.0, time_s=lambda: loop.time() + next(looks) * 1e-13, ahead_s=ahead_s)
+
+    def time_s() -> float:
+        return loop.time() + next(looks) * 1e-13
+
+    if point is None:
+        return LiveClock(loop, wall_s=0.0, time_s=time_s, ahead_s=ahead_s)
+    return MarkedLiveClock(loop, point, wall_s=0.0, time_s=time_s, ahead_s=ahead_s)
 
 
 class SteppingEngine:
@@ -154,8 +164,12 @@ class Brain:
 
     def __init__(self, site: OutlivingSite, term: int, *, takes_over: bool, settle_s: float) -> None:
         self.site = site
-        self.clock = clock = own_clock(BEFORE_S if takes_over else 0.0)
+        point = Point()
+        self.clock = clock = own_clock(BEFORE_S if takes_over else 0.0, point)
         self.ends = Ends()
+        self.log: list[dict[str, Any]] = []
+        """What the control plane was told and did, as a log has it."""
+        recording = RecordedInputs(clock=clock, point=point, write=self._write)
         self.links: list[Wire] = []
         self.fleet: StandingFleet
         models, limits = site.models(), LimitSettings()
@@ -169,14 +183,18 @@ class Brain:
             clock=clock, kinds=[site.kind], models=models.by_name, make_fleet=make_fleet, network=site.network
         )
         count = len(site.urls)
+        specs = [ModelSpec(name="m0", kinds=(site.kind.kind,), min_instances=count, max_instances=count)]
+        policy = make_policy("chiron", POLICIES["chiron"].settings())
+        self.log.append(described(policy, specs, [CHAT, NIGHT], None))
         self.gateway = Gateway(
             clock=clock,
             engines=self.engines,
-            journal=self.ends,
+            journal=RecordedOutputs(self.ends, self._write),
             models=models,
-            specs=[ModelSpec(name="m0", kinds=(site.kind.kind,), min_instances=count, max_instances=count)],
+            specs=specs,
             classes=[CHAT, NIGHT],
-            policy=make_policy("chiron", POLICIES["chiron"].settings()),
+            policy=policy,
+            recording=recording,
             keys=site.keys,
             limits=limits,
             next_id=lambda: next(numbers),
@@ -186,9 +204,17 @@ class Brain:
         self.relays: Relays = self.gateway.open_to_relays(
             responded=lambda status, count: None, ride_s=0.0, term=term, superseded=self.superseded.append
         )
-        if takes_over:
-            self.gateway.take_over(settle_s=settle_s, relays=len(site.relays))
-        clock.post(lambda: self.gateway.begin({}))
+
+        def begin() -> None:
+            recording.start()
+            if takes_over:
+                self.gateway.take_over(settle_s=settle_s, relays=len(site.relays))
+            self.gateway.begin({})
+
+        clock.post(begin)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self.log.append(orjson.loads(orjson.dumps(line)))
 
     def accept(self) -> Wire:
         link = self.relays.link(f"relay {len(self.links) + 1}")
