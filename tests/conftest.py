@@ -29,8 +29,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("examples")
 
 
+def pytest_collection() -> None:
+    """Nothing that collecting makes is garbage."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """What the collection of tests has made stays: no collection of garbage need look at it again, as those that
     gateways and loads begin with would, for a quarter of a second each."""
+    gc.enable()
     gc.collect()
     gc.freeze()
