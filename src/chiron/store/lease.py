@@ -21,6 +21,15 @@ class Held:
     """Until it is over, if it is not renewed; as of the answer's way back."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leads:
+    """The lease under which a gateway writes. Once somebody else has had it, nothing more is written."""
+
+    name: str
+    holder: str
+    token: int
+
+
 class LeaderLease(Protocol):
     """One named lease, asked for by one gateway. All may raise ``StoreError``: nothing is known then, and a leader must
     count from the last answer on."""

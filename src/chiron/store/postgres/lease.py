@@ -12,17 +12,44 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+from zlib import crc32
 
 import psycopg
 
-from chiron.store.lease import Held, check_name
-from chiron.store.port import StoreUnavailable
+from chiron.store.lease import Held, Leads, check_name
+from chiron.store.port import StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
 
 T = TypeVar("T")
+
+
+def writer_name(leads: Leads, schema: str) -> str:
+    """What the server calls the connection over which a leader writes."""
+    return f"writer {_of_schema(schema)} {leads.token}"
+
+
+def require_lead(db: Connection, leads: Leads, schema: str) -> None:
+    """In a transaction, which nobody takes the lead away from. Raises StoreError. First the connections of leaders
+    before are cut: one that was stopped in the middle of a transaction would hold up all others."""
+    own = "datname = current_database() AND usename = current_user AND pid != pg_backend_pid()"
+    db.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own} AND application_name LIKE ?"
+        " AND CAST(substring(application_name FROM '[0-9]{1,18}$') AS BIGINT) < ?",
+        (f"chiron writer {_of_schema(schema)} %", leads.token),
+    )
+    row = db.execute(
+        "SELECT 1 AS leads FROM leaders WHERE name = ? AND holder = ? AND token = ? FOR SHARE",
+        (leads.name, leads.holder, leads.token),
+    ).fetchone()
+    if row is None:
+        raise StoreError("another gateway leads, or has led since: nothing more is written here")
+
+
+def _of_schema(schema: str) -> str:
+    return f"{crc32(schema.encode()):08x}"
 
 
 class PostgresLease:

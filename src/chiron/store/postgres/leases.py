@@ -283,6 +283,8 @@ def free_over(transaction: Transaction, but: int, name: str | None = None) -> li
     """Free what holders have that are over, or that have this name: of one name only the newest lives. Returns the
     names of those that were over."""
     db = transaction.db
+    if name is not None:  # Also one that is about to commit: what it commits later must fail.
+        db.execute("SELECT no FROM holders WHERE name = ? ORDER BY no FOR UPDATE", (name,))
     over = db.execute(
         f"SELECT no, name FROM holders WHERE no != ? AND (NOT ({ALIVE}) OR name = ?) ORDER BY no"
         " FOR UPDATE SKIP LOCKED",

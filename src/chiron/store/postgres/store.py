@@ -36,6 +36,7 @@ from chiron.store.jobs.items import Leased
 from chiron.store.jobs.rows import FAILED, OK, write_row
 from chiron.store.jobs.validation import Validation
 from chiron.store.learned import check_learned, learned_sum
+from chiron.store.lease import Leads
 from chiron.store.port import (
     Batch,
     Check,
@@ -107,13 +108,21 @@ class PostgresStore:
     with one ``name`` do not run at the same time; each new one frees what the last one had leased."""
 
     def __init__(
-        self, directory: Path, *, wall: Callable[[], float], settings: PostgresSettings, name: str | None = None
+        self,
+        directory: Path,
+        *,
+        wall: Callable[[], float],
+        settings: PostgresSettings,
+        name: str | None = None,
+        leads: Leads | None = None,
     ) -> None:
         """``directory`` gets the reports of damage, and has the gateway's name if none is given. Whoever gives one
-        sees to it that no two gateways have the same."""
+        sees to it that no two gateways have the same. ``leads``: one of several gateways, of which only the leader
+        has the store open; all have one name."""
         self.settings = settings
         self.directory = directory
-        self._given_name = name
+        self._given_name = name if leads is None else f"leader:{leads.name}"
+        self._leads = leads
         self.damage = Damage(directory, wall)
         self._wall = wall
         self._of_thread = local()
@@ -147,7 +156,7 @@ class PostgresStore:
     def _open(self) -> tuple[int | None, Writer]:
         given = self._given_name
         if given is not None:
-            return None, Writer(self.settings, given, self._tell, lambda: _unique_name(given))
+            return None, Writer(self.settings, given, self._tell, lambda: _unique_name(given), self._leads)
         held = hold(self.directory)
         try:
             name = _name_of(self.directory)

@@ -34,9 +34,11 @@ import psycopg
 from chiron.store.jobs.batches import purge_step
 from chiron.store.jobs.database import Meta, Operation, Transaction
 from chiron.store.jobs.items import finish
+from chiron.store.lease import Leads
 from chiron.store.port import Ended, StoreClosed, StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.content import remove_step
+from chiron.store.postgres.lease import require_lead, writer_name
 from chiron.store.postgres.leases import Holder, free, free_over, is_alive, register
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
@@ -75,10 +77,17 @@ class Writer:
     """Runs operations in the order of asking. ``told`` hears "" when the store can be used, else why not."""
 
     def __init__(
-        self, settings: PostgresSettings, name: str, told: Callable[[str], None], new_name: Callable[[], str]
+        self,
+        settings: PostgresSettings,
+        name: str,
+        told: Callable[[str], None],
+        new_name: Callable[[], str],
+        leads: Leads | None = None,
     ) -> None:
-        """``new_name`` is asked for if another gateway has this one, and keeps it. Blocks. Raises StoreError."""
+        """``new_name`` is asked for if another gateway has this one, and keeps it; not of one that ``leads``, which
+        writes nothing any more then. Blocks. Raises StoreError."""
         self._settings = settings
+        self._leads = leads
         self._name = name
         self._told = told
         self._new_name = new_name
@@ -257,7 +266,9 @@ class Writer:
 
     def _commit_as_new_holder(self, group: list[_Job], tries: int) -> None:
         try:
-            if is_alive(self._db, self._name):
+            if self._leads is not None:
+                log.error("%s: over: nothing more is written, unless this gateway leads still", self._name)
+            elif is_alive(self._db, self._name):
                 taken, self._name = self._name, self._new_name()
                 log.error(
                     "another gateway runs as %s: was its directory copied? This one goes on as %s", taken, self._name
@@ -281,7 +292,8 @@ class Writer:
     # Connecting.
 
     def _connect(self) -> Connection:
-        db = connect(self._settings, "writer")
+        leads = self._leads
+        db = connect(self._settings, "writer" if leads is None else writer_name(leads, self._settings.schema))
         try:
             prepare(db, self._settings)
         except BaseException:
@@ -294,6 +306,12 @@ class Writer:
         db = self._db
         db.execute("BEGIN")
         transaction = Transaction(db, Meta())
+        if self._leads is not None:
+            try:
+                require_lead(db, self._leads, self._settings.schema)
+            except StoreError:
+                db.execute("ROLLBACK")
+                raise
         db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
         free_over(transaction, -1, name)
         number = register(db, name, self._settings.lease_s)
