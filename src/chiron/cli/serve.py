@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import json
 import logging
 import os
@@ -33,6 +34,8 @@ log = logging.getLogger("chiron.gateway")
 DEFAULT_CONFIG = "chiron.toml"
 INTERRUPTED = 130
 KEEPER_GONE = 1
+OVER = 75
+"""Exit status of a brain that another one has followed."""
 FILES_PER_CONNECTION = 2
 """A request holds the client's connection and one to an engine."""
 FILES_BESIDES = 1000
@@ -122,22 +125,46 @@ def _serve(config: ServeConfig, *, advise: bool) -> None:
     if follows:
         log.warning("this is brain %d: the one before it has ended", seat.number if seat is not None else 0)
 
-    async def body(say_keeper: Callable[[str], None]) -> None:
+    async def body(say_keeper: Callable[[str], None], relays_ended: asyncio.Event) -> None:
         def ready(url: str) -> None:
             say_keeper("ready")
             if not follows:
                 say(welcome(config, url, advise))
 
-        brain = None
-        if keeper is not None:
-            opened, term = lambda: say_keeper("open"), seat.number if seat is not None else 1
-            brain = BrainStart(relays=keeper.start, opened=opened, follows=follows, term=term)
-        await run(config, advise=advise, brain=brain, on_ready=ready)
+        if keeper is None or seat is None:
+            await run(config, advise=advise, on_ready=ready)
+            return
+        opened = functools.partial(say_keeper, "open")
+        start = keeper.start
+        brain = BrainStart(
+            relays=start, opened=opened, follows=follows, term=seat.number, expects=start.relays, superseded=_superseded
+        )
+        if config.gateways is None:
+            await run(config, advise=advise, brain=brain, on_ready=ready)
+            return
+        from chiron.gateway.peers.member import Member
+
+        member = Member(
+            config,
+            advise=advise,
+            brain=brain,
+            nonce=seat.nonce,
+            say=say_keeper,
+            on_ready=ready,
+            relays_ended=relays_ended,
+        )
+        await member.run()
 
     stopped_by = run_until_stopped(body, keeper, seat)
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
+
+
+def _superseded(term: int) -> None:
+    """The keeper starts the next one."""
+    log.error("a brain of term %d is at work: this one ends", term)
+    os._exit(OVER)
 
 
 def _keeper(config: ServeConfig) -> Keeper | None:
@@ -148,6 +175,8 @@ def _keeper(config: ServeConfig) -> Keeper | None:
     from chiron.gateway.processes.start import RelayStart
 
     relays = config.server.relays(os.cpu_count() or 1)
+    if config.gateways is not None:
+        relays = max(1, relays)  # Those of each gateway reach whichever brain leads.
     if not relays:
         return None
     port = reserve(config.server.host, config.server.port)
@@ -260,11 +289,11 @@ def _describe_kind(kind: Any) -> str:
 
 
 def run_until_stopped(
-    body: Callable[[Callable[[str], None]], Any], keeper: Keeper | None = None, seat: Seat | None = None
+    body: Callable[[Callable[[str], None], asyncio.Event], Any], keeper: Keeper | None = None, seat: Seat | None = None
 ) -> int | None:
     """Run a coroutine; the first SIGINT, SIGTERM or SIGHUP cancels it, so that it can end well; a second, but for
-    SIGHUP, ends the process at once. Returns the signal that stopped it. With a ``keeper``, that says so, and hears
-    what ``body`` says."""
+    SIGHUP, ends the process at once. Returns the signal that stopped it. With a ``keeper``, that says so, hears
+    what ``body`` says, and sets the event that it gets once all relays have ended."""
     signals = _stopping_signals() if seat is None else []
     stopped_by: list[int] = []
 
@@ -283,8 +312,9 @@ def run_until_stopped(
             say("stopping: waiting for running requests to finish; once more stops at once")
 
         task: asyncio.Future[Any] | None = None
-        link = await _join_keeper(keeper, seat, stop) if keeper is not None and seat is not None else None
-        task = asyncio.ensure_future(body(link.say if link is not None else lambda word: None))
+        ended = asyncio.Event()
+        link = await _join_keeper(keeper, seat, stop, ended.set) if keeper is not None and seat is not None else None
+        task = asyncio.ensure_future(body(link.say if link is not None else lambda word: None, ended))
         if stopped_by:
             task.cancel()
         for number in signals:
@@ -306,14 +336,16 @@ def run_until_stopped(
     return stopped_by[0] if stopped_by else None
 
 
-async def _join_keeper(keeper: Keeper, seat: Seat, stop: Callable[[int], None]) -> KeeperLink:
+async def _join_keeper(
+    keeper: Keeper, seat: Seat, stop: Callable[[int], None], alone: Callable[[], None]
+) -> KeeperLink:
     from chiron.gateway.processes.kept import KeeperLink
 
     def gone() -> None:
         keeper.start.clear()
         os._exit(KEEPER_GONE)  # As if all had been killed at once: what is to survive that is on disk.
 
-    link = KeeperLink(stop=stop, gone=gone)
+    link = KeeperLink(stop=stop, gone=gone, alone=alone)
     await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=seat.socket)
     return link
 

@@ -20,10 +20,12 @@ from chiron.config.serve_kinds import instance_bounds, kind_settings
 from chiron.config.serve_sections import ServeModelSection
 from chiron.core.types import RequestClass
 from chiron.fleet.endpoints import EndpointsSource
+from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.settings import FleetSettings
 from chiron.gateway.relay.keys import ADMIN, Key
 from chiron.gateway.settings import (
     BatchSettings,
+    GatewaysSettings,
     KindSettings,
     LimitSettings,
     ModelSettings,
@@ -58,6 +60,8 @@ class ServeFile:
     store: StoreSettings | PostgresSettings = field(default_factory=StoreSettings)
     """Where batches are kept: SQLite in the data directory, or with ``store.url``, or ``store = "postgresql://..."``,
     PostgreSQL."""
+    gateways: GatewaysSettings | None = None
+    """One of several gateways, of which one leads; needs PostgreSQL. Without the table this one is alone."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
@@ -113,6 +117,7 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
         "policies": read_policies(table),
         "keys": _read_keys(table.get("keys", [])),
         "store": _read_store(table.get("store", {})),
+        "gateways": _read_gateways(table["gateways"]) if "gateways" in table else None,
     }
     return read_record(ServeFile, {key: value for key, value in table.items() if key not in given}, "", **given)
 
@@ -139,6 +144,39 @@ def _read_store(entry: object) -> StoreSettings | PostgresSettings:
         if key in keys_of(PostgresSettings) and key not in keys_of(StoreSettings):
             raise ConfigError(f"store.{key}: is for PostgreSQL: set store.url as well, or remove it")
     return read_record(StoreSettings, entry, "store", retention_s=retention_s)
+
+
+def _read_gateways(entry: object) -> GatewaysSettings:
+    if not isinstance(entry, Mapping):
+        raise ConfigError("gateways: must be a table with certificate, key and ca")
+    return read_record(GatewaysSettings, entry, "gateways")
+
+
+def _check_gateways(gateways: GatewaysSettings | None, file: ServeFile, models: Sequence[ModelSettings]) -> None:
+    if gateways is None:
+        return
+    if not isinstance(file.store, PostgresSettings):
+        raise ConfigError(
+            "gateways: needs a store that all of them share: set store.url = 'postgresql://USER@HOST/DATABASE'"
+        )
+    for model in models:
+        for kind in model.kinds:
+            if isinstance(kind.source, ProcessSource):
+                raise ConfigError(
+                    f"gateways: {kind.kind.name!r} of model {model.name!r} is started by the gateway that leads, where "
+                    "others cannot reach it, and ends with it: use endpoints or kubernetes, or remove [gateways]"
+                )
+
+
+def _resolve_gateways(gateways: GatewaysSettings | None, directory: Path) -> GatewaysSettings | None:
+    if gateways is None:
+        return None
+    return replace(
+        gateways,
+        certificate=_resolve(gateways.certificate, directory),
+        key=_resolve(gateways.key, directory),
+        ca=_resolve(gateways.ca, directory),
+    )
 
 
 def _resolve_store(
@@ -199,6 +237,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "(`chiron key` makes one), or set server.open_without_keys = true if everybody may use the models"
         )
     _check_no_loop(models, server)
+    _check_gateways(file.gateways, file, models)
     choice = _choose_policy(file, policy)
     data = Path(_resolve(server.data, directory))
     log = file.telemetry.event_log
@@ -214,6 +253,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "batch": file.batch,
             "telemetry": file.telemetry,
             "store": _resolve_store(file.store, file.batch.retention_s, directory),
+            "gateways": _resolve_gateways(file.gateways, directory),
             "fleet": file.fleet,
             "devices": file.devices,
             "gpus": file.gpus,

@@ -11,7 +11,7 @@ import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -88,10 +88,11 @@ class Service:
         point = Point()
         recorded = config.input_log is not None
         ahead_s = BEFORE_S if brain is not None and brain.follows else 0.0
+        time_s = brain.time_s if brain is not None else time.monotonic
         self.clock = (
-            MarkedLiveClock(loop, point, time_s=time.monotonic, ahead_s=ahead_s)
+            MarkedLiveClock(loop, point, time_s=time_s, ahead_s=ahead_s)
             if recorded
-            else LiveClock(loop, time_s=time.monotonic, ahead_s=ahead_s)
+            else LiveClock(loop, time_s=time_s, ahead_s=ahead_s)
         )
         self._input_file = InputFile(self.clock, point) if recorded else None
         make_directory(config.data)
@@ -152,7 +153,8 @@ class Service:
         self.desk = self.gateway.desk
         self.front = self.gateway.front
         self.outages = self.gateway.outages
-        self.store = make_store(config.store, config.data, self._wall_s)
+        leads = brain.leads if brain is not None else None
+        self.store = make_store(config.store, config.data, self._wall_s, leads)
         self.runner = BatchRunner(
             store=self.store,
             clock=self.clock,
@@ -208,12 +210,10 @@ class Service:
         scheme = "https" if config.server.tls else "http"
         host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
         self.url = f"{scheme}://{host}:{port}"
-        if self._brain is not None and self._workers is not None:
-            await self._workers.open(self._brain.relays.brain_path)
-            self._brain.opened()
-            if not self._brain.follows:  # Else those that wait for it are not to wait for one that just ends.
-                await self._workers.wait()
-        self.clock.post(self._begin)
+        if self._brain is None:
+            self.clock.post(self._begin)
+        else:
+            await self._open_to_relays(self._brain)
         if self._opening.done():
             await self._start_runner()
         else:
@@ -224,6 +224,17 @@ class Service:
         gc.set_threshold(GC_THRESHOLD, 50, 100)
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
+
+    async def _open_to_relays(self, brain: BrainStart) -> None:
+        """The first brain begins once all listen; one that follows hears from its first moment on what runs."""
+        assert self._workers is not None
+        if brain.follows:
+            self.clock.post(self._begin)
+        await self._workers.open(brain.relays.brain_path)
+        brain.opened()
+        if not brain.follows:
+            await self._workers.wait()
+            self.clock.post(self._begin)
 
     async def _listen(self) -> int:
         """Where clients, or relays for them, reach this process. Returns the clients' port."""
@@ -248,7 +259,11 @@ class Service:
         )
         workers = self._workers = Workers(clock=self.clock, count=brain.relays.relays)
         workers.relays = self.gateway.open_to_relays(
-            responded=self.journal.responded, listening=workers.listens, left=workers.left
+            responded=self.journal.responded,
+            listening=workers.listens,
+            left=workers.left,
+            term=brain.term,
+            superseded=brain.superseded,
         )
         return brain.relays.port
 
@@ -292,12 +307,19 @@ class Service:
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
-        self._stopping = True
         self._drain(True)
+        await self._stop(grace_s, self._workers.stop if self._workers is not None else None)
+
+    async def hand_over(self) -> None:
+        """Stop at once, and let relays go on: another brain follows this one."""
+        await self._stop(0.0, self._workers.part if self._workers is not None else None)
+
+    async def _stop(self, grace_s: float | None, stop_relays: Callable[[float], Awaitable[None]] | None) -> None:
+        self._stopping = True
         grace_s = self.config.server.grace_s if grace_s is None else grace_s
         if self._server is not None:
             closing = asyncio.gather(
-                self._server.close(grace_s), *([self._workers.stop(grace_s)] if self._workers is not None else [])
+                self._server.close(grace_s), *([stop_relays(grace_s)] if stop_relays is not None else [])
             )
             await self.runner.close()
             await closing
@@ -315,6 +337,11 @@ class Service:
         self.journal.close()
         if self._input_file is not None:
             self._input_file.close()
+
+    def accept_relay(self) -> asyncio.Protocol:
+        """The end of a connection to a relay of another gateway."""
+        assert self._workers is not None
+        return self._workers.accept()
 
     def around(self) -> StatusSources:
         """What the status page and the metrics show besides the control plane."""
@@ -403,6 +430,8 @@ class Service:
     def _begin(self) -> None:
         initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
         self.learned.begin()
+        if self._brain is not None and self._brain.follows:
+            self.gateway.take_over(settle_s=self._brain.settle_s, relays=self._brain.expects)
         self.gateway.begin(initial)
         self.clock.call_later(FILES_LOOK_S, self._watch_files)
         self.clock.call_later(0.0, self._look_at_batches)
@@ -564,10 +593,11 @@ async def run(
     finally:
         await service.stop()
         if started:
-            _save(service)
+            save(service)
 
 
-def _save(service: Service) -> None:
+def save(service: Service) -> None:
+    """The run's result, in the data directory."""
     try:
         save_result(service.result(), service.config.data / RESULT, mode=0o600)
     except TelemetryError as error:

@@ -7,6 +7,7 @@ so that no log of a configuration shows them.
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address, ip_network
@@ -223,6 +224,56 @@ class TelemetrySettings:
         _check(self.rotate_keep >= 0, "rotate_keep", self.rotate_keep, "0 or more")
 
 
+_PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
+_PEER_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,60}):([0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaysSettings:
+    """One of several gateways on one PostgreSQL store, of which one leads. They speak TLS with each other."""
+
+    certificate: str
+    """PEM file with this gateway's certificate, for the host of ``advertise``: it is shown by both ends."""
+    key: str
+    """PEM file with its private key, not encrypted."""
+    ca: str
+    """PEM file with the authority that signs the certificates of all gateways, and of nobody else."""
+    name: str = field(default_factory=socket.gethostname)
+    """What the others call it; default: the host's name."""
+    listen: str = "0.0.0.0:9443"
+    """Address and port for the other gateways, while this one leads."""
+    advertise: str = ""
+    """Host and port where the others reach it; default: ``listen``, or the host's name where that is any address."""
+    lease_s: float = 3.0
+    """A leader that has not been heard of for so long is followed by another one."""
+
+    def __post_init__(self) -> None:
+        for key in ("certificate", "key", "ca"):
+            _check(bool(getattr(self, key)), key, "", "a PEM file")
+        allowed = "1 to 41 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        _check(bool(_PEER_NAME.fullmatch(self.name)), "name", self.name, allowed)
+        for key, value in (("listen", self.listen), ("advertise", self.advertise or self.listen)):
+            found = _PEER_ADDRESS.fullmatch(value)
+            fine = found is not None and 1 <= int(found[2]) <= 65535
+            _check(fine, key, value, "HOST:PORT, such as '10.0.0.5:9443' or '[fd00::5]:9443'")
+        _check(1.0 <= self.lease_s <= 300.0, "lease", self.lease_s, "1 second to 5 minutes")
+
+    @property
+    def listen_address(self) -> tuple[str, int]:
+        return _address(self.listen)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where the others reach it."""
+        host, port = _address(self.advertise or self.listen)
+        return (socket.gethostname() if host in ("0.0.0.0", "::") else host), port
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindSettings:
     """One kind of instance of a model: what it is to the control plane, and what it comes from."""
@@ -304,6 +355,8 @@ class ServeConfig:
     """That policy's frozen settings dataclass."""
     policy_label: str
     """What the config calls it, which may be a variant's name."""
+    gateways: GatewaysSettings | None = None
+    """None: this gateway is the only one."""
     keys: tuple[Key, ...] = field(default=(), repr=False)
     admin_key_hash: str = field(default="", repr=False)
     """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are closed, but on loopback without keys."""

@@ -36,10 +36,17 @@ def live(end, silent=False):
             if not silent:
                 end.sendall(b"alive\\n")
 
+def first(path):
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
 def relay(end, start):
     number = os.getpid()
     tell("relay", number)
-    live(end, silent=SILENT and not (start.folder / "seen").exists() and not (start.folder / "seen").touch())
+    live(end, silent=SILENT and first(start.folder.parent / "seen"))
     return 0
 
 SILENT = False
@@ -57,7 +64,7 @@ def keep(**others):
 SERVES = """
 seat = keep()
 seat.socket.sendall(b"open\\nready\\n")
-tell("told", live(seat.socket).decode().strip())
+tell("told", live(seat.socket).decode().split()[0])
 sys.exit(7)
 """
 

@@ -159,21 +159,38 @@ def test_a_killed_relay_is_replaced_and_streams_of_the_others_are_whole(tmp_path
     asyncio.run(main())
 
 
-def test_a_killed_brain_has_a_successor_that_serves(tmp_path: Path) -> None:
+def test_streams_outlive_a_killed_brain_and_what_comes_meanwhile_is_answered(tmp_path: Path) -> None:
     async def main() -> None:
         engine = ScriptedEngine()
         async with gateway(tmp_path, engine) as running:
+            relays = sorted(await running.relays())
+            readers = [running.stream() for _ in range(8)]
+            await until(lambda: len(engine.seen) == 8, "they run")
+            for incoming in engine.seen:
+                incoming.start(200, SSE)
+                incoming.write(chunk("one"))
+            await until(lambda: all(reader.data for reader in readers), "each has a token")
             brain = await running.brain()
-            for _ in range(2):
+            for number in range(2):
                 brain.kill()
+                readers.append(running.stream())
                 brain = await running.brain(but=brain)
-            while not (await running.get("/chiron/status"))["models"][0]["ready"]:
+                await until(lambda: len(engine.seen) == len(readers), "what came meanwhile runs, once")
+                engine.seen[-1].start(200, SSE)
+                engine.seen[-1].write(chunk("one"))
+                for incoming in engine.seen[number:6:2]:
+                    incoming.write(chunk("two") + DONE)
+                    incoming.finish()
+            for incoming in engine.seen[6:]:
+                incoming.write(chunk("two") + DONE)
+                incoming.finish()
+            await until(lambda: all(reader.over for reader in readers), "all are over")
+            assert all(reader.data == chunk("one") + chunk("two") + DONE for reader in readers)
+            assert len(engine.seen) == len(readers)
+            assert not engine.left
+            while (await running.get("/chiron/status"))["open_requests"]:
                 await asyncio.sleep(0.05)
-            await until(lambda: running.stream() and engine.seen, "a request reaches the engine")
-            engine.seen[0].start(200, SSE)
-            engine.seen[0].write(chunk("one") + DONE)
-            engine.seen[0].finish()
-            await until(lambda: any(reader.data for _, reader in running.readers), "and is answered")
+            assert sorted(await running.relays()) == relays, "no relay has ended"
 
     asyncio.run(main())
 

@@ -7,9 +7,10 @@ milliseconds; nothing of one process is inherited by another.
 
 Each process has a socket to the keeper. It says there, line by line, that it is ``alive`` (once a second; one that says
 nothing for long hangs, and is killed), the brain also that it is ``open`` (relays may come) and ``ready`` (all is
-served). A brain that ends before it was ready the first time is not started again: it has said why on the terminal. The
-keeper sends the number of the signal that asks the gateway to stop. When the keeper is gone, by whatever way, the
-sockets close, and the processes end.
+served), and, where it is one of several gateways', ``until`` when it may lead: if it is there still by then, it is
+stopped, and is killed. A brain that ends before it was ready the first time is not started again: it has said why on
+the terminal. The keeper sends the number of the signal that asks the gateway to stop, and to the brain ``alone`` once
+all relays have ended. When the keeper is gone, by whatever way, the sockets close, and the processes end.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import inf
+from secrets import token_hex
 
 from chiron.core.backoff import doubled_s
+from chiron.gateway.processes.fence import machine_s
 from chiron.gateway.processes.reserved import Port
 from chiron.gateway.processes.start import RelayStart
 
@@ -65,6 +68,8 @@ class Process:
     failures: int = 0
     """That followed one another."""
     quiet: int = 0
+    until_s: float = 0.0
+    """As it said; 0: for ever."""
     heard: bytes = b""
     """Of a line that is not complete."""
     said: set[bytes] = field(default_factory=set)
@@ -78,6 +83,8 @@ class Seat:
     socket: socket.socket
     number: int
     """1: no other brain was before it."""
+    nonce: str
+    """The keeper's: drawn at its start."""
 
 
 class Keeper:
@@ -100,6 +107,7 @@ class Keeper:
         self._port = port
         self._stopping = stopping
         self._quiet_max = quiet_max
+        self._nonce = token_hex(8)
         self._brain = Process("the brain")
         self._relays = [Process(f"relay {number + 1}") for number in range(start.relays)]
         self._stopped_by: list[int] = []
@@ -109,15 +117,18 @@ class Keeper:
     def run(self) -> Seat | None:
         """Returns a seat in each process that is to be a brain, and None in this one once all is over."""
         gc.freeze()  # What has been loaded is shared by all processes, as long as nobody writes to it.
-        with _heard_signals(self._stopping, self._hear_signal) as woken:
+        signals: list[int] = []
+        with _heard_signals(self._stopping, signals) as woken:
             self._brain.due_s = looked_s = time.monotonic()
             while not self._brain_is_over():
                 for process in self._processes:
                     if process.due_s <= time.monotonic() and (end := self._fork(process)) is not None:
                         if process is self._brain:
-                            return Seat(socket=end, number=process.starts)
+                            return Seat(socket=end, number=process.starts, nonce=self._nonce)
                         os._exit(self._relay(end, self.start))
                 self._wait(woken)
+                while signals:
+                    self._hear_signal(signals.pop(0))
                 if (now_s := time.monotonic()) - looked_s >= LOOK_S:
                     # Looks that this process makes up for after a stall say nothing: it has yet to read.
                     self._look(late=now_s - looked_s >= 2 * LOOK_S)
@@ -142,6 +153,7 @@ class Keeper:
                 stream.flush()  # Else what waits there is written twice.
         process.due_s, process.began_s, process.quiet, process.heard = inf, time.monotonic(), 0, b""
         process.said.clear()
+        process.until_s = 0.0
         process.starts += 1
         pid = os.fork()
         if pid == 0:
@@ -201,7 +213,9 @@ class Keeper:
         for line in lines:
             if line in (b"open", b"ready"):
                 process.said.add(line)
-        if process is self._brain and b"open" in process.said:
+            elif line.startswith(b"until "):
+                process.until_s = float(line[6:])
+        if process is self._brain and b"open" in process.said and not self._stopped_by:
             for relay in self._relays:
                 if not relay.starts:
                     relay.due_s = time.monotonic()
@@ -217,6 +231,7 @@ class Keeper:
             self.status = status if status >= 0 else 128 - status
             return
         if self._stopped_by:
+            self._tell_alone()
             return
         lived_s = time.monotonic() - process.began_s
         process.failures = 0 if lived_s >= STEADY_S else process.failures + 1
@@ -226,9 +241,13 @@ class Keeper:
 
     def _look(self, *, late: bool) -> None:
         for process in self._processes:
-            if not process.pid or late:
+            if not process.pid:
                 continue
-            process.quiet += 1
+            if 0.0 < process.until_s < machine_s():
+                log.error("%s (process %d) has led for longer than it may and is killed", process.name, process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+                continue
+            process.quiet += not late
             if process.quiet > self._quiet_max:
                 log.error(
                     "%s (process %d) has said nothing for %d s: killed", process.name, process.pid, self._quiet_max
@@ -250,9 +269,14 @@ class Keeper:
         if self._brain.pid == 0:  # One was to be started.
             self._brain.due_s = inf
         for process in self._processes:
-            if process.socket is not None:
-                with suppress(OSError):
-                    process.socket.send(b"%d\n" % number)
+            _send(process, b"%d\n" % number)
+        for relay in self._relays:
+            relay.due_s = inf
+        self._tell_alone()
+
+    def _tell_alone(self) -> None:
+        if not any(relay.pid for relay in self._relays):
+            _send(self._brain, b"alone\n")
 
     def _end(self) -> None:
         """Relays that have not stopped by now see their sockets close."""
@@ -275,6 +299,12 @@ class Keeper:
         self.start.clear()
 
 
+def _send(process: Process, line: bytes) -> None:
+    if process.socket is not None:
+        with suppress(OSError):  # It is gone, or does not read.
+            process.socket.send(line)
+
+
 def _not_for_us(_number: int, _frame: object) -> None:
     """Of a signal that the keeper hears."""
 
@@ -284,14 +314,15 @@ def _why(status: int) -> str:
 
 
 @contextmanager
-def _heard_signals(stopping: Sequence[signal.Signals], hear: Callable[[int], None]) -> Iterator[socket.socket]:
-    """``hear`` is called with each signal, and the socket can be read after each, also after the end of a child."""
+def _heard_signals(stopping: Sequence[signal.Signals], heard: list[int]) -> Iterator[socket.socket]:
+    """Signals are ``heard``, and the socket can be read after each, also after the end of a child. Nothing is done in a
+    handler: it may run in the middle of a fork."""
     read, write = socket.socketpair()
     read.setblocking(False)
     write.setblocking(False)
     before = {number: signal.getsignal(number) for number in (signal.SIGCHLD, *stopping)}
     for number in stopping:
-        signal.signal(number, lambda number, _frame: hear(number))
+        signal.signal(number, lambda number, _frame: heard.append(number))
     signal.signal(signal.SIGCHLD, _not_for_us)
     wakeup = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     owner = os.getpid()

@@ -12,14 +12,22 @@ _LINE_MAX_BYTES = 64
 
 
 class KeeperLink(asyncio.Protocol):
-    """``stop`` hears the number of the signal that asks the gateway to stop, ``gone`` that the keeper is."""
+    """``stop`` hears the number of the signal that asks the gateway to stop, ``alone`` that all relays have ended
+    since, ``gone`` that the keeper is gone."""
 
-    def __init__(self, *, stop: Callable[[int], None], gone: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        stop: Callable[[int], None],
+        gone: Callable[[], None],
+        alone: Callable[[], None] = lambda: None,
+    ) -> None:
         self._stop = stop
+        self._alone = alone
         self._gone = gone
         self._unread = b""
         self._transport: asyncio.Transport | None = None
-        self._alive: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def say(self, word: str) -> None:
         """Unless the keeper does not read."""
@@ -28,8 +36,8 @@ class KeeperLink(asyncio.Protocol):
             transport.write(f"{word}\n".encode())
 
     def close(self) -> None:
-        if self._alive is not None:
-            self._alive.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
@@ -44,6 +52,8 @@ class KeeperLink(asyncio.Protocol):
         for line in lines:
             if line.isdigit():
                 self._stop(int(line))
+            elif line == b"alone":
+                self._alone()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is not None:
@@ -52,4 +62,4 @@ class KeeperLink(asyncio.Protocol):
 
     def _say_alive(self) -> None:
         self.say("alive")
-        self._alive = asyncio.get_running_loop().call_later(ALIVE_S, self._say_alive)
+        self._timer = asyncio.get_running_loop().call_later(ALIVE_S, self._say_alive)

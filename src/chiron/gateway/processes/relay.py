@@ -1,8 +1,8 @@
 """A relay as a process of its own, on the port that all relays share.
 
-It joins the brain first, and listens once it knows what the brain knows of engines and models. It ends when the brain
-tells it to, with a grace period for what is under way, and at once when the brain or the keeper is gone: its sockets
-close however that comes about, ``kill -9`` included.
+It joins the brain first, and listens once it knows what the brain knows of engines and models. It outlives its brain
+(``StaySettings``): the next one is at the same Unix socket. It ends when the brain or the keeper tells it to, with a
+grace period for what is under way, and at once when the keeper is gone, ``kill -9`` included: its socket closes.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def run_relay(config: ServeConfig, keeper: socket.socket, start: RelayStart) -> 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def main() -> None:
-        server = RelayServer(config, start)
+        server = RelayServer(config, start, stay=StaySettings())
 
         def gone() -> None:
             start.clear()

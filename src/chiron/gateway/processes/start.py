@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from chiron.control.takeover import SETTLE_S
+from chiron.store.lease import Leads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +50,13 @@ class BrainStart:
     """Another brain was at work before this one: what runs is told by relays, and no fleet shrinks until it is."""
     term: int = 1
     """Higher than those of the brains before it."""
+    leads: Leads | None = None
+    """It leads several gateways: the lease under which it uses the store."""
+    settle_s: float = SETTLE_S
+    """One that follows: for so long it waits for relays to tell."""
+    expects: int = 0
+    """Relays that may cut that short once they have told; 0: how many there are is not known."""
+    superseded: Callable[[int], None] = lambda term: None
+    """Called with the term of another brain that is at work meanwhile."""
+    time_s: Callable[[], float] = time.monotonic
+    """For its clock."""

@@ -39,6 +39,8 @@ class Workers:
         self._count = count
         self._numbers = 0
         self._open = 0
+        self._own: set[RelayLink] = set()
+        """Relays of this gateway; others are of other gateways."""
         self._stopping = False
         self._news = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -46,7 +48,7 @@ class Workers:
     async def open(self, path: Path) -> None:
         """From now on they can come."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(self._accept, path)
+        self._server = await loop.create_unix_server(self._accept_own, path)
 
     async def wait(self) -> None:
         """Until all of them take connections. Raises OSError if they do not."""
@@ -58,20 +60,29 @@ class Workers:
             raise OSError(errno.ETIMEDOUT, f"relays did not start within {START_MAX_S:g} s; see the log") from None
 
     async def stop(self, grace_s: float) -> None:
-        """Let open requests end for so long."""
-        self._stopping = True
-        if self._server is not None:
-            self._server.close()
-        assert self.relays is not None
-        for link in self.relays.links:
+        """Let open requests of this gateway's relays end for so long."""
+        self._close()
+        for link in self._own:
             link.wire.send(Stop(grace_s))
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s + STOP_S):
-                while self.relays.links:
+                while self._own:
                     await self._wait()
-        for link in list(self.relays.links):
+        for link in list(self._own):
             log.error("%s did not end in time", link.name)
             link.wire.close("it did not end in time")
+
+    async def part(self, grace_s: float) -> None:
+        """Let all relays go on without this brain."""
+        self._close()
+        assert self.relays is not None
+        for link in list(self.relays.links):
+            link.wire.close("another brain follows")
+
+    def _close(self) -> None:
+        self._stopping = True
+        if self._server is not None:
+            self._server.close()
 
     def listens(self, link: RelayLink) -> None:
         self.started += 1
@@ -79,6 +90,7 @@ class Workers:
 
     def left(self, link: RelayLink, why: str) -> None:
         self._open -= 1
+        self._own.discard(link)
         self._news.set()
         if not self._stopping:
             log.error("%s (process %d) has left: %s", link.name, link.pid, why)
@@ -86,22 +98,33 @@ class Workers:
     @property
     def _listening(self) -> int:
         assert self.relays is not None
-        return sum(link.listens for link in self.relays.links)
+        return sum(link.listens for link in self.relays.links if link in self._own)
 
     async def _wait(self) -> None:
         await self._news.wait()
         self._news.clear()
 
-    def _accept(self) -> asyncio.Protocol:
-        """A relay has connected."""
+    def accept(self) -> asyncio.Protocol:
+        """The end of the connection to one more relay."""
+        link = self._make()
+        return link.wire if link is not None else _Refused()
+
+    def _accept_own(self) -> asyncio.Protocol:
+        link = self._make()
+        if link is None:
+            return _Refused()
+        self._own.add(link)
+        return link.wire
+
+    def _make(self) -> RelayLink | None:
         assert self.relays is not None
         if self._stopping or self._open >= LINKS_MAX:
-            return _Refused()
+            return None
         self._open += 1
         self._numbers += 1
         link = self.relays.link(f"relay {self._numbers}")
         self._clock.post(lambda: self._expect(link))
-        return link.wire
+        return link
 
     def _expect(self, link: RelayLink) -> None:
         self._clock.call_later(START_MAX_S, lambda: self._require(link))

@@ -1,0 +1,1 @@
+"""Several gateways: which of them leads, and how the others' relays reach its brain."""

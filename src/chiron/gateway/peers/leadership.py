@@ -1,0 +1,146 @@
+"""Whether this gateway leads: it asks for the lease again and again, and renews it while it has it.
+
+The lease ends by the clock of the database. Here it is counted from the moment before the question was sent on, so
+that it ends here first; a leader that gets no answer in time is over, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+from chiron.gateway.processes.fence import Fence, machine_s
+from chiron.store.lease import LeaderLease
+from chiron.store.port import StoreError
+
+log = logging.getLogger("chiron.gateways")
+
+ASKS = 6
+"""In the time of one lease."""
+_HOLDER = re.compile(r"([^/]+)/([^/]+):([0-9]{1,5})/([0-9a-f]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A gateway, and where the others reach it."""
+
+    name: str
+    host: str
+    port: int
+
+    def holder(self, nonce: str) -> str:
+        """What it is called in the lease. ``nonce`` tells it from another one that was given the same name."""
+        return f"{self.name}/{self.host}:{self.port}/{nonce}"
+
+    @staticmethod
+    def of(holder: str) -> Peer | None:
+        """None: the lease is held by something else."""
+        found = _HOLDER.fullmatch(holder)
+        return Peer(name=found[1], host=found[2], port=int(found[3])) if found is not None else None
+
+
+class Leadership:
+    """``leader`` is which other gateway leads, as last heard."""
+
+    def __init__(
+        self,
+        *,
+        lease: LeaderLease,
+        holder: str,
+        lease_s: float,
+        fence: Fence,
+        told: Callable[[float], None] = lambda until_s: None,
+        now: Callable[[], float] = machine_s,
+    ) -> None:
+        """``holder``: this gateway in the lease. ``told`` hears until when it leads, whenever that has changed."""
+        self.leader: Peer | None = None
+        self._lease = lease
+        self._holder = holder
+        self._lease_s = lease_s
+        self._fence = fence
+        self._told = told
+        self._now = now
+        self._hint = asyncio.Event()
+        self._said = ""
+
+    def look(self) -> None:
+        """The leader may be gone: ask at once."""
+        self._hint.set()
+
+    async def take(self) -> int:
+        """Wait until this gateway leads. Returns the lease's token."""
+        while True:
+            asked_s = self._now()
+            try:
+                held = await self._lease.try_take()
+                if held is not None:
+                    self.leader = None
+                    self._extend(asked_s)
+                    return held.token
+                await self._ask()
+            except StoreError as error:
+                # Whoever led as last heard may lead still: relays find out.
+                self._say(f"nobody knows who leads: {error}")
+            await self._pause()
+
+    async def watch(self) -> None:
+        """Know who leads, and do not want to."""
+        while True:
+            try:
+                await self._ask()
+            except StoreError as error:
+                self._say(f"nobody knows who leads: {error}")
+            await self._pause()
+
+    async def keep(self) -> str:
+        """Renew it as long as that can be. Returns why it is over."""
+        why = ""
+        while (left_s := self._fence.until_s - self._now()) > 0:
+            asked_s = self._now()
+            try:
+                async with asyncio.timeout(left_s):
+                    if not await self._lease.renew():
+                        return "another gateway leads"
+            except (StoreError, TimeoutError) as error:
+                why = f": {error}" if str(error) else ": the database has not answered"
+            else:
+                self._extend(asked_s)
+            await asyncio.sleep(self._lease_s / ASKS)
+        return f"the lease could not be renewed{why}"
+
+    async def release(self) -> None:
+        """Others may lead at once; nothing may be decided here any more."""
+        self.leader = None
+        try:
+            await self._lease.release()
+        except StoreError as error:
+            log.warning("others lead only once the lease is over: %s", error)
+        self._fence.until_s = inf  # What is still done here decides nothing.
+        self._told(0.0)
+
+    async def _ask(self) -> None:
+        now = await self._lease.holder()
+        self.leader = Peer.of(now.holder) if now is not None and now.holder != self._holder else None
+        self._say(f"{self.leader.name} leads; this gateway stands by" if self.leader is not None else "")
+
+    def _extend(self, asked_s: float) -> None:
+        self._fence.until_s = asked_s + self._lease_s
+        self._told(self._fence.until_s)
+
+    def _say(self, words: str) -> None:
+        """Once."""
+        if words and words != self._said:
+            log.info("%s", words)
+        self._said = words
+
+    async def _pause(self) -> None:
+        self._hint.clear()
+        try:
+            async with asyncio.timeout(self._lease_s / ASKS):
+                await self._hint.wait()
+        except TimeoutError:
+            return

@@ -1,0 +1,168 @@
+"""The life of a brain that is one of several gateways': it stands by, leads, and hands over.
+
+It leads at most once: a leader that is over ends at once, and the keeper starts it anew, standing by. One that is told
+to stop hands over first: it stops deciding, closes the store and gives the lease back, so that another gateway leads
+while this one's relays let their requests end; it hands their connections on until they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from chiron.gateway.peers.door import Door
+from chiron.gateway.peers.leadership import Leadership, Peer
+from chiron.gateway.peers.standby import Standby
+from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
+from chiron.gateway.processes.fence import Fence
+from chiron.gateway.processes.start import BrainStart
+from chiron.gateway.processes.workers import STOP_S
+from chiron.gateway.service import Service, save
+from chiron.gateway.settings import GatewaysSettings, ServeConfig
+from chiron.store.directory import hold
+from chiron.store.lease import Leads
+from chiron.store.postgres.settings import PostgresSettings
+
+log = logging.getLogger("chiron.gateways")
+
+OVER = 75
+"""Exit status of a leader that is over."""
+LEASE = "brain"
+SETTLE_S = 1.5
+"""For so long a new leader waits for relays to tell what runs. How many there are it cannot know; each tries again
+twice a second or more often, and its own gateway hears of a new leader as often."""
+
+
+class Member:
+    """``run`` is its life, until it is cancelled."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        *,
+        advise: bool,
+        brain: BrainStart,
+        nonce: str,
+        say: Callable[[str], None],
+        on_ready: Callable[[str], None],
+        relays_ended: asyncio.Event,
+    ) -> None:
+        """``nonce`` is the keeper's, ``say`` tells it something; ``on_ready`` hears the URL once clients can come."""
+        from chiron.store.postgres.lease import PostgresLease  # An extra.
+
+        settings = config.gateways
+        assert settings is not None
+        assert isinstance(config.store, PostgresSettings)
+        host, port = settings.address
+        self._config = config
+        self._settings: GatewaysSettings = settings
+        self._advise = advise
+        self._brain = brain
+        self._say = say
+        self._on_ready = on_ready
+        self._relays_ended = relays_ended
+        self._holder = Peer(name=settings.name, host=host, port=port).holder(nonce)
+        self._lease = PostgresLease(config.store, name=LEASE, holder=self._holder, lease_s=settings.lease_s)
+        self._fence = Fence(lambda: _end("the lease is over"))
+        self._leadership = Leadership(
+            lease=self._lease,
+            holder=self._holder,
+            lease_s=settings.lease_s,
+            fence=self._fence,
+            told=lambda until_s: say(f"until {until_s:.3f}"),
+        )
+        self._standby = Standby(
+            start=brain.relays,
+            contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},
+            leader=lambda: self._leadership.leader,
+            lost=self._leadership.look,
+        )
+
+    async def run(self) -> None:
+        directory = hold(self._config.data)  # Event log and result are this gateway's.
+        try:
+            await self._standby.open()
+            self._brain.opened()
+            self._say("ready")
+            self._on_ready(_url(self._config, self._brain))
+            if self._brain.follows:
+                await self._leadership.release()  # Whoever had it here before is gone.
+            token = await self._leadership.take()
+            await self._standby.close()
+            await self._lead(token)
+        except asyncio.CancelledError:
+            await self._let_relays_end()
+            raise
+        finally:
+            await self._standby.close()
+            await self._lease.close()
+            os.close(directory)
+
+    async def _lead(self, token: int) -> None:
+        """Until this is cancelled, or the lease is over, which ends the process."""
+        log.info("this gateway leads (term %d)", token)
+        keeping = asyncio.get_running_loop().create_task(self._leadership.keep())
+        keeping.add_done_callback(_kept)
+        leads = Leads(name=LEASE, holder=self._holder, token=token)
+        start = replace(
+            self._brain,
+            opened=lambda: None,
+            follows=True,
+            term=token,
+            leads=leads,
+            settle_s=SETTLE_S,
+            expects=0,
+            superseded=lambda term: _end(f"another one leads (term {term})"),
+            time_s=self._fence.time_s,
+        )
+        service = door = None
+        started = False
+        try:
+            service = Service(self._config, advise=self._advise, brain=start)
+            await service.start()
+            started = True
+            context = server_context(self._settings)
+            door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
+            door.open(*self._settings.listen_address)
+            await asyncio.Event().wait()
+        finally:
+            if door is not None:
+                door.close()
+            if service is not None:
+                await service.hand_over()
+            keeping.cancel()
+            await self._leadership.release()
+            log.info("this gateway has handed over")
+            if service is not None and started:
+                save(service)
+
+    async def _let_relays_end(self) -> None:
+        """Told to stop: while they have requests, they need whoever leads now."""
+        await self._standby.open()
+        watching = asyncio.get_running_loop().create_task(self._leadership.watch())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.server.grace_s + STOP_S):
+                await self._relays_ended.wait()
+        watching.cancel()
+
+
+def _url(config: ServeConfig, brain: BrainStart) -> str:
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    return f"{'https' if config.server.tls else 'http'}://{host}:{brain.relays.port}"
+
+
+def _kept(task: asyncio.Task[str]) -> None:
+    """The lease is over, unless it was given back."""
+    if not task.cancelled():
+        error = task.exception()
+        _end(task.result() if error is None else f"{error!r}")
+
+
+def _end(why: str) -> None:
+    """Nothing more is decided, written or sent."""
+    log.error("this gateway leads no more: %s", why)
+    os._exit(OVER)
