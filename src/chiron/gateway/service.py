@@ -69,7 +69,7 @@ RESULT = "result.chiron"
 FILES_SHORT = 0.85
 """Of the file descriptors that there may be: from here on it is said."""
 FILES_WARN_S = 60.0
-GC_THRESHOLD = 200_000
+GC_THRESHOLD = 500_000
 """More objects than at the last collection, until the next. Requests are freed by counting references, and a collection
 looks at all that are open: with 20,000 of them it holds the loop for a tenth of a second and finds nothing."""
 SWITCH_INTERVAL_S = 0.0005
