@@ -23,6 +23,7 @@ def frame(value: Any) -> bytes:
 
 BROKEN = {
     "another version": (frame([[0, "chiron-relay", 99]]), "version 99"),
+    "versions that are too new": (frame([[0, "chiron-relay", 99, 98]]), "versions 98 to 99"),
     "another protocol": (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", "a frame of"),
     "no hello": (frame([[2, 1, 0]]), "does not speak chiron-relay"),
     "a long frame": (frame([HELLO]) + (FRAME_MAX_BYTES + 1).to_bytes(4, "big"), f"allowed: {FRAME_MAX_BYTES}"),
@@ -76,6 +77,21 @@ def test_it_is_cut_off(sent: bytes, why: str, pieces: int, caplog: pytest.LogCap
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
         f"the connection to relay 1 is closed: {closed[0]}"
     ]
+
+
+def test_a_newer_version_that_still_speaks_this_one_is_welcome() -> None:
+    async def main() -> None:
+        door = MemoryNetwork(asyncio.get_running_loop().call_soon)
+        wire = Wire(name="relay 1", kind=m.Up, opened=lambda: None, received=print, closed=lambda why: None)
+        door.listen("brain", lambda: wire)
+        peer = Peer()
+        door.connect("brain", lambda: peer)
+        peer.transport.write(frame([[0, "chiron-relay", m.VERSION + 1, m.VERSION, 0, "", False, "what is new"]]))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (wire.up, peer.lost) == (True, False)
+
+    asyncio.run(main())
 
 
 def test_messages_arrive_in_order_many_in_a_frame() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from chiron.core.types import Request
 from chiron.gateway.batch.call import BatchCall
+from chiron.gateway.brain.desk import AGAIN_MAX
 from chiron.gateway.brain.relays import REJOIN_S
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
@@ -336,6 +337,23 @@ def test_items_of_batches_end_with_their_brain() -> None:
         await asyncio.sleep(3.0)
         assert [request.outcome for request in done] == ["finished"]
         assert done[0].payload.result().ok
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_brain_takes_no_more_of_what_waits_than_a_few_times_its_queue() -> None:
+    async def main() -> None:
+        site = OutlivingSite(stay=StaySettings(silent_s=NEVER_S))
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.kill()
+        for number in range(1, 13):
+            site.ask(number, 4)
+        await asyncio.sleep(0.1)
+        await site.lead(queue_max=1)
+        await asyncio.sleep(10.0)
+        assert [parts(client)[0] for client in site.clients.values()] == [200] * AGAIN_MAX + [429] * (12 - AGAIN_MAX)
         await site.close()
 
     run_virtual(main())

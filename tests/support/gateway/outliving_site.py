@@ -162,7 +162,7 @@ class Ends:
 class Brain:
     """A gateway that leads."""
 
-    def __init__(self, site: OutlivingSite, term: int, *, takes_over: bool, settle_s: float) -> None:
+    def __init__(self, site: OutlivingSite, term: int, *, takes_over: bool, settle_s: float, queue_max: int) -> None:
         self.site = site
         point = Point()
         self.clock = clock = own_clock(BEFORE_S if takes_over else 0.0, point)
@@ -172,7 +172,7 @@ class Brain:
         recording = RecordedInputs(clock=clock, point=point, write=self._write)
         self.links: list[Wire] = []
         self.fleet: StandingFleet
-        models, limits = site.models(), LimitSettings()
+        models, limits = site.models(), LimitSettings(queue_max=queue_max)
         numbers = iter(range(1, 10**9))
 
         def make_fleet(events: LiveFleetEvents) -> StandingFleet:
@@ -270,10 +270,10 @@ class OutlivingSite:
     async def _connect(self, make: Callable[[], Wire]) -> object:
         return self.door.connect("brain", make)
 
-    async def lead(self, *, term: int = 0, settle_s: float = 3.0) -> Brain:
+    async def lead(self, *, term: int = 0, settle_s: float = 3.0, queue_max: int = 10_000) -> Brain:
         """Another brain; the first one takes nothing over."""
         term = term or len(self.brains) + 1
-        brain = Brain(self, term, takes_over=bool(self.brains), settle_s=settle_s)
+        brain = Brain(self, term, takes_over=bool(self.brains), settle_s=settle_s, queue_max=queue_max)
         self.brain = brain
         self.brains.append(brain)
         self.door.listen("brain", brain.accept)

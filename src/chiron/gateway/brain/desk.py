@@ -25,6 +25,10 @@ from chiron.net.shares import Shares
 
 log = logging.getLogger("chiron.front")
 
+AGAIN_MAX = 4
+"""Times the queue's limit: so many requests of a model may wait that a brain before this one has taken, or that relays
+have held for it."""
+
 
 class ClientCall(Protocol):
     """A request whose client waits: ``Request.payload``, as far as the brain needs it."""
@@ -92,8 +96,11 @@ class Desk:
     def arrive_again(
         self, call: ClientCall, model: str, cls: RequestClass, key: Key, input_tokens: int, *, ago_s: float, losses: int
     ) -> None:
-        """It came so long ago, and a brain before this one had not placed it, or had lost it so often. Limits do not
-        hold for it: it has been taken. Raises ApiError."""
+        """It came so long ago, and a brain before this one had not placed it, or had lost it so often. It has been
+        taken: limits do not hold for it, up to ``AGAIN_MAX``. Raises ApiError."""
+        waiting = self._queues.clients_waiting(model, interactive=cls.interactive)
+        if waiting >= AGAIN_MAX * self._limits.queue_max:
+            raise too_many(f"{waiting} requests wait for {model!r} already.", self._limits.retry_after_s)
         call.number = self._next_id()
 
         def submit() -> None:

@@ -597,6 +597,7 @@ class RelayLink:
         try:
             if found is None:
                 raise internal(asked.request_id)
+            found[1].permit(asked.model, found[0].name)
             self.calls[asked.number] = call
             self._relays.desk.arrive_again(
                 call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses
