@@ -25,6 +25,7 @@ from chiron.cli.common import extras
 from chiron.config.serve import load_serve
 from chiron.gateway.relay.keys import hash_secret
 from chiron.store.damage import Damage
+from peer_certificates import Authority
 
 runner = CliRunner()
 
@@ -242,6 +243,29 @@ def test_doctor_checks_that_tls_files_fit_and_how_long_they_last(here: Path) -> 
     assert tls("b.pem", "b.key")["next"] == "renew it soon"
     assert "do not match" in tls("a.pem", "b.key")["found"]
     assert "missing or not readable" in tls("a.pem", "no.key")["found"]
+
+
+def test_doctor_checks_that_gateways_would_let_this_one_in(here: Path) -> None:
+    ca, other = Authority(here / "one"), Authority(here / "other")
+    good, key = ca.issue("a")
+    text = '[store]\nurl = "postgresql://nobody@127.0.0.1:9/none"\n[models.m]\nengine = "vllm"\n'
+    text += 'endpoints = ["http://127.0.0.1:9"]\n[gateways]\nlisten = "127.0.0.1:9443"\n'
+
+    def found(certificate: Path, key: Path, authority: Path) -> str:
+        (here / "chiron.toml").write_text(f"{text}certificate = '{certificate}'\nkey = '{key}'\nca = '{authority}'\n")
+        one = doctor()["gateways"]
+        return f"{one['state']}: {one['found']}"
+
+    assert "127.0.0.1:9443; certificate valid until" in found(good, key, ca.ca)
+    assert "renew it soon" in doctor()["gateways"]["next"]
+    assert "fail: gateways.ca: no.pem: missing" in found(good, key, Path("no.pem")).replace(f"{here}/", "")
+    assert "certificate verify failed" in found(good, key, other.ca) or "issuer" in found(good, key, other.ca)
+    assert "expired" in found(*ca.issue("b", days=-1), ca.ca)
+    assert "not valid for '127.0.0.1'" in found(*ca.issue("c", host="DNS:elsewhere.example"), ca.ca)
+    assert "do not fit" in found(good, ca.issue("d")[1], ca.ca)
+    refused = call("serve")
+    assert refused.exit_code == 2
+    assert "gateways.certificate, gateways.key, gateways.ca: they do not fit" in refused.stderr
 
 
 @pytest.mark.parametrize(

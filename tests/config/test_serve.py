@@ -184,6 +184,21 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("store.uri=postgresql://a:secret@b/c", r"store\.uri: unknown key; (?!.*secret)"),
         ("store.lease=10s", r"store\.lease: is for PostgreSQL: set store\.url as well"),
         ("store='sqlite'", r"store: url: must be postgresql"),
+        ("gateways='gw-1'", r"gateways: must be a table with certificate, key and ca"),
+        ("gateways={certificate='a.pem',key='a.key'}", r"gateways: missing ca"),
+        (
+            "gateways={certificate='a',key='b',ca='c'}",
+            r"gateways: needs a store that all of them share: set store\.url",
+        ),
+        ("gateways={certificate='a',key='b',ca='c',lease='1ms'}", r"gateways: lease is 0\.001; it must be 1 second"),
+        (
+            "gateways={certificate='a',key='b',ca='c',advertise='x'}",
+            r"gateways: advertise is 'x'; it must be HOST:PORT",
+        ),
+        (
+            "gateways={certificate='a',key='b',ca='c',name='a/b'}",
+            r"gateways: name is 'a/b'; it must be 1 to 41 letters",
+        ),
         ("fleet.health.health_period=0", r"fleet\.health: health_period_s is 0\.0; it must be above 0"),
         ("telemetry.rotate_keep=-1", r"telemetry: rotate_keep is -1"),
         ("policy=chirron", r"policy: unknown policy 'chirron'; did you mean 'chiron'"),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chiron.cli.common.extras import needs, require_extras
-from chiron.cli.common.tls import certificate_trouble
+from chiron.cli.common.tls import certificate_trouble, gateways_trouble
 from chiron.config.read import ConfigError
 from chiron.engines.rows import ENGINES
 from chiron.net.loop import run_on_loop
@@ -90,6 +90,8 @@ def serve(
     loaded = load(config, overrides(set_, host, port, data, workers), policy)
     require_extras(extras_of(loaded))
     _require_certificate(loaded.server)
+    if loaded.gateways is not None and (trouble := gateways_trouble(loaded.gateways)[0]):
+        raise ConfigError(trouble)
     with needs("serve"):
         import chiron.gateway.service  # noqa: F401  Loaded before the first fork, and asked for with a clear message.
         from chiron.store.port import StoreError, StoreLocked

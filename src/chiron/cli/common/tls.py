@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import ssl
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chiron.config.read import ConfigError
+
+if TYPE_CHECKING:
+    from chiron.gateway.settings import GatewaysSettings
 
 
 def trusting(cacert: Path | None) -> ssl.SSLContext:
@@ -36,6 +41,30 @@ def certificate_trouble(certificate: str, key: str) -> tuple[str, str] | None:
         hint = "both must be PEM, the key not encrypted, and the key that of the certificate"
         return f"certificate and key do not match: {error}", hint
     return None
+
+
+def gateways_trouble(settings: GatewaysSettings) -> tuple[str, str]:
+    """What is wrong with the files of one of several gateways, else "", and until when its certificate is valid. A
+    handshake in memory with itself proves that they fit one another, the authority and the address, and are valid."""
+    from chiron.gateway.peers.wires import RELAY, client_context, server_context
+
+    for key in ("certificate", "key", "ca"):
+        path = getattr(settings, key)
+        if not os.access(path, os.R_OK):
+            return f"gateways.{key}: {path}: missing or not readable", ""
+    host = settings.address[0]
+    try:
+        there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = client_context(settings, RELAY).wrap_bio(back, there, server_hostname=host)
+        server = server_context(settings).wrap_bio(there, back, server_side=True)
+        for _ in range(4):
+            for end in (client, server):
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        return "", str((client.getpeercert() or {}).get("notAfter", ""))
+    except (ssl.SSLError, ValueError, OSError) as error:
+        what = f"gateways.certificate, gateways.key, gateways.ca: they do not fit, for {host} (gateways.advertise)"
+        return f"{what}: {getattr(error, 'verify_message', '') or error}", ""
 
 
 def checked(cacert: Path | None) -> Path | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from chiron.cli.common.extras import EXTRAS, OPTIONAL, install_hint, missing
-from chiron.cli.common.tls import certificate_trouble
+from chiron.cli.common.tls import certificate_trouble, gateways_trouble
 from chiron.store.damage import NAME, read_notes
 from chiron.store.directory import open_to_others
 from chiron.store.sqlite.lost import FOLDER
@@ -283,6 +283,26 @@ def security_checks(config: ServeConfig) -> Iterator[Check]:
     elif not server.loopback:
         hint = "set server.tls_cert and tls_key, unless a proxy in front of Chiron terminates TLS"
         yield check("TLS", "off, and keys would cross the network in clear text", WARN, hint)
+
+
+def gateways_checks(config: ServeConfig) -> Iterator[Check]:
+    """Whether the others would let this gateway in, and it them."""
+    settings = config.gateways
+    if settings is None:
+        return
+    host, port = settings.address
+    found = f"{settings.name}, told to others as {host}:{port}"
+    trouble, until = gateways_trouble(settings)
+    if trouble:
+        yield check("gateways", trouble, FAIL, "docs/gateways.md has the commands that make them")
+        return
+    left_s = ssl.cert_time_to_seconds(until) - time.time()
+    found += f"; certificate valid until {until}"
+    yield check("gateways", found) if left_s >= EXPIRY_WARN_S else check("gateways", found, WARN, "renew it soon")
+    if stat.S_IMODE(os.stat(settings.key).st_mode) & 0o044:
+        yield check(
+            "gateways' key file", f"{settings.key} can be read by other users", WARN, f"chmod 600 {settings.key}"
+        )
 
 
 def process_checks(config: ServeConfig) -> Iterator[Check]:

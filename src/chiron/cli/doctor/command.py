@@ -21,6 +21,7 @@ from chiron.cli.doctor.checks import (
     data_checks,
     extra_checks,
     file_limit_check,
+    gateways_checks,
     log_checks,
     machine_checks,
     port_check,
@@ -103,6 +104,7 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
     yield from store_checks(config)
     yield from log_checks(config)
     yield from security_checks(config)
+    yield from gateways_checks(config)
     yield from process_checks(config)
     from chiron.cli.doctor.endpoints import endpoint_checks
 

@@ -109,7 +109,7 @@ class Leadership:
                 why = f": {error}" if str(error) else ": the database has not answered"
             else:
                 self._extend(asked_s)
-            await asyncio.sleep(self._lease_s / ASKS)
+            await asyncio.sleep(max(0.0, min(self._lease_s / ASKS, self._fence.until_s - self._now())))
         return f"the lease could not be renewed{why}"
 
     async def release(self) -> None:
