@@ -109,9 +109,11 @@ def test_rights_are_those_that_the_named_workloads_need() -> None:
         (None, "leaderworkersets", "c", *look),
         (None, "leaderworkersets/scale", "c", "get", "update"),
         (None, "pods", None, "list", "watch", "patch", "delete"),
+        (None, "events", None, "create"),
         ("other", "statefulsets", "b", *look),
         ("other", "statefulsets/scale", "b", "get", "update"),
         ("other", "pods", None, "list", "watch", "patch", "delete"),
+        ("other", "events", None, "create"),
     }
     for binding in [item for item in objects(KINDS) if item["kind"] == "RoleBinding"]:
         expected = {"kind": "ServiceAccount", "name": "chiron"}

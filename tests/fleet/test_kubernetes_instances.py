@@ -63,6 +63,20 @@ class Site:
         address = self.heard.urls[number].removeprefix("http://").partition(":")[0]
         return next(p["metadata"]["name"] for p in await self.cluster.pods() if p["status"].get("podIP") == address)
 
+    async def events(self) -> list[dict[str, Any]]:
+        """Those that Chiron has written, in order."""
+        items = (await self.cluster.client.get("/api/v1/namespaces/default/events"))["items"]
+        ours = [item for item in items if item.get("source", {}).get("component") == "chiron"]
+        return sorted(ours, key=lambda item: int(item["metadata"]["resourceVersion"]))
+
+    async def told_of(self, *expected: tuple[str, str]) -> None:
+        """Reasons and messages of all events so far."""
+
+        async def there() -> bool:
+            return [(event["reason"], event["message"]) for event in await self.events()] == list(expected)
+
+        await self.cluster.until(there, f"these events are there: {expected}")
+
     async def said(self, words: str) -> None:
         await until(lambda: any(words in note for note in self.notes), f"{words!r} is said, not {self.notes}")
 
@@ -83,6 +97,7 @@ async def fleet_on(here: Cluster, *, advise: bool = False, **source: Any) -> Asy
         settings=quick_settings(),
         advise=advise,
         noted=lambda kind, text: notes.append(text),
+        why=lambda kind: f"the load of {kind}",
     )
     fleet = KubernetesFleet({KIND: KubernetesSource(**given)}, environment)
     try:
@@ -375,7 +390,8 @@ def test_where_another_scales_instances_wait_for_it_and_leave_marks_for_it(what:
             costs = {name: int(meta.get("annotations", {}).get(DELETION_COST, 0)) for name, meta in pods.items()}
             return {name for name, cost in costs.items() if cost < 0} == {victim, spare}
 
-        await here.cluster.until(marked, "both that are not needed are marked")
+        await until(lambda: here.kind.fewest == 1, "the others may go")
+        assert await marked(), "both that are not needed are marked by then"
         assert await here.cluster.replicas() == 3
         await here.cluster.set_replicas(1)
         await here.cluster.until_ready(1)
@@ -509,6 +525,52 @@ def test_a_mark_that_is_heard_of_when_its_pod_serves_an_instance_is_taken_back(t
         await here.cluster.until(unmarked, "the mark is taken back")
 
     told("fake", tmp_path, story, workload(replicas=1))
+
+
+@every_cluster
+def test_events_on_the_workload_say_how_it_was_scaled_and_why(what: str, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.ready(1, 2)
+        up = ("ScaledUp", "0 -> 2 replicas: the load of engine")
+        await here.told_of(up)
+        here.remove(2)
+        await here.cluster.until_ready(1)
+        down = ("ScaledDown", "2 -> 1 replicas: the load of engine")
+        await here.told_of(up, down)
+        await here.cluster.set_replicas(3)
+        others = ("ScaledByOthers", "somebody else has scaled it from 1 to 3 replicas")
+        await here.told_of(up, down, others)
+        workload_itself = await here.cluster.client.get(f"{DEPLOYMENTS}/engine")
+        for event in await here.events():
+            about = event["involvedObject"]
+            assert (about["kind"], about["uid"]) == ("Deployment", workload_itself["metadata"]["uid"])
+            assert event["type"] == ("Warning" if event["reason"] == "ScaledByOthers" else "Normal")
+
+    told(what, tmp_path, story, workload(replicas=0))
+
+
+def test_events_tell_whoever_scales_in_chirons_place_of_the_plan_and_advice_writes_none(tmp_path: Path) -> None:
+    async def follows(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        here.create(2)
+        plan = "2 instances are planned, where 1 replicas are asked for: the load of engine"
+        await here.told_of(("Planned", plan))
+
+    async def advises(here: Site) -> None:
+        fake = here.cluster.fake
+        assert fake is not None
+        here.create(1, 2)
+        await here.ready(1)
+        await here.cluster.set_replicas(2)
+        await here.ready(2)
+        assert not any(method != "GET" and "/events" in path for method, path in fake.requests)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    told("fake", tmp_path / "a", follows, workload(replicas=1), scaler="external")
+    told("fake", tmp_path / "b", advises, workload(replicas=1), advise=True)
 
 
 def test_an_api_server_that_restarts_changes_nothing_for_what_runs(tmp_path: Path) -> None:
@@ -672,5 +734,6 @@ def test_the_role_that_ships_allows_what_chiron_does_and_nothing_else(tmp_path: 
                         await call
                 await client.close()
                 assert not any("403" in note for note in site.notes)
+                await here.until(site.events, "it may write events")
 
     asyncio.run(run())

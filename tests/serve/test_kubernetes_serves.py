@@ -130,18 +130,22 @@ class Load:
         await self._origin.close()
 
 
-def config(kubeconfig: Path, most: int, **more: str) -> str:
+def config(kubeconfig: Path, most: int, scaler: str = "chiron", **more: str) -> str:
     lines = [f"{key} = {value}" for key, value in more.items()]
     return "\n".join(
         [
             'policy = "stairs"',
             "[models.m]",
             'engine = "openai"',
-            f'kubernetes = {{ deployment = "engine", port = {PORT}, kubeconfig = "{kubeconfig}" }}',
             "min_instances = 0",
             f"max_instances = {most}",
             "max_num_seqs = 64",
             *lines,
+            "[models.m.kubernetes]",
+            'deployment = "engine"',
+            f"port = {PORT}",
+            f'kubeconfig = "{kubeconfig}"',
+            f'scaler = "{scaler}"',
         ]
     )
 
@@ -204,6 +208,10 @@ def test_the_next_gateway_takes_over_what_the_last_one_left(tmp_path: Path) -> N
             await here.apply(workload(replicas=0))
             async with gateway(here, tmp_path / "a", 6) as service:
                 await climb(service, 3)
+                fake = here.fake
+                assert fake is not None
+                said = lambda: [event["message"] for event in fake.all("events")]  # noqa: E731
+                await until(lambda: any(each.endswith("3 replicas: stairs") for each in said()), "why it was scaled")
                 WANTED[0] = -1
             before = await here.ready()
             assert len(before) == 3
@@ -211,6 +219,45 @@ def test_the_next_gateway_takes_over_what_the_last_one_left(tmp_path: Path) -> N
                 await until(lambda: ready_count(service) == 3, "three are taken over")
                 assert await here.ready() == before
                 assert len(service.status()["models"][0]["instances"]) == 3
+
+    asyncio.run(story())
+
+
+async def follow_desired(here: Cluster, service: Service) -> None:
+    """What KEDA does: asks for the number, and sets it; without a number it leaves all as it is."""
+    origin = Origin(service.url)
+    try:
+        while True:
+            answer = await origin.fetch("GET", "/chiron/desired?model=m")
+            if answer.status == 200:
+                await here.set_replicas(int(json.loads(answer.body)["desired"]))
+            await asyncio.sleep(0.1)
+    finally:
+        await origin.close()
+
+
+@pytest.mark.slow
+def test_whoever_scales_by_the_desired_number_takes_the_fleet_up_and_down_without_a_failed_request(
+    tmp_path: Path,
+) -> None:
+    async def story() -> None:
+        async with cluster("fake", tmp_path, run=run_engine_on_loop) as here:
+            await here.apply(workload(replicas=2))
+            await here.until_ready(2)
+            async with gateway(here, tmp_path / "a", 6, scaler="external") as service:
+                WANTED[0] = -1
+                load = Load(service.url, 8)
+                follower = asyncio.get_running_loop().create_task(follow_desired(here, service))
+                await until(lambda: ready_count(service) == 2, "what runs is taken over")
+                for count in (5, 1):
+                    await climb(service, count)
+                    await here.until_ready(count)
+                    sent = load.sent
+                    await until(lambda sent=sent: load.sent > sent + 10, "requests go on")  # type: ignore[misc]
+                assert not follower.done()
+                follower.cancel()
+                await load.stop()
+                assert load.failures == []
 
     asyncio.run(story())
 

@@ -52,6 +52,8 @@ class FleetEnvironment:
     """Nothing is started, stopped or scaled; what runs is used."""
     noted: Callable[[str, str], None] = lambda kind, text: None
     """Hears what an operator should know of a kind of instance, by its name, when it begins."""
+    why: Callable[[str], str] = lambda kind: ""
+    """Why there should be as many of a kind as there should be, in words; empty: nobody knows yet."""
     devices: tuple[str, ...] = ()
     """GPUs of this machine to hand out, each to one instance at a time; empty: none are handed out."""
 
@@ -89,6 +91,8 @@ class KindReport:
     """How many there can be now, where it is less than usual."""
     found: int = 0
     """Instances that run although nobody has asked for them, to be taken over: the next ``create`` gets one."""
+    fewest: int = 0
+    """Where somebody else sets the number: with fewer now, instances could be lost that are in use."""
     known: bool = True
     """What runs of it is known, and has been for long enough to be taken over."""
     notes: tuple[str, ...] = ()

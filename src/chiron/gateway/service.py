@@ -48,6 +48,7 @@ from chiron.store.directory import make_directory
 from chiron.store.make import make_store
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
 from chiron.telemetry.advice import log_facts
+from chiron.telemetry.decision_text import words
 from chiron.telemetry.errors import TelemetryError
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import save_result
@@ -118,6 +119,7 @@ class Service:
                     devices=tuple(config.devices),
                     advise=advise,
                     noted=self._fleet_noted,
+                    why=self._why,
                 ),
             ),
             failed=self._instance_failed,
@@ -472,6 +474,12 @@ class Service:
 
     def _fleet_noted(self, kind: str, text: str) -> None:
         self.clock.post(lambda: self.journal.note(self.clock.now_s, "fleet_note", {"kind": kind, "note": text}))
+
+    def _why(self, kind: str) -> str:
+        """The reason of the plan in force, of the model that has this kind of instance."""
+        model = next((m.name for m in self.config.models if any(k.kind.name == kind for k in m.kinds)), "")
+        plan = self.journal.plan_of(model)
+        return words(plan.reason) if plan is not None else ""
 
     def _outage_changed(self, model: str, outage: Outage | None) -> None:
         name, reason = ("outage_ended", "") if outage is None else ("outage", outage.reason)

@@ -36,7 +36,9 @@ def kind(name: str, *, most: int = 10, gpus: int = 1, gpu: str = "") -> Instance
     )
 
 
-def model(kinds: list[InstanceKind], live: Mapping[str, int], *, planned: int, advised: int | None) -> ModelSnapshot:
+def model(
+    kinds: list[InstanceKind], live: Mapping[str, int], *, planned: int, advised: int | None, draining: int = 0
+) -> ModelSnapshot:
     def instance(number: int, kind: InstanceKind, state: State) -> InstanceSnapshot:
         return InstanceSnapshot(
             id=number,
@@ -67,7 +69,7 @@ def model(kinds: list[InstanceKind], live: Mapping[str, int], *, planned: int, a
         advised={} if advised is None else {"mixed": advised},
         cold_start_s=1.0,
         cold_starts_seen=0,
-        instances=(*instances, instance(99, kinds[-1], "draining")),
+        instances=(*instances, *(instance(99 + i, kinds[-1], "draining") for i in range(draining))),
         running={},
         queue=QueueSnapshot(interactive=0, oldest_wait_s=inf, batch=0, batch_announced=0, groups=()),
     )
@@ -119,6 +121,12 @@ def test_a_plan_is_split_into_kinds_as_chiron_would_scale_them(
     assert found.kinds == counts
     assert found.total == sum(counts.values())
     assert (found.reason, found.numbers) == ("interactive_load", {"load": 2.5})
+
+
+def test_the_number_falls_once_instances_have_been_drained_and_whoever_takes_pods_knows_which() -> None:
+    planned = model([A, B], {"a": 1}, planned=1, advised=None, draining=2)
+    assert asked(planned).kinds == {"a": 1, "b": 2}
+    assert asked(planned, fleet={"a": KindReport(fewest=3), "b": KindReport(fewest=1)}).kinds == {"a": 3, "b": 2}
 
 
 def test_no_more_gpus_are_asked_for_than_there_may_be() -> None:

@@ -57,6 +57,8 @@ class KubernetesFleet:
                 source.namespace or access.namespace,
                 advise=environment.advise,
                 noted=lambda text, kind=kind: environment.noted(kind, text),  # type: ignore[misc]
+                why=lambda kind=kind: environment.why(kind),  # type: ignore[misc]
+                wall_s=lambda: environment.clock.wall_s(environment.clock.elapsed_s()),
             )
             if workload.name in named:
                 raise ValueError(f"kinds {named[workload.name]!r} and {kind!r} are both pods of {workload.name}")
@@ -178,6 +180,7 @@ class KubernetesFleet:
             instances_max=min(limits, default=None),
             starts=starts.starts,
             found=state.found,
+            fewest=state.fewest,
             known=state.known,
             notes=state.notes,
         )

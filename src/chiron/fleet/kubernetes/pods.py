@@ -37,7 +37,7 @@ _PULLS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNever
 _CANNOT_RUN = ("CrashLoopBackOff", "CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _NODE_LOST = ("NodeLost", "NodeNotReady", "TerminationByKubelet", "DeletionByTaintManager")
 _ORDINAL = re.compile(r"-(\d{1,6})$")
-_UID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+UID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def read_pod(item: Mapping[str, Any]) -> Pod:
     meta, status = _table(item, "metadata"), _table(item, "status")
     name, uid = meta.get("name"), meta.get("uid")
     # Both become parts of requests, and of what operators read.
-    for key, value, form in (("name", name, NAME), ("uid", uid, _UID)):
+    for key, value, form in (("name", name, NAME), ("uid", uid, UID)):
         if not isinstance(value, str) or not form.fullmatch(value):
             raise ValueError(f"a pod whose {key} is {str(value)[:40]!r}, which is none")
     conditions = {str(each.get("type")): each for each in _tables(status, "conditions")}

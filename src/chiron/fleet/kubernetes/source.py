@@ -17,15 +17,18 @@ class WorkloadRow:
     """How the API has a kind of workload."""
 
     api: str
+    kind: str
     plural: str
     ordinals: bool
     """Its pods are numbered, and only the last can go."""
 
 
 WORKLOADS: Mapping[WorkloadName, WorkloadRow] = {
-    "deployment": WorkloadRow(api="/apis/apps/v1", plural="deployments", ordinals=False),
-    "statefulset": WorkloadRow(api="/apis/apps/v1", plural="statefulsets", ordinals=True),
-    "leaderworkerset": WorkloadRow(api="/apis/leaderworkerset.x-k8s.io/v1", plural="leaderworkersets", ordinals=True),
+    "deployment": WorkloadRow(api="/apis/apps/v1", kind="Deployment", plural="deployments", ordinals=False),
+    "statefulset": WorkloadRow(api="/apis/apps/v1", kind="StatefulSet", plural="statefulsets", ordinals=True),
+    "leaderworkerset": WorkloadRow(
+        api="/apis/leaderworkerset.x-k8s.io/v1", kind="LeaderWorkerSet", plural="leaderworkersets", ordinals=True
+    ),
 }
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")

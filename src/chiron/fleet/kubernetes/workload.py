@@ -21,13 +21,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
 from chiron.core.backoff import doubled_s
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
-from chiron.fleet.kubernetes.pods import DELETION_COST, Cause, Pod, read_pod, words
+from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
+from chiron.fleet.kubernetes.pods import DELETION_COST, UID, Cause, Pod, read_pod, words
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.waiting import heard, pause
@@ -99,6 +100,8 @@ class WorkloadState:
     holds: int
     found: int
     """Replicas that instances should take over."""
+    fewest: int
+    """Replicas of which none should go yet, where another scaler sets the number: until those that may are marked."""
     known: bool
     """Its replicas and its pods are known, and whoever takes them over has had time for it."""
     overdue: int
@@ -122,15 +125,28 @@ class Workload:
         *,
         advise: bool = False,
         noted: Callable[[str], None] = lambda text: None,
+        why: Callable[[], str] = lambda: "",
+        wall_s: Callable[[], float] = lambda: 0.0,
         settings: WatchSettings | None = None,
     ) -> None:
-        """``advise``: nothing is written. ``noted`` hears what an operator should know, once when it begins."""
+        """``advise``: nothing is written. ``noted`` hears what an operator should know, once when it begins. ``why``:
+        the reason of the plan in force, in words. ``wall_s``: Unix time, of events."""
         self.name = f"{source.workload} {namespace}/{source.name}"
         self._source = source
         self._client = client
         self._advise = advise
         self._follows = source.scaler == "external" and not advise
         self._noted = noted
+        self._why = why
+        self._events = WorkloadEvents(client, wall_s=wall_s, background=self._background)
+        self._about = Involved(
+            api_version=source.row.api.removeprefix("/apis/"),
+            kind=source.row.kind,
+            name=source.name,
+            namespace=namespace,
+        )
+        self._planned: int | None = None
+        """Instances that the last event of a plan told of."""
         self._settings = settings or WatchSettings()
         self._path = f"{source.row.api}/namespaces/{namespace}/{source.row.plural}"
         self._pods_path = f"/api/v1/namespaces/{namespace}/pods"
@@ -153,6 +169,7 @@ class Workload:
         """All pods are known."""
         self._known_s = inf
         """Since when."""
+        self._fewest = 0
         self._surplus = 0
         self._found = 0
         self._most: int | None = None
@@ -183,6 +200,7 @@ class Workload:
             self._surplus -= 1
             self._found = max(0, self._found - 1)
         self._waiting.append(hold)
+        self._fewest = max(self._fewest, len(self._waiting) + len(self._bound))
         self._wake()
         return hold
 
@@ -231,6 +249,7 @@ class Workload:
         return WorkloadState(
             holds=len(self._waiting) + len(self._bound),
             found=self._surplus if self._advise else self._found,
+            fewest=self._fewest if self._follows else 0,
             known=now_s - self._known_s >= self._settings.settle_s,
             overdue=overdue,
             most=self._most,
@@ -318,11 +337,14 @@ class Workload:
             scale = await self._client.get(path)
             replicas = _replicas(scale)
             self._observe(replicas)
+            self._tell_plan(replicas)
             if self._advise or self._wanted() == replicas or (self._follows and self._wanted() > replicas):
+                self._fewest = self._wanted()
                 return False
             self._making_way = True
             try:
                 wanted = await self._make_way(replicas, self._wanted())
+                self._fewest = max(wanted, len(self._waiting) + len(self._bound))
                 if wanted == replicas or self._follows:
                     return False  # Its scaler lowers the number, when it likes, and finds marks.
                 self._attempted = wanted
@@ -337,8 +359,20 @@ class Workload:
             finally:
                 self._making_way = False
             log.info("%s: %d -> %d replicas", self.name, replicas, wanted)
+            self._tell("ScaledUp" if wanted > replicas else "ScaledDown", f"{replicas} -> {wanted} replicas")
             return True
         raise KubernetesError(f"its scale was changed by others {TRIES_MAX} times in a row")
+
+    def _tell_plan(self, replicas: int) -> None:
+        """To whoever scales in Chiron's place."""
+        own = len(self._waiting) + len(self._bound)
+        before, self._planned = self._planned, own
+        if self._follows and before is not None and before != own:
+            self._tell("Planned", f"{own} instances are planned, where {replicas} replicas are asked for")
+
+    def _tell(self, reason: str, text: str) -> None:
+        why = self._why()
+        self._events.tell(self._about, reason, f"{text}: {why}" if why else text)
 
     def _wanted(self) -> int:
         now_s = asyncio.get_running_loop().time()
@@ -358,6 +392,7 @@ class Workload:
             self._found = min(self._found, self._surplus)
         if before is None:
             self._surplus = self._found = max(0, replicas - own)
+            self._fewest = max(replicas, own)
             if self._surplus and not self._advise:
                 log.info("%s: it has %d replicas, which are taken over", self.name, replicas)
         elif replicas == attempted or self._advise or self._follows:
@@ -377,6 +412,7 @@ class Workload:
     def _others(self, before: int, replicas: int) -> None:
         self._foreign = f"somebody else has scaled it from {before} to {replicas} replicas"
         self._note(self._foreign)
+        self._events.tell(self._about, "ScaledByOthers", self._foreign, warning=True)
 
     async def _make_way(self, replicas: int, wanted: int) -> int:
         """Name those that go. Returns how few replicas there can be now."""
@@ -476,6 +512,9 @@ class Workload:
 
     def _changed(self, item: Mapping[str, Any]) -> None:
         """The workload itself."""
+        uid = _table(item, "metadata").get("uid")
+        if isinstance(uid, str) and UID.fullmatch(uid):
+            self._about = replace(self._about, uid=uid)
         status = item.get("status")
         conditions = status.get("conditions") if isinstance(status, Mapping) else None
         self._controller = None

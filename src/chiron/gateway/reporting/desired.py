@@ -2,7 +2,8 @@
 
 A plan says how many instances a model should have; a workload of Kubernetes is one kind of instance. What runs stays
 where it is, what is missing comes from the first kind that has room, and what is too much goes from the last kind: as
-Chiron itself would do it, but for a drain's choice of the emptiest.
+Chiron itself would do it, but for a drain's choice of the emptiest. An instance that drains is still there: the number
+falls once it is gone, and once whatever takes pods away knows which.
 
 Whoever scales by a number that nobody stands behind scales a fleet away. So there is none, and the reason in its place,
 until the policy has decided upon a fleet that is known, and once it has stopped deciding.
@@ -17,7 +18,7 @@ from math import inf, isfinite
 from typing import Any
 
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot
-from chiron.core.types import InstanceKind
+from chiron.core.types import InstanceKind, State
 from chiron.fleet.port import FleetReport, KindReport
 from chiron.gateway.reporting.event_writer import wall_time
 from chiron.gateway.reporting.journal import LiveJournal
@@ -88,11 +89,16 @@ def _split(model: ModelSnapshot, total: int, fleet: FleetReport, free: dict[str,
             break
         counts[(come or room)[0]] += 1
         _use(free, (come or room)[0], 1)
-    return {kind.name: count for kind, count in counts.items()}
+    draining = _in(model, "draining")
+    return {kind.name: max(count + draining[kind], _fewest(kind, fleet)) for kind, count in counts.items()}
 
 
 def _live(model: ModelSnapshot) -> Counter[InstanceKind]:
-    return Counter(instance.kind for instance in model.instances if instance.state in ("starting", "ready"))
+    return _in(model, "starting", "ready")
+
+
+def _in(model: ModelSnapshot, *states: State) -> Counter[InstanceKind]:
+    return Counter(instance.kind for instance in model.instances if instance.state in states)
 
 
 def _use(free: dict[str, float], kind: InstanceKind, count: int) -> None:
@@ -103,6 +109,11 @@ def _use(free: dict[str, float], kind: InstanceKind, count: int) -> None:
 def _most(kind: InstanceKind, fleet: FleetReport) -> float:
     report = fleet.kinds.get(kind.name)
     return inf if report is None or report.instances_max is None else report.instances_max
+
+
+def _fewest(kind: InstanceKind, fleet: FleetReport) -> int:
+    report = fleet.kinds.get(kind.name)
+    return 0 if report is None else report.fewest
 
 
 def desired_page(plane: PlaneSnapshot, journal: LiveJournal, around: StatusSources) -> dict[str, Any]:
