@@ -1,8 +1,9 @@
 """A relay without a brain: what runs goes on, what ends is kept to be told, what comes is held.
 
 Once the brain has been silent for a while, the relay places what waits by itself: on the instance with the least
-outstanding, within its share of the instance's last known max batch size. What the other relays do it does not know,
-and it knows nothing of prefill, KV or roles: this is for the moments until another brain leads.
+outstanding, within its share of the instance's last known max batch size. What the other relays do it does not know:
+where one of them had more than its share there already, the instance runs that much above its limit until those end.
+Nor does it know of prefill, KV or roles: this is for the moments until another brain leads.
 """
 
 from __future__ import annotations
