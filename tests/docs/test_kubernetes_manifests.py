@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import kubernetes_validate
@@ -11,6 +12,7 @@ import yaml
 import chiron
 from chiron.config.serve import parse_serve
 from chiron.fleet.kubernetes.source import KubernetesSource
+from kubernetes_site import PROGRAMS, cluster
 
 DIRECTORY = Path(chiron.__file__).parent / "data" / "deploy" / "kubernetes"
 
@@ -37,3 +39,31 @@ def test_the_config_scales_the_deployment_that_the_role_allows(tmp_path: Path) -
     rules = by_kind["Role"]["rules"]
     named = {name for rule in rules for name in rule.get("resourceNames", ())}  # type: ignore[attr-defined]
     assert named == {kind.source.name}
+
+
+PATHS = {
+    "ServiceAccount": "/api/v1/namespaces/default/serviceaccounts",
+    "ConfigMap": "/api/v1/namespaces/default/configmaps",
+    "PersistentVolumeClaim": "/api/v1/namespaces/default/persistentvolumeclaims",
+    "Service": "/api/v1/namespaces/default/services",
+    "Deployment": "/apis/apps/v1/namespaces/default/deployments",
+    "Role": "/apis/rbac.authorization.k8s.io/v1/namespaces/default/roles",
+    "RoleBinding": "/apis/rbac.authorization.k8s.io/v1/namespaces/default/rolebindings",
+}
+
+
+@pytest.mark.kubernetes
+@pytest.mark.skipif(not PROGRAMS, reason="CHIRON_TEST_KUBERNETES names no programs")
+def test_a_real_api_server_takes_every_object(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with cluster("real", tmp_path, nodes=0) as here:
+            for item in (*documents("chiron.yaml"), *documents("vllm.yaml")):
+                kind = str(item["kind"])
+                if kind == "PodDisruptionBudget":  # policy/v1 is newer than that server.
+                    continue
+                made = await here.client.post(PATHS[kind], item)
+                assert made["metadata"]["uid"]
+                if kind == "Deployment":
+                    assert made["spec"]["replicas"] == 1
+
+    asyncio.run(run())

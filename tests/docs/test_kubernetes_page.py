@@ -54,7 +54,9 @@ def test_the_trigger_finds_its_number(tmp_path: Path) -> None:
 
     async def main() -> None:
         key, alias = f"admin_key_hash={hash_secret(b'root')}", 'aliases = ["llama-3.1-8b"]'
-        async with before(tmp_path, ScriptedEngine(), model=alias, changes=[key]) as (service, client):
+        often = '[policies.often]\npolicy = "chiron"\ntick = "250ms"\n'
+        changes = [key, "policy=often"]
+        async with before(tmp_path, ScriptedEngine(), model=alias, extra=often, changes=changes) as (service, client):
             await until(lambda: service.journal.plans, "the policy has decided")
             headers = {"authorization": "Bearer root"}
             answer = await client.fetch("GET", f"{target.path}?{target.query}", headers=headers)

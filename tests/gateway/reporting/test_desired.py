@@ -18,7 +18,6 @@ from chiron.gateway.reporting.desired import PLAN_AGE_MAX_S, Desired, desired
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.status import StatusSources
 from chiron.policies.views import FleetView, ModelPlan
-from live_gateway import until
 from scripted_engine import ScriptedEngine, before
 
 ADMIN = {"authorization": "Bearer root"}
@@ -148,20 +147,20 @@ def test_there_is_no_number_that_nobody_stands_behind() -> None:
 def test_the_page_answers_for_all_for_one_model_and_for_one_kind(tmp_path: Path) -> None:
     async def main() -> None:
         engine = ScriptedEngine()
-        async with before(tmp_path, engine, changes=[f"admin_key_hash={hash_secret(b'root')}"]) as (
-            service,
-            client,
-        ):
+        changes = [f"admin_key_hash={hash_secret(b'root')}", "policy=seldom"]
+        extra = '[policies.seldom]\npolicy = "chiron"\ntick = "1d"\n'
+        async with before(tmp_path, engine, extra=extra, changes=changes) as (service, client):
 
             async def get(query: str, headers: Mapping[str, str] = ADMIN) -> tuple[int, dict[str, object]]:
                 answer = await client.fetch("GET", f"/chiron/desired{query}", headers=headers)
                 return answer.status, json.loads(answer.body)
 
-            service.journal.plans = {}
             status, page = await get("?model=m")
             assert (status, page) == (503, {"status": "nothing has been decided yet"})
             assert b"chiron_instances_desired{" not in service._render_metrics()
-            await until(lambda: service.journal.plans, "the policy has decided")
+            plan = ModelPlan(counts={"mixed": 1}, reason="interactive_load")
+            now_s = service.clock.elapsed_s()
+            service.journal.observe(FleetView(now_s=now_s, since_s=0.0, models=(), gpus_max={}), {"m": plan})
             status, page = await get("")
             (about,) = page["models"]  # type: ignore[misc]
             assert (status, about["model"], about["desired"], about["ready"]) == (200, "m", 1, 1)  # type: ignore[index]
