@@ -73,6 +73,9 @@ class Storm:
                     await asyncio.to_thread(self._kill, what)
                     dead = [task for task in (feeder, *workers) if task.done()]
                     assert not dead, dead[0].exception()
+                async with asyncio.timeout(SETTLE_S):  # All that was asked so far may have met a kill.
+                    while not any(each.verdict == "complete" for each in self.asked):
+                        await asyncio.sleep(0.05)
             finally:
                 self._over = True
                 await asyncio.gather(feeder, *workers)
