@@ -183,3 +183,41 @@ def test_what_cannot_work_is_refused() -> None:
             )
 
     asyncio.run(story())
+
+
+def test_an_instance_from_before_keeps_its_endpoint_and_is_watched(tmp_path: Path) -> None:
+    async def story() -> None:
+        sick = tmp_path / "sick"
+        async with (
+            endpoints((), ("--sick", str(sick)), ()) as urls,
+            static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard),
+        ):
+            begin = fleet.adopt("stub", urls[1])
+            assert begin is not None
+            begin(an_instance(7))
+            assert fleet.adopt("stub", urls[1]) is None, "it is in use"
+            assert fleet.adopt("stub", "http://127.0.0.1:9") is None
+            assert fleet.adopt("another", urls[0]) is None
+            for number in (8, 9):
+                fleet.create(an_instance(number))
+            await until(lambda: sorted(heard.ready) == [8, 9], "the others are bound")
+            assert set(heard.urls.values()) == {urls[0], urls[2]}
+            sick.touch()
+            await until(lambda: heard.failed == [7], "it is watched")
+            assert sorted(heard.ready) == [8, 9], "nobody waited for it"
+
+    asyncio.run(story())
+
+
+def test_an_instance_from_before_may_be_removed_at_once() -> None:
+    async def story() -> None:
+        async with endpoints(()) as urls, static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard):
+            begin = fleet.adopt("stub", urls[0])
+            assert begin is not None
+            instance = an_instance(7)
+            begin(instance)
+            fleet.remove(instance)
+            fleet.create(an_instance(8))
+            await until(lambda: heard.ready == [8], "its endpoint is free")
+
+    asyncio.run(story())

@@ -96,6 +96,8 @@ class EndpointsFleet:
     def remove(self, instance: Instance) -> None:
         """At any time; harmless twice."""
         self._records.end(instance)
+        if (endpoint := self._adopted.pop(instance.id, None)) is not None:  # Before anybody looked after it.
+            self._let_go(instance.kind.name, endpoint)
 
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
