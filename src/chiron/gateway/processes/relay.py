@@ -143,6 +143,8 @@ class RelayServer:
         if self._server is not None:
             await self._server.close(0)
         for upstream in self.relay.uplink.upstreams.values():
+            for run in list(upstream.runs.values()):
+                run.drop()  # Nobody waits for it, so that its engine was not lost.
             await upstream.origin.close()
 
 
