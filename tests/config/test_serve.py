@@ -197,7 +197,7 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ),
         (
             "gateways={certificate='a',key='b',ca='c',name='a/b'}",
-            r"gateways: name is 'a/b'; it must be 1 to 41 letters",
+            r"gateways: name is 'a/b'; it must be 1 to 63 letters",
         ),
         ("fleet.health.health_period=0", r"fleet\.health: health_period_s is 0\.0; it must be above 0"),
         ("telemetry.rotate_keep=-1", r"telemetry: rotate_keep is -1"),

@@ -4,117 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
-from chiron.net.client import NetError
-from fault_site import Answer, Api, FaultSite, chat, item, wait_for
-from peer_certificates import Authority
-from ports import free_port
-from postgres_server import Server, postgres_server, why_not
-from serve_trial import PROFILE, emulated_fleet
+from fault_site import Api, item
+from gateway_pair import NAMES, Pair, gateways, talk, until_done, until_ready
+from postgres_server import postgres_server, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 ITEMS = 120
-NAMES = ("gw-a", "gw-b")
-
-
-class Pair:
-    """Two gateways."""
-
-    def __init__(self, sites: dict[str, FaultSite]) -> None:
-        self.sites = sites
-        self.up = dict.fromkeys(sites, True)
-        """Those that clients are sent to."""
-
-    def leader(self, but: psutil.Process | None = None) -> tuple[str, psutil.Process]:
-        """The gateway that leads, and its brain, once that is another one: it writes the event log."""
-        found: tuple[str, psutil.Process] = wait_for(lambda: self._leader(but), "a gateway leads")
-        return found
-
-    def _leader(self, but: psutil.Process | None) -> tuple[str, psutil.Process] | None:
-        for name, site in self.sites.items():
-            if not site.alive:
-                continue
-            assert site.process is not None
-            for child in psutil.Process(site.process.pid).children():
-                with suppress(psutil.NoSuchProcess):
-                    files = [file.path for file in child.open_files()]
-                    if child != but and any(path.endswith("events.jsonl") for path in files):
-                        return name, child
-        return None
-
-
-@contextmanager
-def gateways(directory: Path, server: Server) -> Iterator[Pair]:
-    ca = Authority(directory / "certificates")
-    password = directory / "password"
-    password.write_text(server.password)
-    with ExitStack() as stack:
-        urls = stack.enter_context(emulated_fleet(2, "--speedup", "4"))
-        sites = {}
-        for name in NAMES:
-            certificate, key = ca.issue(name)
-            (directory / name).mkdir()
-            text = f"""
-[server]
-grace = "20s"
-[store]
-url = "{server.url}"
-password_file = "{password}"
-[gateways]
-name = "{name}"
-listen = "127.0.0.1:{free_port()}"
-certificate = "{certificate}"
-key = "{key}"
-ca = "{ca.ca}"
-[models.m]
-engine = "emulated"
-endpoints = {json.dumps(urls)}
-profile = "{PROFILE}"
-max_num_seqs = 16
-"""
-            sites[name] = stack.enter_context(FaultSite(directory / name, text))
-        yield Pair(sites)
-
-
-async def talk(pair: Pair, name: str, verdicts: Counter[str], over: asyncio.Event) -> None:
-    async with Api(pair.sites[name].url) as api:
-        number = 0
-        while not over.is_set():
-            if pair.up[name]:
-                number += 1
-                verdicts[await Answer(api.origin, chat(f"{name} {number}", 30, stream=bool(number % 3))).end()] += 1
-            await asyncio.sleep(0.05)
-
-
-async def until_ready(pair: Pair, name: str) -> None:
-    """Its relays have found whoever leads, and an engine is ready."""
-    async with Api(pair.sites[name].url) as api, asyncio.timeout(60):
-        while True:
-            with suppress(NetError):
-                if (await api.ask("GET", "/ready")).status == 200:
-                    return
-            await asyncio.sleep(0.1)
-
-
-async def until_done(pair: Pair, batch: str) -> list[str]:
-    """Ids of the batch's items, one for each line of its output."""
-    async with Api(pair.sites[NAMES[0]].url) as api, asyncio.timeout(120):
-        while True:
-            answer = await api.ask("GET", f"/v1/batches/{batch}")
-            found = json.loads(answer.body) if answer.status == 200 else {}
-            if found.get("status") == "completed":
-                assert not found["error_file_id"]
-                return [line["custom_id"] for line in await api.lines(found, "output_file_id")]
-            await asyncio.sleep(0.2)
 
 
 def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> None:

@@ -171,16 +171,16 @@ def _superseded(term: int) -> None:
 
 def _keeper(config: ServeConfig) -> Keeper | None:
     """To be made before there is a loop, or a thread; None: one process does it all."""
-    from chiron.gateway.processes.keeper import Keeper
-    from chiron.gateway.processes.relay import run_relay
-    from chiron.gateway.processes.reserved import reserve
-    from chiron.gateway.processes.start import RelayStart
-
     relays = config.server.relays(os.cpu_count() or 1)
     if config.gateways is not None:
         relays = max(1, relays)  # Those of each gateway reach whichever brain leads.
     if not relays:
         return None
+    from chiron.gateway.processes.keeper import Keeper
+    from chiron.gateway.processes.relay import run_relay
+    from chiron.gateway.processes.reserved import reserve
+    from chiron.gateway.processes.start import RelayStart
+
     port = reserve(config.server.host, config.server.port)
     folder = Path(tempfile.mkdtemp(prefix="chiron-"))  # Nobody else may look into it.
     return Keeper(

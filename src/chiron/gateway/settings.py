@@ -224,8 +224,8 @@ class TelemetrySettings:
         _check(self.rotate_keep >= 0, "rotate_keep", self.rotate_keep, "0 or more")
 
 
-_PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,40}")
-_PEER_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,60}):([0-9]{1,5})")
+_PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_PEER_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,100}):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +250,7 @@ class GatewaysSettings:
     def __post_init__(self) -> None:
         for key in ("certificate", "key", "ca"):
             _check(bool(getattr(self, key)), key, "", "a PEM file")
-        allowed = "1 to 41 letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        allowed = "1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         _check(bool(_PEER_NAME.fullmatch(self.name)), "name", self.name, allowed)
         for key, value in (("listen", self.listen), ("advertise", self.advertise or self.listen)):
             found = _PEER_ADDRESS.fullmatch(value)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class LeaderLease(Protocol):
 
 def check_name(what: str, name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{what}: {name!r} must be 1 to 128 letters, digits, '.', '_', ':', '/' and '-'")
+        raise ValueError(f"{what}: {name!r} must be 1 to 200 letters, digits, '.', '_', ':', '/' and '-'")
     return name
 
 
