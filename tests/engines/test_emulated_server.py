@@ -91,7 +91,7 @@ class Client:
     """Talks to one instance."""
 
     def __init__(self, port: int, engine: EmulatedEngine | None = None) -> None:
-        self.origin = Origin(f"http://127.0.0.1:{port}")
+        self.origin = Origin(f"http://127.0.0.1:{port}", connect_timeout_s=60.0)
         self.engine = engine
 
     def stream(self, **fields: Any) -> Stream:

@@ -46,7 +46,7 @@ class Running:
         """Asked again where the connection was one of a relay that was just killed."""
         end_s = time.monotonic() + WAIT_S
         while True:
-            origin = Origin(self.url, keepalive=False)
+            origin = Origin(self.url, keepalive=False, connect_timeout_s=60.0)
             try:
                 return json.loads((await origin.fetch("GET", path, timeout_s=WAIT_S)).body)
             except NetError:
@@ -72,7 +72,7 @@ class Running:
 
     def stream(self) -> Reader:
         """On a connection of its own, so that any relay may have it."""
-        origin = Origin(self.url)
+        origin = Origin(self.url, connect_timeout_s=60.0)
         reader = Reader(origin, body(stream=True))
         self.readers.append((origin, reader))
         return reader

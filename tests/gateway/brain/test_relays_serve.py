@@ -38,7 +38,7 @@ def test_limits_hold_over_all_relays(tmp_path: Path) -> None:
         engine = ScriptedEngine(lambda incoming: incoming.respond(200, b"{}"))
         async with before(tmp_path, engine, extra=KEYS, relays=3) as (service, _):
             for _ in range(5):
-                origin = Origin(service.url, keepalive=False)
+                origin = Origin(service.url, keepalive=False, connect_timeout_s=60.0)
                 headers = {"authorization": "Bearer secret"}
                 answers.append(await origin.fetch("POST", PATH, body=body(), headers=headers, timeout_s=60.0))
                 await origin.close()
@@ -87,7 +87,7 @@ def test_what_is_no_completion_reaches_the_brain(tmp_path: Path) -> None:
 def streams(count: int, url: str) -> list[tuple[Origin, Reader]]:
     found = []
     for _ in range(count):
-        origin = Origin(url)
+        origin = Origin(url, connect_timeout_s=60.0)
         found.append((origin, Reader(origin, body(stream=True))))
     return found
 
@@ -144,7 +144,7 @@ def test_batch_items_run_on_relays_and_again_where_one_dies(tmp_path: Path) -> N
         engine = ScriptedEngine()
         async with before(tmp_path, engine, relays=2, model="max_instances = 1") as (service, _):
             relays = RELAYS[tmp_path]
-            origin = Origin(service.url, keepalive=False)
+            origin = Origin(service.url, keepalive=False, connect_timeout_s=60.0)
             form = {"content-type": "multipart/form-data; boundary=x"}
             data = FORM + b'name="file"; filename="f.jsonl"\r\n\r\n' + items(8) + b"\r\n--x--\r\n"
             file = json.loads((await origin.fetch("POST", "/v1/files", body=data, headers=form)).body)["id"]

@@ -123,7 +123,7 @@ async def ready(service: Service) -> tuple[Instance, InstanceEngine]:
 
 async def ask(url: str, path: str = COMPLETIONS, *, timeout_s: float = 60.0, **fields: Any) -> dict[str, Any]:
     """One answer in one piece."""
-    origin = Origin(url)
+    origin = Origin(url, connect_timeout_s=60.0)
     try:
         body = json.dumps({"model": "toy", "temperature": 0, "ignore_eos": True} | fields).encode()
         headers = {"content-type": "application/json"}

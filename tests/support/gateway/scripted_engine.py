@@ -73,7 +73,7 @@ async def before(
         text = f'[models.m]\nengine = "openai"\nendpoints = {urls}\nmax_num_seqs = 4\n{model}\n{extra}'
         service = await stack.enter_async_context(serving(directory, text, relays, changes))
         await until(lambda: len(service.engines.live) == len(engines), "the engines are ready")
-        origin = Origin(service.url)
+        origin = Origin(service.url, connect_timeout_s=60.0)
         stack.push_async_callback(origin.close)
         yield service, origin
 

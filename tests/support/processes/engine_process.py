@@ -113,7 +113,7 @@ class Stream:
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Origin]:
-    origin = Origin(url, idle_max=256)
+    origin = Origin(url, idle_max=256, connect_timeout_s=60.0)
     try:
         yield origin
     finally:

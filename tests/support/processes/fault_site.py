@@ -235,7 +235,7 @@ class Api:
     """A client of the gateway's API. Raises NetError where there is no answer."""
 
     def __init__(self, url: str) -> None:
-        self.origin = Origin(url, keepalive=False)
+        self.origin = Origin(url, keepalive=False, connect_timeout_s=60.0)
 
     async def __aenter__(self) -> Api:
         return self
