@@ -219,6 +219,13 @@ def test_whatever_a_gateway_writes_is_taken() -> None:
     inputs.begin({}, attached=True)
     inputs.begin({"m": 0, "n": 1_000_000}, attached=False)
     inputs.restore(Learned(policy="chiron", wall_s=0.0, models={}), -1e9)
+    inputs.take_over(0.0)
+    inputs.adopt_instance("", "", "batch", number=2**40 + 1, max_batch_size=2**31, attach=lambda _: Told())
+    for request, begun_s in zip(requests, (-1.0, -1e9), strict=True):
+        inputs.adopt_running(
+            instance, request, epoch=2**50, tokens_done=2**31, dispatch_s=begun_s, first_token_s=begun_s
+        )
+    inputs.told_all()
     inputs.announce_batch("m", -1.0, "night", 3, 2**40, 1e22)
     inputs.announce_batch("m", inf, "night", -3, -(2**40), -1e22)
     inputs.shed_lost("m")

@@ -296,7 +296,7 @@ def test_scrapes_play_no_part_in_the_fleet(fleet_made: list[tuple[bool, Any]]) -
         instance(i, role=role, dispatched=int(on), dispatched_interactive=int(on))
         for i, (on, role) in enumerate(fleet_made)
     ]
-    stale = [replace(one, sample_age_s=inf, running=0, itl_s=nan) for one in fresh]
+    stale = [one._replace(sample_age_s=inf, running=0, itl_s=nan) for one in fresh]
     assert counts(PAPER, model(fresh)) == counts(PAPER, model(stale))
 
 

@@ -178,7 +178,7 @@ def test_a_metric_that_goes_missing_never_shrinks_the_fleet_further(waiting: lis
     settings = HpaSettings(stabilise_down_s=0.0)
     complete = [instance(i, waiting=n) for i, n in enumerate(waiting)]
     # Shrinking, what is missing counts as on target: at least the lost ones stay.
-    partial = [replace(one, sample_age_s=inf) if i in lost else one for i, one in enumerate(complete)]
+    partial = [one._replace(sample_age_s=inf) if i in lost else one for i, one in enumerate(complete)]
     assert run(settings, tuple(partial))[0][0] >= min(len(lost), len(waiting))
     if all(n == 0 for n in waiting):
         assert run(settings, tuple(partial))[0][0] >= run(settings, tuple(complete))[0][0]
