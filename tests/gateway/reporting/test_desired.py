@@ -175,7 +175,7 @@ def test_the_page_answers_for_all_for_one_model_and_for_one_kind(tmp_path: Path)
             status, page = await get("?model=m&kind=x")
             assert (status, name in json.dumps(page)) == (404, True)
             status, page = await get(f"?kind={name}")
-            assert (status, "without model" in json.dumps(page)) == (400, True)
+            assert (status, "without model" in json.dumps(page)) == (404, True)
             assert (await get("", {}))[0] == 401
 
     asyncio.run(main())

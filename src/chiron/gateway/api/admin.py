@@ -93,7 +93,7 @@ class Admin:
         page = state.desired()
         if (name := asked.get("model")) is None:
             if "kind" in asked:  # Of all models it would be taken for one number.
-                raise invalid("kind is given without model: name the model whose kind it is.", param="model")
+                raise not_found("kind is given without model: name the model whose kind it is.")
             return json_response(page)
         served = state.models.named(name)
         if served is None:
