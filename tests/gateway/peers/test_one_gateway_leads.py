@@ -56,8 +56,9 @@ class Asked:
         return True
 
     async def release(self) -> None:
+        now_s = await self._ask()
         if self.row.holder == self.own:
-            self.row.until_s = await self._ask()
+            self.row.until_s = now_s
 
     async def holder(self) -> Held | None:
         left_s = self.row.until_s - await self._ask()
@@ -166,6 +167,24 @@ def test_one_that_gives_the_lease_back_is_followed_at_once() -> None:
         await asyncio.sleep(1.0)
         watching.cancel()
         assert a.leadership.leader == b.peer
+
+    run_virtual(main())
+
+
+def test_a_database_that_does_not_answer_holds_up_nobody_who_gives_the_lease_back() -> None:
+    """Else the keeper would kill the brain at the lease's end, in the middle of a stop."""
+
+    async def main() -> None:
+        row = Row()
+        a = Gateway(row, "a")
+        await a.leadership.take()
+        row.away = True
+        giving = asyncio.create_task(a.leadership.release())
+        await asyncio.sleep(0.01)
+        assert a.told[-1] == 0.0
+        async with asyncio.timeout(LEASE_S + 0.1):
+            await giving
+        assert a.leads, "what it says at its end is not stopped"
 
     run_virtual(main())
 

@@ -113,14 +113,16 @@ class Leadership:
         return f"the lease could not be renewed{why}"
 
     async def release(self) -> None:
-        """Others may lead at once; nothing may be decided here any more."""
+        """Others may lead at once; nothing may be decided here any more. A database that does not answer holds up
+        nobody: the lease ends by itself."""
         self.leader = None
-        try:
-            await self._lease.release()
-        except StoreError as error:
-            log.warning("others lead only once the lease is over: %s", error)
         self._fence.until_s = inf  # What is still done here decides nothing.
         self._told(0.0)
+        try:
+            async with asyncio.timeout(self._lease_s):
+                await self._lease.release()
+        except (StoreError, TimeoutError) as error:
+            log.warning("others lead only once the lease is over: %s", str(error) or "the database has not answered")
 
     async def _ask(self) -> None:
         now = await self._lease.holder()
