@@ -188,6 +188,7 @@ def _keeper(config: ServeConfig) -> Keeper | None:
         start=RelayStart(port=port.number, folder=folder, relays=relays),
         port=port,
         stopping=_stopping_signals(),
+        grace_s=config.server.grace_s,
     )
 
 

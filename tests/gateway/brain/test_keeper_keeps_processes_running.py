@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from chiron.gateway.processes import keeper as keeping
+from chiron.gateway.processes.fence import machine_s
+from chiron.gateway.processes.reserved import Port
+from chiron.gateway.processes.start import RelayStart
 
 WAIT_S = 60.0
 SCRIPT = """
@@ -86,7 +93,7 @@ class Keeper:
         self.process.kill()
         self.process.wait(WAIT_S)
         for each in family:
-            if each.is_running():
+            with suppress(psutil.NoSuchProcess):  # They end just now, by themselves.
                 each.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -97,7 +104,10 @@ class Keeper:
         return sorted(self.process.stdout.readline().decode().split() for _ in range(count))
 
     def gone(self, pids: list[Any]) -> bool:
-        found = [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+        found = []
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(int(pid)))
         return not psutil.wait_procs(found, WAIT_S)[1]
 
 
@@ -148,6 +158,75 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
         keeper.process.send_signal(signal.SIGINT)
         assert keeper.process.wait(WAIT_S) == 128 + signal.SIGINT
         assert keeper.gone(pids)
+
+
+def test_relays_let_requests_end_also_without_a_brain(tmp_path: Path) -> None:
+    lingers = """
+def relay(end, start):
+    tell("relay", os.getpid())
+    live(end)
+    tell("asked")
+    while not Path("go").exists():
+        try:
+            if not end.recv(100):
+                tell("cut off")
+                os._exit(1)
+        except TimeoutError:
+            pass
+    tell("done")
+    return 0
+"""
+    with Keeper(tmp_path, lingers + SERVES.replace("keep()", "keep(grace_s=60.0)")) as keeper:
+        (brain, *_) = keeper.lines(3)
+        keeper.process.terminate()
+        assert keeper.lines(3) == [["asked"], ["asked"], ["told", str(int(signal.SIGTERM))]]
+        assert keeper.gone([brain[2]])
+        (tmp_path / "go").touch()
+        assert keeper.lines(3) == [["done"], ["done"], ["over", "7"]]
+
+
+def test_where_none_can_be_started_what_runs_goes_on(tmp_path: Path) -> None:
+    refuses = """
+fork = os.fork
+def forks_later():
+    if not Path("full").exists():
+        return fork()
+    Path("full").unlink()
+    tell("refused")
+    raise BlockingIOError(11, "no more processes")
+os.fork = forks_later
+"""
+    with Keeper(tmp_path, refuses + SERVES) as keeper:
+        (brain, first, second) = keeper.lines(3)
+        (tmp_path / "full").touch()
+        os.kill(int(first[1]), signal.SIGKILL)
+        assert keeper.lines(1) == [["refused"]]
+        assert keeper.lines(1)[0][0] == "relay"
+        assert all(psutil.pid_exists(int(pid)) for pid in (brain[2], second[1]))
+
+
+def test_a_leader_is_killed_by_the_last_that_it_said_not_by_the_last_that_was_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The keeper may have stalled, and the leader renewed its lease meanwhile."""
+    start, ours = RelayStart(port=1, folder=tmp_path, relays=0), socket.socketpair()
+    keeper = keeping.Keeper(relay=lambda end, start: 0, start=start, port=Port([], 1), stopping=[])
+    leader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    brain = keeper._brain
+    try:
+        brain.pid, brain.socket, brain.until_s = leader.pid, ours[0], machine_s() - 1.0
+        ours[1].sendall(b"alive\n" * 2000 + f"until {machine_s() + 600:.3f}\n".encode())
+        keeper._look(late=False)
+        assert not caplog.records
+        ours[1].sendall(f"until {machine_s() - 1.0:.3f}\n".encode())
+        brain.until_s = machine_s() - 1.0
+        keeper._look(late=False)
+        assert leader.wait(WAIT_S) == -signal.SIGKILL
+    finally:
+        leader.kill()
+        leader.wait(WAIT_S)
+        for end in ours:
+            end.close()
 
 
 @pytest.mark.slow

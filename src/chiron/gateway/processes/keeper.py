@@ -10,7 +10,8 @@ nothing for long hangs, and is killed), the brain also that it is ``open`` (rela
 served), and, where it is one of several gateways', ``until`` when it may lead: if it is there still by then, it is
 stopped, and is killed. A brain that ends before it was ready the first time is not started again: it has said why on
 the terminal. The keeper sends the number of the signal that asks the gateway to stop, and to the brain ``alone`` once
-all relays have ended. When the keeper is gone, by whatever way, the sockets close, and the processes end.
+all relays have ended; these let their requests end also if there is no brain any more. When the keeper is gone, by
+whatever way, the sockets close, and the processes end.
 """
 
 from __future__ import annotations
@@ -97,15 +98,19 @@ class Keeper:
         start: RelayStart,
         port: Port,
         stopping: Sequence[signal.Signals],
+        grace_s: float = 0.0,
         quiet_max: int = QUIET_MAX,
     ) -> None:
-        """``stopping``: signals that ask for an end."""
+        """``stopping``: signals that ask for an end; ``grace_s``: how long relays then let requests end."""
         self.status = 0
         """The exit status, once all is over."""
         self.start = start
         self._relay = relay
         self._port = port
         self._stopping = stopping
+        self._grace_s = grace_s
+        self._relays_until_s = inf
+        """How long relays may take, once a signal has come."""
         self._quiet_max = quiet_max
         self._nonce = token_hex(8)
         self._brain = Process("the brain")
@@ -120,7 +125,7 @@ class Keeper:
         signals: list[int] = []
         with _heard_signals(self._stopping, signals) as woken:
             self._brain.due_s = looked_s = time.monotonic()
-            while not self._brain_is_over():
+            while not self._is_over():
                 for process in self._processes:
                     if process.due_s <= time.monotonic() and (end := self._fork(process)) is not None:
                         if process is self._brain:
@@ -140,14 +145,17 @@ class Keeper:
     def _processes(self) -> list[Process]:
         return [self._brain, *self._relays]
 
-    def _brain_is_over(self) -> bool:
-        return self._brain.pid == 0 and self._brain.due_s == inf
+    def _is_over(self) -> bool:
+        """The brain has ended for good, and so have relays that let requests end."""
+        if self._brain.pid or self._brain.due_s < inf:
+            return False
+        relays_end = self._stopped_by and any(relay.pid for relay in self._relays)
+        return not relays_end or time.monotonic() >= self._relays_until_s
 
     # -- making one --------------------------------------------------------------------------------------------
 
     def _fork(self, process: Process) -> socket.socket | None:
         """In the new process: its end of the socket. None: this is the keeper still."""
-        ours, theirs = socket.socketpair()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()  # Else what waits there is written twice.
@@ -155,7 +163,14 @@ class Keeper:
         process.said.clear()
         process.until_s = 0.0
         process.starts += 1
-        pid = os.fork()
+        try:
+            pid, ours, theirs = _forked()
+        except OSError as error:
+            if not self._served:
+                raise
+            process.starts -= 1
+            self._start_again(process, f"could not be started ({error})")  # What runs goes on.
+            return None
         if pid == 0:
             ours.close()
             self._become_child()
@@ -233,17 +248,20 @@ class Keeper:
         if self._stopped_by:
             self._tell_alone()
             return
+        self._start_again(process, f"has ended ({_why(status)})")
+
+    def _start_again(self, process: Process, why: str) -> None:
         lived_s = time.monotonic() - process.began_s
         process.failures = 0 if lived_s >= STEADY_S else process.failures + 1
         pause_s = doubled_s(AGAIN_MIN_S, AGAIN_MAX_S, max(0, process.failures - 1))
         process.due_s = time.monotonic() + pause_s
-        log.error("%s has ended (%s); another is started in %.1f s", process.name, _why(status), pause_s)
+        log.error("%s %s; another is started in %.1f s", process.name, why, pause_s)
 
     def _look(self, *, late: bool) -> None:
         for process in self._processes:
             if not process.pid:
                 continue
-            if 0.0 < process.until_s < machine_s():
+            if self._has_led_too_long(process):
                 log.error("%s (process %d) has led for longer than it may and is killed", process.name, process.pid)
                 os.kill(process.pid, signal.SIGKILL)
                 continue
@@ -253,6 +271,15 @@ class Keeper:
                     "%s (process %d) has said nothing for %d s: killed", process.name, process.pid, self._quiet_max
                 )
                 os.kill(process.pid, signal.SIGKILL)  # Not reaped yet, so nobody else has its number.
+
+    def _has_led_too_long(self, process: Process) -> bool:
+        """Also by what it has said since this process last read: it may have stalled, and the brain may not."""
+        now_s = machine_s()
+        while 0.0 < process.until_s < now_s and process.socket is not None:
+            if not select.select([process.socket], [], [], 0)[0]:
+                return True
+            self._read(process)
+        return 0.0 < process.until_s < now_s
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -266,6 +293,7 @@ class Keeper:
             self.start.clear()
             os._exit(128 + number)
         self._stopped_by.append(number)
+        self._relays_until_s = time.monotonic() + self._grace_s + LINGER_S
         if self._brain.pid == 0:  # One was to be started.
             self._brain.due_s = inf
         for process in self._processes:
@@ -297,6 +325,17 @@ class Keeper:
                 os.waitpid(relay.pid, 0)
         self._port.close()
         self.start.clear()
+
+
+def _forked() -> tuple[int, socket.socket, socket.socket]:
+    """As ``os.fork``, and both ends of a socket. Raises OSError, in this process alone."""
+    ours, theirs = socket.socketpair()
+    try:
+        return os.fork(), ours, theirs
+    except OSError:
+        ours.close()
+        theirs.close()
+        raise
 
 
 def _send(process: Process, line: bytes) -> None:
