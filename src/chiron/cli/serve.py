@@ -94,6 +94,7 @@ def serve(
         raise ConfigError(trouble)
     with needs("serve"):
         import chiron.gateway.service  # noqa: F401  Loaded before the first fork, and asked for with a clear message.
+        from chiron.gateway.peers.door import ListenError
         from chiron.store.port import StoreError, StoreLocked
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -107,6 +108,8 @@ def serve(
         if refusal:
             raise ConfigError(refusal) from None
         raise
+    except ListenError as error:
+        raise ConfigError(str(error)) from None
     except StoreLocked as error:
         hint = "one gateway has a data directory at a time: stop that one, or choose another directory with --data"
         raise ConfigError(f"server.data: {error}; {hint}") from None

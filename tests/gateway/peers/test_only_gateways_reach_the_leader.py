@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chiron.gateway.peers.door import Door
+from chiron.gateway.peers.door import Door, ListenError
 from chiron.gateway.peers.leadership import Peer
 from chiron.gateway.peers.standby import Standby
 from chiron.gateway.peers.wires import API, RELAY, PipeEnd, client_context, server_context
@@ -57,6 +57,8 @@ class Site:
     standby: Standby
     folder: Path
     lost: list[None]
+    leader: list[Peer]
+    """The last of them leads."""
     api: Callable[[], Echo] = lambda: Echo(b"api: ")
 
     async def talk(self, path: str, said: bytes) -> bytes:
@@ -80,18 +82,26 @@ async def site(leader: GatewaysSettings, other: GatewaysSettings, port: int | No
             (folder / each).mkdir()
         loop = asyncio.get_running_loop()
         api = await loop.create_unix_server(lambda: there.api(), folder / "a" / "api")
-        door = Door(context=server_context(leader), relay=lambda: Echo(b"hello"), api_path=folder / "a" / "api")
+        door = Door(
+            context=server_context(leader),
+            relay=lambda: Echo(b"hello"),
+            api_path=folder / "a" / "api",
+            handshake_s=WAIT_S,
+        )
         found = door.open("127.0.0.1", 0)
         lost: list[None] = []
+        leaders = [Peer(name="a", host="127.0.0.1", port=port or found)]
         standby = Standby(
             start=RelayStart(port=1, folder=folder / "b", relays=1),
             contexts={purpose: client_context(other, purpose) for purpose in (RELAY, API)},
-            leader=lambda: Peer(name="a", host="127.0.0.1", port=port or found),
+            leader=lambda: leaders[-1],
             lost=lambda: lost.append(None),
+            handshake_s=WAIT_S,
+            look_s=0.05,
         )
         await standby.open()
         try:
-            there = Site(door, found, standby, folder, lost)
+            there = Site(door, found, standby, folder, lost, leaders)
             yield there
         finally:
             await standby.close()
@@ -252,6 +262,34 @@ def test_one_that_does_not_say_what_for_is_refused(tmp_path: Path) -> None:
             TALKING.append(writer.transport)
             assert await reader.read() == b""
             await until(lambda: there.door.refused == 1)
+
+    asyncio.run(main())
+
+
+def test_connections_end_that_lead_to_one_that_leads_no_more(tmp_path: Path) -> None:
+    """Its machine is gone, so that it neither says anything nor closes."""
+    ca = Authority(tmp_path)
+
+    async def main() -> None:
+        async with site(ca.settings("a"), ca.settings("b")) as there:
+            reader, writer = await asyncio.open_unix_connection(there.folder / "b" / "api")
+            assert await reader.readexactly(5) == b"api: "
+            there.leader.append(Peer(name="b", host="127.0.0.1", port=1))
+            async with asyncio.timeout(WAIT_S):
+                assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_an_address_that_cannot_be_listened_on_is_named(tmp_path: Path) -> None:
+    ca = Authority(tmp_path)
+
+    async def main() -> None:
+        async with site(ca.settings("a"), ca.settings("b")) as there:
+            second = Door(context=server_context(ca.settings("c")), relay=asyncio.Protocol, api_path=tmp_path)
+            with pytest.raises(ListenError, match=f"gateways.listen: cannot .* 127.0.0.1, port {there.port}: .* use"):
+                second.open("127.0.0.1", there.port)
 
     asyncio.run(main())
 

@@ -28,23 +28,38 @@ TELL_S = 1.0
 """Between two words on connections that were refused."""
 
 
+class ListenError(Exception):
+    """Other gateways cannot be let in. The message says why."""
+
+
 class Door:
     """``relay`` makes the protocol of one more relay; requests go to the server at ``api_path``."""
 
-    def __init__(self, *, context: ssl.SSLContext, relay: Callable[[], asyncio.Protocol], api_path: Path) -> None:
+    def __init__(
+        self,
+        *,
+        context: ssl.SSLContext,
+        relay: Callable[[], asyncio.Protocol],
+        api_path: Path,
+        handshake_s: float = HANDSHAKE_S,
+    ) -> None:
         self.refused = 0
         self._context = context
         self._relay = relay
         self._api_path = api_path
+        self._handshake_s = handshake_s
         self._told_s = -inf
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self, host: str, port: int) -> int:
-        """Returns the port. Raises OSError."""
+        """Returns the port. Raises ListenError."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        try:
+            self._listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise ListenError(f"gateways.listen: cannot listen on {host}, port {port}: {error.strerror}") from error
         self._listener.setblocking(False)
         self._accepting = asyncio.get_running_loop().create_task(self._accept(self._listener))
         found: int = self._listener.getsockname()[1]
@@ -81,7 +96,7 @@ class Door:
         try:
             # Not the protocol that it returns: uvloop's is TLS's.
             transport, _ = await loop.connect_accepted_socket(
-                lambda: guest, wire, ssl=self._context, ssl_handshake_timeout=HANDSHAKE_S
+                lambda: guest, wire, ssl=self._context, ssl_handshake_timeout=self._handshake_s
             )
         except (OSError, TimeoutError) as error:
             self._say_refused(address, str(error) or "it ended in the middle of the handshake")

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from chiron.gateway.peers.leadership import Peer
@@ -20,6 +21,8 @@ log = logging.getLogger("chiron.gateways")
 
 CONNECTIONS_MAX = 4096
 """Of this gateway's relays, at a time."""
+LOOK_S = 2.0
+"""Between two looks at whether the other end of a connection leads still."""
 
 
 class Standby:
@@ -32,6 +35,8 @@ class Standby:
         contexts: Mapping[str, ssl.SSLContext],
         leader: Callable[[], Peer | None],
         lost: Callable[[], None],
+        handshake_s: float = HANDSHAKE_S,
+        look_s: float = LOOK_S,
     ) -> None:
         """``contexts`` by what a connection is for; ``leader``: who leads now; ``lost`` is called when a connection to
         it has ended, or cannot be made."""
@@ -39,6 +44,8 @@ class Standby:
         self._contexts = contexts
         self._leader = leader
         self._lost = lost
+        self._handshake_s = handshake_s
+        self._look_s = look_s
         self._servers: list[asyncio.Server] = []
         self._near: set[PipeEnd] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,7 +86,7 @@ class Standby:
             if peer is None or not await self._reach(peer, purpose, far):
                 return
             near.join(far)
-            await far.gone.wait()
+            await self._until_gone(peer, far)
             if isinstance(far.error, ssl.SSLError):
                 self._say(f"{peer.name} at {peer.host}:{peer.port} refuses this gateway: {far.error}")
             if purpose == RELAY:
@@ -91,10 +98,19 @@ class Standby:
             self._near.discard(near)
             near.close()
 
+    async def _until_gone(self, peer: Peer, far: PipeEnd) -> None:
+        """Cut off once another gateway leads: a machine that is gone says nothing, and does not close either."""
+        while not far.gone.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._look_s):
+                    await far.gone.wait()
+            if not far.gone.is_set() and self._leader() not in (None, peer):
+                far.abort()
+
     async def _reach(self, peer: Peer, purpose: str, far: PipeEnd) -> bool:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
+            async with asyncio.timeout(self._handshake_s):
                 transport, _ = await loop.create_connection(
                     lambda: far, peer.host, peer.port, ssl=self._contexts[purpose], server_hostname=peer.host
                 )
