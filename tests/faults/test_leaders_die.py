@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fault_site import Api, item
@@ -26,10 +27,10 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
         async with Api(pair.sites[NAMES[0]].url) as api:
             batch = await api.submit([item(f"i{number}", 200) for number in range(ITEMS)])
         talking = [asyncio.create_task(talk(pair, name, verdicts, over)) for name in NAMES for _ in range(2)]
-        leader, brain = await asyncio.to_thread(pair.leader)
+        brain: psutil.Process | None = None
         for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL):
-            brain.send_signal(number)
-            leader, brain = await asyncio.to_thread(pair.leader, brain)
+            brain = await asyncio.to_thread(pair.strike, number, brain)
+            leader, _ = await asyncio.to_thread(pair.leader, brain)
             await until_ready(pair, leader)
         for _ in range(2):  # A rolling restart: whoever leads first, and then the one that follows it.
             pair.up[leader] = False
@@ -38,7 +39,7 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
             await asyncio.to_thread(stopped.start)
             await until_ready(pair, leader)
             pair.up[leader] = True
-            leader, brain = await asyncio.to_thread(pair.leader)
+            leader, _ = await asyncio.to_thread(pair.leader)
         over.set()
         await asyncio.gather(*talking)
         assert set(verdicts) == {"complete"}, verdicts

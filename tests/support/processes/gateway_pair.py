@@ -34,6 +34,15 @@ class Pair:
         found: tuple[str, psutil.Process] = wait_for(lambda: self._leader(but), "a gateway leads")
         return found
 
+    def strike(self, number: int, but: psutil.Process | None) -> psutil.Process:
+        """Send the brain that leads a signal; which that was. On a machine that stalls it may have ended just now.
+        ``but``: one that was stopped before is there still."""
+        while True:
+            _, brain = self.leader(but)
+            with suppress(psutil.NoSuchProcess):
+                brain.send_signal(number)
+                return brain
+
     def _leader(self, but: psutil.Process | None) -> tuple[str, psutil.Process] | None:
         for name, site in self.sites.items():
             if not site.alive:
