@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import pytest
 
@@ -69,6 +70,36 @@ def test_what_it_leased_is_free_at_once_and_what_it_writes_is_refused(postgres_p
         await new.close()
         with pytest.raises(StoreError, match="another gateway leads"):
             await old.open()
+
+    asyncio.run(run())
+
+
+def test_a_new_leader_renews_its_lease_while_it_waits_for_its_turn(postgres_place: Place) -> None:
+    """As while it frees what the one before had of a batch with millions of lines."""
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=3600.0)
+
+    async def run() -> None:
+        from chiron.store.postgres.connection import connect
+        from chiron.store.postgres.lease import PostgresLease
+        from chiron.store.postgres.writer import TURN_LOCK
+
+        new = await lead(site, "b")
+        lease = PostgresLease(site.settings, name="brain", holder="b", lease_s=3600.0)
+        other = connect(site.settings, "other")
+        turn = TURN_LOCK ^ crc32(site.settings.schema.encode())
+        other.execute("BEGIN")
+        other.execute("SELECT pg_advisory_xact_lock(?)", (turn,))
+        opening = asyncio.create_task(new.open())
+        async with asyncio.timeout(60):
+            while not other.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'advisory'").fetchall():
+                await asyncio.sleep(0.02)
+        assert await lease.renew()
+        other.execute("COMMIT")
+        await opening
+        other.close()
+        await lease.close()
+        await new.close()
 
     asyncio.run(run())
 

@@ -31,17 +31,22 @@ def writer_name(leads: Leads, schema: str) -> str:
     return f"writer {_of_schema(schema)} {leads.token}"
 
 
-def require_lead(db: Connection, leads: Leads, schema: str) -> None:
-    """In a transaction, which nobody takes the lead away from. Raises StoreError. First the connections of leaders
-    before are cut: one that was stopped in the middle of a transaction would hold up all others."""
+def cut_off_older(db: Connection, leads: Leads, schema: str) -> None:
+    """Cut connections of leaders before: one that was stopped in the middle of a transaction would hold up all."""
     own = "datname = current_database() AND usename = current_user AND pid != pg_backend_pid()"
     db.execute(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own} AND application_name LIKE ?"
         " AND CAST(substring(application_name FROM '[0-9]{1,18}$') AS BIGINT) < ?",
         (f"chiron writer {_of_schema(schema)} %", leads.token),
     )
+
+
+def require_lead(db: Connection, leads: Leads) -> None:
+    """Raises StoreError. To be asked by who has the turn to write: another one may lead from now on, but writes only
+    after this turn, and finds what was done in it. The row is not locked: freeing what a leader before has may take
+    longer than a lease, which has to be renewed meanwhile."""
     row = db.execute(
-        "SELECT 1 AS leads FROM leaders WHERE name = ? AND holder = ? AND token = ? FOR SHARE",
+        "SELECT 1 AS leads FROM leaders WHERE name = ? AND holder = ? AND token = ?",
         (leads.name, leads.holder, leads.token),
     ).fetchone()
     if row is None:

@@ -38,7 +38,7 @@ from chiron.store.lease import Leads
 from chiron.store.port import Ended, StoreClosed, StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.content import remove_step
-from chiron.store.postgres.lease import require_lead, writer_name
+from chiron.store.postgres.lease import cut_off_older, require_lead, writer_name
 from chiron.store.postgres.leases import Holder, free, free_over, is_alive, register
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
@@ -307,12 +307,14 @@ class Writer:
         db.execute("BEGIN")
         transaction = Transaction(db, Meta())
         if self._leads is not None:
+            cut_off_older(db, self._leads, self._settings.schema)
+        db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
+        if self._leads is not None:
             try:
-                require_lead(db, self._leads, self._settings.schema)
+                require_lead(db, self._leads)
             except StoreError:
                 db.execute("ROLLBACK")
                 raise
-        db.execute("SELECT pg_advisory_xact_lock(?)", (self._turn,))
         free_over(transaction, -1, name)
         number = register(db, name, self._settings.lease_s)
         db.execute("COMMIT")
