@@ -176,6 +176,27 @@ def test_an_end_reads_no_faster_than_the_other_one_writes() -> None:
     asyncio.run(main())
 
 
+def test_an_end_that_has_read_too_much_before_it_is_joined_waits_as_well() -> None:
+    class Full(Recorded):
+        def write(self, data: bytes) -> None:  # type: ignore[override]
+            super().write(data)
+            far.pause_writing()
+
+    near, far, near_wire = PipeEnd(), PipeEnd(), Recorded()
+
+    async def main() -> None:
+        near.connection_made(near_wire)
+        await asyncio.sleep(0)
+        near.data_received(b"early")
+        far.connection_made(Full())
+        near.join(far)
+        assert "resume" not in near_wire.told
+        far.resume_writing()
+        assert near_wire.told[-1] == "resume"
+
+    asyncio.run(main())
+
+
 Change = Callable[[Authority, Authority, GatewaysSettings], GatewaysSettings]
 
 

@@ -49,6 +49,8 @@ class PipeEnd(asyncio.Protocol):
         self.gone = asyncio.Event()
         self._made = made
         self._early = b""
+        self._full = False
+        """As much waits to be written as may."""
         self._transport: asyncio.Transport | None = None
         self._other: PipeEnd | None = None
 
@@ -62,7 +64,7 @@ class PipeEnd(asyncio.Protocol):
         for end, its_other in ((self, other), (other, self)):
             if end.gone.is_set():
                 its_other.close()
-            else:
+            elif not its_other._full:
                 end._resume()
 
     def close(self) -> None:
@@ -90,10 +92,12 @@ class PipeEnd(asyncio.Protocol):
             self._other._transport.write(data)
 
     def pause_writing(self) -> None:
+        self._full = True
         if self._other is not None:
             self._other._pause()
 
     def resume_writing(self) -> None:
+        self._full = False
         if self._other is not None:
             self._other._resume()
 
