@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from chiron.config.serve import load_serve
 from chiron.gateway.brain.learned import NAME
+from chiron.gateway.processes.start import BrainStart, RelayStart
 from chiron.gateway.service import Service
 from scripted_engine import CHAT, Reader, ScriptedEngine, before, body, whole
 
@@ -31,6 +33,24 @@ def test_lengths_are_known_after_a_restart(tmp_path: Path) -> None:
     assert (first, then) == (0, 3)
     assert path.stat().st_mode & 0o777 == 0o600
 
+    assert asyncio.run(serve_and_ask(tmp_path, 0))[:2] == (3, 3)
+
+
+def test_one_that_is_stopped_while_its_relays_start_forgets_nothing(tmp_path: Path) -> None:
+    async def stopped_early() -> None:
+        opened = asyncio.Event()
+        start = RelayStart(port=1, folder=tmp_path, relays=1)
+        config = load_serve(tmp_path / "chiron.toml", [], None)
+        service = Service(config, brain=BrainStart(relays=start, opened=opened.set))
+        starting = asyncio.create_task(service.start())
+        async with asyncio.timeout(60):
+            await opened.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+        await service.stop(0.0)
+
+    asyncio.run(serve_and_ask(tmp_path, 3))
+    asyncio.run(stopped_early())
     assert asyncio.run(serve_and_ask(tmp_path, 0))[:2] == (3, 3)
 
 

@@ -33,6 +33,7 @@ class LearnedKeeper:
         self._found: Learned | None = None
         self._saving: asyncio.Task[None] | None = None
         self._failed = ""
+        self._begun = False
 
     async def read(self) -> None:
         """Before ``begin``, once the store is open. With a store that is not, all is learned anew."""
@@ -44,6 +45,7 @@ class LearnedKeeper:
 
     def begin(self) -> None:
         """Posted, before the control plane begins: give it what was read, and keep what it learns from now on."""
+        self._begun = True
         found, self._found = self._found, None
         if found is not None:
             for note in self._plane.restore(found, self._wall_s() - found.wall_s):
@@ -56,7 +58,10 @@ class LearnedKeeper:
             self._saving = asyncio.get_running_loop().create_task(self._save(self._plane.learned(self._wall_s())))
 
     async def close(self) -> None:
-        """Keep what has been learned to the end, before the store is closed."""
+        """Keep what has been learned to the end, before the store is closed. Whoever was stopped before it began knows
+        nothing: what is kept stays."""
+        if not self._begun:
+            return
         if self._saving is not None:
             await self._saving
         await self._save(self._plane.learned(self._wall_s()))
