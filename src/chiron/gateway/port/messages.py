@@ -213,7 +213,8 @@ class Listening(Message, tag=13, frozen=True):
 class Known(Message, tag=15, frozen=True):
     """An instance that a brain before this one has told of."""
 
-    instance: Count
+    instance: Annotated[int, Meta(ge=0, le=1 << 40)]
+    """Those that a brain creates are numbered after it."""
     model: Name
     kind: Name
     url: Text
