@@ -11,6 +11,7 @@ from chiron.core.types import Request
 from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.brain.desk import AGAIN_MAX
 from chiron.gateway.brain.relays import REJOIN_S
+from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
 from chiron.runtime.replay import replay
@@ -354,6 +355,34 @@ def test_a_brain_takes_no_more_of_what_waits_than_a_few_times_its_queue() -> Non
         await site.lead(queue_max=1)
         await asyncio.sleep(10.0)
         assert [parts(client)[0] for client in site.clients.values()] == [200] * AGAIN_MAX + [429] * (12 - AGAIN_MAX)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_brain_that_breaks_off_each_time_is_asked_less_often() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        accept = brain.accept
+
+        def breaks_off() -> Wire:
+            wire = accept()
+            wire._received = lambda messages: wire.give_up("it does not like what it hears")
+            return wire
+
+        await asyncio.sleep(4.0)
+        site.door.forget("brain")
+        site.door.listen("brain", breaks_off)
+        brain.links[-1].abort()
+        await asyncio.sleep(10.0)
+        assert 10 < len(brain.links) < 30
+        site.door.forget("brain")
+        site.door.listen("brain", accept)
+        await asyncio.sleep(1.0)
+        site.ask(1, 4)
+        await asyncio.sleep(2.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 4))
         await site.close()
 
     run_virtual(main())

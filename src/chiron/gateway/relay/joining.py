@@ -62,7 +62,7 @@ class Joining:
         self._changed.set()
 
     async def run(self) -> None:
-        failures = 0
+        failures, time_s = 0, asyncio.get_running_loop().time
         while True:
             wire = self._make_wire()
             self._changed.clear()
@@ -74,8 +74,10 @@ class Joining:
                 log.debug("the brain cannot be reached: %r", error)
                 wire.abort()
             if wire.up:
-                failures = 0
+                up_s = time_s()
                 await self._until(lambda wire=wire: wire.over)  # type: ignore[misc]
+                if time_s() - up_s >= HELLO_MAX_S:  # Else they do not get on: each try costs both.
+                    failures = 0
             await asyncio.sleep(doubled_s(AGAIN_MIN_S, AGAIN_MAX_S, failures))
             failures += 1
 
