@@ -14,6 +14,7 @@ from chiron.gateway.brain.relays import REJOIN_S
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
 from chiron.runtime.replay import replay
 from chiron.store.port import Item
 from outliving_site import NIGHT, STEP_S, Brain, OutlivingSite, parts, whole_stream
@@ -355,6 +356,26 @@ def test_a_brain_takes_no_more_of_what_waits_than_a_few_times_its_queue() -> Non
         await site.lead(queue_max=1)
         await asyncio.sleep(10.0)
         assert [parts(client)[0] for client in site.clients.values()] == [200] * AGAIN_MAX + [429] * (12 - AGAIN_MAX)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_key_owes_a_minute_at_the_most_for_what_nobody_counted() -> None:
+    async def main() -> None:
+        key = Key(name="k", hash=hash_secret(b"s"), requests_per_minute=4)
+        site = OutlivingSite(keys=KeyRing([key]), stay=StaySettings(silent_s=1.0))
+        await site.lead()
+        await asyncio.sleep(2.5)
+        site.kill()
+        for number in range(1, 21):  # Over five minutes: within what the key allows.
+            site.ask(number, 2, secret="s")
+            await asyncio.sleep(15.0)
+        await site.lead()
+        await asyncio.sleep(76.0)
+        site.ask(21, 2, secret="s")
+        await asyncio.sleep(5.0)
+        assert [parts(client)[0] for client in site.clients.values()] == [200] * 21
         await site.close()
 
     run_virtual(main())

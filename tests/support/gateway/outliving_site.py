@@ -225,7 +225,16 @@ class Brain:
 class OutlivingSite:
     """Some engines behind some relays, and at most one brain."""
 
-    def __init__(self, *, engines: int = 2, slots: int = 2, relays: int = 1, stay: StaySettings | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        engines: int = 2,
+        slots: int = 2,
+        relays: int = 1,
+        stay: StaySettings | None = None,
+        keys: KeyRing | None = None,
+        request_timeout_s: float = 3600.0,
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.network = MemoryNetwork(loop.call_soon)
         self.engines = [SteppingEngine() for _ in range(engines)]
@@ -237,7 +246,7 @@ class OutlivingSite:
         )
         source = EndpointsSource(urls=("http://127.0.0.1:9",))
         self.kind = KindSettings(kind=kind, engine="openai", source=source, context_tokens=100_000)
-        self.keys = KeyRing()
+        self.keys = keys or KeyRing()
         self.slots = slots
         self.door = MemoryNetwork(loop.call_soon)
         self.clients: dict[int, Client] = {}
@@ -251,7 +260,7 @@ class OutlivingSite:
                 models=self.models(),
                 kinds=[self.kind],
                 keys=self.keys,
-                limits=LimitSettings(),
+                limits=LimitSettings(request_timeout_s=request_timeout_s),
                 closed=lambda why: None,
                 network=self.network,
                 ride_s=0.0,
@@ -296,7 +305,15 @@ class OutlivingSite:
         self.door.forget("brain")
 
     def ask(
-        self, number: int, tokens: int, *, relay: int = 0, cls: str = "chat", stream: bool = True, padding: int = 0
+        self,
+        number: int,
+        tokens: int,
+        *,
+        relay: int = 0,
+        cls: str = "chat",
+        stream: bool = True,
+        padding: int = 0,
+        secret: str = "none",
     ) -> Client:
         """A client's request; its answer has so many chunks."""
         client = self.clients[number] = Client()
@@ -308,7 +325,7 @@ class OutlivingSite:
             "user": "x" * padding,
         }
         self.door.connect(f"relay-{relay}", lambda: client)
-        client.transport.write(completion(content, f"x-chiron-class: {cls}"))
+        client.transport.write(completion(content, f"x-chiron-class: {cls}", f"authorization: Bearer {secret}"))
         return client
 
     async def close(self) -> None:

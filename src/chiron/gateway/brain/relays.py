@@ -610,6 +610,8 @@ class RelayLink:
         relays = self._relays
         relays.own_placements += said.own_placements
         relays.expired += said.expired
+        if self.before is None:
+            relays.keys.bound_debts()
         if said.forgotten:
             log.warning("%s could not keep %d ends of requests while there was no brain", self.name, said.forgotten)
         relays.returned(self)

@@ -185,6 +185,12 @@ class KeyRing:
             for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
                 bucket.take(now_s, amount)
 
+    def bound_debts(self) -> None:
+        """After ``count`` of what came over an unknown time: it is owed for a minute at the most."""
+        for buckets in self._buckets.values():
+            for bucket in buckets:
+                bucket.level = max(bucket.level, -bucket.size)
+
     def give_back(self, key: Key, tokens: int) -> None:
         """One that was counted never ran."""
         buckets = self._buckets.get(key.name)
