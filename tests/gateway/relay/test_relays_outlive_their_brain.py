@@ -381,6 +381,22 @@ def test_a_key_owes_a_minute_at_the_most_for_what_nobody_counted() -> None:
     run_virtual(main())
 
 
+def test_relays_together_place_no_more_than_there_are_places() -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=1, slots=3, relays=2, stay=StaySettings(hold_s=30.0, silent_s=1.0))
+        await site.lead()
+        await asyncio.sleep(2.5)
+        site.kill()
+        for number in range(1, 7):
+            site.ask(number, 8, relay=number % 2)
+        await asyncio.sleep(15.0)
+        assert all(parts(client)[0] == 200 for client in site.clients.values())
+        assert site.engines[0].most == 2
+        await site.close()
+
+    run_virtual(main())
+
+
 def test_a_brain_that_breaks_off_each_time_is_asked_less_often() -> None:
     async def main() -> None:
         site = OutlivingSite()

@@ -2,14 +2,16 @@
 
 Once the brain has been silent for a while, the relay places what waits by itself: on the instance with the least
 outstanding, within its share of the instance's last known max batch size. What the other relays do it does not know:
-where one of them had more than its share there already, the instance runs that much above its limit until those end.
-Nor does it know of prefill, KV or roles: this is for the moments until another brain leads.
+where one of them had more than its share there already, the instance runs that much above its limit until those end,
+and where there are fewer places than relays, each takes one. Nor does it know of prefill, KV or roles: this is for the
+moments until another brain leads.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from chiron.core.types import Outcome
 from chiron.gateway.port import messages as m
@@ -114,28 +116,31 @@ class Alone:
         if silent_s <= self._settings.silent_s or not self.waiting:
             return
         for interactive in (True, False) if silent_s <= self._settings.batch_s else (True,):
-            full: set[str] = set()
+            full: dict[str, int] = {}
             while (found := self._next(interactive, full, now_s)) is not None:
                 held, instance = found
                 self.no_longer_waits(held)
                 self.placements += 1
                 self._carry(held, instance)
 
-    def _next(self, interactive: bool, full: set[str], now_s: float) -> tuple[Held, int] | None:
-        """The first that can be placed, and where; ``full``: models without any room."""
+    def _next(self, interactive: bool, full: dict[str, int], now_s: float) -> tuple[Held, int] | None:
+        """The first that can be placed, and where; ``full``: the fewest sequences that found no room, by model."""
         models = {known.model for known in self._known.values()}
+        if all(full.get(model) == 1 for model in models):
+            return None
         for held in self.waiting.values():
             request = held.request
-            if full >= models:
-                return None
-            if request.interactive is not interactive or request.model in full:
+            if request.interactive is not interactive:
                 continue
             sequences = places(request.payload.sequences)
+            if sequences >= full.get(request.model, inf):
+                continue
             instance = self._least_outstanding(request.model, sequences, now_s)
             if instance is not None:
                 return held, instance
-            if sequences == 1:
-                full.add(request.model)
+            full[request.model] = sequences
+            if all(full.get(model) == 1 for model in models):
+                break
         return None
 
     def _least_outstanding(self, model: str, sequences: int, now_s: float) -> int | None:
@@ -145,7 +150,7 @@ class Alone:
             if known.model != model or self._avoided_s.get(number, 0.0) > now_s:
                 continue
             running = self._upstreams[number].sequences
-            share = -(-known.max_batch_size // self.relays)
+            share = max(min(1, known.max_batch_size), known.max_batch_size // self.relays)
             if running + sequences <= share and (best is None or (running, number) < best):
                 best = (running, number)
         return best[1] if best is not None else None
