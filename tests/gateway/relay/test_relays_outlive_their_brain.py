@@ -11,6 +11,7 @@ from chiron.core.types import Request
 from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.brain.desk import AGAIN_MAX
 from chiron.gateway.brain.relays import REJOIN_S
+from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.joining import StaySettings
@@ -356,6 +357,89 @@ def test_a_brain_takes_no_more_of_what_waits_than_a_few_times_its_queue() -> Non
         await site.lead(queue_max=1)
         await asyncio.sleep(10.0)
         assert [parts(client)[0] for client in site.clients.values()] == [200] * AGAIN_MAX + [429] * (12 - AGAIN_MAX)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_what_takes_too_long_is_cut_off_though_no_brain_counts_it() -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=3, request_timeout_s=5.0)
+        await site.lead()
+        await asyncio.sleep(1.0)
+        for number in range(1, 7):
+            site.ask(number, 400, stream=number % 2 == 0)
+        await asyncio.sleep(0.5)
+        site.kill()
+        site.urls.pop()
+        uncounted = [number for number in site.engines[2].running if site.engines[2].running[number]]
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.kill()  # Of the others nobody knows any more, either.
+        await asyncio.sleep(6.0)
+        assert len(uncounted) == 2
+        assert [engine.running.total() for engine in site.engines] == [0, 0, 0]
+        for number, client in site.clients.items():
+            status, body = parts(client)
+            assert (status == 200 and b"longer than 5 s" in body) if number % 2 == 0 else body or status == 504
+        assert site.relays[0].uplink.held == {}
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        assert [request.outcome for request in brain.ends.requests] == ["cancelled"] * 4
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_stream_that_began_as_its_instance_failed_is_not_begun_again() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        link = brain.relays.links[0]
+        link._hear = {**link._hear, m.FirstToken: lambda said: None}  # It has not come yet.
+        site.ask(1, 30)
+        await asyncio.sleep(0.5)
+        (request,) = brain.gateway.desk.open.values()
+        instance = request.instance
+        assert instance is not None
+        brain.clock.post(lambda: brain.engines.instance_failed(instance, "it is gone"))
+        await asyncio.sleep(6.0)
+        _, body = parts(site.clients[1])
+        assert body.count(b"1.0 ") == 1
+        assert b"engine was lost" in body
+        assert [request.outcome for request in brain.ends.requests] == ["failed"]
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_what_ended_at_the_relay_while_its_brain_had_begun_it_anew_ends_there_too() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 4, cls="night")
+        site.ask(2, 40)
+        await asyncio.sleep(0.3)
+        site.door.forget("brain")
+        brain.links[-1].abort()
+        await asyncio.sleep(0.1)
+        (request,) = [each for each in brain.gateway.desk.open.values() if not each.interactive]
+        assert request.instance is not None
+        evictor, state = brain.gateway.plane._evictor, brain.gateway.plane.models["m0"]
+        brain.clock.post(lambda: evictor.evict(state, request))
+        await asyncio.sleep(0.5)
+        assert parts(site.clients[1])[0] == 200
+        assert request.outcome is None
+        site.door.listen("brain", brain.accept)
+        await asyncio.sleep(1.0)
+        made = len(brain.links)
+        await asyncio.sleep(5.0)
+        assert (len(brain.links), made) == (2, 2), "it came back once"
+        assert parts(site.clients[2]) == (200, whole_stream(2, 40))
+        assert all(len(each) == 1 for each in brain.ends.outcomes.values())
+        assert brain.gateway.plane.open_requests == 0
         await site.close()
 
     run_virtual(main())

@@ -51,6 +51,7 @@ class Relay:
             models=models,
             address_of=lambda model, kind, url: address_of(by_name[kind], model, url),
             engine_stall_s=limits.engine_stall_s,
+            request_timeout_s=limits.request_timeout_s,
             retry_after_s=limits.retry_after_s,
             closed=closed,
             drain=self._drain,

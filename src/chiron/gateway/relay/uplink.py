@@ -17,6 +17,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from secrets import token_hex
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from chiron.gateway.relay.admission import Models, is_chat
 from chiron.gateway.relay.alone import Alone
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.calls import CollectedCall, FlexCall, ItemCall, RelayCall
-from chiron.gateway.relay.errors import ApiError, unavailable
+from chiron.gateway.relay.errors import ApiError, timed_out, unavailable
 from chiron.gateway.relay.held import Held
 from chiron.gateway.relay.joining import Connect, Joining, StaySettings
 from chiron.gateway.relay.keys import Key
@@ -170,6 +171,7 @@ class Uplink:
         models: Models,
         address_of: Callable[[str, str, str], EngineAddress],
         engine_stall_s: float,
+        request_timeout_s: float = inf,
         retry_after_s: float,
         closed: Callable[[str], None],
         drain: Callable[[bool], None] = lambda on: None,
@@ -232,6 +234,7 @@ class Uplink:
         self._models = models
         self._address_of = address_of
         self._stall_s = engine_stall_s
+        self._timeout_s = request_timeout_s
         self._retry_after_s = retry_after_s
         self._drain = drain
         self._stop = stop
@@ -418,6 +421,7 @@ class Uplink:
         for upstream in [each for each in self._uncounted if not each.runs]:
             self._uncounted.remove(upstream)
             self._retire(upstream)
+        self._cut_off_late()
         self.tell_made()
         self.post(self._health())
 
@@ -476,6 +480,21 @@ class Uplink:
                 self._drop_item(held)
             elif held.run is None:
                 self._settle(held)
+
+    def _cut_off_late(self) -> None:
+        """What no brain counts has nobody else who would end it. What waits is given up by ``alone``."""
+        now_s, alone = self.clock.now_s, self._alone_since_s is not None
+        for held in [each for each in self.held.values() if (alone or each.uncounted) and each.run is not None]:
+            request = held.request
+            if request.interactive and now_s - request.arrival_s > self._timeout_s:
+                request.payload.refusal = timed_out(f"The answer took longer than {self._timeout_s:g} s.")
+            elif not request.interactive and now_s > request.deadline_s:
+                request.payload.refusal = timed_out("The deadline of the request's class has passed.")
+            else:
+                continue
+            held.left = True  # As if its client had.
+            assert held.run is not None
+            held.run.evict()
 
     def _drop_item(self, held: Held) -> None:
         """Its brain has it in the store, and runs it again."""
@@ -638,7 +657,7 @@ class Uplink:
     def _unknown(self, said: m.Unknown) -> None:
         run = self.runs.get(said.run)
         held = self.held.get(run.placed.request.id) if run is not None else None
-        if held is not None:
+        if held is not None and held.arrive is not None:
             held.uncounted = True
 
     def _pulse(self, said: m.Pulse) -> None:
@@ -667,6 +686,11 @@ class Uplink:
     def _place(self, said: m.Place) -> None:
         held = self.held.get(said.number)
         upstream = self.upstreams.get(said.instance)
+        if held is None and self._joining is not None and said.number < m.ITEMS_FROM:
+            # It ended here while its brain, which had stopped it, could not be told.
+            self.wire.send(m.Left(said.number, 0))
+            self.wire.send(m.Evicted(said.run, 0, 0))
+            return
         if held is None or upstream is None:
             raise ProtocolError(f"placement {said.run}: request {said.number} or instance {said.instance} is not here")
         if held.left:
@@ -677,6 +701,9 @@ class Uplink:
             if not isinstance(before, m.Answered):
                 before = m.Answered(said.run, 200, held.request.tokens_done, 0, 0)
             self.wire.post(m.Answered(said.run, before.status, before.tokens, before.prompt_tokens, 0))
+            return
+        if held.request.payload.visible:  # It began as its instance failed: nobody is to get two beginnings.
+            self.wire.send(m.Lost(said.run, 0, "its engine was lost", False, True, 0, 0))
             return
         request = held.request
         # After its instance failed we know better how far it came.
