@@ -297,7 +297,7 @@ class Origin:
             call._fail(ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s"))
         except (OSError, UnicodeError) as error:  # The latter for a host that cannot be a name.
             failure = ConnectError(f"{self.url}: cannot connect: {reason_of(error)}")
-            failure.__cause__ = error
+            failure.__cause__ = error.with_traceback(None)  # Else this frame, with the request, refers to itself.
             call._fail(failure)
         except asyncio.CancelledError:
             call._fail(ConnectError(f"{self.url}: closed"))

@@ -381,7 +381,7 @@ class RelayLink:
             relays.desk.arrive(call, said.model, cls, key, said.input_tokens)
         except ApiError as error:
             self.calls.pop(said.number, None)
-            self.wire.send(m.End(said.number, "refused", refusal=_refusal(error)))
+            self.wire.send(m.End(said.number, "refused", refusal=_refusal(error.with_traceback(None))))
 
     def _admitted(self, said: m.Arrive) -> tuple[RequestClass, Key] | None:
         """Its class and its key. None: there is no such model, class or key."""
@@ -604,7 +604,7 @@ class RelayLink:
             )
         except ApiError as error:
             self.calls.pop(asked.number, None)
-            self.wire.send(m.End(asked.number, "refused", refusal=_refusal(error)))
+            self.wire.send(m.End(asked.number, "refused", refusal=_refusal(error.with_traceback(None))))
 
     def _told(self, said: m.Told) -> None:
         relays = self._relays

@@ -74,7 +74,7 @@ class Front:
         try:
             incoming.context = self._keys.check(incoming.header(b"authorization"))
         except ApiError as error:
-            refused = error
+            refused = _alone(error)
             return lambda: self._refuse(incoming, refused)
         if incoming.context.name:
             incoming.peers = (*incoming.peers, f"API key {incoming.context.name!r}")
@@ -84,7 +84,7 @@ class Front:
         try:
             self._admit(incoming)
         except ApiError as error:
-            self._refuse(incoming, error)
+            self._refuse(incoming, _alone(error))
 
     def _admit(self, incoming: Incoming) -> None:
         if self.draining:
@@ -113,3 +113,9 @@ class Front:
         if not incoming.started:
             refuse(incoming, error)
             self._responded(error.status)
+
+
+def _alone(error: ApiError) -> ApiError:
+    """Without the frames that it came through: where one of them refers to it, only the garbage collector would free
+    the request and its connection."""
+    return error.with_traceback(None)
