@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from chiron.core.types import Request
 from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.brain.desk import AGAIN_MAX
-from chiron.gateway.brain.relays import REJOIN_S
+from chiron.gateway.brain.relays import ADOPTED_MAX, REJOIN_S
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.body import read_body
@@ -504,6 +505,29 @@ def test_a_brain_that_breaks_off_each_time_is_asked_less_often() -> None:
         site.ask(1, 4)
         await asyncio.sleep(2.0)
         assert parts(site.clients[1]) == (200, whole_stream(1, 4))
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_brain_counts_no_more_of_what_is_said_to_run_than_can_be() -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=1)
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 40)
+        await asyncio.sleep(0.5)
+        (held,) = site.relays[0].uplink.held.values()
+        site.kill()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        said = held.running(site.relays[0].uplink.clock.now_s)
+        for number in range(100, 200):
+            request = msgspec.structs.replace(said.request, number=number)
+            site.relays[0].uplink.send(msgspec.structs.replace(said, request=request, run=m.OWN_FROM + number))
+        await asyncio.sleep(0.5)
+        (instance,) = brain.gateway.plane.instances.values()
+        assert len(instance.requests) == brain.gateway.plane.open_requests == ADOPTED_MAX * site.slots
         await site.close()
 
     run_virtual(main())

@@ -39,6 +39,8 @@ REJOIN_S = 1.0
 """For so long what a relay that stays carries is kept when its connection is lost: it may be alive, and come back."""
 ENDS_KEPT = 4096
 """Of requests of one relay, the last: whether it has heard of them is not known until it says something."""
+ADOPTED_MAX = 4
+"""Times what an instance takes at most: so much may run there when it is taken over."""
 PULSE_S = 0.25
 """Between two signs of life to relays that stay without their brain."""
 TICK_S = 1.0
@@ -556,6 +558,8 @@ class RelayLink:
         engine = relays.engines.get(said.instance) if said.instance in self._shared else None
         found = self._admitted(asked)
         if relays.adoption is None or engine is None or found is None or engine.instance.model != asked.model:
+            return False
+        if engine.instance.sequences >= ADOPTED_MAX * engine.instance.kind.max_num_seqs:
             return False
         call, now_s = FarCall(self, asked), relays.clock.now_s
         request = relays.desk.adopt(
