@@ -312,6 +312,20 @@ def test_what_is_told_after_the_settling_time_is_taken_in_and_nothing_new_comes_
     assert set(world.ends.values()) == {1}
 
 
+def test_an_instance_that_has_failed_is_not_taken_over_again() -> None:
+    world = busy()
+    plane = world.lead({"mixed": INSTANCES}, settle_s=1.0).plane
+    assert world.leader is not None
+    leader = world.leader
+    number, instance = min(plane.instances.items())
+    plane.instance_failed(instance)
+    again = plane.adopt_instance(
+        "m0", ROOMY.name, "mixed", number=number, max_batch_size=SLOTS, attach=lambda instance: leader
+    )
+    assert again is None
+    assert number not in plane.instances
+
+
 def test_what_cannot_be_is_not_taken_in() -> None:
     world = busy()
     leader = world.lead({"mixed": INSTANCES}, settle_s=1.0)

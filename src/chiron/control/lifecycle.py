@@ -49,6 +49,8 @@ class Lifecycle:
         self.unsettled = False
         """Not all that runs is known: nothing is created or drained, and no plan is adopted."""
         self._next_instance = 1
+        self._numbers: set[int] = set()
+        """Given while not all is known, also to instances that are gone: a second one of a number is another one."""
         self._most: dict[str, int] = {}
         """How many instances of a kind there can be now, by name, where it is less than usual."""
 
@@ -77,9 +79,9 @@ class Lifecycle:
         max_batch_size: int,
         attach: Callable[[Instance], Engine],
     ) -> Instance | None:
-        """Take over one that is up under its number. None: the number is taken, or there is no such kind."""
+        """Take over one that is up under its number. None: there has been one of this number, or no such kind."""
         found = next((each for each in state.spec.kinds if each.name == kind), None)
-        if found is None or number in self.instances or number < 1:
+        if found is None or number in self._numbers or number in self.instances or number < 1:
             return None
         state.planned = {**state.planned, role: state.planned.get(role, 0) + 1}
         self._next_instance, following = number, self._next_instance
@@ -235,6 +237,8 @@ class Lifecycle:
         limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
         instance.max_batch_size = min(limit, kind.max_num_seqs)
         self.instances[instance.id] = instance
+        if self.unsettled:
+            self._numbers.add(instance.id)
         state.instances[instance.id] = instance
         if kind.gpu in self._gpus_free:
             self._gpus_free[kind.gpu] -= kind.gpus
