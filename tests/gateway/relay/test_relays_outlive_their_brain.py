@@ -531,3 +531,26 @@ def test_a_brain_counts_no_more_of_what_is_said_to_run_than_can_be() -> None:
         await site.close()
 
     run_virtual(main())
+
+
+def test_a_client_whose_instance_failed_while_its_relay_was_away_hears_that_it_did() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 30)
+        await asyncio.sleep(0.5)
+        site.door.forget("brain")
+        brain.links[-1].abort()
+        await asyncio.sleep(0.1)
+        (request,) = brain.gateway.desk.open.values()
+        instance = request.instance
+        assert instance is not None
+        brain.clock.post(lambda: brain.engines.instance_failed(instance, "it is gone"))
+        site.door.listen("brain", brain.accept)
+        await asyncio.sleep(2.0)
+        assert b"engine was lost" in parts(site.clients[1])[1]
+        assert [engine.running.total() for engine in site.engines] == [0, 0]
+        await site.close()
+
+    run_virtual(main())

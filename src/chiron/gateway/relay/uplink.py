@@ -737,6 +737,8 @@ class Uplink:
             call.refusal = ApiError(
                 told.status, told.message, type=told.type, code=told.code, param=told.param, headers=told.headers
             )
+        elif said.outcome == "failed" and call.error is None:
+            call.error = UpstreamFailure("its engine was lost")  # As the brain knew first.
         call.ended(request)
 
     def _remind(self, said: m.Remind) -> None:
