@@ -32,6 +32,10 @@ BROKEN = {
     "a message of the other side": (frame([HELLO]) + frame([[36, 1]]), "cannot be read"),
     "a negative count": (frame([HELLO]) + frame([[2, 1, -5]]), "cannot be read"),
     "an instance without successors": (frame([HELLO]) + frame([[15, 1 << 62, "m", "k", "u", 1, "mixed"]]), "<= 1099"),
+    "an SLO of nothing": (
+        frame([HELLO]) + frame([[1, 1, "r", "m", "c", 0.0, 1.0, "", 1, [], 1, False, 1, False]]),
+        "> 0.0",
+    ),
     "text for a number": (frame([HELLO]) + frame([[2, "1", 0]]), "cannot be read"),
     "what the receiver refuses": (frame([HELLO]) + frame([[2, 7, 0]]), "seven is not allowed"),
 }

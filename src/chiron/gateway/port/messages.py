@@ -29,6 +29,7 @@ NAME = "chiron-relay"
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Number = Annotated[int, Meta(ge=1, le=1 << 62)]
 Seconds = Annotated[float, Meta(ge=0.0)]
+SloSeconds = Annotated[float, Meta(gt=0.0)]
 Age = Annotated[float, Meta(ge=0.0, le=1e7)]
 """Seconds ago."""
 Status = Annotated[int, Meta(ge=0, le=999)]
@@ -75,9 +76,9 @@ class Arrive(Message, tag=1, frozen=True):
     request_id: Name
     model: Name
     cls: Name
-    ttft_s: Seconds
+    ttft_s: SloSeconds
     """The class's, or what the client asked for; so is the next."""
-    itl_s: Seconds
+    itl_s: SloSeconds
     key: Name
     """Name of its API key."""
     input_tokens: Number
