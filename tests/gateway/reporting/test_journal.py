@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from chiron.core.types import Decision, Request, RequestClass
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import DECISIONS_KEPT, REASONS_MAX, TOGETHER, LiveJournal
+from chiron.gateway.reporting.lines import RequestLine
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
 from chiron.gateway.reporting.tally import HISTORY, SLOT_S, ClassTally, Rolling
 from chiron.telemetry.event_log import read_event_log
@@ -49,6 +50,16 @@ def test_every_event_is_in_the_log_once_and_in_order(ran: tuple[LivePlane, Path]
     assert count["first_token"] == total
     assert count["created"] == count["ready"] >= 2
     assert {e["reason"] for e in events if e["event"] == "decision"} >= {"interactive_load"}
+
+
+def test_all_lines_that_wait_are_written_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    writer = EventWriter(EventLogSettings(path=path, flush_s=3600.0), wall_origin_s=0.0)
+    for group in range(100):
+        writer.write_lines([RequestLine(float(group), "dispatch", "r", 1) for _ in range(64)])
+    writer.close()
+    assert (writer.dropped, writer.lost) == (0, 0)
+    assert len(list(read_event_log(path))) == 1 + 100 * 64
 
 
 def test_the_end_of_a_request_says_how_it_went(ran: tuple[LivePlane, Path]) -> None:

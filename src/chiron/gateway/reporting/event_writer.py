@@ -163,7 +163,7 @@ class EventWriter:
     def _drain(self) -> None:
         """Whatever is queued by now; a queue that grows all the time must not keep it here for ever."""
         queue = self._queue
-        for _ in range(1 + len(queue) // _PIECE):
+        for _ in range(1 + (self._queued - self._taken) // _PIECE):
             piece: list[bytes] = []
             count = 0
             while queue and count < _PIECE:
