@@ -326,6 +326,28 @@ def test_an_instance_that_has_failed_is_not_taken_over_again() -> None:
     assert number not in plane.instances
 
 
+def test_what_a_fleet_finds_takes_no_number_that_may_still_be_told() -> None:
+    world = busy()
+    leader = world.lead({"mixed": INSTANCES}, settle_s=1.0)
+    plane = leader.plane
+    plane.instance_failed(plane.instances[max(plane.instances)])
+    plane.models["m0"].planned = {"mixed": INSTANCES - 1}  # So that there is room for one.
+    numbers = set(plane.instances)
+    plane.kinds_found({ROOMY.name: 1})
+    assert set(plane.instances) == numbers
+    told = max(numbers) + 2
+    adopted = plane.adopt_instance(
+        "m0", ROOMY.name, "mixed", number=told, max_batch_size=SLOTS, attach=lambda instance: leader
+    )
+    assert adopted is not None
+    plane.instance_failed(adopted)
+    plane.models["m0"].planned = {"mixed": INSTANCES - 1}
+    plane.told_all()
+    plane.kinds_found({ROOMY.name: 1})
+    assert set(plane.instances) > numbers
+    assert max(plane.instances) > told
+
+
 def test_what_cannot_be_is_not_taken_in() -> None:
     world = busy()
     leader = world.lead({"mixed": INSTANCES}, settle_s=1.0)

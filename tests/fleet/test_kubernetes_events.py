@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import pytest
+
 from chiron.fleet.kubernetes.access import Access
 from chiron.fleet.kubernetes.client import Client, KubernetesError
 from chiron.fleet.kubernetes.events import AT_MOST, PERIOD_S, Involved, WorkloadEvents
@@ -63,15 +65,20 @@ def test_they_are_one_short_line() -> None:
     told(story)
 
 
-def test_whoever_may_write_none_stops_trying_and_others_try_again() -> None:
-    async def story(fake: FakeKubernetes, _: list[float], tell: Tell) -> None:
+@pytest.mark.parametrize("status", [401, 403])
+def test_whoever_may_write_none_pauses_and_tries_again_later(status: int) -> None:
+    async def story(fake: FakeKubernetes, now_s: list[float], tell: Tell) -> None:
         fake.interfere = lambda method, path: Refusal(500, "", "full")
         (failed,) = await tell(1)
         assert isinstance(failed, KubernetesError)
-        fake.interfere = lambda method, path: Refusal(403, "Forbidden", "no")
+        fake.interfere = lambda method, path: Refusal(status, "Refused", "no")
         assert await tell(1) == [None]
         asked = len(fake.requests)
         assert await tell(3) == []
         assert len(fake.requests) == asked == 2
+        now_s[0] += PERIOD_S
+        fake.interfere = lambda method, path: None  # The token was replaced, or the right was given.
+        assert await tell(2) == [None] * 2
+        assert len(fake.all("events")) == 2
 
     told(story)

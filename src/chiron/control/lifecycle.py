@@ -212,7 +212,10 @@ class Lifecycle:
                         self._fleet.create(self._new_instance(state, other, instance.role))
 
     def take_over(self, states: Iterable[ModelState], found: Mapping[str, int]) -> None:
-        """So many instances of these kinds run already: as many of them as the bounds allow join the fleet."""
+        """So many instances of these kinds run already: as many of them as the bounds allow join the fleet. Not while
+        others may still be told of under numbers that these would take."""
+        if self.unsettled:
+            return
         split = self._policy.initial_roles(self._policy.settings, 1) if self._policy.initial_roles else {}
         role: Role = next((role for role in ROLES if split.get(role)), "mixed")
         for state in states:

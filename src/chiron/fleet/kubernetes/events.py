@@ -47,12 +47,14 @@ class WorkloadEvents:
         self._wall_s = wall_s
         self._background = background
         self._written_s: deque[float] = deque(maxlen=AT_MOST)
-        self._refused = False
+        self._refused_until_s = 0.0
+        """Who may write none now may do so later: its token was replaced, or it was given the right."""
+        self._said_refused = False
 
     def tell(self, about: Involved, reason: str, message: str, *, warning: bool = False) -> None:
         now_s = self._wall_s()
         full = len(self._written_s) == AT_MOST and 0.0 <= now_s - self._written_s[0] < PERIOD_S
-        if self._refused or full:
+        if full or 0.0 < self._refused_until_s - now_s <= PERIOD_S:
             return
         self._written_s.append(now_s)
         self._background(self._write(event(about, reason, message, now_s, warning=warning)))
@@ -60,11 +62,14 @@ class WorkloadEvents:
     async def _write(self, made: Mapping[str, Any]) -> None:
         try:
             await self._client.post(f"/api/v1/namespaces/{made['metadata']['namespace']}/events", made)
+            self._said_refused = False
         except ApiError as error:
             if error.status not in (401, 403):
                 raise
-            self._refused = True
-            log.warning("no events are written from now on: %s", error)
+            self._refused_until_s = self._wall_s() + PERIOD_S
+            if not self._said_refused:
+                self._said_refused = True
+                log.warning("no events are written for a while: %s", error)
 
 
 def event(about: Involved, reason: str, message: str, now_s: float, *, warning: bool) -> dict[str, Any]:
