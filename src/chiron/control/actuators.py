@@ -6,10 +6,11 @@ down as always; the fleet stays as it was started, and engines and batch sizes s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from chiron.control.model import ModelState
+from chiron.core.ports import StagedEngine
 from chiron.core.types import Instance, Role
 from chiron.policies.views import LocalDecision
 
@@ -23,6 +24,9 @@ class Actuators(Protocol):
 
     def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
         """A decision of the local loop. Returns the max batch size before and after."""
+
+    def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
+        """A plan of the stage loop for one pipeline."""
 
 
 class DirectActuators:
@@ -53,6 +57,9 @@ class DirectActuators:
             state.router.changed(instance)
         return before, size
 
+    def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
+        engine.scale(replicas)
+
 
 class NullActuators:
     """Nothing is touched."""
@@ -72,6 +79,9 @@ class NullActuators:
         before, size = self._sizes.get(instance.id, instance.max_batch_size), _within(instance, decision)
         self._sizes[instance.id] = size
         return before, size
+
+    def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
+        """It keeps the replicas it has."""
 
 
 def _within(instance: Instance, decision: LocalDecision) -> int:

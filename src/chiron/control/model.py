@@ -67,6 +67,8 @@ class ModelState:
         self.batch_size_hint = 0
         """Max batch size last set anywhere: where a new instance starts."""
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
+        self.arrived_count = 0
+        """All that arrived, less those that turned out not to run: for the stage loop."""
         self.attained = 0
         self.missed = 0
         self._itl_missed = {c.name: 0.0 for c in classes}
@@ -94,6 +96,7 @@ class ModelState:
         if arrivals.second != second:
             arrivals = self._arriving[name] = self._bin(name, second)
         arrivals.add(request.input_tokens, 1)
+        self.arrived_count += 1
         request.counted = True
 
     def arrivals(self, now_s: float) -> list[_Arrivals]:
@@ -116,6 +119,7 @@ class ModelState:
         shed = outcome == "shed"
         if not (shed or outcome == "finished" or (outcome == "cancelled" and request.ran)):
             if request.counted:
+                self.arrived_count -= 1
                 self._bin(cls.name, int(request.arrival_s)).add(request.input_tokens, -1)
             return
         if not request.interactive:

@@ -9,6 +9,7 @@ above it::
     lifecycle             instances, from plan to gone
     dispatcher            requests, from arrival to end
     autoscaler            the global loop
+    stages                the stage loop, where instances are pipelines
     scrapes               rounds of samples, a few instances at a time
     takeover              what runs when this one begins, told by others
 """
@@ -27,10 +28,12 @@ from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.control.scrapes import Scrapes
 from chiron.control.snapshot import ModelSnapshot, PlaneSnapshot, model_snapshot
+from chiron.control.stages import StageLoop
 from chiron.control.takeover import SETTLE_S, Takeover
 from chiron.core.clock import VirtualClock
 from chiron.core.kept import Kept
 from chiron.core.ports import Ends, Engine, Fleet, Journal
+from chiron.core.stages import PipelineSample
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.policies.policy import Policy
 from chiron.policies.views import PolicyState
@@ -38,7 +41,7 @@ from chiron.policies.views import PolicyState
 
 class ControlPlane:
     """Implements the ports that the world speaks to: ``Completions``, ``BatchAnnouncements``, ``Queues``,
-    ``RemoteEngineEvents``, ``Samples``, ``FleetEvents``, and ``snapshot.Readers``."""
+    ``RemoteEngineEvents``, ``Samples``, ``StageSamples``, ``FleetEvents``, and ``snapshot.Readers``."""
 
     def __init__(
         self,
@@ -96,6 +99,14 @@ class ControlPlane:
         )
         self.instances = self._lifecycle.instances
         """Every instance that is not gone, by id."""
+        self._stages = StageLoop(
+            clock=clock,
+            policy=policy,
+            models=self.models,
+            instances=self.instances,
+            journal=journal,
+            actuators=actuators,
+        )
         self._takeover = Takeover(
             clock=clock,
             models=self.models,
@@ -204,6 +215,7 @@ class ControlPlane:
     def begin(self) -> None:
         """Start the periodic loops."""
         self._autoscaler.begin()
+        self._stages.begin()
 
     def learned(self, wall_s: float) -> Learned:
         """What the next run should know; ``wall_s`` is the Unix time now."""
@@ -312,6 +324,14 @@ class ControlPlane:
 
     def sampled(self, samples: Iterable[Sample]) -> None:
         self._scrapes.sampled(samples)
+
+    def stages_sampled(self, instance: Instance, sample: PipelineSample) -> None:
+        if self._knows(instance):
+            self._stages.sampled(instance, sample)
+
+    def stage_plan(self, instance: Instance) -> tuple[int, ...]:
+        """Replicas of each stage by the plan in force; empty where the instance is no pipeline, or not yet known."""
+        return self._stages.plan_of(instance)
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
         if not self._knows(instance) or kv_capacity_tokens <= 0:

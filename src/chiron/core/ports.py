@@ -8,9 +8,10 @@ the instance that has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+from chiron.core.stages import PipelineSample
 from chiron.core.types import Decision, Engine, Instance, Request, Sample
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "RemoteEngineEvents",
     "RemoteFleetEvents",
     "Samples",
+    "StageSamples",
+    "StagedEngine",
 ]
 
 # -- what the control plane asks -------------------------------------------------------------------------------------
@@ -40,6 +43,14 @@ class Fleet(Protocol):
 
     def remove(self, instance: Instance) -> None:
         """Stop an instance at once; it is drained already."""
+
+
+class StagedEngine(Protocol):
+    """What an engine that is a pipeline can be asked besides."""
+
+    def scale(self, replicas: Sequence[int]) -> None:
+        """How many replicas each stage is to have from now on, first stage first. New ones are used once they are up;
+        those that go take no new sequence, and end when they have none."""
 
 
 class Ends(Protocol):
@@ -143,6 +154,12 @@ class Samples(Protocol):
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
         """An engine has told how much KV it has."""
+
+
+class StageSamples(Protocol):
+    """What scrapes of pipelines bring."""
+
+    def stages_sampled(self, instance: Instance, sample: PipelineSample) -> None: ...
 
 
 class FleetEvents(Protocol):

@@ -41,6 +41,75 @@ class RequestClass:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageKind:
+    """One stage of a pipeline: a range of a model's layers, served by replicas of its own."""
+
+    name: str
+    layers: tuple[int, int]
+    """First and last, both included, counted from 0. The embedding belongs to the first layer of the model, its norm
+    and head to the last."""
+    gpu: str
+    gpus: int = 1
+    """Of one replica."""
+    price_per_gpu_hour: float = 0.0
+    weight_bytes: int = 0
+    """What a replica loads before it is ready."""
+    kv_capacity_tokens: int = 262_144
+    """Of one replica: tokens whose keys and values of these layers fit."""
+    max_num_seqs: int = 1024
+    """The most sequences that one replica ever runs."""
+    min_replicas: int = 1
+    max_replicas: int = 8
+    start_s: float = 60.0
+    """From asking for a replica to its first token, until one has been timed."""
+    step_times: tuple[tuple[int, float], ...] = ()
+    """Seconds of one pass by its number of tokens, without attention to contexts, ascending: planned or measured."""
+    context_token_s: float = 0.0
+    """What each token of context adds to a pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layers[0] <= self.layers[1]:
+            raise ValueError(f"stage {self.name!r}: layers are {self.layers}; they must ascend from 0 or later")
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(
+                f"stage {self.name!r}: min_replicas {self.min_replicas} must lie in 1..max_replicas "
+                f"({self.max_replicas})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineKind:
+    """How an instance that is a pipeline of stages is built."""
+
+    stages: tuple[StageKind, ...]
+    hop_s: float = 0.0
+    """Latency of one message from a stage to the next."""
+    hop_bytes_per_s: float = inf
+    token_bytes: int = 0
+    """Activations of one token between two stages."""
+    micro_batches_max: int = 0
+    """Groups of sequences that are on their way through the stages at once; 0: twice the stages."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a pipeline has at least one stage")
+        if not (0 <= self.hop_s < inf and self.hop_bytes_per_s > 0 and self.token_bytes >= 0):
+            raise ValueError(
+                f"hop_s {self.hop_s} must be finite and not negative, hop_bytes_per_s {self.hop_bytes_per_s} above 0, "
+                f"token_bytes {self.token_bytes} not negative"
+            )
+        expected = 0
+        for stage in self.stages:
+            if stage.layers[0] != expected:
+                what = "a hole before" if stage.layers[0] > expected else "an overlap at"
+                raise ValueError(f"stage {stage.name!r}: {what} layer {stage.layers[0]}; layer {expected} is the next")
+            expected = stage.layers[1] + 1
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages need names of their own; there are {', '.join(names)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceKind:
     """A thing that can be started for a model: an engine on some GPUs."""
 
@@ -54,6 +123,10 @@ class InstanceKind:
     max_num_batched_tokens: int = 2048
     """The engine's token budget of one step."""
     max_instances: int = 1_000_000
+    weight_bytes: int = 0
+    """What an instance loads before it is ready."""
+    pipeline: PipelineKind | None = None
+    """Its stages, if it is a pipeline; ``gpus`` are then those of one replica of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 from chiron.core.specs import InstanceKind as InstanceKind
 from chiron.core.specs import Kind as Kind
 from chiron.core.specs import ModelSpec as ModelSpec
+from chiron.core.specs import PipelineKind as PipelineKind
 from chiron.core.specs import RequestClass as RequestClass
+from chiron.core.specs import StageKind as StageKind
 
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
@@ -302,9 +304,9 @@ class Placement(NamedTuple):
 class Decision:
     """What was decided, why, and the numbers behind it. ``reason`` is one of a few constants."""
 
-    kind: Literal["fleet", "batch_size", "role", "migrate", "reject"]
+    kind: Literal["fleet", "batch_size", "role", "migrate", "reject", "stage"]
     subject: str
-    """Model of a fleet decision, instance of a local one."""
+    """Model of a fleet decision, instance of a local one; of a stage its name and its instance."""
     before: int | float  # Compiled, a mere float would turn 1 into 1.0, and the event log would differ.
     after: int | float
     reason: str

@@ -5,6 +5,7 @@
     place       where it runs, and who makes way for it
     batch_size  an instance's max batch size from now on
     fleet       how many instances of each role; ``take_back`` and ``label``: which ones
+    stages      how many replicas of each stage, where an instance is a pipeline
     migrate     which running request moves where
 
 Hooks that are rare (a fleet tick, a scrape) are pure functions ``decide(settings, state, view) -> (decision, state)``.
@@ -27,7 +28,9 @@ from chiron.policies.views import (
     LocalDecision,
     LocalView,
     Migration,
+    PipelineView,
     PolicyState,
+    StagePlan,
     StepTimes,
 )
 
@@ -178,6 +181,7 @@ PrepareHook = Callable[[Any, PolicyState], PolicyState | None]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
 LabelHook = Callable[[Any, Mapping[Role, int]], Sequence[Role]]
+StagesHook = Callable[[Any, PolicyState, PipelineView], tuple[tuple[StagePlan, ...], PolicyState]]
 MigrationHook = Callable[[Any, PolicyState, FleetView], tuple[tuple[Migration, ...], PolicyState]]
 
 
@@ -216,6 +220,12 @@ class Policy:
     instance keeps its role, and instances of each role start and drain."""
     migrate: MigrationHook | None = None
     """None: no running request moves."""
+    stages: StagesHook | None = None
+    """Asked about each pipeline by itself, with a state of its own; gives a plan for each of its stages, in their
+    order. None: they stay as configured."""
+    stages_settings: Any = None
+    """Passed to ``stages``, which may come from another policy than the rest (``policies.stages``)."""
+    stages_period_s: float = 15.0
     fleet_period_s: float = 30.0
     fleet_first_s: float = 0.0
     """No fleet tick before this time."""
@@ -239,4 +249,15 @@ class PolicyEntry:
 
     settings: type[Any]
     make: Callable[[Any], Policy]
+    about: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePolicyEntry:
+    """A stage policy by name: its settings type and its hook."""
+
+    settings: type[Any]
+    decide: StagesHook
+    period_s: Callable[[Any], float]
+    """Between two ticks, under these settings."""
     about: str

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any, NamedTuple
 
-from chiron.core.types import RequestClass, Role, State
+from chiron.core.types import PipelineKind, RequestClass, Role, StageKind, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +220,67 @@ class LocalDecision:
     """Requests on the instance up to which batch work is added; None: as the max batch size."""
     evicts: bool = False
     """Beside interactive requests, batch work beyond the max batch size is evicted; else it may end where it runs."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageView:
+    """One stage of a pipeline at a tick of the stage loop, as of the last scrape."""
+
+    kind: StageKind
+    """Its layers, what a replica is and costs, its bounds, and planned step times."""
+    planned: int
+    """Replicas by the plan in force."""
+    ready: int
+    starting: int
+    draining: int
+    utilisation: float
+    """Share of the time since the last tick that its ready replicas worked; nan: unknown."""
+    step_s: float
+    """Mean time of a pass since the last tick; nan: none ran."""
+    batch_tokens: float
+    """Mean tokens in such a pass."""
+    waiting: float
+    """Sequences that wait for a replica of it."""
+    kv_used: float
+    """Share in use of the KV of its fullest replica."""
+    start_s: float
+    """From asking for a replica to ready: measured, or planned before the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineView:
+    """One pipeline at a tick of the stage loop."""
+
+    now_s: float
+    since_s: float
+    """Seconds since its last tick."""
+    model: str
+    instance: int
+    kind: PipelineKind
+    """Its hops and limits."""
+    stages: tuple[StageView, ...]
+    sample_age_s: float
+    """Of what the engine reports; inf before the first scrape."""
+    running: int
+    waiting: int
+    """Requests without a place on a replica of every stage, here and in the queue in front of all pipelines."""
+    context_tokens: float
+    """Mean context of a running sequence; 0 when none runs."""
+    arrival_rate: float
+    """Requests per second of this model since the last tick, over its pipelines."""
+    pipelines: int
+    """By the plan of the fleet policy: how much is needed is its decision, where in a pipeline the stage policy's."""
+    mixes: tuple[ClassMix, ...]
+    """What the requests have looked like, with their SLOs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """How many replicas one stage should have, and why."""
+
+    replicas: int
+    reason: str
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 

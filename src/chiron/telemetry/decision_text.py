@@ -29,6 +29,7 @@ KINDS = {
     "batch_size": "max batch size",
     "reject": "refused",
     "migrate": "moved",
+    "stage": "stage",
 }
 """Kinds of decisions."""
 
@@ -71,6 +72,8 @@ def tell(
         known = itl_s is not None and slo_s is not None and itl_s == itl_s and slo_s == slo_s
         measured = f" ({_ms(itl_s)} of {_ms(slo_s)} ms)" if known else ""
         return f"{subject}: max batch size {change}: {why}{measured}"
+    if kind == "stage":
+        return f"{subject}: {change} replicas: {why}"
     if kind == "reject":
         return f"request {subject} refused: {why}"
     return f"{subject}: {words(kind)} {change}: {why}"

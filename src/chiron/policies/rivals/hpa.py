@@ -164,8 +164,15 @@ def rate_limited(settings: Behaviour, wanted: int, current: int, changes: Sequen
 
 
 def follow(settings: Behaviour, memory: Memory, model: ModelView, wanted: int, now_s: float) -> tuple[int, Memory]:
+    """What becomes of a number of instances that the metrics ask for."""
+    bounds = (max(model.min_instances, 1), model.max_instances)
+    return follow_within(settings, memory, sum(model.planned.values()), wanted, bounds, now_s)
+
+
+def follow_within(
+    settings: Behaviour, memory: Memory, current: int, wanted: int, bounds: tuple[int, int], now_s: float
+) -> tuple[int, Memory]:
     """What becomes of a number that the metrics ask for: stabilised, limited in its rate, and within bounds."""
-    current = sum(model.planned.values())
     window_s = max(settings.stabilise_up_s, settings.stabilise_down_s)
     # The first recommendation on record is the size that was found.
     history = memory.wanted or ((now_s, current),)
@@ -173,7 +180,7 @@ def follow(settings: Behaviour, memory: Memory, model: ModelView, wanted: int, n
     settled = stabilised(settings, history, current, now_s)
     recent = tuple(c for c in memory.changes if c[0] > now_s - settings.rate_period_s)
     count = rate_limited(settings, settled, current, [change for _, change in recent])
-    count = min(max(count, model.min_instances, 1), model.max_instances)
+    count = min(max(count, bounds[0]), bounds[1])
     if count != current:
         recent = (*recent, (now_s, count - current))
     return count, Memory(wanted=history, changes=recent)

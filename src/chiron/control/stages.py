@@ -1,0 +1,201 @@
+"""The stage loop: replicas of each stage, where an instance is a pipeline.
+
+Below the global loop: that says how many pipelines there are, this how many replicas each stage of each of them has.
+A policy's ``stages`` hook decides for each pipeline by itself, over what the last scrape brought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite, nan
+from typing import cast
+
+from chiron.control.actuators import Actuators
+from chiron.control.model import ModelState
+from chiron.core.clock import VirtualClock
+from chiron.core.ports import Journal, StagedEngine
+from chiron.core.stages import PipelineSample, StageSample
+from chiron.core.types import Decision, Instance, StageKind
+from chiron.policies.policy import Policy, StagesHook
+from chiron.policies.views import PipelineView, PolicyState, StagePlan, StageView
+
+
+class _Pipeline:
+    """What the loop remembers of one."""
+
+    __slots__ = ("plan", "sample", "seen", "state")
+
+    def __init__(self, sample: PipelineSample) -> None:
+        self.sample = sample
+        self.seen: PipelineSample | None = None
+        """As of the last tick."""
+        self.plan = tuple(stage.ready + stage.starting for stage in sample.stages)
+        self.state: PolicyState = None
+
+
+class StageLoop:
+    """Ticks of the stages hook."""
+
+    def __init__(
+        self,
+        *,
+        clock: VirtualClock,
+        policy: Policy,
+        models: Mapping[str, ModelState],
+        instances: Mapping[int, Instance],
+        journal: Journal,
+        actuators: Actuators,
+    ) -> None:
+        self._clock = clock
+        self._policy = policy
+        self._models = models
+        self._instances = instances
+        self._journal = journal
+        self._actuators = actuators
+        self._pipelines: dict[int, _Pipeline] = {}
+        self._last_tick_s = 0.0
+        self._arrived: dict[str, int] = {}
+        """Of each model, as of the last tick."""
+
+    def begin(self) -> None:
+        self._last_tick_s = self._clock.now_s
+        if self._policy.stages is not None:
+            self._clock.call_later(self._policy.stages_period_s, self._tick)
+
+    def sampled(self, instance: Instance, sample: PipelineSample) -> None:
+        """A scrape of a pipeline. What does not fit its stages is dropped: it says nothing about them."""
+        pipeline = instance.kind.pipeline
+        if pipeline is None or len(sample.stages) != len(pipeline.stages) or not _sound(sample):
+            return
+        known = self._pipelines.get(instance.id)
+        if known is None:
+            self._pipelines[instance.id] = _Pipeline(sample)
+        elif sample.taken_s >= known.sample.taken_s:
+            known.sample = sample
+
+    def plan_of(self, instance: Instance) -> tuple[int, ...]:
+        """Replicas of each stage by the plan in force; empty: nothing is known of it."""
+        known = self._pipelines.get(instance.id)
+        return known.plan if known is not None else ()
+
+    def _tick(self) -> None:
+        hook = self._policy.stages
+        assert hook is not None
+        try:
+            now_s = self._clock.now_s
+            since_s, self._last_tick_s = now_s - self._last_tick_s, now_s
+            rates = {name: self._rate(name, since_s) for name in self._models}
+            gone = [number for number in self._pipelines if number not in self._instances]
+            for number in gone:
+                del self._pipelines[number]
+            for number, pipeline in self._pipelines.items():
+                instance = self._instances[number]
+                if instance.state == "ready":
+                    self._decide(hook, instance, pipeline, since_s, rates[instance.model])
+        finally:  # Live, a faulty tick must not be the last one.
+            self._clock.call_later(self._policy.stages_period_s, self._tick)
+
+    def _rate(self, model: str, since_s: float) -> float:
+        """Arrivals per second since the last tick, less those that turned out not to run."""
+        arrived = self._models[model].arrived_count
+        before = self._arrived.get(model, 0)
+        self._arrived[model] = arrived
+        return max(0, arrived - before) / since_s if since_s > 0.0 else 0.0
+
+    def _decide(self, hook: StagesHook, instance: Instance, pipeline: _Pipeline, since_s: float, rate: float) -> None:
+        view = self._view(instance, pipeline, since_s, rate)
+        plans, pipeline.state = hook(self._policy.stages_settings, pipeline.state, view)
+        pipeline.seen = pipeline.sample
+        kind = instance.kind.pipeline
+        assert kind is not None
+        assert len(plans) == len(kind.stages), "a plan for each stage"
+        self._adopt(instance, pipeline, kind.stages, plans)
+
+    def _adopt(
+        self, instance: Instance, pipeline: _Pipeline, stages: Sequence[StageKind], plans: Sequence[StagePlan]
+    ) -> None:
+        before = pipeline.plan
+        after = tuple(_within(stage, plan) for stage, plan in zip(stages, plans, strict=True))
+        pipeline.plan = after
+        for stage, plan, was, wanted in zip(stages, plans, before, after, strict=True):
+            if was != wanted:
+                decision = Decision(
+                    kind="stage",
+                    subject=f"{instance.model}#{instance.id}/{stage.name}",
+                    before=was,
+                    after=wanted,
+                    reason=plan.reason,
+                    numbers=plan.numbers,
+                )
+                self._journal.decided(self._clock.now_s, decision)
+        if after != before:
+            assert instance.engine is not None
+            self._actuators.stages(cast(StagedEngine, instance.engine), after)
+
+    def _view(self, instance: Instance, pipeline: _Pipeline, since_s: float, rate: float) -> PipelineView:
+        now_s, sample, seen = self._clock.now_s, pipeline.sample, pipeline.seen
+        kind, state = instance.kind.pipeline, self._models[instance.model]
+        assert kind is not None
+        span_s = sample.taken_s - seen.taken_s if seen is not None else 0.0
+        before: Sequence[StageSample | None] = seen.stages if seen is not None else [None] * len(kind.stages)
+        stages = zip(kind.stages, pipeline.plan, sample.stages, before, strict=True)
+        ready = sum(1 for each in state.instances.values() if each.state == "ready")
+        return PipelineView(
+            now_s=now_s,
+            since_s=since_s,
+            model=instance.model,
+            instance=instance.id,
+            kind=kind,
+            stages=tuple(_stage_view(stage, planned, now, was, span_s) for stage, planned, now, was in stages),
+            sample_age_s=now_s - sample.taken_s,
+            running=sample.running,
+            waiting=sample.waiting + -(-len(state.waiting) // ready),
+            context_tokens=sample.context_tokens / sample.running if sample.running else 0.0,
+            arrival_rate=rate / ready,
+            pipelines=sum(state.planned.values()),
+            mixes=tuple(mix.view() for mix in state.learner.mixes.values()),
+        )
+
+
+def _stage_view(kind: StageKind, planned: int, now: StageSample, was: StageSample | None, span_s: float) -> StageView:
+    utilisation, step_s, tokens = nan, nan, 0.0
+    if was is not None and span_s > 0.0 and now.busy_s >= was.busy_s:
+        passes = now.passes - was.passes
+        utilisation = (now.busy_s - was.busy_s) / (span_s * max(1, now.ready))
+        if passes > 0.0:
+            step_s = (now.busy_s - was.busy_s) / passes
+            tokens = max(0.0, now.tokens - was.tokens) / passes
+    return StageView(
+        kind=kind,
+        planned=planned,
+        ready=now.ready,
+        starting=now.starting,
+        draining=now.draining,
+        utilisation=utilisation,
+        step_s=step_s,
+        batch_tokens=tokens,
+        waiting=now.waiting,
+        kv_used=now.kv_used_tokens / kind.kv_capacity_tokens,
+        start_s=now.start_s if now.start_s > 0.0 else kind.start_s,
+    )
+
+
+def _within(stage: StageKind, plan: StagePlan) -> int:
+    return min(max(plan.replicas, stage.min_replicas), stage.max_replicas)
+
+
+def _sound(sample: PipelineSample) -> bool:
+    """What an engine says is believed only as far as it can be true."""
+    return (
+        isfinite(sample.taken_s)
+        and sample.running >= 0
+        and sample.waiting >= 0
+        and 0.0 <= sample.context_tokens < inf
+        and all(_sound_stage(stage) for stage in sample.stages)
+    )
+
+
+def _sound_stage(stage: StageSample) -> bool:
+    sums = (stage.busy_s, stage.passes, stage.tokens, stage.waiting)
+    counts = (stage.ready, stage.starting, stage.draining, stage.kv_used_tokens)
+    return all(0.0 <= each < inf for each in sums) and all(each >= 0 for each in counts)

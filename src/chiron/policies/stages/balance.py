@@ -1,0 +1,207 @@
+"""``stage-balance``: the fewest replicas with which a queue model of the pipeline keeps TTFT and ITL. Ours.
+
+OpScale (arXiv 2608.13499) is the starting point: shrink what is not critical while the predicted latency is far below
+the SLO, else grow the bottleneck. Here every tick begins with the least that the bounds allow and gives the bottleneck
+one replica after the other until the load that is planned for meets its SLOs (``queue_model``); then it takes back
+what turned out not to be needed, dearest first. So stages that are not the bottleneck never hold more than they need.
+
+The load is the largest rate of the last minutes (as long as a replica takes to start, and a while more) and what the
+randomness of arrivals adds to it; requests that wait count as arrivals that must be served within their TTFT. Planned
+step times are corrected by what stages measure. Growing is done at once, shrinking only to what has been enough for a
+while. Without metrics nothing shrinks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, isnan, sqrt
+
+from chiron.policies.stages.queue_model import Forecast, StageLoad, forecast, pass_s
+from chiron.policies.views import PipelineView, StagePlan, StageView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageBalanceSettings:
+    tick_s: float = 5.0
+    slo_share: float = 0.8
+    """Of the ITL and TTFT SLOs, which predicted means may take: requests differ from the mean. Our choice."""
+    spread: float = 1.0
+    """Standard deviations of Poisson arrivals on top of the largest rate seen."""
+    rate_window_s: float = 30.0
+    """A rate is the mean over this long."""
+    look_back_s: float = 120.0
+    """The largest rate counts for this long, and for as long as a replica takes to start besides."""
+    hold_s: float = 120.0
+    """A stage shrinks to the most that it needed within this time."""
+    stale_s: float = 15.0
+    """What stages report is missing when it is older."""
+
+    def __post_init__(self) -> None:
+        for name in ("tick_s", "slo_share", "rate_window_s", "stale_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("spread", "look_back_s", "hold_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.slo_share > 1:
+            raise ValueError(f"slo_share is {self.slo_share}; it must lie in 0..1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalanceState:
+    """What the policy remembers of one pipeline."""
+
+    arrivals: tuple[tuple[float, float, float], ...] = ()
+    """(time, seconds, requests) of each tick."""
+    wanted: tuple[tuple[float, tuple[int, ...]], ...] = ()
+    """(time, replicas of each stage that were needed)."""
+    factors: tuple[float, ...] = ()
+    """Measured over planned time of each stage's passes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizing:
+    """The least replicas found for a load."""
+
+    replicas: tuple[int, ...]
+    forecast: Forecast
+
+
+def decide_stages(
+    settings: StageBalanceSettings, state: BalanceState | None, view: PipelineView
+) -> tuple[tuple[StagePlan, ...], BalanceState]:
+    state = state or BalanceState(factors=(1.0,) * len(view.stages))
+    state = _remember(settings, state, view)
+    load = planned_load(settings, state, view)
+    if load is None:
+        return tuple(StagePlan(replicas=s.planned, reason="nothing_known") for s in view.stages), state
+    sizing = size(view, load, state.factors)
+    history = (*((t, n) for t, n in state.wanted if t > view.now_s - settings.hold_s), (view.now_s, sizing.replicas))
+    state = BalanceState(arrivals=state.arrivals, wanted=history, factors=state.factors)
+    needed = [max(counts[i] for _, counts in history) for i in range(len(view.stages))]
+    sound = view.sample_age_s <= settings.stale_s
+    plans = tuple(_plan(stage, sizing, load, i, needed[i], sound) for i, stage in enumerate(view.stages))
+    return plans, state
+
+
+def _plan(stage: StageView, sizing: Sizing, load: StageLoad, number: int, needed: int, sound: bool) -> StagePlan:
+    wanted, predicted = sizing.replicas[number], sizing.forecast
+    numbers = {
+        "rate": load.rate,
+        "wanted": float(wanted),
+        "itl_s": predicted.itl_s if isfinite(predicted.itl_s) else -1.0,
+        "itl_slo_s": load.itl_s if isfinite(load.itl_s) else -1.0,
+        "ttft_s": predicted.ttft_s if isfinite(predicted.ttft_s) else -1.0,
+        "kv": predicted.kv[number],
+        "utilisation": -1.0 if isnan(stage.utilisation) else stage.utilisation,
+    }
+    if wanted > stage.planned:
+        reason = "bottleneck" if predicted.fits else "slo_out_of_reach"
+        return StagePlan(replicas=wanted, reason=reason, numbers=numbers)
+    if not sound:
+        return StagePlan(replicas=stage.planned, reason="metrics_missing", numbers=numbers)
+    if needed < stage.planned:
+        return StagePlan(replicas=needed, reason="latency_allows_fewer", numbers=numbers)
+    return StagePlan(replicas=stage.planned, reason="enough", numbers=numbers)
+
+
+def size(view: PipelineView, load: StageLoad, factors: Sequence[float]) -> Sizing:
+    """The bottleneck first, until the load fits; then without what is not needed."""
+    kinds = view.kind.stages
+    replicas = [kind.min_replicas for kind in kinds]
+    found = forecast(view.kind, replicas, load, factors)
+    while not found.fits:
+        grown = _grown(view, replicas, found, load, factors)
+        if grown is None:
+            break
+        replicas, found = grown
+    if found.fits:
+        replicas, found = _trimmed(view, replicas, found, load, factors)
+    return Sizing(replicas=tuple(replicas), forecast=found)
+
+
+def _grown(
+    view: PipelineView, replicas: list[int], found: Forecast, load: StageLoad, factors: Sequence[float]
+) -> tuple[list[int], Forecast] | None:
+    """With one replica more at the bottleneck, or where it helps if that is full; None: nowhere."""
+    kinds = view.kind.stages
+    free = [i for i, kind in enumerate(kinds) if replicas[i] < kind.max_replicas]
+    if not free:
+        return None
+    first = found.bottleneck if found.bottleneck in free else free[0]
+    tried = []
+    for i in [first] if found.bottleneck in free else free:
+        more = [count + (i == j) for j, count in enumerate(replicas)]
+        tried.append((more, forecast(view.kind, more, load, factors)))
+    return min(tried, key=lambda pair: (not pair[1].fits, pair[1].itl_s, pair[1].ttft_s))
+
+
+def _trimmed(
+    view: PipelineView, replicas: list[int], found: Forecast, load: StageLoad, factors: Sequence[float]
+) -> tuple[list[int], Forecast]:
+    """Without replicas that the load does not need, the dearest stage first."""
+    kinds = view.kind.stages
+    dearest = sorted(range(len(kinds)), key=lambda i: (-kinds[i].gpus * kinds[i].price_per_gpu_hour, i))
+    for i in dearest:
+        while replicas[i] > kinds[i].min_replicas:
+            fewer = [count - (i == j) for j, count in enumerate(replicas)]
+            predicted = forecast(view.kind, fewer, load, factors)
+            if not predicted.fits:
+                break
+            replicas, found = fewer, predicted
+    return replicas, found
+
+
+def planned_load(settings: StageBalanceSettings, state: BalanceState, view: PipelineView) -> StageLoad | None:
+    """The load that the pipeline must bear; None: no class has requests or a shape yet."""
+    mixes = [mix for mix in view.mixes if mix.finished > 0] or list(view.mixes)
+    if not mixes:
+        return None
+    weights = [max(1, mix.finished) for mix in mixes]
+    total = sum(weights)
+    ttft_s = settings.slo_share * min(mix.cls.ttft_s for mix in mixes)
+    rate = largest_rate(settings, state, view)
+    rate += settings.spread * sqrt(rate / settings.rate_window_s)
+    if view.waiting:
+        # They are there already: to be served within what a first token may take, or a rate window.
+        rate += view.waiting / max(1.0, min(ttft_s, settings.rate_window_s))
+    return StageLoad(
+        rate=rate,
+        input_tokens=max(1.0, sum(w * m.input_tokens for w, m in zip(weights, mixes, strict=True)) / total),
+        output_tokens=max(1.0, sum(w * m.output_tokens for w, m in zip(weights, mixes, strict=True)) / total),
+        itl_s=settings.slo_share * min(mix.cls.itl_s for mix in mixes),
+        ttft_s=ttft_s,
+    )
+
+
+def largest_rate(settings: StageBalanceSettings, state: BalanceState, view: PipelineView) -> float:
+    """Of all means over a rate window that ended within the look-back."""
+    since_s = view.now_s - settings.look_back_s - max(stage.start_s for stage in view.stages)
+    largest = 0.0
+    for end_s, _, _ in state.arrivals:
+        if end_s < since_s:
+            continue
+        inside = [a for a in state.arrivals if end_s - settings.rate_window_s < a[0] <= end_s]
+        seconds = sum(a[1] for a in inside)
+        if seconds > 0.0:
+            largest = max(largest, sum(a[2] for a in inside) / seconds)
+    return largest
+
+
+def _remember(settings: StageBalanceSettings, state: BalanceState, view: PipelineView) -> BalanceState:
+    kept_s = settings.look_back_s + max(stage.start_s for stage in view.stages) + settings.rate_window_s
+    arrivals = tuple(a for a in state.arrivals if a[0] > view.now_s - kept_s)
+    arrivals = (*arrivals, (view.now_s, view.since_s, view.arrival_rate * view.since_s))
+    factors = tuple(_factor(factor, stage, view) for factor, stage in zip(state.factors, view.stages, strict=True))
+    return BalanceState(arrivals=arrivals, wanted=state.wanted, factors=factors)
+
+
+def _factor(factor: float, stage: StageView, view: PipelineView) -> float:
+    """A slow mean; a pass with long contexts or prompts is dearer than planned, and that is not held against it."""
+    if isnan(stage.step_s) or stage.batch_tokens < 1.0:
+        return factor
+    context = stage.batch_tokens * view.context_tokens
+    planned_s = pass_s(stage.kind, stage.batch_tokens, context)
+    measured = min(max(stage.step_s / planned_s, 0.8), 3.0)
+    return factor + 0.1 * (measured - factor)

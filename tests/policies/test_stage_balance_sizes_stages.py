@@ -1,0 +1,131 @@
+"""``stage-balance`` gives each stage what the load needs, and no stage more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chiron.policies.stages.balance import StageBalanceSettings, decide_stages, size
+from chiron.policies.stages.queue_model import StageLoad, forecast, pass_s, round_of
+from chiron.policies.views import PipelineView, StagePlan
+from pipelines import pipeline_kind, pipeline_view, stage_kind, stage_view
+
+EVEN = [stage_view(stage_kind(i)) for i in range(3)]
+UNEVEN = [stage_view(stage_kind(i, slope_s=s)) for i, s in enumerate([0.0001, 0.0004, 0.0001])]
+LOAD = StageLoad(rate=1.0, input_tokens=500.0, output_tokens=200.0, itl_s=0.08, ttft_s=1.6)
+
+
+def plans(view: PipelineView, ticks: int = 1, **changes: float) -> tuple[StagePlan, ...]:
+    state, decided = None, ()
+    for k in range(ticks):
+        at = replace(view, now_s=view.now_s + view.since_s * k)
+        decided, state = decide_stages(StageBalanceSettings(**changes), state, at)
+    return decided
+
+
+def test_planned_step_times_are_joined_by_lines() -> None:
+    stage = stage_kind(0, step_times=((1, 0.01), (11, 0.02), (21, 0.04)), context_token_s=0.001)
+    assert [pass_s(stage, tokens) for tokens in (0.5, 1, 6, 11, 16, 31)] == pytest.approx(
+        [0.01, 0.01, 0.015, 0.02, 0.03, 0.06]
+    )
+    assert pass_s(stage, 1, 5) == pytest.approx(0.015)
+
+
+def test_a_round_is_the_longer_of_the_way_and_of_the_busiest_replica() -> None:
+    slow = pipeline_kind(*(stage_kind(i, slope_s=0.0, base_s=0.01 * (1 + i % 2)) for i in range(4)), hop_s=0.001)
+    one = round_of(slow, (1, 1, 1, 1), 8, 0, (1.0,) * 4)
+    # Passes do not get shorter with fewer tokens here, so nothing is split: the way is 10 + 20 + 10 + 20 ms and 4 hops.
+    assert (one.seconds, one.micro_batches) == (pytest.approx(0.064), 1)
+    split = round_of(replace(slow, micro_batches_max=8), (1, 2, 1, 2), 8, 0, (1.0,) * 4)
+    assert split.micro_batches == 2
+    assert split.busy_s == pytest.approx((0.02, 0.02, 0.02, 0.02))
+    assert split.seconds == pytest.approx(0.064)
+
+
+def test_without_load_each_stage_has_its_minimum() -> None:
+    assert [plan.replicas for plan in plans(pipeline_view(EVEN))] == [1, 1, 1]
+
+
+def test_the_bottleneck_gets_replicas_and_the_others_do_not() -> None:
+    decided = plans(pipeline_view(UNEVEN, arrival_rate=5.0))
+    counts = [plan.replicas for plan in decided]
+    assert counts[1] > max(counts[0], counts[2])
+    assert decided[1].reason == "bottleneck"
+    assert decided[1].numbers["itl_s"] <= 0.08
+
+
+def test_memory_can_be_the_bottleneck() -> None:
+    stages = [stage_view(stage_kind(i, kv_capacity_tokens=kv)) for i, kv in enumerate([100_000, 4_000, 100_000])]
+    counts = [plan.replicas for plan in plans(pipeline_view(stages, arrival_rate=1.5))]
+    assert counts[1] > 1
+    assert counts[0] == counts[2] == 1
+    kind = pipeline_kind(*(stage.kind for stage in stages))
+    assert forecast(kind, (1, 1, 1), replace(LOAD, rate=3.0)).bottleneck == 1
+
+
+def test_what_was_given_and_is_not_needed_is_taken_back() -> None:
+    stages = [stage_view(stage_kind(i, kv_capacity_tokens=kv)) for i, kv in enumerate([4_000, 100_000, 100_000])]
+    found = size(pipeline_view(stages), replace(LOAD, rate=4.0), [1.0] * 3)
+    for i in range(3):
+        fewer = [count - (i == j) for j, count in enumerate(found.replicas)]
+        assert not forecast(pipeline_view(stages).kind, fewer, replace(LOAD, rate=4.0), [1.0] * 3).fits
+
+
+def test_an_slo_out_of_reach_is_said() -> None:
+    stages = [stage_view(stage_kind(i, base_s=0.2, max_replicas=2)) for i in range(2)]
+    assert {plan.reason for plan in plans(pipeline_view(stages, arrival_rate=1.0))} <= {"slo_out_of_reach", "enough"}
+
+
+def test_requests_that_wait_are_load() -> None:
+    idle = plans(pipeline_view(UNEVEN, arrival_rate=1.0))
+    waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=20))
+    assert waiting[1].replicas > idle[1].replicas
+
+
+def test_it_shrinks_only_after_the_hold_and_never_without_metrics() -> None:
+    big = [stage_view(each.kind, planned=4) for each in EVEN]
+    idle = pipeline_view(big)
+    busy = pipeline_view(UNEVEN, arrival_rate=5.0)
+    _, state = decide_stages(StageBalanceSettings(hold_s=60, look_back_s=0), None, busy)
+    for age_s, now_s, reason in ((0.2, 1030.0, "enough"), (20.0, 1200.0, "metrics_missing")):
+        view = replace(idle, now_s=now_s, sample_age_s=age_s, stages=tuple(replace(s, planned=2) for s in big))
+        decided, _ = decide_stages(StageBalanceSettings(hold_s=60, look_back_s=0), state, view)
+        assert (decided[1].replicas, decided[1].reason) == (2, reason)
+    decided, _ = decide_stages(StageBalanceSettings(hold_s=60, look_back_s=0), state, replace(idle, now_s=1200.0))
+    assert [plan.replicas for plan in decided] == [1, 1, 1]
+    assert decided[0].reason == "latency_allows_fewer"
+
+
+def test_slower_passes_than_planned_need_more_replicas() -> None:
+    measured = [replace(each, step_s=0.06, batch_tokens=64.0) for each in EVEN]
+    view = pipeline_view(measured, arrival_rate=6.0)
+    assert sum(p.replicas for p in plans(view, ticks=40)) > sum(
+        p.replicas for p in plans(pipeline_view(EVEN, arrival_rate=6.0), ticks=40)
+    )
+
+
+@settings(max_examples=25)
+@given(
+    rate=st.floats(0.1, 12.0),
+    slopes=st.lists(st.sampled_from([0.0001, 0.0002, 0.0004]), min_size=2, max_size=3),
+)
+def test_it_needs_hardly_more_than_the_best_of_all_plans(rate: float, slopes: list[float]) -> None:
+    kinds = [stage_kind(i, slope_s=s, max_replicas=4) for i, s in enumerate(slopes)]
+    view = pipeline_view([stage_view(kind) for kind in kinds])
+    load = replace(LOAD, rate=rate)
+    factors = [1.0] * len(kinds)
+    fitting = [
+        sum(counts)
+        for counts in product(range(1, 5), repeat=len(kinds))
+        if forecast(view.kind, counts, load, factors).fits
+    ]
+    found = size(view, load, factors)
+    if fitting:
+        assert found.forecast.fits
+        assert sum(found.replicas) <= min(fitting) + 1
+    else:
+        assert not found.forecast.fits
