@@ -14,6 +14,9 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-input -q
 # Large downloads: their progress is shown.
 INSTALL_SHOWN = $(BIN)/python -m pip install --disable-pip-version-check --no-input
 
+# Built for CPUs, which comes without gigabytes of CUDA: from what pip is configured to find, else from PyTorch's index.
+TORCH ?= 2.13.0
+
 PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid two-models
 SEEDS ?= 1 2
 # Policies in the published tables (empty: all there are), and those in the figures: more than seven cannot be told apart.
@@ -171,4 +174,7 @@ $(VENV)/.demo: requirements.lock pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.demo
 	@echo "Installing the tools for development (once) ..."
 	@$(INSTALL) -r requirements-dev.lock
+	@$(INSTALL) --no-deps torch==$(TORCH)+cpu 2> /dev/null || \
+		$(INSTALL) --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2> /dev/null || \
+		echo "torch $(TORCH) for CPUs could not be installed; the tests of the staged engine are skipped"
 	@touch $@
