@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from chiron.fleet.kubernetes.testing.api import Refusal
 from chiron.gateway.kubernetes_lease import TOKEN, KubernetesLease
-from chiron.store.lease import Held, LeaderLease, OnlyHere
+from chiron.store.lease import RELAYS_MAX, Held, LeaderLease, OnlyHere, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
 from kubernetes_site import cluster, every_cluster
 from store_sites import PostgresSite
@@ -20,12 +21,17 @@ LEASES = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
 LEASE_S = 1500.0
 
 
+RELAYS = frozenset({f"{number:016x}" for number in range(3)})
+
+
 async def taken_kept_and_released(lease: LeaderLease) -> None:
     assert await lease.holder() is None
     assert not await lease.renew()
     held = await lease.try_take()
     assert held is not None
     assert await lease.try_take() == held
+    assert held.relays == frozenset()
+    assert await lease.renew(RELAYS)
     assert await lease.renew()
     now = await lease.holder()
     assert now is not None
@@ -36,7 +42,18 @@ async def taken_kept_and_released(lease: LeaderLease) -> None:
     assert await lease.holder() is None
     again = await lease.try_take()
     assert again is not None
-    assert again.token > held.token
+    assert (again.token > held.token, again.relays) == (True, RELAYS)
+    assert await lease.renew(frozenset())
+    assert (await lease.try_take()) == replace(again, relays=frozenset())
+
+
+def test_relays_that_are_told_with_a_lease_are_few_and_well_named() -> None:
+    many = frozenset(f"{number:016x}" for number in range(RELAYS_MAX + 5))
+    assert len(relays_of(relays_text(many))) == RELAYS_MAX
+    assert len(relays_of(" ".join(many))) == RELAYS_MAX
+    odd = frozenset({"", "a b", "0" * 17, "x" * 16, "0" * 15 + "\n"})
+    assert relays_of(relays_text(odd | RELAYS)) == RELAYS
+    assert relays_of(" ".join(odd)) == frozenset()
 
 
 def test_where_there_is_one_gateway_it_leads() -> None:
@@ -73,7 +90,7 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
                 await asyncio.sleep(0.02)
         assert taken.token == short.token + 1
         # The server's clock is set back, and the leader is gone: it does not lead for another day.
-        set_back = "UPDATE leaders SET until = until + INTERVAL '1 day'"
+        set_back = "UPDATE leaders SET until = until + INTERVAL '1 day' WHERE name = 'brain'"
         assert (await first._run(lambda db: db.execute(set_back))).rowcount == 1
         assert await first.holder() is None
         after = await second.try_take()

@@ -130,13 +130,15 @@ def _serve(config: ServeConfig, *, advise: bool) -> None:
     if follows:
         log.warning("this is brain %d: the one before it has ended", seat.number if seat is not None else 0)
 
-    async def body(say_keeper: Callable[[str], None], relays_ended: asyncio.Event) -> None:
+    async def body(link: KeeperLink | None, relays_ended: asyncio.Event) -> None:
+        say_keeper = link.say if link is not None else lambda word: None
+
         def ready(url: str) -> None:
             say_keeper("ready")
             if not follows:
                 say(welcome(config, url, advise))
 
-        if keeper is None or seat is None:
+        if keeper is None or seat is None or link is None:
             await run(config, advise=advise, on_ready=ready)
             return
         opened = functools.partial(say_keeper, "open")
@@ -155,6 +157,7 @@ def _serve(config: ServeConfig, *, advise: bool) -> None:
             brain=brain,
             nonce=seat.nonce,
             say=say_keeper,
+            say_at_once=link.say_at_once,
             on_ready=ready,
             relays_ended=relays_ended,
         )
@@ -183,6 +186,11 @@ def _keeper(config: ServeConfig) -> Keeper | None:
     from chiron.gateway.processes.relay import run_relay
     from chiron.gateway.processes.reserved import reserve
     from chiron.gateway.processes.start import RelayStart
+
+    if config.gateways is not None:  # As all that a brain needs: to load it after the fork would take longer.
+        import chiron.gateway.peers.member
+        import chiron.store.postgres.lease
+        import chiron.store.postgres.store  # noqa: F401
 
     port = reserve(config.server.host, config.server.port)
     folder = Path(tempfile.mkdtemp(prefix="chiron-"))  # Nobody else may look into it.
@@ -295,11 +303,11 @@ def _describe_kind(kind: Any) -> str:
 
 
 def run_until_stopped(
-    body: Callable[[Callable[[str], None], asyncio.Event], Any], keeper: Keeper | None = None, seat: Seat | None = None
+    body: Callable[[KeeperLink | None, asyncio.Event], Any], keeper: Keeper | None = None, seat: Seat | None = None
 ) -> int | None:
     """Run a coroutine; the first SIGINT, SIGTERM or SIGHUP cancels it, so that it can end well; a second, but for
-    SIGHUP, ends the process at once. Returns the signal that stopped it. With a ``keeper``, that says so, hears
-    what ``body`` says, and sets the event that it gets once all relays have ended."""
+    SIGHUP, ends the process at once. Returns the signal that stopped it. With a ``keeper``, that says so; ``body`` gets
+    the link to it, and an event that is set once all relays have ended."""
     signals = _stopping_signals() if seat is None else []
     stopped_by: list[int] = []
 
@@ -320,7 +328,7 @@ def run_until_stopped(
         task: asyncio.Future[Any] | None = None
         ended = asyncio.Event()
         link = await _join_keeper(keeper, seat, stop, ended.set) if keeper is not None and seat is not None else None
-        task = asyncio.ensure_future(body(link.say if link is not None else lambda word: None, ended))
+        task = asyncio.ensure_future(body(link, ended))
         if stopped_by:
             task.cancel()
         for number in signals:
@@ -351,7 +359,7 @@ async def _join_keeper(
         keeper.start.clear()
         os._exit(KEEPER_GONE)  # As if all had been killed at once: what is to survive that is on disk.
 
-    link = KeeperLink(stop=stop, gone=gone, alone=alone)
+    link = KeeperLink(stop=stop, gone=gone, alone=alone, beside=seat.socket.dup())
     await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=seat.socket)
     return link
 

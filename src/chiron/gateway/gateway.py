@@ -52,6 +52,10 @@ class Adopting:
         self.adopt_running = inputs.adopt_running
         self.told_all = inputs.told_all
 
+    @property
+    def settling(self) -> bool:
+        return self._plane.settling
+
     def adopt_instance(self, said: Known) -> InstanceEngine | None:
         """Only while a control plane settles: later on it may have given the instance up."""
         plane, engines = self._plane, self._engines
@@ -171,8 +175,10 @@ class Gateway:
         ride_s: float = RIDE_S,
         term: int = 0,
         superseded: Callable[[int], None] = lambda term: None,
+        expects: int = 0,
     ) -> Relays:
-        """Take requests from relays in other processes, too; arguments as ``Relays`` has them."""
+        """Take requests from relays in other processes, too; arguments as ``Relays`` has them. ``expects``: how many
+        there are; 0: that is not known."""
         self.engines.number_from((term << TERM_SHIFT) + 1)
         relays = self.relays = self.engines.relays = Relays(
             clock=self.clock,
@@ -188,14 +194,16 @@ class Gateway:
             superseded=superseded,
             adoption=Adopting(self.plane, self.inputs, self.engines),
         )
+        relays.expects = expects
         return relays
 
-    def take_over(self, *, settle_s: float = SETTLE_S, relays: int = 0) -> None:
+    def take_over(self, *, settle_s: float = SETTLE_S, awaited: frozenset[str] = frozenset()) -> None:
         """Follow another gateway, before ``begin``: relays tell what runs. Nothing new is placed, created or drained
-        before so many ``relays`` have told, or for ``settle_s``."""
+        before as many relays as there are, or those that are ``awaited`` (by their nonces), have told, or for
+        ``settle_s``."""
         self.inputs.take_over(settle_s)
         if self.relays is not None:
-            self.relays.expects = relays
+            self.relays.awaited = awaited
 
     def begin(self, initial: Mapping[str, int], *, attach: Attach | None = None, loops: Sequence[Loop] = ()) -> None:
         """Posted; see ``Assembly.begin``."""

@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
 from chiron.fleet.kubernetes.source import NAME
-from chiron.store.lease import Held, check_name
+from chiron.store.lease import Held, check_name, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
 
-TOKEN = "chiron/token"
-"""Annotation of the Lease."""
+TOKEN, RELAYS = "chiron/token", "chiron/relays"
+"""Annotations of the Lease."""
 LASTS_MAX_S = 3600.0
 """A lease that claims to last for longer is taken for one of that length."""
 ANSWER_SHARE = 1 / 3
@@ -45,6 +45,7 @@ class Record:
     holder: str
     token: int
     lasts_s: float
+    relays: frozenset[str] = frozenset()
 
 
 class KubernetesLease:
@@ -94,11 +95,11 @@ class KubernetesLease:
             if not await self._write(found, self._holder, token, taken=not kept):
                 return None
             self._own = (token, began_s)
-            return Held(holder=self._holder, token=token, left_s=self._lease_s)
+            return Held(holder=self._holder, token=token, left_s=self._lease_s, relays=record.relays)
 
         return await self._asked(take())
 
-    async def renew(self) -> bool:
+    async def renew(self, relays: frozenset[str] | None = None) -> bool:
         async def renew() -> bool:
             began_s = self._time_s()
             found = await self._read()
@@ -106,7 +107,7 @@ class KubernetesLease:
             if found is None or record is None or not self._holds(record):
                 self._own = None
                 return False
-            if not await self._write(found, self._holder, record.token):
+            if not await self._write(found, self._holder, record.token, relays=relays):
                 self._own = None
                 return False
             self._own = (record.token, began_s)
@@ -155,7 +156,7 @@ class KubernetesLease:
             spec.get("holderIdentity"),
             spec.get("leaseDurationSeconds"),
         )
-        token = _table(meta, "annotations").get(TOKEN)
+        token, relays = (_table(meta, "annotations").get(name) for name in (TOKEN, RELAYS))
         if not isinstance(version, str) or not version or (holder is not None and not isinstance(holder, str)):
             raise StoreError(f"lease {self._name}: the API server's answer is no Lease")
         if holder and (not isinstance(token, str) or not _NUMBER.fullmatch(token)):
@@ -166,6 +167,7 @@ class KubernetesLease:
             holder=holder or "",
             token=int(str(token)) if holder else 0,
             lasts_s=float(lasts) if known else LASTS_MAX_S,  # type: ignore[arg-type]
+            relays=relays_of(relays) if isinstance(relays, str) else frozenset(),
         )
 
     # -- what is asked -----------------------------------------------------------------------------------------------
@@ -198,7 +200,15 @@ class KubernetesLease:
                 raise
             return found
 
-    async def _write(self, found: Mapping[str, Any], holder: str, token: int, *, taken: bool = False) -> bool:
+    async def _write(
+        self,
+        found: Mapping[str, Any],
+        holder: str,
+        token: int,
+        *,
+        taken: bool = False,
+        relays: frozenset[str] | None = None,
+    ) -> bool:
         """False: somebody else has written it since."""
         meta, spec, now = (
             _table(found, "metadata"),
@@ -207,9 +217,12 @@ class KubernetesLease:
         )
         transitions = spec.get("leaseTransitions")
         count = transitions if isinstance(transitions, int) else 0
+        notes = {**_table(meta, "annotations"), TOKEN: str(token)}
+        if relays is not None:
+            notes[RELAYS] = relays_text(relays)
         body = {
             **found,
-            "metadata": {**meta, "annotations": {**_table(meta, "annotations"), TOKEN: str(token)}},
+            "metadata": {**meta, "annotations": notes},
             "spec": {
                 **spec,
                 "holderIdentity": holder,

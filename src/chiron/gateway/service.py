@@ -266,6 +266,7 @@ class Service:
             left=workers.left,
             term=brain.term,
             superseded=brain.superseded,
+            expects=brain.expects,
         )
         return brain.relays.port
 
@@ -344,6 +345,10 @@ class Service:
         """The end of a connection to a relay of another gateway."""
         assert self._workers is not None
         return self._workers.accept()
+
+    def known_relays(self) -> frozenset[str]:
+        """Those that one which follows this brain has to wait for."""
+        return self.gateway.relays.known if self.gateway.relays is not None else frozenset()
 
     def around(self) -> StatusSources:
         """What the status page and the metrics show besides the control plane."""
@@ -433,7 +438,7 @@ class Service:
         initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
         self.learned.begin()
         if self._brain is not None and self._brain.follows:
-            self.gateway.take_over(settle_s=self._brain.settle_s, relays=self._brain.expects)
+            self.gateway.take_over(settle_s=self._brain.settle_s, awaited=self._brain.awaited)
         self.gateway.begin(initial)
         self.clock.call_later(FILES_LOOK_S, self._watch_files)
         self.clock.call_later(0.0, self._look_at_batches)

@@ -244,8 +244,11 @@ class GatewaysSettings:
     """Address and port for the other gateways, while this one leads."""
     advertise: str = ""
     """Host and port where the others reach it; default: ``listen``, or the host's name where that is any address."""
-    lease_s: float = 3.0
+    lease_s: float = 1.5
     """A leader that has not been heard of for so long is followed by another one."""
+    settle_s: float = 1.0
+    """For so long a new leader waits at most for the relays that the one before it spoke with to tell what runs where.
+    Until then it places nothing and leaves the fleet as it is. Those of a machine that is gone never tell."""
 
     def __post_init__(self) -> None:
         for key in ("certificate", "key", "ca"):
@@ -257,6 +260,7 @@ class GatewaysSettings:
             fine = found is not None and 1 <= int(found[2]) <= 65535
             _check(fine, key, value, "HOST:PORT, such as '10.0.0.5:9443' or '[fd00::5]:9443'")
         _check(1.0 <= self.lease_s <= 300.0, "lease", self.lease_s, "1 second to 5 minutes")
+        _check(0.1 <= self.settle_s <= 60.0, "settle", self.settle_s, "0.1 seconds to a minute")
 
     @property
     def listen_address(self) -> tuple[str, int]:

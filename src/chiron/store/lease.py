@@ -7,10 +7,13 @@ holder: what carries an older one comes from a leader that is over.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+RELAYS_MAX: Final = 1024
+"""That are told with a lease."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
+_RELAY: Final = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,8 @@ class Held:
     token: int
     left_s: float
     """Until it is over, if it is not renewed; as of the answer's way back."""
+    relays: frozenset[str] = frozenset()
+    """Those that the last leader spoke with, as it told. One that follows it waits for them to tell what runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +42,8 @@ class LeaderLease(Protocol):
     async def try_take(self) -> Held | None:
         """Take it, or keep it, if nobody else has it. None: somebody has."""
 
-    async def renew(self) -> bool:
-        """False: it was over, or is somebody else's."""
+    async def renew(self, relays: frozenset[str] | None = None) -> bool:
+        """False: it was over, or is somebody else's. ``relays``: for whoever follows; None: as they were."""
 
     async def release(self) -> None:
         """Let others have it at once. Does nothing if it is not ours."""
@@ -53,6 +58,15 @@ def check_name(what: str, name: str) -> str:
     return name
 
 
+def relays_text(relays: frozenset[str]) -> str:
+    """As a lease keeps them. Their names are drawn by the relays themselves: what is no name is left out."""
+    return " ".join(sorted(each for each in relays if _RELAY.fullmatch(each))[:RELAYS_MAX])
+
+
+def relays_of(text: str) -> frozenset[str]:
+    return frozenset(each for each in text.split(" ")[:RELAYS_MAX] if _RELAY.fullmatch(each))
+
+
 class OnlyHere:
     """Implements ``LeaderLease`` where there is only one gateway: it holds the lease while it wants it."""
 
@@ -63,10 +77,12 @@ class OnlyHere:
     async def try_take(self) -> Held | None:
         if not self._has:
             self._has = True
-            self._held = Held(holder=self._held.holder, token=self._held.token + 1, left_s=self._held.left_s)
+            self._held = replace(self._held, token=self._held.token + 1)
         return self._held
 
-    async def renew(self) -> bool:
+    async def renew(self, relays: frozenset[str] | None = None) -> bool:
+        if self._has and relays is not None:
+            self._held = replace(self._held, relays=relays)
         return self._has
 
     async def release(self) -> None:

@@ -229,6 +229,22 @@ def test_a_leader_is_killed_by_the_last_that_it_said_not_by_the_last_that_was_re
             end.close()
 
 
+def test_a_leader_that_renews_its_lease_and_says_nothing_else_hangs() -> None:
+    """Another thread of its process says until when it leads."""
+    start, ours = RelayStart(port=1, folder=Path(), relays=0), socket.socketpair()
+    keeper = keeping.Keeper(relay=lambda end, start: 0, start=start, port=Port([], 1), stopping=[])
+    brain = keeper._brain
+    brain.pid, brain.socket, brain.quiet = 1, ours[0], 7
+    try:
+        for said, quiet in ((f"until {machine_s() + 600:.3f}\n", 7), ("alive\n", 0)):
+            ours[1].sendall(said.encode())
+            keeper._read(brain)
+            assert brain.quiet == quiet
+    finally:
+        for end in ours:
+            end.close()
+
+
 @pytest.mark.slow
 def test_one_that_says_nothing_is_killed_and_only_that(tmp_path: Path) -> None:
     with Keeper(

@@ -66,6 +66,35 @@ def test_streams_go_on_and_what_comes_is_held_until_another_brain_leads() -> Non
     run_virtual(main())
 
 
+def test_a_brain_waits_for_the_relays_that_the_one_before_it_spoke_with_and_for_no_others() -> None:
+    """It does not know how many there are."""
+
+    async def main() -> None:
+        site = OutlivingSite(relays=2)
+        first = await site.lead()
+        await asyncio.sleep(1.0)
+        known = first.relays.known
+        assert len(known) == 2
+        site.kill()
+        second = await site.lead(settle_s=60.0, awaited=known)
+        await asyncio.sleep(1.0)
+        assert not second.gateway.plane.settling
+        site.kill()
+        site.relays[0].uplink.close()  # Its machine is gone.
+        await asyncio.sleep(0.1)
+        third = await site.lead(settle_s=5.0, awaited=known)
+        await asyncio.sleep(1.0)
+        assert third.gateway.plane.settling
+        assert third.relays.known == known, "if this one dies as well, the next one waits for both"
+        assert site.relays[1].uplink.alone.relays == 2, "nobody takes more than its share meanwhile"
+        await asyncio.sleep(5.0)
+        assert not third.gateway.plane.settling
+        assert len(third.relays.known) == site.relays[1].uplink.alone.relays == 1
+        await site.close()
+
+    run_virtual(main())
+
+
 def test_what_ended_meanwhile_is_counted_once_with_the_time_that_it_took() -> None:
     async def main() -> None:
         site = OutlivingSite()

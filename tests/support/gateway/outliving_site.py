@@ -162,7 +162,16 @@ class Ends:
 class Brain:
     """A gateway that leads."""
 
-    def __init__(self, site: OutlivingSite, term: int, *, takes_over: bool, settle_s: float, queue_max: int) -> None:
+    def __init__(
+        self,
+        site: OutlivingSite,
+        term: int,
+        *,
+        takes_over: bool,
+        settle_s: float,
+        queue_max: int,
+        awaited: frozenset[str] = frozenset(),
+    ) -> None:
         self.site = site
         point = Point()
         self.clock = clock = own_clock(BEFORE_S if takes_over else 0.0, point)
@@ -202,13 +211,17 @@ class Brain:
         )
         self.superseded: list[int] = []
         self.relays: Relays = self.gateway.open_to_relays(
-            responded=lambda status, count: None, ride_s=0.0, term=term, superseded=self.superseded.append
+            responded=lambda status, count: None,
+            ride_s=0.0,
+            term=term,
+            superseded=self.superseded.append,
+            expects=len(site.relays) if takes_over and not awaited else 0,
         )
 
         def begin() -> None:
             recording.start()
             if takes_over:
-                self.gateway.take_over(settle_s=settle_s, relays=len(site.relays))
+                self.gateway.take_over(settle_s=settle_s, awaited=awaited)
             self.gateway.begin({})
 
         clock.post(begin)
@@ -279,10 +292,17 @@ class OutlivingSite:
     async def _connect(self, make: Callable[[], Wire]) -> object:
         return self.door.connect("brain", make)
 
-    async def lead(self, *, term: int = 0, settle_s: float = 3.0, queue_max: int = 10_000) -> Brain:
+    async def lead(
+        self,
+        *,
+        term: int = 0,
+        settle_s: float = 3.0,
+        queue_max: int = 10_000,
+        awaited: frozenset[str] = frozenset(),
+    ) -> Brain:
         """Another brain; the first one takes nothing over."""
         term = term or len(self.brains) + 1
-        brain = Brain(self, term, takes_over=bool(self.brains), settle_s=settle_s, queue_max=queue_max)
+        brain = Brain(self, term, takes_over=bool(self.brains), settle_s=settle_s, queue_max=queue_max, awaited=awaited)
         self.brain = brain
         self.brains.append(brain)
         self.door.listen("brain", brain.accept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -24,8 +24,10 @@ NAMES = ("gw-a", "gw-b")
 class Pair:
     """Two gateways."""
 
-    def __init__(self, sites: dict[str, FaultSite]) -> None:
+    def __init__(self, sites: dict[str, FaultSite], engines: Sequence[str] = ()) -> None:
         self.sites = sites
+        self.engines = engines
+        """URLs."""
         self.up = dict.fromkeys(sites, True)
         """Those that clients are sent to."""
 
@@ -57,7 +59,7 @@ class Pair:
 
 
 @contextmanager
-def gateways(directory: Path, server: Server, *, lease: str = "3s") -> Iterator[Pair]:
+def gateways(directory: Path, server: Server, *, lease: str = "1500ms") -> Iterator[Pair]:
     ca = Authority(directory / "certificates")
     password = directory / "password"
     password.write_text(server.password)
@@ -87,7 +89,7 @@ profile = "{PROFILE}"
 max_num_seqs = 16
 """
             sites[name] = stack.enter_context(FaultSite(directory / name, text))
-        yield Pair(sites)
+        yield Pair(sites, urls)
 
 
 async def talk(pair: Pair, name: str, verdicts: Counter[str], over: asyncio.Event) -> None:

@@ -161,6 +161,10 @@ class Adoption(Protocol):
     def told_all(self) -> None:
         """Every relay that is expected has told."""
 
+    @property
+    def settling(self) -> bool:
+        """It waits for that."""
+
 
 class RelayLink:
     """The brain's end of the connection to one relay."""
@@ -675,7 +679,9 @@ class Relays:
         self.superseded = superseded
         self.adoption = adoption
         self.expects = 0
-        """Relays that must have told before a brain that takes over goes on; 0: it waits for its settling time."""
+        """How many there are, whether they are here or not; 0: that is not known."""
+        self.awaited: frozenset[str] = frozenset()
+        """Nonces of those that the brain before this one spoke with."""
         self._away: dict[str, RelayLink] = {}
         """Connections that were lost a moment ago, by their relays' nonces."""
         self.own_placements = 0
@@ -744,7 +750,7 @@ class Relays:
             self._note_limits()
             for limit in self._limits.values():
                 link.wire.post(limit)
-            link.wire.post(m.Pulse(len(self.links)))
+            link.wire.post(m.Pulse(self.sharing))
         link.wire.post(m.Drain(self.draining))
         if not link.returns:
             self.returned(link)
@@ -756,8 +762,27 @@ class Relays:
             link.before = None
             before.bury("the relay came back without it")
         link.wire.send(m.Ready())
-        if self.adoption is not None and 0 < self.expects <= sum(each.told for each in self.links):
+        if self.adoption is not None and self.adoption.settling and self._all_have_told():
             self.adoption.told_all()
+
+    def _all_have_told(self) -> bool:
+        """False also where it is not known who is to tell: then the settling time is waited for."""
+        told = [each.nonce for each in self.links if each.told]
+        return 0 < self.expects <= len(told) or (bool(self.awaited) and self.awaited <= set(told))
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Nonces of relays that may run something: whoever follows this brain waits for them. While this one waits
+        itself, those that it has not heard of yet are among them."""
+        here = {each.nonce for each in self.links} | set(self._away)
+        settling = self.adoption is not None and self.adoption.settling
+        return frozenset(here | self.awaited if settling else here) - {""}
+
+    @property
+    def sharing(self) -> int:
+        """How many relays share the instances, as far as is known: one that is told too few takes more than its share
+        if this brain dies."""
+        return max(1, len(self.links), self.expects, len(self.known))
 
     def left(self, link: RelayLink, why: str) -> None:
         """Its connection has ended."""
@@ -781,7 +806,7 @@ class Relays:
         self.clock.call_later(PULSE_S, self._pulse)
         for link in self.links:
             if link.nonce:
-                link.wire.send(m.Pulse(len(self.links)))
+                link.wire.send(m.Pulse(self.sharing))
 
     def _note_limits(self) -> list[m.Limit]:
         """What has changed since the last look, which is told from now on."""

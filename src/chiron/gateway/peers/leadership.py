@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from math import inf
 
 from chiron.gateway.processes.fence import Fence, machine_s
-from chiron.store.lease import LeaderLease
+from chiron.store.lease import Held, LeaderLease
 from chiron.store.port import StoreError
 
 log = logging.getLogger("chiron.gateways")
 
-ASKS = 6
+ASKS = 8
 """In the time of one lease."""
+AGAIN_MIN_S = 0.01
+"""Between two questions, also where the lease is about to end."""
 _HOLDER = re.compile(r"([^/]+)/([^/]+):([0-9]{1,5})/([0-9a-f]+)")
 
 
@@ -54,25 +56,33 @@ class Leadership:
         lease_s: float,
         fence: Fence,
         told: Callable[[float], None] = lambda until_s: None,
+        relays: Callable[[], frozenset[str] | None] = lambda: None,
+        works: Callable[[], bool] = lambda: True,
         now: Callable[[], float] = machine_s,
     ) -> None:
-        """``holder``: this gateway in the lease. ``told`` hears until when it leads, whenever that has changed."""
+        """``holder``: this gateway in the lease. ``told`` hears until when it leads, whenever that has changed.
+        ``relays``: those that it speaks with while it leads; None: that is not known yet. ``works``: while it does not,
+        the lease is not renewed."""
         self.leader: Peer | None = None
         self._lease = lease
         self._holder = holder
         self._lease_s = lease_s
         self._fence = fence
         self._told = told
+        self._relays = relays
+        self._works = works
         self._now = now
         self._hint = asyncio.Event()
+        self._left_s = inf
+        """Until the other one's lease ends, as last heard."""
         self._said = ""
 
     def look(self) -> None:
         """The leader may be gone: ask at once."""
         self._hint.set()
 
-    async def take(self) -> int:
-        """Wait until this gateway leads. Returns the lease's token."""
+    async def take(self) -> Held:
+        """Wait until this gateway leads."""
         while True:
             asked_s = self._now()
             try:
@@ -80,10 +90,11 @@ class Leadership:
                 if held is not None:
                     self.leader = None
                     self._extend(asked_s)
-                    return held.token
+                    return held
                 await self._ask()
             except StoreError as error:
                 # Whoever led as last heard may lead still: relays find out.
+                self._left_s = inf
                 self._say(f"nobody knows who leads: {error}")
             await self._pause()
 
@@ -102,8 +113,10 @@ class Leadership:
         while (left_s := self._fence.until_s - self._now()) > 0:
             asked_s = self._now()
             try:
+                if not self._works():
+                    raise TimeoutError("this process is held up, or hangs")
                 async with asyncio.timeout(left_s):
-                    if not await self._lease.renew():
+                    if not await self._lease.renew(self._relays()):
                         return "another gateway leads"
             except (StoreError, TimeoutError) as error:
                 why = f": {error}" if str(error) else ": the database has not answered"
@@ -126,6 +139,7 @@ class Leadership:
 
     async def _ask(self) -> None:
         now = await self._lease.holder()
+        self._left_s = now.left_s if now is not None else inf
         self.leader = Peer.of(now.holder) if now is not None and now.holder != self._holder else None
         self._say(f"{self.leader.name} leads; this gateway stands by" if self.leader is not None else "")
 
@@ -142,7 +156,7 @@ class Leadership:
     async def _pause(self) -> None:
         self._hint.clear()
         try:
-            async with asyncio.timeout(self._lease_s / ASKS):
+            async with asyncio.timeout(min(self._lease_s / ASKS, AGAIN_MIN_S + self._left_s)):
                 await self._hint.wait()
         except TimeoutError:
             return

@@ -1,5 +1,8 @@
 """The life of a brain that is one of several gateways': it stands by, leads, and hands over.
 
+The lease is kept on a loop of its own: it is renewed also while this process computes for long, or is slow to start.
+One that computes for ``HANGS_S`` hangs, and is over.
+
 It leads at most once: a leader that is over ends at once, and the keeper starts it anew, standing by. One that is told
 to stop hands over first: it stops deciding, closes the store and gives the lease back, so that another gateway leads
 while this one's relays let their requests end; it hands their connections on until they have.
@@ -18,13 +21,14 @@ from chiron.gateway.peers.door import Door
 from chiron.gateway.peers.leadership import Leadership, Peer
 from chiron.gateway.peers.standby import Standby
 from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
-from chiron.gateway.processes.fence import Fence
+from chiron.gateway.processes.fence import Fence, machine_s
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import STOP_S
 from chiron.gateway.service import Service, save
 from chiron.gateway.settings import GatewaysSettings, ServeConfig
+from chiron.net.own_loop import OwnLoop
 from chiron.store.directory import hold
-from chiron.store.lease import Leads
+from chiron.store.lease import Held, Leads
 from chiron.store.postgres.settings import PostgresSettings
 
 log = logging.getLogger("chiron.gateways")
@@ -32,9 +36,9 @@ log = logging.getLogger("chiron.gateways")
 OVER = 75
 """Exit status of a leader that is over."""
 LEASE = "brain"
-SETTLE_S = 1.5
-"""For so long a new leader waits for relays to tell what runs. How many there are it cannot know; each tries again
-twice a second or more often, and its own gateway hears of a new leader as often."""
+HANGS_S = 5.0
+BEAT_S = 0.25
+"""Between two signs of life of the loop that decides."""
 
 
 class Member:
@@ -48,10 +52,12 @@ class Member:
         brain: BrainStart,
         nonce: str,
         say: Callable[[str], None],
+        say_at_once: Callable[[str], None],
         on_ready: Callable[[str], None],
         relays_ended: asyncio.Event,
     ) -> None:
-        """``nonce`` is the keeper's, ``say`` tells it something; ``on_ready`` hears the URL once clients can come."""
+        """``nonce`` is the keeper's, ``say`` tells it something, and so does ``say_at_once``, from any thread;
+        ``on_ready`` hears the URL once clients can come."""
         from chiron.store.postgres.lease import PostgresLease  # An extra.
 
         settings = config.gateways
@@ -73,13 +79,20 @@ class Member:
             holder=self._holder,
             lease_s=settings.lease_s,
             fence=self._fence,
-            told=lambda until_s: say(f"until {until_s:.3f}"),
+            told=lambda until_s: say_at_once(f"until {until_s:.3f}"),
+            relays=lambda: self._relays,
+            works=lambda: machine_s() - self._beat_s < HANGS_S,
         )
+        self._own_loop = OwnLoop("lease")
+        self._relays: frozenset[str] | None = None
+        """Those that whoever follows has to wait for."""
+        self._beat_s = machine_s()
+        self._service: Service | None = None
         self._standby = Standby(
             start=brain.relays,
             contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},
             leader=lambda: self._leadership.leader,
-            lost=self._leadership.look,
+            lost=lambda: self._own_loop.call(self._leadership.look),
         )
 
     async def run(self) -> None:
@@ -90,23 +103,25 @@ class Member:
             self._say("ready")
             self._on_ready(_url(self._config, self._brain))
             if self._brain.follows:
-                await self._leadership.release()  # Whoever had it here before is gone.
-            token = await self._leadership.take()
+                await self._own_loop.run(self._leadership.release)  # Whoever had it here before is gone.
+            held = await self._own_loop.run(self._leadership.take)
             await self._standby.close()
-            await self._lead(token)
+            await self._lead(held)
         except asyncio.CancelledError:
             await self._let_relays_end()
             raise
         finally:
             await self._standby.close()
             await self._lease.close()
+            await self._own_loop.close()
             os.close(directory)
 
-    async def _lead(self, token: int) -> None:
+    async def _lead(self, held: Held) -> None:
         """Until this is cancelled, or the lease is over, which ends the process."""
+        token = held.token
         log.info("this gateway leads (term %d)", token)
-        keeping = asyncio.get_running_loop().create_task(self._leadership.keep())
-        keeping.add_done_callback(_kept)
+        self._beat()
+        keeping = asyncio.get_running_loop().create_task(self._own_loop.run(self._keep))
         leads = Leads(name=LEASE, holder=self._holder, token=token)
         start = replace(
             self._brain,
@@ -114,8 +129,9 @@ class Member:
             follows=True,
             term=token,
             leads=leads,
-            settle_s=SETTLE_S,
+            settle_s=self._settings.settle_s,
             expects=0,
+            awaited=held.relays,
             superseded=lambda term: _end(f"another one leads (term {term})"),
             time_s=self._fence.time_s,
         )
@@ -124,6 +140,7 @@ class Member:
         try:
             service = Service(self._config, advise=self._advise, brain=start)
             await service.start()
+            self._service = service
             started = True
             context = server_context(self._settings)
             door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
@@ -135,15 +152,28 @@ class Member:
             if service is not None:
                 await service.hand_over()
             keeping.cancel()
-            await self._leadership.release()
+            await self._own_loop.run(self._leadership.release)
             log.info("this gateway has handed over")
             if service is not None and started:
                 save(service)
 
+    async def _keep(self) -> None:
+        """On the lease's loop, until it is cancelled."""
+        try:
+            _end(await self._leadership.keep())
+        except Exception as error:
+            _end(f"{error!r}")
+
+    def _beat(self) -> None:
+        self._beat_s = machine_s()
+        if self._service is not None:
+            self._relays = self._service.known_relays()
+        asyncio.get_running_loop().call_later(BEAT_S, self._beat)
+
     async def _let_relays_end(self) -> None:
         """Told to stop: while they have requests, they need whoever leads now."""
         await self._standby.open()
-        watching = asyncio.get_running_loop().create_task(self._leadership.watch())
+        watching = asyncio.get_running_loop().create_task(self._own_loop.run(self._leadership.watch))
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.server.grace_s + STOP_S):
                 await self._relays_ended.wait()
@@ -153,13 +183,6 @@ class Member:
 def _url(config: ServeConfig, brain: BrainStart) -> str:
     host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     return f"{'https' if config.server.tls else 'http'}://{host}:{brain.relays.port}"
-
-
-def _kept(task: asyncio.Task[str]) -> None:
-    """The lease is over, unless it was given back."""
-    if not task.cancelled():
-        error = task.exception()
-        _end(task.result() if error is None else f"{error!r}")
 
 
 def _end(why: str) -> None:

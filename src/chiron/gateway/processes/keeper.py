@@ -222,14 +222,15 @@ class Keeper:
             process.socket.close()
             process.socket = None
             return
-        process.quiet = 0
         *lines, process.heard = (process.heard + data).split(b"\n")
         process.heard = process.heard[-_BLOCK_BYTES:]
         for line in lines:
             if line in (b"open", b"ready"):
                 process.said.add(line)
-            elif line.startswith(b"until "):
+            if line.startswith(b"until "):  # By another thread than that which may hang.
                 process.until_s = float(line[6:])
+            else:
+                process.quiet = 0
         if process is self._brain and b"open" in process.said and not self._stopped_by:
             for relay in self._relays:
                 if not relay.starts:

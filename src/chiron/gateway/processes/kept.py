@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 ALIVE_S = 0.5
 """Between two signs of life."""
@@ -21,10 +23,13 @@ class KeeperLink(asyncio.Protocol):
         stop: Callable[[int], None],
         gone: Callable[[], None],
         alone: Callable[[], None] = lambda: None,
+        beside: socket.socket | None = None,
     ) -> None:
+        """``beside``: another descriptor of the same socket, for ``say_at_once``."""
         self._stop = stop
         self._alone = alone
         self._gone = gone
+        self._beside = beside
         self._unread = b""
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -35,7 +40,15 @@ class KeeperLink(asyncio.Protocol):
         if transport is not None and transport.get_write_buffer_size() < _UNREAD_MAX_BYTES:
             transport.write(f"{word}\n".encode())
 
+    def say_at_once(self, word: str) -> None:
+        """From any thread, also while the loop computes; unless the keeper does not read."""
+        if self._beside is not None:
+            with suppress(OSError):
+                self._beside.send(f"{word}\n".encode(), socket.MSG_DONTWAIT)
+
     def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
         if self._timer is not None:
             self._timer.cancel()
         if self._transport is not None:

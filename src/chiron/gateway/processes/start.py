@@ -55,7 +55,9 @@ class BrainStart:
     settle_s: float = SETTLE_S
     """One that follows: for so long it waits for relays to tell."""
     expects: int = 0
-    """Relays that may cut that short once they have told; 0: how many there are is not known."""
+    """How many relays there are; once all have told, it waits no longer. 0: that is not known."""
+    awaited: frozenset[str] = frozenset()
+    """Those that the brain before this one spoke with, by nonce; once they have told, it waits no longer."""
     superseded: Callable[[int], None] = lambda term: None
     """Called with the term of another brain that is at work meanwhile."""
     time_s: Callable[[], float] = time.monotonic

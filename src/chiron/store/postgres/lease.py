@@ -16,7 +16,7 @@ from zlib import crc32
 
 import psycopg
 
-from chiron.store.lease import Held, Leads, check_name
+from chiron.store.lease import Held, Leads, check_name, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.leases import ALIVE
@@ -69,6 +69,8 @@ class PostgresLease:
         self._lease_s = lease_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-lease")
         self._db: Connection | None = None
+        self._told: frozenset[str] | None = None
+        """Relays, as last written."""
 
     async def try_take(self) -> Held | None:
         def take(db: Connection) -> Held | None:
@@ -83,17 +85,21 @@ class PostgresLease:
                 " RETURNING token",
                 (self._name, self._holder, self._lease_s),
             ).fetchone()
-            return None if row is None else Held(holder=self._holder, token=row["token"], left_s=self._lease_s)
+            if row is None:
+                return None
+            return Held(holder=self._holder, token=row["token"], left_s=self._lease_s, relays=self._read_relays(db))
 
         return await self._run(take)
 
-    async def renew(self) -> bool:
+    async def renew(self, relays: frozenset[str] | None = None) -> bool:
         def extend(db: Connection) -> bool:
             done = db.execute(
                 "UPDATE leaders SET until = clock_timestamp() + make_interval(secs => ?)"
                 " WHERE name = ? AND holder = ? AND until > clock_timestamp()",
                 (self._lease_s, self._name, self._holder),
             )
+            if done.rowcount == 1 and relays is not None and relays != self._told:
+                self._write_relays(db, relays)
             return done.rowcount == 1
 
         return await self._run(extend)
@@ -117,6 +123,26 @@ class PostgresLease:
             return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
 
         return await self._run(ask)
+
+    def _read_relays(self, db: Connection) -> frozenset[str]:
+        row = db.execute("SELECT holder FROM leaders WHERE name = ?", (self._relays_name,)).fetchone()
+        return relays_of(row["holder"]) if row is not None else frozenset()
+
+    def _write_relays(self, db: Connection, relays: frozenset[str]) -> None:
+        db.execute(
+            "INSERT INTO leaders(name, holder, token, until) SELECT ?, ?, token, until FROM leaders"
+            " WHERE name = ? AND holder = ? AND until > clock_timestamp()"
+            " ON CONFLICT (name) DO UPDATE SET"
+            " holder = excluded.holder, token = excluded.token, until = excluded.until"
+            " WHERE leaders.token <= excluded.token",
+            (self._relays_name, relays_text(relays), self._name, self._holder),
+        )
+        self._told = relays
+
+    @property
+    def _relays_name(self) -> str:
+        """In a row of their own, which those that know nothing of it do not read."""
+        return f"{self._name}/relays"
 
     async def close(self) -> None:
         await asyncio.to_thread(lambda: self._thread.shutdown(wait=True))
