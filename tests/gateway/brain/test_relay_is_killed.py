@@ -4,7 +4,10 @@ tests are in ``test_keeper_keeps_processes_running``."""
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +18,7 @@ from chiron.gateway.processes.workers import START_MAX_S, Workers
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.net.clock import LiveClock
+from chiron.net.loop import run_on_loop
 from live_gateway import RELAYS, until
 from scripted_engine import ScriptedEngine, before
 from virtual_loop import run_virtual
@@ -55,3 +59,51 @@ def test_one_that_never_says_hello_is_given_up() -> None:
             await workers.stop(0.0)
 
     run_virtual(main())
+
+
+SAYS_HELLO = """
+import socket, sys
+import msgspec
+from chiron.gateway.port.messages import VERSION_MIN, Hello
+wire = socket.socket(socket.AF_UNIX)
+wire.connect(sys.argv[1])
+frame = msgspec.msgpack.encode([Hello(version_min=VERSION_MIN, nonce="0123456789abcdef")])
+wire.sendall(len(frame).to_bytes(4, "big") + frame)
+sys.stdin.readline()
+wire.close()
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("run", [asyncio.run, run_on_loop], ids=["asyncio", "as served"])
+def test_its_places_are_free_once_its_process_has_ended_and_kept_while_it_may_come_back(
+    run: Callable[[Coroutine[Any, Any, None]], None],
+) -> None:
+    async def main() -> None:
+        # Its clock stands, so that nothing is over because time has passed.
+        clock = LiveClock(asyncio.get_running_loop(), time_s=lambda: 1.0)
+        workers, nobody = Workers(clock=clock, count=1), cast(Any, None)
+        relays = workers.relays = Relays(
+            clock=clock, desk=nobody, models=Models({}), keys=KeyRing(), engines={}, responded=print, left=workers.left
+        )
+        with tempfile.TemporaryDirectory(prefix="chiron-") as folder:
+            path = Path(folder) / "brain"
+            await workers.open(path)
+            relay = subprocess.Popen([sys.executable, "-c", SAYS_HELLO, path], stdin=subprocess.PIPE)
+            try:
+                await until(lambda: bool(relays.links), "it has said hello")
+                (link,) = relays.links
+                assert relay.stdin is not None
+                relay.stdin.write(b"close\n")
+                relay.stdin.flush()
+                await until(lambda: link.gone and not relays.links, "its connection is closed")
+                assert not link.buried
+                relay.kill()
+                await until(lambda: link.buried, "its process has ended")
+            finally:
+                relay.kill()
+                relay.communicate()
+            await workers.stop(0.0)
+            clock.stop()
+
+    run(main())

@@ -32,11 +32,13 @@ from chiron.gateway.relay.errors import ApiError, internal
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
+from chiron.net.peer_process import PeerProcess
 
 log = logging.getLogger("chiron.relays")
 
 REJOIN_S = 1.0
-"""For so long what a relay that stays carries is kept when its connection is lost: it may be alive, and come back."""
+"""For so long what a relay that stays carries is kept when its connection is lost: it may be alive, and come back. Not
+that of a relay whose process has ended, as far as that can be seen from here."""
 ENDS_KEPT = 4096
 """Of requests of one relay, the last: whether it has heard of them is not known until it says something."""
 ADOPTED_MAX = 4
@@ -205,6 +207,8 @@ class RelayLink:
         """It comes from another brain."""
         self.told = False
         """All that it knew is known here."""
+        self.process: PeerProcess | None = None
+        """None: it may be on another machine."""
         self.before: RelayLink | None = None
         """The connection that this relay has lost, with what it carried, until all has been told."""
         self.ends: dict[int, m.End] = {}
@@ -320,6 +324,7 @@ class RelayLink:
         self.nonce, self.returns = hello.nonce, hello.returns
 
     def _opened(self) -> None:
+        self.process = PeerProcess.of(self.wire.transport)
         self._relays.joined(self)
 
     def _received(self, messages: Sequence[Any]) -> None:
@@ -357,6 +362,8 @@ class RelayLink:
         if self.buried:
             return
         self.buried = True
+        if self.process is not None:
+            self.process.close()
         relays = self._relays
         for item in self.items.values():
             item.link = None
@@ -792,7 +799,7 @@ class Relays:
         self._left(link, why)
 
     def away(self, link: RelayLink, why: str) -> None:
-        """It may come back."""
+        """It may come back, unless its process has ended."""
         self._away[link.nonce] = link
 
         def over() -> None:
@@ -801,6 +808,8 @@ class Relays:
                 link.bury(why)
 
         self.clock.call_later(REJOIN_S, over)
+        if link.process is not None:
+            link.process.when_ended(lambda: self.clock.post(over))
 
     def _pulse(self) -> None:
         self.clock.call_later(PULSE_S, self._pulse)

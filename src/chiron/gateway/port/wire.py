@@ -74,6 +74,10 @@ class Wire(asyncio.Protocol):
         self._urgent = False
         self._unread = bytearray()
 
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        return self._transport
+
     # -- what is sent ------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
