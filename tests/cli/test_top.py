@@ -309,3 +309,18 @@ def test_engines_that_do_not_start_and_endpoints_that_do_not_answer_are_said_wit
     assert "good is" not in shown
     assert "gpu:8002" not in shown
     assert len(screen(status, 60, 24)) <= 24
+
+
+def test_the_header_says_who_leads_and_what_relays_did_without(told: dict[str, Any]) -> None:
+    assert "brain" not in screen(told, 300, 40)[0].plain
+    told = copy.deepcopy(told)
+    leader = {"gateway": "", "address": "", "term": 1, "leads_s": 9.0, "settling": False}
+    told["leader"] = leader | {"relays_missing": 0, "fallback_placements": 0, "expired_requests": 0}
+    told["relays"] = [{}, {}]
+    assert " · brain, term 1, 2 relays" in screen(told, 300, 40)[0].plain
+    told["leader"] |= {"gateway": "gw-1", "settling": True, "relays_missing": 2}
+    told["leader"] |= {"fallback_placements": 12, "expired_requests": 3}
+    assert (
+        " · gw-1 leads, term 1, 2 relays · takes over, places nothing yet · 2 relays missing"
+        " · relays alone placed 12, gave up 3"
+    ) in screen(told, 300, 40)[0].plain

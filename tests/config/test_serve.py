@@ -24,6 +24,7 @@ from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
+from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import hash_secret
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServeConfig, ServerSettings, TelemetrySettings
 from chiron.store.postgres.settings import PostgresSettings
@@ -191,6 +192,9 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
             r"gateways: needs a store that all of them share: set store\.url",
         ),
         ("gateways={certificate='a',key='b',ca='c',lease='1ms'}", r"gateways: lease is 0\.001; it must be 1 second"),
+        ("gateways={certificate='a',key='b',ca='c',settle='1ms'}", r"gateways: settle is 0\.001; it must be 0\.1 sec"),
+        ("relays={hold='0s'}", r"relays: hold is 0\.0; it must be above 0"),
+        ("relays={fall_back='never'}", r"relays\.fall_back: "),
         (
             "gateways={certificate='a',key='b',ca='c',advertise='x'}",
             r"gateways: advertise is 'x'; it must be HOST:PORT",
@@ -310,6 +314,7 @@ SECTIONS = {
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,
     "store": StoreSettings,
+    "relays": StaySettings,
 }
 
 

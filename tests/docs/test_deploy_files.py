@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from chiron.cli import app
 from chiron.gateway.reporting.metrics import Metrics
-from chiron.gateway.reporting.status import StatusSources
+from chiron.gateway.reporting.status import LeaderReport, StatusSources
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings
 from live_plane_factory import WALL_S, LivePlane
 
@@ -33,7 +33,19 @@ def families() -> list[Metric]:
     """A gateway's metrics page, as Prometheus' own parser reads it."""
     live = LivePlane()
     live.rush(2.0, per_s=5.0)
-    around = StatusSources(url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S, relays_started=1)
+    leader = LeaderReport(
+        gateway="gw-1",
+        address="10.0.0.5:9443",
+        term=1,
+        leads_s=1.0,
+        settling=False,
+        relays_missing=0,
+        fallback_placements=0,
+        expired_requests=0,
+    )
+    around = StatusSources(
+        url="http://127.0.0.1:8000", version="0.1.0", wall_origin_s=WALL_S, relays_started=1, leader=leader
+    )
     text = Metrics(live.plane, live.journal, lambda: around).render().decode()
     return list(text_string_to_metric_families(text))
 

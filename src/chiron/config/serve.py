@@ -22,6 +22,7 @@ from chiron.core.types import RequestClass
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.settings import FleetSettings
+from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import ADMIN, Key
 from chiron.gateway.settings import (
     BatchSettings,
@@ -62,6 +63,8 @@ class ServeFile:
     PostgreSQL."""
     gateways: GatewaysSettings | None = None
     """One of several gateways, of which one leads; needs PostgreSQL. Without the table this one is alone."""
+    relays: StaySettings = field(default_factory=StaySettings)
+    """What relays do while there is no brain; with ``server.workers`` above 1 or ``[gateways]``."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
@@ -254,6 +257,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "telemetry": file.telemetry,
             "store": _resolve_store(file.store, file.batch.retention_s, directory),
             "gateways": _resolve_gateways(file.gateways, directory),
+            "relays": file.relays,
             "fleet": file.fleet,
             "devices": file.devices,
             "gpus": file.gpus,

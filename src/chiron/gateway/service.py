@@ -36,7 +36,7 @@ from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter,
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
-from chiron.gateway.reporting.status import RelayReport, StatusSources, status
+from chiron.gateway.reporting.status import LeaderReport, RelayReport, StatusSources, status
 from chiron.gateway.serving import served_models, server_limits, tls_context
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
@@ -170,6 +170,7 @@ class Service:
         )
         self.learned = LearnedKeeper(store=self.store, clock=self.clock, plane=self.inputs, wall_s=self._wall_s)
         self.url = ""
+        self._begun_s = 0.0
         self._stopping = False
         self._files_warned_s = -FILES_WARN_S
         self._lag = LoopLag(loop)
@@ -368,8 +369,7 @@ class Service:
             connections=self._connections(),
             relays=self._relay_reports(),
             relays_started=self._workers.started if self._workers is not None else 0,
-            relay_fallback_placements=self.gateway.relays.own_placements if self.gateway.relays is not None else 0,
-            relay_expired_requests=self.gateway.relays.expired if self.gateway.relays is not None else 0,
+            leader=self._leader_report(),
             files_open=files_open(),
             files_max=files_max(),
         )
@@ -379,6 +379,22 @@ class Service:
         if self.gateway.relays is not None:
             return self.gateway.relays.connections
         return len(self._server.connections) if self._server is not None else 0
+
+    def _leader_report(self) -> LeaderReport | None:
+        relays, brain, gateways = self.gateway.relays, self._brain, self.config.gateways
+        if relays is None or brain is None:
+            return None
+        several = gateways is not None and brain.leads is not None
+        return LeaderReport(
+            gateway=gateways.name if several and gateways is not None else "",
+            address="{}:{}".format(*gateways.address) if several and gateways is not None else "",
+            term=brain.term,
+            leads_s=self.clock.now_s - self._begun_s,
+            settling=self.plane.settling,
+            relays_missing=relays.missing,
+            fallback_placements=relays.own_placements,
+            expired_requests=relays.expired,
+        )
 
     def _relay_reports(self) -> tuple[RelayReport, ...]:
         relays = self.gateway.relays
@@ -390,6 +406,8 @@ class Service:
                 loop_lag_s=link.health.loop_lag_s,
                 open_requests=len(link.calls),
                 late_messages=link.late,
+                told=link.told,
+                fallback_placements=link.own_placements,
             )
             for link in (relays.links if relays is not None else ())
         )
@@ -435,6 +453,7 @@ class Service:
             self.gateway.relays.drain(on)
 
     def _begin(self) -> None:
+        self._begun_s = self.clock.now_s
         initial = {model.name: _initial(model, advise=self.advise) for model in self.config.models}
         self.learned.begin()
         if self._brain is not None and self._brain.follows:

@@ -22,6 +22,7 @@ from chiron.net.shares import LOOPBACK
 if TYPE_CHECKING:
     from chiron.fleet.settings import FleetSettings
     from chiron.fleet.union import Source
+    from chiron.gateway.relay.joining import StaySettings
     from chiron.gateway.relay.keys import Key
     from chiron.store.postgres.settings import PostgresSettings
     from chiron.store.settings import StoreSettings
@@ -359,6 +360,7 @@ class ServeConfig:
     """That policy's frozen settings dataclass."""
     policy_label: str
     """What the config calls it, which may be a variant's name."""
+    relays: StaySettings
     gateways: GatewaysSettings | None = None
     """None: this gateway is the only one."""
     keys: tuple[Key, ...] = field(default=(), repr=False)

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+LEADER: Final = "brain"
+"""Name of the lease that a gateway's brain leads under."""
 RELAYS_MAX: Final = 1024
 """That are told with a lease."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")

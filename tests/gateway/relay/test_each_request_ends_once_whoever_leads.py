@@ -29,7 +29,7 @@ class Trial:
     def __init__(self, *, silent_s: float) -> None:
         self.notices = silent_s < PATIENT
         """Relays give a brain up that hangs."""
-        stay = StaySettings(hold_s=PATIENT, silent_s=silent_s, batch_s=PATIENT)
+        stay = StaySettings(hold_s=PATIENT, fall_back_s=silent_s, fall_back_batch_s=PATIENT)
         self.site = OutlivingSite(relays=2, stay=stay)
         self.tokens: dict[int, int] = {}
         self.kinds: dict[int, str] = {}

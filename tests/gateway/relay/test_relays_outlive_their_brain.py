@@ -110,6 +110,8 @@ def test_what_ended_meanwhile_is_counted_once_with_the_time_that_it_took() -> No
         await asyncio.sleep(3.0)
         assert [parts(site.clients[number])[0] for number in (1, 2, 3)] == [200, 200, 200], "nobody waits for a brain"
         assert len(site.relays[0].uplink.alone.untold) == 4
+        stands = " This relay has had no control plane for 3 s: 0 of its requests wait, it carries 0."
+        assert site.relays[0].uplink.how_it_stands() == stands
 
         brain = await site.lead()
         await asyncio.sleep(1.0)
@@ -127,7 +129,7 @@ def test_what_ended_meanwhile_is_counted_once_with_the_time_that_it_took() -> No
 
 def test_what_waits_for_a_brain_is_bounded_in_time_number_and_bytes() -> None:
     async def main() -> None:
-        site = OutlivingSite(stay=StaySettings(hold_s=2.0, hold_max=2, hold_max_bytes=400, silent_s=NEVER_S))
+        site = OutlivingSite(stay=StaySettings(hold_s=2.0, hold_max=2, hold_max_bytes=400, fall_back_s=NEVER_S))
         await site.lead()
         await asyncio.sleep(1.0)
         site.kill()
@@ -231,7 +233,7 @@ def test_what_runs_where_the_next_brain_knows_nothing_goes_on_uncounted() -> Non
 
 def test_relays_place_what_waits_once_the_brain_has_been_silent() -> None:
     async def main() -> None:
-        site = OutlivingSite(slots=4, relays=2, stay=StaySettings(hold_s=30.0, silent_s=1.0, batch_s=4.0))
+        site = OutlivingSite(slots=4, relays=2, stay=StaySettings(hold_s=30.0, fall_back_s=1.0, fall_back_batch_s=4.0))
         await site.lead()
         await asyncio.sleep(2.5)  # Relays have been told how full an instance may be.
         site.kill()
@@ -266,7 +268,7 @@ def test_relays_place_what_waits_once_the_brain_has_been_silent() -> None:
 
 def test_a_brain_that_hangs_is_given_up_when_something_waits() -> None:
     async def main() -> None:
-        site = OutlivingSite(stay=StaySettings(silent_s=1.0))
+        site = OutlivingSite(stay=StaySettings(fall_back_s=1.0))
         await site.lead()
         await asyncio.sleep(2.5)
         site.ask(1, 60)
@@ -377,7 +379,7 @@ def test_items_of_batches_end_with_their_brain() -> None:
 
 def test_a_brain_takes_no_more_of_what_waits_than_a_few_times_its_queue() -> None:
     async def main() -> None:
-        site = OutlivingSite(stay=StaySettings(silent_s=NEVER_S))
+        site = OutlivingSite(stay=StaySettings(fall_back_s=NEVER_S))
         await site.lead()
         await asyncio.sleep(1.0)
         site.kill()
@@ -478,7 +480,7 @@ def test_what_ended_at_the_relay_while_its_brain_had_begun_it_anew_ends_there_to
 def test_a_key_owes_a_minute_at_the_most_for_what_nobody_counted() -> None:
     async def main() -> None:
         key = Key(name="k", hash=hash_secret(b"s"), requests_per_minute=4)
-        site = OutlivingSite(keys=KeyRing([key]), stay=StaySettings(silent_s=1.0))
+        site = OutlivingSite(keys=KeyRing([key]), stay=StaySettings(fall_back_s=1.0))
         await site.lead()
         await asyncio.sleep(2.5)
         site.kill()
@@ -497,7 +499,7 @@ def test_a_key_owes_a_minute_at_the_most_for_what_nobody_counted() -> None:
 
 def test_relays_together_place_no_more_than_there_are_places() -> None:
     async def main() -> None:
-        site = OutlivingSite(engines=1, slots=3, relays=2, stay=StaySettings(hold_s=30.0, silent_s=1.0))
+        site = OutlivingSite(engines=1, slots=3, relays=2, stay=StaySettings(hold_s=30.0, fall_back_s=1.0))
         await site.lead()
         await asyncio.sleep(2.5)
         site.kill()

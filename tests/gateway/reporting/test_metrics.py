@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from chiron.core.types import Request
 from chiron.fleet.port import FleetReport, InstanceUsage
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
-from chiron.gateway.reporting.status import BATCHES_SHOWN, StatusSources, status
+from chiron.gateway.reporting.status import BATCHES_SHOWN, LeaderReport, StatusSources, status
 from chiron.gateway.reporting.tally import HISTORY
 from chiron.store.port import Batch
 from live_plane_factory import CHAT, MODEL, NIGHT, WALL_S, LivePlane
@@ -54,6 +54,18 @@ def live() -> LivePlane:
     return live
 
 
+LEADER = LeaderReport(
+    gateway="gw-1",
+    address="10.0.0.5:9443",
+    term=7,
+    leads_s=3.0,
+    settling=True,
+    relays_missing=2,
+    fallback_placements=5,
+    expired_requests=1,
+)
+
+
 @pytest.fixture(scope="module")
 def around(live: LivePlane) -> StatusSources:
     return StatusSources(
@@ -66,6 +78,7 @@ def around(live: LivePlane) -> StatusSources:
         batch_in_flight={"batch_1": 50},
         loop_lag_s=0.001,
         connections=3,
+        leader=LEADER,
     )
 
 
@@ -306,3 +319,14 @@ def test_what_each_key_used_is_told_by_its_name(live: LivePlane, around: StatusS
     assert 'chiron_key_requests_total{key="team-a",outcome="finished"} 2.0' in page
     assert 'chiron_key_generation_tokens_total{key="team-b"} 40.0' in page
     assert 'chiron_key_prompt_tokens_total{key=""} 200.0' in page
+
+
+def test_which_gateway_leads_is_shown_with_what_relays_did_without_it(
+    value: Value, live: LivePlane, around: StatusSources
+) -> None:
+    assert value("leader_info", gateway="gw-1", address="10.0.0.5:9443") == 1
+    assert (value("leader_term"), value("leader_settling"), value("relays_missing")) == (7, 1, 2)
+    assert value("relay_fallback_placements_total") == 5
+    assert value("relay_expired_requests_total") == 1
+    assert status(live.plane.snapshot(), live.journal, around)["leader"] == asdict(LEADER)
+    assert status(live.plane.snapshot(), live.journal, StatusSources())["leader"] is None

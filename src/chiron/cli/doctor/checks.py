@@ -30,6 +30,7 @@ from chiron.store.sqlite.lost import FOLDER
 
 if TYPE_CHECKING:
     from chiron.gateway.settings import ServeConfig
+    from chiron.store.lease import Held
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 PYTHON_MIN = (3, 11)
@@ -215,6 +216,8 @@ def store_checks(config: ServeConfig) -> Iterator[Check]:
         yield check("store's tables", f"version {seen.schema}" if seen.schema else "are made at the start")
     if seen.holders:
         yield check("gateways on the store", f"{', '.join(seen.holders)} now")
+    if config.gateways is not None:
+        yield _leader(seen.leader)
     if abs(seen.clock_ahead_s) > CLOCK_WARN_S:
         found = f"{abs(seen.clock_ahead_s):.0f} s {'ahead of' if seen.clock_ahead_s > 0 else 'behind'} this machine's"
         yield check("store's clock", found, WARN, "set both clocks (NTP)")
@@ -303,6 +306,16 @@ def gateways_checks(config: ServeConfig) -> Iterator[Check]:
         yield check(
             "gateways' key file", f"{settings.key} can be read by other users", WARN, f"chmod 600 {settings.key}"
         )
+
+
+def _leader(held: Held | None) -> Check:
+    from chiron.gateway.peers.leadership import Peer
+
+    peer = Peer.of(held.holder) if held is not None else None
+    if held is None or peer is None:
+        hint = "before the first start of a gateway that is so; else see the gateways' logs"
+        return check("leading gateway", "nobody leads now", WARN, hint)
+    return check("leading gateway", f"{peer.name}, at {peer.host}:{peer.port}, term {held.token}")
 
 
 def process_checks(config: ServeConfig) -> Iterator[Check]:

@@ -128,6 +128,8 @@ def _header(status: Status) -> Text:
         text.append(" (advises only)", style="bold yellow")
     text.append(f" · up {show_moment(status['now_s'])} · {status['url']}")
     text.append(f" · {status['open_requests']:,} open · {status['evictions']:,} evictions")
+    if (leader := status.get("leader")) is not None:
+        _tell_leader(text, leader, len(status["relays"]))
     if status.get("client_errors"):
         text.append(f" · {status['client_errors']:,} client errors")
     if (status["loop_lag_s"] or 0) >= 0.05:
@@ -135,6 +137,19 @@ def _header(status: Status) -> Text:
     if status["event_log_dropped"]:
         text.append(f" · log lacks {status['event_log_dropped']:,} lines", style="red")
     return text
+
+
+def _tell_leader(text: Text, leader: Mapping[str, Any], relays: int) -> None:
+    """Who decides, and for how many."""
+    name = f"{leader['gateway']} leads" if leader["gateway"] else "brain"
+    text.append(f" · {name}, term {leader['term']}, {relays} relays")
+    if leader["settling"]:
+        text.append(" · takes over, places nothing yet", style="yellow")
+    if leader["relays_missing"]:
+        text.append(f" · {leader['relays_missing']} relays missing", style="yellow")
+    if leader["fallback_placements"] or leader["expired_requests"]:
+        gave_up = f", gave up {leader['expired_requests']:,}" if leader["expired_requests"] else ""
+        text.append(f" · relays alone placed {leader['fallback_placements']:,}{gave_up}")
 
 
 def _model(model: Mapping[str, Any], width: int, rows: int) -> list[Text]:

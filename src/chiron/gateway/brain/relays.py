@@ -207,6 +207,8 @@ class RelayLink:
         """It comes from another brain."""
         self.told = False
         """All that it knew is known here."""
+        self.own_placements = 0
+        """That it chose itself while it had no brain."""
         self.process: PeerProcess | None = None
         """None: it may be on another machine."""
         self.before: RelayLink | None = None
@@ -623,6 +625,7 @@ class RelayLink:
 
     def _told(self, said: m.Told) -> None:
         relays = self._relays
+        self.own_placements += said.own_placements
         relays.own_placements += said.own_placements
         relays.expired += said.expired
         if self.before is None:
@@ -784,6 +787,12 @@ class Relays:
         here = {each.nonce for each in self.links} | set(self._away)
         settling = self.adoption is not None and self.adoption.settling
         return frozenset(here | self.awaited if settling else here) - {""}
+
+    @property
+    def missing(self) -> int:
+        """Relays that are known, and have not told."""
+        told = {each.nonce for each in self.links if each.told}
+        return max(len(self.known - told), self.expects - len(told))
 
     @property
     def sharing(self) -> int:

@@ -28,14 +28,13 @@ from chiron.gateway.service import Service, save
 from chiron.gateway.settings import GatewaysSettings, ServeConfig
 from chiron.net.own_loop import OwnLoop
 from chiron.store.directory import hold
-from chiron.store.lease import Held, Leads
+from chiron.store.lease import LEADER, Held, Leads
 from chiron.store.postgres.settings import PostgresSettings
 
 log = logging.getLogger("chiron.gateways")
 
 OVER = 75
 """Exit status of a leader that is over."""
-LEASE = "brain"
 HANGS_S = 5.0
 BEAT_S = 0.25
 """Between two signs of life of the loop that decides."""
@@ -72,7 +71,7 @@ class Member:
         self._on_ready = on_ready
         self._relays_ended = relays_ended
         self._holder = Peer(name=settings.name, host=host, port=port).holder(nonce)
-        self._lease = PostgresLease(config.store, name=LEASE, holder=self._holder, lease_s=settings.lease_s)
+        self._lease = PostgresLease(config.store, name=LEADER, holder=self._holder, lease_s=settings.lease_s)
         self._fence = Fence(lambda: _end("the lease is over"))
         self._leadership = Leadership(
             lease=self._lease,
@@ -122,7 +121,7 @@ class Member:
         log.info("this gateway leads (term %d)", token)
         self._beat()
         keeping = asyncio.get_running_loop().create_task(self._own_loop.run(self._keep))
-        leads = Leads(name=LEASE, holder=self._holder, token=token)
+        leads = Leads(name=LEADER, holder=self._holder, token=token)
         start = replace(
             self._brain,
             opened=lambda: None,

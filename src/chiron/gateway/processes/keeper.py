@@ -45,7 +45,7 @@ LOOK_S = 1.0
 QUIET_MAX = 30
 """Looks at a process that says nothing, though it should once a second, until it is taken to hang."""
 AGAIN_MIN_S, AGAIN_MAX_S = 0.1, 10.0
-STEADY_S = 10.0
+STEADY_S = 3.0
 """A process that ends later than this after its start has worked."""
 LINGER_S = 5.0
 """How long relays may take to end once the brain has stopped."""

@@ -101,7 +101,7 @@ class RelayServer:
                 port=self._start.port,
                 ssl=tls_context(config),
                 limits=server_limits(config, self._start.relays),
-                streamed=Passing(str(self._start.api_path)).handle,
+                streamed=Passing(str(self._start.api_path), self.relay.uplink.how_it_stands).handle,
                 is_app=lambda incoming: not front.takes(incoming),
                 screen=front.screen,
                 reuse_port=True,
@@ -153,7 +153,7 @@ def run_relay(config: ServeConfig, keeper: socket.socket, start: RelayStart) -> 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def main() -> None:
-        server = RelayServer(config, start, stay=StaySettings())
+        server = RelayServer(config, start, stay=config.relays)
 
         def gone() -> None:
             start.clear()

@@ -113,9 +113,9 @@ class Alone:
     def place(self, now_s: float) -> None:
         """What waits, if the brain has been silent for long enough: interactive requests first."""
         silent_s = now_s - self._heard_s
-        if silent_s <= self._settings.silent_s or not self.waiting:
+        if silent_s <= self._settings.fall_back_s or not self.waiting:
             return
-        for interactive in (True, False) if silent_s <= self._settings.batch_s else (True,):
+        for interactive in (True, False) if silent_s <= self._settings.fall_back_batch_s else (True,):
             full: dict[str, int] = {}
             while (found := self._next(interactive, full, now_s)) is not None:
                 held, instance = found

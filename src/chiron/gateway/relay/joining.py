@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from chiron.core.backoff import doubled_s
 from chiron.gateway.port.wire import Wire
@@ -27,7 +27,7 @@ Connect = Callable[[Callable[[], Wire]], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaySettings:
-    """Of a relay that stays when its brain is gone."""
+    """Of a relay that stays when its brain is gone: ``[relays]`` in the config."""
 
     hold_s: float = 10.0
     """For so long a new interactive request waits for a brain; then it gets 503 with Retry-After. Three times what a
@@ -38,15 +38,16 @@ class StaySettings:
     """Of their bodies."""
     kept_max: int = 50_000
     """Ends that nobody could be told, kept for the next brain."""
-    silent_s: float = 1.0
+    fall_back_s: float = 1.0
     """A brain that has said nothing for so long is gone, connected or not: the relay places requests itself."""
-    batch_s: float = 300.0
-    """For so long after that it places requests of the batch class, too."""
+    fall_back_batch_s: float = 300.0
+    """For so long without a brain it places requests of the batch class, too."""
 
     def __post_init__(self) -> None:
-        for name in ("hold_s", "hold_max", "hold_max_bytes", "kept_max", "silent_s", "batch_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for each in fields(self):
+            if not getattr(self, each.name) > 0:
+                key = each.name.removesuffix("_s")
+                raise ValueError(f"{key} is {getattr(self, each.name)}; it must be above 0")
 
 
 class Joining:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -31,13 +32,14 @@ RETRY_AFTER_S = 1.0
 class Passing:
     """``handle`` is a handler of ``net.server`` for requests whose bodies are streamed."""
 
-    def __init__(self, path: str) -> None:
-        """``path`` of the Unix socket."""
+    def __init__(self, path: str, how_it_stands: Callable[[], str] = lambda: "") -> None:
+        """``path`` of the Unix socket; ``how_it_stands``: what is known of the brain where nobody answers."""
         self._path = path
+        self._how_it_stands = how_it_stands
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, incoming: Incoming) -> None:
-        passage = _Passage(incoming)
+        passage = _Passage(incoming, self._how_it_stands)
         task = asyncio.get_running_loop().create_task(self._connect(passage))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -53,8 +55,9 @@ class Passing:
 class _Passage(asyncio.Protocol):
     """One request, to the brain and back."""
 
-    def __init__(self, incoming: Incoming) -> None:
+    def __init__(self, incoming: Incoming, how_it_stands: Callable[[], str]) -> None:
         self._incoming = incoming
+        self._how_it_stands = how_it_stands
         self._transport: asyncio.Transport | None = None
         self._parser: Any = httptools.HttpResponseParser(self)
         self._early: list[bytes] = []
@@ -80,7 +83,7 @@ class _Passage(asyncio.Protocol):
         if incoming.started:
             incoming.abort()
         else:
-            refuse(incoming, unavailable("The gateway cannot answer this now.", RETRY_AFTER_S))
+            refuse(incoming, unavailable(f"The gateway cannot answer this now.{self._how_it_stands()}", RETRY_AFTER_S))
 
     # -- the client --------------------------------------------------------------------------------------------
 

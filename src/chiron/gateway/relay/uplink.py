@@ -50,7 +50,7 @@ COUNTS_S = 0.1
 LOOK_S = 0.25
 """Between two looks at whether the brain says anything, and at what waits without one."""
 HANGS = 5.0
-"""Times ``silent_s``: a brain that has said nothing for so long is given up although nothing waits for it."""
+"""Times ``fall_back_s``: a brain that has said nothing for so long is given up although nothing waits for it."""
 _OUTCOMES = frozenset({"finished", "rejected", "failed", "cancelled", "shed", "refused"})
 
 
@@ -210,7 +210,7 @@ class Uplink:
         self._heard_s = 0.0
         self._looked_s = 0.0
         self._silent_looks = 0
-        self._silent_s = (stay or StaySettings()).silent_s
+        self._silent_s = (stay or StaySettings()).fall_back_s
         self._telling = 0
         """Ends that the present brain has been told, and has not said that it heard."""
         self._confirmed: set[int] = set()
@@ -336,6 +336,17 @@ class Uplink:
 
     def responded(self, status: int) -> None:
         self._answers[status] += 1
+
+    def how_it_stands(self) -> str:
+        """For who asks what only a brain could answer, after other words; empty while there is one."""
+        if self._alone_since_s is None:
+            return ""
+        for_s = self.clock.elapsed_s() - self._alone_since_s
+        placed = f", has placed {self.alone.placements} itself" if self.alone.placements else ""
+        return (
+            f" This relay has had no control plane for {for_s:.0f} s: {len(self.alone.waiting)} of its requests wait,"
+            f" it carries {len(self.runs)}{placed}."
+        )
 
     # -- the wire ----------------------------------------------------------------------------------------------
 

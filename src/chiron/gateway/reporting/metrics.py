@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from chiron.control.snapshot import PlaneSnapshot, Readers
 from chiron.gateway.reporting.desired import desired
 from chiron.gateway.reporting.journal import LiveJournal
-from chiron.gateway.reporting.status import StatusSources
+from chiron.gateway.reporting.status import LeaderReport, StatusSources
 from chiron.gateway.reporting.tally import SLOS, Histogram
 from chiron.store.port import ENDED
 
@@ -289,16 +289,8 @@ class _Collector(Collector):
         if around.relays_started:
             yield GaugeMetricFamily("chiron_relays", "Relay processes that serve clients.", value=len(around.relays))
             yield CounterMetricFamily("chiron_relay_starts", "Relay processes started.", value=around.relays_started)
-            yield CounterMetricFamily(
-                "chiron_relay_fallback_placements",
-                "Placements that relays chose while they had no brain, as far as they have told.",
-                value=around.relay_fallback_placements,
-            )
-            yield CounterMetricFamily(
-                "chiron_relay_expired_requests",
-                "Requests that relays gave up because they had no brain for too long, as far as they have told.",
-                value=around.relay_expired_requests,
-            )
+        if around.leader is not None:
+            yield from _leader(around.leader)
         yield GaugeMetricFamily(
             "chiron_event_loop_lag_seconds", "The event loop's worst delay in ten seconds.", value=around.loop_lag_s
         )
@@ -307,6 +299,29 @@ class _Collector(Collector):
         policy = around.policy or plane.policy
         build.add_metric((around.version, platform.python_version(), policy, advise), 1)
         yield build
+
+
+def _leader(leader: LeaderReport) -> Iterator[Metric]:
+    which = GaugeMetricFamily("chiron_leader_info", "Always 1: which gateway leads.", labels=("gateway", "address"))
+    which.add_metric((leader.gateway, leader.address), 1)
+    yield which
+    yield GaugeMetricFamily("chiron_leader_term", "Higher with each brain that leads.", value=leader.term)
+    yield GaugeMetricFamily(
+        "chiron_leader_settling", "1 while a new brain waits for relays to tell what runs.", value=leader.settling
+    )
+    yield GaugeMetricFamily(
+        "chiron_relays_missing", "Relays that are known and have not told what runs there.", value=leader.relays_missing
+    )
+    yield CounterMetricFamily(
+        "chiron_relay_fallback_placements",
+        "Placements that relays chose while they had no brain, as far as they have told.",
+        value=leader.fallback_placements,
+    )
+    yield CounterMetricFamily(
+        "chiron_relay_expired_requests",
+        "Requests that relays gave up because they had no brain for too long, as far as they have told.",
+        value=leader.expired_requests,
+    )
 
 
 def _histogram(stem: str, about: str) -> HistogramMetricFamily:

@@ -38,6 +38,32 @@ class RelayReport:
     open_requests: int
     late_messages: int
     """About placements that had ended already."""
+    told: bool = True
+    """All that it knew of a brain before this one is known here."""
+    fallback_placements: int = 0
+    """That it chose itself before it came to this brain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderReport:
+    """The brain, where relays are processes of their own."""
+
+    gateway: str
+    """Which of several leads; empty: there is one."""
+    address: str
+    """Where the others' relays reach it; empty: nowhere."""
+    term: int
+    """Higher than those of the brains before it."""
+    leads_s: float
+    """For so long it has."""
+    settling: bool
+    """It waits for relays to tell what runs, and places nothing."""
+    relays_missing: int
+    """Relays that the brain before this one spoke with, or that there should be, and that have not told."""
+    fallback_placements: int
+    """That relays chose while they had no brain, as far as they have told."""
+    expired_requests: int
+    """That relays gave up because they had none for too long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +95,8 @@ class StatusSources:
     relays: Sequence[RelayReport] = ()
     relays_started: int = 0
     """Since the start, those included that were started again."""
-    relay_fallback_placements: int = 0
-    """That relays chose while they had no brain."""
-    relay_expired_requests: int = 0
-    """That relays gave up because they had none for too long."""
+    leader: LeaderReport | None = None
+    """None: one process does all."""
     files_open: int = 0
     files_max: int = 0
     """File descriptors of the gateway's process, and how many it may have."""
@@ -93,6 +117,7 @@ def status(plane: PlaneSnapshot, journal: LiveJournal, around: StatusSources) ->
         "migrations": plane.migrations,
         "connections": around.connections,
         "files": {"open": around.files_open, "max": around.files_max},
+        "leader": asdict(around.leader) if around.leader is not None else None,
         "relays": [asdict(relay) for relay in around.relays],
         "client_errors": client_errors(journal),
         "loop_lag_s": around.loop_lag_s,

@@ -53,6 +53,16 @@ def require_lead(db: Connection, leads: Leads) -> None:
         raise StoreError("another gateway leads, or has led since: nothing more is written here")
 
 
+def read_holder(db: Connection, name: str) -> Held | None:
+    """Who has this lease now."""
+    row = db.execute(
+        "SELECT holder, token, CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
+        f" FROM leaders WHERE name = ? AND {ALIVE}",
+        (name,),
+    ).fetchone()
+    return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
+
+
 def _of_schema(schema: str) -> str:
     return f"{crc32(schema.encode()):08x}"
 
@@ -114,15 +124,7 @@ class PostgresLease:
         )
 
     async def holder(self) -> Held | None:
-        def ask(db: Connection) -> Held | None:
-            row = db.execute(
-                "SELECT holder, token, CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
-                f" FROM leaders WHERE name = ? AND {ALIVE}",
-                (self._name,),
-            ).fetchone()
-            return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
-
-        return await self._run(ask)
+        return await self._run(lambda db: read_holder(db, self._name))
 
     def _read_relays(self, db: Connection) -> frozenset[str]:
         row = db.execute("SELECT holder FROM leaders WHERE name = ?", (self._relays_name,)).fetchone()

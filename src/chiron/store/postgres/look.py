@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import psycopg
 
+from chiron.store.lease import LEADER, Held
 from chiron.store.postgres.connection import connect, store_error, where
+from chiron.store.postgres.lease import read_holder
 from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import SCHEMA_VERSION, read_version
 from chiron.store.postgres.settings import PostgresSettings
@@ -29,6 +31,8 @@ class Look:
     """Of the server's clock, before this machine's."""
     holders: tuple[str, ...]
     """Gateways that use it now."""
+    leader: Held | None
+    """Of several gateways, the one that leads now."""
     size_bytes: int
     file_bytes_max: int
 
@@ -49,10 +53,11 @@ def look(settings: PostgresSettings) -> Look:
         ).fetchone()
         assert row is not None
         ahead_s = row["now_s"] - time.time()
-        names = ()
+        names, leader = (), None
         if version == SCHEMA_VERSION:
             rows = db.execute(f"SELECT name FROM holders WHERE {ALIVE} ORDER BY no").fetchall()
             names = tuple(each["name"] for each in rows)
+            leader = read_holder(db, LEADER)
         return Look(
             at=where(settings),
             server=row["server"],
@@ -62,6 +67,7 @@ def look(settings: PostgresSettings) -> Look:
             round_trip_s=round_trip_s,
             clock_ahead_s=ahead_s,
             holders=names,
+            leader=leader,
             size_bytes=row["size"],
             file_bytes_max=settings.file_bytes_max,
         )
