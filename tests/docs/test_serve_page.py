@@ -18,6 +18,7 @@ from chiron.engines.rows import ENGINES, EngineRow
 from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
+from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings, TelemetrySettings
 from chiron.store.postgres.settings import PostgresSettings
@@ -35,6 +36,7 @@ SECTIONS = {
     "batch": BatchSettings,
     "store": StoreSettings,
     "store on PostgreSQL": PostgresSettings,
+    "relays": StaySettings,
     "telemetry": TelemetrySettings,
     "fleet": FleetSettings,
     "fleet.health": HealthSettings,
