@@ -22,6 +22,9 @@ from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.model import ColdStart, Failures
 from chiron.fleet.port import FleetEnvironment, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
+from chiron.fleet.ray.fleet import RayFleet
+from chiron.fleet.ray.source import RaySource
+from chiron.fleet.ray.testing import MemoryRay
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.fleet.union import MEMBERS, Source, UnionFleet
@@ -79,6 +82,13 @@ def kubernetes_sources(kubeconfig: str) -> dict[str, KubernetesSource]:
     }
 
 
+def ray_sources() -> dict[str, RaySource]:
+    return {
+        GOOD: RaySource(command=EMULATED, resources={"GPU": 1.0}, stop_timeout_s=2.0),
+        BAD: RaySource(command=(sys.executable, "-c", "raise SystemExit('secret words')", "{port}")),
+    }
+
+
 def endpoint_sources(url: str) -> dict[str, EndpointsSource]:
     return {GOOD: EndpointsSource(urls=(url,)), BAD: EndpointsSource(urls=(DEAD_URL,))}
 
@@ -129,6 +139,10 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
             await here.apply(workload(name=GOOD))
             await here.apply(workload(name=BAD, container={"image": "missing/secret words"}))
             fleet = KubernetesFleet(kubernetes_sources(str(here.kubeconfig)), environment)
+        elif what == "ray":
+            ray = MemoryRay({"node": {"CPU": 4.0, "GPU": 1.0}}, directory)
+            stack.push_async_callback(ray.close)
+            fleet = RayFleet(ray_sources(), environment, connect=ray.connect)
         elif what == "emulated":
             emulated = fleet = emulated_fleet(clock, heard)
         else:
@@ -145,6 +159,10 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
             yield Site(
                 fleet, heard, lambda number: [each.exit(1) for k in here.kubelets for each in k.containers.values()]
             )
+        elif what == "ray":
+            yield Site(
+                fleet, heard, lambda number: [kill(pid) for name in ray.instances for pid in ray.engine_pids(name)]
+            )
         elif what == "emulated":
             yield Site(fleet, heard, lambda number: clock.post(emulated.model.fail_one), emulated.network)
         else:
@@ -153,7 +171,7 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
 
 def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_it() -> None:
     assert set(MEMBERS) == set(get_args(Source))
-    sources = process_sources(), endpoint_sources(DEAD_URL), kubernetes_sources("")
+    sources = process_sources(), endpoint_sources(DEAD_URL), kubernetes_sources(""), ray_sources()
     for source in (source for each in sources for source in each.values()):
         assert source.standing >= 0
         assert source.instances_max is None or source.instances_max >= source.standing
@@ -161,10 +179,10 @@ def test_every_member_of_the_union_has_a_fleet_and_says_what_the_config_asks_of_
         assert source.summary
 
 
-every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes"])
+every_fleet = pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes", "ray"])
 
 
-@pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes", "emulated"])
+@pytest.mark.parametrize("what", ["process", "endpoints", "union", "kubernetes", "ray", "emulated"])
 def test_an_instance_is_ready_later_at_an_address_that_answers_until_its_engine_dies(what: str, tmp_path: Path) -> None:
     async def story() -> None:
         async with site(what, tmp_path) as here:

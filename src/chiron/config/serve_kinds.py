@@ -52,7 +52,7 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     api_key = read_secret(section.api_key_file, f"{path}.api_key_file", directory)
     given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
     source = read_source(given)
-    divided = section.source == "process" and row.context_per_seq > 0
+    divided = section.started and row.context_per_seq > 0
     return construct(
         KindSettings,
         path,
@@ -103,7 +103,7 @@ def _profile(section: ServeInstanceSection, row: EngineRow, path: str, directory
         if getattr(section, key) and row.profile_key != key:
             owners = " or ".join(repr(each.name) for each in ENGINES.values() if each.profile_key == key)
             raise ConfigError(f"{path}.{key}: {getattr(section, key)!r}; it belongs to engine = {owners}")
-    if row.profile_key == "profile" and not section.profile and section.source == "process":
+    if row.profile_key == "profile" and not section.profile and section.started:
         raise ConfigError(
             f"{path}: profile is missing; {row.name} engines have the timing of one (chiron profile list)"
         )

@@ -10,18 +10,20 @@ from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
 from chiron.config.sections import require
 from chiron.engines.rows import ENGINES
 
-SourceName = Literal["process", "endpoints", "kubernetes"]
+SourceName = Literal["process", "endpoints", "kubernetes", "ray"]
 
 _KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
     "process": ("command", "model_path", "args", "env", "threads", "pace"),
     "endpoints": ("endpoints", "api_key_file"),
     "kubernetes": ("kubernetes", "api_key_file"),
+    "ray": ("ray", "command", "model_path", "args", "env", "threads", "pace"),
 }
 """Keys that mean something for one source of instances only."""
 _OWNERS: Mapping[SourceName, str] = {
     "process": "engines that Chiron starts",
     "endpoints": "endpoints",
     "kubernetes": "kubernetes",
+    "ray": "ray",
 }
 
 
@@ -57,6 +59,38 @@ class ServeKubernetesSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServeRaySection:
+    """The Ray cluster that runs the instances, and what one of them needs there."""
+
+    address: str = "auto"
+    """``auto``: the cluster that this machine belongs to; else ``HOST:PORT``, or ``ray://HOST:PORT`` (Ray Client)."""
+    namespace: str = "chiron"
+    """Of the actors. Gateways that share a cluster need one each."""
+    python: str = ""
+    """A Python that has the cluster's version of Ray; default: the one that runs Chiron (extra ``ray``)."""
+    nodes: int = 1
+    """Nodes that one instance spans; each gets its share of the GPUs, and runs the command."""
+    gpus: float | None = None
+    """GPUs of one instance, by Ray's count; default: ``gpus`` of the kind, for engines that use them."""
+    cpus: float = 1.0
+    """CPUs on each node."""
+    memory: float = 0.0
+    """Bytes on each node, by Ray's count; 0: not asked for."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Other resources that your nodes declare, on each node: ``{ a100 = 1 }``."""
+    follower_args: tuple[str, ...] = ()
+    """Added to the command on all nodes but the first, such as ``--headless``."""
+    on_stop: str = "keep"
+    """When Chiron is stopped: ``keep`` what runs for the next one, or ``remove`` it."""
+
+    def __post_init__(self) -> None:
+        require(self.nodes >= 1, "nodes", self.nodes, "1 or more")
+        require(self.gpus is None or self.gpus >= 0, "gpus", self.gpus, "0 or more")
+        require(self.cpus >= 0, "cpus", self.cpus, "0 or more")
+        require(self.memory >= 0, "memory", self.memory, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeInstanceSection:
     """A kind of instance: an engine that runs already, or one that Chiron starts."""
 
@@ -68,6 +102,8 @@ class ServeInstanceSection:
     """Base URLs of engines that run already, such as ``http://127.0.0.1:8001``. Chiron does not start or stop them."""
     kubernetes: ServeKubernetesSection | None = None
     """The pods of a workload, which Chiron scales: ``{ deployment = "NAME", namespace = "NAME" }``."""
+    ray: ServeRaySection | None = None
+    """Engines that Chiron starts on a Ray cluster: ``{ address = "auto" }``."""
     command: tuple[str, ...] = ()
     """Program and arguments of one engine process. ``{port}`` stands for a free port, ``{model}`` for the model's
     name, ``{model_path}`` for ``model_path``."""
@@ -140,6 +176,8 @@ class ServeInstanceSection:
             raise ValueError("give either endpoints (engines that run already) or command (to start them)")
         if self.kubernetes and (self.endpoints or self.command):
             raise ValueError("give kubernetes (pods that Chiron scales) or endpoints or command, not two of them")
+        if self.ray and (self.endpoints or self.kubernetes):
+            raise ValueError("give ray (engines that Chiron starts there) or endpoints or kubernetes, not two of them")
         for source, keys in _KEYS_OF.items():
             # Keys that have no meaning here are a mistake, and not to be ignored silently.
             for key in keys if source != self.source else ():
@@ -151,7 +189,14 @@ class ServeInstanceSection:
     @property
     def source(self) -> SourceName:
         """What its instances come from: the keys say it. Here and nowhere else."""
-        return "kubernetes" if self.kubernetes else "endpoints" if self.endpoints else "process"
+        if self.kubernetes:
+            return "kubernetes"
+        return "endpoints" if self.endpoints else "ray" if self.ray else "process"
+
+    @property
+    def started(self) -> bool:
+        """Chiron starts its engines, with a command line of its own."""
+        return self.source in ("process", "ray")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""What instances of a kind come from, out of its table: a process with its command line, endpoints, or pods.
+"""What instances of a kind come from, out of its table: a process with its command line, endpoints, pods, or
+actors on Ray.
 
 Another source is a member of ``fleet.union``, its keys in ``serve_sections``, and a function here that reads them.
 """
@@ -19,6 +20,7 @@ from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.kubernetes.source import WORKLOADS, KubernetesSource
 from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.ray.source import RaySource
 from chiron.fleet.union import Source
 
 _OF_OUR_COMMANDS = re.compile(r"\{(\w+)\}")
@@ -79,6 +81,47 @@ def _kubernetes(given: Given) -> KubernetesSource:
     return construct(KubernetesSource, f"{given.path}.kubernetes", values)
 
 
+def _ray(given: Given) -> RaySource:
+    section, row, kind, table = given.section, given.row, given.kind, given.section.ray
+    assert table is not None
+    own = kind.gpus if row.uses_gpus and kind.gpu != "cpu" else 0
+    gpus = float(own if table.gpus is None else table.gpus)
+    if table.nodes > 1 and gpus % table.nodes:
+        raise ConfigError(f"{given.path}.ray.gpus: {gpus:g}; they must divide into {table.nodes} nodes")
+    command = _command(given)
+    if not section.command:
+        command = _reachable(command)
+    values = {
+        "command": command,
+        "follower_args": table.follower_args,
+        "env": dict(section.env),
+        "address": table.address,
+        "namespace": table.namespace,
+        "python": str((given.directory / table.python).expanduser()) if table.python else "",
+        "nodes": table.nodes,
+        "resources": {
+            **table.resources,
+            "CPU": table.cpus,
+            "GPU": gpus / table.nodes,
+            "memory": table.memory,
+        },
+        "health_path": row.health_path,
+        "start_timeout_s": section.start_timeout_s,
+        "stop_timeout_s": section.stop_timeout_s,
+        "log_bytes_max": section.log_bytes_max,
+        "on_stop": table.on_stop,
+    }
+    return construct(RaySource, f"{given.path}.ray", values)
+
+
+def _reachable(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command of a row, so that the engine listens at its node's address: the last ``--host`` counts."""
+    if "--host" in command:
+        place = command.index("--host") + 1
+        return (*command[:place], "{host}", *command[place + 1 :])
+    return (*command, "--host", "{host}")
+
+
 def _headers(given: Given) -> Mapping[str, str]:
     return {"authorization": f"Bearer {given.api_key}"} if given.api_key else {}
 
@@ -87,6 +130,7 @@ _READERS: Mapping[SourceName, Callable[[Given], Source]] = {
     "process": _process,
     "endpoints": _endpoints,
     "kubernetes": _kubernetes,
+    "ray": _ray,
 }
 
 
@@ -170,7 +214,7 @@ def _values(given: Given) -> Mapping[str, str]:
     section, kind, directory = given.section, given.kind, given.directory
     default = "" if section.command else given.row.model_default
     return {
-        "python": sys.executable,
+        "python": "{python}" if section.source == "ray" else sys.executable,
         "port": "{port}",
         "model": section.served_model_name or given.model,
         "model_path": _model_path(section, directory) or default,

@@ -17,13 +17,16 @@ from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
+from chiron.fleet.ray.fleet import RayFleet
+from chiron.fleet.ray.source import RaySource
 
-Source = ProcessSource | EndpointsSource | KubernetesSource
+Source = ProcessSource | EndpointsSource | KubernetesSource | RaySource
 
 MEMBERS: Mapping[type[Any], Callable[[Mapping[str, Any], FleetEnvironment], LiveFleet]] = {
     ProcessSource: ProcessFleet,
     EndpointsSource: EndpointsFleet,
     KubernetesSource: KubernetesFleet,
+    RaySource: RayFleet,
 }
 """The fleet of each member."""
 

@@ -1,0 +1,208 @@
+"""Instances as detached actors of a Ray cluster, each in a placement group of its own.
+
+Ray places them, restarts nothing, and adds nodes where its autoscaler is set up; Chiron decides how many there are.
+Requests go to the engines by plain HTTP, never through Ray. When the gateway ends they go on (``on_stop``), and the
+next one takes them over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from chiron.core.types import Instance
+from chiron.fleet.health import HealthTarget, Probe
+from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.ray.client import AgentClient
+from chiron.fleet.ray.cluster import RayCluster
+from chiron.fleet.ray.instances import Hold, Loss, RayInstances
+from chiron.fleet.ray.source import RaySource
+from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
+from chiron.fleet.starts import StartDelayedError, Starts
+
+log = logging.getLogger("chiron.fleet")
+
+_CLOSE_TIMEOUT_S = 5.0
+_STOP_MARGIN_S = 15.0
+"""Beyond the longest stop timeout, that the end of a gateway waits for what it removes."""
+RETRY_S = 10.0
+"""Of what is in the cluster's hands: when there may be news."""
+
+
+class ActorLostError(InstanceFailedError):
+    """Its actor or its node ended: no fault of the engine."""
+
+
+def connect(source: RaySource) -> RayCluster:
+    return AgentClient(source.address, source.namespace, source.python)
+
+
+class RayFleet:
+    """Implements ``LiveFleet``."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, RaySource],
+        environment: FleetEnvironment,
+        connect: Callable[[RaySource], RayCluster] = connect,
+    ) -> None:
+        """``sources`` by InstanceKind.name. ``connect`` reaches the cluster and namespace of a source."""
+        self._sources = dict(sources)
+        self._settings = environment.settings
+        self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
+        self._starts = {name: Starts(self._settings.backoff) for name in sources}
+        self._claims: dict[int, Hold] = {}
+        """Of instances that take over what runs, until they are served; by instance id."""
+        self._clusters: list[RayCluster] = []
+        self._by_kind: dict[str, RayInstances] = {}
+        self._running: dict[asyncio.Task[None], RayInstances] = {}
+        places: dict[tuple[str, str, str], dict[str, RaySource]] = {}
+        for kind, source in sources.items():
+            places.setdefault((source.address, source.namespace, source.python), {})[kind] = source
+        for (_, namespace, _), own in places.items():
+            if len({source.on_stop for source in own.values()}) > 1:
+                raise ValueError(f"kinds {', '.join(map(repr, own))} share a namespace, and differ in on_stop")
+            cluster = connect(next(iter(own.values())))
+            instances = RayInstances(cluster, namespace, own, advise=environment.advise, noted=environment.noted)
+            self._clusters.append(cluster)
+            self._by_kind.update(dict.fromkeys(own, instances))
+            task = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-{namespace}")
+            task.add_done_callback(_report_end)
+            self._running[task] = instances
+
+    def create(self, instance: Instance) -> None:
+        """Answered by ``instance_ready`` once Ray has placed it and its engine answers, or by ``instance_failed``."""
+        instances = self._by_kind[instance.kind.name]
+        self._records.begin(instance)
+        record = self._records.record(instance)
+        if record is not None and instances.spare(instance.kind.name):  # At once, so that nobody else is told of it.
+            self._claims[instance.id] = self._hold(record, instances)
+
+    def remove(self, instance: Instance) -> None:
+        """At any time; harmless twice."""
+        self._records.end(instance)
+
+    def suspect(self, instance: Instance) -> None:
+        """Somebody could not reach it: check now, and fail it if it does not answer."""
+        self._records.suspect(instance)
+
+    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+        return None  # What runs is found by its name, and gets records of its own.
+
+    def report(self) -> FleetReport:
+        return FleetReport(kinds={kind: self._kind(kind) for kind in self._sources})
+
+    async def close(self) -> None:
+        """Remove what is to be removed when the gateway ends, and let the rest go on."""
+        removed = {instances for kind, instances in self._by_kind.items() if self._sources[kind].on_stop == "remove"}
+        for task, instances in self._running.items():
+            if instances not in removed:  # First, so that nothing is stopped for the instances that end now.
+                task.cancel()
+                await asyncio.wait((task,))
+                await instances.free()
+        await self._records.close(_CLOSE_TIMEOUT_S)
+        longest_s = max((source.stop_timeout_s for source in self._sources.values()), default=0.0)
+        for task, instances in self._running.items():
+            if instances in removed:
+                if not await instances.until_stopped(longest_s + _STOP_MARGIN_S):
+                    log.warning("Ray still has instances that were to be removed; the next start removes them")
+                task.cancel()
+        if self._running:
+            await asyncio.wait(list(self._running))
+        for cluster in self._clusters:
+            await cluster.close()
+
+    def _hold(self, record: InstanceRecord, instances: RayInstances) -> Hold:
+        hold = instances.hold(record.instance.kind.name, record.check_now)
+        record.resources.callback(instances.release, hold)
+        return hold
+
+    async def _serve(self, record: InstanceRecord) -> None:
+        """One instance from its turn to its end, and what its kind learns from it."""
+        kind = record.instance.kind.name
+        starts = self._starts[kind]
+        record.resources.callback(starts.over, record)
+        hold = self._claims.pop(record.instance.id, None)
+        if hold is None:
+            try:
+                await starts.turn(record)
+            except StartDelayedError as error:
+                raise InstanceFailedError(str(error)) from None
+            hold = self._hold(record, self._by_kind[kind])
+        record.began_s = asyncio.get_running_loop().time()
+        try:
+            await self._run(record, hold, starts)
+        except ActorLostError:
+            raise
+        except InstanceFailedError as error:
+            starts.failed(began_s=record.began_s, ready_s=record.ready_s, reason=str(error))
+            raise
+
+    async def _run(self, record: InstanceRecord, hold: Hold, starts: Starts) -> None:
+        source = self._sources[record.instance.kind.name]
+        _raise(await _unless(hold.lost, _result(hold.placed)), ready=False)
+        try:
+            async with asyncio.timeout(source.start_timeout_s):
+                _raise(await _unless(hold.lost, _result(hold.url)), ready=False)
+                url = hold.url.result()
+                probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
+                record.resources.push_async_callback(probe.close)
+                _raise(await _unless(hold.lost, probe.until_passed(record.check_now)), ready=False)
+        except TimeoutError:
+            why = probe.reason if hold.url.done() else hold.why or "it has printed no ready line"
+            raise InstanceFailedError(f"it was not ready within {source.start_timeout_s:g} s: {why}") from None
+        self._records.ready(record, url)
+        starts.succeeded(record)
+        lasted = asyncio.get_running_loop().call_later(self._settings.backoff.stable_after_s, starts.lasted)
+        record.resources.callback(lasted.cancel)
+        _raise(await _unless(hold.lost, probe.until_failed(record.check_now)), ready=True)
+        raise InstanceFailedError(f"it stopped answering: {probe.reason}")
+
+    def _kind(self, kind: str) -> KindReport:
+        state, starts = self._by_kind[kind].state(kind), starts_report(self._starts[kind].status())
+        trouble = starts.trouble
+        limits = [starts.instances_max] if starts.instances_max is not None else []
+        if state.overdue:
+            limits.append(state.holds - state.overdue)
+            if trouble is None:
+                trouble = Trouble(reason="no node of the cluster has room for it", retry_s=RETRY_S, outside=True)
+        return KindReport(
+            trouble=trouble,
+            instances_max=min(limits, default=None),
+            starts=starts.starts,
+            found=state.found,
+            known=state.known,
+            notes=state.notes,
+        )
+
+
+async def _result(future: asyncio.Future[Any]) -> None:
+    await asyncio.wait((future,))
+
+
+async def _unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -> Loss | None:
+    """None once ``work`` is done; the loss if the instance is lost first."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            return lost.result()
+        await task
+        return None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+def _raise(loss: Loss | None, *, ready: bool) -> None:
+    """A node that is lost is nobody's fault; an actor that cannot even start would be tried for ever."""
+    if loss is not None:
+        raise (ActorLostError if loss.outside and ready else InstanceFailedError)(loss.reason)
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        task.get_loop().call_exception_handler({"message": "a Ray cluster is no longer watched", "exception": error})

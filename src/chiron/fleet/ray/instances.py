@@ -1,0 +1,356 @@
+"""The instances of one namespace of a Ray cluster: which one serves which of Chiron's, which come and which go.
+
+Every second, or as soon as there is something to do, the cluster is asked (``RayCluster.ask``), and what it tells is
+compared with what should be. Ray places and adds nodes: an instance for which there is no room is a pending placement
+group, which its autoscaler sees. An instance that is no longer wanted is stopped by name until it is not there any
+more, whatever happens between.
+
+What runs and nobody has is taken over if it was started with the same settings. It has a holder while a gateway asks
+for it; one whose gateway was killed is free after ``LEASE_S``. What runs with other settings, of a kind that is not
+configured, or in the hands of another gateway, is said and not touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from chiron.core.backoff import doubled_s
+from chiron.fleet.ray.cluster import LEASE_S, Answer, Order, Question, RayCluster, RayError, Seen, new_name, read_name
+from chiron.fleet.ray.source import RaySource
+from chiron.fleet.waiting import heard, pause
+
+log = logging.getLogger("chiron.fleet")
+
+QUICK_S, CALM_S = 0.25, 1.0
+"""Between two questions while something is under way, and else."""
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
+"""Between two attempts to ask a cluster that does not answer."""
+SETTLE_S = 2.0
+"""After the first answer, until whoever takes over has had time for it."""
+PATIENCE_S = 2.0 * LEASE_S
+"""How long an instance waits for one that an earlier gateway may have left behind, before it asks for a new one."""
+FREE_TIMEOUT_S = 3.0
+"""Longest that the end of a gateway waits for the cluster to hear that its instances are free."""
+NOTES_MAX = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """An instance has ended."""
+
+    reason: str
+    outside: bool
+    """Its actor or its node ended; otherwise its engine."""
+
+
+class Hold:
+    """One of Chiron's instances, and its claim to one in the cluster."""
+
+    __slots__ = ("asked", "begun", "check_now", "ended", "kind", "lost", "name", "placed", "since_s", "url", "why")
+
+    def __init__(self, kind: str, now_s: float, check_now: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        self.kind = kind
+        self.since_s = now_s
+        """Since when it has waited."""
+        self.check_now = check_now
+        """Set when Ray doubts it."""
+        self.name = ""
+        """In the cluster; empty until it is known whether there is one to take over."""
+        self.asked = False
+        """The cluster has been asked for it."""
+        self.begun = False
+        """Its engine has."""
+        self.ended = False
+        self.why = ""
+        self.placed: asyncio.Future[None] = loop.create_future()
+        self.url: asyncio.Future[str] = loop.create_future()
+        self.lost: asyncio.Future[Loss] = loop.create_future()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindState:
+    """Of one kind, as it is now."""
+
+    holds: int
+    found: int
+    """That run and should be taken over."""
+    overdue: int
+    """That have waited for a node for too long."""
+    why: str
+    """Why the first that waits does; empty: none."""
+    known: bool
+    notes: tuple[str, ...]
+    """For operators."""
+
+
+class RayInstances:
+    """Started by ``run``; used on the loop's thread."""
+
+    def __init__(
+        self,
+        cluster: RayCluster,
+        namespace: str,
+        sources: Mapping[str, RaySource],
+        *,
+        advise: bool = False,
+        noted: Callable[[str, str], None] = lambda kind, text: None,
+    ) -> None:
+        """``sources`` by kind. ``advise``: nothing is started or stopped, and what others have is used too."""
+        self._cluster = cluster
+        self._namespace = namespace
+        self._sources = dict(sources)
+        self._advise = advise
+        self._noted = noted
+        self._holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._holds: list[Hold] = []
+        self._stops: dict[str, float] = {}
+        """Grace, by name, of what is not to be there."""
+        self._spare: dict[str, Seen] = {}
+        """What runs and nobody has, by name."""
+        self._seen_s: dict[str, float] = {}
+        """Since when others have what could be ours, by name."""
+        self._known_s = inf
+        self._trouble = ""
+        """Why the cluster does not answer."""
+        self._strange: dict[str, tuple[str, str]] = {}
+        """Kind and text of what is said and not touched, by name."""
+        self._dirty = asyncio.Event()
+        self._answered = asyncio.Event()
+        """Set, and replaced, with every answer."""
+
+    # -- instances ---------------------------------------------------------------------------------------------------
+
+    def hold(self, kind: str, check_now: asyncio.Event) -> Hold:
+        """Another instance is wanted."""
+        hold = Hold(kind, asyncio.get_running_loop().time(), check_now)
+        self._holds.append(hold)
+        if self._known_s < inf:
+            self._assign()
+        self._dirty.set()
+        return hold
+
+    def release(self, hold: Hold) -> None:
+        """It is gone, and what it had in the cluster must go. Harmless twice."""
+        if hold.ended:
+            return
+        hold.ended = True
+        self._holds.remove(hold)
+        if hold.name and not self._advise:
+            self._stops[hold.name] = self._sources[hold.kind].stop_timeout_s
+        self._dirty.set()
+
+    def spare(self, kind: str) -> int:
+        return sum(1 for name in self._spare if _kind(name) == kind)
+
+    def state(self, kind: str) -> KindState:
+        now_s = asyncio.get_running_loop().time()
+        holds = [hold for hold in self._holds if hold.kind == kind]
+        waiting = [hold for hold in holds if not hold.placed.done()]
+        limit_s = self._sources[kind].start_timeout_s
+        notes = [f"Ray does not answer: {self._trouble}"] if self._trouble else []
+        notes += [f"an instance waits: {hold.why}" for hold in waiting[:1] if hold.why]
+        notes += [text for of, text in self._strange.values() if of == kind]
+        why = (self._trouble or waiting[0].why or "Ray has not placed it yet") if waiting else ""
+        return KindState(
+            holds=len(holds),
+            found=self.spare(kind),
+            overdue=sum(1 for hold in waiting if now_s - hold.since_s > limit_s),
+            why=why,
+            known=now_s - self._known_s >= SETTLE_S,
+            notes=tuple(notes[:NOTES_MAX]),
+        )
+
+    # -- the cluster -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        failures = 0
+        while True:
+            self._dirty.clear()
+            question = self._question()
+            try:
+                answer = await self._cluster.ask(question)
+            except RayError as error:
+                failures += 1
+                self._troubled(str(error))
+                await pause(doubled_s(BACKOFF_FIRST_S, BACKOFF_MAX_S, failures - 1))
+                continue
+            failures = 0
+            self._troubled("")
+            self._hear(question, answer)
+            self._answered.set()
+            self._answered = asyncio.Event()
+            busy = self._stops or any(not hold.url.done() for hold in self._holds)
+            await heard(self._dirty, QUICK_S if busy else CALM_S)
+
+    async def until_stopped(self, timeout_s: float) -> bool:
+        """Whether all that must go has gone within ``timeout_s``; ``run`` must be running."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        while self._stops and loop.time() < until_s:
+            await heard(self._answered, until_s - loop.time())
+        return not self._stops
+
+    async def free(self) -> None:
+        """Let what runs go on without this gateway, and be taken over at once; ``run`` must have ended. What has no
+        node yet is given up: it would be demand that nobody needs."""
+        if self._advise or self._known_s == inf:
+            return
+        names = frozenset(hold.name for hold in self._holds if hold.name and hold.placed.done())
+        pending = {hold.name: 0.0 for hold in self._holds if hold.asked and not hold.placed.done()}
+        try:
+            async with asyncio.timeout(FREE_TIMEOUT_S):
+                stop = {**self._stops, **pending}
+                await self._cluster.ask(Question(stop=stop, free=names, holder=self._holder))
+        except (RayError, TimeoutError) as error:
+            log.warning("Ray was not told that its instances are free; they are in %g s: %s", LEASE_S, error)
+
+    def _question(self) -> Question:
+        if self._advise:
+            return Question(holder=self._holder)
+        named = [hold for hold in self._holds if hold.name]
+        for hold in named:
+            hold.asked = True
+        return Question(
+            start=tuple(self._order(hold) for hold in named if not hold.begun),
+            stop=dict(self._stops),
+            hold=frozenset(hold.name for hold in named),
+            holder=self._holder,
+        )
+
+    def _order(self, hold: Hold) -> Order:
+        source = self._sources[hold.kind]
+        return Order(
+            name=hold.name,
+            nodes=source.nodes,
+            resources=source.needs,
+            command=source.command,
+            follower_args=source.follower_args,
+            env=dict(source.env),
+            grace_s=source.stop_timeout_s,
+            log_bytes_max=source.log_bytes_max,
+        )
+
+    def _hear(self, question: Question, answer: Answer) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self._known_s == inf:
+            self._known_s = now_s
+        seen = {each.name: each for each in answer.instances}
+        for name in [name for name in question.stop if name not in seen]:
+            self._stops.pop(name, None)
+        held = {hold.name: hold for hold in self._holds if hold.name}
+        for name, hold in held.items():
+            if name in seen:
+                self._look(hold, seen[name])
+            elif name in question.hold or self._advise:
+                _settle(hold.lost, Loss(reason="its placement group is gone: somebody removed it", outside=True))
+        self._sort([each for each in answer.instances if each.name not in held], now_s)
+        self._assign()
+
+    def _look(self, hold: Hold, seen: Seen) -> None:
+        hold.why = seen.why
+        if seen.holder not in ("", self._holder) and not self._advise:
+            hold.name = ""  # Whatever becomes of this one, that is not to be stopped.
+            _settle(hold.lost, Loss(reason=f"another gateway ({seen.holder}) has it", outside=True))
+            return
+        if seen.phase == "ended":
+            _settle(hold.lost, Loss(reason=f"its engine ended: {seen.why}", outside=False))
+        elif seen.phase == "gone":
+            _settle(hold.lost, Loss(reason=seen.why or "its actor is gone", outside=True))
+        elif seen.phase == "unknown":
+            hold.check_now.set()
+        elif seen.phase != "pending":
+            _settle(hold.placed, None)
+        if seen.phase in ("starting", "ready"):
+            hold.begun = True
+        if seen.phase == "ready" and seen.port and seen.host:
+            host = f"[{seen.host}]" if ":" in seen.host else seen.host
+            _settle(hold.url, f"http://{host}:{seen.port}")
+
+    def _sort(self, others: list[Seen], now_s: float) -> None:
+        """What no instance of this gateway has: spare, strange or left behind."""
+        self._spare = {}
+        strange: dict[str, tuple[str, str]] = {}
+        seen_s, self._seen_s = self._seen_s, {}
+        for seen in others:
+            name = read_name(seen.name)
+            if name is None or name.namespace != self._namespace or seen.name in self._stops or seen.stopping:
+                continue
+            source = self._sources.get(name.kind)
+            if source is None or name.fingerprint != source.fingerprint:
+                if not seen.holder:
+                    strange[seen.name] = self._stale(name.kind, seen.name)
+            elif seen.holder not in ("", self._holder) and not self._advise:
+                self._seen_s[seen.name] = since_s = seen_s.get(seen.name, now_s)
+                if now_s - since_s > PATIENCE_S:
+                    text = f"{seen.name} is another gateway's ({seen.holder}): give each gateway a namespace of its own"
+                    strange[seen.name] = name.kind, text
+            elif seen.phase in ("ended", "gone"):
+                if not self._advise:
+                    self._stops[seen.name] = 0.0  # It was ours, and is dead: its nodes are given back.
+            elif not self._advise or seen.phase == "ready":
+                self._spare[seen.name] = seen
+        for each in strange.keys() - self._strange.keys():
+            kind, text = strange[each]
+            log.warning("%s", text)
+            self._noted(kind, text)
+        self._strange = strange
+
+    def _stale(self, kind: str, name: str) -> tuple[str, str]:
+        known = kind in self._sources
+        what = "with other settings" if known else f"of {kind!r}, which this config does not have"
+        told = kind if known else next(iter(self._sources))
+        return told, f"{name} runs {what}; it is not touched (python -m chiron.ray remove {name})"
+
+    def _assign(self) -> None:
+        """Names for those who have none: of what runs already, else new ones."""
+        order = ("ready", "starting", "idle", "pending", "unknown")
+        for hold in [hold for hold in self._holds if not hold.name and not hold.lost.done()]:
+            spare = [seen for name, seen in self._spare.items() if _kind(name) == hold.kind]
+            if spare:
+                best = min(spare, key=lambda seen: (order.index(seen.phase), seen.name))
+                del self._spare[best.name]
+                hold.name = best.name
+                log.info("takes over %s", best.name)
+                self._dirty.set()
+            elif not self._advise and not self._may_be_freed(hold.kind):
+                source = self._sources[hold.kind]
+                hold.name = new_name(self._namespace, hold.kind, source.fingerprint)
+                self._dirty.set()
+
+    def _may_be_freed(self, kind: str) -> bool:
+        """There are some that an earlier gateway may have left behind; each of those who wait may hope for one."""
+        now_s = asyncio.get_running_loop().time()
+        hopes = [
+            name for name, since_s in self._seen_s.items() if _kind(name) == kind and now_s - since_s <= PATIENCE_S
+        ]
+        waiting = [hold for hold in self._holds if hold.kind == kind and not hold.name]
+        return len(hopes) >= len(waiting) > 0
+
+    def _troubled(self, why: str) -> None:
+        if bool(why) != bool(self._trouble):
+            text = f"Ray does not answer: {why}" if why else "Ray answers again"
+            log.warning("%s", text)
+            if why:
+                for kind in self._sources:
+                    self._noted(kind, text)
+        self._trouble = why
+
+
+def _kind(name: str) -> str:
+    read = read_name(name)
+    return read.kind if read is not None else ""
+
+
+def _settle(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
