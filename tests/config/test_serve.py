@@ -22,6 +22,7 @@ from chiron.engines.rows import ENGINES
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.ray.source import RaySource
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.gateway.relay.joining import StaySettings
@@ -358,3 +359,56 @@ def test_the_written_config_shows_every_key(section: str) -> None:
     own = {"store": {"retention"}, "fleet": {"health", "backoff", "recovery"}}.get(section, set())
     keys = set(re.findall(r"^# ([a-z_]+) = ", table, re.MULTILINE))
     assert keys == set(keys_of(SECTIONS[section])) - own
+
+
+def ray(*lines: str) -> RaySource:
+    source = one(*lines).models[0].kinds[0].source
+    assert isinstance(source, RaySource)
+    return source
+
+
+def test_engines_on_ray_need_one_line_and_listen_at_their_nodes_address() -> None:
+    source = ray("vllm", 'model_path = "org/name"', "gpus = 4", 'ray = { address = "auto" }')
+    assert (source.address, source.namespace, source.nodes, source.on_stop) == ("auto", "chiron", 1, "keep")
+    assert source.needs == {"CPU": 1.0, "GPU": 4.0}
+    assert source.command[source.command.index("--host") + 1] == "{host}"
+    shipped = ray("emulated", 'profile = "llama-3.1-8b/a100/tp1"', "ray = {}")
+    assert shipped.command[0] == "{python}", "that of the node"
+    assert shipped.command[-2:] == ("--host", "{host}")
+    assert shipped.needs == {"CPU": 1.0}
+    own = ray(
+        "command", 'command = ["serve", "--port", "{port}"]', "ray = { gpus = 0.5, cpus = 0, python = 'x/python' }"
+    )
+    assert (own.command, own.needs) == (("serve", "--port", "{port}"), {"GPU": 0.5})
+    assert own.python == "/nowhere/x/python"
+    assert len({each.fingerprint for each in (source, shipped, own)}) == 3
+
+
+def test_an_instance_on_ray_may_span_nodes_and_ask_for_more_than_gpus() -> None:
+    keys = 'nodes = 2, resources = { a100 = 1 }, memory = 8e9, follower_args = ["--headless"], on_stop = "remove"'
+    source = ray("vllm", 'model_path = "org/name"', "gpus = 16", f"ray = {{ {keys}, absent_after = '1m' }}")
+    assert source.needs == {"a100": 1.0, "CPU": 1.0, "GPU": 8.0, "memory": 8e9}
+    assert (source.nodes, source.follower_args, source.absent_after_s) == (2, ("--headless",), 60.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("nodes = 3", "ray.gpus: 16; they must divide into 3 nodes"),
+        ("nodes = 0", "nodes is 0; it must be 1 or more"),
+        ("gpus = 1.5", "resources: GPU is 1.5; more than one must be whole"),
+        ("gpus = 0, cpus = 0", "an instance needs something of a node"),
+        ('on_stop = "leave"', "on_stop is 'leave'; it must be one of keep, remove"),
+        ('namespace = "a:b"', "namespace is 'a:b'; it must be letters"),
+        ('adress = "auto"', "unknown key"),
+        ("absent_after = 0", "absent_after is 0"),
+    ],
+)
+def test_what_a_ray_cluster_cannot_do_is_refused(keys: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        one("vllm", 'model_path = "org/name"', "gpus = 16", f"ray = {{ {keys} }}")
+
+
+def test_engines_on_ray_are_nothing_else() -> None:
+    with pytest.raises(ConfigError, match=r"give ray .* or endpoints or kubernetes, not two of them"):
+        one("vllm", 'endpoints = ["http://127.0.0.1:1"]', "ray = {}")

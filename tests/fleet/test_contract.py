@@ -23,6 +23,7 @@ from chiron.fleet.model import ColdStart, Failures
 from chiron.fleet.port import FleetEnvironment, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.fleet.ray.fleet import RayFleet
+from chiron.fleet.ray.instances import RayTimes
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.ray.testing import MemoryRay
 from chiron.fleet.settings import FleetSettings
@@ -142,7 +143,7 @@ async def site(what: str, directory: Path, *, engine: bool = True) -> AsyncItera
         elif what == "ray":
             ray = MemoryRay({"node": {"CPU": 4.0, "GPU": 1.0}}, directory)
             stack.push_async_callback(ray.close)
-            fleet = RayFleet(ray_sources(), environment, connect=ray.connect)
+            fleet = RayFleet(ray_sources(), environment, connect=ray.connect, times=RayTimes(quick_s=0.02, calm_s=0.02))
         elif what == "emulated":
             emulated = fleet = emulated_fleet(clock, heard)
         else:

@@ -31,6 +31,7 @@ COMMANDS = {
     "key": "chiron.cli.key:key",
     "batch": "chiron.cli.batch.command:app",
     "store": "chiron.cli.store:app",
+    "ray": "chiron.cli.ray:app",
     "trace": "chiron.cli.trace:app",
     "profile": "chiron.cli.profile.command:app",
 }

@@ -46,6 +46,10 @@ def init(
             "--model-path", help=f"A GGUF file for {FILES}; a directory or a hub name for engines that load those."
         ),
     ] = "",
+    ray: Annotated[
+        str,
+        typer.Option("--ray", metavar="ADDRESS", help="Start the engines on this Ray cluster; `auto`: this machine's."),
+    ] = "",
     profile: Annotated[
         str, typer.Option("--profile", help=f"The timing of {TIMED} engines (`chiron profile list`).")
     ] = "",
@@ -71,6 +75,8 @@ def init(
 
     - `chiron init --engine llamacpp --model-path qwen.gguf --model qwen`
 
+    - `chiron init --engine vllm --model-path org/name --ray auto`
+
     - `chiron init --deploy deploy`
     """
     if deploy is not None:
@@ -81,7 +87,7 @@ def init(
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine!r}: {suggest(engine, ENGINES)}")
     row = ENGINES[engine]
-    block = model_block(row, model or row.sample_model, endpoint or [], model_path, profile)
+    block = model_block(row, model or row.sample_model, endpoint or [], model_path, profile, ray)
     # A mistake in the options is found now, not at the first start.
     parsed = parse_serve(block, directory=file.absolute().parent, file="these options")
     block += "\n" + defaults_block(parsed.models[0])
@@ -119,16 +125,20 @@ def template() -> str:
     return (resources.files("chiron") / "data" / "serve" / "template.toml").read_text(encoding="utf-8")
 
 
-def model_block(row: EngineRow, model: str, endpoints: list[str], model_path: str, profile: str) -> str:
+def model_block(row: EngineRow, model: str, endpoints: list[str], model_path: str, profile: str, ray: str = "") -> str:
     """The ``[models]`` table of one engine, with what it usually needs."""
     name = model if re.fullmatch(r"[A-Za-z0-9_-]+", model) else json.dumps(model)
-    lines = [*_about(row, endpoints, model_path), f"[models.{name}]", f"engine = {json.dumps(row.name)}"]
-    if not endpoints and not model_path and row.usual_port:
+    if ray and endpoints:
+        raise ConfigError(f"--ray {ray!r}: engines that run already (--endpoint) are started nowhere")
+    lines = [*_about(row, endpoints, model_path, ray), f"[models.{name}]", f"engine = {json.dumps(row.name)}"]
+    if not endpoints and not model_path and not ray and row.usual_port:
         endpoints = [f"http://127.0.0.1:{row.usual_port}"]
     if endpoints:
         lines.append(f"endpoints = {json.dumps(endpoints)}")
     elif row.sample_command:
         lines.append(f"command = {json.dumps(row.sample_command)}")
+    if ray:
+        lines.append(f"ray = {{ address = {json.dumps(ray)} }}")
     if model_path:
         lines.append(f"model_path = {json.dumps(model_path)}")
     if row.profile_key == "profile" and not endpoints:
@@ -152,10 +162,12 @@ def defaults_block(model: ModelSettings) -> str:
     return "\n".join(f"# {key:<32} # {note}" if note else f"# {key}" for key, note in notes.items())
 
 
-def _about(row: EngineRow, endpoints: list[str], model_path: str) -> list[str]:
+def _about(row: EngineRow, endpoints: list[str], model_path: str, ray: str) -> list[str]:
     """Comments that say what this kind of engine means."""
     if endpoints:
         return ["# Engines that are running already. Chiron routes to them, and does not start or stop them."]
+    if ray:
+        return ["# Chiron starts the engines on this Ray cluster, as many as are needed (docs/ray.md)."]
     if model_path and row.profile_key != "profile":
         return ["# Chiron starts the engines here, as many as are needed."]
     if row.about:

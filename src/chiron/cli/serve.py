@@ -267,11 +267,19 @@ def overrides(
 def extras_of(config: ServeConfig) -> list[str]:
     """Extras of the package that this config needs."""
     from chiron.fleet.process.fleet import ProcessSource
+    from chiron.fleet.ray.source import RaySource
     from chiron.store.postgres.settings import PostgresSettings
 
+    sources = [kind.source for model in config.models for kind in model.kinds]
+    of_fleet = ["ray"] if any(isinstance(each, RaySource) and not each.python for each in sources) else []
     kinds = [kind for model in config.models for kind in model.kinds if isinstance(kind.source, ProcessSource)]
     of_store = ["postgres"] if isinstance(config.store, PostgresSettings) else []
-    return ["serve", *of_store, *dict.fromkeys(extra for kind in kinds if (extra := ENGINES[kind.engine].extra))]
+    return [
+        "serve",
+        *of_store,
+        *of_fleet,
+        *dict.fromkeys(extra for kind in kinds if (extra := ENGINES[kind.engine].extra)),
+    ]
 
 
 def welcome(config: ServeConfig, url: str, advise: bool) -> str:

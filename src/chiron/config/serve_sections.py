@@ -80,6 +80,8 @@ class ServeRaySection:
     """Other resources that your nodes declare, on each node: ``{ a100 = 1 }``."""
     follower_args: tuple[str, ...] = ()
     """Added to the command on all nodes but the first, such as ``--headless``."""
+    absent_after_s: float = 300.0
+    """An instance that has waited for a node for longer counts as absent in decisions; it is not given up."""
     on_stop: str = "keep"
     """When Chiron is stopped: ``keep`` what runs for the next one, or ``remove`` it."""
 
@@ -88,6 +90,7 @@ class ServeRaySection:
         require(self.gpus is None or self.gpus >= 0, "gpus", self.gpus, "0 or more")
         require(self.cpus >= 0, "cpus", self.cpus, "0 or more")
         require(self.memory >= 0, "memory", self.memory, "0 or more")
+        require(self.absent_after_s > 0, "absent_after", self.absent_after_s, "above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

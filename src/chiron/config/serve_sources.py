@@ -97,7 +97,7 @@ def _ray(given: Given) -> RaySource:
         "env": dict(section.env),
         "address": table.address,
         "namespace": table.namespace,
-        "python": str((given.directory / table.python).expanduser()) if table.python else "",
+        "python": str(given.directory / Path(table.python).expanduser()) if "/" in table.python else table.python,
         "nodes": table.nodes,
         "resources": {
             **table.resources,
@@ -109,6 +109,7 @@ def _ray(given: Given) -> RaySource:
         "start_timeout_s": section.start_timeout_s,
         "stop_timeout_s": section.stop_timeout_s,
         "log_bytes_max": section.log_bytes_max,
+        "absent_after_s": table.absent_after_s,
         "on_stop": table.on_stop,
     }
     return construct(RaySource, f"{given.path}.ray", values)

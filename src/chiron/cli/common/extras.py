@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "uvloop",
     ),
     "postgres": ("psycopg",),
+    "ray": ("ray",),
     **{row.extra: row.modules for row in ENGINES.values() if row.extra},
 }
 """Modules of each extra of the package that serving may need."""

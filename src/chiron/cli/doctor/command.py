@@ -106,6 +106,9 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
     yield from security_checks(config)
     yield from gateways_checks(config)
     yield from process_checks(config)
+    from chiron.cli.doctor.ray import ray_checks
+
+    yield from ray_checks(config)
     from chiron.cli.doctor.endpoints import endpoint_checks
 
     yield from endpoint_checks(config)

@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import re
 import sys
 import threading
@@ -256,7 +257,7 @@ class Agent:
                 resources=own,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(whole, rank),
             )
-            with contextlib.suppress(ray.exceptions.ActorAlreadyExistsError):  # Found by name next time.
+            with contextlib.suppress(ValueError):  # Somebody was quicker: found by name next time.
                 self._actors[actor] = make.remote()
 
     def _members(self, name: str, group: Mapping[str, Any]) -> list[str]:
@@ -454,10 +455,8 @@ def main() -> None:
             say({"error": f"{type(error).__name__}: {words(error)}"})
 
 
-def _questions() -> Iterable[Any]:
-    """Read by a thread, so that the end of standard input ends the agent also while Ray hangs."""
-    import queue
-
+def _questions() -> Iterator[Any]:
+    """Read by a thread from now on, so that the end of standard input ends the agent also while Ray hangs."""
     waiting: queue.Queue[Any] = queue.Queue()
 
     def read() -> None:
@@ -466,8 +465,7 @@ def _questions() -> Iterable[Any]:
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield waiting.get()
+    return iter(waiting.get, None)
 
 
 if __name__ == "__main__":

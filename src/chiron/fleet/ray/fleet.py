@@ -17,7 +17,7 @@ from chiron.fleet.health import HealthTarget, Probe
 from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.ray.client import AgentClient
 from chiron.fleet.ray.cluster import RayCluster
-from chiron.fleet.ray.instances import Hold, Loss, RayInstances
+from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
@@ -47,6 +47,7 @@ class RayFleet:
         sources: Mapping[str, RaySource],
         environment: FleetEnvironment,
         connect: Callable[[RaySource], RayCluster] = connect,
+        times: RayTimes | None = None,
     ) -> None:
         """``sources`` by InstanceKind.name. ``connect`` reaches the cluster and namespace of a source."""
         self._sources = dict(sources)
@@ -65,7 +66,9 @@ class RayFleet:
             if len({source.on_stop for source in own.values()}) > 1:
                 raise ValueError(f"kinds {', '.join(map(repr, own))} share a namespace, and differ in on_stop")
             cluster = connect(next(iter(own.values())))
-            instances = RayInstances(cluster, namespace, own, advise=environment.advise, noted=environment.noted)
+            instances = RayInstances(
+                cluster, namespace, own, advise=environment.advise, noted=environment.noted, times=times
+            )
             self._clusters.append(cluster)
             self._by_kind.update(dict.fromkeys(own, instances))
             task = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-{namespace}")

@@ -29,17 +29,26 @@ from chiron.fleet.waiting import heard, pause
 
 log = logging.getLogger("chiron.fleet")
 
-QUICK_S, CALM_S = 0.25, 1.0
-"""Between two questions while something is under way, and else."""
-BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 10.0
-"""Between two attempts to ask a cluster that does not answer."""
-SETTLE_S = 2.0
-"""After the first answer, until whoever takes over has had time for it."""
-PATIENCE_S = 2.0 * LEASE_S
-"""How long an instance waits for one that an earlier gateway may have left behind, before it asks for a new one."""
-FREE_TIMEOUT_S = 3.0
-"""Longest that the end of a gateway waits for the cluster to hear that its instances are free."""
 NOTES_MAX = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayTimes:
+    """Seconds."""
+
+    quick_s: float = 0.25
+    """Between two questions while something is under way."""
+    calm_s: float = 1.0
+    """Between two questions otherwise."""
+    backoff_first_s: float = 0.5
+    """Between two attempts to ask a cluster that does not answer; doubled with each."""
+    backoff_max_s: float = 10.0
+    settle_s: float = 2.0
+    """After the first answer, until whoever takes over has had time for it."""
+    patience_s: float = 2.0 * LEASE_S
+    """How long an instance waits for one that an earlier gateway may have left behind, before it asks for a new one."""
+    free_timeout_s: float = 3.0
+    """Longest that the end of a gateway waits for the cluster to hear that its instances are free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +112,7 @@ class RayInstances:
         *,
         advise: bool = False,
         noted: Callable[[str, str], None] = lambda kind, text: None,
+        times: RayTimes | None = None,
     ) -> None:
         """``sources`` by kind. ``advise``: nothing is started or stopped, and what others have is used too."""
         self._cluster = cluster
@@ -110,6 +120,7 @@ class RayInstances:
         self._sources = dict(sources)
         self._advise = advise
         self._noted = noted
+        self._times = times or RayTimes()
         self._holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._holds: list[Hold] = []
         self._stops: dict[str, float] = {}
@@ -155,7 +166,7 @@ class RayInstances:
         now_s = asyncio.get_running_loop().time()
         holds = [hold for hold in self._holds if hold.kind == kind]
         waiting = [hold for hold in holds if not hold.placed.done()]
-        limit_s = self._sources[kind].start_timeout_s
+        limit_s = self._sources[kind].absent_after_s
         notes = [f"Ray does not answer: {self._trouble}"] if self._trouble else []
         notes += [f"an instance waits: {hold.why}" for hold in waiting[:1] if hold.why]
         notes += [text for of, text in self._strange.values() if of == kind]
@@ -165,7 +176,7 @@ class RayInstances:
             found=self.spare(kind),
             overdue=sum(1 for hold in waiting if now_s - hold.since_s > limit_s),
             why=why,
-            known=now_s - self._known_s >= SETTLE_S,
+            known=now_s - self._known_s >= self._times.settle_s,
             notes=tuple(notes[:NOTES_MAX]),
         )
 
@@ -182,7 +193,7 @@ class RayInstances:
             except RayError as error:
                 failures += 1
                 self._troubled(str(error))
-                await pause(doubled_s(BACKOFF_FIRST_S, BACKOFF_MAX_S, failures - 1))
+                await pause(doubled_s(self._times.backoff_first_s, self._times.backoff_max_s, failures - 1))
                 continue
             failures = 0
             self._troubled("")
@@ -190,7 +201,7 @@ class RayInstances:
             self._answered.set()
             self._answered = asyncio.Event()
             busy = self._stops or any(not hold.url.done() for hold in self._holds)
-            await heard(self._dirty, QUICK_S if busy else CALM_S)
+            await heard(self._dirty, self._times.quick_s if busy else self._times.calm_s)
 
     async def until_stopped(self, timeout_s: float) -> bool:
         """Whether all that must go has gone within ``timeout_s``; ``run`` must be running."""
@@ -208,7 +219,7 @@ class RayInstances:
         names = frozenset(hold.name for hold in self._holds if hold.name and hold.placed.done())
         pending = {hold.name: 0.0 for hold in self._holds if hold.asked and not hold.placed.done()}
         try:
-            async with asyncio.timeout(FREE_TIMEOUT_S):
+            async with asyncio.timeout(self._times.free_timeout_s):
                 stop = {**self._stops, **pending}
                 await self._cluster.ask(Question(stop=stop, free=names, holder=self._holder))
         except (RayError, TimeoutError) as error:
@@ -291,7 +302,7 @@ class RayInstances:
                     strange[seen.name] = self._stale(name.kind, seen.name)
             elif seen.holder not in ("", self._holder) and not self._advise:
                 self._seen_s[seen.name] = since_s = seen_s.get(seen.name, now_s)
-                if now_s - since_s > PATIENCE_S:
+                if now_s - since_s > self._times.patience_s:
                     text = f"{seen.name} is another gateway's ({seen.holder}): give each gateway a namespace of its own"
                     strange[seen.name] = name.kind, text
             elif seen.phase in ("ended", "gone"):
@@ -309,7 +320,7 @@ class RayInstances:
         known = kind in self._sources
         what = "with other settings" if known else f"of {kind!r}, which this config does not have"
         told = kind if known else next(iter(self._sources))
-        return told, f"{name} runs {what}; it is not touched (python -m chiron.ray remove {name})"
+        return told, f"{name} runs {what}; it is not touched (chiron ray remove {name})"
 
     def _assign(self) -> None:
         """Names for those who have none: of what runs already, else new ones."""
@@ -331,7 +342,9 @@ class RayInstances:
         """There are some that an earlier gateway may have left behind; each of those who wait may hope for one."""
         now_s = asyncio.get_running_loop().time()
         hopes = [
-            name for name, since_s in self._seen_s.items() if _kind(name) == kind and now_s - since_s <= PATIENCE_S
+            name
+            for name, since_s in self._seen_s.items()
+            if _kind(name) == kind and now_s - since_s <= self._times.patience_s
         ]
         waiting = [hold for hold in self._holds if hold.kind == kind and not hold.name]
         return len(hopes) >= len(waiting) > 0

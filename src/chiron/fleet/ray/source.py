@@ -41,8 +41,9 @@ class RaySource:
     health_path: str = "/health"
     """Answers 200 once the engine can take requests."""
     start_timeout_s: float = 300.0
-    """Longest from its placement until it answers, seconds. One that has waited for nodes for so long counts as absent
-    in decisions; it is not given up."""
+    """Longest from its placement until it answers, seconds."""
+    absent_after_s: float = 300.0
+    """One that has waited for nodes for so long counts as absent in decisions; it is not given up."""
     stop_timeout_s: float = 10.0
     """Seconds between SIGTERM and SIGKILL."""
     log_bytes_max: int = 8 * 1024 * 1024
@@ -72,7 +73,7 @@ class RaySource:
                 raise ValueError(f"resources: {name} is {amount}; it must be 0 or more")
             if amount > 1 and name == "GPU" and amount != int(amount):
                 raise ValueError(f"resources: GPU is {amount:g}; more than one must be whole")
-        for key in ("start_timeout_s", "stop_timeout_s", "log_bytes_max"):
+        for key in ("start_timeout_s", "absent_after_s", "stop_timeout_s", "log_bytes_max"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be above 0")
 

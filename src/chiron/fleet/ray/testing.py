@@ -54,8 +54,9 @@ class _Placed:
 class MemoryRay:
     """The cluster; several clients may share it."""
 
-    def __init__(self, nodes: Mapping[str, Mapping[str, float]], directory: Path) -> None:
+    def __init__(self, nodes: Mapping[str, Mapping[str, float]], directory: Path, lease_s: float = LEASE_S) -> None:
         """``directory``: for what engines print."""
+        self._lease_s = lease_s
         self.nodes = {name: dict(resources) for name, resources in nodes.items()}
         self.answers = True
         """False: the head is away; what runs goes on."""
@@ -145,7 +146,7 @@ class MemoryRay:
             placed.nodes = fitting[: placed.order.nodes]
 
     def _claim(self, placed: _Placed, holder: str, now_s: float) -> None:
-        if placed.nodes and (placed.holder in ("", holder) or now_s - placed.held_s >= LEASE_S):
+        if placed.nodes and (placed.holder in ("", holder) or now_s - placed.held_s >= self._lease_s):
             placed.holder, placed.held_s = holder, now_s
 
     async def _begin(self, placed: _Placed, order: Order) -> None:
@@ -198,7 +199,7 @@ class MemoryRay:
             why=why,
             host=HOST,
             port=port,
-            holder=placed.holder if now_s - placed.held_s < LEASE_S else "",
+            holder=placed.holder if now_s - placed.held_s < self._lease_s else "",
             stopping=placed.stopping,
         )
 

@@ -1,0 +1,324 @@
+"""Instances on a Ray cluster: placed, lost, taken over, and never touched when they are somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from child_processes import children
+from chiron.fleet.port import FleetEnvironment, KindReport
+from chiron.fleet.ray.cluster import Question, RayError, new_name
+from chiron.fleet.ray.fleet import RayFleet
+from chiron.fleet.ray.instances import RayTimes
+from chiron.fleet.ray.source import RaySource
+from chiron.fleet.ray.testing import MemoryRay
+from chiron.net.clock import LiveClock
+from fleet_factory import STUB, Heard, alive, an_instance, kill, quick_settings, until
+
+QUICK = RayTimes(quick_s=0.01, calm_s=0.02, backoff_first_s=0.02, backoff_max_s=0.05, settle_s=0.05, patience_s=1.0)
+SOURCE = RaySource(command=(*STUB, "--announce"), resources={"GPU": 1.0}, stop_timeout_s=5.0, start_timeout_s=60.0)
+
+
+class Site:
+    """A cluster in memory, and the gateways before it."""
+
+    def __init__(self, directory: Path, lease_s: float) -> None:
+        self.ray = MemoryRay({"a": {"GPU": 1.0}, "b": {"GPU": 1.0}}, directory, lease_s=lease_s)
+        self.notes: list[str] = []
+        self.directory = directory
+        self._stack = contextlib.AsyncExitStack()
+
+    def gateway(
+        self, *, advise: bool = False, kind: str = "stub", source: RaySource = SOURCE
+    ) -> tuple[RayFleet, Heard]:
+        clock = LiveClock(asyncio.get_running_loop())
+        self._stack.callback(clock.stop)
+        heard = Heard(clock)
+        environment = FleetEnvironment(
+            clock=clock,
+            events=heard,
+            log_directory=self.directory,
+            settings=quick_settings(),
+            advise=advise,
+            noted=lambda kind, text: self.notes.append(text),
+        )
+        fleet = RayFleet({kind: source}, environment, connect=self.ray.connect, times=QUICK)
+        self._stack.push_async_callback(fleet.close)
+        return fleet, heard
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.ray.instances)
+
+    def pid(self, name: str = "") -> int:
+        (pid,) = self.ray.engine_pids(name or self.names[0])
+        return pid
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+        await self.ray.close()
+
+
+def told(directory: Path, story: Callable[[Site], Coroutine[Any, Any, None]], lease_s: float = 600.0) -> None:
+    async def run() -> None:
+        site = Site(directory, lease_s)
+        try:
+            await story(site)
+        finally:
+            await site.close()
+
+    asyncio.run(run())
+    assert not children(), "nothing is left"
+
+
+def report(fleet: RayFleet, kind: str = "stub") -> KindReport:
+    return fleet.report().kinds[kind]
+
+
+def die(fleet: RayFleet) -> None:
+    """As by kill -9: nobody is told anything."""
+    for task in fleet._running:
+        task.cancel()
+
+
+def test_one_that_finds_no_node_is_demand_until_there_is_one_or_it_is_taken_back(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(source=replace(SOURCE, resources={"GPU": 2.0}, absent_after_s=0.2))
+        first, second = an_instance(1), an_instance(2)
+        fleet.create(first)
+        fleet.create(second)
+        await until(lambda: len(site.names) == 2, "both are asked for")
+        await until(lambda: report(fleet).instances_max == 0, "both count as absent")
+        trouble = report(fleet).trouble
+        assert trouble is not None
+        assert trouble.reason == "no node of the cluster has room for it"
+        assert "no node of the cluster is large enough: it needs GPU 2" in report(fleet).notes[0]
+        assert not heard.failed, "neither is given up"
+        site.ray.add_node("c", {"GPU": 2.0})
+        await until(lambda: len(heard.ready) == 1, "one has a node")
+        await until(lambda: report(fleet).instances_max == 1, "the other is still absent")
+        assert "no node has room now: it needs GPU 2" in report(fleet).notes[0]
+        fleet.remove(second if heard.ready == [1] else first)
+        await until(lambda: len(site.names) == 1, "nobody needs it any more")
+        assert report(fleet).instances_max is None
+
+    told(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "counts"),
+    [
+        (lambda site: kill(site.pid()), "its engine ended: it was killed by SIGKILL; last lines:", True),
+        (lambda site: site.ray.lose_node("a"), "its node a is dead", False),
+        pytest.param(
+            lambda site: site.ray.lose_actor(site.names[0]),
+            "it was killed by `ray.kill`",
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda site: site.ray.instances.clear(), "its placement group is gone", False, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["engine", "node", "actor", "group"],
+)
+def test_the_end_of_an_engine_an_actor_or_a_node_is_told_in_words(
+    end: Callable[[Site], None], reason: str, counts: bool, tmp_path: Path
+) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        processes = next(iter(site.ray.instances.values())).processes
+        end(site)
+        await until(lambda: heard.failed == [1], "its end is noticed")
+        assert reason in heard.reasons[1]
+        await until(lambda: not site.names, "what it held in the cluster is given back")
+        starts = report(fleet).starts
+        assert starts is not None
+        assert starts.failures_total == counts, "only an engine that ends is a failure of its kind"
+        fleet.create(an_instance(2))
+        await until(lambda: heard.ready == [1, 2], "another takes its place")
+        await asyncio.gather(*(process.stop() for process in processes))
+
+    told(tmp_path, story)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_the_next_gateway_takes_over_what_runs(killed: bool, tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        for number in (1, 2):
+            fleet.create(an_instance(number))
+        await until(lambda: len(heard.ready) == 2, "ready")
+        pids = {site.pid(name) for name in site.names}
+        if killed:
+            die(fleet)
+        else:
+            await fleet.close()
+        later, heard_later = site.gateway()
+        later.create(an_instance(7))  # At once, before it knows what runs.
+        await until(lambda: heard_later.ready == [7], "taken over")
+        await until(lambda: report(later).found == 1, "there is another")
+        later.create(an_instance(8))
+        assert report(later).found == 0, "nobody else is told of it"
+        await until(lambda: heard_later.ready == [7, 8], "taken over too")
+        assert {site.pid(name) for name in site.names} == pids, "the same engines"
+        assert set(heard_later.urls.values()) == set(heard.urls.values())
+        later.remove(an_instance(7))
+        await until(lambda: len(site.names) == 1, "it is this gateway's to end")
+
+    told(tmp_path, story, lease_s=0.1)
+
+
+def test_what_is_not_ours_is_said_and_not_touched(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(source=replace(SOURCE, env={"STUB": "other"}))
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        await fleet.close()
+        other, heard_other = site.gateway(kind="gone/model")
+        other.create(an_instance(1, "gone/model"))
+        await until(lambda: heard_other.ready == [1], "ready")
+        await other.close()
+        (settings, model), pids = site.names, {site.pid(name) for name in site.names}
+        later, _ = site.gateway()
+        later.create(an_instance(1))
+        await until(lambda: len(site.names) == 3, "a new one is asked for")
+        await until(lambda: len(report(later).notes) == 3, "said")
+        notes = "\n".join(report(later).notes)
+        assert f"{settings} runs with other settings; it is not touched (chiron ray remove {settings})" in notes
+        assert f"{model} runs of 'gone/model', which this config does not have; it is not touched" in notes
+        assert "no node has room now" in notes
+        await later.close()
+        assert [alive(pid) for pid in pids] == [True, True]
+        assert site.names == [settings, model], "what had no node yet is given up"
+
+    told(tmp_path, story)
+
+
+@pytest.mark.slow
+def test_two_gateways_in_one_namespace_keep_off_each_others_instances(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        second, heard_second = site.gateway()
+        second.create(an_instance(1))
+        await until(lambda: heard_second.ready == [1], "it has one of its own, after a while")
+        assert heard_second.urls[1] != heard.urls[1]
+        await until(lambda: any("another gateway's" in note for note in report(second).notes), "said")
+        assert report(second).found == 0
+        second.remove(an_instance(1))
+        await until(lambda: len(site.names) == 1, "it ends its own")
+        assert not heard.failed
+
+    told(tmp_path, story)
+
+
+def test_a_cluster_that_does_not_answer_stops_nothing_and_is_said(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(source=replace(SOURCE, absent_after_s=0.2))
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        site.ray.answers = False
+        await until(lambda: report(fleet).notes, "said")
+        assert report(fleet).notes == ("Ray does not answer: the head is away",)
+        assert site.notes == ["Ray does not answer: the head is away"], "once"
+        fleet.create(an_instance(2))
+        await until(lambda: report(fleet).instances_max == 1, "what waits counts as absent")
+        fleet.remove(an_instance(1))
+        assert alive(site.pid())
+        site.ray.answers = True
+        await until(lambda: heard.ready == [1, 2], "it comes when Ray does")
+        await until(lambda: len(site.names) == 1, "what was to go has gone")
+        assert not heard.failed
+
+    told(tmp_path, story)
+
+
+def test_an_engine_that_ends_while_nobody_looks_gives_its_node_back(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        await fleet.close()
+        pid = site.pid()
+        kill(pid)
+        await until(lambda: not alive(pid), "dead")
+        site.gateway()
+        await until(lambda: not site.names, "it was this config's")
+
+    told(tmp_path, story)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_the_gateway_stops_if_so_configured(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(source=replace(SOURCE, on_stop="remove"))
+        for number in (1, 2, 3):
+            fleet.create(an_instance(number))
+        await until(lambda: len(heard.ready) == 2, "ready, and one waits")
+        await fleet.close()
+        assert not site.names
+
+    told(tmp_path, story)
+
+
+@pytest.mark.slow
+def test_advice_starts_and_stops_nothing_and_uses_what_others_have(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        adviser, heard_too = site.gateway(advise=True)
+        await until(lambda: report(adviser).found == 1, "found")
+        adviser.create(an_instance(1))
+        adviser.create(an_instance(2))
+        await until(lambda: heard_too.ready == [1], "used")
+        assert heard_too.urls == heard.urls
+        adviser.remove(an_instance(1))
+        await adviser.close()
+        assert len(site.names) == 1
+        assert alive(site.pid())
+        assert not heard.failed
+
+    told(tmp_path, story)
+
+
+@pytest.mark.slow
+def test_an_instance_over_several_nodes_has_a_leader_and_ends_with_any_of_them(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        words = ("--log-lines", "{rank}", "--environment", str(tmp_path / "{nodes}-{rank}-{leader}"))
+        source = replace(SOURCE, nodes=2, command=(*STUB, "--port", "{port}", *words), follower_args=("--port", "0"))
+        fleet, heard = site.gateway(source=source)
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        leader, follower = site.ray.engine_pids(site.names[0])
+        await until(lambda: len(list(tmp_path.glob("2-?-127.0.0.1"))) == 2, "each knows its rank and the leader")
+        assert psutil.Process(follower).cmdline()[-2:] == ["--port", "0"]
+        kill(follower)
+        await until(lambda: heard.failed == [1], "it is whole or not at all")
+        await until(lambda: not alive(leader), "the rest of it ends too")
+
+    told(tmp_path, story)
+
+
+def test_a_name_that_is_not_ours_is_left_alone_and_a_question_names_who_asks(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        client = site.ray.connect(SOURCE)
+        mine = new_name("chiron", "org/model:7b", SOURCE.fingerprint)
+        assert mine.startswith("chiron:chiron:org%2Fmodel%3A7b:")
+        assert (await client.ask(Question(stop={"somebody's": 1.0}, holder="x"))).instances == ()
+        site.ray.answers = False
+        with pytest.raises(RayError, match="the head is away"):
+            await client.ask(Question(holder="x"))
+
+    told(tmp_path, story)
