@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import stat
-import sys
 import time
 from pathlib import Path
 
@@ -15,18 +13,11 @@ import pytest
 from child_processes import children
 from chiron.fleet.ray.client import AgentClient, AgentSettings
 from chiron.fleet.ray.cluster import Answer, Node, Question, RayError, Seen
+from ray_agent_stub import a_python
 
 QUESTION = Question(holder="x")
 READY = 'print(\'{"ray": "2.60.0"}\', flush=True); sys.stdin.readline()'
 SEEN = {"name": "n", "phase": "ready", "why": "", "host": "10.0.0.1", "port": 80, "holder": "x", "stopping": False}
-
-
-def a_python(directory: Path, body: str) -> str:
-    """A program in the place of a Python with Ray."""
-    path = directory / "python"
-    path.write_text(f"#!{sys.executable}\nimport os, sys, time\n{body}\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
 
 
 def answer(**seen: object) -> str:
