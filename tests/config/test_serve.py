@@ -194,6 +194,11 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ),
         ("gateways={certificate='a',key='b',ca='c',lease='1ms'}", r"gateways: lease is 0\.001; it must be 1 second"),
         ("gateways={certificate='a',key='b',ca='c',settle='1ms'}", r"gateways: settle is 0\.001; it must be 0\.1 sec"),
+        ("gateways={certificate='a',key='b',ca='c',elect='etcd'}", r"gateways\.elect: 'etcd'"),
+        (
+            "gateways={certificate='a',key='b',ca='c',elect='kubernetes',kubernetes_lease='A/b'}",
+            r"gateways: kubernetes_lease is 'A/b'; it must be a Kubernetes name",
+        ),
         ("relays={hold='0s'}", r"relays: hold is 0\.0; it must be above 0"),
         ("relays={fall_back='never'}", r"relays\.fall_back: "),
         (

@@ -91,7 +91,7 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
         assert taken.token == short.token + 1
         # The server's clock is set back, and the leader is gone: it does not lead for another day.
         set_back = "UPDATE leaders SET until = until + INTERVAL '1 day' WHERE name = 'brain'"
-        assert (await first._run(lambda db: db.execute(set_back))).rowcount == 1
+        assert (await first._asked.ask(lambda db: db.execute(set_back))).rowcount == 1
         assert await first.holder() is None
         after = await second.try_take()
         assert after is not None

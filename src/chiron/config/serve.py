@@ -179,6 +179,7 @@ def _resolve_gateways(gateways: GatewaysSettings | None, directory: Path) -> Gat
         certificate=_resolve(gateways.certificate, directory),
         key=_resolve(gateways.key, directory),
         ca=_resolve(gateways.ca, directory),
+        kubeconfig=_resolve(gateways.kubeconfig, directory),
     )
 
 

@@ -225,6 +225,7 @@ class TelemetrySettings:
         _check(self.rotate_keep >= 0, "rotate_keep", self.rotate_keep, "0 or more")
 
 
+_OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 _PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PEER_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,100}):([0-9]{1,5})")
 
@@ -247,6 +248,16 @@ class GatewaysSettings:
     """Host and port where the others reach it; default: ``listen``, or the host's name where that is any address."""
     lease_s: float = 1.5
     """A leader that has not been heard of for so long is followed by another one."""
+    elect: Literal["postgres", "kubernetes"] = "postgres"
+    """Where the lease is kept that says who leads: in the database of the store, or as a Lease of Kubernetes."""
+    kubernetes_lease: str = "chiron"
+    """Name of that object."""
+    kubernetes_namespace: str = ""
+    """Empty: the one that the gateway runs in, or the kubeconfig's."""
+    kubeconfig: str = ""
+    """A path; empty: the service account of the gateway's pod, else ``KUBECONFIG`` or ``~/.kube/config``."""
+    kubernetes_context: str = ""
+    """Of the kubeconfig; empty: its current one."""
     settle_s: float = 1.0
     """For so long a new leader waits at most for the relays that the one before it spoke with to tell what runs where.
     Until then it places nothing and leaves the fleet as it is. Those of a machine that is gone never tell."""
@@ -261,6 +272,11 @@ class GatewaysSettings:
             fine = found is not None and 1 <= int(found[2]) <= 65535
             _check(fine, key, value, "HOST:PORT, such as '10.0.0.5:9443' or '[fd00::5]:9443'")
         _check(1.0 <= self.lease_s <= 300.0, "lease", self.lease_s, "1 second to 5 minutes")
+        _check(self.elect in ("postgres", "kubernetes"), "elect", self.elect, "'postgres' or 'kubernetes'")
+        for key in ("kubernetes_lease", "kubernetes_namespace"):
+            value = getattr(self, key)
+            fine = bool(_OBJECT_NAME.fullmatch(value)) or (not value and key == "kubernetes_namespace")
+            _check(fine, key, value, "a Kubernetes name: a-z, 0-9, - and .")
         _check(0.1 <= self.settle_s <= 60.0, "settle", self.settle_s, "0.1 seconds to a minute")
 
     @property

@@ -46,12 +46,18 @@ def certificate_trouble(certificate: str, key: str) -> tuple[str, str] | None:
 def gateways_trouble(settings: GatewaysSettings) -> tuple[str, str]:
     """What is wrong with the files of one of several gateways, else "", and until when its certificate is valid. A
     handshake in memory with itself proves that they fit one another, the authority and the address, and are valid."""
+    from chiron.fleet.kubernetes.access import AccessError, find_access
     from chiron.gateway.peers.wires import RELAY, client_context, server_context
 
     for key in ("certificate", "key", "ca"):
         path = getattr(settings, key)
         if not os.access(path, os.R_OK):
             return f"gateways.{key}: {path}: missing or not readable", ""
+    if settings.elect == "kubernetes":
+        try:
+            find_access(os.environ, settings.kubeconfig, settings.kubernetes_context)
+        except AccessError as error:
+            return f"gateways.elect = 'kubernetes': {error}", ""
     host = settings.address[0]
     try:
         there, back = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -216,7 +216,7 @@ def store_checks(config: ServeConfig) -> Iterator[Check]:
         yield check("store's tables", f"version {seen.schema}" if seen.schema else "are made at the start")
     if seen.holders:
         yield check("gateways on the store", f"{', '.join(seen.holders)} now")
-    if config.gateways is not None:
+    if config.gateways is not None and config.gateways.elect == "postgres":
         yield _leader(seen.leader)
     if abs(seen.clock_ahead_s) > CLOCK_WARN_S:
         found = f"{abs(seen.clock_ahead_s):.0f} s {'ahead of' if seen.clock_ahead_s > 0 else 'behind'} this machine's"

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from chiron.gateway.peers.door import Door
+from chiron.gateway.peers.election import election
 from chiron.gateway.peers.leadership import Leadership, Peer
 from chiron.gateway.peers.standby import Standby
 from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
@@ -57,8 +58,6 @@ class Member:
     ) -> None:
         """``nonce`` is the keeper's, ``say`` tells it something, and so does ``say_at_once``, from any thread;
         ``on_ready`` hears the URL once clients can come."""
-        from chiron.store.postgres.lease import PostgresLease  # An extra.
-
         settings = config.gateways
         assert settings is not None
         assert isinstance(config.store, PostgresSettings)
@@ -71,10 +70,10 @@ class Member:
         self._on_ready = on_ready
         self._relays_ended = relays_ended
         self._holder = Peer(name=settings.name, host=host, port=port).holder(nonce)
-        self._lease = PostgresLease(config.store, name=LEADER, holder=self._holder, lease_s=settings.lease_s)
+        self._election = election(settings, config.store, self._holder)
         self._fence = Fence(lambda: _end("the lease is over"))
         self._leadership = Leadership(
-            lease=self._lease,
+            lease=self._election.lease,
             holder=self._holder,
             lease_s=settings.lease_s,
             fence=self._fence,
@@ -111,7 +110,7 @@ class Member:
             raise
         finally:
             await self._standby.close()
-            await self._lease.close()
+            await self._own_loop.run(self._close_election)
             await self._own_loop.close()
             os.close(directory)
 
@@ -155,6 +154,9 @@ class Member:
             log.info("this gateway has handed over")
             if service is not None and started:
                 save(service)
+
+    async def _close_election(self) -> None:
+        await self._election.close()
 
     async def _keep(self) -> None:
         """On the lease's loop, until it is cancelled."""

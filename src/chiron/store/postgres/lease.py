@@ -16,7 +16,7 @@ from zlib import crc32
 
 import psycopg
 
-from chiron.store.lease import Held, Leads, check_name, relays_of, relays_text
+from chiron.store.lease import LEADER, Held, Leads, check_name, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
 from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
 from chiron.store.postgres.leases import ALIVE
@@ -67,18 +67,50 @@ def _of_schema(schema: str) -> str:
     return f"{crc32(schema.encode()):08x}"
 
 
+class _Asked:
+    """A connection of its own, and a thread that asks over it."""
+
+    def __init__(self, settings: PostgresSettings) -> None:
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-lease")
+        self._db: Connection | None = None
+
+    async def close(self) -> None:
+        await asyncio.to_thread(lambda: self._thread.shutdown(wait=True))
+        if self._db is not None:
+            self._db.close()
+
+    async def ask(self, query: Callable[[Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._query(query))
+
+    def _query(self, query: Callable[[Connection], T]) -> T:
+        """All of them may be asked twice: with a connection that was lost unnoticed it is asked again."""
+        for last in (False, True):
+            fresh = self._db is None
+            if self._db is None:
+                self._db = connect(self._settings, "lease")
+                prepare(self._db, self._settings)
+            try:
+                return query(self._db)
+            except psycopg.Error as error:
+                if not is_lost(self._db.raw):
+                    raise store_error(error, self._settings) from error
+                self._db = None
+                if last or fresh:
+                    raise StoreUnavailable(f"{where(self._settings)}: {error}") from error
+        raise AssertionError
+
+
 class PostgresLease:
     """Implements ``LeaderLease``. ``close`` lets go of the connection, not of the lease."""
 
     def __init__(self, settings: PostgresSettings, *, name: str, holder: str, lease_s: float) -> None:
         if not 0.1 <= lease_s <= 3600:
             raise ValueError(f"lease_s: {lease_s!r} must be between 0.1 s and an hour")
-        self._settings = settings
+        self._asked = _Asked(settings)
         self._name = check_name("name", name)
         self._holder = check_name("holder", holder)
         self._lease_s = lease_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store-lease")
-        self._db: Connection | None = None
         self._told: frozenset[str] | None = None
         """Relays, as last written."""
 
@@ -99,7 +131,7 @@ class PostgresLease:
                 return None
             return Held(holder=self._holder, token=row["token"], left_s=self._lease_s, relays=self._read_relays(db))
 
-        return await self._run(take)
+        return await self._asked.ask(take)
 
     async def renew(self, relays: frozenset[str] | None = None) -> bool:
         def extend(db: Connection) -> bool:
@@ -112,10 +144,10 @@ class PostgresLease:
                 self._write_relays(db, relays)
             return done.rowcount == 1
 
-        return await self._run(extend)
+        return await self._asked.ask(extend)
 
     async def release(self) -> None:
-        await self._run(
+        await self._asked.ask(
             lambda db: db.execute(
                 "UPDATE leaders SET until = clock_timestamp()"
                 " WHERE name = ? AND holder = ? AND until > clock_timestamp()",
@@ -124,7 +156,7 @@ class PostgresLease:
         )
 
     async def holder(self) -> Held | None:
-        return await self._run(lambda db: read_holder(db, self._name))
+        return await self._asked.ask(lambda db: read_holder(db, self._name))
 
     def _read_relays(self, db: Connection) -> frozenset[str]:
         row = db.execute("SELECT holder FROM leaders WHERE name = ?", (self._relays_name,)).fetchone()
@@ -147,26 +179,44 @@ class PostgresLease:
         return f"{self._name}/relays"
 
     async def close(self) -> None:
-        await asyncio.to_thread(lambda: self._thread.shutdown(wait=True))
-        if self._db is not None:
-            self._db.close()
+        await self._asked.close()
 
-    async def _run(self, query: Callable[[Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._query(query))
 
-    def _query(self, query: Callable[[Connection], T]) -> T:
-        """All of them may be asked twice: with a connection that was lost unnoticed it is asked again."""
-        for last in (False, True):
-            fresh = self._db is None
-            if self._db is None:
-                self._db = connect(self._settings, "lease")
-                prepare(self._db, self._settings)
-            try:
-                return query(self._db)
-            except psycopg.Error as error:
-                if not is_lost(self._db.raw):
-                    raise store_error(error, self._settings) from error
-                self._db = None
-                if last or fresh:
-                    raise StoreUnavailable(f"{where(self._settings)}: {error}") from error
-        raise AssertionError
+class PostgresTerms:
+    """Numbers leaders that are elected elsewhere, one after the other: what they write is then refused from the moment
+    on at which another one has begun."""
+
+    def __init__(self, settings: PostgresSettings) -> None:
+        self._asked = _Asked(settings)
+
+    async def begin(self, holder: str, token: int) -> int:
+        """The term of the leader whose election has this token. Raises StoreError if a later one has begun."""
+
+        def number(db: Connection) -> int:
+            with db.raw.transaction():
+                fresh = db.execute(
+                    "INSERT INTO leaders(name, holder, token, until) VALUES(?, ?, ?, clock_timestamp())"
+                    " ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, token = excluded.token"
+                    " WHERE leaders.token < excluded.token RETURNING token",
+                    (f"{LEADER}/elected", holder, token),
+                ).fetchone()
+                if fresh is not None:
+                    db.execute(
+                        "INSERT INTO leaders(name, holder, token, until) VALUES(?, ?, 1, clock_timestamp())"
+                        " ON CONFLICT (name) DO UPDATE SET"
+                        " holder = excluded.holder, token = leaders.token + 1, until = excluded.until",
+                        (LEADER, holder),
+                    )
+                row = db.execute(
+                    "SELECT leader.token FROM leaders AS leader, leaders AS elected WHERE leader.name = ?"
+                    " AND leader.holder = ? AND elected.name = ? AND elected.holder = ? AND elected.token = ?",
+                    (LEADER, holder, f"{LEADER}/elected", holder, token),
+                ).fetchone()
+            if row is None:
+                raise StoreError("another gateway has been elected since")
+            return int(row["token"])
+
+        return await self._asked.ask(number)
+
+    async def close(self) -> None:
+        await self._asked.close()
