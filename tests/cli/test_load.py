@@ -209,6 +209,7 @@ def test_a_server_that_accepts_and_does_not_answer_is_told_and_then_given_up() -
     assert "no answer within 3.5 s; --probe-timeout sets how long" in given_up
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_whose_server_does_not_answer_the_probes() -> None:
     with running(Endpoint()) as endpoint:
         code, out, err = interrupted(endpoint, 1, "-m", "silent", "--rate", "5")

@@ -76,6 +76,7 @@ def test_the_same_policy_runs_twice_under_two_labels(scenario: Path) -> None:
     assert result.exit_code == 0
 
 
+@pytest.mark.slow
 def test_several_jobs_give_what_one_job_gives(scenario: Path) -> None:
     one, two = (call("compare", scenario, "--json", "-", "--jobs", jobs) for jobs in (1, 2))
     strip = [[{k: v for k, v in s.items() if k != "wall_s"} for s in json.loads(r.stdout)] for r in (one, two)]
@@ -205,6 +206,7 @@ class _Deadly:
         return os._exit, (7,)
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_is_reported_and_costs_no_other() -> None:
     made = setups(parse_scenario(SMALL, directory=Path()))
     runs = [Run(setup=replace(made[0], settings=_Deadly(), label="doomed")), Run(setup=made[1])]
@@ -216,7 +218,7 @@ def test_a_run_that_dies_is_reported_and_costs_no_other() -> None:
     assert alive.result.seed == 2
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_raises_is_reported_with_its_traceback(jobs: int) -> None:
     made = setups(parse_scenario(SMALL, directory=Path()))
     runs = [Run(setup=replace(made[0], policy="none")), Run(setup=made[1])]
@@ -226,7 +228,7 @@ def test_a_run_that_raises_is_reported_with_its_traceback(jobs: int) -> None:
     assert fine.result is not None
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_keeps_what_is_done_and_exits_with_130(scenario: Path, jobs: int) -> None:
     target = scenario.with_name("out.json")
     command = [sys.executable, "-c", _INTERRUPTIBLE, str(scenario), str(target), str(jobs)]

@@ -352,6 +352,7 @@ def long_stream(host: str) -> http.client.HTTPResponse:
     return answer
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_lets_what_runs_end_however_often_it_says_so(here: Path) -> None:
     with on_a_terminal(here) as (process, terminal, host):
         answer = long_stream(host)
@@ -362,6 +363,7 @@ def test_a_closed_terminal_lets_what_runs_end_however_often_it_says_so(here: Pat
     assert (here / "chiron-data" / "result.chiron").exists()
 
 
+@pytest.mark.slow
 def test_under_nohup_the_gateway_outlives_its_terminal(here: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # The child inherits it.
     try:

@@ -381,7 +381,9 @@ def test_json_survives_a_shortage_of_kv(engines: dict[str, EngineProcess]) -> No
     asyncio.run(check())
 
 
-@pytest.mark.parametrize(("engine", "tokens"), [("emulated", 100_000), ("openvino", 900)])
+@pytest.mark.parametrize(
+    ("engine", "tokens"), [("emulated", 100_000), pytest.param("openvino", 900, marks=pytest.mark.slow)]
+)
 def test_choices_are_sequences_within_the_limit_and_leave_together(
     engines: dict[str, EngineProcess], engine: str, tokens: int
 ) -> None:

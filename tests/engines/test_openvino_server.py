@@ -262,6 +262,7 @@ def test_odd_text_is_answered_or_refused_but_never_a_server_error(engine: Engine
     asyncio.run(check())
 
 
+@pytest.mark.slow
 def test_a_request_larger_than_the_kv_cache_is_refused_and_many_that_fill_it_all_end(model: Path) -> None:
     engine = EngineProcess(
         MODULE, "--model", str(model), "--served-model-name", "toy", "--threads", "1", "--kv-capacity-tokens", "512"
@@ -366,6 +367,7 @@ def test_with_kv_short_and_clients_leaving_every_answer_is_whole_and_right(engin
         small.stop()
 
 
+@pytest.mark.slow
 def test_a_paced_engine_takes_the_profiles_time_and_says_so(model: Path, tmp_path: Path) -> None:
     profile = load_profile("llama-3.1-8b/a100/tp1")
     save_profile(profile, tmp_path / "p.json")
@@ -398,6 +400,7 @@ def test_a_paced_engine_takes_the_profiles_time_and_says_so(model: Path, tmp_pat
         engine.stop()
 
 
+@pytest.mark.slow
 def test_what_cannot_start_says_why(model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for arguments, says in (

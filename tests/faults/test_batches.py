@@ -263,6 +263,7 @@ def test_a_full_disk_holds_a_batch_up_and_loses_nothing(tmp_path: Path) -> None:
         assert max(count for id, count in finishes.items() if id.startswith("batch_")) == 1, "results wait in memory"
 
 
+@pytest.mark.slow
 def test_a_client_of_a_gateway_that_is_gone_gets_an_error_and_no_silence(tmp_path: Path) -> None:
     async def run(site: FaultSite) -> None:
         origin = Origin(site.url)

@@ -8,6 +8,8 @@ import json
 import resource
 from pathlib import Path
 
+import pytest
+
 from edge_site import ask
 from fault_site import (
     FORM,
@@ -32,6 +34,7 @@ def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_a_start_on_a_full_disk_serves_interactive_requests(tmp_path: Path) -> None:
     async def fill(site: FaultSite) -> str:
         async with Api(site.url) as api:

@@ -55,7 +55,7 @@ def ask(port: int, path: str) -> bytes:
         connection.close()
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", [pytest.param("asyncio", marks=pytest.mark.slow), "uvloop"])
 def test_more_clients_than_file_descriptors_stop_nobody(tmp_path: Path, loop: str) -> None:
     config = tmp_path / "chiron.toml"
     config.write_text(CONFIG)
