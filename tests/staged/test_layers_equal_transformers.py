@@ -70,7 +70,7 @@ def generate(pipeline: Pipeline, given: list[list[int]], tokens: int, chunk: int
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_equal_in_batches_and_chunks(family: str) -> None:
     given = prompts(3, seed=FAMILIES.index(family))
-    assert generate(Pipeline(tiny(family), (3, 8)), given, TOKENS, chunk=16) == recorded(family)
+    assert generate(Pipeline(tiny(family), (1, 4)), given, TOKENS, chunk=16) == recorded(family)
 
 
 @pytest.mark.slow
@@ -83,13 +83,13 @@ def test_what_is_recorded_is_what_transformers_generates(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_two_hundred_prompts(family: str) -> None:
-    pipeline = Pipeline(tiny(family), (2, 4, 8))
+    pipeline = Pipeline(tiny(family), (1, 2, 4))
     given = prompts(50, seed=100 + FAMILIES.index(family), longest=200)
     assert generate(pipeline, given, TOKENS, chunk=32) == [generated(tiny(family), p, TOKENS) for p in given]
 
 
 def test_a_step_that_is_sent_again_changes_nothing() -> None:
-    pipeline = Pipeline(tiny(), (8,))
+    pipeline = Pipeline(tiny(), (4,))
     (prompt,) = prompts(1, seed=5, longest=60)
     whole = Entry(key=1, position=0, count=len(prompt), want=1)
     first = pipeline.step(prompt, [whole])
@@ -98,7 +98,7 @@ def test_a_step_that_is_sent_again_changes_nothing() -> None:
 
 
 def test_kv_is_refused_when_it_is_full_and_free_again() -> None:
-    pipeline = Pipeline(tiny(), (8,))
+    pipeline = Pipeline(tiny(), (4,))
     (kv,) = pipeline.kvs
     kv.capacity_tokens = 128
     assert kv.reserve(Entry(key=1, position=0, count=100)) == ""

@@ -25,9 +25,9 @@ def _directory() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def tiny(family: str = "llama", layers: int = 8, dtype: str = "float32") -> Path:
-    settings = TinySettings(family=family, layers=layers, dtype=dtype)
-    return write_tiny(Path(_directory().name) / f"{family}-{layers}-{dtype}", settings)
+def tiny(family: str = "llama", dtype: str = "float32") -> Path:
+    settings = TinySettings(family=family, layers=4, hidden=64, heads=4, kv_heads=2, dtype=dtype, spread=0.16)
+    return write_tiny(Path(_directory().name) / f"{family}-{dtype}", settings)
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 90) -> list[list[int]]:

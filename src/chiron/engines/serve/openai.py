@@ -75,6 +75,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    """Draw among this many of the likeliest tokens; 0: among all. No field of OpenAI's; vLLM's, and only engines that
+    can do it heed it."""
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     seed: int | None = None
@@ -152,6 +155,7 @@ def parse_request(body: bytes, *, chat: bool, served: Collection[str]) -> Genera
         stop=_stop(fields),
         temperature=fields.number("temperature", 0.0, 2.0, 1.0),
         top_p=fields.number("top_p", 0.0, 1.0, 1.0),
+        top_k=max(0, fields.integer("top_k", -1, 1 << 20) or 0),
         frequency_penalty=fields.number("frequency_penalty", -2.0, 2.0, 0.0),
         presence_penalty=fields.number("presence_penalty", -2.0, 2.0, 0.0),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1),

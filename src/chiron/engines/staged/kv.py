@@ -84,7 +84,7 @@ class KvStore:
         if entry.position > length:
             return f"position {entry.position}, and {length} tokens of this sequence are held here"
         if entry.end > capacity:
-            wanted = max(entry.end, min(2 * capacity, capacity + self.free_tokens))
+            wanted = max(entry.end, capacity + capacity // 4)
             wanted = -(-wanted // _GROWTH_TOKENS) * _GROWTH_TOKENS
             if wanted - capacity > self.free_tokens:
                 wanted = -(-entry.end // _GROWTH_TOKENS) * _GROWTH_TOKENS

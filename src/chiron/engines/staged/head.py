@@ -1,0 +1,193 @@
+"""The head of a pipeline of stages: OpenAI's API in front of them.
+
+    python -m chiron.engines.staged.head --model MODEL --stage 0-3=HOST:PORT,HOST:PORT --stage 4-7=HOST:PORT
+
+Beside the routes of every engine: ``GET /chiron/stages`` tells stages and replicas, ``PUT /chiron/stages`` with
+``{"replicas": [["HOST:PORT", ...], ...]}`` sets which replicas each stage has; what is left out is drained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import ssl
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chiron.engines.serve.http import EngineServer, respond_error, serve_until_stopped
+from chiron.engines.serve.openai import parse_object
+from chiron.engines.serve.options import real, whole
+from chiron.engines.serve.request_error import RequestError, shown
+from chiron.engines.staged.architecture import DTYPES
+from chiron.engines.staged.errors import StagedModelError
+from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
+from chiron.engines.staged.messages import VERSION, HeadHello
+from chiron.engines.staged.pipeline import Pipeline, PipelineSettings
+from chiron.engines.staged.replica import LinkSettings
+from chiron.engines.staged.split import StageRange, check_split, read_range
+from chiron.engines.staged.tokenizer import ModelTokenizer
+from chiron.engines.staged.weights import ModelFiles, read_model_files
+from chiron.engines.staged.wire import tls_client
+from chiron.net.loop import run_on_loop
+from chiron.net.server import Incoming
+
+log = logging.getLogger("chiron.staged")
+
+REPLICAS_MAX = 1024
+"""Of one stage."""
+
+
+class HeadServer:
+    """An engine's routes, and those of its stages."""
+
+    def __init__(self, engine: HeadEngine, served: EngineServer) -> None:
+        self._engine = engine
+        self._served = served
+
+    def handle(self, incoming: Incoming) -> None:
+        if incoming.path != "/chiron/stages":
+            self._served.handle(incoming)
+            return
+        try:
+            if incoming.method == b"PUT":
+                self._set(incoming.body)
+            elif incoming.method != b"GET":
+                raise RequestError("/chiron/stages takes GET or PUT.", status=405, code="method_not_allowed")
+            incoming.respond(200, json.dumps(self._engine.stages()).encode())
+        except RequestError as error:
+            respond_error(incoming, error)
+
+    def _set(self, body: bytes) -> None:
+        given = parse_object(body).get("replicas")
+        count = len(self._engine.pipeline.stages)
+        if not isinstance(given, list) or len(given) != count:
+            raise RequestError(f"replicas is {shown(given)}; it must be a list of {count} lists.", param="replicas")
+        for number, addresses in enumerate(given):
+            sound = isinstance(addresses, list) and all(isinstance(each, str) for each in addresses)
+            if not sound or len(addresses) > REPLICAS_MAX:
+                raise RequestError(
+                    f"replicas[{number}] is {shown(addresses)}; it must list up to {REPLICAS_MAX} HOST:PORT.",
+                    param="replicas",
+                )
+        try:
+            self._engine.pipeline.set_replicas(given)
+        except StagedModelError as error:
+            raise RequestError(f"{error}.", param="replicas") from None
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    pipeline, link, head = PipelineSettings(), LinkSettings(), HeadSettings(name="", model_len_max=1)
+    parser = argparse.ArgumentParser(prog="chiron stages head", description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="a Hugging Face directory; its weights are not read")
+    add("--stage", action="append", required=True, metavar="LAYERS[=HOST:PORT,...]", help="once for each, in order")
+    add("--served-model-name", nargs="+", help="names in requests; default: the directory's")
+    add("--host", default="127.0.0.1")
+    add("--port", type=whole(0, 65_535), default=0, help="0: a free one")
+    add("--dtype", choices=DTYPES, default="", help="as the stages have it; default: as the weights are stored")
+    add("--max-num-seqs", type=whole(1, 4096), default=head.max_num_seqs, help="sequences at once")
+    add("--max-num-batched-tokens", type=whole(16, 1 << 20), default=pipeline.max_num_batched_tokens)
+    add("--max-model-len", type=whole(2), help="tokens of prompt and answer; default: the model's")
+    add("--queue-max", type=whole(0), default=head.queue_max, help="requests that may wait inside; beyond: 429")
+    add("--micro-batches", type=whole(0, 256), default=0, help="0: as many as make a round shortest")
+    add("--drain", type=real(0.0, 86_400.0), default=pipeline.drain_s, help="seconds before sequences are moved")
+    add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
+    add("--call-timeout", type=real(0.5, 86_400.0), default=link.call_s, help="longest that a step may take, seconds")
+    add("--tls-cert", type=Path)
+    add("--tls-key", type=Path)
+    add("--tls-ca", type=Path, help="TLS to the stages, which must show a certificate of this authority")
+    options = parser.parse_args(arguments)
+    if len({options.tls_cert is None, options.tls_key is None, options.tls_ca is None}) == 2:
+        parser.error("--tls-cert, --tls-key and --tls-ca belong together")
+    return options
+
+
+def read_stages(texts: Sequence[str], layers: int) -> tuple[list[StageRange], list[list[str]]]:
+    """Ranges and addresses. Raises StagedModelError."""
+    ranges, addresses = [], []
+    for text in texts:
+        layers_text, _, replicas = text.partition("=")
+        ranges.append(read_range(layers_text))
+        addresses.append([each.strip() for each in replicas.split(",") if each.strip()])
+    check_split(ranges, layers)
+    return ranges, addresses
+
+
+def make_head(
+    files: ModelFiles,
+    tokenizer: ModelTokenizer,
+    ranges: Sequence[StageRange],
+    head: HeadSettings,
+    pipeline: PipelineSettings,
+    *,
+    dtype: str = "",
+    context: ssl.SSLContext | None = None,
+) -> HeadEngine:
+    """A head without replicas yet. Called on the loop."""
+    architecture = files.architecture
+    dtype = dtype or architecture.dtype
+
+    def hello(stage: StageRange) -> HeadHello:
+        return HeadHello(VERSION, files.fingerprint, stage.begin, stage.end, dtype)
+
+    engine: HeadEngine
+    stages = Pipeline(
+        ranges,
+        hello,
+        pipeline,
+        call_later=asyncio.get_running_loop().call_later,
+        changed=lambda: engine.admit(),
+        context=context,
+        row_bytes=architecture.hidden * (4 if dtype == "float32" else 2),
+    )
+    engine = HeadEngine(architecture, tokenizer, stages, head)
+    return engine
+
+
+async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTokenizer) -> None:
+    ranges, addresses = read_stages(options.stage, files.architecture.layers)
+    names = options.served_model_name or [options.model.resolve().name]
+    length = min(options.max_model_len or files.architecture.context_tokens, files.architecture.context_tokens)
+    context = tls_client(options.tls_cert, options.tls_key, options.tls_ca) if options.tls_cert is not None else None
+    engine = make_head(
+        files,
+        tokenizer,
+        ranges,
+        HeadSettings(
+            name=names[0], model_len_max=length, max_num_seqs=options.max_num_seqs, queue_max=options.queue_max
+        ),
+        PipelineSettings(
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            micro_batches=options.micro_batches,
+            drain_s=options.drain,
+            link=LinkSettings(silent_s=options.silent, call_s=options.call_timeout),
+        ),
+        dtype=options.dtype,
+        context=context,
+    )
+    engine.pipeline.set_replicas(addresses)
+    engine.start()
+    about: dict[str, Any] = {"engine": "staged", "max_model_len": length, "stages": [str(each) for each in ranges]}
+    server = HeadServer(engine, EngineServer(engine, names, about))
+    await serve_until_stopped(server, host=options.host, port=options.port, failed=asyncio.Event())
+    await engine.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        files = read_model_files(options.model)
+        run_on_loop(run(options, files, ModelTokenizer(options.model)))
+    except (StagedModelError, ImportError) as error:
+        sys.exit(f"chiron-head: {error}")
+    except OSError as error:
+        sys.exit(f"chiron-head: cannot listen on {options.host}:{options.port}: {error}")
+
+
+if __name__ == "__main__":
+    main()

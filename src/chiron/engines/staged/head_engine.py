@@ -1,0 +1,444 @@
+"""The head of a pipeline: requests become sequences, and what the stages answer becomes text.
+
+It admits as many sequences as its max batch size and the KV of the stages allow, first come, first served; one that was
+taken out for want of KV goes before those. Prompts are tokenised here and tokens drawn here, so a head needs neither
+torch nor weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from chiron.engines.serve.answer import TokenLogprob
+from chiron.engines.serve.exposition import Histogram, Totals, exposition
+from chiron.engines.serve.http import Choice, Reply
+from chiron.engines.serve.openai import FinishReason, GenerationRequest
+from chiron.engines.serve.refusals import check_queue, tokens_allowed
+from chiron.engines.serve.request_error import RequestError
+from chiron.engines.serve.text import TextStream
+from chiron.engines.staged.architecture import Architecture
+from chiron.engines.staged.pipeline import Pipeline
+from chiron.engines.staged.sampling import Drawn, Sampling, draw
+from chiron.engines.staged.sequence import Sequence
+from chiron.engines.staged.tokenizer import ModelTokenizer
+from chiron.net.server import Incoming
+
+log = logging.getLogger("chiron.staged")
+
+_TICK_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSettings:
+    name: str
+    """The model's name in metrics."""
+    model_len_max: int
+    """Prompt and answer together, tokens."""
+    max_num_seqs: int = 64
+    queue_max: int = 256
+    """Requests that may wait inside for a place; beyond, the answer is 429."""
+
+
+class Generation:
+    """One choice of a request, inside the pipeline or in front of it. Implements ``SequenceListener``."""
+
+    def __init__(
+        self,
+        engine: HeadEngine,
+        request: GenerationRequest,
+        choice: Choice,
+        *,
+        id: int,
+        prompt: list[int],
+        tokens_max: int,
+        sampling: Sampling,
+    ) -> None:
+        self.id = id
+        self.request = request
+        self.choice = choice
+        self.prompt_tokens = len(prompt)
+        self.tokens_max = tokens_max
+        self.sampling = sampling
+        self.text = TextStream(engine.tokenizer.vocabulary, request.stop)
+        self.arrival_s = time.monotonic()
+        self.last_s: float | None = None
+        self.began = False
+        self._engine = engine
+        want = sampling.candidates(engine.architecture.vocabulary)
+        self.sequence = Sequence(id=id, tokens=[*prompt, *request.resume_token_ids], want=want, listener=self)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.sequence.tokens[self.prompt_tokens :]
+
+    def token(self, logits: memoryview, ids: memoryview, mass: float) -> int | None:
+        drawn = draw(self.sampling, logits, ids, mass, self.generated)
+        return self._engine.drew(self, drawn)
+
+    def preempted(self) -> None:
+        self._engine.preempted(self)
+
+
+class HeadEngine:
+    """Implements ``ServedEngine``. Used on the loop's thread."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        tokenizer: ModelTokenizer,
+        pipeline: Pipeline,
+        settings: HeadSettings,
+    ) -> None:
+        self.architecture = architecture
+        self.tokenizer = tokenizer
+        self.pipeline = pipeline
+        self.settings = settings
+        self.limit = settings.max_num_seqs
+        self.totals = Totals()
+        self.queue_times = Histogram()
+        self.preemptions = 0
+        self._eos = frozenset((*architecture.eos_ids, *tokenizer.eos_ids))
+        self._waiting: deque[Generation] = deque()
+        self._running: dict[int, Generation] = {}
+        self._ids = count(1)
+        self._salt = os.urandom(6).hex()
+        self._rounds = 0.0
+        self._busy_since_s: float | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._ticking = asyncio.get_running_loop().create_task(self._tick())
+
+    async def close(self) -> None:
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.gather(self._ticking, return_exceptions=True)
+        await asyncio.gather(*(r.close() for replicas in self.pipeline.replicas for r in replicas))
+
+    # -- from the front ------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
+        _refuse(request)
+        prompts = self._prompts(request)
+        allowed = [
+            tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
+            for prompt in prompts
+        ]
+        self._check_tokens("resume_token_ids", request.resume_token_ids)
+        generations = self._generations(request, incoming, prompts, allowed)
+        if self._ended_before(generations[0]):
+            return
+        check_queue(len(self._waiting) - max(0, self.limit - len(self._running)), self.settings.queue_max)
+        incoming.on_close = lambda: self._cancel(generations)
+        self.totals.prompt_tokens += sum(map(len, prompts))
+        self._waiting.extend(generations)
+        self.admit()
+
+    def set_limit(self, limit: int) -> None:
+        """The max batch size from now on. Lowering it interrupts nobody."""
+        self.limit = min(limit, self.settings.max_num_seqs)
+        self.admit()
+
+    def limits(self) -> dict[str, int]:
+        return {
+            "limit": self.limit,
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "max_num_seqs": self.settings.max_num_seqs,
+            "kv_capacity_tokens": self._kv()[0],
+            "kv_used_tokens": self._kv()[1],
+        }
+
+    def metrics_text(self) -> str:
+        self._count_busy()
+        capacity, used = self._kv()
+        waiting = [len(each.sequence.tokens) for each in self._waiting]
+        gauges = {
+            "vllm:num_requests_running": len(self._running),
+            "vllm:num_requests_waiting": len(self._waiting),
+            "vllm:kv_cache_usage_perc": min(1.0, used / capacity) if capacity else 0.0,
+            "chiron:engine_kv_capacity_tokens": capacity,
+            "chiron:engine_kv_used_tokens": used,
+            "chiron:engine_waiting_tokens": sum(waiting),
+            "chiron:engine_head_tokens": waiting[0] if waiting else 0,
+            "chiron:engine_max_batch_size": self.limit,
+        }
+        counters = {
+            "vllm:num_preemptions_total": self.preemptions,
+            "chiron:engine_replica_losses_total": self.pipeline.losses,
+            "chiron:engine_replayed_tokens_total": self.pipeline.replayed_tokens,
+        }
+        histograms = {"vllm:request_queue_time_seconds": self.queue_times}
+        return exposition(self.settings.name, self.totals, gauges, {}, counters, histograms) + self._stage_metrics()
+
+    def stages(self) -> dict[str, Any]:
+        """The pipeline as it is now."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "losses": self.pipeline.losses,
+            "replayed_tokens": self.pipeline.replayed_tokens,
+            "stages": [
+                {
+                    "layers": str(stage),
+                    "replicas": [
+                        {
+                            "address": replica.address,
+                            "state": "draining" if replica.draining else "ready" if replica.up else "down",
+                            "trouble": replica.trouble,
+                            "sequences": len(replica.sequences),
+                            "waiting": sum(len(call.pieces) for call in replica.calls.values()) + len(replica.outbox),
+                            "kv_capacity_tokens": replica.kv_capacity_tokens,
+                            "kv_free_tokens": replica.kv_free_tokens,
+                            "step_s": replica.figures.step_s,
+                            "hop_s": replica.figures.hop_s,
+                            "queue_s": replica.figures.waited_s,
+                            "busy_s": replica.figures.busy_s,
+                            "calls": replica.figures.calls,
+                        }
+                        for replica in replicas
+                    ],
+                }
+                for stage, replicas in zip(self.pipeline.stages, self.pipeline.replicas, strict=True)
+            ],
+        }
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def _generations(
+        self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]], allowed: list[int]
+    ) -> list[Generation]:
+        first = next(self._ids)
+        reply = Reply(request, incoming, id=f"{self._salt}{first:x}", prompt_tokens=sum(map(len, prompts)), offset=0)
+        seed = int.from_bytes(os.urandom(4)) if request.seed is None else request.seed % (1 << 63)
+        found = []
+        for choice in reply.choices:
+            which, number = divmod(choice.index, request.n)
+            if request.echo and not request.resume_token_ids:
+                given = request.prompts[which]
+                choice.add(given if isinstance(given, str) else self._text(given))
+            sampling = Sampling(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                frequency_penalty=request.frequency_penalty,
+                presence_penalty=request.presence_penalty,
+                seed=seed,
+                number=number,
+                logprobs=request.logprobs,
+            )
+            found.append(
+                Generation(
+                    self,
+                    request,
+                    choice,
+                    id=next(self._ids),
+                    prompt=prompts[which],
+                    tokens_max=allowed[which],
+                    sampling=sampling,
+                )
+            )
+        return found
+
+    def _prompts(self, request: GenerationRequest) -> list[list[int]]:
+        if not request.chat:
+            return [self._prompt(prompt) for prompt in request.prompts]
+        if not self.tokenizer.chats:
+            raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
+        try:
+            text = self.tokenizer.chat(request.messages, request.tools.offered if request.tools.mode != "none" else ())
+        except ValueError as error:
+            log.warning("%d messages do not go through the model's chat template: %s", len(request.messages), error)
+            raise RequestError("messages do not fit this model's chat template.", param="messages") from None
+        return [self._encoded(text, "messages")]
+
+    def _prompt(self, prompt: str | tuple[int, ...]) -> list[int]:
+        if isinstance(prompt, str):
+            return self._encoded(prompt, "prompt")
+        self._check_tokens("prompt", prompt)
+        return list(prompt)
+
+    def _encoded(self, text: str, where: str) -> list[int]:
+        # A chat template writes the begin token itself.
+        tokens = self.tokenizer.encode(text, special=where == "prompt")
+        if not tokens:
+            raise RequestError(f"{where} is empty; it must hold at least one token.", param=where)
+        return tokens
+
+    def _check_tokens(self, field: str, tokens: SequenceOf[int]) -> None:
+        largest, allowed = max(tokens, default=0), self.architecture.vocabulary - 1
+        if largest > allowed:
+            raise RequestError(f"{field} holds token {largest}; this model's are 0 to {allowed}.", param=field)
+
+    def _text(self, tokens: SequenceOf[int]) -> str:
+        stream = TextStream(self.tokenizer.vocabulary)
+        return stream.feed(tokens) + stream.flush()
+
+    def _ended_before(self, generation: Generation) -> bool:
+        """A request that is resumed, whose answer was complete."""
+        done = generation.request.resume_token_ids
+        if not done:
+            return False
+        generation.text.feed(done)
+        stopped = generation.text.stopped or (done[-1] in self._eos and not generation.request.ignore_eos)
+        if not stopped and len(done) < generation.tokens_max:
+            return False
+        generation.choice.finish(generation.text.flush(), (), "stop" if stopped else "length", len(done))
+        return True
+
+    def _cancel(self, generations: list[Generation]) -> None:
+        """The rest of an answer is no longer needed."""
+        for generation in generations:
+            if self._running.pop(generation.id, None) is not None:
+                self.pipeline.remove(generation.sequence)
+            elif generation in self._waiting:
+                self._waiting.remove(generation)
+            else:
+                continue
+            self.totals.cancelled += 1
+        self.admit()
+
+    # -- the pipeline --------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """As many as there is room for."""
+        while self._waiting and len(self._running) < self.limit:
+            generation = self._waiting[0]
+            if not self.pipeline.add(generation.sequence):
+                self._fail_if_too_long(generation)
+                break
+            self._waiting.popleft()
+            self._count_busy()
+            self._running[generation.id] = generation
+            if not generation.began:
+                generation.began = True
+                self.queue_times.add(time.monotonic() - generation.arrival_s)
+        self.pipeline.pump()
+
+    def _fail_if_too_long(self, generation: Generation) -> None:
+        """One that finds no room although nobody else is there never will."""
+        stages = [[r for r in replicas if r.up] for replicas in self.pipeline.replicas]
+        if self._running or not all(stages):
+            return
+        most = min(max(r.kv_capacity_tokens for r in replicas) for replicas in stages)
+        if len(generation.sequence.tokens) + 1 > most:
+            self._waiting.popleft()
+            self._fail(generation, _no_room())
+
+    def drew(self, generation: Generation, drawn: Drawn) -> int | None:
+        now_s = time.monotonic()
+        token, request = drawn.token, generation.request
+        done = len(generation.sequence.tokens) - generation.prompt_tokens + 1
+        self._count(generation, now_s)
+        ended: FinishReason | None = None
+        if token in self._eos and not request.ignore_eos:
+            ended = "stop"
+        elif done >= generation.tokens_max:
+            ended = "length"
+        text = generation.text.feed((token,))
+        if generation.text.stopped:
+            ended = "stop"
+        logprobs = self._logprobs(drawn) if request.logprobs is not None else ()
+        if ended is None:
+            generation.choice.step(text, (token,), logprobs=logprobs)
+            return token
+        self._running.pop(generation.id, None)
+        self.totals.finished[ended] += 1
+        self.totals.e2e.add(now_s - generation.arrival_s)
+        generation.choice.finish(text + generation.text.flush(), (token,), ended, done, logprobs=logprobs)
+        asyncio.get_running_loop().call_soon(self.admit)
+        return None
+
+    def preempted(self, generation: Generation) -> None:
+        self.preemptions += 1
+        self._running.pop(generation.id, None)
+        if not self._running:
+            self._fail(generation, _no_room())
+            return
+        self._waiting.appendleft(generation)
+
+    def _fail(self, generation: Generation, error: RequestError) -> None:
+        self.totals.finished["error"] += 1
+        generation.choice.fail(error)
+
+    def _logprobs(self, drawn: Drawn) -> list[TokenLogprob]:
+        table = self.tokenizer.vocabulary
+        top = tuple((table[id] if id < len(table) else b"", logprob) for id, logprob in drawn.top)
+        return [TokenLogprob(table[drawn.token] if drawn.token < len(table) else b"", drawn.logprob, top)]
+
+    def _count(self, generation: Generation, now_s: float) -> None:
+        totals = self.totals
+        totals.generation_tokens += 1
+        if generation.last_s is None:
+            totals.ttft.add(now_s - generation.arrival_s)
+            totals.prefill_tokens += len(generation.sequence.tokens)
+        else:
+            totals.decode_tokens += 1
+            totals.context_tokens += len(generation.sequence.tokens)
+            totals.itl.add(now_s - generation.last_s)
+            # A step of the whole pipeline is a round, in which each running sequence gets a token.
+            self._rounds += 1 / max(1, len(self._running))
+            totals.steps = int(self._rounds)
+        generation.last_s = now_s
+
+    def _count_busy(self) -> None:
+        now_s = time.monotonic()
+        if self._busy_since_s is not None:
+            self.totals.busy_s += now_s - self._busy_since_s
+        self._busy_since_s = now_s if self._running else None
+
+    def _kv(self) -> tuple[int, int]:
+        """Of the stage that has least, capacity and what is used, tokens."""
+        stages = [
+            (sum(r.kv_capacity_tokens for r in rs if r.up), sum(r.kv_free_tokens for r in rs if r.up))
+            for rs in self.pipeline.replicas
+        ]
+        capacity, free = min(stages)
+        return capacity, capacity - free
+
+    def _stage_metrics(self) -> str:
+        lines = []
+        figures = ("sequences", "waiting", "kv_free_tokens", "step_s", "hop_s", "queue_s", "busy_s", "calls")
+        said = self.stages()["stages"]
+        for figure in figures:
+            unit = figure.replace("_s", "_seconds") if figure.endswith("_s") else figure
+            lines.append(f"# TYPE chiron_head_stage_{unit} gauge")
+            for stage in said:
+                for replica in stage["replicas"]:
+                    labels = f'layers="{stage["layers"]}",replica="{replica["address"]}"'
+                    lines.append(f"chiron_head_stage_{unit}{{{labels}}} {replica[figure]}")
+        return "\n".join(lines) + "\n"
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._count_busy()
+            await asyncio.gather(*(replica.close() for replica in self.pipeline.left()))
+            self.admit()
+
+
+def _refuse(request: GenerationRequest) -> None:
+    """What this engine lacks."""
+    for field, asked in (
+        ("response_format", request.json is not None),
+        ("tool_choice", request.tools.mode == "required"),
+        ("logprobs", request.echo and request.logprobs is not None),
+    ):
+        if asked:
+            raise RequestError(
+                f"{field}: this engine does not implement it.", param=field, code="unsupported_parameter"
+            )
+
+
+def _no_room() -> RequestError:
+    return RequestError(
+        "The request does not fit into the engine's KV cache.", status=503, type="server_error", code="kv_cache_full"
+    )

@@ -1,0 +1,432 @@
+"""Sequences through stages: paths, micro-batches, and what happens when a replica comes, goes or dies.
+
+Each replica has an outbox. What comes out of one stage lies in the outbox of the replica of the next one that the
+sequence goes through, and is sent when less than two calls are under way there: one that is computed and one that
+waits, so that no replica pauses for the head. The first stage takes sequences as their turn comes, and starts at most
+M micro-batches, each of at most 1/M of the sequences.
+
+M is what makes a round, in which each sequence gets a token, shortest: with b sequences in each micro-batch, a step of
+stage k takes ``a_k + c_k b``, by a line through what was measured, and a round ::
+
+    max(sum over stages of (a_k + c_k b + hop), max over stages of ceil(M / replicas_k) (a_k + c_k b))
+
+More micro-batches keep more stages busy; fewer pay the fixed part of a step less often. Where sequences are more than
+a stage takes in one step, M is at least what that needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from chiron.engines.staged.messages import HeadHello, Result
+from chiron.engines.staged.replica import Call, LinkSettings, Replica, ReplicaEvents
+from chiron.engines.staged.sequence import Group, Piece, Sequence
+from chiron.engines.staged.split import StageRange
+
+log = logging.getLogger("chiron.staged")
+
+_CALLS_AT_ONCE = 2
+"""Under way at one replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineSettings:
+    max_num_batched_tokens: int = 512
+    """In one step: chunks of prompts besides the sequences' next tokens."""
+    micro_batches: int = 0
+    """0: as many as make a round shortest."""
+    drain_s: float = 10.0
+    """Sequences on a replica that is to go may end there for this long; then they are moved."""
+    link: LinkSettings = field(default_factory=LinkSettings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Of one stage, for choosing M."""
+
+    fixed_s: float
+    sequence_s: float
+    hop_s: float
+    replicas: int
+
+
+def micro_batches(stages: SequenceOf[StageTimes], sequences: int, step_max: int) -> int:
+    """How many make a round shortest; of equals the fewest."""
+    if sequences < 1 or not stages:
+        return 1
+    widest = max(stage.replicas for stage in stages)
+    least = ceil(sequences / max(1, step_max))
+    best, best_s = least, None
+    for count in range(least, max(least, min(sequences, 2 * len(stages) + 2 * widest)) + 1):
+        each = ceil(sequences / count)
+        steps = [stage.fixed_s + stage.sequence_s * each for stage in stages]
+        way_s = sum(steps) + sum(stage.hop_s for stage in stages)
+        busy_s = max(step * ceil(count / stage.replicas) for step, stage in zip(steps, stages, strict=True))
+        round_s = max(way_s, busy_s)
+        # Noise in what is measured must not change it all the time.
+        if best_s is None or round_s < 0.98 * best_s:
+            best, best_s = count, round_s
+    return best
+
+
+class Pipeline(ReplicaEvents):
+    """Used on the loop's thread."""
+
+    def __init__(
+        self,
+        stages: SequenceOf[StageRange],
+        hello: Callable[[StageRange], HeadHello],
+        settings: PipelineSettings,
+        *,
+        call_later: Callable[[float, Callable[[], None]], Any],
+        changed: Callable[[], None],
+        context: ssl.SSLContext | None = None,
+        row_bytes: int,
+    ) -> None:
+        """``changed``: room may have come, or gone. ``row_bytes``: of one position's hidden state."""
+        self.stages = tuple(stages)
+        self.replicas: list[list[Replica]] = [[] for _ in stages]
+        self.running: dict[Sequence, None] = {}
+        self.replayed_tokens = 0
+        self.losses = 0
+        """Replicas that were lost."""
+        self._ready: dict[Sequence, None] = {}
+        """With something to send to the first stage, whose turn comes in this order."""
+        self._groups: list[Group] = []
+        self._hello = hello
+        self._settings = settings
+        self._call_later = call_later
+        self._changed = changed
+        self._context = context
+        self._row_bytes = row_bytes
+        self._micro_batches = 1
+        self._answers = 0
+        self._tasks: list[Any] = []
+
+    # -- replicas ----------------------------------------------------------------------------------------------
+
+    def set_replicas(self, addresses: SequenceOf[SequenceOf[str]]) -> None:
+        """Which there should be, of each stage. Others are drained, and left."""
+        for stage, wanted in enumerate(addresses):
+            have = {replica.address: replica for replica in self.replicas[stage]}
+            for address in dict.fromkeys(wanted):
+                if address not in have:
+                    hello = self._hello(self.stages[stage])
+                    replica = Replica(stage, address, hello, self, self._settings.link, self._context)
+                    self.replicas[stage].append(replica)
+                    replica.start()
+                elif have[address].leaving:
+                    have[address].leaving = have[address].draining = False
+            for replica in self.replicas[stage]:
+                if replica.address not in wanted and not replica.leaving:
+                    replica.leaving = replica.draining = True
+                    self.replica_draining(replica)
+        self.pump()
+
+    def left(self) -> list[Replica]:
+        """Replicas that are no longer wanted and have nothing to do any more; to be closed."""
+        found = []
+        for replicas in self.replicas:
+            for replica in list(replicas):
+                if replica.leaving and not (replica.up and replica.sequences):
+                    replicas.remove(replica)
+                    found.append(replica)
+        return found
+
+    def replica_up(self, replica: Replica) -> None:
+        log.info("stage %d has the replica %s", replica.stage, replica.address)
+        for sequence in list(self.running):
+            if not sequence.placed:
+                self._place(sequence)
+        self.pump()
+        self._changed()
+
+    def replica_down(self, replica: Replica, why: str) -> None:
+        log.warning("stage %d has lost the replica %s: %s", replica.stage, replica.address, why)
+        self.losses += 1
+        replica.outbox.clear()
+        replica.calls.clear()
+        self._move(list(replica.sequences), replica)
+        self.pump()
+        self._changed()
+
+    def replica_draining(self, replica: Replica) -> None:
+        log.info("stage %d drains the replica %s", replica.stage, replica.address)
+        self._call_later(self._settings.drain_s, lambda: self._move_away(replica))
+
+    def _move_away(self, replica: Replica) -> None:
+        if replica.draining and any(other is not replica for other in self._usable(replica.stage)):
+            self._move(list(replica.sequences), replica)
+            self.pump()
+
+    def _move(self, sequences: Iterable[Sequence], replica: Replica) -> None:
+        """They go on elsewhere, from their tokens."""
+        for sequence in sorted(sequences, key=lambda each: each.id):
+            self.replayed_tokens += sequence.held[replica.stage]
+            replica.free(sequence)
+            sequence.path[replica.stage] = None
+            sequence.lose(replica.stage)
+            self._place(sequence)
+
+    def _usable(self, stage: int) -> list[Replica]:
+        return [replica for replica in self.replicas[stage] if replica.up and not replica.draining]
+
+    # -- sequences ---------------------------------------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> bool:
+        """False: some stage has no replica with room for it now."""
+        need = len(sequence.tokens) + 1
+        chosen = []
+        for stage in range(len(self.stages)):
+            fits = [replica for replica in self._usable(stage) if replica.room_tokens >= need]
+            if not fits:
+                return False
+            chosen.append(_least_loaded(fits))
+        sequence.held = [0] * len(self.stages)
+        sequence.path = list(chosen)
+        for replica in chosen:
+            replica.sequences.add(sequence)
+        self.running[sequence] = None
+        self._ready[sequence] = None
+        return True
+
+    def remove(self, sequence: Sequence) -> None:
+        """It has ended, or has to wait; its KV is freed."""
+        self.running.pop(sequence, None)
+        self._ready.pop(sequence, None)
+        sequence.start_over()
+        for replica in sequence.path:
+            if replica is not None:
+                replica.free(sequence)
+        sequence.path, sequence.held = [], []
+
+    def _place(self, sequence: Sequence) -> None:
+        """A replica for each stage that it has none of; where there is none it waits for one."""
+        for stage, replica in enumerate(sequence.path):
+            if replica is None and (usable := self._usable(stage)):
+                need = len(sequence.tokens) + 1
+                found = _least_loaded([r for r in usable if r.room_tokens >= need] or usable)
+                sequence.path[stage] = found
+                sequence.held[stage] = 0
+                found.sequences.add(sequence)
+        if sequence.placed:
+            self._ready[sequence] = None
+
+    # -- flow --------------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Send whatever can be sent."""
+        share = self._share()
+        for replicas in self.replicas[1:]:
+            for replica in replicas:
+                while replica.up and replica.outbox and len(replica.calls) < _CALLS_AT_ONCE:
+                    pieces = self._from_outbox(replica, share)
+                    if pieces:
+                        replica.send(pieces)
+        for replica in self.replicas[0]:
+            while replica.up and len(replica.calls) < _CALLS_AT_ONCE:
+                pieces = self._from_ready(replica, share)
+                if not pieces:
+                    break
+                replica.send(pieces)
+
+    def _share(self) -> int:
+        """Sequences of one micro-batch, at most."""
+        if self._settings.micro_batches:
+            self._micro_batches = self._settings.micro_batches
+        elif self._answers % 16 == 0:
+            self._micro_batches = micro_batches(self.stage_times(), len(self.running), self._step_max())
+        return max(1, min(ceil(len(self.running) / self._micro_batches), self._step_max()))
+
+    def _step_max(self) -> int:
+        return min((r.limit for replicas in self.replicas for r in replicas if r.up), default=1)
+
+    def stage_times(self) -> list[StageTimes]:
+        times = []
+        for replicas in self.replicas:
+            known = [r.figures for r in replicas if r.up and r.figures.calls]
+            lines = [figures.line() for figures in known] or [(0.0, 0.0)]
+            times.append(
+                StageTimes(
+                    fixed_s=sum(line[0] for line in lines) / len(lines),
+                    sequence_s=sum(line[1] for line in lines) / len(lines),
+                    hop_s=sum(figures.hop_s for figures in known) / max(1, len(known)),
+                    replicas=max(1, sum(1 for r in replicas if r.up)),
+                )
+            )
+        return times
+
+    def _from_outbox(self, replica: Replica, share: int) -> list[Piece]:
+        pieces: list[Piece] = []
+        tokens = 0
+        while replica.outbox and len(pieces) < share:
+            piece = replica.outbox[0]
+            count = piece.end - piece.start
+            if pieces and tokens + count > self._settings.max_num_batched_tokens + share:
+                break
+            replica.outbox.popleft()
+            if not piece.stale:
+                pieces.append(piece)
+                tokens += count
+        return pieces
+
+    def _from_ready(self, replica: Replica, share: int) -> list[Piece]:
+        """The next micro-batch: next tokens first, then prompts in chunks. While prompts are long more micro-batches
+        may be under way, of chunks alone, so that one chunk follows another through the stages."""
+        self._groups = [group for group in self._groups if group.open]
+        decodes = len(self._groups) < self._micro_batches
+        if not decodes and len(self._groups) >= self._micro_batches + len(self.stages) - 1:
+            return []
+        group = Group()
+        pieces: list[Piece] = []
+        budget = self._settings.max_num_batched_tokens
+        for sequence in self._in_turn(replica, decodes):
+            span = sequence.next_span(budget) if budget > 0 else None
+            if span is None or len(pieces) >= share:
+                break
+            pieces.append(self._piece(sequence, span, group))
+            budget -= span[1] - span[0]
+        if pieces:
+            self._groups.append(group)
+        return pieces
+
+    def _in_turn(self, replica: Replica, decodes: bool) -> list[Sequence]:
+        """Who could go through this replica now: next tokens, then prompts."""
+        nexts, prompts, nothing = [], [], []
+        for sequence in self._ready:
+            if sequence.path and sequence.path[0] is not replica:
+                continue
+            span = sequence.next_span(2)
+            if span is None:
+                nothing.append(sequence)
+            elif span[1] - span[0] > 1:
+                prompts.append(sequence)
+            elif decodes:
+                nexts.append(sequence)
+        for sequence in nothing:  # Something will happen to them that puts them here again.
+            self._ready.pop(sequence)
+        return nexts + prompts
+
+    def _piece(self, sequence: Sequence, span: tuple[int, int, int], group: Group) -> Piece:
+        start, end, last = span
+        whole = end == len(sequence.tokens) and last == len(self.stages) - 1
+        piece = Piece(
+            sequence=sequence,
+            epoch=sequence.epoch,
+            start=start,
+            end=end,
+            last=last,
+            want=sequence.want if whole else 0,
+            group=group,
+            rows=_ids(sequence.tokens[start:end]),
+        )
+        group.open += 1
+        sequence.flying.append(piece)
+        self._ready.pop(sequence)
+        return piece
+
+    def replica_answered(self, replica: Replica, call: Call, result: Result, body: memoryview) -> None:
+        self._answers += 1
+        refused = dict(result.refused)
+        pieces = [(place, piece) for place, piece in enumerate(call.pieces)]
+        if not all(0 <= place < len(call.pieces) for place in refused):
+            raise ValueError("it refused entries that it was not sent")
+        passed = [piece for place, piece in pieces if place not in refused]
+        if replica.stage == len(self.stages) - 1:
+            self._tokens(passed, result.top, body)
+        else:
+            self._onward(replica.stage, passed, body)
+        for place, held in refused.items():
+            self._refused(replica, call.pieces[place], held)
+        self.pump()
+
+    def _onward(self, stage: int, pieces: list[Piece], body: memoryview) -> None:
+        width, at = self._row_bytes, 0
+        if len(body) != width * sum(piece.end - piece.start for piece in pieces):
+            raise ValueError(f"a result of {len(body)} bytes, which are not the rows that were sent")
+        for piece in pieces:
+            rows = body[at : at + width * (piece.end - piece.start)]
+            at += len(rows)
+            if piece.stale:
+                continue
+            sequence = piece.sequence
+            sequence.held[stage] = piece.end
+            if piece.last > stage:
+                piece.stage, piece.rows = stage + 1, rows
+                onto = sequence.path[stage + 1]
+                assert onto is not None
+                onto.outbox.append(piece)
+                if piece.stage == 1 and piece.end < len(sequence.tokens):
+                    self._ready[sequence] = None
+            else:
+                self._over(piece)
+
+    def _over(self, piece: Piece) -> None:
+        piece.group.open -= 1
+        piece.sequence.flying.remove(piece)
+        self._ready[piece.sequence] = None
+
+    def _tokens(self, pieces: list[Piece], top: int, body: memoryview) -> None:
+        wanted = [piece for piece in pieces if piece.want]
+        if len(body) != len(wanted) * (8 * top + 4):
+            raise ValueError(f"a result of {len(body)} bytes for {len(wanted)} sequences of {top} tokens")
+        rows = 4 * top
+        logits, ids = body[: rows * len(wanted)], body[rows * len(wanted) : 2 * rows * len(wanted)]
+        mass = body[2 * rows * len(wanted) :].cast("f")
+        stage = len(self.stages) - 1
+        for piece in pieces:
+            if not piece.stale:
+                piece.sequence.held[stage] = piece.end
+        for at, piece in enumerate(wanted):
+            if piece.stale:
+                continue
+            self._over(piece)
+            sequence, part = piece.sequence, slice(rows * at, rows * (at + 1))
+            token = sequence.listener.token(logits[part], ids[part], mass[at])
+            if token is None:
+                self.remove(sequence)
+                self._changed()
+            else:
+                sequence.tokens.append(token)
+        for piece in pieces:
+            if not piece.want and not piece.stale:
+                self._over(piece)
+
+    def _refused(self, replica: Replica, piece: Piece, held: int) -> None:
+        """A replica has no KV for a sequence, or not what it needs to go on (it was there before a restart)."""
+        if piece.stale:
+            return
+        sequence = piece.sequence
+        if held >= 0:
+            sequence.held[replica.stage] = min(held, sequence.held[replica.stage])
+            sequence.start_over()
+            self._ready[sequence] = None
+            return
+        need = len(sequence.tokens) + 1
+        others = [r for r in self._usable(replica.stage) if r is not replica and r.room_tokens >= need]
+        if others:
+            replica.free(sequence)
+            sequence.path[replica.stage] = None
+            sequence.lose(replica.stage)
+            self._place(sequence)
+            return
+        youngest = max(replica.sequences, key=lambda each: each.id)
+        self.remove(youngest)
+        youngest.listener.preempted()
+        if youngest is not sequence:
+            sequence.start_over()
+            self._ready[sequence] = None
+
+
+def _least_loaded(replicas: SequenceOf[Replica]) -> Replica:
+    return min(replicas, key=lambda replica: (len(replica.sequences), -replica.room_tokens, replica.address))
+
+
+def _ids(tokens: list[int]) -> memoryview:
+    return memoryview(b"".join(token.to_bytes(4, "little") for token in tokens))

@@ -1,0 +1,164 @@
+"""A head and stages on real sockets: many sequences at once, replicas that come, go and die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from reference import recorded
+from staged_models import need_torch, prompts, tiny
+
+need_torch()
+
+from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
+from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
+from chiron.engines.staged.service import Pace  # noqa: E402
+from staged_site import PATIENT, StagedSite, staged_site, start_replica, until  # noqa: E402
+
+TOKENS = 12
+GIVEN = prompts(3, seed=0)
+SPLIT = ("0-0", "1-2", "3-3")
+
+
+async def ask_all(site: StagedSite, times: int = 1) -> None:
+    """All prompts at once; each is answered as transformers would."""
+    answers = await asyncio.gather(*(site.complete(prompt, TOKENS) for prompt in GIVEN * times))
+    assert answers == [tokens[:TOKENS] for tokens in recorded("llama")] * times
+
+
+def test_many_sequences_are_answered_as_transformers_would() -> None:
+    async def main() -> None:
+        small = PipelineSettings(link=PATIENT, max_num_batched_tokens=16, micro_batches=3)
+        async with staged_site(tiny(), SPLIT, replicas=(1, 2, 1), pipeline=small) as site:
+            await ask_all(site, 2)
+            assert all(replica.service.totals.steps for replica in site.replicas[1])
+            await until(lambda: not any(r.service.kv.sequences for rs in site.replicas for r in rs))
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_dies_costs_a_pause() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(ask_all(site, 2))
+            stage = 1
+            await until(lambda: site.replicas[stage][0].service.totals.steps > 4)
+            victim = site.replicas[stage].pop()
+            await site.add(stage)
+            site.tell()
+            await until(lambda: site.engine.pipeline.replicas[stage][-1].up)
+            await victim.die()
+            await asking
+            assert site.engine.pipeline.losses == 1
+            assert site.engine.pipeline.replayed_tokens > 0
+
+    asyncio.run(main())
+
+
+def test_without_a_replica_sequences_wait_for_the_next_one() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(ask_all(site))
+            await until(lambda: site.replicas[2][0].service.totals.steps > 4)
+            await site.replicas[2].pop().die()
+            await until(lambda: site.engine.pipeline.losses == 1)
+            await site.add(2)
+            site.tell()
+            await asking
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_is_taken_out_is_left_in_good_time() -> None:
+    async def main() -> None:
+        quick = PipelineSettings(link=PATIENT, drain_s=0.0)
+        async with staged_site(tiny(), SPLIT, replicas=(2, 1, 1), pipeline=quick, pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(ask_all(site, 2))
+            await until(lambda: site.replicas[0][0].service.totals.steps > 4)
+            old = site.replicas[0].pop(0)
+            site.tell()
+            await until(lambda: len(site.engine.pipeline.replicas[0]) == 1)
+            await asking
+            await until(lambda: old.service.heads == 0 and old.service.kv.sequences == 0)
+            assert site.engine.pipeline.losses == 0
+
+    asyncio.run(main())
+
+
+def test_sequences_that_do_not_fit_wait_for_kv() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, kv_tokens=192) as site:
+            await ask_all(site)
+            status, said = await site.post("/v1/completions", {"model": "tiny", "prompt": [1] * 300, "max_tokens": 4})
+            assert status == 503
+            assert json.loads(said)["error"]["code"] == "kv_cache_full"
+
+    asyncio.run(main())
+
+
+def test_requests_of_many_kinds() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), head=HeadSettings(name="tiny", model_len_max=128)) as site:
+            chat: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "bada"}], "max_tokens": 8}
+            drawn = {
+                **chat,
+                "seed": 5,
+                "temperature": 1.0,
+                "top_p": 0.9,
+                "top_k": 50,
+                "logprobs": True,
+                "top_logprobs": 2,
+            }
+            first, again = [json.loads((await site.post("/v1/chat/completions", drawn))[1]) for _ in range(2)]
+            assert first["choices"] == again["choices"]
+            assert first["usage"]["completion_tokens"] == 8
+            assert len(first["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
+            streamed = {**chat, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+            status, events = await site.post("/v1/chat/completions", streamed)
+            assert (status, events.count(b"data: ")) == (200, 8 + 1 + 1)
+            whole = json.loads((await site.post("/v1/chat/completions", {**chat, "temperature": 0}))[1])
+            text = whole["choices"][0]["message"]["content"]
+            stop = {**chat, "temperature": 0, "stop": text[3:5]}
+            cut = json.loads((await site.post("/v1/chat/completions", stop))[1])["choices"][0]
+            assert (cut["message"]["content"], cut["finish_reason"]) == (text[: text.index(text[3:5])], "stop")
+            rest = await site.complete(GIVEN[0], TOKENS, resume_token_ids=recorded("llama")[0][:10])
+            assert rest == recorded("llama")[0][10:TOKENS]
+            plain = {"model": "tiny", "prompt": GIVEN[0], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+            said = json.loads(
+                (await site.post("/v1/completions", {**plain, "frequency_penalty": 2.0, "return_token_ids": True}))[1]
+            )
+            tokens = said["choices"][0]["token_ids"]
+            assert len(set(tokens)) == len(tokens)
+            status, said = await site.post("/v1/completions", {"model": "tiny", "prompt": [1] * 120, "max_tokens": 20})
+            assert (status, json.loads(said)["error"]["code"]) == (400, "context_length_exceeded")
+            status, text = await site.post("/metrics", {}, "GET")
+            assert b"chiron_head_stage_hop_seconds{" in text
+            status, said = await site.post("/chiron/stages", {"replicas": [[], []]}, "PUT")
+            assert b"replicas is [[], []]; it must be a list of 1 lists" in said
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "said"),
+    [("other", "0-3", "it has another model"), ("same", "0-2", "it has layers 0-2; here they are 0-3")],
+)
+def test_another_model_or_split_at_the_other_end_is_refused(model: str, layers: str, said: str) -> None:
+    from chiron.engines.staged.split import read_range
+    from chiron.engines.staged.weights import read_model_files
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), replicas=(0,)) as site:
+            files = read_model_files(tiny() if model == "same" else tiny("qwen2"))
+            wrong = await start_replica(files, read_range(layers))
+            site.replicas[0].append(wrong)
+            site._all.append(wrong)
+            site.tell()
+            await until(lambda: site.engine.pipeline.replicas[0][0].trouble)
+            assert said in site.engine.pipeline.replicas[0][0].trouble
+            assert not site.engine.pipeline.replicas[0][0].up
+
+    asyncio.run(main())
