@@ -32,6 +32,7 @@ COMMANDS = {
     "batch": "chiron.cli.batch.command:app",
     "store": "chiron.cli.store:app",
     "ray": "chiron.cli.ray:app",
+    "stages": "chiron.cli.stages:app",
     "trace": "chiron.cli.trace:app",
     "profile": "chiron.cli.profile.command:app",
 }
