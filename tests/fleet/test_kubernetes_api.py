@@ -13,7 +13,7 @@ import pytest
 from chiron.fleet.kubernetes.client import ApiError
 from chiron.fleet.kubernetes.pods import DELETION_COST
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
-from kubernetes_site import DEPLOYMENTS, PODS, Cluster, cluster, every_cluster, workload
+from kubernetes_site import DEPLOYMENTS, MODELS, PODS, Cluster, chiron_model, cluster, every_cluster, workload
 
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
 STATEFUL_SETS = "/apis/apps/v1/namespaces/default/statefulsets"
@@ -278,3 +278,35 @@ def test_a_version_that_is_too_old_is_expired_and_lists_bring_a_watch_up_to_date
         await asyncio.gather(running, return_exceptions=True)
 
     told("fake", tmp_path, story, nodes=0)
+
+
+@every_cluster
+def test_the_status_of_a_chiron_model_is_written_apart_from_what_is_wanted(what: str, tmp_path: Path) -> None:
+    async def story(here: Cluster) -> None:
+        await here.define_models()
+        client, path = here.client, f"{MODELS}/m"
+        made = await client.post(MODELS, {**chiron_model("m", "a"), "status": {"ready": 7}})
+        assert made["metadata"]["generation"] == 1
+        assert "status" not in made
+        version = made["metadata"]["resourceVersion"]
+        told = await client.patch(f"{path}/status", {"metadata": {"resourceVersion": version}, "status": {"ready": 1}})
+        assert (told["status"], told["metadata"]["generation"]) == ({"ready": 1}, 1)
+        stale = {"metadata": {"resourceVersion": version}, "status": {"ready": 2}}
+        assert await refused(client.patch(f"{path}/status", stale)) == (409, "Conflict")
+        changed = await client.patch(path, {"spec": {"minInstances": 2}, "status": {"ready": 9}})
+        assert (changed["status"], changed["metadata"]["generation"]) == ({"ready": 1}, 2)
+        gone = await client.patch(f"{path}/status", {"spec": {"minInstances": 3}, "status": {"ready": None}})
+        assert (gone["status"], gone["spec"]["minInstances"]) == ({}, 2)
+        if what == "real":
+            for wrong, where in (
+                ({"kinds": []}, "spec.kinds"),
+                ({"kinds": [{"engine": "vllm"}]}, "spec.kinds"),
+                ({"kinds": [{"engine": "vllm", "deployment": "A_b"}]}, "spec.kinds.deployment"),
+                ({"minInstances": -1}, "spec.minInstances"),
+                ({"classes": [{"name": "c", "kind": "odd"}]}, "spec.classes.kind"),
+            ):
+                with pytest.raises(ApiError, match=where) as error:
+                    await client.post(MODELS, chiron_model("wrong", "a", **wrong))
+                assert error.value.status == 422
+
+    told(what, tmp_path, story, nodes=0)

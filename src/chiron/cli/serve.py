@@ -25,6 +25,7 @@ from chiron.engines.rows import ENGINES
 from chiron.net.loop import run_on_loop
 
 if TYPE_CHECKING:
+    from chiron.cli.common.chiron_models import FollowedModels
     from chiron.gateway.processes.keeper import Keeper, Seat
     from chiron.gateway.processes.kept import KeeperLink
     from chiron.gateway.settings import ServeConfig, ServerSettings
@@ -101,8 +102,14 @@ def serve(
     )
     raise_file_limit(loaded.limits.connections_max * FILES_PER_CONNECTION + FILES_BESIDES)
 
+    models = None
+    if loaded.kubernetes is not None:
+        from chiron.cli.common.chiron_models import FollowedModels
+
+        models = FollowedModels(loaded, config.absolute().parent, policy)
+        loaded = models.first()
     try:
-        _serve(loaded, advise=advise)
+        _serve(loaded, models, advise=advise)
     except OSError as error:
         refusal = _cannot_listen(error, loaded.server) or _cannot_write(error, loaded)
         if refusal:
@@ -117,16 +124,19 @@ def serve(
         raise ConfigError(f"{'server.data: ' if str(loaded.data) in str(error) else ''}{error}") from None
 
 
-def _serve(config: ServeConfig, *, advise: bool) -> None:
+def _serve(config: ServeConfig, models: FollowedModels | None, *, advise: bool) -> None:
     """In one process, or as the keeper of several: then also once in each brain that it makes."""
+    from chiron.gateway.processes.keeper import AGAIN
     from chiron.gateway.processes.start import BrainStart
     from chiron.gateway.service import run
 
-    keeper = _keeper(config)
+    keeper = _keeper(config, models)
     seat = keeper.run() if keeper is not None else None
     if keeper is not None and seat is None:
         raise typer.Exit(keeper.status)
     follows = seat is not None and seat.number > 1
+    if models is not None:
+        config = models.renewed() or config
     if follows:
         log.warning("this is brain %d: the one before it has ended", seat.number if seat is not None else 0)
 
@@ -146,24 +156,30 @@ def _serve(config: ServeConfig, *, advise: bool) -> None:
         brain = BrainStart(
             relays=start, opened=opened, follows=follows, term=seat.number, expects=start.relays, superseded=_superseded
         )
+        followed: dict[str, Any] = {}
+        if models is not None:
+            followed = {"leading": models.lead, "hands_over": lambda: models.changed}
         if config.gateways is None:
-            await run(config, advise=advise, brain=brain, on_ready=ready)
-            return
-        from chiron.gateway.peers.member import Member
+            serving = run(config, advise=advise, brain=brain, on_ready=ready, **followed)
+        else:
+            from chiron.gateway.peers.member import Member
 
-        member = Member(
-            config,
-            advise=advise,
-            brain=brain,
-            nonce=seat.nonce,
-            say=say_keeper,
-            say_at_once=link.say_at_once,
-            on_ready=ready,
-            relays_ended=relays_ended,
-        )
-        await member.run()
+            serving = Member(
+                config,
+                advise=advise,
+                brain=brain,
+                nonce=seat.nonce,
+                say=say_keeper,
+                say_at_once=link.say_at_once,
+                on_ready=ready,
+                relays_ended=relays_ended,
+                **followed,
+            ).run()
+        await (serving if models is None else models.follow(serving))
 
     stopped_by = run_until_stopped(body, keeper, seat)
+    if models is not None and models.changed and stopped_by is None:
+        raise typer.Exit(AGAIN)
     say("stopped")
     if stopped_by == signal.SIGINT:
         raise typer.Exit(INTERRUPTED)
@@ -175,11 +191,11 @@ def _superseded(term: int) -> None:
     os._exit(OVER)
 
 
-def _keeper(config: ServeConfig) -> Keeper | None:
+def _keeper(config: ServeConfig, models: FollowedModels | None) -> Keeper | None:
     """To be made before there is a loop, or a thread; None: one process does it all."""
     relays = config.server.relays(os.cpu_count() or 1)
-    if config.gateways is not None:
-        relays = max(1, relays)  # Those of each gateway reach whichever brain leads.
+    if config.gateways is not None or models is not None:
+        relays = max(1, relays)  # Those of each gateway reach whichever brain leads, or follows.
     if not relays:
         return None
     from chiron.gateway.processes.keeper import Keeper
@@ -195,7 +211,7 @@ def _keeper(config: ServeConfig) -> Keeper | None:
     port = reserve(config.server.host, config.server.port)
     folder = Path(tempfile.mkdtemp(prefix="chiron-"))  # Nobody else may look into it.
     return Keeper(
-        relay=lambda keeper, start: run_relay(config, keeper, start),
+        relay=lambda keeper, start: run_relay(config, keeper, start, *([models.renewed] if models is not None else [])),
         start=RelayStart(port=port.number, folder=folder, relays=relays),
         port=port,
         stopping=_stopping_signals(),

@@ -28,6 +28,7 @@ from chiron.gateway.settings import (
     BatchSettings,
     GatewaysSettings,
     KindSettings,
+    KubernetesModelsSettings,
     LimitSettings,
     ModelSettings,
     ServeConfig,
@@ -66,6 +67,9 @@ class ServeFile:
     relays: StaySettings = field(default_factory=StaySettings)
     """What relays do while there is no brain; with ``server.workers`` above 1 or ``[gateways]``."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
+    kubernetes: KubernetesModelsSettings | None = None
+    """Models are read from the ChironModel resources of a namespace, too. Without the table there are those of the
+    file only."""
     devices: tuple[str, ...] = ()
     """GPU numbers that Chiron hands out to the engines it starts, as ``CUDA_VISIBLE_DEVICES``; empty: it sets none."""
     gpus: Mapping[str, int] = field(default_factory=dict)
@@ -93,13 +97,23 @@ def load_serve(source: str | Path, overrides: Sequence[str] = (), policy: str | 
 def parse_serve(text: str, *, directory: Path, file: str = "config", policy: str | None = None) -> ServeConfig:
     """The config in TOML text. Its relative paths are relative to ``directory``; errors name ``file``."""
     try:
-        table = tomllib.loads(text)
-        apply_overrides(table)
-        return _combine(_read_file(table), text, directory, policy)
+        return parse_table(read_table(text), text, directory=directory, policy=policy)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not TOML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+
+
+def read_table(text: str) -> dict[str, Any]:
+    """TOML text with its overrides applied. Raises ConfigError and TOMLDecodeError."""
+    table = tomllib.loads(text)
+    apply_overrides(table)
+    return table
+
+
+def parse_table(table: Mapping[str, Any], text: str, *, directory: Path, policy: str | None = None) -> ServeConfig:
+    """``text``: what is to be kept as the config's. Raises ConfigError."""
+    return _combine(_read_file(table), text, directory, policy)
 
 
 def _read_file(table: Mapping[str, Any]) -> ServeFile:
@@ -114,7 +128,9 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
     given = {
         "models": {
             name: ServeModelSection.from_table(entry, f'models."{name}"' if "." in name else f"models.{name}")
-            for name, entry in named_tables(table, "models", True, allowed=ServeModelSection.keys()).items()
+            for name, entry in named_tables(
+                table, "models", "kubernetes" not in table, allowed=ServeModelSection.keys()
+            ).items()
         },
         "classes": classes or DEFAULT_CLASSES,
         "policies": read_policies(table),
@@ -183,6 +199,14 @@ def _resolve_gateways(gateways: GatewaysSettings | None, directory: Path) -> Gat
     )
 
 
+def _resolve_kubernetes(
+    kubernetes: KubernetesModelsSettings | None, directory: Path
+) -> KubernetesModelsSettings | None:
+    if kubernetes is None:
+        return None
+    return replace(kubernetes, kubeconfig=_resolve(kubernetes.kubeconfig, directory))
+
+
 def _resolve_store(
     store: StoreSettings | PostgresSettings, retention_s: float, directory: Path
 ) -> StoreSettings | PostgresSettings:
@@ -226,7 +250,8 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     if len(set(file.devices)) != len(file.devices):
         raise ConfigError(f"devices: {list(file.devices)!r}: each device once")
     models = tuple(_model(name, section, file.classes, directory) for name, section in file.models.items())
-    _check_gpus(file.gpus, models)
+    if file.kubernetes is None:  # What these name may come and go with the resources.
+        _check_gpus(file.gpus, models)
     _check_names(models)
     _check_devices(models, file.devices)
     _check_keys(file, models)
@@ -259,6 +284,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "store": _resolve_store(file.store, file.batch.retention_s, directory),
             "gateways": _resolve_gateways(file.gateways, directory),
             "relays": file.relays,
+            "kubernetes": _resolve_kubernetes(file.kubernetes, directory),
             "fleet": file.fleet,
             "devices": file.devices,
             "gpus": file.gpus,
@@ -362,10 +388,11 @@ def _check_keys(file: ServeFile, models: Sequence[ModelSettings]) -> None:
     names = [model.name for model in models]
     seen: dict[str, int] = {}
     for i, key in enumerate(file.keys):
-        for j, model in enumerate(key.models):
-            _require_name(f"keys[{i}].models[{j}]", model, names)
-        for j, cls in enumerate(key.classes):
-            _require_name(f"keys[{i}].classes[{j}]", cls, file.classes)
+        if file.kubernetes is None:
+            for j, model in enumerate(key.models):
+                _require_name(f"keys[{i}].models[{j}]", model, names)
+            for j, cls in enumerate(key.classes):
+                _require_name(f"keys[{i}].classes[{j}]", cls, file.classes)
         for what in (f"name {key.name!r}", key.hash):
             if what in seen:
                 raise ConfigError(f"keys[{i}]: has the {'name' if what != key.hash else 'hash'} of keys[{seen[what]}]")

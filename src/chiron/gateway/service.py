@@ -611,19 +611,23 @@ async def run(
     advise: bool = False,
     brain: BrainStart | None = None,
     on_ready: Callable[[str], None] | None = None,
+    leading: Callable[[Service], None] = lambda service: None,
+    hands_over: Callable[[], bool] = lambda: False,
 ) -> None:
     """Serve until cancelled; then stop well, and leave the run's result in the data directory. ``on_ready`` hears the
-    URL; the others are as ``Service`` has them."""
+    URL, ``leading`` what serves; ``hands_over``: another brain follows, so that relays go on. The others are as
+    ``Service`` has them."""
     service = Service(config, advise=advise, brain=brain)
     started = False
     try:
         url = await service.start()
         started = True
+        leading(service)
         if on_ready is not None:
             on_ready(url)
         await asyncio.Event().wait()
     finally:
-        await service.stop()
+        await (service.hand_over() if hands_over() else service.stop())
         if started:
             save(service)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.rows import ENGINES
+from chiron.fleet.kubernetes.source import NAME
 from chiron.net.shares import LOOPBACK
 
 if TYPE_CHECKING:
@@ -349,6 +350,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KubernetesModelsSettings:
+    """Where ChironModel resources are."""
+
+    namespace: str = ""
+    """Default: the one that Chiron runs in, or the kubeconfig's."""
+    kubeconfig: str = ""
+    """A file; default: the service account of Chiron's pod, else ``KUBECONFIG`` or ``~/.kube/config``."""
+    context: str = ""
+    """Of the kubeconfig; default: its current one."""
+
+    def __post_init__(self) -> None:
+        fine = not self.namespace or bool(NAME.fullmatch(self.namespace))
+        _check(fine, "namespace", self.namespace, "a Kubernetes name: a-z, 0-9, - and .")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Everything that a gateway is started with."""
 
@@ -379,6 +396,8 @@ class ServeConfig:
     relays: StaySettings
     gateways: GatewaysSettings | None = None
     """None: this gateway is the only one."""
+    kubernetes: KubernetesModelsSettings | None = None
+    """None: models are the file's only."""
     keys: tuple[Key, ...] = field(default=(), repr=False)
     admin_key_hash: str = field(default="", repr=False)
     """``sha256:`` and 64 hexadecimal digits; empty: the admin routes are closed, but on loopback without keys."""

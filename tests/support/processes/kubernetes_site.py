@@ -7,10 +7,12 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import Client, KubernetesError
@@ -30,6 +32,10 @@ needs_kubernetes = (
     pytest.mark.skipif(not PROGRAMS, reason="CHIRON_TEST_KUBERNETES names no programs"),
 )
 every_cluster = pytest.mark.parametrize("what", ["fake", pytest.param("real", marks=needs_kubernetes)])
+
+
+CRD = resources.files("chiron") / "data" / "deploy" / "helm" / "chiron" / "crds" / "chironmodels.yaml"
+MODELS = "/apis/chiron-serving.io/v1alpha1/namespaces/default/chironmodels"
 
 
 class LoopContainer:
@@ -110,6 +116,20 @@ class Cluster:
     async def set_replicas(self, replicas: int, name: str = "engine", path: str = DEPLOYMENTS) -> None:
         await self.client.patch(f"{path}/{name}/scale", {"spec": {"replicas": replicas}})
 
+    async def define_models(self) -> None:
+        """ChironModels can be made from now on: of what is in memory they are a part."""
+        if self.plane is None:
+            return
+        definition = yaml.safe_load(CRD.read_text())
+        await self.client.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition)
+
+        async def there() -> bool:
+            with contextlib.suppress(KubernetesError):
+                return bool((await self.client.get(MODELS))["kind"])
+            return False
+
+        await self.until(there, "ChironModels are known")
+
     def container(self, pod: str) -> Any:
         return next(kubelet.containers[pod] for kubelet in self.kubelets if pod in kubelet.containers)
 
@@ -125,6 +145,16 @@ class Cluster:
             return len(await self.ready()) == count == len(await self.pods())
 
         await self.until(there, f"{count} pods are ready")
+
+
+def chiron_model(name: str, deployment: str, **spec: Any) -> dict[str, Any]:
+    kind = {"engine": "openai", "deployment": deployment, "port": PORT}
+    return {
+        "apiVersion": "chiron-serving.io/v1alpha1",
+        "kind": "ChironModel",
+        "metadata": {"name": name},
+        "spec": {"kinds": [kind], "minInstances": 1, "maxInstances": 3, **spec},
+    }
 
 
 def workload(

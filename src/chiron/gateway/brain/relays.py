@@ -28,7 +28,7 @@ from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, ProtocolError, Wire
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
-from chiron.gateway.relay.errors import ApiError, internal
+from chiron.gateway.relay.errors import ApiError, internal, model_not_found
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.net.clock import LiveClock
@@ -385,6 +385,9 @@ class RelayLink:
         if said.number in self.calls:
             raise ProtocolError(f"request {said.number} arrives twice")
         relays, found = self._relays, self._admitted(said)
+        if said.model not in relays.models.by_name:  # It may be served no more, which the relay has yet to read.
+            self.wire.send(m.End(said.number, "refused", refusal=_refusal(model_not_found(said.model))))
+            return
         if found is None:
             raise ProtocolError(
                 f"request {said.number} names model {said.model!r}, class {said.cls!r}, key {said.key!r}"
@@ -613,7 +616,8 @@ class RelayLink:
         call = FarCall(self, asked)
         try:
             if found is None:
-                raise internal(asked.request_id)
+                served = asked.model in self._relays.models.by_name
+                raise internal(asked.request_id) if served else model_not_found(asked.model)
             found[1].permit(asked.model, found[0].name)
             self.calls[asked.number] = call
             self._relays.desk.arrive_again(

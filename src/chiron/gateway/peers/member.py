@@ -55,9 +55,11 @@ class Member:
         say_at_once: Callable[[str], None],
         on_ready: Callable[[str], None],
         relays_ended: asyncio.Event,
+        leading: Callable[[Service], None] = lambda service: None,
+        hands_over: Callable[[], bool] = lambda: False,
     ) -> None:
         """``nonce`` is the keeper's, ``say`` tells it something, and so does ``say_at_once``, from any thread;
-        ``on_ready`` hears the URL once clients can come."""
+        ``on_ready`` hears the URL once clients can come; ``leading`` and ``hands_over`` as ``service.run`` has them."""
         settings = config.gateways
         assert settings is not None
         assert isinstance(config.store, PostgresSettings)
@@ -69,6 +71,8 @@ class Member:
         self._say = say
         self._on_ready = on_ready
         self._relays_ended = relays_ended
+        self._leading = leading
+        self._hands_over = hands_over
         self._holder = Peer(name=settings.name, host=host, port=port).holder(nonce)
         self._election = election(settings, config.store, self._holder)
         self._fence = Fence(lambda: _end("the lease is over"))
@@ -106,7 +110,8 @@ class Member:
             await self._standby.close()
             await self._lead(held)
         except asyncio.CancelledError:
-            await self._let_relays_end()
+            if not self._hands_over():  # Else they go on with the next brain of this gateway.
+                await self._let_relays_end()
             raise
         finally:
             await self._standby.close()
@@ -140,6 +145,7 @@ class Member:
             await service.start()
             self._service = service
             started = True
+            self._leading(service)
             context = server_context(self._settings)
             door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
             door.open(*self._settings.listen_address)

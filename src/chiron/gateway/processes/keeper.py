@@ -47,6 +47,8 @@ QUIET_MAX = 30
 AGAIN_MIN_S, AGAIN_MAX_S = 0.1, 10.0
 STEADY_S = 3.0
 """A process that ends later than this after its start has worked."""
+AGAIN = 76
+"""Exit status of a process that is to be started anew, at once: it has read another config."""
 LINGER_S = 5.0
 """How long relays may take to end once the brain has stopped."""
 _BLOCK_BYTES = 4096
@@ -248,6 +250,9 @@ class Keeper:
             return
         if self._stopped_by:
             self._tell_alone()
+            return
+        if status == AGAIN:
+            process.due_s = time.monotonic()
             return
         self._start_again(process, f"has ended ({_why(status)})")
 

@@ -43,8 +43,16 @@ CONNECT_MIN_S, CONNECT_MAX_S = 0.05, 0.5
 class RelayServer:
     """A relay with its listening socket. ``over`` is set when there is nothing left to do."""
 
-    def __init__(self, config: ServeConfig, start: RelayStart, *, stay: StaySettings | None = None) -> None:
-        """To be made on the loop that runs it. With ``stay`` it outlives its brain."""
+    def __init__(
+        self,
+        config: ServeConfig,
+        start: RelayStart,
+        *,
+        stay: StaySettings | None = None,
+        renewed: Callable[[], ServeConfig | None] = lambda: None,
+    ) -> None:
+        """To be made on the loop that runs it. With ``stay`` it outlives its brain. ``renewed`` is asked before each
+        brain: the config, if other models are in it than the last time."""
         loop = asyncio.get_running_loop()
         self.over = asyncio.Event()
         self.clock = LiveClock(loop, time_s=time.monotonic)
@@ -63,6 +71,7 @@ class RelayServer:
             stay=stay,
         )
         self._config = config
+        self._renewed = renewed
         self._stays = stay is not None
         self._start = start
         self._stopping = False
@@ -86,6 +95,9 @@ class RelayServer:
             tries += 1
 
     async def _connect(self, make: Callable[[], Wire]) -> None:
+        config = self._renewed()
+        if config is not None:
+            self.relay.renew(served_models(config), [kind for model in config.models for kind in model.kinds])
         await asyncio.get_running_loop().create_unix_connection(make, str(self._start.brain_path))
 
     def _ready(self) -> None:
@@ -148,12 +160,17 @@ class RelayServer:
             await upstream.origin.close()
 
 
-def run_relay(config: ServeConfig, keeper: socket.socket, start: RelayStart) -> int:
-    """In a fresh process, until it is over. Returns its exit status."""
+def run_relay(
+    config: ServeConfig,
+    keeper: socket.socket,
+    start: RelayStart,
+    renewed: Callable[[], ServeConfig | None] = lambda: None,
+) -> int:
+    """In a fresh process, until it is over. Returns its exit status. ``renewed`` as ``RelayServer`` has it."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def main() -> None:
-        server = RelayServer(config, start, stay=config.relays)
+        server = RelayServer(config, start, stay=config.relays, renewed=renewed)
 
         def gone() -> None:
             start.clear()

@@ -75,10 +75,23 @@ class Models:
 
     def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self.by_name = dict(models)
-        self._found = dict(models)
-        for served in models.values():
+        self._found: dict[str, ServedModel] = {}
+        self._name()
+
+    def _name(self) -> None:
+        self._found = dict(self.by_name)
+        for served in self.by_name.values():
             for alias in served.settings.aliases:
                 self._found.setdefault(alias, served)
+
+    def renew(self, models: Mapping[str, ServedModel]) -> None:
+        """Serve these from now on; what was learned of those that stay is kept."""
+        for name, served in models.items():
+            if (known := self.by_name.get(name)) is not None:
+                served.bytes_per_token = known.bytes_per_token
+        self.by_name.clear()
+        self.by_name.update(models)
+        self._name()
 
     def named(self, name: str) -> ServedModel | None:
         """By name or alias, for any key."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S
-from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
 from chiron.gateway.relay.joining import Connect, StaySettings
@@ -45,7 +45,8 @@ class Relay:
         With ``connect`` the relay outlives its brain, as ``stay`` says: ``uplink.begin()`` has it find one, and
         another one whenever that is gone. ``ready`` is then called for the first only, and ``closed`` never.
         Without it ``uplink.wire`` is the protocol of the one connection that there is."""
-        by_name = {each.kind.name: each for each in kinds}
+        self._models = models
+        by_name = self._kinds = {each.kind.name: each for each in kinds}
         self.uplink = Uplink(
             clock=clock,
             models=models,
@@ -71,6 +72,15 @@ class Relay:
             responded=self.uplink.responded,
             retry_after_s=limits.retry_after_s,
         )
+
+    def renew(self, models: Mapping[str, ServedModel], kinds: Sequence[KindSettings]) -> None:
+        """Other models than before, for the next brain. What was learned of those that stay is kept, and what runs
+        goes on."""
+        self._models.renew(models)
+        known = dict(self._kinds)
+        self._kinds.clear()
+        self._kinds.update({each.kind.name: each for each in kinds})
+        self.uplink.readdress({name for name, kind in known.items() if self._kinds.get(name) != kind})
 
     def _drain(self, on: bool) -> None:
         self.front.draining = on

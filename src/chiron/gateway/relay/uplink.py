@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import inf
 from secrets import token_hex
 from typing import Any, cast
@@ -637,6 +637,13 @@ class Uplink:
         self.upstreams[said.instance] = Upstream(
             clock=self.clock, address=address, origin=origin, reports=teller, counts=teller
         )
+
+    def readdress(self, kinds: Collection[str]) -> None:
+        """These kinds of instance are spoken to in another way from now on, or are no more: their instances are others
+        once a brain tells of them."""
+        for number, known in self.known.items():
+            if known.kind in kinds:
+                self.known[number] = m.Known(number, known.model, known.kind, "", 0, known.role)
 
     def _instance_gone(self, said: m.InstanceGone) -> None:
         upstream = self.upstreams.pop(said.instance, None)

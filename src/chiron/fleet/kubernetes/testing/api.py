@@ -46,6 +46,8 @@ class Resource:
     kind: str
     namespaced: bool = True
     scale: bool = False
+    status: bool = False
+    """Its status is written apart, and only there: a custom resource with that subresource."""
 
     @property
     def version(self) -> str:
@@ -60,6 +62,7 @@ RESOURCES = (
     Resource(api="/apis/apps/v1", plural="statefulsets", kind="StatefulSet", scale=True),
     Resource(api="/apis/leaderworkerset.x-k8s.io/v1", plural="leaderworkersets", kind="LeaderWorkerSet", scale=True),
     Resource(api="/apis/coordination.k8s.io/v1", plural="leases", kind="Lease"),
+    Resource(api="/apis/chiron-serving.io/v1alpha1", plural="chironmodels", kind="ChironModel", status=True),
 )
 
 
@@ -188,6 +191,8 @@ class FakeKubernetes:
         meta |= {"uid": str(uuid.uuid4()), "creationTimestamp": now(), "generation": 1}
         if resource.namespaced:
             meta["namespace"] = namespace
+        if resource.status:
+            made.pop("status", None)
         if resource.plural == "pods":
             made.setdefault("status", {"phase": "Pending"})
             made.setdefault("spec", {}).setdefault("terminationGracePeriodSeconds", GRACE_S)

@@ -1,0 +1,229 @@
+"""Follows the ``ChironModel`` resources of a namespace, beside a brain that serves those that are in force.
+
+A brain keeps the models that it was started with. When the resources ask for others, those that can be are written to
+the data directory, and the brain ends to be followed by another one: what runs goes on at the relays, which read the
+same file before they speak with the next brain. What somebody changes in a row is taken up together, and not more often
+than every few seconds.
+
+Nothing is taken for deleted unless a complete list says so: with the API server away, or the definition gone, all goes
+on as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chiron.fleet.health import require_positive
+from chiron.fleet.kubernetes.access import Access, find_access
+from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.watch import Watch, WatchSettings
+from chiron.fleet.waiting import heard, pause
+from chiron.gateway.chiron_models.kept import FILE, read_kept, write_kept
+from chiron.gateway.chiron_models.objects import ModelResource, Reader, Reading, path_of
+from chiron.gateway.chiron_models.writer import Leader, Seen, StatusWriter, seen
+from chiron.gateway.settings import KubernetesModelsSettings
+
+log = logging.getLogger("chiron.gateway")
+
+FIRST_LIST_S = 10.0
+"""For so long a start waits for the API server, if it knows from before what it serves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowSettings:
+    settle_s: float = 1.0
+    """From a change until it is taken up, with those that follow it."""
+    restart_pause_s: float = 5.0
+    """Between two brains that are made for changes."""
+    status_period_s: float = 10.0
+    """Between two writes of one resource's status."""
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+
+class Follower:
+    """``run`` it beside the brain."""
+
+    def __init__(
+        self,
+        *,
+        client: Client,
+        namespace: str,
+        reader: Reader,
+        kept: Path,
+        changed: Callable[[], None],
+        wall_s: Callable[[], float],
+        settings: FollowSettings | None = None,
+        watch: WatchSettings | None = None,
+    ) -> None:
+        """``kept``: the file of the resources in force; ``changed``: it has others now than at the start; ``wall_s``:
+        Unix time."""
+        self.leader: Leader | None = None
+        """Whose figures the status has; None: this process leads no gateways, and writes none."""
+        self._reader = reader
+        self._kept = kept
+        self._changed = changed
+        self._settings = settings or FollowSettings()
+        self._seen: dict[str, Seen] = {}
+        """By uid."""
+        self._listed = False
+        self._in_force = read_kept(kept) or ()
+        self._reading: Reading | None = None
+        self._news = asyncio.Event()
+        self._status_due = asyncio.Event()
+        self._told = ""
+        loop = asyncio.get_running_loop()
+        self._time_s = loop.time
+        self._began_s = loop.time()
+        self._writer = StatusWriter(client, wall_s=wall_s, time_s=loop.time, period_s=self._settings.status_period_s)
+        self._watch = Watch(
+            client,
+            path_of(namespace),
+            {},
+            changed=self._heard,
+            gone=self._gone,
+            listed=self._all_listed,
+            troubled=self._troubled,
+            settings=watch,
+        )
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for each in (self._watch.run(), self._take_up(), self._tell()):
+                tasks.create_task(each)
+
+    # -- what the API server says ------------------------------------------------------------------------------
+
+    def _heard(self, item: Mapping[str, Any]) -> None:
+        try:
+            found = seen(item)
+        except ValueError as error:
+            log.warning("a resource is left out: %s", error)
+            return
+        before = self._seen.get(found.resource.uid)
+        found.written_s = before.written_s if before is not None else found.written_s
+        self._seen[found.resource.uid] = found
+        if before is None or before.resource.wanted != found.resource.wanted:
+            self._news.set()
+        elif before.resource.generation != found.resource.generation:
+            self._status_due.set()
+
+    def _gone(self, uid: str) -> None:
+        if self._seen.pop(uid, None) is not None:
+            self._news.set()
+
+    def _all_listed(self) -> None:
+        self._listed = True
+        self._news.set()
+
+    def _troubled(self, why: str) -> None:
+        if why and why != self._told:
+            log.warning("ChironModels cannot be followed, and stay as they are: %s", why)
+        self._told = why
+
+    # -- what becomes of it ------------------------------------------------------------------------------------
+
+    async def _take_up(self) -> None:
+        while True:
+            await self._news.wait()
+            await pause(self._settings.settle_s)
+            self._news.clear()
+            if not self._listed:
+                continue
+            wanted = [each.resource for each in self._seen.values()]
+            reading = self._reading = await asyncio.to_thread(self._reader.read, wanted, self._in_force)
+            self._status_due.set()
+            if _wanted(reading.accepted) == _wanted(self._in_force):
+                continue
+            left_s = self._began_s + self._settings.restart_pause_s - self._time_s()
+            if left_s > 0.0 and await heard(self._news, left_s):
+                continue  # More has changed.
+            try:
+                write_kept(self._kept, reading.accepted)
+            except OSError as error:
+                log.error("ChironModels cannot be taken up: %s cannot be written: %s", self._kept, error)
+                await pause(self._settings.restart_pause_s)
+                self._news.set()
+                continue
+            log.info(
+                "ChironModels have changed (%s): another brain takes them up", _difference(self._in_force, reading)
+            )
+            self._changed()
+            return
+
+    async def _tell(self) -> None:
+        while True:
+            await heard(self._status_due, self._settings.status_period_s)
+            self._status_due.clear()
+            if self.leader is not None and self._reading is not None:
+                await self._writer.write(self._seen, self._reading.refused, self.leader)
+            await pause(self._settings.settle_s)
+
+
+def _wanted(resources: Sequence[ModelResource]) -> list[tuple[str, bytes]]:
+    return sorted(each.wanted for each in resources)
+
+
+def _difference(before: Sequence[ModelResource], reading: Reading) -> str:
+    old, new = ({each.name: each.wanted for each in resources} for resources in (before, reading.accepted))
+    names = [
+        *(f"+{name}" for name in new if name not in old),
+        *(f"-{name}" for name in old if name not in new),
+        *(name for name in new if name in old and new[name] != old[name]),
+    ]
+    return ", ".join(sorted(names))[:500]
+
+
+def access_of(settings: KubernetesModelsSettings) -> tuple[Access, str]:
+    """And the namespace. Raises AccessError."""
+    access = find_access(os.environ, settings.kubeconfig, settings.context)
+    return access, settings.namespace or access.namespace
+
+
+async def read_first(settings: KubernetesModelsSettings, reader: Reader, data: Path) -> Reading:
+    """The models to begin with, written to the data directory. Without an answer of the API server those of the last
+    run; without these it waits. Raises AccessError and OSError."""
+    access, namespace = access_of(settings)
+    kept, found, listed = data / FILE, dict[str, Seen](), asyncio.Event()
+    before = read_kept(kept)
+
+    def changed(item: Mapping[str, Any]) -> None:
+        try:
+            each = seen(item)
+            found[each.resource.uid] = each
+        except ValueError as error:
+            log.warning("a resource is left out: %s", error)
+
+    def gone(uid: str) -> None:
+        found.pop(uid, None)
+
+    told = [""]
+
+    def troubled(why: str) -> None:
+        if why and why != told[0]:
+            log.warning("ChironModels of namespace %s cannot be listed: %s; retrying", namespace, why)
+        told[0] = why
+
+    client = Client(access)
+    watch = Watch(client, path_of(namespace), {}, changed=changed, gone=gone, listed=listed.set, troubled=troubled)
+    running = asyncio.get_running_loop().create_task(watch.run())
+    try:
+        there = await heard(listed, FIRST_LIST_S) if before is not None else await listed.wait()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await client.close()
+    if not there:
+        log.warning("the API server gives no answer: ChironModels are those of the last run")
+        return reader.read(before or ())
+    reading = reader.read([each.resource for each in found.values()], before or ())
+    write_kept(kept, reading.accepted)
+    return reading

@@ -1,0 +1,140 @@
+"""Writes the status of ``ChironModel`` resources: by the gateway that leads, only what has changed, and not too often.
+
+Each write names the version that it was made of. A conflict (409) means that somebody has changed the object since: it
+is read and written again, a few times. A status that cannot be written costs nobody anything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from chiron.control.snapshot import Readers
+from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
+from chiron.gateway.chiron_models.objects import ModelResource, path_of, read_resource
+from chiron.gateway.chiron_models.status import Condition, accepted, is_news, model_report, resource_status
+from chiron.gateway.reporting.journal import LiveJournal
+from chiron.gateway.reporting.status import StatusSources
+
+log = logging.getLogger("chiron.gateway")
+
+TRIES_MAX = 4
+"""Of one write, while others change the object."""
+CONFLICT, NOT_FOUND = 409, 404
+FORBIDDEN_PAUSE_S = 300.0
+"""After a refusal (401, 403): the right may come, and the token is replaced."""
+
+
+class Leader(Protocol):
+    """Who serves the models: a ``Service``."""
+
+    @property
+    def plane(self) -> Readers: ...
+
+    @property
+    def journal(self) -> LiveJournal: ...
+
+    def around(self) -> StatusSources: ...
+
+
+@dataclass(slots=True)
+class Seen:
+    """A resource as it was heard of last."""
+
+    resource: ModelResource
+    version: str
+    status: Mapping[str, Any]
+    written_s: float = float("-inf")
+
+
+def seen(item: Mapping[str, Any]) -> Seen:
+    """Raises ValueError for an object that is no ChironModel."""
+    resource, status = read_resource(item), item.get("status")
+    return Seen(
+        resource=resource,
+        version=str(item["metadata"].get("resourceVersion") or ""),
+        status=status if isinstance(status, Mapping) else {},
+    )
+
+
+class StatusWriter:
+    def __init__(
+        self, client: Client, *, wall_s: Callable[[], float], time_s: Callable[[], float], period_s: float
+    ) -> None:
+        """``period_s``: between two writes to one resource, unless it was accepted or refused meanwhile."""
+        self._client = client
+        self._wall_s = wall_s
+        self._time_s = time_s
+        self._period_s = period_s
+        self._silent_until_s = float("-inf")
+        self._told = ""
+
+    async def write(self, resources: Mapping[str, Seen], refused: Mapping[str, str], leader: Leader) -> None:
+        """One round. ``resources`` by uid; ``refused``: why, by uid."""
+        if self._time_s() < self._silent_until_s:
+            return
+        plane, around = leader.plane.snapshot(), leader.around()
+        reports = {model.spec.name: model_report(model, leader.journal, around) for model in plane.models}
+        for uid, each in list(resources.items()):
+            name = str(each.resource.spec.get("model", each.resource.name))
+            report, ready = reports.get(name, (dict[str, Any](), None))
+            conditions = [accepted(each.resource, refused.get(uid, ""))]
+            if uid in refused and "stays in force" not in refused[uid]:
+                report, ready = {}, None  # Another one's, if there is one of this name.
+            try:
+                await self._write_one(each, [*conditions, *([ready] if ready is not None else [])], report)
+                self._told = ""
+            except KubernetesError as error:
+                self._tell(f"the status of ChironModel {each.resource.name} cannot be written: {error}")
+                if isinstance(error, ApiError) and error.status in (401, 403):
+                    self._silent_until_s = self._time_s() + FORBIDDEN_PAUSE_S
+                    return
+
+    async def _write_one(self, each: Seen, conditions: list[Condition], report: Mapping[str, Any]) -> None:
+        now = f"{datetime.fromtimestamp(self._wall_s(), UTC):%Y-%m-%dT%H:%M:%SZ}"
+        path = f"{path_of(each.resource.namespace)}/{each.resource.name}"
+        for _ in range(TRIES_MAX):
+            status = resource_status(each.resource, conditions, report, each.status, now)
+            if not is_news(status, each.status):
+                return
+            recent = self._time_s() - each.written_s < self._period_s
+            if recent and _verdict(status) == _verdict(each.status):
+                return
+            try:
+                body = {"metadata": {"resourceVersion": each.version}, "status": status}
+                self._heard(each, await self._client.patch(f"{path}/status", body))
+                each.written_s = self._time_s()
+                return
+            except ApiError as error:
+                if error.status == NOT_FOUND:
+                    return  # It was deleted, which its watch will say.
+                if error.status != CONFLICT:
+                    raise
+            self._heard(each, await self._client.get(path))
+        raise KubernetesError(f"it was changed by others {TRIES_MAX} times in a row")
+
+    def _heard(self, each: Seen, item: Mapping[str, Any]) -> None:
+        try:
+            found = seen(item)
+        except ValueError as error:
+            raise KubernetesError(f"the API server's answer is no ChironModel: {error}") from None
+        if found.resource.uid == each.resource.uid:
+            each.version, each.status = found.version, found.status
+
+    def _tell(self, why: str) -> None:
+        if why != self._told:
+            self._told = why
+            log.warning("%s", why)
+
+
+def _verdict(status: Mapping[str, Any]) -> list[Any]:
+    """What must not wait: whether it was accepted, and which version of it."""
+    conditions = status.get("conditions")
+    return [
+        (each.get("status"), each.get("message"), each.get("observedGeneration"))
+        for each in (conditions if isinstance(conditions, list) else ())
+        if isinstance(each, Mapping) and each.get("type") == "Accepted"
+    ]

@@ -1,0 +1,125 @@
+"""ChironModels of a namespace: what changes is taken up, what cannot be is told, and silence changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from chiron.config.chiron_models import ResourceReader
+from chiron.fleet.kubernetes.access import Access
+from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.testing.api import FakeKubernetes, Refusal
+from chiron.gateway.chiron_models.follower import Follower, FollowSettings, read_first
+from chiron.gateway.chiron_models.kept import FILE, read_kept
+from chiron.gateway.reporting.status import StatusSources
+from chiron.gateway.settings import KubernetesModelsSettings
+from kubernetes_site import MODELS, chiron_model
+from live_plane_factory import WALL_S, LivePlane
+from real_kubernetes import kubeconfig
+
+
+class Leading:
+    """A control plane that serves none of them."""
+
+    def __init__(self) -> None:
+        live = LivePlane()
+        self.plane, self.journal = live.plane, live.journal
+
+    def around(self) -> StatusSources:
+        return StatusSources(wall_origin_s=WALL_S)
+
+
+class Followed:
+    """A follower, before an API in memory."""
+
+    def __init__(self, fake: FakeKubernetes, client: Client, data: Path) -> None:
+        self.fake = fake
+        self.client = client
+        self.kept = data / FILE
+        self.changed = asyncio.Event()
+        self.follower = Follower(
+            client=client,
+            namespace="default",
+            reader=ResourceReader("[kubernetes]\n", directory=data),
+            kept=self.kept,
+            changed=self.changed.set,
+            wall_s=lambda: WALL_S,
+            settings=FollowSettings(settle_s=0.01, restart_pause_s=0.01, status_period_s=0.01),
+        )
+        self.follower.leader = Leading()
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        async with asyncio.timeout(60.0):
+            while not condition():
+                await asyncio.sleep(0.01)
+        assert condition(), what
+
+    def in_force(self) -> list[tuple[str, int]]:
+        return [(each.name, each.generation) for each in read_kept(self.kept) or ()]
+
+    def message(self, name: str) -> str:
+        conditions = self.fake.get("chironmodels", name).get("status", {}).get("conditions", [])
+        return next((str(each["message"]) for each in conditions if each["type"] == "Accepted"), "")
+
+
+def followed(data: Path, story: Callable[[Followed], Awaitable[None]], *before: dict[str, Any]) -> None:
+    async def run() -> None:
+        async with FakeKubernetes() as fake:
+            for item in before:
+                fake.apply(item)
+            config = kubeconfig(data / "kubeconfig", fake.url)
+            reader = ResourceReader("[kubernetes]\n", directory=data)
+            await read_first(KubernetesModelsSettings(kubeconfig=str(config)), reader, data)
+            client = Client(Access(url=fake.url))
+            here = Followed(fake, client, data)
+            task = asyncio.get_running_loop().create_task(here.follower.run())
+            try:
+                await story(here)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await client.close()
+
+    asyncio.run(run())
+
+
+def test_what_changes_is_in_force_for_the_next_brain_and_what_cannot_be_is_only_told(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        assert here.in_force() == [("a", 1)]
+        here.fake.apply(chiron_model("bad", "b", minInstances=9))
+        await here.until(lambda: "minInstances is 9" in here.message("bad"), "it is told")
+        here.fake.patch("chironmodels", "a", {"metadata": {"labels": {"x": "y"}}})
+        here.fake.patch("chironmodels", "a", {"spec": {"minInstances": 9}})
+        await here.until(lambda: "generation 1 stays in force" in here.message("a"), "the last one is served")
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 1)])
+        here.fake.patch("chironmodels", "a", {"spec": {"minInstances": 2}})
+        await here.until(here.changed.is_set, "another brain is asked for")
+        assert here.in_force() == [("a", 3)]
+
+    followed(tmp_path, story, chiron_model("a", "a"))
+
+
+def test_one_that_was_deleted_is_in_force_no_more_but_not_for_an_api_server_that_is_away(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        gone = Refusal(404, "NotFound", "the server could not find the requested resource")
+        asked = len(here.fake.requests)
+        here.fake.interfere = lambda method, path: gone
+        here.fake.expire()
+        here.fake.cut_watches()
+        await here.until(lambda: len(here.fake.requests) > asked + 3, "it is asked again and again")
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 1), ("b", 1)])
+        here.fake.interfere = lambda method, path: None
+        await here.client.delete(f"{MODELS}/a")
+        await here.until(here.changed.is_set, "another brain is asked for")
+        assert here.in_force() == [("b", 1)]
+
+    followed(tmp_path, story, chiron_model("a", "a"), chiron_model("b", "b"))
+
+
+def test_a_file_that_is_damaged_is_none(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    for text in ("", "{", "[]", '{"resources": [{}]}', '{"resources": [{"metadata": {"name": "A"}, "spec": {}}]}'):
+        path.write_text(text)
+        assert read_kept(path) is None

@@ -1,0 +1,141 @@
+"""The status of a ChironModel: what became of it and how it is doing, written when that changes and not too often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from chiron.fleet.kubernetes.access import Access
+from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.testing.api import FakeKubernetes, Refusal
+from chiron.gateway.chiron_models.writer import FORBIDDEN_PAUSE_S, TRIES_MAX, Seen, StatusWriter, seen
+from chiron.gateway.reporting.status import StatusSources
+from kubernetes_site import chiron_model
+from live_plane_factory import MODEL, WALL_S, LivePlane
+
+PERIOD_S = 10.0
+
+
+class Leading:
+    """A control plane that serves ``m0``."""
+
+    def __init__(self) -> None:
+        live = LivePlane()
+        live.rush(2.0, per_s=5.0)
+        self.plane, self.journal = live.plane, live.journal
+
+    def around(self) -> StatusSources:
+        return StatusSources(wall_origin_s=WALL_S)
+
+
+class Desk:
+    """A writer with its clock, before an API in memory."""
+
+    def __init__(self, fake: FakeKubernetes, client: Client) -> None:
+        self.fake = fake
+        self.now_s = 0.0
+        self.seen: dict[str, Seen] = {}
+        self.refused: dict[str, str] = {}
+        self.writer = StatusWriter(
+            client, wall_s=lambda: WALL_S + self.now_s, time_s=lambda: self.now_s, period_s=PERIOD_S
+        )
+        self.leading = Leading()
+
+    def make(self, name: str, **spec: Any) -> str:
+        """Its uid."""
+        item = self.fake.apply(chiron_model(name, "d", **spec))
+        found = seen(item)
+        self.seen[found.resource.uid] = found
+        return found.resource.uid
+
+    async def write(self) -> int:
+        """How many requests that took."""
+        before = len(self.fake.requests)
+        await self.writer.write(self.seen, self.refused, self.leading)
+        return len(self.fake.requests) - before
+
+    def status(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.fake.get("chironmodels", name).get("status", {})
+        return found
+
+
+def told(story: Callable[[Desk], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with FakeKubernetes() as fake:
+            client = Client(Access(url=fake.url))
+            await story(Desk(fake, client))
+            await client.close()
+
+    asyncio.run(run())
+
+
+def test_it_says_how_the_model_is_doing_and_why_another_was_refused() -> None:
+    async def story(desk: Desk) -> None:
+        desk.make(MODEL)
+        desk.refused[desk.make("bad")] = "spec.kinds[0]: port is 0; it must be 1 to 65535"
+        await desk.write()
+        good, bad = desk.status(MODEL), desk.status("bad")
+        ready = len(desk.leading.plane.snapshot().models[0].instances)
+        assert (good["ready"] + good["starting"], good["planned"], good["observedGeneration"]) == (ready, ready, 1)
+        assert {each["name"]: each["arrived"] for each in good["classes"]}["chat"] >= 1
+        assert {each["type"]: each["status"] for each in good["conditions"]} == {"Accepted": "True", "Ready": "True"}
+        assert set(bad) == {"observedGeneration", "conditions"}
+        (condition,) = bad["conditions"]
+        assert (condition["status"], condition["reason"]) == ("False", "Invalid")
+        assert condition["message"].startswith("spec.kinds[0]: port is 0")
+
+    told(story)
+
+
+def test_it_is_written_only_when_it_has_changed_and_not_too_often_but_a_verdict_at_once() -> None:
+    async def story(desk: Desk) -> None:
+        uid = desk.make(MODEL)
+        assert await desk.write() == 1
+        assert await desk.write() == 0, "nothing has changed"
+        since = desk.status(MODEL)["conditions"][0]["lastTransitionTime"]
+        desk.fake.patch("chironmodels", MODEL, {"status": {"planned": 99}}, "status")
+        desk.seen[uid].status = desk.status(MODEL)
+        desk.seen[uid].version = desk.fake.get("chironmodels", MODEL)["metadata"]["resourceVersion"]
+        assert await desk.write() == 0, "it was written just now"
+        desk.now_s += PERIOD_S
+        assert await desk.write() == 1
+        assert desk.status(MODEL)["planned"] != 99
+        assert desk.status(MODEL)["conditions"][0]["lastTransitionTime"] == since
+        desk.refused[uid] = "spec.x: no; generation 1 stays in force"
+        assert await desk.write() == 1
+        assert desk.status(MODEL)["ready"] >= 0, "what is in force is still served"
+
+    told(story)
+
+
+def test_a_conflict_is_written_again_a_few_times() -> None:
+    async def story(desk: Desk) -> None:
+        uid = desk.make(MODEL)
+        desk.fake.patch("chironmodels", MODEL, {"metadata": {"labels": {"a": "b"}}})  # Which was not heard yet.
+        assert await desk.write() == 3, "refused, read, written"
+        assert desk.status(MODEL)["planned"] >= 1
+        desk.now_s += PERIOD_S
+        desk.refused[uid] = "spec: no"
+        conflict = Refusal(409, "Conflict", "changed")
+        desk.fake.interfere = lambda method, path: conflict if method == "PATCH" else None
+        assert await desk.write() == 2 * TRIES_MAX
+
+    told(story)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_may_not_write_it_pauses_and_tries_again(status: int) -> None:
+    async def story(desk: Desk) -> None:
+        desk.make(MODEL)
+        desk.make("other")
+        desk.fake.interfere = lambda method, path: Refusal(status, "Refused", "no")
+        assert await desk.write() == 1
+        assert await desk.write() == 0
+        desk.now_s += FORBIDDEN_PAUSE_S
+        desk.fake.interfere = lambda method, path: None
+        assert await desk.write() == 2
+
+    told(story)
