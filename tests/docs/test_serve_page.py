@@ -20,7 +20,13 @@ from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import Key
-from chiron.gateway.settings import BatchSettings, LimitSettings, ServerSettings, TelemetrySettings
+from chiron.gateway.settings import (
+    BatchSettings,
+    KubernetesModelsSettings,
+    LimitSettings,
+    ServerSettings,
+    TelemetrySettings,
+)
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
@@ -37,6 +43,7 @@ SECTIONS = {
     "store": StoreSettings,
     "store on PostgreSQL": PostgresSettings,
     "relays": StaySettings,
+    "kubernetes": KubernetesModelsSettings,
     "telemetry": TelemetrySettings,
     "fleet": FleetSettings,
     "fleet.health": HealthSettings,
