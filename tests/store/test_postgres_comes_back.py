@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -139,17 +140,41 @@ def test_a_commit_of_a_gateway_that_was_given_up_meanwhile_is_not_made_twice(
 def test_a_server_that_hangs_is_given_up(cut_off: tuple[PostgresSite, CuttingProxy]) -> None:
     from psycopg import OperationalError
 
-    from chiron.store.postgres.connection import connect, is_lost, store_error
+    from chiron.store.postgres.connection import Patience, connect, is_lost, patience_of, store_error
 
     site, proxy = cut_off
-    db = connect(site.settings, "test")
-    assert db.raw.answer_max_s == site.settings.statement_timeout_s + site.settings.connect_timeout_s
-    db.raw.answer_max_s = 0.2
+    long_s = site.settings.statement_timeout_s + site.settings.connect_timeout_s
+    asked_s = time.monotonic()
+    assert patience_of(site.settings).is_over(asked_s - long_s)
+    assert not patience_of(site.settings).is_over(asked_s)
+    db = connect(site.settings, "test", Patience(0.2))
     proxy.hold()
-    with pytest.raises(OperationalError, match=r"has not answered for 0\.2 s") as error:
+    with pytest.raises(OperationalError, match="the server has not answered for") as error:
         db.execute("SELECT 1")
     assert is_lost(db.raw)
     assert isinstance(store_error(error.value, site.settings), StoreUnavailable)
+
+
+def test_a_store_that_is_to_be_closed_waits_no_longer_than_it_is_told(
+    cut_off: tuple[PostgresSite, CuttingProxy],
+) -> None:
+    site, proxy = cut_off
+    patient = replace(site, settings=replace(site.settings, statement_timeout_s=600.0))
+
+    async def run() -> None:
+        async with patient.gateway() as store:
+            file = await upload(store, lines_of(2))
+            proxy.hold()
+            making = asyncio.create_task(create(site, store, file))
+            reading = asyncio.create_task(store.list_batches(None))
+            await asyncio.sleep(0)
+            store.hurry(0.2)
+            async with asyncio.timeout(60):
+                await store.close()
+                found = await asyncio.gather(making, reading, return_exceptions=True)
+            assert all(isinstance(each, StoreUnavailable) for each in found), found
+
+    asyncio.run(run())
 
 
 @pytest.mark.slow

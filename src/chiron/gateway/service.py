@@ -55,6 +55,8 @@ from chiron.telemetry.store import save_result
 
 log = logging.getLogger("chiron.gateway")
 
+STORE_STOP_S = 10.0
+"""Beyond the grace period: for so long a stop waits for a store that does not answer."""
 FILES_LOOK_S = 1.0
 """Between two looks at how many file descriptors are open."""
 JOURNAL_PERIOD_S = 0.25
@@ -321,6 +323,7 @@ class Service:
     async def _stop(self, grace_s: float | None, stop_relays: Callable[[float], Awaitable[None]] | None) -> None:
         self._stopping = True
         grace_s = self.config.server.grace_s if grace_s is None else grace_s
+        self.store.hurry(grace_s + STORE_STOP_S)
         if self._server is not None:
             closing = asyncio.gather(
                 self._server.close(grace_s), *([stop_relays(grace_s)] if stop_relays is not None else [])

@@ -272,6 +272,9 @@ class BatchStore(Protocol):
         """Take the store. Items leased by a process that is gone are pending again, half-made files are removed.
         Raises ``StoreLocked`` and ``StoreCorrupt``."""
 
+    def hurry(self, within_s: float) -> None:
+        """It is to be closed: after that time nothing waits any more for a server that does not answer."""
+
     async def close(self) -> None:
         """Wait for what was asked and let go. Nothing is lost without it."""
 

@@ -19,6 +19,7 @@ class MemoryStore:
         self._leased: dict[tuple[str, int], Item] = {}
         self.learned: dict[str, bytes] = {}
 
+    def hurry(self, within_s: float) -> None: ...
     def on_news(self, tell: Callable[[], None]) -> None: ...
 
     def add(self, items: Sequence[Item]) -> None:

@@ -78,18 +78,32 @@ def _make_rows(cursor: Cursor[Any]) -> Callable[[Sequence[Any]], Row]:
     return make
 
 
+class Patience:
+    """How long connections wait for a server that says nothing. May be changed while they do, by any thread."""
+
+    def __init__(self, answer_max_s: float) -> None:
+        self.until_s = inf
+        """By ``time.monotonic``: from then on they wait for nothing."""
+        self._answer_max_s = answer_max_s
+
+    def is_over(self, heard_s: float) -> bool:
+        """Whether too much time has passed since then."""
+        now_s = time.monotonic()
+        return now_s - heard_s > self._answer_max_s or now_s > self.until_s
+
+
 class _RawConnection(psycopg.Connection[Row]):
     """The server's own limit of a statement does not help if the server hangs: nothing would ever come, or fail.
     Derived because that is how psycopg lets its wait be changed."""
 
-    answer_max_s = inf
+    patience = Patience(inf)
 
     def wait(self, gen: PQGen[T], *args: Any, **kwargs: Any) -> T:
         return super().wait(self._limited(gen), *args, **kwargs)
 
     def _limited(self, gen: PQGen[T]) -> PQGen[T]:
-        """The same, but an error if nothing could be sent or received for ``answer_max_s``. psycopg says several times
-        a second that it still waits."""
+        """The same, but an error if nothing could be sent or received for as long as its patience lasts. psycopg says
+        several times a second that it still waits."""
         heard_s = time.monotonic()
         try:
             state = next(gen)
@@ -97,9 +111,10 @@ class _RawConnection(psycopg.Connection[Row]):
                 ready = yield state
                 if ready:
                     heard_s = time.monotonic()
-                elif time.monotonic() - heard_s > self.answer_max_s:
+                elif self.patience.is_over(heard_s):
                     self.close()
-                    raise psycopg.OperationalError(f"the server has not answered for {self.answer_max_s:g} s")
+                    waited_s = time.monotonic() - heard_s
+                    raise psycopg.OperationalError(f"the server has not answered for {waited_s:.0f} s")
                 state = gen.send(ready)
         except StopIteration as end:
             found: T = end.value
@@ -179,7 +194,7 @@ def where(settings: PostgresSettings) -> str:
     return f"postgresql://{host}{port}/{told.get('dbname') or told.get('user') or ''}"
 
 
-def connect(settings: PostgresSettings, name: str) -> Connection:
+def connect(settings: PostgresSettings, name: str, patience: Patience | None = None) -> Connection:
     """Raises StoreUnavailable if the server cannot be reached for now, StoreError if it never will with these settings.
     ``name``: what for, as the server's ``pg_stat_activity`` shows it."""
     try:
@@ -191,6 +206,8 @@ def connect(settings: PostgresSettings, name: str) -> Connection:
         if raw.info.server_version < SERVER_MIN:
             found = raw.info.parameter_status("server_version") or raw.info.server_version
             raise StoreError(f"{where(settings)}: PostgreSQL {found} is too old: {SERVER_MIN // 10_000} is needed")
+        if patience is not None:
+            raw.patience = patience
         _require_own_session(raw, conninfo, settings)
         raw.execute(_session_settings(settings))
     except psycopg.Error as error:
@@ -207,8 +224,13 @@ def _open(conninfo: str, settings: PostgresSettings) -> _RawConnection:
         raw = _RawConnection.connect(conninfo, autocommit=True, row_factory=_make_rows)
     except psycopg.Error as error:
         raise _connect_error(error, settings) from None
-    raw.answer_max_s = settings.statement_timeout_s + settings.connect_timeout_s
+    raw.patience = patience_of(settings)
     return raw
+
+
+def patience_of(settings: PostgresSettings) -> Patience:
+    """The server's own limit of a statement comes first, while it works."""
+    return Patience(settings.statement_timeout_s + settings.connect_timeout_s)
 
 
 def _require_own_session(raw: _RawConnection, conninfo: str, settings: PostgresSettings) -> None:

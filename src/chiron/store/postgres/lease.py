@@ -18,12 +18,15 @@ import psycopg
 
 from chiron.store.lease import LEADER, Held, Leads, check_name, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
-from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
+from chiron.store.postgres.connection import Connection, Patience, connect, is_lost, store_error, where
 from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
 
 T = TypeVar("T")
+
+ANSWER_MAX_S = 5.0
+"""A server that says nothing for so long has to be asked anew."""
 
 
 def writer_name(leads: Leads, schema: str) -> str:
@@ -88,7 +91,7 @@ class _Asked:
         for last in (False, True):
             fresh = self._db is None
             if self._db is None:
-                self._db = connect(self._settings, "lease")
+                self._db = connect(self._settings, "lease", Patience(ANSWER_MAX_S))
                 prepare(self._db, self._settings)
             try:
                 return query(self._db)

@@ -54,7 +54,7 @@ from chiron.store.port import (
     Swept,
 )
 from chiron.store.postgres import leases
-from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
+from chiron.store.postgres.connection import Connection, connect, is_lost, patience_of, store_error, where
 from chiron.store.postgres.content import (
     BlockStream,
     BlockUpload,
@@ -123,6 +123,7 @@ class PostgresStore:
         self.directory = directory
         self._given_name = name if leads is None else f"leader:{leads.name}"
         self._leads = leads
+        self._patience = patience_of(settings)
         self.damage = Damage(directory, wall)
         self._wall = wall
         self._of_thread = local()
@@ -156,11 +157,15 @@ class PostgresStore:
     def _open(self) -> tuple[int | None, Writer]:
         given = self._given_name
         if given is not None:
-            return None, Writer(self.settings, given, self._tell, lambda: _unique_name(given), self._leads)
+            return None, Writer(
+                self.settings, given, self._tell, lambda: _unique_name(given), self._leads, self._patience
+            )
         held = hold(self.directory)
         try:
             name = _name_of(self.directory)
-            return held, Writer(self.settings, name, self._tell, lambda: _new_name(self.directory))
+            return held, Writer(
+                self.settings, name, self._tell, lambda: _new_name(self.directory), patience=self._patience
+            )
         except BaseException:
             os.close(held)
             raise
@@ -175,6 +180,9 @@ class PostgresStore:
         now, self._now = self._now, None
         if now is not None:
             await asyncio.to_thread(_close, now)
+
+    def hurry(self, within_s: float) -> None:
+        self._patience.until_s = time.monotonic() + within_s
 
     def on_news(self, tell: Callable[[], None]) -> None:
         self._news = tell
@@ -204,7 +212,7 @@ class PostgresStore:
         """On a thread of its own: other gateways say when there is work. Without it work is found by looking."""
         while not end.is_set():
             try:
-                db = connect(self.settings, "listener")
+                db = connect(self.settings, "listener", self._patience)
                 try:
                     db.execute(f"LISTEN {CHANNEL}")
                     while not end.is_set():
@@ -284,7 +292,7 @@ class PostgresStore:
 
     def _connect_reader(self, now: _Opened) -> Connection:
         try:
-            db = connect(self.settings, "reader")
+            db = connect(self.settings, "reader", self._patience)
         except StoreUnavailable:
             now.writer.look()
             raise

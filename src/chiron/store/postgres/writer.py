@@ -36,7 +36,7 @@ from chiron.store.jobs.database import Meta, Operation, Transaction
 from chiron.store.jobs.items import finish
 from chiron.store.lease import Leads
 from chiron.store.port import Ended, StoreClosed, StoreError, StoreUnavailable
-from chiron.store.postgres.connection import Connection, connect, is_lost, store_error, where
+from chiron.store.postgres.connection import Connection, Patience, connect, is_lost, store_error, where
 from chiron.store.postgres.content import remove_step
 from chiron.store.postgres.lease import cut_off_older, require_lead, writer_name
 from chiron.store.postgres.leases import Holder, free, free_over, is_alive, register
@@ -83,11 +83,13 @@ class Writer:
         told: Callable[[str], None],
         new_name: Callable[[], str],
         leads: Leads | None = None,
+        patience: Patience | None = None,
     ) -> None:
         """``new_name`` is asked for if another gateway has this one, and keeps it; not of one that ``leads``, which
         writes nothing any more then. Blocks. Raises StoreError."""
         self._settings = settings
         self._leads = leads
+        self._patience = patience
         self._name = name
         self._told = told
         self._new_name = new_name
@@ -293,7 +295,8 @@ class Writer:
 
     def _connect(self) -> Connection:
         leads = self._leads
-        db = connect(self._settings, "writer" if leads is None else writer_name(leads, self._settings.schema))
+        called = "writer" if leads is None else writer_name(leads, self._settings.schema)
+        db = connect(self._settings, called, self._patience)
         try:
             prepare(db, self._settings)
         except BaseException:

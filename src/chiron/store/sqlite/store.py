@@ -245,6 +245,9 @@ class SqliteStore:
                 names(aside.left),
             )
 
+    def hurry(self, within_s: float) -> None:
+        """There is no server."""
+
     def on_news(self, tell: Callable[[], None]) -> None:
         """Nobody else has the directory."""
 
