@@ -13,7 +13,8 @@ import pytest
 
 from fault_site import Api, item
 from gateway_pair import NAMES, Pair, gateways, talk, until_done, until_ready
-from postgres_server import postgres_server, why_not
+from kubernetes_site import cluster
+from postgres_server import Server, postgres_server, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 ITEMS = 120
@@ -50,3 +51,41 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
 
     with postgres_server() as server, gateways(tmp_path, server) as pair:
         asyncio.run(main(pair))
+
+
+def test_one_that_kubernetes_elected_is_followed_when_it_dies_also_while_the_database_restarts(tmp_path: Path) -> None:
+    async def kill_twice(pair: Pair, server: Server) -> None:
+        for name in NAMES:
+            await until_ready(pair, name)
+        leader, first = await asyncio.to_thread(pair.leader)
+        await asyncio.to_thread(server.stop, signal.SIGKILL)
+        await asyncio.sleep(8.0)  # For longer than the lease lasts: it leads all the same.
+        assert await asyncio.to_thread(pair.leader) == (leader, first)
+        await asyncio.to_thread(server.start)
+        verdicts, over = Counter[str](), asyncio.Event()
+        async with Api(pair.sites[NAMES[0]].url) as api, asyncio.timeout(60):
+            while (await api.ask("GET", "/v1/batches?limit=1")).status != 200:
+                await asyncio.sleep(0.1)
+            batch = await api.submit([item(f"i{number}", 200) for number in range(ITEMS)])
+        talking = [asyncio.create_task(talk(pair, name, verdicts, over)) for name in NAMES]
+        brain = first
+        for _ in range(2):
+            brain = await asyncio.to_thread(pair.strike, signal.SIGKILL, brain if brain is not first else None)
+            leader, _ = await asyncio.to_thread(pair.leader, brain)
+            await until_ready(pair, leader)
+        over.set()
+        await asyncio.gather(*talking)
+        assert set(verdicts) == {"complete"}, verdicts
+        assert Counter(await until_done(pair, batch)) == Counter(f"i{number}" for number in range(ITEMS))
+
+    def run(kubeconfig: Path) -> None:
+        extra = f'elect = "kubernetes"\nkubeconfig = "{kubeconfig}"'
+        with postgres_server(settings=()) as server, gateways(tmp_path, server, lease="6s", extra=extra) as pair:
+            asyncio.run(kill_twice(pair, server))
+
+    async def main() -> None:
+        async with cluster("fake", tmp_path / "cluster", nodes=0) as here:
+            await asyncio.to_thread(run, here.kubeconfig)
+
+    (tmp_path / "cluster").mkdir()
+    asyncio.run(main())

@@ -59,7 +59,10 @@ class Pair:
 
 
 @contextmanager
-def gateways(directory: Path, server: Server, *, lease: str = "1500ms") -> Iterator[Pair]:
+def gateways(
+    directory: Path, server: Server, *, lease: str = "3s", extra: str = "", options: Sequence[str] = ()
+) -> Iterator[Pair]:
+    """``extra``: keys of ``[gateways]``; ``options`` of ``chiron serve``."""
     ca = Authority(directory / "certificates")
     password = directory / "password"
     password.write_text(server.password)
@@ -82,13 +85,14 @@ certificate = "{certificate}"
 key = "{key}"
 ca = "{ca.ca}"
 lease = "{lease}"
+{extra}
 [models.m]
 engine = "emulated"
 endpoints = {json.dumps(urls)}
 profile = "{PROFILE}"
 max_num_seqs = 16
 """
-            sites[name] = stack.enter_context(FaultSite(directory / name, text))
+            sites[name] = stack.enter_context(FaultSite(directory / name, text, *options))
         yield Pair(sites, urls)
 
 
