@@ -24,6 +24,7 @@ COMPILED = (
     "core/types.py",
     "control/*.py",
     "engines/model.py",
+    "engines/pipeline.py",
     "gateway/relay/token_bucket.py",
     "gateway/reporting/journal.py",
     "gateway/reporting/tally.py",

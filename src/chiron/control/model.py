@@ -193,7 +193,7 @@ def instance_view(instance: Instance, now_s: float) -> InstanceView:
         head_tokens=sample.head_tokens if sample else 0,
         kv_used_tokens=sample.kv_used_tokens if sample else 0,
         itl_s=itl_s,
-        gpus=instance.kind.gpus,
+        gpus=instance.gpus,
     )
 
 

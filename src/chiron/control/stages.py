@@ -67,6 +67,8 @@ class StageLoop:
         pipeline = instance.kind.pipeline
         if pipeline is None or len(sample.stages) != len(pipeline.stages) or not _sound(sample):
             return
+        replicas = [stage.ready + stage.starting + stage.draining for stage in sample.stages]
+        instance.gpus = sum(n * stage.gpus for n, stage in zip(replicas, pipeline.stages, strict=True))
         known = self._pipelines.get(instance.id)
         if known is None:
             self._pipelines[instance.id] = _Pipeline(sample)

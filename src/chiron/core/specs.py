@@ -60,6 +60,8 @@ class StageKind:
     """The most sequences that one replica ever runs."""
     min_replicas: int = 1
     max_replicas: int = 8
+    initial_replicas: int = 1
+    """Those that are up where the pipeline has been running before."""
     start_s: float = 60.0
     """From asking for a replica to its first token, until one has been timed."""
     step_times: tuple[tuple[int, float], ...] = ()
@@ -74,6 +76,11 @@ class StageKind:
             raise ValueError(
                 f"stage {self.name!r}: min_replicas {self.min_replicas} must lie in 1..max_replicas "
                 f"({self.max_replicas})"
+            )
+        if not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ValueError(
+                f"stage {self.name!r}: initial_replicas {self.initial_replicas} must lie in min_replicas.."
+                f"max_replicas ({self.min_replicas}..{self.max_replicas})"
             )
 
 

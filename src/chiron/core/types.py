@@ -194,6 +194,7 @@ class Instance:
         "evicting",
         "eviction_left",
         "eviction_pause_until_s",
+        "gpus",
         "id",
         "index",
         "kind",
@@ -225,6 +226,8 @@ class Instance:
         self.id = id
         self.model = model
         self.kind = kind
+        self.gpus = kind.gpus
+        """Of a pipeline: those of all its replicas, as of the last scrape."""
         self.role: Role = role
         self.state: State = "starting"
         self.created_s = created_s

@@ -28,9 +28,9 @@ from chiron.core.ports import EngineEvents
 from chiron.core.types import Instance, Request, Sample
 from chiron.engines.profile import Profile
 
-_ROUND = 1.5 * 2.0**20
+ROUND = 1.5 * 2.0**20
 """Adding and subtracting this rounds a float below 2^19 to a multiple of 2^-32."""
-_SEGMENT_STEPS_MAX = 4096
+SEGMENT_STEPS_MAX = 4096
 
 
 class StepTable:
@@ -48,7 +48,7 @@ class StepTable:
             raise ValueError(f"profile {profile.name!r}: a step must take between 1e-7 s and an hour")
 
 
-class _Sequence:
+class EngineSequence:
     """A request inside this engine."""
 
     __slots__ = ("context", "evict", "finish_step", "generated", "join_step", "phase", "prefilled", "prompt", "request")
@@ -67,7 +67,7 @@ class _Sequence:
         self.evict = False
 
 
-_WAITING, _RESTORING, _PREFILL, _DECODE = 0, 1, 2, 3
+WAITING, RESTORING, PREFILL, DECODE = 0, 1, 2, 3
 
 
 class EngineModel:
@@ -149,19 +149,19 @@ class EngineModel:
         self._stepped = stepped
         self._key = engine_key(instance.id)
         self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
-        self._sequences: dict[int, _Sequence] = {}
-        self._waiting: deque[_Sequence] = deque()
+        self._sequences: dict[int, EngineSequence] = {}
+        self._waiting: deque[EngineSequence] = deque()
         self._waiting_tokens = 0
-        self._prefilling: deque[_Sequence] = deque()
+        self._prefilling: deque[EngineSequence] = deque()
         self._restoring = 0
         """Sequences whose saved KV is on its way in, or in and waiting for the next boundary (``_ready``)."""
-        self._ready: list[_Sequence] = []
+        self._ready: list[EngineSequence] = []
         self._held_tokens = 0
         """KV that is being copied out."""
-        self._decoding: dict[int, _Sequence] = {}
-        self._finishing: list[tuple[int, int, _Sequence]] = []
-        self._evicting: list[_Sequence] = []
-        self._chunks: list[tuple[_Sequence, int]] = []
+        self._decoding: dict[int, EngineSequence] = {}
+        self._finishing: list[tuple[int, int, EngineSequence]] = []
+        self._evicting: list[EngineSequence] = []
+        self._chunks: list[tuple[EngineSequence, int]] = []
         self._serial = 0
         self._in_boundary = False
         self._due_s = inf
@@ -189,7 +189,7 @@ class EngineModel:
     # -- the Engine port ---------------------------------------------------------------------------------------
 
     def start(self, request: Request) -> None:
-        sequence = _Sequence(request)
+        sequence = EngineSequence(request)
         self._sequences[request.id] = sequence
         if request.input_tokens + int(request.payload) > self.kv_capacity_tokens:
             self._clock.call_at(self._clock.now_s, lambda: self._give_up(sequence))
@@ -262,7 +262,7 @@ class EngineModel:
 
     # -- commands ----------------------------------------------------------------------------------------------
 
-    def _enqueue(self, sequence: _Sequence) -> None:
+    def _enqueue(self, sequence: EngineSequence) -> None:
         if self._sequences.get(sequence.request.id) is not sequence:
             return  # Evicted, or the engine died, before the request overhead was over.
         self._waiting.append(sequence)
@@ -327,7 +327,7 @@ class EngineModel:
             else:
                 return steps if steps > self._steps_done else self._steps_done
 
-    def _give_up(self, sequence: _Sequence) -> None:
+    def _give_up(self, sequence: EngineSequence) -> None:
         if self._sequences.get(sequence.request.id) is sequence:
             del self._sequences[sequence.request.id]
             self._listener.refused(sequence.request, "longer than the instance's KV cache")
@@ -422,9 +422,9 @@ class EngineModel:
                 self._listener.first_token(request)
         self._chunks.clear()
 
-    def _join_decoding(self, sequence: _Sequence, context: int) -> None:
+    def _join_decoding(self, sequence: EngineSequence, context: int) -> None:
         request = sequence.request
-        sequence.phase = _DECODE
+        sequence.phase = DECODE
         sequence.context = context
         sequence.join_step = self.step
         sequence.finish_step = self.step + request.payload - sequence.generated
@@ -434,7 +434,7 @@ class EngineModel:
         self._serial += 1
         heappush(self._finishing, (sequence.finish_step, self._serial, sequence))
 
-    def _leave_decoding(self, sequence: _Sequence) -> int:
+    def _leave_decoding(self, sequence: EngineSequence) -> int:
         """Take it out; its context (tokens of KV that it held) is returned."""
         steps = self.step - sequence.join_step
         context = sequence.context + steps
@@ -453,16 +453,16 @@ class EngineModel:
             if self._sequences.pop(request.id, None) is None:
                 continue  # It finished first.
             saved = 0
-            if sequence.phase == _DECODE:
+            if sequence.phase == DECODE:
                 saved = self._leave_decoding(sequence)
                 if self.kv_seconds_per_token > 0.0:
                     self._hold_kv(saved)
                 else:
                     saved = 0
-            elif sequence.phase == _PREFILL:
+            elif sequence.phase == PREFILL:
                 self._prefilling.remove(sequence)
                 self.kv_used_tokens -= sequence.prompt
-            elif sequence.phase == _RESTORING:
+            elif sequence.phase == RESTORING:
                 self._restoring -= 1
                 if sequence in self._ready:
                     self._ready.remove(sequence)
@@ -491,9 +491,9 @@ class EngineModel:
 
         self._clock.call_later(tokens * self.kv_seconds_per_token, release)
 
-    def _restore(self, sequence: _Sequence, tokens: int) -> None:
+    def _restore(self, sequence: EngineSequence, tokens: int) -> None:
         """Bring saved KV back in; the sequence decodes from the first boundary after."""
-        sequence.phase = _RESTORING
+        sequence.phase = RESTORING
         sequence.context = tokens
         sequence.request.kv_saved_tokens = 0
         self._restoring += 1
@@ -535,13 +535,13 @@ class EngineModel:
         if batch == 0:
             self._due_s = inf
             return
-        if changed or self._steps_done >= _SEGMENT_STEPS_MAX:
+        if changed or self._steps_done >= SEGMENT_STEPS_MAX:
             self._segment_start_s = clock.now_s
             self._steps_done = 0
             self._rel_s = 0.0
             times = self._times
-            self._growth_s = (times.c * batch + _ROUND) - _ROUND
-            self._base_s = (times.base[batch] + times.c * self.context_sum + _ROUND) - _ROUND
+            self._growth_s = (times.c * batch + ROUND) - ROUND
+            self._base_s = (times.base[batch] + times.c * self.context_sum + ROUND) - ROUND
         if self._step_mode:
             self._steps_end = self._steps_done + 1
             step_s = self._base_s + self._growth_s * self._steps_done
@@ -555,8 +555,8 @@ class EngineModel:
             if room < count:
                 count = room if room > 0 else 1
             end = self._steps_done + count
-            if end > _SEGMENT_STEPS_MAX:
-                end = _SEGMENT_STEPS_MAX
+            if end > SEGMENT_STEPS_MAX:
+                end = SEGMENT_STEPS_MAX
             self._steps_end = end
             self._due_s = self._segment_start_s + (end * self._base_s + self._growth_s * (end * (end - 1) // 2))
         clock.push(self._due_s, self._key, self._fire)
@@ -578,7 +578,7 @@ class EngineModel:
             if restore:
                 self._restore(sequence, restore)
             else:
-                sequence.phase = _PREFILL
+                sequence.phase = PREFILL
                 prefilling.append(sequence)
 
     def _plan_prefill(self) -> bool:
@@ -601,7 +601,7 @@ class EngineModel:
                 break
         times = self._times
         step_s = times.base[batch + total] + (times.c * self.context_sum + times.q * attention)
-        self._mixed_s = (step_s + _ROUND) - _ROUND
+        self._mixed_s = (step_s + ROUND) - ROUND
         self._due_s = self._clock.now_s + self._mixed_s
         self._clock.push(self._due_s, self._key, self._fire)
         return True
@@ -615,7 +615,7 @@ class EngineModel:
         else:
             sequence = self._decoding[next(reversed(self._decoding))]
             self._leave_decoding(sequence)
-        sequence.phase = _WAITING
+        sequence.phase = WAITING
         sequence.prefilled = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated
         self._waiting.appendleft(sequence)

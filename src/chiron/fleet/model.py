@@ -16,6 +16,10 @@ from typing import Protocol
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, FleetEvents
 from chiron.core.types import Instance
+from chiron.fleet.bill import Bill as Bill
+from chiron.fleet.replicas import ReplicaFleet
+from chiron.fleet.starts_model import ColdStart as ColdStart
+from chiron.fleet.starts_model import Nodes
 
 
 class ModelledEngine(Engine, Protocol):
@@ -24,22 +28,6 @@ class ModelledEngine(Engine, Protocol):
     instance: Instance
 
     def fail(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStart:
-    """How long an instance takes to come up. Billing starts with the model load."""
-
-    node_start_s: float = 30.0
-    """Until a node with free GPUs exists (0 on a fixed cluster). Not billed."""
-    model_load_s: float = 30.0
-    """Weights into the GPU and engine start, on a cold node. Billed. The paper's range is 15 s to 1 minute."""
-    warm_load_s: float = 15.0
-    """The same on a node that ran this model lately (weights still in its memory); no node start either. Billed."""
-    warm_for_s: float = 600.0
-    """How long a released node stays warm."""
-    jitter: float = 0.1
-    """Each start takes uniformly +- this fraction of its time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +40,6 @@ class Failures:
     """Seconds at which one ready instance, drawn by seed, fails."""
     start_failure: float = 0.0
     """Probability that a start fails when its time is over."""
-
-
-class Bill:
-    """GPU-seconds and cost by model, and peaks."""
-
-    def __init__(self) -> None:
-        self.gpu_seconds: dict[str, float] = {}
-        self.loading_gpu_seconds = 0.0
-        """The part of them before an instance was ready."""
-        self.cost: dict[str, float] = {}
-        self.gpus = 0
-        self.gpus_peak = 0
-        self.instances = 0
-        self.instances_peak = 0
-
-    def open(self, instance: Instance) -> None:
-        self.gpus += instance.kind.gpus
-        self.instances += 1
-        self.gpus_peak = max(self.gpus_peak, self.gpus)
-        self.instances_peak = max(self.instances_peak, self.instances)
-
-    def close(self, instance: Instance, seconds: float) -> None:
-        self.gpus -= instance.kind.gpus
-        self.instances -= 1
-        gpu_seconds = seconds * instance.kind.gpus
-        model = instance.model
-        self.gpu_seconds[model] = self.gpu_seconds.get(model, 0.0) + gpu_seconds
-        self.cost[model] = self.cost.get(model, 0.0) + gpu_seconds / 3600.0 * instance.kind.price_per_gpu_hour
 
 
 class FleetModel:
@@ -108,7 +68,11 @@ class FleetModel:
         self._make_engine = make_engine
         self._billed_from: dict[int, float] = {}
         self._billed: dict[int, Instance] = {}
-        self._warm_until: dict[str, list[float]] = {}
+        self._nodes = Nodes(clock, cold_start.warm_for_s)
+        self.replicas = ReplicaFleet(clock=clock, cold_start=cold_start, seed=seed, bill=self.bill)
+        """Of the stages of instances that are pipelines."""
+        self._up: dict[int, list[list[int]]] = {}
+        """Replicas of each stage of a pipeline that has no engine yet."""
         self._notice_s = notice_s
         self._unnoticed: dict[int, Instance] = {}
         """Dead instances."""
@@ -120,16 +84,20 @@ class FleetModel:
             self._clock.call_at(when_s, self.fail_one)
 
     def create(self, instance: Instance) -> None:
+        if instance.kind.pipeline is not None:
+            self._create_pipeline(instance)
+            return
         cold, draw = self._cold_start, self._random(instance)
-        warm = self._take_warm(instance.kind.name)
+        warm = self._nodes.take(instance.kind.name)
         wait_s = 0.0 if warm else cold.node_start_s
-        load_s = cold.warm_load_s if warm else cold.model_load_s
+        load_s = cold.load_s(warm=warm, weight_bytes=instance.kind.weight_bytes)
         spread = 1.0 + cold.jitter * (2.0 * draw.random() - 1.0)
         fails = draw.random() < self._failures.start_failure
 
         def loading() -> None:
             if instance.state == "starting":
                 self._bill_from_now(instance)
+                self.bill.count_start(warm=warm)
                 self._clock.call_later(load_s * spread, loaded)
 
         def loaded() -> None:
@@ -150,13 +118,18 @@ class FleetModel:
     def attach_running(self, instance: Instance) -> ModelledEngine:
         """The engine of an instance that has been up since before the start; billed from now."""
         self._bill_from_now(instance)
+        if instance.kind.pipeline is not None:
+            self._up[instance.id] = [
+                [self.replicas.attach_running(instance, number) for _ in range(stage.initial_replicas)]
+                for number, stage in enumerate(instance.kind.pipeline.stages)
+            ]
         return self._attach(instance)
 
     def remove(self, instance: Instance) -> None:
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
         if self._stop_billing(instance):
-            self._warm_until.setdefault(instance.kind.name, []).append(self._clock.now_s + self._cold_start.warm_for_s)
+            self._nodes.release(instance.kind.name)
 
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it."""
@@ -173,6 +146,36 @@ class FleetModel:
         """End every bill that is still open, at now."""
         for instance_id in list(self._billed_from):
             self._stop_billing(self._billed[instance_id])
+        self.replicas.close()
+
+    def take_replicas(self, instance: Instance) -> list[list[int]]:
+        """Numbers of a pipeline's replicas, stage by stage, for its engine: from then on it starts and stops them."""
+        return self._up.pop(instance.id)
+
+    def _create_pipeline(self, instance: Instance) -> None:
+        """As few replicas of each stage as there may be, loaded side by side; ready with the last one."""
+        assert instance.kind.pipeline is not None
+        stages = instance.kind.pipeline.stages
+        numbers = self._up[instance.id] = [[] for _ in stages]
+        missing = sum(stage.min_replicas for stage in stages)
+        fails = self._random(instance).random() < self._failures.start_failure
+        self._bill_from_now(instance)
+
+        def up(stage: int, replica: int) -> None:
+            nonlocal missing
+            numbers[stage].append(replica)
+            missing -= 1
+            if missing or instance.state != "starting":
+                return
+            if fails:
+                self._stop_billing(instance)
+                self._heard_by().instance_failed(instance)
+            else:
+                self._heard_by().instance_ready(instance, self._attach(instance))
+
+        for number, stage in enumerate(stages):
+            for _ in range(stage.min_replicas):
+                self.replicas.start(instance, number, lambda replica, _, at=number: up(at, replica))  # type: ignore[misc]
 
     def _heard_by(self) -> FleetEvents:
         assert self.listener is not None
@@ -205,15 +208,6 @@ class FleetModel:
         if self._unnoticed.pop(instance.id, None) is not None:
             self._heard_by().instance_failed(instance)
 
-    def _take_warm(self, kind: str) -> bool:
-        now_s = self._clock.now_s
-        nodes = [until for until in self._warm_until.get(kind, []) if until > now_s]
-        warm = bool(nodes)
-        if warm:
-            nodes.remove(max(nodes))
-        self._warm_until[kind] = nodes
-        return warm
-
     def _bill_from_now(self, instance: Instance) -> None:
         self._billed_from[instance.id] = self._clock.now_s
         self._billed[instance.id] = instance
@@ -224,5 +218,8 @@ class FleetModel:
         if since == inf:
             return False
         del self._billed[instance.id]
+        if instance.kind.pipeline is not None:
+            self._up.pop(instance.id, None)
+            self.replicas.stop_all(instance)
         self.bill.close(instance, self._clock.now_s - since)
         return True

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import RemoteEngineEvents, Samples
+from chiron.core.ports import RemoteEngineEvents, Samples, StageSamples
 from chiron.core.types import Instance, Sample
 from chiron.engines.model import EngineModel, StepTable
+from chiron.engines.pipeline import PipelineModel, StageTimes
 from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
+from chiron.fleet.model import FleetModel
 
 
 class ModelledEngines:
@@ -20,6 +22,10 @@ class ModelledEngines:
     listener: RemoteEngineEvents
     suspect: Callable[[Instance], None]
     """Asks the fleet to look at an instance; set as ``listener`` is, where there is a wire."""
+    fleet: FleetModel
+    """Where replicas of stages come from; set as ``listener`` is, where there are pipelines."""
+    samples: Samples
+    """Hears of a pipeline's KV capacity; likewise."""
 
     def __init__(
         self,
@@ -27,17 +33,22 @@ class ModelledEngines:
         clock: VirtualClock,
         profiles: Mapping[str, Profile],
         kv_transfer_gb_per_s: float,
+        stages: Mapping[str, Sequence[Profile]] | None = None,
         wire: Wire | None = None,
         step_mode: bool = False,
     ) -> None:
-        """``profiles`` by kind of instance. ``wire``: between the control plane and every engine, as a gateway has it;
-        None: they call each other directly, and only then ``step_mode`` may be off or on."""
+        """``profiles`` by kind of instance; ``stages`` likewise, of those that are pipelines. ``wire``: between the
+        control plane and every engine, as a gateway has it; None: they call each other directly, and only then
+        ``step_mode`` may be off or on."""
+        if stages and wire is not None:
+            raise ValueError("pipelines of stages are simulated without a wire only")
         self.made: list[EngineModel | RemoteEngine] = []
         """Every engine there ever was."""
         self._by_id: dict[int, EngineModel | RemoteEngine] = {}
         self._clock = clock
         self._profiles = profiles
         self._times = {name: StepTable(profile) for name, profile in profiles.items()}
+        self._stages = {name: [StageTimes(each) for each in parts] for name, parts in (stages or {}).items()}
         self._bytes_per_s = kv_transfer_gb_per_s * 1e9
         self._wire = wire
         self._faults = {request: iter(faults) for request, faults in wire.faults.items()} if wire is not None else {}
@@ -47,7 +58,9 @@ class ModelledEngines:
         profile, times = self._profiles[instance.kind.name], self._times[instance.kind.name]
         kv_seconds_per_token = profile.kv_bytes_per_token / self._bytes_per_s if self._bytes_per_s > 0 else 0.0
         engine: EngineModel | RemoteEngine
-        if self._wire is None:
+        if instance.kind.pipeline is not None:
+            engine = self._make_pipeline(instance)
+        elif self._wire is None:
             engine = EngineModel(
                 clock=self._clock,
                 instance=instance,
@@ -73,6 +86,28 @@ class ModelledEngines:
         self._by_id[instance.id] = engine
         return engine
 
+    def _make_pipeline(self, instance: Instance) -> PipelineModel:
+        stages, pipeline = self._stages[instance.kind.name], instance.kind.pipeline
+        assert pipeline is not None
+        # Each stage saves and restores its own part, all at the same time.
+        kv_bytes = max(each.profile.kv_bytes_per_token for each in stages)
+        engine = PipelineModel(
+            clock=self._clock,
+            instance=instance,
+            kind=pipeline,
+            profile=self._profiles[instance.kind.name],
+            stages=stages,
+            replicas=self.fleet.take_replicas(instance),
+            source=self.fleet.replicas,
+            listener=self.listener,
+            capacity_told=self.samples.capacity_told,
+            kv_seconds_per_token=kv_bytes / self._bytes_per_s if self._bytes_per_s > 0 else 0.0,
+            step_mode=self._step_mode,
+        )
+        # Once the control plane knows it.
+        self._clock.call_at(self._clock.now_s, engine.tell_capacity)
+        return engine
+
     def of(self, instances: Iterable[int]) -> list[EngineModel | RemoteEngine]:
         """The engines of these instances."""
         return [self._by_id[instance] for instance in instances]
@@ -96,14 +131,17 @@ class ModelScraper:
         period_s: float,
         delay_s: float,
         dated_when_taken: bool = False,
+        stages: StageSamples | None = None,
     ) -> None:
-        """``dated_when_taken``: as a gateway's samples are, where there is a wire; else when they were read."""
+        """``stages`` hears of the stages of pipelines. ``dated_when_taken``: as a gateway's samples are, where there is
+        a wire; else when they were read."""
         self._clock = clock
         self._plane = plane
         self._engines = engines
         self._period_s = period_s
         self._delay_s = delay_s
         self._dated_when_taken = dated_when_taken
+        self._stages = stages
 
     def _dated(self, samples: list[Sample]) -> Iterator[Sample]:
         for sample in samples:
@@ -117,6 +155,8 @@ class ModelScraper:
     def _scrape(self) -> None:
         engines = list(self._engines())
         samples: list[Sample] = []
+        if self._stages is not None:
+            self._scrape_stages(self._stages, engines)
 
         def seen(sample: Sample) -> None:
             # As far as whoever asked can tell, it is of when the answer came.
@@ -133,3 +173,12 @@ class ModelScraper:
         if not engines:
             tell()
         self._clock.call_later(self._period_s, self._scrape)
+
+    def _scrape_stages(self, stages: StageSamples, engines: Iterable[Looked]) -> None:
+        for engine in engines:
+            if isinstance(engine, PipelineModel):
+                instance, sample = engine.instance, engine.stage_sample()
+                self._clock.call_later(
+                    self._delay_s,
+                    lambda instance=instance, sample=sample: stages.stages_sampled(instance, sample),  # type: ignore[misc]
+                )

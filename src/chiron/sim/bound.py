@@ -12,14 +12,14 @@ that is paid for anyway (``min_instances``), which absorbs work only while that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from chiron.core.types import ModelSpec, RequestClass
+from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.sim.bound_step import Demand, Floats, Mask, Supply, supply_of
 from chiron.sim.bound_time import absorbed
 from chiron.sim.bound_work import Prices, best_prices, least_work, with_feasible_itl
@@ -197,7 +197,20 @@ def _supplies(setup: Setup, spec: ModelSpec) -> list[Supply]:
         raise BoundError(
             f"model {spec.name!r}: instance kind {missing[0]!r} has no profile; there are {', '.join(setup.profiles)}"
         )
-    return [supply_of(setup.profiles[kind.name], kind) for kind in spec.kinds]
+    return [supply_of(setup.profiles[kind.name], _by_pass(kind)) for kind in spec.kinds]
+
+
+def _by_pass(kind: InstanceKind) -> InstanceKind:
+    """Of a pipeline, one micro-batch's way through all stages: it is on one replica at a time, so each second of it is
+    paid for by no fewer GPUs than those of the smallest replica, at no less than the lowest price."""
+    if kind.pipeline is None:
+        return kind
+    stages = kind.pipeline.stages
+    return replace(
+        kind,
+        gpus=min(stage.gpus for stage in stages),
+        price_per_gpu_hour=min(stage.price_per_gpu_hour for stage in stages),
+    )
 
 
 _SHARED_BY = {

@@ -14,7 +14,9 @@ import numpy as np
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
 from chiron.fleet.model import FleetModel
+from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
+from chiron.policies.stages.registry import with_stages
 from chiron.runtime.assembly import Assembly
 from chiron.runtime.modelled import ModelledEngines, ModelScraper
 from chiron.sim.bound import Bound, bound, bound_of_run
@@ -74,6 +76,7 @@ class Simulation:
         engines = ModelledEngines(
             clock=self.clock,
             profiles=setup.profiles,
+            stages=setup.stages,
             kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
             wire=setup.wire,
             step_mode=step_mode,
@@ -88,7 +91,10 @@ class Simulation:
             notice_s=0.0 if setup.wire is None else setup.wire.notice_s,
         )
         engines.suspect = self.fleet.suspect
+        engines.fleet = self.fleet
         self.policy = make_policy(setup.policy, setup.settings)
+        if setup.stage_policy:
+            self.policy = with_stages(self.policy, setup.stage_policy, setup.stage_settings)
         self._assembly = Assembly(
             clock=self.clock,
             fleet=self.fleet,
@@ -99,7 +105,7 @@ class Simulation:
             gpus_max=setup.gpus_max,
             observer=self.recorder.observe,
         )
-        self.plane = engines.listener = self._assembly.plane
+        self.plane = engines.listener = engines.samples = self._assembly.plane
         self._scraper = ModelScraper(
             clock=self.clock,
             plane=self.plane,
@@ -107,6 +113,7 @@ class Simulation:
             period_s=setup.scrape_period_s,
             delay_s=setup.scrape_delay_s,
             dated_when_taken=setup.wire is not None,
+            stages=self.plane if setup.stages else None,
         )
 
     def run(self, progress: Progress | None = None) -> None:
@@ -171,7 +178,7 @@ class Simulation:
             seed=setup.seed,
             scenario=setup.scenario,
             scenario_text=setup.scenario_text,
-            settings=_settings(self.policy.settings),
+            settings=_settings(self.policy),
             models=workload.models,
             classes=workload.classes,
             summary=summary,
@@ -215,6 +222,8 @@ def _requests(setup: Setup) -> Iterator[Request]:
             yield request
 
 
-def _settings(settings: Any) -> dict[str, Any]:
-    made: dict[str, Any] = asdict(settings)
+def _settings(policy: Policy) -> dict[str, Any]:
+    made: dict[str, Any] = asdict(policy.settings)
+    if policy.stages_settings is not None:
+        made["stages"] = asdict(policy.stages_settings)
     return made

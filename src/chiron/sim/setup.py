@@ -23,6 +23,8 @@ class Setup:
     models: tuple[ModelSpec, ...]
     profiles: Mapping[str, Profile]
     """Profile of each instance kind, by ``InstanceKind.name``."""
+    stages: Mapping[str, tuple[Profile, ...]] = field(default_factory=dict)
+    """Profiles of the stages of each kind that is a pipeline, likewise; ``profiles`` has their sums."""
     initial: Mapping[str, int]
     """Instances of each model that are ready at time 0, the same for every policy."""
     gpus_max: Mapping[str, int] = field(default_factory=dict)
@@ -32,6 +34,9 @@ class Setup:
     """Name in ``policies.registry.POLICIES``."""
     settings: Any
     """That policy's frozen settings dataclass."""
+    stage_policy: str = ""
+    """Name in ``STAGE_POLICIES`` (``policies.stages``) of what decides below it about stages; empty: nothing does."""
+    stage_settings: Any = None
     label: str = ""
     """What results call it, so that one policy can run with several settings; empty: the policy's name."""
     seed: int = 0

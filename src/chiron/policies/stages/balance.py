@@ -124,17 +124,34 @@ def size(view: PipelineView, load: StageLoad, factors: Sequence[float]) -> Sizin
 def _grown(
     view: PipelineView, replicas: list[int], found: Forecast, load: StageLoad, factors: Sequence[float]
 ) -> tuple[list[int], Forecast] | None:
-    """With one replica more at the bottleneck, or where it helps if that is full; None: nowhere."""
+    """With one replica more where it helps most, which is at the bottleneck; where several stages are equally short,
+    one of them or all of them together. None: it helps nowhere."""
     kinds = view.kind.stages
-    free = [i for i, kind in enumerate(kinds) if replicas[i] < kind.max_replicas]
-    if not free:
-        return None
-    first = found.bottleneck if found.bottleneck in free else free[0]
     tried = []
-    for i in [first] if found.bottleneck in free else free:
-        more = [count + (i == j) for j, count in enumerate(replicas)]
-        tried.append((more, forecast(view.kind, more, load, factors)))
-    return min(tried, key=lambda pair: (not pair[1].fits, pair[1].itl_s, pair[1].ttft_s))
+    for more in (*_one_more(replicas), [count + 1 for count in replicas]):
+        within = [min(count, kind.max_replicas) for count, kind in zip(more, kinds, strict=True)]
+        if within != replicas:
+            predicted = forecast(view.kind, within, load, factors)
+            if predicted.fits or _better(predicted, found):
+                tried.append((within, predicted))
+    return min(tried, key=lambda pair: (not pair[1].fits, _merit(pair[1], pair[0])), default=None)
+
+
+def _one_more(replicas: Sequence[int]) -> list[list[int]]:
+    return [[count + (i == j) for j, count in enumerate(replicas)] for i in range(len(replicas))]
+
+
+def _merit(found: Forecast, replicas: Sequence[int]) -> tuple[float, float]:
+    """What is short, by how many replicas it takes."""
+    return found.excess * sum(replicas), found.pressure
+
+
+def _better(one: Forecast, other: Forecast) -> bool:
+    """By a percent, in what is short: otherwise a replica is of no use. Micro-batches go by the largest number of
+    replicas, so one more may cost a little before the next one helps."""
+    if one.excess > other.excess * 1.05:
+        return False
+    return one.excess < 0.99 * other.excess or one.pressure < 0.99 * other.pressure or one.ttft_s < 0.99 * other.ttft_s
 
 
 def _trimmed(

@@ -57,10 +57,13 @@ class Forecast:
 
     itl_s: float
     ttft_s: float
+    excess: float
+    """The larger of two shares, finite where ``itl_s`` is not: of the allowed time that a round takes under all that
+    would come in it, and of the places for sequences that are needed."""
+    pressure: float
+    """The same two, of all stages added up: it falls too where several stages are equally short."""
     kv: tuple[float, ...]
     """Share of each stage's KV that the running sequences need, more than 1 where they do not fit."""
-    bottleneck: int
-    """The stage that a further replica would help most."""
     fits: bool
 
 
@@ -141,14 +144,14 @@ def forecast(
     wait_s = max(_wait_s(running, p, service_s) for p in places)
     ttft_s = at_s * (0.5 + ceil(load.input_tokens / (TOKENS_PER_PASS * full.micro_batches))) + wait_s
     ttft_s += _prompt_wait_s(pipeline, load, factors, min(used, 1.0))
-    short = max(range(len(places)), key=lambda i: running / places[i])
-    busiest = max(range(len(full.busy_s)), key=lambda i: full.busy_s[i])
+    needed = [running / (0.9 * p) for p in places]
     return Forecast(
         itl_s=itl_s,
         ttft_s=ttft_s,
+        excess=max(full.seconds / allowed_s, *needed),
+        pressure=sum(full.busy_s) / allowed_s + full.path_s / allowed_s + sum(needed),
         kv=kv,
-        bottleneck=short if running > 0.9 * places[short] else busiest,
-        fits=itl_s <= load.itl_s and ttft_s <= load.ttft_s and running <= 0.9 * min(places),
+        fits=itl_s <= load.itl_s and ttft_s <= load.ttft_s and max(needed) <= 1.0,
     )
 
 
