@@ -35,8 +35,6 @@ log = logging.getLogger("chiron.gateway")
 DEFAULT_CONFIG = "chiron.toml"
 INTERRUPTED = 130
 KEEPER_GONE = 1
-OVER = 75
-"""Exit status of a brain that another one has followed."""
 FILES_PER_CONNECTION = 2
 """A request holds the client's connection and one to an engine."""
 FILES_BESIDES = 1000
@@ -187,6 +185,8 @@ def _serve(config: ServeConfig, models: FollowedModels | None, *, advise: bool) 
 
 def _superseded(term: int) -> None:
     """The keeper starts the next one."""
+    from chiron.gateway.processes.fence import OVER
+
     log.error("a brain of term %d is at work: this one ends", term)
     os._exit(OVER)
 

@@ -133,6 +133,37 @@ def test_a_killed_brain_has_a_successor_and_the_relays_are_the_same(tmp_path: Pa
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("end", ["sys.exit(75)", 'seat.socket.sendall(b"until 1.000\\n")\nsignal.pause()'])
+def test_a_leader_whose_lease_ends_while_it_is_told_to_stop_has_stopped(tmp_path: Path, end: str) -> None:
+    with Keeper(tmp_path, SERVES.replace("sys.exit(7)", end)) as keeper:
+        keeper.lines(3)
+        keeper.process.terminate()
+        assert keeper.lines(2) == [["over", "0"], ["told", str(int(signal.SIGTERM))]]
+        assert keeper.process.wait(WAIT_S) == 0
+
+
+def test_orphans_that_the_first_process_of_a_container_inherits_are_reaped(tmp_path: Path) -> None:
+    inherits = "import ctypes\nctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # As the first process does.\n"
+    leaves = """
+seat = keep()
+child, pids = os.fork(), []
+if child == 0:
+    orphan = os.fork()
+    if orphan == 0:
+        time.sleep(0.2)
+        os._exit(0)
+    tell("orphan", orphan)
+    os._exit(0)
+os.waitpid(child, 0)
+seat.socket.sendall(b"open\\nready\\n")
+live(seat.socket)
+"""
+    with Keeper(tmp_path, "import time\n" + inherits + leaves) as keeper:
+        lines = keeper.lines(4)
+        (orphan,) = [pid for what, *_, pid in lines if what == "orphan"]
+        assert keeper.gone([orphan])
+
+
 def test_a_killed_relay_has_a_successor_and_the_brain_is_the_same(tmp_path: Path) -> None:
     with Keeper(tmp_path, SERVES) as keeper:
         (brain, first, _) = keeper.lines(3)

@@ -217,6 +217,25 @@ def test_a_leader_whose_lease_was_taken_hears_so() -> None:
     run_virtual(main())
 
 
+def test_a_leader_that_hears_of_another_one_asks_the_lease_at_once_and_believes_only_that() -> None:
+    async def main() -> None:
+        row = Row()
+        a = Gateway(row, "a")
+        await a.leadership.take()
+        keeping = asyncio.create_task(a.leadership.keep())
+        await asyncio.sleep(0.2)
+        until_s = row.until_s
+        a.leadership.look()
+        await asyncio.sleep(0.1)
+        assert row.until_s > until_s, "renewed before its time"
+        row.holder = "somebody"
+        a.leadership.look()
+        async with asyncio.timeout(0.1):
+            assert await keeping == "another gateway leads"
+
+    run_virtual(main())
+
+
 def test_one_that_gives_the_lease_back_is_followed_at_once() -> None:
     async def main() -> None:
         row = Row()

@@ -46,8 +46,10 @@ class ApiError(KubernetesError):
 class Client:
     """One API server."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, *, changes: Callable[[], object] = lambda: None) -> None:
+        """``changes`` is called just before anything is asked for but to read, and ends this process if it may not."""
         self.url = access.url
+        self._changes = changes
         self._access = access
         self._origin = Origin(access.url, ssl=access.ssl)
 
@@ -91,6 +93,8 @@ class Client:
         content_type: str = "application/json",
     ) -> dict[str, Any]:
         headers = self._headers()
+        if method != "GET":
+            self._changes()
         if body is not None:
             headers["content-type"] = content_type
         try:

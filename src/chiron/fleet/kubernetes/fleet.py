@@ -50,7 +50,9 @@ class KubernetesFleet:
         named: dict[str, str] = {}
         for kind, source in sources.items():
             access = find_access(os.environ, source.kubeconfig, source.context)
-            client = self._clients.setdefault((source.kubeconfig, source.context), Client(access))
+            client = self._clients.setdefault(
+                (source.kubeconfig, source.context), Client(access, changes=environment.clock.elapsed_s)
+            )
             workload = Workload(
                 source,
                 client,

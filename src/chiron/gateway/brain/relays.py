@@ -322,7 +322,7 @@ class RelayLink:
         relays = self._relays
         if hello.term > relays.term:
             relays.superseded(hello.term)
-            raise ProtocolError(f"it has seen a brain of term {hello.term}; this one's is {relays.term}: it is over")
+            raise ProtocolError(f"it says that it has seen a brain of term {hello.term}; this one's is {relays.term}")
         self.nonce, self.returns = hello.nonce, hello.returns
 
     def _opened(self) -> None:

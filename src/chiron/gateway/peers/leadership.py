@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 
@@ -78,7 +79,7 @@ class Leadership:
         self._said = ""
 
     def look(self) -> None:
-        """The leader may be gone: ask at once."""
+        """Another one may lead: ask at once."""
         self._hint.set()
 
     async def take(self) -> Held:
@@ -96,7 +97,7 @@ class Leadership:
                 # Whoever led as last heard may lead still: relays find out.
                 self._left_s = inf
                 self._say(f"nobody knows who leads: {error}")
-            await self._pause()
+            await self._pause(AGAIN_MIN_S + self._left_s)
 
     async def watch(self) -> None:
         """Know who leads, and do not want to."""
@@ -105,7 +106,7 @@ class Leadership:
                 await self._ask()
             except StoreError as error:
                 self._say(f"nobody knows who leads: {error}")
-            await self._pause()
+            await self._pause(AGAIN_MIN_S + self._left_s)
 
     async def keep(self) -> str:
         """Renew it as long as that can be. Returns why it is over."""
@@ -122,7 +123,7 @@ class Leadership:
                 why = f": {error}" if str(error) else ": the database has not answered"
             else:
                 self._extend(asked_s)
-            await asyncio.sleep(max(0.0, min(self._lease_s / ASKS, self._fence.until_s - self._now())))
+            await self._pause(max(0.0, self._fence.until_s - self._now()))
         return f"the lease could not be renewed{why}"
 
     async def release(self) -> None:
@@ -153,10 +154,10 @@ class Leadership:
             log.info("%s", words)
         self._said = words
 
-    async def _pause(self) -> None:
+    async def _pause(self, most_s: float) -> None:
+        """Until it is time to ask again, or there is a reason to."""
         self._hint.clear()
-        try:
-            async with asyncio.timeout(min(self._lease_s / ASKS, AGAIN_MIN_S + self._left_s)):
+        await asyncio.sleep(AGAIN_MIN_S)  # However many reasons there are.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(self._lease_s / ASKS, most_s)):
                 await self._hint.wait()
-        except TimeoutError:
-            return

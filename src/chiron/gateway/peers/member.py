@@ -22,7 +22,7 @@ from chiron.gateway.peers.election import election
 from chiron.gateway.peers.leadership import Leadership, Peer
 from chiron.gateway.peers.standby import Standby
 from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
-from chiron.gateway.processes.fence import Fence, machine_s
+from chiron.gateway.processes.fence import OVER, Fence, machine_s
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import STOP_S
 from chiron.gateway.service import Service, save
@@ -34,8 +34,6 @@ from chiron.store.postgres.settings import PostgresSettings
 
 log = logging.getLogger("chiron.gateways")
 
-OVER = 75
-"""Exit status of a leader that is over."""
 HANGS_S = 5.0
 BEAT_S = 0.25
 """Between two signs of life of the loop that decides."""
@@ -135,7 +133,7 @@ class Member:
             settle_s=self._settings.settle_s,
             expects=0,
             awaited=held.relays,
-            superseded=lambda term: _end(f"another one leads (term {term})"),
+            superseded=self._heard_of_another,
             time_s=self._fence.time_s,
         )
         service = door = None
@@ -160,6 +158,10 @@ class Member:
             log.info("this gateway has handed over")
             if service is not None and started:
                 save(service)
+
+    def _heard_of_another(self, term: int) -> None:
+        """From a relay, which is not to be believed: only the lease says who leads."""
+        self._own_loop.call(self._leadership.look)
 
     async def _close_election(self) -> None:
         await self._election.close()

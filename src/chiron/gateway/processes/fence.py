@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from math import inf
 
+OVER = 75
+"""Exit status of a brain that may decide nothing any more."""
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 

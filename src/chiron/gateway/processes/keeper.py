@@ -32,7 +32,7 @@ from math import inf
 from secrets import token_hex
 
 from chiron.core.backoff import doubled_s
-from chiron.gateway.processes.fence import machine_s
+from chiron.gateway.processes.fence import OVER, machine_s
 from chiron.gateway.processes.reserved import Port
 from chiron.gateway.processes.start import RelayStart
 
@@ -73,6 +73,8 @@ class Process:
     quiet: int = 0
     until_s: float = 0.0
     """As it said; 0: for ever."""
+    overdue: bool = False
+    """It was killed because it was there still by then."""
     heard: bytes = b""
     """Of a line that is not complete."""
     said: set[bytes] = field(default_factory=set)
@@ -163,7 +165,7 @@ class Keeper:
                 stream.flush()  # Else what waits there is written twice.
         process.due_s, process.began_s, process.quiet, process.heard = inf, time.monotonic(), 0, b""
         process.said.clear()
-        process.until_s = 0.0
+        process.until_s, process.overdue = 0.0, False
         process.starts += 1
         try:
             pid, ours, theirs = _forked()
@@ -208,11 +210,16 @@ class Keeper:
                 woken.recv(_BLOCK_BYTES)
             else:
                 self._read(sockets[ready])
-        for process in self._processes:
-            if process.pid:
-                pid, status = os.waitpid(process.pid, os.WNOHANG)
-                if pid:
-                    self._ended(process, os.waitstatus_to_exitcode(status))
+        self._reap()
+
+    def _reap(self) -> None:
+        """All that have ended: as the first process of a container this one inherits others, whose parents are gone."""
+        by_pid = {each.pid: each for each in self._processes if each.pid}
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = found
+                if pid in by_pid:
+                    self._ended(by_pid[pid], os.waitstatus_to_exitcode(status))
 
     def _read(self, process: Process) -> None:
         assert process.socket is not None
@@ -246,7 +253,10 @@ class Keeper:
             process.socket.close()
             process.socket = None
         if process is self._brain and (self._stopped_by or not self._served):
-            self.status = status if status >= 0 else 128 - status
+            # One that was told to stop, and whose lease ended before it had handed over, has stopped: it decides
+            # nothing more, its store refuses what it had to write, and relays let their requests end without it.
+            over = bool(self._stopped_by) and (process.overdue or status == OVER)
+            self.status = 0 if over else status if status >= 0 else 128 - status
             return
         if self._stopped_by:
             self._tell_alone()
@@ -269,6 +279,7 @@ class Keeper:
                 continue
             if self._has_led_too_long(process):
                 log.error("%s (process %d) has led for longer than it may and is killed", process.name, process.pid)
+                process.overdue = True
                 os.kill(process.pid, signal.SIGKILL)
                 continue
             process.quiet += not late
