@@ -72,6 +72,10 @@ def ready_count(service: Service) -> int:
     return sum(1 for each in service.engines.live.values() if each.instance.state == "ready")
 
 
+def running(service: Service) -> int:
+    return sum(len(each.runs) for each in service.engines.live.values())
+
+
 async def climb(service: Service, count: int) -> float:
     """Seconds until there are so many."""
     began_s = time.monotonic()
@@ -111,8 +115,11 @@ def test_up_and_down_under_load_and_a_node_that_is_lost(ray: RealRay, tmp_path: 
             await climb(service, 3)
             took["1 -> 3, with the node"] = time.monotonic() - began_s
             answers = await load
+            load = asyncio.create_task(send(api, 10.0, 3.0))
+            await until(lambda: running(service) > 0, "requests run")
             took["3 -> 1"] = await climb(service, 1)
-            assert set(await verdicts(answers + await send(api, 5.0, 2.0))) == {"complete"}
+            answers += await load
+            assert set(await verdicts(answers)) == {"complete"}
             await climb(service, 3)
             lost_s = time.monotonic()
             await asyncio.to_thread(ray.lose, node)
