@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from math import inf
+from math import ceil, inf
 
 from chiron.core.clock import Callback, VirtualClock
 
@@ -23,6 +23,7 @@ class LiveClock(VirtualClock):
 
     __slots__ = (
         "_armed_s",
+        "_by_milliseconds",
         "_error",
         "_handle",
         "_loop",
@@ -47,6 +48,8 @@ class LiveClock(VirtualClock):
         for what happened before it was made."""
         super().__init__(ahead_s)
         self._loop = loop
+        self._by_milliseconds = not isinstance(loop, asyncio.BaseEventLoop)
+        """It rounds what it waits to them, as uvloop does."""
         self._time = time_s or loop.time
         self._origin_s = self._time() - ahead_s
         self.wall_origin_s = time.time() - ahead_s if wall_s is None else wall_s
@@ -126,7 +129,11 @@ class LiveClock(VirtualClock):
         if self._time == self._loop.time:
             self._handle = self._loop.call_at(self._origin_s + due_s, self._wake)
         else:
-            self._handle = self._loop.call_later(max(0.0, due_s - self.elapsed_s()), self._wake)
+            wait_s = max(0.0, due_s - self.elapsed_s())
+            if self._by_milliseconds:
+                # Woken before a timer is due, such a loop would be woken again and again until it is.
+                wait_s = ceil(wait_s * 1000.0) / 1000.0
+            self._handle = self._loop.call_later(wait_s, self._wake)
 
 
 def _log_error(error: BaseException) -> None:
