@@ -15,12 +15,20 @@ from chiron.net.server import Incoming, serve
 class Relay:
     def __init__(self, incoming: Incoming) -> None:
         self.incoming = incoming
+        self.call: Call | None = None
         self.status = 0
         self.length: int | None = None
 
     def on_head(self, status: int, headers: list[Header]) -> None:
         self.status = status
         self.length = next((int(value) for name, value in headers if name == b"content-length"), None)
+        if self.length is None and self.call is not None:
+            self.call.on_chunks = self.on_chunks
+
+    def on_chunks(self, data: bytes) -> None:
+        if not self.incoming.started:
+            self.incoming.start(self.status, [(b"content-type", b"text/event-stream")])
+        self.incoming.write_chunks(data)
 
     def on_data(self, data: bytes) -> None:
         if not self.incoming.started:
@@ -45,8 +53,9 @@ async def main(port: int, url: str) -> None:
     headers: list[Header] = [(b"content-type", b"application/json")]
 
     def handle(incoming: Incoming) -> None:
-        call: Call = origin.send(incoming.method, incoming.path.encode(), headers, incoming.body, Relay(incoming))
-        incoming.on_close = call.cancel
+        relay = Relay(incoming)
+        relay.call = origin.send(incoming.method, incoming.path.encode(), headers, incoming.body, relay)
+        incoming.on_close = relay.call.cancel
 
     await serve(handle, port=port)
     await asyncio.Event().wait()

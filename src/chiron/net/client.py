@@ -1,5 +1,9 @@
 """HTTP/1.1 connections to one server, pooled, for relaying: a request is bytes, an answer is calls on a receiver.
 
+Chunks of an answer that is only passed on keep their framing: where a block that the socket gave is whole chunks, it is
+handed over as it is (``Call.on_chunks``), and neither taken apart by the parser nor framed again. The parser sees all
+else, and has always seen all up to the beginning of a chunk before one is handed over.
+
 The pool gives out the connection used last, so that those beyond the need grow old and close. A reused connection that
 the server had closed meanwhile shows as lost before any answer; such a request is sent once more on a new connection,
 because nothing of it has been delivered. All other failures are for the receiver to judge.
@@ -9,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import ssl as ssl_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +32,21 @@ Header = tuple[bytes, bytes]
 
 BODY_MAX_BYTES = 64 * 1024 * 1024
 _HEAD_MAX_BYTES = 256 * 1024
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
+"""The line before a chunk. One with an extension is the parser's."""
+
+
+def _line_of_one(length: int) -> bytes:
+    """With which a block of so many bytes begins that is one chunk; where there is none, what no such block has."""
+    for digits in range(1, 8):
+        line = b"%x\r\n" % max(0, length - digits - 4)
+        if len(line) == digits + 2 and length > digits + 4:
+            return line
+    return bytes(length + 1)
+
+
+_LINES_OF_ONE = tuple(map(_line_of_one, range(2048)))
+"""By length of the block: most are one chunk each, and so they are seen to be by what they begin and end with."""
 
 
 class NetError(Exception):
@@ -76,10 +96,23 @@ class Receiver(Protocol):
 class Call:
     """A request under way."""
 
-    __slots__ = ("_connection", "_head_only", "_message", "_origin", "_paused", "_reused", "over", "receiver")
+    __slots__ = (
+        "_connection",
+        "_head_only",
+        "_message",
+        "_origin",
+        "_paused",
+        "_reused",
+        "on_chunks",
+        "over",
+        "receiver",
+    )
 
     def __init__(self, origin: Origin, message: bytes, receiver: Receiver, *, head_only: bool = False) -> None:
         self.receiver = receiver
+        self.on_chunks: Callable[[bytes], None] | None = None
+        """Gets whole chunks of the body with their framing, which has been checked, from whenever the receiver sets it
+        on. What is no whole chunk, and the end, goes to the receiver all the same."""
         self.over = False
         self._head_only = head_only
         self._origin = origin
@@ -342,6 +375,8 @@ class _Connection(asyncio.Protocol):
         self._keep = False
         self._closed = False
         self._paused = False
+        self._rest_bytes = -1
+        """Until the next chunk begins; -1: that is not known, and the parser gets all that comes."""
         self._idle_since_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -364,6 +399,7 @@ class _Connection(asyncio.Protocol):
         self._headers = []
         self._pieces = []
         self._head_bytes = 0
+        self._rest_bytes = -1
         self._head_seen = self._any = self._ended = False
         if call._paused:
             self.pause()
@@ -401,6 +437,21 @@ class _Connection(asyncio.Protocol):
         if call is None:
             self.close()  # Bytes without a request.
             return
+        if not self._rest_bytes and call.on_chunks is not None:
+            length = len(data)
+            one = length < 2048 and data.startswith(_LINES_OF_ONE[length]) and data.endswith(b"\r\n")
+            end = length if one else self._whole_chunks(data, 0)
+            if end == length:
+                call.on_chunks(data)
+                return
+            if end:
+                call.on_chunks(data[:end])
+                if call.over:
+                    return
+                data = data[end:]
+        elif self._rest_bytes > 0:
+            self._skip(data)
+        begins = not self._any
         self._any = True
         self._head_bytes += len(data)
         try:
@@ -431,6 +482,35 @@ class _Connection(asyncio.Protocol):
             self._finish(call)
         elif self._head_bytes > _HEAD_MAX_BYTES:
             self._give_up(call, AnswerError(f"{self._origin.url}: an answer's head of over {_HEAD_MAX_BYTES} bytes"))
+        elif begins and call.on_chunks is not None and (b"transfer-encoding", b"chunked") in self._headers:
+            self._whole_chunks(data, data.find(b"\r\n\r\n") + 4)
+
+    def _whole_chunks(self, data: bytes, at: int) -> int:
+        """A chunk begins here: where the last one ends that is whole. The last of the answer is left to the parser."""
+        length = len(data)
+        self._rest_bytes = 0
+        while at < length:
+            line = _SIZE.match(data, at)
+            size = int(line[1], 16) if line is not None else 0
+            if line is None or not size:
+                self._rest_bytes = -1
+                break
+            end = line.end() + size + 2
+            if end > length:
+                self._rest_bytes = end - length
+                break
+            if not data.startswith(b"\r\n", end - 2):
+                self._rest_bytes = -1
+                break
+            at = end
+        return at
+
+    def _skip(self, data: bytes) -> None:
+        """The parser gets more of a chunk of which it has had the beginning."""
+        if len(data) < self._rest_bytes:
+            self._rest_bytes -= len(data)
+        else:
+            self._whole_chunks(data, self._rest_bytes)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed = True

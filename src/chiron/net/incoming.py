@@ -119,6 +119,11 @@ class Incoming:
         return self._started
 
     @property
+    def chunked(self) -> bool:
+        """Whether the answer's body goes out in chunks."""
+        return self._chunked
+
+    @property
     def client(self) -> tuple[str, int]:
         return self._connection.peer
 
@@ -184,6 +189,11 @@ class Incoming:
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._connection.write(data)
+
+    def write_chunks(self, data: bytes) -> None:
+        """Whole chunks of a ``chunked`` answer, with their framing, which the caller has checked."""
+        if not self.closed:
+            self._connection.write(data)
 
     def finish(self) -> None:
         """The body is complete."""

@@ -145,7 +145,7 @@ class RelayCall:
     def headers(self) -> Sequence[Header]:
         return ((b"x-request-id", self.request_id.encode()),)
 
-    def begin(self, call: Call, status: int, headers: list[Header]) -> None:
+    def begin(self, call: Call, status: int, headers: list[Header]) -> Callable[[bytes], int] | None:
         self._call = call
         self._first = True
         self._status = status
@@ -154,6 +154,8 @@ class RelayCall:
             if name == b"content-length" and value.isdigit():
                 self._length = int(value)
         self._answer_headers = [(b"x-request-id", self.request_id.encode()), *passed_headers(headers)]
+        chunked = status == 200 and self._length is None and self.incoming.version == "1.1"
+        return self._pass_chunks if self.streams and chunked else None
 
     def data(self, data: bytes) -> int:
         incoming = self.incoming
@@ -164,11 +166,27 @@ class RelayCall:
         incoming.write(data)
         if not self.streams:
             return 0
+        return self._tokens(data, data.count(b"\ndata:") + data.startswith(b"data:"))
+
+    def _pass_chunks(self, data: bytes) -> int:
+        """Whole chunks, with their framing: also the first event of one comes after a line, that of the length."""
+        if not self._began:
+            self._began = self._begin(data)
+        self.incoming.write_chunks(data)
+        return self._tokens(data, data.count(b"\ndata:"))
+
+    def _tokens(self, data: bytes, events: int) -> int:
+        """Of so many events, those that hold text."""
         # The first event may be a role alone, the last ones are a reason, usage and [DONE]. All between are tokens.
-        if self._first or b"[DONE]" in data or b'_reason":"' in data or b'_reason": "' in data:
-            self._first = False
-            return tokens_in(data)
-        return data.count(b"\ndata:") + data.startswith(b"data:")
+        at = data.rfind(b'finish_reason":') if events == 1 and not self._first else -1
+        if at >= 0:  # As nearly always; with a token it is near the end.
+            usual = b'"' not in data[at + 15 : at + 17]
+        else:
+            usual = not (self._first or b"[DONE]" in data or b'_reason":"' in data or b'_reason": "' in data)
+        if usual:
+            return events
+        self._first = False
+        return tokens_in(data)
 
     def end(self) -> str:
         incoming = self.incoming

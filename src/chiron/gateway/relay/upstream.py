@@ -11,7 +11,8 @@ the request *lost*, and the control plane tries it again, here or elsewhere, a f
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +36,9 @@ ERROR_MAX_BYTES = 64 * 1024
 SILENT_S = 5.0
 """A stream that is silent for this long, for an unknown reason, is not counted among those that decode."""
 _TAIL_BYTES = 2048
+_TAIL_BLOCKS = 16
+_FRAMING = re.compile(rb"\r\n[0-9A-Fa-f]{1,7}\r\n")
+"""Between two chunks."""
 
 
 class UpstreamCall(Protocol):
@@ -67,8 +71,9 @@ class UpstreamCall(Protocol):
     def headers(self) -> Sequence[Header]:
         """Beyond those that every upstream request has."""
 
-    def begin(self, call: Call, status: int, headers: list[Header]) -> None:
-        """An answer with this status begins (not one that will be tried again)."""
+    def begin(self, call: Call, status: int, headers: list[Header]) -> Callable[[bytes], int] | None:
+        """An answer with this status begins (not one that will be tried again). Returns what takes whole chunks of it
+        with their framing, as ``data`` does without; None: it is to have them without."""
 
     def data(self, data: bytes) -> int:
         """A piece of its body. Returns how many tokens it holds."""
@@ -233,12 +238,14 @@ class Run:
         "_began_with",
         "_bytes",
         "_error",
-        "_heard",
+        "_error_type",
+        "_heard_bytes",
         "_heard_s",
         "_over",
         "_tail",
+        "_take_chunks",
         "_upstream",
-        "_watched",
+        "_watched_bytes",
         "_watched_s",
         "body_bytes",
         "call",
@@ -257,14 +264,17 @@ class Run:
         """Of the request."""
         self._began_with = placed.tokens
         self._bytes = 0
-        """Of the answer."""
-        self._tail = b""
+        """Of the answer, its framing included where it came with that."""
+        self._tail: list[bytes] = []
+        """Its last blocks."""
+        self._take_chunks: Callable[[bytes], int] | None = None
         self._error: list[bytes] | None = None
+        self._error_type = b""
         self._over = False
-        self._heard = self._tail
-        """The tail at the last look, and when it had last changed."""
+        self._heard_bytes = 0
+        """At the last look, and when they had last become more."""
         self._heard_s = self._began_s = upstream.clock.now_s
-        self._watched, self._watched_s = self._tail, self._began_s
+        self._watched_bytes, self._watched_s = 0, self._began_s
 
     # -- what the brain asks (Carrier) -------------------------------------------------------------------------
 
@@ -282,15 +292,15 @@ class Run:
 
     def silent_s(self, now_s: float) -> float:
         """For how long nothing has come, as exactly as this is asked often."""
-        if self._tail is not self._heard or self.sent.held_up or not self.sent.streams:
-            self._heard, self._heard_s = self._tail, now_s
+        if self._bytes != self._heard_bytes or self.sent.held_up or not self.sent.streams:
+            self._heard_bytes, self._heard_s = self._bytes, now_s
         return now_s - self._heard_s
 
     def watch(self, now_s: float) -> None:
         """Now and then: whether it can be seen to decode."""
         placed = self.placed
-        if self._tail is not self._watched:
-            self._watched, self._watched_s = self._tail, now_s
+        if self._bytes != self._watched_bytes:
+            self._watched_bytes, self._watched_s = self._bytes, now_s
         elif placed.told and not placed.silent and self.sent.streams and now_s - self._watched_s >= SILENT_S:
             placed.silent = True
             self._upstream.reports.fell_silent(placed, self._watched_s)
@@ -312,37 +322,59 @@ class Run:
         # A redirect is an error in the engine's configured address.
         if status in RETRIED or 300 <= status < 400 or not claims.is_status(status):
             self._error = []
-            self._tail = next((value for name, value in headers if name == b"content-type"), b"")
+            self._error_type = next((value for name, value in headers if name == b"content-type"), b"")
             return
         assert self.call is not None
-        self.sent.begin(self.call, status, headers)
+        self._take_chunks = self.sent.begin(self.call, status, headers)
+        if self._take_chunks is not None:
+            self.call.on_chunks = self._on_chunks
 
     def on_data(self, data: bytes) -> None:
         if self._error is not None:
+            self._bytes += len(data)
             if sum(map(len, self._error)) < ERROR_MAX_BYTES:
                 self._error.append(data)
             return
-        self._bytes += len(data)
         try:
             tokens = self.sent.data(data)
         except (ValueError, CollectError) as error:
+            self._bytes += len(data)
             self.lost(UpstreamFailure(str(error)), sound=False)
             return
         except Exception:
             self._not_taken_in()
             return
-        if self.sent.streams and self.status < 300:
-            placed = self.placed
-            placed.tokens += tokens
-            if placed.silent:
-                self._upstream.reports.spoke_again(placed)
-            elif placed.told:
-                counts = self._upstream.counts
-                counts.tokens += tokens
-                counts.held_tokens += tokens
-            elif tokens and not self._over:
-                self._upstream.reports.first_token(placed)
-        self._tail = data if len(data) >= _TAIL_BYTES else (self._tail + data)[-_TAIL_BYTES:]
+        self._passed(data, tokens if self.sent.streams and self.status < 300 else -1)
+
+    def _on_chunks(self, data: bytes) -> None:
+        """Whole chunks of a stream, with their framing."""
+        assert self._take_chunks is not None
+        try:
+            tokens = self._take_chunks(data)
+        except Exception:
+            self._not_taken_in()
+            return
+        self._passed(data, tokens)
+
+    def _passed(self, data: bytes, tokens: int) -> None:
+        """A block of the answer has been taken. ``tokens`` below 0: it is no stream."""
+        self._bytes += len(data)
+        tail = self._tail
+        tail.append(data)
+        if len(tail) > _TAIL_BLOCKS or len(data) >= _TAIL_BYTES:
+            self._tail = [b"".join(tail)[-_TAIL_BYTES:]]
+        if tokens < 0:
+            return
+        placed = self.placed
+        placed.tokens += tokens
+        if placed.silent:
+            self._upstream.reports.spoke_again(placed)
+        elif placed.told:
+            counts = self._upstream.counts
+            counts.tokens += tokens
+            counts.held_tokens += tokens
+        elif tokens and not self._over:
+            self._upstream.reports.first_token(placed)
 
     def on_end(self) -> None:
         if self._over:
@@ -350,7 +382,7 @@ class Run:
         if self._error is not None:
             body = b"".join(self._error)
             message = f"the engine answered {self.status}"
-            self.lost(UpstreamFailure(message, self.status, body, self._tail))
+            self.lost(UpstreamFailure(message, self.status, body, self._error_type))
             return
         self.over(cancel=False)
         try:
@@ -385,7 +417,10 @@ class Run:
 
     def _usage(self) -> tuple[int, int]:
         """Output and prompt tokens as the engine's usage says, if that can be, else output as seen."""
-        prompt, output = claims.usage_in(self._tail)
+        tail = b"".join(self._tail)
+        if self._take_chunks is not None:
+            tail = _FRAMING.sub(b"", tail)
+        prompt, output = claims.usage_in(tail)
         sent = self.sent
         made = claims.output_tokens(
             output,
