@@ -93,12 +93,12 @@ class Clients:
             while not self.over.is_set():
                 if self.pair.up[name]:
                     number += 1
-                    await self.ask(api, PROMPTS[number % len(PROMPTS)], TOKENS[which % 2], stream=bool(number % 3))
+                    await self.ask(api, name, PROMPTS[number % len(PROMPTS)], TOKENS[which % 2], bool(number % 3))
                 await asyncio.sleep(0.05)
 
-    async def ask(self, api: Api, prompt: str, tokens: int, *, stream: bool) -> None:
-        losses, answer = self.losses, Answer(api.origin, chat(prompt, tokens, stream))
-        verdict, began = await answer.end(), answer.status == 200
+    async def ask(self, api: Api, name: str, prompt: str, tokens: int, stream: bool) -> None:
+        losses, answer = self.losses, await self.pair.ask(api, name, chat(prompt, tokens, stream))
+        verdict, began = answer.verdict, answer.status == 200
         whole = self.texts[prompt, tokens]
         if verdict == "complete" and text_of(answer) != whole:
             verdict = "another text"
@@ -174,10 +174,11 @@ class Losses:
         if how in BRAINS:
             brain.send_signal(BRAINS[how])
             return other, list(NAMES)
-        pair.up[leader] = False
         if how == "term":
+            await pair.send_elsewhere(leader)
             self.mend(lambda: self.restart(leader))
         else:
+            pair.up[leader] = False
             for process in pair.sites[leader].processes():
                 process.kill()
             pair.sites[leader].kill()

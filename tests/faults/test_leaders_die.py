@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from chiron.gateway.port.messages import VERSION
 from fault_site import Api, item
 from gateway_pair import NAMES, Pair, gateways, talk, until_done, until_ready
 from kubernetes_site import cluster
@@ -34,7 +35,7 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
             leader, _ = await asyncio.to_thread(pair.leader, brain)
             await until_ready(pair, leader)
         for _ in range(2):  # A rolling restart: whoever leads first, and then the one that follows it.
-            pair.up[leader] = False
+            await pair.send_elsewhere(leader)
             stopped = pair.sites[leader]
             assert await asyncio.to_thread(stopped.stop) == 0
             await asyncio.to_thread(stopped.start)
@@ -50,6 +51,44 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
         assert "Traceback" not in logs
 
     with postgres_server() as server, gateways(tmp_path, server) as pair:
+        asyncio.run(main(pair))
+
+
+def test_gateways_are_replaced_by_those_of_a_newer_version_without_a_failed_request(tmp_path: Path) -> None:
+    """The older ones speak the released version of the relays' protocol, the newer ones this one."""
+
+    async def versions(pair: Pair) -> dict[str, int]:
+        async with Api(next(site.url for name, site in pair.sites.items() if pair.up[name])) as api:
+            return {relay["gateway"]: relay["protocol"] for relay in (await api.get("/chiron/status"))["relays"]}
+
+    async def main(pair: Pair) -> None:
+        for name in NAMES:
+            await until_ready(pair, name)
+        assert set((await versions(pair)).values()) == {VERSION - 1}
+        verdicts, over = Counter[str](), asyncio.Event()
+        async with Api(pair.sites[NAMES[0]].url) as api:
+            batch = await api.submit([item(f"i{number}", 200) for number in range(ITEMS)])
+        talking = [asyncio.create_task(talk(pair, name, verdicts, over)) for name in NAMES for _ in range(2)]
+        leader, _ = await asyncio.to_thread(pair.leader)
+        for name in (next(name for name in NAMES if name != leader), leader):
+            await pair.send_elsewhere(name)
+            site = pair.sites[name]
+            assert await asyncio.to_thread(site.stop) == 0
+            site.options = ()
+            await asyncio.to_thread(site.start)
+            await until_ready(pair, name)
+            pair.up[name] = True
+            async with asyncio.timeout(60):
+                while len(await versions(pair)) < 2:
+                    await asyncio.sleep(0.1)
+        assert await versions(pair) == dict.fromkeys(NAMES, VERSION)
+        over.set()
+        await asyncio.gather(*talking)
+        assert set(verdicts) == {"complete"}, verdicts
+        assert Counter(await until_done(pair, batch)) == Counter(f"i{number}" for number in range(ITEMS))
+
+    older = ("--set", f"relays.protocol={VERSION - 1}")
+    with postgres_server() as server, gateways(tmp_path, server, options=older) as pair:
         asyncio.run(main(pair))
 
 

@@ -20,7 +20,7 @@ from chiron.gateway.brain.relays import RelayLink, Relays
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper
-from chiron.gateway.port.messages import TERM_SHIFT, Known
+from chiron.gateway.port.messages import TERM_SHIFT, VERSION, Known
 from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import CrossSiteGuard
@@ -176,6 +176,8 @@ class Gateway:
         term: int = 0,
         superseded: Callable[[int], None] = lambda term: None,
         expects: int = 0,
+        protocol: int = VERSION,
+        gateway: str = "",
     ) -> Relays:
         """Take requests from relays in other processes, too; arguments as ``Relays`` has them. ``expects``: how many
         there are; 0: that is not known."""
@@ -193,6 +195,8 @@ class Gateway:
             term=term,
             superseded=superseded,
             adoption=Adopting(self.plane, self.inputs, self.engines),
+            protocol=protocol,
+            gateway=gateway,
         )
         relays.expects = expects
         return relays

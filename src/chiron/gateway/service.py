@@ -270,6 +270,8 @@ class Service:
             term=brain.term,
             superseded=brain.superseded,
             expects=brain.expects,
+            protocol=config.relays.protocol,
+            gateway=config.gateways.name if config.gateways is not None else "",
         )
         return brain.relays.port
 
@@ -410,6 +412,8 @@ class Service:
                 open_requests=len(link.calls),
                 late_messages=link.late,
                 told=link.told,
+                gateway=link.gateway,
+                protocol=link.wire.version,
                 fallback_placements=link.own_placements,
             )
             for link in (relays.links if relays is not None else ())

@@ -227,7 +227,7 @@ class TelemetrySettings:
 
 
 _OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-_PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+PEER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _PEER_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,100}):([0-9]{1,5})")
 
 
@@ -267,7 +267,7 @@ class GatewaysSettings:
         for key in ("certificate", "key", "ca"):
             _check(bool(getattr(self, key)), key, "", "a PEM file")
         allowed = "1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit"
-        _check(bool(_PEER_NAME.fullmatch(self.name)), "name", self.name, allowed)
+        _check(bool(PEER_NAME.fullmatch(self.name)), "name", self.name, allowed)
         for key, value in (("listen", self.listen), ("advertise", self.advertise or self.listen)):
             found = _PEER_ADDRESS.fullmatch(value)
             fine = found is not None and 1 <= int(found[2]) <= 65535

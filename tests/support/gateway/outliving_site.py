@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -245,6 +245,7 @@ class OutlivingSite:
         slots: int = 2,
         relays: int = 1,
         stay: StaySettings | None = None,
+        stays: Sequence[StaySettings] = (),
         keys: KeyRing | None = None,
         request_timeout_s: float = 3600.0,
     ) -> None:
@@ -278,7 +279,7 @@ class OutlivingSite:
                 network=self.network,
                 ride_s=0.0,
                 connect=self._connect,
-                stay=stay or StaySettings(),
+                stay=stays[number] if stays else stay or StaySettings(),
             )
             self.relays.append(relay)
             server = HttpServer(relay.front.handle, ServerLimits(), None, None)

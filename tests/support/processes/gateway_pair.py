@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -30,6 +31,27 @@ class Pair:
         """URLs."""
         self.up = dict.fromkeys(sites, True)
         """Those that clients are sent to."""
+        self.unanswered = Counter[str]()
+        """Requests that have nothing of their answers yet, by gateway."""
+
+    async def send_elsewhere(self, name: str) -> None:
+        """As a load balancer does before a gateway is stopped; streams go on there."""
+        self.up[name] = False
+        async with asyncio.timeout(60):
+            while self.unanswered[name]:
+                await asyncio.sleep(0.01)
+
+    async def ask(self, api: Api, name: str, body: dict[str, Any]) -> Answer:
+        """The whole answer."""
+        self.unanswered[name] += 1
+        answer = Answer(api.origin, body)
+        try:
+            async with asyncio.timeout(60):
+                await answer.first.wait()
+        finally:
+            self.unanswered[name] -= 1
+        await answer.end()
+        return answer
 
     def leader(self, but: psutil.Process | None = None) -> tuple[str, psutil.Process]:
         """The gateway that leads, and its brain, once that is another one: it writes the event log."""
@@ -102,7 +124,8 @@ async def talk(pair: Pair, name: str, verdicts: Counter[str], over: asyncio.Even
         while not over.is_set():
             if pair.up[name]:
                 number += 1
-                verdicts[await Answer(api.origin, chat(f"{name} {number}", 30, stream=bool(number % 3))).end()] += 1
+                answer = await pair.ask(api, name, chat(f"{name} {number}", 30, stream=bool(number % 3)))
+                verdicts[answer.verdict] += 1
             await asyncio.sleep(0.05)
 
 

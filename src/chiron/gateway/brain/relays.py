@@ -25,12 +25,13 @@ from chiron.gateway.batch.call import BatchCall, FarAnswer
 from chiron.gateway.brain.desk import Desk
 from chiron.gateway.instances.engine import InstanceEngine, Placed, restart
 from chiron.gateway.port import messages as m
-from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, ProtocolError, Wire
+from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, ProtocolError, Seldom, Wire
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
 from chiron.gateway.relay.errors import ApiError, internal, model_not_found
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.relay.upstream import UpstreamFailure
+from chiron.gateway.settings import PEER_NAME
 from chiron.net.clock import LiveClock
 from chiron.net.peer_process import PeerProcess
 
@@ -198,9 +199,12 @@ class RelayLink:
             received=self._received,
             closed=self._closed,
             ride_s=ride_s,
-            hello=m.Hello(version_min=m.VERSION_MIN, term=relays.term),
+            hello=m.Hello(version=relays.protocol, version_min=m.VERSION_MIN, term=relays.term, gateway=relays.gateway),
             greeted=self._greeted,
+            seldom=relays.seldom,
         )
+        self.gateway = ""
+        """Of several, as it says."""
         self.nonce = ""
         """Of a relay that stays when this brain is gone."""
         self.returns = False
@@ -324,6 +328,7 @@ class RelayLink:
             relays.superseded(hello.term)
             raise ProtocolError(f"it says that it has seen a brain of term {hello.term}; this one's is {relays.term}")
         self.nonce, self.returns = hello.nonce, hello.returns
+        self.gateway = hello.gateway if PEER_NAME.fullmatch(hello.gateway) else ""
 
     def _opened(self) -> None:
         self.process = PeerProcess.of(self.wire.transport)
@@ -671,12 +676,14 @@ class Relays:
         term: int = 0,
         superseded: Callable[[int], None] = lambda term: None,
         adoption: Adoption | None = None,
+        protocol: int = m.VERSION,
+        gateway: str = "",
     ) -> None:
         """``engines`` are those of instances that are ready; ``responded`` hears (status, count) of answers;
         ``listening`` hears of each relay that takes connections, ``left`` of each whose connection here has ended, and
         why. ``term``: this brain's, at most ``m.TERM_MAX``; ``superseded`` hears of a higher one, which means that
         another brain leads. ``adoption``: what becomes of what relays know from another brain; None: it is not
-        counted."""
+        counted. ``protocol``: the newest version that is spoken; ``gateway``: the name of this one, of several."""
         self.clock = clock
         self.desk = desk
         self.models = models
@@ -692,6 +699,9 @@ class Relays:
         self.term = term
         self.superseded = superseded
         self.adoption = adoption
+        self.protocol = protocol
+        self.gateway = gateway
+        self.seldom = Seldom()
         self.expects = 0
         """How many there are, whether they are here or not; 0: that is not known."""
         self.awaited: frozenset[str] = frozenset()

@@ -12,7 +12,8 @@ not count, and ``Ready``. Placements that a relay chose itself meanwhile have nu
 told as ages, because clocks of two machines differ.
 
 Structs are arrays on the wire. A change of any of them is a new ``VERSION``; ``VERSION_MIN`` is the lowest that is
-still spoken.
+still spoken. Both ends speak the lower one of theirs (``Wire.version``): what is new is added at the end, with a
+default, and what an older one cannot read is not sent to it. Version 3: ``Hello.gateway``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-VERSION = 2
+VERSION = 3
 VERSION_MIN = 2
 NAME = "chiron-relay"
 
@@ -64,6 +65,8 @@ class Hello(Message, tag=0, frozen=True):
     """A relay's that stays when its brain is gone: drawn at its start. Empty: it ends with its brain."""
     returns: bool = False
     """It has known a brain before, and tells this one what it knows, up to ``Told``."""
+    gateway: Name = ""
+    """Of several gateways, the name of this end's."""
 
 
 # -- up: from a relay ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from chiron.gateway.port.messages import NAME, VERSION, VERSION_MIN, Hello, Message
+from chiron.gateway.port.messages import NAME, VERSION_MIN, Hello, Message
 
 log = logging.getLogger("chiron.port")
 
@@ -29,6 +29,28 @@ FRAME_FULL_BYTES = 64 << 10
 UNREAD_MAX_BYTES = 512 << 20
 """What the other end may have left unread."""
 _LENGTH_BYTES = 4
+
+
+AGAIN_S = 60.0
+"""Between two times that the same is said of a connection."""
+_SAID_MAX = 64
+
+
+class Seldom:
+    """Keeps the log short: an end that is refused tries again several times a second."""
+
+    def __init__(self) -> None:
+        self._said_s: dict[str, float] = {}
+
+    def is_due(self, words: str, now_s: float) -> bool:
+        """Whether these words were not said just now."""
+        due = now_s - self._said_s.get(words, -AGAIN_S) >= AGAIN_S
+        if due:
+            self._said_s.pop(words, None)
+            self._said_s[words] = now_s
+            if len(self._said_s) > _SAID_MAX:
+                del self._said_s[next(iter(self._said_s))]
+        return due
 
 
 class ProtocolError(Exception):
@@ -49,12 +71,16 @@ class Wire(asyncio.Protocol):
         ride_s: float = RIDE_S,
         hello: Hello | None = None,
         greeted: Callable[[Hello], None] = lambda hello: None,
+        seldom: Seldom | None = None,
     ) -> None:
         """``name`` is the other end's, for the log; ``kind`` is a union of the messages that it may send. ``hello`` is
         what this end says first; ``greeted`` hears the other one's, and may raise ProtocolError. ``opened`` is called
         once both have said hello, ``received`` with the messages of each read, and may raise ProtocolError; ``closed``
-        once, with a reason."""
+        once, with a reason. ``seldom``: shared by all that may be refused again and again for one reason."""
         self.name = name
+        self.version = 0
+        """Which both speak, once they have said hello."""
+        self._seldom = seldom or Seldom()
         self.up = False
         """Both have said hello, and it is not ``over``."""
         self._hello = hello or Hello(version_min=VERSION_MIN)
@@ -192,10 +218,12 @@ class Wire(asyncio.Protocol):
             (hello,) = msgspec.msgpack.decode(frame, type=list[Hello])
         except (msgspec.MsgspecError, ValueError):
             raise ProtocolError(f"it does not speak {NAME}") from None
-        lowest = hello.version_min or hello.version
-        if hello.name != NAME or hello.version < VERSION_MIN or lowest > VERSION:
-            theirs, ours = _versions(lowest, hello.version), _versions(VERSION_MIN, VERSION)
+        lowest, own = hello.version_min or hello.version, self._hello
+        own_lowest = own.version_min or own.version
+        if hello.name != NAME or hello.version < own_lowest or lowest > own.version:
+            theirs, ours = _versions(lowest, hello.version), _versions(own_lowest, own.version)
             raise ProtocolError(f"it speaks {hello.name} {theirs}; this is {NAME} {ours}")
+        self.version = min(hello.version, own.version)
         self._greeted(hello)
         self.up = True
         self._opened()
@@ -203,7 +231,8 @@ class Wire(asyncio.Protocol):
 
     def give_up(self, why: str) -> None:
         """The other end cannot be spoken with."""
-        log.error("the connection to %s is closed: %s", self.name, why)
+        if self._seldom.is_due(why, self._loop.time()):
+            log.error("the connection to %s is closed: %s", self.name, why)
         if self._transport is not None:
             self._transport.abort()
         self._end(why)

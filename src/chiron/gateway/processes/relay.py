@@ -69,6 +69,7 @@ class RelayServer:
             health=self._health,
             connect=self._connect if stay is not None else None,
             stay=stay,
+            gateway=config.gateways.name if config.gateways is not None else "",
         )
         self._config = config
         self._renewed = renewed

@@ -92,7 +92,7 @@ class Workers:
         self._open -= 1
         self._own.discard(link)
         self._news.set()
-        if not self._stopping:
+        if not self._stopping and link.pid:
             log.error("%s (process %d) has left: %s", link.name, link.pid, why)
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
 
 from chiron.core.backoff import doubled_s
+from chiron.gateway.port.messages import VERSION, VERSION_MIN
 from chiron.gateway.port.wire import Wire
 
 log = logging.getLogger("chiron.relay")
@@ -42,8 +43,13 @@ class StaySettings:
     """A brain that has said nothing for so long is gone, connected or not: the relay places requests itself."""
     fall_back_batch_s: float = 300.0
     """For so long without a brain it places requests of the batch class, too."""
+    protocol: int = VERSION
+    """The newest version of the messages between relays and brain that this gateway speaks: an older one while some
+    gateways are to be older than the next change."""
 
     def __post_init__(self) -> None:
+        if not VERSION_MIN <= self.protocol <= VERSION:
+            raise ValueError(f"protocol is {self.protocol}; it must be {VERSION_MIN} to {VERSION}")
         for each in fields(self):
             if not getattr(self, each.name) > 0:
                 key = each.name.removesuffix("_s")

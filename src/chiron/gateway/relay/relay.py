@@ -38,6 +38,7 @@ class Relay:
         ride_s: float = RIDE_S,
         connect: Connect | None = None,
         stay: StaySettings | None = None,
+        gateway: str = "",
     ) -> None:
         """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is to
         end, with a grace period (s).
@@ -63,6 +64,7 @@ class Relay:
             ride_s=ride_s,
             connect=connect,
             stay=stay,
+            gateway=gateway,
         )
         self.front = Front(
             desk=self.uplink,

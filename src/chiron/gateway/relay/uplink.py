@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from chiron.core.types import Outcome, Request, RequestClass
 from chiron.engines.claims import usage_details
 from chiron.gateway.port import messages as m
-from chiron.gateway.port.wire import RIDE_S, ProtocolError, Wire
+from chiron.gateway.port.wire import RIDE_S, ProtocolError, Seldom, Wire
 from chiron.gateway.relay.admission import Models, is_chat
 from chiron.gateway.relay.alone import Alone
 from chiron.gateway.relay.body import read_body
@@ -182,6 +182,7 @@ class Uplink:
         ride_s: float = RIDE_S,
         connect: Connect | None = None,
         stay: StaySettings | None = None,
+        gateway: str = "",
     ) -> None:
         """``address_of`` (model, kind, url) raises KeyError for what the config does not have; ``closed`` hears why the
         brain is gone, ``drain``, ``ready`` and ``stop`` what it says; ``health`` is asked once a second. With
@@ -227,6 +228,7 @@ class Uplink:
             carry=self._carry_alone,
             end=self._end_here,
         )
+        self._protocol, self._gateway, self._seldom = (stay or StaySettings()).protocol, gateway, Seldom()
         self.wire = self._make_wire()
         self._joining = Joining(connect, self._renew_wire) if connect is not None else None
         self._joins: asyncio.Task[None] | None = None
@@ -385,8 +387,16 @@ class Uplink:
             received=self._received,
             closed=lambda why: self._closed(wire, why),
             ride_s=self._ride_s,
-            hello=m.Hello(version_min=m.VERSION_MIN, term=self.term, nonce=self._nonce, returns=self._joined),
+            hello=m.Hello(
+                version=self._protocol,
+                version_min=m.VERSION_MIN,
+                term=self.term,
+                nonce=self._nonce,
+                returns=self._joined,
+                gateway=self._gateway,
+            ),
             greeted=self._greeted,
+            seldom=self._seldom,
         )
         return wire
 

@@ -38,6 +38,10 @@ class RelayReport:
     open_requests: int
     late_messages: int
     """About placements that had ended already."""
+    gateway: str = ""
+    """Of several, as it says; empty: there is one, or the relay's version does not say."""
+    protocol: int = 0
+    """Version of the messages between it and the brain."""
     told: bool = True
     """All that it knew of a brain before this one is known here."""
     fallback_placements: int = 0
