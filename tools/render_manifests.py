@@ -21,6 +21,7 @@ FILES = {
     ),
     "vllm.yaml": ("", ("engine",)),
 }
+CRDS = CHART / "crds"
 
 
 def render(values: dict[str, Any], *, name: str = "chiron", namespace: str = "default") -> dict[str, str]:
@@ -35,7 +36,8 @@ def render(values: dict[str, Any], *, name: str = "chiron", namespace: str = "de
 def plain() -> dict[str, str]:
     """The manifests by name of the file."""
     made = render({"engine": {"enabled": True}})
-    return {name: head + "---\n".join(made[part] for part in parts) for name, (head, parts) in FILES.items()}
+    files = {name: head + "---\n".join(made[part] for part in parts) for name, (head, parts) in FILES.items()}
+    return files | {path.name: path.read_text() for path in sorted(CRDS.iterdir())}
 
 
 if __name__ == "__main__":

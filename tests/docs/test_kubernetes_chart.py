@@ -48,6 +48,12 @@ KINDS: Values = {
 }
 
 
+MODELS_ONLY: Values = {
+    "config": {"kubernetes": {"namespace": "llm"}, "models": {"llama-3.1-8b": None}},
+    "chironModels": {"workloads": ["deployments", "leaderworkersets"]},
+}
+
+
 def objects(values: Values) -> list[dict[str, Any]]:
     return [item for text in render(values).values() for item in yaml.safe_load_all(text) if item]
 
@@ -68,13 +74,15 @@ def test_the_plain_manifests_are_made_from_it() -> None:
 
 
 def test_helm_has_nothing_to_say_about_it() -> None:
-    for values in ({}, EVERYTHING, KINDS):
+    for values in ({}, EVERYTHING, KINDS, MODELS_ONLY):
         report = helm_python.lint(str(CHART), values, strict=True, kube_version="v1.34.0")
         assert report["errors"] == []
         assert [each for each in report["messages"] if each["severity"] > 1] == []
 
 
-@pytest.mark.parametrize("values", [{}, EVERYTHING, KINDS], ids=["defaults", "everything", "kinds"])
+@pytest.mark.parametrize(
+    "values", [{}, EVERYTHING, KINDS, MODELS_ONLY], ids=["defaults", "everything", "kinds", "models"]
+)
 @pytest.mark.parametrize("version", ["1.28", "1.37"])
 def test_every_object_is_valid(values: Values, version: str) -> None:
     found = objects(values)
@@ -119,6 +127,29 @@ def test_rights_are_those_that_the_named_workloads_need() -> None:
         expected = {"kind": "ServiceAccount", "name": "chiron"}
         expected |= {"namespace": "default"} if "namespace" in binding["metadata"] else {}
         assert binding["subjects"] == [expected]
+
+
+def test_models_as_resources_need_their_own_rights_and_no_more(tmp_path: Path) -> None:
+    assert config_of({"config": {"kubernetes": {}}}, tmp_path).kubernetes is not None
+    config = config_of(MODELS_ONLY, tmp_path)
+    assert config.kubernetes is not None
+    assert (config.kubernetes.namespace, config.models) == ("llm", ())
+    role = one(MODELS_ONLY, "Role")
+    assert role["metadata"]["namespace"] == "llm"
+    rights = {(resource, *rule["verbs"]) for rule in role["rules"] for resource in rule["resources"]}
+    assert rights == {
+        ("chironmodels", "get", "list", "watch"),
+        ("chironmodels/status", "patch"),
+        ("deployments", "get", "list", "watch"),
+        ("deployments/scale", "get", "update"),
+        ("leaderworkersets", "get", "list", "watch"),
+        ("leaderworkersets/scale", "get", "update"),
+        ("pods", "list", "watch", "patch", "delete"),
+        ("events", "create"),
+    }
+    advised = one({**MODELS_ONLY, "advise": True}, "Role")
+    assert {v for rule in advised["rules"] for v in rule["verbs"]} == {"get", "list", "watch", "patch"}
+    assert [r["resources"] for r in advised["rules"] if "patch" in r["verbs"]] == [["chironmodels/status"]]
 
 
 def test_in_advise_mode_it_may_change_nothing() -> None:
@@ -173,6 +204,8 @@ def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships
         {"config": {"models": {"m": {"kubernetes": {"deployment": "A_b"}}}}},
         {"config": {"models": {"m": {"instances": [{"kubernetes": {"deployment": "a", "scaler": "keda"}}]}}}},
         {"storage": {"size": "much"}},
+        {"config": {"models": {"llama-3.1-8b": None}}},
+        {"chironModels": {"workloads": ["pods"]}},
         {"serviceMonitor": {"interval": "often"}},
         {"engine": {"gpus": -1}},
         {"image": {"tag": 1}},

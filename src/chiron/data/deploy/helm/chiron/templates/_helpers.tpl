@@ -9,9 +9,10 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- include "chiron.keys" .Values.config -}}
 {{- range $section, $table := .Values.config }}
 {{- if kindIs "map" $table }}
-{{- with include "chiron.keys" $table }}
+{{- $keys := include "chiron.keys" $table }}
+{{- if or $keys (empty $table) }}
 [{{ include "chiron.key" $section }}]
-{{- . }}
+{{- $keys }}
 {{ end }}
 {{- range $name, $inner := $table }}
 {{- if kindIs "map" $inner }}
