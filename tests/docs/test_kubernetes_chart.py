@@ -98,7 +98,7 @@ def test_numbers_of_the_config_stay_what_they_are(tmp_path: Path) -> None:
     assert config.server.port == 9000
     assert {model.name: model.max_instances for model in config.models}["two"] == 1000000
     container = one(KINDS, "Deployment")["spec"]["template"]["spec"]["containers"][0]
-    assert container["ports"] == [{"name": "http", "containerPort": 9000}]
+    assert container["ports"] == [{"name": "http", "containerPort": 9000, "protocol": "TCP"}]
 
 
 def test_rights_are_those_that_the_named_workloads_need() -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from chiron.fleet.kubernetes.testing.kubelet import Run, run_process
 from chiron.gateway.service import Service
 from chiron.net.client import Origin
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES, PolicyEntry
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
-from kubernetes_load import Load, run_engine_on_loop
+from kubernetes_load import Load, emulated_pods, run_engine_on_loop
 from kubernetes_site import PODS, PORT, Cluster, cluster, needs_kubernetes, workload
 from live_gateway import serving, until
 
@@ -181,17 +178,6 @@ def test_whoever_scales_by_the_desired_number_takes_the_fleet_up_and_down_withou
                 assert load.failures == []
 
     asyncio.run(story())
-
-
-def emulated_pods(directory: Path) -> tuple[dict[str, Any], Run]:
-    words = (sys.executable, "-m", "chiron.engines.serve.emulated", "--host", "$(POD_IP)", "--port", str(PORT))
-    more = ("--profile", "llama-3.1-8b/a100/tp1", "--served-model-name", "m", "--output-mean", "60")
-    container = {
-        "command": [*words, *more],
-        "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
-        "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}},
-    }
-    return container, run_process(directory)
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from chiron.fleet.kubernetes.testing.kubelet import Container
+from chiron.fleet.kubernetes.testing.kubelet import Container, Run, run_process
 from chiron.net.client import Header, NetError, Origin
 from chiron.net.server import Incoming, serve
 from kubernetes_site import PORT, LoopContainer
@@ -90,3 +92,14 @@ class Load:
         self._stopping = True
         await asyncio.gather(*self._tasks)
         await self._origin.close()
+
+
+def emulated_pods(directory: Path) -> tuple[dict[str, Any], Run]:
+    words = (sys.executable, "-m", "chiron.engines.serve.emulated", "--host", "$(POD_IP)", "--port", str(PORT))
+    more = ("--profile", "llama-3.1-8b/a100/tp1", "--served-model-name", "m", "--output-mean", "60")
+    container = {
+        "command": [*words, *more],
+        "env": [{"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}],
+        "readinessProbe": {"httpGet": {"path": "/health", "port": PORT}},
+    }
+    return container, run_process(directory)

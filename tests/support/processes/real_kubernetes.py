@@ -16,7 +16,7 @@ from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import Client, KubernetesError
 
 TOKEN = "admintok"
-CONTROLLERS = "deployment,replicaset,statefulset,garbagecollector,namespace,disruption"
+CONTROLLERS = "deployment,replicaset,statefulset,garbagecollector,namespace,disruption,persistentvolume-binder"
 
 
 def kubeconfig(path: Path, url: str, token: str = "") -> Path:

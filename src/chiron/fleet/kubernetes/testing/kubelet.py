@@ -234,7 +234,9 @@ class Kubelet:
         probe = pod["spec"]["containers"][0].get("readinessProbe", {}).get("httpGet")
         if probe is not None:
             await self._tell(pod, address, "Running", running, restarts=restarts, last=last)
-            await _until_answers(f"http://{address}:{probe['port']}", str(probe.get("path", "/")))
+            ports = {each.get("name"): each["containerPort"] for each in pod["spec"]["containers"][0].get("ports", ())}
+            port = ports.get(probe["port"], probe["port"])
+            await _until_answers(f"http://{address}:{port}", str(probe.get("path", "/")))
         await self._tell(pod, address, "Running", running, restarts=restarts, last=last, ready=True)
 
     async def _end(self, pod: Mapping[str, Any]) -> None:
