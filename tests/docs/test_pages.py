@@ -166,6 +166,7 @@ HOSTS = {
     "arxiv.org",
     "chiron.llm.svc",
     "deb.debian.org",
+    "download.pytorch.org",
     "creativecommons.org",
     "engine",
     "evil.example",

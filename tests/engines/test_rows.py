@@ -40,7 +40,7 @@ def test_commands_name_only_what_there_is_and_give_the_engine_a_port(row: Engine
 
 def test_engines_that_we_ship_can_be_started() -> None:
     shipped = {row.name: row.command[2] for row in ENGINES.values() if row.announces_port}
-    assert set(shipped) == {"openvino", "emulated", "llamacpp"}
+    assert set(shipped) == {"openvino", "emulated", "llamacpp", "staged"}
     for module in shipped.values():
         assert isinstance(module, str)
         assert find_spec(module) is not None, module

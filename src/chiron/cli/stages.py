@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from chiron.cli.common.extras import install_hint
 from chiron.config.read import ConfigError
@@ -16,6 +18,38 @@ app = typer.Typer(help="Serve one model from stages: ranges of its layers.", no_
 
 # What follows belongs to the engine's own command line, which also prints the help.
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+class EngineCommand(TyperCommand):
+    """Knows the options of an engine's own command line, and leaves reading them to it."""
+
+    parser = ""
+    """Module that makes it."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._own = list(self.params)
+        try:
+            parser = import_module(self.parser).make_parser()
+        except ImportError:
+            return  # Without the extra; calling the command says so.
+        names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        self.params += [TyperOption(param_decls=[name], hidden=True, expose_value=False) for name in names]
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return self._own
+
+
+class ServeCommand(EngineCommand):
+    parser = "chiron.engines.staged.stage"
+
+
+class HeadCommand(EngineCommand):
+    parser = "chiron.engines.staged.head"
+
+
+class RunCommand(EngineCommand):
+    parser = "chiron.engines.staged.instance"
 
 
 @app.callback()
@@ -99,7 +133,7 @@ def _show(planned: Any, batches: list[int]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-@app.command(context_settings=_PASSED_ON)
+@app.command(cls=ServeCommand, context_settings=_PASSED_ON)
 def serve(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
     """One replica of a stage: `chiron stages serve MODEL --layers 0-9 --port 9000` (`--help` after MODEL lists all)."""
     from chiron.engines.staged.stage import main
@@ -107,10 +141,18 @@ def serve(context: typer.Context, model: Annotated[str, typer.Argument(help="A H
     main(["--model", model, *context.args])
 
 
-@app.command(context_settings=_PASSED_ON)
+@app.command(cls=HeadCommand, context_settings=_PASSED_ON)
 def head(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
     """The head of a pipeline, with OpenAI's API: `chiron stages head MODEL --stage 0-9=HOST:PORT,HOST:PORT ...`."""
     from chiron.engines.staged.head import main
+
+    main(["--model", model, *context.args])
+
+
+@app.command(cls=RunCommand, context_settings=_PASSED_ON)
+def run(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
+    """A whole pipeline on this machine: a head, and replicas of its stages, which it starts and stops."""
+    from chiron.engines.staged.instance import main
 
     main(["--model", model, *context.args])
 

@@ -36,6 +36,7 @@ from chiron.gateway.settings import (
     TelemetrySettings,
 )
 from chiron.policies.registry import POLICIES
+from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
@@ -54,6 +55,8 @@ class ServeFile:
     classes: Mapping[str, RequestClass]
     policy: str = "chiron"
     """A policy (``chiron policies``), or the label of one of the ``[policies]`` tables."""
+    stage_policy: str = ""
+    """Replicas of the stages of pipelines: ``stage-hpa`` or ``stage-balance``; empty: they stay at their minimum."""
     policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
     """Settings of policies, by label, as in scenario files."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -268,6 +271,10 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     _check_no_loop(models, server)
     _check_gateways(file.gateways, file, models)
     choice = _choose_policy(file, policy)
+    if file.stage_policy and file.stage_policy not in STAGE_POLICIES:
+        raise ConfigError(
+            f"stage_policy: unknown policy {file.stage_policy!r}; {suggest(file.stage_policy, STAGE_POLICIES)}"
+        )
     data = Path(_resolve(server.data, directory))
     log = file.telemetry.event_log
     return construct(
@@ -293,6 +300,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "policy": choice.policy,
             "policy_settings": choice.settings,
             "policy_label": policy or file.policy,
+            "stage_policy": file.stage_policy,
             "keys": file.keys,
             "admin_key_hash": file.admin_key_hash,
             "text": text,

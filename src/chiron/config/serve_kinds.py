@@ -12,6 +12,7 @@ from pathlib import Path
 from chiron.config.read import ConfigError, construct
 from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.config.serve_sources import Given, profile_name, read_secret, read_source
+from chiron.config.serve_stages import pipeline_kind
 from chiron.core.types import InstanceKind
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
@@ -49,6 +50,8 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     row = ENGINES[section.engine]
     profile = _profile(section, row, path, directory)
     kind = _instance_kind(section, row, model, profile)
+    if section.stages:
+        kind = replace(kind, pipeline=pipeline_kind(section, kind, path, directory))
     api_key = read_secret(section.api_key_file, f"{path}.api_key_file", directory)
     given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
     source = read_source(given)

@@ -94,6 +94,40 @@ class ServeRaySection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServeStageSection:
+    """One stage of the pipeline that an instance is."""
+
+    layers: str = ""
+    """Such as ``0-9``, both included. Required."""
+    min: int = 1
+    """Replicas at least, and at most."""
+    max: int = 1
+    device: str = "cpu"
+    """``cpu``, ``cuda`` or ``cuda:N``."""
+    gpus: int = 1
+    """Of one replica, for costs."""
+    price_per_gpu_hour: float = 0.0
+    kv_capacity_tokens: int | None = None
+    """KV of one replica in tokens; default: the instance's key, else 1 GB of it."""
+    start_s: float = 10.0
+    """What a start takes until one has been timed."""
+    pace_s: float = 0.0
+    """A step takes at least this: stands for a slower device."""
+    pace_per_sequence_s: float = 0.0
+    """And this for each of its sequences."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.layers), "layers", self.layers, "given, such as '0-9'")
+        require(1 <= self.min <= self.max <= 256, "max", self.max, f"min ({self.min}, 1 or more) to 256")
+        require(self.gpus >= 1, "gpus", self.gpus, "1 or more")
+        require(self.price_per_gpu_hour >= 0, "price_per_gpu_hour", self.price_per_gpu_hour, "0 or more")
+        kv = self.kv_capacity_tokens
+        require(kv is None or kv >= 64, "kv_capacity_tokens", kv, "64 or more")
+        for key in ("start", "pace", "pace_per_sequence"):
+            require(0 <= getattr(self, f"{key}_s") < 3600, key, getattr(self, f"{key}_s"), "0 to an hour")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeInstanceSection:
     """A kind of instance: an engine that runs already, or one that Chiron starts."""
 
@@ -118,6 +152,10 @@ class ServeInstanceSection:
     a path."""
     pace: str = ""
     """A profile whose step times the engine keeps at least, so that small machines can host a fleet."""
+    stages: tuple[ServeStageSection, ...] = ()
+    """Of an engine that is a pipeline: its stages, ``[{ layers = "0-9", min = 1, max = 4 }, ...]``."""
+    stages_plan: str = ""
+    """What ``chiron stages plan --json`` wrote: step times of the stages, for policies that plan with them."""
     args: tuple[str, ...] = ()
     """Added to the command of an engine that Chiron starts."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -181,6 +219,12 @@ class ServeInstanceSection:
             raise ValueError("give kubernetes (pods that Chiron scales) or endpoints or command, not two of them")
         if self.ray and (self.endpoints or self.kubernetes):
             raise ValueError("give ray (engines that Chiron starts there) or endpoints or kubernetes, not two of them")
+        staged = bool(ENGINES[self.engine].stages_path)
+        if staged and not self.stages:
+            raise ValueError("stages is missing: [{ layers = '0-9', min = 1, max = 4 }, ...]")
+        if self.stages and not staged:
+            owners = " or ".join(repr(row.name) for row in ENGINES.values() if row.stages_path)
+            raise ValueError(f"stages: a list of {len(self.stages)}; it belongs to engine = {owners}")
         for source, keys in _KEYS_OF.items():
             # Keys that have no meaning here are a mistake, and not to be ignored silently.
             for key in keys if source != self.source else ():

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from chiron.config.read import ConfigError, construct
 from chiron.config.serve_sections import ServeInstanceSection, SourceName
+from chiron.config.serve_stages import stages_argument
 from chiron.core.types import InstanceKind
 from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.fleet.endpoints import EndpointsSource
@@ -226,6 +227,7 @@ def _values(given: Given) -> Mapping[str, str]:
         "threads": str(section.threads or ""),
         "profile": profile_name(section.profile, directory),
         "pace": profile_name(section.pace, directory),
+        "stages": stages_argument(section),
     }
 
 

@@ -25,7 +25,7 @@ METRICS = frozenset(
 COMMAND_NAMES = frozenset(
     {
         *("python", "port", "model", "model_path", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens"),
-        *("context_per_seq", "threads", "profile", "pace"),
+        *("context_per_seq", "threads", "profile", "pace", "stages"),
     }
 )
 """What a command may name in braces."""
@@ -87,6 +87,8 @@ class EngineRow:
     that its plugin is not installed. The gate in front of the engine holds either way."""
     resumes: bool = False
     """Accepts ``resume_token_ids``: goes on with an answer that was interrupted."""
+    stages_path: str = ""
+    """Where an engine that is a pipeline tells its stages, and is told how many replicas each is to have."""
     keepalive: bool = True
     """Whether a connection may be used again after a stream."""
     minds_model_name: bool = True
@@ -323,6 +325,24 @@ _ROWS = (
         about=("Engines with the timing of a profile, and random text: to try fleets without GPUs.",),
         sample_model="llama-3.1-8b",
         sample_profile="llama-3.1-8b/a100/tp1",
+    ),
+    EngineRow(
+        name="staged",
+        metrics=_OURS,
+        limit=_LIMIT,
+        stages_path="/chiron/stages",
+        resumes=True,
+        gpu="cpu",
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        command=(
+            *("{python}", "-m", "chiron.engines.staged.instance", *_SERVES, "--model", "{model_path}"),
+            *("--max-num-batched-tokens", "{max_num_batched_tokens}", "--stages", "{stages}"),
+            *(("--kv-capacity-tokens", "{kv_capacity_tokens}"), ("--threads", "{threads}")),
+        ),
+        announces_port=True,
+        extra="staged",
+        modules=("torch", "safetensors", "tokenizers", "jinja2"),
     ),
     # Anything else that speaks the API. The list of models is the one thing that they all answer.
     EngineRow(name="openai", health_path="/v1/models", metrics_path="", usual_port=8001),

@@ -43,6 +43,7 @@ from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
 from chiron.net.server import HttpServer, serve
 from chiron.policies.registry import make_policy
+from chiron.policies.stages.registry import with_stages
 from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedOutputs, described
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
@@ -127,6 +128,8 @@ class Service:
             failed=self._instance_failed,
         )
         policy = make_policy(config.policy, config.policy_settings)
+        if config.stage_policy:
+            policy = with_stages(policy, config.stage_policy)
         self._facts = described(policy, specs, classes, config.gpus, advise=advise)
         journal: Journal = _TellsOperator(self.journal, advise=advise)
         if self._input_file is not None:

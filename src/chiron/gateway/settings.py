@@ -393,6 +393,8 @@ class ServeConfig:
     """That policy's frozen settings dataclass."""
     policy_label: str
     """What the config calls it, which may be a variant's name."""
+    stage_policy: str = ""
+    """Below it, replicas of the stages of instances that are pipelines; empty: they stay as they begin."""
     relays: StaySettings
     gateways: GatewaysSettings | None = None
     """None: this gateway is the only one."""

@@ -22,7 +22,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "postgres": ("psycopg",),
     "ray": ("ray",),
-    "staged": ("torch", "safetensors", "tokenizers", "jinja2"),
     **{row.extra: row.modules for row in ENGINES.values() if row.extra},
 }
 """Modules of each extra of the package that serving may need."""

@@ -14,7 +14,7 @@ import json
 import logging
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,19 @@ REPLICAS_MAX = 1024
 class HeadServer:
     """An engine's routes, and those of its stages."""
 
-    def __init__(self, engine: HeadEngine, served: EngineServer) -> None:
+    def __init__(
+        self,
+        engine: HeadEngine,
+        served: EngineServer,
+        *,
+        told: Callable[[Mapping[str, Any]], None] | None = None,
+        more: Callable[[int], dict[str, Any]] = lambda stage: {},
+    ) -> None:
+        """``told`` hears what is put, in place of the addresses of replicas; ``more`` is told of each stage besides."""
         self._engine = engine
         self._served = served
+        self._told = told or self._set
+        self._more = more
 
     def handle(self, incoming: Incoming) -> None:
         if incoming.path != "/chiron/stages":
@@ -54,15 +64,18 @@ class HeadServer:
             return
         try:
             if incoming.method == b"PUT":
-                self._set(incoming.body)
+                self._told(parse_object(incoming.body))
             elif incoming.method != b"GET":
                 raise RequestError("/chiron/stages takes GET or PUT.", status=405, code="method_not_allowed")
-            incoming.respond(200, json.dumps(self._engine.stages()).encode())
+            said = self._engine.stages()
+            for number, stage in enumerate(said["stages"]):
+                stage.update(self._more(number))
+            incoming.respond(200, json.dumps(said).encode())
         except RequestError as error:
             respond_error(incoming, error)
 
-    def _set(self, body: bytes) -> None:
-        given = parse_object(body).get("replicas")
+    def _set(self, body: Mapping[str, Any]) -> None:
+        given = body.get("replicas")
         count = len(self._engine.pipeline.stages)
         if not isinstance(given, list) or len(given) != count:
             raise RequestError(f"replicas is {shown(given)}; it must be a list of {count} lists.", param="replicas")
@@ -79,7 +92,7 @@ class HeadServer:
             raise RequestError(f"{error}.", param="replicas") from None
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     pipeline, link, head = PipelineSettings(), LinkSettings(), HeadSettings(name="", model_len_max=1)
     parser = argparse.ArgumentParser(prog="chiron stages head", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
@@ -100,6 +113,11 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
     add("--tls-ca", type=Path, help="TLS to the stages, which must show a certificate of this authority")
+    return parser
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if len({options.tls_cert is None, options.tls_key is None, options.tls_ca is None}) == 2:
         parser.error("--tls-cert, --tls-key and --tls-ca belong together")

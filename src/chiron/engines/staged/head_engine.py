@@ -184,18 +184,28 @@ class HeadEngine:
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
+            "context_tokens": sum(len(each.sequence.tokens) for each in self._running.values()),
             "losses": self.pipeline.losses,
             "replayed_tokens": self.pipeline.replayed_tokens,
             "stages": [
                 {
                     "layers": str(stage),
+                    "ready": sum(1 for replica in replicas if replica.up and not replica.draining),
+                    "draining": sum(1 for replica in replicas if replica.draining),
+                    "busy_s": sums.busy_s,
+                    "passes": sums.calls,
+                    "tokens": sums.tokens,
+                    "waiting": sum(replica.waiting for replica in replicas),
+                    "kv_used_tokens": max(
+                        (r.kv_capacity_tokens - r.kv_free_tokens for r in replicas if r.up), default=0
+                    ),
                     "replicas": [
                         {
                             "address": replica.address,
                             "state": "draining" if replica.draining else "ready" if replica.up else "down",
                             "trouble": replica.trouble,
                             "sequences": len(replica.sequences),
-                            "waiting": sum(len(call.pieces) for call in replica.calls.values()) + len(replica.outbox),
+                            "waiting": replica.waiting,
                             "kv_capacity_tokens": replica.kv_capacity_tokens,
                             "kv_free_tokens": replica.kv_free_tokens,
                             "step_s": replica.figures.step_s,
@@ -207,7 +217,9 @@ class HeadEngine:
                         for replica in replicas
                     ],
                 }
-                for stage, replicas in zip(self.pipeline.stages, self.pipeline.replicas, strict=True)
+                for stage, replicas, sums in zip(
+                    self.pipeline.stages, self.pipeline.replicas, self.pipeline.sums, strict=True
+                )
             ],
         }
 

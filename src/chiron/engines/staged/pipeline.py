@@ -56,6 +56,15 @@ class StageTimes:
     replicas: int
 
 
+@dataclass(slots=True, kw_only=True)
+class StageSums:
+    """Of all replicas that a stage has had, since the start."""
+
+    busy_s: float = 0.0
+    calls: int = 0
+    tokens: int = 0
+
+
 def micro_batches(stages: SequenceOf[StageTimes], sequences: int, step_max: int) -> int:
     """How many make a round shortest; of equals the fewest."""
     if sequences < 1 or not stages:
@@ -92,6 +101,7 @@ class Pipeline(ReplicaEvents):
         """``changed``: room may have come, or gone. ``row_bytes``: of one position's hidden state."""
         self.stages = tuple(stages)
         self.replicas: list[list[Replica]] = [[] for _ in stages]
+        self.sums = [StageSums() for _ in stages]
         self.running: dict[Sequence, None] = {}
         self.replayed_tokens = 0
         self.losses = 0
@@ -333,6 +343,10 @@ class Pipeline(ReplicaEvents):
 
     def replica_answered(self, replica: Replica, call: Call, result: Result, body: memoryview) -> None:
         self._answers += 1
+        sums = self.sums[replica.stage]
+        sums.busy_s += result.step_s
+        sums.calls += 1
+        sums.tokens += sum(piece.end - piece.start for piece in call.pieces)
         refused = dict(result.refused)
         pieces = [(place, piece) for place, piece in enumerate(call.pieces)]
         if not all(0 <= place < len(call.pieces) for place in refused):

@@ -163,6 +163,12 @@ class Replica:
         """KV that is neither used nor needed for what has been placed here."""
         return self.kv_free_tokens - sum(len(s.tokens) - s.held[self.stage] for s in self.sequences if s.held)
 
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for it: all but those that it computes."""
+        calls = list(self.calls.values())
+        return sum(len(call.pieces) for call in calls[1:]) + len(self.outbox)
+
     def send(self, pieces: list[Piece]) -> None:
         """One call."""
         self._ids += 1

@@ -158,7 +158,7 @@ class PortSharing(asyncio.Protocol):
             self._late.cancel()
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chiron stages serve", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="a Hugging Face directory with safetensors")
@@ -174,9 +174,15 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     add("--grace", type=real(0.0, 86_400.0), default=30.0, help="seconds for its sequences to end or move")
     add("--pace-ms", type=real(0.0, 60_000.0), default=0.0, help="a step takes at least this: a slower device")
     add("--pace-sequence-ms", type=real(0.0, 60_000.0), default=0.0, help="and this for each of its sequences")
+    add("--end-with-stdin", action="store_true", help="end when standard input does: with whoever started it")
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
     add("--tls-ca", type=Path, help="TLS: heads must show a certificate of this authority")
+    return parser
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if len({options.tls_cert is None, options.tls_key is None, options.tls_ca is None}) == 2:
         parser.error("--tls-cert, --tls-key and --tls-ca belong together")
@@ -230,6 +236,8 @@ async def run(options: argparse.Namespace, service: StageService) -> None:
     listener = await loop.create_server(lambda: PortSharing(service, http), options.host, options.port, ssl=context)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if options.end_with_stdin:
+        loop.add_reader(sys.stdin.fileno(), lambda: _look_at_stdin(loop, stop))
     port = listener.sockets[0].getsockname()[1]
     print(f"chiron-engine ready port={port}", flush=True)
     log.info("layers %s: KV for %d tokens", service.layers.stage, service.kv.capacity_tokens)
@@ -243,12 +251,18 @@ async def run(options: argparse.Namespace, service: StageService) -> None:
         raise RuntimeError("a step failed") from errors[0]
 
 
+def _look_at_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    if os.read(sys.stdin.fileno(), 4096):
+        return
+    loop.remove_reader(sys.stdin.fileno())
+    stop.set()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        service_options = options
-        run_on_loop(_main(service_options))
+        run_on_loop(_main(options))
     except (StagedModelError, ImportError) as error:
         sys.exit(f"chiron-stage: {error}")
     except OSError as error:

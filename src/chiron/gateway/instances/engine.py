@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from chiron.core.ports import RemoteEngineEvents
@@ -110,6 +110,9 @@ class InstanceEngine:
         self._limit_sent = 0
         self._limit_call: Call | None = None
         self._limit_request = address.row.limit
+        self._replicas: tuple[int, ...] = ()
+        self._replicas_heard = True
+        self._replicas_call: Call | None = None
         self._retiring: asyncio.Task[None] | None = None
 
     # -- the Engine port ---------------------------------------------------------------------------------------
@@ -148,6 +151,12 @@ class InstanceEngine:
         self._limit = max_batch_size
         if self._limit_request is not None and self._limit_call is None and not self.closed:
             self._send_limit()
+
+    def scale(self, replicas: Sequence[int]) -> None:
+        """Of an engine that is a pipeline (``StagedEngine``): told now, and again by ``watch`` until it has heard."""
+        self._replicas, self._replicas_heard = tuple(replicas), False
+        if self._replicas_call is None and not self.closed:
+            self._send_replicas()
 
     # -- what relays tell (RunReports) -------------------------------------------------------------------------
 
@@ -244,6 +253,8 @@ class InstanceEngine:
         """Now and then, posted: a limit that did not get through is sent again."""
         if self._limit_request is not None and self._limit_call is None and self._limit_sent != self._limit:
             self._send_limit()
+        if not self._replicas_heard and self._replicas_call is None and not self.closed:
+            self._send_replicas()
 
     def close(self) -> None:
         """The instance is gone. What runs is cut; call this before the control plane is told."""
@@ -255,8 +266,9 @@ class InstanceEngine:
             if placed.request.outcome is None:
                 placed.request.tokens_done = kept
         self.runs.clear()
-        if self._limit_call is not None:
-            self._limit_call.cancel()
+        for call in (self._limit_call, self._replicas_call):
+            if call is not None:
+                call.cancel()
 
     def retire(self) -> None:
         """Close its connections too."""
@@ -336,6 +348,15 @@ class InstanceEngine:
         self._limit_sent = self._limit
         self._limit_call = self.origin.send(method, path, (), body, answer, lines=self.address.lines)
 
+    def _send_replicas(self) -> None:
+        body = b'{"counts": [%b]}' % b", ".join(b"%d" % count for count in self._replicas)
+        answer, path = _StagesAnswer(self, self._replicas), self.row.stages_path.encode()
+        self._replicas_call = self.origin.send(b"PUT", path, (), body, answer, lines=self.address.lines)
+
+    def replicas_answered(self, status: int, replicas: tuple[int, ...]) -> None:
+        self._replicas_call = None
+        self._replicas_heard = status == 200 and replicas == self._replicas
+
     def limit_answered(self, status: int) -> None:
         self._limit_call = None
         if status in (404, 405):
@@ -364,3 +385,17 @@ class _LimitAnswer:
 
     def on_error(self, error: NetError) -> None:
         self._engine.limit_answered(0)
+
+
+class _StagesAnswer(_LimitAnswer):
+    """Receiver of the answer to new numbers of replicas."""
+
+    def __init__(self, engine: InstanceEngine, replicas: tuple[int, ...]) -> None:
+        super().__init__(engine)
+        self._replicas = replicas
+
+    def on_end(self) -> None:
+        self._engine.replicas_answered(self._status, self._replicas)
+
+    def on_error(self, error: NetError) -> None:
+        self._engine.replicas_answered(0, self._replicas)

@@ -9,10 +9,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping
 
-from chiron.core.ports import Samples
+from chiron.core.ports import Samples, StageSamples
 from chiron.core.types import Sample
 from chiron.engines.metrics import read_row
 from chiron.gateway.instances.engine import InstanceEngine
+from chiron.gateway.instances.stages import read_stages
 from chiron.gateway.relay.context_limit import ask_context
 from chiron.net.client import Asked, NetError
 from chiron.net.clock import LiveClock
@@ -37,15 +38,17 @@ class Scraper:
         period_s: float,
         capacity_told: Callable[[InstanceEngine, int], None],
         context_told: Callable[[InstanceEngine], None],
+        stages: StageSamples | None = None,
     ) -> None:
         """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
-        engine whose context is known from now on."""
+        engine whose context is known from now on, ``stages`` of the stages of engines that are pipelines."""
         self._clock = clock
         self._samples = samples
         self._engines = engines
         self._period_s = period_s
         self._capacity_told = capacity_told
         self._context_told = context_told
+        self._stages = stages
         self._round: asyncio.Task[None] | None = None
         self._settled_s = 0.0
         self._settling = False
@@ -82,6 +85,7 @@ class Scraper:
         await asyncio.gather(
             *(self._read(engine, metrics) for engine, metrics in asked),
             *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
+            *(self._ask_stages(engine) for engine in engines if engine.row.stages_path and self._stages is not None),
         )
         self._clock.post(lambda: self._tell(engines))
 
@@ -98,6 +102,21 @@ class Scraper:
         engine.context_tokens = await ask_context(engine.origin, engine.row, engine.model, engine.authorization)
         if engine.context_tokens is not None:
             self._clock.post(lambda: self._context_told(engine))
+
+    async def _ask_stages(self, engine: InstanceEngine) -> None:
+        asked = engine.origin.ask("GET", engine.row.stages_path, body_max=METRICS_MAX_BYTES)
+        try:
+            answer = await asked.answer(min(self._period_s, TIMEOUT_MAX_S))
+        except NetError as error:
+            log.debug("%s: no stages: %s", engine.url, error)
+            return
+
+        def tell() -> None:
+            sample = read_stages(answer.body, self._clock.now_s) if answer.status == 200 else None
+            if sample is not None and self._stages is not None and not engine.closed:
+                self._stages.stages_sampled(engine.instance, sample)
+
+        self._clock.post(tell)
 
     def _tell(self, engines: list[InstanceEngine]) -> None:
         self._samples.sampled(self._sampled(engines))
