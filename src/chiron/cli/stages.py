@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
 
 from chiron.cli.common.extras import install_hint
 from chiron.config.read import ConfigError
@@ -18,6 +19,13 @@ app = typer.Typer(help="Serve one model from stages: ranges of its layers.", no_
 
 # What follows belongs to the engine's own command line, which also prints the help.
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassedOption:
+    """An option that is read elsewhere: only its name is known here."""
+
+    opts: list[str]
 
 
 class EngineCommand(TyperCommand):
@@ -34,7 +42,7 @@ class EngineCommand(TyperCommand):
         except ImportError:
             return  # Without the extra; calling the command says so.
         names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        self.params += [TyperOption(param_decls=[name], hidden=True, expose_value=False) for name in names]
+        self.params += [PassedOption(opts=[name]) for name in names]  # type: ignore[misc]
 
     def get_params(self, ctx: Any) -> list[Any]:
         return self._own
