@@ -12,7 +12,15 @@ import pytest
 from chiron.config.build import setups
 from chiron.config.read import ConfigError, keys_of
 from chiron.config.scenario import Scenario, load_scenario, parse_scenario, scenario_files
-from chiron.config.sections import BatchJobSection, InstanceSection, ModelSection, StreamSection, Telemetry
+from chiron.config.sections import (
+    BatchJobSection,
+    InstanceSection,
+    ModelSection,
+    StageSection,
+    StagesSection,
+    StreamSection,
+    Telemetry,
+)
 from chiron.core.types import RequestClass
 from chiron.fleet.model import ColdStart, Failures
 from chiron.workload.generate import KINDS
@@ -185,6 +193,7 @@ def test_one_name_for_two_kinds_of_instance_is_refused() -> None:
 
 SECTIONS = [
     *(Scenario, RequestClass, ModelSection, InstanceSection, StreamSection, BatchJobSection),
+    *(StageSection, StagesSection),
     *(ColdStart, Failures, Telemetry, *KINDS.values()),
 ]
 

@@ -133,7 +133,8 @@ def test_the_bottleneck_gets_the_replicas_and_the_bill_is_that_of_the_replicas()
         simulation = Simulation(setup)
         simulation.run()
         result = simulation.result(wall_s=0.0)
-        last = {d.subject: d.after for d in result.decisions if d.kind == "stage" and d.t_s < 150.0}
+        last = {d.subject: d.after for d in result.decisions if d.kind == "stage" and d.t_s < 170.0}
+        # Until the first requests have ended, their length is a guess.
         assert last["m0#1/s1"] > 1, stage_policy
         assert {last.get(f"m0#1/s{i}", 1) for i in (0, 2)} == {1}, stage_policy
         assert simulation.fleet.bill.cold_starts + simulation.fleet.bill.warm_starts == sum(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
 
+from chiron.config.pipelines import Pipelines, gpus_most, pipelines, replicas_for
 from chiron.config.read import ConfigError, fields_by_key, is_duration
 from chiron.config.scenario import Scenario
 from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
 from chiron.core.types import InstanceKind, ModelSpec
+from chiron.engines.layers import layer_profile_names, load_layer_profile
 from chiron.engines.profile import Profile, ProfileError
+from chiron.engines.profile_hardware import MODEL_SHAPES
 from chiron.engines.profile_store import load_profile
 from chiron.policies.registry import POLICIES
 from chiron.sim.initial import initial_instances
@@ -39,26 +42,26 @@ def setups(
     Those of one seed share their workload. Raises ConfigError, WorkloadError, ProfileError or OSError.
     """
     choices = {label: scenario.choice(label) for label in policies or scenario.labels}
-    fleet = {name: _kinds(scenario, name, section) for name, section in scenario.models.items()}
-    profiles = _by_kind(fleet)
-    by_seed = {}
-    for seed in dict.fromkeys(seeds or scenario.seeds):
-        workload = workload_of(scenario, seed)
-        # In the workload's order, so that its model numbers count in both.
-        names = sorted(fleet, key=lambda name: workload.models.index(name) if name in workload.models else len(fleet))
-        specs = tuple(_spec(name, scenario.models[name], fleet[name]) for name in names)
-        by_seed[seed] = workload, specs, _initial(scenario, workload, specs, profiles)
+    chosen = list(dict.fromkeys(seeds or scenario.seeds))
+    workloads = {seed: workload_of(scenario, seed) for seed in chosen}
+    staged = dict.fromkeys(bool(choice.stages) for choice in choices.values())
+    by_seed = {
+        (seed, stages): _served(scenario, workloads[seed], stages=stages) for seed in chosen for stages in staged
+    }
     return [
         Setup(
             scenario=scenario.name,
             scenario_text=scenario.text,
-            models=specs,
-            profiles=profiles,
-            initial=initial,
+            models=served.specs,
+            profiles=served.profiles,
+            stages=served.stages,
+            initial=served.initial,
             gpus_max=dict(scenario.gpus),
-            workload=workload,
+            workload=workloads[seed],
             policy=choice.policy,
             settings=choice.settings,
+            stage_policy=choice.stages,
+            stage_settings=choice.stage_settings,
             label=label,
             seed=seed,
             cold_start=scenario.cold_start,
@@ -70,8 +73,92 @@ def setups(
             grace_s=scenario.grace_s,
         )
         for label, choice in choices.items()
-        for seed, (workload, specs, initial) in by_seed.items()
+        for seed in chosen
+        for served in (by_seed[seed, bool(choice.stages)],)
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Served:
+    """What the models of one seed run on."""
+
+    specs: tuple[ModelSpec, ...]
+    profiles: Mapping[str, Profile]
+    stages: Mapping[str, tuple[Profile, ...]]
+    initial: Mapping[str, int]
+
+
+def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
+    """``stages``: models that can run as stages do."""
+    if stages and not any(section.stages for section in scenario.models.values()):
+        raise ConfigError("policies: one of them has stages, and no model does; add [models.NAME.stages]")
+    as_stages = {
+        name: made
+        for name, section in scenario.models.items()
+        if stages and section.stages is not None
+        for made in (_pipelines(scenario, workload, name, section),)
+    }
+    fleet = {
+        name: [(as_stages[name].kind, as_stages[name].profile)]
+        if name in as_stages
+        else _kinds(scenario, name, section)
+        for name, section in scenario.models.items()
+    }
+    profiles = _by_kind(fleet)
+    # In the workload's order, so that its model numbers count in both.
+    names = sorted(fleet, key=lambda name: workload.models.index(name) if name in workload.models else len(fleet))
+    specs = tuple(_spec(name, scenario.models[name], fleet[name]) for name in names)
+    whole = [spec for spec in specs if spec.name not in as_stages]
+    _check_gpus(scenario, as_stages)
+    initial = _initial(scenario, workload, whole, profiles)
+    initial |= {spec.name: spec.min_instances for spec in specs if spec.name in as_stages}
+    return _Served(
+        specs=specs,
+        profiles=profiles,
+        stages={made.kind.name: made.stages for made in as_stages.values()},
+        initial=initial,
+    )
+
+
+def _pipelines(scenario: Scenario, workload: Workload, name: str, section: ModelSection) -> Pipelines:
+    assert section.stages is not None
+    with _at(f"models.{name}.stages"), _value_at(f"models.{name}.stages"):
+        layered = load_layer_profile(_source(scenario, section.stages.profile))
+        made = pipelines(name, section.stages, layered, scenario.cold_start)
+        if section.initial == "auto":
+            # As many GPUs as the same rule gives engines on one GPU each.
+            spec = ModelSpec(name=name, kinds=(made.kind,), max_instances=gpus_most(made.kind))
+            instances = initial_instances(workload, spec, made.profile)
+        else:
+            instances = section.initial * len(made.stages)
+        each = replicas_for(-(-instances // section.stages.min_pipelines), made.kind)
+        return pipelines(name, section.stages, layered, scenario.cold_start, each)
+
+
+def _check_gpus(scenario: Scenario, as_stages: Mapping[str, Pipelines]) -> None:
+    """Stages scale by themselves: all that they may ever have must exist."""
+    for gpu, count in scenario.gpus.items():
+        most = {
+            name: gpus_most(made.kind) * section.max_pipelines
+            for name, made in as_stages.items()
+            if made.kind.gpu == gpu and (section := scenario.models[name].stages) is not None
+        }
+        if sum(most.values()) > count:
+            raise ConfigError(
+                f"gpus.{gpu}: {count}; the stages of {', '.join(most)} may have up to {sum(most.values())}: "
+                "lower max or max_pipelines"
+            )
+
+
+@contextmanager
+def _value_at(path: str) -> Iterator[None]:
+    """Likewise of kinds, whose errors are those of values."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def workload_of(scenario: Scenario, seed: int) -> Workload:
@@ -190,12 +277,22 @@ def _cut(workload: Workload, duration_s: float) -> Workload:
 
 
 def _kinds(scenario: Scenario, model: str, section: ModelSection) -> list[tuple[InstanceKind, Profile]]:
+    if not section.instances:
+        raise ConfigError(f"models.{model}.instances: missing; only a policy with stages can run this model without")
     pairs = []
     for i, instance in enumerate(section.instances):
         with _at(f"models.{model}.instances[{i}]"):
-            profile = _adapted(load_profile(_source(scenario, instance.profile)), instance)
+            profile = _adapted(_whole_model(scenario, instance.profile), instance)
             pairs.append((_kind(profile, instance), profile))
     return pairs
+
+
+def _whole_model(scenario: Scenario, name: str) -> Profile:
+    """A profile; of a packaged one by layer, all its layers on one GPU."""
+    if name in layer_profile_names():
+        layered = load_layer_profile(name)
+        return replace(layered.stage(0, layered.layers - 1, max_num_seqs=1024), name=name)
+    return load_profile(_source(scenario, name))
 
 
 def _adapted(profile: Profile, instance: InstanceSection) -> Profile:
@@ -222,7 +319,16 @@ def _kind(profile: Profile, instance: InstanceSection) -> InstanceKind:
         max_num_seqs=profile.max_num_seqs,
         max_num_batched_tokens=profile.max_num_batched_tokens,
         max_instances=instance.max_instances,
+        weight_bytes=_weight_bytes(profile),
     )
+
+
+def _weight_bytes(profile: Profile) -> int:
+    """Of a model that is known; 0 else, and then only ``model_load`` counts."""
+    if profile.name in layer_profile_names():
+        layered = load_layer_profile(profile.name)
+        return layered.weight_bytes(0, layered.layers - 1)
+    return MODEL_SHAPES[profile.model].weight_bytes if profile.model in MODEL_SHAPES else 0
 
 
 def _by_kind(fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> dict[str, Profile]:
@@ -239,11 +345,13 @@ def _by_kind(fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> dict[st
 
 
 def _spec(name: str, section: ModelSection, pairs: Sequence[tuple[InstanceKind, Profile]]) -> ModelSpec:
+    kinds = tuple(kind for kind, _ in pairs)
+    staged = section.stages if kinds[0].pipeline is not None else None
     return ModelSpec(
         name=name,
-        kinds=tuple(kind for kind, _ in pairs),
-        min_instances=section.min_instances,
-        max_instances=section.max_instances,
+        kinds=kinds,
+        min_instances=staged.min_pipelines if staged else section.min_instances,
+        max_instances=staged.max_pipelines if staged else section.max_instances,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, suggest
 from chiron.policies.registry import POLICIES
+from chiron.policies.stages.registry import STAGE_POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,11 +17,14 @@ class PolicyChoice:
 
     policy: str
     settings: Any
+    stages: str = ""
+    """The stage policy below it, by name; empty: it runs whole instances."""
+    stage_settings: Any = None
 
 
 def read_policies(table: Mapping[str, Any]) -> dict[str, PolicyChoice]:
     """The tables ``[policies.LABEL]``."""
-    allowed = {"policy", *(key for entry in POLICIES.values() for key in keys_of(entry.settings))}
+    allowed = {"policy", "stages", *(key for entry in POLICIES.values() for key in keys_of(entry.settings))}
     return {label: read_policy(label, each) for label, each in named_tables(table, "policies", allowed=allowed).items()}
 
 
@@ -32,5 +36,27 @@ def read_policy(label: str, table: object) -> PolicyChoice:
     if policy not in POLICIES:
         where = f"{path}.policy" if "policy" in table else path
         raise ConfigError(f"{where}: unknown policy {policy!r}; {suggest(str(policy), POLICIES)}")
-    settings = {key: value for key, value in table.items() if key != "policy"}
-    return PolicyChoice(policy=policy, settings=read_record(POLICIES[policy].settings, settings, path))
+    settings = {key: value for key, value in table.items() if key not in ("policy", "stages")}
+    stages, stage_settings = _read_stages(table.get("stages", ""), f"{path}.stages")
+    return PolicyChoice(
+        policy=policy,
+        settings=read_record(POLICIES[policy].settings, settings, path),
+        stages=stages,
+        stage_settings=stage_settings,
+    )
+
+
+def _read_stages(value: object, path: str) -> tuple[str, Any]:
+    """A stage policy: its name, or a table with ``policy`` and its settings."""
+    table = {"policy": value} if isinstance(value, str) else value
+    if value == "":
+        return "", None
+    if not isinstance(table, Mapping) or "policy" not in table:
+        raise ConfigError(
+            f"{path}: {value!r} must be the name of a stage policy, or a table with policy and its settings"
+        )
+    name = table["policy"]
+    if name not in STAGE_POLICIES:
+        raise ConfigError(f"{path}: unknown stage policy {name!r}; {suggest(str(name), STAGE_POLICIES)}")
+    settings = {key: each for key, each in table.items() if key != "policy"}
+    return str(name), read_record(STAGE_POLICIES[str(name)].settings, settings, path)

@@ -62,10 +62,89 @@ class InstanceSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageSection:
+    """One stage of a pipeline."""
+
+    layers: str
+    """``"0-9"``: first and last, counted from 0; or one number."""
+    name: str = ""
+    """What results call it; default: ``layers``."""
+    min: int = 1
+    max: int = 8
+    """Replicas."""
+    initial: int | None = None
+    """Replicas that are up at time 0; default: as the model's ``initial`` has it."""
+    price_per_gpu_hour: float | None = None
+    """Default: the profile's."""
+
+    def __post_init__(self) -> None:
+        self.layer_range()
+        require(self.min >= 1, "min", self.min, "1 or more")
+        require(self.max >= self.min, "max", self.max, f"at least min ({self.min})")
+        first = self.initial
+        require(first is None or self.min <= first <= self.max, "initial", first, f"{self.min} to {self.max}")
+        price = self.price_per_gpu_hour
+        require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
+
+    def layer_range(self) -> tuple[int, int]:
+        first, _, last = self.layers.partition("-")
+        fine = first.isdecimal() and (last.isdecimal() or "-" not in self.layers)
+        require(fine, "layers", self.layers, "a range such as '0-9', or one number")
+        return int(first), int(last or first)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagesSection:
+    """A pipeline of stages that can stand in place of the model's instances: under policies with ``stages``."""
+
+    profile: str
+    """A profile by layer: a packaged one, or a path to a file."""
+    split: int | None = None
+    """Into so many stages of as many layers each; give either this or ``stage``."""
+    stage: tuple[StageSection, ...] = ()
+    """Each stage by itself."""
+    min: int = 1
+    max: int = 16
+    """Replicas of each stage of ``split``."""
+    min_pipelines: int = 1
+    max_pipelines: int = 1
+    """Whole pipelines, each with replicas of its own: what the policy for the fleet decides about."""
+    hop_latency_s: float = 0.0002
+    """Of one message from a stage to the next, and from the last back to the first."""
+    hop_gbit_per_s: float = 100.0
+    """Bandwidth of the link of each replica."""
+    micro_batches_max: int = 0
+    """Groups of sequences that are on their way at once; 0: twice the stages, for each replica of the stage that has
+    most."""
+    max_num_seqs: int = 256
+    """Most sequences that one replica of a stage runs (vLLM's default)."""
+    max_num_batched_tokens: int = 2048
+    """Token budget of one pass."""
+    step_overhead_s: float = 0.0
+    """CPU time of each stage per pass that its GPU waits for."""
+    request_overhead_s: float = 0.0
+    """Per request, before its prefill can start."""
+
+    def __post_init__(self) -> None:
+        if (self.split is None) == (not self.stage):
+            raise ValueError("give either split or a list of stage")
+        for key in ("min", "max_num_seqs", "max_num_batched_tokens", "min_pipelines"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        require(self.split is None or self.split >= 1, "split", self.split, "1 or more")
+        require(self.max >= self.min, "max", self.max, f"at least min ({self.min})")
+        most = self.max_pipelines
+        require(most >= self.min_pipelines, "max_pipelines", most, f"at least min_pipelines ({self.min_pipelines})")
+        require(self.hop_gbit_per_s > 0, "hop_gbit_per_s", self.hop_gbit_per_s, "above 0")
+        require(self.micro_batches_max >= 0, "micro_batches_max", self.micro_batches_max, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
     """A served model, the instances it can run on (preferred first), and the bounds of its fleet."""
 
-    instances: tuple[InstanceSection, ...]
+    instances: tuple[InstanceSection, ...] = ()
+    """None: it runs as ``stages`` only."""
+    stages: StagesSection | None = None
     min_instances: int = 1
     max_instances: int = 50
     initial: Literal["auto"] | int = "auto"
@@ -73,7 +152,8 @@ class ModelSection:
     SLOs of the first ten minutes, as if the fleet had been running before (``sim.initial``)."""
 
     def __post_init__(self) -> None:
-        require(bool(self.instances), "instances", [], "a list with at least one { profile = ... }")
+        fine = bool(self.instances) or self.stages is not None
+        require(fine, "instances", [], "a list with at least one { profile = ... }")
         require(self.min_instances >= 0, "min_instances", self.min_instances, "0 or more")
         most = self.max_instances
         require(most >= max(1, self.min_instances), "max_instances", most, "1 or more, and at least min_instances")

@@ -95,7 +95,8 @@ class PipelineKind:
     token_bytes: int = 0
     """Activations of one token between two stages."""
     micro_batches_max: int = 0
-    """Groups of sequences that are on their way through the stages at once; 0: twice the stages."""
+    """Groups of sequences that are on their way through the stages at once; 0: twice the stages, for each
+    replica of the stage that has most."""
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -47,9 +47,6 @@ from chiron.engines.model import (
 )
 from chiron.engines.profile import Profile
 
-MICRO_BATCHES_KNOWN_MAX = 65_536
-"""Loads whose number of micro-batches is remembered."""
-
 
 class ReplicaSource(Protocol):
     """Where replicas of stages come from."""
@@ -150,7 +147,6 @@ class PipelineModel(EngineModel):
         "_draining",
         "_kind",
         "_left",
-        "_micro_batches",
         "_rebase_at",
         "_round_tokens",
         "_source",
@@ -197,7 +193,6 @@ class PipelineModel(EngineModel):
         self._rebase_at = 0
         self._round_tokens = 0
         self._tokens_done = 0
-        self._micro_batches: dict[tuple[int, ...], int] = {}
         self._stages = [_Stage() for _ in stages]
         for number, numbers in enumerate(replicas):
             self._stages[number].replicas = [_Replica(number, each) for each in numbers]
@@ -470,8 +465,9 @@ class PipelineModel(EngineModel):
             attention += tokens * (2 * sequence.prefilled + tokens)
         tokens = batch + prompt
         used = [sum(1 for each in stage.replicas if each.batch or each.tokens) for stage in self._stages]
-        micro_batches = self._choose_micro_batches(tokens, used)
         kind, stages, last = self._kind, self._stage_times, len(self._stages) - 1
+        attention_s = [times.table.c * context + times.table.q * attention for times in stages]
+        micro_batches = self._choose_micro_batches(tokens, attention_s, used)
         each = ceil(tokens / micro_batches)
         way_s = way_growth_s = 0.0
         found: list[tuple[float, float]] = []
@@ -513,36 +509,29 @@ class PipelineModel(EngineModel):
             queued = stage.busiest_s == busiest_s > way_s
             stage.waiting = self.batch * (1.0 - way_s / busiest_s) if queued else 0.0
 
-    def _choose_micro_batches(self, tokens: int, used: Sequence[int]) -> int:
-        """Those with which an even round is shortest, before attention; the fewest of equals."""
-        key = (tokens, *used)
-        known = self._micro_batches.get(key)
-        if known is not None:
-            return known
+    def _choose_micro_batches(self, tokens: int, attention_s: Sequence[float], used: Sequence[int]) -> int:
+        """Those with which a round is shortest if all were spread evenly; the fewest of equals. ``attention_s``: of all
+        sequences, by stage."""
         kind, widest, last = self._kind, max(used), len(used) - 1
-        most = self._micro_batches_max(widest)
         chosen, shortest_s = widest, inf
-        for count in range(widest, most + 1, widest):
+        for count in range(widest, self._micro_batches_max(widest) + 1, widest):
             if count > max(widest, tokens):
                 break
             each = ceil(tokens / count)
             transfer_s = each * kind.token_bytes / kind.hop_bytes_per_s if last else 0.0
             way_s = (last + 1) * kind.hop_s + last * transfer_s if last else 0.0
             busiest_s = 0.0
-            for times, replicas in zip(self._stage_times, used, strict=True):
-                pass_s = times.base_s(each)
+            for times, whole_s, replicas in zip(self._stage_times, attention_s, used, strict=True):
+                pass_s = times.base_s(each) + whole_s / count
                 way_s += pass_s
                 busiest_s = max(busiest_s, ceil(count / replicas) * max(pass_s, transfer_s))
             if max(way_s, busiest_s) < shortest_s:
                 chosen, shortest_s = count, max(way_s, busiest_s)
-        if len(self._micro_batches) >= MICRO_BATCHES_KNOWN_MAX:
-            self._micro_batches.clear()
-        self._micro_batches[key] = chosen
         return chosen
 
     def _micro_batches_max(self, widest: int) -> int:
         stages = len(self._stages)
-        return max(widest, self._kind.micro_batches_max or (2 * stages if stages > 1 else 1))
+        return max(widest, self._kind.micro_batches_max or (2 * stages * widest if stages > 1 else 1))
 
     def _admit(self) -> None:
         waiting, prefilling = self._waiting, self._prefilling

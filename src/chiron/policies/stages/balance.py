@@ -26,9 +26,9 @@ class StageBalanceSettings:
     tick_s: float = 5.0
     slo_share: float = 0.8
     """Of the ITL and TTFT SLOs, which predicted means may take: requests differ from the mean. Our choice."""
-    spread: float = 1.0
+    spread: float = 2.0
     """Standard deviations of Poisson arrivals on top of the largest rate seen."""
-    rate_window_s: float = 30.0
+    rate_window_s: float = 15.0
     """A rate is the mean over this long."""
     look_back_s: float = 120.0
     """The largest rate counts for this long, and for as long as a replica takes to start besides."""
@@ -77,7 +77,9 @@ def decide_stages(
     if load is None:
         return tuple(StagePlan(replicas=s.planned, reason="nothing_known") for s in view.stages), state
     sizing = size(view, load, state.factors)
-    history = (*((t, n) for t, n in state.wanted if t > view.now_s - settings.hold_s), (view.now_s, sizing.replicas))
+    # The first plan on record is what was found: it is not given up before the load has been seen for a while.
+    before = state.wanted or ((view.now_s, tuple(stage.planned for stage in view.stages)),)
+    history = (*((t, n) for t, n in before if t > view.now_s - settings.hold_s), (view.now_s, sizing.replicas))
     state = BalanceState(arrivals=state.arrivals, wanted=history, factors=state.factors)
     needed = [max(counts[i] for _, counts in history) for i in range(len(view.stages))]
     sound = view.sample_age_s <= settings.stale_s

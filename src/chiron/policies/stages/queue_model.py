@@ -87,7 +87,7 @@ def round_of(
     """The shortest round for these tokens (of running sequences and prompts together), spread evenly. ``factors``:
     measured over planned time of each stage."""
     widest = max(replicas)
-    most = max(widest, pipeline.micro_batches_max or 2 * len(pipeline.stages))
+    most = max(widest, pipeline.micro_batches_max or 2 * len(pipeline.stages) * widest)
     best: Round | None = None
     for micro_batches in range(widest, most + 1, widest):
         if micro_batches > max(widest, tokens):

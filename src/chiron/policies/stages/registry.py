@@ -31,4 +31,6 @@ def with_stages(policy: Policy, name: str, settings: Any = None) -> Policy:
     if entry is None:
         raise KeyError(f"unknown stage policy {name!r}; there are: {', '.join(sorted(STAGE_POLICIES))}")
     settings = entry.settings() if settings is None else settings
+    # A static max batch size is that of one engine; here each replica has its own.
+    policy = replace(policy, initial_max_batch_size=None)
     return replace(policy, stages=entry.decide, stages_settings=settings, stages_period_s=entry.period_s(settings))
