@@ -19,6 +19,7 @@ from staged_processes import StageProcess  # noqa: E402
 from staged_site import request  # noqa: E402
 
 TOKENS = 24
+ROUNDS = 20
 STAGES = [{"layers": "0-0", "max": 2}, {"layers": "1-2", "min": 2, "max": 3, "pace_ms": 4}, {"layers": "3-3"}]
 
 
@@ -71,7 +72,7 @@ def test_a_stage_is_killed_or_stopped_twenty_times_in_mid_stream(number: signal.
     expected = [generated(tiny(), prompt, TOKENS) for prompt in given]
 
     async def main(instance: Instance) -> None:
-        for round_ in range(20):
+        for round_ in range(ROUNDS):
             asking = asyncio.ensure_future(asyncio.gather(*(instance.ask(prompt) for prompt in given)))
             before = await instance.stages()
             said = await instance.until(lambda said, before=before: calls(said, 1) >= calls(before, 1) + 6)  # type: ignore[misc]

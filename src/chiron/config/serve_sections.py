@@ -13,7 +13,7 @@ from chiron.engines.rows import ENGINES
 SourceName = Literal["process", "endpoints", "kubernetes", "ray"]
 
 _KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
-    "process": ("command", "model_path", "args", "env", "threads", "pace"),
+    "process": ("command", "model_path", "args", "env", "threads", "pace", "stages", "stages_plan"),
     "endpoints": ("endpoints", "api_key_file"),
     "kubernetes": ("kubernetes", "api_key_file"),
     "ray": ("ray", "command", "model_path", "args", "env", "threads", "pace"),
@@ -220,7 +220,8 @@ class ServeInstanceSection:
         if self.ray and (self.endpoints or self.kubernetes):
             raise ValueError("give ray (engines that Chiron starts there) or endpoints or kubernetes, not two of them")
         staged = bool(ENGINES[self.engine].stages_path)
-        if staged and not self.stages:
+        # One that runs elsewhere may be used as any engine, without its stages being scaled.
+        if staged and not self.stages and self.started and not self.command:
             raise ValueError("stages is missing: [{ layers = '0-9', min = 1, max = 4 }, ...]")
         if self.stages and not staged:
             owners = " or ".join(repr(row.name) for row in ENGINES.values() if row.stages_path)
