@@ -72,10 +72,6 @@ def ready_count(service: Service) -> int:
     return sum(1 for each in service.engines.live.values() if each.instance.state == "ready")
 
 
-def running(service: Service) -> int:
-    return sum(len(each.runs) for each in service.engines.live.values())
-
-
 async def climb(service: Service, count: int) -> float:
     """Seconds until there are so many."""
     began_s = time.monotonic()
@@ -115,8 +111,8 @@ def test_up_and_down_under_load_and_a_node_that_is_lost(ray: RealRay, tmp_path: 
             await climb(service, 3)
             took["1 -> 3, with the node"] = time.monotonic() - began_s
             answers = await load
-            load = asyncio.create_task(send(api, 10.0, 3.0))
-            await until(lambda: running(service) > 0, "requests run")
+            load = asyncio.create_task(send(api, 20.0, 4.0))
+            await until(lambda: all(each.runs for each in service.engines.live.values()), "requests run everywhere")
             took["3 -> 1"] = await climb(service, 1)
             answers += await load
             assert set(await verdicts(answers)) == {"complete"}

@@ -296,10 +296,11 @@ class Agent:
 
         try:
             value: dict[str, Any] = ray.get(reference, timeout=ANSWERS_S)
-        except ray.exceptions.ActorUnavailableError as error:
-            return {"phase": "unknown", "why": words(error)}
         except ray.exceptions.RayError as error:
-            return {"phase": "gone", "why": words(error)}
+            # Only a dead actor is gone: an answer that is late or lost says nothing of it.
+            died = isinstance(error, ray.exceptions.RayActorError)
+            away = isinstance(error, ray.exceptions.ActorUnavailableError)
+            return {"phase": "gone" if died and not away else "unknown", "why": words(error)}
         return value
 
     def _begin(self, name: str, group: Mapping[str, Any], order: Mapping[str, Any]) -> None:
@@ -333,12 +334,18 @@ class Agent:
             self._stopping[name] = time.monotonic() + grace_s + STOP_MARGIN_S
             for actor in members:
                 self._actors[actor].end.remote()
-        running = [each for each in members if self._told.get(each, {}).get("phase") not in (None, "ended", "gone")]
+        # One that has not answered yet may run an engine, but for those that have no node.
+        silent = "unknown" if group["state"] == "CREATED" else "gone"
+        running = [each for each in members if self._phase(each, silent) not in ("ended", "gone")]
         if running and time.monotonic() < self._stopping[name]:
             return
         for actor in members:
             ray.kill(self._actors[actor], no_restart=True)
         remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group["placement_group_id"]))))
+
+    def _phase(self, actor: str, silent: str) -> str:
+        told = self._told.get(actor)
+        return silent if told is None else str(told["phase"])
 
     def _forget(self, groups: Iterable[str]) -> None:
         """What belongs to groups that are gone."""

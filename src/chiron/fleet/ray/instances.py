@@ -129,6 +129,8 @@ class RayInstances:
         """What runs and nobody has, by name."""
         self._seen_s: dict[str, float] = {}
         """Since when others have what could be ours, by name."""
+        self._dead_s: dict[str, float] = {}
+        """Since when what nobody has is dead, by name."""
         self._known_s = inf
         self._trouble = ""
         """Why the cluster does not answer."""
@@ -292,6 +294,7 @@ class RayInstances:
         self._spare = {}
         strange: dict[str, tuple[str, str]] = {}
         seen_s, self._seen_s = self._seen_s, {}
+        dead_s, self._dead_s = self._dead_s, {}
         for seen in others:
             name = read_name(seen.name)
             if name is None or name.namespace != self._namespace or seen.name in self._stops or seen.stopping:
@@ -306,8 +309,10 @@ class RayInstances:
                     text = f"{seen.name} is another gateway's ({seen.holder}): give each gateway a namespace of its own"
                     strange[seen.name] = name.kind, text
             elif seen.phase in ("ended", "gone"):
-                if not self._advise:
-                    self._stops[seen.name] = 0.0  # It was ours, and is dead: its nodes are given back.
+                # It was ours, and is dead, or so young that it has no actor yet. The dead give their nodes back.
+                self._dead_s[seen.name] = since_s = dead_s.get(seen.name, now_s)
+                if now_s - since_s > self._times.settle_s and not self._advise:
+                    self._stops[seen.name] = 0.0
             elif not self._advise or seen.phase == "ready":
                 self._spare[seen.name] = seen
         for each in strange.keys() - self._strange.keys():
