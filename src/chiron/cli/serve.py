@@ -198,12 +198,14 @@ def _keeper(config: ServeConfig, models: FollowedModels | None) -> Keeper | None
         relays = max(1, relays)  # Those of each gateway reach whichever brain leads, or follows.
     if not relays:
         return None
+    # All that a brain needs: to load it after the fork would take longer.
+    import chiron.net.asgi
     from chiron.gateway.processes.keeper import Keeper
     from chiron.gateway.processes.relay import run_relay
     from chiron.gateway.processes.reserved import reserve
     from chiron.gateway.processes.start import RelayStart
 
-    if config.gateways is not None:  # As all that a brain needs: to load it after the fork would take longer.
+    if config.gateways is not None:
         import chiron.gateway.peers.member
         import chiron.store.postgres.lease
         import chiron.store.postgres.store  # noqa: F401

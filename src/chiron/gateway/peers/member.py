@@ -88,6 +88,7 @@ class Member:
         """Those that whoever follows has to wait for."""
         self._beat_s = machine_s()
         self._service: Service | None = None
+        self._door: Door | None = None
         self._standby = Standby(
             start=brain.relays,
             contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},
@@ -126,7 +127,7 @@ class Member:
         leads = Leads(name=LEADER, holder=self._holder, token=token)
         start = replace(
             self._brain,
-            opened=lambda: None,
+            opened=lambda: self._open_door(service),
             follows=True,
             term=token,
             leads=leads,
@@ -136,7 +137,7 @@ class Member:
             superseded=self._heard_of_another,
             time_s=self._fence.time_s,
         )
-        service = door = None
+        service: Service | None = None
         started = False
         try:
             service = Service(self._config, advise=self._advise, brain=start)
@@ -144,13 +145,10 @@ class Member:
             self._service = service
             started = True
             self._leading(service)
-            context = server_context(self._settings)
-            door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
-            door.open(*self._settings.listen_address)
             await asyncio.Event().wait()
         finally:
-            if door is not None:
-                door.close()
+            if self._door is not None:
+                self._door.close()
             if service is not None:
                 await service.hand_over()
             keeping.cancel()
@@ -165,6 +163,13 @@ class Member:
 
     async def _close_election(self) -> None:
         await self._election.close()
+
+    def _open_door(self, service: Service | None) -> None:
+        """As early as it may be: what relays of others tell is waited for, and the rest of the start is not short."""
+        assert service is not None
+        context = server_context(self._settings)
+        self._door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
+        self._door.open(*self._settings.listen_address)
 
     async def _keep(self) -> None:
         """On the lease's loop, until it is cancelled."""
