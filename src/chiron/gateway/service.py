@@ -336,6 +336,8 @@ class Service:
             await self.runner.close()
             await closing
         self.clock.stop()
+        if self.gateway.relays is not None:
+            self.gateway.relays.close()
         self._lag.close()
         for task in (self._starting_batches, self._opening):
             if task is not None:

@@ -32,6 +32,8 @@ class PeerProcess:
 
     def when_ended(self, call: Callable[[], None]) -> None:
         """Call once it has ended, if that is before ``close``."""
+        if self._descriptor < 0:
+            return
 
         def ended() -> None:
             self.close()

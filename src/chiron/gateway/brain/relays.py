@@ -821,6 +821,12 @@ class Relays:
             self.late += link.late
         self._left(link, why)
 
+    def close(self) -> None:
+        """Nobody wants to hear any more how processes end."""
+        for link in (*self.links, *self._away.values()):
+            if link.process is not None:
+                link.process.close()
+
     def away(self, link: RelayLink, why: str) -> None:
         """It may come back, unless its process has ended."""
         self._away[link.nonce] = link
@@ -836,9 +842,10 @@ class Relays:
 
     def _pulse(self) -> None:
         self.clock.call_later(PULSE_S, self._pulse)
+        pulse = m.Pulse(self.sharing)
         for link in self.links:
             if link.nonce:
-                link.wire.send(m.Pulse(self.sharing))
+                link.wire.send(pulse)
 
     def _note_limits(self) -> list[m.Limit]:
         """What has changed since the last look, which is told from now on."""
