@@ -14,7 +14,7 @@ import pytest
 from chiron.gateway.port.messages import VERSION
 from fault_site import Api, item
 from gateway_pair import NAMES, Pair, gateways, talk, until_done, until_ready
-from kubernetes_site import cluster
+from kubernetes_site import cluster, every_cluster
 from postgres_server import Server, postgres_server, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
@@ -92,7 +92,10 @@ def test_gateways_are_replaced_by_those_of_a_newer_version_without_a_failed_requ
         asyncio.run(main(pair))
 
 
-def test_one_that_kubernetes_elected_is_followed_when_it_dies_also_while_the_database_restarts(tmp_path: Path) -> None:
+@every_cluster
+def test_one_that_kubernetes_elected_is_followed_when_it_dies_also_while_the_database_restarts(
+    what: str, tmp_path: Path
+) -> None:
     async def kill_twice(pair: Pair, server: Server) -> None:
         for name in NAMES:
             await until_ready(pair, name)
@@ -123,7 +126,7 @@ def test_one_that_kubernetes_elected_is_followed_when_it_dies_also_while_the_dat
             asyncio.run(kill_twice(pair, server))
 
     async def main() -> None:
-        async with cluster("fake", tmp_path / "cluster", nodes=0) as here:
+        async with cluster(what, tmp_path / "cluster", nodes=0) as here:
             await asyncio.to_thread(run, here.kubeconfig)
 
     (tmp_path / "cluster").mkdir()
