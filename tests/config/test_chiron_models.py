@@ -125,6 +125,13 @@ def test_what_only_one_can_have_has_the_file_then_the_older_one() -> None:
     assert found.config.models[0].classes == ("chat", "batch"), "other models' classes are none of the file's model"
 
 
+def test_a_workload_of_another_namespace_is_another_one() -> None:
+    for namespace, refused in (("other", []), ("llm", ["a"]), ("", ["a"])):
+        source = f'{{ deployment = "a", namespace = "{namespace}" }}' if namespace else '{ deployment = "a" }'
+        text = f'[kubernetes]\n[models.own]\nengine = "vllm"\nkubernetes = {source}\n'
+        assert list(read(resource("a"), text=text).refused) == refused
+
+
 def test_the_usual_classes_can_have_other_slos_unless_a_model_relies_on_them() -> None:
     chat = [{"name": "chat", "ttft": "1s"}]
     assert read(resource("a", classes=chat)).config.classes["chat"].ttft_s == 1.0

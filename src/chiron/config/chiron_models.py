@@ -65,7 +65,8 @@ class _Taken:
     """What the models so far have, each with whose it is."""
 
     names: dict[str, str] = field(default_factory=dict)
-    workloads: dict[tuple[str, str], str] = field(default_factory=dict)
+    workloads: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    """By kind, name and namespace; without one it may be any."""
     classes: dict[str, RequestClass] = field(default_factory=dict)
     class_owners: dict[str, str] = field(default_factory=dict)
     policy: tuple[Mapping[str, Any], str] | None = None
@@ -127,7 +128,7 @@ class ResourceReader:
                 source = instance.get("kubernetes") or entry.get("kubernetes") or {}
                 for key in ("deployment", "statefulset", "leaderworkerset"):
                     if source.get(key):
-                        taken.workloads[key, source[key]] = "the config file"
+                        taken.workloads[key, source[key], source.get("namespace", "")] = "the config file"
         if "policy" in self._base or "policies" in self._base:
             taken.policy = ({"name": self._base.get("policy", "chiron"), "settings": None}, "the config file")
         return {**self._base, "models": models, "classes": _tables(taken.classes.values())}, taken
@@ -163,13 +164,14 @@ class ResourceReader:
                 where = f"spec.aliases[{i - 1}]" if i else "spec.model"
                 raise ConfigError(f"{where}: {each!r} is a model of {taken.names[each]} already")
         for i, workload in enumerate(workloads):
-            if workload in taken.workloads or workload in workloads[:i]:
-                owner = taken.workloads.get(workload, "this one")
+            same = [each for each in ((*workload, resource.namespace), (*workload, "")) if each in taken.workloads]
+            if same or workload in workloads[:i]:
+                owner = taken.workloads[same[0]] if same else "this one"
                 raise ConfigError(
                     f"spec.kinds[{i}].{_SPELLING[workload[0]]}: {workload[1]!r} is of {owner} already; one model has it"
                 )
         taken.names.update(dict.fromkeys([name, *entry.get("aliases", ())], whose))
-        taken.workloads.update(dict.fromkeys(workloads, whose))
+        taken.workloads.update(dict.fromkeys([(*each, resource.namespace) for each in workloads], whose))
         for each in classes:
             taken.class_owners.setdefault(each.name, whose)
         taken.classes = shared

@@ -58,7 +58,8 @@ class FollowedModels:
         if found is None or found == self._read:
             return None
         self._read = found
-        return self._reader.read(read_kept(self._data / FILE) or ()).config
+        resources = read_kept(self._data / FILE)
+        return self._reader.read(resources).config if resources is not None else None
 
     def lead(self, service: Service) -> None:
         """Its figures are the status of the resources from now on."""

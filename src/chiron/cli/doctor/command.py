@@ -96,7 +96,8 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
         hint = "correct the config; docs/serve.md explains each key" if trouble else "install the packages above first"
         yield check("config", trouble or f"{path} was not read", FAIL, hint)
         return
-    yield check("config", f"{path}: {', '.join(model.name for model in config.models)}; policy {config.policy_label}")
+    names = ", ".join(model.name for model in config.models) or "no models of its own"
+    yield check("config", f"{path}: {names}; policy {config.policy_label}")
     connections = config.limits.connections_max
     yield file_limit_check(connections, connections * FILES_PER_CONNECTION + FILES_BESIDES)
     yield port_check(config)
@@ -106,6 +107,9 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
     yield from security_checks(config)
     yield from gateways_checks(config)
     yield from process_checks(config)
+    from chiron.cli.doctor.kubernetes import kubernetes_checks
+
+    yield from kubernetes_checks(config, path.absolute().parent)
     from chiron.cli.doctor.ray import ray_checks
 
     yield from ray_checks(config)

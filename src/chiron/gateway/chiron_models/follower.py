@@ -126,7 +126,7 @@ class Follower:
 
     def _troubled(self, why: str) -> None:
         if why and why != self._told:
-            log.warning("ChironModels cannot be followed, and stay as they are: %s", why)
+            log.warning("ChironModels cannot be followed, and stay as they are: %s", _hinted(why))
         self._told = why
 
     # -- what becomes of it ------------------------------------------------------------------------------------
@@ -182,6 +182,13 @@ def _difference(before: Sequence[ModelResource], reading: Reading) -> str:
     return ", ".join(sorted(names))[:500]
 
 
+def _hinted(why: str) -> str:
+    """With what to do."""
+    if why.startswith("404"):
+        return f"{why}; their definition may not be installed: kubectl apply -f chironmodels.yaml"
+    return f"{why}; the gateway's service account needs get, list and watch on them" if why.startswith("403") else why
+
+
 def access_of(settings: KubernetesModelsSettings) -> tuple[Access, str]:
     """And the namespace. Raises AccessError."""
     access = find_access(os.environ, settings.kubeconfig, settings.context)
@@ -209,7 +216,7 @@ async def read_first(settings: KubernetesModelsSettings, reader: Reader, data: P
 
     def troubled(why: str) -> None:
         if why and why != told[0]:
-            log.warning("ChironModels of namespace %s cannot be listed: %s; retrying", namespace, why)
+            log.warning("ChironModels of namespace %s cannot be listed: %s; retrying", namespace, _hinted(why))
         told[0] = why
 
     client = Client(access)
