@@ -178,6 +178,27 @@ def test_the_next_gateway_takes_over_what_runs(killed: bool, tmp_path: Path) -> 
     told(tmp_path, story, lease_s=0.1)
 
 
+def test_one_that_waits_for_a_node_takes_over_what_becomes_free(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        for number in (1, 2):
+            fleet.create(an_instance(number))
+        await until(lambda: len(heard.ready) == 2, "ready")
+        running = set(site.names)
+        later, heard_later = site.gateway()
+        for number in (1, 2):
+            later.create(an_instance(number))
+        await until(lambda: len(site.names) == 4, "it has waited for long enough for what may be another gateway's")
+        die(fleet)
+        for placed in site.ray.instances.values():
+            placed.holder = ""  # The lease is over.
+        await until(lambda: len(heard_later.ready) == 2, "taken over")
+        assert set(heard_later.urls.values()) == set(heard.urls.values())
+        await until(lambda: set(site.names) == running, "nobody waits for a node any more")
+
+    told(tmp_path, story)
+
+
 def test_what_is_not_ours_is_said_and_not_touched(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         fleet, heard = site.gateway(source=replace(SOURCE, env={"STUB": "other"}))

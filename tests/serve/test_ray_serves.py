@@ -13,13 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
-from chiron.fleet.ray.client import AgentClient
+from chiron.fleet.ray.client import AgentClient, AgentSettings
 from chiron.fleet.ray.cluster import Question
 from chiron.gateway.service import Service
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES, PolicyEntry
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from fault_site import Api, FaultSite
+from fleet_factory import until_sync
+from kubernetes_load import Load
 from live_gateway import serving, until
 from ray_site import PATIENCE, RealRay, needs_ray, real_ray
 from serve_trial import emulated, send, verdicts
@@ -63,7 +65,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(ray: RealRay, namespace: str, policy: str = "stairs", **keys: Any) -> str:
     table = f'ray = {{ address = "{ray.address}", namespace = "{namespace}", gpus = 1, on_stop = "remove" }}'
-    bounds = {"min_instances": 0, "max_instances": 3, **keys}
+    # Engines end at once. So long may the gateway wait for it when it is stopped.
+    bounds = {"min_instances": 0, "max_instances": 3, "stop_timeout": "120s", **keys}
     lines = [f"{name} = {json.dumps(value)}" for name, value in bounds.items()]
     return "\n".join([f'policy = "{policy}"', "[models.m]", emulated(), table, *lines, ""])
 
@@ -80,9 +83,21 @@ async def climb(service: Service, count: int) -> float:
     return time.monotonic() - began_s
 
 
+def listener(ray: RealRay, url: str) -> psutil.Process:
+    """The engine at this address."""
+    port = int(url.rpartition(":")[2])
+    found = ray.processes("engines.serve.emulated")
+    return next(each for each in found if port in listening(each))
+
+
+def listening(process: psutil.Process) -> list[int]:
+    return [each.laddr.port for each in process.net_connections() if each.status == psutil.CONN_LISTEN]
+
+
 async def names(ray: RealRay, namespace: str) -> list[str]:
     """Of what is in the cluster."""
-    client = AgentClient(ray.address, namespace)
+    patience = AgentSettings(connect_timeout_s=PATIENCE_S, answer_timeout_s=PATIENCE_S)
+    client = AgentClient(ray.address, namespace, settings=patience)
     try:
         return [each.name for each in (await client.ask(Question(holder="test"))).instances]
     finally:
@@ -97,7 +112,7 @@ def test_up_and_down_under_load_and_a_node_that_is_lost(ray: RealRay, tmp_path: 
         async with serving(tmp_path, config(ray, "stairs")) as service:
             api = Api(service.url)
             took["0 -> 1"] = await climb(service, 1)
-            load = asyncio.create_task(send(api, 5.0, 12.0))
+            load = Load(service.url, 8, max_tokens=40)
             began_s = time.monotonic()
             WANTED[0] = 3
             # Two GPUs are there: the third instance is demand, until there is a node for it.
@@ -110,33 +125,30 @@ def test_up_and_down_under_load_and_a_node_that_is_lost(ray: RealRay, tmp_path: 
             took["node added"] = time.monotonic() - added_s
             await climb(service, 3)
             took["1 -> 3, with the node"] = time.monotonic() - began_s
-            answers = await load
-            load = asyncio.create_task(send(api, 20.0, 4.0))
-            await until(lambda: all(each.runs for each in service.engines.live.values()), "requests run everywhere")
+            live = service.engines.live
+            await until(lambda: all(each.runs for each in live.values()), "requests run everywhere", PATIENCE_S)
             took["3 -> 1"] = await climb(service, 1)
-            answers += await load
-            assert set(await verdicts(answers)) == {"complete"}
+            sent = load.sent
+            await until(lambda: load.sent > sent + 8, "requests go on", PATIENCE_S)
+            await load.stop()
+            assert load.failures == []
+            took["requests"] = load.sent
             await climb(service, 3)
             lost_s = time.monotonic()
             await asyncio.to_thread(ray.lose, node)
             await until(lambda: ready_count(service) == 2, "the node's instance is gone", PATIENCE_S)
             took["node lost, noticed"] = time.monotonic() - lost_s
             await until(lambda: notes() and "no node has room" in notes()[0], "another is asked for", PATIENCE_S)
-            assert set(await verdicts(await send(api, 5.0, 1.0))) == {"complete"}
+            assert set(await verdicts(await send(api, 5.0, 1.0), PATIENCE_S)) == {"complete"}
             # An engine that is killed is replaced.
-            victim = ray.processes("engines.serve.emulated")[0]
-            engines = {each.instance.id for each in service.engines.live.values()}
-            psutil.Process(victim.pid).kill()
-            await until(
-                lambda: ready_count(service) == 2 and {e.instance.id for e in service.engines.live.values()} != engines,
-                "another engine",
-                PATIENCE_S,
-            )
+            before = set(live)
+            listener(ray, next(iter(live.values())).url).kill()
+            await until(lambda: ready_count(service) == 2 and set(live) != before, "another engine", PATIENCE_S)
             await api.origin.close()
 
     asyncio.run(story())
     assert asyncio.run(names(ray, "stairs")) == [], "nothing is left"
-    assert not ray.processes("engines.serve.emulated")
+    until_sync(lambda: not ray.processes("engines.serve.emulated"), "its engines have ended")
     print(json.dumps(took))
 
 
@@ -160,8 +172,9 @@ def test_a_gateway_that_is_killed_leaves_its_engines_to_the_next(ray: RealRay, t
             assert await urls(api) == before
             print(f"taken over in {time.monotonic() - began_s:.1f} s")
             assert {process.pid for process in ray.processes("engines.serve.emulated")} == pids
-            assert set(await verdicts(await send(api, 5.0, 1.0))) == {"complete"}
+            assert set(await verdicts(await send(api, 5.0, 1.0), PATIENCE_S)) == {"complete"}
             await api.origin.close()
+            site.stop(timeout_s=PATIENCE_S)
 
     asyncio.run(story())
     assert asyncio.run(names(ray, "killed")) == [], "a stop removes them, as configured"

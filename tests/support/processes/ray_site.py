@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ray_nodes import ATTEMPTS, TOO_BUSY
+
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (extra ray)")
 PROGRAM = Path(__file__).with_name("ray_nodes.py")
 _MARK = "CHIRON_TEST_RAY"
@@ -45,6 +47,10 @@ class RealRay:
             # Ray's own folder is one of ours, short enough for its sockets.
             env=os.environ | PATIENCE | {_MARK: self.mark, "RAY_TMPDIR": directory},
         )
+        self.address = ""
+
+    def start(self) -> None:
+        """Wait until its head runs."""
         self.address = str(self._answer())
 
     def add(self, gpus: int) -> int:
@@ -89,20 +95,23 @@ class RealRay:
     def _answer(self) -> object:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the cluster has ended: {self._process.wait()}"
+        if not line:
+            status = self._process.wait()
+            if status == TOO_BUSY:
+                pytest.skip(f"Ray could not start a node on this machine in {ATTEMPTS} attempts of half a minute")
+            raise AssertionError(f"the cluster has ended with status {status}")
         return json.loads(line)
 
 
 @contextlib.contextmanager
 def real_ray() -> Iterator[RealRay]:
     directory = tempfile.mkdtemp(prefix="ray-")
-    ray = None
+    ray = RealRay(directory)
     try:
-        ray = RealRay(directory)
+        ray.start()
         yield ray
     finally:
-        if ray is not None:
-            ray.close()
+        ray.close()
         shutil.rmtree(directory, ignore_errors=True)
 
 

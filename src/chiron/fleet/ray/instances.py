@@ -329,19 +329,27 @@ class RayInstances:
 
     def _assign(self) -> None:
         """Names for those who have none: of what runs already, else new ones."""
-        order = ("ready", "starting", "idle", "pending", "unknown")
-        for hold in [hold for hold in self._holds if not hold.name and not hold.lost.done()]:
-            spare = [seen for name, seen in self._spare.items() if _kind(name) == hold.kind]
-            if spare:
-                best = min(spare, key=lambda seen: (order.index(seen.phase), seen.name))
-                del self._spare[best.name]
-                hold.name = best.name
-                log.info("takes over %s", best.name)
+        for hold in [hold for hold in self._holds if not hold.lost.done() and not hold.placed.done()]:
+            best = self._best_spare(hold)
+            if best is not None:
+                if hold.name and not self._advise:
+                    self._stops[hold.name] = 0.0  # It has no node, and need not wait for one any more.
+                del self._spare[best]
+                hold.name, hold.since_s = best, asyncio.get_running_loop().time()
+                log.info("takes over %s", best)
                 self._dirty.set()
-            elif not self._advise and not self._may_be_freed(hold.kind):
+            elif not hold.name and not self._advise and not self._may_be_freed(hold.kind):
                 source = self._sources[hold.kind]
                 hold.name = new_name(self._namespace, hold.kind, source.fingerprint)
                 self._dirty.set()
+
+    def _best_spare(self, hold: Hold) -> str | None:
+        """What runs already, for one that has nothing yet, or nothing but a place in the queue."""
+        order = ("ready", "starting", "idle", "pending", "unknown")
+        wanted = order[:3] if hold.name else order
+        found = [seen for name, seen in self._spare.items() if _kind(name) == hold.kind and seen.phase in wanted]
+        best = min(found, key=lambda seen: (order.index(seen.phase), seen.name), default=None)
+        return best.name if best is not None else None
 
     def _may_be_freed(self, kind: str) -> bool:
         """There are some that an earlier gateway may have left behind; each of those who wait may hope for one."""
