@@ -83,6 +83,15 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
         assert len(won) == 1, "two lead"
         assert won[0].token > held.token
         await asyncio.gather(*(each.release() for each in contenders))
+        teller = await first.try_take()
+        assert teller is not None
+        assert await first.renew(RELAYS)
+        for holder, relays in ((second, RELAYS), (first, frozenset())):  # The second one tells nothing.
+            await (first if holder is second else second).release()
+            next_one = await holder.try_take()
+            assert next_one is not None
+            assert next_one.relays == relays
+        await first.release()
         short = await third.try_take()
         assert short is not None
         async with asyncio.timeout(60):

@@ -132,7 +132,12 @@ class PostgresLease:
             ).fetchone()
             if row is None:
                 return None
-            return Held(holder=self._holder, token=row["token"], left_s=self._lease_s, relays=self._read_relays(db))
+            return Held(
+                holder=self._holder,
+                token=row["token"],
+                left_s=self._lease_s,
+                relays=self._read_relays(db, row["token"]),
+            )
 
         return await self._asked.ask(take)
 
@@ -161,8 +166,12 @@ class PostgresLease:
     async def holder(self) -> Held | None:
         return await self._asked.ask(lambda db: read_holder(db, self._name))
 
-    def _read_relays(self, db: Connection) -> frozenset[str]:
-        row = db.execute("SELECT holder FROM leaders WHERE name = ?", (self._relays_name,)).fetchone()
+    def _read_relays(self, db: Connection, token: int) -> frozenset[str]:
+        """As the leader just before this one told. What an earlier one told is too old: one in between may have been of
+        a version that tells nothing, or have died too soon."""
+        row = db.execute(
+            "SELECT holder FROM leaders WHERE name = ? AND token >= ?", (self._relays_name, token - 1)
+        ).fetchone()
         return relays_of(row["holder"]) if row is not None else frozenset()
 
     def _write_relays(self, db: Connection, relays: frozenset[str]) -> None:
