@@ -22,9 +22,9 @@ PERIOD_S = 10.0
 class Leading:
     """A control plane that serves ``m0``."""
 
-    def __init__(self) -> None:
+    def __init__(self, per_s: float = 5.0) -> None:
         live = LivePlane()
-        live.rush(2.0, per_s=5.0)
+        live.rush(10.0 if per_s > 5.0 else 2.0, per_s=per_s)
         self.plane, self.journal = live.plane, live.journal
 
     def around(self) -> StatusSources:
@@ -55,7 +55,14 @@ class Desk:
         """How many requests that took."""
         before = len(self.fake.requests)
         await self.writer.write(self.seen, self.refused, self.leading)
-        return len(self.fake.requests) - before
+        return sum("/chironmodels/" in path for _, path in self.fake.requests[before:])
+
+    async def until_events(self, count: int) -> list[tuple[str, str, str]]:
+        """Type, reason and message of each."""
+        async with asyncio.timeout(60.0):
+            while len(found := self.fake.all("events")) < count:
+                await asyncio.sleep(0.01)
+        return [(each["type"], each["reason"], each["message"]) for each in found]
 
     def status(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.fake.get("chironmodels", name).get("status", {})
@@ -107,6 +114,35 @@ def test_it_is_written_only_when_it_has_changed_and_not_too_often_but_a_verdict_
         desk.refused[uid] = "spec.x: no; generation 1 stays in force"
         assert await desk.write() == 1
         assert desk.status(MODEL)["ready"] >= 0, "what is in force is still served"
+
+    told(story)
+
+
+def test_a_verdict_and_a_decision_are_events_of_the_resource_each_once() -> None:
+    async def story(desk: Desk) -> None:
+        desk.leading = Leading(per_s=100.0)  # Which one instance cannot carry.
+        good, bad = desk.make(MODEL), desk.make("bad")
+        desk.refused[bad] = "spec: no"
+        await desk.write()
+        last = desk.status(MODEL)["lastDecision"]["text"]
+        expected = {
+            ("Normal", "Accepted", "the gateway serves it"),
+            ("Normal", "Planned", last),
+            ("Warning", "Invalid", "spec: no"),
+        }
+        assert set(await desk.until_events(3)) == expected
+        # Another process, which knows the status, tells what is new only.
+        for uid in (good, bad):
+            desk.seen[uid] = seen(desk.fake.get("chironmodels", desk.seen[uid].resource.name))
+        desk.refused[bad] = "spec: not that either"
+        await desk.write()
+        await desk.until_events(4)
+        desk.refused[bad] = "spec: nor that"
+        await desk.write()
+        found = await desk.until_events(5)
+        others = [("Warning", "Invalid", why) for why in ("spec: not that either", "spec: nor that")]
+        assert sorted(found) == sorted([*expected, *others])
+        assert {each["involvedObject"]["uid"] for each in desk.fake.all("events")} == {good, bad}
 
     told(story)
 

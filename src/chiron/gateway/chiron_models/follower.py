@@ -109,7 +109,8 @@ class Follower:
             log.warning("a resource is left out: %s", error)
             return
         before = self._seen.get(found.resource.uid)
-        found.written_s = before.written_s if before is not None else found.written_s
+        if before is not None:
+            found.written_s, found.told, found.events = before.written_s, before.told, before.events
         self._seen[found.resource.uid] = found
         if before is None or before.resource.wanted != found.resource.wanted:
             self._news.set()

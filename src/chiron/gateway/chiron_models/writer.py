@@ -1,20 +1,24 @@
 """Writes the status of ``ChironModel`` resources: by the gateway that leads, only what has changed, and not too often.
 
+What is new in it, a decision or a verdict, is told as an Event of the resource, too: ``kubectl describe chironmodel``.
+
 Each write names the version that it was made of. A conflict (409) means that somebody has changed the object since: it
 is read and written again, a few times. A status that cannot be written costs nobody anything.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from chiron.control.snapshot import Readers
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
-from chiron.gateway.chiron_models.objects import ModelResource, path_of, read_resource
+from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
+from chiron.gateway.chiron_models.objects import GROUP, KIND, VERSION, ModelResource, path_of, read_resource
 from chiron.gateway.chiron_models.status import Condition, accepted, is_news, model_report, resource_status
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.status import StatusSources
@@ -48,6 +52,9 @@ class Seen:
     version: str
     status: Mapping[str, Any]
     written_s: float = float("-inf")
+    told: dict[str, str] = field(default_factory=dict)
+    """The last event about each thing."""
+    events: WorkloadEvents | None = None
 
 
 def seen(item: Mapping[str, Any]) -> Seen:
@@ -71,6 +78,7 @@ class StatusWriter:
         self._period_s = period_s
         self._silent_until_s = float("-inf")
         self._told = ""
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def write(self, resources: Mapping[str, Seen], refused: Mapping[str, str], leader: Leader) -> None:
         """One round. ``resources`` by uid; ``refused``: why, by uid."""
@@ -84,6 +92,8 @@ class StatusWriter:
             conditions = [accepted(each.resource, refused.get(uid, ""))]
             if uid in refused and "stays in force" not in refused[uid]:
                 report, ready = {}, None  # Another one's, if there is one of this name.
+            if not around.advise:
+                self._tell_events(each, conditions[0], report)
             try:
                 await self._write_one(each, [*conditions, *([ready] if ready is not None else [])], report)
                 self._told = ""
@@ -115,6 +125,38 @@ class StatusWriter:
                     raise
             self._heard(each, await self._client.get(path))
         raise KubernetesError(f"it was changed by others {TRIES_MAX} times in a row")
+
+    def _tell_events(self, each: Seen, verdict: Condition, report: Mapping[str, Any]) -> None:
+        """Each once: what the status said before this process is known."""
+        resource, last = each.resource, report.get("lastDecision")
+        if each.events is None:
+            each.events = WorkloadEvents(self._client, wall_s=self._wall_s, background=self._background)
+            each.told["decision"] = str((each.status.get("lastDecision") or {}).get("text"))
+            each.told["verdict"] = next((str(said[1]) for said in _verdict(each.status)), "")
+        about = Involved(
+            api_version=f"{GROUP}/{VERSION}",
+            kind=KIND,
+            name=resource.name,
+            namespace=resource.namespace,
+            uid=resource.uid,
+        )
+        if last is not None and each.told["decision"] != last["text"]:
+            each.told["decision"] = last["text"]
+            each.events.tell(about, "Planned", last["text"])
+        if each.told["verdict"] != verdict.message:
+            each.told["verdict"] = verdict.message
+            each.events.tell(about, verdict.reason, verdict.message, warning=not verdict.status)
+
+    def _background(self, call: Coroutine[Any, Any, None]) -> None:
+        async def run() -> None:
+            try:
+                await call
+            except KubernetesError as error:
+                log.warning("an event of a ChironModel cannot be written: %s", error)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _heard(self, each: Seen, item: Mapping[str, Any]) -> None:
         try:
