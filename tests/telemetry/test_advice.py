@@ -101,11 +101,21 @@ def test_the_command_says_it_in_words_and_as_json(tmp_path: Path) -> None:
         "m: 5 min with advice",
         "7.7% more instance-hours",
         "More were advised than ran for 2 min: 0.0% of requests met their SLOs then, 66.7% of requests met",
+        "The advice changed 3 times:",
         "fewer instances have been enough for a while now (1)",
     ):
         assert words in said
     (found,) = json.loads(CliRunner().invoke(app, ["advice", str(file), "--json"]).output)
     assert found["ran_most"] == 3
+
+
+def test_a_short_trial_is_told_in_seconds_and_small_figures(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    log = [head(), instance(0.0, "ready", 1), decided(1.0, 1, 2), ended(37.0)]
+    file.write_text("".join(json.dumps(event) + "\n" for event in log))
+    said = CliRunner().invoke(app, ["advice", str(file)]).output
+    for words in ("m: 36 s with advice", "0.010", "0.020", "The advice changed once:"):
+        assert words in said
 
 
 def test_a_gateway_writes_what_the_command_needs(tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def _print(console: Console, found: Advice) -> None:
         column.justify = "right"
     table.add_row("instances, mean", f"{found.ran_mean:.2f}", f"{found.advised_mean:.2f}")
     table.add_row("instances, most", str(found.ran_most), str(found.advised_most))
-    table.add_row("instance-hours", f"{found.ran_mean * hours:,.1f}", f"{found.advised_mean * hours:,.1f}")
+    table.add_row("instance-hours", *(_figure(mean * hours) for mean in (found.ran_mean, found.advised_mean)))
     if found.price_per_hour:
-        costs = [f"{mean * hours * found.price_per_hour:,.2f}" for mean in (found.ran_mean, found.advised_mean)]
-        table.add_row("cost", *costs)
+        costs = [mean * hours * found.price_per_hour for mean in (found.ran_mean, found.advised_mean)]
+        table.add_row("cost", *map(_cost, costs))
     console.print(table)
     for line in _tell(found):
         console.print(line, soft_wrap=True)
@@ -64,7 +64,7 @@ def _print(console: Console, found: Advice) -> None:
 
 def _tell(found: Advice) -> Iterator[str]:
     if (saved := found.saved) is not None:
-        cost = f", {abs(found.saved_cost):,.2f} of cost" if found.price_per_hour else ""
+        cost = f", {_cost(abs(found.saved_cost))} of cost" if found.price_per_hour else ""
         yield f"{abs(saved):.1%} {'fewer' if saved >= 0 else 'more'} instance-hours{cost}."
     if found.short_s:
         then, otherwise = _share(found.when_short), _share(found.otherwise)
@@ -73,7 +73,8 @@ def _tell(found: Advice) -> Iterator[str]:
         yield f"More were never advised than ran: {_share(found.otherwise)}."
     yield f"Fewer were advised than ran for {_time(found.spare_s)}."
     why = ", ".join(f"{words(reason)} ({count:,})" for reason, count in [*found.reasons.items()][:REASONS_SHOWN])
-    yield f"{found.changes:,} pieces of advice: {why}."
+    changed = "once" if found.changes == 1 else f"{found.changes:,} times"
+    yield f"The advice changed {changed}: {why}."
 
 
 def _share(judged: Judged) -> str:
@@ -81,7 +82,18 @@ def _share(judged: Judged) -> str:
     return "no request ended" if judged.share is None else f"{judged.share:.1%} of requests met their SLOs"
 
 
+def _figure(value: float) -> str:
+    """Hours: a short trial has few of them."""
+    return f"{value:,.1f}" if value >= 10.0 else f"{value:.3f}"
+
+
+def _cost(value: float) -> str:
+    return f"{value:,.2f}" if value >= 1.0 else f"{value:.4f}"
+
+
 def _time(seconds: float) -> str:
+    if seconds < 120.0:
+        return f"{seconds:.0f} s"
     minutes, hours = divmod(round(seconds / 60.0), 60)[::-1]
     days, hours = divmod(hours, 24)
     parts = [f"{days} d"] * bool(days) + [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * (not days)
