@@ -27,6 +27,7 @@ COMPILED = (
     "engines/pipeline.py",
     "gateway/relay/token_bucket.py",
     "gateway/reporting/journal.py",
+    "gateway/reporting/live_result.py",
     "gateway/reporting/tally.py",
     "policies/capacity.py",
     "policies/chiron_local.py",

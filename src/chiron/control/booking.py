@@ -19,7 +19,7 @@ def book(request: Request, placement: Placement) -> None:
     if request.kv_saved_tokens and request.kv_saved_on != instance.id:
         request.kv_saved_tokens = 0
     instance.requests[request.id] = request
-    name = request.cls.name
+    name = request.class_name
     counts = instance.class_counts
     counts[name] = counts.get(name, 0) + 1
     instance.sequences += request.sequences
@@ -50,7 +50,7 @@ def leave(state: ModelState, request: Request) -> Instance | None:
     instance = request.instance
     if instance is None or instance.requests.pop(request.id, None) is None:
         return instance
-    instance.class_counts[request.cls.name] -= 1
+    instance.class_counts[request.class_name] -= 1
     instance.sequences -= request.sequences
     instance.kv_reserved_tokens -= request.reserved_tokens
     if request.prefill_cost_s:

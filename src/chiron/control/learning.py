@@ -310,7 +310,7 @@ class Learner:
 
     def ran(self, request: Request) -> None:
         """An engine made its first token."""
-        name, tokens = request.cls.name, request.input_tokens
+        name, tokens = request.class_name, request.input_tokens
         mix = self.mixes[name]
         mix.ran(tokens)
         usual = self.usual if request.interactive else self.usual_batch
@@ -321,16 +321,16 @@ class Learner:
 
     def made(self, request: Request) -> None:
         """It is over, and ``tokens_done`` is what it made."""
-        mix = self.mixes[request.cls.name]
+        mix = self.mixes[request.class_name]
         mix.made(request.tokens_done)
-        self._expected_output[request.cls.name] = mix.output_mean
+        self._expected_output[request.class_name] = mix.output_mean
 
     def first_token(self, request: Request) -> None:
         """Of one that had waited for its dispatch, and ran without interruption since."""
         own_s = prefill_s(self, request.input_tokens)
-        lead = self._leads[request.cls.name]
+        lead = self._leads[request.class_name]
         lead.observe(max(0.0, request.first_token_s - request.dispatch_s - own_s))
-        self.first_token_lead_s[request.cls.name] = lead.value_s
+        self.first_token_lead_s[request.class_name] = lead.value_s
 
     def observe(self, before: Sample, after: Sample, prefill_square: float) -> None:
         """Learn from one instance's scrape interval; intervals that were mostly idle say nothing."""

@@ -90,7 +90,7 @@ class ModelState:
         return max(self._itl_missed.values())
 
     def arrived(self, request: Request) -> None:
-        name = request.cls.name
+        name = request.class_name
         arrivals = self._arriving[name]
         second = int(request.arrival_s)
         if arrivals.second != second:
@@ -115,23 +115,23 @@ class ModelState:
         return found
 
     def ended(self, request: Request) -> None:
-        cls, outcome = request.cls, request.outcome
+        name, outcome = request.class_name, request.outcome
         shed = outcome == "shed"
         if not (shed or outcome == "finished" or (outcome == "cancelled" and request.ran)):
             if request.counted:
                 self.arrived_count -= 1
-                self._bin(cls.name, int(request.arrival_s)).add(request.input_tokens, -1)
+                self._bin(name, int(request.arrival_s)).add(request.input_tokens, -1)
             return
         if not request.interactive:
             return
         if outcome != "finished":
             # Why it was cut off is not known. What it had to wait for its first token is.
-            self.missed += shed or request.first_token_s - request.arrival_s > cls.ttft_s
+            self.missed += shed or request.first_token_s - request.arrival_s > request.ttft_slo_s
             return
         tokens = request.tokens_done
-        slow = tokens > 1 and request.finish_s - request.first_token_s > cls.itl_s * (tokens - 1)
-        self._itl_missed[cls.name] += 0.002 * (slow - self._itl_missed[cls.name])
-        late = request.first_token_s - request.arrival_s > cls.ttft_s or request.finish_s > request.deadline_s
+        slow = tokens > 1 and request.finish_s - request.first_token_s > request.itl_slo_s * (tokens - 1)
+        self._itl_missed[name] += 0.002 * (slow - self._itl_missed[name])
+        late = request.first_token_s - request.arrival_s > request.ttft_slo_s or request.finish_s > request.deadline_s
         if slow or late:
             self.missed += 1
         else:

@@ -159,7 +159,7 @@ class BatchQueue:
         group.input_tokens += sign * request.input_tokens
         group.input_square += sign * float(request.input_tokens) ** 2
         group.done_tokens += sign * request.tokens_done
-        name = request.cls.name
+        name = request.class_name
         group.class_counts[name] = group.class_counts.get(name, 0) + sign
         if not group.count:
             del self._groups[key]

@@ -35,6 +35,7 @@ class Request:
 
     __slots__ = (
         "arrival_s",
+        "class_name",
         "cls",
         "counted",
         "deadline_s",
@@ -50,6 +51,7 @@ class Request:
         "instance",
         "instance_saved",
         "interactive",
+        "itl_slo_s",
         "kv_saved_on",
         "kv_saved_tokens",
         "max_output_tokens",
@@ -68,6 +70,7 @@ class Request:
         "submitted",
         "tenant",
         "tokens_done",
+        "ttft_slo_s",
         "turn",
     )
 
@@ -85,7 +88,11 @@ class Request:
         self.id = id
         self.model = model
         self.cls = cls
+        self.class_name = cls.name
+        """These four are the class's, which is not compiled: read here once."""
         self.interactive = cls.kind == "interactive"
+        self.ttft_slo_s = cls.ttft_s
+        self.itl_slo_s = cls.itl_s
         self.arrival_s = arrival_s
         self.input_tokens = input_tokens
         self.payload = payload

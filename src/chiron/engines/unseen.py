@@ -21,5 +21,5 @@ def presumed_prefill_s(instance: Instance) -> float:
 def presumed_first_token_s(request: Request, finish_s: float) -> float:
     """When the first token counts as seen: so that TTFT and ITL are both met exactly when the whole took no longer than
     both SLOs allow together."""
-    allowed_s = request.cls.itl_s * max(0, request.tokens_done - 1)
+    allowed_s = request.itl_slo_s * max(0, request.tokens_done - 1)
     return max(request.dispatch_s, finish_s - allowed_s) if isfinite(allowed_s) else request.dispatch_s

@@ -155,7 +155,7 @@ class DeadlineGroups:
         """The group's head, once those that are late have been put aside."""
         shortest_s = self._shortest_s
         while (request := group.head(below)) is not None:
-            if shortest_s is None or request.deadline_s >= now_s + shortest_s(request.cls.name):
+            if shortest_s is None or request.deadline_s >= now_s + shortest_s(request.class_name):
                 return request
             group.pop(request)
             self._late.append(request)

@@ -10,7 +10,7 @@ from chiron.core.types import Request
 
 
 def first_token_due_s(request: Request) -> float:
-    return request.arrival_s + request.cls.ttft_s
+    return request.arrival_s + request.ttft_slo_s
 
 
 class KeyOrder:

@@ -110,9 +110,9 @@ class OverloadOrder:
     # -- the Order port ----------------------------------------------------------------------------------------
 
     def add(self, request: Request, now_s: float) -> None:
-        group = self._classes.get(request.cls.name)
+        group = self._classes.get(request.class_name)
         if group is None:
-            group = self._classes[request.cls.name] = _Class(request.cls)
+            group = self._classes[request.class_name] = _Class(request.cls)
         if self._settings.relegate and self._is_lost(request, now_s):
             self._relegate(group, request, now_s)
             return
@@ -130,7 +130,7 @@ class OverloadOrder:
         tenant.count += 1
         group.work_s += cost_s
         tenant.work_s += cost_s
-        heappush(tenant.heap, (request.arrival_s + request.cls.ttft_s, request.id, request))
+        heappush(tenant.heap, (request.arrival_s + request.ttft_slo_s, request.id, request))
         self._rank(group, tenant)
 
     def forget(self, request: Request) -> None:
@@ -154,7 +154,7 @@ class OverloadOrder:
     def remove_head(self, request: Request, now_s: float) -> None:
         counted = self._costs.get(request.id)
         if counted is None:
-            group = self._classes[request.cls.name]
+            group = self._classes[request.class_name]
             assert group.late[0] is request
             group.late.popleft()
             self._turn = 0
@@ -201,14 +201,14 @@ class OverloadOrder:
         if not (self._settings.refuse and request.interactive and now_s - self._lost_s < self._settings.hold_s):
             return None
         wait_s = self._wait_s(request, now_s)
-        slack_s = request.cls.ttft_s - self._lead_s(request)
+        slack_s = request.ttft_slo_s - self._lead_s(request)
         if slack_s <= 0.0 or wait_s <= slack_s:
             return None
         return Refusal(reason="overload", retry_after_s=max(1.0, wait_s - slack_s), numbers={"wait_s": wait_s})
 
     def _wait_s(self, request: Request, now_s: float) -> float:
         """How long it would wait: its tenant's queue at its share of the rate at which its class has been served."""
-        group = self._classes.get(request.cls.name)
+        group = self._classes.get(request.class_name)
         if group is None or now_s - group.since_s < 1.0:
             return 0.0
         fade = exp(-(now_s - group.rate_s) / RATE_WINDOW_S)
@@ -222,24 +222,24 @@ class OverloadOrder:
 
     def _is_lost(self, request: Request, now_s: float) -> bool:
         """Too late for its first token; one that has had it, and lost its instance, is not."""
-        return request.first_token_s < 0.0 and now_s + self._lead_s(request) > request.arrival_s + request.cls.ttft_s
+        return request.first_token_s < 0.0 and now_s + self._lead_s(request) > request.arrival_s + request.ttft_slo_s
 
     def _lead_s(self, request: Request) -> float:
         """From dispatch to first token."""
         own_s = prefill_s(self._estimates, prompt_tokens(request))
-        return own_s + self._estimates.first_token_lead_s[request.cls.name]
+        return own_s + self._estimates.first_token_lead_s[request.class_name]
 
     def _work_s(self, request: Request) -> float:
         estimates = self._estimates
         tokens = prompt_tokens(request)
         return prefill_s(estimates, tokens) + decode_s(
-            estimates.step_times, tokens, estimates.expected_output[request.cls.name]
+            estimates.step_times, tokens, estimates.expected_output[request.class_name]
         )
 
     def _relegate(self, group: _Class, request: Request, now_s: float) -> None:
         group.late.append(request)
         # One whose prompt alone takes too long says nothing about the fleet.
-        if self._lead_s(request) < request.cls.ttft_s:
+        if self._lead_s(request) < request.ttft_slo_s:
             self._lost_s = now_s
 
     def _set_sharing(self, now_s: float) -> None:

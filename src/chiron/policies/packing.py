@@ -118,7 +118,7 @@ class PackingRouter:
                 return None
             saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
             return Placement(instance, 0.0 if saved else cost_s, int(need))
-        waited = waited_s > self._relieve_after * request.cls.ttft_s
+        waited = waited_s > self._relieve_after * request.ttft_slo_s
         instance = self._choose_interactive(request, tokens, need, cost_s, everywhere=waited or not self._tight)
         if instance is not None:
             return Placement(instance, cost_s, int(need))
@@ -134,13 +134,13 @@ class PackingRouter:
         way on one instance after another. It may come back as soon as nobody waits: what was wanted was a few steps,
         not its places. Where ITL SLOs keep it small it slows steps by little, so there what decodes, its prefill paid
         for, stays until that was not enough."""
-        after_s = self._relieve_after * request.cls.ttft_s
+        after_s = self._relieve_after * request.ttft_slo_s
         if not (self._evicts and waited_s > after_s):
             return ()
         instance = self._first_with_batch()
         if instance is None:
             return ()
-        decoding = instance.prefill_step_s == inf or waited_s > 3.0 * self._relieve_after * request.cls.ttft_s
+        decoding = instance.prefill_step_s == inf or waited_s > 3.0 * self._relieve_after * request.ttft_slo_s
         return [victim for victim in reversed(instance.batch.values()) if decoding or victim.prefill_cost_s]
 
     # -- eviction ----------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class PackingRouter:
 
     def _prefill_fits(self, instance: Instance, request: Request, cost_s: float, backlog_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
-        limit_s = self._settings.prefill_share_of_ttft * request.cls.ttft_s
+        limit_s = self._settings.prefill_share_of_ttft * request.ttft_slo_s
         if instance.prefill_limit_s < limit_s:
             limit_s = instance.prefill_limit_s
         return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)

@@ -39,7 +39,7 @@ def fits(instance: Instance, request: Request, kv_tokens: float) -> bool:
 
 def kv_tokens(estimates: Estimates, request: Request) -> float:
     """KV that it will hold at its expected end, its prompt once for all its choices; whole tokens of it are booked."""
-    return prompt_tokens(request) + request.sequences * estimates.expected_output[request.cls.name]
+    return prompt_tokens(request) + request.sequences * estimates.expected_output[request.class_name]
 
 
 def placed(estimates: Estimates, request: Request, instance: Instance) -> Placement:

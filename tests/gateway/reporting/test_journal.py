@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import DECISIONS_KEPT, REASONS_MAX, TOGETHER, LiveJournal
 from chiron.gateway.reporting.lines import RequestLine
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
-from chiron.gateway.reporting.tally import HISTORY, SLOT_S, ClassTally, Rolling
+from chiron.gateway.reporting.tally import HISTORY, NOTED_MAX, SLOT_S, TTFT_BOUNDS_S, ClassTally, Histogram, Rolling
 from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.html import write_report
 from chiron.telemetry.store import load_result, save_result
@@ -347,6 +348,18 @@ def test_rolling_quantiles_are_right_to_a_few_percent_and_forget_after_a_minute(
     assert np.isnan(rolling.quantiles(1000.0, (0.5,))).all()
     rolling.observe(1000.0, 0.0)
     assert rolling.quantiles(1000.0, (0.5,))[0] < 1e-5
+
+
+@pytest.mark.parametrize("number", [1, NOTED_MAX - 1, NOTED_MAX, 2 * NOTED_MAX + 1])
+def test_a_histogram_has_all_that_was_seen_whenever_it_is_read(number: int) -> None:
+    histogram = Histogram(TTFT_BOUNDS_S)
+    values = [*TTFT_BOUNDS_S, *np.random.default_rng(1).lognormal(0.0, 2.0, number).tolist()]
+    for value in values:
+        histogram.observe(value)
+    bounds = [-inf, *TTFT_BOUNDS_S, inf]
+    within = [sum(low < value <= high for value in values) for low, high in pairwise(bounds)]
+    assert histogram.counts == histogram.counts == within
+    assert histogram.sum == histogram.sum == pytest.approx(sum(values))
 
 
 def test_history_is_two_minutes_of_full_slots() -> None:

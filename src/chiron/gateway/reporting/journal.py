@@ -9,11 +9,11 @@ made elsewhere or on request.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from typing import Any, Final
 
-from chiron.core.types import Decision, Instance, Request
+from chiron.core.types import Decision, Instance, Request, RequestClass
 from chiron.gateway.reporting.event_writer import EventWriter
 from chiron.gateway.reporting.lines import ArrivalLine, EndLine, Line, RequestLine
 from chiron.gateway.reporting.live_result import LiveRecorder
@@ -30,10 +30,13 @@ REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
 
+_NOBODY: Final = ClassTally(RequestClass(name="", kind="batch"))
+
 
 def request_name(request: Request) -> str:
     """What clients and logs call it: ``payload.request_id`` if the driver gave one."""
-    return getattr(request.payload, "request_id", None) or str(request.id)
+    called: str | None = getattr(request.payload, "request_id", None)
+    return called or str(request.id)
 
 
 def key_name(request: Request) -> str:
@@ -51,8 +54,6 @@ class LiveJournal:
         *,
         writer: EventWriter | None = None,
         recorder: LiveRecorder | None = None,
-        name_of: Callable[[Request], str] = request_name,
-        key_of: Callable[[Request], str] = key_name,
     ) -> None:
         self.writer = writer
         self.recorder = recorder
@@ -73,8 +74,9 @@ class LiveJournal:
         """What the policy wanted at the last tick."""
         self.planned_s = -inf
         """When that was."""
-        self._name_of = name_of
-        self._key_of = key_of
+        self._model = self._class = ""
+        """Of the request that was counted last, as the next one."""
+        self._last = _NOBODY
 
     def log_to(self, writer: EventWriter | None) -> None:
         """Write events there from now on; None: nowhere."""
@@ -92,7 +94,7 @@ class LiveJournal:
             if self.recorder is not None:
                 self.recorder.arrived(request)
             if self.writer is not None:
-                called, cls, key = self._name_of(request), request.cls.name, self._key_of(request)
+                called, cls, key = request_name(request), request.class_name, key_name(request)
                 self._note(ArrivalLine(now_s, name, called, request.model, cls, request.input_tokens, key))
         elif name != "ended":  # ``ended`` says more.
             if name == "first_token":
@@ -101,16 +103,16 @@ class LiveJournal:
                 self._tally(request).evictions += 1
             if self.writer is not None:
                 on = instance.id if instance is not None else None
-                self._note(RequestLine(now_s, name, self._name_of(request), on))
+                self._note(RequestLine(now_s, name, request_name(request), on))
 
     def ended(self, request: Request) -> None:
-        key, prompt = self._key_of(request), prompt_tokens(request)
+        key, prompt = key_name(request), prompt_tokens(request)
         self._tally(request).end(request, prompt)
         self._key_tally(key).end(request, prompt)
         if self.recorder is not None:
             self.recorder.ended(request, prompt)
         if self.writer is not None:
-            self._note(_end_line(request, self._name_of(request), key, prompt))
+            self._note(_end_line(request, request_name(request), key, prompt))
 
     def decided(self, now_s: float, decision: Decision) -> None:
         self.settle()
@@ -192,10 +194,13 @@ class LiveJournal:
             self.recorder.instance_event(now_s, name, instance)
 
     def _tally(self, request: Request) -> ClassTally:
-        cls = request.cls
-        tally = self.tallies.get((request.model, cls.name))
+        model, name = request.model, request.class_name
+        if name == self._class and model == self._model:
+            return self._last
+        tally = self.tallies.get((model, name))
         if tally is None:
-            tally = self.tallies[request.model, cls.name] = ClassTally(cls)
+            tally = self.tallies[model, name] = ClassTally(request.cls)
+        self._model, self._class, self._last = model, name, tally
         return tally
 
     def _key_tally(self, key: str) -> KeyTally:
@@ -213,7 +218,7 @@ def _end_line(request: Request, called: str, key: str, prompt: int) -> EndLine:
         "ended",
         called,
         request.model,
-        request.cls.name,
+        request.class_name,
         key,
         request.outcome,
         request.refused_because or None,

@@ -226,7 +226,7 @@ class LiveRecorder:
     def _row(self, request: Request, prompt: int) -> Row:
         return (
             self._model_index[request.model],
-            self._class_index[request.cls.name],
+            self._class_index[request.class_name],
             request.arrival_s,
             request.dispatch_s,
             request.first_token_s,

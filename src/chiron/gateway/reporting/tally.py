@@ -1,7 +1,8 @@
 """Counts and distributions of requests by model and class, updated as they happen and read on request.
 
-Own accumulators instead of the metric library's: a request costs a few list increments here, under no lock, and the
-same numbers serve Prometheus, the status and the terminal view.
+Own accumulators instead of the metric library's: a request costs a few additions here, under no lock, and the same
+numbers serve Prometheus, the status and the terminal view. Values of a distribution are only noted down when they come;
+they are sorted into it ``NOTED_MAX`` at a time, or when somebody reads it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import exp, floor, inf, isfinite, log, nan
+from math import exp, inf, nan
+from typing import Any, Final
+
+import numpy as np
 
 from chiron.core.types import Request, RequestClass
 
@@ -28,6 +32,8 @@ HISTORY = 60
 _PER_E = 20.0
 """Buckets per factor e of a rolling distribution: a quantile is right to some 2.5 %."""
 _SHORTEST = 1e-6
+NOTED_MAX: Final = 256
+"""Values that wait to be sorted into a distribution: some 20 us of work."""
 
 SLOS = ("ttft", "itl", "deadline")
 
@@ -40,25 +46,49 @@ def prompt_tokens(request: Request) -> int:
 class Histogram:
     """Counts by upper bound (the last: beyond all bounds) and the sum, since the start."""
 
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("_counts", "_noted", "_sum", "bounds")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+        self._counts: Any = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self._sum = 0.0
+        self._noted: list[float] = []
+
+    @property
+    def counts(self) -> list[int]:
+        self._sort()
+        counts: list[int] = self._counts.tolist()
+        return counts
+
+    @property
+    def sum(self) -> float:
+        self._sort()
+        return self._sum
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+        noted = self._noted
+        noted.append(value)
+        if len(noted) >= NOTED_MAX:
+            self._sort()
+
+    def _sort(self) -> None:
+        if self._noted:
+            values = np.array(self._noted)
+            self._noted = []
+            places = np.searchsorted(self.bounds, values)
+            self._counts += np.bincount(places, minlength=len(self.bounds) + 1)
+            self._sum += float(values.sum())
 
 
 class Rolling:
     """The distribution over the last minute, in buckets of equal ratio."""
 
-    __slots__ = ("_current", "_slot", "_slots", "_total")
+    __slots__ = ("_current", "_noted", "_slot", "_slots", "_total")
 
     def __init__(self) -> None:
         self._slot = 0
+        self._noted: list[float] = []
+        """Of the current slot."""
         self._current: dict[int, int] = {}
         self._slots: deque[tuple[int, dict[int, int]]] = deque([(0, self._current)])
         self._total: dict[int, int] = {}
@@ -68,14 +98,17 @@ class Rolling:
         slot = int(now_s / SLOT_S)
         if slot != self._slot:
             self._turn(slot)
-        bucket = floor(log(value if value > _SHORTEST else _SHORTEST) * _PER_E)
-        self._current[bucket] = self._current.get(bucket, 0) + 1
+        noted = self._noted
+        noted.append(value)
+        if len(noted) >= NOTED_MAX:
+            self._sort()
 
     def quantiles(self, now_s: float, shares: Sequence[float]) -> list[float]:
         """At each share (0..1); nan while the last minute is empty."""
         slot = int(now_s / SLOT_S)
         if slot != self._slot:
             self._turn(slot)
+        self._sort()
         total = dict(self._total)
         _add(total, self._current)
         count = sum(total.values())
@@ -87,6 +120,7 @@ class Rolling:
 
     def _turn(self, slot: int) -> None:
         """Begin a slot and forget those of more than a minute ago."""
+        self._sort()
         self._slot = slot
         _add(self._total, self._current)
         self._current = {}
@@ -99,6 +133,13 @@ class Rolling:
                     self._total[bucket] = left
                 else:
                     del self._total[bucket]
+
+    def _sort(self) -> None:
+        if self._noted:
+            values = np.maximum(np.array(self._noted), _SHORTEST)
+            self._noted = []
+            buckets, counts = np.unique(np.floor(np.log(values) * _PER_E).astype(np.int64), return_counts=True)
+            _add(self._current, dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
 
 
 def _add(total: dict[int, int], counts: dict[int, int]) -> None:
@@ -138,8 +179,14 @@ class ClassTally:
     """One class of one model, since the start unless said otherwise."""
 
     __slots__ = (
+        "_deadlines_met",
+        "_deadlines_missed",
         "_history",
+        "_itl_met",
+        "_itl_missed",
         "_newest",
+        "_ttft_met",
+        "_ttft_missed",
         "arrived",
         "attained",
         "cls",
@@ -153,8 +200,6 @@ class ClassTally:
         "prompt_tokens",
         "queue",
         "retries",
-        "slos_met",
-        "slos_missed",
         "ttft",
         "ttft_recent",
     )
@@ -168,8 +213,9 @@ class ClassTally:
         self.missed = 0
         """Ended otherwise. A request that was cancelled before it missed an SLO counts as neither, and so does one that
         was rejected: something was wrong with it."""
-        self.slos_met = dict.fromkeys(SLOS, 0)
-        self.slos_missed = dict.fromkeys(SLOS, 0)
+        self._ttft_met = self._ttft_missed = 0
+        self._itl_met = self._itl_missed = 0
+        self._deadlines_met = self._deadlines_missed = 0
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.evictions = 0
@@ -186,6 +232,15 @@ class ClassTally:
     @property
     def ended(self) -> int:
         return sum(self.outcomes.values())
+
+    @property
+    def slos_met(self) -> dict[str, int]:
+        """By name, as in ``SLOS``."""
+        return {"ttft": self._ttft_met, "itl": self._itl_met, "deadline": self._deadlines_met}
+
+    @property
+    def slos_missed(self) -> dict[str, int]:
+        return {"ttft": self._ttft_missed, "itl": self._itl_missed, "deadline": self._deadlines_missed}
 
     def arrival(self, now_s: float) -> None:
         self.arrived += 1
@@ -236,25 +291,29 @@ class ClassTally:
     def _judge(self, request: Request, tokens: int) -> None:
         """Each SLO that can be judged. A request that failed or was shed met none. Of one that its client cancelled,
         only the SLOs that it had missed by then are judged."""
-        cls, outcome, first_s, finish_s = request.cls, request.outcome, request.first_token_s, request.finish_s
+        outcome, first_s, finish_s = request.outcome, request.first_token_s, request.finish_s
         failed = outcome != "finished" and outcome != "cancelled"
         missed = False
-        if cls.ttft_s != inf:
-            late = (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > cls.ttft_s
-            if late or failed or first_s >= 0.0:
-                missed |= self._count("ttft", late or failed)
-        if cls.itl_s != inf and outcome != "cancelled":
-            slow = tokens > 1 and (finish_s - first_s) / (tokens - 1) > cls.itl_s
-            missed |= self._count("itl", slow or failed)
-        if isfinite(request.deadline_s):
-            late = finish_s > request.deadline_s
-            if late or outcome != "cancelled":
-                missed |= self._count("deadline", late or failed)
+        if request.ttft_slo_s != inf:
+            late = failed or (first_s if first_s >= 0.0 else finish_s) - request.arrival_s > request.ttft_slo_s
+            if late:
+                missed = True
+                self._ttft_missed += 1
+            elif first_s >= 0.0:
+                self._ttft_met += 1
+        if request.itl_slo_s != inf and outcome != "cancelled":
+            if failed or (tokens > 1 and (finish_s - first_s) / (tokens - 1) > request.itl_slo_s):
+                missed = True
+                self._itl_missed += 1
+            else:
+                self._itl_met += 1
+        if request.deadline_s != inf:
+            if failed or finish_s > request.deadline_s:
+                missed = True
+                self._deadlines_missed += 1
+            elif outcome != "cancelled":
+                self._deadlines_met += 1
         if outcome == "finished" and not missed:
             self.attained += 1
         elif missed or outcome != "cancelled":
             self.missed += 1
-
-    def _count(self, slo: str, missed: bool) -> bool:
-        (self.slos_missed if missed else self.slos_met)[slo] += 1
-        return missed
