@@ -63,7 +63,10 @@ class PackingRouter:
         keeps_apart: bool = False,
         passes_long: bool = False,
     ) -> None:
-        self._settings = settings
+        self._prefill_share = settings.prefill_share_of_ttft
+        self._prefill_share_batch = settings.batch_prefill_share_of_ttft
+        self._prefill_batch_s = settings.batch_prefill_s
+        self._share_batch = 1.0 - settings.batch_reserve
         self._estimates = estimates
         self._evicts = evicts
         self._relieve_after = relieve_after
@@ -252,7 +255,7 @@ class PackingRouter:
 
     def _prefill_fits(self, instance: Instance, request: Request, cost_s: float, backlog_s: float) -> bool:
         """The limit bounds what waits before the request; one too long for it alone needs most of it free."""
-        limit_s = self._settings.prefill_share_of_ttft * request.ttft_slo_s
+        limit_s = self._prefill_share * request.ttft_slo_s
         if instance.prefill_limit_s < limit_s:
             limit_s = instance.prefill_limit_s
         return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
@@ -267,8 +270,7 @@ class PackingRouter:
             return False
         backlog_s = instance.prefill_backlog_s
         return backlog_s == 0.0 or (
-            backlog_s < instance.prefill_limit_s
-            and backlog_s < self._settings.prefill_share_of_ttft * self._estimates.ttft_max_s
+            backlog_s < instance.prefill_limit_s and backlog_s < self._prefill_share * self._estimates.ttft_max_s
         )
 
     # -- batch -------------------------------------------------------------------------------------------------
@@ -352,13 +354,12 @@ class PackingRouter:
             return False
         if instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left:
             return False
-        settings = self._settings
         running = instance.sequences
         own = instance.role == "batch" and not instance.running_interactive
         size = instance.max_batch_size
         if instance.batch_limit is not None and instance.batch_limit < size:
             size = instance.batch_limit
-        if running >= (size if own else (1.0 - settings.batch_reserve) * size):
+        if running >= (size if own else self._share_batch * size):
             return False
         if instance.kv_reserved_tokens >= kv_limit(instance):
             return False
@@ -366,10 +367,10 @@ class PackingRouter:
         if backlog_s == 0.0:
             return True
         if own:
-            return backlog_s < settings.batch_prefill_s
+            return backlog_s < self._prefill_batch_s
         return backlog_s < min(
-            settings.batch_prefill_s,
-            settings.batch_prefill_share_of_ttft * self._estimates.ttft_min_s,
+            self._prefill_batch_s,
+            self._prefill_share_batch * self._estimates.ttft_min_s,
             instance.prefill_limit_s,
         )
 
@@ -381,7 +382,7 @@ class PackingRouter:
             return inf
         room_s = instance.prefill_step_s - instance.prefill_backlog_s
         if instance.prefill_backlog_s == 0.0 and not instance.batch_paced:
-            alone_s = min(instance.prefill_limit_s, self._settings.prefill_share_of_ttft * self._estimates.ttft_min_s)
+            alone_s = min(instance.prefill_limit_s, self._prefill_share * self._estimates.ttft_min_s)
             return max(room_s, alone_s)
         return room_s
 

@@ -15,7 +15,7 @@ from math import inf
 from secrets import token_urlsafe
 
 from chiron.gateway.relay.errors import forbidden, too_many, unauthenticated
-from chiron.gateway.relay.token_bucket import TokenBucket
+from chiron.gateway.relay.token_bucket import KeyLimits
 
 ADMIN = "admin"
 SECRET_PREFIX = "sk-chiron-"
@@ -80,7 +80,7 @@ class KeyRing:
 
     def __init__(self, keys: Sequence[Key] = (), admin_hash: str = "", *, admin_open: bool = False) -> None:
         self._keys: dict[str, Key] = {}
-        self._buckets: dict[str, tuple[TokenBucket, TokenBucket]] = {}
+        self._limits: dict[str, KeyLimits] = {}
         names: set[str] = set()
         for key in keys:
             if not key.name or key.name == ADMIN or key.name in names:
@@ -92,7 +92,7 @@ class KeyRing:
             names.add(key.name)
             self._keys[key.hash] = key
             if key.requests_per_minute < inf or key.tokens_per_minute < inf:
-                self._buckets[key.name] = (TokenBucket(key.requests_per_minute), TokenBucket(key.tokens_per_minute))
+                self._limits[key.name] = KeyLimits(key.requests_per_minute, key.tokens_per_minute)
         self._by_name = {key.name: key for key in keys}
         self.open = not keys
         self.admin_open = admin_open and not admin_hash and not keys
@@ -146,63 +146,49 @@ class KeyRing:
         ``now_s`` is any clock that does not go back. A request larger than a minute's worth of tokens waits for a
         full minute and goes into debt, instead of being refused for ever.
         """
-        buckets = self._buckets.get(key.name)
-        if buckets is None:
+        limits = self._limits.get(key.name)
+        if limits is None:
             return
-        requests, token_bucket = buckets
-        requests_wait_s, tokens_wait_s = requests.wait_s(now_s, 1.0), token_bucket.wait_s(now_s, tokens)
-        if requests_wait_s > 0.0 or tokens_wait_s > 0.0:
-            wait_s = max(requests_wait_s, tokens_wait_s)
+        wait_s = limits.take(now_s, tokens)
+        if wait_s > 0.0:
             limit = (
                 f"{key.requests_per_minute:g} requests per minute"
-                if requests_wait_s > 0.0
+                if limits.requests.wait_s(now_s, 1.0) > 0.0
                 else f"{key.tokens_per_minute:g} tokens per minute"
             )
             raise too_many(f"Rate limit of API key {key.name!r} reached: {limit}. Try again in {wait_s:.1f} s.", wait_s)
-        requests.level -= 1.0
-        token_bucket.level -= tokens
 
     def limited(self, key: Key) -> bool:
-        return key.name in self._buckets
+        return key.name in self._limits
 
     def take_spare(self, key: Key, now_s: float, tokens: int) -> bool:
         """Count one request of a batch, with ``tokens`` prompt tokens, if it leaves half a minute's worth of each limit
         to the key's other requests, which cannot wait as it can. False, and then counts nothing: it must wait."""
-        buckets = self._buckets.get(key.name)
-        if buckets is None:
-            return True
-        requests, token_bucket = buckets
-        if not (requests.spares(now_s, 1.0) and token_bucket.spares(now_s, tokens)):
-            return False
-        requests.level -= 1.0
-        token_bucket.level -= tokens
-        return True
+        limits = self._limits.get(key.name)
+        return limits is None or limits.take_spare(now_s, tokens)
 
     def count(self, key: Key, now_s: float, tokens: int) -> None:
         """Count one request that has been taken already, however little is left."""
-        buckets = self._buckets.get(key.name)
-        if buckets is not None:
-            for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
-                bucket.take(now_s, amount)
+        limits = self._limits.get(key.name)
+        if limits is not None:
+            limits.count(now_s, tokens)
 
     def bound_debts(self) -> None:
         """After ``count`` of what came over an unknown time: it is owed for a minute at the most."""
-        for buckets in self._buckets.values():
-            for bucket in buckets:
-                bucket.level = max(bucket.level, -bucket.size)
+        for limits in self._limits.values():
+            limits.bound_debts()
 
     def give_back(self, key: Key, tokens: int) -> None:
         """One that was counted never ran."""
-        buckets = self._buckets.get(key.name)
-        if buckets is not None:
-            for bucket, amount in zip(buckets, (1.0, tokens), strict=True):
-                bucket.level = min(bucket.size, bucket.level + amount)
+        limits = self._limits.get(key.name)
+        if limits is not None:
+            limits.give_back(tokens)
 
     def charge(self, key: Key, tokens: int) -> None:
         """Count output tokens, once they are known."""
-        buckets = self._buckets.get(key.name)
-        if buckets is not None:
-            buckets[1].level -= tokens
+        limits = self._limits.get(key.name)
+        if limits is not None:
+            limits.charge(tokens)
 
 
 def hash_secret(secret: bytes) -> str:
