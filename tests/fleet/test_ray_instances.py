@@ -151,7 +151,7 @@ def test_the_end_of_an_engine_an_actor_or_a_node_is_told_in_words(
     told(tmp_path, story)
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["stopped", "killed"])
 def test_the_next_gateway_takes_over_what_runs(killed: bool, tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         fleet, heard = site.gateway()
@@ -265,6 +265,7 @@ def test_a_cluster_that_does_not_answer_stops_nothing_and_is_said(tmp_path: Path
     told(tmp_path, story)
 
 
+@pytest.mark.slow
 def test_an_engine_that_ends_while_nobody_looks_gives_its_node_back(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         fleet, heard = site.gateway()
