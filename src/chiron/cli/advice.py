@@ -92,7 +92,7 @@ def _cost(value: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 120.0:
+    if seconds < 90.0:
         return f"{seconds:.0f} s"
     minutes, hours = divmod(round(seconds / 60.0), 60)[::-1]
     days, hours = divmod(hours, 24)
