@@ -1,4 +1,8 @@
-"""One client's connection: what it sends becomes requests, in turn; limits and time-outs hold."""
+"""One client's connection: what it sends becomes requests, in turn; limits and time-outs hold.
+
+A client that stays sends nearly the same head each time, and often only the length of the body is another one. Such a
+request, come in one block while nothing else is under way, is made from what the parser said of the last head.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,11 @@ _BODY_RATE_FAIR = 65536.0
 """Bytes per second. A body that is later than at this rate goes before others when there is no room for all."""
 _READ_RATE_MIN = 1024.0
 """Bytes per second. Who takes less of an answer that waits for it only means to hold it."""
+_HEAD_KEPT_BYTES = 2048
+"""A longer head is parsed each time."""
+_UNLIKE_MAX = 4
+"""After so many heads in turn that are not like the one before, as a proxy sends them, none is kept any more."""
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})\r\n", re.IGNORECASE)
 _LINGER_S = 2.0
 """How long what a refused client still sends is read and dropped, so that it sees why."""
 
@@ -59,6 +68,42 @@ class Server(Protocol):
     def free_memory(self) -> bool: ...
     def lacks_files(self, descriptor: int) -> bool: ...
     def left(self, connection: Connection) -> None: ...
+
+
+class _KnownHead:
+    """A head that has been parsed, and found right, all but its length of the body."""
+
+    __slots__ = ("after", "at", "before", "headers", "method", "path", "peers", "query", "version")
+
+    def __init__(self, head: bytes, length: re.Match[bytes], request: Incoming, peers: tuple[str, ...]) -> None:
+        self.before = head[: length.start(1)]
+        self.after = head[length.end(1) :]
+        self.headers = list(request.headers)
+        self.at = self.headers.index((b"content-length", length[1]))
+        self.method = request.method
+        self.path = request.path
+        self.query = request.query
+        self.version = request.version
+        self.peers = peers
+
+    def matches(self, data: bytes) -> tuple[bytes, int] | None:
+        """The body's length, and where it begins, if a block begins with such a head."""
+        if not data.startswith(self.before):
+            return None
+        at = len(self.before)
+        end = data.find(b"\r", at, at + 10)
+        length = data[at:end]
+        if end < 0 or not length.isdigit() or not data.startswith(self.after, end):
+            return None
+        return length, end + len(self.after)
+
+    def request(self, connection: Connection, length: bytes) -> Incoming:
+        found = Incoming(connection)
+        found.method, found.path, found.query, found.version = self.method, self.path, self.query, self.version
+        found.headers = self.headers.copy()
+        found.headers[self.at] = (b"content-length", length)
+        found.peers = self.peers
+        return found
 
 
 class Connection(asyncio.Protocol):
@@ -101,6 +146,11 @@ class Connection(asyncio.Protocol):
         """The head being read is our own, or its message's end is not the request's."""
         self._lost = False
         self._peers: tuple[str, ...] = ()
+        self._known: _KnownHead | None = None
+        self._plain: tuple[Incoming, tuple[str, ...]] | None = None
+        """A request whose head could become known, and the peers that it names."""
+        self._unlike = 0
+        """Heads in turn that were not like the one before."""
 
     # -- asyncio ----------------------------------------------------------------------------------------------
 
@@ -146,6 +196,9 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
+        begins = self._reading is None
+        if begins and self._known is not None and self._take_like_the_last(self._known, data):
+            return
         self._block_bytes = len(data)
         self._head_bytes += len(data)
         try:
@@ -163,6 +216,49 @@ class Connection(asyncio.Protocol):
             elif self._waiting or (self._reading not in (None, self._serving) and not self._ready):
                 self._turn_awaited = True
                 self._update_reading()
+        if self._plain is not None:
+            if begins and not self._deaf:
+                self._keep_head(data, *self._plain)
+            self._plain = None
+
+    def _take_like_the_last(self, known: _KnownHead, data: bytes) -> bool:
+        """A whole request, and nothing else, with the head of the last one. False: it is the parser's after all, which
+        also refuses what is to be refused."""
+        found = known.matches(data) if self._ready and not self._turn_awaited else None
+        if found is None:
+            return False
+        length, body_at = found
+        server, limits = self.server, self.server.limits
+        body_bytes = len(data) - body_at
+        if not 0 < body_bytes == int(length) <= limits.body_max_bytes or body_at > limits.header_max_bytes:
+            return False
+        request = known.request(self, length)
+        if server.screen is not None and server.screen(request) is not None:
+            return False
+        if server.held_bytes + body_bytes > limits.bodies_max_bytes or server.body_shares.over(
+            request.peers, body_bytes
+        ):
+            return False
+        self._unlike = 0
+        self._since_s = request._body_begin_s = server.now_s
+        server.held_bytes += body_bytes
+        server.body_shares.add(request.peers, body_bytes)
+        request._held_bytes = request._body_length = body_bytes
+        request.body = data[body_at:]
+        request.complete = True
+        self._serve(request)
+        return True
+
+    def _keep_head(self, data: bytes, request: Incoming, peers: tuple[str, ...]) -> None:
+        """The block was this request and nothing else: the next one may have its head."""
+        head = data[: data.find(b"\r\n\r\n") + 4]
+        lengths = list(_LENGTH.finditer(head)) if len(head) <= _HEAD_KEPT_BYTES else []
+        body_bytes = int(lengths[0][1]) if len(lengths) == 1 else 0
+        if len(head) + body_bytes > len(data):
+            return  # There is more to come of its body.
+        self._unlike += 1
+        usable = 0 < body_bytes == len(data) - len(head) and self._unlike <= _UNLIKE_MAX
+        self._known = _KnownHead(head, lengths[0], request, peers) if usable else None
 
     def _feed(self, data: bytes) -> None:
         while data:
@@ -201,6 +297,7 @@ class Connection(asyncio.Protocol):
         self._serving = self._reading = None
         self._waiting.clear()
         self._parser = None  # It refers to this connection.
+        self._plain = None
         for request in dict.fromkeys(leaving):
             told = None if request.closed else request.on_close
             request.closed = True
@@ -294,6 +391,7 @@ class Connection(asyncio.Protocol):
             chain = [value for name, value in request.headers if name == b"x-forwarded-for"]
             client = self.server.proxies.forwarded(chain) if chain else ""
             request.peers = (client,) if client else ()
+        peers = request.peers
         screen = self.server.screen
         if screen is not None and not request.streams:
             refusal = screen(request)
@@ -305,6 +403,8 @@ class Connection(asyncio.Protocol):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if request.streams:
             self._enqueue(request)
+        elif length is not None and expect is None and request._keep_alive and not self._declining:
+            self._plain = (request, peers)
 
     def on_body(self, data: bytes) -> None:
         request = self._reading
