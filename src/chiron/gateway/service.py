@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import sys
@@ -37,7 +36,7 @@ from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
 from chiron.gateway.reporting.status import LeaderReport, RelayReport, StatusSources, status
-from chiron.gateway.serving import served_models, server_limits, tls_context
+from chiron.gateway.serving import collect_rarely, served_models, server_limits, tls_context
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
@@ -73,9 +72,6 @@ RESULT = "result.chiron"
 FILES_SHORT = 0.85
 """Of the file descriptors that there may be: from here on it is said."""
 FILES_WARN_S = 60.0
-GC_THRESHOLD = 500_000
-"""More objects than at the last collection, until the next. Requests are freed by counting references, and a collection
-looks at all that are open: with 20,000 of them it holds the loop for a tenth of a second and finds nothing."""
 SWITCH_INTERVAL_S = 0.0005
 """How long a thread that computes (validation of a job's lines) may keep the loop waiting."""
 
@@ -226,10 +222,7 @@ class Service:
             await self._start_runner()
         else:
             self._starting_batches = asyncio.get_running_loop().create_task(self._start_batches(self._opening))
-        # What has been made so far stays; the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(GC_THRESHOLD, 50, 100)
+        collect_rarely()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
 

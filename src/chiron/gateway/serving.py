@@ -1,7 +1,8 @@
-"""How the gateway listens to clients: what one process and a relay of its own have in common."""
+"""What a gateway in one process and a relay of its own have in common: how they listen, and collect garbage."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import ssl
 
@@ -12,8 +13,18 @@ from chiron.net.limits import ServerLimits
 
 log = logging.getLogger("chiron.gateway")
 
+GC_THRESHOLD = 500_000
+"""More objects than at the last collection, until the next. Requests are freed by counting references, and a collection
+looks at all that are open: with 20,000 of them it holds the loop for a tenth of a second and finds nothing."""
 FILES_BESIDES = 64
 """File descriptors for the store, logs, scrapes; of the others each client's connection may need one for an engine."""
+
+
+def collect_rarely() -> None:
+    """What has been made so far stays; the collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 50, 100)
 
 
 def served_models(config: ServeConfig) -> dict[str, ServedModel]:

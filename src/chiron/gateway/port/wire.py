@@ -97,7 +97,10 @@ class Wire(asyncio.Protocol):
         """It is closed, for good."""
         self._unsent: list[Message] = []
         self._flushes: asyncio.Handle | None = None
-        self._urgent = False
+        """At the end of this turn."""
+        self._rides: asyncio.TimerHandle | None = None
+        """A little later; it stays where something urgent takes what waits, for what comes after that: to arm a timer
+        for each message would cost more than the message."""
         self._unread = bytearray()
 
     @property
@@ -113,10 +116,7 @@ class Wire(asyncio.Protocol):
         self._unsent.append(message)
         if not self._ride_s:
             self.flush()
-        elif not self._urgent:
-            self._urgent = True
-            if self._flushes is not None:
-                self._flushes.cancel()
+        elif self._flushes is None:
             self._flushes = self._loop.call_soon(self.flush)
 
     def post(self, message: Message) -> None:
@@ -126,8 +126,8 @@ class Wire(asyncio.Protocol):
         self._unsent.append(message)
         if not self._ride_s:
             self.flush()
-        elif self._flushes is None:
-            self._flushes = self._loop.call_later(self._ride_s, self.flush)
+        elif self._flushes is None and self._rides is None:
+            self._rides = self._loop.call_later(self._ride_s, self._ridden)
 
     def close(self, why: str) -> None:
         """Send what waits, and end."""
@@ -147,7 +147,6 @@ class Wire(asyncio.Protocol):
         if self._flushes is not None:
             self._flushes.cancel()
             self._flushes = None
-        self._urgent = False
         if not self._unsent or self._transport is None or self.over or not self.up:
             return  # Before the hello it waits; afterwards nobody hears it.
         messages, self._unsent = self._unsent, []
@@ -155,6 +154,10 @@ class Wire(asyncio.Protocol):
         transport.write(b"".join(self._frames(messages)))
         if transport.get_write_buffer_size() > UNREAD_MAX_BYTES:
             self.give_up(f"it has left more than {UNREAD_MAX_BYTES} bytes unread")
+
+    def _ridden(self) -> None:
+        self._rides = None
+        self.flush()
 
     def _frames(self, messages: list[Message]) -> list[bytes]:
         found = [self._frame(messages)]
@@ -240,8 +243,9 @@ class Wire(asyncio.Protocol):
     def _end(self, why: str) -> None:
         if not self.over:
             self.over, self.up = True, False
-            if self._flushes is not None:
-                self._flushes.cancel()
+            for handle in (self._flushes, self._rides):
+                if handle is not None:
+                    handle.cancel()
             self._unsent.clear()
             self._closed(why)
 

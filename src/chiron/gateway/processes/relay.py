@@ -26,7 +26,7 @@ from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.passing import Passing
 from chiron.gateway.relay.relay import Relay
 from chiron.gateway.reporting.metrics import LoopLag
-from chiron.gateway.serving import served_models, server_limits, tls_context
+from chiron.gateway.serving import collect_rarely, served_models, server_limits, tls_context
 from chiron.gateway.settings import ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_open
@@ -180,6 +180,7 @@ def run_relay(
         link = KeeperLink(stop=lambda number: server.stop(config.server.grace_s), gone=gone)
         await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=keeper)
         joining = asyncio.ensure_future(server.join())
+        collect_rarely()
         await server.over.wait()
         joining.cancel()
         await server.close()
