@@ -218,6 +218,33 @@ def test_a_slow_link_is_a_station_too() -> None:
     assert round_s == pytest.approx(12.0, rel=0.01)
 
 
+def test_a_round_follows_whatever_becomes_the_longest() -> None:
+    """First the link, then the way, then the stage whose attention grows with the contexts."""
+    growing = replace(LINE, c_ms_per_context_token=0.5)
+    made: list[PipelineModel] = []
+
+    def make(clock: VirtualClock, instance: Instance, listener: Bench) -> EngineModel:
+        hops = {"token_bytes": 1000, "hop_bytes_per_s": 24_000.0, "micro_batches_max": 2}
+        made.append(pipeline_of([LINE, growing], clock, instance, listener, **hops))
+        return made[0]
+
+    bench = Bench(LINE, kv_seconds_per_token=0.0, step_mode=False, seed=1, make=make)
+    bench.chattiness = 0.0
+    for number in range(12):
+        bench.start(Request(number, "m0", CLASSES[1], 0.0, 1, 100))
+    while made[0].batch < 12:
+        bench.clock.step()
+    engine, before_s, before = made[0], made[0].busy_s, made[0].steps
+    contexts = [engine.context_sum + 12 * k for k in range(98)]
+    assert contexts[0] < 40
+    while engine.batch == 12:
+        bench.clock.step()
+    rounds = [max(0.5, 0.25 + 2 / 64 + 0.0005 * c / 2, 2 / 64 + 0.0005 * c) for c in contexts]
+    taken = engine.steps - before
+    assert taken >= 80
+    assert engine.busy_s - before_s == pytest.approx(sum(rounds[:taken]), rel=1e-3)
+
+
 def test_kv_is_booked_where_it_lies() -> None:
     small = replace(LINE, kv_capacity_tokens=50)
     clock = VirtualClock()

@@ -1,0 +1,60 @@
+"""The figures and verdicts of bench/staged.py, by hand, and one short run. The whole takes minutes."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parents[2] / "bench" / "staged.py"
+    spec = importlib.util.spec_from_file_location("bench_staged", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_of_a_pipeline_has_all_figures(bench: ModuleType) -> None:
+    row = bench.run("stage-balance", ["duration=20"])
+    assert row.attained == 1.0
+    assert row.gpus_peak % 4 == 0
+    assert 0.0 < row.gpu_hours < 1.0
+    assert bench.line(row).startswith("| stage-balance | 100.0% |")
+
+
+def test_verdicts_follow_the_figures(bench: ModuleType) -> None:
+    hpa = bench.Row(
+        policy="whole-hpa",
+        attained=1.0,
+        gpu_hours=4.0,
+        ttft_s=1.0,
+        itl_ms=50.0,
+        tokens_per_s=1000.0,
+        cold_starts=0,
+        gpus_peak=4,
+        wall_s=1.0,
+    )
+    slower = replace(hpa, policy="stage-hpa", ttft_s=2.0, itl_ms=60.0)
+    mixed = replace(hpa, policy="stage-queue", ttft_s=0.5, itl_ms=60.0)
+    rows = {"whole-hpa": hpa, "stage-hpa": slower, "stage-queue": mixed, "stage-balance": replace(hpa, gpu_hours=2.0)}
+    table = bench.claims(rows, rows)
+    verdicts = [line.split("|")[2].strip(" *") for line in table.splitlines()[2:]]
+    assert verdicts == [
+        "does not hold here",
+        "does not hold here",
+        "depends",
+        "does not hold here",
+        "does not hold here",
+    ]
+    quicker = replace(slower, ttft_s=0.5, itl_ms=40.0, tokens_per_s=1100.0)
+    assert "holds here" in bench.claims({**rows, "stage-hpa": quicker}, rows).splitlines()[2]
+    assert bench.saved(rows, "stage-balance", "whole-hpa").startswith("`stage-balance` takes 50% fewer GPU-hours")
