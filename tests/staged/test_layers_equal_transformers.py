@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reference import generated, recorded
+from reference import clear, generated, recorded
 from staged_models import FAMILIES, need_torch, prompts, tiny
 
 need_torch()
@@ -83,9 +83,11 @@ def test_what_is_recorded_is_what_transformers_generates(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_two_hundred_prompts(family: str) -> None:
-    pipeline = Pipeline(tiny(family), (1, 2, 4))
     given = prompts(50, seed=100 + FAMILIES.index(family), longest=200)
-    assert generate(pipeline, given, TOKENS, chunk=32) == [generated(tiny(family), p, TOKENS) for p in given]
+    expected = [clear(tiny(family), prompt, TOKENS) for prompt in given]
+    assert sum(map(len, expected)) > 0.9 * len(given) * TOKENS
+    found = generate(Pipeline(tiny(family), (1, 2, 4)), given, TOKENS, chunk=32)
+    assert [tokens[: len(sure)] for tokens, sure in zip(found, expected, strict=True)] == expected
 
 
 def test_a_step_that_is_sent_again_changes_nothing() -> None:

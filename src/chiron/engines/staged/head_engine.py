@@ -81,6 +81,8 @@ class Generation:
 
     def token(self, logits: memoryview, ids: memoryview, mass: float) -> int | None:
         drawn = draw(self.sampling, logits, ids, mass, self.generated)
+        if not 0 <= drawn.token < self._engine.architecture.vocabulary:
+            raise ValueError(f"token {drawn.token} is none of this model's")
         return self._engine.drew(self, drawn)
 
     def preempted(self) -> None:
