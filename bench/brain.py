@@ -40,7 +40,7 @@ from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
-from chiron.gateway.service import GC_THRESHOLD
+from chiron.gateway.serving import GC_THRESHOLD
 from chiron.policies.registry import make_policy
 
 KEYS = 50
