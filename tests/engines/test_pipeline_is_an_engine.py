@@ -279,7 +279,10 @@ def test_a_replica_that_goes_keeps_its_sequences_and_one_that_comes_gets_the_new
     stage = engine.stage_sample().stages[0]
     assert (stage.ready, stage.draining) == (1, 1)
     assert set(source.held) == {1001}
-    while len(bench.ended) < 7:
+    bench.start(Request(7, "m0", CLASSES[1], 2.0, 4, 200))
+    clock.run_until(2.1)
+    assert [(replica.sequences, replica.draining) for replica in engine._stages[0].replicas] == [(5, False), (3, True)]
+    while len(bench.ended) < 8:
         clock.step()
     assert (engine.stage_sample().stages[0].ready, engine.stage_sample().stages[0].draining) == (1, 0)
     assert source.held == {}
