@@ -186,7 +186,7 @@ def _check_gateways(gateways: GatewaysSettings | None, file: ServeFile, models: 
             if isinstance(kind.source, ProcessSource):
                 raise ConfigError(
                     f"gateways: {kind.kind.name!r} of model {model.name!r} is started by the gateway that leads, where "
-                    "others cannot reach it, and ends with it: use endpoints or kubernetes, or remove [gateways]"
+                    "others cannot reach it, and ends with it: use endpoints, kubernetes or ray, or remove [gateways]"
                 )
 
 
