@@ -389,11 +389,12 @@ class PipelineModel(EngineModel):
         def release() -> None:
             for replica in path:
                 replica.kv = max(0, replica.kv - tokens)  # All is 0 after a failure.
-            self._stop_drained()
 
-        # Due at the same time as the engine's own, and before it: that wakes the queue.
-        self._clock.call_later(tokens * self.kv_seconds_per_token, release)
+        # Due at the same time as the engine's own, and before it: that wakes the queue. Capacity goes last.
+        held_s = tokens * self.kv_seconds_per_token
+        self._clock.call_later(held_s, release)
         super()._hold_kv(tokens)
+        self._clock.call_later(held_s, self._stop_drained)
 
     # -- planning the next round -------------------------------------------------------------------------------
 
@@ -404,14 +405,14 @@ class PipelineModel(EngineModel):
                 self._join_decoding(sequence, sequence.context)
             self._ready.clear()
             changed = True
-        if self._draining:
-            self._stop_drained()
         while (full := self._overfull()) is not None:
             if not self._preempt_on(full):
                 # One sequence alone fits (``start`` checked); what is in its way is KV on its way in or out.
                 self._due_s = inf
                 return
             changed = True
+        if self._draining:
+            self._stop_drained()  # Also of those that were emptied just now.
         if self._waiting:
             self._admit()  # Who was preempted may have room on another replica, and has none on this one.
         if self._prefilling and self._plan_prefill():
