@@ -41,7 +41,8 @@ def test_another_replica_goes_on_with_it() -> None:
             forget(bad)
             assert len(PROMPT) > 16, "more than one chunk"
             await until(lambda: all(each.up for each in site.engine.pipeline.replicas[1]))
-            assert await site.complete(PROMPT, TOKENS) == recorded("llama")[0][:TOKENS]
+            async with asyncio.timeout(WAIT_S):
+                assert await site.complete(PROMPT, TOKENS) == recorded("llama")[0][:TOKENS]
             assert 3 <= bad.service.totals.refused <= 6  # A second call may have been under way each time.
 
     asyncio.run(main())
