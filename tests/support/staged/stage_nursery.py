@@ -1,4 +1,4 @@
-"""Stages that are forked from one process which has torch already: real processes, without three seconds for each start.
+"""Stages that are forked from one process which has torch already: real processes, without seconds for each start.
 
     python stage_nursery.py
 
@@ -56,9 +56,9 @@ class StageNursery:
 
 
 def main() -> None:
-    from chiron.engines.staged import layers, service, stage
+    import chiron.engines.staged.service  # noqa: F401  # For torch, which takes the time.
+    from chiron.engines.staged import stage
 
-    assert layers and service, "imported for the torch that they need"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # Nobody waits for them.
     pids = []
     while line := sys.stdin.readline():

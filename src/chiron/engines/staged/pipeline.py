@@ -436,7 +436,6 @@ class Pipeline(ReplicaEvents):
             sequence.start_over()
             self._ready[sequence] = None
 
-
     def _not_held(self, replica: Replica, sequence: Sequence, held: int) -> None:
         if sequence.refusals > _REFUSALS_MAX:
             log.error("sequence %d was refused %d times, last by %s", sequence.id, sequence.refusals, replica.address)
