@@ -165,7 +165,12 @@ class Pipeline(ReplicaEvents):
         log.warning("stage %d has lost the replica %s: %s", replica.stage, replica.address, why)
         self.losses += 1
         replica.outbox.clear()
+        under_way = {piece.sequence for call in replica.calls.values() for piece in call.pieces if not piece.stale}
         replica.calls.clear()
+        for sequence in under_way:  # It may be what the replica cannot bear.
+            sequence.refusals += 1
+            if sequence.refusals > _REFUSALS_MAX:
+                self._fail(sequence, replica, "replicas were lost while they computed it, one after the other")
         self._move(list(replica.sequences), replica)
         self.pump()
         self._changed()
@@ -438,9 +443,7 @@ class Pipeline(ReplicaEvents):
 
     def _not_held(self, replica: Replica, sequence: Sequence, held: int) -> None:
         if sequence.refusals > _REFUSALS_MAX:
-            log.error("sequence %d was refused %d times, last by %s", sequence.id, sequence.refusals, replica.address)
-            self.remove(sequence)
-            sequence.listener.failed(f"stage {replica.stage} did not keep what it was sent")
+            self._fail(sequence, replica, f"stage {replica.stage} did not keep what it was sent")
             self._changed()
         elif sequence.refusals % _REFUSALS_HERE == 0:
             self._move_on(replica, sequence)
@@ -448,6 +451,11 @@ class Pipeline(ReplicaEvents):
             sequence.held[replica.stage] = min(held, sequence.held[replica.stage])
             sequence.start_over()
             self._ready[sequence] = None
+
+    def _fail(self, sequence: Sequence, replica: Replica, why: str) -> None:
+        log.error("sequence %d is given up at %s: %s", sequence.id, replica.address, why)
+        self.remove(sequence)
+        sequence.listener.failed(why)
 
     def _others(self, replica: Replica, sequence: Sequence) -> list[Replica]:
         """Replicas of the same stage that have room for it."""
