@@ -15,6 +15,7 @@ need_torch()
 
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
 from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
+from chiron.engines.staged.sequence import Sequence  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
 from staged_site import PATIENT, StagedSite, staged_site, start_replica, until  # noqa: E402
 
@@ -27,6 +28,30 @@ async def ask_all(site: StagedSite, times: int = 1) -> None:
     """All prompts at once; each is answered as transformers would."""
     answers = await asyncio.gather(*(site.complete(prompt, TOKENS) for prompt in GIVEN * times))
     assert answers == [tokens[:TOKENS] for tokens in recorded("llama")] * times
+
+
+class Nobody:
+    """Sequences of it run no step."""
+
+    def token(self, logits: memoryview, ids: memoryview, mass: float) -> int | None:
+        raise AssertionError
+
+    def preempted(self) -> None:
+        raise AssertionError
+
+    def failed(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+def placed(site: StagedSite, count: int) -> set[str]:
+    """The first stage's replicas that so many new sequences would go through."""
+    pipeline = site.engine.pipeline
+    new = [Sequence(id=10_000 + i, tokens=[1], want=1, listener=Nobody()) for i in range(count)]
+    assert all(pipeline.add(sequence) for sequence in new)
+    found = {sequence.path[0].address for sequence in new if sequence.path[0] is not None}
+    for sequence in new:
+        pipeline.remove(sequence)
+    return found
 
 
 def test_many_sequences_are_answered_as_transformers_would() -> None:
@@ -54,6 +79,8 @@ def test_a_replica_that_dies_costs_a_pause() -> None:
             await asking
             assert site.engine.pipeline.losses == 1
             assert site.engine.pipeline.replayed_tokens > 0
+            # Nothing was taken for held there that was lost.
+            assert not any(replica.service.totals.refused for replicas in site.replicas for replica in replicas)
 
     asyncio.run(main())
 
@@ -78,8 +105,10 @@ def test_a_replica_that_is_taken_out_is_left_in_good_time() -> None:
         async with staged_site(tiny(), SPLIT, replicas=(2, 1, 1), pipeline=quick, pace=Pace(fixed_s=0.004)) as site:
             asking = asyncio.ensure_future(ask_all(site, 2))
             await until(lambda: site.replicas[0][0].service.totals.steps > 4)
+            await until(lambda: all(replica.up for replica in site.engine.pipeline.replicas[0]))
             old = site.replicas[0].pop(0)
             site.tell()
+            assert old.address not in placed(site, 20)
             await until(lambda: len(site.engine.pipeline.replicas[0]) == 1)
             await asking
             await until(lambda: old.service.heads == 0 and old.service.kv.sequences == 0)

@@ -44,6 +44,15 @@ def test_an_instance_is_a_pipeline_and_its_process_is_told_the_stages(directory:
     assert told[0] == {"layers": "0-1", "min": 1, "max": 3, "device": "cpu", "pace_ms": 20.0, "pace_sequence_ms": 0.0}
 
 
+def test_a_stage_policy_has_its_settings_in_the_table_of_the_policy(directory: Path) -> None:
+    table = '[policies.chiron]\nstages = { policy = "stage-hpa", target = 0.6, stabilise_down = "1m" }'
+    read = parse_serve(config(STAGES, table), directory=directory)
+    assert read.stage_policy == "stage-hpa"
+    assert (read.stage_settings.target, read.stage_settings.stabilise_down_s) == (0.6, 60.0)
+    assert (read.policy, read.policy_label) == ("chiron", "chiron")
+    assert parse_serve(config(STAGES), directory=directory).stage_policy == ""
+
+
 def test_step_times_come_from_a_plan(directory: Path) -> None:
     stages = [{"layers": layers, "step_s": {"1": 0.001, "8": 0.004}} for layers in ("0-1", "2-3")]
     (directory / "plan.json").write_text(json.dumps({"stages": stages}))
@@ -63,6 +72,10 @@ def test_step_times_come_from_a_plan(directory: Path) -> None:
         (config("[]"), "stages is missing"),
         (config(STAGES, 'stages_plan = "none.json"'), "models.m.stages_plan: 'none.json' is not what"),
         (config(STAGES, top='stage_policy = "stage-hpb"'), "stage_policy: unknown policy 'stage-hpb'"),
+        (
+            config(STAGES, '[policies.chiron]\nstages = "stage-hpa"', 'stage_policy = "stage-hpa"'),
+            "stage_policy: 'stage-hpa', but the table of the policy has stages as well",
+        ),
         (config(STAGES).replace('"tiny"', '"none"'), "no config.json there"),
         (config(STAGES).replace('"staged"', '"emulated"'), "it belongs to engine = 'staged'"),
     ],

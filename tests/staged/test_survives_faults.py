@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import signal
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,30 +16,31 @@ from staged_models import need_torch, prompts, tiny
 
 need_torch()
 
+from stage_nursery import Forked, StageNursery  # noqa: E402
 from staged_processes import StageProcess  # noqa: E402
 from staged_site import request  # noqa: E402
 
 TOKENS = 24
 ROUNDS = 20
-STAGES = [{"layers": "0-0", "max": 2}, {"layers": "1-2", "min": 2, "max": 3, "pace_ms": 4}, {"layers": "3-3"}]
+LAYERS = ("0-0", "1-2", "3-3")
+NAMES = ("--served-model-name", "tiny")
 
 
-class Instance:
+class Head:
     def __init__(self, port: int) -> None:
         self.port = port
 
-    async def stages(self, counts: list[int] | None = None) -> dict[str, Any]:
-        body = {"counts": counts} if counts else None
-        status, said = await request(self.port, "/chiron/stages", body, "PUT" if counts else "GET")
+    async def stages(self, told: dict[str, Any] | None = None) -> dict[str, Any]:
+        status, said = await request(self.port, "/chiron/stages", told, "PUT" if told else "GET")
         assert status == 200, said
         found: dict[str, Any] = json.loads(said)
         return found
 
-    async def until(self, met: Any) -> dict[str, Any]:
+    async def until(self, met: Callable[[list[Any]], bool]) -> list[Any]:
         async with asyncio.timeout(120.0):
-            while not met(said := await self.stages()):
-                await asyncio.sleep(0.05)
-        return said
+            while not met(stages := (await self.stages())["stages"]):
+                await asyncio.sleep(0.01)
+        return stages
 
     async def ask(self, prompt: list[int]) -> list[int]:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
@@ -50,7 +51,103 @@ class Instance:
         return found
 
 
-def pid_at(address: str) -> int:
+class Stages:
+    """Two replicas of each, told to the head."""
+
+    def __init__(self, nursery: StageNursery) -> None:
+        self._nursery = nursery
+        self.replicas = [[self.start(stage) for _ in range(2)] for stage in range(len(LAYERS))]
+
+    def start(self, stage: int) -> Forked:
+        return self._nursery.start("--model", str(tiny()), "--layers", LAYERS[stage], "--pace-ms", "5")
+
+    @property
+    def addresses(self) -> list[list[str]]:
+        return [[each.address for each in replicas] for replicas in self.replicas]
+
+    def arguments(self) -> list[str]:
+        told = zip(LAYERS, self.addresses, strict=True)
+        return [word for layers, addresses in told for word in ("--stage", f"{layers}={','.join(addresses)}")]
+
+    def busiest(self, stage: int, said: list[Any]) -> Forked:
+        loads = {each["address"]: each["sequences"] for each in said[stage]["replicas"]}
+        return max(self.replicas[stage], key=lambda each: loads[each.address])
+
+
+async def killed(head: Head, stages: Stages, stage: int, victim: Forked) -> None:
+    """Another one in its place."""
+    os.kill(victim.pid, signal.SIGKILL)
+    stages.replicas[stage].remove(victim)
+    stages.replicas[stage].append(await asyncio.to_thread(stages.start, stage))
+    await head.stages({"replicas": stages.addresses})
+
+
+async def stopped(head: Head, stages: Stages, stage: int, victim: Forked) -> None:
+    """Until the head has noticed."""
+    os.kill(victim.pid, signal.SIGSTOP)
+    try:
+        await head.until(lambda said: _state(said[stage], victim) == "down")
+    finally:
+        os.kill(victim.pid, signal.SIGCONT)
+
+
+def _state(stage: dict[str, Any], replica: Forked) -> str:
+    (found,) = [str(each["state"]) for each in stage["replicas"] if each["address"] == replica.address]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [killed, stopped])
+def test_a_stage_is_killed_or_stopped_in_mid_stream(fault: Any) -> None:
+    given = prompts(4, seed=7)
+    expected = [generated(tiny(), prompt, TOKENS) for prompt in given]
+
+    async def main(head: Head, stages: Stages) -> None:
+        for round_ in range(ROUNDS):
+            stage = round_ % len(LAYERS)
+            before = await head.until(lambda said: all(s["ready"] == 2 for s in said))
+            asking = asyncio.ensure_future(asyncio.gather(*(head.ask(prompt) for prompt in given)))
+            enough = before[stage]["passes"] + 6
+            said = await head.until(lambda said, s=stage, n=enough: said[s]["passes"] >= n)  # type: ignore[misc]
+            await fault(head, stages, stage, stages.busiest(stage, said))
+            assert await asking == expected, f"round {round_}"
+        found = await head.stages()
+        assert found["losses"] >= ROUNDS
+        assert found["replayed_tokens"] > ROUNDS
+
+    with StageNursery() as nursery:
+        stages = Stages(nursery)
+        arguments = ["head", str(tiny()), *stages.arguments(), *NAMES, "--silent", "1.5"]
+        with StageProcess(arguments) as process:
+            asyncio.run(main(Head(process.port), stages))
+
+
+@pytest.mark.slow
+def test_replicas_come_and_go_in_mid_stream_and_what_died_is_replaced() -> None:
+    given = prompts(8, seed=8)
+    expected = [generated(tiny(), prompt, TOKENS) for prompt in given]
+    specs = [{"layers": "0-1", "max": 2}, {"layers": "2-3", "max": 2, "pace_ms": 4}]
+
+    async def main(head: Head) -> None:
+        for counts in ([1, 2], [2, 1], [1, 2]):
+            asking = asyncio.ensure_future(asyncio.gather(*(head.ask(prompt) for prompt in given * 2)))
+            await head.stages({"counts": counts})
+            assert await asking == expected * 2
+            await head.until(lambda said, c=counts: [(s["ready"], s["draining"]) for s in said] == [(n, 0) for n in c])  # type: ignore[misc]
+        found = await head.stages()
+        assert found["losses"] == 0
+        lost = found["stages"][1]["replicas"][0]["address"]
+        asking = asyncio.ensure_future(asyncio.gather(*(head.ask(prompt) for prompt in given)))
+        os.kill(_pid_at(lost), signal.SIGKILL)
+        assert await asking == expected
+        said = await head.until(lambda said: said[1]["ready"] == 2 and len(said[1]["replicas"]) == 2)
+        assert lost not in [each["address"] for each in said[1]["replicas"]]
+
+    with StageProcess(["run", str(tiny()), "--stages", json.dumps(specs), *NAMES, "--drain", "0.1"]) as process:
+        asyncio.run(main(Head(process.port)))
+
+
+def _pid_at(address: str) -> int:
     """The process that listens there."""
     import psutil
 
@@ -60,51 +157,3 @@ def pid_at(address: str) -> int:
             assert connection.pid is not None
             return int(connection.pid)
     raise AssertionError(f"nobody listens at {address}")
-
-
-def calls(said: dict[str, Any], stage: int) -> int:
-    return int(said["stages"][stage]["passes"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_stage_is_killed_or_stopped_twenty_times_in_mid_stream(number: signal.Signals) -> None:
-    given = prompts(4, seed=7)
-    expected = [generated(tiny(), prompt, TOKENS) for prompt in given]
-
-    async def main(instance: Instance) -> None:
-        for round_ in range(ROUNDS):
-            asking = asyncio.ensure_future(asyncio.gather(*(instance.ask(prompt) for prompt in given)))
-            before = await instance.stages()
-            said = await instance.until(lambda said, before=before: calls(said, 1) >= calls(before, 1) + 6)  # type: ignore[misc]
-            ready = [each for each in said["stages"][1]["replicas"] if each["state"] == "ready"]
-            victim = pid_at(ready[round_ % len(ready)]["address"])
-            os.kill(victim, number)
-            assert await asking == expected, f"round {round_}"
-            if number == signal.SIGSTOP:
-                with suppress(ProcessLookupError):  # It may have been killed and replaced by then.
-                    os.kill(victim, signal.SIGCONT)
-            await instance.until(lambda said: sum(e["state"] == "ready" for e in said["stages"][1]["replicas"]) >= 2)
-
-    with StageProcess(["run", str(tiny()), "--stages", json.dumps(STAGES), *NAMES, "--silent", "1.5"]) as process:
-        asyncio.run(main(Instance(process.port)))
-
-
-@pytest.mark.slow
-def test_replicas_come_and_go_in_mid_stream() -> None:
-    given = prompts(8, seed=8)
-    expected = [generated(tiny(), prompt, TOKENS) for prompt in given]
-
-    async def main(instance: Instance) -> None:
-        for counts in ([2, 3, 1], [1, 2, 1], [2, 2, 1], [1, 3, 1]):
-            asking = asyncio.ensure_future(asyncio.gather(*(instance.ask(prompt) for prompt in given * 2)))
-            await instance.stages(counts)
-            assert await asking == expected * 2
-            await instance.until(lambda said, c=counts: [s["ready"] for s in said["stages"]] == c)  # type: ignore[misc]
-        assert (await instance.stages())["losses"] == 0
-
-    with StageProcess(["run", str(tiny()), "--stages", json.dumps(STAGES), *NAMES, "--drain", "0.1"]) as process:
-        asyncio.run(main(Instance(process.port)))
-
-
-NAMES = ("--served-model-name", "tiny")

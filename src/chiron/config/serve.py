@@ -56,7 +56,8 @@ class ServeFile:
     policy: str = "chiron"
     """A policy (``chiron policies``), or the label of one of the ``[policies]`` tables."""
     stage_policy: str = ""
-    """Replicas of the stages of pipelines: ``stage-hpa`` or ``stage-balance``; empty: they stay at their minimum."""
+    """Replicas of the stages of pipelines: ``stage-hpa`` or ``stage-balance``, with its defaults; empty: as ``stages``
+    of the policy's table says, and without it they stay at their minimum."""
     policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
     """Settings of policies, by label, as in scenario files."""
     server: ServerSettings = field(default_factory=ServerSettings)
@@ -271,10 +272,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     _check_no_loop(models, server)
     _check_gateways(file.gateways, file, models)
     choice = _choose_policy(file, policy)
-    if file.stage_policy and file.stage_policy not in STAGE_POLICIES:
-        raise ConfigError(
-            f"stage_policy: unknown policy {file.stage_policy!r}; {suggest(file.stage_policy, STAGE_POLICIES)}"
-        )
+    choice = _choose_stage_policy(file, choice)
     data = Path(_resolve(server.data, directory))
     log = file.telemetry.event_log
     return construct(
@@ -300,7 +298,8 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "policy": choice.policy,
             "policy_settings": choice.settings,
             "policy_label": policy or file.policy,
-            "stage_policy": file.stage_policy,
+            "stage_policy": choice.stages,
+            "stage_settings": choice.stage_settings,
             "keys": file.keys,
             "admin_key_hash": file.admin_key_hash,
             "text": text,
@@ -423,6 +422,18 @@ def _choose_policy(file: ServeFile, policy: str | None) -> PolicyChoice:
     raise ConfigError(
         f"{where}: unknown policy {label!r}; {suggest(label, dict.fromkeys([*file.policies, *POLICIES]))}"
     )
+
+
+def _choose_stage_policy(file: ServeFile, choice: PolicyChoice) -> PolicyChoice:
+    """The top-level key, or ``stages`` of the policy's own table, where it has settings."""
+    name = file.stage_policy
+    if not name:
+        return choice
+    if name not in STAGE_POLICIES:
+        raise ConfigError(f"stage_policy: unknown policy {name!r}; {suggest(name, STAGE_POLICIES)}")
+    if choice.stages:
+        raise ConfigError(f"stage_policy: {name!r}, but the table of the policy has stages as well; give one of them")
+    return replace(choice, stages=name)
 
 
 def _require_name(path: str, name: str, known: Sequence[str] | Mapping[str, object]) -> None:

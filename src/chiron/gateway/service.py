@@ -125,7 +125,7 @@ class Service:
         )
         policy = make_policy(config.policy, config.policy_settings)
         if config.stage_policy:
-            policy = with_stages(policy, config.stage_policy)
+            policy = with_stages(policy, config.stage_policy, config.stage_settings)
         self._facts = described(policy, specs, classes, config.gpus, advise=advise)
         journal: Journal = _TellsOperator(self.journal, advise=advise)
         if self._input_file is not None:

@@ -395,6 +395,8 @@ class ServeConfig:
     """What the config calls it, which may be a variant's name."""
     stage_policy: str = ""
     """Below it, replicas of the stages of instances that are pipelines; empty: they stay as they begin."""
+    stage_settings: Any = None
+    """That stage policy's frozen settings dataclass; None: its defaults."""
     relays: StaySettings
     gateways: GatewaysSettings | None = None
     """None: this gateway is the only one."""

@@ -88,6 +88,9 @@ class Generation:
     def preempted(self) -> None:
         self._engine.preempted(self)
 
+    def failed(self, why: str) -> None:
+        self._engine.failed(self, why)
+
 
 class HeadEngine:
     """Implements ``ServedEngine``. Used on the loop's thread."""
@@ -378,6 +381,12 @@ class HeadEngine:
             self._fail(generation, _no_room())
             return
         self._waiting.appendleft(generation)
+
+    def failed(self, generation: Generation, why: str) -> None:
+        self._running.pop(generation.id, None)
+        self._fail(
+            generation, RequestError(f"The pipeline is broken: {why}.", status=503, type="server_error", code="stages")
+        )
 
     def _fail(self, generation: Generation, error: RequestError) -> None:
         self.totals.finished["error"] += 1

@@ -33,6 +33,10 @@ log = logging.getLogger("chiron.staged")
 
 _CALLS_AT_ONCE = 2
 """Under way at one replica."""
+_REFUSALS_HERE = 3
+"""After so many, without a token between them, another replica has the sequence, or the same one from its start."""
+_REFUSALS_MAX = 8
+"""After more than that it fails: otherwise one broken replica would be asked for ever, and its client never told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +165,12 @@ class Pipeline(ReplicaEvents):
         log.warning("stage %d has lost the replica %s: %s", replica.stage, replica.address, why)
         self.losses += 1
         replica.outbox.clear()
+        under_way = {piece.sequence for call in replica.calls.values() for piece in call.pieces if not piece.stale}
         replica.calls.clear()
+        for sequence in under_way:  # It may be what the replica cannot bear.
+            sequence.refusals += 1
+            if sequence.refusals > _REFUSALS_MAX:
+                self._fail(sequence, replica, "replicas were lost while they computed it, one after the other")
         self._move(list(replica.sequences), replica)
         self.pump()
         self._changed()
@@ -408,6 +417,7 @@ class Pipeline(ReplicaEvents):
                 self._changed()
             else:
                 sequence.tokens.append(token)
+                sequence.refusals = 0
         for piece in pieces:
             if not piece.want and not piece.stale:
                 self._over(piece)
@@ -417,18 +427,12 @@ class Pipeline(ReplicaEvents):
         if piece.stale:
             return
         sequence = piece.sequence
+        sequence.refusals += 1
         if held >= 0:
-            sequence.held[replica.stage] = min(held, sequence.held[replica.stage])
-            sequence.start_over()
-            self._ready[sequence] = None
+            self._not_held(replica, sequence, held)
             return
-        need = len(sequence.tokens) + 1
-        others = [r for r in self._usable(replica.stage) if r is not replica and r.room_tokens >= need]
-        if others:
-            replica.free(sequence)
-            sequence.path[replica.stage] = None
-            sequence.lose(replica.stage)
-            self._place(sequence)
+        if sequence.refusals <= _REFUSALS_MAX and self._others(replica, sequence):
+            self._move_on(replica, sequence)
             return
         youngest = max(replica.sequences, key=lambda each: each.id)
         self.remove(youngest)
@@ -436,6 +440,37 @@ class Pipeline(ReplicaEvents):
         if youngest is not sequence:
             sequence.start_over()
             self._ready[sequence] = None
+
+    def _not_held(self, replica: Replica, sequence: Sequence, held: int) -> None:
+        if sequence.refusals > _REFUSALS_MAX:
+            self._fail(sequence, replica, f"stage {replica.stage} did not keep what it was sent")
+            self._changed()
+        elif sequence.refusals % _REFUSALS_HERE == 0:
+            self._move_on(replica, sequence)
+        else:
+            sequence.held[replica.stage] = min(held, sequence.held[replica.stage])
+            sequence.start_over()
+            self._ready[sequence] = None
+
+    def _fail(self, sequence: Sequence, replica: Replica, why: str) -> None:
+        log.error("sequence %d is given up at %s: %s", sequence.id, replica.address, why)
+        self.remove(sequence)
+        sequence.listener.failed(why)
+
+    def _others(self, replica: Replica, sequence: Sequence) -> list[Replica]:
+        """Replicas of the same stage that have room for it."""
+        need = len(sequence.tokens) + 1
+        return [r for r in self._usable(replica.stage) if r is not replica and r.room_tokens >= need]
+
+    def _move_on(self, replica: Replica, sequence: Sequence) -> None:
+        """Onto another replica, from its tokens; where there is none, onto the same one."""
+        replica.free(sequence)
+        sequence.lose(replica.stage)
+        others = self._others(replica, sequence)
+        sequence.path[replica.stage] = _least_loaded(others) if others else None
+        if others:
+            _least_loaded(others).sequences.add(sequence)
+        self._place(sequence)
 
 
 def _least_loaded(replicas: SequenceOf[Replica]) -> Replica:

@@ -25,6 +25,9 @@ class SequenceListener(Protocol):
     def preempted(self) -> None:
         """There is no KV for it now: it was taken out of the pipeline, and may be put in again."""
 
+    def failed(self, why: str) -> None:
+        """It was taken out of the pipeline for good."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Group:
@@ -66,6 +69,8 @@ class Sequence:
     path: list[Replica | None] = field(default_factory=list)
     flying: list[Piece] = field(default_factory=list)
     epoch: int = 0
+    refusals: int = 0
+    """How often replicas would not go on with it, since its last token."""
 
     @property
     def placed(self) -> bool:
