@@ -22,7 +22,7 @@ from chiron.fleet.model import Failures
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES, make_policy
-from chiron.runtime.input_log import described
+from chiron.runtime.input_log import Point, described
 from chiron.runtime.replay import Replayed, ReplayError, replay
 from chiron.sim.setup import Setup
 from chiron.telemetry.event_log import read_event_log
@@ -216,3 +216,13 @@ def test_a_log_that_is_still_being_written_replays_as_far_as_it_goes(log: list[L
 
     assert done.difference == ""
     assert done.placements > 100
+
+
+def test_timers_of_a_compiled_control_plane_count_as_well() -> None:
+    """Its methods are built in, and name no module themselves."""
+    point = Point()
+    for module in ("chiron.control.scrapes", "chiron.fleet.model"):
+        owner = type("Owner", (list,), {"__module__": module})()
+        assert owner.clear.__module__ is None
+        point.marked(owner.clear)()
+    assert point.fired == 1

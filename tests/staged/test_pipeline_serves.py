@@ -72,6 +72,7 @@ def test_a_replica_that_dies_costs_a_pause() -> None:
             stage = 1
             await until(lambda: site.replicas[stage][0].service.totals.steps > 4)
             victim = site.replicas[stage].pop()
+            victim.hold()  # Or all might be answered before it dies.
             await site.add(stage)
             site.tell()
             await until(lambda: site.engine.pipeline.replicas[stage][-1].up)

@@ -143,7 +143,8 @@ def test_replicas_come_and_go_in_mid_stream_and_what_died_is_replaced() -> None:
         said = await head.until(lambda said: said[1]["ready"] == 2 and len(said[1]["replicas"]) == 2)
         assert lost not in [each["address"] for each in said[1]["replicas"]]
 
-    with StageProcess(["run", str(tiny()), "--stages", json.dumps(specs), *NAMES, "--drain", "0.1"]) as process:
+    arguments = ["run", str(tiny()), "--stages", json.dumps(specs), *NAMES, "--drain", "0.1", "--silent", "60"]
+    with StageProcess(arguments) as process:
         asyncio.run(main(Head(process.port)))
 
 

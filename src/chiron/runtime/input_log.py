@@ -108,7 +108,7 @@ class Point:
 
     def marked(self, callback: Callback) -> Callback:
         """A timer's callback that is counted, if it is the control plane's."""
-        if not str(getattr(callback, "__module__", "")).startswith("chiron.control."):
+        if not _module_of(callback).startswith("chiron.control."):
             return callback
 
         def fire() -> None:
@@ -117,6 +117,12 @@ class Point:
                 callback()
 
         return fire
+
+
+def _module_of(callback: Callback) -> str:
+    """Where it is from: a method that is compiled does not say so itself, but the object that it is of does."""
+    owner = getattr(callback, "__self__", None)
+    return str(getattr(callback if owner is None else type(owner), "__module__", ""))
 
 
 class MarkedClock(VirtualClock):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,10 +33,16 @@ class LocalReplica:
         self.service = service
         self._listener = listener
         self.address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        self._dies = threading.Event()
+
+    def hold(self) -> None:
+        """It computes nothing more until it dies."""
+        self.service._thread.submit(self._dies.wait)
 
     async def die(self) -> None:
         """Its connections break, as when its process is killed."""
         self._listener.close()
+        self._dies.set()
         for head in list(self.service._heads):
             head.wire.abort("killed")
         await self.service.close()
@@ -126,6 +133,7 @@ async def staged_site(
                 await site.add(stage, **settings)
         site.tell()
         await site.serve()
+        await until(lambda: all(each.up for stage in site.engine.pipeline.replicas for each in stage))
         yield site
     finally:
         await site.close()

@@ -105,7 +105,7 @@ class AgentClient:
 
     async def _how_it_ended(self, process: Process) -> str:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(self._settings.answer_timeout_s):
                 await process.wait()
         last = [line.strip() for line in self._printed.splitlines() if line.strip()]
         return f"the agent has ended (status {process.returncode}){': ' + last[-1][:300] if last else ''}"
