@@ -12,7 +12,7 @@ import pytest
 
 from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import Client
-from fault_site import Api
+from fault_site import Api, chat
 from gateway_pair import NAMES, Pair, gateways, talk, until_ready
 from kubernetes_load import Load, run_engine_on_loop
 from kubernetes_site import MODELS, chiron_model, cluster, workload
@@ -27,6 +27,13 @@ async def until_models(pair: Pair, name: str, *models: str) -> None:
             answer = await api.ask("GET", "/v1/models")
             if answer.status == 200 and {each["id"] for each in json.loads(answer.body)["data"]} == set(models):
                 return
+            await asyncio.sleep(0.1)
+
+
+async def until_served(pair: Pair, name: str, model: str) -> None:
+    """The gateway's own relay knows it, too: the list of models is the leader's."""
+    async with Api(pair.sites[name].url) as api, asyncio.timeout(120):
+        while (await api.ask("POST", "/v1/chat/completions", {**chat(), "model": model})).status == 404:
             await asyncio.sleep(0.1)
 
 
@@ -46,6 +53,7 @@ def test_both_serve_what_there_is_and_no_request_fails(tmp_path: Path) -> None:
         await client.post(MODELS, chiron_model("n", "engine"))
         for name in NAMES:
             await until_models(pair, name, "m", "n")
+            await until_served(pair, name, "n")
         loads = [Load(pair.sites[name].url, 1, model="n") for name in NAMES]
         await until_told(client, f"{MODELS}/n")
         async with asyncio.timeout(120):
