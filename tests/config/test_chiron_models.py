@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def test_a_resource_is_a_model_as_if_it_stood_in_the_file() -> None:
         ({"classes": [{"name": "c", "ttft": 1}], "batchClass": "c"}, "spec.batchClass: 'c' must be a class of kind"),
         ({"policy": {"name": "nope"}}, "spec.policy.name: unknown policy 'nope'; allowed: chiron"),
         ({"policy": {"name": "chiron", "settings": {"hold": "x"}}}, "spec.policy.settings.hold: duration 'x'"),
+        ({"policy": {"name": "chiron", "settings": {"policy": [1]}}}, "spec.policy.settings.policy: no setting"),
+        ({"policy": {"name": "chiron", "settings": {"stages": {"policy": [1]}}}}, "unknown stage policy [1]"),
         ({"model": 3}, "spec.model: 3 must be text"),
     ],
 )
@@ -123,6 +126,40 @@ def test_what_only_one_can_have_has_the_file_then_the_older_one() -> None:
     assert [model.name for model in found.config.models] == ["own", "one", "a", "d"]
     assert found.config.policy == "llumnix"
     assert found.config.models[0].classes == ("chat", "batch"), "other models' classes are none of the file's model"
+
+
+def test_nobody_takes_what_is_in_force_by_a_change() -> None:
+    talk, slower = ([{"name": "talk", "ttft": ttft}] for ttft in ("1s", "9s"))
+    before = [resource("a", created=1, classes=talk), resource("b", created=2, classes=talk)]
+    for change in ({"classes": slower}, {"aliases": ["b"]}, {"policy": {"name": "static"}}):
+        wanted = {"classes": talk, **change}
+        others = (
+            [resource("b", created=2, classes=talk, policy={"name": "chiron"})] if "policy" in change else before[1:]
+        )
+        found = read(resource("a", created=1, **wanted), *others, before=[before[0], *others])
+        assert "generation" in found.refused["a"], change
+        assert [(each.name, each.spec) for each in found.accepted] == [
+            (each.name, each.spec) for each in (*others, before[0])
+        ]
+
+
+def test_one_that_was_made_again_wrongly_stays_as_it_was() -> None:
+    before = resource("a", created=1)
+    found = read(replace(resource("a", created=2, minInstances=9, maxInstances=1), uid="new"), before=[before])
+    assert found.accepted == (before,)
+
+
+class Broken(dict[str, Any]):
+    """What nobody has thought of."""
+
+    def get(self, key: str, default: object = None) -> Any:
+        raise TypeError(f"no {key}")
+
+
+def test_a_fault_of_the_reader_refuses_one_and_stops_no_other() -> None:
+    found = read(replace(resource("bad"), spec=Broken()), resource("good"))
+    assert found.refused == {"bad": "spec: it cannot be read: TypeError: no model"}
+    assert [each.name for each in found.accepted] == ["good"]
 
 
 def test_a_workload_of_another_namespace_is_another_one() -> None:

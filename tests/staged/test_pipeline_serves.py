@@ -65,6 +65,21 @@ def test_many_sequences_are_answered_as_transformers_would() -> None:
     asyncio.run(main())
 
 
+def test_greedy_and_sampled_requests_share_steps_and_the_limit_falls_meanwhile() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pace=Pace(fixed_s=0.004)) as site:
+            sampled = [site.complete(prompt, TOKENS, temperature=1, seed=1) for prompt in GIVEN]
+            asking = asyncio.gather(ask_all(site, 2), *sampled)
+            last = site.replicas[2][0].service
+            await until(lambda: last.totals.steps > 4)
+            last.limit = 1
+            async with asyncio.timeout(60.0):
+                await asking
+            assert site.engine.pipeline.losses == 0
+
+    asyncio.run(main())
+
+
 def test_a_replica_that_dies_costs_a_pause() -> None:
     async def main() -> None:
         async with staged_site(tiny(), SPLIT, pace=Pace(fixed_s=0.004)) as site:

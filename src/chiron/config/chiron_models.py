@@ -3,11 +3,12 @@
 A resource is read as if its model stood in the file: its fields are keys of ``[models.NAME]``, in the API's spelling
 (``minInstances`` for ``min_instances``). What all models share has to be said alike: a class of one name is one class,
 and there is one policy. Where two resources, or one and the file, want what only one can have, the file has it, then
-the older one; the other is refused, and stops nobody.
+what is in force as it is, then the older one; the other is refused, and stops nobody.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from chiron.config.read import ConfigError, keys_of, read_record, suggest
 from chiron.config.serve import DEFAULT_CLASSES, parse_table, read_table
 from chiron.core.specs import RequestClass
 from chiron.gateway.chiron_models.objects import RESOURCES_MAX, ModelResource, Reading
+
+log = logging.getLogger(__name__)
 
 KINDS_MAX = 16
 MODEL_KEYS = {
@@ -89,19 +92,21 @@ class ResourceReader:
         } or dict(DEFAULT_CLASSES)
 
     def read(self, resources: Sequence[ModelResource], before: Sequence[ModelResource] = ()) -> Reading:
-        earlier = {each.uid: each for each in before}
+        earlier = {each.name: each for each in before}
+        in_force = {each.wanted for each in before}
         table, taken = self._start()
         accepted: list[ModelResource] = []
         refused: dict[str, str] = {}
-        for i, resource in enumerate(sorted(resources, key=lambda each: (each.created, each.name))):
+        ordered = sorted(resources, key=lambda each: (each.wanted not in in_force, each.created, each.name))
+        for i, resource in enumerate(ordered):
             try:
                 if i >= RESOURCES_MAX:
-                    raise ConfigError(f"spec: there are {i} older ones; at most {RESOURCES_MAX} are read")
+                    raise ConfigError(f"spec: there are {i} others; at most {RESOURCES_MAX} are read")
                 table = self._added(table, taken, resource)
                 accepted.append(resource)
             except ConfigError as error:
                 refused[resource.uid] = str(error)
-                last = earlier.get(resource.uid)
+                last = earlier.get(resource.name)
                 if last is None or last.wanted == resource.wanted:
                     continue
                 try:
@@ -135,6 +140,15 @@ class ResourceReader:
 
     def _added(self, table: Mapping[str, Any], taken: _Taken, resource: ModelResource) -> dict[str, Any]:
         """The table with one more model. Raises ConfigError, and has changed nothing then."""
+        try:
+            return self._with(table, taken, resource)
+        except ConfigError:
+            raise
+        except Exception as error:  # What nobody has thought of must not stop the other models.
+            log.exception("ChironModel %s is refused", resource.name)
+            raise ConfigError(f"spec: it cannot be read: {type(error).__name__}: {error}") from None
+
+    def _with(self, table: Mapping[str, Any], taken: _Taken, resource: ModelResource) -> dict[str, Any]:
         spec, whose = resource.spec, f"ChironModel {resource.name}"
         _only(spec, [*MODEL_KEYS, *OTHER_KEYS], "spec")
         name = spec.get("model", resource.name)
@@ -251,6 +265,8 @@ def _policy(entry: object, taken: _Taken) -> Mapping[str, Any] | None:
     settings = entry.get("settings") or {}
     if not isinstance(settings, Mapping):
         raise ConfigError(f"spec.policy.settings: {settings!r} must be an object")
+    if "policy" in settings:
+        raise ConfigError("spec.policy.settings.policy: no setting; spec.policy.name says which policy it is")
     wanted = {"name": entry["name"], "settings": dict(settings)}
     said, whose = taken.policy or (wanted, "")
     if wanted["name"] != said["name"] or (settings and wanted["settings"] != said["settings"]):

@@ -33,7 +33,7 @@ def read_policy(label: str, table: object) -> PolicyChoice:
     if not isinstance(table, Mapping):
         raise ConfigError(f"{path}: {table!r} must be a table of settings")
     policy = table.get("policy", label)
-    if policy not in POLICIES:
+    if not isinstance(policy, str) or policy not in POLICIES:
         where = f"{path}.policy" if "policy" in table else path
         raise ConfigError(f"{where}: unknown policy {policy!r}; {suggest(str(policy), POLICIES)}")
     settings = {key: value for key, value in table.items() if key not in ("policy", "stages")}
@@ -56,7 +56,7 @@ def _read_stages(value: object, path: str) -> tuple[str, Any]:
             f"{path}: {value!r} must be the name of a stage policy, or a table with policy and its settings"
         )
     name = table["policy"]
-    if name not in STAGE_POLICIES:
+    if not isinstance(name, str) or name not in STAGE_POLICIES:
         raise ConfigError(f"{path}: unknown stage policy {name!r}; {suggest(str(name), STAGE_POLICIES)}")
     settings = {key: each for key, each in table.items() if key != "policy"}
     return str(name), read_record(STAGE_POLICIES[str(name)].settings, settings, path)

@@ -118,6 +118,11 @@ def test_a_brain_that_cannot_start_is_not_started_again_and_gives_its_status(tmp
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_brain_that_asks_for_another_one_before_it_has_served_has_a_successor(tmp_path: Path) -> None:
+    with Keeper(tmp_path, "seat = keep()\nsys.exit(76 if seat.number == 1 else 3)") as keeper:
+        assert [line[:2] for line in keeper.lines(3)] == [["brain", "1"], ["brain", "2"], ["over", "3"]]
+
+
 def test_a_killed_brain_has_a_successor_and_the_relays_are_the_same(tmp_path: Path) -> None:
     with Keeper(tmp_path, SERVES) as keeper:
         (brain, first, second) = keeper.lines(3)

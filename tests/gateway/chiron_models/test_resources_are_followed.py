@@ -7,12 +7,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from chiron.config.chiron_models import ResourceReader
 from chiron.fleet.kubernetes.access import Access
 from chiron.fleet.kubernetes.client import Client
 from chiron.fleet.kubernetes.testing.api import FakeKubernetes, Refusal
 from chiron.gateway.chiron_models.follower import Follower, FollowSettings, read_first
 from chiron.gateway.chiron_models.kept import FILE, read_kept
+from chiron.gateway.chiron_models.objects import read_resource
 from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.settings import KubernetesModelsSettings
 from kubernetes_site import MODELS, chiron_model
@@ -123,3 +126,12 @@ def test_a_file_that_is_damaged_is_none(tmp_path: Path) -> None:
     for text in ("", "{", "[]", '{"resources": [{}]}', '{"resources": [{"metadata": {"name": "A"}, "spec": {}}]}'):
         path.write_text(text)
         assert read_kept(path) is None
+
+
+def test_a_spec_too_deep_to_be_kept_is_none() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"a": deep}
+    head = {"name": "m", "namespace": "llm", "uid": "1234"}
+    with pytest.raises(ValueError, match="ChironModel m: its spec cannot be kept"):
+        read_resource({"metadata": head, "spec": deep})

@@ -262,7 +262,11 @@ class Replica:
             self.kv_free_tokens = message.kv_free_tokens
             took_s = asyncio.get_running_loop().time() - call.sent_s
             self.figures.add(len(call.pieces), message, took_s)
-            self._events.replica_answered(self, call, message, body)
+            try:
+                self._events.replica_answered(self, call, message, body)
+            except ValueError:
+                self.calls[message.id] = call  # Its sequences are those that the lost replica did not answer.
+                raise
         elif isinstance(message, Pong):
             self.kv_free_tokens = message.kv_free_tokens
         elif isinstance(message, Draining):

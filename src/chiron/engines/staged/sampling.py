@@ -83,10 +83,13 @@ def _drawn(sampling: Sampling, chances: NDArray[np.float32], position: int) -> i
     import numpy as np
 
     order: Any = np.argsort(-chances, kind="stable") if sampling.penalised else np.arange(len(chances))
-    scaled = chances[order].astype(np.float64) / sampling.temperature
+    below = chances[order].astype(np.float64)
+    below -= below[0]
+    with np.errstate(over="ignore"):  # Of what is hardly any temperature at all.
+        scaled = below / sampling.temperature
     if sampling.top_k > 0:
         scaled = scaled[: sampling.top_k]
-    weights = np.exp(scaled - scaled[0])
+    weights = np.exp(scaled)
     sums = np.cumsum(weights)
     if sampling.top_p < 1.0:
         kept = int(np.searchsorted(sums, sampling.top_p * sums[-1])) + 1

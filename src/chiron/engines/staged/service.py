@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -103,6 +103,8 @@ class _Answer:
     likely: list[Any]
     ids: list[Any]
     mass: list[Any]
+    top: int = 0
+    """Likeliest tokens in each row: as many as the entries that ran want at most."""
 
 
 class StageService:
@@ -308,6 +310,7 @@ class StageService:
         whose: list[int] = []
         entries: list[Entry] = []
         given: list[Any] = []
+        limit, vocabulary = self.limit, self.layers.architecture.vocabulary
         for number, call in enumerate(calls):
             rows, at = self._rows(call), 0
             for place, said in enumerate(call.step.entries):
@@ -317,13 +320,16 @@ class StageService:
                     held = self.kv.holds(key)
                     answers[number].refused.append((place, held if held < said.position else -1))
                 else:
+                    answers[number].top = max(answers[number].top, min(said.want, vocabulary))
                     whose.append(number)
                     entries.append(entry)
                     given.append(rows[at : at + said.count])
                 at += said.count
         began_s = time.monotonic()
-        for at in range(0, len(entries), self.limit):
-            part = slice(at, at + self.limit)
+        most = max((each.want for each in entries), default=0)
+        entries = [replace(each, want=most) if each.want else each for each in entries]  # Rows of one width.
+        for at in range(0, len(entries), limit):
+            part = slice(at, at + limit)
             hidden, likely = self.layers.run(torch.cat(given[part]), entries[part], self.kv)
             self._sort(answers, whose[part], entries[part], hidden, likely)
         pause_s = self._pace.seconds(len(entries)) - (time.monotonic() - began_s)
@@ -364,13 +370,12 @@ class StageService:
             totals.refused += len(answer.refused)
             totals.sequences += len(call.step.entries)
             totals.tokens += sum(each.count for each in call.step.entries)
-            top = max((each.want for each in call.step.entries), default=0)
-            body = _body(answer, top)
+            body = _body(answer)
             totals.sent_bytes += sum(map(len, body))
             result = Result(
                 call.step.id,
                 answer.refused,
-                min(top, self.layers.architecture.vocabulary),
+                answer.top,
                 step_s,
                 call.waited_s,
                 self.kv.free_tokens,
@@ -390,13 +395,13 @@ class StageService:
         self.kv.free([entry.key])
 
 
-def _body(answer: _Answer, top: int) -> list[memoryview]:
+def _body(answer: _Answer) -> list[memoryview]:
     if answer.rows:
         return [_bytes_of(torch.cat(answer.rows))]
     if answer.likely:
         return [
-            _bytes_of(torch.stack([row[:top] for row in answer.likely])),
-            _bytes_of(torch.stack([row[:top] for row in answer.ids])),
+            _bytes_of(torch.stack([row[: answer.top] for row in answer.likely])),
+            _bytes_of(torch.stack([row[: answer.top] for row in answer.ids])),
             _bytes_of(torch.stack(answer.mass)),
         ]
     return []

@@ -27,6 +27,9 @@ class ModelTokenizer:
         try:
             described = json.loads(file.read_text(encoding="utf-8"))
             self._tokenizer = Tokenizer.from_file(str(file))
+            # Saved by who trained it; a prompt is taken whole, or refused.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         except Exception as error:  # The library raises no other.
             raise StagedModelError(f"{file}: cannot be read as a tokenizer: {error}") from None
         self.vocabulary = _table(self._tokenizer.get_vocab(with_added_tokens=True), described)

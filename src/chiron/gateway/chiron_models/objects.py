@@ -64,7 +64,11 @@ def read_resource(item: Mapping[str, Any]) -> ModelResource:
         created=str(head.get("creationTimestamp") or "")[:40],
         spec=spec,
     )
-    if len(resource.wanted[1]) > SPEC_MAX_BYTES:
+    try:
+        spec_bytes = len(resource.wanted[1])
+    except TypeError as error:
+        raise ValueError(f"ChironModel {name}: its spec cannot be kept: {error}") from None
+    if spec_bytes > SPEC_MAX_BYTES:
         raise ValueError(f"ChironModel {name}: its spec has more than {SPEC_MAX_BYTES} bytes")
     return resource
 

@@ -237,7 +237,8 @@ class Keeper:
             if line in (b"open", b"ready"):
                 process.said.add(line)
             if line.startswith(b"until "):  # By another thread than that which may hang.
-                process.until_s = float(line[6:])
+                with suppress(ValueError):  # Cut off, where the keeper was stopped for long.
+                    process.until_s = float(line[6:])
             else:
                 process.quiet = 0
         if process is self._brain and b"open" in process.said and not self._stopped_by:
@@ -252,6 +253,9 @@ class Keeper:
         if process.socket is not None:
             process.socket.close()
             process.socket = None
+        if status == AGAIN and not self._stopped_by:  # Also before it has served: what it read has changed meanwhile.
+            process.due_s = time.monotonic()
+            return
         if process is self._brain and (self._stopped_by or not self._served):
             # One that was told to stop, and whose lease ended before it had handed over, has stopped: it decides
             # nothing more, its store refuses what it had to write, and relays let their requests end without it.
@@ -260,9 +264,6 @@ class Keeper:
             return
         if self._stopped_by:
             self._tell_alone()
-            return
-        if status == AGAIN:
-            process.due_s = time.monotonic()
             return
         self._start_again(process, f"has ended ({_why(status)})")
 
