@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -76,6 +77,41 @@ def test_greedy_and_sampled_requests_share_steps_and_the_limit_falls_meanwhile()
             async with asyncio.timeout(60.0):
                 await asking
             assert site.engine.pipeline.losses == 0
+
+    asyncio.run(main())
+
+
+class Once:
+    """A sequence of it ends with its first token."""
+
+    def token(self, logits: memoryview, ids: memoryview, mass: float) -> int | None:
+        return None
+
+    def preempted(self) -> None:
+        raise AssertionError
+
+    def failed(self, why: str) -> None:
+        raise AssertionError(why)
+
+
+def test_one_that_leaves_while_its_step_waits_holds_no_kv() -> None:
+    async def main() -> None:
+        several = PipelineSettings(link=PATIENT, micro_batches=3)
+        async with staged_site(tiny(), ("0-3",), pipeline=several) as site:
+            pipeline, service = site.engine.pipeline, site.replicas[0][0].service
+            computing, waiting = (Sequence(id=i, tokens=[1, 2], want=1, listener=Once()) for i in (1, 2))
+            release = threading.Event()
+            service._thread.submit(release.wait)
+            pipeline.add(computing)
+            pipeline.pump()
+            pipeline.add(waiting)
+            pipeline.pump()
+            await until(lambda: service.queued == 1)
+            pipeline.remove(waiting)
+            await until(lambda: bool(service._frees) or any(c.after for h in service._heads for c in h.calls))
+            release.set()
+            await until(lambda: service.totals.calls == 2)
+            await until(lambda: service.kv.sequences == 0)
 
     asyncio.run(main())
 

@@ -82,6 +82,8 @@ class _Call:
     body: memoryview
     arrived_s: float
     waited_s: float = 0.0
+    after: list[int] = field(default_factory=list)
+    """Sequences to free once it is computed: it may have positions of theirs."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -214,8 +216,11 @@ class StageService:
         if isinstance(message, Ping):
             head.wire.send(Pong(message.id, self.kv.free_tokens, self.queued))
         elif isinstance(message, Free):
-            self._frees += [(head.number, each) for each in message.sequences]
-            self._woken.set()
+            if head.calls:
+                head.calls[-1].after += message.sequences
+            else:
+                self._frees += [(head.number, each) for each in message.sequences]
+                self._woken.set()
         else:
             self._take(head, message, body)
 
@@ -279,6 +284,7 @@ class StageService:
                 self.failed(error)
                 continue
             self._answer(calls, answers, time.monotonic() - began_s)
+            self._frees += [(call.head.number, each) for call in calls for each in call.after]
 
     def _free_ended(self) -> None:
         frees, self._frees = self._frees, []
