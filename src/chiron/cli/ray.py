@@ -65,6 +65,8 @@ def remove(
             raise ConfigError(f"{name!r}: there is none in namespace {namespace}; `chiron ray list` lists them")
         if found[name].holder and not force:
             raise ConfigError(f"{name!r}: gateway {found[name].holder} has it; stop that first, or use --force")
+        if found[name].phase == "unknown" and not force:
+            raise ConfigError(f"{name!r}: it has not said yet which gateway has it; try again, or use --force")
     answer = _asked(address, namespace, python, dict.fromkeys(names, grace_s))
     if left := sorted(set(names) & {each.name for each in answer.instances}):
         raise ConfigError(f"still there after {REMOVE_TIMEOUT_S + grace_s:g} s: {', '.join(left)}")

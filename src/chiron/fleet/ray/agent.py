@@ -176,6 +176,10 @@ class Agent:
         """What each actor has been asked and has not answered yet, and for whom."""
         self._told: dict[str, dict[str, Any]] = {}
         """Their last answers."""
+        self._placed: set[str] = set()
+        """Those on a node: who holds them is to be known before anything is done."""
+        self._waited: set[str] = set()
+        """For the first answer of these the agent has waited once."""
         self._began: set[str] = set()
         self._stopping: dict[str, float] = {}
         """Until when their engines may take to end, by instance."""
@@ -198,6 +202,8 @@ class Agent:
                 with _into(refused, name):
                     self._populate(name, group, orders[name])
             holder = "-" + question["holder"] if name in question["free"] else question["holder"]
+            if group["state"] == "CREATED":
+                self._placed.update(self._members(name, group))
             for actor in self._members(name, group):
                 self._ask(actor, holder if name in holds or name in question["free"] else "")
         self._hear()
@@ -282,14 +288,15 @@ class Agent:
             patience_s = until_s - time.monotonic() if any(self._is_placed(waiting[each]) for each in left) else 0.0
             done, left = ray.wait(left, num_returns=1, timeout=max(0.0, patience_s))
             if not done:
-                return
+                break
             for reference in done:
                 self._told[waiting[reference]] = self._value(reference)
                 del self._asked[waiting[reference]]
+        self._waited |= self._placed
 
     def _is_placed(self, actor: str) -> bool:
-        """It has answered before."""
-        return actor in self._told
+        """It has answered before, or is on a node and nobody has waited for its first answer yet."""
+        return actor in self._told or actor in self._placed - self._waited
 
     def _value(self, reference: Any) -> dict[str, Any]:
         import ray
@@ -352,7 +359,8 @@ class Agent:
         for table in (self._actors, self._told, self._asked):
             for actor in [actor for actor in table if actor.rpartition("#")[0] not in groups]:
                 del table[actor]
-        self._began = {actor for actor in self._began if actor in self._actors}
+        for names in (self._began, self._placed, self._waited):
+            names &= self._actors.keys()
         self._stopping = {name: until_s for name, until_s in self._stopping.items() if name in groups}
 
     def _seen(self, name: str, group: Mapping[str, Any], stopping: bool) -> dict[str, Any]:
@@ -367,7 +375,8 @@ class Agent:
         elif missing:
             phase, why = "gone", "its actor is gone"
         elif not heard:
-            phase, why = ("idle", "its actor is being started") if placed else ("pending", self._why_pending(group))
+            # Not idle: it may be somebody's, and only slow to say so.
+            phase, why = ("unknown", "its actor is being started") if placed else ("pending", self._why_pending(group))
         else:
             phase = next(each for each in ("unknown", "idle", "starting", "ready") if each in phases)
             if phase == "starting" and heard[0]["phase"] == "ready" and len(heard) == len(members):

@@ -313,7 +313,7 @@ class RayInstances:
                 self._dead_s[seen.name] = since_s = dead_s.get(seen.name, now_s)
                 if now_s - since_s > self._times.settle_s and not self._advise:
                     self._stops[seen.name] = 0.0
-            elif not self._advise or seen.phase == "ready":
+            elif seen.phase == "ready" or (not self._advise and seen.phase != "unknown"):
                 self._spare[seen.name] = seen
         for each in strange.keys() - self._strange.keys():
             kind, text = strange[each]
