@@ -45,6 +45,9 @@ log = logging.getLogger("chiron.staged")
 
 _CALLS_MAX = 64
 """Of one head that wait."""
+HEADS_MAX = 64
+HELLO_S = 20.0
+"""A connection that has not said by then who it is, is cut off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,15 @@ class StageService:
         def opened(wire: FrameWire) -> None:
             head = _Head(number=next(self._numbers), wire=wire)
             state.append(head)
+            if len(self._heads) >= HEADS_MAX:
+                wire.abort(f"{HEADS_MAX} heads are connected, the most there may be")
+                return
             self._heads.append(head)
+            asyncio.get_running_loop().call_later(HELLO_S, late, head)
+
+        def late(head: _Head) -> None:
+            if not head.greeted:
+                head.wire.abort(f"it has not said hello within {HELLO_S:g} s")
 
         def received(message: Any, body: memoryview) -> None:
             self._received(state[0], message, body)

@@ -27,6 +27,8 @@ _LENGTHS = struct.Struct("<II")
 _READ_BYTES = 256 << 10
 _UNREAD_MAX_BYTES = 2 << 30
 """What the other end may have left unread."""
+_HELLO_MAX_BYTES = 64 << 10
+"""Of the first frame, which has no body: before it nobody knows who sends."""
 
 
 class FrameWire(asyncio.BufferedProtocol):
@@ -51,6 +53,8 @@ class FrameWire(asyncio.BufferedProtocol):
         self._buffer = bytearray(_READ_BYTES)
         self._filled = 0
         self._greeted = speaks_first
+        self._known = False
+        """The first message was taken."""
         self._long: bytearray | None = None
         """A frame that is longer than the buffer, without its lengths."""
         self._long_filled = 0
@@ -139,10 +143,9 @@ class FrameWire(asyncio.BufferedProtocol):
             self._greeted, at = True, len(MAGIC)
         while self._filled - at >= size and not self.over:
             header, body = _LENGTHS.unpack_from(self._buffer, at)
-            if header > HEADER_MAX_BYTES or body > BODY_MAX_BYTES:
-                raise ValueError(
-                    f"a frame of {header} and {body} bytes; allowed: {HEADER_MAX_BYTES} and {BODY_MAX_BYTES}"
-                )
+            most = (HEADER_MAX_BYTES, BODY_MAX_BYTES) if self._known else (_HELLO_MAX_BYTES, 0)
+            if header > most[0] or body > most[1]:
+                raise ValueError(f"a frame of {header} and {body} bytes; allowed: {most[0]} and {most[1]}")
             if self._filled - at - size >= header + body:
                 # Bodies are kept by whoever gets them, and the buffer is used again.
                 frame = memoryview(bytearray(memoryview(self._buffer)[at + size : at + size + header + body]))
@@ -163,6 +166,7 @@ class FrameWire(asyncio.BufferedProtocol):
 
     def _take(self, frame: memoryview, header: int) -> None:
         self._received(self._decoder.decode(frame[:header]), frame[header:])
+        self._known = True
 
     def _end(self, why: str) -> None:
         if not self.over:
