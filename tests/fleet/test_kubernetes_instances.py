@@ -341,6 +341,17 @@ def test_an_engine_that_does_not_answer_while_its_pod_is_ready_gets_another_pod(
     told("fake", tmp_path, story, workload())
 
 
+def test_a_pod_that_has_never_answered_as_an_engine_is_not_deleted(tmp_path: Path) -> None:
+    """Whoever names a workload of somebody else's must not end its pods."""
+
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.failed(1)
+        assert [note for note in here.notes if "deleted" in note] == []
+
+    told("fake", tmp_path, story, workload(replicas=1), port=PORT + 1, start_timeout_s=0.5)
+
+
 @every_cluster
 def test_a_stateful_set_moves_the_instance_of_its_last_pod_before_it_shrinks(what: str, tmp_path: Path) -> None:
     async def story(here: Site) -> None:

@@ -137,7 +137,7 @@ class KubernetesFleet:
             pod = await hold.pod
             probe = Probe(self._target(source, pod), self._settings.health)
             record.resources.push_async_callback(probe.close)
-            if await self._answers(record, source, workload, hold, probe):
+            if await self._answers(record, source, hold, probe):
                 break
             workload.wait_again(hold)
         self._records.ready(record, _url(pod, source.port))
@@ -149,15 +149,13 @@ class KubernetesFleet:
         workload.replace(hold)
         raise InstanceFailedError(f"pod {pod.name} stopped answering: {probe.reason}")
 
-    async def _answers(
-        self, record: InstanceRecord, source: KubernetesSource, workload: Workload, hold: Hold, probe: Probe
-    ) -> bool:
+    async def _answers(self, record: InstanceRecord, source: KubernetesSource, hold: Hold, probe: Probe) -> bool:
         """False: its pod was lost before it did."""
         try:
             async with asyncio.timeout(source.start_timeout_s):
                 return await _unless(hold.lost, probe.until_passed(record.check_now)) is None
         except TimeoutError:
-            workload.replace(hold)
+            # Not deleted: it has never been seen to be an engine, and may be whatever somebody has named.
             raise InstanceFailedError(
                 f"its pod is ready, and does not answer within {source.start_timeout_s:g} s: {probe.reason}"
             ) from None
