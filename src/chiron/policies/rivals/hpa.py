@@ -26,12 +26,16 @@ from chiron.policies.rivals import tuned
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
+def require_above_0(settings: object, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be above 0")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HpaSettings:
-    metric: Literal["queue", "kv"] = "queue"
-    """Waiting requests per engine, or share of its KV in use."""
-    target: float = 5.0
-    """Mean that the fleet is kept at. 5 waiting requests: the default of the vLLM production stack's chart."""
+class HpaBehaviour:
+    """How an HPA follows its metric, whatever it scales: Kubernetes' defaults."""
+
     sync_s: float = 15.0
     """Between decisions (Kubernetes' default, as all that follow)."""
     tolerance: float = 0.1
@@ -44,18 +48,28 @@ class HpaSettings:
     """Period of the three rates above."""
     stale_s: float = 30.0
     """A metric older than two syncs is missing."""
-    max_num_seqs: int = 256
-    """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("target", "sync_s", "rate_period_s", "stale_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        require_above_0(self, "sync_s", "rate_period_s", "stale_s")
         for name in ("tolerance", "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.down_percent <= 100:
             raise ValueError(f"down_percent is {self.down_percent}; it must lie in 0..100")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HpaSettings(HpaBehaviour):
+    metric: Literal["queue", "kv"] = "queue"
+    """Waiting requests per engine, or share of its KV in use."""
+    target: float = 5.0
+    """Mean that the fleet is kept at. 5 waiting requests: the default of the vLLM production stack's chart."""
+    max_num_seqs: int = 256
+    """Static max batch size: vLLM's default."""
+
+    def __post_init__(self) -> None:
+        HpaBehaviour.__post_init__(self)
+        require_above_0(self, "target", "max_num_seqs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +107,16 @@ class Windows(Protocol):
     def stabilise_down_s(self) -> float: ...
 
 
+class Target(Protocol):
+    """Those that say what the metric is held against."""
+
+    @property
+    def target(self) -> float: ...
+
+    @property
+    def tolerance(self) -> float: ...
+
+
 class Behaviour(Windows, Protocol):
     """Those that say how it is followed."""
 
@@ -122,9 +146,7 @@ class Memory:
 State = dict[str, Memory]
 
 
-def desired_pods(
-    settings: HpaSettings, metrics: Sequence[float], *, missing: int, unready: int, current: int
-) -> int | None:
+def desired_pods(settings: Target, metrics: Sequence[float], *, missing: int, unready: int, current: int) -> int | None:
     """Pods wanted for these metrics of ready pods; None: no metric at all, so nothing can be said."""
     if not metrics:
         return None

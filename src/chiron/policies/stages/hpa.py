@@ -12,46 +12,20 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-from chiron.policies.rivals.hpa import HpaSettings, Memory, desired_pods, follow_within
+from chiron.policies.rivals.hpa import HpaBehaviour, Memory, desired_pods, follow_within, require_above_0
 from chiron.policies.views import PipelineView, StagePlan, StageView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageHpaSettings:
+class StageHpaSettings(HpaBehaviour):
     metric: Literal["utilisation", "queue"] = "utilisation"
     """Share of the time that a stage's replicas work, or sequences that wait for each of them."""
     target: float = 0.7
     """Mean that each stage is kept at. Of our choice: the paper names none."""
-    sync_s: float = 15.0
-    """Between decisions (Kubernetes' default, as all that follow)."""
-    tolerance: float = 0.1
-    stabilise_up_s: float = 0.0
-    stabilise_down_s: float = 300.0
-    up_pods: int = 4
-    up_percent: float = 100.0
-    down_percent: float = 100.0
-    rate_period_s: float = 15.0
-    """Period of the three rates above."""
-    stale_s: float = 30.0
-    """A metric older than two syncs is missing."""
 
     def __post_init__(self) -> None:
-        self.as_hpa()
-
-    def as_hpa(self) -> HpaSettings:
-        """The same, for the functions of the HPA that scales whole instances. Raises ValueError."""
-        return HpaSettings(
-            target=self.target,
-            sync_s=self.sync_s,
-            tolerance=self.tolerance,
-            stabilise_up_s=self.stabilise_up_s,
-            stabilise_down_s=self.stabilise_down_s,
-            up_pods=self.up_pods,
-            up_percent=self.up_percent,
-            down_percent=self.down_percent,
-            rate_period_s=self.rate_period_s,
-            stale_s=self.stale_s,
-        )
+        HpaBehaviour.__post_init__(self)
+        require_above_0(self, "target")
 
 
 Memories = tuple[Memory, ...]
@@ -69,16 +43,16 @@ def decide_stages(
 def _decide(
     settings: StageHpaSettings, memory: Memory, stage: StageView, view: PipelineView
 ) -> tuple[StagePlan, Memory]:
-    current, hpa = stage.planned, settings.as_hpa()
+    current = stage.planned
     metric = _metric(settings, stage, view)
     fresh = view.sample_age_s <= settings.stale_s and not isnan(metric)
     # A Pods metric is one value for each pod; of a stage only their mean is known.
     metrics = [metric] * stage.ready if fresh else []
-    wanted = desired_pods(hpa, metrics, missing=0, unready=stage.starting, current=current)
+    wanted = desired_pods(settings, metrics, missing=0, unready=stage.starting, current=current)
     if wanted is None:
         return StagePlan(replicas=current, reason="metrics_missing"), memory
     count, memory = follow_within(
-        hpa, memory, current, wanted, (stage.kind.min_replicas, stage.kind.max_replicas), view.now_s
+        settings, memory, current, wanted, (stage.kind.min_replicas, stage.kind.max_replicas), view.now_s
     )
     numbers = {"metric": metric, "target": settings.target, "wanted": float(wanted)}
     return StagePlan(replicas=count, reason=_reason(count, wanted, current), numbers=numbers), memory
