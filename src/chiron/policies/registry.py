@@ -8,14 +8,16 @@ from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSettings, make_chiron_paper
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
-from chiron.policies.rivals.aibrix import AibrixSettings, make_aibrix
+from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
 from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
+from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
 from chiron.policies.rivals.static import StaticSettings, make_static
+from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings, make_wva
 
 POLICIES: dict[str, PolicyEntry] = {
     "chiron": PolicyEntry(
@@ -87,6 +89,26 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=AibrixSettings,
         make=make_aibrix,
         about="AIBrix's autoscaler on the share of KV in use and on waiting requests",
+    ),
+    "aibrix-kpa": PolicyEntry(
+        settings=AibrixKpaSettings,
+        make=make_aibrix_kpa,
+        about="AIBrix's autoscaler after Knative's, on the share of KV in use, with a panic mode",
+    ),
+    "wva-saturation": PolicyEntry(
+        settings=WvaSettings,
+        make=make_wva,
+        about="llm-d's Workload Variant Autoscaler by spare KV and queue (V1), followed by an HPA",
+    ),
+    "wva-tokens": PolicyEntry(
+        settings=WvaTokensSettings,
+        make=make_wva,
+        about="llm-d's Workload Variant Autoscaler by tokens of KV (V2), followed by an HPA",
+    ),
+    "skyserve": PolicyEntry(
+        settings=SkyServeSettings,
+        make=make_skyserve,
+        about="SkyPilot's SkyServe on requests a second, after minutes of delay",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

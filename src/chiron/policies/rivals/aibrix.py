@@ -1,6 +1,7 @@
-"""``aibrix-apa``: AIBrix's own pod autoscaler, on the share of KV in use and on waiting requests, as its sample has it.
+"""``aibrix-apa``, ``aibrix-kpa``: AIBrix's own pod autoscalers, with the metrics of their samples.
 
-Every 10 s, for each metric, over its mean over pods in a window of 30 s; the larger number counts::
+``aibrix-apa``, on the share of KV in use and on waiting requests: every 10 s, for each metric, over its mean over pods
+in a window of 30 s; the larger number counts::
 
     u = mean / target
     u > 1 + tolerance up   : min(ceil(pods * u), ceil(rate up * pods))
@@ -10,9 +11,18 @@ Every 10 s, for each metric, over its mean over pods in a window of 30 s; the la
 A rise is taken at once. A fall is stabilised over 300 s, by the *least* that was wanted meanwhile, as its code has it:
 where Kubernetes takes the most, and so holds a fleet, this hurries.
 
+``aibrix-kpa``, on the share of KV in use; after Knative, with a stable window of 180 s and a panic window of 60 s::
+
+    pods(window) = ceil(pods * mean / target) out of a tolerance of 0.1, within floor(pods / 2) .. ceil(2 * pods)
+    panic        : while the mean of the panic window is more than twice that of the stable one, or that is 0, and for
+                   a stable window after it; meanwhile the most that either window has asked for, never less
+    else         : pods(stable window); a fall waits for the most of the last 180 s
+
 Sources: vllm-project/aibrix, pkg/controller/podautoscaler (rules and defaults), samples/autoscaling/
-multimetrics-apa.yaml (metrics, targets, window, tolerances). It knows no SLO. Requests go to the instance with the
-fewest.
+multimetrics-apa.yaml and kpa.yaml (metrics, targets, APA's window and tolerances, KPA's delay). Its KPA stores the mean
+per pod and divides it by the target without multiplying by the pods, so it asks for one pod wherever one would be on
+target, and it never forgets what it asked for in a panic; ``literal`` does likewise, and the default is what it means.
+They know no SLO. Requests go to the instance with the fewest.
 """
 
 from __future__ import annotations
@@ -116,6 +126,113 @@ def _decide_model(settings: AibrixSettings, memory: Memory, model: ModelView, no
     return _plan(count, reason, numbers), Memory(means=means, wanted=wanted)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AibrixKpaSettings:
+    kv_target: float = 0.5
+    """Share of KV in use (AIBrix's sample)."""
+    literal: bool = False
+    """The mean of a pod is compared as if it were the total, and a panic is remembered for ever: the code as it is."""
+    stable_window_s: float = 180.0
+    """AIBrix's default, as all that follow but the last two and the delay, which is the sample's."""
+    panic_window_s: float = 60.0
+    panic_threshold: float = 2.0
+    """Panic when the mean of the short window is more than that many times that of the long one."""
+    tolerance: float = 0.1
+    rate_up: float = 2.0
+    rate_down: float = 2.0
+    scale_down_delay_s: float = 180.0
+    sync_s: float = 10.0
+    stale_s: float = 30.0
+    """A metric older than this is missing. Our choice."""
+    max_num_seqs: int = 256
+    """Static max batch size: vLLM's default."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_target", "panic_window_s", "panic_threshold", "sync_s", "stale_s", "max_num_seqs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("tolerance", "scale_down_delay_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        for name in ("rate_up", "rate_down"):
+            if not getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 1")
+        if not self.panic_window_s <= self.stable_window_s:
+            raise ValueError(
+                f"panic_window_s is {self.panic_window_s}; it must be at most stable_window_s ({self.stable_window_s})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KpaMemory:
+    """What ``aibrix-kpa`` remembers of one model."""
+
+    means: tuple[tuple[float, float], ...] = ()
+    """(time, mean share of KV in use) in the stable window."""
+    panic_s: float = -inf
+    """When there was last a reason to panic; -inf: there is no panic."""
+    panic_pods: int = 0
+    """Most that was asked for in this panic."""
+    asked: tuple[tuple[float, int], ...] = ()
+    """(time, pods) over the delay of scaling down."""
+
+
+KpaState = dict[str, KpaMemory]
+
+
+def kpa_pods(settings: AibrixKpaSettings, mean: float, pods: int) -> int:
+    """For a mean share of KV of this many pods."""
+    use = mean / settings.kv_target
+    if abs(use - 1.0) <= settings.tolerance:
+        return pods
+    wanted = ceil(use) if settings.literal else ceil(pods * use)
+    return min(max(wanted, floor(pods / settings.rate_down)), ceil(settings.rate_up * pods))
+
+
+def decide_kpa(settings: AibrixKpaSettings, state: KpaState | None, view: FleetView) -> tuple[FleetPlan, KpaState]:
+    """Every model by itself: one autoscaler each."""
+    state = state or {}
+    plans: dict[str, ModelPlan] = {}
+    memories: KpaState = {}
+    for model in view.models:
+        memory = state.get(model.name) or KpaMemory()
+        plans[model.name], memories[model.name] = _decide_kpa(settings, memory, model, view.now_s)
+    return plans, memories
+
+
+def _decide_kpa(
+    settings: AibrixKpaSettings, memory: KpaMemory, model: ModelView, now_s: float
+) -> tuple[ModelPlan, KpaMemory]:
+    current = sum(model.planned.values())
+    ready = [i for i in model.instances if i.state == "ready"]
+    fresh = [i for i in ready if i.sample_age_s <= settings.stale_s]
+    if not fresh or any(settings.stale_s < i.sample_age_s < inf for i in ready):
+        return _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {}), memory
+    now = (now_s, sum(i.kv_used_tokens / i.kv_capacity_tokens for i in fresh) / len(fresh))
+    means = (*(m for m in memory.means if m[0] > now_s - settings.stable_window_s), now)
+    stable = sum(mean for _, mean in means) / len(means)
+    recent = [mean for at_s, mean in means if at_s > now_s - settings.panic_window_s]
+    panic = sum(recent) / len(recent)
+    panic_s, panic_pods = memory.panic_s, memory.panic_pods
+    if stable <= 0.0 or panic / stable > settings.panic_threshold:
+        panic_s = now_s
+    elif now_s - panic_s > settings.stable_window_s:
+        panic_s = -inf
+        panic_pods = panic_pods if settings.literal else 0
+    count = kpa_pods(settings, stable, len(fresh))
+    if panic_s > -inf:
+        count = panic_pods = max(count, kpa_pods(settings, panic, len(fresh)), panic_pods)
+    asked = (*(a for a in memory.asked if a[0] > now_s - settings.scale_down_delay_s), (now_s, count))
+    settled = max(pods for _, pods in asked)
+    count = min(max(settled, model.min_instances, 1), model.max_instances)
+    if panic_s > -inf and count >= current:
+        reason = "panic"
+    else:
+        reason = "metric_above_target" if count > current else "metric_below_target" if count < current else "steady"
+    numbers = {"stable": stable, "panic": panic, "wanted": float(settled)}
+    return _plan(count, reason, numbers), KpaMemory(means=means, panic_s=panic_s, panic_pods=panic_pods, asked=asked)
+
+
 def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
     return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
 
@@ -125,6 +242,16 @@ def make_aibrix(settings: AibrixSettings) -> Policy:
         name="aibrix-apa",
         settings=settings,
         fleet=decide_fleet,
+        fleet_period_s=settings.sync_s,
+        initial_max_batch_size=settings.max_num_seqs,
+    )
+
+
+def make_aibrix_kpa(settings: AibrixKpaSettings) -> Policy:
+    return Policy(
+        name="aibrix-kpa",
+        settings=settings,
+        fleet=decide_kpa,
         fleet_period_s=settings.sync_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -20,12 +20,13 @@ deviations), or the time until as many slots as requests wait are free, if that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor, inf, isnan, sqrt
+from typing import Protocol
 
 from chiron.policies.capacity import prefill_s
 from chiron.policies.policy import Policy
-from chiron.policies.rivals.hpa import stabilised
+from chiron.policies.rivals.hpa import Windows, stabilised
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
@@ -67,16 +68,42 @@ class LlmdSloSettings:
             raise ValueError(f"max_num_seqs is {self.max_num_seqs}; it must be above 0")
 
 
+class Behaviour(Windows, Protocol):
+    """The settings that say how a recommendation is followed: an HPA with pods and periods for either direction."""
+
+    @property
+    def up_pods(self) -> int: ...
+
+    @property
+    def up_percent(self) -> float: ...
+
+    @property
+    def up_period_s(self) -> float: ...
+
+    @property
+    def down_pods(self) -> int: ...
+
+    @property
+    def down_period_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """What following recommendations needs to remember."""
+
+    wanted: tuple[tuple[float, int], ...] = ()
+    """(time, pods) in the windows of stabilising."""
+    changes: tuple[tuple[float, int], ...] = ()
+    """(time, pods added or, negative, removed) in the periods of the rates."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What is remembered of one model."""
 
     samples: tuple[tuple[float, float], ...] = ()
     """(time, saturation, clamped) in the window of the mean."""
-    wanted: tuple[tuple[float, int], ...] = ()
-    """(time, pods) in the windows of stabilising."""
-    changes: tuple[tuple[float, int], ...] = ()
-    """(time, pods added or, negative, removed) in the periods of the rates."""
+    followed: Followed = field(default_factory=Followed)
 
 
 State = dict[str, Memory]
@@ -93,7 +120,7 @@ def desired_pods(settings: LlmdSloSettings, saturation: float, planned: int, rea
 
 
 def rate_limited(
-    settings: LlmdSloSettings, wanted: int, current: int, changes: Sequence[tuple[float, int]], now_s: float
+    settings: Behaviour, wanted: int, current: int, changes: Sequence[tuple[float, int]], now_s: float
 ) -> int:
     """``wanted`` as far as the rates allow."""
     up = sum(count for at_s, count in changes if count > 0 and at_s > now_s - settings.up_period_s)
@@ -103,6 +130,23 @@ def rate_limited(
         most = max(before + settings.up_pods, ceil(before * (1.0 + settings.up_percent / 100.0)))
         return min(wanted, max(most, current))
     return max(wanted, min(current - down - settings.down_pods, current))
+
+
+def follow(
+    settings: Behaviour, followed: Followed, current: int, wanted: int, bounds: tuple[int, int], now_s: float
+) -> tuple[int, Followed]:
+    """What becomes of a number that was recommended: stabilised, limited in its rate, and within bounds."""
+    window_s = max(settings.stabilise_up_s, settings.stabilise_down_s)
+    # The first recommendation on record is the size that was found.
+    history = followed.wanted or ((now_s, current),)
+    history = (*(w for w in history if w[0] > now_s - window_s), (now_s, wanted))
+    period_s = max(settings.up_period_s, settings.down_period_s)
+    changes = tuple(c for c in followed.changes if c[0] > now_s - period_s)
+    count = rate_limited(settings, stabilised(settings, history, current, now_s), current, changes, now_s)
+    count = min(max(count, bounds[0]), bounds[1])
+    if count != current:
+        changes = (*changes, (now_s, count - current))
+    return count, Followed(wanted=history, changes=changes)
 
 
 def saturation(model: ModelView, instances: Sequence[InstanceView]) -> float:
@@ -164,17 +208,9 @@ def _decide_model(
     raw = min(saturation(model, fresh), settings.clamp)
     samples = (*(s for s in memory.samples if s[0] > now_s - settings.smooth_s), (now_s, raw))
     smooth = sum(value for _, value in samples) / len(samples)
-    wanted = min(max(desired_pods(settings, smooth, current, len(ready)), model.min_instances, 1), model.max_instances)
-    window_s = max(settings.stabilise_up_s, settings.stabilise_down_s)
-    # The first recommendation on record is the size that was found.
-    history = memory.wanted or ((now_s, current),)
-    history = (*(w for w in history if w[0] > now_s - window_s), (now_s, wanted))
-    period_s = max(settings.up_period_s, settings.down_period_s)
-    changes = tuple(c for c in memory.changes if c[0] > now_s - period_s)
-    count = rate_limited(settings, stabilised(settings, history, current, now_s), current, changes, now_s)
-    count = min(max(count, model.min_instances, 1), model.max_instances)
-    if count != current:
-        changes = (*changes, (now_s, count - current))
+    bounds = (max(model.min_instances, 1), model.max_instances)
+    wanted = min(max(desired_pods(settings, smooth, current, len(ready)), bounds[0]), bounds[1])
+    count, followed = follow(settings, memory.followed, current, wanted, bounds, now_s)
     if count > current:
         reason = "latency_above_target"
     elif count < current:
@@ -182,7 +218,7 @@ def _decide_model(
     else:
         reason = "steady" if wanted == current else "stabilise"
     numbers = {"saturation": smooth, "wanted": float(wanted)}
-    return _plan(count, reason, numbers), Memory(samples=samples, wanted=history, changes=changes)
+    return _plan(count, reason, numbers), Memory(samples=samples, followed=followed)
 
 
 def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
