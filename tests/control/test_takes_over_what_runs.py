@@ -185,12 +185,18 @@ class World:
                 fresh = Request(number, "m0", request.cls, request.arrival_s, 8, request.payload)
                 self.requests[number] = fresh
 
-    def lead(self, plan: Mapping[Role, int], settle_s: float) -> Leader:
+    def lead(self, plan: Mapping[Role, int], settle_s: float, *, found: bool = True) -> Leader:
         leader = self.leader = Leader(self, plan)
         leader.plane.take_over(settle_s)
         for number in self.engines:
             adopted = leader.plane.adopt_instance(
-                "m0", ROOMY.name, "mixed", number=number, max_batch_size=SLOTS, attach=lambda instance: leader
+                "m0",
+                ROOMY.name,
+                "mixed",
+                number=number,
+                max_batch_size=SLOTS,
+                attach=lambda instance: leader,
+                found=found,
             )
             assert adopted is not None
             assert adopted.id == number
@@ -310,6 +316,31 @@ def test_what_is_told_after_the_settling_time_is_taken_in_and_nothing_new_comes_
         began |= set(world.runs)
     world.clock.run_until(120.0)
     assert set(world.ends.values()) == {1}
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_what_its_fleet_has_not_found_is_counted_and_gets_nothing_new(*, drained: bool) -> None:
+    world = World()
+    world.submit(1, 0, 400)
+    world.clock.run_until(1.0)
+    world.die()
+    leader = world.lead({"mixed": INSTANCES}, 60.0, found=False)
+    assert world.tell_running([1]) == [True]
+    leader.plane.told_all()
+    instances = list(leader.plane.instances.values())
+    if drained:
+        for instance in instances:
+            leader.plane.instance_leaving(instance)
+    world.submit(2, 0, 4)
+    world.clock.run_until(3.0)
+    assert list(world.runs) == [1], "what runs is booked, and nothing comes to it"
+    assert sum(len(instance.requests) for instance in instances) == 1
+    for instance in instances:
+        leader.plane.instance_ready(instance, leader)
+        leader.plane.instance_ready(instance, leader)
+    assert (2 in world.runs) is not drained
+    world.clock.run_until(3.0 if drained else 60.0)
+    assert world.ends[2] == (not drained)
 
 
 def test_an_instance_that_has_failed_is_not_taken_over_again() -> None:

@@ -192,9 +192,10 @@ def test_an_instance_from_before_keeps_its_endpoint_and_is_watched(tmp_path: Pat
             endpoints((), ("--sick", str(sick)), ()) as urls,
             static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard),
         ):
-            begin = fleet.adopt("stub", urls[1])
-            assert begin is not None
-            begin(an_instance(7))
+            claim = fleet.adopt("stub", urls[1])
+            assert claim is not None
+            assert claim.found
+            claim.begin(an_instance(7))
             assert fleet.adopt("stub", urls[1]) is None, "it is in use"
             assert fleet.adopt("stub", "http://127.0.0.1:9") is None
             assert fleet.adopt("another", urls[0]) is None
@@ -212,10 +213,10 @@ def test_an_instance_from_before_keeps_its_endpoint_and_is_watched(tmp_path: Pat
 def test_an_instance_from_before_may_be_removed_at_once() -> None:
     async def story() -> None:
         async with endpoints(()) as urls, static_fleet(EndpointsSource(urls=tuple(urls))) as (fleet, heard):
-            begin = fleet.adopt("stub", urls[0])
-            assert begin is not None
+            claim = fleet.adopt("stub", urls[0])
+            assert claim is not None
             instance = an_instance(7)
-            begin(instance)
+            claim.begin(instance)
             fleet.remove(instance)
             fleet.create(an_instance(8))
             await until(lambda: heard.ready == [8], "its endpoint is free")

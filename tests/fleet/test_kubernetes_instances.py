@@ -47,6 +47,23 @@ class Site:
             instance = self.instances[number] = an_instance(number, KIND)
             self.heard.clock.post(lambda instance=instance: self.fleet.create(instance))  # type: ignore[misc]
 
+    def adopt(self, number: int, url: str) -> bool:
+        """One that another gateway has had; False: that cannot be."""
+        claim = self.fleet.adopt(KIND, url)
+        if claim is None:
+            return False
+        assert not claim.found, "its pod has yet to be found"
+        instance = self.instances[number] = an_instance(number, KIND)
+        instance.state = "ready"
+        self.heard.clock.post(lambda: claim.begin(instance))
+        return True
+
+    def scaled_to(self, count: int) -> Callable[[], Awaitable[bool]]:
+        async def there() -> bool:
+            return await self.cluster.replicas() == count
+
+        return there
+
     def remove(self, *numbers: int) -> None:
         for number in numbers:
             instance = self.instances.pop(number)
@@ -190,6 +207,48 @@ def test_pods_that_are_there_at_the_start_are_found_and_none_is_deleted(what: st
         assert here.heard.failed == []
 
     told(what, tmp_path, story, workload(replicas=3))
+
+
+def test_the_next_gateway_goes_on_with_the_pods_that_run(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2, 3)
+        await here.ready(1, 2, 3)
+        urls = here.heard.urls
+        await here.fleet.close()
+        async with fleet_on(here.cluster) as later:
+            # At once, before it knows what runs.
+            assert later.adopt(3, urls[3])
+            assert later.adopt(1, urls[1])
+            assert later.adopt(9, f"http://10.255.255.1:{PORT}")
+            assert not later.adopt(10, urls[1]), "it is claimed"
+            assert not later.adopt(10, f"{urls[2]}1"), "no pod is at this port"
+            assert not later.adopt(10, f"http://evil.example:{PORT}")
+            later.create(4)
+            await later.ready(1, 3, 4)
+            assert later.heard.urls == {1: urls[1], 3: urls[3], 4: urls[2]}
+            await until(lambda: later.heard.leaving == [9], "it is not there, and what runs there is not cut off")
+            assert later.heard.failed == []
+            assert not later.adopt(10, urls[1]), "it is in use"
+            later.remove(9, 1)
+            await here.cluster.until(later.scaled_to(2), "it is this gateway's to end")
+            assert sorted(later.heard.ready) == [1, 3, 4]
+
+    told("fake", tmp_path, story, workload(replicas=0))
+
+
+def test_a_pod_that_closes_when_its_next_gateway_finds_it_is_left(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        (pod,) = await here.cluster.pods()
+        await here.fleet.close()
+        await here.cluster.client.delete(f"{PODS}/{pod['metadata']['name']}", {"gracePeriodSeconds": 600})
+        async with fleet_on(here.cluster) as later:
+            assert later.adopt(1, here.heard.urls[1])
+            await until(lambda: later.heard.leaving == [1], "nothing new begins there")
+            assert later.heard.failed == []
+
+    told("fake", tmp_path, story, workload(replicas=0))
 
 
 @every_cluster

@@ -178,6 +178,54 @@ def test_the_next_gateway_takes_over_what_runs(killed: bool, tmp_path: Path) -> 
     told(tmp_path, story, lease_s=0.1)
 
 
+def test_the_next_gateway_goes_on_with_what_runs_before_the_lease_of_the_last_one_is_over(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        for number in (1, 2):
+            fleet.create(an_instance(number))
+        await until(lambda: len(heard.ready) == 2, "ready")
+        names = set(site.names)
+        die(fleet)
+        later, heard_later = site.gateway()
+        for number, url in ((2, heard.urls[2]), (1, heard.urls[1]), (9, "http://127.0.0.1:9")):
+            claim = later.adopt("stub", url)
+            assert claim is not None
+            assert not claim.found
+            claim.begin(an_instance(number))
+        assert later.adopt("stub", heard.urls[1]) is None, "it is claimed"
+        assert later.adopt("another", heard.urls[1]) is None
+        await until(lambda: sorted(heard_later.ready) == [1, 2], "both are found")
+        assert heard_later.urls == heard.urls
+        assert {placed.holder for placed in site.ray.instances.values()} != {""}, "nobody has freed them"
+        await until(lambda: heard_later.leaving == [9], "it is not there, and what runs there is not cut off")
+        for placed in site.ray.instances.values():
+            placed.holder = ""  # The lease is over.
+        await until(lambda: len({placed.holder for placed in site.ray.instances.values()} - {""}) == 1, "it has both")
+        for number in (1, 2, 9):
+            later.remove(an_instance(number))
+        await until(lambda: not site.names, "they are this gateway's to end")
+        assert heard_later.failed == []
+        assert names
+
+    told(tmp_path, story)
+
+
+def test_what_another_gateway_keeps_is_given_up_by_the_next_one(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        later, heard_later = site.gateway()
+        claim = later.adopt("stub", heard.urls[1])
+        assert claim is not None
+        claim.begin(an_instance(1))
+        await until(lambda: heard_later.failed == [1], "it has another holder for longer than any lease")
+        assert "another gateway" in heard_later.reasons[1]
+        assert alive(site.pid())
+
+    told(tmp_path, story)
+
+
 def test_one_that_waits_for_a_node_takes_over_what_becomes_free(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         fleet, heard = site.gateway()

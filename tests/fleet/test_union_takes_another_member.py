@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ pytest.importorskip("psutil")
 
 from chiron.config.serve import parse_serve
 from chiron.core.types import Instance
-from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceRecord, InstanceRecords
 from chiron.fleet.union import MEMBERS
 from chiron.gateway.service import Service
@@ -53,7 +53,7 @@ class LoopFleet:
     def suspect(self, instance: Instance) -> None:
         self._records.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         return None  # They end with the gateway.
 
     def report(self) -> FleetReport:

@@ -182,7 +182,8 @@ class Lifecycle:
 
     def _take_back(self, state: ModelState, role: Role) -> bool:
         policy, now_s = self._policy, self._clock.now_s
-        draining = [i for i in state.instances.values() if i.state == "draining" and not i.leaving]
+        able = [i for i in state.instances.values() if not i.leaving and i.avoided_until_s < inf]
+        draining = [i for i in able if i.state == "draining"]
         if policy.take_back is None or not draining:
             return False
         instance = self.instances[policy.take_back(policy.settings, [instance_view(i, now_s) for i in draining])]

@@ -174,10 +174,12 @@ class ControlPlane:
         number: int,
         max_batch_size: int,
         attach: Callable[[Instance], Engine],
+        found: bool = True,
     ) -> Instance | None:
-        """An instance that is up, under its number; ``attach`` gives it its engine. None: it cannot be taken in."""
+        """An instance that is up, under its number; ``attach`` gives it its engine. Not ``found``: nothing new begins
+        there before ``instance_ready``. None: it cannot be taken in."""
         return self._takeover.instance(
-            self.models[model], kind, role, number=number, max_batch_size=max_batch_size, attach=attach
+            self.models[model], kind, role, number=number, max_batch_size=max_batch_size, attach=attach, found=found
         )
 
     def adopt_running(
@@ -346,10 +348,13 @@ class ControlPlane:
     # -- fleets ------------------------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
-        if not self._knows(instance) or instance.state != "starting":
+        if not self._knows(instance):
             return
         state = self.models[instance.model]
-        self._lifecycle.ready(state, instance, engine)
+        if instance.state == "starting":
+            self._lifecycle.ready(state, instance, engine)
+        else:
+            self._takeover.found(state, instance)
         self._dispatcher.pump(state)
 
     def kinds_limited(self, most: Mapping[str, int]) -> None:

@@ -4,8 +4,9 @@ What its predecessor knew of the moment is told anew: each instance that is up, 
 request that runs there. Until all have told, or for a settling time at the most, nobody knows how full an instance is:
 nothing is dispatched to it, requests that arrive are held, and no fleet grows or shrinks. From then on all is as
 always. An instance may turn out to run more than its max batch size allows (the limit was lowered, a relay was late):
-it gets nothing new until it is below. Requests that waited when the predecessor died arrive again, with the time of
-their first arrival; what a store knows of batch work comes from the store.
+it gets nothing new until it is below. One that its fleet has not found yet gets nothing new either. Requests that
+waited when the predecessor died arrive again, with the time of their first arrival; what a store knows of batch work
+comes from the store.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Takeover:
         self._timer: Timer | None = None
         self._told: set[int] = set()
         """Requests that were said to run, by id, while it settles."""
+        self._unfound: set[int] = set()
+        """Instances that nobody but who told of them has seen: they get nothing new."""
         self._initial: dict[str, int] = {}
         """Instances to begin with, by model: what is missing of them once it has settled."""
 
@@ -69,15 +72,32 @@ class Takeover:
         number: int,
         max_batch_size: int,
         attach: Callable[[Instance], Engine],
+        found: bool,
     ) -> Instance | None:
-        """One that is up. None: it is known already, or no kind of the model has this name."""
+        """One that is up; ``found``: its fleet knows of it. None: it is known already, or no kind of the model has this
+        name."""
         instance = self._lifecycle.adopt_one(
             state, kind, role, number=number, max_batch_size=max_batch_size, attach=attach
         )
-        if instance is not None and self.settling:
+        if instance is not None and not found:
+            self._unfound.add(instance.id)
+        if instance is not None and (self.settling or not found):
             state.router.remove(instance)
             instance.avoided_until_s = inf
         return instance
+
+    def found(self, state: ModelState, instance: Instance) -> None:
+        """Its fleet has found one that was taken over. Harmless for any other, and twice."""
+        if instance.id in self._unfound:
+            self._unfound.remove(instance.id)
+            if not self.settling:
+                self._open(state, instance)
+
+    def _open(self, state: ModelState, instance: Instance) -> None:
+        """Nothing new was dispatched there until now."""
+        instance.avoided_until_s = -1.0
+        if instance.state == "ready":
+            state.router.add(instance)
 
     def running(
         self,
@@ -118,9 +138,8 @@ class Takeover:
         self._told.clear()
         for name, state in self._models.items():
             for instance in state.instances.values():
-                if instance.state == "ready" and instance.avoided_until_s == inf:
-                    instance.avoided_until_s = -1.0
-                    state.router.add(instance)
+                if instance.avoided_until_s == inf and instance.id not in self._unfound:
+                    self._open(state, instance)
             if name in self._initial:
                 self._lifecycle.request_missing(state, self._initial.pop(name))
             self._dispatcher.pump(state)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.port import EndpointState, EndpointStatus, FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.port import Claim, EndpointState, EndpointStatus, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords
 from chiron.fleet.waiting import heard, pause
 
@@ -103,7 +103,7 @@ class EndpointsFleet:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         endpoint = next((each for each in self._endpoints.get(kind, ()) if each.url == url), None)
         if endpoint is None or endpoint.state != "free":
             return None
@@ -113,7 +113,7 @@ class EndpointsFleet:
             self._adopted[instance.id] = endpoint
             self._records.begin(instance)
 
-        return begin
+        return Claim(begin=begin, found=True)
 
     def report(self) -> FleetReport:
         return FleetReport(kinds={name: self._kind(endpoints) for name, endpoints in self._endpoints.items()})

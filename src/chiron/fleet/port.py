@@ -126,6 +126,17 @@ class FleetReport:
     """By instance id, as last sampled; of instances that run on this machine."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """To an instance that runs already."""
+
+    begin: Callable[[Instance], None]
+    """To be called, at once, with the record of an instance that is then watched as if it had been created here."""
+    found: bool
+    """It is known to be there: ``instance_ready`` is not told of it. False: nothing should begin there before
+    ``instance_ready``, or ``instance_leaving`` comes, if it is not found."""
+
+
 class LiveFleet(Protocol):
     """Creates, watches and removes instances."""
 
@@ -138,10 +149,9 @@ class LiveFleet(Protocol):
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
-        """An instance of this kind is said to answer at this address, from a gateway before this one. None: nobody
-        here knows it, or it is in use. Else who is to be called, at once, with the record of an instance that is then
-        watched as if it had been created here; ``instance_ready`` is not told of it."""
+    def adopt(self, kind: str, url: str) -> Claim | None:
+        """An instance of this kind is said to answer at this address, from a gateway before this one. None: that cannot
+        be, or it is in use."""
 
     def report(self) -> FleetReport: ...
 

@@ -24,6 +24,10 @@ class InstanceFailedError(Exception):
     """An instance could not be started, or is dead; the message says why."""
 
 
+class InstanceNotFoundError(Exception):
+    """An instance that another gateway is said to have had is not there; the message says so."""
+
+
 class InstanceRecord:
     """One instance in the fleet's hands."""
 
@@ -53,12 +57,14 @@ class InstanceRecords:
         self._records: dict[int, InstanceRecord] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
 
-    def begin(self, instance: Instance) -> None:
+    def begin(self, instance: Instance, *, runs: bool = False) -> None:
+        """``runs``: it is up already, from a gateway before this one."""
         assert instance.id not in self._records, f"instance {instance.id} exists already"
         if self.closed:
             return
         loop = asyncio.get_running_loop()
         record = InstanceRecord(instance, loop.time())
+        record.ready_s = record.began_s if runs else None
         self._records[instance.id] = record
         task = loop.create_task(self._run(record), name=f"instance-{instance.id}")
         self._tasks[instance.id] = task
@@ -110,7 +116,7 @@ class InstanceRecords:
 
     async def _run(self, record: InstanceRecord) -> None:
         try:
-            await self._serve(record)
+            await self._serve_while_there(record)
         except asyncio.CancelledError:
             if self._is_held(record):
                 raise  # Not ``end``: the whole program is being cancelled.
@@ -124,6 +130,14 @@ class InstanceRecords:
             self._failed(record, f"{type(error).__name__}: {error}")
         finally:
             await record.resources.aclose()
+
+    async def _serve_while_there(self, record: InstanceRecord) -> None:
+        try:
+            await self._serve(record)
+        except InstanceNotFoundError as error:
+            # Whoever has told of it may know better: nothing is cut off, and it goes once what runs there has ended.
+            self.leaving(record, str(error))
+            await asyncio.Event().wait()
 
     def _failed(self, record: InstanceRecord, reason: str) -> None:
         instance = record.instance

@@ -15,7 +15,7 @@ from chiron.core.types import Instance
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
 from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.source import KubernetesSource
-from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.source import RaySource
@@ -54,7 +54,7 @@ class UnionFleet:
     def suspect(self, instance: Instance) -> None:
         self._by_kind[instance.kind.name].suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         fleet = self._by_kind.get(kind)
         return fleet.adopt(kind, url) if fleet is not None else None
 

@@ -59,12 +59,12 @@ class Adopting:
     def adopt_instance(self, said: Known) -> InstanceEngine | None:
         """Only while a control plane settles: later on it may have given the instance up."""
         plane, engines = self._plane, self._engines
-        begin = engines.fleet.adopt(said.kind, said.url) if plane.settling else None
-        if begin is None or said.model not in plane.models or said.role not in ROLES:
+        claim = engines.fleet.adopt(said.kind, said.url) if plane.settling else None
+        if claim is None or said.model not in plane.models or said.role not in ROLES:
             return None
 
         def attach(instance: Instance) -> InstanceEngine:
-            begin(instance)
+            claim.begin(instance)
             return engines.attach(instance, said.url)
 
         self._inputs.adopt_instance(
@@ -74,6 +74,7 @@ class Adopting:
             number=said.instance,
             max_batch_size=said.max_batch_size or 1 << 30,
             attach=attach,
+            found=claim.found,
         )
         return engines.live.get(said.instance)
 

@@ -18,7 +18,7 @@ from chiron.engines.profile import Profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings
 from chiron.engines.serve.http import EngineServer
 from chiron.fleet.model import ColdStart, Failures, FleetModel
-from chiron.fleet.port import FleetReport, LiveFleetEvents
+from chiron.fleet.port import Claim, FleetReport, LiveFleetEvents
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
 from chiron.net.server import HttpServer, Incoming, ServerLimits
@@ -88,7 +88,7 @@ class EmulatedFleet:
     def suspect(self, instance: Instance) -> None:
         self.model.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         return None  # They end with this process.
 
     def report(self) -> FleetReport:

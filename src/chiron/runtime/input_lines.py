@@ -48,7 +48,7 @@ ARGUMENTS: dict[str, Any] = {
     "begin": tuple[dict[_Text, _Instances], bool],
     "restore": tuple[_Text, _Time],
     "take_over": tuple[_Span],
-    "adopt_instance": tuple[_Text, _Text, Literal["interactive", "mixed", "batch"], _Id, _Count],
+    "adopt_instance": tuple[_Text, _Text, Literal["interactive", "mixed", "batch"], _Id, _Count, bool],
     "adopt_running": tuple[
         _Id,
         _Text,

@@ -73,6 +73,7 @@ class Inputs(
         number: int,
         max_batch_size: int,
         attach: Callable[[Instance], Engine],
+        found: bool,
     ) -> Instance | None: ...
 
     def adopt_running(
@@ -231,11 +232,12 @@ class RecordedInputs:
         number: int,
         max_batch_size: int,
         attach: Callable[[Instance], Engine],
+        found: bool = True,
     ) -> Instance | None:
-        self._take("adopt_instance", model, kind, role, number, max_batch_size)
+        self._take("adopt_instance", model, kind, role, number, max_batch_size, found)
         with self._point.at_it():
             return self.plane.adopt_instance(
-                model, kind, role, number=number, max_batch_size=max_batch_size, attach=attach
+                model, kind, role, number=number, max_batch_size=max_batch_size, attach=attach, found=found
             )
 
     def adopt_running(

@@ -219,8 +219,12 @@ class _Replay:
     def _in_take_over(self, settle_s: float) -> None:
         self.plane.take_over(settle_s)
 
-    def _in_adopt_instance(self, model: str, kind: str, role: Role, number: int, max_batch_size: int) -> None:
-        self.plane.adopt_instance(model, kind, role, number=number, max_batch_size=max_batch_size, attach=self._attach)
+    def _in_adopt_instance(
+        self, model: str, kind: str, role: Role, number: int, max_batch_size: int, found: bool
+    ) -> None:
+        self.plane.adopt_instance(
+            model, kind, role, number=number, max_batch_size=max_batch_size, attach=self._attach, found=found
+        )
 
     def _in_adopt_running(self, *about: Any) -> None:
         *request, number, epoch, tokens_done, dispatch_s, first_token_s = about

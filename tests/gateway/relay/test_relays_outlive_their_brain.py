@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -90,6 +92,63 @@ def test_a_brain_waits_for_the_relays_that_the_one_before_it_spoke_with_and_for_
         await asyncio.sleep(5.0)
         assert not third.gateway.plane.settling
         assert len(third.relays.known) == site.relays[1].uplink.alone.relays == 1
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_streams_are_counted_on_instances_that_the_next_fleet_has_yet_to_find() -> None:
+    async def main() -> None:
+        site = OutlivingSite()
+        await site.lead()
+        await asyncio.sleep(1.0)
+        for number in range(1, 4):
+            site.ask(number, 40)
+        await asyncio.sleep(1.0)
+        site.kill()
+        site.found_after_s = 2.0
+        site.ask(4, 4)
+        site.ask(5, 4)
+        brain = await site.lead()
+        await asyncio.sleep(1.5)
+        plane = brain.gateway.plane
+        assert not plane.settling, "all have told"
+        assert sum(len(instance.requests) for instance in plane.instances.values()) == 3
+        assert [parts(site.clients[number])[0] for number in (4, 5)] == [0, 0], "nothing goes where nobody has looked"
+        await asyncio.sleep(10.0)
+        for number, tokens in ((1, 40), (2, 40), (3, 40), (4, 4), (5, 4)):
+            assert parts(site.clients[number]) == (200, whole_stream(number, tokens))
+        assert max(engine.most for engine in site.engines) <= site.slots
+        assert sorted(brain.fleet.used) == [1, 2], "the same instances, under their numbers"
+        assert not replay(brain.log).difference
+        await site.close()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    ("changed", "counted"),
+    [({"context_tokens": 50_000}, True), ({"api_key": "another"}, False), ({"engine": "vllm"}, False)],
+)
+def test_what_runs_is_counted_unless_its_engine_is_spoken_to_in_another_way(
+    changed: dict[str, Any], counted: bool
+) -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=1)
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 30)
+        await asyncio.sleep(0.5)
+        site.kill()
+        site.kind = replace(site.kind, **changed)
+        for relay in site.relays:
+            relay.renew(site.models().by_name, [site.kind])
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        plane = brain.gateway.plane
+        assert sum(len(instance.requests) for instance in plane.instances.values()) == counted
+        await asyncio.sleep(10.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 30))
         await site.close()
 
     run_virtual(main())

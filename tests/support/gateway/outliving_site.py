@@ -17,7 +17,7 @@ import orjson
 
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.fleet.endpoints import EndpointsSource
-from chiron.fleet.port import FleetReport, LiveFleetEvents
+from chiron.fleet.port import Claim, FleetReport, LiveFleetEvents
 from chiron.gateway.brain.relays import Relays
 from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engines import Engines
@@ -109,12 +109,16 @@ class SteppingEngine:
 class StandingFleet:
     """Implements ``LiveFleet``: engines that are up, whoever leads."""
 
-    def __init__(self, urls: list[str], clock: LiveClock, events: LiveFleetEvents) -> None:
+    def __init__(
+        self, urls: list[str], clock: LiveClock, events: LiveFleetEvents, found_after_s: float | None = None
+    ) -> None:
+        """``found_after_s``: of what was another brain's; None: it is known at once."""
         self.used: dict[int, str] = {}
         """By instance."""
         self._urls = urls
         self._clock = clock
         self._events = events
+        self._found_after_s = found_after_s
 
     def create(self, instance: Instance) -> None:
         def ready() -> None:
@@ -125,10 +129,16 @@ class StandingFleet:
 
         self._clock.call_later(0.01, ready)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         if url not in self._urls or url in self.used.values():
             return None
-        return lambda instance: self.used.__setitem__(instance.id, url)
+
+        def begin(instance: Instance) -> None:
+            self.used[instance.id] = url
+            if self._found_after_s is not None:
+                self._clock.call_later(self._found_after_s, lambda: self._events.instance_ready(instance, url))
+
+        return Claim(begin=begin, found=self._found_after_s is None)
 
     def remove(self, instance: Instance) -> None:
         self.used.pop(instance.id, None)
@@ -185,7 +195,7 @@ class Brain:
         numbers = iter(range(1, 10**9))
 
         def make_fleet(events: LiveFleetEvents) -> StandingFleet:
-            self.fleet = StandingFleet(site.urls, clock, events)
+            self.fleet = StandingFleet(site.urls, clock, events, site.found_after_s)
             return self.fleet
 
         self.engines = Engines(
@@ -264,6 +274,8 @@ class OutlivingSite:
         self.slots = slots
         self.door = MemoryNetwork(loop.call_soon)
         self.clients: dict[int, Client] = {}
+        self.found_after_s: float | None = None
+        """What fleets take to find what was another brain's; None: they know it."""
         self.brain: Brain | None = None
         self.brains: list[Brain] = []
         self.relays: list[Relay] = []

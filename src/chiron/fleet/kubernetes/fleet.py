@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
 from chiron.fleet.kubernetes.access import find_access
 from chiron.fleet.kubernetes.client import Client
-from chiron.fleet.kubernetes.pods import FOR_CLIENTS, Pod
+from chiron.fleet.kubernetes.pods import FOR_CLIENTS, Pod, read_address
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.workload import Hold, Loss, StartFailedError, Workload
-from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
 
@@ -88,8 +88,19 @@ class KubernetesFleet:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
-        return None  # Pods that run are found by their watch, and get records of their own.
+    def adopt(self, kind: str, url: str) -> Claim | None:
+        workload = self._workloads.get(kind)
+        address = _address(url, self._sources[kind].port) if workload is not None else ""
+        if workload is None or not address or not workload.may_claim(address):
+            return None
+
+        def begin(instance: Instance) -> None:
+            self._records.begin(instance, runs=True)
+            record = self._records.record(instance)
+            if record is not None:
+                self._claims[instance.id] = self._hold(record, workload, address)
+
+        return Claim(begin=begin, found=False)  # Its watch has to find a pod with this address.
 
     def report(self) -> FleetReport:
         return FleetReport(kinds={kind: self._kind(kind) for kind in self._workloads})
@@ -105,8 +116,8 @@ class KubernetesFleet:
         for client in self._clients.values():
             await client.close()
 
-    def _hold(self, record: InstanceRecord, workload: Workload) -> Hold:
-        hold = workload.hold(record.check_now, lambda reason: self._records.leaving(record, reason))
+    def _hold(self, record: InstanceRecord, workload: Workload, address: str = "") -> Hold:
+        hold = workload.hold(record.check_now, lambda reason: self._records.leaving(record, reason), address)
         record.resources.callback(workload.release, hold)
         return hold
 
@@ -139,6 +150,8 @@ class KubernetesFleet:
             record.resources.push_async_callback(probe.close)
             if await self._answers(record, source, hold, probe):
                 break
+            if hold.address:
+                raise PodTakenError(hold.lost.result().reason)
             workload.wait_again(hold)
         self._records.ready(record, _url(pod, source.port))
         starts.succeeded(record)
@@ -202,8 +215,17 @@ async def _unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -
 
 
 def _url(pod: Pod, port: int) -> str:
-    host = f"[{pod.address}]" if ":" in pod.address else pod.address
-    return f"http://{host}:{port}"
+    return _at(pod.address, port)
+
+
+def _at(address: str, port: int) -> str:
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def _address(url: str, port: int) -> str:
+    """Of the pod that is at this URL; empty: none can be."""
+    address = read_address(url.removeprefix("http://").removesuffix(f":{port}").strip("[]"))
+    return address if url == _at(address, port) else ""
 
 
 def _report_end(task: asyncio.Task[None]) -> None:

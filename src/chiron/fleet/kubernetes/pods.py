@@ -97,7 +97,7 @@ def read_pod(item: Mapping[str, Any]) -> Pod:
         uid=str(uid),
         created=words(meta.get("creationTimestamp")),
         owner=_owner(meta),
-        address=_address(status.get("podIP")),
+        address=read_address(status.get("podIP")),
         ready=_is_true(conditions.get("Ready")) and phase == "Running",
         scheduled=bool(_table(item, "spec").get("nodeName")),
         deleting=bool(meta.get("deletionTimestamp")),
@@ -137,8 +137,8 @@ def _ending(container: Mapping[str, Any], ended: Mapping[str, Any], said: object
     return words(f"{container.get('name')} ended ({how}): {message}" if message else f"{container.get('name')}: {how}")
 
 
-def _address(said: object) -> str:
-    """Empty for what no engine can be at."""
+def read_address(said: object) -> str:
+    """Of a pod; empty for what no engine can be at."""
     try:
         found = ip_address(said) if isinstance(said, str) else None
     except ValueError:

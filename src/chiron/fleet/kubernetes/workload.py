@@ -31,6 +31,7 @@ from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
 from chiron.fleet.kubernetes.pods import DELETION_COST, UID, Cause, Pod, read_pod, words
 from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
+from chiron.fleet.records import InstanceNotFoundError
 from chiron.fleet.waiting import heard, pause
 
 log = logging.getLogger("chiron.fleet")
@@ -46,6 +47,8 @@ MARKED_AT_ONCE = 16
 NOTES_MAX = 20
 """Shown at once: a broken image breaks every pod."""
 CONFLICT, NOT_FOUND = 409, 404
+CLAIMS_MAX = 4096
+"""Instances of another gateway that are looked for at a time."""
 REPLACE_PAUSE_S = 60.0
 """Between two pods that are deleted because they do not answer: an error of ours must not empty a fleet."""
 
@@ -62,9 +65,11 @@ class Loss:
 class Hold:
     """One instance's claim to a replica."""
 
-    __slots__ = ("_left", "check_now", "ended", "leaving", "lost", "pod", "since_s")
+    __slots__ = ("_left", "address", "check_now", "ended", "leaving", "lost", "pod", "since_s")
 
-    def __init__(self, now_s: float, check_now: asyncio.Event, left: Callable[[str], None]) -> None:
+    def __init__(self, now_s: float, check_now: asyncio.Event, left: Callable[[str], None], address: str) -> None:
+        self.address = address
+        """Of the pod that it had under another gateway; empty: any pod will do."""
         self.since_s = now_s
         """Since when it has waited for a pod."""
         self.check_now = check_now
@@ -193,9 +198,15 @@ class Workload:
         """Replicas that no instance has claimed."""
         return self._surplus
 
-    def hold(self, check_now: asyncio.Event, left: Callable[[str], None]) -> Hold:
-        """Another instance wants a pod."""
-        hold = Hold(asyncio.get_running_loop().time(), check_now, left)
+    def may_claim(self, address: str) -> bool:
+        """Whether the pod at this address, if there is one, may be somebody's who claims it."""
+        claimed = {hold.address for hold in self._waiting if hold.address}
+        bound = {pod.address for uid, pod in self._pods.items() if uid in self._bound}
+        return address not in claimed | bound and len(claimed) < CLAIMS_MAX
+
+    def hold(self, check_now: asyncio.Event, left: Callable[[str], None], address: str = "") -> Hold:
+        """Another instance wants a pod: that at ``address``, where there is one."""
+        hold = Hold(asyncio.get_running_loop().time(), check_now, left, address)
         if self._surplus:
             self._surplus -= 1
             self._found = max(0, self._found - 1)
@@ -550,25 +561,46 @@ class Workload:
         active = self._active()
         if not self._making_way and self._replicas is not None and len(active) <= self._replicas:
             self._doomed.clear()  # Those who are left stay.
+        for hold in [each for each in self._waiting if each.address]:
+            self._find(hold)
         free = [pod for pod in active if pod.ready and pod.address and self._is_idle(pod)]
-        for pod, hold in zip(sorted(free, key=_age), list(self._waiting), strict=False):
-            self._waiting.remove(hold)
-            self._bound[pod.uid] = hold
-            self._condemned.discard(pod.uid)
-            _settle(hold.pod, pod)
-            if pod.cost < 0 and not self._advise:
-                self._background(self._mark(pod, None))
+        waiting = [hold for hold in self._waiting if not hold.address]
+        for pod, hold in zip(sorted(free, key=_age), waiting, strict=False):
+            self._bind(pod, hold)
         for hold, pod in self._pairs():
             if pod.cause is not None and _is_final(pod):
                 self._condemned.add(pod.uid)
                 self._waiting.remove(hold)
                 _fail(hold.pod, StartFailedError(pod.cause))
 
+    def _bind(self, pod: Pod, hold: Hold) -> None:
+        self._waiting.remove(hold)
+        self._bound[pod.uid] = hold
+        self._condemned.discard(pod.uid)
+        self._doomed.discard(pod.uid)
+        _settle(hold.pod, pod)
+        if pod.cost < 0 and not self._advise:
+            self._background(self._mark(pod, None))
+
+    def _find(self, hold: Hold) -> None:
+        """The pod that this instance had under another gateway: it may be closing, or not ready for a moment."""
+        there = (pod for pod in self._pods.values() if pod.address == hold.address and not pod.over)
+        pod = next((pod for pod in there if pod.uid not in self._bound), None)
+        if pod is not None:
+            self._bind(pod, hold)
+            if pod.deleting:
+                hold.leave(f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}")
+        elif self._listed and not self._trouble.get("pods"):
+            self._waiting.remove(hold)
+            hold.ended = True
+            _fail(hold.pod, InstanceNotFoundError(f"{self.name} has no pod at {hold.address} any more"))
+
     def _pairs(self) -> list[tuple[Hold, Pod]]:
         """Instances that wait, each with the pod that it waits for if all goes as planned."""
         coming = [pod for pod in self._active() if not pod.ready and self._is_idle(pod)]
         coming = [pod for pod in coming if pod.uid not in self._condemned]
-        return list(zip(self._waiting, sorted(coming, key=_age), strict=False))
+        waiting = [hold for hold in self._waiting if not hold.address]
+        return list(zip(waiting, sorted(coming, key=_age), strict=False))
 
     def _why_waiting(self) -> Cause:
         pairs = self._pairs()

@@ -12,14 +12,14 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.port import FleetEnvironment, FleetReport, InstanceUsage
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, InstanceUsage
 from chiron.fleet.process import orphans
 from chiron.fleet.process.devices import Devices
 from chiron.fleet.process.engine_process import EngineExitedError, EngineProcess, tail
@@ -111,7 +111,7 @@ class ProcessFleet:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
+    def adopt(self, kind: str, url: str) -> Claim | None:
         return None  # They end with the gateway that started them.
 
     def report(self) -> FleetReport:

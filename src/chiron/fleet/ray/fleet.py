@@ -14,7 +14,7 @@ from typing import Any
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.port import FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.ray.client import AgentClient
 from chiron.fleet.ray.cluster import RayCluster
 from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
@@ -91,8 +91,18 @@ class RayFleet:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
 
-    def adopt(self, kind: str, url: str) -> Callable[[Instance], None] | None:
-        return None  # What runs is found by its name, and gets records of its own.
+    def adopt(self, kind: str, url: str) -> Claim | None:
+        instances = self._by_kind.get(kind)
+        if instances is None or not instances.may_claim(kind, url):
+            return None
+
+        def begin(instance: Instance) -> None:
+            self._records.begin(instance, runs=True)
+            record = self._records.record(instance)
+            if record is not None:
+                self._claims[instance.id] = self._hold(record, instances, url)
+
+        return Claim(begin=begin, found=False)  # The cluster has to tell of one at this address.
 
     def report(self) -> FleetReport:
         return FleetReport(kinds={kind: self._kind(kind) for kind in self._sources})
@@ -117,8 +127,8 @@ class RayFleet:
         for cluster in self._clusters:
             await cluster.close()
 
-    def _hold(self, record: InstanceRecord, instances: RayInstances) -> Hold:
-        hold = instances.hold(record.instance.kind.name, record.check_now)
+    def _hold(self, record: InstanceRecord, instances: RayInstances, url: str = "") -> Hold:
+        hold = instances.hold(record.instance.kind.name, record.check_now, url)
         record.resources.callback(instances.release, hold)
         return hold
 
@@ -146,6 +156,7 @@ class RayFleet:
     async def _run(self, record: InstanceRecord, hold: Hold, starts: Starts) -> None:
         source = self._sources[record.instance.kind.name]
         _raise(await _unless(hold.lost, _result(hold.placed)), ready=False)
+        hold.placed.result()
         try:
             async with asyncio.timeout(source.start_timeout_s):
                 _raise(await _unless(hold.lost, _result(hold.url)), ready=False)

@@ -25,11 +25,14 @@ from typing import Any
 from chiron.core.backoff import doubled_s
 from chiron.fleet.ray.cluster import LEASE_S, Answer, Order, Question, RayCluster, RayError, Seen, new_name, read_name
 from chiron.fleet.ray.source import RaySource
+from chiron.fleet.records import InstanceNotFoundError
 from chiron.fleet.waiting import heard, pause
 
 log = logging.getLogger("chiron.fleet")
 
 NOTES_MAX = 20
+CLAIMS_MAX = 4096
+"""Instances of another gateway that are looked for at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +66,26 @@ class Loss:
 class Hold:
     """One of Chiron's instances, and its claim to one in the cluster."""
 
-    __slots__ = ("asked", "begun", "check_now", "ended", "kind", "lost", "name", "placed", "since_s", "url", "why")
+    __slots__ = (
+        "asked",
+        "before_url",
+        "begun",
+        "check_now",
+        "ended",
+        "kind",
+        "lost",
+        "name",
+        "placed",
+        "since_s",
+        "url",
+        "why",
+    )
 
-    def __init__(self, kind: str, now_s: float, check_now: asyncio.Event) -> None:
+    def __init__(self, kind: str, now_s: float, check_now: asyncio.Event, before_url: str) -> None:
         loop = asyncio.get_running_loop()
         self.kind = kind
+        self.before_url = before_url
+        """Where it was under another gateway; empty: any will do."""
         self.since_s = now_s
         """Since when it has waited."""
         self.check_now = check_now
@@ -81,6 +99,7 @@ class Hold:
         self.ended = False
         self.why = ""
         self.placed: asyncio.Future[None] = loop.create_future()
+        """An error, if it is not where it was before."""
         self.url: asyncio.Future[str] = loop.create_future()
         self.lost: asyncio.Future[Loss] = loop.create_future()
 
@@ -142,9 +161,14 @@ class RayInstances:
 
     # -- instances ---------------------------------------------------------------------------------------------------
 
-    def hold(self, kind: str, check_now: asyncio.Event) -> Hold:
-        """Another instance is wanted."""
-        hold = Hold(kind, asyncio.get_running_loop().time(), check_now)
+    def may_claim(self, kind: str, url: str) -> bool:
+        """Whether the instance at this address, if there is one, may be somebody's who claims it."""
+        claimed = {hold.before_url for hold in self._holds if hold.kind == kind and hold.before_url}
+        return url not in claimed and len(claimed) < CLAIMS_MAX
+
+    def hold(self, kind: str, check_now: asyncio.Event, before_url: str = "") -> Hold:
+        """Another instance is wanted: that at ``before_url``, where it is given."""
+        hold = Hold(kind, asyncio.get_running_loop().time(), check_now, before_url)
         self._holds.append(hold)
         if self._known_s < inf:
             self._assign()
@@ -257,6 +281,8 @@ class RayInstances:
         now_s = asyncio.get_running_loop().time()
         if self._known_s == inf:
             self._known_s = now_s
+        for hold in [each for each in self._holds if each.before_url and not each.name]:
+            self._find(hold, answer, now_s)
         seen = {each.name: each for each in answer.instances}
         for name in [name for name in question.stop if name not in seen]:
             self._stops.pop(name, None)
@@ -269,9 +295,29 @@ class RayInstances:
         self._sort([each for each in answer.instances if each.name not in held], now_s)
         self._assign()
 
+    def _find(self, hold: Hold, answer: Answer, now_s: float) -> None:
+        """What this instance had under another gateway, whose it may still be for a while."""
+        taken = {each.name for each in self._holds}
+        for seen in answer.instances:
+            name = read_name(seen.name)
+            if name is None or (name.namespace, name.kind) != (self._namespace, hold.kind) or seen.name in taken:
+                continue
+            if name.fingerprint == self._sources[hold.kind].fingerprint and _url(seen) == hold.before_url:
+                hold.name, hold.since_s = seen.name, now_s
+                self._dirty.set()
+                return
+        if now_s - max(hold.since_s, self._known_s) >= self._times.settle_s:
+            hold.ended = True
+            self._holds.remove(hold)
+            if not hold.placed.done():
+                why = f"Ray has no instance of {hold.kind!r} at {hold.before_url} any more"
+                hold.placed.set_exception(InstanceNotFoundError(why))
+
     def _look(self, hold: Hold, seen: Seen) -> None:
         hold.why = seen.why
-        if seen.holder not in ("", self._holder) and not self._advise:
+        now_s = asyncio.get_running_loop().time()
+        patient = hold.before_url and now_s - hold.since_s < self._times.patience_s
+        if seen.holder not in ("", self._holder) and not self._advise and not patient:
             hold.name = ""  # Whatever becomes of this one, that is not to be stopped.
             _settle(hold.lost, Loss(reason=f"another gateway ({seen.holder}) has it", outside=True))
             return
@@ -285,9 +331,8 @@ class RayInstances:
             _settle(hold.placed, None)
         if seen.phase in ("starting", "ready"):
             hold.begun = True
-        if seen.phase == "ready" and seen.port and seen.host:
-            host = f"[{seen.host}]" if ":" in seen.host else seen.host
-            _settle(hold.url, f"http://{host}:{seen.port}")
+        if seen.phase == "ready" and (url := _url(seen)):
+            _settle(hold.url, url)
 
     def _sort(self, others: list[Seen], now_s: float) -> None:
         """What no instance of this gateway has: spare, strange or left behind."""
@@ -329,7 +374,8 @@ class RayInstances:
 
     def _assign(self) -> None:
         """Names for those who have none: of what runs already, else new ones."""
-        for hold in [hold for hold in self._holds if not hold.lost.done() and not hold.placed.done()]:
+        open_ones = [hold for hold in self._holds if not hold.lost.done() and not hold.placed.done()]
+        for hold in [hold for hold in open_ones if not hold.before_url]:
             best = self._best_spare(hold)
             if best is not None:
                 if hold.name and not self._advise:
@@ -359,7 +405,7 @@ class RayInstances:
             for name, since_s in self._seen_s.items()
             if _kind(name) == kind and now_s - since_s <= self._times.patience_s
         ]
-        waiting = [hold for hold in self._holds if hold.kind == kind and not hold.name]
+        waiting = [hold for hold in self._holds if hold.kind == kind and not (hold.name or hold.before_url)]
         return len(hopes) >= len(waiting) > 0
 
     def _troubled(self, why: str) -> None:
@@ -370,6 +416,12 @@ class RayInstances:
                 for kind in self._sources:
                     self._noted(kind, text)
         self._trouble = why
+
+
+def _url(seen: Seen) -> str:
+    """Of its engine; empty until that is known."""
+    host = f"[{seen.host}]" if ":" in seen.host else seen.host
+    return f"http://{host}:{seen.port}" if seen.host and seen.port else ""
 
 
 def _kind(name: str) -> str:

@@ -78,7 +78,8 @@ class Engines:
     # -- what the fleet tells ----------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, url: str) -> None:
-        self._listener().instance_ready(instance, self.attach(instance, url))
+        engine = self.live.get(instance.id)  # One that was taken over, and has been found.
+        self._listener().instance_ready(instance, engine or self.attach(instance, url))
 
     def instance_leaving(self, instance: Instance, reason: str) -> None:
         log.warning("instance %d of %s is drained: %s", instance.id, instance.model, reason)

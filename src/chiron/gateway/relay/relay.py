@@ -82,7 +82,12 @@ class Relay:
         known = dict(self._kinds)
         self._kinds.clear()
         self._kinds.update({each.kind.name: each for each in kinds})
-        self.uplink.readdress({name for name, kind in known.items() if self._kinds.get(name) != kind})
+
+        def changed(kind: str, model: str) -> bool:
+            now = self._kinds.get(kind)
+            return now is None or address_of(now, model, "") != address_of(known[kind], model, "")
+
+        self.uplink.readdress(changed)
 
     def _drain(self, on: bool) -> None:
         self.front.draining = on

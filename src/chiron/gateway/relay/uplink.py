@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from secrets import token_hex
 from typing import Any, cast
@@ -648,11 +648,11 @@ class Uplink:
             clock=self.clock, address=address, origin=origin, reports=teller, counts=teller
         )
 
-    def readdress(self, kinds: Collection[str]) -> None:
-        """These kinds of instance are spoken to in another way from now on, or are no more: their instances are others
-        once a brain tells of them."""
+    def readdress(self, changed: Callable[[str, str], bool]) -> None:
+        """Instances of kinds and models that have ``changed`` are spoken to in another way from now on, or are no more:
+        they are others once a brain tells of them."""
         for number, known in self.known.items():
-            if known.kind in kinds:
+            if known.url and changed(known.kind, known.model):
                 self.known[number] = m.Known(number, known.model, known.kind, "", 0, known.role)
 
     def _instance_gone(self, said: m.InstanceGone) -> None:
