@@ -80,6 +80,14 @@ def test_a_model_may_run_as_stages_only() -> None:
 LONG = "stages={profile='llama-2-13b/a100', stage=[{layers='%s'}, {layers='%s'}]}"
 
 
+def test_stages_begin_with_what_gpus_there_are() -> None:
+    busy = "workload.0.generate.rate=400"
+    alone, limited = (setups(scenario(busy, *more), ["staged"])[0] for more in ((), ("gpus.a100=7",)))
+    counts = [s.initial_replicas for s in alone.models[0].kinds[0].pipeline.stages]  # type: ignore[union-attr]
+    assert min(counts) > 1
+    assert [s.initial_replicas for s in limited.models[0].kinds[0].pipeline.stages] == [1] * 4  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
@@ -99,7 +107,7 @@ LONG = "stages={profile='llama-2-13b/a100', stage=[{layers='%s'}, {layers='%s'}]
         ("policies.staged.stages='stage-hpq'", r"policies\.staged\.stages: unknown stage policy 'stage-hpq'; did you"),
         ("policies.staged.stages={target=1}", "must be the name of a stage policy, or a table"),
         ("policies.staged.stages={policy='stage-hpa', targt=1}", r"policies\.staged\.stages\.targt: unknown key"),
-        ("gpus.a100=20", r"gpus\.a100: 20; the stages of llama may have up to 64: lower max"),
+        ("gpus.a100=3", r"gpus\.a100: 3; the stages of llama have 4 at time 0: lower initial"),
         ("models={llama={instances=[{profile='llama-2-13b/a100'}]}}", r"no model does; add \[models\.NAME\.stages\]"),
     ],
 )

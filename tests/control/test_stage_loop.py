@@ -13,7 +13,7 @@ from chiron.control.actuators import Actuators, NullActuators
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.stages import PipelineSample, StageSample
-from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request
+from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.policies.policy import Policy
 from chiron.policies.views import PipelineView, StagePlan
 from pipelines import CHAT, pipeline_kind, stage_kind
@@ -25,8 +25,9 @@ KIND = InstanceKind(
     price_per_gpu_hour=2.0,
     kv_capacity_tokens=1000,
     max_num_seqs=8,
-    pipeline=pipeline_kind(stage_kind(0, max_replicas=3), stage_kind(1)),
+    pipeline=pipeline_kind(stage_kind(0, max_replicas=3), stage_kind(1, gpus=2)),
 )
+BATCH = RequestClass(name="batch", kind="batch", deadline_s=3600.0)
 STAGE = StageSample(ready=1, starting=0, draining=0, busy_s=0.0, passes=0, tokens=0)
 
 
@@ -58,7 +59,9 @@ class World:
 class Loop:
     """A control plane whose policy gives each stage what the test says, and keeps the views it saw."""
 
-    def __init__(self, *counts: int, actuators: Actuators | None = None) -> None:
+    def __init__(
+        self, *counts: int, actuators: Actuators | None = None, gpus: int | None = None, pipelines: int = 1
+    ) -> None:
         self.world, self.clock, self.views = World(), VirtualClock(), []
         self.counts = counts
 
@@ -71,17 +74,19 @@ class Loop:
             fleet=self.world,
             journal=self.world,
             models=[ModelSpec(name="m", kinds=(KIND,))],
-            classes=[CHAT],
+            classes=[CHAT, BATCH],
             policy=Policy(name="p", settings=None, stages=decide, stages_period_s=10.0),
             actuators=actuators,
+            gpus_max={"a100": gpus} if gpus is not None else None,
         )
-        self.plane.adopt("m", 1, lambda instance: self.world)
-        (self.instance,) = self.plane.instances.values()
+        self.plane.adopt("m", pipelines, lambda instance: self.world)
+        self.instance, *self.others = self.plane.instances.values()
         self.plane.begin()
 
     def sampled(self, *stages: StageSample, **changes: Any) -> None:
         sample = PipelineSample(taken_s=self.clock.now_s, stages=stages, running=0, waiting=0)
-        self.plane.stages_sampled(self.instance, replace(sample, **changes))
+        for instance in (self.instance, *self.others):
+            self.plane.stages_sampled(instance, replace(sample, **changes))
 
 
 def test_a_plan_is_held_within_bounds_carried_out_once_and_written_down() -> None:
@@ -138,3 +143,97 @@ def test_to_advise_is_to_write_down_and_touch_nothing() -> None:
     loop.clock.run_until(10.0)
     assert loop.world.scaled == []
     assert len(loop.world.decisions) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "pipelines", "scaled", "reasons"),
+    [
+        (99, 1, [(3, 4)], {"asked"}),
+        (3, 1, [], set()),
+        (5, 1, [(1, 2)], {"gpus_limited"}),
+        (8, 1, [(2, 3)], {"gpus_limited"}),
+        (6, 2, [], set()),
+        (9, 2, [(2, 2)], {"gpus_limited"}),
+    ],
+)
+def test_replicas_have_gpus_only_as_far_as_there_are_some(
+    gpus: int, pipelines: int, scaled: list[tuple[int, ...]], reasons: set[str]
+) -> None:
+    loop = Loop(3, 4, gpus=gpus, pipelines=pipelines)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(30.0)
+    assert loop.world.scaled == scaled
+    assert {decision.reason for decision in loop.world.decisions} == reasons
+
+
+def test_replicas_that_drain_hold_their_gpus() -> None:
+    loop = Loop(3, 1, gpus=5)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(10.0)
+    loop.counts = (1, 2)
+    loop.sampled(replace(STAGE, ready=3), STAGE)
+    loop.clock.run_until(20.0)
+    loop.sampled(replace(STAGE, draining=2), STAGE)
+    loop.clock.run_until(30.0)
+    assert loop.world.scaled == [(3, 1), (1, 1)]
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(40.0)
+    assert loop.world.scaled[2:] == [(1, 2)]
+
+
+def test_no_instance_is_made_where_pipelines_have_all_gpus() -> None:
+    loop = Loop(3, 1, gpus=5)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(10.0)
+    made: list[Instance] = []
+    loop.world.create = made.append  # type: ignore[method-assign]
+    loop.plane.request_initial("m", 2)
+    assert made == []
+    loop.counts = (1, 1)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(20.0)
+    loop.sampled(STAGE, STAGE)
+    loop.plane.request_initial("m", 2)
+    assert made == []  # Two GPUs are free, and a pipeline needs three.
+
+
+def test_the_fault_of_one_pipeline_is_not_that_of_the_others() -> None:
+    loop = Loop(2, 1, pipelines=2)
+    faulty, sound = loop.instance, loop.others[0]
+    faulty.engine = Faulty()
+    loop.sampled(STAGE, STAGE)
+    with pytest.raises(ExceptionGroup) as raised:
+        loop.clock.run_until(10.0)
+    assert [str(each) for each in raised.value.exceptions] == ["unreachable"]
+    assert loop.world.scaled == [(2, 1)]
+    assert loop.plane.stage_plan(sound) == (2, 1)
+    # What was not carried out is no plan, and is tried again.
+    assert loop.plane.stage_plan(faulty) == (1, 1)
+    assert [decision.subject for decision in loop.world.decisions] == [f"m#{sound.id}/s0"]
+    faulty.engine = loop.world
+    loop.clock.run_until(20.0)
+    assert loop.plane.stage_plan(faulty) == (2, 1)
+
+
+class Faulty(World):
+    def scale(self, replicas: Sequence[int]) -> None:
+        raise RuntimeError("unreachable")
+
+
+def test_batch_work_counts_by_its_deadlines_and_not_as_arrivals() -> None:
+    loop = Loop(1, 1)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(10.0)
+    for number in range(12):
+        loop.plane.submit(Request(number, "m", BATCH, 10.0, 5, deadline_s=3610.0))
+    loop.plane.announce_batch("m", 7210.0, "batch", 700_000, 3_500_000, 2e7)
+    loop.sampled(STAGE, STAGE, waiting=5)
+    loop.clock.run_until(20.0)
+    view, _ = loop.views[-1]
+    assert (view.arrival_rate, view.waiting, view.waiting_interactive) == (0.0, 5, 0)
+    assert view.batch_due == ((3600.0, 12.0), (7210.0, 700_000.0))
+    for request in list(loop.instance.requests.values())[:8]:
+        loop.plane.cancel(request)
+    loop.clock.run_until(30.0)
+    view, _ = loop.views[-1]
+    assert view.batch_due[0] == (3600.0, 4.0)

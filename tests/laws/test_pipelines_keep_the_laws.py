@@ -123,6 +123,19 @@ def test_replicas_stay_within_bounds_and_no_run_beats_the_lower_bound(seed: int,
     assert result.summary["gpu_hours"] >= result.summary["gpu_hours_bound"] * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("stage_policy", list(STAGE_POLICIES))
+def test_replicas_never_have_more_gpus_than_there_are(stage_policy: str) -> None:
+    slow = replace(ROOMY, h_ms=40.0, f_ms_per_token=3.0)
+    busy = [(t / 6, 20, 40, 0, 1) for t in range(600)]
+    setup = staged(setup_of(busy, settings=StaticSettings(), initial=2), [ROOMY, slow], stage_policy)
+    peaks = {}
+    for limit in (6, 60):
+        simulation = Simulation(replace(setup, gpus_max={"g": limit}))
+        simulation.run()
+        peaks[limit] = simulation.fleet.bill.gpus_peak
+    assert peaks[6] == 6 < peaks[60]
+
+
 def test_the_bottleneck_gets_the_replicas_and_the_bill_is_that_of_the_replicas() -> None:
     quick = replace(ROOMY, kv_capacity_tokens=5000, max_num_seqs=64)
     slow = replace(quick, h_ms=40.0, f_ms_per_token=3.0)

@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chiron.policies.stages.balance import StageBalanceSettings, decide_stages, size
+from chiron.core.types import RequestClass
+from chiron.policies.stages.balance import (
+    BalanceState,
+    StageBalanceSettings,
+    decide_stages,
+    due_rate,
+    planned_load,
+    size,
+)
 from chiron.policies.stages.queue_model import StageLoad, forecast, pass_s, round_of
 from chiron.policies.views import PipelineView, StagePlan
-from pipelines import pipeline_kind, pipeline_view, stage_kind, stage_view
+from pipelines import chat_mix, pipeline_kind, pipeline_view, stage_kind, stage_view
 
 EVEN = [stage_view(stage_kind(i)) for i in range(3)]
 UNEVEN = [stage_view(stage_kind(i, slope_s=s)) for i, s in enumerate([0.0001, 0.0004, 0.0001])]
@@ -82,6 +90,44 @@ def test_requests_that_wait_are_load() -> None:
     idle = plans(pipeline_view(UNEVEN, arrival_rate=1.0))
     waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=20))
     assert waiting[1].replicas > idle[1].replicas
+
+
+BATCH = RequestClass(name="batch", kind="batch", deadline_s=36_000.0)
+MIXED = (chat_mix(), chat_mix(cls=BATCH, input_tokens=2000.0))
+
+
+@pytest.mark.parametrize(
+    ("due", "rate"),
+    [
+        ((), 0.0),
+        (((37_000.0, 3600.0),), 0.126),
+        (((8_500.0, 900.0), (37_000.0, 1000.0)), 0.151),
+        (((900.0, 5000.0), (37_000.0, 3600.0)), 0.126),
+        (((1001.0, 150.0),), 10.0),
+    ],
+    ids=["none", "a day's", "the tightest of all", "late is late", "at once"],
+)
+def test_batch_work_is_the_rate_that_keeps_its_deadlines(due: tuple[tuple[float, float], ...], rate: float) -> None:
+    view = pipeline_view(UNEVEN, batch_due=due, mixes=MIXED)
+    assert due_rate(StageBalanceSettings(), view) == pytest.approx(rate, rel=0.01)
+
+
+def test_a_job_that_is_due_tomorrow_moves_no_stage() -> None:
+    chat = pipeline_view(UNEVEN, arrival_rate=1.0, mixes=MIXED)
+    job = replace(chat, waiting=5000, batch_due=((87_400.0, 5000.0),))
+    urgent = replace(job, batch_due=((2_000.0, 5000.0),))
+    assert [p.replicas for p in plans(job)] == [p.replicas for p in plans(chat)]
+    assert plans(urgent)[1].replicas > plans(job)[1].replicas
+
+
+def test_lengths_are_those_of_what_makes_the_load() -> None:
+    both = pipeline_view(UNEVEN, arrival_rate=3.0, batch_due=((2_000.0, 2000.0),), mixes=MIXED)
+    cases = {500.0: replace(both, batch_due=()), 2000.0: replace(both, arrival_rate=0.0)}
+    for tokens, view in cases.items():
+        state = BalanceState(arrivals=((1000.0, 5.0, 5.0 * view.arrival_rate),), factors=(1.0,) * 3)
+        load = planned_load(StageBalanceSettings(), state, view)
+        assert load is not None
+        assert load.input_tokens == pytest.approx(tokens)
 
 
 def test_it_shrinks_only_after_the_hold_and_never_without_metrics() -> None:

@@ -62,6 +62,13 @@ def test_step_times_come_from_a_plan(directory: Path) -> None:
     assert pipeline.stages[1].step_times == ((1, 0.001), (8, 0.004))
 
 
+def test_a_stage_may_have_more_than_one_replica_at_least(directory: Path) -> None:
+    read = parse_serve(config('[{ layers = "0-3", min = 2, max = 3 }]'), directory=directory)
+    pipeline = read.models[0].kinds[0].kind.pipeline
+    assert pipeline is not None
+    assert (pipeline.stages[0].min_replicas, pipeline.stages[0].initial_replicas) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chiron.config.pipelines import Pipelines, gpus_most, pipelines, replicas_for
+from chiron.config.pipelines import Pipelines, gpus_first, gpus_most, pipelines, replicas_for
 from chiron.config.read import ConfigError, fields_by_key, is_duration
 from chiron.config.scenario import Scenario
 from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
@@ -109,8 +109,7 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
     names = sorted(fleet, key=lambda name: workload.models.index(name) if name in workload.models else len(fleet))
     specs = tuple(_spec(name, scenario.models[name], fleet[name]) for name in names)
     whole = [spec for spec in specs if spec.name not in as_stages]
-    _check_gpus(scenario, as_stages)
-    initial = _initial(scenario, workload, whole, profiles)
+    initial = _initial(scenario, workload, whole, profiles, _gpus_left(scenario, as_stages))
     initial |= {spec.name: spec.min_instances for spec in specs if spec.name in as_stages}
     return _Served(
         specs=specs,
@@ -129,25 +128,31 @@ def _pipelines(scenario: Scenario, workload: Workload, name: str, section: Model
             # As many GPUs as the same rule gives engines on one GPU each.
             spec = ModelSpec(name=name, kinds=(made.kind,), max_instances=gpus_most(made.kind))
             instances = initial_instances(workload, spec, made.profile)
+            limit = scenario.gpus.get(made.kind.gpu)
+            if limit is not None:
+                instances = min(instances, max(1, limit // len(made.stages)) * len(made.stages))
         else:
             instances = section.initial * len(made.stages)
         each = replicas_for(-(-instances // section.stages.min_pipelines), made.kind)
         return pipelines(name, section.stages, layered, scenario.cold_start, each)
 
 
-def _check_gpus(scenario: Scenario, as_stages: Mapping[str, Pipelines]) -> None:
-    """Stages scale by themselves: all that they may ever have must exist."""
+def _gpus_left(scenario: Scenario, as_stages: Mapping[str, Pipelines]) -> dict[str, int]:
+    """Of those that exist, what pipelines do not have at time 0."""
+    left = dict(scenario.gpus)
     for gpu, count in scenario.gpus.items():
-        most = {
-            name: gpus_most(made.kind) * section.max_pipelines
+        first = {
+            name: gpus_first(made.kind) * section.min_pipelines
             for name, made in as_stages.items()
             if made.kind.gpu == gpu and (section := scenario.models[name].stages) is not None
         }
-        if sum(most.values()) > count:
+        left[gpu] -= sum(first.values())
+        if left[gpu] < 0:
             raise ConfigError(
-                f"gpus.{gpu}: {count}; the stages of {', '.join(most)} may have up to {sum(most.values())}: "
-                "lower max or max_pipelines"
+                f"gpus.{gpu}: {count}; the stages of {', '.join(first)} have {sum(first.values())} at time 0: lower "
+                "initial, or the stages' min"
             )
+    return left
 
 
 @contextmanager
@@ -356,10 +361,13 @@ def _spec(name: str, section: ModelSection, pairs: Sequence[tuple[InstanceKind, 
 
 
 def _initial(
-    scenario: Scenario, workload: Workload, specs: Sequence[ModelSpec], profiles: Mapping[str, Profile]
+    scenario: Scenario,
+    workload: Workload,
+    specs: Sequence[ModelSpec],
+    profiles: Mapping[str, Profile],
+    left: dict[str, int],
 ) -> dict[str, int]:
-    """Ready instances at time 0 by model, within what exists."""
-    left = dict(scenario.gpus)
+    """Ready instances at time 0 by model, within what is left of what exists."""
     initial = {}
     for spec in specs:
         kind, wanted = spec.kinds[0], scenario.models[spec.name].initial

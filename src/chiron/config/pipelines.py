@@ -81,6 +81,12 @@ def gpus_most(kind: InstanceKind) -> int:
     return sum(stage.gpus * stage.max_replicas for stage in kind.pipeline.stages)
 
 
+def gpus_first(kind: InstanceKind) -> int:
+    """GPUs of one pipeline that is up at time 0."""
+    assert kind.pipeline is not None
+    return sum(stage.gpus * stage.initial_replicas for stage in kind.pipeline.stages)
+
+
 def replicas_for(instances: int, kind: InstanceKind) -> int:
     """Of each stage, for as many GPUs as so many engines on one GPU each."""
     assert kind.pipeline is not None

@@ -75,6 +75,7 @@ def _stage(
         max_num_seqs=kind.max_num_seqs,
         min_replicas=stage.min,
         max_replicas=stage.max,
+        initial_replicas=stage.min,
         start_s=stage.start_s,
         step_times=tuple(
             (tokens, max(seconds, stage.pace_s + tokens * stage.pace_per_sequence_s, 1e-6))

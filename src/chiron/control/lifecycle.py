@@ -13,6 +13,7 @@ from chiron.control.actuators import Actuators
 from chiron.control.batch_size import BatchSizes
 from chiron.control.booking import leave
 from chiron.control.eviction import Evictor
+from chiron.control.gpus import Gpus
 from chiron.control.model import ModelState, instance_view
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal
@@ -31,7 +32,7 @@ class Lifecycle:
         fleet: Fleet,
         journal: Journal,
         policy: Policy,
-        gpus_max: Mapping[str, float],
+        gpus: Gpus,
         actuators: Actuators,
         evictor: Evictor,
         sizes: BatchSizes,
@@ -42,7 +43,7 @@ class Lifecycle:
         self._fleet = fleet
         self._journal = journal
         self._policy = policy
-        self._gpus_free = dict(gpus_max)
+        self._gpus = gpus
         self._actuators = actuators
         self._evictor = evictor
         self._sizes = sizes
@@ -66,7 +67,7 @@ class Lifecycle:
                     raise ValueError(
                         f"model {state.spec.name!r}: the GPU limits do not allow {count} initial instances"
                     )
-                instance = self._new_instance(state, kind, role)
+                instance = self._new_instance(state, kind, role, up=True)
                 self.ready(state, instance, attach(instance))
 
     def adopt_one(
@@ -231,11 +232,10 @@ class Lifecycle:
         return _count(state, kind) < self._most.get(kind.name, kind.max_instances)
 
     def _has_room(self, state: ModelState, kind: InstanceKind, without: Instance | None) -> bool:
-        freed = without.kind.gpus if without is not None and without.kind.gpu == kind.gpu else 0
         used = _count(state, kind) - (without is not None and without.kind is kind)
-        return used < kind.max_instances and self._gpus_free.get(kind.gpu, inf) + freed >= kind.gpus
+        return used < kind.max_instances and self._gpus.room(kind, without)
 
-    def _new_instance(self, state: ModelState, kind: InstanceKind, role: Role) -> Instance:
+    def _new_instance(self, state: ModelState, kind: InstanceKind, role: Role, *, up: bool = False) -> Instance:
         instance = Instance(self._next_instance, state.spec.name, kind, role, self._clock.now_s)
         self._next_instance += 1
         limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
@@ -244,8 +244,7 @@ class Lifecycle:
         if self.unsettled:
             self._numbers.add(instance.id)
         state.instances[instance.id] = instance
-        if kind.gpu in self._gpus_free:
-            self._gpus_free[kind.gpu] -= kind.gpus
+        self._gpus.take(instance, up=up)
         self._announce("created", instance)
         return instance
 
@@ -322,8 +321,7 @@ class Lifecycle:
         instance.state = "gone"
         del self.instances[instance.id]
         del state.instances[instance.id]
-        if instance.kind.gpu in self._gpus_free:
-            self._gpus_free[instance.kind.gpu] += instance.kind.gpus
+        self._gpus.give_back(instance)
 
     def _announce(self, name: str, instance: Instance) -> None:
         self._journal.event(self._clock.now_s, name, None, instance)

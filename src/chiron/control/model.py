@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import inf, nan
-from typing import Any
+from typing import Any, Final
 
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.kept import Kept
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
+from chiron.policies.deadline_groups import batch_due_s
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
 from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
 
+DUE_SPAN_S: Final = 60.0
+"""Batch requests that are due within as long count as due together."""
 COLD_START_PRIOR_S = 60.0
 """Look-ahead before the first start has been timed; the paper's upper end."""
 
@@ -67,8 +70,10 @@ class ModelState:
         self.batch_size_hint = 0
         """Max batch size last set anywhere: where a new instance starts."""
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
-        self.arrived_count = 0
-        """All that arrived, less those that turned out not to run: for the stage loop."""
+        self.arrived_interactive = 0
+        """All interactive ones that arrived, less those that turned out not to run: for the stage loop."""
+        self._batch_open: dict[int, int] = {}
+        """Batch requests that arrived and have not ended, by when they are due: for the stage loop."""
         self.attained = 0
         self.missed = 0
         self._itl_missed = {c.name: 0.0 for c in classes}
@@ -96,8 +101,26 @@ class ModelState:
         if arrivals.second != second:
             arrivals = self._arriving[name] = self._bin(name, second)
         arrivals.add(request.input_tokens, 1)
-        self.arrived_count += 1
+        if request.interactive:
+            self.arrived_interactive += 1
+        else:
+            self._count_batch(request, 1)
         request.counted = True
+
+    def _count_batch(self, request: Request, sign: int) -> None:
+        due = int(batch_due_s(request) // DUE_SPAN_S)
+        count = self._batch_open.get(due, 0) + sign
+        if count:
+            self._batch_open[due] = count
+        else:
+            del self._batch_open[due]
+
+    def batch_due(self) -> tuple[tuple[float, int], ...]:
+        """(due, requests) of all batch work that has not ended, announced or here, earliest first."""
+        sums = {due * DUE_SPAN_S: count for due, count in self._batch_open.items()}
+        for deadline_s, count in self.batch.announced_due():
+            sums[deadline_s] = sums.get(deadline_s, 0) + count
+        return tuple(sorted(sums.items()))
 
     def arrivals(self, now_s: float) -> list[_Arrivals]:
         """Of full seconds, since they were last forgotten."""
@@ -116,10 +139,12 @@ class ModelState:
 
     def ended(self, request: Request) -> None:
         name, outcome = request.class_name, request.outcome
+        if request.counted and not request.interactive:
+            self._count_batch(request, -1)
         shed = outcome == "shed"
         if not (shed or outcome == "finished" or (outcome == "cancelled" and request.ran)):
             if request.counted:
-                self.arrived_count -= 1
+                self.arrived_interactive -= request.interactive
                 self._bin(name, int(request.arrival_s)).add(request.input_tokens, -1)
             return
         if not request.interactive:

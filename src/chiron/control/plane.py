@@ -23,6 +23,7 @@ from chiron.control.autoscaler import Autoscaler, Observer
 from chiron.control.batch_size import BatchSizes
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
+from chiron.control.gpus import Gpus
 from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, LOAD_AGE_MAX_S, Learned
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
@@ -59,7 +60,8 @@ class ControlPlane:
     ) -> None:
         """``ends``: who waits for requests; in a simulation nobody. ``actuators``: what becomes of decisions; by
         default they are carried out."""
-        gpus = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
+        limits = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
+        gpus = Gpus(limits)
         actuators = actuators or DirectActuators()
         self.clock = clock
         self.policy = policy
@@ -73,7 +75,7 @@ class ControlPlane:
             fleet=fleet,
             journal=journal,
             policy=policy,
-            gpus_max=gpus,
+            gpus=gpus,
             actuators=actuators,
             evictor=self._evictor,
             sizes=self._sizes,
@@ -94,7 +96,7 @@ class ControlPlane:
             lifecycle=self._lifecycle,
             dispatcher=self._dispatcher,
             evictor=self._evictor,
-            gpus_max=gpus,
+            gpus_max=limits,
             observer=observer,
         )
         self.instances = self._lifecycle.instances
@@ -104,6 +106,7 @@ class ControlPlane:
             policy=policy,
             models=self.models,
             instances=self.instances,
+            gpus=gpus,
             journal=journal,
             actuators=actuators,
         )

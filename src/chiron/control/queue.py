@@ -113,6 +113,10 @@ class BatchQueue:
         """Requests that wait elsewhere."""
         return sum(group.count for group in self._announced.values())
 
+    def announced_due(self) -> list[tuple[float, int]]:
+        """(deadline, requests) of those groups."""
+        return [(group.deadline_s, group.count) for group in self._announced.values()]
+
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
         self._order.forget(request)

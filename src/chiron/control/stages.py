@@ -11,6 +11,7 @@ from math import inf, isfinite, nan
 from typing import cast
 
 from chiron.control.actuators import Actuators
+from chiron.control.gpus import Gpus
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Journal, StagedEngine
@@ -43,6 +44,7 @@ class StageLoop:
         policy: Policy,
         models: Mapping[str, ModelState],
         instances: Mapping[int, Instance],
+        gpus: Gpus,
         journal: Journal,
         actuators: Actuators,
     ) -> None:
@@ -50,6 +52,7 @@ class StageLoop:
         self._policy = policy
         self._models = models
         self._instances = instances
+        self._gpus = gpus
         self._journal = journal
         self._actuators = actuators
         self._pipelines: dict[int, _Pipeline] = {}
@@ -67,13 +70,14 @@ class StageLoop:
         pipeline = instance.kind.pipeline
         if pipeline is None or len(sample.stages) != len(pipeline.stages) or not _sound(sample):
             return
-        replicas = [stage.ready + stage.starting + stage.draining for stage in sample.stages]
-        instance.gpus = sum(n * stage.gpus for n, stage in zip(replicas, pipeline.stages, strict=True))
         known = self._pipelines.get(instance.id)
         if known is None:
-            self._pipelines[instance.id] = _Pipeline(sample)
+            known = self._pipelines[instance.id] = _Pipeline(sample)
         elif sample.taken_s >= known.sample.taken_s:
             known.sample = sample
+        replicas = _replicas(known.sample)
+        instance.gpus = sum(n * stage.gpus for n, stage in zip(replicas, pipeline.stages, strict=True))
+        self._gpus.hold(instance, _larger(known.plan, replicas))
 
     def plan_of(self, instance: Instance) -> tuple[int, ...]:
         """Replicas of each stage by the plan in force; empty: nothing is known of it."""
@@ -90,16 +94,22 @@ class StageLoop:
             gone = [number for number in self._pipelines if number not in self._instances]
             for number in gone:
                 del self._pipelines[number]
+            faults: list[Exception] = []
             for number, pipeline in self._pipelines.items():
                 instance = self._instances[number]
                 if instance.state == "ready":
-                    self._decide(hook, instance, pipeline, since_s, rates[instance.model])
+                    try:
+                        self._decide(hook, instance, pipeline, since_s, rates[instance.model])
+                    except Exception as fault:  # One pipeline's must not be the others'.
+                        faults.append(fault)
+            if faults:
+                raise ExceptionGroup("stages of a pipeline could not be decided about or scaled", faults)
         finally:  # Live, a faulty tick must not be the last one.
             self._clock.call_later(self._policy.stages_period_s, self._tick)
 
     def _rate(self, model: str, since_s: float) -> float:
-        """Arrivals per second since the last tick, less those that turned out not to run."""
-        arrived = self._models[model].arrived_count
+        """Interactive arrivals per second since the last tick, less those that turned out not to run."""
+        arrived = self._models[model].arrived_interactive
         before = self._arrived.get(model, 0)
         self._arrived[model] = arrived
         return max(0, arrived - before) / since_s if since_s > 0.0 else 0.0
@@ -117,22 +127,26 @@ class StageLoop:
         self, instance: Instance, pipeline: _Pipeline, stages: Sequence[StageKind], plans: Sequence[StagePlan]
     ) -> None:
         before = pipeline.plan
-        after = tuple(_within(stage, plan) for stage, plan in zip(stages, plans, strict=True))
+        within = tuple(_within(stage, plan) for stage, plan in zip(stages, plans, strict=True))
+        after = self._gpus.afforded(instance, before, within)
+        if after == before:
+            return
+        # What is to go has not gone before a scrape says so.
+        self._gpus.hold(instance, _larger(_larger(before, after), _replicas(pipeline.sample)))
+        assert instance.engine is not None
+        self._actuators.stages(cast(StagedEngine, instance.engine), after)
         pipeline.plan = after
-        for stage, plan, was, wanted in zip(stages, plans, before, after, strict=True):
-            if was != wanted:
+        for stage, plan, was, wanted, now in zip(stages, plans, before, within, after, strict=True):
+            if was != now:
                 decision = Decision(
                     kind="stage",
                     subject=f"{instance.model}#{instance.id}/{stage.name}",
                     before=was,
-                    after=wanted,
-                    reason=plan.reason,
+                    after=now,
+                    reason=plan.reason if now == wanted else "gpus_limited",
                     numbers=plan.numbers,
                 )
                 self._journal.decided(self._clock.now_s, decision)
-        if after != before:
-            assert instance.engine is not None
-            self._actuators.stages(cast(StagedEngine, instance.engine), after)
 
     def _view(self, instance: Instance, pipeline: _Pipeline, since_s: float, rate: float) -> PipelineView:
         now_s, sample, seen = self._clock.now_s, pipeline.sample, pipeline.seen
@@ -152,8 +166,10 @@ class StageLoop:
             sample_age_s=now_s - sample.taken_s,
             running=sample.running,
             waiting=sample.waiting + -(-len(state.waiting) // ready),
+            waiting_interactive=_interactive(instance, sample.waiting) + -(-state.waiting.interactive // ready),
             context_tokens=sample.context_tokens / sample.running if sample.running else 0.0,
             arrival_rate=rate / ready,
+            batch_due=tuple((due_s, requests / ready) for due_s, requests in state.batch_due()),
             pipelines=sum(state.planned.values()),
             mixes=tuple(mix.view() for mix in state.learner.mixes.values()),
         )
@@ -180,6 +196,20 @@ def _stage_view(kind: StageKind, planned: int, now: StageSample, was: StageSampl
         kv_used=now.kv_used_tokens / kind.kv_capacity_tokens,
         start_s=now.start_s if now.start_s > 0.0 else kind.start_s,
     )
+
+
+def _interactive(instance: Instance, waiting: int) -> int:
+    """Of the requests that wait inside an engine: by the share of them there, as it does not say which they are."""
+    return waiting * instance.running_interactive // len(instance.requests) if instance.batch else waiting
+
+
+def _replicas(sample: PipelineSample) -> list[int]:
+    """Of each stage, in whatever state."""
+    return [stage.ready + stage.starting + stage.draining for stage in sample.stages]
+
+
+def _larger(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [max(pair) for pair in zip(one, other, strict=True)]
 
 
 def _within(stage: StageKind, plan: StagePlan) -> int:

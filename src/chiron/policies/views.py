@@ -265,10 +265,14 @@ class PipelineView:
     running: int
     waiting: int
     """Requests without a place on a replica of every stage, here and in the queue in front of all pipelines."""
+    waiting_interactive: int
+    """Of these, interactive ones."""
     context_tokens: float
     """Mean context of a running sequence; 0 when none runs."""
     arrival_rate: float
-    """Requests per second of this model since the last tick, over its pipelines."""
+    """Interactive requests per second of this model since the last tick, over its pipelines."""
+    batch_due: tuple[tuple[float, float], ...]
+    """Batch requests that have not ended, over the pipelines: (when they are due, how many), earliest first."""
     pipelines: int
     """By the plan of the fleet policy: how much is needed is its decision, where in a pipeline the stage policy's."""
     mixes: tuple[ClassMix, ...]

@@ -6,9 +6,12 @@ one replica after the other until the load that is planned for meets its SLOs (`
 what turned out not to be needed, dearest first. So stages that are not the bottleneck never hold more than they need.
 
 The load is the largest rate of the last minutes (as long as a replica takes to start, and a while more) and what the
-randomness of arrivals adds to it; requests that wait count as arrivals that must be served within their TTFT. Planned
-step times are corrected by what stages measure. Growing is done at once, shrinking only to what has been enough for a
-while. Without metrics nothing shrinks.
+randomness of arrivals adds to it; interactive requests that wait count as arrivals that must be served within their
+TTFT. Batch work counts by its deadlines, as the rate at which it must be done to keep all of them: however much of it
+arrives at once, a deadline that is far away asks for nothing. What is late already asks for no more.
+
+Planned step times are corrected by what stages measure. Growing is done at once, shrinking only to what has been enough
+for a while. Without metrics nothing shrinks.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from math import isfinite, isnan, sqrt
 
 from chiron.policies.stages.queue_model import Forecast, StageLoad, forecast, pass_s
-from chiron.policies.views import PipelineView, StagePlan, StageView
+from chiron.policies.views import ClassMix, PipelineView, StagePlan, StageView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,21 +180,47 @@ def planned_load(settings: StageBalanceSettings, state: BalanceState, view: Pipe
     mixes = [mix for mix in view.mixes if mix.finished > 0] or list(view.mixes)
     if not mixes:
         return None
-    weights = [max(1, mix.finished) for mix in mixes]
-    total = sum(weights)
     ttft_s = settings.slo_share * min(mix.cls.ttft_s for mix in mixes)
     rate = largest_rate(settings, state, view)
     rate += settings.spread * sqrt(rate / settings.rate_window_s)
-    if view.waiting:
+    if view.waiting_interactive:
         # They are there already: to be served within what a first token may take, or a rate window.
-        rate += view.waiting / max(1.0, min(ttft_s, settings.rate_window_s))
+        rate += view.waiting_interactive / max(1.0, min(ttft_s, settings.rate_window_s))
+    batch_rate = due_rate(settings, view)
+    shares = _shares(mixes, rate, batch_rate)
     return StageLoad(
-        rate=rate,
-        input_tokens=max(1.0, sum(w * m.input_tokens for w, m in zip(weights, mixes, strict=True)) / total),
-        output_tokens=max(1.0, sum(w * m.output_tokens for w, m in zip(weights, mixes, strict=True)) / total),
+        rate=rate + batch_rate,
+        input_tokens=max(1.0, sum(w * m.input_tokens for w, m in zip(shares, mixes, strict=True)) / sum(shares)),
+        output_tokens=max(1.0, sum(w * m.output_tokens for w, m in zip(shares, mixes, strict=True)) / sum(shares)),
         itl_s=settings.slo_share * min(mix.cls.itl_s for mix in mixes),
         ttft_s=ttft_s,
     )
+
+
+def due_rate(settings: StageBalanceSettings, view: PipelineView) -> float:
+    """Batch requests per second with which all that is due later than now is done by then, a replica's start and a
+    margin before."""
+    start_s = max(stage.start_s for stage in view.stages)
+    most = ahead = 0.0
+    for due_s, requests in view.batch_due:
+        if due_s > view.now_s:
+            ahead += requests
+            usable_s = settings.slo_share * (due_s - view.now_s) - start_s
+            most = max(most, ahead / max(settings.rate_window_s, usable_s))
+    return most
+
+
+def _shares(mixes: Sequence[ClassMix], rate: float, batch_rate: float) -> list[float]:
+    """What of the load is of each class: those of one kind as they finished, the two kinds by their rates."""
+    rates = {True: rate, False: batch_rate}
+    counts = [float(max(1, mix.finished)) for mix in mixes]
+    sums = {True: 0.0, False: 0.0}
+    for count, mix in zip(counts, mixes, strict=True):
+        sums[mix.cls.interactive] += count
+    loaded = [kind for kind in (True, False) if rates[kind] > 0.0 and sums[kind] > 0.0]
+    if len(loaded) < 2:
+        return [n if m.cls.interactive in loaded or not loaded else 0.0 for n, m in zip(counts, mixes, strict=True)]
+    return [n / sums[m.cls.interactive] * rates[m.cls.interactive] for n, m in zip(counts, mixes, strict=True)]
 
 
 def largest_rate(settings: StageBalanceSettings, state: BalanceState, view: PipelineView) -> float:
