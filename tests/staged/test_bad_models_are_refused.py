@@ -76,6 +76,19 @@ def test_copies_have_one_fingerprint_and_other_models_another(tmp_path: Path) ->
     assert read_model_files(changed(copy, rope_theta=1.0)).fingerprint != prints[0]
 
 
+def test_a_fine_tune_of_one_tensor_is_another_model(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path / "model", SMALL)
+    before = read_model_files(directory)
+    place = before.tensors["model.layers.1.self_attn.q_proj.weight"]
+    data = bytearray(place.file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    offset = json.loads(data[8 : 8 + length])["model.layers.1.self_attn.q_proj.weight"]["data_offsets"][0]
+    for at in range(8 + length + offset, 8 + length + offset + place.bytes):
+        data[at] ^= 1
+    place.file.write_bytes(data)
+    assert read_model_files(directory).fingerprint != before.fingerprint
+
+
 @pytest.mark.parametrize(
     ("ranges", "said"),
     [

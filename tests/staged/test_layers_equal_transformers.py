@@ -104,7 +104,7 @@ def test_kv_is_refused_when_it_is_full_and_free_again() -> None:
     (kv,) = pipeline.kvs
     kv.capacity_tokens = 128
     assert kv.reserve(Entry(key=1, position=0, count=100)) == ""
-    assert kv.reserve(Entry(key=2, position=0, count=1)) == "KV is full: 64 tokens more, and 0 are free"
+    assert kv.reserve(Entry(key=2, position=0, count=1)) == "KV is full: 1 tokens more, and 0 are free"
     kv.free([1])
     assert kv.reserve(Entry(key=2, position=0, count=1)) == ""
     assert kv.reserve(Entry(key=3, position=5, count=1)) == "position 5, and 0 tokens of this sequence are held here"

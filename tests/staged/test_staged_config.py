@@ -44,6 +44,13 @@ def test_an_instance_is_a_pipeline_and_its_process_is_told_the_stages(directory:
     assert told[0] == {"layers": "0-1", "min": 1, "max": 3, "device": "cpu", "pace_ms": 20.0, "pace_sequence_ms": 0.0}
 
 
+def test_stages_have_the_kv_of_the_instance_if_they_have_none_of_their_own(directory: Path) -> None:
+    read = parse_serve(config(STAGES, "kv_capacity_tokens = 4096"), directory=directory)
+    pipeline = read.models[0].kinds[0].kind.pipeline
+    assert pipeline is not None
+    assert [stage.kv_capacity_tokens for stage in pipeline.stages] == [4096, 640]
+
+
 def test_a_stage_policy_has_its_settings_in_the_table_of_the_policy(directory: Path) -> None:
     table = '[policies.chiron]\nstages = { policy = "stage-hpa", target = 0.6, stabilise_down = "1m" }'
     read = parse_serve(config(STAGES, table), directory=directory)
@@ -77,6 +84,8 @@ def test_a_stage_may_have_more_than_one_replica_at_least(directory: Path) -> Non
         (config('[{ layers = "0-3", min = 2 }]'), "models.m.stages[0]: max is 1; it must be min (2, 1 or more) to 256"),
         (config('[{ layers = "0-3", most = 2 }]'), "models.m.stages[0].most: unknown key"),
         (config("[]"), "stages is missing"),
+        (config('[{ layers = "0-3", pace = "61s" }]'), "pace is 61.0; it must be 0 to a minute"),
+        (config('[{ layers = "0-3", device = "GPU 1" }]'), "device is 'GPU 1'; it must be cpu, cuda, cuda:0"),
         (config(STAGES, 'stages_plan = "none.json"'), "models.m.stages_plan: 'none.json' is not what"),
         (config(STAGES, top='stage_policy = "stage-hpb"'), "stage_policy: unknown policy 'stage-hpb'"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +11,7 @@ from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
 from chiron.config.sections import require
 from chiron.engines.rows import ENGINES
 
+_DEVICE = re.compile(r"[a-z]{2,20}(:\d{1,3})?")
 SourceName = Literal["process", "endpoints", "kubernetes", "ray"]
 
 _KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
@@ -123,8 +125,10 @@ class ServeStageSection:
         require(self.price_per_gpu_hour >= 0, "price_per_gpu_hour", self.price_per_gpu_hour, "0 or more")
         kv = self.kv_capacity_tokens
         require(kv is None or kv >= 64, "kv_capacity_tokens", kv, "64 or more")
-        for key in ("start", "pace", "pace_per_sequence"):
-            require(0 <= getattr(self, f"{key}_s") < 3600, key, getattr(self, f"{key}_s"), "0 to an hour")
+        require(bool(_DEVICE.fullmatch(self.device)), "device", self.device, "cpu, cuda, cuda:0, ...")
+        require(0 <= self.start_s < 3600, "start", self.start_s, "0 to an hour")
+        for key in ("pace", "pace_per_sequence"):
+            require(0 <= getattr(self, f"{key}_s") <= 60, key, getattr(self, f"{key}_s"), "0 to a minute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

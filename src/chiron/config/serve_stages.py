@@ -46,9 +46,10 @@ def pipeline_kind(section: ServeInstanceSection, kind: InstanceKind, path: str, 
     except StagedModelError as error:
         raise ConfigError(f"{path}.stages: {error}") from None
     times = _planned_times(section, path, directory)
+    whole_tokens = section.kv_capacity_tokens
     stages = zip(section.stages, ranges, weights, strict=True)
     return PipelineKind(
-        stages=tuple(_stage(stage, each, size, kind, files, times) for stage, each, size in stages),
+        stages=tuple(_stage(stage, each, size, kind, files, times, whole_tokens) for stage, each, size in stages),
         token_bytes=files.architecture.hidden * _ITEM_BYTES[files.architecture.dtype],
     )
 
@@ -60,7 +61,9 @@ def _stage(
     kind: InstanceKind,
     files: ModelFiles,
     times: Mapping[str, tuple[tuple[int, float], ...]],
+    whole_tokens: int | None,
 ) -> StageKind:
+    """``whole_tokens``: KV of one replica, by the instance's key."""
     per_token = files.architecture.kv_bytes(len(layers), _ITEM_BYTES[files.architecture.dtype])
     fixed_s = weight_bytes / _GUESSED_BYTES_PER_S
     measured = times.get(str(layers)) or ((1, fixed_s), (32, 2 * fixed_s))
@@ -71,7 +74,7 @@ def _stage(
         gpus=stage.gpus,
         price_per_gpu_hour=stage.price_per_gpu_hour,
         weight_bytes=weight_bytes,
-        kv_capacity_tokens=stage.kv_capacity_tokens or max(64, int(1e9 / per_token)),
+        kv_capacity_tokens=stage.kv_capacity_tokens or whole_tokens or max(64, int(1e9 / per_token)),
         max_num_seqs=kind.max_num_seqs,
         min_replicas=stage.min,
         max_replicas=stage.max,

@@ -16,7 +16,7 @@ from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
 from chiron.engines.staged.layers import StageLayers
 from chiron.engines.staged.pipeline import PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
-from chiron.engines.staged.service import Pace, StageService
+from chiron.engines.staged.service import StageService
 from chiron.engines.staged.split import StageRange, read_range
 from chiron.engines.staged.tokenizer import ModelTokenizer
 from chiron.engines.staged.weights import read_model_files
@@ -101,11 +101,10 @@ class StagedSite:
         return found
 
 
-async def start_replica(
-    files: Any, stage: StageRange, *, kv_tokens: int = 50_000, limit: int = 64, pace: Pace | None = None
-) -> LocalReplica:
+async def start_replica(files: Any, stage: StageRange, *, kv_tokens: int = 50_000, **settings: Any) -> LocalReplica:
     layers = StageLayers(files, stage, dtype="float32")
-    service = StageService(layers, files.fingerprint, kv_capacity_tokens=kv_tokens, limit=limit, pace=pace)
+    given = {"limit": 64, "silent_s": WAIT_S, **settings}
+    service = StageService(layers, files.fingerprint, kv_capacity_tokens=kv_tokens, **given)
     service.start()
     listener = await asyncio.get_running_loop().create_server(service.accept, "127.0.0.1", 0)
     return LocalReplica(service, listener)
@@ -124,7 +123,7 @@ async def staged_site(
     site = StagedSite(
         directory,
         splits,
-        pipeline or PipelineSettings(link=PATIENT),
+        pipeline or PipelineSettings(link=PATIENT, absent_s=600.0),
         head or HeadSettings(name="tiny", model_len_max=2048),
     )
     try:

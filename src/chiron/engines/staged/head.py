@@ -24,19 +24,20 @@ from chiron.engines.serve.options import real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
-from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
+from chiron.engines.staged.head_engine import HeadEngine, HeadSettings, broken
 from chiron.engines.staged.messages import VERSION, HeadHello
 from chiron.engines.staged.pipeline import Pipeline, PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
 from chiron.engines.staged.split import StageRange, check_split, read_range
 from chiron.engines.staged.tokenizer import ModelTokenizer
 from chiron.engines.staged.weights import ModelFiles, read_model_files
-from chiron.engines.staged.wire import tls_client
+from chiron.engines.staged.wire import read_tls, tls_client
 from chiron.net.loop import run_on_loop
 from chiron.net.server import Incoming
 
 log = logging.getLogger("chiron.staged")
 
+ABSENT = "seconds that requests wait for a stage without a replica"
 REPLICAS_MAX = 1024
 """Of one stage."""
 
@@ -59,6 +60,9 @@ class HeadServer:
         self._more = more
 
     def handle(self, incoming: Incoming) -> None:
+        if incoming.path == "/health" and incoming.method in (b"GET", b"HEAD") and (why := self._engine.unready()):
+            respond_error(incoming, broken(why))
+            return
         if incoming.path != "/chiron/stages":
             self._served.handle(incoming)
             return
@@ -108,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--queue-max", type=whole(0), default=head.queue_max, help="requests that may wait inside; beyond: 429")
     add("--micro-batches", type=whole(0, 256), default=0, help="0: as many as make a round shortest")
     add("--drain", type=real(0.0, 86_400.0), default=pipeline.drain_s, help="seconds before sequences are moved")
+    add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
     add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
     add("--call-timeout", type=real(0.5, 86_400.0), default=link.call_s, help="longest that a step may take, seconds")
     add("--tls-cert", type=Path)
@@ -158,6 +163,7 @@ def make_head(
         hello,
         pipeline,
         call_later=asyncio.get_running_loop().call_later,
+        time_s=asyncio.get_running_loop().time,
         changed=lambda: engine.admit(),
         context=context,
         row_bytes=architecture.hidden * (4 if dtype == "float32" else 2),
@@ -170,7 +176,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
     ranges, addresses = read_stages(options.stage, files.architecture.layers)
     names = options.served_model_name or [options.model.resolve().name]
     length = min(options.max_model_len or files.architecture.context_tokens, files.architecture.context_tokens)
-    context = tls_client(options.tls_cert, options.tls_key, options.tls_ca) if options.tls_cert is not None else None
+    context = read_tls(tls_client, options)
     engine = make_head(
         files,
         tokenizer,
@@ -182,6 +188,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
             max_num_batched_tokens=options.max_num_batched_tokens,
             micro_batches=options.micro_batches,
             drain_s=options.drain,
+            absent_s=options.absent,
             link=LinkSettings(silent_s=options.silent, call_s=options.call_timeout),
         ),
         dtype=options.dtype,

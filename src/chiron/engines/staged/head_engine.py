@@ -75,6 +75,9 @@ class Generation:
         want = sampling.candidates(engine.architecture.vocabulary)
         self.sequence = Sequence(id=id, tokens=[*prompt, *request.resume_token_ids], want=want, listener=self)
 
+        self.siblings: SequenceOf[Generation] = ()
+        """All choices of its request."""
+
     @property
     def generated(self) -> list[int]:
         return self.sequence.tokens[self.prompt_tokens :]
@@ -130,8 +133,15 @@ class HeadEngine:
 
     # -- from the front ------------------------------------------------------------------------------------------
 
+    def unready(self) -> str:
+        """Why it should get no requests; empty: it may."""
+        return self.pipeline.unready()
+
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
         _refuse(request)
+        if why := self.pipeline.broken():
+            raise broken(why)
+        self._check_queue()
         prompts = self._prompts(request)
         allowed = [
             tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
@@ -141,11 +151,13 @@ class HeadEngine:
         generations = self._generations(request, incoming, prompts, allowed)
         if self._ended_before(generations[0]):
             return
-        check_queue(len(self._waiting) - max(0, self.limit - len(self._running)), self.settings.queue_max)
         incoming.on_close = lambda: self._cancel(generations)
         self.totals.prompt_tokens += sum(map(len, prompts))
         self._waiting.extend(generations)
         self.admit()
+
+    def _check_queue(self) -> None:
+        check_queue(len(self._waiting) - max(0, self.limit - len(self._running)), self.settings.queue_max)
 
     def set_limit(self, limit: int) -> None:
         """The max batch size from now on. Lowering it interrupts nobody."""
@@ -263,6 +275,8 @@ class HeadEngine:
                     sampling=sampling,
                 )
             )
+        for generation in found:
+            generation.siblings = found
         return found
 
     def _prompts(self, request: GenerationRequest) -> list[list[int]]:
@@ -313,6 +327,10 @@ class HeadEngine:
 
     def _cancel(self, generations: list[Generation]) -> None:
         """The rest of an answer is no longer needed."""
+        self._drop(generations)
+        self.admit()
+
+    def _drop(self, generations: SequenceOf[Generation]) -> None:
         for generation in generations:
             if self._running.pop(generation.id, None) is not None:
                 self.pipeline.remove(generation.sequence)
@@ -321,7 +339,6 @@ class HeadEngine:
             else:
                 continue
             self.totals.cancelled += 1
-        self.admit()
 
     # -- the pipeline --------------------------------------------------------------------------------------------
 
@@ -342,13 +359,16 @@ class HeadEngine:
 
     def _fail_if_too_long(self, generation: Generation) -> None:
         """One that finds no room although nobody else is there never will."""
-        stages = [[r for r in replicas if r.up] for replicas in self.pipeline.replicas]
-        if self._running or not all(stages):
-            return
-        most = min(max(r.kv_capacity_tokens for r in replicas) for replicas in stages)
-        if len(generation.sequence.tokens) + 1 > most:
+        if not self._running and self._never_fits(generation):
             self._waiting.popleft()
             self._fail(generation, _no_room())
+
+    def _never_fits(self, generation: Generation) -> bool:
+        stages = [[r for r in replicas if r.up] for replicas in self.pipeline.replicas]
+        if not all(stages):
+            return False
+        most = min(max(r.kv_capacity_tokens for r in replicas) for replicas in stages)
+        return len(generation.sequence.tokens) + 1 > most
 
     def drew(self, generation: Generation, drawn: Drawn) -> int | None:
         now_s = time.monotonic()
@@ -377,20 +397,22 @@ class HeadEngine:
     def preempted(self, generation: Generation) -> None:
         self.preemptions += 1
         self._running.pop(generation.id, None)
-        if not self._running:
+        if self._never_fits(generation):
             self._fail(generation, _no_room())
             return
+        # Even if it is alone here, other heads may have filled the stage.
         self._waiting.appendleft(generation)
 
     def failed(self, generation: Generation, why: str) -> None:
         self._running.pop(generation.id, None)
-        self._fail(
-            generation, RequestError(f"The pipeline is broken: {why}.", status=503, type="server_error", code="stages")
-        )
+        self._fail(generation, broken(why))
 
     def _fail(self, generation: Generation, error: RequestError) -> None:
         self.totals.finished["error"] += 1
         generation.choice.fail(error)
+        # The answer is over, so nobody needs its other choices.
+        self._drop(generation.siblings)
+        asyncio.get_running_loop().call_soon(self.admit)
 
     def _logprobs(self, drawn: Drawn) -> list[TokenLogprob]:
         table = self.tokenizer.vocabulary
@@ -445,7 +467,14 @@ class HeadEngine:
             await asyncio.sleep(_TICK_S)
             self._count_busy()
             await asyncio.gather(*(replica.close() for replica in self.pipeline.left()))
-            self.admit()
+            self._look()
+
+    def _look(self) -> None:
+        self.pipeline.look()
+        if why := self.pipeline.broken():
+            while self._waiting:
+                self._fail(self._waiting.popleft(), broken(why))
+        self.admit()
 
 
 def _refuse(request: GenerationRequest) -> None:
@@ -459,6 +488,10 @@ def _refuse(request: GenerationRequest) -> None:
             raise RequestError(
                 f"{field}: this engine does not implement it.", param=field, code="unsupported_parameter"
             )
+
+
+def broken(why: str) -> RequestError:
+    return RequestError(f"The pipeline is broken: {why}.", status=503, type="server_error", code="stages")
 
 
 def _no_room() -> RequestError:

@@ -29,7 +29,7 @@ from chiron.engines.serve.options import real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
-from chiron.engines.staged.head import HeadServer, make_head
+from chiron.engines.staged.head import ABSENT, HeadServer, make_head
 from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
 from chiron.engines.staged.pipeline import PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
@@ -41,14 +41,22 @@ from chiron.net.loop import run_on_loop
 log = logging.getLogger("chiron.staged")
 
 _READY = re.compile(rb"ready port=(\d+)")
+_DEVICE = re.compile(r"[a-z]{2,20}(:\d{1,3})?")
 _LOOK_S = 0.25
-_RETRY_S = 1.0
-"""Between starts of a replica that could not be started."""
+_RETRY_S, _RETRY_MAX_S = 1.0, 60.0
+"""Before a replica is started again that could not be started, or that ended soon: doubled each time."""
+_SOON_S = 20.0
+"""After it was ready."""
+_FAILURES_MAX = 5
+"""After so many in succession, of a stage without any replica, the instance ends: something is wrong with it."""
+PACE_MAX_MS = 60_000.0
+KV_TOKENS_MIN = 64
 _DOWN_S = 2.0
 """A replica that runs and that the head has not reached for this long hangs, and is killed."""
 _END_S = 10.0
 """Between SIGTERM and SIGKILL."""
 REPLICAS_MAX = 256
+START_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +94,18 @@ def _spec(given: Mapping[str, Any], where: str) -> StageSpec:
         raise StagedModelError(f"{where}: min {least!r} and max {most!r} must be 1 <= min <= max <= {REPLICAS_MAX}")
     for key in ("pace_ms", "pace_sequence_ms", "kv_capacity_tokens"):
         value = given.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-            raise StagedModelError(f"{where}.{key}: {value!r} must be a number of at least 0")
+        most = 1e12 if key == "kv_capacity_tokens" else PACE_MAX_MS
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            raise StagedModelError(f"{where}.{key}: {value!r} must be a number from 0 to {most:g}")
+    if 0 < given.get("kv_capacity_tokens", 0) < KV_TOKENS_MIN:
+        raise StagedModelError(f"{where}.kv_capacity_tokens: {given['kv_capacity_tokens']!r} must be 64 or more, or 0")
+    if not _DEVICE.fullmatch(device := str(given.get("device", "cpu"))):
+        raise StagedModelError(f"{where}.device: {device!r} must be cpu, cuda, cuda:0, ...")
     return StageSpec(
         range=read_range(str(given.get("layers", ""))),
         least=least,
         most=most,
-        device=str(given.get("device", "cpu")),
+        device=device,
         pace_ms=float(given.get("pace_ms", 0)),
         pace_sequence_ms=float(given.get("pace_sequence_ms", 0)),
         kv_capacity_tokens=int(given.get("kv_capacity_tokens", 0)),
@@ -159,7 +172,12 @@ class StageProcesses:
     """The replicas of all stages: as many as wanted, told to the pipeline."""
 
     def __init__(
-        self, engine: HeadEngine, specs: Sequence[StageSpec], command: Callable[[StageSpec], list[str]]
+        self,
+        engine: HeadEngine,
+        specs: Sequence[StageSpec],
+        command: Callable[[StageSpec], list[str]],
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.specs = tuple(specs)
         self.wanted = [spec.least for spec in specs]
@@ -169,6 +187,13 @@ class StageProcesses:
         self._command = command
         self._replicas: list[list[ReplicaProcess]] = [[] for _ in specs]
         self._not_before_s = [0.0] * len(specs)
+        self._failures = [0] * len(specs)
+        """Starts in succession after which the replica ended at once, or soon."""
+        self._start_timeout_s = start_timeout_s
+        self._closing = False
+        self.failed = asyncio.Event()
+        """A stage cannot be had."""
+        self.why = ""
         self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -188,11 +213,18 @@ class StageProcesses:
         return ready, len(replicas) - ready - leaving, leaving
 
     async def until_ready(self) -> None:
-        """Each stage has a replica that the head has reached."""
+        """Each stage has a replica that the head has reached. Raises StagedModelError if one cannot be had."""
         while not all(any(r.up for r in replicas) for replicas in self._engine.pipeline.replicas):
+            self.check()
             await asyncio.sleep(0.02)
 
+    def check(self) -> None:
+        """Raises StagedModelError if a stage cannot be had."""
+        if self.failed.is_set():
+            raise StagedModelError(self.why)
+
     async def close(self) -> None:
+        self._closing = True
         if self._watching is not None:
             self._watching.cancel()
         everything = [each for replicas in self._replicas for each in replicas]
@@ -208,6 +240,8 @@ class StageProcesses:
 
     def _settle(self) -> None:
         """From what is to what is wanted."""
+        if self._closing:
+            return
         now_s = time.monotonic()
         self._kill_hanging(now_s)
         for stage, wanted in enumerate(self.wanted):
@@ -215,9 +249,7 @@ class StageProcesses:
             for each in [each for each in replicas if each.ended]:
                 replicas.remove(each)
                 if not each.leaving:
-                    log.warning("a replica of layers %s has ended by itself", self.specs[stage].range)
-                    if not each.address:
-                        self._not_before_s[stage] = now_s + _RETRY_S
+                    self._ended(stage, each, now_s)
             staying = [each for each in replicas if not each.leaving]
             if len(staying) < wanted and now_s >= self._not_before_s[stage]:
                 for _ in range(wanted - len(staying)):
@@ -229,7 +261,29 @@ class StageProcesses:
             self.start_s[stage] = max([each.start_s for each in replicas] or [self.start_s[stage]])
         self._tell()
 
+    def _ended(self, stage: int, replica: ReplicaProcess, now_s: float) -> None:
+        """By itself: another one is started, later each time that it ends at once, or soon."""
+        log.warning("a replica of layers %s has ended by itself", self.specs[stage].range)
+        if replica.address and now_s - replica.began_s - replica.start_s > _SOON_S:
+            self._failures[stage] = 0
+            return
+        self._failures[stage] += 1
+        pause_s = min(_RETRY_MAX_S, _RETRY_S * 2 ** (self._failures[stage] - 1))
+        self._not_before_s[stage] = now_s + pause_s
+        if self._failures[stage] >= _FAILURES_MAX and not any(each.ready for each in self._replicas[stage]):
+            self.why = (
+                f"layers {self.specs[stage].range}: {self._failures[stage]} replicas in succession ended at once, or "
+                "soon; what they said is above"
+            )
+            self.failed.set()
+
     def _kill_hanging(self, now_s: float) -> None:
+        for stage, replicas in enumerate(self._replicas):
+            for each in replicas:
+                if not each.address and not each.ended and now_s - each.began_s > self._start_timeout_s:
+                    said = self.specs[stage].range, self._start_timeout_s
+                    log.warning("a replica of layers %s is not ready after %g s, and is killed", *said)
+                    each.kill()
         for stage, replicas in enumerate(self._replicas):
             up = {replica.address for replica in self._engine.pipeline.replicas[stage] if replica.up}
             for each in replicas:
@@ -311,10 +365,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=whole(1, 1024), default=1, help="of each stage")
     add("--max-num-seqs", type=whole(1, 4096), default=64, help="sequences at once")
     add("--max-num-batched-tokens", type=whole(16, 1 << 20), default=pipeline.max_num_batched_tokens)
-    add("--kv-capacity-tokens", type=whole(64), default=0, help="of each replica; default: 1 GB of it")
+    add("--kv-capacity-tokens", type=whole(KV_TOKENS_MIN), default=0, help="of each replica; default: 1 GB of it")
     add("--max-model-len", type=whole(2), help="tokens of prompt and answer; default: the model's")
+    add("--start-timeout", type=real(1.0, 86_400.0), default=START_TIMEOUT_S, help="seconds, of a replica")
     add("--queue-max", type=whole(0), default=256, help="requests that may wait inside; beyond: 429")
     add("--drain", type=real(0.0, 86_400.0), default=pipeline.drain_s, help="seconds before sequences are moved")
+    add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
     add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
     return parser
 
@@ -337,19 +393,23 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
         PipelineSettings(
             max_num_batched_tokens=options.max_num_batched_tokens,
             drain_s=options.drain,
+            absent_s=options.absent,
             link=LinkSettings(silent_s=options.silent),
         ),
         dtype=options.dtype,
     )
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    processes = StageProcesses(engine, specs, lambda spec: stage_command(options, spec))
+    processes = StageProcesses(
+        engine, specs, lambda spec: stage_command(options, spec), start_timeout_s=options.start_timeout
+    )
     processes.start()
     engine.start()
     about = {"engine": "staged", "max_model_len": length, "stages": [str(spec.range) for spec in specs]}
     try:
         await processes.until_ready()
         server = InstanceServer(engine, processes, EngineServer(engine, names, about))
-        await serve_until_stopped(server, host=options.host, port=options.port, failed=asyncio.Event())
+        await serve_until_stopped(server, host=options.host, port=options.port, failed=processes.failed)
+        processes.check()
     finally:
         await engine.close()
         await processes.close()

@@ -18,7 +18,7 @@ from chiron.engines.staged.architecture import Architecture
 from chiron.engines.staged.torch_parts import torch
 
 _GROWTH_TOKENS = 64
-"""Buffers have a multiple of this many tokens."""
+"""Buffers have a multiple of this many tokens, while there is room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class KvStore:
             wanted = max(entry.end, capacity + capacity // 4)
             wanted = -(-wanted // _GROWTH_TOKENS) * _GROWTH_TOKENS
             if wanted - capacity > self.free_tokens:
-                wanted = -(-entry.end // _GROWTH_TOKENS) * _GROWTH_TOKENS
+                wanted = entry.end
             if wanted - capacity > self.free_tokens:
                 return f"KV is full: {wanted - capacity} tokens more, and {self.free_tokens} are free"
             buffer = self._grown(buffer, wanted)

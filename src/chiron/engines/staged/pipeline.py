@@ -25,7 +25,7 @@ from math import ceil
 from typing import Any
 
 from chiron.engines.staged.messages import HeadHello, Result
-from chiron.engines.staged.replica import Call, LinkSettings, Replica, ReplicaEvents
+from chiron.engines.staged.replica import Call, LinkSettings, Replica, ReplicaEvents, read_address
 from chiron.engines.staged.sequence import Group, Piece, Sequence
 from chiron.engines.staged.split import StageRange
 
@@ -45,6 +45,8 @@ class PipelineSettings:
     """In one step: chunks of prompts besides the sequences' next tokens."""
     micro_batches: int = 0
     """0: as many as make a round shortest."""
+    absent_s: float = 30.0
+    """Requests wait for a stage that has no replica for this long, and fail then."""
     drain_s: float = 10.0
     """Sequences on a replica that is to go may end there for this long; then they are moved."""
     link: LinkSettings = field(default_factory=LinkSettings)
@@ -98,6 +100,7 @@ class Pipeline(ReplicaEvents):
         settings: PipelineSettings,
         *,
         call_later: Callable[[float, Callable[[], None]], Any],
+        time_s: Callable[[], float],
         changed: Callable[[], None],
         context: ssl.SSLContext | None = None,
         row_bytes: int,
@@ -116,6 +119,11 @@ class Pipeline(ReplicaEvents):
         self._hello = hello
         self._settings = settings
         self._call_later = call_later
+        self._time_s = time_s
+        self._absent_since_s: list[float | None] = [time_s()] * len(self.stages)
+        """When each stage was seen to have no replica for new sequences."""
+        self._complete = False
+        """Each stage had one, at some time."""
         self._changed = changed
         self._context = context
         self._row_bytes = row_bytes
@@ -126,7 +134,11 @@ class Pipeline(ReplicaEvents):
     # -- replicas ----------------------------------------------------------------------------------------------
 
     def set_replicas(self, addresses: SequenceOf[SequenceOf[str]]) -> None:
-        """Which there should be, of each stage. Others are drained, and left."""
+        """Which there should be, of each stage. Others are drained, and left. Raises StagedModelError, and then nothing
+        is changed."""
+        for wanted in addresses:
+            for address in wanted:
+                read_address(address)
         for stage, wanted in enumerate(addresses):
             have = {replica.address: replica for replica in self.replicas[stage]}
             for address in dict.fromkeys(wanted):
@@ -136,12 +148,43 @@ class Pipeline(ReplicaEvents):
                     self.replicas[stage].append(replica)
                     replica.start()
                 elif have[address].leaving:
-                    have[address].leaving = have[address].draining = False
+                    have[address].leaving = have[address].draining = have[address].overdue = False
             for replica in self.replicas[stage]:
                 if replica.address not in wanted and not replica.leaving:
                     replica.leaving = replica.draining = True
                     self.replica_draining(replica)
         self.pump()
+
+    def look(self) -> None:
+        """Which stages have no replica now, and since when. Called again and again; fails what has waited too long."""
+        now_s = self._time_s()
+        for stage in range(len(self.stages)):
+            if self._usable(stage):
+                self._absent_since_s[stage] = None
+            elif self._absent_since_s[stage] is None:
+                self._absent_since_s[stage] = now_s
+        self._complete = self._complete or not any(since is not None for since in self._absent_since_s)
+        if why := self.broken():
+            for sequence in [each for each in self.running if not each.placed]:
+                self._give_up(sequence, why)
+
+    def broken(self) -> str:
+        """Which stage has had no replica for longer than requests wait, and why; empty: none."""
+        return self._absent(self._settings.absent_s)
+
+    def unready(self) -> str:
+        """Why this pipeline should get no requests now; empty: it may. One that is complete may lose a replica for as
+        long as requests wait for it."""
+        return self.broken() if self._complete else self._absent(0.0)
+
+    def _absent(self, longer_s: float) -> str:
+        now_s = self._time_s()
+        for stage, since_s in enumerate(self._absent_since_s):
+            if since_s is not None and now_s - since_s >= longer_s and not self._usable(stage):
+                troubles = [f"{each.address}: {each.trouble}" for each in self.replicas[stage] if each.trouble]
+                why = f" ({'; '.join(troubles)[:300]})" if troubles else ""
+                return f"no replica of layers {self.stages[stage]} is ready{why}"
+        return ""
 
     def left(self) -> list[Replica]:
         """Replicas that are no longer wanted and have nothing to do any more; to be closed."""
@@ -158,6 +201,9 @@ class Pipeline(ReplicaEvents):
         for sequence in list(self.running):
             if not sequence.placed:
                 self._place(sequence)
+        for other in self.replicas[replica.stage]:
+            if other.overdue and other is not replica:
+                self._move_away(other)
         self.pump()
         self._changed()
 
@@ -168,6 +214,8 @@ class Pipeline(ReplicaEvents):
         under_way = {piece.sequence for call in replica.calls.values() for piece in call.pieces if not piece.stale}
         replica.calls.clear()
         for sequence in under_way:  # It may be what the replica cannot bear.
+            if sequence not in self.running:
+                continue
             sequence.refusals += 1
             if sequence.refusals > _REFUSALS_MAX:
                 self._fail(sequence, replica, "replicas were lost while they computed it, one after the other")
@@ -177,10 +225,17 @@ class Pipeline(ReplicaEvents):
 
     def replica_draining(self, replica: Replica) -> None:
         log.info("stage %d drains the replica %s", replica.stage, replica.address)
-        self._call_later(self._settings.drain_s, lambda: self._move_away(replica))
+        replica.drains += 1
+        drain = replica.drains
+        self._call_later(self._settings.drain_s, lambda: self._drained(replica, drain))
+
+    def _drained(self, replica: Replica, drain: int) -> None:
+        if replica.draining and replica.drains == drain:
+            replica.overdue = True
+            self._move_away(replica)
 
     def _move_away(self, replica: Replica) -> None:
-        if replica.draining and any(other is not replica for other in self._usable(replica.stage)):
+        if any(other is not replica for other in self._usable(replica.stage)):
             self._move(list(replica.sequences), replica)
             self.pump()
 
@@ -453,7 +508,11 @@ class Pipeline(ReplicaEvents):
             self._ready[sequence] = None
 
     def _fail(self, sequence: Sequence, replica: Replica, why: str) -> None:
-        log.error("sequence %d is given up at %s: %s", sequence.id, replica.address, why)
+        log.error("sequence %d is given up at %s", sequence.id, replica.address)
+        self._give_up(sequence, why)
+
+    def _give_up(self, sequence: Sequence, why: str) -> None:
+        log.error("sequence %d fails: %s", sequence.id, why)
         self.remove(sequence)
         sequence.listener.failed(why)
 

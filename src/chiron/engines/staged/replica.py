@@ -49,7 +49,7 @@ class LinkSettings:
     """Longest that a call may take, its wait in the stage's queue included."""
     connect_s: float = 5.0
     retry_s: float = 0.5
-    """Between attempts to connect."""
+    """Between attempts to connect, and before the next one to a replica that was up for less than this."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -122,6 +122,10 @@ class Replica:
         """It takes no new sequences."""
         self.leaving = False
         """It is no longer wanted."""
+        self.drains = 0
+        """How often it was told to drain."""
+        self.overdue = False
+        """Its time to drain is over: its sequences leave as soon as there is another replica."""
         self.trouble = ""
         """Why it is not up."""
         self.kv_capacity_tokens = 0
@@ -138,14 +142,13 @@ class Replica:
         self._wire: FrameWire | None = None
         self._greeted: asyncio.Future[StageHello] | None = None
         self._lost = asyncio.Event()
+        self._why = ""
+        """It was lost."""
         self._ids = 0
         self._frees: list[int] = []
         self._silent_s = 0.0
         self._keeping: asyncio.Task[None] | None = None
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-            raise StagedModelError(f"replica {address!r}: must be HOST:PORT")
-        self._host, self._port = host.strip("[]"), int(port)
+        self._host, self._port = read_address(address)
 
     def start(self) -> None:
         self._keeping = asyncio.get_running_loop().create_task(self._keep())
@@ -200,8 +203,11 @@ class Replica:
                 await asyncio.sleep(self._settings.retry_s)
                 continue
             self.up, self.trouble = True, ""
+            began_s = asyncio.get_running_loop().time()
             self._events.replica_up(self)
             await self._watch()
+            if asyncio.get_running_loop().time() - began_s < self._settings.retry_s:
+                await asyncio.sleep(self._settings.retry_s)
 
     def _not_up(self, why: str) -> None:
         if why != self.trouble:
@@ -226,8 +232,11 @@ class Replica:
             theirs = await self._greeted
         if trouble := hello_trouble(self._hello, theirs):
             raise ValueError(trouble)
+        if wire.over:  # What came with its hello ended the connection.
+            raise ConnectionError(self._why)
         self.kv_capacity_tokens, self.kv_free_tokens = theirs.kv_capacity_tokens, theirs.kv_free_tokens
         self.limit, self.draining = max(1, theirs.limit), theirs.draining or self.leaving
+        self.overdue = self.overdue and self.draining
 
     async def _watch(self) -> None:
         """Until it is lost. A turn that comes late (this process was stopped) is no silence of the other end's."""
@@ -277,11 +286,22 @@ class Replica:
 
     def _closed(self, why: str) -> None:
         if self._greeted is not None and not self._greeted.done():
-            self._greeted.set_exception(ConnectionError(why))
+            # With TLS 1.3 an end learns only so that its certificate was refused.
+            hint = "" if self._context is None else "; it may not accept this head's certificate"
+            self._greeted.set_exception(ConnectionError(why + hint))
             self._greeted.exception()  # Who waited may have given up already.
         was_up, self.up = self.up, False
         self._frees.clear()
         self._lost.set()
+        self._why = why
         if was_up:
             self.trouble = why
             self._events.replica_down(self, why)
+
+
+def read_address(address: str) -> tuple[str, int]:
+    """Host and port. Raises StagedModelError."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or not 0 < int(port) < 65_536:
+        raise StagedModelError(f"replica {address!r}: must be HOST:PORT")
+    return host.strip("[]"), int(port)

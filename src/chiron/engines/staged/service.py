@@ -48,6 +48,9 @@ _CALLS_MAX = 64
 HEADS_MAX = 64
 HELLO_S = 20.0
 """A connection that has not said by then who it is, is cut off."""
+SILENT_S = 30.0
+"""So is a head that has said nothing for this long: heads ask twice a second. What it held is freed."""
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,8 @@ class _Head:
     number: int
     wire: FrameWire
     greeted: bool = False
+    silent_s: float = 0.0
+    """Nothing has come from it for this long."""
     calls: deque[_Call] = field(default_factory=deque)
 
 
@@ -116,7 +121,14 @@ class StageService:
     """Implements one replica of a stage."""
 
     def __init__(
-        self, layers: StageLayers, fingerprint: str, *, kv_capacity_tokens: int, limit: int, pace: Pace | None = None
+        self,
+        layers: StageLayers,
+        fingerprint: str,
+        *,
+        kv_capacity_tokens: int,
+        limit: int,
+        pace: Pace | None = None,
+        silent_s: float = SILENT_S,
     ) -> None:
         self.layers = layers
         self.limit = limit
@@ -134,17 +146,19 @@ class StageService:
         )
         self._fingerprint = fingerprint
         self._pace = pace or Pace()
+        self._silent_s = silent_s
         self._numbers = count()
         self._heads: deque[_Head] = deque()
         self._frees: list[Any] = []
         """Sequences, and connections, whose KV goes at the next step's beginning: not while one runs."""
         self._woken = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stage")
-        self._running: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._empty = asyncio.Event()
 
     def start(self) -> None:
-        self._running = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run()), loop.create_task(self._watch())]
 
     async def warm_up(self) -> None:
         """Reads the weights from the disk, which mapping them did not."""
@@ -165,9 +179,9 @@ class StageService:
             log.warning("%d sequences were still here after %g s", self.kv.sequences, grace_s)
 
     async def close(self) -> None:
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for head in list(self._heads):
             head.wire.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -214,7 +228,21 @@ class StageService:
 
         return FrameWire(FromHead, opened=opened, received=received, closed=closed, speaks_first=False)
 
+    async def _watch(self) -> None:
+        """A turn that comes late (this process was stopped) is no silence of the heads'."""
+        loop = asyncio.get_running_loop()
+        before_s = loop.time()
+        while True:
+            await asyncio.sleep(min(_LOOK_S, self._silent_s / 4))
+            now_s = loop.time()
+            for head in list(self._heads):
+                head.silent_s += min(now_s - before_s, 2 * _LOOK_S)
+                if head.greeted and head.silent_s > self._silent_s:
+                    head.wire.abort(f"it has said nothing for {self._silent_s:g} s")
+            before_s = now_s
+
     def _received(self, head: _Head, message: Any, body: memoryview) -> None:
+        head.silent_s = 0.0
         if isinstance(message, HeadHello):
             ours = self._hello()
             head.wire.send(ours)  # Also to one that does not fit: it will say so.

@@ -14,10 +14,12 @@ import json
 import logging
 import os
 import signal
-import ssl
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ from chiron.engines.staged.errors import StagedModelError
 from chiron.engines.staged.messages import MAGIC
 from chiron.engines.staged.split import StageRange, read_range
 from chiron.engines.staged.weights import ModelFiles, read_model_files
-from chiron.engines.staged.wire import FrameWire, tls_server
+from chiron.engines.staged.wire import FrameWire, read_tls, tls_server
 from chiron.net.limits import ServerLimits
 from chiron.net.loop import run_on_loop
 from chiron.net.server import HttpServer, Incoming
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("chiron.staged")
 
 KV_GB_DEFAULT = 1.0
+SILENT_S = 30.0
 
 
 class StageHttp:
@@ -174,6 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--grace", type=real(0.0, 86_400.0), default=30.0, help="seconds for its sequences to end or move")
     add("--pace-ms", type=real(0.0, 60_000.0), default=0.0, help="a step takes at least this: a slower device")
     add("--pace-sequence-ms", type=real(0.0, 60_000.0), default=0.0, help="and this for each of its sequences")
+    add("--silent", type=real(0.5, 3600.0), default=SILENT_S, help="a head that says nothing this long is lost")
     add("--end-with-stdin", action="store_true", help="end when standard input does: with whoever started it")
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
@@ -192,6 +196,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
 def load(options: argparse.Namespace) -> StageService:
     """Raises StagedModelError or ImportError."""
     stage = read_range(options.layers)
+    read_tls(tls_server, options)  # Before minutes of loading.
     files = read_model_files(options.model)
     files.stage_tensors(stage)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
@@ -202,7 +207,7 @@ def load(options: argparse.Namespace) -> StageService:
     torch.set_num_threads(options.threads)
     try:
         layers = StageLayers(files, stage, dtype=options.dtype, device=options.device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device.
         raise StagedModelError(f"layers {stage} cannot be loaded to {options.device}: {error}") from None
     return StageService(
         layers,
@@ -210,6 +215,7 @@ def load(options: argparse.Namespace) -> StageService:
         kv_capacity_tokens=options.kv_capacity_tokens or _kv_tokens(files, stage, layers.dtype.itemsize, options.kv_gb),
         limit=options.max_num_seqs,
         pace=Pace(fixed_s=options.pace_ms / 1e3, per_sequence_s=options.pace_sequence_ms / 1e3),
+        silent_s=options.silent,
     )
 
 
@@ -217,7 +223,35 @@ def _kv_tokens(files: ModelFiles, stage: StageRange, item_bytes: int, gigabytes:
     return max(64, int(gigabytes * 1e9 / files.architecture.kv_bytes(len(stage), item_bytes)))
 
 
-async def run(options: argparse.Namespace, service: StageService) -> None:
+class Starter:
+    """Whoever started this process and holds its standard input: when that is closed, this process ends. While it
+    loads weights, at once; nothing else could be done in that time."""
+
+    def __init__(self) -> None:
+        self._gone = threading.Event()
+        self._stop: Callable[[], object] | None = None
+        threading.Thread(target=self._read, name="starter", daemon=True).start()
+
+    def serving(self, stop: Callable[[], None]) -> None:
+        """From now on ``stop`` is called, on the loop's thread."""
+        loop = asyncio.get_running_loop()
+        self._stop = partial(loop.call_soon_threadsafe, stop)
+        if self._gone.is_set():
+            stop()
+
+    def _read(self) -> None:
+        with suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        self._gone.set()
+        stop = self._stop
+        if stop is None:
+            os._exit(1)
+        with suppress(RuntimeError):  # The loop has ended already.
+            stop()
+
+
+async def run(options: argparse.Namespace, service: StageService, starter: Starter | None = None) -> None:
     """Serve until SIGTERM, SIGINT, a drain, or a step that fails."""
     loop = asyncio.get_running_loop()
     stop, errors = asyncio.Event(), []
@@ -228,16 +262,14 @@ async def run(options: argparse.Namespace, service: StageService) -> None:
 
     service.failed = fail
     http = HttpServer(StageHttp(service, service.layers.stage, stop.set).handle, ServerLimits(), None, None)
-    context: ssl.SSLContext | None = None
-    if options.tls_cert is not None:
-        context = tls_server(options.tls_cert, options.tls_key, options.tls_ca)
+    context = read_tls(tls_server, options)
     await service.warm_up()
     service.start()
     listener = await loop.create_server(lambda: PortSharing(service, http), options.host, options.port, ssl=context)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if options.end_with_stdin:
-        loop.add_reader(sys.stdin.fileno(), lambda: _look_at_stdin(loop, stop))
+    if starter is not None:
+        starter.serving(stop.set)
     port = listener.sockets[0].getsockname()[1]
     print(f"chiron-engine ready port={port}", flush=True)
     log.info("layers %s: KV for %d tokens", service.layers.stage, service.kv.capacity_tokens)
@@ -249,13 +281,6 @@ async def run(options: argparse.Namespace, service: StageService) -> None:
     await http.close(0.5)
     if errors:
         raise RuntimeError("a step failed") from errors[0]
-
-
-def _look_at_stdin(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    if os.read(sys.stdin.fileno(), 4096):
-        return
-    loop.remove_reader(sys.stdin.fileno())
-    stop.set()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -272,7 +297,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 async def _main(options: argparse.Namespace) -> None:
-    await run(options, load(options))
+    starter = Starter() if options.end_with_stdin else None
+    await run(options, load(options), starter)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from chiron.engines.staged.split import StageRange
 
 _HEADER_MAX_BYTES = 100 << 20
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_SAMPLE_BYTES = 4096
-"""Of each file's last bytes, which the fingerprint covers."""
+_SAMPLES, _SAMPLE_BYTES = 4, 256
+"""Of each tensor's data, which the fingerprint covers: spread evenly, with the first and the last bytes."""
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -45,7 +45,8 @@ class ModelFiles:
     architecture: Architecture
     tensors: Mapping[str, TensorPlace]
     fingerprint: str
-    """Equal for copies of the same model, and for nothing else: of its config, all headers, and samples of the data."""
+    """Equal for copies of the same model, and for nothing else: of its config, all headers, and samples of each tensor,
+    by which fine-tunes of one model differ. Not of the tokenizer: only heads have one, and stages get token ids."""
 
     def stage_tensors(self, stage: StageRange) -> dict[str, TensorPlace]:
         """Those of a stage, by name. Raises StagedModelError if one is missing or has another shape or type."""
@@ -85,7 +86,7 @@ def read_model_files(directory: Path) -> ModelFiles:
             raise StagedModelError(f"{file}: tensor {name} is in {tensors[name].file.name} too")
         tensors |= found
         digest.update(header)
-        digest.update(_sample(file))
+        _sample(file, header, found, digest.update)
     return ModelFiles(
         directory=directory, architecture=architecture, tensors=tensors, fingerprint=digest.hexdigest()[:32]
     )
@@ -169,7 +170,11 @@ def _read_header(file: Path) -> tuple[dict[str, TensorPlace], bytes]:
     return places, header
 
 
-def _sample(file: Path) -> bytes:
+def _sample(file: Path, header: bytes, places: Mapping[str, TensorPlace], take: Callable[[bytes], None]) -> None:
+    offsets = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name in places}
     with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
-        return opened.read()
+        for begin, end in sorted(offsets.values()):
+            last = max(begin, end - _SAMPLE_BYTES)
+            for at in sorted({begin + (last - begin) * n // (_SAMPLES - 1) for n in range(_SAMPLES)}):
+                opened.seek(8 + len(header) + at)
+                take(opened.read(min(_SAMPLE_BYTES, end - at)))

@@ -7,6 +7,7 @@ connection with a reason.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from chiron.engines.staged.errors import StagedModelError
 from chiron.engines.staged.messages import BODY_MAX_BYTES, HEADER_MAX_BYTES, MAGIC, Message
 
 log = logging.getLogger("chiron.staged")
@@ -172,6 +174,23 @@ class FrameWire(asyncio.BufferedProtocol):
         if not self.over:
             self.over = True
             self._closed(why)
+
+
+def read_tls(make: Callable[[Path, Path, Path], ssl.SSLContext], options: argparse.Namespace) -> ssl.SSLContext | None:
+    """By the options ``--tls-...``; None without them. Raises StagedModelError."""
+    if options.tls_cert is None:
+        return None
+    for name in ("tls_cert", "tls_key", "tls_ca"):
+        option, file = f"--{name.replace('_', '-')}", getattr(options, name)
+        try:
+            file.read_bytes()
+        except OSError as error:
+            raise StagedModelError(f"{option} {file}: cannot be read: {error.strerror}") from None
+    try:
+        return make(options.tls_cert, options.tls_key, options.tls_ca)
+    except OSError as error:
+        files = f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}, --tls-ca {options.tls_ca}"
+        raise StagedModelError(f"{files}: not a certificate, its key and an authority: {error}") from None
 
 
 def tls_server(certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:

@@ -1,0 +1,103 @@
+"""Replicas that cannot be started: not for ever, with the reason, and none is left."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from staged_models import need_torch, tiny
+
+need_torch()
+
+from chiron.engines.staged import instance  # noqa: E402
+from chiron.engines.staged.errors import StagedModelError  # noqa: E402
+from chiron.engines.staged.instance import StageProcesses, StageSpec, read_specs  # noqa: E402
+from staged_site import staged_site  # noqa: E402
+
+WHOLE = {"layers": "0-3"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"pace_ms": 60_001}, "pace_ms: 60001 must be a number from 0 to 60000"),
+        ({"kv_capacity_tokens": 63}, "kv_capacity_tokens: 63 must be 64 or more, or 0"),
+        ({"device": "GPU 1"}, "device: 'GPU 1' must be cpu, cuda, cuda:0"),
+        ({"max": 257}, "must be 1 <= min <= max <= 256"),
+        ({"most": 2}, "most: unknown key"),
+    ],
+)
+def test_what_no_stage_would_take_is_refused_before_one_is_started(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(StagedModelError) as caught:
+        read_specs(json.dumps([{**WHOLE, **spec}]), 4)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("code", "timeout_s"), [("raise SystemExit(1)", 600.0), ("input()", 0.2)])
+def test_a_stage_that_never_starts_ends_the_instance(
+    monkeypatch: pytest.MonkeyPatch, code: str, timeout_s: float
+) -> None:
+    monkeypatch.setattr(instance, "_RETRY_S", 0.01)
+    monkeypatch.setattr(instance, "_LOOK_S", 0.02)
+    started = 0
+
+    def command(spec: StageSpec) -> list[str]:
+        nonlocal started
+        started += 1
+        return [sys.executable, "-S", "-c", code]
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), replicas=(0,)) as site:
+            processes = StageProcesses(site.engine, specs(), command, start_timeout_s=timeout_s)
+            processes.start()
+            async with asyncio.timeout(60.0):
+                with pytest.raises(StagedModelError, match="layers 0-3: 5 replicas in succession ended at once"):
+                    await processes.until_ready()
+            await processes.close()
+
+    asyncio.run(main())
+    assert started == 5
+
+
+def test_none_is_started_while_all_are_stopped() -> None:
+    started = 0
+
+    def command(spec: StageSpec) -> list[str]:
+        nonlocal started
+        started += 1
+        return [sys.executable, "-S", "-c", "print('ready port=9', flush=True); input()"]
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), replicas=(0,)) as site:
+            processes = StageProcesses(site.engine, specs(), command)
+            processes.start()
+            async with asyncio.timeout(60.0):
+                while not processes.counts(0)[0]:
+                    await asyncio.sleep(0.01)
+                await processes.close()
+
+    asyncio.run(main())
+    assert started == 1
+
+
+def specs() -> Sequence[StageSpec]:
+    return read_specs(json.dumps([WHOLE]), 4)
+
+
+def test_a_stage_that_still_loads_ends_with_whoever_started_it() -> None:
+    code = "import time; from chiron.engines.staged.stage import Starter; s = Starter(); print('on'); time.sleep(600)"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline() == "on\n"
+    process.stdin.close()
+    assert process.wait(60.0) == 1
+    process.stdout.close()

@@ -1,0 +1,73 @@
+"""A request that fails leaves nothing behind; one that only finds no room now waits; what a head is told all holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from reference import recorded
+from staged_models import need_torch, prompts, tiny
+
+need_torch()
+
+from chiron.engines.staged.service import Pace  # noqa: E402
+from staged_site import StagedSite, staged_site, until  # noqa: E402
+
+PROMPT = prompts(3, seed=0)[0]
+ENDLESS = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+
+
+def test_with_one_choice_the_others_end() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(site.post("/v1/completions", {**ENDLESS, "n": 3}))
+            await until(lambda: len(site.engine._running) == 3)
+            generation = next(iter(site.engine._running.values()))
+            site.engine.pipeline._give_up(generation.sequence, "as a test")
+            status, said = await asking
+            assert (status, json.loads(said)["error"]["message"]) == (503, "The pipeline is broken: as a test.")
+            assert not site.engine.pipeline.running
+            await until(lambda: site.replicas[0][0].service.kv.sequences == 0)
+
+    asyncio.run(main())
+
+
+def test_one_that_is_alone_waits_for_kv_that_other_heads_have() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(site.complete(PROMPT, 24))
+            await until(lambda: bool(site.engine._running))
+            (generation,) = site.engine._running.values()
+            site.engine.pipeline.remove(generation.sequence)
+            generation.preempted()
+            assert await asking == recorded("llama")[0]
+
+    asyncio.run(main())
+
+
+def test_one_that_fills_the_kv_to_the_last_token_is_answered() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), kv_tokens=len(PROMPT) + 24) as site:
+            assert await site.complete(PROMPT, 24) == recorded("llama")[0]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:²", "127.0.0.1:99999", "127.0.0.1", ":8"])
+def test_one_address_that_is_none_changes_nothing(address: str) -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3")) as site:
+            before = addresses(site)
+            told = {"replicas": [["127.0.0.1:9", *before[0]], [address]]}
+            status, said = await site.post("/chiron/stages", told, "PUT")
+            assert (status, json.loads(said)["error"]["param"]) == (400, "replicas")
+            assert f"replica {address!r}: must be HOST:PORT" in json.loads(said)["error"]["message"]
+            assert addresses(site) == before
+
+    asyncio.run(main())
+
+
+def addresses(site: StagedSite) -> list[list[str]]:
+    return [[replica.address for replica in replicas] for replicas in site.engine.pipeline.replicas]
