@@ -23,6 +23,7 @@ from chiron.engines.serve.openai import parse_object
 from chiron.engines.serve.options import real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
+from chiron.engines.staged.discovery import Discovery
 from chiron.engines.staged.errors import StagedModelError
 from chiron.engines.staged.head_engine import HeadEngine, HeadSettings, broken
 from chiron.engines.staged.messages import VERSION, HeadHello
@@ -110,6 +111,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", type=whole(16, 1 << 20), default=pipeline.max_num_batched_tokens)
     add("--max-model-len", type=whole(2), help="tokens of prompt and answer; default: the model's")
     add("--queue-max", type=whole(0), default=head.queue_max, help="requests that may wait inside; beyond: 429")
+    add(
+        "--discover",
+        type=real(0.0, 3600.0),
+        default=0.0,
+        help="every so many seconds each HOST is resolved anew, and each of its addresses is a replica; 0: never",
+    )
     add("--micro-batches", type=whole(0, 256), default=0, help="0: as many as make a round shortest")
     add("--drain", type=real(0.0, 86_400.0), default=pipeline.drain_s, help="seconds before sequences are moved")
     add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
@@ -194,12 +201,25 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
         dtype=options.dtype,
         context=context,
     )
-    engine.pipeline.set_replicas(addresses)
+    discovery: Discovery | None = None
+    told: Callable[[Mapping[str, Any]], None] | None = None
+    if options.discover:
+        discovery = Discovery(addresses, engine.pipeline.set_replicas, every_s=max(0.1, options.discover))
+        discovery.start()
+        told = _refuse
+    else:
+        engine.pipeline.set_replicas(addresses)
     engine.start()
     about: dict[str, Any] = {"engine": "staged", "max_model_len": length, "stages": [str(each) for each in ranges]}
-    server = HeadServer(engine, EngineServer(engine, names, about))
+    server = HeadServer(engine, EngineServer(engine, names, about), told=told)
     await serve_until_stopped(server, host=options.host, port=options.port, failed=asyncio.Event())
+    if discovery is not None:
+        await discovery.close()
     await engine.close()
+
+
+def _refuse(body: Mapping[str, Any]) -> None:
+    raise RequestError("Replicas are found by name here (--discover).", status=409, code="conflict")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -148,7 +148,10 @@ class Replica:
         self._frees: list[int] = []
         self._silent_s = 0.0
         self._keeping: asyncio.Task[None] | None = None
-        self._host, self._port = read_address(address)
+        name, _, where = address.rpartition("@")
+        self._host, self._port = read_address(where)
+        self._name = name or self._host
+        """What its certificate says."""
 
     def start(self) -> None:
         self._keeping = asyncio.get_running_loop().create_task(self._keep())
@@ -227,8 +230,8 @@ class Replica:
         wire = FrameWire(FromStage, opened=opened, received=self._received, closed=self._closed, speaks_first=True)
         async with asyncio.timeout(self._settings.connect_s):
             self._wire = wire
-            host = self._host if self._context is not None else None
-            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._context, server_hostname=host)
+            name = self._name if self._context is not None else None
+            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._context, server_hostname=name)
             theirs = await self._greeted
         if trouble := hello_trouble(self._hello, theirs):
             raise ValueError(trouble)

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -53,6 +54,8 @@ class StageHttp:
         self._service = service
         self._stage = stage
         self._drain = drain
+        self._scrapes: deque[tuple[float, float]] = deque()
+        """(time, seconds worked until then) of those of the last minute."""
 
     def handle(self, incoming: Incoming) -> None:
         try:
@@ -94,6 +97,16 @@ class StageHttp:
             "busy_s": service.totals.busy_s,
         }
 
+    def _utilisation(self, now_s: float) -> float:
+        """Share of the time that it worked, since the first scrape of the last minute: what an autoscaler needs."""
+        busy_s, scrapes = self._service.totals.busy_s, self._scrapes
+        while len(scrapes) > 1 and scrapes[0][0] < now_s - 60.0:
+            scrapes.popleft()
+        since_s, before_s = scrapes[0] if scrapes else (self._service.began_s, 0.0)
+        if not scrapes or now_s - scrapes[-1][0] >= 1.0:
+            scrapes.append((now_s, busy_s))
+        return min(1.0, (busy_s - before_s) / (now_s - since_s)) if now_s > since_s else 0.0
+
     def metrics_text(self) -> str:
         service, totals = self._service, self._service.totals
         up_s = time.monotonic() - service.began_s
@@ -106,6 +119,7 @@ class StageHttp:
             "kv_used_tokens": service.kv.used_tokens,
             "weights_bytes": service.layers.weights_bytes,
             "utilisation_since_start": totals.busy_s / up_s if up_s else 0.0,
+            "utilisation": self._utilisation(time.monotonic()),
             "draining": int(service.draining),
         }
         counters = {
