@@ -113,6 +113,96 @@ def test_one_of_several_leads(postgres_place: Callable[[], PostgresSite]) -> Non
     asyncio.run(run())
 
 
+def test_one_that_has_seen_a_lease_counts_by_its_own_clock_how_long_it_lasts(
+    postgres_place: Callable[[], PostgresSite],
+) -> None:
+    """The server's may be set back or forward meanwhile."""
+    from chiron.store.postgres.lease import PostgresLease
+
+    settings, now_s = postgres_place().settings, [0.0]
+
+    def lease(holder: str, lease_s: float) -> PostgresLease:
+        return PostgresLease(settings, name="brain", holder=holder, lease_s=lease_s, time_s=lambda: now_s[0])
+
+    async def run() -> None:
+        long, short, other, unaware = lease("a", 3000.0), lease("b", 0.2), lease("c", 3000.0), lease("d", 3000.0)
+        assert await long.try_take() is not None
+        seen = await other.holder()
+        assert seen is not None
+        assert 2900.0 < seen.left_s <= 3000.0
+        now_s[0] += 2900.0
+        assert await other.try_take() is None
+        assert await long.renew()
+        assert await other.holder() is not None
+        now_s[0] += 2900.0
+        assert await other.try_take() is None, "it was renewed since"
+        now_s[0] += 101.0  # By the server's clock it lasts for most of an hour still.
+        assert await other.holder() is None
+        assert await unaware.try_take() is None
+        assert await other.try_take() is not None
+        assert not await long.renew()
+        await other.release()
+        # And the other way round.
+        assert await short.try_take() is not None
+        assert await other.holder() is not None
+        async with asyncio.timeout(60):
+            while await unaware.holder() is not None:  # By the server's clock it is over.
+                await asyncio.sleep(0.02)
+        assert await other.try_take() is None
+        now_s[0] += 0.2
+        assert await other.try_take() is not None
+        for each in (long, short, other, unaware):
+            await each.close()
+
+    asyncio.run(run())
+
+
+def test_a_lease_of_kubernetes_that_somebody_labels_is_kept(tmp_path: Path) -> None:
+    now_s = [0.0]
+
+    async def run() -> None:
+        async with cluster("fake", tmp_path, nodes=0) as here:
+            fake = here.fake
+            assert fake is not None
+            given: dict[str, Any] = {"lease_s": LEASE_S, "wall_s": lambda: now_s[0], "time_s": lambda: now_s[0]}
+            first, second, third = (
+                KubernetesLease(here.client, "default", name="chiron", holder=holder, **given) for holder in "abc"
+            )
+            assert await first.try_take() is not None
+            conflicts = [0]
+
+            def labelled(times: int) -> None:
+                conflicts[0] = times
+
+                def conflict(method: str, path: str) -> Refusal | None:
+                    conflicts[0] -= method == "PUT"
+                    return Refusal(409, "Conflict", "changed") if method == "PUT" and conflicts[0] >= 0 else None
+
+                fake.interfere = conflict
+
+            labelled(3)
+            assert await first.renew(RELAYS)
+            labelled(100)
+            with pytest.raises(StoreError, match="changed by others 4 times in a row"):
+                await first.renew()
+            labelled(0)
+            assert await first.renew(), "nothing is known after such an answer, and it holds the lease still"
+            labelled(3)
+            await first.release()
+            # One that tells of no relays: of those before it nobody says whether they are there still.
+            held = await second.try_take()
+            assert held is not None
+            assert held.relays == RELAYS
+            assert await second.try_take() == held
+            assert await second.renew()
+            await second.release()
+            held = await third.try_take()
+            assert held is not None
+            assert held.relays == frozenset()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("key", "value"), [("name", ""), ("holder", "a b"), ("lease_s", 0.0)])
 def test_odd_leases_are_refused(key: str, value: object) -> None:
     pytest.importorskip("psycopg")

@@ -6,7 +6,7 @@ it lasts is over. Its holder counts less, from before it asked, and waits for no
 that it knows first.
 
 The token is the version that the taking write replaced. Unlike the count of transitions it also grows when the object
-was deleted meanwhile.
+was deleted meanwhile; in a cluster that was restored from a copy it begins again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ from chiron.store.port import StoreError, StoreUnavailable
 
 TOKEN, RELAYS = "chiron/token", "chiron/relays"
 """Annotations of the Lease."""
+TOLD_BY = "token="
+"""Before the token of who has told of relays, and these."""
 LASTS_MAX_S = 3600.0
 """A lease that claims to last for longer is taken for one of that length."""
 ANSWER_SHARE = 1 / 3
 """Of a lease's time: how long its holder waits for an answer, and others wait beyond it."""
 CONFLICT, NOT_FOUND = 409, 404
+TRIES_MAX = 4
+"""Of one write, when others change the object at the same moment: anybody may label it."""
 
 T = TypeVar("T")
 
@@ -82,6 +86,8 @@ class KubernetesLease:
         """The version that was read last, and when it was seen first."""
         self._own: tuple[int, float] | None = None
         """The token that was taken, and when the last write began that kept it."""
+        self._before = frozenset[str]()
+        """Relays that were told when it was taken, or since."""
 
     async def try_take(self) -> Held | None:
         async def take() -> Held | None:
@@ -95,31 +101,39 @@ class KubernetesLease:
             if not await self._write(found, self._holder, token, taken=not kept):
                 return None
             self._own = (token, began_s)
-            return Held(holder=self._holder, token=token, left_s=self._lease_s, relays=record.relays)
+            if not kept:
+                self._before = record.relays
+            return Held(holder=self._holder, token=token, left_s=self._lease_s, relays=self._before)
 
         return await self._asked(take())
 
     async def renew(self, relays: frozenset[str] | None = None) -> bool:
         async def renew() -> bool:
-            began_s = self._time_s()
-            found = await self._read()
-            record = self._record(found) if found is not None else None
-            if found is None or record is None or not self._holds(record):
-                self._own = None
-                return False
-            if not await self._write(found, self._holder, record.token, relays=relays):
-                self._own = None
-                return False
-            self._own = (record.token, began_s)
-            return True
+            for _ in range(TRIES_MAX):
+                began_s = self._time_s()
+                found = await self._read()
+                record = self._record(found) if found is not None else None
+                if found is None or record is None or not self._holds(record):
+                    break
+                if await self._write(found, self._holder, record.token, relays=relays):
+                    self._own = (record.token, began_s)
+                    self._before = self._before if relays is None else relays
+                    return True
+            else:
+                raise StoreError(f"lease {self._name}: it was changed by others {TRIES_MAX} times in a row")
+            self._own = None
+            return False
 
         return await self._asked(renew())
 
     async def release(self) -> None:
         async def release() -> None:
-            found = await self._read()
-            if found is not None and self._record(found).holder == self._holder:
-                await self._write(found, "", self._record(found).token)
+            for _ in range(TRIES_MAX):
+                found = await self._read()
+                if found is None or self._record(found).holder != self._holder:
+                    break
+                if await self._write(found, "", self._record(found).token):
+                    break
             self._own = None
 
         await self._asked(release())
@@ -165,9 +179,9 @@ class KubernetesLease:
         return Record(
             version=version,
             holder=holder or "",
-            token=int(str(token)) if holder else 0,
+            token=int(last) if (last := str(token)) and _NUMBER.fullmatch(last) else 0,
             lasts_s=float(lasts) if known else LASTS_MAX_S,  # type: ignore[arg-type]
-            relays=relays_of(relays) if isinstance(relays, str) else frozenset(),
+            relays=_relays_of(relays, last) if isinstance(relays, str) else frozenset(),
         )
 
     # -- what is asked -----------------------------------------------------------------------------------------------
@@ -219,7 +233,7 @@ class KubernetesLease:
         count = transitions if isinstance(transitions, int) else 0
         notes = {**_table(meta, "annotations"), TOKEN: str(token)}
         if relays is not None:
-            notes[RELAYS] = relays_text(relays)
+            notes[RELAYS] = f"{TOLD_BY}{token} {relays_text(relays)}"
         body = {
             **found,
             "metadata": {**meta, "annotations": notes},
@@ -247,6 +261,14 @@ class KubernetesLease:
             raise StoreUnavailable(f"lease {self._name}: no answer within {self._answer_s:g} s") from None
         except KubernetesError as error:
             raise StoreUnavailable(f"lease {self._name}: {error}") from None
+
+
+def _relays_of(text: str, token: str) -> frozenset[str]:
+    """As the last leader has told. What an earlier one told is too old: one in between may have died too soon."""
+    teller, _, names = text.partition(" ")
+    if not teller.startswith(TOLD_BY):  # By a gateway of a version that does not say who tells.
+        return relays_of(text)
+    return relays_of(names) if teller == f"{TOLD_BY}{token}" else frozenset()
 
 
 def _version(version: str) -> int:

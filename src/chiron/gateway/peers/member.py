@@ -141,8 +141,8 @@ class Member:
         started = False
         try:
             service = Service(self._config, advise=self._advise, brain=start)
+            self._service = service  # From now on others are told which relays come, also while it starts.
             await service.start()
-            self._service = service
             started = True
             self._leading(service)
             await asyncio.Event().wait()
@@ -152,6 +152,7 @@ class Member:
             if service is not None:
                 await service.hand_over()
             keeping.cancel()
+            await asyncio.wait((keeping,))
             await self._own_loop.run(self._leadership.release)
             log.info("this gateway has handed over")
             if service is not None and started:

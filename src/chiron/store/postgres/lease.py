@@ -2,23 +2,28 @@
 
 It has a connection of its own: a leader renews also while others wait for their turn to write, and a lost connection
 costs one answer, not the lease. A row rather than an advisory lock: the lock would be lost with the connection, and
-kept for as long as the server believes that a machine that is gone is there. A lease that lasts for longer than any
-can, because the server's clock was set back, counts as over.
+kept for as long as the server believes that a machine that is gone is there.
+
+The server's clock may be set. So a gateway that has seen a lease counts by its own clock for how long that lasts unless
+it is renewed; only of one that it has not seen it believes what the server's clock says, and not that it lasts for
+longer than any can.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 from zlib import crc32
 
 import psycopg
 
-from chiron.store.lease import LEADER, Held, Leads, check_name, relays_of, relays_text
+from chiron.store.lease import Held, Leads, check_name, relays_of, relays_text
 from chiron.store.port import StoreError, StoreUnavailable
-from chiron.store.postgres.connection import Connection, Patience, connect, is_lost, store_error, where
+from chiron.store.postgres.connection import Connection, Patience, Row, connect, is_lost, store_error, where
 from chiron.store.postgres.leases import ALIVE
 from chiron.store.postgres.schema import prepare
 from chiron.store.postgres.settings import PostgresSettings
@@ -56,21 +61,35 @@ def require_lead(db: Connection, leads: Leads) -> None:
         raise StoreError("another gateway leads, or has led since: nothing more is written here")
 
 
+def elected_name(name: str) -> str:
+    """Of the row that a leader of this name keeps which is elected elsewhere (``terms``)."""
+    return f"{name}/elected"
+
+
 def read_holder(db: Connection, name: str) -> Held | None:
-    """Who has this lease now."""
-    row = db.execute(
-        "SELECT holder, token, CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
-        f" FROM leaders WHERE name = ? AND {ALIVE}",
-        (name,),
+    """Who has this lease now, or leads in its place."""
+    row = _read(db, name)
+    return None if row is None else _held(row)
+
+
+def _held(row: Row) -> Held:
+    return Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
+
+
+def _read(db: Connection, name: str) -> Row | None:
+    return db.execute(
+        "SELECT name, holder, token, CAST(until AS TEXT) AS until,"
+        " CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
+        f" FROM leaders WHERE name IN (?, ?) AND {ALIVE} ORDER BY name",
+        (name, elected_name(name)),
     ).fetchone()
-    return None if row is None else Held(holder=row["holder"], token=row["token"], left_s=row["left_s"])
 
 
 def _of_schema(schema: str) -> str:
     return f"{crc32(schema.encode()):08x}"
 
 
-class _Asked:
+class Asked:
     """A connection of its own, and a thread that asks over it."""
 
     def __init__(self, settings: PostgresSettings) -> None:
@@ -107,28 +126,52 @@ class _Asked:
 class PostgresLease:
     """Implements ``LeaderLease``. ``close`` lets go of the connection, not of the lease."""
 
-    def __init__(self, settings: PostgresSettings, *, name: str, holder: str, lease_s: float) -> None:
+    def __init__(
+        self,
+        settings: PostgresSettings,
+        *,
+        name: str,
+        holder: str,
+        lease_s: float,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         if not 0.1 <= lease_s <= 3600:
             raise ValueError(f"lease_s: {lease_s!r} must be between 0.1 s and an hour")
-        self._asked = _Asked(settings)
+        self._asked = Asked(settings)
         self._name = check_name("name", name)
         self._holder = check_name("holder", holder)
         self._lease_s = lease_s
+        self._time_s = time_s
         self._told: frozenset[str] | None = None
         """Relays, as last written."""
+        self._seen: tuple[int, str] = (0, "")
+        """Token and end of another one's lease, as last read."""
+        self._seen_until_s = 0.0
+        """Its end by our own clock."""
 
     async def try_take(self) -> Held | None:
+        lasts = self._time_s() < self._seen_until_s
+
         def take(db: Connection) -> Held | None:
             # The token grows also if it was ours and was over: somebody may have acted meanwhile.
             row = db.execute(
                 "INSERT INTO leaders(name, holder, token, until)"
-                " VALUES(?, ?, 1, clock_timestamp() + make_interval(secs => ?)) ON CONFLICT (name) DO UPDATE SET"
+                " SELECT ?, ?, 1, clock_timestamp() + make_interval(secs => ?)"
+                f" WHERE NOT EXISTS (SELECT 1 FROM leaders WHERE name = ? AND holder != ? AND {ALIVE})"
+                " ON CONFLICT (name) DO UPDATE SET"
                 f" token = leaders.token + CASE WHEN leaders.holder = excluded.holder AND leaders.{ALIVE}"
                 "  THEN 0 ELSE 1 END,"
                 " holder = excluded.holder, until = excluded.until"
-                f" WHERE NOT (leaders.{ALIVE}) OR leaders.holder = excluded.holder"
+                " WHERE leaders.holder = excluded.holder OR NOT CASE"
+                "  WHEN leaders.token = ? AND CAST(leaders.until AS TEXT) = ? THEN ?"
+                f"  ELSE leaders.{ALIVE} END"
                 " RETURNING token",
-                (self._name, self._holder, self._lease_s),
+                (
+                    *(self._name, self._holder, self._lease_s),
+                    *(elected_name(self._name), self._holder),
+                    *self._seen,
+                    lasts,
+                ),
             ).fetchone()
             if row is None:
                 return None
@@ -164,7 +207,16 @@ class PostgresLease:
         )
 
     async def holder(self) -> Held | None:
-        return await self._asked.ask(lambda db: read_holder(db, self._name))
+        row = await self._asked.ask(lambda db: _read(db, self._name))
+        if row is None:
+            return None
+        held = _held(row)
+        if row["name"] != self._name or held.holder == self._holder:
+            return held
+        if (seen := (held.token, row["until"])) != self._seen:
+            self._seen, self._seen_until_s = seen, self._time_s() + held.left_s
+        left_s = self._seen_until_s - self._time_s()
+        return replace(held, left_s=left_s) if left_s > 0.0 else None
 
     def _read_relays(self, db: Connection, token: int) -> frozenset[str]:
         """As the leader just before this one told. What an earlier one told is too old: one in between may have been of
@@ -189,46 +241,6 @@ class PostgresLease:
     def _relays_name(self) -> str:
         """In a row of their own, which those that know nothing of it do not read."""
         return f"{self._name}/relays"
-
-    async def close(self) -> None:
-        await self._asked.close()
-
-
-class PostgresTerms:
-    """Numbers leaders that are elected elsewhere, one after the other: what they write is then refused from the moment
-    on at which another one has begun."""
-
-    def __init__(self, settings: PostgresSettings) -> None:
-        self._asked = _Asked(settings)
-
-    async def begin(self, holder: str, token: int) -> int:
-        """The term of the leader whose election has this token. Raises StoreError if a later one has begun."""
-
-        def number(db: Connection) -> int:
-            with db.raw.transaction():
-                fresh = db.execute(
-                    "INSERT INTO leaders(name, holder, token, until) VALUES(?, ?, ?, clock_timestamp())"
-                    " ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, token = excluded.token"
-                    " WHERE leaders.token < excluded.token RETURNING token",
-                    (f"{LEADER}/elected", holder, token),
-                ).fetchone()
-                if fresh is not None:
-                    db.execute(
-                        "INSERT INTO leaders(name, holder, token, until) VALUES(?, ?, 1, clock_timestamp())"
-                        " ON CONFLICT (name) DO UPDATE SET"
-                        " holder = excluded.holder, token = leaders.token + 1, until = excluded.until",
-                        (LEADER, holder),
-                    )
-                row = db.execute(
-                    "SELECT leader.token FROM leaders AS leader, leaders AS elected WHERE leader.name = ?"
-                    " AND leader.holder = ? AND elected.name = ? AND elected.holder = ? AND elected.token = ?",
-                    (LEADER, holder, f"{LEADER}/elected", holder, token),
-                ).fetchone()
-            if row is None:
-                raise StoreError("another gateway has been elected since")
-            return int(row["token"])
-
-        return await self._asked.ask(number)
 
     async def close(self) -> None:
         await self._asked.close()
