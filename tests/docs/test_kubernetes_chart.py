@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from chiron.config.serve import ServeConfig, parse_serve
+from chiron.engines.staged import head, stage
 from chiron.fleet.kubernetes.source import KubernetesSource
 from render_manifests import CHART, DEPLOY, plain, render
 
@@ -28,6 +29,7 @@ EVERYTHING: Values = {
     "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {}}]},
     "dashboards": {"enabled": True},
     "engine": {"enabled": True, "gpus": 2, "resources": {"limits": {"memory": "64Gi"}}},
+    "staged": {"enabled": True, "monitors": [{"namespaceSelector": {}}], "hpa": {"behavior": {"scaleDown": {}}}},
 }
 KINDS: Values = {
     "config": {
@@ -89,7 +91,7 @@ def test_every_object_is_valid(values: Values, version: str) -> None:
     names = [(item["kind"], item["metadata"]["name"], item["metadata"].get("namespace")) for item in found]
     assert len(set(names)) == len(names) >= 8
     for item in found:
-        if item["kind"] != "ServiceMonitor":  # Its schema is the Prometheus operator's.
+        if "coreos" not in item["apiVersion"]:  # Its schema is the Prometheus operator's.
             kubernetes_validate.validate(item, version, strict=True)
 
 
@@ -185,6 +187,77 @@ def test_the_example_engine_has_gpus_or_none_and_keeps_its_number_of_replicas(tm
         assert engine(**about)["spec"]["template"]["spec"]["containers"][0].get("resources") == resources
 
 
+STAGES: Values = {
+    "staged": {
+        "enabled": True,
+        "servedModelName": "m",
+        "args": ["--kv-gb", "20"],
+        "stages": [
+            {"layers": "0-3", "min": 2, "max": 5, "gpus": 1, "resources": {"limits": {"memory": "9Gi"}}},
+            {"layers": "4-7", "args": ["--dtype", "float32"], "gpus": 0},
+        ],
+    }
+}
+
+
+def staged(values: Values) -> dict[tuple[str, str], dict[str, Any]]:
+    named = {(item["kind"], item["metadata"]["name"]): item for item in objects(values)}
+    return {key: item for key, item in named.items() if key[1].startswith("staged")}
+
+
+def container_of(item: dict[str, Any]) -> dict[str, Any]:
+    (found,) = item["spec"]["template"]["spec"]["containers"]
+    return dict(found)
+
+
+def test_every_stage_is_scaled_by_itself_and_found_by_its_name() -> None:
+    found = staged(STAGES)
+    names = ["staged-0-3", "staged-4-7"]
+    assert sorted(found) == sorted(
+        [(kind, name) for kind in ("Deployment", "Service", "HorizontalPodAutoscaler") for name in names]
+        + [("Deployment", "staged-head"), ("Service", "staged-head")]
+    )
+    for name, least, most in zip(names, (2, 1), (5, 1), strict=True):
+        deployment, service = found["Deployment", name], found["Service", name]
+        scaler = found["HorizontalPodAutoscaler", name]["spec"]
+        assert "replicas" not in deployment["spec"], "whoever applied it again would scale it"
+        assert scaler["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+        assert (scaler["minReplicas"], scaler["maxReplicas"]) == (least, most)
+        assert scaler["metrics"][0]["pods"]["metric"]["name"] == "chiron_stage_utilisation"
+        assert service["spec"]["clusterIP"] == "None"
+        labels = deployment["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        (port,) = container_of(deployment)["ports"]
+        assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    fixed = staged({"staged": {**STAGES["staged"], "hpa": {"enabled": False}}})
+    assert fixed["Deployment", "staged-0-3"]["spec"]["replicas"] == 2
+    assert not [kind for kind, _ in fixed if kind == "HorizontalPodAutoscaler"]
+
+
+def test_the_commands_of_stages_and_head_are_read_by_them() -> None:
+    found = staged(STAGES)
+    for name, layers, device in (("staged-0-3", "0-3", "cuda"), ("staged-4-7", "4-7", "cpu")):
+        first, second, model, *rest = container_of(found["Deployment", name])["args"]
+        assert (first, second) == ("stages", "serve")
+        options = stage.parse_options(["--model", model, *rest])
+        assert (options.layers, options.device, options.port, options.kv_gb) == (layers, device, 9000, 20.0)
+        grace_s = found["Deployment", name]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert grace_s > options.grace
+    assert options.dtype == "float32"
+    assert container_of(found["Deployment", "staged-0-3"])["resources"] == {
+        "limits": {"memory": "9Gi", "nvidia.com/gpu": "1"}
+    }
+    _, command, model, *rest = container_of(found["Deployment", "staged-head"])["args"]
+    options = head.parse_options(["--model", model, *rest])
+    assert command == "head"
+    assert options.discover > 0
+    ranges, addresses = head.read_stages(options.stage, 8)
+    assert [str(each) for each in ranges] == ["0-3", "4-7"]
+    assert addresses == [["staged-0-3:9000"], ["staged-4-7:9000"]]
+    assert options.served_model_name == ["m"]
+
+
 def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships() -> None:
     (endpoint,) = one(EVERYTHING, "ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
@@ -209,6 +282,10 @@ def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships
         {"serviceMonitor": {"interval": "often"}},
         {"engine": {"gpus": -1}},
         {"image": {"tag": 1}},
+        {"staged": {"enabled": True, "stages": [{"layers": "0-3", "min": 3, "max": 2}]}},
+        {"staged": {"enabled": True, "stages": [{"layers": "first"}]}},
+        {"staged": {"enabled": True, "stages": []}},
+        {"staged": {"hpa": {"metric": "cpu"}}},
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(wrong: Values) -> None:

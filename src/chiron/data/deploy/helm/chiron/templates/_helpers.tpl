@@ -78,3 +78,43 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- $found | toJson -}}
 {{- end -}}
+
+{{- /* Labels of what belongs to the staged model; of the chart and the name of the object. */ -}}
+{{- define "chiron.staged" -}}
+app: {{ index . 1 }}
+app.kubernetes.io/part-of: {{ (index . 0).Values.staged.name }}
+app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
+{{- end -}}
+
+{{- /* What pods of stages and heads have in common. */ -}}
+{{- define "chiron.stagedPod" -}}
+{{- with .Values.imagePullSecrets -}}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{ end -}}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  fsGroup: 10001
+  seccompProfile:
+    type: RuntimeDefault
+volumes:
+  - name: model
+    {{- toYaml .Values.staged.volume | nindent 4 }}
+  - name: tmp
+    emptyDir: {}
+{{- end -}}
+
+{{- define "chiron.stagedContainer" -}}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+volumeMounts:
+  - name: model
+    mountPath: {{ .Values.staged.model }}
+    readOnly: true
+  - name: tmp
+    mountPath: /tmp
+{{- end -}}
