@@ -17,6 +17,7 @@ COMMANDS = {
     "simulate": "chiron.cli.simulate.command:simulate",
     "compare": "chiron.cli.simulate.command:compare",
     "bound": "chiron.cli.simulate.command:bound",
+    "tune": "chiron.cli.studies.tune:tune",
     "explain": "chiron.cli.explain.command:explain",
     "advice": "chiron.cli.advice:advice",
     "replay": "chiron.cli.replay:replay",

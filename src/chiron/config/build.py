@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -34,8 +35,17 @@ STREAMS_PER_SEED = 1000
 """Streams of one seed that draw independently of those of the next."""
 
 
+Part = Literal["judged", "calibration"]
+"""Of a scenario whose ``calibration`` says that the first part of its workload is for tuning: the rest, or that part.
+Without it all of the workload is judged."""
+
+
 def setups(
-    scenario: Scenario, policies: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+    scenario: Scenario,
+    policies: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    *,
+    part: Part = "judged",
 ) -> list[Setup]:
     """One setup per policy and seed, all seeds of the first policy first (defaults: the scenario's).
 
@@ -43,7 +53,11 @@ def setups(
     """
     choices = {label: scenario.choice(label) for label in policies or scenario.labels}
     chosen = list(dict.fromkeys(seeds or scenario.seeds))
-    workloads = {seed: workload_of(scenario, seed) for seed in chosen}
+    calibrated_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
+    begins_s = calibrated_s if part == "judged" else 0.0
+    if scenario.horizon_s <= begins_s:
+        raise ConfigError(f"horizon: {scenario.horizon_s:g} s; it must be above calibration.first ({begins_s:g} s)")
+    workloads = {seed: workload_of(scenario, seed, part=part) for seed in chosen}
     staged = dict.fromkeys(bool(choice.stages) for choice in choices.values())
     by_seed = {
         (seed, stages): _served(scenario, workloads[seed], stages=stages) for seed in chosen for stages in staged
@@ -69,7 +83,7 @@ def setups(
             scrape_period_s=scenario.telemetry.scrape_period_s,
             scrape_delay_s=scenario.telemetry.scrape_delay_s,
             kv_transfer_gb_per_s=scenario.kv_transfer_gb_per_s,
-            horizon_s=scenario.horizon_s,
+            horizon_s=scenario.horizon_s - begins_s,
             grace_s=scenario.grace_s,
         )
         for label, choice in choices.items()
@@ -122,7 +136,7 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
 def _pipelines(scenario: Scenario, workload: Workload, name: str, section: ModelSection) -> Pipelines:
     assert section.stages is not None
     with _at(f"models.{name}.stages"), _value_at(f"models.{name}.stages"):
-        layered = load_layer_profile(_source(scenario, section.stages.profile))
+        layered = load_layer_profile(source_of(scenario, section.stages.profile))
         made = pipelines(name, section.stages, layered, scenario.cold_start)
         if section.initial == "auto":
             # As many GPUs as the same rule gives engines on one GPU each.
@@ -166,7 +180,7 @@ def _value_at(path: str) -> Iterator[None]:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def workload_of(scenario: Scenario, seed: int) -> Workload:
+def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Workload:
     """The requests of one seed: streams and batch jobs, scaled, and cut at the scenario's duration."""
     streams, jobs = [], []
     for i, stream in enumerate(scenario.workload):
@@ -188,7 +202,12 @@ def workload_of(scenario: Scenario, seed: int) -> Workload:
                 )
             )
     with _at("workload"):
-        return _cut(build_workload(streams, jobs, seed=seed), scenario.duration_s)
+        whole = _cut(build_workload(streams, jobs, seed=seed), "duration", 0.0, scenario.duration_s)
+        first_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
+        if first_s == 0.0:
+            return whole
+        span = (0.0, first_s) if part == "calibration" else (first_s, inf)
+        return _cut(whole, "calibration.first", *span)
 
 
 def policy_rows() -> list[tuple[str, str, dict[str, str]]]:
@@ -225,7 +244,7 @@ def _trace(scenario: Scenario, stream: StreamSection, seed: int, number: int) ->
         trace = _generated(scenario, stream.generate, factor, seed, f"stream {number}")
     else:
         trace = load_trace(
-            _source(scenario, stream.trace),
+            source_of(scenario, stream.trace),
             format=stream.format,
             start_s=stream.start_s,
             duration_s=stream.duration_s,
@@ -255,7 +274,7 @@ def _faster(arrivals: Arrivals, factor: float) -> Arrivals:
 
 def _lengths(scenario: Scenario, lengths: str | LengthsSection) -> Lengths:
     if isinstance(lengths, str):
-        return load_lengths(_source(scenario, lengths))
+        return load_lengths(source_of(scenario, lengths))
     return IndependentLengths(input=_field(lengths.input), output=_field(lengths.output))
 
 
@@ -263,22 +282,29 @@ def _field(tokens: int | LognormalTokens) -> ConstantTokens | LognormalTokens:
     return ConstantTokens(tokens=tokens) if isinstance(tokens, int) else tokens
 
 
-def _source(scenario: Scenario, name: str) -> str | Path:
+def source_of(scenario: Scenario, name: str) -> str | Path:
     """A path relative to the scenario file if there is such a file, else the name as it is."""
     path = scenario.directory / name
     return path if path.is_file() else name
 
 
-def _cut(workload: Workload, duration_s: float) -> Workload:
-    if duration_s == inf:
+def _cut(workload: Workload, key: str, start_s: float, end_s: float) -> Workload:
+    """Requests that arrive from ``start_s`` on and before ``end_s``, as if they began at 0. ``key``: who wants it."""
+    if (start_s, end_s) == (0.0, inf):
         return workload
-    count = int(np.searchsorted(workload.arrival_s, duration_s))
-    if count == 0:
-        first = float(workload.arrival_s[0])
-        raise ConfigError(f"duration: {duration_s:g} s holds no request; the first arrives at {first:g} s")
+    first, last = (int(np.searchsorted(workload.arrival_s, bound)) for bound in (start_s, end_s))
+    if first == last and end_s < inf:
+        begins = float(workload.arrival_s[0])
+        raise ConfigError(f"{key}: {end_s:g} s holds no request; the first arrives at {begins:g} s")
+    if first == last:
+        ends = float(workload.arrival_s[-1])
+        raise ConfigError(f"{key}: {start_s:g} s leaves no request; the last arrives at {ends:g} s")
     columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
     present = {name: column for name in columns if (column := getattr(workload, name)) is not None}
-    return replace(workload, **{name: column[:count] for name, column in present.items()})
+    kept = {name: column[first:last] for name, column in present.items()}
+    if start_s:
+        kept |= {name: kept[name] - start_s for name in ("arrival_s", "deadline_s")}
+    return replace(workload, **kept)
 
 
 def _kinds(scenario: Scenario, model: str, section: ModelSection) -> list[tuple[InstanceKind, Profile]]:
@@ -297,7 +323,7 @@ def _whole_model(scenario: Scenario, name: str) -> Profile:
     if name in layer_profile_names():
         layered = load_layer_profile(name)
         return replace(layered.stage(0, layered.layers - 1, max_num_seqs=1024), name=name)
-    return load_profile(_source(scenario, name))
+    return load_profile(source_of(scenario, name))
 
 
 def _adapted(profile: Profile, instance: InstanceSection) -> Profile:

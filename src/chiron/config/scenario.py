@@ -18,7 +18,7 @@ from typing import Any
 from chiron.config.overrides import Override, apply_overrides, override_text
 from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, read_text, suggest
-from chiron.config.sections import BatchJobSection, ModelSection, StreamSection, Telemetry
+from chiron.config.sections import BatchJobSection, CalibrationSection, ModelSection, StreamSection, Telemetry
 from chiron.core.types import RequestClass
 from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.registry import POLICIES
@@ -61,6 +61,8 @@ class Scenario:
     telemetry: Telemetry = field(default_factory=Telemetry)
     workload: tuple[StreamSection, ...] = ()
     batch_job: tuple[BatchJobSection, ...] = ()
+    calibration: CalibrationSection | None = None
+    """What ``chiron tune`` may tune on; None: it is told on the command line, or takes the first part."""
     policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
     """By label."""
     override: tuple[Override, ...] = ()

@@ -245,3 +245,18 @@ class BatchJobSection:
     def __post_init__(self) -> None:
         require(self.requests >= 1, "requests", self.requests, "1 or more")
         require(self.deadline_s is None or self.deadline_s > 0, "deadline", self.deadline_s, "above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSection:
+    """What settings may be tuned on: never what is judged. Give one of the two."""
+
+    first_s: float = 0.0
+    """The first part of the workload, such as ``"20m"``. Every command but ``chiron tune`` runs the rest of it."""
+    scenarios: tuple[str, ...] = ()
+    """Other scenarios: paths, or names of packaged ones."""
+
+    def __post_init__(self) -> None:
+        require(self.first_s >= 0, "first", self.first_s, "0 or more")
+        if (self.first_s > 0) == bool(self.scenarios):
+            raise ValueError("give either first, such as first = '20m', or scenarios")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, inf, isnan, sqrt
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from chiron.policies.instances import take_back_fullest
 from chiron.policies.packing import PackingRouter
 from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.policy import Estimates, Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals import tuned
 from chiron.policies.views import (
     ClassMix,
@@ -51,7 +52,7 @@ ROUNDING = 1e-9
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChironPaperSettings:
     # Local loop.
-    alpha: float = 0.5
+    alpha: Annotated[float, Between(0.1, 1.0)] = 0.5
     """Weight of B/BP (called the paper's by two re-implementations)."""
     initial_max_batch_size: int = 64
     """B at first; unknown. Safe for both model sizes, and growth is fast."""
@@ -81,7 +82,7 @@ class ChironPaperSettings:
     # Global loop, interactive.
     tick_s: float = 10.0
     """Period; unknown. Well below the cold start."""
-    theta: float = 1 / 3
+    theta: Annotated[float, Between(0.1, 1.0)] = 1 / 3
     """Target of IBP: busy instances over all. The paper's example, for spikes of three times the load."""
     theta_from_history: bool = False
     """Theta = 1 / the spike of ``spike_quantile`` seen between one cold start's time and the next, once ten of them
@@ -94,9 +95,9 @@ class ChironPaperSettings:
     """Pool that follows N; unknown. The other keeps its initial size as far as N allows, and one instance is always
     mixed. Over-provisioned mixed instances do batch work meanwhile, which the paper wants of spare capacity;
     interactive ones idle, and near the bounds of the fleet they take the place of batch instances."""
-    interactive_share: float = 1 / 3
+    interactive_share: Annotated[float, Between(0.0, 1.0)] = 1 / 3
     """Share of the initial fleet of role interactive, the rest is mixed; unknown. Theta's: what is expected busy."""
-    shrink_after_s: float = 60.0
+    shrink_after_s: Annotated[float, Between(30.0, 600.0, log=True)] = 60.0
     """N falls to the most that was wanted over this time; unknown. Packed dispatch makes busy instances flicker."""
     # Global loop, batch.
     quantile_z: float = 2.33

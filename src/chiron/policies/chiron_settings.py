@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from chiron.policies.overload_settings import OverloadSettings
 from chiron.policies.packing_settings import PackingSettings
+from chiron.policies.ranges import Between
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +17,7 @@ class ChironSettings:
     # Local loop.
     initial_max_batch_size: int = 128
     """Until step times are learned (a few seconds of traffic)."""
-    itl_margin: float = 0.9
+    itl_margin: Annotated[float, Between(0.7, 1.0)] = 0.9
     """Share of the ITL SLO that batch sizes aim at: the mean over an instance hides some spread over requests."""
     tune_batch_size: bool = True
     """Off: ``initial_max_batch_size`` for ever, as a static engine flag."""
@@ -34,11 +36,11 @@ class ChironSettings:
     """Batch requests whose deadlines share a span of this length form a request group."""
     # Global loop.
     tick_s: float = 5.0
-    utilisation: float = 0.95
+    utilisation: Annotated[float, Between(0.7, 1.0)] = 0.95
     """Share of an instance's capacity that the interactive fleet is planned with."""
-    miss_max: float = 0.006
+    miss_max: Annotated[float, Between(0.001, 0.01, log=True)] = 0.006
     """Share of each class's requests that the backtest may let miss: half of what 99 % attainment allows."""
-    slack_share: float = 0.8
+    slack_share: Annotated[float, Between(0.3, 1.0)] = 0.8
     """Share of TTFT, less the prompt's own prefill, that waiting may take; the rest is the instance's own queue."""
     windows_s: tuple[int, ...] = (15, 60, 180, 600, 1800)
     """Averages of the load that the backtest chooses from."""

@@ -117,6 +117,11 @@ def load_lengths(source: str | Path, *, bad_rows_max: float = BAD_ROWS_MAX) -> E
     )
 
 
+def trace_path(source: str | Path) -> Path:
+    """Where a packaged trace or a file is. Raises WorkloadError."""
+    return _find(source)[0]
+
+
 def is_clients(source: str | Path) -> bool:
     """Whether ``source`` is synthesised, and so needs a duration."""
     return is_servegen(_find(source)[0])

@@ -26,6 +26,8 @@ from chiron.config.scenario import Scenario, load_scenario, scenario_files
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Done, Run, run_many
 from chiron.sim.setup import Setup
+from chiron.studies.settings_file import apply_settings, read_settings
+from chiron.telemetry.format import span
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import save_result
 
@@ -69,6 +71,10 @@ SetOption = Annotated[
 ScaleOption = Annotated[
     float | None, typer.Option("--scale", help="Multiply all request rates and batch jobs by this.", show_default=False)
 ]
+SettingsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--settings", metavar="FILE.toml", help="Settings that `chiron tune` has found. Repeatable."),
+]
 DurationOption = Annotated[
     str | None, typer.Option("--duration", metavar="TIME", help="Only the first part of the workload, such as 10m.")
 ]
@@ -110,6 +116,7 @@ def simulate(
     events: EventsOption = None,
     save: SaveOption = None,
     set_: SetOption = None,
+    settings: SettingsOption = None,
     scale: ScaleOption = None,
     duration: DurationOption = None,
     jobs: JobsOption = None,
@@ -125,7 +132,7 @@ def simulate(
     - `chiron simulate my.toml -p chiron --set policies.chiron.utilisation=0.8 --save run.chiron`
     """
     outputs = Outputs(json=json_, report=report, figures=figures, events=events, save=save)
-    loaded = _load(scenario, set_, scale, duration)
+    loaded = _tuned(_load(scenario, set_, scale, duration), settings, seed)
     _run(loaded, policy or loaded.labels[:1], seed, outputs, jobs)
 
 
@@ -139,6 +146,7 @@ def compare(
     events: EventsOption = None,
     save: SaveOption = None,
     set_: SetOption = None,
+    settings: SettingsOption = None,
     scale: ScaleOption = None,
     duration: DurationOption = None,
     jobs: JobsOption = None,
@@ -154,7 +162,7 @@ def compare(
     - `chiron compare my.toml --scale 2 --set cold_start.model_load=60s`
     """
     outputs = Outputs(json=json_, report=report, figures=figures, events=events, save=save)
-    loaded = _load(scenario, set_, scale, duration)
+    loaded = _tuned(_load(scenario, set_, scale, duration), settings, seed)
     _run(loaded, policy or loaded.labels, seed, outputs, jobs)
 
 
@@ -221,6 +229,16 @@ def _load(source: str, assignments: Sequence[str] | None, scale: float | None, d
         seconds_of("--duration", duration)
         overrides.append(f"duration={json.dumps(duration)}")
     return load_scenario(source, overrides)
+
+
+def _tuned(scenario: Scenario, files: Sequence[Path] | None, seeds: Sequence[int] | None) -> Scenario:
+    """The scenario with settings that were tuned. What they were tuned on is not judged."""
+    for path in files or ():
+        scenario = apply_settings(scenario, read_settings(path), seeds)
+    if files and scenario.calibration is not None and scenario.calibration.first_s > 0:
+        first = span(scenario.calibration.first_s)
+        typer.echo(f"judged without the first {first}, on which settings were tuned", err=True)
+    return scenario
 
 
 def _run(

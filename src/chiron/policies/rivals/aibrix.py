@@ -29,18 +29,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, floor, inf
+from typing import Annotated
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AibrixSettings:
-    kv_target: float = 0.5
+    kv_target: Annotated[float, Between(0.01, 0.9, log=True)] = 0.5
     """Share of KV in use (AIBrix's sample, as the next four)."""
-    waiting_target: float = 100.0
+    waiting_target: Annotated[float, Between(0.1, 200.0, log=True)] = 100.0
     """Waiting requests per pod."""
-    window_s: float = 30.0
+    window_s: Annotated[float, Between(10.0, 180.0, log=True)] = 30.0
     """Of the means; the code's default is 180."""
     tolerance_up: float = 0.1
     tolerance_down: float = 0.2
@@ -52,7 +54,7 @@ class AibrixSettings:
     sync_s: float = 10.0
     stale_s: float = 30.0
     """A metric older than this is missing. Our choice."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
@@ -128,11 +130,11 @@ def _decide_model(settings: AibrixSettings, memory: Memory, model: ModelView, no
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AibrixKpaSettings:
-    kv_target: float = 0.5
+    kv_target: Annotated[float, Between(0.01, 0.9, log=True)] = 0.5
     """Share of KV in use (AIBrix's sample)."""
     literal: bool = False
     """The mean of a pod is compared as if it were the total, and a panic is remembered for ever: the code as it is."""
-    stable_window_s: float = 180.0
+    stable_window_s: Annotated[float, Between(60.0, 600.0, log=True)] = 180.0
     """AIBrix's default, as all that follow but the last two and the delay, which is the sample's."""
     panic_window_s: float = 60.0
     panic_threshold: float = 2.0
@@ -140,11 +142,11 @@ class AibrixKpaSettings:
     tolerance: float = 0.1
     rate_up: float = 2.0
     rate_down: float = 2.0
-    scale_down_delay_s: float = 180.0
+    scale_down_delay_s: Annotated[float, Between(0.0, 600.0)] = 180.0
     sync_s: float = 10.0
     stale_s: float = 30.0
     """A metric older than this is missing. Our choice."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals import tuned
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -40,7 +41,7 @@ class HpaBehaviour:
     """Between decisions (Kubernetes' default, as all that follow)."""
     tolerance: float = 0.1
     stabilise_up_s: float = 0.0
-    stabilise_down_s: float = 300.0
+    stabilise_down_s: Annotated[float, Between(60.0, 900.0, log=True)] = 300.0
     up_pods: int = 4
     up_percent: float = 100.0
     down_percent: float = 100.0
@@ -62,9 +63,9 @@ class HpaBehaviour:
 class HpaSettings(HpaBehaviour):
     metric: Literal["queue", "kv"] = "queue"
     """Waiting requests per engine, or share of its KV in use."""
-    target: float = 5.0
+    target: Annotated[float, Between(0.05, 20.0, log=True)] = 5.0
     """Mean that the fleet is kept at. 5 waiting requests: the default of the vLLM production stack's chart."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class HpaKvSettings(HpaSettings):
     """On KV usage."""
 
     metric: Literal["queue", "kv"] = "kv"
-    target: float = 0.7
+    target: Annotated[float, Between(0.01, 0.9, log=True)] = 0.7
     """Share of KV in use: llm-d's guide for pool saturation."""
 
 

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
+from typing import Annotated
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals.hpa import Memory as HpaMemory
 from chiron.policies.rivals.hpa import follow
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
@@ -27,9 +29,9 @@ from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KedaSettings:
-    waiting_target: float = 1.0
+    waiting_target: Annotated[float, Between(0.1, 20.0, log=True)] = 1.0
     """Waiting requests per pod (llm-d's guide)."""
-    running_target: float = 16.0
+    running_target: Annotated[float, Between(2.0, 200.0, log=True)] = 16.0
     """Requests in flight per pod (likewise)."""
     sync_s: float = 15.0
     """Between decisions (the HPA's, and the guide's polling interval)."""
@@ -39,14 +41,14 @@ class KedaSettings:
     """Kubernetes' default."""
     stabilise_up_s: float = 0.0
     """The guide, as the next five; its other overlay has 300."""
-    stabilise_down_s: float = 300.0
+    stabilise_down_s: Annotated[float, Between(60.0, 900.0, log=True)] = 300.0
     up_pods: int = 0
     up_percent: float = 100.0
     down_percent: float = 100.0
     rate_period_s: float = 15.0
     stale_s: float = 30.0
     """A metric older than two syncs is missing."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

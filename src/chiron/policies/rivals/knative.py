@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf
+from typing import Annotated
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 PANIC_OVER = -inf
@@ -26,11 +28,11 @@ PANIC_OVER = -inf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnativeSettings:
-    target: float = 100.0
+    target: Annotated[float, Between(2.0, 300.0, log=True)] = 100.0
     """Requests in flight per pod (Knative's default, as all that follow but the last)."""
     utilisation: float = 0.7
     """Share of the target that is aimed at."""
-    stable_window_s: float = 60.0
+    stable_window_s: Annotated[float, Between(30.0, 600.0, log=True)] = 60.0
     panic_window_share: float = 0.1
     """Panic window over the stable one."""
     panic_threshold: float = 2.0
@@ -39,10 +41,10 @@ class KnativeSettings:
     """Most ready pods are multiplied with in one decision."""
     max_down: float = 2.0
     """Most they are divided by."""
-    scale_down_delay_s: float = 0.0
+    scale_down_delay_s: Annotated[float, Between(0.0, 600.0)] = 0.0
     zero_grace_s: float = 30.0
     tick_s: float = 2.0
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

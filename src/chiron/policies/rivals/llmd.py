@@ -22,19 +22,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, inf, isnan, sqrt
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from chiron.policies.capacity import prefill_s
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals.hpa import Windows, stabilised
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmdSloSettings:
-    up_at: float = 0.55
+    up_at: Annotated[float, Between(0.05, 1.5, log=True)] = 0.55
     """Latency over its SLO above which the fleet grows (the guide, as all but the last two)."""
-    down_at: float = 0.4
+    down_at: Annotated[float, Between(0.02, 1.0, log=True)] = 0.4
     """Below which it shrinks."""
     clamp: float = 2.0
     """Most of one sample."""
@@ -42,7 +43,7 @@ class LlmdSloSettings:
     """Window of the mean."""
     sync_s: float = 15.0
     stabilise_up_s: float = 30.0
-    stabilise_down_s: float = 180.0
+    stabilise_down_s: Annotated[float, Between(60.0, 900.0, log=True)] = 180.0
     up_pods: int = 4
     up_percent: float = 100.0
     up_period_s: float = 60.0
@@ -50,7 +51,7 @@ class LlmdSloSettings:
     down_period_s: float = 120.0
     stale_s: float = 30.0
     """A scrape older than this is missing. Our choice."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

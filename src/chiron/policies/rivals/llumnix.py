@@ -21,21 +21,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from chiron.core.types import Instance
 from chiron.policies.instances import take_back_fullest
 from chiron.policies.least_router import LeastRouter
 from chiron.policies.policy import Estimates, Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals import tuned
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, Migration, ModelPlan, ModelView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlumnixSettings:
-    scale_up_blocks: float = 10.0
+    scale_up_blocks: Annotated[float, Between(5.0, 4000.0, log=True)] = 10.0
     """Add when average freeness is below this, blocks per request (artifact's experiment; v0.x default)."""
-    scale_down_blocks: float = 60.0
+    scale_down_blocks: Annotated[float, Between(10.0, 16000.0, log=True)] = 60.0
     """Remove one when it would stay above this (likewise)."""
     interval_s: float = 10.0
     """Between scaling decisions (likewise)."""
@@ -45,7 +46,7 @@ class LlumnixSettings:
     """Between rounds of migration. The artifact: four steps of the engines; here a scrape, nothing is seen between."""
     drain_moves: int = 5
     """Requests that a draining instance moves a round: as many as the artifact's shorter rounds would."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size (artifact; vLLM's default)."""
     block_tokens: int = 16
     """Tokens of a KV block (vLLM's default)."""

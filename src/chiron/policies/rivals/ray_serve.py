@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Annotated, Any
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates, Policy
+from chiron.policies.ranges import Between
 from chiron.policies.size import placed, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
@@ -36,13 +37,13 @@ _BITS = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayServeSettings:
-    target_ongoing: float = 16.0
+    target_ongoing: Annotated[float, Between(2.0, 200.0, log=True)] = 16.0
     """Ongoing requests per replica (Ray's constant for LLMs; elsewhere 2)."""
-    max_ongoing: int = 64
+    max_ongoing: Annotated[int, Between(8, 512, log=True)] = 64
     """No more are sent to a replica (likewise; elsewhere 5, and no limit in later versions)."""
-    upscale_delay_s: float = 30.0
+    upscale_delay_s: Annotated[float, Between(1.0, 60.0, log=True)] = 30.0
     """Ray Serve's default, as the next four."""
-    downscale_delay_s: float = 600.0
+    downscale_delay_s: Annotated[float, Between(60.0, 900.0, log=True)] = 600.0
     upscale_factor: float = 1.0
     """Share of the missing replicas that is added."""
     downscale_factor: float = 1.0

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Annotated
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SkyServeSettings:
-    target_qps: float = 2.0
+    target_qps: Annotated[float, Between(0.2, 20.0, log=True)] = 2.0
     """Requests a second per replica. Ours: SkyServe has no default, its examples have 1 to 5."""
     window_s: float = 60.0
     """Of the rate (SkyServe's constant, as the next three)."""
-    upscale_delay_s: float = 300.0
-    downscale_delay_s: float = 1200.0
+    upscale_delay_s: Annotated[float, Between(20.0, 300.0, log=True)] = 300.0
+    downscale_delay_s: Annotated[float, Between(60.0, 1200.0, log=True)] = 1200.0
     interval_s: float = 20.0
     """Between decisions."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

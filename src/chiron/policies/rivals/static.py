@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticSettings:
-    instances: int = 0
+    instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
 

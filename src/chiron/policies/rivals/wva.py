@@ -30,9 +30,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, inf
 from statistics import fmean, median
-from typing import Literal
+from typing import Annotated, Literal
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals.llmd import Followed, follow
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -45,13 +46,13 @@ REMEMBERED = 10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WvaSettings:
     analyzer: Literal["saturation", "tokens"] = "saturation"
-    kv_threshold: float = 0.8
+    kv_threshold: Annotated[float, Between(0.2, 1.0)] = 0.8
     """Share of KV in use above which a replica is saturated (the code's default, as all but the last two)."""
     queue_threshold: float = 5.0
     """Waiting requests, likewise."""
-    spare_kv: float = 0.1
+    spare_kv: Annotated[float, Between(0.02, 0.6, log=True)] = 0.1
     """Less spare KV than that, and there is one replica more."""
-    spare_queue: float = 3.0
+    spare_queue: Annotated[float, Between(0.5, 20.0, log=True)] = 3.0
     up_at: float = 0.85
     """Share of the capacity that demand may be, with ``tokens``."""
     down_at: float = 0.7
@@ -61,9 +62,9 @@ class WvaSettings:
     window_s: float = 60.0
     """The most within it counts."""
     sync_s: float = 15.0
-    stabilise_up_s: float = 240.0
+    stabilise_up_s: Annotated[float, Between(15.0, 240.0, log=True)] = 240.0
     """The HPA of the chart, as the next six."""
-    stabilise_down_s: float = 240.0
+    stabilise_down_s: Annotated[float, Between(60.0, 900.0, log=True)] = 240.0
     up_pods: int = 10
     up_percent: float = 0.0
     up_period_s: float = 150.0
@@ -98,6 +99,8 @@ class WvaTokensSettings(WvaSettings):
     """By tokens."""
 
     analyzer: Literal["saturation", "tokens"] = "tokens"
+    up_at: Annotated[float, Between(0.3, 1.0)] = 0.85
+    down_at: Annotated[float, Between(0.1, 0.95)] = 0.7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,156 @@
+"""What settings are tuned on, and the proof that nothing of it is judged.
+
+A calibration is a scenario and a part of it. Each part of a scenario names the requests that it takes as windows: from
+when to when of which trace (known by its content, so that a copy under another name is the same), or of which generated
+stream and seed. Two parts that share a window share requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+
+from chiron.config.build import Part, source_of, workload_of
+from chiron.config.read import ConfigError
+from chiron.config.scenario import Scenario, load_scenario, scenario_files
+from chiron.config.sections import StreamSection
+from chiron.telemetry.format import span
+from chiron.workload.load import trace_path
+
+FIRST_SHARE = 1 / 3
+"""Of the workload's time, where nothing says what to tune on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Workloads to tune on."""
+
+    scenario: Scenario
+    part: Part
+
+    @property
+    def in_words(self) -> str:
+        section = self.scenario.calibration
+        if self.part == "calibration" and section is not None:
+            return f"the first {span(section.first_s)} of {self.scenario.name}"
+        return self.scenario.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Requests that a part of a scenario takes."""
+
+    source: str
+    """In words."""
+    digest: str
+    """Of the trace's content, or of the generated stream with its seed."""
+    start_s: float
+    end_s: float
+
+    def shares(self, other: Window) -> bool:
+        return self.digest == other.digest and max(self.start_s, other.start_s) < min(self.end_s, other.end_s)
+
+
+def calibrations(judged: Scenario, sources: Sequence[str], first_s: float | None) -> tuple[Scenario, list[Calibration]]:
+    """The scenario as it is to be judged, and what to tune on: as told (``sources``, scenarios or traces; or the
+    first seconds), else as the scenario's own ``calibration`` says, else its first third."""
+    if sources and first_s is not None:
+        raise ConfigError("give either --calibrate or --first")
+    section = judged.calibration
+    if sources:
+        return judged, [_of_source(judged, source) for source in sources]
+    if first_s is None and section is not None and section.scenarios:
+        return judged, [_of_source(judged, str(source_of(judged, name))) for name in section.scenarios]
+    if first_s is None and section is None:
+        first_s = _third_s(judged)
+    if first_s is not None:
+        judged = with_first(judged, first_s)
+        workload_of(judged, judged.seeds[0])  # Something must be left to judge.
+    return judged, [Calibration(scenario=judged, part="calibration")]
+
+
+def with_first(scenario: Scenario, first_s: float) -> Scenario:
+    """The scenario, with its first seconds for tuning and the rest to be judged."""
+    for i, stream in enumerate(scenario.workload):
+        if stream.repeat > 1:
+            raise ConfigError(
+                f"workload[{i}].repeat: {stream.repeat}; what is played again would be tuned on and judged: "
+                "calibrate on another scenario or trace"
+            )
+    return scenario.with_overrides(f"calibration={{ first = {first_s!r} }}")
+
+
+def _third_s(scenario: Scenario) -> float:
+    workload = workload_of(scenario, scenario.seeds[0])
+    return float(f"{FIRST_SHARE * float(workload.arrival_s[-1]):.3g}")
+
+
+def _of_source(judged: Scenario, source: str) -> Calibration:
+    """A scenario by file or name, or the judged one with another trace."""
+    if source in scenario_files() or Path(source).suffix == ".toml":
+        scenario = load_scenario(source)
+        first = scenario.calibration is not None and scenario.calibration.first_s > 0
+        return Calibration(scenario=scenario, part="calibration" if first else "judged")
+    place = Path(source)
+    name = str(place.resolve()) if place.is_file() else source
+    for i, stream in enumerate(judged.workload):
+        if stream.generate is not None:
+            raise ConfigError(
+                f"--calibrate {source}: takes the place of traces, and workload[{i}] is generated; name a scenario"
+            )
+    changes = {"trace": json.dumps(name), "format": '"auto"', "start": "0", "duration": "inf"}
+    overrides = [f"workload.{i}.{key}={value}" for i in range(len(judged.workload)) for key, value in changes.items()]
+    scenario = replace(judged.with_overrides(*overrides), name=f"{judged.name} with {place.name}", calibration=None)
+    return Calibration(scenario=scenario, part="judged")
+
+
+def check_apart(calibration: Sequence[Window], judged: Sequence[Window], what: str) -> None:
+    """Raise ConfigError if they share requests."""
+    for seen in calibration:
+        for other in judged:
+            if seen.shares(other):
+                start_s, end_s = max(seen.start_s, other.start_s), min(seen.end_s, other.end_s)
+                raise ConfigError(
+                    f"{what}: {seen.source} from {_at(start_s)} to {_at(end_s)} is both tuned on and judged; settings "
+                    "that have seen the answers prove nothing: calibrate on another trace or time"
+                )
+
+
+def windows(scenario: Scenario, part: Part, seeds: Sequence[int] | None = None) -> list[Window]:
+    """All requests of a part, but for those of batch jobs, whose lengths are drawn."""
+    first_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
+    span_s = (0.0, min(first_s, scenario.duration_s)) if part == "calibration" else (first_s, scenario.duration_s)
+    digests: dict[Path, str] = {}
+    found = []
+    for number, stream in enumerate(scenario.workload):
+        start_s, end_s = _covered(stream, *span_s)
+        if start_s >= end_s:
+            continue
+        if stream.generate is None:
+            path = trace_path(source_of(scenario, stream.trace))
+            digest = digests.setdefault(path, sha256(path.read_bytes()).hexdigest())
+            found.append(Window(source=f"trace {stream.trace}", digest=digest, start_s=start_s, end_s=end_s))
+            continue
+        for seed in seeds or scenario.seeds:
+            drawn = f"{stream.generate!r} {stream.rate_scale * scenario.scale!r} {number} {seed}"
+            digest = sha256(drawn.encode()).hexdigest()
+            source = f"the generated workload[{number}] of seed {seed}"
+            found.append(Window(source=source, digest=digest, start_s=start_s, end_s=end_s))
+    return found
+
+
+def _covered(stream: StreamSection, begin_s: float, end_s: float) -> tuple[float, float]:
+    """Of the stream's source, what arrives in these seconds of the scenario; all of it where it is repeated."""
+    if stream.repeat > 1:
+        return stream.start_s, stream.start_s + stream.duration_s
+    first_s = max(0.0, begin_s - stream.offset_s)
+    last_s = min(stream.duration_s, end_s - stream.offset_s)
+    return stream.start_s + first_s, stream.start_s + last_s
+
+
+def _at(moment_s: float) -> str:
+    return f"{moment_s / 60:.4g} min" if isfinite(moment_s) else "its end"

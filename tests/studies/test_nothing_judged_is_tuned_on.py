@@ -1,0 +1,130 @@
+"""What ``chiron tune`` may see, and the proof that it is not what ``compare`` judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from chiron.cli import app
+from chiron.config.build import workload_of
+from chiron.config.read import ConfigError
+from chiron.config.scenario import parse_scenario
+from chiron.studies.calibration import calibrations, check_apart, windows
+from study_factory import TRACED
+
+CSV = "arrival_s,input_tokens,output_tokens\n" + "".join(f"{i},100,{10 + i % 7}\n" for i in range(120))
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    (tmp_path / "own.csv").write_text(CSV)
+    (tmp_path / "copy.csv").write_text(CSV)
+    (tmp_path / "other.csv").write_text(CSV.replace("0,100,", "0,101,"))
+    path = tmp_path / "own.toml"
+    path.write_text(
+        TRACED.replace("azure-2023-conv", "own.csv").replace('duration = "3m"\n', "").replace("traced", "own")
+    )
+    return path
+
+
+def test_the_first_part_is_tuned_on_and_the_rest_judged_as_if_it_began_at_0() -> None:
+    judged = parse_scenario(TRACED + '[calibration]\nfirst = "1m"\n', directory=Path())
+    whole = workload_of(parse_scenario(TRACED, directory=Path()), 1)
+    first, rest = workload_of(judged, 1, part="calibration"), workload_of(judged, 1)
+    assert len(first) + len(rest) == len(whole)
+    assert first.arrival_s[-1] < 60.0 <= whole.arrival_s[len(first)]
+    np.testing.assert_array_equal(rest.arrival_s, whole.arrival_s[len(first) :] - 60.0)
+    np.testing.assert_array_equal(rest.output_tokens, whole.output_tokens[len(first) :])
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ('first = "1h"', "calibration.first: 3600 s leaves no request; the last arrives at"),
+        ('first = "1m"\nscenarios = ["demo"]', "calibration: give either first"),
+        ("", "calibration: give either first"),
+        ('fist = "1m"', "calibration.fist: unknown key"),
+    ],
+)
+def test_a_calibration_that_cannot_be_meant_is_an_error(calibration: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        workload_of(parse_scenario(f"{TRACED}[calibration]\n{calibration}\n", directory=Path()), 1)
+
+
+def test_without_a_word_about_it_the_first_third_is_tuned_on() -> None:
+    judged, (source,) = calibrations(parse_scenario(TRACED, directory=Path()), [], None)
+    (seen,), (rest,) = windows(source.scenario, "calibration"), windows(judged, "judged")
+    assert seen.end_s == rest.start_s == pytest.approx(60.0, abs=2.0)
+    check_apart([seen], [rest], "settings.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate", "own.csv"], "is both tuned on and judged"),
+        (["--calibrate", "copy.csv"], "is both tuned on and judged"),
+        (["--calibrate", "own.toml"], "is both tuned on and judged"),
+        (["--calibrate", "none.toml"], "none.toml"),
+        (["--calibrate", "none.csv"], "neither a file nor a packaged trace"),
+        (["--calibrate", "other.csv", "--first", "1m"], "give either --calibrate or --first"),
+        (["--first", "5h"], "leaves no request"),
+        (["--first", "soon"], "--first: duration 'soon'"),
+        (["--trials", "0"], "--trials is 0; it must be 1 or more"),
+        (["--target", "99"], "--target is 99; it must be above 0 and at most 1"),
+        (["--jobs", "many"], "--jobs is 'many'; it must be auto, or 1 or more"),
+        (["--jobs", "2", "--ray", "auto"], "give either --jobs or --ray"),
+        (["--out", "nowhere/x.toml"], "there is no directory"),
+        (["--policy", "hpa"], "unknown policy 'hpa'; did you mean"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused_in_a_line(
+    options: list[str], message: str, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    result = call("tune", scenario.name, *options)
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.stderr
+    assert result.stderr.count("error:") == 1
+
+
+def test_tuned_settings_are_compared_on_what_they_have_not_seen(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    tuned = call("tune", "own.toml", "-p", "hpa-queue", "--first", "1m", "-n", 2, "--jobs", 1, "-o", "found.toml")
+    assert tuned.exit_code == 0, tuned.output
+    assert "(as it was)" in tuned.stdout
+    compared = call("compare", "own.toml", "-p", "hpa-queue", "--settings", "found.toml", "--jobs", 1)
+    assert compared.exit_code == 0, compared.output
+    assert "judged without the first 60 s" in compared.stderr
+    renamed = scenario.with_name("renamed.toml")
+    renamed.write_text(scenario.read_text().replace('"own"', '"renamed"').replace("own.csv", "copy.csv"))
+    refused = call("compare", renamed, "-p", "hpa-queue", "--settings", "found.toml", "--jobs", 1)
+    assert refused.exit_code == 2
+    assert "found.toml: trace own.csv from 0 min to 1 min is both tuned on and judged" in " ".join(
+        refused.stderr.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("policies = 1", "settings.toml: policies: missing"),
+        ("[policies.hpa-queue]\ntarget = 'high'", "policies.hpa-queue.target: 'high' must be a finite number"),
+        ("[policies.hpa-queue]\nunknown = 1", "policies.hpa-queue.unknown: unknown key"),
+        ("[policies.hpa-queue]\ntarget = 1\n[calibration]", "calibration: {} must be tables"),
+        ("not TOML", "settings.toml: not TOML"),
+    ],
+)
+def test_a_settings_file_is_not_believed(text: str, message: str, scenario: Path) -> None:
+    path = scenario.with_name("settings.toml")
+    path.write_text(text)
+    result = call("compare", scenario, "--settings", path)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

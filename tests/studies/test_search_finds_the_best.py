@@ -1,0 +1,109 @@
+"""The search of ``chiron tune`` on rules whose best settings are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiron.config.policies import PolicyChoice
+from chiron.config.scenario import parse_scenario
+from chiron.policies.rivals.llumnix import LlumnixSettings
+from chiron.sim.setup import Setup
+from chiron.studies.calibration import Calibration
+from chiron.studies.journal import Journal
+from chiron.studies.objective import FAILED, score
+from chiron.studies.runner import Runner
+from chiron.studies.search import halton
+from chiron.studies.tune import Budget, Tuned, tune, workloads
+from study_factory import TRACED, Ruled, figures
+
+SCENARIO = parse_scenario(TRACED, directory=Path())
+ON = workloads([Calibration(scenario=SCENARIO, part="judged")], None)
+LLUMNIX = PolicyChoice(policy="llumnix", settings=LlumnixSettings())
+
+
+def rule(setup: Setup) -> dict[str, Any]:
+    """Best at 300 blocks: fewer miss SLOs, more cost GPU-hours."""
+    blocks = setup.settings.scale_up_blocks
+    return figures(1.0 if blocks >= 300 else 0.9, 1.0 + blocks / 1000)
+
+
+def searched(executor: Any, journal: Path | None = None, **budget: Any) -> Tuned:
+    return tune("llumnix", LLUMNIX, ON, Budget(**budget), Runner(executor, Journal(journal)))
+
+
+def test_it_comes_close_to_the_best_and_never_leaves_what_the_settings_allow() -> None:
+    found = searched(Ruled(rule), trials=60)
+    assert 300 <= found.values["scale_up_blocks"] < 420  # type: ignore[operator]
+    assert len(found.candidates) == 60
+    assert len({tuple(each.values.items()) for each in found.candidates}) == 60
+    assert all(each.values["scale_up_blocks"] < each.values["scale_down_blocks"] for each in found.candidates)  # type: ignore[operator]
+
+
+def test_the_first_candidate_is_the_policy_as_it_is_and_one_trial_finds_nothing_else() -> None:
+    found = searched(Ruled(rule), trials=1)
+    assert dict(found.values) == {"scale_up_blocks": 10.0, "scale_down_blocks": 60.0, "max_num_seqs": 256}
+
+
+def test_the_order_in_which_trials_end_changes_nothing_and_another_seed_does() -> None:
+    forwards, backwards = searched(Ruled(rule), trials=24), searched(Ruled(rule, order=-1), trials=24)
+    assert forwards == backwards
+    assert searched(Ruled(rule), trials=24, seed=2).candidates != forwards.candidates
+
+
+@pytest.mark.parametrize("stopped_after", [1, 7, 20])
+def test_a_search_that_was_killed_goes_on_and_finds_the_same(stopped_after: int, tmp_path: Path) -> None:
+    left = stopped_after
+
+    def until_killed(setup: Setup) -> dict[str, Any]:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return rule(setup)
+
+    journal = tmp_path / "trials.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        searched(Ruled(until_killed), journal, trials=24)
+    with journal.open("ab") as file:
+        file.write(b'{"key": "torn by a kill')
+    resumed = Ruled(rule)
+    assert searched(resumed, journal, trials=24) == searched(Ruled(rule), trials=24)
+    assert len(resumed.names) == 24 - stopped_after
+
+
+def test_a_damaged_line_of_the_journal_is_simulated_again(tmp_path: Path) -> None:
+    journal = tmp_path / "trials.jsonl"
+    searched(Ruled(rule), journal, trials=4)
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([lines[0].replace('"gpu_hours": 1.01', '"gpu_hours": 0.01'), *lines[1:]]))
+    again = Ruled(rule)
+    assert searched(again, journal, trials=4).values == searched(Ruled(rule), trials=4).values
+    assert len(again.names) == 1
+
+
+def test_a_candidate_that_fails_is_the_last_and_is_told() -> None:
+    def broken(setup: Setup) -> dict[str, Any] | Exception:
+        return ValueError("no") if setup.settings.max_num_seqs > 100 else rule(setup)
+
+    found = searched(Ruled(broken), trials=24)
+    assert found.errors == ("no",)
+    assert found.values["max_num_seqs"] <= 100  # type: ignore[operator]
+
+
+def test_a_target_kept_comes_first_then_steps_of_shortfall_then_gpu_hours_then_attainment() -> None:
+    runs = [(0.99, 9.0), (1.0, 9.0), (0.9899, 1.0), (0.986, 0.9), (0.95, 0.1)]
+    scores = [score([figures(*run)], [1.0], 0.99) for run in runs]
+    ranked = sorted([*scores, FAILED], key=lambda each: each.rank)
+    expected = [(1.0, 9.0), (0.99, 9.0), (0.986, 0.9), (0.9899, 1.0), (0.95, 0.1)]
+    assert [(each.attainment, each.cost) for each in ranked[:-1]] == expected
+    assert ranked[-1] == FAILED
+    both = score([figures(1.0, 2.0), figures(0.97, 8.0)], [1.0, 2.0], 0.99)
+    assert (both.cost, both.gpu_hours, both.shortfall) == (3.0, 10.0, pytest.approx(0.01))
+
+
+def test_halton_mirrors_digits() -> None:
+    assert [halton(n, 2) for n in range(1, 5)] == [0.5, 0.25, 0.75, 0.125]
+    assert [round(halton(n, 3), 6) for n in range(1, 4)] == [0.333333, 0.666667, 0.111111]
