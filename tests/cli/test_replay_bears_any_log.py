@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf, nan
 from pathlib import Path
 from random import Random
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from chiron.cli import app
 from chiron.control.learned import Learned
 from chiron.core.errors import InputError
+from chiron.core.stages import PipelineSample, StageSample
 from chiron.core.types import Instance, Request, RequestClass, Sample
 from chiron.runtime.input_lines import ARGUMENTS, ReplayError, checked
 from chiron.runtime.input_log import SAMPLE_FIELDS, MarkedClock, Point, RecordedInputs
@@ -242,6 +244,12 @@ def test_whatever_a_gateway_writes_is_taken() -> None:
     inputs.sampled([])
     for value in (0, -1, nan, inf, 1e300, 0.5):
         inputs.sampled([Sample(**dict.fromkeys(SAMPLE_FIELDS, value))])
+    for count, real in ((0, 0.0), (2**62 - 1, 1e300)):
+        few = StageSample(ready=count, starting=count, draining=count, busy_s=real, passes=real, tokens=real)
+        more = replace(few, waiting=real, kv_used_tokens=count, start_s=real)
+        sample = PipelineSample(taken_s=0.0, stages=(few, more), running=count, waiting=count, context_tokens=real)
+        inputs.stages_sampled(instance, sample)
+        inputs.stages_sampled(instance, replace(sample, stages=()))
     inputs.capacity_told(instance, 0)
     inputs.instance_ready(instance, Told())
     inputs.instance_failed(instance)

@@ -16,18 +16,22 @@ from typing import Any
 import pytest
 
 from chiron.control.learned import Learned
-from chiron.core.types import ModelSpec
+from chiron.core.stages import PipelineSample, StageSample
+from chiron.core.types import ModelSpec, Request
 from chiron.engines.remote import CUT, Wire
 from chiron.fleet.model import Failures
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES, make_policy
+from chiron.policies.stages.registry import with_stages
 from chiron.runtime.input_log import Point, described
 from chiron.runtime.replay import Replayed, ReplayError, replay
 from chiron.sim.setup import Setup
 from chiron.telemetry.event_log import read_event_log
+from pipelines import pipeline_kind, stage_kind
 from real_path import run_real
-from scenario_factory import PROFILE, kind_of, setup_of
+from recorded_plane import Recorded
+from scenario_factory import CLASSES, PROFILE, kind_of, setup_of
 from virtual_loop import run_virtual
 
 SMALL = replace(
@@ -200,7 +204,7 @@ def test_a_policy_that_decides_otherwise_is_found(log: list[Line]) -> None:
             lambda log: [{**log[0], "replay": log[0]["replay"].replace('"chiron"', '"chirno"', 1)}],
             "'chirno' is unknown",
         ),
-        (lambda log: [{**log[0], "replay": log[0]["replay"].replace('"version": 1', '"version": 9')}], "version 9"),
+        (lambda log: [{**log[0], "replay": log[0]["replay"].replace('"version": 2', '"version": 9')}], "version 9"),
     ],
     ids=["no head", "rotated", "lines lost", "another policy", "another version"],
 )
@@ -216,6 +220,46 @@ def test_a_log_that_is_still_being_written_replays_as_far_as_it_goes(log: list[L
 
     assert done.difference == ""
     assert done.placements > 100
+
+
+class Staged(Recorded):
+    """A pipeline of two stages, whose second one is asked for more than it can do."""
+
+    def __init__(self, stage_policy: str) -> None:
+        stages = (stage_kind(0, max_replicas=4), stage_kind(1, max_replicas=4))
+        kind = replace(kind_of(SMALL), gpus=2, pipeline=pipeline_kind(*stages))
+        policy = with_stages(make_policy("chiron", None), stage_policy)
+        super().__init__(instances=1, spec=ModelSpec(name="m0", kinds=(kind,), max_instances=1), policy=policy)
+        instance = self.plane.instances[1]
+        for second in range(1, 120):
+            request = Request(second, "m0", CLASSES[0], self.clock.now_s, 30)
+            self.inputs.submit(request)
+            busy_s = [0.1 * second, 0.95 * second]
+            told = tuple(
+                StageSample(ready=1, starting=0, draining=0, busy_s=busy, passes=9.0 * second, tokens=20.0 * second)
+                for busy in busy_s
+            )
+            now_s = self.clock.now_s
+            sample = PipelineSample(taken_s=now_s, stages=told, running=4, waiting=second, context_tokens=400.0)
+            self.inputs.stages_sampled(instance, sample)
+            self.clock.run_until(now_s + 1.0)
+
+
+@pytest.mark.parametrize("policy", ["stage-hpa", "stage-balance"])
+def test_so_it_is_with_stages_of_pipelines(policy: str) -> None:
+    run = Staged(policy)
+    decided = [line for line in run.lines if line["event"] == "decision" and line["kind"] == "stage"]
+    assert decided
+    assert run.replayed().difference == ""
+    # Neither what they told nor who decided is left out unnoticed.
+    told = [line for line in run.lines if line.get("k") != "stages_sampled"]
+    head = run.lines[0]["replay"]
+    other = {"stage-hpa": "stage-balance", "stage-balance": "stage-hpa"}[policy]
+    setup = json.loads(head)
+    setup["stages"] = described(with_stages(make_policy("chiron", None), other), [], [], None)["replay"]
+    setup["stages"] = json.loads(setup["stages"])["stages"]
+    for lines in (told, [{**run.lines[0], "replay": json.dumps(setup)}, *run.lines[1:]]):
+        assert replay(json.loads(json.dumps(line)) for line in lines).difference
 
 
 def test_timers_of_a_compiled_control_plane_count_as_well() -> None:

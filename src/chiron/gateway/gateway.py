@@ -141,7 +141,7 @@ class Gateway:
             period_s=scrape_period_s,
             capacity_told=capacity_told,
             context_told=lambda engine: engines.settle_context(engine.instance.model),
-            stages=self.plane,
+            stages=self.inputs,
         )
         self.outages = Outages(
             plane=self.plane,

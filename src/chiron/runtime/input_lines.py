@@ -43,6 +43,10 @@ _Class = tuple[_Text, Literal["interactive", "batch"], _Promise, _Promise, _Prom
 _Told = tuple[_Id, _Count, _Time, _Count, _Id]
 _ToldWhy = tuple[_Id, _Count, _Time, _Count, _Id, _Text]
 _Sample = Annotated[list[_Figure], msgspec.Meta(min_length=len(SAMPLE_FIELDS), max_length=len(SAMPLE_FIELDS))]
+_Whole = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+_Stage = tuple[_Whole, _Whole, _Whole, _Figure, _Figure, _Figure, _Figure, _Whole, _Figure]
+"""``STAGE_FIELDS``, ``PIPELINE_FIELDS``."""
+_Pipeline = tuple[_Time, _Whole, _Whole, _Figure]
 ARGUMENTS: dict[str, Any] = {
     "start": tuple[()],
     "begin": tuple[dict[_Text, _Instances], bool],
@@ -84,6 +88,7 @@ ARGUMENTS: dict[str, Any] = {
     "failed": _ToldWhy,
     "avoid": tuple[_Id, _Span],
     "sampled": tuple[list[_Sample]],
+    "stages_sampled": tuple[_Id, list[_Stage], _Pipeline],
     "capacity_told": tuple[_Id, _Count],
     "instance_ready": tuple[_Id, _Time],
     "instance_failed": tuple[_Id, list[_Told]],

@@ -33,14 +33,19 @@ from chiron.core.ports import (
     RemoteEngineEvents,
     RemoteFleetEvents,
     Samples,
+    StageSamples,
 )
+from chiron.core.stages import PipelineSample, StageSample
 from chiron.core.types import Decision, Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.net.clock import LiveClock
 from chiron.policies.policy import Policy
+from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.telemetry.event_log import decision_line
 
-VERSION = 1
+VERSION = 2
 SAMPLE_FIELDS = tuple(Sample.__annotations__)
+STAGE_FIELDS = tuple(StageSample.__annotations__)
+PIPELINE_FIELDS = tuple(name for name in PipelineSample.__annotations__ if name != "stages")
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -51,6 +56,7 @@ class Inputs(
     Queues,
     RemoteEngineEvents,
     Samples,
+    StageSamples,
     FleetEvents,
     RemoteFleetEvents,
     FleetLimits,
@@ -170,12 +176,19 @@ def described(
         "version": VERSION,
         "policy": policy.name,
         "settings": asdict(policy.settings),
+        "stages": _stages(policy),
         "models": [asdict(model) for model in models],
         "classes": [asdict(cls) for cls in classes],
         "gpus_max": dict(gpus_max) if gpus_max is not None else None,
         "advise": advise,
     }
     return {"replay": json.dumps(setup)}
+
+
+def _stages(policy: Policy) -> dict[str, Any] | None:
+    """The policy below it for stages of pipelines, if it has one of those that have names."""
+    name = next((name for name, entry in STAGE_POLICIES.items() if entry.decide is policy.stages), None)
+    return None if name is None else {"policy": name, "settings": asdict(policy.stages_settings)}
 
 
 class RecordedInputs:
@@ -356,6 +369,12 @@ class RecordedInputs:
         self._take("sampled", [[getattr(sample, name) for name in SAMPLE_FIELDS] for sample in samples])
         with self._point.at_it():
             self.plane.sampled(samples)
+
+    def stages_sampled(self, instance: Instance, sample: PipelineSample) -> None:
+        stages = [[getattr(stage, name) for name in STAGE_FIELDS] for stage in sample.stages]
+        self._take("stages_sampled", instance.id, stages, [getattr(sample, name) for name in PIPELINE_FIELDS])
+        with self._point.at_it():
+            self.plane.stages_sampled(instance, sample)
 
     def capacity_told(self, instance: Instance, kv_capacity_tokens: int) -> None:
         self._take("capacity_told", instance.id, kv_capacity_tokens)

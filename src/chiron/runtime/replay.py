@@ -8,7 +8,7 @@ of its timers have fired as had then. The first difference ends the replay.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan
 from typing import Any
@@ -18,13 +18,23 @@ import orjson
 
 from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.learned import Learned, LearnedError, from_bytes
+from chiron.core.stages import PipelineSample, StageSample
 from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES
+from chiron.policies.stages.registry import STAGE_POLICIES, with_stages
 from chiron.runtime.assembly import Assembly
 from chiron.runtime.input_lines import Line, ReplayError, checked, shown
-from chiron.runtime.input_log import SAMPLE_FIELDS, VERSION, MarkedClock, Point, output_line
+from chiron.runtime.input_log import (
+    PIPELINE_FIELDS,
+    SAMPLE_FIELDS,
+    STAGE_FIELDS,
+    VERSION,
+    MarkedClock,
+    Point,
+    output_line,
+)
 from chiron.telemetry.event_log import decision_line
 
 IDLE_TIMERS_MAX = 100_000
@@ -118,9 +128,14 @@ class _Replay:
             models = msgspec.convert(setup["models"], list[ModelSpec])
             self._classes = {cls.name: cls for cls in msgspec.convert(setup["classes"], list[RequestClass])}
             gpus_max = msgspec.convert(setup["gpus_max"], dict[str, int] | None)
+            below = msgspec.convert(setup["stages"], dict[str, Any] | None)
+            entry_below = STAGE_POLICIES[below["policy"]] if below is not None else None
+            settings_below = msgspec.convert(below["settings"], entry_below.settings) if below and entry_below else None
         except (KeyError, TypeError, ValueError, RecursionError, msgspec.ValidationError) as error:
             raise ReplayError(f"this is no input log (telemetry.input_log writes one): {error}") from None
         policy = self._make(setup["policy"], settings)
+        if below is not None:
+            policy = with_stages(policy, below["policy"], settings_below)
         self._assembly = Assembly(
             clock=self._clock,
             fleet=self,
@@ -319,6 +334,11 @@ class _Replay:
     def _in_sampled(self, samples: list[list[Any]]) -> None:
         self.plane.sampled([Sample(**dict(zip(SAMPLE_FIELDS, map(_figure, each), strict=True))) for each in samples])
 
+    def _in_stages_sampled(self, number: int, stages: list[list[Any]], rest: list[Any]) -> None:
+        told = tuple(StageSample(**dict(zip(STAGE_FIELDS, map(_figure, each), strict=True))) for each in stages)
+        sample = PipelineSample(stages=told, **dict(zip(PIPELINE_FIELDS, map(_figure, rest), strict=True)))
+        self.plane.stages_sampled(self._instances[number], sample)
+
     def _in_capacity_told(self, number: int, tokens: int) -> None:
         self.plane.capacity_told(self._instances[number], tokens)
 
@@ -362,6 +382,9 @@ class _Replay:
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
         """It is in the log as a decision."""
+
+    def scale(self, replicas: Sequence[int]) -> None:
+        """So is this."""
 
     def decided(self, now_s: float, decision: Decision) -> None:
         self._made(decision_line(now_s, decision))

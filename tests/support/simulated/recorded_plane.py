@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from chiron.control.plane import ControlPlane
 from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request
+from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
 from chiron.runtime.input_log import MarkedClock, Point, RecordedInputs, RecordedOutputs, described
 from chiron.runtime.replay import Replayed, replay
@@ -33,6 +34,8 @@ class Nothing:
 
     def set_max_batch_size(self, max_batch_size: int) -> None: ...
 
+    def scale(self, replicas: Sequence[int]) -> None: ...
+
     def decided(self, now_s: float, decision: Decision) -> None: ...
 
     def ended(self, request: Request) -> None: ...
@@ -44,9 +47,15 @@ class Recorded:
     """Its log is ``lines``; ``ended`` hears of each end, ``instances`` are up at the start."""
 
     def __init__(
-        self, ended: Callable[[Request], None] = lambda request: None, *, instances: int = 0, spec: ModelSpec = SPEC
+        self,
+        ended: Callable[[Request], None] = lambda request: None,
+        *,
+        instances: int = 0,
+        spec: ModelSpec = SPEC,
+        policy: Policy | None = None,
     ) -> None:
-        policy, point, self.nothing = make_policy("chiron", None), Point(), Nothing()
+        policy = policy or make_policy("chiron", None)
+        point, self.nothing = Point(), Nothing()
         self.lines: list[dict[str, Any]] = [{"t": 0.0, "event": "log", **described(policy, [spec], CLASSES, None)}]
         self.hears = ended
         self.clock = MarkedClock(point)
