@@ -33,6 +33,8 @@ def section(heading: str) -> str:
         ("aibrix-kpa", "`aibrix-kpa`"),
         ("wva-saturation", "`wva-saturation`"),
         ("skyserve", "`skyserve`"),
+        ("dynamo-planner", "`dynamo-planner`"),
+        ("forecast-arima", "`forecast-arima`"),
         ("static", "`static`"),
     ],
 )
@@ -51,6 +53,12 @@ def test_wva_tokens_differs_from_wva_saturation_as_said() -> None:
     saturation, tokens = (settings_of(POLICIES[name].settings()) for name in ("wva-saturation", "wva-tokens"))
     assert {key for key in tokens if saturation[key] != tokens[key]} == {"analyzer"}
     assert "`wva-tokens` has `analyzer = 'tokens'`" in section("`wva-saturation`")
+
+
+def test_forecast_holt_winters_differs_from_forecast_arima_as_said() -> None:
+    arima, winters = (settings_of(POLICIES[name].settings()) for name in ("forecast-arima", "forecast-holt-winters"))
+    assert {key for key in winters if arima[key] != winters[key]} == {"method"}
+    assert "`forecast-holt-winters` has `method = 'holt-winters'`" in section("`forecast-arima`")
 
 
 def test_every_policy_is_named() -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from chiron.config.pipelines import Pipelines, gpus_first, gpus_most, pipelines, replicas_for
+from chiron.config.policies import check_can_be_made
 from chiron.config.read import ConfigError, fields_by_key, is_duration
 from chiron.config.scenario import Scenario
 from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
@@ -51,7 +52,8 @@ def setups(
 
     Those of one seed share their workload. Raises ConfigError, WorkloadError, ProfileError or OSError.
     """
-    choices = {label: scenario.choice(label) for label in policies or scenario.labels}
+    labels = policies or scenario.labels
+    choices = {label: check_can_be_made(scenario.choice(label), f"policy {label!r}") for label in labels}
     chosen = list(dict.fromkeys(seeds or scenario.seeds))
     calibrated_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
     begins_s = calibrated_s if part == "judged" else 0.0

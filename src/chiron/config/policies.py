@@ -22,6 +22,15 @@ class PolicyChoice:
     stage_settings: Any = None
 
 
+def check_can_be_made(choice: PolicyChoice, path: str) -> PolicyChoice:
+    """Raises ConfigError where the policy needs a library that is not installed."""
+    try:
+        POLICIES[choice.policy].make(choice.settings)
+    except ImportError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return choice
+
+
 def read_policies(table: Mapping[str, Any]) -> dict[str, PolicyChoice]:
     """The tables ``[policies.LABEL]``."""
     allowed = {"policy", "stages", *(key for entry in POLICIES.values() for key in keys_of(entry.settings))}

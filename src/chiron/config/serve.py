@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from chiron.config.overrides import Override, apply_overrides, override_text
-from chiron.config.policies import PolicyChoice, read_policies
+from chiron.config.policies import PolicyChoice, check_can_be_made, read_policies
 from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
 from chiron.config.serve_kinds import instance_bounds, kind_settings
 from chiron.config.serve_sections import ServeModelSection
@@ -271,7 +271,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
         )
     _check_no_loop(models, server)
     _check_gateways(file.gateways, file, models)
-    choice = _choose_policy(file, policy)
+    choice = check_can_be_made(_choose_policy(file, policy), "policy")
     choice = _choose_stage_policy(file, choice)
     data = Path(_resolve(server.data, directory))
     log = file.telemetry.event_log

@@ -9,6 +9,8 @@ from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSe
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
+from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
+from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
@@ -104,6 +106,21 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=WvaTokensSettings,
         make=make_wva,
         about="llm-d's Workload Variant Autoscaler by tokens of KV (V2), followed by an HPA",
+    ),
+    "dynamo-planner": PolicyEntry(
+        settings=DynamoSettings,
+        make=make_dynamo,
+        about="NVIDIA Dynamo's SLA planner: a forecast every three minutes over what an engine does within the SLA",
+    ),
+    "forecast-arima": PolicyEntry(
+        settings=ForecastSettings,
+        make=make_forecast,
+        about="a fleet for the load that ARIMA expects by the time an instance is up",
+    ),
+    "forecast-holt-winters": PolicyEntry(
+        settings=ForecastHoltWintersSettings,
+        make=make_forecast,
+        about="a fleet for the load that Holt-Winters' smoothing expects by the time an instance is up",
     ),
     "skyserve": PolicyEntry(
         settings=SkyServeSettings,

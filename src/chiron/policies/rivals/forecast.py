@@ -1,0 +1,129 @@
+"""``forecast-arima``, ``forecast-holt-winters``: a fleet for the load that a textbook forecaster expects.
+
+Every minute, on the work that has arrived in each minute so far (seconds that it takes a fleet, prompts and answers at
+their learned lengths)::
+
+    instances = ceil(most of the forecast from now until one planned now is up, and a period more
+                     / (what one instance does in a period within its SLOs * utilisation))
+
+What people build from ARIMA or Holt-Winters in front of a Deployment; the parts are statsmodels' (extra ``forecast``).
+It is fitted on the past only. Papers that forecast load for serving publish forecasters without a rule for the fleet
+(LSTM and SARIMA for clusters, 2020) or one of their own (SageServe), so the rule is ours, with the step times that
+``chiron`` learns, too: it is told more than such scalers usually are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from typing import Literal
+
+from chiron.policies.capacity import arrivals_s, capacity
+from chiron.policies.policy import Policy
+from chiron.policies.rivals.forecasters import Fitted, arima, holt_winters, needs
+from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
+
+MOST_VALUES = 1440
+"""Of the series that is remembered: a day of minutes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastSettings:
+    method: Literal["arima", "holt-winters"] = "arima"
+    period_s: float = 60.0
+    """Of a value of the series, and between decisions. Ours, as all that follow but the last."""
+    season_s: float = 0.0
+    """Of Holt-Winters; 0: none. It counts once two of them have been seen."""
+    utilisation: float = 0.8
+    """Share of an instance's capacity that the forecast may take."""
+    max_num_seqs: int = 256
+    """Static max batch size: vLLM's default."""
+
+    def __post_init__(self) -> None:
+        if not self.period_s > 0:
+            raise ValueError(f"period_s is {self.period_s}; it must be above 0")
+        if not (self.season_s == 0 or self.season_s >= 2 * self.period_s):
+            raise ValueError(f"season_s is {self.season_s}; it must be 0 or at least two periods")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation is {self.utilisation}; it must be above 0 and at most 1")
+        if self.max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs is {self.max_num_seqs}; it must be 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForecastHoltWintersSettings(ForecastSettings):
+    """By Holt-Winters."""
+
+    method: Literal["arima", "holt-winters"] = "holt-winters"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What is remembered of one model."""
+
+    series: tuple[float, ...] = ()
+    """Seconds of work that arrived, by period."""
+    fitted: Fitted | None = None
+
+
+State = dict[str, Memory]
+
+
+def decide_fleet(settings: ForecastSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
+    """Every model by itself."""
+    state = state or {}
+    plans: dict[str, ModelPlan] = {}
+    memories: State = {}
+    for model in view.models:
+        memory = state.get(model.name)
+        if memory is None:  # Nothing has come yet: the first period begins.
+            count = min(max(sum(model.planned.values()), model.min_instances, 1), model.max_instances)
+            plans[model.name] = ModelPlan(counts={"mixed": count}, reason="first_period")
+            memories[model.name] = Memory()
+        else:
+            plans[model.name], memories[model.name] = _decide_model(settings, memory, model)
+    return plans, memories
+
+
+def _decide_model(settings: ForecastSettings, memory: Memory, model: ModelView) -> tuple[ModelPlan, Memory]:
+    outputs = {mix.cls.name: mix.output_tokens for mix in model.mixes}
+    new = [arrival for arrival in model.arrivals if arrival.requests > 0]
+    work = sum(arrivals_s(model.step_times, arrival, outputs[arrival.cls.name]) for arrival in new)
+    series = (*memory.series, work)[-MOST_VALUES:]
+    steps = 1 + ceil(model.cold_start_s / settings.period_s)
+    fitted = memory.fitted
+    if settings.method == "arima":
+        forecast, fitted = arima(series, steps, fitted)
+    else:
+        forecast = holt_winters(series, steps, round(settings.season_s / settings.period_s))
+    each = _work_in_a_period(settings, model)
+    current = sum(model.planned.values())
+    count = min(max(ceil(max(forecast) / each), model.min_instances, 1), model.max_instances)
+    reason = "forecast_above" if count > current else "forecast_below" if count < current else "steady"
+    numbers = {"work": work, "forecast": max(forecast), "each": each}
+    plan = ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+    return plan, replace(memory, series=series, fitted=fitted)
+
+
+def _work_in_a_period(settings: ForecastSettings, model: ModelView) -> float:
+    used = [mix for mix in model.mixes if mix.finished] or list(model.mixes)
+    carried = capacity(
+        model.step_times,
+        [(float(max(1, mix.finished)), mix) for mix in used],
+        itl_target_s=min((mix.cls.itl_s for mix in used if mix.cls.interactive), default=inf),
+        kv_capacity_tokens=model.kv_capacity_tokens,
+        max_num_seqs=min(model.max_num_seqs, settings.max_num_seqs),
+    )
+    return max(1e-9, carried.work_rate * settings.period_s * settings.utilisation)
+
+
+def make_forecast(settings: ForecastSettings) -> Policy:
+    """Raises ImportError where the forecaster's library is not installed."""
+    needs(settings.method)
+    return Policy(
+        name=f"forecast-{settings.method}",
+        settings=settings,
+        fleet=decide_fleet,
+        fleet_period_s=settings.period_s,
+        initial_max_batch_size=settings.max_num_seqs,
+    )

@@ -1,0 +1,135 @@
+"""What comes next in a series, from its past alone: for rivals that scale on forecasts.
+
+``constant`` and ``kalman`` are a few lines; ``arima`` and ``holt-winters`` are statsmodels' (extra ``forecast``). A
+forecaster sees the values so far and what it kept from the last time, and nothing else; what cannot be fitted is the
+last value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import isfinite
+from typing import Any, Literal
+
+Method = Literal["constant", "kalman", "arima", "holt-winters"]
+FEWEST = 5
+"""Values that a model needs (Dynamo's); before that the last one is the forecast."""
+_ORDERS = [(p, q) for p in range(3) for q in range(3)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """What ARIMA keeps: its order, chosen once, and the parameters from which the next fit starts."""
+
+    order: tuple[int, int, int]
+    parameters: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KalmanNoise:
+    """Of a local linear trend: variances of level, trend and observation."""
+
+    level: float = 1.0
+    trend: float = 0.1
+    observation: float = 10.0
+
+
+def needs(method: str, find: Callable[[str], object] = find_spec) -> None:
+    """Raises ImportError where a method needs a library that is not installed."""
+    if method in ("arima", "holt-winters") and find("statsmodels") is None:
+        raise ImportError(f"forecasts by {method} need statsmodels: pip install 'chiron-serving[forecast]'")
+
+
+def kalman(series: Sequence[float], noise: KalmanNoise) -> float:
+    """One step ahead of a local linear trend; never below 0."""
+    if not series:
+        return 0.0
+    level, trend = series[0], 0.0
+    # Covariance of (level, trend); nothing is known of either at first.
+    ll, lt, tt = 1000.0, 0.0, 1000.0
+    for value in series[1:]:
+        level += trend
+        ll, lt, tt = ll + 2.0 * lt + tt + noise.level, lt + tt, tt + noise.trend
+        gain_level, gain_trend = ll / (ll + noise.observation), lt / (ll + noise.observation)
+        error = value - level
+        level, trend = level + gain_level * error, trend + gain_trend * error
+        ll, lt, tt = ll * (1.0 - gain_level), lt * (1.0 - gain_level), tt - gain_trend * lt
+    return max(0.0, level + trend)
+
+
+def arima(series: Sequence[float], steps: int, kept: Fitted | None) -> tuple[tuple[float, ...], Fitted | None]:
+    """So many steps ahead. The order is the one of least AIC, p and q up to 2, differenced once where that is better,
+    found when there are enough values; later the parameters are fitted anew from where they were."""
+    last = series[-1] if series else 0.0
+    if len(series) < FEWEST or len(set(series)) == 1:
+        return (last,) * steps, kept
+    if kept is None:
+        fits = [(_aic(series, (p, d, q)), (p, d, q)) for d in (0, 1) for p, q in _ORDERS]
+        aic, order = min(fits, key=lambda fit: fit[0][0])
+        if not isfinite(aic[0]):
+            return (last,) * steps, None
+        kept = Fitted(order=order, parameters=aic[1])
+    try:
+        model = _model(series, kept.order)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = model.fit(start_params=list(kept.parameters), disp=0, maxiter=10)
+        values = tuple(float(value) for value in result.forecast(steps))
+        kept = Fitted(order=kept.order, parameters=tuple(float(each) for each in result.params))
+    except (ValueError, ArithmeticError, _linalg_error()):
+        return (last,) * steps, kept
+    return _usable(values, last), kept
+
+
+def _aic(series: Sequence[float], order: tuple[int, int, int]) -> tuple[float, tuple[float, ...]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = _model(series, order).fit(disp=0, maxiter=50)
+    except (ValueError, ArithmeticError, _linalg_error()):
+        return float("inf"), ()
+    aic = float(result.aic)
+    return (aic if isfinite(aic) else float("inf")), tuple(float(each) for each in result.params)
+
+
+def _model(series: Sequence[float], order: tuple[int, int, int]) -> Any:
+    from statsmodels.tsa.statespace.sarimax import SARIMAX
+
+    return SARIMAX(list(series), order=order, trend="c" if order[1] == 0 else None)
+
+
+def _linalg_error() -> type[Exception]:
+    from numpy.linalg import LinAlgError
+
+    return LinAlgError
+
+
+def holt_winters(series: Sequence[float], steps: int, season: int) -> tuple[float, ...]:
+    """So many steps ahead: damped trend and, with a season of that many values of which two were seen, that."""
+    last = series[-1] if series else 0.0
+    seasonal = season >= 2 and len(series) >= 2 * season
+    if len(series) < max(FEWEST, 10) or len(set(series)) == 1:
+        return (last,) * steps
+    from statsmodels.tsa.holtwinters import ExponentialSmoothing
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = ExponentialSmoothing(
+                list(series),
+                trend="add",
+                damped_trend=True,
+                seasonal="add" if seasonal else None,
+                seasonal_periods=season if seasonal else None,
+            )
+            values = tuple(float(value) for value in model.fit().forecast(steps))
+    except (ValueError, ArithmeticError, _linalg_error()):
+        return (last,) * steps
+    return _usable(values, last)
+
+
+def _usable(values: tuple[float, ...], last: float) -> tuple[float, ...]:
+    return tuple(max(0.0, value) if isfinite(value) else last for value in values)

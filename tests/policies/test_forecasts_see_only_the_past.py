@@ -1,0 +1,81 @@
+"""Forecasters against series whose next value is known, and the fleet that follows them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, decide_fleet
+from chiron.policies.rivals.forecasters import KalmanNoise, arima, holt_winters, kalman, needs
+from policy_factory import arrival, fleet, fleet_of, model
+
+
+def test_kalman_follows_a_line_and_smooths_what_jumps() -> None:
+    line = [10.0 + 3.0 * step for step in range(40)]
+    assert kalman(line, KalmanNoise()) == pytest.approx(10.0 + 3.0 * 40, rel=1e-3)
+    jumps = [100.0, 0.0] * 20
+    assert 20.0 < kalman(jumps, KalmanNoise(observation=1000.0)) < 80.0
+    assert kalman([], KalmanNoise()) == 0.0
+    assert kalman([9.0, 6.0, 3.0, 0.0], KalmanNoise()) >= 0.0
+
+
+def test_few_or_equal_values_are_the_forecast_without_any_library() -> None:
+    assert arima([1.0, 2.0, 3.0], 2, None) == ((3.0, 3.0), None)
+    assert arima([4.0] * 20, 1, None) == ((4.0,), None)
+    assert holt_winters([4.0] * 20, 3, 0) == (4.0, 4.0, 4.0)
+    assert holt_winters([], 1, 0) == (0.0,)
+
+
+def test_a_missing_library_is_named() -> None:
+    with pytest.raises(ImportError, match=r"arima need statsmodels: pip install .chiron-serving\[forecast"):
+        needs("arima", find=lambda name: None)
+    needs("kalman", find=lambda name: None)
+
+
+@pytest.mark.slow
+def test_arima_knows_a_wave_and_keeps_its_order() -> None:
+    pytest.importorskip("statsmodels")
+    wave = [50.0 + 20.0 * math.sin(step / 3.0) for step in range(61)]
+    (following,), kept = arima(wave[:60], 1, None)
+    assert following == pytest.approx(wave[60], abs=1.5)
+    assert kept is not None
+    (_, again), later = arima(wave, 2, kept)
+    assert again == pytest.approx(50.0 + 20.0 * math.sin(62 / 3.0), abs=3.0)
+    assert later is not None
+    assert later.order == kept.order
+
+
+@pytest.mark.slow
+def test_holt_winters_knows_a_season_once_it_has_seen_two() -> None:
+    pytest.importorskip("statsmodels")
+    season = [10.0, 10.0, 10.0, 50.0, 10.0, 10.0]
+    assert holt_winters(season * 4 + season[:3], 1, 6)[0] == pytest.approx(50.0, abs=5.0)
+    assert holt_winters(season * 4 + season[:3], 1, 0)[0] < 30.0
+
+
+def counts(settings: ForecastSettings, rates: list[int]) -> list[int]:
+    """Plans of decisions a minute apart with so many requests a second each."""
+    state, made, current = None, [], 2
+    for number, rate in enumerate([0, *rates]):
+        now_s = 1000.0 + 60.0 * number
+        seconds: Any = range(int(now_s) - 60, int(now_s)) if number else ()
+        one = model(fleet_of(current), arrivals=tuple(arrival(second, rate) for second in seconds if rate))
+        decided, state = decide_fleet(settings, state, fleet(one, now_s=now_s))
+        current = decided["llama"].counts["mixed"]
+        made.append(current)
+    return made[1:]
+
+
+@pytest.mark.parametrize("settings", [ForecastSettings(), ForecastHoltWintersSettings()], ids=["arima", "holt-winters"])
+def test_a_steady_load_gets_what_it_needs_and_none_the_least(settings: ForecastSettings) -> None:
+    low, high = counts(settings, [20] * 4), counts(settings, [60] * 4)
+    assert len(set(low)) == len(set(high)) == 1
+    assert high[0] == pytest.approx(3 * low[0], abs=2)
+    assert counts(settings, [0] * 3) == [1, 1, 1]
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"season_s is 60\.0; it must be 0 or at least two periods"):
+        ForecastSettings(season_s=60.0)
