@@ -172,6 +172,8 @@ class Simulation:
             sim_s=end_s,
             evictions=self.plane.evictions,
             preemptions=sum(engine.preemptions for engine in self.engines),
+            cold_starts=bill.cold_starts,
+            warm_starts=bill.warm_starts,
         )
         return Result(
             policy=label,

@@ -20,11 +20,13 @@ from chiron.telemetry.palette import (
     ROLE_COLOURS,
     STARTING_COLOUR,
 )
-from chiron.telemetry.run_data import BatchSizePoint, FleetPoint
+from chiron.telemetry.run_data import BatchSizePoint, DecisionPoint, FleetPoint
 from chiron.telemetry.series import POINTS_MAX, thin, thin_fleet
 
 INSTANCES_DRAWN = 5
 """Lines in the chart of max batch sizes: more cannot be followed."""
+STAGES_DRAWN = 8
+"""Lines in the chart of replicas of stages."""
 GROUP_BANDS = 8
 """Layers in the chart of the queue; groups with neighbouring deadlines share one."""
 ROOM = 1.06
@@ -172,6 +174,31 @@ def span(first: float, last: float, per: float, unit: str) -> str:
         return "never" if not isfinite(first) else f"from {first / per:.3g} {unit}"
     shown = [f"{value / per:.3g}" for value in (first, last)]
     return f"{shown[0]} {unit}" if shown[0] == shown[1] else f"{shown[0]} to {shown[1]} {unit}"
+
+
+def stages(decisions: Sequence[DecisionPoint], model: str, end_s: float) -> Chart | None:
+    """Replicas of each stage as planned, of the pipelines and stages whose plan changed; None without any."""
+    changes: dict[str, list[DecisionPoint]] = {}
+    for decision in decisions:
+        if decision.kind == "stage" and decision.subject.startswith(f"{model}#"):
+            changes.setdefault(decision.subject.removeprefix(f"{model}#"), []).append(decision)
+    if not changes:
+        return None
+    per, x_axis = axes.time(end_s)
+    names = sorted(changes, key=lambda name: (-len(changes[name]), name))[:STAGES_DRAWN]
+    shown = [name for name in changes if name in names]
+    series = []
+    for colour, name in zip(ramp(INSTANCE_COLOURS, len(shown)), shown, strict=True):
+        points = changes[name]
+        x = [0.0, *(d.t_s / per for d in points), end_s / per]
+        series.append(steps(name, colour, x, [points[0].before, *(d.after for d in points), points[-1].after]))
+    some = f" The {len(shown)} that changed most, of {len(changes)}." if len(shown) < len(changes) else ""
+    return Chart(
+        title="Replicas of stages",
+        caption=f"Pipeline and layers; stages that are not shown stayed as they were.{some}",
+        x=x_axis,
+        panels=(Panel(y=axes.linear("replicas planned", 0.0, ROOM * peak(series), whole=True), series=tuple(series)),),
+    )
 
 
 FleetChart = Callable[[Sequence[FleetPoint], float, int], Chart | None]

@@ -176,7 +176,9 @@ def view(result: RunData, model: str, limit: int) -> list[Chart | None]:
     end_s = max(float(result.summary["sim_s"]), points[-1].t_s if points else 0.0)
     sizes = [p for p in result.batch_sizes if p.model == model]
     parts = fleet_charts.Parts(fleet=points, batch_sizes=sizes, end_s=end_s)
-    return [*fleet_charts.all_charts(parts, limit), *traffic.charts(result, model, end_s, limit)]
+    first, *others = fleet_charts.all_charts(parts, limit)
+    stages = fleet_charts.stages(result.decisions, model, end_s)
+    return [first, stages, *others, *traffic.charts(result, model, end_s, limit)]
 
 
 def error_section(errors: Mapping[str, tuple[int, str]]) -> str:
@@ -249,7 +251,7 @@ def sentence(d: DecisionPoint) -> str:
 
 def importance(decision: DecisionPoint) -> tuple[int, int]:
     """Least first: what changed the fleet, then the rarer kinds, then batch sizes; what changed nothing last."""
-    rank = {"fleet": 0, "role": 1, "reject": 2, "migrate": 3, "batch_size": 4}
+    rank = {"fleet": 0, "role": 1, "stage": 1, "reject": 2, "migrate": 3, "batch_size": 4}
     return int(decision.before == decision.after and decision.kind in ("fleet", "batch_size")), rank.get(
         decision.kind, 5
     )

@@ -39,6 +39,8 @@ ROWS: dict[str, Any] = {
 PLAIN = tuple(f.name for f in fields(Result) if f.name not in ROWS and f.name != "requests")
 LATER = {"began"}
 """Fields that results saved before they existed lack."""
+OLDER = {"shed": 0, "cold_starts": None, "warm_starts": None, "throughput_tokens_per_s": None}
+"""Figures that summaries saved before they existed lack: nothing was shed, the others are not known."""
 COLUMNS = tuple(f.name for f in fields(RequestTable))
 DTYPES = {
     "model": "int16",
@@ -112,7 +114,7 @@ def build(document: dict[str, Any], requests: RequestTable, path: str | Path) ->
     parts: dict[str, Any] = {name: document[name] for name in PLAIN if name in document}
     parts["models"] = tuple(parts["models"])
     if isinstance(parts["summary"], dict) and parts["summary"]:
-        parts["summary"] = {"shed": 0} | parts["summary"]  # Older files lack it: nothing was.
+        parts["summary"] = OLDER | parts["summary"]
     parts |= {name: read_rows(document[name], row_type, f"{path}: {name}") for name, row_type in ROWS.items()}
     check_began(parts.get("began"), path)
     result = Result(**parts, requests=requests)

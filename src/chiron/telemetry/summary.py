@@ -51,6 +51,8 @@ def summarise(
     evictions: int | None,
     preemptions: int | None,
     judged_at_s: float | None = None,
+    cold_starts: int | None = None,
+    warm_starts: int | None = None,
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
     request at its SLO. None stands for what cannot be measured: a client sees no GPU. With ``judged_at_s``
@@ -84,7 +86,10 @@ def summarise(
         "cost_bound": real(cost_bound),
         "gpus_peak": whole(gpus_peak),
         "instances_peak": whole(instances_peak),
+        "cold_starts": whole(cold_starts),
+        "warm_starts": whole(warm_starts),
         "throughput_rps": ratio(outcomes["finished"], sim_s),
+        "throughput_tokens_per_s": ratio(requests.output_tokens[finished].sum(), sim_s),
         "tokens_per_gpu_s": ratio(requests.output_tokens[finished].sum(), gpu_seconds),
         "slo_tokens_per_gpu_s": ratio(requests.output_tokens[attained].sum(), gpu_seconds),
         "scaling_actions": None if plan_changes is None else sum(a != b for _, _, a, b in plan_changes),

@@ -18,7 +18,7 @@ from chiron.telemetry.drawing import marker
 from chiron.telemetry.format import NONE, Show, amount, milliseconds, percent, spread, whole
 from chiron.telemetry.palette import Look
 from chiron.telemetry.run_data import OUTCOMES, RunData
-from chiron.telemetry.verdict import PolicyRuns, Stat, Verdict, stat
+from chiron.telemetry.verdict import PolicyRuns, Stat, Verdict, staged, stat
 
 LOST = OUTCOMES[1:]
 """How requests end that were not served."""
@@ -143,6 +143,7 @@ def columns_of(runs: Sequence[PolicyRuns], target: float) -> list[Column]:
         figure("cost", "In the currency of the prices given.", amount, "cost"),
         *(p99(c, *what) for c in latency for what in LATENCIES),
         *(client_columns() if not seen else ()),
+        *(stage_columns() if seen and staged(runs) else ()),
         Column(title="not served", help=LOST_HELP, read=lost, show=whole),
         Column(
             title="late batch",
@@ -188,6 +189,14 @@ def client_columns() -> tuple[Column, ...]:
             read=lambda p: over(p, tokens_per_s),
             show=amount,
         ),
+    )
+
+
+def stage_columns() -> tuple[Column, ...]:
+    """What pipelines of stages are judged by besides."""
+    return (
+        figure("output tokens/s", "Of finished requests, over the time of the run.", amount, "throughput_tokens_per_s"),
+        figure("cold starts", "Instances and replicas of stages that were loaded anew.", whole, "cold_starts"),
     )
 
 

@@ -247,6 +247,11 @@ def bound_phrase(runs: PolicyRuns) -> str:
     return "" if over is None else f"; {runs.policy} takes {over.mean:.2f} times the lower bound for what it delivered"
 
 
+def staged(runs: Sequence[PolicyRuns]) -> bool:
+    """Whether some policy ran its models as pipelines of stages."""
+    return any("stages" in result.settings for policy in runs for result in policy.results)
+
+
 def stat(values: Sequence[float]) -> Stat:
     """Mean and range of at least one value."""
     return Stat(mean=sum(values) / len(values), low=min(values), high=max(values), n=len(values))

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from chiron.telemetry.format import NONE, Show, amount, milliseconds, percent, spread, whole
 from chiron.telemetry.result import Result
-from chiron.telemetry.verdict import PolicyRuns, Stat, verdict
+from chiron.telemetry.verdict import PolicyRuns, Stat, staged, verdict
 
 WIDTH_MIN = 120
 """Columns. A narrower terminal wraps the lines; cutting figures off would be worse."""
@@ -36,7 +36,7 @@ def comparison(scenario: str, ranking: Sequence[PolicyRuns]) -> Table:
     classes = list(dict.fromkeys(name for p in ranking for r in p.results for name in r.summary["attainment"]))
     table = Table(title=f"scenario {scenario}", title_justify="left", pad_edge=False, box=None, header_style="bold")
     table.add_column("policy", no_wrap=True)
-    columns = [(heading, [read(runs) for runs in ranking]) for heading, read in _columns(classes)]
+    columns = [(heading, [read(runs) for runs in ranking]) for heading, read in _columns(classes, staged(ranking))]
     known = [(heading, cells) for heading, cells in columns if any(cell != NONE for cell in cells)]
     for heading, _ in known:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -45,8 +45,8 @@ def comparison(scenario: str, ranking: Sequence[PolicyRuns]) -> Table:
     return table
 
 
-def _columns(classes: Sequence[str]) -> list[tuple[str, Callable[[PolicyRuns], str]]]:
-    """Heading and what stands beneath it."""
+def _columns(classes: Sequence[str], stages: bool) -> list[tuple[str, Callable[[PolicyRuns], str]]]:
+    """Heading and what stands beneath it. ``stages``: with what pipelines of stages are judged by besides."""
     attained: list[tuple[str, Callable[[PolicyRuns], str]]] = [
         (f"{name}\nin SLO", lambda runs, name=name: _cell(runs.stat("attainment", name), percent, ranged=True))  # type: ignore[misc]
         for name in classes
@@ -56,8 +56,12 @@ def _columns(classes: Sequence[str]) -> list[tuple[str, Callable[[PolicyRuns], s
         ("GPU-\nhours", lambda runs: _cell(runs.stat("gpu_hours"), amount, ranged=True)),
         ("× bound\n", lambda runs: _cell(runs.over_bound, amount)),
         ("cost\n", lambda runs: _cell(runs.stat("cost"), amount)),
+        *([("p50\nTTFT\ns", lambda runs: _worst(runs, "ttft_s", amount, "p50"))] if stages else []),
         ("p99\nTTFT\ns", lambda runs: _worst(runs, "ttft_s", amount)),
+        *([("p50\nITL\nms", lambda runs: _worst(runs, "itl_s", milliseconds, "p50"))] if stages else []),
         ("p99\nITL\nms", lambda runs: _worst(runs, "itl_s", milliseconds)),
+        *([("tokens\n/s", lambda runs: _cell(runs.stat("throughput_tokens_per_s"), whole))] if stages else []),
+        *([("cold\nstarts", lambda runs: _cell(runs.stat("cold_starts"), whole))] if stages else []),
         ("late\nbatch", _late),
         ("plan\nchanges", lambda runs: _cell(runs.stat("scaling_actions"), whole)),
         ("re-\nversed", lambda runs: _cell(runs.stat("reversals"), whole)),
@@ -73,10 +77,10 @@ def _cell(stat: Stat | None, show: Show, *, ranged: bool = False) -> str:
     return f"{show(stat.mean)}\n{beneath}" if beneath else show(stat.mean)
 
 
-def _worst(runs: PolicyRuns, figure: str, show: Show) -> str:
-    """The p99 of the interactive class that fares worst; batch work has no latency SLO."""
+def _worst(runs: PolicyRuns, figure: str, show: Show, quantile: str = "p99") -> str:
+    """The quantile of the interactive class that fares worst; batch work has no latency SLO."""
     names = [c.name for c in runs.results[0].classes if c.interactive]
-    means = [stat.mean for name in names if (stat := runs.stat(figure, name, "p99")) is not None]
+    means = [stat.mean for name in names if (stat := runs.stat(figure, name, quantile)) is not None]
     return show(max(means)) if means else NONE
 
 
