@@ -414,6 +414,23 @@ def test_what_a_ray_cluster_cannot_do_is_refused(keys: str, message: str) -> Non
         one("vllm", 'model_path = "org/name"', "gpus = 16", f"ray = {{ {keys} }}")
 
 
+GATEWAYS = "[store]\nurl = 'postgresql://a@b/c'\n[gateways]\ncertificate = 'a'\nkey = 'b'\nca = 'c'\n"
+PROCESS = "command = ['engine', '{port}']"
+
+
+@pytest.mark.parametrize(
+    ("head", "source", "message"),
+    [
+        (GATEWAYS, f"{PROCESS}\nray = {{ on_stop = 'remove' }}", "says ray.on_stop = 'remove', and a gateway that stops"),
+        (GATEWAYS, PROCESS, "is started by the gateway that leads, where others cannot reach it"),
+        ("[kubernetes]\n", PROCESS, "would be started again with each change of a ChironModel"),
+    ],
+)
+def test_what_could_not_be_handed_over_is_refused_where_gateways_do(head: str, source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_serve(f"{head}[models.m]\nengine = 'openai'\n{source}\n", directory=Path())
+
+
 def test_engines_on_ray_are_nothing_else() -> None:
     with pytest.raises(ConfigError, match=r"give ray .* or endpoints or kubernetes, not two of them"):
         one("vllm", 'endpoints = ["http://127.0.0.1:1"]', "ray = {}")

@@ -342,6 +342,21 @@ def test_nothing_is_left_when_the_gateway_stops_if_so_configured(tmp_path: Path)
     told(tmp_path, story)
 
 
+def test_what_runs_is_handed_over_however_the_gateway_would_have_stopped(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        source = replace(SOURCE, on_stop="remove")
+        fleet, heard = site.gateway(source=source)
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        await fleet.close(hands_over=True)
+        later, heard_later = site.gateway(source=source)
+        later.create(an_instance(1))
+        await until(lambda: heard_later.ready == [1], "taken over")
+        assert heard_later.urls == heard.urls
+
+    told(tmp_path, story)
+
+
 @pytest.mark.slow
 def test_advice_starts_and_stops_nothing_and_uses_what_others_have(tmp_path: Path) -> None:
     async def story(site: Site) -> None:

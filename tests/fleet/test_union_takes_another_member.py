@@ -39,6 +39,10 @@ class LoopSource:
     summary: ClassVar[str] = "on this loop"
 
 
+HANDED: list[bool] = []
+"""Whether another brain follows, by fleet that has ended."""
+
+
 class LoopFleet:
     def __init__(self, sources: Mapping[str, LoopSource], environment: FleetEnvironment) -> None:
         self._sources = sources
@@ -61,7 +65,8 @@ class LoopFleet:
         down = KindReport(trouble=full, instances_max=0)
         return FleetReport(kinds={name: down if each.down else KindReport() for name, each in self._sources.items()})
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
+        HANDED.append(hands_over)
         await self._records.close(5.0)
 
     async def _serve(self, record: InstanceRecord) -> None:
@@ -103,7 +108,9 @@ def test_its_instances_serve_and_its_troubles_are_told(tmp_path: Path) -> None:
             assert ("its loop is full" in (model["outage"] or "")) == down
         finally:
             await origin.close()
-            await service.stop(0.1)
+            await (service.hand_over() if down else service.stop(0.1))
 
+    HANDED.clear()
     asyncio.run(story(down=False))
     asyncio.run(story(down=True))
+    assert HANDED == [False, True], "it hears whether another brain follows"

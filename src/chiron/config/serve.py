@@ -21,6 +21,7 @@ from chiron.config.serve_sections import ServeModelSection
 from chiron.core.types import RequestClass
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.ray.source import RaySource
 from chiron.fleet.settings import FleetSettings
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import ADMIN, Key
@@ -189,6 +190,24 @@ def _check_gateways(gateways: GatewaysSettings | None, file: ServeFile, models: 
                     f"gateways: {kind.kind.name!r} of model {model.name!r} is started by the gateway that leads, where "
                     "others cannot reach it, and ends with it: use endpoints, kubernetes or ray, or remove [gateways]"
                 )
+            if isinstance(kind.source, RaySource) and kind.source.on_stop == "remove":
+                raise ConfigError(
+                    f"gateways: {kind.kind.name!r} of model {model.name!r} says ray.on_stop = 'remove', and a gateway "
+                    "that stops leaves what runs to the next one: use 'keep', or remove [gateways]"
+                )
+
+
+def _check_followed(file: ServeFile, models: Sequence[ModelSettings]) -> None:
+    """Each change of a ChironModel is taken up by another brain, and processes end with the one that started them."""
+    if file.kubernetes is None:
+        return
+    for model in models:
+        for kind in model.kinds:
+            if isinstance(kind.source, ProcessSource):
+                raise ConfigError(
+                    f"kubernetes: {kind.kind.name!r} of model {model.name!r} would be started again with each change of "
+                    "a ChironModel: use endpoints, kubernetes or ray, or remove [kubernetes]"
+                )
 
 
 def _resolve_gateways(gateways: GatewaysSettings | None, directory: Path) -> GatewaysSettings | None:
@@ -271,6 +290,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
         )
     _check_no_loop(models, server)
     _check_gateways(file.gateways, file, models)
+    _check_followed(file, models)
     choice = check_can_be_made(_choose_policy(file, policy), "policy")
     choice = _choose_stage_policy(file, choice)
     data = Path(_resolve(server.data, directory))

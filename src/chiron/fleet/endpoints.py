@@ -118,7 +118,7 @@ class EndpointsFleet:
     def report(self) -> FleetReport:
         return FleetReport(kinds={name: self._kind(endpoints) for name, endpoints in self._endpoints.items()})
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
         """Let every endpoint go."""
         await self._records.close(_CLOSE_TIMEOUT_S)
         for task in self._recoveries:

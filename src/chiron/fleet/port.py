@@ -9,7 +9,7 @@ fleet is one file, and one member of the union in ``fleet.union``; tests hold ev
 - ``remove`` and ``suspect`` are harmless at any time, also twice, and for instances that are gone.
 - A fleet never replaces an instance by itself: the control plane decides how many there are.
 - One that is about to be taken away by somebody else is announced (``instance_leaving``), so that it can be drained.
-- When ``close`` returns, nothing of it is left on this machine.
+- When ``close`` returns, nothing of it is left on this machine; what runs elsewhere may be left to the next gateway.
 """
 
 from __future__ import annotations
@@ -155,5 +155,6 @@ class LiveFleet(Protocol):
 
     def report(self) -> FleetReport: ...
 
-    async def close(self) -> None:
-        """Remove everything, side by side."""
+    async def close(self, *, hands_over: bool = False) -> None:
+        """Remove everything, side by side. ``hands_over``: another brain goes on with what runs, so what can outlive
+        this process stays, whatever is configured for its end."""

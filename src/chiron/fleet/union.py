@@ -67,5 +67,5 @@ class UnionFleet:
             usage.update(report.usage)
         return FleetReport(kinds=kinds, usage=usage)
 
-    async def close(self) -> None:
-        await asyncio.gather(*(fleet.close() for fleet in self._fleets))
+    async def close(self, *, hands_over: bool = False) -> None:
+        await asyncio.gather(*(fleet.close(hands_over=hands_over) for fleet in self._fleets))

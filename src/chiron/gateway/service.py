@@ -316,9 +316,15 @@ class Service:
 
     async def hand_over(self) -> None:
         """Stop at once, and let relays go on: another brain follows this one."""
-        await self._stop(0.0, self._workers.part if self._workers is not None else None)
+        await self._stop(0.0, self._workers.part if self._workers is not None else None, hands_over=True)
 
-    async def _stop(self, grace_s: float | None, stop_relays: Callable[[float], Awaitable[None]] | None) -> None:
+    async def _stop(
+        self,
+        grace_s: float | None,
+        stop_relays: Callable[[float], Awaitable[None]] | None,
+        *,
+        hands_over: bool = False,
+    ) -> None:
         self._stopping = True
         grace_s = self.config.server.grace_s if grace_s is None else grace_s
         self.store.hurry(grace_s + STORE_STOP_S)
@@ -339,7 +345,7 @@ class Service:
             self._batch_look.cancel()
         if self._server is not None:  # Else nothing was served, and the directory may be another's.
             await self.learned.close()
-        await self.engines.close()
+        await self.engines.close(hands_over=hands_over)
         await self.store.close()
         self.journal.close()
         if self._input_file is not None:

@@ -94,7 +94,7 @@ class EmulatedFleet:
     def report(self) -> FleetReport:
         return FleetReport()
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
         self.model.close()
         for hosted in list(self._hosted.values()):
             self._stop(hosted.instance)

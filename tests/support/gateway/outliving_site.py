@@ -148,7 +148,7 @@ class StandingFleet:
     def report(self) -> FleetReport:
         return FleetReport()
 
-    async def close(self) -> None: ...
+    async def close(self, *, hands_over: bool = False) -> None: ...
 
 
 class Ends:

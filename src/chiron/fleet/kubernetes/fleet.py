@@ -105,7 +105,7 @@ class KubernetesFleet:
     def report(self) -> FleetReport:
         return FleetReport(kinds={kind: self._kind(kind) for kind in self._workloads})
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
         """Let every pod go on."""
         for task in self._running:  # First, so that nothing is scaled for the instances that end now.
             task.cancel()

@@ -125,8 +125,8 @@ class ProcessFleet:
         model = re.sub(r"[^A-Za-z0-9._-]+", "_", instance.model)
         return self._directory / f"{model}-{instance.id}.log"
 
-    async def close(self) -> None:
-        """Stop everything, side by side; nothing is left when this returns."""
+    async def close(self, *, hands_over: bool = False) -> None:
+        """Stop everything, side by side; nothing is left when this returns, whoever follows."""
         longest_s = max((source.stop_timeout_s for source in self._sources.values()), default=0.0)
         await self._records.close(longest_s + _CLOSE_MARGIN_S)
         if self._sampling is not None:

@@ -107,9 +107,10 @@ class RayFleet:
     def report(self) -> FleetReport:
         return FleetReport(kinds={kind: self._kind(kind) for kind in self._sources})
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
         """Remove what is to be removed when the gateway ends, and let the rest go on."""
-        removed = {instances for kind, instances in self._by_kind.items() if self._sources[kind].on_stop == "remove"}
+        ends = [kind for kind, source in self._sources.items() if source.on_stop == "remove" and not hands_over]
+        removed = {self._by_kind[kind] for kind in ends}
         for task, instances in self._running.items():
             if instances not in removed:  # First, so that nothing is stopped for the instances that end now.
                 task.cancel()

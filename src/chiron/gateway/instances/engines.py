@@ -143,12 +143,12 @@ class Engines:
         for upstream in list(self._upstreams.values()):
             upstream.watch(stall_s)
 
-    async def close(self) -> None:
+    async def close(self, *, hands_over: bool = False) -> None:
         for engine in list(self.live.values()):
             engine.close()
             await engine.origin.close()
         self.live.clear()
-        await self.fleet.close()
+        await self.fleet.close(hands_over=hands_over)
 
     def _client(self, instance: Instance, url: str) -> InstanceEngine:
         settings, served = self._kinds[instance.kind.name], self._models[instance.model]
