@@ -53,6 +53,8 @@ def test_what_runs_is_listed(python: str) -> None:
         ([FREE], 0, "removed 1"),
         ([HELD], 2, "gateway gateway-1 has it; stop that first, or use --force"),
         ([HELD, FREE, "--force"], 0, "removed 2"),
+        (["--free"], 0, "removed 1"),
+        ([], 2, "name instances, or use --free"),
         (["x"], 2, "'x': there is none in namespace chiron; `chiron ray list` lists them"),
     ],
 )

@@ -421,7 +421,7 @@ PROCESS = "command = ['engine', '{port}']"
 @pytest.mark.parametrize(
     ("head", "source", "message"),
     [
-        (GATEWAYS, f"{PROCESS}\nray = {{ on_stop = 'remove' }}", "says ray.on_stop = 'remove', and a gateway that stops"),
+        (GATEWAYS, f"{PROCESS}\nray = {{ on_stop = 'remove' }}", "says ray.on_stop = 'remove', and a gateway"),
         (GATEWAYS, PROCESS, "is started by the gateway that leads, where others cannot reach it"),
         ("[kubernetes]\n", PROCESS, "would be started again with each change of a ChironModel"),
     ],

@@ -14,9 +14,9 @@ import pytest
 
 from child_processes import children
 from chiron.fleet.port import FleetEnvironment, KindReport
-from chiron.fleet.ray.cluster import Question, RayError, new_name
+from chiron.fleet.ray.cluster import Answer, Question, RayError, new_name
 from chiron.fleet.ray.fleet import RayFleet
-from chiron.fleet.ray.instances import RayTimes
+from chiron.fleet.ray.instances import RayInstances, RayTimes
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.ray.testing import MemoryRay
 from chiron.net.clock import LiveClock
@@ -36,7 +36,13 @@ class Site:
         self._stack = contextlib.AsyncExitStack()
 
     def gateway(
-        self, *, advise: bool = False, kind: str = "stub", source: RaySource = SOURCE
+        self,
+        *,
+        advise: bool = False,
+        kind: str = "stub",
+        source: RaySource = SOURCE,
+        owner: str = "",
+        spare_s: float = 600.0,
     ) -> tuple[RayFleet, Heard]:
         clock = LiveClock(asyncio.get_running_loop())
         self._stack.callback(clock.stop)
@@ -46,10 +52,11 @@ class Site:
             events=heard,
             log_directory=self.directory,
             settings=quick_settings(),
+            owner=lambda: owner,
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
         )
-        fleet = RayFleet({kind: source}, environment, connect=self.ray.connect, times=QUICK)
+        fleet = RayFleet({kind: source}, environment, connect=self.ray.connect, times=replace(QUICK, spare_s=spare_s))
         self._stack.push_async_callback(fleet.close)
         return fleet, heard
 
@@ -271,6 +278,102 @@ def test_what_is_not_ours_is_said_and_not_touched(tmp_path: Path) -> None:
         assert site.names == [settings, model], "what had no node yet is given up"
 
     told(tmp_path, story)
+
+
+def test_what_its_own_gateway_left_makes_way_for_other_settings(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        needs_all = replace(SOURCE, nodes=2)
+        fleet, heard = site.gateway(source=needs_all, owner="gateway")
+        fleet.create(an_instance(1))
+        fleet.create(an_instance(2))
+        await until(lambda: heard.ready == [1] and len(site.names) == 2, "one has all nodes, the other waits")
+        await fleet.close()
+        adviser, _ = site.gateway(owner="gateway", advise=True)
+        stranger, _ = site.gateway(owner="another")
+        await until(lambda: report(adviser).notes and report(stranger).notes, "said")
+        assert len(site.names) == 1, "neither of them touches it"
+        await adviser.close()
+        await stranger.close()
+        later, heard_later = site.gateway(owner="gateway")
+        later.create(an_instance(1))
+        await until(lambda: heard_later.ready == [1], "the nodes are its own")
+        assert len(site.names) == 1
+        await later.close()
+        other, _ = site.gateway(kind="gone/model", owner="gateway")
+        await until(lambda: not site.names, "nothing is left of a kind that was removed")
+        assert not report(other, "gone/model").notes
+
+    told(tmp_path, story)
+
+
+def test_more_than_may_be_are_ended_and_a_stop_that_removes_leaves_none(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(owner="gateway")
+        for number in (1, 2):
+            fleet.create(an_instance(number))
+        await until(lambda: len(heard.ready) == 2, "ready")
+        await fleet.close()
+        stranger, _ = site.gateway(owner="another", spare_s=0.3)
+        await until(lambda: len(report(stranger).notes) == 2, "said")
+        assert "and there are more than may be; it is not touched" in report(stranger).notes[0]
+        await stranger.close()
+        later, heard_later = site.gateway(owner="gateway", spare_s=0.3)
+        later.create(an_instance(1))
+        await until(lambda: heard_later.ready == [1] and len(site.names) == 1, "the other has waited for long enough")
+        await later.close()
+        last, _ = site.gateway(owner="gateway", source=replace(SOURCE, on_stop="remove"))
+        await until(lambda: report(last).found == 1, "found")
+        await last.close()
+        assert not site.names
+
+    told(tmp_path, story)
+
+
+def test_one_that_leads_no_more_asks_for_no_change_and_ends_nothing_that_was_taken_over(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        (name,) = site.names
+        die(fleet)
+        site.ray.instances[name].holder = ""
+        later, heard_later = site.gateway()
+        later.create(an_instance(1))
+        await until(lambda: heard_later.ready == [1], "taken over")
+        before = site.ray.connect(SOURCE)
+        await before.ask(Question(stop={name: 0.0}, holder="the one before"))
+        assert not site.ray.instances[name].stopping
+        asked: list[Question] = []
+
+        def over() -> None:
+            raise OverError
+
+        instances = RayInstances(Asked(asked), "chiron", {"stub": SOURCE}, changes=over, times=QUICK)
+        running = asyncio.ensure_future(instances.run())
+        await until(lambda: asked, "what is there may be asked")
+        instances.hold("stub", asyncio.Event())
+        with pytest.raises(OverError):
+            await running
+        assert not any(each.start or each.stop or each.hold for each in asked)
+
+    told(tmp_path, story)
+
+
+class OverError(Exception):
+    """Stands for the end of the process."""
+
+
+class Asked:
+    """Implements ``RayCluster``: it is empty."""
+
+    def __init__(self, questions: list[Question]) -> None:
+        self._questions = questions
+
+    async def ask(self, question: Question) -> Answer:
+        self._questions.append(question)
+        return Answer()
+
+    async def close(self) -> None: ...
 
 
 @pytest.mark.slow

@@ -46,20 +46,26 @@ def list_(address: Address = "auto", namespace: Namespace = "chiron", python: Py
 
 @app.command()
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Instances, as `chiron ray list` names them.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Instances, as `chiron ray list` names them.")
+    ] = None,
     address: Address = "auto",
     namespace: Namespace = "chiron",
     python: Python = "",
     grace_s: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds from SIGTERM to SIGKILL.")] = 10.0,
+    free: Annotated[bool, typer.Option("--free", help="All of the namespace that no gateway has.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also those that a gateway has.")] = False,
 ) -> None:
     """End instances that no gateway looks after, and give their nodes back.
 
     Example:
 
-    - `chiron ray remove chiron:chiron:llama%2Fvllm:0a1b2c3d4e5f:6f7a8b9c`
+    - `chiron ray remove chiron:chiron:llama%2Fvllm:0a1b2c3d4e5f:8c9d0e1f-6f7a8b9c`
     """
+    if bool(names) == free:
+        raise ConfigError("name instances, or use --free")
     found = {each.name: each for each in _asked(address, namespace, python, {}).instances}
+    names = names or [name for name, each in found.items() if not each.holder and each.phase != "unknown"]
     for name in names:
         if name not in found:
             raise ConfigError(f"{name!r}: there is none in namespace {namespace}; `chiron ray list` lists them")
@@ -67,7 +73,7 @@ def remove(
             raise ConfigError(f"{name!r}: gateway {found[name].holder} has it; stop that first, or use --force")
         if found[name].phase == "unknown" and not force:
             raise ConfigError(f"{name!r}: it has not said yet which gateway has it; try again, or use --force")
-    answer = _asked(address, namespace, python, dict.fromkeys(names, grace_s))
+    answer = _asked(address, namespace, python, dict.fromkeys(names, grace_s), force=force)
     if left := sorted(set(names) & {each.name for each in answer.instances}):
         raise ConfigError(f"still there after {REMOVE_TIMEOUT_S + grace_s:g} s: {', '.join(left)}")
     typer.echo(f"removed {len(names)}", err=True)
@@ -91,7 +97,7 @@ def _state(seen: Seen) -> str:
     return "  ".join([*parts, *([seen.why.splitlines()[0]] if seen.why else [])])
 
 
-def _asked(address: str, namespace: str, python: str, stop: Mapping[str, float]) -> Answer:
+def _asked(address: str, namespace: str, python: str, stop: Mapping[str, float], *, force: bool = False) -> Answer:
     """The cluster's answer, once what is to be stopped is gone."""
     require_extras(["serve", *([] if python else ["ray"])])
     with needs("serve"):
@@ -103,7 +109,7 @@ def _asked(address: str, namespace: str, python: str, stop: Mapping[str, float])
         until_s = time.monotonic() + REMOVE_TIMEOUT_S + max(stop.values(), default=0.0)
         try:
             while True:
-                answer = await client.ask(Question(stop=stop, holder=HOLDER))
+                answer = await client.ask(Question(stop=stop, force=force, holder=HOLDER))
                 if not any(each.name in stop for each in answer.instances) or time.monotonic() > until_s:
                     return answer
                 await asyncio.sleep(0.2)

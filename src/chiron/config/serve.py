@@ -205,8 +205,8 @@ def _check_followed(file: ServeFile, models: Sequence[ModelSettings]) -> None:
         for kind in model.kinds:
             if isinstance(kind.source, ProcessSource):
                 raise ConfigError(
-                    f"kubernetes: {kind.kind.name!r} of model {model.name!r} would be started again with each change of "
-                    "a ChironModel: use endpoints, kubernetes or ray, or remove [kubernetes]"
+                    f"kubernetes: {kind.kind.name!r} of model {model.name!r} would be started again with each change "
+                    "of a ChironModel: use endpoints, kubernetes or ray, or remove [kubernetes]"
                 )
 
 

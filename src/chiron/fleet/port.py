@@ -48,6 +48,9 @@ class FleetEnvironment:
     log_directory: Path
     """For what engines print."""
     settings: FleetSettings = field(default_factory=FleetSettings)
+    owner: Callable[[], str] = lambda: ""
+    """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind
+    is the next one's. Empty: not known."""
     advise: bool = False
     """Nothing is started, stopped or scaled; what runs is used."""
     noted: Callable[[str, str], None] = lambda kind, text: None

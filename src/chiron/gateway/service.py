@@ -25,6 +25,7 @@ from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
+from chiron.gateway.owner import owner_of
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import Workers
 from chiron.gateway.relay.admission import Models
@@ -116,6 +117,7 @@ class Service:
                     log_directory=config.data / "logs",
                     settings=config.fleet,
                     devices=tuple(config.devices),
+                    owner=lambda: owner_of(config),
                     advise=advise,
                     noted=self._fleet_noted,
                     why=self._why,

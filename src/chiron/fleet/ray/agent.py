@@ -121,8 +121,13 @@ class EngineHost:
             self._phase = "ready"
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def end(self) -> None:
-        """Ask the engine to end: SIGTERM, and SIGKILL after the grace."""
+    def end(self, holder: str, lease_s: float) -> None:
+        """Ask the engine to end: SIGTERM, and SIGKILL after the grace. Not if another gateway has it: whoever asks may
+        have lost it, and not know that yet."""
+        import time
+
+        if self._holder not in ("", holder) and time.monotonic() - self._held_s < lease_s:
+            return
         if self._process is None:
             self._phase = "ended"
         elif not self._process.stdin.closed:
@@ -211,7 +216,7 @@ class Agent:
             if name in groups and name not in stops:
                 self._begin(name, groups[name], order)
         for name in [name for name in stops if name in groups]:
-            self._stop(name, groups[name], stops[name])
+            self._stop(name, groups[name], stops[name], "" if question["force"] else question["holder"])
         self._forget(groups)
         seen = [self._seen(name, group, name in stops) for name, group in groups.items()]
         known = [each for each in seen if each["name"] not in refused]
@@ -331,16 +336,20 @@ class Agent:
             self._actors[actor].begin.remote({**order, "command": command, "values": values, "rank": rank})
             self._began.add(actor)
 
-    def _stop(self, name: str, group: Mapping[str, Any], grace_s: float) -> None:
-        """The engines first, while their actors hold what they run on; then the rest."""
+    def _stop(self, name: str, group: Mapping[str, Any], grace_s: float, holder: str) -> None:
+        """The engines first, while their actors hold what they run on; then the rest. ``holder``: who asks, and so
+        leaves alone what another one has; empty: whoever has it."""
         import ray
         from ray.util.placement_group import PlacementGroup, remove_placement_group
 
         members = self._members(name, group)
+        if holder and any(self._told.get(each, {}).get("holder", "") not in ("", holder) for each in members):
+            self._stopping.pop(name, None)
+            return
         if name not in self._stopping:
             self._stopping[name] = time.monotonic() + grace_s + STOP_MARGIN_S
             for actor in members:
-                self._actors[actor].end.remote()
+                self._actors[actor].end.remote(holder, LEASE_S if holder else 0.0)
         # One that has not answered yet may run an engine, but for those that have no node.
         silent = "unknown" if group["state"] == "CREATED" else "gone"
         running = [each for each in members if self._phase(each, silent) not in ("ended", "gone")]
@@ -412,7 +421,7 @@ class Agent:
                 "resources": {
                     key: value
                     for key, value in node["Resources"].items()
-                    if key in shown or not (":" in key or "_group_" in key or key == "object_store_memory")
+                    if key in shown or not (key.startswith("node:") or "_group_" in key or key == "object_store_memory")
                 },
             }
             for node in ray.nodes()

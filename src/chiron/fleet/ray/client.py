@@ -134,6 +134,7 @@ def _message(question: Question, supervisor_text: str) -> bytes:
     values = {
         "start": orders,
         "stop": dict(question.stop),
+        "force": question.force,
         "hold": sorted(question.hold),
         "free": sorted(question.free),
         "holder": question.holder,

@@ -23,14 +23,19 @@ class Name:
     namespace: str
     kind: str
     fingerprint: str
+    """Of the settings that it was started with."""
+    owner: str
+    """Who asked for it: one gateway, or several that replace each other; empty: not said."""
     number: str
 
     def __str__(self) -> str:
-        return f"chiron:{self.namespace}:{quote(self.kind, safe='')}:{self.fingerprint}:{self.number}"
+        mine = f"{self.owner}-" if self.owner else ""
+        return f"chiron:{self.namespace}:{quote(self.kind, safe='')}:{self.fingerprint}:{mine}{self.number}"
 
 
-def new_name(namespace: str, kind: str, fingerprint: str) -> str:
-    return str(Name(namespace=namespace, kind=kind, fingerprint=fingerprint, number=secrets.token_hex(4)))
+def new_name(namespace: str, kind: str, fingerprint: str, owner: str = "") -> str:
+    number = secrets.token_hex(4)
+    return str(Name(namespace=namespace, kind=kind, fingerprint=fingerprint, owner=owner, number=number))
 
 
 def read_name(text: str) -> Name | None:
@@ -38,7 +43,8 @@ def read_name(text: str) -> Name | None:
     parts = text.split(":")
     if len(parts) != 5 or parts[0] != "chiron":
         return None
-    return Name(namespace=parts[1], kind=unquote(parts[2]), fingerprint=parts[3], number=parts[4])
+    owner, _, number = parts[4].rpartition("-")
+    return Name(namespace=parts[1], kind=unquote(parts[2]), fingerprint=parts[3], owner=owner, number=number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,9 @@ class Question:
     start: tuple[Order, ...] = ()
     """Instances that should be there, until their engines have begun."""
     stop: Mapping[str, float] = field(default_factory=dict)
-    """Those that should not, and the seconds that their engines get to end."""
+    """Those that should not, and the seconds that their engines get to end. What another gateway has is left alone."""
+    force: bool = False
+    """Stop them whoever has them."""
     hold: frozenset[str] = frozenset()
     """Those that this gateway has."""
     free: frozenset[str] = frozenset()

@@ -8,6 +8,7 @@ next one takes them over.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -59,15 +60,24 @@ class RayFleet:
         self._clusters: list[RayCluster] = []
         self._by_kind: dict[str, RayInstances] = {}
         self._running: dict[asyncio.Task[None], RayInstances] = {}
+        owner = environment.owner()
         places: dict[tuple[str, str, str], dict[str, RaySource]] = {}
         for kind, source in sources.items():
             places.setdefault((source.address, source.namespace, source.python), {})[kind] = source
-        for (_, namespace, _), own in places.items():
+        for (address, namespace, python), own in places.items():
             if len({source.on_stop for source in own.values()}) > 1:
                 raise ValueError(f"kinds {', '.join(map(repr, own))} share a namespace, and differ in on_stop")
             cluster = connect(next(iter(own.values())))
             instances = RayInstances(
-                cluster, namespace, own, advise=environment.advise, noted=environment.noted, times=times
+                cluster,
+                namespace,
+                own,
+                owner=hashlib.sha256(owner.encode()).hexdigest()[:8] if owner else "",
+                advise=environment.advise,
+                noted=environment.noted,
+                hint=_options(address, namespace, python),
+                changes=environment.clock.elapsed_s,
+                times=times,
             )
             self._clusters.append(cluster)
             self._by_kind.update(dict.fromkeys(own, instances))
@@ -111,6 +121,8 @@ class RayFleet:
         """Remove what is to be removed when the gateway ends, and let the rest go on."""
         ends = [kind for kind, source in self._sources.items() if source.on_stop == "remove" and not hands_over]
         removed = {self._by_kind[kind] for kind in ends}
+        for instances in removed:
+            instances.end_spares()
         for task, instances in self._running.items():
             if instances not in removed:  # First, so that nothing is stopped for the instances that end now.
                 task.cancel()
@@ -119,7 +131,7 @@ class RayFleet:
         await self._records.close(_CLOSE_TIMEOUT_S)
         longest_s = max((source.stop_timeout_s for source in self._sources.values()), default=0.0)
         for task, instances in self._running.items():
-            if instances in removed:
+            if instances in removed and not task.done():
                 if not await instances.until_stopped(longest_s + _STOP_MARGIN_S):
                     log.warning("Ray still has instances that were to be removed; the next start removes them")
                 task.cancel()
@@ -191,6 +203,12 @@ class RayFleet:
             known=state.known,
             notes=state.notes,
         )
+
+
+def _options(address: str, namespace: str, python: str) -> str:
+    """Of ``chiron ray``, where they are not the defaults."""
+    given = {"--address": (address, "auto"), "--namespace": (namespace, "chiron"), "--python": (python, "")}
+    return "".join(f"{option} {value} " for option, (value, usual) in given.items() if value != usual)
 
 
 async def _result(future: asyncio.Future[Any]) -> None:

@@ -6,8 +6,9 @@ group, which its autoscaler sees. An instance that is no longer wanted is stoppe
 more, whatever happens between.
 
 What runs and nobody has is taken over if it was started with the same settings. It has a holder while a gateway asks
-for it; one whose gateway was killed is free after ``LEASE_S``. What runs with other settings, of a kind that is not
-configured, or in the hands of another gateway, is said and not touched.
+for it; one whose gateway was killed is free after ``LEASE_S``. What nobody has, and this gateway or one before it
+has started (``owner``), is ended if it is not needed: it runs with other settings than the config has now, is of a kind
+that was removed, or there are more than may be. What others have started is said and not touched, but for the dead.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ log = logging.getLogger("chiron.fleet")
 NOTES_MAX = 20
 CLAIMS_MAX = 4096
 """Instances of another gateway that are looked for at a time."""
+STOP_TIMEOUT_S = 10.0
+"""Of what is of no kind any more, as ``stop_timeout`` usually is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class RayTimes:
     """After the first answer, until whoever takes over has had time for it."""
     patience_s: float = 2.0 * LEASE_S
     """How long an instance waits for one that an earlier gateway may have left behind, before it asks for a new one."""
+    spare_s: float = 60.0
+    """How long one that nobody takes over may run before it counts as more than may be."""
     free_timeout_s: float = 3.0
     """Longest that the end of a gateway waits for the cluster to hear that its instances are free."""
 
@@ -129,11 +134,19 @@ class RayInstances:
         namespace: str,
         sources: Mapping[str, RaySource],
         *,
+        owner: str = "",
         advise: bool = False,
         noted: Callable[[str, str], None] = lambda kind, text: None,
+        hint: str = "",
+        changes: Callable[[], object] = lambda: None,
         times: RayTimes | None = None,
     ) -> None:
-        """``sources`` by kind. ``advise``: nothing is started or stopped, and what others have is used too."""
+        """``sources`` by kind. ``owner``: in the names of what this starts. ``advise``: nothing is started or stopped,
+        and what others have is used too. ``hint``: options of ``chiron ray`` that name this place. ``changes`` is
+        called just before the cluster is asked to change anything, and ends this process if it may not."""
+        self._changes = changes
+        self._owner = owner
+        self._hint = hint
         self._cluster = cluster
         self._namespace = namespace
         self._sources = dict(sources)
@@ -148,6 +161,8 @@ class RayInstances:
         """What runs and nobody has, by name."""
         self._seen_s: dict[str, float] = {}
         """Since when others have what could be ours, by name."""
+        self._spare_s: dict[str, float] = {}
+        """Since when, by name."""
         self._dead_s: dict[str, float] = {}
         """Since when what nobody has is dead, by name."""
         self._known_s = inf
@@ -215,7 +230,7 @@ class RayInstances:
             self._dirty.clear()
             question = self._question()
             try:
-                answer = await self._cluster.ask(question)
+                answer = await self._ask(question)
             except RayError as error:
                 failures += 1
                 self._troubled(str(error))
@@ -228,6 +243,12 @@ class RayInstances:
             self._answered = asyncio.Event()
             busy = self._stops or any(not hold.url.done() for hold in self._holds)
             await heard(self._dirty, self._times.quick_s if busy else self._times.calm_s)
+
+    def end_spares(self) -> None:
+        """What nobody has is not for the next gateway either."""
+        for name in [name for name in self._spare if self._is_mine(name)]:
+            del self._spare[name]
+            self._end(name, "and the gateway stops")
 
     async def until_stopped(self, timeout_s: float) -> bool:
         """Whether all that must go has gone within ``timeout_s``; ``run`` must be running."""
@@ -247,9 +268,14 @@ class RayInstances:
         try:
             async with asyncio.timeout(self._times.free_timeout_s):
                 stop = {**self._stops, **pending}
-                await self._cluster.ask(Question(stop=stop, free=names, holder=self._holder))
+                await self._ask(Question(stop=stop, free=names, holder=self._holder))
         except (RayError, TimeoutError) as error:
             log.warning("Ray was not told that its instances are free; they are in %g s: %s", LEASE_S, error)
+
+    async def _ask(self, question: Question) -> Answer:
+        if question.start or question.stop or question.hold:
+            self._changes()
+        return await self._cluster.ask(question)
 
     def _question(self) -> Question:
         if self._advise:
@@ -284,8 +310,9 @@ class RayInstances:
         for hold in [each for each in self._holds if each.before_url and not each.name]:
             self._find(hold, answer, now_s)
         seen = {each.name: each for each in answer.instances}
-        for name in [name for name in question.stop if name not in seen]:
-            self._stops.pop(name, None)
+        for name in question.stop:
+            if name not in seen or seen[name].holder not in ("", self._holder):
+                self._stops.pop(name, None)  # Gone, or another gateway's by now.
         held = {hold.name: hold for hold in self._holds if hold.name}
         for name, hold in held.items():
             if name in seen:
@@ -340,15 +367,21 @@ class RayInstances:
         strange: dict[str, tuple[str, str]] = {}
         seen_s, self._seen_s = self._seen_s, {}
         dead_s, self._dead_s = self._dead_s, {}
+        spare_s, self._spare_s = self._spare_s, {}
         for seen in others:
             name = read_name(seen.name)
             if name is None or name.namespace != self._namespace or seen.name in self._stops or seen.stopping:
                 continue
             source = self._sources.get(name.kind)
-            if source is None or name.fingerprint != source.fingerprint:
-                if not seen.holder:
-                    strange[seen.name] = self._stale(name.kind, seen.name)
-            elif seen.holder not in ("", self._holder) and not self._advise:
+            fits = source is not None and name.fingerprint == source.fingerprint
+            if not fits and (seen.holder or seen.phase == "unknown"):
+                continue  # Somebody has it, or may have it.
+            if not fits and self._is_mine(seen.name):
+                if now_s - self._known_s >= self._times.settle_s:
+                    self._end(seen.name, self._other(name.kind))
+            elif not fits and seen.phase not in ("ended", "gone"):
+                strange[seen.name] = self._stale(name.kind, seen.name, self._other(name.kind))
+            elif fits and seen.holder not in ("", self._holder) and not self._advise:
                 self._seen_s[seen.name] = since_s = seen_s.get(seen.name, now_s)
                 if now_s - since_s > self._times.patience_s:
                     text = f"{seen.name} is another gateway's ({seen.holder}): give each gateway a namespace of its own"
@@ -359,18 +392,37 @@ class RayInstances:
                 if now_s - since_s > self._times.settle_s and not self._advise:
                     self._stops[seen.name] = 0.0
             elif seen.phase == "ready" or (not self._advise and seen.phase != "unknown"):
-                self._spare[seen.name] = seen
+                self._spare_s[seen.name] = since_s = spare_s.get(seen.name, now_s)
+                if now_s - since_s <= self._times.spare_s or self._advise:
+                    self._spare[seen.name] = seen
+                elif self._is_mine(seen.name):
+                    self._end(seen.name, "and there are more than may be")
+                else:
+                    self._spare[seen.name] = seen
+                    strange[seen.name] = self._stale(name.kind, seen.name, "and there are more than may be")
         for each in strange.keys() - self._strange.keys():
             kind, text = strange[each]
             log.warning("%s", text)
             self._noted(kind, text)
         self._strange = strange
 
-    def _stale(self, kind: str, name: str) -> tuple[str, str]:
-        known = kind in self._sources
-        what = "with other settings" if known else f"of {kind!r}, which this config does not have"
-        told = kind if known else next(iter(self._sources))
-        return told, f"{name} runs {what}; it is not touched (chiron ray remove {name})"
+    def _is_mine(self, name: str) -> bool:
+        """This gateway, or one that it replaces, has started it, and it may be ended."""
+        read = read_name(name)
+        return read is not None and bool(self._owner) and read.owner == self._owner and not self._advise
+
+    def _end(self, name: str, why: str) -> None:
+        log.warning("%s runs %s: it is ended", name, why)
+        source = self._sources.get(_kind(name))
+        self._stops[name] = source.stop_timeout_s if source is not None else STOP_TIMEOUT_S
+        self._dirty.set()
+
+    def _other(self, kind: str) -> str:
+        return "with other settings" if kind in self._sources else f"of {kind!r}, which this config does not have"
+
+    def _stale(self, kind: str, name: str, what: str) -> tuple[str, str]:
+        told = kind if kind in self._sources else next(iter(self._sources))
+        return told, f"{name} runs {what}; it is not touched (chiron ray remove {self._hint}{name})"
 
     def _assign(self) -> None:
         """Names for those who have none: of what runs already, else new ones."""
@@ -386,7 +438,7 @@ class RayInstances:
                 self._dirty.set()
             elif not hold.name and not self._advise and not self._may_be_freed(hold.kind):
                 source = self._sources[hold.kind]
-                hold.name = new_name(self._namespace, hold.kind, source.fingerprint)
+                hold.name = new_name(self._namespace, hold.kind, source.fingerprint, self._owner)
                 self._dirty.set()
 
     def _best_spare(self, hold: Hold) -> str | None:

@@ -120,7 +120,10 @@ class MemoryRay:
             if known is not None and known.nodes and not known.begun and known.holder == question.holder:
                 await self._begin(known, order)
         for name in question.stop.keys() & self.instances.keys():
-            self._stop(name)
+            placed = self.instances[name]
+            taken = now_s - placed.held_s < self._lease_s and placed.holder not in ("", question.holder)
+            if question.force or not taken:
+                self._stop(name)
         mine = {
             name: placed
             for name, placed in self.instances.items()
