@@ -182,6 +182,7 @@ def test_one_that_was_changed_to_what_cannot_be_stays_as_it_was() -> None:
     assert found.accepted == (last,)
     assert found.config.models[0].max_instances == 5
     assert found.refused["m"].endswith("; generation 1 stays in force")
+    assert found.in_force == {"m": last}
     gone = read(before=(last,))
     assert (gone.accepted, gone.config.models) == ((), ())
 

@@ -97,13 +97,17 @@ class ResourceReader:
         table, taken = self._start()
         accepted: list[ModelResource] = []
         refused: dict[str, str] = {}
+        served: dict[str, ModelResource] = {}
         ordered = sorted(resources, key=lambda each: (each.wanted not in in_force, each.created, each.name))
         for i, resource in enumerate(ordered):
             try:
                 if i >= RESOURCES_MAX:
                     raise ConfigError(f"spec: there are {i} others; at most {RESOURCES_MAX} are read")
+                if resource.flaw:
+                    raise ConfigError(resource.flaw)
                 table = self._added(table, taken, resource)
                 accepted.append(resource)
+                served[resource.uid] = resource
             except ConfigError as error:
                 refused[resource.uid] = str(error)
                 last = earlier.get(resource.name)
@@ -112,11 +116,12 @@ class ResourceReader:
                 try:
                     table = self._added(table, taken, last)
                     accepted.append(last)
+                    served[resource.uid] = last
                     refused[resource.uid] += f"; generation {last.generation} stays in force"
                 except ConfigError:
                     continue
         config = parse_table(table, self._text, directory=self._directory, policy=self._policy)
-        return Reading(config=config, accepted=tuple(accepted), refused=refused)
+        return Reading(config=config, accepted=tuple(accepted), refused=refused, in_force=served)
 
     def _start(self) -> tuple[dict[str, Any], _Taken]:
         """The file's own models. Those that serve all classes serve all of the file's."""

@@ -12,9 +12,9 @@ import pytest
 from chiron.config.chiron_models import ResourceReader
 from chiron.fleet.kubernetes.access import Access
 from chiron.fleet.kubernetes.client import Client
-from chiron.fleet.kubernetes.testing.api import FakeKubernetes, Refusal
-from chiron.gateway.chiron_models.follower import Follower, FollowSettings, read_first
-from chiron.gateway.chiron_models.kept import FILE, read_kept
+from chiron.fleet.kubernetes.testing.api import RESOURCES, FakeKubernetes, Refusal
+from chiron.gateway.chiron_models.follower import Follower, FollowSettings, _next_pause_s, read_first
+from chiron.gateway.chiron_models.kept import FILE, read_kept, read_record, write_kept
 from chiron.gateway.chiron_models.objects import read_resource
 from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.settings import KubernetesModelsSettings
@@ -49,7 +49,7 @@ class Followed:
             kept=self.kept,
             changed=self.changed.set,
             wall_s=lambda: WALL_S,
-            settings=FollowSettings(settle_s=0.01, restart_pause_s=0.01, status_period_s=0.01),
+            settings=FollowSettings(settle_s=0.01, restart_pause_s=0.01, status_period_s=0.01, confirm_s=0.01),
         )
         self.follower.leader = Leading()
 
@@ -58,6 +58,10 @@ class Followed:
             while not condition():
                 await asyncio.sleep(0.01)
         assert condition(), what
+
+    def delete(self, name: str) -> None:
+        resource = next(each for each in RESOURCES if each.plural == "chironmodels")
+        self.fake.delete(resource, self.fake.get("chironmodels", name))
 
     def in_force(self) -> list[tuple[str, int]]:
         return [(each.name, each.generation) for each in read_kept(self.kept) or ()]
@@ -121,6 +125,35 @@ def test_one_that_was_deleted_is_in_force_no_more_but_not_for_an_api_server_that
     followed(tmp_path, story, chiron_model("a", "a"), chiron_model("b", "b"))
 
 
+def test_what_goes_with_the_definition_stays_until_there_is_a_resource_again(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        gone = Refusal(404, "NotFound", "the server could not find the requested resource")
+        await here.until(lambda: here.message("a") and here.message("b"), "they are followed")
+        asked = len(here.fake.requests)
+        here.fake.interfere = lambda method, path: gone
+        for name in ("a", "b"):
+            here.delete(name)  # The API server tells so of each.
+        await here.until(lambda: len(here.fake.requests) > asked + 3, "it is asked, and has no such resources")
+        here.fake.interfere = lambda method, path: None
+        asked = len(here.fake.requests)
+        await here.until(lambda: len(here.fake.requests) > asked, "there are none")
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 1), ("b", 1)])
+        here.fake.apply(chiron_model("a", "a"))
+        await here.until(here.changed.is_set, "another brain is asked for")
+        assert here.in_force() == [("a", 1)]
+
+    followed(tmp_path, story, chiron_model("a", "a"), chiron_model("b", "b"))
+
+
+@pytest.mark.parametrize(
+    ("ago_s", "last_s", "pause_s"),
+    [(3.0, 5.0, 10.0), (10.5, 5.0, 5.0), (100.0, 80.0, 160.0), (100.0, 280.0, 300.0), (-1.0, 5.0, 5.0)],
+)
+def test_brains_live_longer_while_somebody_edits(ago_s: float, last_s: float, pause_s: float, tmp_path: Path) -> None:
+    write_kept(tmp_path / FILE, [], changed_s=1000.0 - ago_s, pause_s=last_s)
+    assert _next_pause_s(read_record(tmp_path / FILE), 1000.0, FollowSettings()) == pause_s
+
+
 def test_a_file_that_is_damaged_is_none(tmp_path: Path) -> None:
     path = tmp_path / FILE
     for text in ("", "{", "[]", '{"resources": [{}]}', '{"resources": [{"metadata": {"name": "A"}, "spec": {}}]}'):
@@ -128,10 +161,22 @@ def test_a_file_that_is_damaged_is_none(tmp_path: Path) -> None:
         assert read_kept(path) is None
 
 
+def test_a_spec_that_cannot_be_kept_is_refused_where_its_author_reads_it(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        here.fake.apply(chiron_model("large", "b", aliases=["x" * 1000] * 300))
+        await here.until(lambda: "spec: it has 3" in here.message("large"), "it is told")
+        here.fake.patch("chironmodels", "a", {"spec": {"aliases": ["x" * 1000] * 300}})
+        await here.until(lambda: "generation 1 stays in force" in here.message("a"), "what was stays")
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 1)])
+
+    followed(tmp_path, story, chiron_model("a", "a"))
+
+
 def test_a_spec_too_deep_to_be_kept_is_none() -> None:
     deep: dict[str, Any] = {}
     for _ in range(400):
         deep = {"a": deep}
     head = {"name": "m", "namespace": "llm", "uid": "1234"}
-    with pytest.raises(ValueError, match="ChironModel m: its spec cannot be kept"):
-        read_resource({"metadata": head, "spec": deep})
+    read = read_resource({"metadata": head, "spec": deep})
+    assert read.flaw.startswith("spec: it cannot be kept")
+    assert read.spec == {}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chiron.config.chiron_models import ResourceReader
 from chiron.fleet.kubernetes.access import Access
 from chiron.fleet.kubernetes.client import Client
 from chiron.fleet.kubernetes.testing.api import FakeKubernetes, Refusal
+from chiron.gateway.chiron_models.objects import ModelResource, Reading
 from chiron.gateway.chiron_models.writer import FORBIDDEN_PAUSE_S, TRIES_MAX, Seen, StatusWriter, seen
 from chiron.gateway.reporting.status import StatusSources
 from kubernetes_site import chiron_model
@@ -39,6 +43,7 @@ class Desk:
         self.now_s = 0.0
         self.seen: dict[str, Seen] = {}
         self.refused: dict[str, str] = {}
+        self.in_force: dict[str, ModelResource] = {}
         self.writer = StatusWriter(
             client, wall_s=lambda: WALL_S + self.now_s, time_s=lambda: self.now_s, period_s=PERIOD_S
         )
@@ -49,12 +54,18 @@ class Desk:
         item = self.fake.apply(chiron_model(name, "d", **spec))
         found = seen(item)
         self.seen[found.resource.uid] = found
+        self.in_force[found.resource.uid] = found.resource
         return found.resource.uid
+
+    def seen_as(self, name: str) -> str:
+        return next(uid for uid, each in self.seen.items() if each.resource.name == name)
 
     async def write(self) -> int:
         """How many requests that took."""
         before = len(self.fake.requests)
-        await self.writer.write(self.seen, self.refused, self.leading)
+        config = ResourceReader("[kubernetes]\n", directory=Path()).read([]).config
+        reading = Reading(config=config, refused=self.refused, in_force=self.in_force)
+        await self.writer.write(self.seen, reading, self.leading)
         return sum("/chironmodels/" in path for _, path in self.fake.requests[before:])
 
     async def until_events(self, count: int) -> list[tuple[str, str, str]]:
@@ -83,6 +94,7 @@ def test_it_says_how_the_model_is_doing_and_why_another_was_refused() -> None:
     async def story(desk: Desk) -> None:
         desk.make(MODEL)
         desk.refused[desk.make("bad")] = "spec.kinds[0]: port is 0; it must be 1 to 65535"
+        del desk.in_force[desk.seen_as("bad")]
         await desk.write()
         good, bad = desk.status(MODEL), desk.status("bad")
         ready = len(desk.leading.plane.snapshot().models[0].instances)
@@ -93,6 +105,26 @@ def test_it_says_how_the_model_is_doing_and_why_another_was_refused() -> None:
         (condition,) = bad["conditions"]
         assert (condition["status"], condition["reason"]) == ("False", "Invalid")
         assert condition["message"].startswith("spec.kinds[0]: port is 0")
+
+    told(story)
+
+
+def test_one_that_was_renamed_to_what_cannot_be_shows_the_model_that_it_still_serves() -> None:
+    async def story(desk: Desk) -> None:
+        uid, other = desk.make("mine", model=MODEL), desk.make("other", model="another")
+        asks = replace(desk.in_force[uid], generation=2, spec={**desk.in_force[uid].spec, "model": "another"})
+        desk.seen[uid].resource = asks
+        desk.refused[uid] = "spec.model: 'another' is a model of ChironModel other already; generation 1 stays in force"
+        late = desk.make("late")
+        del desk.in_force[late]
+        await desk.write()
+        assert (desk.status("mine")["model"], desk.status("mine")["observedGeneration"]) == (MODEL, 2)
+        assert "model" not in desk.status("other"), "this gateway does not serve it yet"
+        assert desk.status("late") == {}, "nobody has read it"
+        desk.refused[other] = "spec: no"
+        del desk.in_force[other]
+        await desk.write()
+        assert set(desk.status("other")) == {"observedGeneration", "conditions"}
 
     told(story)
 

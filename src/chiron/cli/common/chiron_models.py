@@ -47,8 +47,6 @@ class FollowedModels:
         """The config with the models to begin with. Waits for the API server."""
         make_directory(self._data)
         reading = asyncio.run(read_first(self._settings, self._reader, self._data))
-        for uid, why in reading.refused.items():
-            log.warning("ChironModel %s is refused: %s", uid, why)
         self._read = self._bytes()
         return reading.config
 

@@ -5,8 +5,10 @@ the data directory, and the brain ends to be followed by another one: what runs 
 same file before they speak with the next brain. What somebody changes in a row is taken up together, and not more often
 than every few seconds.
 
-Nothing is taken for deleted unless a complete list says so: with the API server away, or the definition gone, all goes
-on as it is.
+Nothing is taken for deleted unless a list says so that was made a while after it was heard of: with the API server
+away, or the definition gone, all goes on as it is. The API server tells of each resource that goes with its definition
+as of one that somebody has deleted, and a definition that is back begins without any: what was in force then stays,
+until there is a resource again.
 """
 
 from __future__ import annotations
@@ -21,16 +23,18 @@ from typing import Any
 
 from chiron.fleet.health import require_positive
 from chiron.fleet.kubernetes.access import Access, find_access
-from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.client import Client, KubernetesError
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.waiting import heard, pause
-from chiron.gateway.chiron_models.kept import FILE, read_kept, write_kept
+from chiron.gateway.chiron_models.kept import FILE, Kept, read_kept, read_record, write_kept
 from chiron.gateway.chiron_models.objects import ModelResource, Reader, Reading, path_of
 from chiron.gateway.chiron_models.writer import Leader, Seen, StatusWriter, seen
 from chiron.gateway.settings import KubernetesModelsSettings
 
 log = logging.getLogger("chiron.gateway")
 
+LISTED_MAX = 10_000
+"""Of one list that says what has been deleted; more than a namespace should have."""
 FIRST_LIST_S = 10.0
 """For so long a start waits for the API server, if it knows from before what it serves."""
 
@@ -40,7 +44,10 @@ class FollowSettings:
     settle_s: float = 1.0
     """From a change until it is taken up, with those that follow it."""
     restart_pause_s: float = 5.0
-    """Between two brains that are made for changes."""
+    """Between two brains that are made for changes; doubled while changes follow one another."""
+    restart_pause_max_s: float = 300.0
+    confirm_s: float = 3.0
+    """From a deletion until it is believed."""
     status_period_s: float = 10.0
     """Between two writes of one resource's status."""
 
@@ -73,8 +80,17 @@ class Follower:
         self._settings = settings or FollowSettings()
         self._seen: dict[str, Seen] = {}
         """By uid."""
+        self._missing: set[str] = set()
+        """Uids of those that are said to have been deleted."""
+        self._undefined = False
+        """The definition has been away, and no resource has come since."""
         self._listed = False
-        self._in_force = read_kept(kept) or ()
+        before = read_record(kept)
+        self._in_force = before.resources if before is not None else ()
+        self._pause_s = _next_pause_s(before, wall_s(), self._settings)
+        self._client = client
+        self._path = path_of(namespace)
+        self._wall_s = wall_s
         self._reading: Reading | None = None
         self._news = asyncio.Event()
         self._status_due = asyncio.Event()
@@ -112,13 +128,16 @@ class Follower:
         if before is not None:
             found.written_s, found.told, found.events = before.written_s, before.told, before.events
         self._seen[found.resource.uid] = found
+        self._missing.discard(found.resource.uid)
+        self._undefined = False
         if before is None or before.resource.wanted != found.resource.wanted:
             self._news.set()
         elif before.resource.generation != found.resource.generation:
             self._status_due.set()
 
     def _gone(self, uid: str) -> None:
-        if self._seen.pop(uid, None) is not None:
+        if uid in self._seen:
+            self._missing.add(uid)
             self._news.set()
 
     def _all_listed(self) -> None:
@@ -126,6 +145,8 @@ class Follower:
         self._news.set()
 
     def _troubled(self, why: str) -> None:
+        if why.startswith("404"):
+            self._undefined = True
         if why and why != self._told:
             log.warning("ChironModels cannot be followed, and stay as they are: %s", _hinted(why))
         self._told = why
@@ -137,18 +158,22 @@ class Follower:
             await self._news.wait()
             await pause(self._settings.settle_s)
             self._news.clear()
-            if not self._listed:
+            if self._missing:
+                await self._confirm()
+            if self._undefined and not self._seen:
+                self._troubled("their definition was away, and has come back without any")
+            if not self._listed or self._undefined:
                 continue
             wanted = [each.resource for each in self._seen.values()]
             reading = self._reading = await asyncio.to_thread(self._reader.read, wanted, self._in_force)
             self._status_due.set()
             if _wanted(reading.accepted) == _wanted(self._in_force):
                 continue
-            left_s = self._began_s + self._settings.restart_pause_s - self._time_s()
+            left_s = self._began_s + self._pause_s - self._time_s()
             if left_s > 0.0 and await heard(self._news, left_s):
                 continue  # More has changed.
             try:
-                write_kept(self._kept, reading.accepted)
+                write_kept(self._kept, reading.accepted, changed_s=self._wall_s(), pause_s=self._pause_s)
             except OSError as error:
                 log.error("ChironModels cannot be taken up: %s cannot be written: %s", self._kept, error)
                 await pause(self._settings.restart_pause_s)
@@ -160,13 +185,36 @@ class Follower:
             self._changed()
             return
 
+    async def _confirm(self) -> None:
+        """Which of those that are said to be deleted are."""
+        await pause(self._settings.confirm_s)
+        try:
+            page = await self._client.get(self._path, limit=str(LISTED_MAX))
+            items, head = page.get("items") or [], page.get("metadata") or {}
+            there = {str(item["metadata"]["uid"]) for item in items}
+        except (KubernetesError, LookupError, TypeError, AttributeError) as error:
+            self._troubled(str(error))
+            self._news.set()
+            return
+        if not head.get("continue"):
+            for uid in self._missing - there:
+                self._seen.pop(uid, None)
+        self._missing.clear()
+
     async def _tell(self) -> None:
         while True:
             await heard(self._status_due, self._settings.status_period_s)
             self._status_due.clear()
             if self.leader is not None and self._reading is not None:
-                await self._writer.write(self._seen, self._reading.refused, self.leader)
+                await self._writer.write(self._seen, self._reading, self.leader)
             await pause(self._settings.settle_s)
+
+
+def _next_pause_s(before: Kept | None, now_s: float, settings: FollowSettings) -> float:
+    """Twice the last one if the last change is not longer ago than that."""
+    if before is None or not 0.0 <= now_s - before.changed_s <= 2.0 * before.pause_s:
+        return settings.restart_pause_s
+    return min(settings.restart_pause_max_s, max(settings.restart_pause_s, 2.0 * before.pause_s))
 
 
 def _wanted(resources: Sequence[ModelResource]) -> list[tuple[str, bytes]]:
@@ -233,5 +281,7 @@ async def read_first(settings: KubernetesModelsSettings, reader: Reader, data: P
         log.warning("the API server gives no answer: ChironModels are those of the last run")
         return reader.read(before or ())
     reading = reader.read([each.resource for each in found.values()], before or ())
+    for uid, why in reading.refused.items():
+        log.warning("ChironModel %s is refused: %s", found[uid].resource.name, why)
     write_kept(kept, reading.accepted)
     return reading

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
@@ -40,11 +40,13 @@ class ModelResource:
     created: str
     """RFC 3339. Where two want the same, the older one has it."""
     spec: Mapping[str, Any]
+    flaw: str = ""
+    """Why its spec was not kept, and is empty here; empty: it was."""
 
     @property
     def wanted(self) -> tuple[str, bytes]:
         """What two versions must have in common for nothing to be done."""
-        return self.name, orjson.dumps(self.spec, option=orjson.OPT_SORT_KEYS)
+        return self.name, orjson.dumps(self.spec, option=orjson.OPT_SORT_KEYS) + self.flaw.encode()
 
 
 def read_resource(item: Mapping[str, Any]) -> ModelResource:
@@ -64,13 +66,18 @@ def read_resource(item: Mapping[str, Any]) -> ModelResource:
         created=str(head.get("creationTimestamp") or "")[:40],
         spec=spec,
     )
+    flaw = _flaw(resource)
+    return replace(resource, spec={}, flaw=flaw) if flaw else resource
+
+
+def _flaw(resource: ModelResource) -> str:
     try:
         spec_bytes = len(resource.wanted[1])
     except TypeError as error:
-        raise ValueError(f"ChironModel {name}: its spec cannot be kept: {error}") from None
+        return f"spec: it cannot be kept: {error}"
     if spec_bytes > SPEC_MAX_BYTES:
-        raise ValueError(f"ChironModel {name}: its spec has more than {SPEC_MAX_BYTES} bytes")
-    return resource
+        return f"spec: it has {spec_bytes} bytes; at most {SPEC_MAX_BYTES} are read"
+    return ""
 
 
 def as_object(resource: ModelResource) -> dict[str, Any]:
@@ -97,6 +104,8 @@ class Reading:
     """Those in force; of one that was changed to what cannot be, its last version that could."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """By uid, why: field, value and what is allowed."""
+    in_force: Mapping[str, ModelResource] = field(default_factory=dict)
+    """By uid of what is there now, the version of it that is accepted: the same, or an earlier one."""
 
 
 class Reader(Protocol):

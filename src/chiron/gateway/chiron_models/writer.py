@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from chiron.control.snapshot import Readers
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
 from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
-from chiron.gateway.chiron_models.objects import GROUP, KIND, VERSION, ModelResource, path_of, read_resource
+from chiron.gateway.chiron_models.objects import GROUP, KIND, VERSION, ModelResource, Reading, path_of, read_resource
 from chiron.gateway.chiron_models.status import Condition, accepted, is_news, model_report, resource_status
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.status import StatusSources
@@ -80,18 +80,19 @@ class StatusWriter:
         self._told = ""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def write(self, resources: Mapping[str, Seen], refused: Mapping[str, str], leader: Leader) -> None:
-        """One round. ``resources`` by uid; ``refused``: why, by uid."""
+    async def write(self, resources: Mapping[str, Seen], reading: Reading, leader: Leader) -> None:
+        """One round. ``resources`` by uid; ``reading``: what became of them."""
         if self._time_s() < self._silent_until_s:
             return
         plane, around = leader.plane.snapshot(), leader.around()
         reports = {model.spec.name: model_report(model, leader.journal, around) for model in plane.models}
         for uid, each in list(resources.items()):
-            name = str(each.resource.spec.get("model", each.resource.name))
+            if uid not in reading.refused and uid not in reading.in_force:
+                continue  # It has come since.
+            served = reading.in_force.get(uid)
+            name = str(served.spec.get("model", served.name)) if served is not None else ""
             report, ready = reports.get(name, (dict[str, Any](), None))
-            conditions = [accepted(each.resource, refused.get(uid, ""))]
-            if uid in refused and "stays in force" not in refused[uid]:
-                report, ready = {}, None  # Another one's, if there is one of this name.
+            conditions = [accepted(each.resource, reading.refused.get(uid, ""))]
             if not around.advise:
                 self._tell_events(each, conditions[0], report)
             try:
