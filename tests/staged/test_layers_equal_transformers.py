@@ -15,7 +15,7 @@ need_torch()
 import torch  # noqa: E402
 
 from chiron.engines.staged.kv import Entry, KvStore  # noqa: E402
-from chiron.engines.staged.layers import StageLayers  # noqa: E402
+from chiron.engines.staged.layers import Likely, StageLayers  # noqa: E402
 from chiron.engines.staged.split import StageRange  # noqa: E402
 from chiron.engines.staged.weights import read_model_files  # noqa: E402
 
@@ -38,11 +38,11 @@ class Pipeline:
 
     def step(self, tokens: list[int], entries: list[Entry]) -> list[int]:
         given = torch.tensor(tokens)
-        likely = None
+        likely: list[Likely] = []
         for stage, kv in zip(self.stages, self.kvs, strict=True):
             assert not any(kv.reserve(entry) for entry in entries)
             given, likely = stage.run(given, entries, kv)
-        return [] if likely is None else likely.ids[:, 0].tolist()
+        return [int(each.ids[0]) for each in likely]
 
 
 def generate(pipeline: Pipeline, given: list[list[int]], tokens: int, chunk: int) -> list[list[int]]:

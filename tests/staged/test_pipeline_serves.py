@@ -81,6 +81,28 @@ def test_greedy_and_sampled_requests_share_steps_and_the_limit_falls_meanwhile()
     asyncio.run(main())
 
 
+def test_a_request_with_penalties_costs_the_others_no_vocabulary() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), pace=Pace(fixed_s=0.004)) as site:
+            service, vocabulary = site.replicas[0][0].service, site.files.architecture.vocabulary
+            penalised = site.complete(GIVEN[0], TOKENS, frequency_penalty=0.5)
+            await asyncio.gather(penalised, *(site.complete(GIVEN[1], TOKENS) for _ in range(8)))
+            assert service.totals.steps < 9 * TOKENS, "they shared steps"
+            greedy, all_of_it = 8 * TOKENS * 12, TOKENS * (8 * vocabulary + 4)
+            assert service.totals.sent_bytes == greedy + all_of_it
+
+    asyncio.run(main())
+
+
+def test_a_head_learns_a_new_limit_of_a_stage() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            site.replicas[0][0].service.limit = 5
+            await until(lambda: site.engine.pipeline.replicas[0][0].limit == 5)
+
+    asyncio.run(main())
+
+
 class Once:
     """A sequence of it ends with its first token."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from staged_models import need_torch, prompts, tiny
 need_torch()
 
 from chiron.engines.staged.service import Pace  # noqa: E402
+from chiron.engines.staged.tokenizer import ModelTokenizer  # noqa: E402
 from staged_site import StagedSite, staged_site, until  # noqa: E402
 
 PROMPT = prompts(3, seed=0)[0]
@@ -65,6 +67,29 @@ def test_one_address_that_is_none_changes_nothing(address: str) -> None:
             assert (status, json.loads(said)["error"]["param"]) == (400, "replicas")
             assert f"replica {address!r}: must be HOST:PORT" in json.loads(said)["error"]["message"]
             assert addresses(site) == before
+
+    asyncio.run(main())
+
+
+def test_a_long_prompt_is_tokenised_while_others_are_answered() -> None:
+    class Slow(ModelTokenizer):
+        def encode(self, text: str, *, special: bool) -> list[int]:
+            begun.set()
+            assert release.wait(60.0)
+            return super().encode(text, special=special)
+
+    begun, release = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            site.engine.tokenizer = Slow(tiny())
+            body = {"model": "tiny", "prompt": "bada " * 8000, "max_tokens": 1}
+            asking = asyncio.ensure_future(site.post("/v1/completions", body))
+            await until(begun.is_set)
+            assert len(await site.complete(PROMPT, 2)) == 2
+            release.set()
+            status, said = await asking
+            assert (status, json.loads(said)["error"]["code"]) == (400, "context_length_exceeded")
 
     asyncio.run(main())
 

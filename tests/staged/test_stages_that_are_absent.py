@@ -93,7 +93,7 @@ def test_sequences_leave_a_draining_replica_once_there_is_another_one() -> None:
 def test_a_broken_frame_behind_the_hello_leaves_no_replica_that_looks_up() -> None:
     async def main() -> None:
         async with staged_site(tiny(), ("0-3",), replicas=(0,)) as site:
-            hello = StageHello(VERSION, site.files.fingerprint, 0, 4, "float32", 1000, 1000, 64, False)
+            hello = StageHello(VERSION, site.files.fingerprint, 0, 4, "float32", 1000, 1000, 64, False, 512)
             connections = 0
 
             async def stage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

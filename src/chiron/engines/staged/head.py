@@ -160,6 +160,7 @@ def make_head(
     """A head without replicas yet. Called on the loop."""
     architecture = files.architecture
     dtype = dtype or architecture.dtype
+    item_bytes = 4 if dtype == "float32" else 2
 
     def hello(stage: StageRange) -> HeadHello:
         return HeadHello(VERSION, files.fingerprint, stage.begin, stage.end, dtype)
@@ -173,7 +174,8 @@ def make_head(
         time_s=asyncio.get_running_loop().time,
         changed=lambda: engine.admit(),
         context=context,
-        row_bytes=architecture.hidden * (4 if dtype == "float32" else 2),
+        row_bytes=architecture.hidden * item_bytes,
+        kv_token_bytes=[architecture.kv_bytes(len(stage), item_bytes) for stage in ranges],
     )
     engine = HeadEngine(architecture, tokenizer, stages, head)
     return engine

@@ -13,13 +13,14 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from chiron.engines.serve.answer import TokenLogprob
 from chiron.engines.serve.exposition import Histogram, Totals, exposition
-from chiron.engines.serve.http import Choice, Reply
+from chiron.engines.serve.http import Choice, Reply, respond_error
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError
@@ -34,6 +35,8 @@ from chiron.net.server import Incoming
 log = logging.getLogger("chiron.staged")
 
 _TICK_S = 0.25
+LETTERS_AT_ONCE = 16 << 10
+"""A longer prompt takes longer to tokenise than the loop may be held up: some ten milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,8 @@ class HeadEngine:
         self.queue_times = Histogram()
         self.preemptions = 0
         self._eos = frozenset((*architecture.eos_ids, *tokenizer.eos_ids))
+        self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="tokeniser")
+        self._tokenising: set[asyncio.Task[None]] = set()
         self._waiting: deque[Generation] = deque()
         self._running: dict[int, Generation] = {}
         self._ids = count(1)
@@ -129,6 +134,10 @@ class HeadEngine:
         if self._ticking is not None:
             self._ticking.cancel()
             await asyncio.gather(self._ticking, return_exceptions=True)
+        for task in self._tokenising:
+            task.cancel()
+        await asyncio.gather(*self._tokenising, return_exceptions=True)
+        self._tokeniser.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(*(r.close() for replicas in self.pipeline.replicas for r in replicas))
 
     # -- from the front ------------------------------------------------------------------------------------------
@@ -142,7 +151,24 @@ class HeadEngine:
         if why := self.pipeline.broken():
             raise broken(why)
         self._check_queue()
-        prompts = self._prompts(request)
+        if _letters(request) <= LETTERS_AT_ONCE:
+            self._accept(request, incoming, self._prompts(request))
+            return
+        task = asyncio.get_running_loop().create_task(self._accept_later(request, incoming))
+        self._tokenising.add(task)
+        task.add_done_callback(self._tokenising.discard)
+
+    async def _accept_later(self, request: GenerationRequest, incoming: Incoming) -> None:
+        """A long prompt is tokenised in a thread: what runs goes on meanwhile."""
+        try:
+            prompts = await asyncio.get_running_loop().run_in_executor(self._tokeniser, self._prompts, request)
+            if not incoming.closed:
+                self._accept(request, incoming, prompts)
+        except RequestError as error:
+            if not incoming.closed:
+                respond_error(incoming, error)
+
+    def _accept(self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]]) -> None:
         allowed = [
             tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
             for prompt in prompts
@@ -157,7 +183,8 @@ class HeadEngine:
         self.admit()
 
     def _check_queue(self) -> None:
-        check_queue(len(self._waiting) - max(0, self.limit - len(self._running)), self.settings.queue_max)
+        waiting = len(self._waiting) + len(self._tokenising)
+        check_queue(waiting - max(0, self.limit - len(self._running)), self.settings.queue_max)
 
     def set_limit(self, limit: int) -> None:
         """The max batch size from now on. Lowering it interrupts nobody."""
@@ -192,6 +219,7 @@ class HeadEngine:
             "vllm:num_preemptions_total": self.preemptions,
             "chiron:engine_replica_losses_total": self.pipeline.losses,
             "chiron:engine_replayed_tokens_total": self.pipeline.replayed_tokens,
+            "chiron:engine_handed_over_tokens_total": self.pipeline.handed_over_tokens,
         }
         histograms = {"vllm:request_queue_time_seconds": self.queue_times}
         return exposition(self.settings.name, self.totals, gauges, {}, counters, histograms) + self._stage_metrics()
@@ -204,6 +232,7 @@ class HeadEngine:
             "context_tokens": sum(len(each.sequence.tokens) for each in self._running.values()),
             "losses": self.pipeline.losses,
             "replayed_tokens": self.pipeline.replayed_tokens,
+            "handed_over_tokens": self.pipeline.handed_over_tokens,
             "stages": [
                 {
                     "layers": str(stage),
@@ -488,6 +517,13 @@ def _refuse(request: GenerationRequest) -> None:
             raise RequestError(
                 f"{field}: this engine does not implement it.", param=field, code="unsupported_parameter"
             )
+
+
+def _letters(request: GenerationRequest) -> int:
+    """Of all that has to be tokenised."""
+    if request.chat:
+        return sum(len(message.content or "") for message in request.messages)
+    return sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
 
 
 def broken(why: str) -> RequestError:

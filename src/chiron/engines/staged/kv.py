@@ -106,6 +106,23 @@ class KvStore:
     def free_where(self, fits: Any) -> None:
         self.free([key for key in self._buffers if fits(key)])
 
+    def read(self, key: Hashable, begin: int, end: int) -> Any:
+        """KV of some positions, for another store of the same layers; None if they are not held."""
+        buffer = self._buffers.get(key)
+        if buffer is None or end > buffer.length:
+            return None
+        return torch.stack((buffer.keys[:, :, begin:end], buffer.values[:, :, begin:end]))
+
+    def write(self, key: Hashable, begin: int, end: int, given: Any) -> str:
+        """What another store has read; empty, or why there is no room for it."""
+        if why := self.reserve(Entry(key=key, position=begin, count=end - begin)):
+            return why
+        buffer = self._buffers[key]
+        layers, heads = self._shape
+        both = given.view(2, layers, heads, end - begin, self._head_dim).to(self._device)
+        buffer.keys[:, :, begin:end], buffer.values[:, :, begin:end] = both[0], both[1]
+        return ""
+
     def attend(self, layer: int, window: int, entries: Sequence[Entry], queries: Any, keys: Any, values: Any) -> Any:
         """Write keys and values ``[tokens, KV heads, size]`` of one layer, and attend to all before each token; the
         result is ``[tokens, heads * size]``."""

@@ -19,7 +19,7 @@ from chiron.engines.staged.weights import EMBEDDING, HEAD, NORM, ModelFiles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likely:
-    """The likeliest next tokens after some of a step's entries, one row each, likeliest first."""
+    """The likeliest next tokens after one of a step's entries, likeliest first."""
 
     logits: Any
     ids: Any
@@ -54,9 +54,10 @@ class StageLayers:
         frequencies = self.architecture.rope.frequencies(self.architecture.head_dim)
         self._frequencies = torch.tensor(frequencies, dtype=torch.float32, device=self.device)
 
-    def run(self, given: Any, entries: Sequence[Entry], kv: KvStore) -> tuple[Any, Likely | None]:
+    def run(self, given: Any, entries: Sequence[Entry], kv: KvStore) -> tuple[Any, list[Likely]]:
         """One step. ``given`` is token ids ``[tokens]`` in the first stage and hidden states ``[tokens, hidden]`` in
-        others; KV must be reserved. Hidden states, or in the last stage the likeliest tokens where any are wanted."""
+        others; KV must be reserved. Hidden states, and in the last stage the likeliest tokens of each entry that wants
+        some."""
         with torch.inference_mode():
             hidden = given.to(self.device)
             if self.first:
@@ -65,7 +66,7 @@ class StageLayers:
             for index, weights in enumerate(self._layers):
                 hidden = self._layer(index, weights, hidden, turn, entries, kv)
             if not self.last:
-                return hidden, None
+                return hidden, []
             return hidden, self._likely(hidden, entries)
 
     def _turn(self, entries: Sequence[Entry]) -> tuple[Any, Any]:
@@ -99,19 +100,28 @@ class StageLayers:
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.architecture.norm_epsilon)
         return weight * wide.to(self.dtype)
 
-    def _likely(self, hidden: Any, entries: Sequence[Entry]) -> Likely | None:
-        rows, at = [], 0
+    def _likely(self, hidden: Any, entries: Sequence[Entry]) -> list[Likely]:
+        rows, wants, at = [], [], 0
         for entry in entries:
             at += entry.count
             if entry.want:
                 rows.append(at - 1)
+                wants.append(min(entry.want, self.architecture.vocabulary))
         if not rows:
-            return None
+            return []
         normal = self._normal(hidden[torch.tensor(rows, device=self.device)], self._norm)
         logits = torch.nn.functional.linear(normal, self._head).to(torch.float32)
-        most = min(max(entry.want for entry in entries), self.architecture.vocabulary)
-        top, ids = logits.topk(most, dim=-1)
-        return Likely(logits=top.cpu(), ids=ids.to(torch.int32).cpu(), mass=logits.logsumexp(dim=-1).cpu())
+        mass = logits.logsumexp(dim=-1).cpu()
+        found: list[Likely | None] = [None] * len(rows)
+        # Those that want all of the vocabulary cost the others nothing.
+        for want in dict.fromkeys(wants):
+            places = [place for place, each in enumerate(wants) if each == want]
+            some = logits if len(places) == len(rows) else logits[torch.tensor(places, device=self.device)]
+            top, ids = some.topk(want, dim=-1)
+            top, ids = top.cpu(), ids.to(torch.int32).cpu()
+            for row, place in enumerate(places):
+                found[place] = Likely(logits=top[row], ids=ids[row], mass=mass[place])
+        return [each for each in found if each is not None]
 
 
 def _load(files: ModelFiles, places: Mapping[str, Any], dtype: Any, device: Any) -> dict[str, Any]:

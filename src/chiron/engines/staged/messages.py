@@ -15,13 +15,15 @@ from typing import Any
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"\x00CST"
 """First bytes of a connection: no HTTP request begins like this, so both are served at one port."""
 HEADER_MAX_BYTES = 4 << 20
 BODY_MAX_BYTES = 1 << 30
 ENTRIES_MAX = 4096
 """In one step."""
+MOVE_BYTES = 4 << 20
+"""Of KV, in one message, unless one token has more."""
 
 
 class HeadHello(msgspec.Struct, array_like=True, tag="head", frozen=True):
@@ -42,6 +44,8 @@ class StageHello(msgspec.Struct, array_like=True, tag="stage", frozen=True):
     kv_free_tokens: int
     limit: int
     draining: bool
+    tokens_max: int
+    """In one step."""
 
 
 class StepEntry(msgspec.Struct, array_like=True, frozen=True):
@@ -63,13 +67,14 @@ class Step(msgspec.Struct, array_like=True, tag="step", frozen=True):
 
 
 class Result(msgspec.Struct, array_like=True, tag="result", frozen=True):
-    """The body is hidden states of the entries that were not refused; of the last stage, for each that wanted some,
-    ``top`` logits (float32), then all their ids (int32), then the log of the sum of all exponentials (float32)."""
+    """The body is hidden states of the entries that were not refused; of the last stage, for those that wanted some, as
+    many as ``tops`` says of each: their logits (float32), then all their ids (int32), then the logs of the sums of all
+    exponentials (float32)."""
 
     id: int
     refused: list[tuple[int, int]]
     """Places in ``entries``, and how much of the sequence is held here, which is too little; -1: KV is full."""
-    top: int
+    tops: list[int]
     step_s: float
     """Of computing."""
     waited_s: float
@@ -88,6 +93,32 @@ class Free(msgspec.Struct, array_like=True, tag="free", frozen=True):
     sequences: list[int]
 
 
+class Fetch(msgspec.Struct, array_like=True, tag="fetch", frozen=True):
+    """Asks for KV of some positions of a sequence, which is to be kept elsewhere."""
+
+    id: int
+    sequence: int
+    begin: int
+    end: int
+
+
+class Keep(msgspec.Struct, array_like=True, tag="keep", frozen=True):
+    """The body is KV of some positions, as another replica of the same stage had it: keys of all layers and KV heads,
+    then values."""
+
+    id: int
+    sequence: int
+    begin: int
+    end: int
+
+
+class Kept(msgspec.Struct, array_like=True, tag="kept", frozen=True):
+    """To either: whether it could be done. To ``Fetch`` the body is KV as ``Keep`` has it."""
+
+    id: int
+    sound: bool
+
+
 class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
     id: int
 
@@ -96,14 +127,15 @@ class Pong(msgspec.Struct, array_like=True, tag="pong", frozen=True):
     id: int
     kv_free_tokens: int
     queued: int
+    limit: int
 
 
 class Draining(msgspec.Struct, array_like=True, tag="draining", frozen=True):
     """This replica will end: no new sequences."""
 
 
-FromHead = HeadHello | Step | Free | Ping
-FromStage = StageHello | Result | Failed | Pong | Draining
+FromHead = HeadHello | Step | Free | Fetch | Keep | Ping
+FromStage = StageHello | Result | Kept | Failed | Pong | Draining
 Message = FromHead | FromStage
 
 

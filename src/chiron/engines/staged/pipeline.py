@@ -21,9 +21,11 @@ import ssl
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil
 from typing import Any
 
+from chiron.engines.staged.handover import BYTES_PER_S, Handover, part_tokens, replay_s
 from chiron.engines.staged.messages import HeadHello, Result
 from chiron.engines.staged.replica import Call, LinkSettings, Replica, ReplicaEvents, read_address
 from chiron.engines.staged.sequence import Group, Piece, Sequence
@@ -49,6 +51,8 @@ class PipelineSettings:
     """Requests wait for a stage that has no replica for this long, and fail then."""
     drain_s: float = 10.0
     """Sequences on a replica that is to go may end there for this long; then they are moved."""
+    hand_over: bool | None = None
+    """Whether their KV is handed over; None: if that is estimated to be quicker than to compute it again."""
     link: LinkSettings = field(default_factory=LinkSettings)
 
 
@@ -104,13 +108,18 @@ class Pipeline(ReplicaEvents):
         changed: Callable[[], None],
         context: ssl.SSLContext | None = None,
         row_bytes: int,
+        kv_token_bytes: SequenceOf[int],
     ) -> None:
-        """``changed``: room may have come, or gone. ``row_bytes``: of one position's hidden state."""
+        """``changed``: room may have come, or gone. ``row_bytes``: of one position's hidden state; ``kv_token_bytes``:
+        of one position's KV, in each stage."""
         self.stages = tuple(stages)
         self.replicas: list[list[Replica]] = [[] for _ in stages]
         self.sums = [StageSums() for _ in stages]
         self.running: dict[Sequence, None] = {}
         self.replayed_tokens = 0
+        self.handed_over_tokens = 0
+        self.bytes_per_s = BYTES_PER_S
+        """Of KV on its way from a replica to the head, or from the head to one: what was measured last."""
         self.losses = 0
         """Replicas that were lost."""
         self._ready: dict[Sequence, None] = {}
@@ -127,6 +136,8 @@ class Pipeline(ReplicaEvents):
         self._changed = changed
         self._context = context
         self._row_bytes = row_bytes
+        self._kv_token_bytes = tuple(kv_token_bytes)
+        self._handovers: dict[Sequence, Handover] = {}
         self._micro_batches = 1
         self._answers = 0
         self._tasks: list[Any] = []
@@ -164,6 +175,8 @@ class Pipeline(ReplicaEvents):
             elif self._absent_since_s[stage] is None:
                 self._absent_since_s[stage] = now_s
         self._complete = self._complete or not any(since is not None for since in self._absent_since_s)
+        for handover in [each for each in self._handovers.values() if each.until_s < now_s]:
+            self._replay(handover)
         if why := self.broken():
             for sequence in [each for each in self.running if not each.placed]:
                 self._give_up(sequence, why)
@@ -213,6 +226,8 @@ class Pipeline(ReplicaEvents):
         replica.outbox.clear()
         under_way = {piece.sequence for call in replica.calls.values() for piece in call.pieces if not piece.stale}
         replica.calls.clear()
+        for handover in [each for each in self._handovers.values() if replica in (each.source, each.target)]:
+            self._replay(handover)
         for sequence in under_way:  # It may be what the replica cannot bear.
             if sequence not in self.running:
                 continue
@@ -236,8 +251,89 @@ class Pipeline(ReplicaEvents):
 
     def _move_away(self, replica: Replica) -> None:
         if any(other is not replica for other in self._usable(replica.stage)):
-            self._move(list(replica.sequences), replica)
+            replays = [each for each in replica.sequences if not self._hand_over(each, replica)]
+            self._move(replays, replica)
             self.pump()
+
+    # -- KV that is handed over --------------------------------------------------------------------------------
+
+    def _hand_over(self, sequence: Sequence, source: Replica) -> bool:
+        """Whether its KV goes to another replica, or has begun to; if not, it has to be computed again there."""
+        if (under_way := self._handovers.get(sequence)) is not None:
+            return under_way.source is source
+        stage, length = source.stage, sequence.held[source.stage]
+        if not length or not source.up or not (others := self._others(source, sequence)):
+            return False
+        token_bytes = self._kv_token_bytes[stage]
+        handover = Handover(
+            sequence=sequence,
+            source=source,
+            target=_least_loaded(others),
+            length=length,
+            part=part_tokens(token_bytes),
+            token_bytes=token_bytes,
+            until_s=self._time_s() + self._settings.link.call_s,
+        )
+        if not (self._quicker(handover) if self._settings.hand_over is None else self._settings.hand_over):
+            return False
+        sequence.path[stage] = None
+        sequence.lose(stage)
+        self._ready.pop(sequence, None)
+        handover.target.sequences.add(sequence)
+        self._handovers[sequence] = handover
+        self._next_part(handover)
+        return True
+
+    def _quicker(self, handover: Handover) -> bool:
+        figures = [[each.figures for each in replicas] for replicas in self.replicas[: handover.stage + 1]]
+        replayed_s = replay_s(figures, handover.length, self._settings.max_num_batched_tokens)
+        return handover.seconds(self.bytes_per_s) < replayed_s
+
+    def _next_part(self, handover: Handover) -> None:
+        handover.asked_s = self._time_s()
+        handover.source.fetch(handover)
+
+    def replica_moved(self, replica: Replica, handover: Handover, sound: bool, body: memoryview) -> None:
+        size = handover.part_bytes if sound and replica is handover.source else 0
+        if len(body) != size:
+            raise ValueError(f"KV of {len(body)} bytes; it must have {size}")
+        if not sound or not handover.target.up:
+            self._replay(handover)
+        elif replica is handover.source:
+            handover.target.keep(handover, body)
+        else:
+            self.bytes_per_s = handover.measured(self.bytes_per_s, self._time_s() - handover.asked_s)
+            handover.at = handover.end
+            if handover.at < handover.length:
+                self._next_part(handover)
+            else:
+                self._handed_over(handover)
+        self.pump()
+
+    def _handed_over(self, handover: Handover) -> None:
+        sequence = handover.sequence
+        self._handovers.pop(sequence)
+        handover.over = True
+        handover.source.free(sequence)
+        sequence.path[handover.stage] = handover.target
+        sequence.held[handover.stage] = handover.length
+        self.handed_over_tokens += handover.length
+        if sequence.placed:
+            self._ready[sequence] = None
+
+    def _stop_handover(self, sequence: Sequence) -> Handover | None:
+        handover = self._handovers.pop(sequence, None)
+        if handover is not None:
+            handover.over = True
+            handover.source.free(sequence)
+            handover.target.free(sequence)
+        return handover
+
+    def _replay(self, handover: Handover) -> None:
+        """It did not work, so it is computed again."""
+        if self._stop_handover(handover.sequence) is not None:
+            self.replayed_tokens += handover.length
+            self._place(handover.sequence)
 
     def _move(self, sequences: Iterable[Sequence], replica: Replica) -> None:
         """They go on elsewhere, from their tokens."""
@@ -274,6 +370,7 @@ class Pipeline(ReplicaEvents):
         """It has ended, or has to wait; its KV is freed."""
         self.running.pop(sequence, None)
         self._ready.pop(sequence, None)
+        self._stop_handover(sequence)
         sequence.start_over()
         for replica in sequence.path:
             if replica is not None:
@@ -282,7 +379,10 @@ class Pipeline(ReplicaEvents):
 
     def _place(self, sequence: Sequence) -> None:
         """A replica for each stage that it has none of; where there is none it waits for one."""
+        handover = self._handovers.get(sequence)
         for stage, replica in enumerate(sequence.path):
+            if handover is not None and handover.stage == stage:
+                continue
             if replica is None and (usable := self._usable(stage)):
                 need = len(sequence.tokens) + 1
                 found = _least_loaded([r for r in usable if r.room_tokens >= need] or usable)
@@ -316,7 +416,15 @@ class Pipeline(ReplicaEvents):
             self._micro_batches = self._settings.micro_batches
         elif self._answers % 16 == 0:
             self._micro_batches = micro_batches(self.stage_times(), len(self.running), self._step_max())
-        return max(1, min(ceil(len(self.running) / self._micro_batches), self._step_max()))
+        return max(1, min(ceil(len(self.running) / self._micro_batches), self._step_max(), self._tokens_max() // 2))
+
+    def _tokens_max(self) -> int:
+        """In one step, of any replica."""
+        return min((r.tokens_max for replicas in self.replicas for r in replicas if r.up), default=2)
+
+    def _budget(self, share: int) -> int:
+        """Tokens of chunks in one step: with one of each sequence besides, a step is not too long for any replica."""
+        return max(1, min(self._settings.max_num_batched_tokens, self._tokens_max() - share))
 
     def _step_max(self) -> int:
         return min((r.limit for replicas in self.replicas for r in replicas if r.up), default=1)
@@ -338,11 +446,11 @@ class Pipeline(ReplicaEvents):
 
     def _from_outbox(self, replica: Replica, share: int) -> list[Piece]:
         pieces: list[Piece] = []
-        tokens = 0
+        tokens, most = 0, self._budget(share) + share
         while replica.outbox and len(pieces) < share:
             piece = replica.outbox[0]
             count = piece.end - piece.start
-            if pieces and tokens + count > self._settings.max_num_batched_tokens + share:
+            if pieces and tokens + count > most:
                 break
             replica.outbox.popleft()
             if not piece.stale:
@@ -359,7 +467,7 @@ class Pipeline(ReplicaEvents):
             return []
         group = Group()
         pieces: list[Piece] = []
-        budget = self._settings.max_num_batched_tokens
+        budget = self._budget(share)
         for sequence in self._in_turn(replica, decodes):
             span = sequence.next_span(budget) if budget > 0 else None
             if span is None or len(pieces) >= share:
@@ -417,7 +525,7 @@ class Pipeline(ReplicaEvents):
             raise ValueError("it refused entries that it was not sent")
         passed = [piece for place, piece in pieces if place not in refused]
         if replica.stage == len(self.stages) - 1:
-            self._tokens(passed, result.top, body)
+            self._tokens(passed, result.tops, body)
         else:
             self._onward(replica.stage, passed, body)
         for place, held in refused.items():
@@ -450,13 +558,13 @@ class Pipeline(ReplicaEvents):
         piece.sequence.flying.remove(piece)
         self._ready[piece.sequence] = None
 
-    def _tokens(self, pieces: list[Piece], top: int, body: memoryview) -> None:
+    def _tokens(self, pieces: list[Piece], tops: list[int], body: memoryview) -> None:
         wanted = [piece for piece in pieces if piece.want]
-        if len(body) != len(wanted) * (8 * top + 4):
-            raise ValueError(f"a result of {len(body)} bytes for {len(wanted)} sequences of {top} tokens")
-        rows = 4 * top
-        logits, ids = body[: rows * len(wanted)], body[rows * len(wanted) : 2 * rows * len(wanted)]
-        mass = body[2 * rows * len(wanted) :].cast("f")
+        rows = 4 * sum(tops)
+        if len(tops) != len(wanted) or min(tops, default=1) < 1 or len(body) != 2 * rows + 4 * len(wanted):
+            raise ValueError(f"a result of {len(body)} bytes with {len(tops)} rows for {len(wanted)} sequences")
+        logits, ids, mass = body[:rows], body[rows : 2 * rows], body[2 * rows :].cast("f")
+        ends = list(accumulate(4 * top for top in tops))
         stage = len(self.stages) - 1
         for piece in pieces:
             if not piece.stale:
@@ -465,7 +573,7 @@ class Pipeline(ReplicaEvents):
             if piece.stale:
                 continue
             self._over(piece)
-            sequence, part = piece.sequence, slice(rows * at, rows * (at + 1))
+            sequence, part = piece.sequence, slice(ends[at] - 4 * tops[at], ends[at])
             token = sequence.listener.token(logits[part], ids[part], mass[at])
             if token is None:
                 self.remove(sequence)

@@ -16,12 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chiron.engines.staged.errors import StagedModelError
+from chiron.engines.staged.handover import Handover
 from chiron.engines.staged.messages import (
     Draining,
     Failed,
+    Fetch,
     Free,
     FromStage,
     HeadHello,
+    Keep,
+    Kept,
     Ping,
     Pong,
     Result,
@@ -36,6 +40,8 @@ from chiron.engines.staged.wire import FrameWire
 log = logging.getLogger("chiron.staged")
 
 _SMOOTH = 0.2
+_PROMPT_TOKENS = 8
+"""A step with so many tokens more than sequences tells what prompts take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,7 @@ class ReplicaEvents:
     def replica_down(self, replica: Replica, why: str) -> None: ...
     def replica_draining(self, replica: Replica) -> None: ...
     def replica_answered(self, replica: Replica, call: Call, result: Result, body: memoryview) -> None: ...
+    def replica_moved(self, replica: Replica, handover: Handover, sound: bool, body: memoryview) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,15 +85,19 @@ class ReplicaFigures:
     calls: int = 0
     busy_s: float = 0.0
     """Total of computing, of this head's calls."""
+    token_s: float = 0.0
+    """Of a step with prompts, for each of its tokens."""
     fit: list[float] = field(default_factory=lambda: [0.0] * 5)
     """Fading sums for a line through (sequences, seconds): 1, x, y, xx, xy."""
 
-    def add(self, sequences: int, result: Result, took_s: float) -> None:
+    def add(self, sequences: int, tokens: int, result: Result, took_s: float) -> None:
         new = 1.0 if not self.calls else _SMOOTH
         hop_s = max(0.0, took_s - result.step_s - result.waited_s)
         self.step_s += new * (result.step_s - self.step_s)
         self.waited_s += new * (result.waited_s - self.waited_s)
         self.hop_s += new * (hop_s - self.hop_s)
+        if tokens >= sequences + _PROMPT_TOKENS:
+            self.token_s += (_SMOOTH if self.token_s else 1.0) * (result.step_s / tokens - self.token_s)
         self.calls += 1
         self.busy_s += result.step_s
         x, y = float(sequences), result.step_s
@@ -131,9 +142,13 @@ class Replica:
         self.kv_capacity_tokens = 0
         self.kv_free_tokens = 0
         self.limit = 1
+        self.tokens_max = 1
+        """In one step."""
         self.sequences: set[Sequence] = set()
         self.outbox: deque[Piece] = deque()
         self.calls: dict[int, Call] = {}
+        self.moves: dict[int, Handover] = {}
+        """Asked for and not answered yet, whether still wanted or not."""
         self.figures = ReplicaFigures()
         self._hello = hello
         self._events = events
@@ -183,6 +198,26 @@ class Replica:
         self.calls[self._ids] = Call(pieces=pieces, sent_s=asyncio.get_running_loop().time())
         assert self._wire is not None
         self._wire.send(Step(self._ids, entries, frees), *(piece.rows for piece in pieces))
+
+    def fetch(self, handover: Handover) -> None:
+        """The next part of what is handed over, from here."""
+        self._move(handover, Fetch)
+
+    def keep(self, handover: Handover, body: memoryview) -> None:
+        """That part, here."""
+        self._tell_frees()  # The sequence may have been here before.
+        self._move(handover, Keep, body)
+
+    def _move(self, handover: Handover, kind: type[Fetch | Keep], *body: memoryview) -> None:
+        self._ids += 1
+        self.moves[self._ids] = handover
+        assert self._wire is not None
+        self._wire.send(kind(self._ids, handover.sequence.id, handover.at, handover.end), *body)
+
+    def _tell_frees(self) -> None:
+        if self._frees and self._wire is not None:
+            frees, self._frees = self._frees, []
+            self._wire.send(Free(frees))
 
     def free(self, sequence: Sequence) -> None:
         """It needs no KV here any more: told with the next call, or soon."""
@@ -238,7 +273,8 @@ class Replica:
         if wire.over:  # What came with its hello ended the connection.
             raise ConnectionError(self._why)
         self.kv_capacity_tokens, self.kv_free_tokens = theirs.kv_capacity_tokens, theirs.kv_free_tokens
-        self.limit, self.draining = max(1, theirs.limit), theirs.draining or self.leaving
+        self.limit, self.tokens_max = max(1, theirs.limit), max(1, theirs.tokens_max)
+        self.draining = theirs.draining or self.leaving
         self.overdue = self.overdue and self.draining
 
     async def _watch(self) -> None:
@@ -249,9 +285,7 @@ class Replica:
             assert self._wire is not None
             number += 1
             self._wire.send(Ping(number))
-            if self._frees:
-                frees, self._frees = self._frees, []
-                self._wire.send(Free(frees))
+            self._tell_frees()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._lost.wait(), settings.ping_s)
             now_s = loop.time()
@@ -273,14 +307,21 @@ class Replica:
                 raise ValueError(f"it answered call {message.id}, which was not made")
             self.kv_free_tokens = message.kv_free_tokens
             took_s = asyncio.get_running_loop().time() - call.sent_s
-            self.figures.add(len(call.pieces), message, took_s)
+            tokens = sum(piece.end - piece.start for piece in call.pieces)
+            self.figures.add(len(call.pieces), tokens, message, took_s)
             try:
                 self._events.replica_answered(self, call, message, body)
             except ValueError:
                 self.calls[message.id] = call  # Its sequences are those that the lost replica did not answer.
                 raise
+        elif isinstance(message, Kept):
+            handover = self.moves.pop(message.id, None)
+            if handover is None:
+                raise ValueError(f"it answered for KV {message.id}, which was not asked for")
+            if not handover.over:
+                self._events.replica_moved(self, handover, message.sound, body)
         elif isinstance(message, Pong):
-            self.kv_free_tokens = message.kv_free_tokens
+            self.kv_free_tokens, self.limit = message.kv_free_tokens, max(1, message.limit)
         elif isinstance(message, Draining):
             self.draining = True
             self._events.replica_draining(self)
@@ -295,6 +336,7 @@ class Replica:
             self._greeted.exception()  # Who waited may have given up already.
         was_up, self.up = self.up, False
         self._frees.clear()
+        self.moves.clear()
         self._lost.set()
         self._why = why
         if was_up:

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -25,12 +25,16 @@ from chiron.engines.staged.kv import Entry, KvStore
 from chiron.engines.staged.layers import Likely, StageLayers
 from chiron.engines.staged.messages import (
     ENTRIES_MAX,
+    MOVE_BYTES,
     VERSION,
     Draining,
     Failed,
+    Fetch,
     Free,
     FromHead,
     HeadHello,
+    Keep,
+    Kept,
     Ping,
     Pong,
     Result,
@@ -45,6 +49,10 @@ log = logging.getLogger("chiron.staged")
 
 _CALLS_MAX = 64
 """Of one head that wait."""
+QUEUED_MAX_BYTES = 1 << 30
+"""Of all heads."""
+TOKENS_MAX = 8192
+"""In one step, unless it is told another number."""
 HEADS_MAX = 64
 HELLO_S = 20.0
 """A connection that has not said by then who it is, is cut off."""
@@ -93,6 +101,16 @@ class _Call:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
+class _Move:
+    """KV that is fetched or kept, in the order of the head's calls."""
+
+    head: _Head
+    asked: Fetch | Keep
+    body: memoryview
+    after: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Head:
     """One connection."""
 
@@ -101,20 +119,16 @@ class _Head:
     greeted: bool = False
     silent_s: float = 0.0
     """Nothing has come from it for this long."""
-    calls: deque[_Call] = field(default_factory=deque)
+    calls: deque[_Call | _Move] = field(default_factory=deque)
 
 
 @dataclass(slots=True, kw_only=True)
 class _Answer:
     """What became of one call."""
 
-    refused: list[tuple[int, int]]
-    rows: list[Any]
-    likely: list[Any]
-    ids: list[Any]
-    mass: list[Any]
-    top: int = 0
-    """Likeliest tokens in each row: as many as the entries that ran want at most."""
+    refused: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    likely: list[Likely] = field(default_factory=list)
 
 
 class StageService:
@@ -128,6 +142,7 @@ class StageService:
         kv_capacity_tokens: int,
         limit: int,
         pace: Pace | None = None,
+        tokens_max: int = TOKENS_MAX,
         silent_s: float = SILENT_S,
     ) -> None:
         self.layers = layers
@@ -147,6 +162,10 @@ class StageService:
         self._fingerprint = fingerprint
         self._pace = pace or Pace()
         self._silent_s = silent_s
+        self.tokens_max = tokens_max
+        self._token_bytes = layers.architecture.kv_bytes(len(layers.stage), layers.dtype.itemsize)
+        """Of KV."""
+        self._queued_bytes = 0
         self._numbers = count()
         self._heads: deque[_Head] = deque()
         self._frees: list[Any] = []
@@ -189,7 +208,8 @@ class StageService:
     @property
     def queued(self) -> int:
         """Sequences in calls that wait."""
-        return sum(len(call.step.entries) for head in self._heads for call in head.calls)
+        waiting = (call for head in self._heads for call in head.calls if isinstance(call, _Call))
+        return sum(len(call.step.entries) for call in waiting)
 
     @property
     def heads(self) -> int:
@@ -221,6 +241,7 @@ class StageService:
             head = state[0]
             if head in self._heads:
                 self._heads.remove(head)
+            self._queued_bytes -= sum(len(call.body) for call in head.calls)
             head.calls.clear()
             self._frees.append(head.number)
             self._woken.set()
@@ -249,35 +270,50 @@ class StageService:
             if trouble := hello_trouble(ours, message):
                 raise ValueError(trouble)
             head.greeted = True
+            head.wire.body_max = max(self.tokens_max * self._row_bytes, MOVE_BYTES, self._token_bytes)
             return
         if not head.greeted:
             raise ValueError("it did not say hello first")
         if isinstance(message, Ping):
-            head.wire.send(Pong(message.id, self.kv.free_tokens, self.queued))
+            head.wire.send(Pong(message.id, self.kv.free_tokens, self.queued, self.limit))
         elif isinstance(message, Free):
             if head.calls:
                 head.calls[-1].after += message.sequences
             else:
                 self._frees += [(head.number, each) for each in message.sequences]
                 self._woken.set()
+        elif isinstance(message, Fetch | Keep):
+            size = (message.end - message.begin) * self._token_bytes
+            sound = 0 <= message.begin < message.end <= self.layers.architecture.context_tokens
+            if not sound or size > head.wire.body_max or len(body) != (size if isinstance(message, Keep) else 0):
+                raise ValueError(f"KV of positions {message.begin} to {message.end} with {len(body)} bytes")
+            self._queue(_Move(head=head, asked=message, body=body))
         else:
             self._take(head, message, body)
+
+    def _queue(self, call: _Call | _Move) -> None:
+        if len(call.head.calls) >= _CALLS_MAX:
+            raise ValueError(f"more than {_CALLS_MAX} steps wait")
+        if self._queued_bytes + len(call.body) > QUEUED_MAX_BYTES:
+            raise ValueError(f"more than {QUEUED_MAX_BYTES} bytes wait")
+        self._queued_bytes += len(call.body)
+        self.totals.received_bytes += len(call.body)
+        call.head.calls.append(call)
+        self._woken.set()
 
     def _take(self, head: _Head, step: Step, body: memoryview) -> None:
         if not 1 <= len(step.entries) <= ENTRIES_MAX:
             raise ValueError(f"a step of {len(step.entries)} entries; allowed: 1 to {ENTRIES_MAX}")
-        if len(head.calls) >= _CALLS_MAX:
-            raise ValueError(f"more than {_CALLS_MAX} steps wait")
         context = self.layers.architecture.context_tokens
         for each in step.entries:
             if each.count < 1 or each.position < 0 or each.position + each.count > context or each.want < 0:
                 raise ValueError(f"an entry at {each.position} with {each.count} tokens; the context has {context}")
         rows = sum(each.count for each in step.entries)
+        if rows > self.tokens_max:
+            raise ValueError(f"a step of {rows} tokens; allowed: {self.tokens_max}")
         if len(body) != rows * self._row_bytes:
             raise ValueError(f"a body of {len(body)} bytes for {rows} rows of {self._row_bytes}")
-        self.totals.received_bytes += len(body)
-        head.calls.append(_Call(head=head, step=step, body=body, arrived_s=time.monotonic()))
-        self._woken.set()
+        self._queue(_Call(head=head, step=step, body=body, arrived_s=time.monotonic()))
 
     @property
     def _row_bytes(self) -> int:
@@ -297,6 +333,7 @@ class StageService:
             self.kv.free_tokens,
             self.limit,
             self.draining,
+            self.tokens_max,
         )
 
     # -- steps -------------------------------------------------------------------------------------------------
@@ -305,6 +342,9 @@ class StageService:
         loop = asyncio.get_running_loop()
         while True:
             self._free_ended()
+            if moves := self._next_moves():
+                await self._move(moves)
+                continue
             calls = self._next_calls()
             if not calls:
                 self._woken.clear()
@@ -325,6 +365,37 @@ class StageService:
             self._answer(calls, answers, time.monotonic() - began_s)
             self._frees += [(call.head.number, each) for call in calls for each in call.after]
 
+    def _next_moves(self) -> list[_Move]:
+        """Those before which no step of their head waits."""
+        moves: list[_Move] = []
+        for head in self._heads:
+            while head.calls and isinstance(move := head.calls[0], _Move):
+                head.calls.popleft()
+                self._queued_bytes -= len(move.body)
+                moves.append(move)
+        return moves
+
+    async def _move(self, moves: list[_Move]) -> None:
+        loop = asyncio.get_running_loop()
+        for move in moves:
+            try:
+                found = await loop.run_in_executor(self._thread, self._moved, move)
+            except RuntimeError as error:  # No memory for it, which steps may still have.
+                log.warning("KV could not be moved: %s", error)
+                found = None
+            self.totals.sent_bytes += len(found or b"")
+            move.head.wire.send(Kept(move.asked.id, found is not None), *([found] if found else []))
+            self._frees += [(move.head.number, each) for each in move.after]
+
+    def _moved(self, move: _Move) -> memoryview | None:
+        """In the thread. None: it is not held, or there is no room."""
+        asked, key = move.asked, (move.head.number, move.asked.sequence)
+        if isinstance(asked, Fetch):
+            found = self.kv.read(key, asked.begin, asked.end)
+            return None if found is None else _bytes_of(found)
+        given = torch.frombuffer(move.body, dtype=self.layers.dtype)
+        return None if self.kv.write(key, asked.begin, asked.end, given) else memoryview(b"")
+
     def _free_ended(self) -> None:
         frees, self._frees = self._frees, []
         gone = {each for each in frees if isinstance(each, int)}
@@ -339,8 +410,10 @@ class StageService:
         calls: list[_Call] = []
         room = self.limit
         for head in list(self._heads):
-            if head.calls and (not calls or len(head.calls[0].step.entries) <= room):
-                call = head.calls.popleft()
+            call = head.calls[0] if head.calls else None
+            if isinstance(call, _Call) and (not calls or len(call.step.entries) <= room):
+                head.calls.popleft()
+                self._queued_bytes -= len(call.body)
                 calls.append(call)
                 room -= len(call.step.entries)
         if calls:
@@ -351,11 +424,11 @@ class StageService:
 
     def _compute(self, calls: list[_Call]) -> list[_Answer]:
         """In the thread. Entries for which there is no KV are refused, the others run."""
-        answers = [_Answer(refused=[], rows=[], likely=[], ids=[], mass=[]) for _ in calls]
+        answers = [_Answer() for _ in calls]
         whose: list[int] = []
         entries: list[Entry] = []
         given: list[Any] = []
-        limit, vocabulary = self.limit, self.layers.architecture.vocabulary
+        limit = self.limit
         for number, call in enumerate(calls):
             rows, at = self._rows(call), 0
             for place, said in enumerate(call.step.entries):
@@ -365,14 +438,11 @@ class StageService:
                     held = self.kv.holds(key)
                     answers[number].refused.append((place, held if held < said.position else -1))
                 else:
-                    answers[number].top = max(answers[number].top, min(said.want, vocabulary))
                     whose.append(number)
                     entries.append(entry)
                     given.append(rows[at : at + said.count])
                 at += said.count
         began_s = time.monotonic()
-        most = max((each.want for each in entries), default=0)
-        entries = [replace(each, want=most) if each.want else each for each in entries]  # Rows of one width.
         for at in range(0, len(entries), limit):
             part = slice(at, at + limit)
             hidden, likely = self.layers.run(torch.cat(given[part]), entries[part], self.kv)
@@ -391,19 +461,16 @@ class StageService:
         return torch.frombuffer(call.body, dtype=self.layers.dtype).view(-1, self.layers.architecture.hidden)
 
     def _sort(
-        self, answers: list[_Answer], whose: list[int], entries: list[Entry], hidden: Any, likely: Likely | None
+        self, answers: list[_Answer], whose: list[int], entries: list[Entry], hidden: Any, likely: list[Likely]
     ) -> None:
-        at = wanted = 0
+        at, found = 0, iter(likely)
         for number, entry in zip(whose, entries, strict=True):
             answer = answers[number]
             if not self.layers.last:
                 answer.rows.append(hidden[at : at + entry.count])
                 at += entry.count
-            elif entry.want and likely is not None:
-                answer.likely.append(likely.logits[wanted])
-                answer.ids.append(likely.ids[wanted])
-                answer.mass.append(likely.mass[wanted])
-                wanted += 1
+            elif entry.want:
+                answer.likely.append(next(found))
 
     def _answer(self, calls: list[_Call], answers: list[_Answer], step_s: float) -> None:
         totals = self.totals
@@ -420,7 +487,7 @@ class StageService:
             result = Result(
                 call.step.id,
                 answer.refused,
-                answer.top,
+                [len(each.ids) for each in answer.likely],
                 step_s,
                 call.waited_s,
                 self.kv.free_tokens,
@@ -445,9 +512,9 @@ def _body(answer: _Answer) -> list[memoryview]:
         return [_bytes_of(torch.cat(answer.rows))]
     if answer.likely:
         return [
-            _bytes_of(torch.stack([row[: answer.top] for row in answer.likely])),
-            _bytes_of(torch.stack([row[: answer.top] for row in answer.ids])),
-            _bytes_of(torch.stack(answer.mass)),
+            _bytes_of(torch.cat([each.logits for each in answer.likely])),
+            _bytes_of(torch.cat([each.ids for each in answer.likely])),
+            _bytes_of(torch.stack([each.mass for each in answer.likely])),
         ]
     return []
 

@@ -45,6 +45,7 @@ log = logging.getLogger("chiron.staged")
 
 KV_GB_DEFAULT = 1.0
 SILENT_S = 30.0
+TOKENS_MAX = 8192
 
 
 class StageHttp:
@@ -186,6 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--threads", type=whole(1, 1024), default=1, help="of torch; on busy cores more are slower")
     add("--max-num-seqs", type=whole(1, 4096), default=64, help="sequences in a step")
+    add("--max-num-batched-tokens", type=whole(16, 1 << 20), default=TOKENS_MAX, help="tokens in a step, at most")
     add("--kv-gb", type=real(0.0001, 100_000.0), default=KV_GB_DEFAULT, help="memory for KV, GB")
     add("--kv-capacity-tokens", type=whole(64), help="KV in tokens instead")
     add("--grace", type=real(0.0, 86_400.0), default=30.0, help="seconds for its sequences to end or move")
@@ -229,6 +231,7 @@ def load(options: argparse.Namespace) -> StageService:
         kv_capacity_tokens=options.kv_capacity_tokens or _kv_tokens(files, stage, layers.dtype.itemsize, options.kv_gb),
         limit=options.max_num_seqs,
         pace=Pace(fixed_s=options.pace_ms / 1e3, per_sequence_s=options.pace_sequence_ms / 1e3),
+        tokens_max=options.max_num_batched_tokens,
         silent_s=options.silent,
     )
 

@@ -47,6 +47,8 @@ class FrameWire(asyncio.BufferedProtocol):
     ) -> None:
         """``kind``: of messages that the other end may send. ``speaks_first``: sends the magic bytes."""
         self.over = False
+        self.body_max = BODY_MAX_BYTES
+        """Of what the other end may send."""
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._encoder = msgspec.msgpack.Encoder()
         self._opened, self._received, self._closed = opened, received, closed
@@ -145,7 +147,7 @@ class FrameWire(asyncio.BufferedProtocol):
             self._greeted, at = True, len(MAGIC)
         while self._filled - at >= size and not self.over:
             header, body = _LENGTHS.unpack_from(self._buffer, at)
-            most = (HEADER_MAX_BYTES, BODY_MAX_BYTES) if self._known else (_HELLO_MAX_BYTES, 0)
+            most = (HEADER_MAX_BYTES, self.body_max) if self._known else (_HELLO_MAX_BYTES, 0)
             if header > most[0] or body > most[1]:
                 raise ValueError(f"a frame of {header} and {body} bytes; allowed: {most[0]} and {most[1]}")
             if self._filled - at - size >= header + body:

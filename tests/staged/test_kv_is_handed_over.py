@@ -1,0 +1,150 @@
+"""A replica that is taken out hands its KV to another one, if that is quicker than to compute it again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from reference import recorded
+from staged_models import need_torch, prompts, tiny
+
+need_torch()
+
+from chiron.engines.staged import handover as handing  # noqa: E402
+from chiron.engines.staged.handover import Handover, replay_s  # noqa: E402
+from chiron.engines.staged.kv import KvStore  # noqa: E402
+from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
+from chiron.engines.staged.replica import ReplicaFigures  # noqa: E402
+from chiron.engines.staged.service import Pace  # noqa: E402
+from staged_site import PATIENT, LocalReplica, StagedSite, staged_site, until  # noqa: E402
+
+PROMPTS = prompts(3, seed=0)
+TOKENS = 24
+SPLIT = ("0-0", "1-2", "3-3")
+
+
+def hand_over(wanted: bool | None) -> PipelineSettings:
+    return PipelineSettings(link=PATIENT, drain_s=0.0, absent_s=600.0, hand_over=wanted)
+
+
+async def taken_out(site: StagedSite, stage: int) -> tuple[LocalReplica, Any]:
+    """The replica of a stage has been taken out in mid-stream, and another one put in its place; all answers come."""
+    asking = asyncio.gather(*(site.complete(prompt, TOKENS) for prompt in PROMPTS))
+    old = site.replicas[stage].pop()
+    await until(lambda: old.service.totals.steps > 4)
+    await site.add(stage)
+    await until(lambda: old.service.kv.sequences == len(PROMPTS))
+    site.tell()
+    return old, asking
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_answers_are_the_same_and_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    monkeypatch.setattr(handing, "MOVE_BYTES", 7 * 256)  # In several parts.
+
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pipeline=hand_over(True), pace=Pace(fixed_s=0.004)) as site:
+            old, asking = await taken_out(site, stage)
+            assert await asking == recorded("llama")
+            pipeline = site.engine.pipeline
+            assert pipeline.handed_over_tokens >= sum(map(len, PROMPTS))
+            assert pipeline.replayed_tokens == pipeline.losses == 0
+            assert not any(r.service.totals.refused for rs in site.replicas for r in rs)
+            await until(lambda: old.service.kv.sequences == 0 and len(pipeline.replicas[stage]) == 1)
+            await until(lambda: site.replicas[stage][0].service.kv.sequences == 0)
+
+    asyncio.run(main())
+
+
+async def source_dies(site: StagedSite, old: LocalReplica) -> None:
+    await old.die()
+
+
+async def target_dies(site: StagedSite, old: LocalReplica) -> None:
+    new = site.replicas[1].pop()
+    await site.add(1)
+    site.tell()
+    await new.die()
+
+
+async def head_waits_no_longer(site: StagedSite, old: LocalReplica) -> None:
+    for handover in site.engine.pipeline._handovers.values():
+        handover.until_s = 0.0
+
+
+@pytest.mark.parametrize("fault", [source_dies, target_dies, head_waits_no_longer])
+def test_where_that_fails_it_is_computed_again(fault: Any) -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pipeline=hand_over(True), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.gather(*(site.complete(prompt, TOKENS) for prompt in PROMPTS))
+            old = site.replicas[1].pop()
+            await until(lambda: old.service.totals.steps > 4)
+            await site.add(1)
+            await until(lambda: old.service.kv.sequences == len(PROMPTS))
+            old.hold()
+            site.tell()
+            await until(lambda: len(site.engine.pipeline._handovers) == len(PROMPTS))
+            await fault(site, old)
+            assert await asking == recorded("llama")
+            assert not site.engine.pipeline._handovers
+            assert site.engine.pipeline.replayed_tokens >= sum(map(len, PROMPTS))
+
+    asyncio.run(main())
+
+
+class FullKv(KvStore):
+    """It takes nothing that is handed over."""
+
+    def write(self, key: Any, begin: int, end: int, given: Any) -> str:
+        return "KV is full"
+
+
+def test_a_target_without_room_computes_it_again() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pipeline=hand_over(True), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(site.complete(PROMPTS[0], TOKENS))
+            old = site.replicas[1].pop()
+            await until(lambda: old.service.totals.steps > 4)
+            new = await site.add(1)
+            layers = new.service.layers
+            new.service.kv = FullKv(layers.architecture, 2, capacity_tokens=9999, dtype=layers.dtype, device="cpu")
+            site.tell()
+            assert await asking == recorded("llama")[0]
+            assert site.engine.pipeline.replayed_tokens >= len(PROMPTS[0])
+            assert site.engine.pipeline.handed_over_tokens == 0
+
+    asyncio.run(main())
+
+
+def figures(**known: float) -> ReplicaFigures:
+    return ReplicaFigures(calls=9, **known)  # type: ignore[arg-type]
+
+
+class Of:
+    """A replica's figures."""
+
+    stage = 1
+
+    def __init__(self, known: ReplicaFigures) -> None:
+        self.figures = known
+
+
+@pytest.mark.parametrize(
+    ("token_bytes", "token_s", "quicker"),
+    [(32 << 10, 1e-3, True), (32 << 10, 1e-5, False), (1 << 10, 1e-5, True)],
+)
+def test_the_estimate_weighs_bytes_against_computing(token_bytes: int, token_s: float, quicker: bool) -> None:
+    both = figures(step_s=0.01, token_s=token_s, hop_s=1e-3)
+    handover = Handover(
+        sequence=None,  # type: ignore[arg-type]
+        source=Of(both),  # type: ignore[arg-type]
+        target=Of(both),  # type: ignore[arg-type]
+        length=4000,
+        part=handing.part_tokens(token_bytes),
+        token_bytes=token_bytes,
+        until_s=0.0,
+    )
+    assert (handover.seconds(500e6) < replay_s([[both], [both, both]], 4000, 512)) == quicker
+    assert handover.measured(500e6, 2 * handover.part_bytes / 100e6 + 0.02) == pytest.approx(420e6, rel=0.01)
