@@ -27,6 +27,13 @@ class = "chat"
 duration = "3m"
 """
 
+GENERATED = (
+    TRACED.replace('trace = "azure-2023-conv"', "").replace('duration = "3m"', "").replace("traced", "generated")
+    + """
+generate = { kind = "poisson", rate = 4, duration = "30s", lengths = { input = 200, output = 20 } }
+"""
+)
+
 
 class Ruled:
     """An executor whose outcomes follow a rule. ``order`` says in which order a wave of trials ends."""

@@ -20,12 +20,15 @@ from rich.table import Table
 
 from chiron.cli.common.durations import seconds_of
 from chiron.cli.simulate.tables import print_results, results_console
+from chiron.cli.studies.common import RayOption, RayPythonOption, executor
+from chiron.cli.studies.grid import GridOutputs, compare_grid
 from chiron.config.build import policy_rows, setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario, load_scenario, scenario_files
 from chiron.sim.bound import bound as bound_of_setup
 from chiron.sim.many import Done, Run, run_many
 from chiron.sim.setup import Setup
+from chiron.studies.grid import Asked, loads_of, seeds_of
 from chiron.studies.settings_file import apply_settings, read_settings
 from chiron.telemetry.format import span
 from chiron.telemetry.result import Result
@@ -150,8 +153,23 @@ def compare(
     scale: ScaleOption = None,
     duration: DurationOption = None,
     jobs: JobsOption = None,
+    loads: Annotated[
+        str | None, typer.Option("--loads", metavar="L,L,...", help="A grid: each multiplies all request rates.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", metavar="A..B", help="Seeds, such as 1..5 or 1,2,7.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Of a grid: the policy that others are compared with.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Of a grid: results, and what makes it resumable.")
+    ] = None,
+    ray: RayOption = "",
+    ray_python: RayPythonOption = "",
 ) -> None:
     """Run several policies (the scenario's, or those given) on the same requests; print a table and a verdict.
+
+    With `--loads`, `--baseline`, `--out` or `--ray` it is a grid of loads, policies and seeds, with confidence
+    intervals and differences from a baseline on the same requests. Stopped and started again it goes on from `--out`.
 
     Examples:
 
@@ -160,10 +178,29 @@ def compare(
     - `chiron compare azure -p chiron -p llumnix -s 1 -s 2 -s 3 --json results.json --figures figures`
 
     - `chiron compare my.toml --scale 2 --set cold_start.model_load=60s`
+
+    - `chiron compare azure -p chiron -p llumnix --loads 0.4,1,2.5 --seeds 1..5 --baseline chiron --out grid`
     """
+    chosen = _seeds(seed, seeds)
+    if loads is not None or baseline is not None or out is not None or ray or ray_python:
+        refused = {"--figures": figures, "--events": events, "--save": save}
+        if given := [name for name, value in refused.items() if value is not None]:
+            raise ConfigError(f"{given[0]}: a grid keeps figures of each run, not the runs; leave it out")
+        Outputs(json=json_, report=report, figures=None, events=None, save=None).check()
+        loaded = _tuned(_load(scenario, set_, scale, duration), settings, chosen)
+        labels = tuple(dict.fromkeys(policy or loaded.labels))
+        asked = Asked(
+            loads=loads_of(loads or "1"),
+            policies=labels,
+            seeds=tuple(chosen or loaded.seeds),
+            baseline=baseline or labels[0],
+        )
+        where = executor("auto" if jobs is None else str(jobs), ray, ray_python)
+        compare_grid(loaded, asked, where, GridOutputs(json=json_, report=report, out=out))
+        return
     outputs = Outputs(json=json_, report=report, figures=figures, events=events, save=save)
-    loaded = _tuned(_load(scenario, set_, scale, duration), settings, seed)
-    _run(loaded, policy or loaded.labels, seed, outputs, jobs)
+    loaded = _tuned(_load(scenario, set_, scale, duration), settings, chosen)
+    _run(loaded, policy or loaded.labels, chosen, outputs, jobs)
 
 
 def bound(
@@ -229,6 +266,12 @@ def _load(source: str, assignments: Sequence[str] | None, scale: float | None, d
         seconds_of("--duration", duration)
         overrides.append(f"duration={json.dumps(duration)}")
     return load_scenario(source, overrides)
+
+
+def _seeds(each: Sequence[int] | None, spans: str | None) -> list[int] | None:
+    if each and spans is not None:
+        raise ConfigError("give either --seed or --seeds")
+    return list(each or ()) or (None if spans is None else list(seeds_of(spans)))
 
 
 def _tuned(scenario: Scenario, files: Sequence[Path] | None, seeds: Sequence[int] | None) -> Scenario:
