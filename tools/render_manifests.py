@@ -35,7 +35,7 @@ def render(values: dict[str, Any], *, name: str = "chiron", namespace: str = "de
 
 def plain() -> dict[str, str]:
     """The manifests by name of the file."""
-    made = render({"engine": {"enabled": True}})
+    made = render({"engine": {"enabled": True}, "storage": {"keep": False}})
     files = {name: head + "---\n".join(made[part] for part in parts) for name, (head, parts) in FILES.items()}
     return files | {path.name: path.read_text() for path in sorted(CRDS.iterdir())}
 

@@ -35,6 +35,9 @@ def test_it_says_which_models_would_be_served_and_what_their_workloads_are(tmp_p
     def prepare(fake: FakeKubernetes) -> None:
         for name in ("own", "a"):
             fake.apply(workload(name=name, replicas=2))
+        for name in ("own", "mute"):  # Which the config may name, and a ChironModel may not.
+            fake.apply({**workload(name=name, replicas=2), "metadata": {"name": name, "labels": {}}})
+        fake.apply(chiron_model("m", "mute"))
         for item in (chiron_model("a", "a"), chiron_model("b", "b"), chiron_model("bad", "c", minInstances=9)):
             fake.apply(item)
 
@@ -45,8 +48,10 @@ def test_it_says_which_models_would_be_served_and_what_their_workloads_are(tmp_p
         "Deployment own": "ok",
         "Deployment a": "ok",
         "Deployment b": "fail",
+        "Deployment mute": "fail",
     }
-    assert found["ChironModels"].found == "of namespace default: a, b"
+    assert found["ChironModels"].found == "of namespace default: a, b, m"
+    assert found["Deployment mute"].next == "kubectl label deployment mute chiron-serving.io/scale=allowed"
     assert "minInstances is 9" in found["ChironModel bad"].found
     assert found["Deployment a"].found.startswith("2 replicas asked for")
     assert "create it" in found["Deployment b"].next

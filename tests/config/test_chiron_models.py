@@ -176,6 +176,26 @@ def test_the_usual_classes_can_have_other_slos_unless_a_model_relies_on_them() -
     assert "spec.classes: missing, so class 'chat' has other SLOs in ChironModel a" in found.refused["b"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"maxInstances": 101},
+            "spec.maxInstances: 101; at most 100 (kubernetes.max_instances of the gateway's config)",
+        ),
+        ({"minInstances": 17, "maxInstances": 20}, "spec.minInstances: 17; at most 16 (kubernetes.min_instances"),
+        ({"classes": [{"name": "x", "ttft": "1s", "weight": 11}]}, "spec.classes: weight of 'x' is 11; at most 10"),
+        ({"maxInstances": 100, "minInstances": 16, "classes": [{"name": "x", "ttft": "1s", "weight": 10}]}, ""),
+    ],
+)
+def test_one_resource_may_not_ask_for_more_than_the_gateway_allows(spec: dict[str, Any], message: str) -> None:
+    refused = read(resource("m", **spec)).refused
+    assert refused.get("m", "").startswith(message)
+    assert bool(refused) == bool(message)
+    text = "[kubernetes]\nmax_instances = 200\nmin_instances = 20\nweight = 100\n"
+    assert not read(resource("m", **spec), text=text).refused
+
+
 def test_one_that_was_changed_to_what_cannot_be_stays_as_it_was() -> None:
     last = resource("m", maxInstances=5)
     found = read(resource("m", generation=2, maxInstances=0), before=(last,))

@@ -161,6 +161,18 @@ def test_in_advise_mode_it_may_change_nothing() -> None:
     assert gateway["spec"]["template"]["spec"]["containers"][0]["args"][-1] == "--advise"
 
 
+@pytest.mark.parametrize(("grace", "seconds"), [(None, 60), ("1m30s", 120), (45, 75), ("500ms", 31), ("2h", 7230)])
+def test_kubernetes_waits_for_as_long_as_the_gateway_may_take_to_end(grace: str | int | None, seconds: int) -> None:
+    deployment = one({"config": {"server": {"grace": grace}}} if grace is not None else {}, "Deployment")
+    assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == seconds
+
+
+def test_batch_work_outlives_an_installation_unless_told_otherwise() -> None:
+    kept, loose = one({}, "PersistentVolumeClaim"), one({"storage": {"keep": False}}, "PersistentVolumeClaim")
+    assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+    assert "annotations" not in loose["metadata"]
+
+
 def test_another_config_is_another_pod() -> None:
     def mark(values: Values) -> str:
         return str(one(values, "Deployment")["spec"]["template"]["metadata"]["annotations"]["checksum/config"])

@@ -19,7 +19,7 @@ from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import ApiError, Client
 from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.pods import DELETION_COST
-from chiron.fleet.kubernetes.source import KubernetesSource
+from chiron.fleet.kubernetes.source import CONSENT, KubernetesSource
 from chiron.fleet.kubernetes.testing.api import Refusal, shut
 from chiron.fleet.kubernetes.watch import WatchSettings
 from chiron.fleet.kubernetes.workload import CHEAPEST, Workload
@@ -185,6 +185,29 @@ def test_a_start_that_is_no_longer_needed_is_cancelled_and_one_taken_back_costs_
         assert await here.pod_of(3) == first
 
     told(what, tmp_path, story, workload(replicas=0), nodes=1, gpus=1)
+
+
+def test_a_workload_that_has_to_consent_is_neither_used_nor_scaled_before_and_left_after(tmp_path: Path) -> None:
+    item = workload(replicas=1)
+    label = item["metadata"].pop("labels")
+
+    async def story(here: Site) -> None:
+        here.create(1, 2)
+        await here.said("kubectl label deployment engine chiron-serving.io/scale=allowed")
+        await until(lambda: here.kind.instances_max == 0, "it counts as absent")
+        assert (here.kind.trouble and here.kind.trouble.reason) == "the cluster does not let Chiron scale it"
+        assert (here.heard.ready, here.kind.found, await here.cluster.replicas()) == ([], 0, 1)
+        await here.cluster.client.patch(f"{DEPLOYMENTS}/engine", {"metadata": {"labels": label}})
+        await here.ready(1, 2)
+        assert await here.cluster.replicas() == 2
+        await here.cluster.client.patch(f"{DEPLOYMENTS}/engine", {"metadata": {"labels": {CONSENT: None}}})
+        await until(lambda: sorted(here.heard.leaving) == [1, 2], "both are drained")
+        here.remove(1, 2)
+        here.create(3)
+        await until(lambda: here.kind.instances_max == 0, "another one finds no pod")
+        assert await here.cluster.replicas() == 2, "nobody scales it any more"
+
+    told("fake", tmp_path, story, item, opt_in=True, start_timeout_s=START_MAX_S)
 
 
 @every_cluster

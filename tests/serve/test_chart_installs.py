@@ -180,8 +180,12 @@ def test_it_is_installed_upgraded_rolled_back_and_uninstalled(tmp_path: Path) ->
 
                 await here.until(gone, "all of it but the engines and the models is gone")
                 assert [item["metadata"]["name"] for item in (await here.client.get(MODELS))["items"]] == ["n"]
+                claims = await here.client.get("/api/v1/namespaces/default/persistentvolumeclaims")
+                assert [item["metadata"]["name"] for item in claims["items"]] == ["chiron"], "batch work stays"
+                await asyncio.to_thread(helm.install, copied, "chiron", OF_FILE)
+                await ask(await gateway_of(here, "m"), "m")
         logs = [path.read_text() for path in tmp_path.glob("chiron-*.log")]
-        assert len(logs) == 3
+        assert len(logs) == 4
         assert [text for text in logs if "Forbidden" in text or "Traceback" in text] == [], json.dumps(logs)
 
     asyncio.run(story())

@@ -19,6 +19,7 @@ from chiron.config.read import ConfigError, keys_of, read_record, suggest
 from chiron.config.serve import DEFAULT_CLASSES, parse_table, read_table
 from chiron.core.specs import RequestClass
 from chiron.gateway.chiron_models.objects import RESOURCES_MAX, ModelResource, Reading
+from chiron.gateway.settings import KubernetesModelsSettings
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class ResourceReader:
         self._directory = directory
         self._policy = policy
         self._base = read_table(text)
-        parse_table(self._base, text, directory=directory, policy=policy)
+        own = parse_table(self._base, text, directory=directory, policy=policy)
+        self._limits = own.kubernetes or KubernetesModelsSettings()
         given = self._base.get("classes") or {}
         self._classes = {
             name: read_record(RequestClass, entry, f"classes.{name}", name=name) for name, entry in given.items()
@@ -165,6 +167,7 @@ class ResourceReader:
         ]
         classes = _classes(spec.get("classes"), taken, self._classes)
         entry["classes"] = [each.name for each in classes]
+        _within(entry, classes, taken, self._limits)
         policy = _policy(spec.get("policy"), taken)
         workloads = [(key, each) for kind in entry["instances"] for key, each in _workload(kind["kubernetes"])]
         shared = {**taken.classes, **{each.name: each for each in classes}}
@@ -209,8 +212,27 @@ class ResourceReader:
                 **{ours: kind[theirs] for theirs, ours in WORKLOAD_KEYS.items() if theirs in kind},
                 **{key: access[key] for key in ("kubeconfig", "context") if key in access},
                 "namespace": resource.namespace,
+                "opt_in": True,
             }
         }
+
+
+def _within(
+    entry: Mapping[str, Any], classes: Sequence[RequestClass], taken: _Taken, limits: KubernetesModelsSettings
+) -> None:
+    """What one resource may ask for, whatever the others do."""
+    for said, key, most in (
+        ("maxInstances", "max_instances", limits.max_instances),
+        ("minInstances", "min_instances", limits.min_instances),
+    ):
+        if isinstance(entry.get(key), int) and entry[key] > most:
+            raise ConfigError(f"spec.{said}: {entry[key]}; at most {most} (kubernetes.{key} of the gateway's config)")
+    for each in classes:
+        if each.name not in taken.classes and each.weight > limits.weight:
+            raise ConfigError(
+                f"spec.classes: weight of {each.name!r} is {each.weight:g}; at most {limits.weight:g} "
+                "(kubernetes.weight of the gateway's config)"
+            )
 
 
 def _kinds(kinds: object) -> list[Any]:

@@ -51,6 +51,8 @@ class ServeKubernetesSection:
     """After somebody else has scaled it down, Chiron asks for no more than what is left for so long."""
     scaler: str = "chiron"
     """Who sets its number of replicas: Chiron, or another one (KEDA, an HPA) that reads ``/chiron/desired``."""
+    opt_in: bool = False
+    """Only while the workload has the label ``chiron-serving.io/scale=allowed``; always so for a ChironModel's."""
 
     def __post_init__(self) -> None:
         names = [each for each in (self.deployment, self.statefulset, self.leaderworkerset) if each]

@@ -78,6 +78,7 @@ def _kubernetes(given: Given) -> KubernetesSource:
         "start_timeout_s": section.start_timeout_s,
         "yield_s": table.yield_s,
         "scaler": table.scaler,
+        "opt_in": table.opt_in,
     }
     return construct(KubernetesSource, f"{given.path}.kubernetes", values)
 

@@ -359,8 +359,15 @@ class KubernetesModelsSettings:
     """A file; default: the service account of Chiron's pod, else ``KUBECONFIG`` or ``~/.kube/config``."""
     context: str = ""
     """Of the kubeconfig; default: its current one."""
+    max_instances: int = 100
+    """The most that ``maxInstances`` of a resource may say."""
+    min_instances: int = 16
+    """The most that ``minInstances`` of a resource may say: they run whether there are requests or not."""
+    weight: float = 10.0
+    """The largest weight of a class that a resource brings. It counts beside those of all models."""
 
     def __post_init__(self) -> None:
+        _above_zero(self)
         fine = not self.namespace or bool(NAME.fullmatch(self.namespace))
         _check(fine, "namespace", self.namespace, "a Kubernetes name: a-z, 0-9, - and .")
 

@@ -16,6 +16,7 @@ import yaml
 
 from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import Client, KubernetesError
+from chiron.fleet.kubernetes.source import CONSENT, CONSENTS
 from chiron.fleet.kubernetes.testing.api import FakeKubernetes, shut
 from chiron.fleet.kubernetes.testing.controllers import Controllers
 from chiron.fleet.kubernetes.testing.kubelet import Container, Kubelet, Run
@@ -172,7 +173,7 @@ def workload(
     return {
         "apiVersion": "apps/v1",
         "kind": kind,
-        "metadata": {"name": name},
+        "metadata": {"name": name, "labels": {CONSENT: CONSENTS}},
         "spec": {
             "replicas": replicas,
             **({"serviceName": name, "podManagementPolicy": "Parallel"} if kind == "StatefulSet" else {}),

@@ -70,15 +70,21 @@ def _models(
 def _workload(source: KubernetesSource) -> Check:
     from chiron.fleet.kubernetes.access import AccessError, find_access
     from chiron.fleet.kubernetes.client import KubernetesError
+    from chiron.fleet.kubernetes.source import CONSENT, CONSENTS
 
     what = f"{source.row.kind} {source.name}"
     try:
         access = find_access(os.environ, source.kubeconfig, source.context)
         path = f"{source.row.api}/namespaces/{source.namespace or access.namespace}/{source.row.plural}/{source.name}"
         scale = asyncio.run(_get(source.kubeconfig, source.context, f"{path}/scale"))
+        itself = asyncio.run(_get(source.kubeconfig, source.context, path)) if source.opt_in else {}
     except (AccessError, KubernetesError) as error:
         hint = f"create it, or correct its name and namespace: {source.name}" if "404" in str(error) else RIGHTS
         return check(what, str(error), FAIL, hint)
+    labels = (itself.get("metadata") or {}).get("labels") or {}
+    if source.opt_in and labels.get(CONSENT) != CONSENTS:
+        how = f"kubectl label {source.workload} {source.name} {CONSENT}={CONSENTS}"
+        return check(what, f"no label {CONSENT}: a ChironModel may not use it", FAIL, how)
     wanted, there = (_replicas(scale.get(part)) for part in ("spec", "status"))
     return check(what, f"{wanted} replicas asked for, {there} there; {source.scaler} sets the number")
 

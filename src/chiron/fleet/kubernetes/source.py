@@ -31,6 +31,8 @@ WORKLOADS: Mapping[WorkloadName, WorkloadRow] = {
     ),
 }
 
+CONSENT, CONSENTS = "chiron-serving.io/scale", "allowed"
+"""A label of a workload, and its value."""
 NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 """Of objects."""
 
@@ -59,6 +61,8 @@ class KubernetesSource:
     """After somebody else has scaled it down, Chiron does not scale it up again for so many seconds."""
     scaler: ScalerName = "chiron"
     """Who sets its number of replicas. Another one is told how many there should be, and which pods may go."""
+    opt_in: bool = False
+    """Only while the workload itself has the label of ``CONSENT``: whoever names it here may not be its owner."""
     standing: ClassVar[int] = 0
     instances_max: ClassVar[int | None] = None
     gpus: ClassVar[int] = 0

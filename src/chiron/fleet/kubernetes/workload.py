@@ -29,7 +29,7 @@ from chiron.core.backoff import doubled_s
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
 from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
 from chiron.fleet.kubernetes.pods import DELETION_COST, UID, Cause, Pod, read_pod, words
-from chiron.fleet.kubernetes.source import KubernetesSource
+from chiron.fleet.kubernetes.source import CONSENT, CONSENTS, KubernetesSource
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.records import InstanceNotFoundError
 from chiron.fleet.waiting import heard, pause
@@ -170,6 +170,8 @@ class Workload:
         """What a write said whose answer never came."""
         self._making_way = False
         """Pods are being marked, and the number is not lowered yet."""
+        self._allowed: bool | None = None if source.opt_in else True
+        """The workload consents, where it has to; None: it has not been heard of yet."""
         self._listed = False
         """All pods are known."""
         self._known_s = inf
@@ -196,7 +198,7 @@ class Workload:
     @property
     def spare(self) -> int:
         """Replicas that no instance has claimed."""
-        return self._surplus
+        return self._surplus if self._allowed else 0
 
     def may_claim(self, address: str) -> bool:
         """Whether the pod at this address, if there is one, may be somebody's who claims it."""
@@ -239,7 +241,7 @@ class Workload:
         uid = next((uid for uid, each in self._bound.items() if each is hold), "")
         pod = self._pods.get(uid)
         now_s = asyncio.get_running_loop().time()
-        if pod is None or pod.deleting or self._advise:
+        if pod is None or pod.deleting or self._advise or not self._allowed:
             return
         lost = pod.cause is not None and pod.cause.name == "node_lost"
         if not (pod.ready or lost):
@@ -259,7 +261,7 @@ class Workload:
         notes += [f"pod {pod.name}: {pod.cause}" for pod in sorted(unready, key=_age)]
         return WorkloadState(
             holds=len(self._waiting) + len(self._bound),
-            found=self._surplus if self._advise else self._found,
+            found=0 if not self._allowed else self._surplus if self._advise else self._found,
             fewest=self._fewest if self._follows else 0,
             known=now_s - self._known_s >= self._settings.settle_s,
             overdue=overdue,
@@ -288,7 +290,7 @@ class Workload:
             self._path,
             {"fieldSelector": f"metadata.name={self._source.name}"},
             changed=self._changed,
-            gone=lambda uid: self._dirty.set(),
+            gone=self._workload_gone,
             troubled=lambda why: self._troubled("workload", why and f"it cannot be watched: {why}"),
             settings=self._settings,
         )
@@ -349,7 +351,12 @@ class Workload:
             replicas = _replicas(scale)
             self._observe(replicas)
             self._tell_plan(replicas)
-            if self._advise or self._wanted() == replicas or (self._follows and self._wanted() > replicas):
+            if (
+                not self._allowed
+                or self._advise
+                or self._wanted() == replicas
+                or (self._follows and self._wanted() > replicas)
+            ):
                 self._fewest = self._wanted()
                 return False
             self._making_way = True
@@ -526,6 +533,8 @@ class Workload:
         uid = _table(item, "metadata").get("uid")
         if isinstance(uid, str) and UID.fullmatch(uid):
             self._about = replace(self._about, uid=uid)
+        if self._source.opt_in:
+            self._hear_consent(_table(_table(item, "metadata"), "labels").get(CONSENT) == CONSENTS)
         status = item.get("status")
         conditions = status.get("conditions") if isinstance(status, Mapping) else None
         self._controller = None
@@ -536,6 +545,25 @@ class Workload:
         spec = item.get("spec")
         if isinstance(spec, Mapping) and spec.get("replicas") != self._replicas:
             self._dirty.set()
+
+    def _workload_gone(self, uid: str) -> None:
+        if self._source.opt_in:
+            self._allowed = None  # One of this name that comes later has to consent, too.
+        self._dirty.set()
+
+    def _hear_consent(self, allowed: bool) -> None:
+        if self._allowed and not allowed:
+            for hold in self._bound.values():
+                hold.leave(f"{self.name} has lost its label {CONSENT}={CONSENTS}")
+        changed, self._allowed = self._allowed is not allowed, allowed
+        self._troubled("consent", "" if allowed else self._no_consent())
+        if changed:
+            self._wake()
+            self._dirty.set()
+
+    def _no_consent(self) -> str:
+        how = f"kubectl label {self._source.workload} {self._source.name} {CONSENT}={CONSENTS}"
+        return f"a ChironModel may not use it until its owner says so: {how}"
 
     def _refusal(self, error: KubernetesError | None) -> None:
         self._troubled("scale", f"it cannot be scaled: {error}" if error is not None else "")
@@ -563,7 +591,7 @@ class Workload:
             self._doomed.clear()  # Those who are left stay.
         for hold in [each for each in self._waiting if each.address]:
             self._find(hold)
-        free = [pod for pod in active if pod.ready and pod.address and self._is_idle(pod)]
+        free = [pod for pod in active if self._allowed and pod.ready and pod.address and self._is_idle(pod)]
         waiting = [hold for hold in self._waiting if not hold.address]
         for pod, hold in zip(sorted(free, key=_age), waiting, strict=False):
             self._bind(pod, hold)
@@ -584,7 +612,9 @@ class Workload:
 
     def _find(self, hold: Hold) -> None:
         """The pod that this instance had under another gateway: it may be closing, or not ready for a moment."""
-        there = (pod for pod in self._pods.values() if pod.address == hold.address and not pod.over)
+        if self._allowed is None:
+            return
+        there = (pod for pod in self._pods.values() if self._allowed and pod.address == hold.address and not pod.over)
         pod = next((pod for pod in there if pod.uid not in self._bound), None)
         if pod is not None:
             self._bind(pod, hold)
@@ -603,6 +633,8 @@ class Workload:
         return list(zip(waiting, sorted(coming, key=_age), strict=False))
 
     def _why_waiting(self) -> Cause:
+        if self._allowed is False:
+            return Cause(name="forbidden", words=self._no_consent())
         pairs = self._pairs()
         cause = next((pod.cause for _, pod in pairs if pod.cause is not None), None)
         why = self._behind() or "there is no pod yet"

@@ -59,6 +59,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Seconds that the gateway needs to end: server.grace as Chiron reads it ("30s", "1m30s", 30), and half a minute. */ -}}
+{{- define "chiron.grace" -}}
+{{- $units := dict "" 1.0 "ms" 0.001 "s" 1.0 "m" 60.0 "h" 3600.0 "d" 86400.0 -}}
+{{- $seconds := 30.0 -}}
+{{- range $part := regexFindAll "[0-9.]+[a-z]*" (toString (default "30s" .Values.config.server.grace)) -1 -}}
+{{- $seconds = addf $seconds (mulf (float64 (regexFind "^[0-9.]+" $part)) (get $units (regexFind "[a-z]*$" $part))) -}}
+{{- end -}}
+{{- ceil $seconds | int64 -}}
+{{- end -}}
+
 {{- /* The workloads that the config names, as a JSON list. */ -}}
 {{- define "chiron.workloads" -}}
 {{- $found := list -}}
