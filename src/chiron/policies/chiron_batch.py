@@ -58,7 +58,7 @@ def batch_extra(
         overdue = ahead - trust * spare * usable_s
         demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
     numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead, "spare_trust": trust}
-    extra = _batch_instances(settings, memory.extra, demand, ahead / own.work_rate)
+    extra = _batch_instances(settings, memory.extra, demand, ahead / own.work_rate, model.cold_start_s)
     memory = replace(
         memory,
         extra=extra,
@@ -89,13 +89,18 @@ def instances_apart(settings: ChironSettings, memory: ModelMemory, total: int, n
     return max(0, min(ceil(memory.batch_apart), total - max(1, whole(busiest))))
 
 
-def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float) -> int:
-    """Whole instances for a demand: none until one would be well used, then until it is done."""
+def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float, cold_start_s: float) -> int:
+    """Whole instances for a demand: none until one would be well used, then until it is done.
+
+    The demand divides by the time left, so the last of the work asks for any number of instances. More than would do
+    all of it in the time that one takes to start are none that help: they would be ready when it is over."""
     if not settings.plan_batch:
         return max(1, ceil(work / 300.0))
     if demand <= 0.05 or (running == 0 and demand < settings.start_share):
         return 0
-    return max(1, ceil(demand / settings.fill))
+    useful = ceil(work / max(settings.batch_least_s, cold_start_s)) if settings.batch_least_s > 0.0 else inf
+    wanted = min(ceil(demand / settings.fill), max(running, useful))
+    return int(max(1, wanted))
 
 
 def _group_work_s(model: ModelView, group: GroupView) -> float:

@@ -84,6 +84,9 @@ class ChironSettings:
     """Share of the spare capacity that deadlines may rely on before it has been measured."""
     start_share: float = 0.6
     """A batch instance is added when overdue work would fill this share of its time to the deadline."""
+    batch_least_s: float = 30.0
+    """An instance is added for batch work only if there is so much of it for each, or a cold start's worth, if that is
+    longer; 0: however little there is."""
     fill: float = 0.85
     """Share of an added instance's time that the plan counts on."""
     deadline_margin: float = 0.1
@@ -112,6 +115,7 @@ class ChironSettings:
             "margin_unseen",
             "itl_gain",
             "risk_share",
+            "batch_least_s",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")

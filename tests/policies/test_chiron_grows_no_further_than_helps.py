@@ -1,0 +1,45 @@
+"""Limits of a fleet's growth under ``chiron``: what would be ready too late, or costs more than staying as large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from chiron.policies.chiron import decide_fleet
+from chiron.policies.chiron_load import first_memory
+from chiron.policies.chiron_settings import ChironSettings
+from policy_factory import fleet, group, instance, model
+
+NOW_S = 1000.0
+
+
+def batch_planned(
+    requests: int, left_s: float, *, running: int = 0, cold_start_s: float = 60.0, **changes: float
+) -> int:
+    ours = replace(ChironSettings(), **changes)
+    live = model(
+        [instance(id=i) for i in range(2)],
+        groups=(group(deadline_s=NOW_S + left_s, requests=requests),),
+        cold_start_s=cold_start_s,
+    )
+    memory = replace(first_memory(ours, live, NOW_S), extra=running)
+    plan, _ = decide_fleet(ours, {live.name: memory}, fleet(live, now_s=NOW_S, since_s=5.0))
+    return int(plan[live.name].numbers["wanted"])
+
+
+def test_the_last_of_a_batch_asks_for_no_more_instances_than_it_keeps_busy_for_a_start() -> None:
+    last_s = 40.0
+    unlimited = batch_planned(2000, last_s, batch_least_s=0.0)
+    assert unlimited == 50, "divided by no time left it asks for all there are"
+    limited = batch_planned(2000, last_s)
+    assert 2 < limited < 20
+    assert batch_planned(2000, last_s, cold_start_s=240.0) < limited
+    assert batch_planned(4000, last_s) > limited
+    assert batch_planned(2000, last_s, cold_start_s=1.0) <= 2 * limited + 2, "a start of a second is no reason for many"
+
+
+def test_instances_that_were_added_for_a_batch_stay_until_it_is_done() -> None:
+    assert batch_planned(2000, 40.0, running=30) > batch_planned(2000, 40.0)
+
+
+def test_a_deadline_far_enough_away_is_planned_for_as_ever() -> None:
+    assert batch_planned(60_000, 1500.0) == batch_planned(60_000, 1500.0, batch_least_s=0.0) > 2
