@@ -2,10 +2,11 @@
 
     python bench/unseen.py [NAME ...] [--policies chiron ...] [--set PATH=VALUE ...] [--seeds 11 12] [--after 0]
 
-Eleven generated workloads on small fleets, each under a minute to run: bursts, spikes that come once, a surge that comes
-back, swings, long prompts beside short answers, tight SLOs, a batch job as large as its deadline allows, a large model
-that starts slowly, and a batch job beside bursts. They are ours, so they show what a rule does to kinds of traffic; they
-are no sample of what anybody sends. Their parameters were written down before any rule was tried on them.
+Eleven generated workloads on small fleets, each under a minute to run: bursts, spikes that come once, a surge that
+comes back, swings, long prompts beside short answers, tight SLOs, a large model that starts slowly, and batch jobs of
+several kinds. They are ours, so they show what a rule does to kinds of traffic; they are no sample of what anybody
+sends. Their parameters were written down before any rule was tried on them, but for two: ``rush`` and ``due`` came
+later, to see what a limit on growth for batch work does.
 
 A line a run: attainment of the worst class, of each class, GPU-hours, and these over the lower bound for what was
 delivered.

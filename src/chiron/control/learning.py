@@ -216,6 +216,7 @@ class Learner:
         self.first_token_lead_s = {name: lead.value_s for name, lead in self._leads.items()}
         self.usual = Usual()
         self.usual_batch = Usual()
+        self.itl_missed = 0.0
         self.ttft_min_s = inf
         self.ttft_max_s = max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
         self.updates = 0

@@ -92,7 +92,7 @@ class ModelState:
     def itl_missed(self) -> float:
         """Share of finished interactive requests that missed their ITL SLO: an exponential mean over some 500, of the
         class where it is largest."""
-        return max(self._itl_missed.values())
+        return self.learner.itl_missed
 
     def arrived(self, request: Request) -> None:
         name = request.class_name
@@ -156,6 +156,7 @@ class ModelState:
         tokens = request.tokens_done
         slow = tokens > 1 and request.finish_s - request.first_token_s > request.itl_slo_s * (tokens - 1)
         self._itl_missed[name] += 0.002 * (slow - self._itl_missed[name])
+        self.learner.itl_missed = max(self._itl_missed.values())
         late = request.first_token_s - request.arrival_s > request.ttft_slo_s or request.finish_s > request.deadline_s
         if slow or late:
             self.missed += 1
@@ -179,6 +180,7 @@ class ModelState:
         for name in self._itl_missed:
             if name in missed:
                 self._itl_missed[name] = missed.number(name, 0.0, 1.0) or 0.0
+        self.learner.itl_missed = max(self._itl_missed.values())
         seen = kept.whole("cold_starts_seen", 0, 1_000_000_000)
         took_s = kept.number("cold_start_s", 0.0, 86400.0)
         if seen and took_s is not None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from chiron.core.kept import Kept
@@ -298,7 +299,14 @@ def admit(settings: ChironSettings, order: Order, request: Request, now_s: float
 
 def make_chiron(settings: ChironSettings) -> Policy:
     def router(_: Any, estimates: Estimates) -> PackingRouter:
-        return PackingRouter(settings.packing, estimates, evicts=settings.evict, keeps_apart=True, passes_long=True)
+        return PackingRouter(
+            settings.packing,
+            estimates,
+            evicts=settings.evict,
+            keeps_apart=True,
+            passes_long=True,
+            spreads_long=settings.itl_missed_max if settings.spread_long else inf,
+        )
 
     def order_batch(_: Any, estimates: Estimates) -> DeadlineGroups:
         return DeadlineGroups(settings.group_span_s, estimates.shortest_s)

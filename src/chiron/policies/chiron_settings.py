@@ -28,6 +28,9 @@ class ChironSettings:
     itl_gain: float = 10.0
     """How much: 1 % of requests more lowers it by a tenth; at most by half."""
     # Dispatch.
+    spread_long: bool = True
+    """While more than ``itl_missed_max`` of the requests miss their ITL SLO, prompts that take longer than it go where
+    the fewest requests are young, instead of where packing would have them."""
     packing: PackingSettings = PackingSettings()
     evict: bool = True
     """Interactive requests may evict batch work."""

@@ -9,6 +9,7 @@ its load changes, so a dispatch costs O(log instances), amortised over load chan
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -22,6 +23,14 @@ _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
 _USUAL = 2.0
 """A request within this multiple of the mean is of common size."""
+
+_YOUNG_S = 2.0
+"""A request is young until so long after its first token. How long its answer will be is not known, but that of an old
+one has tokens enough to average a long step out."""
+_YOUNG_MAX = 64
+"""Requests of one instance that are looked at."""
+_SPREAD_OFF = 1.0 / 3.0
+"""Long prompts are spread until the share of missed ITL SLOs has come down to this part of where that began."""
 
 RELIEVE_AFTER = 0.1
 """Share of its TTFT that an interactive request is queued for before batch work makes way on one instance after
@@ -50,7 +59,9 @@ class PackingRouter:
     ``keeps_apart``: ours (where ITL SLOs leave little room for prefill, instances of role batch are left alone until a
     request has waited, and batch work that has not begun to decode makes way). ``evicts``: batch work makes way for
     interactive requests that find no room; for those queued for longer than ``relieve_after`` of their TTFT also where
-    that gives them none at once. ``passes_long``: shorter batch requests pass one whose prompt is too long."""
+    that gives them none at once. ``passes_long``: shorter batch requests pass one whose prompt is too long.
+    ``spreads_long``: share of missed ITL SLOs from which on an interactive prompt that takes longer than its ITL SLO
+    goes where the fewest requests are young, instead of where packing would have it."""
 
     def __init__(
         self,
@@ -62,6 +73,7 @@ class PackingRouter:
         strict_roles: bool = False,
         keeps_apart: bool = False,
         passes_long: bool = False,
+        spreads_long: float = inf,
     ) -> None:
         self._prefill_share = settings.prefill_share_of_ttft
         self._prefill_share_batch = settings.batch_prefill_share_of_ttft
@@ -74,6 +86,10 @@ class PackingRouter:
         self._passes_long = passes_long
         self.room_tokens = 0
         self._keeps_apart = keeps_apart
+        self._spreads_long = spreads_long
+        self._spreading = False
+        self._by_rank: list[Instance] = []
+        """All that take work."""
         self._tight = False
         """ITL SLOs bound the prefill in flight on instances that serve interactive requests."""
         self._interactive: list[Entry] = []
@@ -88,9 +104,12 @@ class PackingRouter:
 
     def add(self, instance: Instance) -> None:
         instance.index = _Note()
+        insort(self._by_rank, instance, key=lambda other: other.rank)
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
+        if instance.index.open:
+            self._by_rank.remove(instance)
         instance.index.open = False
 
     def changed(self, instance: Instance) -> None:
@@ -121,6 +140,10 @@ class PackingRouter:
                 return None
             saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
             return Placement(instance, 0.0 if saved else cost_s, int(need))
+        if self._spreads_long < inf and cost_s > request.itl_slo_s and self._spreads():
+            instance = self._choose_spread(request, need, cost_s, request.arrival_s + waited_s)
+            if instance is not None:
+                return Placement(instance, cost_s, int(need))
         waited = waited_s > self._relieve_after * request.ttft_slo_s
         instance = self._choose_interactive(request, tokens, need, cost_s, everywhere=waited or not self._tight)
         if instance is not None:
@@ -245,6 +268,33 @@ class PackingRouter:
         if passed is not None:
             for entry in passed:
                 heappush(heap, entry)
+        return chosen
+
+    def _spreads(self) -> bool:
+        missed = self._estimates.itl_missed
+        self._spreading = missed > self._spreads_long * (_SPREAD_OFF if self._spreading else 1.0)
+        return self._spreading
+
+    def _choose_spread(self, request: Request, need: float, cost_s: float, now_s: float) -> Instance | None:
+        """For a long prompt: each of its chunks is a step longer than the SLO, which an answer of a few tokens has
+        nothing to average with. Of the instances that bound their prefill, those that packing fills last have the most
+        room; among the first of them with room, the one with the fewest requests whose answer may still be short."""
+        chosen: Instance | None = None
+        fewest = probes = 0
+        for instance in reversed(self._by_rank):
+            if instance.role == "batch" or instance.prefill_limit_s == inf or not self._room_interactive(instance):
+                continue
+            if not (
+                fits(instance, request, need)
+                and self._prefill_fits(instance, request, cost_s, instance.prefill_backlog_s)
+            ):
+                continue
+            young = _young(instance, now_s)
+            if chosen is None or young < fewest:
+                chosen, fewest = instance, young
+            probes += 1
+            if young == 0 or probes >= _PROBES_MAX:
+                break
         return chosen
 
     def _is_usual(self, cost_s: float, need: float) -> bool:
@@ -385,6 +435,21 @@ class PackingRouter:
             alone_s = min(instance.prefill_limit_s, self._prefill_share * self._estimates.ttft_min_s)
             return max(room_s, alone_s)
         return room_s
+
+
+def _young(instance: Instance, now_s: float) -> int:
+    """Interactive requests there without a first token, or with one of late; the last dispatched are the youngest."""
+    young = seen = 0
+    for request in reversed(instance.requests.values()):
+        seen += 1
+        if seen > _YOUNG_MAX:
+            break
+        if not request.interactive:
+            continue
+        if 0.0 <= request.first_token_s < now_s - _YOUNG_S:
+            break
+        young += 1
+    return young
 
 
 def _kv_without_batch(instance: Instance) -> float:

@@ -54,6 +54,8 @@ class Estimates(Protocol):
     """Tightest configured TTFT among the interactive classes that ran; inf before the first."""
     ttft_max_s: float
     """Loosest finite one among the configured interactive classes; inf if there is none."""
+    itl_missed: float
+    """Share of recent interactive requests that missed their ITL SLO, in the class where it is largest."""
 
     @property
     def usual(self) -> UsualSize:
