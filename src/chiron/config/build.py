@@ -60,6 +60,7 @@ def setups(
     if scenario.horizon_s <= begins_s:
         raise ConfigError(f"horizon: {scenario.horizon_s:g} s; it must be above calibration.first ({begins_s:g} s)")
     workloads = {seed: workload_of(scenario, seed, part=part) for seed in chosen}
+    pasts = {seed: history_of(scenario, seed) for seed in chosen}
     staged = dict.fromkeys(bool(choice.stages) for choice in choices.values())
     by_seed = {
         (seed, stages): _served(scenario, workloads[seed], stages=stages) for seed in chosen for stages in staged
@@ -74,6 +75,7 @@ def setups(
             initial=served.initial,
             gpus_max=dict(scenario.gpus),
             workload=workloads[seed],
+            history=pasts[seed],
             policy=choice.policy,
             settings=choice.settings,
             stage_policy=choice.stages,
@@ -184,12 +186,7 @@ def _value_at(path: str) -> Iterator[None]:
 
 def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Workload:
     """The requests of one seed: streams and batch jobs, scaled, and cut at the scenario's duration."""
-    streams, jobs = [], []
-    for i, stream in enumerate(scenario.workload):
-        with _at(f"workload[{i}]"):
-            trace = _trace(scenario, stream, seed, i)
-            cls = scenario.classes[stream.class_]
-            streams.append(Stream(trace=trace, model=stream.model, cls=cls, tenant=stream.key))
+    streams, jobs = _streams(scenario, "workload", scenario.workload, seed, 0), []
     for i, job in enumerate(scenario.batch_job):
         cls = scenario.classes[job.class_]
         with _at(f"batch_job[{i}]"):
@@ -210,6 +207,26 @@ def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Work
             return whole
         span = (0.0, first_s) if part == "calibration" else (first_s, inf)
         return _cut(whole, "calibration.first", *span)
+
+
+def history_of(scenario: Scenario, seed: int) -> Workload | None:
+    """The requests before time 0 of one seed, on a clock of their own that begins at 0; None: there are none."""
+    if not scenario.history:
+        return None
+    streams = _streams(scenario, "history", scenario.history, seed, STREAMS_PER_SEED // 2)
+    with _at("history"):
+        return build_workload(streams, [], seed=seed)
+
+
+def _streams(scenario: Scenario, path: str, sections: Sequence[StreamSection], seed: int, first: int) -> list[Stream]:
+    """``first``: number of the first of them, by which their draws are named."""
+    streams = []
+    for i, section in enumerate(sections):
+        with _at(f"{path}[{i}]"):
+            trace = _trace(scenario, section, seed, first + i)
+            cls = scenario.classes[section.class_]
+            streams.append(Stream(trace=trace, model=section.model, cls=cls, tenant=section.key))
+    return streams
 
 
 def policy_rows() -> list[tuple[str, str, dict[str, str]]]:

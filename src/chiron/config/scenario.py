@@ -63,6 +63,9 @@ class Scenario:
     batch_job: tuple[BatchJobSection, ...] = ()
     calibration: CalibrationSection | None = None
     """What ``chiron tune`` may tune on; None: it is told on the command line, or takes the first part."""
+    history: tuple[StreamSection, ...] = ()
+    """Streams before time 0: a past that every policy has lived through and may have learned from. Nothing of it is
+    counted."""
     policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
     """By label."""
     override: tuple[Override, ...] = ()
@@ -83,6 +86,7 @@ class Scenario:
             self.choice(label, f"compare[{i}]")
         entries = [(f"workload[{i}]", entry.model, entry.class_) for i, entry in enumerate(self.workload)]
         entries += [(f"batch_job[{i}]", job.model, job.class_) for i, job in enumerate(self.batch_job)]
+        entries += [(f"history[{i}]", entry.model, entry.class_) for i, entry in enumerate(self.history)]
         for path, model, cls in entries:
             _require_name(f"{path}.model", model, self.models)
             _require_name(f"{path}.class", cls, self.classes)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any, TextIO
 
 import numpy as np
 
+from chiron.control.learned import Learned
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
 from chiron.fleet.model import FleetModel
@@ -25,6 +26,7 @@ from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
 from chiron.telemetry.run_data import RequestTable
 from chiron.telemetry.summary import summarise
+from chiron.workload.types import Workload
 
 REVERSAL_WINDOW_S = 60.0
 """A plan change against the previous one's direction within this time counts as a reversal, for every policy."""
@@ -49,6 +51,8 @@ def simulate(
     """
     started = time.perf_counter()
     simulation = Simulation(setup, step_mode=step_mode, events=events)
+    if setup.history is not None:
+        simulation.plane.restore(_lived_through(setup, setup.history, step_mode=step_mode), 0.0)
     collecting = gc.isenabled()
     gc.disable()  # Nothing here is cyclic garbage in quantity; scanning a million requests again and again is costly.
     try:
@@ -57,6 +61,14 @@ def simulate(
         if collecting:
             gc.enable()
     return simulation.result(wall_s=time.perf_counter() - started, with_bound=with_bound)
+
+
+def _lived_through(setup: Setup, history: Workload, *, step_mode: bool) -> Learned:
+    """What the policy has learned by the end of the history: from its own fleet's life, as it would have been."""
+    past = replace(setup, workload=history, history=None, horizon_s=float(history.arrival_s[-1]) + 1.0)
+    simulation = Simulation(past, step_mode=step_mode)
+    simulation.run()
+    return simulation.plane.learned(0.0)
 
 
 class Simulation:

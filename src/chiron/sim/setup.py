@@ -30,6 +30,8 @@ class Setup:
     gpus_max: Mapping[str, int] = field(default_factory=dict)
     """GPUs of each type that exist; a type not named is unlimited."""
     workload: Workload
+    history: Workload | None = None
+    """What came before: the policy has lived through it, and what it learned is all that is left of it."""
     policy: str
     """Name in ``policies.registry.POLICIES``."""
     settings: Any
