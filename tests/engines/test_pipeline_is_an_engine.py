@@ -105,6 +105,14 @@ def played(
             when_s = draw.choice((draw.randrange(512) * TICK_S, draw.uniform(0, 8)))
             clock.call_at(when_s, lambda wanted=wanted: engine.scale(wanted))  # type: ignore[misc]
 
+        def fail_one() -> None:
+            up = [each.number for stage in engine._stages for each in stage.replicas]
+            if up:
+                engine.replica_failed(draw.choice(up))
+
+        for _ in range(draw.choice((0, 4, 24)) if scales else 0):
+            clock.call_at(draw.choice((draw.randrange(512) * TICK_S, draw.uniform(0, 8))), fail_one)
+
         def note() -> None:
             listener.log.append((clock.now_s, repr(engine.stage_sample())))
 
@@ -136,6 +144,7 @@ def check_replicas(engine: PipelineModel) -> None:
                 (engine._sequences[i], claim) for i, claim in engine._claims.items() if replica is claim.path[number]
             ]
             decoding = [s for s, _ in inside if s.phase == 3]
+            assert replica.draining or not replica.dead
             assert replica.sequences == len(inside)
             assert replica.batch == len(decoding)
             contexts = sum(s.context + engine.step - s.join_step for s in decoding)
@@ -286,6 +295,41 @@ def test_a_replica_that_goes_keeps_its_sequences_and_one_that_comes_gets_the_new
         clock.step()
     assert (engine.stage_sample().stages[0].ready, engine.stage_sample().stages[0].draining) == (1, 0)
     assert source.held == {}
+
+
+def test_a_replica_that_dies_takes_its_kv_with_it_and_another_one_comes() -> None:
+    """Of three sequences one decodes on it, one is being restored there, one lies elsewhere."""
+    clock = VirtualClock()
+    source = Source(clock, 5.0)
+    bench = Bench(LINE, kv_seconds_per_token=0.0, step_mode=False, seed=1)
+    bench.chattiness = 0.0
+    instance = Instance(1, "m0", kind_of(LINE), "mixed", 0.0)
+    engine = pipeline_of(
+        [LINE, LINE], clock, instance, bench, replicas=[1, 2], source=source, kv_seconds_per_token=0.01
+    )
+    bench.engine = engine
+    for number in range(3):
+        request = Request(number, "m0", CLASSES[1], 0.0, 20, 400)
+        if number == 2:
+            request.tokens_done, request.kv_saved_tokens, request.kv_saved_on = 30, 50, 1
+        bench.start(request)
+    clock.run_until(0.3)
+    first, second = engine._stages[1].replicas
+    assert [each.sequences for each in (first, second)] == [2, 1]
+    prefilled = engine.prefill_tokens
+    engine.replica_failed(first.number)
+    engine.replica_failed(first.number)
+    sample = engine.stage_sample().stages[1]
+    assert (sample.ready, sample.draining, sample.starting) == (1, 1, 1)
+    clock.run_until(1.0)  # The saved KV is in after half a second, and lost.
+    assert [replica.number for replica in engine._stages[1].replicas] == [second.number]
+    assert [second.sequences, engine._stages[0].replicas[0].sequences] == [3, 3]
+    assert engine.prefill_tokens > prefilled + 20 + 50
+    clock.run_until(6.0)
+    assert [replica.number for replica in engine._stages[1].replicas] == [second.number, 1001]
+    while len(bench.ended) < 3:
+        clock.step()
+    assert set(bench.ended.values()) == {"finished"}
 
 
 def test_a_start_that_is_no_longer_wanted_is_given_up() -> None:

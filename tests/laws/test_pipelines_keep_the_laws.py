@@ -83,6 +83,8 @@ def random_setup(seed: int, stage_policy: str, policy: str = "static") -> Setup:
     base = setup_of(rows(seed), policy=policy, profile=ROOMY, initial=draw.randint(1, 2), seed=seed)
     if draw.random() < 0.3:
         base = replace(base, failures=Failures(at=(17.0,)))
+    elif draw.random() < 0.5:
+        base = replace(base, failures=Failures(replica_mtbf_s=20.0, replicas_at=(12.5, 12.5, 30.0)))
     return staged(base, stages, stage_policy, hop_s=draw.choice((0.0, 0.002)), token_bytes=draw.choice((0, 8192)))
 
 
@@ -155,6 +157,28 @@ def test_the_bottleneck_gets_the_replicas_and_the_bill_is_that_of_the_replicas()
         )
         assert simulation.fleet.bill.gpus == 0, "every bill is closed"
         assert simulation.fleet.bill.gpus_peak >= 4
+
+
+@pytest.mark.parametrize("stage_policy", list(STAGE_POLICIES))
+def test_a_replica_that_dies_costs_time_and_no_request(stage_policy: str) -> None:
+    """Also the only one of its stage: what comes waits for the next one."""
+    sound = staged(setup_of(rows(5), profile=ROOMY), [ROOMY, ROOMY], stage_policy)
+    ended = {}
+    for name, failures in (("none", Failures()), ("often", Failures(replica_mtbf_s=8.0, replicas_at=(1.0, 1.0)))):
+        simulation = Simulation(replace(sound, failures=failures))
+        simulation.run()
+        result = simulation.result(wall_s=0.0)
+        table = result.requests
+        assert set(table.outcome.tolist()) == {0}
+        assert table.output_tokens.sum() == sum(row[2] for row in rows(5))
+        assert result.summary["gpu_hours"] >= result.summary["gpu_hours_bound"] * (1 - 1e-9)
+        assert simulation.fleet.bill.gpus == 0, "every bill is closed"
+        ended[name] = (
+            float(table.finish_s.mean()),
+            simulation.fleet.bill.cold_starts + simulation.fleet.bill.warm_starts,
+        )
+    assert ended["often"][0] > ended["none"][0]
+    assert ended["often"][1] > ended["none"][1] + 2, "each is replaced"
 
 
 def test_no_decision_about_stages_reads_the_future() -> None:

@@ -18,6 +18,9 @@ that is added gets only new sequences; one that is removed takes none and is sto
 advance in step, at the pace of the busiest replica: after a replica was added, those on its empty neighbour wait for
 the others, where a real pipeline would let them run ahead. This errs against pipelines, for as long as answers last.
 
+A replica that dies takes the KV on it with it. At the end of the round under way its sequences queue again in front,
+and are prefilled from their tokens through all stages: a real head sends them through those up to the lost one only.
+
 All of these are linear in the steps of a segment, so k rounds have a closed form as in ``engines.model``; where another
 of them becomes the longest the segment ends (``_rebase_at``). With one stage, one replica and free hops every number is
 that of ``EngineModel``, to the bit. An event costs O(replicas of all stages); a round without events costs nothing.
@@ -77,12 +80,14 @@ class StageTimes:
 class _Replica:
     """What one replica of a stage holds."""
 
-    __slots__ = ("attention", "batch", "context", "draining", "kv", "number", "sequences", "stage", "tokens")
+    __slots__ = ("attention", "batch", "context", "dead", "draining", "kv", "number", "sequences", "stage", "tokens")
 
     def __init__(self, stage: int, number: int) -> None:
         self.stage = stage
         self.number = number
         self.draining = False
+        self.dead = False
+        """With the KV on it: it goes as one that drains, and its sequences begin again from their tokens."""
         self.sequences = 0
         """All that have a place here."""
         self.batch = 0
@@ -206,7 +211,7 @@ class PipelineModel(EngineModel):
             live = [each for each in stage.replicas if not each.draining]
             missing = wanted - len(live) - len(stage.starting)
             for each in stage.replicas:
-                if each.draining and missing > 0:
+                if each.draining and not each.dead and missing > 0:
                     each.draining = False
                     missing -= 1
             for _ in range(missing):
@@ -224,6 +229,22 @@ class PipelineModel(EngineModel):
         self.tell_capacity()
         if self._waiting:
             self._wake()
+
+    def replica_failed(self, number: int) -> None:
+        """It died. Another one is started in its place, as whoever keeps the plan's number would."""
+        for at, stage in enumerate(self._stages):
+            for replica in stage.replicas:
+                if replica.number != number or replica.dead:
+                    continue
+                if not replica.draining:
+                    self._start(at)
+                replica.dead = replica.draining = self._draining = True
+                self.tell_capacity()
+                if self._due_s == inf and not self._in_boundary:
+                    self._clock.call_at(self._clock.now_s, self._boundary_when_idle)
+                else:
+                    self._cut()
+                return
 
     def stage_sample(self) -> PipelineSample:
         """What a scrape of the stages would read now."""
@@ -282,11 +303,12 @@ class PipelineModel(EngineModel):
         self._recount()
 
     def _recount(self) -> None:
-        """KV of the stage that has least, over all its replicas: no more fits at once, wherever sequences lie."""
+        """KV of the stage that has least, over all its replicas: no more fits at once, wherever sequences lie. A stage
+        that has lost them all will have one again."""
         self._draining = any(each.draining for stage in self._stages for each in stage.replicas)
         times = self._stage_times
         self.kv_capacity_tokens = min(
-            len(stage.replicas) * times[number].kv_capacity_tokens for number, stage in enumerate(self._stages)
+            max(1, len(stage.replicas)) * times[number].kv_capacity_tokens for number, stage in enumerate(self._stages)
         )
 
     def tell_capacity(self) -> None:
@@ -404,6 +426,8 @@ class PipelineModel(EngineModel):
                 self._restoring -= 1
                 self._join_decoding(sequence, sequence.context)
             self._ready.clear()
+            changed = True
+        if self._draining and self._lose():
             changed = True
         while (full := self._overfull()) is not None:
             if not self._preempt_on(full):
@@ -605,12 +629,35 @@ class PipelineModel(EngineModel):
         else:
             sequence = next(s for s in reversed(self._decoding.values()) if replica in self._claims[s.request.id].path)
             self._leave_decoding(sequence)
+        self._queue_again(sequence)
+        return True
+
+    def _lose(self) -> bool:
+        """Sequences whose KV died with a replica begin again from their tokens, in front of the queue. Whether there
+        were any; saved KV that is on its way in is lost once it is there."""
+        lost = [
+            sequence
+            for number, claim in self._claims.items()
+            if any(replica.dead for replica in claim.path)
+            for sequence in (self._sequences[number],)
+            if sequence.phase != RESTORING
+        ]
+        for sequence in reversed(lost):
+            if sequence.phase == PREFILL:
+                self._prefilling.remove(sequence)
+                self.kv_used_tokens -= sequence.prompt
+                self._release(sequence.request.id)
+            else:
+                self._leave_decoding(sequence)
+            self._queue_again(sequence)
+        return bool(lost)
+
+    def _queue_again(self, sequence: EngineSequence) -> None:
         sequence.phase = WAITING
         sequence.prefilled = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated
         self._waiting.appendleft(sequence)
         self._waiting_tokens += sequence.prompt
-        return True
 
     # -- what the stages have done -----------------------------------------------------------------------------
 

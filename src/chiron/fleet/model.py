@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
 from random import Random
-from typing import Protocol
+from typing import Protocol, cast
 
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, FleetEvents
@@ -40,6 +40,16 @@ class Failures:
     """Seconds at which one ready instance, drawn by seed, fails."""
     start_failure: float = 0.0
     """Probability that a start fails when its time is over."""
+    replica_mtbf_s: float = inf
+    """Likewise of one replica of a stage, in pipelines."""
+    replicas_at: tuple[float, ...] = ()
+    """Seconds at which one replica of a stage, drawn by seed, fails."""
+
+
+class StagedEngine(ModelledEngine, Protocol):
+    """One whose stages have replicas that can be killed."""
+
+    def replica_failed(self, number: int) -> None: ...
 
 
 class FleetModel:
@@ -69,7 +79,14 @@ class FleetModel:
         self._billed_from: dict[int, float] = {}
         self._billed: dict[int, Instance] = {}
         self._nodes = Nodes(clock, cold_start.warm_for_s)
-        self.replicas = ReplicaFleet(clock=clock, cold_start=cold_start, seed=seed, bill=self.bill)
+        self.replicas = ReplicaFleet(
+            clock=clock,
+            cold_start=cold_start,
+            seed=seed,
+            bill=self.bill,
+            mtbf_s=self._failures.replica_mtbf_s,
+            failed=self._replica_failed,
+        )
         """Of the stages of instances that are pipelines."""
         self._up: dict[int, list[list[int]]] = {}
         """Replicas of each stage of a pipeline that has no engine yet."""
@@ -82,6 +99,8 @@ class FleetModel:
         """Instances fail at their times from now on."""
         for when_s in self._failures.at:
             self._clock.call_at(when_s, self.fail_one)
+        for when_s in self._failures.replicas_at:
+            self._clock.call_at(when_s, self.replicas.fail_one)
 
     def create(self, instance: Instance) -> None:
         if instance.kind.pipeline is not None:
@@ -176,6 +195,11 @@ class FleetModel:
         for number, stage in enumerate(stages):
             for _ in range(stage.min_replicas):
                 self.replicas.start(instance, number, lambda replica, _, at=number: up(at, replica))  # type: ignore[misc]
+
+    def _replica_failed(self, instance: Instance, number: int) -> None:
+        engine = self.engines.get(instance.id)
+        if engine is not None:  # Else the pipeline is still starting: it has lost nothing yet.
+            cast(StagedEngine, engine).replica_failed(number)
 
     def _heard_by(self) -> FleetEvents:
         assert self.listener is not None

@@ -9,6 +9,7 @@ number of the start.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, isfinite
 from random import Random
 
 from chiron.core.clock import VirtualClock
@@ -20,7 +21,7 @@ from chiron.fleet.starts_model import ColdStart, Nodes
 class _Start:
     """A replica that is up or on its way."""
 
-    __slots__ = ("asked_s", "billed_s", "instance", "stage")
+    __slots__ = ("asked_s", "billed_s", "instance", "stage", "up")
 
     def __init__(self, instance: Instance, stage: StageKind, asked_s: float) -> None:
         self.instance = instance
@@ -28,12 +29,24 @@ class _Start:
         self.asked_s = asked_s
         self.billed_s = -1.0
         """Since when it is billed; below 0: not yet."""
+        self.up = False
 
 
 class ReplicaFleet:
     """Implements ``ReplicaSource``."""
 
-    def __init__(self, *, clock: VirtualClock, cold_start: ColdStart, seed: int, bill: Bill) -> None:
+    def __init__(
+        self,
+        *,
+        clock: VirtualClock,
+        cold_start: ColdStart,
+        seed: int,
+        bill: Bill,
+        mtbf_s: float = inf,
+        failed: Callable[[Instance, int], None] = lambda instance, number: None,
+    ) -> None:
+        """``failed`` hears of replicas that die: at random with a mean of ``mtbf_s`` between two failures of one, and
+        by ``fail_one``. Whoever has it then stops it."""
         self._clock = clock
         self._cold_start = cold_start
         self._seed = seed
@@ -42,6 +55,11 @@ class ReplicaFleet:
         self._held: dict[int, _Start] = {}
         self._starts: dict[tuple[int, int], int] = {}
         """Starts so far, by instance and stage."""
+        self._lives: dict[tuple[int, int], int] = {}
+        """Likewise of those that came up."""
+        self._mtbf_s = mtbf_s
+        self._failed = failed
+        self._failure_draws = Random(f"{seed}:replica-failures")
         self._next = 1
 
     def start(self, instance: Instance, stage: int, up: Callable[[int, float], None]) -> int:
@@ -62,6 +80,7 @@ class ReplicaFleet:
         def loaded() -> None:
             if number in self._held:
                 self._bill.loading_gpu_seconds += load_s * kind.gpus
+                self._live(number, stage)
                 up(number, self._clock.now_s - held.asked_s)
 
         if wait_s > 0.0:
@@ -76,7 +95,29 @@ class ReplicaFleet:
         self._next += 1
         held = self._held[number] = _Start(instance, _stages(instance)[stage], self._clock.now_s)
         self._bill_from_now(held, warm=None)
+        self._live(number, stage)
         return number
+
+    def fail_one(self) -> None:
+        """One that is up, drawn by seed, dies."""
+        up = sorted(number for number, held in self._held.items() if held.up)
+        if up:
+            self._fail(up[self._failure_draws.randrange(len(up))])
+
+    def _live(self, number: int, stage: int) -> None:
+        held = self._held[number]
+        held.up = True
+        if isfinite(self._mtbf_s):
+            key = (held.instance.id, stage)
+            count = self._lives[key] = self._lives.get(key, 0) + 1
+            draw = Random(f"{self._seed}:replica-life:{held.instance.id}:{stage}:{count}")
+            self._clock.call_later(draw.expovariate(1.0 / self._mtbf_s), lambda: self._fail(number))
+
+    def _fail(self, number: int) -> None:
+        held = self._held.get(number)
+        if held is not None and held.up:
+            held.up = False
+            self._failed(held.instance, number)
 
     def stop(self, replica: int) -> None:
         held = self._held.pop(replica, None)
