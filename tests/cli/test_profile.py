@@ -115,6 +115,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_plot_draws_what_was_fitted_and_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("matplotlib.legend.Legend._find_best_position", lambda *_: pytest.fail("a legend has no place"))

@@ -289,6 +289,7 @@ def test_a_watched_batch_is_told_in_lines_where_there_is_no_terminal(
     assert said == ["b: in progress, 2 of 9 items (22.2 %)", "no answer; trying again"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_watching_and_says_that_the_batch_goes_on(gateway: Gateway, here: Path) -> None:
     url = ["--url", gateway.url]
     many = write_requests(here / "r.jsonl", 2000, tokens=4000)

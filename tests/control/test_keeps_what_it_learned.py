@@ -88,6 +88,7 @@ def mistakes(found: dict[float, int], right: dict[float, int]) -> list[int]:
     return [min(abs(count - right[n]) for n in around) for count, around in zip(found.values(), near, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_restart_in_the_middle_of_a_day_changes_no_plan_by_much(
     without_restart: tuple[dict[float, int], Learned],
 ) -> None:

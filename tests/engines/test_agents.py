@@ -18,6 +18,9 @@ from pydantic import BaseModel, Field
 from chiron.engines.serve.toy import toy_model
 from engine_process import EngineProcess, Stream, connected, limits, metrics, until
 
+pytestmark = pytest.mark.slow
+"""Two engines and their model take ten seconds of a core."""
+
 SAY: Any = [{"role": "user", "content": "Order three apples."}]
 QUIET = {"role": "system", "content": "x"}
 ENGINES = ("emulated", "openvino")

@@ -19,6 +19,9 @@ from chiron.engines.serve.toy import toy_model
 from chiron.net.client import Origin
 from engine_process import EngineProcess, Stream, connected, limits, metrics, until
 
+pytestmark = pytest.mark.slow
+"""A real model takes ten seconds of a core."""
+
 MODULE = "chiron.engines.serve.openvino"
 PATH = "/v1/completions"
 QUEUE_MAX = 24

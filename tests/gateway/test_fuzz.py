@@ -74,6 +74,7 @@ def try_out(operation: Any, mode: Any, count: int) -> None:
 MODES = ("positive", "negative")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_operation_does_what_the_document_says(site: FaultSite, mode: str) -> None:
     tried = fuzz(site, mode, 2)
@@ -91,6 +92,7 @@ PURPOSE, FILE = ("purpose", (None, "batch")), ("file", ("a.jsonl", b"\xff{}"))
 EXPIRES = [("expires_after[anchor]", (None, "created_at")), ("expires_after[seconds]", (None, "3600"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "right"),
     [

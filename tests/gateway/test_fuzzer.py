@@ -29,6 +29,7 @@ def run(directory: Path, requests: int, seed: int) -> None:
     assert not list(directory.iterdir())
 
 
+@pytest.mark.slow
 def test_mutated_requests_get_answers_that_are_in_order(tmp_path: Path) -> None:
     run(tmp_path, 250, seed=7)
 

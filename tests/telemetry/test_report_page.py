@@ -509,6 +509,7 @@ def test_figures_are_written_in_each_format_and_the_same_again(tmp_path: Path) -
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_figures_show_a_limit_far_beyond_what_happened(tmp_path: Path) -> None:
     # Warnings are errors here: a label outside its chart makes matplotlib give up the layout.
     quick = small()
@@ -517,6 +518,7 @@ def test_figures_show_a_limit_far_beyond_what_happened(tmp_path: Path) -> None:
     assert write_figures([replace(quick, requests=table)], tmp_path, formats=("svg",))
 
 
+@pytest.mark.slow
 def test_figures_of_an_empty_run_and_of_a_wrong_format(tmp_path: Path) -> None:
     bare = replace(small(), fleet=(), batch_sizes=(), decisions=())
     assert write_figures([bare], tmp_path, formats=("svg",))

@@ -190,6 +190,7 @@ def test_a_packaged_model_with_tables_that_do_not_fit_is_refused(
         load_trace(tmp_path / "odd.npz", duration_s=600)
 
 
+@pytest.mark.slow
 def test_a_packaged_model_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     whole = resources.files("chiron").joinpath("data/traces/servegen-m-small.npz").read_bytes()
     for size in (0, 10, 5_000, len(whole) // 2, len(whole) - 1):

@@ -53,6 +53,7 @@ UNITS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_body_of_30_mib_takes_little_memory_and_time_whatever_it_is_made_of() -> None:
     command = [sys.executable, "-c", ATTACK, *UNITS]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
