@@ -106,7 +106,7 @@ def test_a_grid_that_was_killed_goes_on(tmp_path: Path) -> None:
 
 def test_the_command_writes_table_json_and_page_and_simulates_nothing_twice(scenario: Path) -> None:
     out = scenario.with_name("grid")
-    options = ("--loads", "0.5,1", "--seeds", "1..2", "-p", "static", "-p", "hpa-queue", "--jobs", 1, "--out", out)
+    options = ("--loads", "0.5,1", "--seeds", "1", "-p", "static", "-p", "hpa-queue", "--jobs", 1, "--out", out)
     first = call("compare", scenario, *options)
     assert first.exit_code == 0, first.output
     assert "scenario generated, load 0.5" in first.stdout
@@ -117,7 +117,7 @@ def test_the_command_writes_table_json_and_page_and_simulates_nothing_twice(scen
     assert "Attainment by class against GPU-hours, load 0.5" in page
     assert page.count("<figure") == 2
     again = call("compare", scenario, *options)
-    assert "8 simulations known already" in again.stderr
+    assert "4 simulations known already" in again.stderr
     assert again.stdout == first.stdout
 
 

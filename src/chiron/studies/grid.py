@@ -7,7 +7,7 @@ less spread than the figures have.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from chiron.config.build import setups
@@ -79,8 +79,13 @@ def grid(scenario: Scenario, asked: Asked, runner: Runner) -> list[Cell]:
             (setup.label, setup.seed): outcome for setup, outcome in zip(made, ended, strict=True)
         }
         base = _runs(outcomes, asked.baseline)
+        bounds = [run["gpu_hours_bound_full"] for run in _runs(outcomes, asked.policies[0]).values()]
         cells += [
-            _cell(load, policy, outcomes, None if policy == asked.baseline else base) for policy in asked.policies
+            replace(
+                _cell(load, policy, outcomes, None if policy == asked.baseline else base),
+                bound=sum(bounds) / len(bounds) if bounds else None,
+            )
+            for policy in asked.policies
         ]
     return cells
 
@@ -102,7 +107,6 @@ def _cell(
         return Cell(load=load, policy=policy, runs={}, failed=failed)
     summaries = list(runs.values())
     classes = list(dict.fromkeys(name for summary in summaries for name in summary["attainment"]))
-    bounds = [s["gpu_hours_bound_full"] for s in summaries if s.get("gpu_hours_bound_full") is not None]
     return Cell(
         load=load,
         policy=policy,
@@ -115,7 +119,6 @@ def _cell(
         worst=min(worst_class(summary) for summary in summaries),
         gpu_hours=estimate([summary["gpu_hours"] for summary in summaries], least=0.0),
         cost=_cost(summaries),
-        bound=sum(bounds) / len(bounds) if bounds else None,
         gpu_hours_over_baseline=_paired(runs, base, lambda mine, theirs: mine["gpu_hours"] / theirs["gpu_hours"] - 1.0),
         attainment_over_baseline=_paired(runs, base, lambda mine, theirs: worst_class(mine) - worst_class(theirs)),
     )

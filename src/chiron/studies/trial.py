@@ -20,6 +20,7 @@ Summary = Mapping[str, Any]
 
 NOT_IN_KEY = ("scenario", "scenario_text", "label", "workload")
 """Fields of a setup that are names, and the workload, which counts by its content."""
+BOUNDS = ("gpu_hours_bound", "gpu_hours_bound_full", "cost_bound")
 CODE = ("core", "control", "engines", "fleet", "policies", "runtime", "sim", "telemetry", "workload")
 """Packages that a simulation runs."""
 
@@ -53,7 +54,8 @@ def trial(setup: Setup, *, name: str = "", with_bound: bool = False) -> Trial:
 def simulated(setup: Setup, *, with_bound: bool) -> Summary:
     summary = dict(simulate(setup, with_bound=with_bound).summary)
     del summary["wall_s"]
-    return summary
+    # Without a bound they are 0, which reads as a figure.
+    return summary if with_bound else summary | dict.fromkeys(BOUNDS)
 
 
 def workload_digest(setup: Setup) -> str:

@@ -54,4 +54,10 @@ class Ruled:
 
 
 def figures(attainment: float, gpu_hours: float) -> dict[str, Any]:
-    return {"attainment": {"chat": attainment}, "gpu_hours": gpu_hours, "cost": gpu_hours * 2, "gpus_peak": 4}
+    return {
+        "attainment": {"chat": attainment},
+        "gpu_hours": gpu_hours,
+        "cost": gpu_hours * 2,
+        "gpus_peak": 4,
+        "gpu_hours_bound_full": 0.5,
+    }
