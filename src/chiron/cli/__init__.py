@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "chiron.cli.simulate.command:compare",
     "bound": "chiron.cli.simulate.command:bound",
     "tune": "chiron.cli.studies.tune:tune",
+    "plan": "chiron.cli.studies.plan:plan",
     "explain": "chiron.cli.explain.command:explain",
     "advice": "chiron.cli.advice:advice",
     "replay": "chiron.cli.replay:replay",
