@@ -32,6 +32,7 @@ def section(heading: str) -> str:
         ("aibrix-apa", "`aibrix-apa`"),
         ("aibrix-kpa", "`aibrix-kpa`"),
         ("wva-saturation", "`wva-saturation`"),
+        ("wva-queueing", "`wva-queueing`"),
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),

@@ -20,6 +20,7 @@ from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
 from chiron.policies.rivals.static import StaticSettings, make_static
 from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings, make_wva
+from chiron.policies.rivals.wva_queueing import WvaQueueingSettings, make_wva_queueing
 
 POLICIES: dict[str, PolicyEntry] = {
     "chiron": PolicyEntry(
@@ -106,6 +107,11 @@ POLICIES: dict[str, PolicyEntry] = {
         settings=WvaTokensSettings,
         make=make_wva,
         about="llm-d's Workload Variant Autoscaler by tokens of KV (V2), followed by an HPA",
+    ),
+    "wva-queueing": PolicyEntry(
+        settings=WvaQueueingSettings,
+        make=make_wva_queueing,
+        about="llm-d's Workload Variant Autoscaler by a queueing model and SLOs, followed by an HPA",
     ),
     "dynamo-planner": PolicyEntry(
         settings=DynamoSettings,
