@@ -32,6 +32,8 @@ from chiron.studies.trial import Outcome, Trial, simulated
 START_WITHIN_S = 120.0
 """A worker that has not said hello by then is given up: a Ray cluster may take a while to answer."""
 END_WITHIN_S = 60.0
+STOP_WITHIN_S = 5.0
+"""Between a worker's last word and its end."""
 LINE_BYTES_MAX = 16 * 1024 * 1024
 STDERR_SHOWN = 2000
 SLOTS_MAX = 4096
@@ -213,7 +215,12 @@ def _listen(worker: _Worker, news: queue.SimpleQueue[_Said]) -> None:
 
 def _ended(worker: _Worker) -> tuple[str, str]:
     """How a process ended, and what it printed last."""
-    how = _how_it_ended(worker.process.wait())
+    try:
+        how = _how_it_ended(worker.process.wait(timeout=STOP_WITHIN_S))
+    except subprocess.TimeoutExpired:  # It is there, and says what nobody can read.
+        worker.process.kill()
+        worker.process.wait()
+        how = "said what cannot be read"
     with worker.stderr:
         worker.stderr.seek(0)
         details = worker.stderr.read().decode(errors="replace").strip()[-STDERR_SHOWN:]
