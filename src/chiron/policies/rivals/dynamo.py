@@ -24,9 +24,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
+from typing import Annotated
 
 from chiron.policies.capacity import capacity, prefill_s, work_s
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.forecasters import Fitted, KalmanNoise, Method, arima, holt_winters, kalman, needs
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -38,18 +40,18 @@ MOST_VALUES = 500
 class DynamoSettings:
     predictor: Method = "arima"
     """Forecaster of each series (Dynamo's default, as all but the last; it has no holt-winters)."""
-    interval_s: float = 180.0
+    interval_s: Annotated[float, Between(30.0, 300.0, log=True)] = 180.0
     """Between decisions by throughput."""
     kalman_level: float = 1.0
     kalman_trend: float = 0.1
     kalman_observation: float = 10.0
     min_endpoint: int = 1
-    load: bool = False
+    load: Annotated[bool, AnyOf((True, False))] = False
     """Decides by load, too."""
     load_interval_s: float = 5.0
-    load_sensitivity: float = 0.8
+    load_sensitivity: Annotated[float, Between(0.4, 1.0)] = 0.8
     """Share of the SLA that is left to a fleet of one less."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Literal
+from typing import Annotated, Literal
 
 from chiron.policies.capacity import arrivals_s, capacity
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals.forecasters import Fitted, arima, holt_winters, needs
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
@@ -30,13 +31,13 @@ MOST_VALUES = 1440
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastSettings:
     method: Literal["arima", "holt-winters"] = "arima"
-    period_s: float = 60.0
+    period_s: Annotated[float, Between(15.0, 300.0, log=True)] = 60.0
     """Of a value of the series, and between decisions. Ours, as all that follow but the last."""
     season_s: float = 0.0
     """Of Holt-Winters; 0: none. It counts once two of them have been seen."""
-    utilisation: float = 0.8
+    utilisation: Annotated[float, Between(0.2, 1.0)] = 0.8
     """Share of an instance's capacity that the forecast may take."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:

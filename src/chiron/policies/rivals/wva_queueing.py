@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import ceil, inf
+from typing import Annotated
 
 import numpy as np
 
 from chiron.policies.policy import Policy
+from chiron.policies.ranges import Between
 from chiron.policies.rivals.llmd import Followed, follow
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, ModelPlan, ModelView, StepTimes
 
@@ -35,12 +37,12 @@ STEPS = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WvaQueueingSettings:
-    rate_window_s: float = 60.0
+    rate_window_s: Annotated[float, Between(15.0, 300.0, log=True)] = 60.0
     """Of the arrival rate (the code's default, as all but the last two)."""
     sync_s: float = 15.0
-    stabilise_up_s: float = 240.0
+    stabilise_up_s: Annotated[float, Between(15.0, 240.0, log=True)] = 240.0
     """The HPA of the chart, as the next six."""
-    stabilise_down_s: float = 240.0
+    stabilise_down_s: Annotated[float, Between(60.0, 900.0, log=True)] = 240.0
     up_pods: int = 10
     up_percent: float = 0.0
     up_period_s: float = 150.0
@@ -48,7 +50,7 @@ class WvaQueueingSettings:
     down_period_s: float = 150.0
     stale_s: float = 30.0
     """A scrape older than this is missing. Our choice."""
-    max_num_seqs: int = 256
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
