@@ -42,6 +42,7 @@ def client(directory: Path, body: str, *, connect_s: float = 60.0, answer_s: flo
         (f"{READY}; print('{{}}', flush=True)", "the agent's answer cannot be read: KeyError: 'nodes'"),
         (answer(phase="fine"), "phase 'fine'"),
         (answer(port=70_000), "port 70000"),
+        (answer(host="10.0.0.1/x?"), "host '10.0.0.1/x"),
     ],
 )
 def test_an_agent_that_fails_is_an_error_in_words(body: str, reason: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from child_processes import children
 from chiron.fleet.port import FleetEnvironment, KindReport
-from chiron.fleet.ray.cluster import Answer, Question, RayError, new_name
+from chiron.fleet.ray.cluster import Answer, Question, RayError, new_name, read_name
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.instances import RayInstances, RayTimes
 from chiron.fleet.ray.source import RaySource
@@ -504,6 +504,10 @@ def test_a_name_that_is_not_ours_is_left_alone_and_a_question_names_who_asks(tmp
         client = site.ray.connect(SOURCE)
         mine = new_name("chiron", "org/model:7b", SOURCE.fingerprint)
         assert mine.startswith("chiron:chiron:org%2Fmodel%3A7b:")
+        read = read_name(new_name("chiron", "org/model:7b", SOURCE.fingerprint, "0a1b2c3d"))
+        assert read is not None
+        assert (read.kind, read.owner) == ("org/model:7b", "0a1b2c3d")
+        assert [read_name(f"{mine}{more}") for more in ("\n", ":", "\x1b[1m")] == [None] * 3
         assert (await client.ask(Question(stop={"somebody's": 1.0}, holder="x"))).instances == ()
         site.ray.answers = False
         with pytest.raises(RayError, match="the head is away"):

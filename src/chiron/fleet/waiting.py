@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+
+class Ending(Protocol):
+    """Of something that was waited for."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+Loss = TypeVar("Loss", bound=Ending)
 
 
 async def heard(event: asyncio.Event, timeout_s: float) -> bool:
@@ -13,6 +25,21 @@ async def heard(event: asyncio.Event, timeout_s: float) -> bool:
     except TimeoutError:
         return event.is_set()
     return True
+
+
+async def unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -> Loss | None:
+    """None once ``work`` is done; the loss if that comes first."""
+    task = asyncio.get_running_loop().create_task(work)
+    try:
+        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            return lost.result()
+        await task
+        return None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
 
 
 async def pause(seconds: float) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -49,7 +49,7 @@ class Target:
     """Requests at replicas; ``{application}`` and ``{deployment}`` are filled in."""
     queued_query: str = QUEUED
     """Requests that wait at handles; no series means none."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """Of a cluster with tokens; not shown."""
     period_s: float = 1.0
 

@@ -72,19 +72,11 @@ class RealRay:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
-        while left := self.processes():  # Engines, and what a kill has left behind.
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
+        end_marked(self.mark)  # Engines, and what a kill has left behind.
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """Those with this word in their command."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(_MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return [process for process in found if not word or word in _words(process)]
+        return [process for process in marked(self.mark) if not word or word in _words(process)]
 
     def _ask(self, what: object) -> object:
         assert self._process.stdin is not None
@@ -113,6 +105,23 @@ def real_ray() -> Iterator[RealRay]:
     finally:
         ray.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """All processes with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def end_marked(mark: str) -> None:
+    while left := marked(mark):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def _words(process: psutil.Process) -> str:

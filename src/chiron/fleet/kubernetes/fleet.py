@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
@@ -18,10 +17,11 @@ from chiron.fleet.kubernetes.access import find_access
 from chiron.fleet.kubernetes.client import Client
 from chiron.fleet.kubernetes.pods import FOR_CLIENTS, Pod, read_address
 from chiron.fleet.kubernetes.source import KubernetesSource
-from chiron.fleet.kubernetes.workload import Hold, Loss, StartFailedError, Workload
+from chiron.fleet.kubernetes.workload import Hold, StartFailedError, Workload
 from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
+from chiron.fleet.waiting import unless
 
 log = logging.getLogger("chiron.fleet")
 
@@ -157,7 +157,7 @@ class KubernetesFleet:
         starts.succeeded(record)
         lasted = asyncio.get_running_loop().call_later(self._settings.backoff.stable_after_s, starts.lasted)
         record.resources.callback(lasted.cancel)
-        if (loss := await _unless(hold.lost, probe.until_failed(record.check_now))) is not None:
+        if (loss := await unless(hold.lost, probe.until_failed(record.check_now))) is not None:
             raise (PodTakenError if loss.taken else InstanceFailedError)(loss.reason)
         workload.replace(hold)
         raise InstanceFailedError(f"pod {pod.name} stopped answering: {probe.reason}")
@@ -166,7 +166,7 @@ class KubernetesFleet:
         """False: its pod was lost before it did."""
         try:
             async with asyncio.timeout(source.start_timeout_s):
-                return await _unless(hold.lost, probe.until_passed(record.check_now)) is None
+                return await unless(hold.lost, probe.until_passed(record.check_now)) is None
         except TimeoutError:
             # Not deleted: it has never been seen to be an engine, and may be whatever somebody has named.
             raise InstanceFailedError(
@@ -197,21 +197,6 @@ class KubernetesFleet:
             known=state.known,
             notes=state.notes,
         )
-
-
-async def _unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -> Loss | None:
-    """None once ``work`` is done; the loss if the pod is lost first."""
-    task = asyncio.get_running_loop().create_task(work)
-    try:
-        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
-        if lost.done():
-            return lost.result()
-        await task
-        return None
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
 
 
 def _url(pod: Pod, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from chiron.fleet.ray import agent
 from chiron.fleet.ray.cluster import PHASES, Answer, Node, Question, RayError, Seen
 
 ANSWER_BYTES_MAX = 32 * 1024 * 1024
+_HOST = re.compile(r"[\w.:-]{0,255}", re.ASCII)
 _STDERR_KEPT = 2000
 """Last characters of what an agent prints."""
 
@@ -157,6 +159,8 @@ def _seen(each: Mapping[str, Any]) -> Seen:
     port = int(each["port"])
     if not 0 <= port <= 65_535:
         raise ValueError(f"port {port}")
+    if not _HOST.fullmatch(str(each["host"])):
+        raise ValueError(f"host {str(each['host'])[:80]!r}")
     return Seen(
         name=str(each["name"]),
         phase=each["phase"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,13 @@ class Name:
         return f"chiron:{self.namespace}:{quote(self.kind, safe='')}:{self.fingerprint}:{mine}{self.number}"
 
 
+_NAME = re.compile(
+    r"chiron:(?P<namespace>[\w.-]{1,100}):(?P<kind>[\w.~%-]{1,1000}):(?P<fingerprint>[0-9a-f]{12})"
+    r":((?P<owner>[0-9a-f]{8})-)?(?P<number>[0-9a-f]{8})",
+    re.ASCII,
+)
+
+
 def new_name(namespace: str, kind: str, fingerprint: str, owner: str = "") -> str:
     number = secrets.token_hex(4)
     return str(Name(namespace=namespace, kind=kind, fingerprint=fingerprint, owner=owner, number=number))
@@ -40,11 +48,16 @@ def new_name(namespace: str, kind: str, fingerprint: str, owner: str = "") -> st
 
 def read_name(text: str) -> Name | None:
     """None: not one of ours."""
-    parts = text.split(":")
-    if len(parts) != 5 or parts[0] != "chiron":
+    found = _NAME.fullmatch(text)
+    if found is None:
         return None
-    owner, _, number = parts[4].rpartition("-")
-    return Name(namespace=parts[1], kind=unquote(parts[2]), fingerprint=parts[3], owner=owner, number=number)
+    return Name(
+        namespace=found["namespace"],
+        kind=unquote(found["kind"]),
+        fingerprint=found["fingerprint"],
+        owner=found["owner"] or "",
+        number=found["number"],
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from chiron.core.types import Instance
@@ -22,6 +22,7 @@ from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
+from chiron.fleet.waiting import unless
 
 log = logging.getLogger("chiron.fleet")
 
@@ -168,15 +169,15 @@ class RayFleet:
 
     async def _run(self, record: InstanceRecord, hold: Hold, starts: Starts) -> None:
         source = self._sources[record.instance.kind.name]
-        _raise(await _unless(hold.lost, _result(hold.placed)), ready=False)
+        _raise(await unless(hold.lost, _result(hold.placed)), ready=False)
         hold.placed.result()
         try:
             async with asyncio.timeout(source.start_timeout_s):
-                _raise(await _unless(hold.lost, _result(hold.url)), ready=False)
+                _raise(await unless(hold.lost, _result(hold.url)), ready=False)
                 url = hold.url.result()
                 probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
                 record.resources.push_async_callback(probe.close)
-                _raise(await _unless(hold.lost, probe.until_passed(record.check_now)), ready=False)
+                _raise(await unless(hold.lost, probe.until_passed(record.check_now)), ready=False)
         except TimeoutError:
             why = probe.reason if hold.url.done() else hold.why or "it has printed no ready line"
             raise InstanceFailedError(f"it was not ready within {source.start_timeout_s:g} s: {why}") from None
@@ -184,7 +185,7 @@ class RayFleet:
         starts.succeeded(record)
         lasted = asyncio.get_running_loop().call_later(self._settings.backoff.stable_after_s, starts.lasted)
         record.resources.callback(lasted.cancel)
-        _raise(await _unless(hold.lost, probe.until_failed(record.check_now)), ready=True)
+        _raise(await unless(hold.lost, probe.until_failed(record.check_now)), ready=True)
         raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
     def _kind(self, kind: str) -> KindReport:
@@ -213,21 +214,6 @@ def _options(address: str, namespace: str, python: str) -> str:
 
 async def _result(future: asyncio.Future[Any]) -> None:
     await asyncio.wait((future,))
-
-
-async def _unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) -> Loss | None:
-    """None once ``work`` is done; the loss if the instance is lost first."""
-    task = asyncio.get_running_loop().create_task(work)
-    try:
-        await asyncio.wait((task, lost), return_when=asyncio.FIRST_COMPLETED)
-        if lost.done():
-            return lost.result()
-        await task
-        return None
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
 
 
 def _raise(loss: Loss | None, *, ready: bool) -> None:
