@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
+
+import numpy as np
+import pytest
 
 from chiron.policies.chiron import decide_fleet
 from chiron.policies.chiron_load import first_memory
 from chiron.policies.chiron_settings import ChironSettings
-from policy_factory import fleet, group, instance, model
+from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom
+from chiron.policies.load_history import presumed
+from policy_factory import CHAT, arrival, fleet, group, instance, model
 
 NOW_S = 1000.0
 
@@ -43,3 +49,39 @@ def test_instances_that_were_added_for_a_batch_stay_until_it_is_done() -> None:
 
 def test_a_deadline_far_enough_away_is_planned_for_as_ever() -> None:
     assert batch_planned(60_000, 1500.0) == batch_planned(60_000, 1500.0, batch_least_s=0.0) > 2
+
+
+@pytest.mark.parametrize(("steady", "expected"), [(inf, 15), (4.0, 6), (8.0, 11)])
+def test_a_fleet_that_follows_is_never_much_larger_than_one_that_would_have_done_without(
+    steady: float, expected: int
+) -> None:
+    """The busiest minute of an hour, times the headroom that its one spike needed, is no fleet for the next hour."""
+    ours = ChironSettings()
+    live = model([instance(id=i) for i in range(2)], arrivals=(arrival(999, 1),))
+    found = Headroom(rule=Rule(window_s=60, settle_s=1800), h=5.0, instances=3.0, steady=steady)
+    load = np.ones(3600)
+    load[3000:3060] = 3.0
+    counts = np.ones((1, 3600))
+    memory = first_memory(ours, live, NOW_S)
+    history = replace(presumed(NOW_S - 3600, load, 1), counts=counts)
+    memory = replace(memory, history=history, headroom=found, backtest_s=NOW_S)
+    plan, _ = decide_fleet(ours, {live.name: memory}, fleet(live, now_s=NOW_S, since_s=5.0))
+    assert plan[live.name].counts["mixed"] == expected
+    assert CHAT.interactive
+
+
+def test_a_backtest_tells_the_least_fixed_fleet_beside_the_rule_that_it_chose() -> None:
+    load = np.linspace(1.0, 30.0, 3600)
+    found = choose_headroom(
+        load,
+        np.ceil(load)[None, :],
+        [2.0],
+        [CONSTANT, Rule(window_s=60, settle_s=60)],
+        cold_start_s=60.0,
+        tick_s=5.0,
+        miss_max=0.005,
+        floor=1,
+        ceiling=100,
+    )
+    assert found.rule != CONSTANT
+    assert 28.0 <= found.steady <= 30.0

@@ -230,6 +230,37 @@ def test_a_burst_that_queues_and_has_lasted_as_long_as_a_start_is_met_at_once() 
     assert growth_in_a_burst(60.0, waiting=400) < growth_in_a_burst(5.0, waiting=400), "over before a start is"
 
 
+def planned_in_a_spike(spike: int, *, seconds: int = 10, waiting: int = 400, slack: float = 2.0) -> int:
+    """Instances wanted so long into a spike that came from nowhere, where a start takes a minute."""
+    count, state, planned = 2, None, 0
+    ticks = seconds // 5
+    for tick, requests in enumerate([250] * 120 + [spike] * ticks):
+        now_s = 5.0 * (tick + 1)
+        queue = {"waiting_interactive": waiting, "waiting_input_tokens": 500 * waiting, "waiting_input_square": 4e5}
+        view = fleet(
+            model(
+                [instance(id=i) for i in range(count)],
+                arrivals=arrivals(now_s, requests),
+                cold_start_s=60.0,
+                **(queue if tick >= 120 and waiting else {}),
+            ),
+            now_s=now_s,
+            since_s=5.0,
+        )
+        plan, state = decide_fleet(ChironSettings(prior_s=60, follow_trend=False, surge_slack=slack), state, view)
+        planned = sum(plan["llama"].counts.values())
+        count = planned if tick < 120 else count
+    return planned
+
+
+def test_a_spike_that_will_outlast_all_patience_is_answered_before_it_has_lasted() -> None:
+    waited = planned_in_a_spike(2000, slack=inf)
+    assert planned_in_a_spike(2000) > 1.5 * waited
+    assert planned_in_a_spike(20_000) == planned_in_a_spike(40_000), "ten seconds say little: thrice the busiest minute"
+    assert planned_in_a_spike(300) == planned_in_a_spike(300, slack=inf), "who waits will have been served by then"
+    assert planned_in_a_spike(2000, waiting=0) == planned_in_a_spike(2000, waiting=0, slack=inf), "nobody waits"
+
+
 def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:
     ours = ChironSettings()
 

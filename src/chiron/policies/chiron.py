@@ -211,7 +211,8 @@ def _decide_model(
     headroom = memory.headroom.h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
     growing = growing_to(settings, memory, model)
-    needed = max(level * headroom, growing, settings.floor_over_load * recent, surging)
+    following = min(level * headroom, settings.over_steady * memory.headroom.steady * memory.pressure)
+    needed = max(following, growing, settings.floor_over_load * recent, surging)
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)

@@ -305,11 +305,32 @@ def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
     if model.waiting_interactive == 0:
         return 0.0
     window_s = int(min(max(model.cold_start_s, settings.tick_s), 60.0))
+    spike = _spike(settings, memory, model)
     outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
     context = model.waiting_input_tokens / model.waiting_interactive
     work = prefill_s(model.step_times, model.waiting_input_tokens, model.waiting_input_square)
     work += model.waiting_interactive * decode_s(model.step_times, context, sum(outputs) / len(outputs))
-    return window_mean(memory.load, window_s) + work / serving.work_rate / (settings.tick_s + model.cold_start_s)
+    queued = work / serving.work_rate / (settings.tick_s + model.cold_start_s)
+    return max(window_mean(memory.load, window_s) + queued, spike)
+
+
+_SPIKE_S = 10
+_SPIKE_OVER = 1.3
+_SPIKE_MOST = 3.0
+
+
+def _spike(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Instances for a spike that nothing announced, 0 if there is none. What the last ten seconds brought is as little
+    to go by as it is to wait for: by the time that an instance planned now is up, the queue would be longer than
+    requests can bear, several times over. At most thrice the busiest minute of the last ten, because ten seconds of
+    bursty traffic show anything."""
+    now = window_mean(memory.load, _SPIKE_S)
+    ready = max(1, model.count("ready"))
+    slack_s = min(_slacks_s(settings, model), default=0.0)
+    if (now - ready) * (model.cold_start_s + settings.tick_s) <= settings.surge_slack * slack_s * ready:
+        return 0.0
+    busiest = followed(memory.load[:-_SPIKE_S], Rule(window_s=60, settle_s=600), settings.tick_s)
+    return _SPIKE_OVER * min(now, _SPIKE_MOST * busiest)
 
 
 def pressure(before: float, model: ModelView) -> float:

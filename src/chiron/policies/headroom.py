@@ -57,6 +57,8 @@ class Headroom:
     h: float
     instances: float
     """Mean instances over the history; inf: no headroom tried was enough."""
+    steady: float = inf
+    """The least fixed fleet that would have done; inf: not known, or none."""
 
 
 def choose_headroom(
@@ -154,7 +156,9 @@ def answer(backtest: Backtest) -> Headroom:
     best = min(found, key=lambda f: f.instances)
     # A change of rule moves the fleet: it must be worth it.
     present = next((f for f in found if f.rule == backtest.question.current), best)
-    return best if best.instances < (1.0 - _WORTH) * present.instances else present
+    chosen = best if best.instances < (1.0 - _WORTH) * present.instances else present
+    steady = next((f.h for f in found if f.rule == CONSTANT and f.instances < inf), inf)
+    return replace(chosen, steady=steady)
 
 
 def _advanced(backtest: Backtest) -> Backtest:
