@@ -149,6 +149,8 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("a load that is no base64", lambda m: m["fleet"].update(load="\x00!"), "load: "),
     ("a load below nothing", lambda m: m["fleet"].update(load="AAAAAAAA8L8="), "load: not all of it are numbers"),
     ("a headroom of nothing", lambda m: m["fleet"].update(h=0.0), "h: 0.0 is not a number"),
+    ("a period of no time", lambda m: m["fleet"].update(period_s=-5), "period_s: -5 is not a whole number"),
+    ("a period without a span", lambda m: m["fleet"].update(period_s=900, span_s=0), "span_s: 0 is not"),
     ("a pressure of a thousand", lambda m: m["fleet"].update(pressure=1000.0), "pressure: 1000.0"),
 ]
 

@@ -206,7 +206,7 @@ def _decide_model(
     memory = remember(settings, memory, model, now_s, rate)
     memory = backtested(settings, memory, model, now_s)
     memory = replace(memory, pressure=pressure(memory.pressure, model))
-    level = followed(memory.load, memory.headroom.rule, settings.tick_s)
+    level = followed(memory.load, memory.headroom.rule, settings.tick_s, model.cold_start_s)
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
@@ -231,6 +231,7 @@ def _decide_model(
         "pressure": memory.pressure,
         "window_s": float(memory.headroom.rule.window_s),
         "settle_s": float(memory.headroom.rule.settle_s),
+        "period_s": float(memory.headroom.rule.period_s),
         "surging": surging,
         "capacity_batch": serving.batch_size,
         "work_rate": rate,

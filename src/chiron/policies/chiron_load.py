@@ -129,6 +129,8 @@ def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[s
         "counts": {name: _packed(row) for name, row in zip(names, memory.counts, strict=True)},
         "window_s": rule.window_s,
         "settle_s": rule.settle_s,
+        "period_s": rule.period_s,
+        "span_s": rule.span_s,
         "h": memory.headroom.h,
         "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
         "pressure": memory.pressure,
@@ -165,7 +167,9 @@ def _restored_rule(settings: ChironSettings, kept: Kept) -> Rule | None:
     window_s, settle_s = kept.whole("window_s", 0, 86400), kept.whole("settle_s", 0, 86400)
     if window_s is None or settle_s is None:
         return None
-    rule = Rule(window_s=window_s, settle_s=settle_s)
+    period_s = (kept.whole("period_s", 0, 86400) or 0) if "period_s" in kept else 0
+    span_s = (kept.whole("span_s", 1, 3600) or 0) if period_s else 0
+    rule = Rule(window_s=window_s, settle_s=settle_s, period_s=period_s if span_s else 0, span_s=span_s)
     if rule != CONSTANT and window_s == 0:
         kept.drop("a rule without a window", "window_s")
         return None
@@ -224,6 +228,7 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         floor=model.min_instances,
         ceiling=model.max_instances,
         current=memory.headroom.rule,
+        periods=settings.look_back,
     )
     return replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
 

@@ -49,6 +49,8 @@ class ChironSettings:
     """Averages of the load that the backtest chooses from."""
     settles_s: tuple[int, ...] = (60, 300, 1800)
     """Times to stay small before shrinking, likewise."""
+    look_back: bool = True
+    """Where the load comes back after some time, look that far back as well, if the backtest finds it cheaper."""
     memory_s: int = 3600
     """History that the backtest runs over."""
     backtest_s: float = 60.0

@@ -14,6 +14,11 @@ short ones.
 One more rule, ``CONSTANT``, is the least fixed fleet that would have done: for bursts without memory nothing that
 follows the load is cheaper.
 
+What comes back is better met by knowing when. Where the load resembles itself some time ago (its autocorrelation has a
+peak), rules are tried that also look one such period back: at the load from a little before to a little after that
+moment. They can say nothing of the first period, so they and the best of the plain rules are run over what is left of
+it, and have to save a tenth there: a period that is none is found in any noise.
+
 All that takes some 10 ms, and no request should have to wait for it: a ``Backtest`` is the computation as a value, as
 far as it has come, and ``advanced`` takes it a few steps on, each of them one run of the load or one rule's basis. What
 comes out does not depend on how it was cut.
@@ -36,6 +41,23 @@ _GRID = 0.25 * 1.06 ** np.arange(0, 72)
 
 _WORTH = 0.03
 """Share of its cost that a new rule must save."""
+_PERIOD_WORTH = 0.1
+"""The same of a rule that looks one period back, beside the best that does not; half of it keeps one in force."""
+_PERIOD_MARGIN = 1.05
+"""On its headroom: it was found on less than all of the history."""
+_PERIOD_LEAST_S = 300
+_PERIODS = 3
+"""Tried at most."""
+_APART = 0.2
+"""Of a period: another that is tried differs by more."""
+_ALIKE = 0.25
+"""Least autocorrelation of a period that is tried."""
+_BIN_S = 10
+"""Of the load whose autocorrelation is taken."""
+_SPANS_S = (15, 60)
+"""Means over so long are looked at, from as long before to as long after the same moment one period ago."""
+_BESIDE = 3
+"""Plain rules, the best, that are run over the same part of the history."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +66,10 @@ class Rule:
 
     window_s: int
     settle_s: int
+    period_s: int = 0
+    """It looks so far back as well; 0: it does not."""
+    span_s: int = 0
+    """At means over so long, about that moment."""
 
 
 CONSTANT = Rule(window_s=0, settle_s=0)
@@ -108,6 +134,8 @@ class Question:
     """Of the fleet, as the next."""
     ceiling: int
     current: Rule | None
+    periods: bool = False
+    """Rules that look back by a period are tried too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,8 +148,18 @@ class _Search:
     basis: Floats
     low: int
     high: int
+    begin: int = 0
+    """Second of the history from which on it counts."""
     possible: bool = False
     """The largest of the grid is enough."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    """A rule to be run from some second of the history on."""
+
+    rule: Rule
+    begin: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,13 +169,17 @@ class Backtest:
     question: Question
     found: tuple[Headroom, ...] = ()
     """Of the first rules."""
+    trials: tuple[_Trial, ...] | None = None
+    """Of periods, and of plain rules beside them; None: not looked for yet."""
+    tried: tuple[Headroom, ...] = ()
+    """Of the first of these."""
     search: _Search | None = None
     steps: int = 0
     """That it has taken so far."""
 
     @property
     def done(self) -> bool:
-        return len(self.found) == len(self.question.rules)
+        return self.trials is not None and len(self.tried) == len(self.trials)
 
 
 def advanced(backtest: Backtest, steps: int) -> Backtest:
@@ -152,44 +194,119 @@ def answer(backtest: Backtest) -> Headroom:
     """What comes out; what is left to compute is computed."""
     while not backtest.done:
         backtest = _advanced(backtest)
-    found = backtest.found
+    question, found = backtest.question, backtest.found
     best = min(found, key=lambda f: f.instances)
     # A change of rule moves the fleet: it must be worth it.
-    present = next((f for f in found if f.rule == backtest.question.current), best)
+    present = next((f for f in found if f.rule == question.current), best)
     chosen = best if best.instances < (1.0 - _WORTH) * present.instances else present
+    chosen = _recurring(backtest) or chosen
     steady = next((f.h for f in found if f.rule == CONSTANT and f.instances < inf), inf)
     return replace(chosen, steady=steady)
+
+
+def _recurring(backtest: Backtest) -> Headroom | None:
+    """The rule that looks one period back and saves the most beside the best that does not, if that is enough."""
+    current = backtest.question.current
+    worth = _PERIOD_WORTH / 2.0 if current is not None and current.period_s else _PERIOD_WORTH
+    plain: dict[int, float] = {}
+    best, least = None, 1.0 - worth
+    for trial, found in zip(backtest.trials or (), backtest.tried, strict=True):
+        if not trial.rule.period_s:
+            plain[trial.begin] = min(found.instances, plain.get(trial.begin, inf))
+        elif found.instances < least * plain[trial.begin]:
+            best, least = found, found.instances / plain[trial.begin]
+    return None if best is None else replace(best, h=_PERIOD_MARGIN * best.h)
 
 
 def _advanced(backtest: Backtest) -> Backtest:
     question, search = backtest.question, backtest.search
     backtest = replace(backtest, steps=backtest.steps + 1)
+    plain = len(backtest.found) < len(question.rules)
+    if search is None and plain:
+        return replace(backtest, search=_began(question, question.rules[len(backtest.found)], 0))
     if search is None:
-        return replace(backtest, search=_began(question, question.rules[len(backtest.found)]))
+        if backtest.trials is None:
+            return replace(backtest, trials=_trials(question, backtest.found))
+        trial = backtest.trials[len(backtest.tried)]
+        return replace(backtest, search=_began(question, trial.rule, trial.begin))
     if search.possible and search.low >= search.high:
         h = float(search.grid[search.high])
-        cost = float(_fleet(question, search, search.high).mean())
+        cost = float(_fleet(question, search, search.high)[search.begin :].mean())
     else:
         middle = (search.low + search.high) // 2 if search.possible else search.high
+        since = slice(search.begin, None)
         enough = meets_slos(
-            question.load, question.counts, question.slack_s, _fleet(question, search, middle), question.miss_max
+            question.load[since],
+            question.counts[:, since],
+            question.slack_s,
+            _fleet(question, search, middle)[since],
+            question.miss_max,
         )
         if search.possible or enough:
             low, high = (search.low, middle) if enough else (middle + 1, search.high)
             return replace(backtest, search=replace(search, low=low, high=high, possible=True))
         h, cost = float(search.grid[-1]), inf
     found = Headroom(rule=search.rule, h=h, instances=cost)
-    return replace(backtest, found=(*backtest.found, found), search=None)
+    if plain:
+        return replace(backtest, found=(*backtest.found, found), search=None)
+    return replace(backtest, tried=(*backtest.tried, found), search=None)
 
 
-def _began(question: Question, rule: Rule) -> _Search:
+def _trials(question: Question, found: Sequence[Headroom]) -> tuple[_Trial, ...]:
+    """For each period the best plain rules, then those that look back by it."""
+    if not question.periods:
+        return ()
+    plain = sorted((f for f in found if f.instances < inf), key=lambda f: f.instances)[:_BESIDE]
+    trials: list[_Trial] = []
+    for period_s in periods(question.load, question.cold_start_s):
+        recent = dict.fromkeys(
+            (f.rule.window_s, f.rule.settle_s) for f in plain if f.rule != CONSTANT and f.rule.settle_s <= period_s
+        )
+        recent = recent or dict.fromkeys([(_SPANS_S[-1], _SPANS_S[-1])])
+        quick = min((r for r in question.rules if r != CONSTANT), key=lambda r: (r.settle_s, r.window_s), default=None)
+        if quick is not None:
+            recent[quick.window_s, quick.settle_s] = None
+        trials += [_Trial(rule=f.rule, begin=period_s) for f in plain]
+        trials += [
+            _Trial(rule=Rule(window_s=window, settle_s=settle, period_s=period_s, span_s=span), begin=period_s)
+            for window, settle in recent
+            for span in _SPANS_S
+        ]
+    return tuple(trials) if plain else ()
+
+
+def periods(load: Floats, cold_start_s: float) -> tuple[int, ...]:
+    """Times after which the load resembles itself, the likest first: peaks of its autocorrelation. At most half of the
+    history, so that one period can be judged by another; at least what a start and a look around take."""
+    bins = len(load) // _BIN_S
+    if bins < 2:
+        return ()
+    x = load[-bins * _BIN_S :].reshape(bins, _BIN_S).mean(axis=1)
+    x = x - x.mean()
+    power = np.abs(np.fft.rfft(x, 2 * bins)) ** 2
+    alike = np.fft.irfft(power)[:bins]
+    if alike[0] <= 1e-12 * bins:
+        return ()
+    alike = alike / alike[0]
+    least = ceil(max(_PERIOD_LEAST_S, cold_start_s + 4 * max(_SPANS_S)) / _BIN_S)
+    lags = range(least, bins // 2)
+    peaks = [k for k in lags if alike[k] > _ALIKE and alike[k - 1] < alike[k] >= alike[k + 1]]
+    found: list[int] = []
+    for k in sorted(peaks, key=lambda k: -alike[k]):
+        # A broad peak has many tops in noise.
+        if len(found) < _PERIODS and all(abs(k - other) > _APART * other for other in found):
+            found.append(k)
+    return tuple(_BIN_S * k for k in found)
+
+
+def _began(question: Question, rule: Rule, begin: int) -> _Search:
     if rule == CONSTANT:
         grid = np.arange(max(question.floor, 1), max(question.ceiling, 1) + 1, dtype=float)
         basis = np.ones(len(question.load))
     else:
         grid = _GRID
         basis = _basis(question.load, rule, question.cold_start_s, max(1, round(question.tick_s)))
-    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1)
+    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1, begin=begin)
 
 
 def window_mean(load: Floats, window_s: int) -> float:
@@ -198,13 +315,21 @@ def window_mean(load: Floats, window_s: int) -> float:
     return float(part.mean()) if len(part) else 0.0
 
 
-def followed(load: Floats, rule: Rule, tick_s: float) -> float:
-    """What the rule multiplies now: the largest window mean within the settling time."""
+def followed(load: Floats, rule: Rule, tick_s: float, ahead_s: float = 0.0) -> float:
+    """What the rule multiplies now: the largest window mean within the settling time, and, if it looks back by a
+    period, what came then from about this moment to ``ahead_s`` later."""
     if rule == CONSTANT:
         return 1.0
     tick = max(1, round(tick_s))
     reach = rule.settle_s + rule.window_s + tick
-    return float(_means(load[-reach:], rule.window_s, tick)[-max(1, rule.settle_s // tick + 1) :].max())
+    recent = float(_means(load[-reach:], rule.window_s, tick)[-max(1, rule.settle_s // tick + 1) :].max())
+    if not rule.period_s:
+        return recent
+    first = len(load) - rule.period_s - 2 * rule.span_s
+    last = min(len(load), len(load) - rule.period_s + ceil(ahead_s) + tick + 2 * rule.span_s)
+    if first < 0:
+        return recent
+    return max(recent, float(_means(load[first:last], rule.span_s, tick)[rule.span_s // tick :].max()))
 
 
 def _basis(load: Floats, rule: Rule, cold_start_s: float, tick: int) -> Floats:
@@ -215,8 +340,20 @@ def _basis(load: Floats, rule: Rule, cold_start_s: float, tick: int) -> Floats:
     padded = np.concatenate((np.full(span, means[0]), means))
     windows = np.lib.stride_tricks.sliding_window_view(padded, span - lag + 1)
     peaks = windows.max(axis=1)[: len(means)]
+    if rule.period_s:
+        peaks = np.maximum(peaks, _period_ago(load, rule, tick))
     basis: Floats = np.repeat(peaks, tick)[-len(load) :]
     return basis
+
+
+def _period_ago(load: Floats, rule: Rule, tick: int) -> Floats:
+    """The largest mean that ended from ``span`` before the same moment one period ago to twice that after it; 0 within
+    the first period."""
+    means = _means(load, rule.span_s, tick)
+    span, back = max(1, rule.span_s // tick), rule.period_s // tick
+    padded = np.concatenate((np.zeros(back + span), means))
+    ago: Floats = np.lib.stride_tricks.sliding_window_view(padded, 3 * span + 1).max(axis=1)[: len(means)]
+    return ago
 
 
 def _means(load: Floats, window_s: int, tick: int) -> Floats:
