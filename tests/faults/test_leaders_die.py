@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -64,6 +67,90 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
         assert "Traceback" not in logs
 
     with postgres_server() as server, gateways(tmp_path, server) as pair:
+        asyncio.run(main(pair))
+
+
+def events(pair: Pair, name: str) -> list[tuple[float, str]]:
+    """When what happened to requests was decided there, as its brains' logs have it; Unix time."""
+    found: list[tuple[float, str]] = []
+    for path in pair.sites[name].directory.glob("**/events.jsonl*"):
+        origin_s = 0.0
+        for line in map(json.loads, path.read_text().splitlines()):
+            if line["event"] == "log":
+                origin_s = datetime.fromisoformat(line["run"]).timestamp()
+            elif line["event"] == "dispatch":
+                found.append((origin_s + line["t"], line["event"]))
+    return found
+
+
+def test_a_leader_whose_machine_slept_decides_nothing_more_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Keeper and brain, for longer than the lease: nobody is there to kill the brain when it is over."""
+
+    async def main(pair: Pair) -> None:
+        for name in NAMES:
+            await until_ready(pair, name)
+        verdicts, over = Counter[str](), asyncio.Event()
+        async with Api(pair.sites[NAMES[0]].url) as api:
+            batch = await api.submit([item(f"i{number}", 200) for number in range(ITEMS)])
+        talking = [asyncio.create_task(talk(pair, name, verdicts, over)) for name in NAMES for _ in range(2)]
+        slept, brain = await asyncio.to_thread(pair.leader)
+        async with asyncio.timeout(60):
+            while not events(pair, slept):
+                await asyncio.sleep(0.1)
+        keeper = pair.sites[slept].process
+        assert keeper is not None
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in (psutil.Process(keeper.pid), brain):
+                process.send_signal(number)
+            if number == signal.SIGSTOP:
+                stopped_s = time.time()
+                await asyncio.sleep(10.0)
+                other = next(name for name in NAMES if name != slept)
+                await until_ready(pair, other)
+                woke_s = time.time()
+        await until_ready(pair, slept)
+        over.set()
+        await asyncio.gather(*talking)
+        assert set(verdicts) == {"complete"}, verdicts
+        assert Counter(await until_done(pair, batch)) == Counter(f"i{number}" for number in range(ITEMS))
+        async with Api(pair.sites[slept].url) as api:
+            status = await api.get("/chiron/status")
+        assert (status["leader"]["gateway"], status["leader"]["term"]) == (other, 2)
+        assert any(when_s > woke_s for when_s, _ in events(pair, other))
+        assert max(when_s for when_s, _ in events(pair, slept)) <= stopped_s + 0.1
+
+    with postgres_server() as server, gateways(tmp_path, server) as pair:
+        asyncio.run(main(pair))
+
+
+def test_gateways_that_are_far_apart_place_by_one_brain_and_follow_it_when_it_dies(tmp_path: Path) -> None:
+    async def fallbacks(name: str) -> int:
+        async with Api(name) as api:
+            return int((await api.get("/chiron/status"))["leader"]["fallback_placements"])
+
+    async def main(pair: Pair) -> None:
+        for name in NAMES:
+            await until_ready(pair, name)
+        verdicts, over = Counter[str](), asyncio.Event()
+        async with Api(pair.sites[NAMES[0]].url) as api:
+            batch = await api.submit([item(f"i{number}", 200) for number in range(ITEMS)])
+        talking = [asyncio.create_task(talk(pair, name, verdicts, over)) for name in NAMES for _ in range(2)]
+        _, brain = await asyncio.to_thread(pair.leader)
+        async with asyncio.timeout(60):
+            while verdicts.total() < 40:
+                await asyncio.sleep(0.1)
+        for name in NAMES:
+            assert await fallbacks(pair.sites[name].url) == 0, "a brain that is far is no brain that is silent"
+        await asyncio.to_thread(pair.strike, signal.SIGKILL, None)
+        await asyncio.to_thread(pair.leader, brain)
+        for name in NAMES:
+            await until_ready(pair, name)
+        over.set()
+        await asyncio.gather(*talking)
+        assert set(verdicts) == {"complete"}, verdicts
+        assert Counter(await until_done(pair, batch)) == Counter(f"i{number}" for number in range(ITEMS))
+
+    with postgres_server() as server, gateways(tmp_path, server, delay_s=0.05) as pair:
         asyncio.run(main(pair))
 
 

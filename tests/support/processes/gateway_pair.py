@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from chiron.net.client import NetError
+from delaying_proxy import delaying_proxy
 from fault_site import Answer, Api, FaultSite, chat, wait_for
 from peer_certificates import Authority
 from ports import free_port
@@ -82,9 +83,16 @@ class Pair:
 
 @contextmanager
 def gateways(
-    directory: Path, server: Server, *, lease: str = "3s", extra: str = "", options: Sequence[str] = ()
+    directory: Path,
+    server: Server,
+    *,
+    lease: str = "3s",
+    extra: str = "",
+    options: Sequence[str] = (),
+    delay_s: float = 0.0,
 ) -> Iterator[Pair]:
-    """``extra``: keys of ``[gateways]``; ``options`` of ``chiron serve``."""
+    """``extra``: keys of ``[gateways]``; ``options`` of ``chiron serve``; ``delay_s``: what a message takes from one
+    gateway to the other."""
     ca = Authority(directory / "certificates")
     password = directory / "password"
     password.write_text(server.password)
@@ -94,6 +102,8 @@ def gateways(
         for name in NAMES:
             certificate, key = ca.issue(name)
             (directory / name).mkdir()
+            port = free_port()
+            seen = stack.enter_context(delaying_proxy(port, delay_s)) if delay_s else port
             text = f"""
 [server]
 grace = "20s"
@@ -102,7 +112,8 @@ url = "{server.url}"
 password_file = "{password}"
 [gateways]
 name = "{name}"
-listen = "127.0.0.1:{free_port()}"
+listen = "127.0.0.1:{port}"
+advertise = "127.0.0.1:{seen}"
 certificate = "{certificate}"
 key = "{key}"
 ca = "{ca.ca}"
