@@ -171,6 +171,7 @@ def _serve(config: ServeConfig, models: FollowedModels | None, *, advise: bool) 
                 say_at_once=link.say_at_once,
                 on_ready=ready,
                 relays_ended=relays_ended,
+                models=models,
                 **followed,
             ).run()
         await (serving if models is None else models.follow(serving))

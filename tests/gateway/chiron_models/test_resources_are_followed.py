@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from chiron.fleet.kubernetes.access import Access
 from chiron.fleet.kubernetes.client import Client
 from chiron.fleet.kubernetes.testing.api import RESOURCES, FakeKubernetes, Refusal
 from chiron.gateway.chiron_models.follower import Follower, FollowSettings, _next_pause_s, read_first
-from chiron.gateway.chiron_models.kept import FILE, read_kept, read_record, write_kept
+from chiron.gateway.chiron_models.kept import (
+    FILE,
+    content_of,
+    read_content,
+    read_kept,
+    read_record,
+    write_kept,
+)
 from chiron.gateway.chiron_models.objects import read_resource
 from chiron.gateway.reporting.status import StatusSources
 from chiron.gateway.settings import KubernetesModelsSettings
+from chiron.store.port import StoreUnavailable
 from kubernetes_site import MODELS, chiron_model
 from live_plane_factory import WALL_S, LivePlane
 from real_kubernetes import kubeconfig
@@ -37,7 +46,7 @@ class Leading:
 class Followed:
     """A follower, before an API in memory."""
 
-    def __init__(self, fake: FakeKubernetes, client: Client, data: Path) -> None:
+    def __init__(self, fake: FakeKubernetes, client: Client, data: Path, *, shared: bool = False) -> None:
         self.fake = fake
         self.client = client
         self.kept = data / FILE
@@ -49,9 +58,11 @@ class Followed:
             kept=self.kept,
             changed=self.changed.set,
             wall_s=lambda: WALL_S,
+            shared=shared,
             settings=FollowSettings(settle_s=0.01, restart_pause_s=0.01, status_period_s=0.01, confirm_s=0.01),
         )
-        self.follower.leader = Leading()
+        if not shared:
+            self.follower.lead(Leading())
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
         async with asyncio.timeout(60.0):
@@ -71,7 +82,9 @@ class Followed:
         return next((str(each["message"]) for each in conditions if each["type"] == "Accepted"), "")
 
 
-def followed(data: Path, story: Callable[[Followed], Awaitable[None]], *before: dict[str, Any]) -> None:
+def followed(
+    data: Path, story: Callable[[Followed], Awaitable[None]], *before: dict[str, Any], shared: bool = False
+) -> None:
     async def run() -> None:
         async with FakeKubernetes() as fake:
             for item in before:
@@ -80,7 +93,7 @@ def followed(data: Path, story: Callable[[Followed], Awaitable[None]], *before: 
             reader = ResourceReader("[kubernetes]\n", directory=data)
             await read_first(KubernetesModelsSettings(kubeconfig=str(config)), reader, data)
             client = Client(Access(url=fake.url))
-            here = Followed(fake, client, data)
+            here = Followed(fake, client, data, shared=shared)
             task = asyncio.get_running_loop().create_task(here.follower.run())
             try:
                 await story(here)
@@ -150,8 +163,59 @@ def test_what_goes_with_the_definition_stays_until_there_is_a_resource_again(tmp
     [(3.0, 5.0, 10.0), (10.5, 5.0, 5.0), (100.0, 80.0, 160.0), (100.0, 280.0, 300.0), (-1.0, 5.0, 5.0)],
 )
 def test_brains_live_longer_while_somebody_edits(ago_s: float, last_s: float, pause_s: float, tmp_path: Path) -> None:
-    write_kept(tmp_path / FILE, [], changed_s=1000.0 - ago_s, pause_s=last_s)
+    write_kept(tmp_path / FILE, content_of([], changed_s=1000.0 - ago_s, pause_s=last_s))
     assert _next_pause_s(read_record(tmp_path / FILE), 1000.0, FollowSettings()) == pause_s
+
+
+def test_of_several_gateways_only_the_leader_takes_changes_up_and_tells_the_others_first(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        saved: list[bytes] = []
+        away = True
+
+        async def save(content: bytes) -> None:
+            if away:
+                raise StoreUnavailable("away")
+            assert read_kept(here.kept) == before, "it is told first"
+            saved.append(content)
+
+        before = read_kept(here.kept)
+        here.fake.patch("chironmodels", "a", {"spec": {"minInstances": 2}})
+        asked = len(here.fake.requests)
+        here.fake.cut_watches()
+        await here.until(lambda: len(here.fake.requests) > asked + 1, "it is followed")
+        await asyncio.sleep(0.1)
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 1)])
+        # Another gateway had led, and had another version in force.
+        other = replace(before[0], generation=7, spec={**before[0].spec, "minInstances": 3}) if before else None
+        assert other is not None
+        write_kept(here.kept, content_of([other]))
+        before = read_kept(here.kept)
+        here.follower.lead(Leading(), save)
+        await asyncio.sleep(0.1)
+        assert (here.changed.is_set(), here.in_force()) == (False, [("a", 7)]), "the store is away"
+        away = False
+        await here.until(here.changed.is_set, "another brain is asked for")
+        assert here.in_force() == [("a", 2)]
+        assert saved == [here.kept.read_bytes()]
+
+    followed(tmp_path, story, chiron_model("a", "a"), shared=True)
+
+
+def test_what_is_in_force_is_told_also_if_nothing_has_changed(tmp_path: Path) -> None:
+    async def story(here: Followed) -> None:
+        saved: list[bytes] = []
+
+        async def save(content: bytes) -> None:
+            saved.append(content)
+
+        here.follower.lead(Leading(), save)
+        await here.until(lambda: saved, "a gateway that joins has to know")
+        here.fake.apply(chiron_model("bad", "b", minInstances=9))
+        await here.until(lambda: "minInstances is 9" in here.message("bad"), "it is told")
+        assert [each.name for each in read_content(saved[0]).resources] == ["a"]
+        assert (len(saved), here.changed.is_set()) == (1, False)
+
+    followed(tmp_path, story, chiron_model("a", "a"), shared=True)
 
 
 def test_a_file_that_is_damaged_is_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from chiron.gateway.brain.relays import ADOPTED_MAX, REJOIN_S
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.body import read_body
+from chiron.gateway.relay.front import WAIT_MAX_S
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
 from chiron.runtime.replay import replay
@@ -149,6 +150,37 @@ def test_what_runs_is_counted_unless_its_engine_is_spoken_to_in_another_way(
         assert sum(len(instance.requests) for instance in plane.instances.values()) == counted
         await asyncio.sleep(10.0)
         assert parts(site.clients[1]) == (200, whole_stream(1, 30))
+        await site.close()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_request_for_a_model_that_only_the_next_brain_may_have_waits_for_it(comes: bool) -> None:
+    async def main() -> None:
+        site = OutlivingSite(models_change=True)
+        await site.lead()
+        await asyncio.sleep(1.0)
+        (relay,) = site.relays
+        relay.renew({}, [])
+        site.ask(1, 4)
+        await asyncio.sleep(0.1)
+        assert parts(site.clients[1])[0] == 404, "whoever has a brain knows what it has"
+        site.kill()
+        await asyncio.sleep(0.1)
+        for number in (2, 3):
+            site.ask(number, 4)
+        await asyncio.sleep(0.1)
+        site.clients[3].transport.abort()
+        await asyncio.sleep(1.0)
+        assert parts(site.clients[2])[0] == 0
+        if comes:
+            site.connecting = lambda: relay.renew(site.models().by_name, [site.kind])
+            await site.lead()
+        await asyncio.sleep(3.0 if comes else WAIT_MAX_S)
+        assert parts(site.clients[2]) == (200, whole_stream(2, 4)) if comes else parts(site.clients[2])[0] == 404
+        assert sum(3 in engine.seen for engine in site.engines) == 0, "its client has left"
+        assert relay.front._waiting == {}
         await site.close()
 
     run_virtual(main())

@@ -258,6 +258,7 @@ class OutlivingSite:
         stays: Sequence[StaySettings] = (),
         keys: KeyRing | None = None,
         request_timeout_s: float = 3600.0,
+        models_change: bool = False,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.network = MemoryNetwork(loop.call_soon)
@@ -274,6 +275,8 @@ class OutlivingSite:
         self.slots = slots
         self.door = MemoryNetwork(loop.call_soon)
         self.clients: dict[int, Client] = {}
+        self.connecting: Callable[[], None] | None = None
+        """Called before each try to reach a brain."""
         self.found_after_s: float | None = None
         """What fleets take to find what was another brain's; None: they know it."""
         self.brain: Brain | None = None
@@ -292,6 +295,7 @@ class OutlivingSite:
                 ride_s=0.0,
                 connect=self._connect,
                 stay=stays[number] if stays else stay or StaySettings(),
+                models_change=models_change,
             )
             self.relays.append(relay)
             server = HttpServer(relay.front.handle, ServerLimits(), None, None)
@@ -303,6 +307,8 @@ class OutlivingSite:
         return Models({"m0": served("m0", {"chat": CHAT, "night": NIGHT}, "night")})
 
     async def _connect(self, make: Callable[[], Wire]) -> object:
+        if self.connecting is not None:
+            self.connecting()
         return self.door.connect("brain", make)
 
     async def lead(

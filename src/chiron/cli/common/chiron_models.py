@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import zlib
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from chiron.config.read import ConfigError
 from chiron.fleet.kubernetes.access import AccessError
 from chiron.fleet.kubernetes.client import Client
 from chiron.gateway.chiron_models.follower import Follower, access_of, read_first
-from chiron.gateway.chiron_models.kept import FILE, read_kept
+from chiron.gateway.chiron_models.kept import FILE, FILE_MAX_BYTES, read_content, read_kept, write_kept
+from chiron.gateway.peers.shared_models import IN_FORCE
 from chiron.store.directory import make_directory
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class FollowedModels:
         self._reader = ResourceReader(config.text, directory=directory, policy=policy)
         self._read: bytes | None = None
         """Of the file, as this process knows it."""
+        self._shared = config.gateways is not None
         self._follower: Follower | None = None
         try:
             access_of(self._settings)
@@ -60,9 +63,24 @@ class FollowedModels:
         return self._reader.read(resources).config if resources is not None else None
 
     def lead(self, service: Service) -> None:
-        """Its figures are the status of the resources from now on."""
+        """Its figures are the status of the resources from now on, and it says what is in force."""
+
+        async def save(content: bytes) -> None:
+            await service.store.save_learned(IN_FORCE, await asyncio.to_thread(zlib.compress, content, 1))
+
         if self._follower is not None:
-            self._follower.leader = service
+            self._follower.lead(service, save if self._shared else None)
+
+    def take(self, saved: bytes) -> None:
+        """What the leader of several gateways has said to be in force; see ``renewed``."""
+        unpacking = zlib.decompressobj()
+        try:
+            content = unpacking.decompress(saved, FILE_MAX_BYTES)
+            read_content(content)
+            if content != self._bytes():
+                write_kept(self._data / FILE, content)
+        except (zlib.error, ValueError, OSError) as error:
+            log.error("ChironModels of the gateway that leads cannot be taken in: %s", error)
 
     async def follow(self, serving: Coroutine[Any, Any, None]) -> None:
         """Serve until this is cancelled, or until other models are in force: then ``changed`` is set."""
@@ -81,6 +99,7 @@ class FollowedModels:
             kept=self._data / FILE,
             changed=change,
             wall_s=time.time,
+            shared=self._shared,
         )
         following = asyncio.get_running_loop().create_task(follower.run())
         following.add_done_callback(_report_end)

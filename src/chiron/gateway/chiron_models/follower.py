@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from chiron.fleet.kubernetes.access import Access, find_access
 from chiron.fleet.kubernetes.client import Client, KubernetesError
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.waiting import heard, pause
-from chiron.gateway.chiron_models.kept import FILE, Kept, read_kept, read_record, write_kept
+from chiron.gateway.chiron_models.kept import FILE, Kept, content_of, read_kept, read_record, write_kept
 from chiron.gateway.chiron_models.objects import ModelResource, Reader, Reading, path_of
 from chiron.gateway.chiron_models.writer import Leader, Seen, StatusWriter, seen
 from chiron.gateway.settings import KubernetesModelsSettings
+from chiron.store.port import StoreError
 
 log = logging.getLogger("chiron.gateway")
 
@@ -67,15 +68,20 @@ class Follower:
         kept: Path,
         changed: Callable[[], None],
         wall_s: Callable[[], float],
+        shared: bool = False,
         settings: FollowSettings | None = None,
         watch: WatchSettings | None = None,
     ) -> None:
         """``kept``: the file of the resources in force; ``changed``: it has others now than at the start; ``wall_s``:
-        Unix time."""
+        Unix time. ``shared``: of several gateways only the one that leads (``lead``) takes changes up."""
         self.leader: Leader | None = None
         """Whose figures the status has; None: this process leads no gateways, and writes none."""
         self._reader = reader
         self._kept = kept
+        self._shared = shared
+        self._save: Callable[[bytes], Awaitable[None]] | None = None
+        self._saved = not shared
+        """The others know what is in force."""
         self._changed = changed
         self._settings = settings or FollowSettings()
         self._seen: dict[str, Seen] = {}
@@ -109,6 +115,16 @@ class Follower:
             troubled=self._troubled,
             settings=watch,
         )
+
+    def lead(self, leader: Leader, save: Callable[[bytes], Awaitable[None]] | None = None) -> None:
+        """This process leads from now on; ``save`` tells the other gateways what is in force."""
+        self.leader, self._save = leader, save
+        if self._shared:
+            before = read_record(self._kept)
+            self._in_force = before.resources if before is not None else ()
+            self._pause_s = _next_pause_s(before, self._wall_s(), self._settings)
+            self._began_s = self._time_s()
+            self._news.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -162,21 +178,19 @@ class Follower:
                 await self._confirm()
             if self._undefined and not self._seen:
                 self._troubled("their definition was away, and has come back without any")
-            if not self._listed or self._undefined:
+            if not self._listed or self._undefined or (self._shared and self._save is None):
                 continue
             wanted = [each.resource for each in self._seen.values()]
             reading = self._reading = await asyncio.to_thread(self._reader.read, wanted, self._in_force)
             self._status_due.set()
             if _wanted(reading.accepted) == _wanted(self._in_force):
+                if not self._saved and not await self._keep(content_of(self._in_force)):
+                    self._news.set()
                 continue
             left_s = self._began_s + self._pause_s - self._time_s()
             if left_s > 0.0 and await heard(self._news, left_s):
                 continue  # More has changed.
-            try:
-                write_kept(self._kept, reading.accepted, changed_s=self._wall_s(), pause_s=self._pause_s)
-            except OSError as error:
-                log.error("ChironModels cannot be taken up: %s cannot be written: %s", self._kept, error)
-                await pause(self._settings.restart_pause_s)
+            if not await self._keep(content_of(reading.accepted, changed_s=self._wall_s(), pause_s=self._pause_s)):
                 self._news.set()
                 continue
             log.info(
@@ -184,6 +198,20 @@ class Follower:
             )
             self._changed()
             return
+
+    async def _keep(self, content: bytes) -> bool:
+        """Where the other gateways find it first, so that whoever follows this one has it. False, after a pause: it
+        could not be written."""
+        try:
+            if self._save is not None:
+                await self._save(content)
+                self._saved = True
+            write_kept(self._kept, content)
+        except (OSError, StoreError, ValueError) as error:
+            log.error("ChironModels cannot be taken up: what is in force cannot be written: %s", error)
+            await pause(self._settings.restart_pause_s)
+            return False
+        return True
 
     async def _confirm(self) -> None:
         """Which of those that are said to be deleted are."""
@@ -283,5 +311,5 @@ async def read_first(settings: KubernetesModelsSettings, reader: Reader, data: P
     reading = reader.read([each.resource for each in found.values()], before or ())
     for uid, why in reading.refused.items():
         log.warning("ChironModel %s is refused: %s", found[uid].resource.name, why)
-    write_kept(kept, reading.accepted)
+    write_kept(kept, content_of(reading.accepted))
     return reading

@@ -1,5 +1,7 @@
 """The resources that are in force, in the data directory: for relays and the next brain, and for a gateway that starts
-while the API server is away."""
+while the API server is away.
+
+Of several gateways the one that leads says which these are, in the store; the others have a copy of that."""
 
 from __future__ import annotations
 
@@ -30,12 +32,17 @@ class Kept:
     """How long that one had served at least."""
 
 
-def write_kept(path: Path, resources: Sequence[ModelResource], *, changed_s: float = 0.0, pause_s: float = 0.0) -> None:
+def content_of(resources: Sequence[ModelResource], *, changed_s: float = 0.0, pause_s: float = 0.0) -> bytes:
+    """Of the file."""
+    said = {"resources": [as_object(each) for each in resources], "changed_s": changed_s, "pause_s": pause_s}
+    return orjson.dumps(said)
+
+
+def write_kept(path: Path, content: bytes) -> None:
     """In one step: others read it at any time. Raises OSError."""
-    content = {"resources": [as_object(each) for each in resources], "changed_s": changed_s, "pause_s": pause_s}
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(orjson.dumps(content))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
@@ -51,14 +58,22 @@ def read_record(path: Path) -> Kept | None:
     """As ``read_kept``, with when they came into force."""
     try:
         with path.open("rb") as file:
-            said = orjson.loads(file.read(FILE_MAX_BYTES))
+            return read_content(file.read(FILE_MAX_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read: %s", path, error)
+        return None
+
+
+def read_content(content: bytes) -> Kept:
+    """Raises ValueError."""
+    try:
+        said = orjson.loads(content)
         resources = tuple(read_resource(item) for item in said["resources"])
         if any(each.flaw for each in resources):
             raise ValueError(next(each.flaw for each in resources if each.flaw))
         times = {key: float(said.get(key, 0.0)) for key in ("changed_s", "pause_s")}
-        return Kept(resources=resources, **times)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be read: %s", path, error)
-        return None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"these are no ChironModels: {error}") from None
+    return Kept(resources=resources, **times)

@@ -65,6 +65,8 @@ class Leadership:
         ``relays``: those that it speaks with while it leads; None: that is not known yet. ``works``: while it does not,
         the lease is not renewed."""
         self.leader: Peer | None = None
+        self.term = 0
+        """The lease's token, while that is another one's."""
         self._lease = lease
         self._holder = holder
         self._lease_s = lease_s
@@ -141,6 +143,7 @@ class Leadership:
     async def _ask(self) -> None:
         now = await self._lease.holder()
         self._left_s = now.left_s if now is not None else inf
+        self.term = now.token if now is not None else 0
         self.leader = Peer.of(now.holder) if now is not None and now.holder != self._holder else None
         self._say(f"{self.leader.name} leads; this gateway stands by" if self.leader is not None else "")
 

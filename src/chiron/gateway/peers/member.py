@@ -20,6 +20,7 @@ from dataclasses import replace
 from chiron.gateway.peers.door import Door
 from chiron.gateway.peers.election import election
 from chiron.gateway.peers.leadership import Leadership, Peer
+from chiron.gateway.peers.shared_models import IN_FORCE, Models, SharedModels
 from chiron.gateway.peers.standby import Standby
 from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
 from chiron.gateway.processes.fence import OVER, Fence, machine_s
@@ -30,6 +31,7 @@ from chiron.gateway.settings import GatewaysSettings, ServeConfig
 from chiron.net.own_loop import OwnLoop
 from chiron.store.directory import hold
 from chiron.store.lease import LEADER, Held, Leads
+from chiron.store.postgres.learned import PostgresLearned
 from chiron.store.postgres.settings import PostgresSettings
 
 log = logging.getLogger("chiron.gateways")
@@ -55,9 +57,11 @@ class Member:
         relays_ended: asyncio.Event,
         leading: Callable[[Service], None] = lambda service: None,
         hands_over: Callable[[], bool] = lambda: False,
+        models: Models | None = None,
     ) -> None:
         """``nonce`` is the keeper's, ``say`` tells it something, and so does ``say_at_once``, from any thread;
-        ``on_ready`` hears the URL once clients can come; ``leading`` and ``hands_over`` as ``service.run`` has them."""
+        ``on_ready`` hears the URL once clients can come; ``leading`` and ``hands_over`` as ``service.run`` has them;
+        ``models``: they may change, and whoever leads says which are in force."""
         settings = config.gateways
         assert settings is not None
         assert isinstance(config.store, PostgresSettings)
@@ -89,15 +93,25 @@ class Member:
         self._beat_s = machine_s()
         self._service: Service | None = None
         self._door: Door | None = None
+        self._saved = PostgresLearned(config.store, IN_FORCE) if models is not None else None
+        self._shared = SharedModels(models, self._saved, self._led) if models and self._saved else None
         self._standby = Standby(
             start=brain.relays,
             contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},
-            leader=lambda: self._leadership.leader,
+            leader=self._whom_to_reach,
             lost=lambda: self._own_loop.call(self._leadership.look),
         )
 
+    def _led(self) -> tuple[Peer | None, int]:
+        return self._leadership.leader, self._leadership.term
+
+    def _whom_to_reach(self) -> Peer | None:
+        """Who leads, once its models are known here."""
+        return self._leadership.leader if self._shared is None or self._shared.known else None
+
     async def run(self) -> None:
         directory = hold(self._config.data)  # Event log and result are this gateway's.
+        following = asyncio.get_running_loop().create_task(self._shared.follow()) if self._shared is not None else None
         try:
             await self._standby.open()
             self._brain.opened()
@@ -116,6 +130,10 @@ class Member:
             await self._standby.close()
             await self._own_loop.run(self._close_election)
             await self._own_loop.close()
+            if following is not None and self._saved is not None:
+                following.cancel()
+                await asyncio.wait((following,))
+                await self._saved.close()
             os.close(directory)
 
     async def _lead(self, held: Held) -> None:
@@ -140,6 +158,8 @@ class Member:
         service: Service | None = None
         started = False
         try:
+            if self._shared is not None:
+                self._config = await self._shared.config() or self._config
             service = Service(self._config, advise=self._advise, brain=start)
             self._service = service  # From now on others are told which relays come, also while it starts.
             await service.start()

@@ -115,7 +115,9 @@ class Standby:
                     lambda: far, peer.host, peer.port, ssl=self._contexts[purpose], server_hostname=peer.host
                 )
         except (OSError, TimeoutError) as error:
-            self._say(f"{peer.name}, which leads, cannot be reached at {peer.host}:{peer.port}: {str(error) or 'no answer'}")
+            self._say(
+                f"{peer.name}, which leads, cannot be reached at {peer.host}:{peer.port}: {str(error) or 'no answer'}"
+            )
             self._lost()
             return False
         if transport.get_extra_info("ssl_object").selected_alpn_protocol() != purpose:

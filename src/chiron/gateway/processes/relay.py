@@ -49,10 +49,10 @@ class RelayServer:
         start: RelayStart,
         *,
         stay: StaySettings | None = None,
-        renewed: Callable[[], ServeConfig | None] = lambda: None,
+        renewed: Callable[[], ServeConfig | None] | None = None,
     ) -> None:
         """To be made on the loop that runs it. With ``stay`` it outlives its brain. ``renewed`` is asked before each
-        brain: the config, if other models are in it than the last time."""
+        brain: the config, if other models are in it than the last time; None: they never change."""
         loop = asyncio.get_running_loop()
         self.over = asyncio.Event()
         self.clock = LiveClock(loop, time_s=time.monotonic)
@@ -69,10 +69,11 @@ class RelayServer:
             health=self._health,
             connect=self._connect if stay is not None else None,
             stay=stay,
+            models_change=renewed is not None,
             gateway=config.gateways.name if config.gateways is not None else "",
         )
         self._config = config
-        self._renewed = renewed
+        self._renewed = renewed or (lambda: None)
         self._stays = stay is not None
         self._start = start
         self._stopping = False
@@ -96,10 +97,14 @@ class RelayServer:
             tries += 1
 
     async def _connect(self, make: Callable[[], Wire]) -> None:
+        self._renew()
+        await asyncio.get_running_loop().create_unix_connection(make, str(self._start.brain_path))
+        self._renew()  # This gateway's brain lets nobody through before it has written what the leader serves.
+
+    def _renew(self) -> None:
         config = self._renewed()
         if config is not None:
             self.relay.renew(served_models(config), [kind for model in config.models for kind in model.kinds])
-        await asyncio.get_running_loop().create_unix_connection(make, str(self._start.brain_path))
 
     def _ready(self) -> None:
         """All that the brain knows is known here."""
@@ -165,7 +170,7 @@ def run_relay(
     config: ServeConfig,
     keeper: socket.socket,
     start: RelayStart,
-    renewed: Callable[[], ServeConfig | None] = lambda: None,
+    renewed: Callable[[], ServeConfig | None] | None = None,
 ) -> int:
     """In a fresh process, until it is over. Returns its exit status. ``renewed`` as ``RelayServer`` has it."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)

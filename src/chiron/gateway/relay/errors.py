@@ -76,6 +76,9 @@ def not_found(message: str, *, param: str | None = None) -> ApiError:
     return ApiError(404, message, type="not_found_error", code="not_found", param=param)
 
 
+NO_MODEL = "model_not_found"
+
+
 def model_not_found(model: str, known: Iterable[str] = ()) -> ApiError:
     """``known`` are names the client may use; it learns them from the message."""
     names = ", ".join(sorted(known))
@@ -84,7 +87,7 @@ def model_not_found(model: str, known: Iterable[str] = ()) -> ApiError:
         404,
         f"The model {model!r} does not exist or you do not have access to it.{hint}",
         type="not_found_error",
-        code="model_not_found",
+        code=NO_MODEL,
         param="model",
     )
 

@@ -7,25 +7,29 @@ and sized, to a ``Desk``: the brain's own in one process, or one at the other en
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import re
 from collections.abc import Callable
 from secrets import token_hex
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from chiron.core.types import RequestClass
 from chiron.gateway.relay.admission import Models, admit
 from chiron.gateway.relay.calls import FlexCall, RelayCall
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.ending import refuse
-from chiron.gateway.relay.errors import ApiError, unavailable
+from chiron.gateway.relay.errors import NO_MODEL, ApiError, unavailable
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.net.server import Incoming
 
 log = logging.getLogger("chiron.front")
 
 HOT_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+WAIT_MAX_S = 5.0
+"""For so long a request for a model that is not known waits for a brain that may have it."""
+WAITING_MAX = 1000
 _WAIT = re.compile(rb'(?:^|[,;])\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(?=$|[,;])', re.IGNORECASE)
 """In a ``Prefer`` header (RFC 7240): seconds that the client wants its request to wait."""
 
@@ -40,6 +44,11 @@ class Desk(Protocol):
         """Its client is gone."""
 
 
+class _Waiting(NamedTuple):
+    incoming: Incoming
+    timer: asyncio.TimerHandle
+
+
 class Front:
     """Clients' side of the gateway, for completions."""
 
@@ -52,7 +61,9 @@ class Front:
         foreign: CrossSiteGuard,
         responded: Callable[[int], None],
         retry_after_s: float,
+        models_may_come: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``models_may_come``: models may be served that are not known here yet; ``look_again`` once they are."""
         self.draining = False
         self._desk = desk
         self._models = models
@@ -62,6 +73,9 @@ class Front:
         self._retry_after_s = retry_after_s
         self._ids = itertools.count(1)
         self._boot = token_hex(4)
+        self._models_may_come = models_may_come
+        self._waiting: dict[int, _Waiting] = {}
+        """Requests for models that are not known, by ids of theirs."""
 
     def takes(self, incoming: Incoming) -> bool:
         """Whether this request is for the hot path, or to be refused unread."""
@@ -84,7 +98,33 @@ class Front:
         try:
             self._admit(incoming)
         except ApiError as error:
-            self._refuse(incoming, _alone(error))
+            if error.code == NO_MODEL and self._models_may_come() and len(self._waiting) < WAITING_MAX:
+                self._wait(incoming, _alone(error))
+            else:
+                self._refuse(incoming, _alone(error))
+
+    def look_again(self) -> None:
+        """All models are known that are served."""
+        for number, waiting in list(self._waiting.items()):
+            self._forget(number)
+            self.handle(waiting.incoming)
+
+    def _wait(self, incoming: Incoming, error: ApiError) -> None:
+        number = id(incoming)
+
+        def give_up() -> None:
+            self._forget(number)
+            self._refuse(incoming, error)
+
+        timer = asyncio.get_running_loop().call_later(WAIT_MAX_S, give_up)
+        self._waiting[number] = _Waiting(incoming, timer)
+        incoming.on_close = lambda: self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        waiting = self._waiting.pop(number, None)
+        if waiting is not None:
+            waiting.timer.cancel()
+            waiting.incoming.on_close = None
 
     def _admit(self, incoming: Incoming) -> None:
         if self.draining:

@@ -38,6 +38,7 @@ class Relay:
         ride_s: float = RIDE_S,
         connect: Connect | None = None,
         stay: StaySettings | None = None,
+        models_change: bool = False,
         gateway: str = "",
     ) -> None:
         """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is to
@@ -45,7 +46,8 @@ class Relay:
 
         With ``connect`` the relay outlives its brain, as ``stay`` says: ``uplink.begin()`` has it find one, and
         another one whenever that is gone. ``ready`` is then called for the first only, and ``closed`` never.
-        Without it ``uplink.wire`` is the protocol of the one connection that there is."""
+        Without it ``uplink.wire`` is the protocol of the one connection that there is. ``models_change``: another brain
+        may have models that are not known here yet; a request for such a one waits for it a while."""
         self._models = models
         by_name = self._kinds = {each.kind.name: each for each in kinds}
         self.uplink = Uplink(
@@ -58,6 +60,7 @@ class Relay:
             closed=closed,
             drain=self._drain,
             ready=ready,
+            joined=lambda: self.front.look_again(),
             stop=stop,
             health=health,
             network=network,
@@ -73,6 +76,7 @@ class Relay:
             foreign=CrossSiteGuard(keys, own_hosts),
             responded=self.uplink.responded,
             retry_after_s=limits.retry_after_s,
+            models_may_come=lambda: models_change and not self.uplink.has_brain,
         )
 
     def renew(self, models: Mapping[str, ServedModel], kinds: Sequence[KindSettings]) -> None:

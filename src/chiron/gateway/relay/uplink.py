@@ -176,6 +176,7 @@ class Uplink:
         closed: Callable[[str], None],
         drain: Callable[[bool], None] = lambda on: None,
         ready: Callable[[], None] = lambda: None,
+        joined: Callable[[], None] = lambda: None,
         stop: Callable[[float], None] = lambda grace_s: None,
         health: Callable[[], m.Health] = lambda: m.Health(0, 0, 0.0),
         network: MemoryNetwork | None = None,
@@ -187,7 +188,7 @@ class Uplink:
         """``address_of`` (model, kind, url) raises KeyError for what the config does not have; ``closed`` hears why the
         brain is gone, ``drain``, ``ready`` and ``stop`` what it says; ``health`` is asked once a second. With
         ``connect`` the relay stays when its brain is gone: ``begin`` has it find one, again and again, ``ready`` is
-        called for the first only, and ``closed`` never."""
+        called for the first only, ``joined`` for each, and ``closed`` never."""
         self.clock = clock
         self.held: dict[int, Held] = {}
         """By our number."""
@@ -203,6 +204,7 @@ class Uplink:
         """The highest that a brain has had."""
         self._ride_s = ride_s
         self._ready_once = ready
+        self._each_ready = joined
         self._closed_for_good = closed
         self._nonce = token_hex(8) if connect is not None else ""
         self._joined = False
@@ -338,6 +340,11 @@ class Uplink:
 
     def responded(self, status: int) -> None:
         self._answers[status] += 1
+
+    @property
+    def has_brain(self) -> bool:
+        """As far as that has been noticed."""
+        return self._alone_since_s is None
 
     def how_it_stands(self) -> str:
         """For who asks what only a brain could answer, after other words; empty while there is one."""
@@ -616,6 +623,7 @@ class Uplink:
             self._leave_uncounted(instance)
         ready, self._ready_once = self._ready_once, lambda: None
         ready()
+        self._each_ready()
 
     def _leave_uncounted(self, instance: int) -> None:
         """The brain does not know it: what runs there goes on, and nothing more is sent there."""

@@ -63,6 +63,7 @@ from chiron.store.postgres.content import (
     require_room,
     take_upload,
 )
+from chiron.store.postgres.learned import read_learned
 from chiron.store.postgres.schema import read_meta
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.postgres.writer import CHANNEL, Writer
@@ -635,16 +636,7 @@ class PostgresStore:
     async def load_learned(self, name: str) -> bytes | None:
         check_learned(name)
 
-        def query(db: Database) -> bytes | None:
-            row = db.execute("SELECT data, sum FROM learned WHERE name = ?", (name,)).fetchone()
-            if row is None:
-                return None
-            data: bytes = row["data"]
-            if learned_sum(name, data) != row["sum"]:
-                raise StoreDamaged(f"what was learned as {name!r} is damaged in the database")
-            return data
-
-        return await self._read(query)
+        return await self._read(lambda db: read_learned(db, name))
 
 
 def _name_of(directory: Path) -> str:

@@ -1,0 +1,89 @@
+"""Which ChironModels are in force is said by the gateway that leads, in the store; the others take that over.
+
+Each time that another one leads, or the same one anew, what it says is read before anybody is sent there: so a relay
+knows each model that its leader does, and whoever leads goes on with what was in force, whatever it knew itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from chiron.gateway.settings import ServeConfig
+from chiron.store.port import StoreError
+
+log = logging.getLogger("chiron.gateways")
+
+IN_FORCE = "chiron-models"
+"""Where the store has them."""
+LOOK_S = 0.05
+"""Between two looks at who leads."""
+AGAIN_S = 1.0
+"""After the store could not be read."""
+
+
+class Models(Protocol):
+    """Of this gateway."""
+
+    def take(self, saved: bytes) -> None:
+        """What is in force; bytes that cannot be are left out, and said."""
+
+    def renewed(self) -> ServeConfig | None:
+        """The config, if it has other models than the last time."""
+
+
+class Saved(Protocol):
+    """What the leader has saved."""
+
+    async def load(self) -> bytes | None:
+        """None: nothing, or what was read the last time. Raises StoreError."""
+
+
+class SharedModels:
+    """``follow`` is for a task of its own."""
+
+    def __init__(self, models: Models, saved: Saved, leader: Callable[[], object]) -> None:
+        """``leader``: who leads now, another object for each time that somebody begins to."""
+        self._models = models
+        self._saved = saved
+        self._leader = leader
+        self._known_of: object = None
+        """Whose models are known."""
+        self._said = ""
+
+    @property
+    def known(self) -> bool:
+        """The models of whoever leads now are known here."""
+        return self._known_of == self._leader()
+
+    async def follow(self) -> None:
+        while True:
+            leader = self._leader()
+            read = await self.read()
+            self._known_of = leader  # Also without the store: nobody can have changed them without it.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if read else AGAIN_S):
+                    while self._leader() == leader:
+                        await asyncio.sleep(LOOK_S)
+
+    async def read(self) -> bool:
+        """False: the store cannot be read."""
+        try:
+            saved = await self._saved.load()
+        except StoreError as error:
+            if str(error) != self._said:
+                log.warning("which ChironModels are in force cannot be read: %s", error)
+            self._said = str(error)
+            return False
+        self._said = ""
+        if saved is not None:
+            await asyncio.to_thread(self._models.take, saved)
+        return True
+
+    async def config(self) -> ServeConfig | None:
+        """As it is in force, if that is not what it was."""
+        await self.read()
+        return await asyncio.to_thread(self._models.renewed)
