@@ -537,7 +537,10 @@ class Service:
             return None
         config.event_log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         settings = EventLogSettings(
-            path=config.event_log, rotate_bytes=telemetry.rotate_bytes, rotate_keep=telemetry.rotate_keep
+            path=config.event_log,
+            rotate_bytes=telemetry.rotate_bytes,
+            rotate_keep=telemetry.rotate_keep,
+            grouped=telemetry.event_log_grouped,
         )
         specs = [model.spec() for model in config.models]
         facts = {"policy": config.policy_label, **log_facts(specs, config.classes.values(), advise=self.advise)}

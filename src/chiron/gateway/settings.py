@@ -214,6 +214,9 @@ class TelemetrySettings:
     event_log: str = ""
     """File of the event log (JSON lines); relative to the config file; empty: ``events.jsonl`` in the data
     directory; ``"off"``: none."""
+    event_log_grouped: bool = True
+    """What happens to requests is written as one line for some 64 events, which costs a quarter of a line each;
+    ``chiron explain``, ``advice`` and ``read_event_log`` read both."""
     input_log: str = ""
     """File of the input log, for ``chiron replay``; relative to the config file; empty: none."""
     rotate_bytes: int = 256 * MIB

@@ -6,6 +6,9 @@ its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on
 
 Lines of the gateway end with a checksum, ``"sum"``, of the rest of the line, so that a bit that the disk has flipped
 is not taken for a number. In a file where one line has a sum all must.
+
+In a grouped log of the gateway, events of requests come many in a line, ``rows`` of an event ``group``: each the values
+of what would have been its line, in the order of ``ROWS``. Whoever reads gets single events.
 """
 
 from __future__ import annotations
@@ -23,6 +26,34 @@ from zlib import crc32
 
 from chiron.core.types import Decision
 from chiron.telemetry.errors import LogError
+
+
+GROUP = "group"
+"""The event that has many."""
+ROWS = {
+    "arrival": ("t", "event", "request", "model", "class", "input_tokens", "key"),
+    "ended": (
+        "t",
+        "event",
+        "request",
+        "model",
+        "class",
+        "key",
+        "outcome",
+        "reason",
+        "instance",
+        "input_tokens",
+        "output_tokens",
+        "queue_s",
+        "ttft_s",
+        "itl_s",
+        "duration_s",
+        "evictions",
+        "retries",
+    ),
+}
+"""Names of a row's values, by its event; of any other event they are ``ROW``."""
+ROW = ("t", "event", "request", "instance")
 
 
 def decision_line(now_s: float, decision: Decision) -> dict[str, Any]:
@@ -162,7 +193,19 @@ def _events(name: Path, file: BinaryIO, damaged: Callable[[str], None] | None) -
             raise LogError(f"{name}: line {number} is not an event: it has no event and time t")
         if has_sums:
             event.pop("sum", None)
-        yield event
+        if event["event"] == GROUP:
+            yield from _rows(name, number, event.get("rows"))
+        else:
+            yield event
+
+
+def _rows(name: Path, number: int, rows: Any) -> Iterator[dict[str, Any]]:
+    """The events of a group, which is the line of this number."""
+    for row in rows if isinstance(rows, list) else (None,):
+        names = ROWS.get(str(row[1]), ROW) if isinstance(row, list) and len(row) > 1 else ROW
+        if not isinstance(row, list) or len(row) != len(names) or not isinstance(row[0], int | float):
+            raise LogError(f"{name}: line {number} is a group with {str(row)[:80]}, which is no row of an event")
+        yield dict(zip(names, row, strict=True))
 
 
 def _has_sums(file: BinaryIO) -> bool:

@@ -1,7 +1,8 @@
 """The event log's writer: lines are made and queued on the loop's thread, written on a thread of its own.
 
 JSON and checksum cost the loop two microseconds a line, in groups of lines; one at a time it would be twice that. The
-other thread would take as long, and the interpreter's lock with it; what is left there is to wait for the disk.
+other thread would take as long, and the interpreter's lock with it; what is left there is to wait for the disk. In a
+grouped log a group is one line with one checksum, which costs a quarter of that.
 
 What a full disk or a full queue costs is lines of this log, never a request: they are counted, an event ``dropped``
 says how many, and writing goes on when it can.
@@ -26,12 +27,13 @@ import msgspec
 import orjson
 
 from chiron.gateway.reporting.lines import Line
-from chiron.telemetry.event_log import log_file, log_numbers, summed
+from chiron.telemetry.event_log import GROUP, log_file, log_numbers, summed
 
 log = logging.getLogger("chiron.events")
 
 VERSION = 1
 """Of the line format, in the first line of each file."""
+VERSION_GROUPED = 2
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that pass, and that must not keep a gateway from starting."""
 _PIECE = 256
@@ -53,6 +55,8 @@ class EventLogSettings:
     """Lines reach the file at latest this long after they were queued; kill -9 loses no more than that."""
     queue_max: int = 100_000
     """Lines that may wait for the disk; more are dropped and counted. One takes some 300 bytes."""
+    grouped: bool = False
+    """What happens to requests is written as one line for some 64 events: smaller, and quicker to write and to read."""
 
     def __post_init__(self) -> None:
         for name, low in (("rotate_bytes", 4096), ("rotate_keep", 0), ("queue_max", 1)):
@@ -78,6 +82,7 @@ class EventWriter:
         """Lines that found the queue full."""
         self.lost = 0
         """Lines that could not be written."""
+        self.grouped = settings.grouped
         self._settings = settings
         self._wall_origin_s = wall_origin_s
         self._facts = dict(facts or {})
@@ -87,7 +92,8 @@ class EventWriter:
         self._queued = 0
         self._taken = 0
         """Lines so far; each of the two is counted by one thread only."""
-        self._encode = msgspec.json.Encoder().encode_lines
+        encoder = msgspec.json.Encoder()
+        self._encode, self._encode_group = encoder.encode_lines, encoder.encode
         self._told = 0
         """Lines dropped or lost that the log has told of."""
         self._failing = False
@@ -121,18 +127,37 @@ class EventWriter:
         self._queue.append((event["t"], 1, line))
 
     def write_lines(self, events: Sequence[Line]) -> None:
-        """Queue a line each, several at a time."""
+        """Queue a line each, several at a time; of a grouped log one line for all of them, which must be rows."""
         room = self._queue_max - (self._queued - self._taken)
         if len(events) > room:
             self.dropped += len(events) - room
             events = events[:room]
         if not events:
             return
+        if self.grouped:
+            self._queue_group(events)
+            return
         # JSON has no bare line break.
         bodies = self._encoded(events).split(b"}\n")[:-1]
         data = b"".join([b'%b,"sum":"%08x"}\n' % (body, crc32(body)) for body in bodies])
         self._queued += len(bodies)
         self._queue.append((events[0].t, len(bodies), data))
+
+    def _queue_group(self, events: Sequence[Line]) -> None:
+        """One that cannot be encoded costs none of the others."""
+        try:
+            rows = self._encode_group(events)
+        except (TypeError, ValueError) as error:
+            if len(events) > 1:
+                for event in events:
+                    self._queue_group([event])
+            else:
+                self.lost += 1
+                log.error("an event could not be written: %s", error)
+            return
+        body = b'{"t":%b,"event":"%b","rows":%b' % (repr(events[0].t).encode(), GROUP.encode(), rows)
+        self._queued += len(events)
+        self._queue.append((events[0].t, len(events), summed(body + b"}\n")))
 
     def _encoded(self, events: Sequence[Line]) -> bytes:
         """A line each; one that cannot be encoded costs none of the others."""
@@ -215,7 +240,7 @@ class EventWriter:
         head = {
             "t": self._at_s,
             "event": "log",
-            "version": VERSION,
+            "version": VERSION_GROUPED if self.grouped else VERSION,
             "at": wall_time(self._wall_origin_s + self._at_s),
             "run": wall_time(self._wall_origin_s),
             **self._facts,

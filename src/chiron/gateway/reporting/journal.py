@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from chiron.core.types import Decision, Instance, Request, RequestClass
 from chiron.gateway.reporting.event_writer import EventWriter
-from chiron.gateway.reporting.lines import ArrivalLine, EndLine, Line, RequestLine
+from chiron.gateway.reporting.lines import ArrivalLine, ArrivalRow, EndLine, EndRow, Line, RequestLine, RequestRow
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.tally import ClassTally, KeyTally, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
@@ -55,7 +55,7 @@ class LiveJournal:
         writer: EventWriter | None = None,
         recorder: LiveRecorder | None = None,
     ) -> None:
-        self.writer = writer
+        self.writer: EventWriter | None = None
         self.recorder = recorder
         self.tallies: dict[tuple[str, str], ClassTally] = {}
         """By model and class, from the first arrival on."""
@@ -77,11 +77,16 @@ class LiveJournal:
         self._model = self._class = ""
         """Of the request that was counted last, as the next one."""
         self._last = _NOBODY
+        self.log_to(writer)
 
     def log_to(self, writer: EventWriter | None) -> None:
         """Write events there from now on; None: nowhere."""
         self.settle()
         self.writer = writer
+        grouped = writer is not None and writer.grouped
+        self._arrival_line: type[ArrivalLine] = ArrivalRow if grouped else ArrivalLine
+        self._request_line: type[RequestLine] = RequestRow if grouped else RequestLine
+        self._end_line: type[EndLine] = EndRow if grouped else EndLine
 
     # -- the Journal port --------------------------------------------------------------------------------------
 
@@ -95,7 +100,7 @@ class LiveJournal:
                 self.recorder.arrived(request)
             if self.writer is not None:
                 called, cls, key = request_name(request), request.class_name, key_name(request)
-                self._note(ArrivalLine(now_s, name, called, request.model, cls, request.input_tokens, key))
+                self._note(self._arrival_line(now_s, name, called, request.model, cls, request.input_tokens, key))
         elif name != "ended":  # ``ended`` says more.
             if name == "first_token":
                 self._tally(request).first_token(now_s, request)
@@ -103,7 +108,7 @@ class LiveJournal:
                 self._tally(request).evictions += 1
             if self.writer is not None:
                 on = instance.id if instance is not None else None
-                self._note(RequestLine(now_s, name, request_name(request), on))
+                self._note(self._request_line(now_s, name, request_name(request), on))
 
     def ended(self, request: Request) -> None:
         key, prompt = key_name(request), prompt_tokens(request)
@@ -112,7 +117,7 @@ class LiveJournal:
         if self.recorder is not None:
             self.recorder.ended(request, prompt)
         if self.writer is not None:
-            self._note(_end_line(request, request_name(request), key, prompt))
+            self._note(_end_line(self._end_line, request, request_name(request), key, prompt))
 
     def decided(self, now_s: float, decision: Decision) -> None:
         self.settle()
@@ -210,10 +215,10 @@ class LiveJournal:
         return tally
 
 
-def _end_line(request: Request, called: str, key: str, prompt: int) -> EndLine:
+def _end_line(line: type[EndLine], request: Request, called: str, key: str, prompt: int) -> EndLine:
     arrival_s, first_s, finish_s = request.arrival_s, request.first_token_s, request.finish_s
     dispatch_s, tokens, instance = request.dispatch_s, request.tokens_done, request.instance
-    return EndLine(
+    return line(
         finish_s,
         "ended",
         called,

@@ -7,6 +7,7 @@ they are sorted into it ``NOTED_MAX`` at a time, or when somebody reads it.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -32,8 +33,9 @@ HISTORY = 60
 _PER_E = 20.0
 """Buckets per factor e of a rolling distribution: a quantile is right to some 2.5 %."""
 _SHORTEST = 1e-6
-NOTED_MAX: Final = 256
-"""Values that wait to be sorted into a distribution: some 20 us of work."""
+NOTED_MAX: Final = 1024
+"""Values that wait to be sorted into a distribution: some 0.1 ms of work. They wait side by side in memory: a list of
+floats made at a thousand different moments takes longer to fetch than to sort."""
 
 SLOS = ("ttft", "itl", "deadline")
 
@@ -52,7 +54,7 @@ class Histogram:
         self.bounds = bounds
         self._counts: Any = np.zeros(len(bounds) + 1, dtype=np.int64)
         self._sum = 0.0
-        self._noted: list[float] = []
+        self._noted = array("d")
 
     @property
     def counts(self) -> list[int]:
@@ -73,8 +75,8 @@ class Histogram:
 
     def _sort(self) -> None:
         if self._noted:
-            values = np.array(self._noted)
-            self._noted = []
+            values = np.frombuffer(self._noted)
+            self._noted = array("d")
             places = np.searchsorted(self.bounds, values)
             self._counts += np.bincount(places, minlength=len(self.bounds) + 1)
             self._sum += float(values.sum())
@@ -87,7 +89,7 @@ class Rolling:
 
     def __init__(self) -> None:
         self._slot = 0
-        self._noted: list[float] = []
+        self._noted = array("d")
         """Of the current slot."""
         self._current: dict[int, int] = {}
         self._slots: deque[tuple[int, dict[int, int]]] = deque([(0, self._current)])
@@ -136,8 +138,8 @@ class Rolling:
 
     def _sort(self) -> None:
         if self._noted:
-            values = np.maximum(np.array(self._noted), _SHORTEST)
-            self._noted = []
+            values = np.maximum(np.frombuffer(self._noted), _SHORTEST)
+            self._noted = array("d")
             buckets, counts = np.unique(np.floor(np.log(values) * _PER_E).astype(np.int64), return_counts=True)
             _add(self._current, dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
 
