@@ -1,6 +1,6 @@
 """What the deciding part of a gateway costs, and how long a placement waits for it.
 
-    python bench/brain.py [--instances 1000] [--rate 4000] [--seconds 20] [--together 1] [--grouped] [--policy chiron] [--json F]
+    python bench/brain.py [--instances 1000] [--rate 4000] [--seconds 20] [--together 1] [--log-lines] [--json F]
 
 One control plane as ``chiron serve`` has it, with its limits of API keys, its journal and its event log, in front of
 stand-in engines that take as long as an 8B model on an A100. Sockets, HTTP and tokens are left out: relays have those.
@@ -350,7 +350,9 @@ def costs(spent: dict[str, list[int]], placed: int) -> list[Cost]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        brain = Brain(policy=arguments.policy, instances=arguments.instances, folder=Path(folder), grouped=arguments.grouped)
+        brain = Brain(
+            policy=arguments.policy, instances=arguments.instances, folder=Path(folder), grouped=not arguments.log_lines
+        )
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD, 50, 100)
@@ -397,7 +399,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help=f"measured, after {WARM_UP_S:g} s")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--together", type=int, default=1, help="inputs that are taken in one go, at most")
-    parser.add_argument("--grouped", action="store_true", help="the event log has one line for many events of requests")
+    parser.add_argument("--log-lines", action="store_true", help="each event of a request is a line of the event log")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = run(arguments)

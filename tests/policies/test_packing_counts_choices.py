@@ -28,7 +28,8 @@ def run(state: ModelState, number: int, *, choices: int = 1, cls: RequestClass =
     request.sequences = choices
     placement = state.router.place(request, 0.0)
     assert placement is not None
-    book(request, placement._replace(prefill_s=0.0))
+    placement.prefill_s = 0.0
+    book(request, placement)
     state.router.changed(placement.instance)
     return request
 

@@ -80,7 +80,7 @@ def test_a_damaged_group_is_named_and_passed_over_whole(tmp_path: Path) -> None:
     path = tmp_path / "log"
     written(path, grouped=True)
     whole, data = list(read_event_log(path)), bytearray(path.read_bytes())
-    second = [at for at, byte in enumerate(data) if byte == ord("\n")][0] + 1
+    second = data.index(b"\n") + 1
     rows = lines(path)[1]["rows"]
     data[second + 40] ^= 1
     path.write_bytes(data)

@@ -13,12 +13,13 @@ from chiron.policies.size import prefill_left_s
 
 def book(request: Request, placement: Placement) -> None:
     """It runs there from now on. The caller informs the router."""
-    instance, cost_s, kv_tokens, _ = placement
+    instance, cost_s, kv_tokens = placement.instance, placement.prefill_s, placement.kv_tokens
     request.instance = instance
     request.epoch += 1
     if request.kv_saved_tokens and request.kv_saved_on != instance.id:
         request.kv_saved_tokens = 0
     instance.requests[request.id] = request
+    request.booked = True
     name = request.class_name
     counts = instance.class_counts
     counts[name] = counts.get(name, 0) + 1
@@ -41,15 +42,16 @@ def held_by(request: Request) -> Instance | None:
     instance = request.instance
     if instance is None:
         return None
-    number = request.id
-    return instance if number in instance.requests or number in instance.evicting else None
+    return instance if request.booked or request.id in instance.evicting else None
 
 
 def leave(state: ModelState, request: Request) -> Instance | None:
     """Give up the request's place, if it still has one. Returns where it ran."""
     instance = request.instance
-    if instance is None or instance.requests.pop(request.id, None) is None:
+    if instance is None or not request.booked:
         return instance
+    request.booked = False
+    del instance.requests[request.id]
     instance.class_counts[request.class_name] -= 1
     instance.sequences -= request.sequences
     instance.kv_reserved_tokens -= request.reserved_tokens

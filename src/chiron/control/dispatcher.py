@@ -86,7 +86,7 @@ class Dispatcher:
         if instance is None:
             (state.batch if not request.interactive and state.holds_batch else state.waiting).forget(request)
             self.pump(state)  # It may have been in the way of the next one.
-        elif request.id in instance.requests:
+        elif request.booked:
             self._evictor.stop(state, request)
 
     def shed_lost(self, state: ModelState) -> bool:
@@ -210,7 +210,9 @@ class Dispatcher:
         request.submitted = True
         self.open_requests += 1
         placement = placed(state.learner, request, instance)
-        book(request, placement._replace(prefill_s=0.0) if request.ran else placement)
+        if request.ran:
+            placement.prefill_s = 0.0
+        book(request, placement)
         if self._event is not None:
             self._event(self._clock.now_s, "arrival", request, None)
             self._event(self._clock.now_s, "dispatch", request, instance)
@@ -296,7 +298,7 @@ class Dispatcher:
 
     def prefilled(self, state: ModelState, request: Request) -> None:
         instance = request.instance
-        if instance is not None and request.prefill_cost_s and request.id in instance.requests:
+        if instance is not None and request.prefill_cost_s and request.booked:
             prefill_over(instance, request)
             state.router.changed(instance)
             if state.waiting.count or state.batch.count:

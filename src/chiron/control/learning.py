@@ -25,12 +25,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Sequence
 from math import exp, inf, isfinite, log
 from statistics import median
 from typing import Any, Final
 
 from chiron.core.kept import Kept
 from chiron.core.types import Request, RequestClass, Sample
+from chiron.policies.policy import Estimates, UsualSize
 from chiron.policies.size import prefill_s
 from chiron.policies.views import ClassMix, StepTimes
 
@@ -55,7 +57,6 @@ CHANGE = 1.4
 _RECENT = 8
 _KEPT = 0.02
 """Weight that what was known keeps after a change."""
-_USUAL_WEIGHT = 0.01
 _TRUSTED_UPDATES = 4
 _Equation = tuple[list[float], float, float]
 """Coefficients in units of the prior, what they add up to, weight."""
@@ -182,43 +183,18 @@ class Lead:
         return list(self._recent)
 
 
-class Usual:
-    """What a request of common size is like: exponential means over about a hundred."""
-
-    __slots__ = ("input_square", "input_tokens", "need_tokens")
-
-    def __init__(self) -> None:
-        self.input_tokens = self.input_square = 0.0
-        self.need_tokens = 0.0
-        """Prompt and expected output."""
-
-    def ran(self, tokens: int, need: float) -> None:
-        self.input_tokens += _USUAL_WEIGHT * (tokens - self.input_tokens)
-        self.input_square += _USUAL_WEIGHT * (tokens * tokens - self.input_square)
-        self.need_tokens += _USUAL_WEIGHT * (need - self.need_tokens)
-
-    def learned(self) -> list[float]:
-        return [self.input_tokens, self.input_square, self.need_tokens]
-
-    def restore(self, values: list[float] | None) -> None:
-        if values is not None:
-            self.input_tokens, self.input_square, self.need_tokens = values
-
-
-class Learner:
-    """Implements ``policies.policy.Estimates`` for one model."""
+class Learner(Estimates):
+    """Keeps what policies ask for each request up to date, of one model."""
 
     def __init__(self, classes: tuple[RequestClass, ...]) -> None:
+        super().__init__(
+            _step_times(PRIOR), max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
+        )
         self.mixes = {c.name: Mix(c) for c in classes}
-        self._expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
+        self.expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
         self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}
         self._leads = {c.name: Lead(c.ttft_s) for c in classes}
         self.first_token_lead_s = {name: lead.value_s for name, lead in self._leads.items()}
-        self.usual = Usual()
-        self.usual_batch = Usual()
-        self.itl_missed = 0.0
-        self.ttft_min_s = inf
-        self.ttft_max_s = max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
         self.updates = 0
         self._seen = 0
         """Scrapes, those set aside included."""
@@ -232,15 +208,6 @@ class Learner:
         self._values = list(PRIOR)
         self._prior = 1.0
         """Of each coefficient in its unit: another one on other hardware."""
-        self.step_times = StepTimes(
-            fixed_s=PRIOR[0],
-            per_sequence_s=PRIOR[1],
-            per_context_token_s=PRIOR[2],
-            per_prefill_token_s=PRIOR[3],
-            per_prefill_square_s=PRIOR[4],
-        )
-        self.prefill_token_s = PRIOR[3]
-        self.prefill_square_s = PRIOR[4]
 
     def learned(self) -> dict[str, Any]:
         """As plain data."""
@@ -248,8 +215,8 @@ class Learner:
             "classes": {
                 name: {**mix.learned(), "lead_s": self._leads[name].learned()} for name, mix in self.mixes.items()
             },
-            "usual": self.usual.learned(),
-            "usual_batch": self.usual_batch.learned(),
+            "usual": _means(self.usual),
+            "usual_batch": _means(self.usual_batch),
             "steps": {
                 "updates": self.updates,
                 "prior": self._prior,
@@ -267,14 +234,15 @@ class Learner:
             told = classes.part(name)
             if not mix.restore(told):
                 continue
-            self._expected_output[name] = mix.output_mean
+            self.expected_output[name] = mix.output_mean
             if mix.seen and mix.cls.interactive:
                 self.ttft_min_s = min(self.ttft_min_s, mix.cls.ttft_s)
             for time_s in told.numbers("lead_s", 0.0, _TIME_MAX_S, least=0, most=Lead.WINDOW) or ():
                 self._leads[name].observe(time_s)
             self.first_token_lead_s[name] = self._leads[name].value_s
-        self.usual.restore(kept.numbers("usual", 0.0, _TOKENS_MAX**2, least=3, most=3))
-        self.usual_batch.restore(kept.numbers("usual_batch", 0.0, _TOKENS_MAX**2, least=3, most=3))
+        for name, usual in (("usual", self.usual), ("usual_batch", self.usual_batch)):
+            if (means := kept.numbers(name, 0.0, _TOKENS_MAX**2, least=3, most=3)) is not None:
+                usual.input_tokens, usual.input_square, usual.need_tokens = means
         self._restore_steps(kept.part("steps"))
 
     def _restore_steps(self, kept: Kept) -> None:
@@ -296,13 +264,9 @@ class Learner:
     def trusted(self) -> bool:
         return self.updates >= _TRUSTED_UPDATES
 
-    @property
-    def expected_output(self) -> dict[str, float]:
-        return self._expected_output
-
     def shortest_s(self, name: str) -> float:
         """What a mean answer of this class takes at the least: its steps without any other request."""
-        return self._expected_output[name] * self.step_times.fixed_s if self.trusted else 0.0
+        return self.expected_output[name] * self.step_times.fixed_s if self.trusted else 0.0
 
     def seen_names(self) -> list[str]:
         """Classes that this model has had requests of; all of them before the first. SLOs of
@@ -315,7 +279,7 @@ class Learner:
         mix = self.mixes[name]
         mix.ran(tokens)
         usual = self.usual if request.interactive else self.usual_batch
-        usual.ran(tokens, tokens + self._expected_output[name])
+        usual.ran(tokens, tokens + self.expected_output[name])
         if request.interactive and mix.seen == 1:
             # As configured: what one client asked for must not hold everybody else up.
             self.ttft_min_s = min(self.ttft_min_s, mix.cls.ttft_s)
@@ -324,7 +288,7 @@ class Learner:
         """It is over, and ``tokens_done`` is what it made."""
         mix = self.mixes[request.class_name]
         mix.made(request.tokens_done)
-        self._expected_output[request.class_name] = mix.output_mean
+        self.expected_output[request.class_name] = mix.output_mean
 
     def first_token(self, request: Request) -> None:
         """Of one that had waited for its dispatch, and ran without interruption since."""
@@ -394,15 +358,23 @@ class Learner:
         theta = _solve(self._normal, self._moment, self._prior)
         self._values = values = [min(50.0, max(0.05, t)) * prior for t, prior in zip(theta, PRIOR, strict=True)]
         self.mix_views = {name: mix.view() for name, mix in self.mixes.items()}
-        self.step_times = StepTimes(
-            fixed_s=values[0],
-            per_sequence_s=values[1],
-            per_context_token_s=values[2],
-            per_prefill_token_s=values[3],
-            per_prefill_square_s=values[4],
-        )
+        self.step_times = _step_times(values)
         self.prefill_token_s = values[3]
         self.prefill_square_s = values[4]
+
+
+def _means(usual: UsualSize) -> list[float]:
+    return [usual.input_tokens, usual.input_square, usual.need_tokens]
+
+
+def _step_times(values: Sequence[float]) -> StepTimes:
+    return StepTimes(
+        fixed_s=values[0],
+        per_sequence_s=values[1],
+        per_context_token_s=values[2],
+        per_prefill_token_s=values[3],
+        per_prefill_square_s=values[4],
+    )
 
 
 def _is_normal(rows: list[list[float]], prior: float) -> bool:

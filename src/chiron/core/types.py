@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 from chiron.core.specs import InstanceKind as InstanceKind
 from chiron.core.specs import Kind as Kind
@@ -35,6 +35,7 @@ class Request:
 
     __slots__ = (
         "arrival_s",
+        "booked",
         "class_name",
         "cls",
         "counted",
@@ -105,6 +106,8 @@ class Request:
         self.finish_s = -1.0
         self.outcome: Outcome | None = None
         self.instance: Instance | None = None
+        self.booked = False
+        """It is among the ``requests`` of its instance. To ask those, of 20,000 that run, is to wait for memory."""
         self.submitted = False
         """The control plane has taken it in."""
         self.counted = False
@@ -297,17 +300,20 @@ class Instance:
         return len(self.requests)
 
 
-class Placement(NamedTuple):
-    """Where a request runs, and what it takes there: decided by a policy's router, booked by the control plane. A
-    tuple, because there is one for each dispatch."""
+class Placement:
+    """Where a request runs, and what it takes there: decided by a policy's router, booked by the control plane. Not a
+    frozen dataclass, because there is one for each dispatch."""
 
-    instance: Instance
-    prefill_s: float
-    """Seconds of prefill until its first token; 0 where its KV was saved."""
-    kv_tokens: int
-    """KV that it will hold at its expected end."""
-    evict: tuple[Request, ...] = ()
-    """Batch requests that make way for it, in this order."""
+    __slots__ = ("evict", "instance", "kv_tokens", "prefill_s")
+
+    def __init__(self, instance: Instance, prefill_s: float, kv_tokens: int, evict: tuple[Request, ...] = ()) -> None:
+        self.instance = instance
+        self.prefill_s = prefill_s
+        """Seconds of prefill until its first token; 0 where its KV was saved."""
+        self.kv_tokens = kv_tokens
+        """KV that it will hold at its expected end."""
+        self.evict = evict
+        """Batch requests that make way for it, in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from math import inf
+from typing import Any, Final, Protocol
 
 from chiron.core.kept import Kept
 from chiron.core.types import Instance, Placement, Request, RequestClass, Role
@@ -34,50 +35,52 @@ from chiron.policies.views import (
     StepTimes,
 )
 
-
-class UsualSize(Protocol):
-    """Running means over requests that ran lately."""
-
-    input_tokens: float
-    input_square: float
-    need_tokens: float
-    """Prompt and expected output."""
+_USUAL_WEIGHT: Final = 0.01
 
 
-class Estimates(Protocol):
+class UsualSize:
+    """What a request of common size is like: exponential means over about a hundred that ran lately."""
+
+    __slots__ = ("input_square", "input_tokens", "need_tokens")
+
+    def __init__(self) -> None:
+        self.input_tokens = self.input_square = 0.0
+        self.need_tokens = 0.0
+        """Prompt and expected output."""
+
+    def ran(self, tokens: int, need: float) -> None:
+        self.input_tokens += _USUAL_WEIGHT * (tokens - self.input_tokens)
+        self.input_square += _USUAL_WEIGHT * (tokens * tokens - self.input_square)
+        self.need_tokens += _USUAL_WEIGHT * (need - self.need_tokens)
+
+
+class Estimates:
     """What has been learned of one model, for the per-request path. The control plane keeps it current, from requests
-    that ran: what is refused or taken back leaves no trace."""
+    that ran: what is refused or taken back leaves no trace. A class and no protocol: it is read several times a
+    placement, and compiled code reads the fields of a class that it knows without asking for their names."""
 
-    prefill_token_s: float
-    prefill_square_s: float
-    ttft_min_s: float
-    """Tightest configured TTFT among the interactive classes that ran; inf before the first."""
-    ttft_max_s: float
-    """Loosest finite one among the configured interactive classes; inf if there is none."""
-    itl_missed: float
-    """Share of recent interactive requests that missed their ITL SLO, in the class where it is largest."""
-
-    @property
-    def usual(self) -> UsualSize:
+    def __init__(self, step_times: StepTimes, ttft_max_s: float) -> None:
+        self.step_times = step_times
+        self.prefill_token_s = step_times.per_prefill_token_s
+        self.prefill_square_s = step_times.per_prefill_square_s
+        self.ttft_min_s = inf
+        """Tightest configured TTFT among the interactive classes that ran; inf before the first."""
+        self.ttft_max_s = ttft_max_s
+        """Loosest finite one among the configured interactive classes; inf if there is none."""
+        self.itl_missed = 0.0
+        """Share of recent interactive requests that missed their ITL SLO, in the class where it is largest."""
+        self.usual = UsualSize()
         """Of interactive requests."""
-
-    @property
-    def usual_batch(self) -> UsualSize: ...
-
-    @property
-    def expected_output(self) -> Mapping[str, float]:
+        self.usual_batch = UsualSize()
+        self.expected_output: dict[str, float] = {}
         """Mean output tokens by class name."""
-
-    @property
-    def step_times(self) -> StepTimes: ...
+        self.first_token_lead_s: dict[str, float] = {}
+        """By class name: time from dispatch to first token beyond the request's own prefill, as it is at the most for
+        all but a few of those that had to wait for their dispatch."""
 
     def shortest_s(self, name: str) -> float:
         """What a mean answer of this class takes at the least."""
-
-    @property
-    def first_token_lead_s(self) -> Mapping[str, float]:
-        """By class name: time from dispatch to first token beyond the request's own prefill, as it is at the most for
-        all but a few of those that had to wait for their dispatch."""
+        raise NotImplementedError
 
 
 class Router(Protocol):

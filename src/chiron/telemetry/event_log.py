@@ -27,7 +27,6 @@ from zlib import crc32
 from chiron.core.types import Decision
 from chiron.telemetry.errors import LogError
 
-
 GROUP = "group"
 """The event that has many."""
 ROWS = {
