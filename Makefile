@@ -37,7 +37,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures docs-staged lock clean
+.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures docs-staged lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -48,6 +48,10 @@ DEMO ?=
 demo: $(VENV)/.demo ## Live: real requests, real engines, one endpoint; a screen, a verdict, a report (three minutes)
 	@mkdir -p $(OUT)
 	@$(BIN)/chiron demo --out $(OUT)/demo $(DEMO)
+
+demo-staged: $(VENV)/.dev ## Live: a model in four stages, a surge, the slow stage scaled by each stage policy (four minutes)
+	@mkdir -p $(OUT)
+	@$(BIN)/chiron demo --staged --out $(OUT)/demo-staged
 
 compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, verdict, report (a minute)
 	@mkdir -p $(OUT)

@@ -30,6 +30,20 @@ from chiron.cli.demo.plan import (
     instances_max,
     write_config,
 )
+from chiron.cli.demo.stage_watch import StageWatch
+from chiron.cli.demo.staged import (
+    ABOUT,
+    DURATION_S,
+    SETTINGS,
+    about_staged,
+    recorded,
+    staged_plan,
+    staged_verdict,
+    surge_of,
+    write_model,
+    write_staged_config,
+)
+from chiron.cli.demo.staged import DURATION_MIN_S as STAGED_MIN_S
 from chiron.cli.demo.verdict import verdict_lines
 from chiron.cli.demo.view import PERIOD_S, DemoView
 from chiron.cli.top.command import StatusError, fetcher
@@ -74,6 +88,9 @@ def demo(
     ] = Path("chiron-demo"),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of the gateway; 0: any free one.")] = 0,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Of arrivals, lengths and prompts.")] = 1,
+    staged: Annotated[
+        bool, typer.Option("--staged", help="A model as a pipeline of stages, scaled by each stage policy in turn.")
+    ] = False,
 ) -> None:
     """Real requests, real engine processes, one endpoint: watch it scale, then read the verdict.
 
@@ -85,7 +102,14 @@ def demo(
     - `chiron demo`
 
     - `chiron demo --duration 60s --engine emulated`
+
+    - `chiron demo --staged`
     """
+    if staged:
+        if engine != "auto":
+            raise ConfigError(f"--engine {engine}: does not go with --staged, which has an engine of its own")
+        demo_staged(duration, out, port, seed)
+        return
     require_extras(["serve"])
     embedded = choose_engine(engine)
     duration_s = full_length_s() if duration is None else seconds_of("--duration", duration)
@@ -104,7 +128,7 @@ def demo(
     try:
         with Gateway(out) as gateway:
             caption = [about_engines(embedded), about_traffic(plan)]
-            run = run_on_loop(_play(plan, gateway, console, caption, seed))
+            run = run_on_loop(_play(plan, gateway, console, caption))
             say(console, "Stopping the gateway and its engines ...")
     except GatewayError as error:
         typer.echo(f"error: {error}", err=True)
@@ -114,6 +138,48 @@ def demo(
     conclude(console, out, run, config, about, machine_lines(cores, busy_before, busy_and_total_s()))
     if run.stopped:
         raise typer.Exit(INTERRUPTED)
+
+
+def demo_staged(duration: str | None, out: Path, port: int, seed: int) -> None:
+    """The same traffic for each stage policy, one after the other."""
+    require_extras(["serve", "staged"])
+    duration_s = DURATION_S if duration is None else seconds_of("--duration", duration)
+    if not STAGED_MIN_S <= duration_s <= DURATION_MAX_S:
+        raise ConfigError(f"--duration {duration}: with --staged it must be {STAGED_MIN_S:g} s to {DURATION_MAX_S:g} s")
+    console = Console(highlight=False)
+    prepare(out)
+    write_model(out)
+    (out / MARK).write_text("# Configs are in the directories of the stage policies.\n", encoding="utf-8")
+    plan = staged_plan(out, duration_s, seed)
+    say(console, f"Engine: {ABOUT}.")
+    results: dict[str, tuple[Result, Result]] = {}
+    started_s, cpu_before_s, busy_before = time.monotonic(), cpu_s(), busy_and_total_s()
+    for policy in SETTINGS:
+        directory = out / policy
+        prepare(directory)
+        config = write_staged_config(directory, policy, port=port)
+        say(console, f"Starting a gateway and its pipeline, {about_staged(plan, policy)} ...")
+        try:
+            with Gateway(directory) as gateway:
+                run = run_on_loop(_play(plan, gateway, console, [ABOUT, about_staged(plan, policy)], StageWatch()))
+                say(console, "Stopping the gateway and its stages ...")
+        except GatewayError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(FAILED) from None
+        if run.stopped:
+            raise typer.Exit(INTERRUPTED)
+        results[policy] = recorded(directory, run, policy, config)
+    cores = (cpu_s() - cpu_before_s) / (time.monotonic() - started_s)
+    lines = staged_verdict(out / next(iter(SETTINGS)), results, surge_of(duration_s))
+    machine = machine_lines(cores, busy_before, busy_and_total_s())
+    console.print()
+    for line in [*lines, *machine]:
+        say(console, line)
+    console.print()
+    notes = [ABOUT, *lines, *machine]
+    say(console, f"report     {_report(out, [gateway for _, gateway in results.values()], notes)}")
+    for policy in results:
+        say(console, f"reasons    {program()} explain {out / policy / 'data' / 'result.chiron'}")
 
 
 def say(console: Console, text: str) -> None:
@@ -165,7 +231,9 @@ def machine_lines(cores: float, before: tuple[float, float], after: tuple[float,
     return lines
 
 
-async def _play(plan: LoadPlan, gateway: Gateway, console: Console, caption: list[str], seed: int) -> LoadRun:
+async def _play(
+    plan: LoadPlan, gateway: Gateway, console: Console, caption: list[str], watch: StageWatch | None = None
+) -> LoadRun:
     """Send the traffic and show what happens, until all is answered. Raises GatewayError if the gateway ends."""
     from chiron.load.run import run_load
 
@@ -183,12 +251,15 @@ async def _play(plan: LoadPlan, gateway: Gateway, console: Console, caption: lis
         loop.add_signal_handler(number, stop.set)
     load = loop.create_task(run_load(plan, settings, progress=progress, stop=stop))
     try:
-        with DemoView(console, caption) as view:
+        with DemoView(console, caption, watch) as view:
             while not load.done():
                 if gateway.ended:
                     raise gateway.error("the gateway ended by itself")
                 with suppress(StatusError):
-                    view.show(await asyncio.to_thread(fetch), elapsed_s, plan.last_s, stop.is_set())
+                    status = await asyncio.to_thread(fetch)
+                    if watch is not None:
+                        await asyncio.to_thread(watch.look, status)
+                    view.show(status, elapsed_s, plan.last_s, stop.is_set())
                 await asyncio.wait((load,), timeout=PERIOD_S)
         return load.result()
     finally:
@@ -216,17 +287,20 @@ def conclude(console: Console, out: Path, run: LoadRun, config: str, about: list
     for line in lines:
         say(console, line)
     console.print()
-    report = _report(out, result, [*about, *lines])
+    report = _report(out, [result], [*about, *lines])
     say(console, f"report     {report}")
     say(console, f"event log  {out / 'data' / 'events.jsonl'}")
-    program = "chiron" if shutil.which("chiron") else f"{sys.executable} -m chiron"
-    say(console, f"reasons    {program} explain {saved}")
+    say(console, f"reasons    {program()} explain {saved}")
     console.print()
     say(console, NEXT_STEP)
 
 
-def _report(out: Path, result: Result, notes: list[str]) -> Path:
+def program() -> str:
+    return "chiron" if shutil.which("chiron") else f"{sys.executable} -m chiron"
+
+
+def _report(out: Path, results: list[Result], notes: list[str]) -> Path:
     from chiron.telemetry.html import write_report
 
     command = shlex.join(["chiron", *sys.argv[1:]])
-    return write_report([result], out / "report.html", command=command, notes=notes)
+    return write_report(results, out / "report.html", command=command, notes=notes)

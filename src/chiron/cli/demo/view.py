@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from chiron.cli.demo.stage_watch import StageWatch
 from chiron.cli.top.view import one_line, screen, tell
 from chiron.telemetry.decision_text import show_moment
 
@@ -22,10 +23,12 @@ Status = Mapping[str, Any]
 class DemoView:
     """Shows one status after the other, as a context."""
 
-    def __init__(self, console: Console, caption: Sequence[str]) -> None:
+    def __init__(self, console: Console, caption: Sequence[str], watch: StageWatch | None = None) -> None:
+        """``watch``: of a pipeline, whose stages are shown too."""
         self.period_s = PERIOD_S
         self._console = console
         self._caption = caption
+        self._watch = watch
         self._live = Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else None
         self._told_s = -1.0
         self._line_at_s = 0.0
@@ -46,6 +49,7 @@ class DemoView:
         if self._live is not None:
             size = self._console.size
             head = captions(self._caption, elapsed_s, total_s, stopping, status["evictions"], size.width)
+            head += self._watch.lines() if self._watch is not None else []
             rest = screen(status, size.width, size.height - len(head))
             self._live.update(Group(*head, *rest), refresh=True)
             return
@@ -54,7 +58,8 @@ class DemoView:
         self._told_s = max([self._told_s, *(d["t_s"] for d in status["decisions"])])
         if elapsed_s >= self._line_at_s:
             self._line_at_s = elapsed_s + PLAIN_PERIOD_S
-            self._console.print(plain(status), soft_wrap=True, markup=False, highlight=False)
+            more = self._watch.brief() if self._watch is not None else ""
+            self._console.print(plain(status) + more, soft_wrap=True, markup=False, highlight=False)
 
 
 def captions(
@@ -73,11 +78,11 @@ def captions(
 
 
 def news(status: Status, since_s: float) -> list[str]:
-    """Decisions on the fleet after ``since_s`` of the gateway's clock, in words."""
+    """Decisions on the fleet and its stages after ``since_s`` of the gateway's clock, in words."""
     return [
         f"{show_moment(d['t_s'])} {tell(d)}"
         for d in status["decisions"]
-        if d["t_s"] > since_s and d["kind"] == "fleet" and d["before"] != d["after"]
+        if d["t_s"] > since_s and d["kind"] in ("fleet", "stage") and d["before"] != d["after"]
     ]
 
 
