@@ -159,3 +159,16 @@ def test_figures_that_nobody_can_see_are_not_ranked_and_not_shown_as_zero() -> N
     assert two.headline == "gateway and direct attain at least 99 % in every class."
     missed = verdict([unseen("gateway", met=0.9)])
     assert missed.headline.endswith("falls short of 99 %: 90 % in its worst class (chat).")
+
+
+def test_one_that_knows_the_future_wins_nothing_and_says_how_much_is_knowledge() -> None:
+    found = verdict([run("clairvoyant", 8.0), run("chiron", 10.0), run("llumnix", 16.0)])
+    assert found.winner == "chiron"
+    assert [p.policy for p in found.ranking] == ["chiron", "llumnix", "clairvoyant"]
+    assert found.notes[-1] == (
+        "chiron takes 1.25 times the GPU-hours of a schedule that knows the future (8.00): of its distance to the "
+        "lower bound, 40 % is knowledge."
+    )
+    missed = verdict([run("clairvoyant", 8.0, met=0.97), run("chiron", 10.0)])
+    assert missed.notes[-1].startswith("No schedule was found that attains 99 % with the future known: 97 %")
+    assert verdict([run("clairvoyant", 8.0)]).winner == "clairvoyant", "alone it is what ran"

@@ -22,6 +22,7 @@ from chiron.config.sections import BatchJobSection, CalibrationSection, ModelSec
 from chiron.core.types import RequestClass
 from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.registry import POLICIES
+from chiron.policies.scheduled import CLAIRVOYANT, ScheduledSettings
 
 DEFAULT_POLICIES = ("chiron", "chiron-paper", "llumnix", "hpa-queue", "hpa-kv", "static")
 """What runs when neither the file nor the caller names policies."""
@@ -110,7 +111,9 @@ class Scenario:
             return self.policies[label]
         if label in POLICIES:
             return PolicyChoice(policy=label, settings=POLICIES[label].settings())
-        known = dict.fromkeys([*self.policies, *POLICIES])
+        if label == CLAIRVOYANT:
+            return PolicyChoice(policy=CLAIRVOYANT, settings=ScheduledSettings())
+        known = dict.fromkeys([*self.policies, *POLICIES, CLAIRVOYANT])
         raise ConfigError(f"{path}: unknown policy {label!r}; {suggest(label, known)}")
 
 

@@ -15,12 +15,15 @@ from chiron.control.learned import Learned
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
 from chiron.fleet.model import FleetModel
+from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy
 from chiron.policies.registry import make_policy
+from chiron.policies.scheduled import CLAIRVOYANT, make_scheduled
 from chiron.policies.stages.registry import with_stages
 from chiron.runtime.assembly import Assembly
 from chiron.runtime.modelled import ModelledEngines, ModelScraper
 from chiron.sim.bound import Bound, bound, bound_of_run
+from chiron.sim.clairvoyant import found
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
@@ -50,6 +53,8 @@ def simulate(
     the lower bound (its figures are then 0).
     """
     started = time.perf_counter()
+    if setup.policy == CLAIRVOYANT and not setup.settings.schedules:
+        setup = found(setup, lambda tried: simulate(tried, step_mode=step_mode, with_bound=False))
     simulation = Simulation(setup, step_mode=step_mode, events=events)
     if setup.history is not None:
         simulation.plane.restore(_lived_through(setup, setup.history, step_mode=step_mode), 0.0)
@@ -66,6 +71,8 @@ def simulate(
 def _lived_through(setup: Setup, history: Workload, *, step_mode: bool) -> Learned:
     """What the policy has learned by the end of the history: from its own fleet's life, as it would have been."""
     past = replace(setup, workload=history, history=None, horizon_s=float(history.arrival_s[-1]) + 1.0)
+    if past.policy == CLAIRVOYANT:  # Its schedule is for what comes.
+        past = replace(past, policy="chiron", settings=ChironSettings())
     simulation = Simulation(past, step_mode=step_mode)
     simulation.run()
     return simulation.plane.learned(0.0)
@@ -104,7 +111,8 @@ class Simulation:
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
-        self.policy = make_policy(setup.policy, setup.settings)
+        clairvoyant = setup.policy == CLAIRVOYANT
+        self.policy = make_scheduled(setup.settings) if clairvoyant else make_policy(setup.policy, setup.settings)
         if setup.stage_policy:
             self.policy = with_stages(self.policy, setup.stage_policy, setup.stage_settings)
         self._assembly = Assembly(

@@ -2,6 +2,8 @@
 
 A policy attains the target if every class does so in every seed. Among those the fewest GPU-hours (mean over seeds)
 win. Policies are compared over the seeds that all of them ran. Attainment is rounded down: 98.97 % is not 99 %.
+``clairvoyant`` competes with nobody: it knows the future. It says how much of the best one's distance to the lower
+bound is knowledge.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from chiron.telemetry.format import amount, listed, percent, percent_at
 from chiron.telemetry.run_data import RunData
 
 TARGET = 0.99
+CLAIRVOYANT = "clairvoyant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,19 +85,22 @@ def verdict(results: Sequence[RunData], *, target: float = TARGET) -> Verdict:
     if not 0 < target <= 1:
         raise ReportError(f"target is {target}; it must lie in 0..1, for example 0.99")
     runs, notes = comparable(group(results))
+    knowing = [p for p in runs if p.policy == CLAIRVOYANT and len(runs) > 1]
+    runs = [p for p in runs if p not in knowing]
     attaining = sorted((p for p in runs if p.attains(target)), key=lambda p: p.gpu_hours)
     others = sorted((p for p in runs if not p.attains(target)), key=lambda p: (-p.worst[1], p.gpu_hours))
     if attaining:
         headline = praise(attaining, others, target)
         notes += cheaper_but_worse(attaining[0], others)
         notes += uncertain(attaining)
+        notes += [beside_clairvoyant(attaining[0], each, target) for each in knowing]
     else:
         headline = closest(others, target)
     return Verdict(
         headline=headline,
         notes=tuple(notes),
         winner=attaining[0].policy if attaining else None,
-        ranking=(*attaining, *others),
+        ranking=(*attaining, *others, *knowing),
     )
 
 
@@ -198,6 +204,23 @@ def cheaper_but_worse(best: PolicyRuns, others: list[PolicyRuns]) -> list[str]:
         return []
     cheaper = sorted((p for p in others if p.gpu_hours < best.gpu_hours), key=lambda p: p.gpu_hours)
     return [f"{p.policy} takes fewer GPU-hours but misses the target: {shortfall(p)}." for p in cheaper]
+
+
+def beside_clairvoyant(best: PolicyRuns, knowing: PolicyRuns, target: float) -> str:
+    """How far the best is from a schedule that knew the future, and how much of its distance to the bound that is."""
+    if not knowing.attains(target):
+        return f"No schedule was found that attains {percent(target)} with the future known: {shortfall(knowing)}."
+    if best.gpu_hours == inf or knowing.gpu_hours <= 0.0:
+        return "What a schedule that knows the future would save is not known: there are no GPU-hours."
+    text = (
+        f"{best.policy} takes {best.gpu_hours / knowing.gpu_hours:.2f} times the GPU-hours of a schedule that knows "
+        f"the future ({amount(knowing.gpu_hours)})"
+    )
+    bound = best.stat("gpu_hours_bound")
+    if bound is None or not 0.0 < bound.mean < knowing.gpu_hours < best.gpu_hours:
+        return f"{text}."
+    knowledge = (best.gpu_hours - knowing.gpu_hours) / (best.gpu_hours - bound.mean)
+    return f"{text}: of its distance to the lower bound, {percent(knowledge)} is knowledge."
 
 
 def uncertain(attaining: list[PolicyRuns]) -> list[str]:
