@@ -116,7 +116,7 @@ async def fleet_on(here: Cluster, *, advise: bool = False, **source: Any) -> Asy
         noted=lambda kind, text: notes.append(text),
         why=lambda kind: f"the load of {kind}",
     )
-    fleet = KubernetesFleet({KIND: KubernetesSource(**given)}, environment)
+    fleet = KubernetesFleet({KIND: KubernetesSource(**given)}, environment, unknown_s=0.5)
     try:
         yield Site(here, fleet, heard, notes)
     finally:
@@ -255,6 +255,27 @@ def test_the_next_gateway_goes_on_with_the_pods_that_run(tmp_path: Path) -> None
             later.remove(9, 1)
             await here.cluster.until(later.scaled_to(2), "it is this gateway's to end")
             assert sorted(later.heard.ready) == [1, 3, 4]
+
+    told("fake", tmp_path, story, workload(replicas=0))
+
+
+def test_pods_that_run_are_used_while_the_api_server_is_away(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        await here.fleet.close()
+        fake = here.cluster.fake
+        assert fake is not None
+        await fake.stop()
+        async with fleet_on(here.cluster) as later:
+            assert later.adopt(1, here.heard.urls[1])
+            assert later.adopt(9, f"http://10.255.255.1:{PORT}")
+            await later.ready(1)
+            await fake.start()
+            await until(lambda: later.heard.leaving == [9], "now somebody says that it is not there")
+            later.remove(1)
+            await here.cluster.until(later.scaled_to(0), "it was this gateway's to end")
+            assert later.heard.failed == []
 
     told("fake", tmp_path, story, workload(replicas=0))
 

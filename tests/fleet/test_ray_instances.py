@@ -22,7 +22,9 @@ from chiron.fleet.ray.testing import MemoryRay
 from chiron.net.clock import LiveClock
 from fleet_factory import STUB, Heard, alive, an_instance, kill, quick_settings, until
 
-QUICK = RayTimes(quick_s=0.01, calm_s=0.02, backoff_first_s=0.02, backoff_max_s=0.05, settle_s=0.05, patience_s=1.0)
+QUICK = RayTimes(
+    quick_s=0.01, calm_s=0.02, backoff_first_s=0.02, backoff_max_s=0.05, settle_s=0.05, patience_s=1.0, unknown_s=0.2
+)
 SOURCE = RaySource(command=(*STUB, "--announce"), resources={"GPU": 1.0}, stop_timeout_s=5.0, start_timeout_s=60.0)
 
 
@@ -213,6 +215,31 @@ def test_the_next_gateway_goes_on_with_what_runs_before_the_lease_of_the_last_on
         await until(lambda: not site.names, "they are this gateway's to end")
         assert heard_later.failed == []
         assert names
+
+    told(tmp_path, story)
+
+
+def test_what_runs_is_used_while_the_head_is_away(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        die(fleet)
+        site.ray.answers = False
+        later, heard_later = site.gateway()
+        for number, url in ((1, heard.urls[1]), (9, "http://127.0.0.1:9")):
+            claim = later.adopt("stub", url)
+            assert claim is not None
+            claim.begin(an_instance(number))
+        await until(lambda: heard_later.ready == [1], "it answers, though nobody says that it is there")
+        site.ray.answers = True
+        await until(lambda: heard_later.leaving == [9], "now somebody says that it is not")
+        for placed in site.ray.instances.values():
+            placed.holder = ""  # The lease is over.
+        await until(lambda: set(heard_later.ready) == {1} and report(later).known, "it is known")
+        later.remove(an_instance(1))
+        await until(lambda: not site.names, "it was this gateway's to end")
+        assert heard_later.failed == []
 
     told(tmp_path, story)
 

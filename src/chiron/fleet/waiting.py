@@ -42,5 +42,20 @@ async def unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) ->
             await asyncio.wait((task,))
 
 
+async def until_known(known: asyncio.Future[Any], otherwise: Coroutine[Any, Any, None], patience_s: float) -> None:
+    """Until ``known`` is; once it has taken too long, until ``otherwise`` is done, too."""
+    try:
+        await asyncio.wait((known,), timeout=patience_s)
+        if not known.done():
+            task = asyncio.get_running_loop().create_task(otherwise)
+            try:
+                await asyncio.wait((task, known), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+    finally:
+        otherwise.close()
+
+
 async def pause(seconds: float) -> None:
     await heard(asyncio.Event(), seconds)

@@ -21,11 +21,13 @@ from chiron.fleet.kubernetes.workload import Hold, StartFailedError, Workload
 from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
-from chiron.fleet.waiting import unless
+from chiron.fleet.waiting import unless, until_known
 
 log = logging.getLogger("chiron.fleet")
 
 _CLOSE_TIMEOUT_S = 5.0
+UNKNOWN_S = 5.0
+"""For so long the API server may take to say whether a pod of another gateway is there."""
 RETRY_S = 10.0
 """Of what is in the cluster's hands: when there may be news."""
 
@@ -37,9 +39,12 @@ class PodTakenError(InstanceFailedError):
 class KubernetesFleet:
     """Implements ``LiveFleet``."""
 
-    def __init__(self, sources: Mapping[str, KubernetesSource], environment: FleetEnvironment) -> None:
+    def __init__(
+        self, sources: Mapping[str, KubernetesSource], environment: FleetEnvironment, unknown_s: float = UNKNOWN_S
+    ) -> None:
         """``sources`` by InstanceKind.name. Raises ValueError for credentials that cannot be used."""
         self._sources = dict(sources)
+        self._unknown_s = unknown_s
         self._settings = environment.settings
         self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
         self._starts = {name: Starts(self._settings.backoff) for name in sources}
@@ -144,6 +149,9 @@ class KubernetesFleet:
 
     async def _run(self, record: InstanceRecord, workload: Workload, hold: Hold, starts: Starts) -> None:
         source = self._sources[record.instance.kind.name]
+        if hold.address:
+            found = self._found_itself(record, _at(hold.address, source.port), source)
+            await until_known(hold.pod, found, self._unknown_s)
         while True:
             pod = await hold.pod
             probe = Probe(self._target(source, pod), self._settings.health)
@@ -161,6 +169,13 @@ class KubernetesFleet:
             raise (PodTakenError if loss.taken else InstanceFailedError)(loss.reason)
         workload.replace(hold)
         raise InstanceFailedError(f"pod {pod.name} stopped answering: {probe.reason}")
+
+    async def _found_itself(self, record: InstanceRecord, url: str, source: KubernetesSource) -> None:
+        """The API server does not say whether its pod is there; whoever told of it had it, and it answers."""
+        probe = Probe(HealthTarget(url=url, path=source.health_path, headers=source.headers), self._settings.health)
+        record.resources.push_async_callback(probe.close)
+        await probe.until_passed(record.check_now)
+        self._records.ready(record, url)
 
     async def _answers(self, record: InstanceRecord, source: KubernetesSource, hold: Hold, probe: Probe) -> bool:
         """False: its pod was lost before it did."""

@@ -22,7 +22,7 @@ from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
-from chiron.fleet.waiting import unless
+from chiron.fleet.waiting import unless, until_known
 
 log = logging.getLogger("chiron.fleet")
 
@@ -53,6 +53,7 @@ class RayFleet:
     ) -> None:
         """``sources`` by InstanceKind.name. ``connect`` reaches the cluster and namespace of a source."""
         self._sources = dict(sources)
+        self._unknown_s = (times or RayTimes()).unknown_s
         self._settings = environment.settings
         self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
         self._starts = {name: Starts(self._settings.backoff) for name in sources}
@@ -169,6 +170,8 @@ class RayFleet:
 
     async def _run(self, record: InstanceRecord, hold: Hold, starts: Starts) -> None:
         source = self._sources[record.instance.kind.name]
+        if hold.before_url:
+            await until_known(hold.placed, self._found_itself(record, hold.before_url, source), self._unknown_s)
         _raise(await unless(hold.lost, _result(hold.placed)), ready=False)
         hold.placed.result()
         try:
@@ -187,6 +190,13 @@ class RayFleet:
         record.resources.callback(lasted.cancel)
         _raise(await unless(hold.lost, probe.until_failed(record.check_now)), ready=True)
         raise InstanceFailedError(f"it stopped answering: {probe.reason}")
+
+    async def _found_itself(self, record: InstanceRecord, url: str, source: RaySource) -> None:
+        """Ray does not say whether it is there; whoever told of it had it, and it answers."""
+        probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
+        record.resources.push_async_callback(probe.close)
+        await probe.until_passed(record.check_now)
+        self._records.ready(record, url)
 
     def _kind(self, kind: str) -> KindReport:
         state, starts = self._by_kind[kind].state(kind), starts_report(self._starts[kind].status())

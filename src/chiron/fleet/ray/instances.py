@@ -51,6 +51,8 @@ class RayTimes:
     backoff_max_s: float = 10.0
     settle_s: float = 2.0
     """After the first answer, until whoever takes over has had time for it."""
+    unknown_s: float = 5.0
+    """For so long Ray may take to say whether an instance of another gateway is there."""
     patience_s: float = 2.0 * LEASE_S
     """How long an instance waits for one that an earlier gateway may have left behind, before it asks for a new one."""
     spare_s: float = 60.0
