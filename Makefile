@@ -118,8 +118,18 @@ $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
 
-tune: $(VENV)/.demo ## Tune the rivals fairly, on traffic that is not published (ten minutes)
-	@$(BIN)/python bench/tune_rivals.py
+# Every policy gets as many trials; chiron's own defaults stand, whatever is found.
+RIVALS = $(BIN)/python -c 'from chiron.policies.registry import POLICIES as p; \
+	print(*(f"-p {name}" for name in p if name != "static" and not name.endswith("-tuned")))'
+CALIBRATION ?= api-8b waves-8b api-70b
+TRIALS ?= 20
+
+tune: $(VENV)/.demo ## Tune every policy fairly, on traffic that is not published (an hour; resumable)
+	@mkdir -p $(OUT)
+	@$(BIN)/chiron tune $(PUBLISHED) $(CALIBRATION:%=--calibrate bench/calibration/%.toml) $$($(RIVALS)) \
+		--trials $(TRIALS) --out $(OUT)/tuned.toml
+	@cp $(OUT)/tuned.toml src/chiron/data/tuned.toml
+	@$(BIN)/python tools/write_tuned.py
 
 figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (long)
 	@mkdir -p docs/figures && rm -f docs/figures/*.svg

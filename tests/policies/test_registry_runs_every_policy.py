@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import pickle
+import tomllib
 from collections import Counter
 from functools import cache
 from importlib import resources
@@ -12,12 +13,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import write_tuned
 from chiron.cli import app
 from chiron.config.build import setups
-from chiron.config.scenario import Scenario, parse_scenario
+from chiron.config.policies import read_policies
+from chiron.config.scenario import Scenario, load_scenario, parse_scenario
+from chiron.policies.ranges import tunables, value_of
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
+from chiron.studies.calibration import Window, check_apart, windows
 from chiron.telemetry.result import Result
+from policy_names import ALL_CODE
 
 SMALL = """
 [classes.chat]
@@ -61,7 +67,7 @@ LEAST_ATTAINED = {"aibrix-kpa": 0.05}
 """Its only metric is the share of KV in use, and the engines' batch sizes are reached before half of that is."""
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", ALL_CODE)
 def test_a_run_ends_every_request_within_the_bounds(policy: str) -> None:
     result = run(policy, SHORT)
     assert result.summary["finished"] == result.summary["requests"]
@@ -97,13 +103,26 @@ def test_chiron_paper_adds_batch_instances_for_a_deadline_and_gives_them_back() 
 
 
 def test_tuned_policies_carry_what_the_tuning_found() -> None:
-    found = json.loads((resources.files("chiron") / "data" / "tuned.json").read_text(encoding="utf-8"))
-    assert found["command"] == "python bench/tune_rivals.py"
-    assert set(found["chosen"]) == {name.removesuffix("-tuned") for name in POLICIES if name.endswith("-tuned")}
-    for name, row in found["chosen"].items():
-        settings = POLICIES[f"{name}-tuned"].settings()
-        for key, value in row["settings"].items():
-            assert getattr(settings, key) == pytest.approx(value, abs=1e-6), (name, key)
+    found = tomllib.loads((resources.files("chiron") / "data" / "tuned.toml").read_text(encoding="utf-8"))
+    assert write_tuned.WRITTEN.read_text(encoding="utf-8") == write_tuned.text_of(write_tuned.values_of(found))
+    rivals = {name for name in found["policies"] if name not in write_tuned.COMPARED}
+    assert rivals == {name.removesuffix("-tuned") for name in POLICIES if name.endswith("-tuned")}
+    for name, choice in read_policies(found).items():
+        if name in rivals:
+            tuned = POLICIES[f"{name}-tuned"].settings()
+            assert {each.name: value_of(tuned, each.name) for each in tunables(type(choice.settings))} == {
+                each.name: value_of(choice.settings, each.name) for each in tunables(type(choice.settings))
+            }
+            assert pickle.loads(pickle.dumps(tuned)) == tuned
+
+
+def test_every_rival_was_tuned_with_the_same_budget_on_nothing_that_is_published() -> None:
+    found = tomllib.loads((resources.files("chiron") / "data" / "tuned.toml").read_text(encoding="utf-8"))
+    assert set(found["policies"]) <= {name for name in POLICIES if not name.endswith("-tuned")} - {"static"}
+    assert len({(row["trials"], row["seed"], row["target"]) for row in found["search"].values()}) == 1
+    seen = [Window(source="", digest=w["digest"], start_s=w["start"], end_s=w["end"]) for w in found["calibration"]]
+    for name in ("azure", "mooncake", "servegen-m-small", "servegen-m-mid", "two-models"):
+        check_apart(seen, windows(load_scenario(name), "judged"), name)
 
 
 @pytest.mark.parametrize(

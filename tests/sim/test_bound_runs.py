@@ -12,12 +12,12 @@ import pytest
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, Failures
-from chiron.policies.registry import POLICIES
 from chiron.sim.bound import BoundError, bound, bound_of_run
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import RequestTable
 from chiron.workload.types import Workload
+from policy_names import ALL_CODE
 
 BIG = Profile(
     name="big",
@@ -115,7 +115,7 @@ def pairs() -> list[Any]:
     """Every policy in every scenario, most of the rivals' in the slow suite."""
     return [
         pytest.param(policy, scenario, marks=[] if usual else [pytest.mark.slow])
-        for policy in sorted(POLICIES)
+        for policy in ALL_CODE
         for scenario in SCENARIOS
         for usual in [policy == "chiron" or (scenario in EVERY and not policy.endswith("-tuned"))]
     ]
@@ -132,7 +132,7 @@ def test_no_policy_beats_the_bound(policy: str, scenario: str) -> None:
         assert bound(run).gpu_hours <= result.summary["gpu_hours"]
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("policy", ALL_CODE)
 def test_no_policy_beats_the_bound_when_instances_fail_and_requests_are_lost(policy: str) -> None:
     run = replace(setup(policy, chats=400), failures=Failures(mtbf_s=40.0, at=(5.0, 30.0), start_failure=0.3))
     result = simulate(run, with_bound=False)

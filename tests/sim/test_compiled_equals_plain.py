@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from chiron.policies.registry import POLICIES
 from compiled import copy_source, python, setup
+from policy_names import ALL_CODE
 
 PROGRAM = """
 import pickle
 import sys
 from chiron.api import load_scenario, scenarios
 from chiron.core.compiled import build
+from policy_names import ALL_CODE
 from scenario_factory import example_setup, everything, run
 print(build(), file=sys.stderr)
 assert build() == sys.argv[1], build()
@@ -39,7 +40,7 @@ def compiled_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_every_policy_writes_the_same_bytes_compiled(compiled_source: Path) -> None:
-    policies = [*sorted(POLICIES), "wild"]
+    policies = [*ALL_CODE, "wild"]
     plain = python(PROGRAM, "plain Python", *policies)
     compiled = python(PROGRAM, "compiled", *policies, source=compiled_source)
     assert plain.count(b"\n") > 500 * len(policies)

@@ -21,6 +21,14 @@ from chiron.studies.runner import Runner
 from study_factory import GENERATED, Ruled, figures
 
 BATCH = '\n[classes.batch]\nkind = "batch"\ndeadline = "10m"\n'
+JOB = """
+[[batch_job]]
+model = "llama"
+class = "batch"
+requests = 20
+deadline = "1m"
+lengths = { input = 9, output = 9 }
+"""
 KINDS = '[{ profile = "llama-3.1-8b/a100/tp1" }, { profile = "llama-3.1-8b/h100/tp1" }]'
 SCENARIO = parse_scenario(GENERATED.replace("max_instances = 4", "max_instances = 40"), directory=Path())
 NEEDED = 13
@@ -141,14 +149,16 @@ def test_each_model_is_sized_with_its_own_requests_alone() -> None:
 
 
 def test_a_share_of_the_interactive_requests_becomes_batch_work_with_a_deadline() -> None:
-    made = parse_scenario(GENERATED + BATCH, directory=Path())
+    made = parse_scenario(GENERATED + BATCH + JOB, directory=Path())
     whole = workload_of(made, 1)
+    jobs = np.array([not cls.interactive for cls in whole.classes])[whole.cls]
     moved = deferred(whole, 0.25, made.classes, seed=1)
     batch = np.array([not cls.interactive for cls in moved.classes])[moved.cls]
-    assert 0.1 < batch.mean() < 0.4
-    np.testing.assert_array_equal(moved.deadline_s[batch], whole.arrival_s[batch] + 600.0)
+    assert 0.1 < batch[~jobs].mean() < 0.4
+    np.testing.assert_array_equal(moved.deadline_s[batch & ~jobs], whole.arrival_s[batch & ~jobs] + 600.0)
+    np.testing.assert_array_equal(moved.deadline_s[jobs], whole.deadline_s[jobs])
     np.testing.assert_array_equal(moved.deadline_s[~batch], whole.deadline_s[~batch])
-    assert {cls.name for cls in deferred(whole, 0.25, {}, seed=1).classes} == {"chat", "deferred"}
+    assert deferred(whole, 0.25, {}, seed=1).classes[-1].name == "deferred"
 
 
 def test_a_simulation_that_fails_is_told_with_its_fleet() -> None:

@@ -33,7 +33,6 @@ from chiron.policies.packing import PackingRouter
 from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
-from chiron.policies.rivals import tuned
 from chiron.policies.views import (
     ClassMix,
     FleetPlan,
@@ -123,13 +122,6 @@ class ChironPaperSettings:
             raise ValueError(f"interactive_share is {self.interactive_share}; it must lie in 0..1")
         if not self.theta_min <= self.theta_max:
             raise ValueError(f"theta_min is {self.theta_min}; it must be at most theta_max ({self.theta_max})")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChironPaperTunedSettings(ChironPaperSettings):
-    """The same with the values found by the fair tuning."""
-
-    theta: float = tuned.CHIRON_PAPER_THETA
 
 
 # -- local ---------------------------------------------------------------------------------------------------------

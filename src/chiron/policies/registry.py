@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_paper import ChironPaperSettings, ChironPaperTunedSettings, make_chiron_paper
+from chiron.policies.chiron_paper import ChironPaperSettings, make_chiron_paper
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
-from chiron.policies.rivals.hpa import HpaKvSettings, HpaKvTunedSettings, HpaQueueTunedSettings, HpaSettings, make_hpa
+from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
-from chiron.policies.rivals.llumnix import LlumnixSettings, LlumnixTunedSettings, make_llumnix
+from chiron.policies.rivals.llumnix import LlumnixSettings, make_llumnix
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
 from chiron.policies.rivals.static import StaticSettings, make_static
+from chiron.policies.rivals.tuned_settings import TUNED_SETTINGS
 from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings, make_wva
 from chiron.policies.rivals.wva_queueing import WvaQueueingSettings, make_wva_queueing
 
-POLICIES: dict[str, PolicyEntry] = {
+_AS_PUBLISHED: dict[str, PolicyEntry] = {
     "chiron": PolicyEntry(
         settings=ChironSettings,
         make=make_chiron,
@@ -33,40 +36,20 @@ POLICIES: dict[str, PolicyEntry] = {
         make=make_chiron_paper,
         about="the published design as far as it is public: step-wise batch sizes, three pools, IBP and BBP",
     ),
-    "chiron-paper-tuned": PolicyEntry(
-        settings=ChironPaperTunedSettings,
-        make=make_chiron_paper,
-        about="chiron-paper with Theta found by the fair tuning",
-    ),
     "llumnix": PolicyEntry(
         settings=LlumnixSettings,
         make=make_llumnix,
         about="Llumnix (OSDI '24): dispatch, migration and scaling by free KV per request",
-    ),
-    "llumnix-tuned": PolicyEntry(
-        settings=LlumnixTunedSettings,
-        make=make_llumnix,
-        about="llumnix with thresholds and batch size found by the fair tuning",
     ),
     "hpa-queue": PolicyEntry(
         settings=HpaSettings,
         make=make_hpa,
         about="Kubernetes HPA on waiting requests per engine, least outstanding requests first",
     ),
-    "hpa-queue-tuned": PolicyEntry(
-        settings=HpaQueueTunedSettings,
-        make=make_hpa,
-        about="hpa-queue with target and batch size found by the fair tuning",
-    ),
     "hpa-kv": PolicyEntry(
         settings=HpaKvSettings,
         make=make_hpa,
         about="Kubernetes HPA on the share of KV in use, least outstanding requests first",
-    ),
-    "hpa-kv-tuned": PolicyEntry(
-        settings=HpaKvTunedSettings,
-        make=make_hpa,
-        about="hpa-kv with target and batch size found by the fair tuning",
     ),
     "knative-kpa": PolicyEntry(
         settings=KnativeSettings,
@@ -139,6 +122,18 @@ POLICIES: dict[str, PolicyEntry] = {
         about="a fixed fleet, least outstanding requests first",
     ),
 }
+
+
+def _with_tuned() -> Iterator[tuple[str, PolicyEntry]]:
+    """Each policy, and behind it the same with the settings that the fair tuning found."""
+    for name, entry in _AS_PUBLISHED.items():
+        yield name, entry
+        if name in TUNED_SETTINGS:
+            about = f"{name} with the settings that the fair tuning found"
+            yield f"{name}-tuned", replace(entry, settings=TUNED_SETTINGS[name], about=about)
+
+
+POLICIES: dict[str, PolicyEntry] = dict(_with_tuned())
 
 
 def make_policy(name: str, settings: Any = None) -> Policy:

@@ -36,6 +36,7 @@ from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
 from chiron.workload.types import Workload
+from policy_names import ALL_CODE
 
 TICK_S = 1 / 64
 CLASSES = (
@@ -398,7 +399,7 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
             kinds.append(kind_of(profile, max_instances=draw(st.sampled_from((2, 1_000_000)))))
         least = draw(st.integers(0, 1))
         specs.append(ModelSpec(name=name, kinds=tuple(kinds), min_instances=least, max_instances=3))
-    chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", *sorted(POLICIES))))
+    chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", *ALL_CODE)))
     settings: Any = {
         "wild": wild_settings,
         "chiron": st.just(ChironSettings(tick_s=2.0, hold_s=6.0)),

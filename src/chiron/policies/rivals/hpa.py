@@ -23,7 +23,6 @@ from typing import Annotated, Literal, Protocol
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
-from chiron.policies.rivals import tuned
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
@@ -80,22 +79,6 @@ class HpaKvSettings(HpaSettings):
     metric: Literal["queue", "kv"] = "kv"
     target: Annotated[float, Between(0.01, 0.9, log=True)] = 0.7
     """Share of KV in use: llm-d's guide for pool saturation."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HpaQueueTunedSettings(HpaSettings):
-    """``hpa-queue`` with the values found by the fair tuning."""
-
-    target: float = tuned.HPA_QUEUE_TARGET
-    max_num_seqs: int = tuned.HPA_QUEUE_MAX_NUM_SEQS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HpaKvTunedSettings(HpaKvSettings):
-    """``hpa-kv`` with the values found by the fair tuning."""
-
-    target: float = tuned.HPA_KV_TARGET
-    max_num_seqs: int = tuned.HPA_KV_MAX_NUM_SEQS
 
 
 class Windows(Protocol):

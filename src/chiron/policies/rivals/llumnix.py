@@ -28,7 +28,6 @@ from chiron.policies.instances import take_back_fullest
 from chiron.policies.least_router import LeastRouter
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
-from chiron.policies.rivals import tuned
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, Migration, ModelPlan, ModelView
 
 
@@ -72,15 +71,6 @@ class LlumnixSettings:
             raise ValueError(f"watermark is {self.watermark}; it must lie in 0..1, 1 excluded")
         if self.drain_moves < 0:
             raise ValueError(f"drain_moves is {self.drain_moves}; it must be 0 or more")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LlumnixTunedSettings(LlumnixSettings):
-    """The same with the values found by the fair tuning."""
-
-    scale_up_blocks: float = tuned.LLUMNIX_SCALE_UP_BLOCKS
-    scale_down_blocks: float = tuned.LLUMNIX_SCALE_DOWN_BLOCKS
-    max_num_seqs: int = tuned.LLUMNIX_MAX_NUM_SEQS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,55 @@
-"""Values found by ``python bench/tune_rivals.py``, which writes this file; do not edit it by hand."""
+"""What the fair tuning found (``make tune``, data/tuned.toml); made by tools/write_tuned.py."""
 
-LLUMNIX_SCALE_UP_BLOCKS: float = 1000.0
-LLUMNIX_SCALE_DOWN_BLOCKS: float = 2000.0
-LLUMNIX_MAX_NUM_SEQS: int = 512
-HPA_QUEUE_TARGET: float = 0.1
-HPA_QUEUE_MAX_NUM_SEQS: int = 256
-HPA_KV_TARGET: float = 0.02
-HPA_KV_MAX_NUM_SEQS: int = 256
-CHIRON_PAPER_THETA: float = 0.6
+TUNED: dict[str, dict[str, float | int | bool]] = {
+    "hpa-queue": {
+        "stabilise_down_s": 786.9,
+        "target": 0.2278,
+        "max_num_seqs": 211,
+    },
+    "llumnix": {
+        "scale_up_blocks": 714.9,
+        "scale_down_blocks": 6097.0,
+        "max_num_seqs": 71,
+    },
+    "hpa-kv": {
+        "stabilise_down_s": 60.0,
+        "target": 0.01696,
+        "max_num_seqs": 137,
+    },
+    "chiron-paper": {
+        "alpha": 0.1,
+        "theta": 0.1912,
+        "interactive_share": 0.5253,
+        "shrink_after_s": 32.19,
+    },
+    "knative-kpa": {
+        "target": 3.602,
+        "stable_window_s": 35.22,
+        "scale_down_delay_s": 295.8,
+        "max_num_seqs": 63,
+    },
+    "keda-hpa": {
+        "waiting_target": 0.2992,
+        "running_target": 2.093,
+        "stabilise_down_s": 157.6,
+        "max_num_seqs": 71,
+    },
+    "llm-d-slo": {
+        "up_at": 0.06751,
+        "down_at": 0.05048,
+        "stabilise_down_s": 129.2,
+        "max_num_seqs": 376,
+    },
+    "ray-serve": {
+        "target_ongoing": 12.33,
+        "max_ongoing": 50,
+        "upscale_delay_s": 19.48,
+        "downscale_delay_s": 172.0,
+    },
+    "aibrix-apa": {
+        "kv_target": 0.01696,
+        "waiting_target": 0.2004,
+        "window_s": 45.64,
+        "max_num_seqs": 63,
+    },
+}

@@ -1,0 +1,69 @@
+"""Settings of rivals whose defaults are what the fair tuning found.
+
+Each has a name in this module, so that a run can be sent to another process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chiron.policies.chiron_paper import ChironPaperSettings
+from chiron.policies.ranges import with_defaults
+from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings
+from chiron.policies.rivals.dynamo import DynamoSettings
+from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings
+from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings
+from chiron.policies.rivals.keda import KedaSettings
+from chiron.policies.rivals.knative import KnativeSettings
+from chiron.policies.rivals.llmd import LlmdSloSettings
+from chiron.policies.rivals.llumnix import LlumnixSettings
+from chiron.policies.rivals.ray_serve import RayServeSettings
+from chiron.policies.rivals.skyserve import SkyServeSettings
+from chiron.policies.rivals.tuned import TUNED
+from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings
+from chiron.policies.rivals.wva_queueing import WvaQueueingSettings
+
+ChironPaperTuned = with_defaults(ChironPaperSettings, "ChironPaperTuned", __name__, TUNED.get("chiron-paper", {}))
+LlumnixTuned = with_defaults(LlumnixSettings, "LlumnixTuned", __name__, TUNED.get("llumnix", {}))
+HpaQueueTuned = with_defaults(HpaSettings, "HpaQueueTuned", __name__, TUNED.get("hpa-queue", {}))
+HpaKvTuned = with_defaults(HpaKvSettings, "HpaKvTuned", __name__, TUNED.get("hpa-kv", {}))
+KnativeTuned = with_defaults(KnativeSettings, "KnativeTuned", __name__, TUNED.get("knative-kpa", {}))
+KedaTuned = with_defaults(KedaSettings, "KedaTuned", __name__, TUNED.get("keda-hpa", {}))
+LlmdSloTuned = with_defaults(LlmdSloSettings, "LlmdSloTuned", __name__, TUNED.get("llm-d-slo", {}))
+RayServeTuned = with_defaults(RayServeSettings, "RayServeTuned", __name__, TUNED.get("ray-serve", {}))
+AibrixTuned = with_defaults(AibrixSettings, "AibrixTuned", __name__, TUNED.get("aibrix-apa", {}))
+AibrixKpaTuned = with_defaults(AibrixKpaSettings, "AibrixKpaTuned", __name__, TUNED.get("aibrix-kpa", {}))
+WvaTuned = with_defaults(WvaSettings, "WvaTuned", __name__, TUNED.get("wva-saturation", {}))
+WvaTokensTuned = with_defaults(WvaTokensSettings, "WvaTokensTuned", __name__, TUNED.get("wva-tokens", {}))
+WvaQueueingTuned = with_defaults(WvaQueueingSettings, "WvaQueueingTuned", __name__, TUNED.get("wva-queueing", {}))
+DynamoTuned = with_defaults(DynamoSettings, "DynamoTuned", __name__, TUNED.get("dynamo-planner", {}))
+ForecastArimaTuned = with_defaults(ForecastSettings, "ForecastArimaTuned", __name__, TUNED.get("forecast-arima", {}))
+ForecastHoltWintersTuned = with_defaults(
+    ForecastHoltWintersSettings, "ForecastHoltWintersTuned", __name__, TUNED.get("forecast-holt-winters", {})
+)
+SkyServeTuned = with_defaults(SkyServeSettings, "SkyServeTuned", __name__, TUNED.get("skyserve", {}))
+
+TUNED_SETTINGS: dict[str, type[Any]] = {
+    name: settings
+    for name, settings in {
+        "chiron-paper": ChironPaperTuned,
+        "llumnix": LlumnixTuned,
+        "hpa-queue": HpaQueueTuned,
+        "hpa-kv": HpaKvTuned,
+        "knative-kpa": KnativeTuned,
+        "keda-hpa": KedaTuned,
+        "llm-d-slo": LlmdSloTuned,
+        "ray-serve": RayServeTuned,
+        "aibrix-apa": AibrixTuned,
+        "aibrix-kpa": AibrixKpaTuned,
+        "wva-saturation": WvaTuned,
+        "wva-tokens": WvaTokensTuned,
+        "wva-queueing": WvaQueueingTuned,
+        "dynamo-planner": DynamoTuned,
+        "forecast-arima": ForecastArimaTuned,
+        "forecast-holt-winters": ForecastHoltWintersTuned,
+        "skyserve": SkyServeTuned,
+    }.items()
+    if name in TUNED
+}
+"""By policy, of those that were tuned."""
