@@ -37,7 +37,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures docs-staged lock clean
+.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures docs-staged paper lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -165,6 +165,9 @@ $(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo
 
 docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (ten minutes)
 	@$(BIN)/python bench/staged.py --out docs/staged.md
+
+paper: $(VENV)/.demo ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour)
+	@$(BIN)/python bench/paper.py --out docs/paper.md
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock
