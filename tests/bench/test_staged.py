@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from chiron.config.scenario import load_scenario
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_verdicts_follow_the_figures(bench: ModuleType) -> None:
         tokens_per_s=1000.0,
         cold_starts=0,
         gpus_peak=4,
-        wall_s=1.0,
+        cpu_s=1.0,
     )
     slower = replace(hpa, policy="stage-hpa", ttft_s=2.0, itl_ms=60.0)
     mixed = replace(hpa, policy="stage-queue", ttft_s=0.5, itl_ms=60.0)
@@ -58,3 +61,18 @@ def test_verdicts_follow_the_figures(bench: ModuleType) -> None:
     quicker = replace(slower, ttft_s=0.5, itl_ms=40.0, tokens_per_s=1100.0)
     assert "holds here" in bench.claims({**rows, "stage-hpa": quicker}, rows).splitlines()[2]
     assert bench.saved(rows, "stage-balance", "whole-hpa").startswith("`stage-balance` takes 50% fewer GPU-hours")
+
+
+def test_every_run_of_the_page_is_one_that_the_scenario_allows(bench: ModuleType) -> None:
+    """Asked for, not made: the whole takes minutes."""
+    asked: list[tuple[str, tuple[str, ...]]] = []
+
+    class Asked(bench.Runs):  # type: ignore[misc, name-defined]
+        def ask(self, policy: str, changes: Sequence[str] = ()) -> None:
+            asked.append((policy, tuple(changes)))
+
+    bench.ask_all(Asked(None))
+    assert len(set(asked)) == len(asked) > 50
+    for policy, changes in asked:
+        scenario = load_scenario("staged", [*bench.BASE, *changes])
+        assert policy in scenario.policies, policy

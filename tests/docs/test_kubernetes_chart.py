@@ -242,7 +242,11 @@ def test_every_stage_is_scaled_by_itself_and_found_by_its_name() -> None:
         assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
         (port,) = container_of(deployment)["ports"]
         assert service["spec"]["ports"][0]["targetPort"] == port["name"]
-    fixed = staged({"staged": {**STAGES["staged"], "hpa": {"enabled": False}}})
+        (model, _) = deployment["spec"]["template"]["spec"]["volumes"]
+        assert model == {"name": "model", "persistentVolumeClaim": {"claimName": "model", "readOnly": True}}
+    fixed = staged({"staged": {**STAGES["staged"], "hpa": {"enabled": False}, "volume": {"emptyDir": {}}}})
+    (model, _) = fixed["Deployment", "staged-head"]["spec"]["template"]["spec"]["volumes"]
+    assert model == {"name": "model", "emptyDir": {}}
     assert fixed["Deployment", "staged-0-3"]["spec"]["replicas"] == 2
     assert not [kind for kind, _ in fixed if kind == "HorizontalPodAutoscaler"]
 

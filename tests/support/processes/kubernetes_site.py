@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -185,8 +185,16 @@ def workload(
 
 @contextlib.asynccontextmanager
 async def cluster(
-    what: str, directory: Path, *, nodes: int = 2, gpus: int = 8, run: Run = run_on_loop, restart_s: float = 0.02
+    what: str,
+    directory: Path,
+    *,
+    nodes: int = 2,
+    gpus: int = 8,
+    run: Run = run_on_loop,
+    restart_s: float = 0.02,
+    manager: Sequence[str] = (),
 ) -> AsyncIterator[Cluster]:
+    """``manager``: more arguments of the real controller manager."""
     async with contextlib.AsyncExitStack() as stack:
         fake = controllers = plane = None
         if what == "fake":
@@ -194,7 +202,7 @@ async def cluster(
             controllers = Controllers(fake)
             config = kubeconfig(directory / "kubeconfig", fake.url)
         else:
-            plane, config = await stack.enter_async_context(control_plane(Path(PROGRAMS), directory))
+            plane, config = await stack.enter_async_context(control_plane(Path(PROGRAMS), directory, manager=manager))
         client = Client(from_kubeconfig(config))
         stack.push_async_callback(client.close)
         kubelets = []

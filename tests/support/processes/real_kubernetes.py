@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from chiron.fleet.kubernetes.access import from_kubeconfig
@@ -93,8 +93,10 @@ class ControlPlane:
 
 
 @contextlib.asynccontextmanager
-async def control_plane(programs: Path, directory: Path) -> AsyncIterator[tuple[ControlPlane, Path]]:
-    """And the path of a kubeconfig for an administrator."""
+async def control_plane(
+    programs: Path, directory: Path, *, manager: Sequence[str] = ()
+) -> AsyncIterator[tuple[ControlPlane, Path]]:
+    """And the path of a kubeconfig for an administrator. ``manager``: more arguments of the controller manager."""
     plane = ControlPlane(programs, directory)
     subprocess.run(["openssl", "genrsa", "-out", "sa.key", "2048"], cwd=directory, check=True, capture_output=True)
     subprocess.run(
@@ -113,7 +115,8 @@ async def control_plane(programs: Path, directory: Path) -> AsyncIterator[tuple[
         await plane.start_api()
         await plane.until_ready(config)
         common = (f"--kubeconfig={config}", "--leader-elect=false", "--port=0", "--secure-port=0")
-        await plane.start("kube-controller-manager", *common, "--cert-dir=kcm", f"--controllers={CONTROLLERS}")
+        own = ("--cert-dir=kcm", f"--controllers={CONTROLLERS}", *manager)
+        await plane.start("kube-controller-manager", *common, *own)
         await plane.start("kube-scheduler", *common, "--cert-dir=ks")
         yield plane, config
     finally:

@@ -110,7 +110,13 @@ securityContext:
     type: RuntimeDefault
 volumes:
   - name: model
+    {{- if .Values.staged.volume }}
     {{- toYaml .Values.staged.volume | nindent 4 }}
+    {{- else }}
+    persistentVolumeClaim:
+      claimName: {{ .Values.staged.claim }}
+      readOnly: true
+    {{- end }}
   - name: tmp
     emptyDir: {}
 {{- end -}}
