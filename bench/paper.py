@@ -58,6 +58,8 @@ class Figures:
     """What is kept of a run."""
 
     summary: Mapping[str, Any]
+    met: Mapping[str, float]
+    """Share of each class with its SLOs met, of requests that had ended or were late by the end."""
     batch_sizes: tuple[tuple[float, int], ...]
     """(time, max batch size) of the first instance."""
     waits_s: tuple[float, ...]
@@ -69,11 +71,11 @@ class Figures:
 
     @property
     def chat(self) -> float:
-        return float(self.summary["attainment"].get("chat", 1.0))
+        return self.met.get("chat", 1.0)
 
     @property
     def batch(self) -> float:
-        return float(self.summary["attainment"].get("batch", 1.0))
+        return self.met.get("batch", 1.0)
 
     @property
     def gpu_hours(self) -> float:
@@ -86,9 +88,14 @@ def run(trial: Trial) -> Figures:
     if trial.step_time != 1.0:
         setup = _slower(setup, trial.step_time)
     result = simulate(setup, with_bound=False)
+    table = result.requests
+    judged = table.judged(result.classes, now_s=float(result.summary["sim_s"]))
+    attained = table.attained(result.classes)
+    members = {each.name: judged & (table.cls == number) for number, each in enumerate(result.classes)}
     first = min((point.instance_id for point in result.batch_sizes), default=0)
     return Figures(
         summary=result.summary,
+        met={name: float(attained[mine].mean()) for name, mine in members.items() if mine.any()},
         batch_sizes=tuple(
             (point.t_s, point.max_batch_size) for point in result.batch_sizes if point.instance_id == first
         ),
