@@ -70,9 +70,11 @@ def test_step_times_come_from_a_plan(directory: Path) -> None:
 
 
 def test_a_stage_may_have_more_than_one_replica_at_least(directory: Path) -> None:
-    read = parse_serve(config('[{ layers = "0-3", min = 2, max = 3 }]'), directory=directory)
-    pipeline = read.models[0].kinds[0].kind.pipeline
+    stages = '[{ layers = "0-1", min = 2, max = 3, gpus = 2 }, { layers = "2-3" }]'
+    kind = parse_serve(config(stages), directory=directory).models[0].kinds[0].kind
+    pipeline = kind.pipeline
     assert pipeline is not None
+    assert kind.gpus == 3, "one replica of each"
     assert (pipeline.stages[0].min_replicas, pipeline.stages[0].initial_replicas) == (2, 2)
 
 

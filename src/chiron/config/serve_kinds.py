@@ -51,7 +51,8 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     profile = _profile(section, row, path, directory)
     kind = _instance_kind(section, row, model, profile)
     if section.stages:
-        kind = replace(kind, pipeline=pipeline_kind(section, kind, path, directory))
+        pipeline = pipeline_kind(section, kind, path, directory)
+        kind = replace(kind, pipeline=pipeline, gpus=sum(stage.gpus for stage in pipeline.stages))
     api_key = read_secret(section.api_key_file, f"{path}.api_key_file", directory)
     given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
     source = read_source(given)
