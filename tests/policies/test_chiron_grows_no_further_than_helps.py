@@ -67,6 +67,8 @@ def test_a_fleet_that_follows_is_never_much_larger_than_one_that_would_have_done
     memory = replace(memory, history=history, headroom=found, backtest_s=NOW_S)
     plan, _ = decide_fleet(ours, {live.name: memory}, fleet(live, now_s=NOW_S, since_s=5.0))
     assert plan[live.name].counts["mixed"] == expected
+    plan, _ = decide_fleet(replace(ours, over_steady=0.0), {live.name: memory}, fleet(live, now_s=NOW_S, since_s=5.0))
+    assert plan[live.name].counts["mixed"] == 15
     assert CHAT.interactive
 
 

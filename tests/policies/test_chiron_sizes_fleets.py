@@ -190,6 +190,8 @@ def test_a_fleet_that_nobody_has_heard_of_does_not_shrink() -> None:
         ({"utilisation": 7}, "utilisation is 7; it must be above 0 and at most 1"),
         ({"tick_s": 0.0}, "tick_s is 0.0; it must be above 0"),
         ({"hold_s": -1.0}, "hold_s is -1.0; it must be 0 or more"),
+        ({"over_steady": 0.5}, "over_steady is 0.5; it must be 0, or 1 or more"),
+        ({"surge_slack": -1.0}, "surge_slack is -1.0; it must be 0 or more"),
         ({"deadline_margin": 1.0}, "deadline_margin is 1.0; it must be 0 or more and below 1"),
     ],
 )
@@ -254,11 +256,11 @@ def planned_in_a_spike(spike: int, *, seconds: int = 10, waiting: int = 400, sla
 
 
 def test_a_spike_that_will_outlast_all_patience_is_answered_before_it_has_lasted() -> None:
-    waited = planned_in_a_spike(2000, slack=inf)
+    waited = planned_in_a_spike(2000, slack=0.0)
     assert planned_in_a_spike(2000) > 1.5 * waited
     assert planned_in_a_spike(20_000) == planned_in_a_spike(40_000), "ten seconds say little: thrice the busiest minute"
-    assert planned_in_a_spike(300) == planned_in_a_spike(300, slack=inf), "who waits will have been served by then"
-    assert planned_in_a_spike(2000, waiting=0) == planned_in_a_spike(2000, waiting=0, slack=inf), "nobody waits"
+    assert planned_in_a_spike(300) == planned_in_a_spike(300, slack=0.0), "who waits will have been served by then"
+    assert planned_in_a_spike(2000, waiting=0) == planned_in_a_spike(2000, waiting=0, slack=0.0), "nobody waits"
 
 
 def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:

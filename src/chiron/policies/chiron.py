@@ -211,7 +211,9 @@ def _decide_model(
     headroom = memory.headroom.h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
     growing = growing_to(settings, memory, model)
-    following = min(level * headroom, settings.over_steady * memory.headroom.steady * memory.pressure)
+    following = level * headroom
+    if settings.over_steady:
+        following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
     needed = max(following, growing, settings.floor_over_load * recent, surging)
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0

@@ -331,6 +331,8 @@ def _spike(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> f
     bursty traffic show anything."""
     now = window_mean(memory.load, _SPIKE_S)
     ready = max(1, model.count("ready"))
+    if not settings.surge_slack:
+        return 0.0
     slack_s = min(_slacks_s(settings, model), default=0.0)
     if (now - ready) * (model.cold_start_s + settings.tick_s) <= settings.surge_slack * slack_s * ready:
         return 0.0

@@ -74,10 +74,10 @@ class ChironSettings:
     """At most this many times the busiest minute of the last hour."""
     over_steady: float = 1.3
     """A fleet that follows the load is at most this many times the least that, held for the last hour, would have done;
-    inf: any number."""
+    0: any number."""
     surge_slack: float = 2.0
     """A spike that will make requests wait for this many times what they can, before a start could end, is answered at
-    once; inf: none is."""
+    once; 0: none is."""
     floor_over_load: float = 1.05
     """The fleet is never planned below this many times the last minute's load."""
     look_ahead: bool = True
@@ -127,10 +127,11 @@ class ChironSettings:
             "itl_gain",
             "risk_share",
             "batch_least_s",
-            "over_steady",
             "surge_slack",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        if self.over_steady and not self.over_steady >= 1:
+            raise ValueError(f"over_steady is {self.over_steady}; it must be 0, or 1 or more")
         if not 0 <= self.deadline_margin < 1:
             raise ValueError(f"deadline_margin is {self.deadline_margin}; it must be 0 or more and below 1")
