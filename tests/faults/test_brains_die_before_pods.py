@@ -18,7 +18,7 @@ from gateway_pair import Pair, until_ready
 from kubernetes_site import PORT, LoopContainer, cluster, workload
 
 pytestmark = pytest.mark.slow
-SLOTS, PODS, STREAM_S, CHUNKS = 3, 2, 20.0, 80
+SLOTS, PODS, STREAM_S, CHUNKS = 3, 2, 12.0, 400
 
 
 class Engines:
@@ -114,7 +114,7 @@ deployment = "engine"
 port = {PORT}
 kubeconfig = "{kubeconfig}"
 """
-        with FaultSite(tmp_path, text, "--workers", "2", "--policy", "static") as site:
+        with FaultSite(tmp_path, text, "--workers", "2") as site:
             asyncio.run(main(site))
 
     async def story() -> None:
