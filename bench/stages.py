@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -133,9 +134,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
         model = write_tiny(Path(directory) / "tiny", TinySettings(layers=LAYERS))
         result = {"hops": hops(model, options.tokens), "replicas": replicas(model, options.tokens)}
+    print(f"{os.cpu_count()} cores, load average before {load_before:.1f}\n")
     print("| stages | sequences | ms per step | tokens/s | CPU ms per token |\n|---|---|---|---|---|")
     for row in result["hops"]:
         figures = [f"{row[key]:.2f}" for key in ("ms_per_step", "tokens_per_s", "cpu_ms_per_token")]

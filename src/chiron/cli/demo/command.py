@@ -239,7 +239,8 @@ async def _play(
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    settings = LoadSettings(url=gateway.url, batch=BatchSettings(poll_s=0.5), grace_s=GRACE_S)
+    # Probes are requests too, of other lengths: a policy for stages would plan for them.
+    settings = LoadSettings(url=gateway.url, batch=BatchSettings(poll_s=0.5), grace_s=GRACE_S, calibrate=watch is None)
     fetch = fetcher(gateway.url)
     elapsed_s = 0.0
 

@@ -31,8 +31,8 @@ MODEL = "demo"
 SLOW = "4-5"
 """Layers of the stage that is paced."""
 SETTINGS = {
-    "stage-hpa": 'target = 0.6, sync = "2s", rate_period = "2s", stale = "20s", stabilise_down = "8s"',
-    "stage-balance": 'tick = "1s", spread = 0.5, rate_window = "6s", look_back = "4s", hold = "6s"',
+    "stage-hpa": 'target = 0.75, sync = "2s", rate_period = "2s", stale = "20s", stabilise_down = "8s"',
+    "stage-balance": 'tick = "1s", spread = 0.0, rate_window = "6s", look_back = "4s", hold = "6s"',
 }
 """Of each stage policy, beside its name."""
 ABOUT = "a real model of random weights in four stages (text is noise), one paced to be slow"
