@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,26 @@ async def served(here: Cluster, directory: Path) -> AsyncIterator[Gateway]:
     assert process.returncode == 0, log_text
 
 
+async def lose_definition(gateway: Gateway, log: Path) -> None:
+    """And all resources with it; then it is made again."""
+
+    def logged(words: str) -> Callable[[], Awaitable[bool]]:
+        async def there() -> bool:
+            return words in log.read_text()
+
+        return there
+
+    here, definition = gateway.here, "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    await here.client.delete(f"{definition}/chironmodels.chiron-serving.io")
+    await here.until(logged("their definition may not be installed"), "it is gone")
+    assert await gateway.models() == {"m"}
+    await here.define_models()
+    await here.until(logged("their definition was away, and has come back without any"), "it is back")
+    assert await gateway.models() == {"m"}
+    await here.client.post(MODELS, chiron_model("m", "a", minInstances=2))
+    await gateway.until_status("m", ready=2, accepted="True")
+
+
 @every_cluster
 def test_models_come_change_and_go_and_no_request_fails(what: str, tmp_path: Path) -> None:
     async def story() -> None:
@@ -118,6 +138,8 @@ def test_models_come_change_and_go_and_no_request_fails(what: str, tmp_path: Pat
                 await here.client.delete(f"{MODELS}/n")
                 await gateway.until_models("m")
                 assert await here.replicas("b") == 1, "Chiron has let go of it"
+                if what == "real":
+                    await lose_definition(gateway, tmp_path / "gateway.log")
                 await load.stop()
                 assert load.failures == other.failures == []
 

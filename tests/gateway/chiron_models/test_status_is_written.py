@@ -179,6 +179,19 @@ def test_a_verdict_and_a_decision_are_events_of_the_resource_each_once() -> None
     told(story)
 
 
+def test_a_status_of_others_that_makes_no_sense_is_written_over() -> None:
+    async def story(desk: Desk) -> None:
+        uid = desk.make(MODEL)
+        nonsense = {"lastDecision": "x", "conditions": [7, {"type": ["Accepted"]}], "classes": {"a": 1}, "ready": "all"}
+        desk.fake.patch("chironmodels", MODEL, {"status": nonsense}, "status")
+        desk.seen[uid] = seen(desk.fake.get("chironmodels", MODEL))
+        assert await desk.write() == 1
+        assert desk.status(MODEL)["ready"] >= 0
+        assert desk.status(MODEL)["conditions"][0]["status"] == "True"
+
+    told(story)
+
+
 def test_a_conflict_is_written_again_a_few_times() -> None:
     async def story(desk: Desk) -> None:
         uid = desk.make(MODEL)

@@ -218,15 +218,14 @@ class Follower:
         await pause(self._settings.confirm_s)
         try:
             page = await self._client.get(self._path, limit=str(LISTED_MAX))
-            items, head = page.get("items") or [], page.get("metadata") or {}
-            there = {str(item["metadata"]["uid"]) for item in items}
+            there = {str(item["metadata"]["uid"]) for item in page.get("items") or ()}
+            more = bool(page["metadata"].get("continue"))
         except (KubernetesError, LookupError, TypeError, AttributeError) as error:
-            self._troubled(str(error))
+            self._troubled(str(error) or type(error).__name__)
             self._news.set()
             return
-        if not head.get("continue"):
-            for uid in self._missing - there:
-                self._seen.pop(uid, None)
+        for uid in self._missing - there if not more else ():
+            self._seen.pop(uid, None)
         self._missing.clear()
 
     async def _tell(self) -> None:

@@ -64,7 +64,7 @@ def resource_status(
     now: str,
 ) -> dict[str, Any]:
     """The whole status as a merge patch: null removes. ``before``: the one that it replaces."""
-    changed = {each.get("type"): each for each in _list(before.get("conditions")) if isinstance(each, Mapping)}
+    changed = {str(each.get("type")): each for each in _list(before.get("conditions")) if isinstance(each, Mapping)}
     return {
         **dict.fromkeys(FIELDS),
         **report,

@@ -132,7 +132,8 @@ class StatusWriter:
         resource, last = each.resource, report.get("lastDecision")
         if each.events is None:
             each.events = WorkloadEvents(self._client, wall_s=self._wall_s, background=self._background)
-            each.told["decision"] = str((each.status.get("lastDecision") or {}).get("text"))
+            before = each.status.get("lastDecision")
+            each.told["decision"] = str(before.get("text")) if isinstance(before, Mapping) else ""
             each.told["verdict"] = next((str(said[1]) for said in _verdict(each.status)), "")
         about = Involved(
             api_version=f"{GROUP}/{VERSION}",
