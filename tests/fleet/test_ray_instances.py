@@ -17,6 +17,7 @@ from chiron.fleet.port import FleetEnvironment, KindReport
 from chiron.fleet.ray.cluster import Answer, Question, RayError, new_name, read_name
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.instances import RayInstances, RayTimes
+from chiron.fleet.ray.places import FILE, read_places
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.ray.testing import MemoryRay
 from chiron.net.clock import LiveClock
@@ -55,6 +56,7 @@ class Site:
             log_directory=self.directory,
             settings=quick_settings(),
             owner=lambda: owner,
+            directory=self.directory,
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
         )
@@ -325,7 +327,15 @@ def test_what_its_own_gateway_left_makes_way_for_other_settings(tmp_path: Path) 
         later.create(an_instance(1))
         await until(lambda: heard_later.ready == [1], "the nodes are its own")
         assert len(site.names) == 1
+        elsewhere = site.gateway(owner="gateway", source=replace(SOURCE, namespace="elsewhere"))[0]
         await later.close()
+        await until(lambda: not site.names, "nothing is left where the config names no kind any more")
+        await until(lambda: len(read_places(site.directory / FILE)) == 1, "nor looked for again")
+        await elsewhere.close()
+        again, heard_again = site.gateway(owner="gateway")
+        again.create(an_instance(1))
+        await until(lambda: heard_again.ready == [1], "ready")
+        await again.close()
         other, _ = site.gateway(kind="gone/model", owner="gateway")
         await until(lambda: not site.names, "nothing is left of a kind that was removed")
         assert not report(other, "gone/model").notes

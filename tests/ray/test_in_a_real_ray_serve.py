@@ -27,7 +27,7 @@ from ray_site import PATIENCE, end_marked, needs_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, needs_ray]
 PROGRAM = Path(__file__).parent.parent / "support" / "processes" / "ray_serve_apps.py"
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 CLIENTS = 12
 _SERIES = re.compile(r"^(\w+)\{(.*)\} (\S+)")
 _WANTED = re.compile(r'sum\((\w+)\{application="(.*)",deployment="(.*)"\}\)')

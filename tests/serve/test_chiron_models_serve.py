@@ -137,9 +137,11 @@ def test_models_come_change_and_go_and_no_request_fails(what: str, tmp_path: Pat
                 await other.stop()
                 await here.client.delete(f"{MODELS}/n")
                 await gateway.until_models("m")
-                assert await here.replicas("b") == 1, "Chiron has let go of it"
+                left = await here.replicas("b")
+                assert left >= 1, "its workload stays"
                 if what == "real":
                     await lose_definition(gateway, tmp_path / "gateway.log")
+                assert await here.replicas("b") == left, "Chiron has let go of it"
                 await load.stop()
                 assert load.failures == other.failures == []
 

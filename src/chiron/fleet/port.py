@@ -47,6 +47,8 @@ class FleetEnvironment:
     events: LiveFleetEvents
     log_directory: Path
     """For what engines print."""
+    directory: Path | None = None
+    """For what a fleet has to know at the next start; None: it forgets."""
     settings: FleetSettings = field(default_factory=FleetSettings)
     owner: Callable[[], str] = lambda: ""
     """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind

@@ -29,6 +29,8 @@ MEMBERS: Mapping[type[Any], Callable[[Mapping[str, Any], FleetEnvironment], Live
     RaySource: RayFleet,
 }
 """The fleet of each member."""
+LASTING: frozenset[type[Any]] = frozenset({RaySource})
+"""Members whose instances may outlive the config that named them: their fleet looks for those even if it has none."""
 
 
 class UnionFleet:
@@ -40,7 +42,7 @@ class UnionFleet:
         self._by_kind: dict[str, LiveFleet] = {}
         for member, make in MEMBERS.items():
             own = {name: source for name, source in sources.items() if type(source) is member}
-            if own:
+            if own or member in LASTING:
                 fleet = make(own, environment)
                 self._fleets.append(fleet)
                 self._by_kind.update(dict.fromkeys(own, fleet))

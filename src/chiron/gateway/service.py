@@ -115,6 +115,7 @@ class Service:
                     clock=self.clock,
                     events=events,
                     log_directory=config.data / "logs",
+                    directory=config.data,
                     settings=config.fleet,
                     devices=tuple(config.devices),
                     owner=lambda: owner_of(config),

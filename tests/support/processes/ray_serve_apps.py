@@ -15,8 +15,8 @@ from typing import Any
 
 from ray_nodes import ATTEMPTS, OBJECT_STORE_BYTES, TOO_BUSY
 
-QUICK = {"target_ongoing": 2.0, "upscale_delay": 0.0, "downscale_delay": 1.0, "look_back": 2.0}
-"""Of the policy ``ray-serve``."""
+QUICK = {"target_ongoing": 2.0, "upscale_delay": 0.0, "downscale_delay": 20.0, "look_back": 2.0}
+"""Of the policy ``ray-serve``: it goes down late, so that a machine that stalls stops no start."""
 REQUEST_S = 1.0
 POLICIES: dict[str, dict[str, Any]] = {
     # So long answers within so tight an SLO that a replica can run few requests at a time.

@@ -19,6 +19,7 @@ from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, 
 from chiron.fleet.ray.client import AgentClient
 from chiron.fleet.ray.cluster import RayCluster
 from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
+from chiron.fleet.ray.places import FILE, Place, read_places, write_places
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
@@ -29,6 +30,8 @@ log = logging.getLogger("chiron.fleet")
 _CLOSE_TIMEOUT_S = 5.0
 _STOP_MARGIN_S = 15.0
 """Beyond the longest stop timeout, that the end of a gateway waits for what it removes."""
+_SWEEP_S = 600.0
+"""Longest that a cluster of which the config says nothing any more is asked, at one start."""
 RETRY_S = 10.0
 """Of what is in the cluster's hands: when there may be news."""
 
@@ -62,30 +65,40 @@ class RayFleet:
         self._clusters: list[RayCluster] = []
         self._by_kind: dict[str, RayInstances] = {}
         self._running: dict[asyncio.Task[None], RayInstances] = {}
-        owner = environment.owner()
-        places: dict[tuple[str, str, str], dict[str, RaySource]] = {}
+        self._connect = connect
+        self._times = times
+        self._environment = environment
+        self._sweeps: set[asyncio.Task[None]] = set()
+        places: dict[Place, dict[str, RaySource]] = {}
         for kind, source in sources.items():
-            places.setdefault((source.address, source.namespace, source.python), {})[kind] = source
-        for (address, namespace, python), own in places.items():
+            place = Place(address=source.address, namespace=source.namespace, python=source.python)
+            places.setdefault(place, {})[kind] = source
+        before = self._recorded()
+        self._owner = _owner(environment) if places or before else ""
+        for place, own in places.items():
             if len({source.on_stop for source in own.values()}) > 1:
                 raise ValueError(f"kinds {', '.join(map(repr, own))} share a namespace, and differ in on_stop")
             cluster = connect(next(iter(own.values())))
             instances = RayInstances(
                 cluster,
-                namespace,
+                place.namespace,
                 own,
-                owner=hashlib.sha256(owner.encode()).hexdigest()[:8] if owner else "",
+                owner=self._owner,
                 advise=environment.advise,
                 noted=environment.noted,
-                hint=_options(address, namespace, python),
+                hint=place.options,
                 changes=environment.clock.elapsed_s,
                 times=times,
             )
             self._clusters.append(cluster)
             self._by_kind.update(dict.fromkeys(own, instances))
-            task = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-{namespace}")
+            task = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-{place.namespace}")
             task.add_done_callback(_report_end)
             self._running[task] = instances
+        if self._owner and not environment.advise:
+            self._record(before | places.keys())
+            for place in sorted(before - places.keys()):
+                self._sweeps.add(asyncio.get_running_loop().create_task(self._sweep(place)))
 
     def create(self, instance: Instance) -> None:
         """Answered by ``instance_ready`` once Ray has placed it and its engine answers, or by ``instance_failed``."""
@@ -121,6 +134,9 @@ class RayFleet:
 
     async def close(self, *, hands_over: bool = False) -> None:
         """Remove what is to be removed when the gateway ends, and let the rest go on."""
+        for sweep in self._sweeps:
+            sweep.cancel()
+        await asyncio.gather(*self._sweeps, return_exceptions=True)
         ends = [kind for kind, source in self._sources.items() if source.on_stop == "remove" and not hands_over]
         removed = {self._by_kind[kind] for kind in ends}
         for instances in removed:
@@ -140,6 +156,35 @@ class RayFleet:
         if self._running:
             await asyncio.wait(list(self._running))
         for cluster in self._clusters:
+            await cluster.close()
+
+    # -- where there are no kinds any more -----------------------------------------------------------------------
+
+    def _recorded(self) -> set[Place]:
+        directory = self._environment.directory
+        return read_places(directory / FILE) if directory is not None else set()
+
+    def _record(self, places: set[Place]) -> None:
+        directory = self._environment.directory
+        if directory is not None and places != self._recorded():
+            write_places(directory / FILE, places)
+
+    async def _sweep(self, place: Place) -> None:
+        """End what this gateway, or one that it replaces, has left there."""
+        given = RaySource(command=("none",), address=place.address, namespace=place.namespace, python=place.python)
+        cluster = self._connect(given)
+        changes = self._environment.clock.elapsed_s
+        instances = RayInstances(cluster, place.namespace, {}, owner=self._owner, changes=changes, times=self._times)
+        running = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-sweep-{place.namespace}")
+        running.add_done_callback(_report_end)
+        try:
+            if await instances.until_swept(_SWEEP_S):
+                self._record(self._recorded() - {place})
+            else:
+                log.warning("instances may be left on Ray: chiron ray list %s", place.options)
+        finally:
+            running.cancel()
+            await asyncio.wait((running,))
             await cluster.close()
 
     def _hold(self, record: InstanceRecord, instances: RayInstances, url: str = "") -> Hold:
@@ -216,10 +261,10 @@ class RayFleet:
         )
 
 
-def _options(address: str, namespace: str, python: str) -> str:
-    """Of ``chiron ray``, where they are not the defaults."""
-    given = {"--address": (address, "auto"), "--namespace": (namespace, "chiron"), "--python": (python, "")}
-    return "".join(f"{option} {value} " for option, (value, usual) in given.items() if value != usual)
+def _owner(environment: FleetEnvironment) -> str:
+    """As it is in names."""
+    owner = environment.owner()
+    return hashlib.sha256(owner.encode()).hexdigest()[:8] if owner else ""
 
 
 async def _result(future: asyncio.Future[Any]) -> None:

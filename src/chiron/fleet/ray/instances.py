@@ -167,6 +167,8 @@ class RayInstances:
         """Since when, by name."""
         self._dead_s: dict[str, float] = {}
         """Since when what nobody has is dead, by name."""
+        self._own = 0
+        """Instances that this gateway, or one that it replaces, has started."""
         self._known_s = inf
         self._trouble = ""
         """Why the cluster does not answer."""
@@ -252,6 +254,16 @@ class RayInstances:
             del self._spare[name]
             self._end(name, "and the gateway stops")
 
+    async def until_swept(self, timeout_s: float) -> bool:
+        """Whether there is nothing left of this gateway's within ``timeout_s``; ``run`` must be running."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        while loop.time() < until_s:
+            if loop.time() - self._known_s >= self._times.patience_s and not self._own and not self._stops:
+                return True
+            await heard(self._answered, until_s - loop.time())
+        return False
+
     async def until_stopped(self, timeout_s: float) -> bool:
         """Whether all that must go has gone within ``timeout_s``; ``run`` must be running."""
         loop = asyncio.get_running_loop()
@@ -311,6 +323,7 @@ class RayInstances:
             self._known_s = now_s
         for hold in [each for each in self._holds if each.before_url and not each.name]:
             self._find(hold, answer, now_s)
+        self._own = sum(self._is_mine(each.name) for each in answer.instances)
         seen = {each.name: each for each in answer.instances}
         for name in question.stop:
             if name not in seen or seen[name].holder not in ("", self._holder):
@@ -381,6 +394,8 @@ class RayInstances:
             if not fits and self._is_mine(seen.name):
                 if now_s - self._known_s >= self._times.settle_s:
                     self._end(seen.name, self._other(name.kind))
+            elif not self._sources:
+                continue  # Nobody who could be told.
             elif not fits and seen.phase not in ("ended", "gone"):
                 strange[seen.name] = self._stale(name.kind, seen.name, self._other(name.kind))
             elif fits and seen.holder not in ("", self._holder) and not self._advise:
