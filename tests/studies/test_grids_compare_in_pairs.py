@@ -134,6 +134,7 @@ def test_the_command_writes_table_json_and_page_and_simulates_nothing_twice(scen
         (["--loads", "1", "--events", "x.jsonl"], "--events: a grid keeps figures of each run"),
         (["--out", "small.toml"], "small.toml: is a file; name a directory"),
         (["--loads", "1", "--report", "nowhere/x.html"], "there is no directory"),
+        (["--loads", "1", "--figures", "small.toml"], "--figures small.toml: is a file; name a directory"),
         (["--ray-python", "python3"], "--ray-python: belongs to --ray"),
     ],
 )

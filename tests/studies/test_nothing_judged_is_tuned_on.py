@@ -75,6 +75,7 @@ def test_without_a_word_about_it_the_first_third_is_tuned_on() -> None:
         (["--calibrate", "none.csv"], "neither a file nor a packaged trace"),
         (["--calibrate", "other.csv", "--first", "1m"], "give either --calibrate or --first"),
         (["--first", "5h"], "leaves no request"),
+        (["--set", "calibration.first='5h'"], "leaves no request"),
         (["--first", "soon"], "--first: duration 'soon'"),
         (["--trials", "0"], "--trials is 0; it must be 1 or more"),
         (["--target", "99"], "--target is 99; it must be above 0 and at most 1"),

@@ -69,7 +69,7 @@ def calibrations(judged: Scenario, sources: Sequence[str], first_s: float | None
         first_s = _third_s(judged)
     if first_s is not None:
         judged = with_first(judged, first_s)
-        workload_of(judged, judged.seeds[0])  # Something must be left to judge.
+    workload_of(judged, judged.seeds[0])  # Something must be left to judge.
     return judged, [Calibration(scenario=judged, part="calibration")]
 
 

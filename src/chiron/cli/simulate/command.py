@@ -183,7 +183,7 @@ def compare(
     """
     chosen = _seeds(seed, seeds)
     if loads is not None or baseline is not None or out is not None or ray or ray_python:
-        refused = {"--figures": figures, "--events": events, "--save": save}
+        refused = {"--events": events, "--save": save}
         if given := [name for name, value in refused.items() if value is not None]:
             raise ConfigError(f"{given[0]}: a grid keeps figures of each run, not the runs; leave it out")
         Outputs(json=json_, report=report, figures=None, events=None, save=None).check()
@@ -196,7 +196,7 @@ def compare(
             baseline=baseline or labels[0],
         )
         where = executor("auto" if jobs is None else str(jobs), ray, ray_python)
-        compare_grid(loaded, asked, where, GridOutputs(json=json_, report=report, out=out))
+        compare_grid(loaded, asked, where, GridOutputs(json=json_, report=report, figures=figures, out=out))
         return
     outputs = Outputs(json=json_, report=report, figures=figures, events=events, save=save)
     loaded = _tuned(_load(scenario, set_, scale, duration), settings, chosen)

@@ -18,6 +18,7 @@ from chiron.config.read import ConfigError
 from chiron.studies.executors import Executor, local_workers, ray_workers
 from chiron.studies.journal import Journal
 from chiron.studies.runner import Progress, Runner
+from chiron.telemetry.errors import need
 from chiron.telemetry.format import counted, span
 
 SAID_EVERY_S = 15.0
@@ -34,6 +35,9 @@ RayOption = Annotated[
         help="Simulate on this Ray cluster instead, such as 10.0.0.5:6379 or auto. Its nodes need Python with NumPy; "
         "Chiron itself is sent to them.",
     ),
+]
+StudyFiguresOption = Annotated[
+    Path | None, typer.Option("--figures", metavar="DIR", help="Write the charts as PNG and SVG into this directory.")
 ]
 RayPythonOption = Annotated[
     str, typer.Option("--ray-python", metavar="FILE", help="A Python with the cluster's Ray; default: this one.")
@@ -97,6 +101,13 @@ def check_file(path: Path, option: str) -> None:
         raise ConfigError(f"{option} {path}: is a directory; name a file")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no directory {path.absolute().parent}")
+
+
+def check_figures(directory: Path | None) -> None:
+    if directory is not None:
+        need("matplotlib")
+        if directory.is_file():
+            raise ConfigError(f"--figures {directory}: is a file; name a directory")
 
 
 def write_whole(path: Path, text: str) -> None:

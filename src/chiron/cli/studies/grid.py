@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from chiron.cli.simulate.tables import results_console
-from chiron.cli.studies.common import running, write_whole
+from chiron.cli.studies.common import check_figures, running, write_whole
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario
 from chiron.studies.executors import Executor
 from chiron.studies.grid import Asked, Cell, as_json, grid
 from chiron.studies.statistics import Estimate
 from chiron.telemetry import axes
+from chiron.telemetry.chart_files import write_charts
 from chiron.telemetry.format import NONE, amount, counted, percent
 from chiron.telemetry.marks import INK, Chart, Panel, Rule, Series
 from chiron.telemetry.palette import looks
@@ -41,10 +42,12 @@ CAPTION = (
 class GridOutputs:
     json: str | None
     report: Path | None
+    figures: Path | None
     out: Path | None
     """Directory of the journal, and of result and page."""
 
     def check(self) -> None:
+        check_figures(self.figures)
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out}: is a file; name a directory")
 
@@ -81,6 +84,9 @@ def _write(scenario: Scenario, asked: Asked, cells: Sequence[Cell], outputs: Gri
     page = None
     if outputs.report is not None or outputs.out is not None:
         page = grid_page(scenario, asked, cells, shlex.join(["chiron", *sys.argv[1:]]))
+    if outputs.figures is not None:
+        charts = {f"load-{load:g}": tradeoff([c for c in cells if c.load == load], load) for load in asked.loads}
+        write_charts(charts, outputs.figures)
     if outputs.report is not None and page is not None:
         write_whole(outputs.report, page)
     if outputs.out is not None and page is not None:

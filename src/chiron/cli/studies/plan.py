@@ -19,6 +19,8 @@ from chiron.cli.studies.common import (
     JobsOption,
     RayOption,
     RayPythonOption,
+    StudyFiguresOption,
+    check_figures,
     check_file,
     executor,
     running,
@@ -41,6 +43,7 @@ from chiron.studies.plan import (
 from chiron.studies.plan import plan as make_plan
 from chiron.studies.settings_file import apply_settings, read_settings
 from chiron.telemetry import axes
+from chiron.telemetry.chart_files import write_charts
 from chiron.telemetry.format import NONE, amount, counted, percent
 from chiron.telemetry.marks import Chart, Panel, Rule, Series
 from chiron.telemetry.palette import COLOURS
@@ -96,6 +99,7 @@ def plan(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE.html", help="Write one self-contained HTML page.")
     ] = None,
+    figures: StudyFiguresOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Results, and what makes it resumable.")
     ] = None,
@@ -126,6 +130,7 @@ def plan(
     """
     if report is not None:
         check_file(report, "--report")
+    check_figures(figures)
     if json_ not in (None, "-"):
         check_file(Path(str(json_)), "--json")
     if out is not None and out.exists() and not out.is_dir():
@@ -160,6 +165,8 @@ def plan(
     page = plan_page(found, loaded, policy, seeds, target)
     if report is not None:
         write_whole(report, page)
+    if figures is not None:
+        write_charts({f"{s.case.model}-{s.case.kind}": sizes_chart(s, target) for s in found.options}, figures)
     if out is not None:
         write_whole(out / "plan.json", text)
         write_whole(out / "plan.html", page)

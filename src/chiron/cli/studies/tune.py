@@ -19,6 +19,8 @@ from chiron.cli.studies.common import (
     JobsOption,
     RayOption,
     RayPythonOption,
+    StudyFiguresOption,
+    check_figures,
     check_file,
     executor,
     running,
@@ -27,12 +29,19 @@ from chiron.cli.studies.common import (
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario, load_scenario
 from chiron.studies.calibration import Calibration, calibrations, check_apart, windows
+from chiron.studies.search import explored
 from chiron.studies.settings_file import TOP, ranking, settings_text
 from chiron.studies.tune import Budget, Tuned, expected_trials, tunable_choice, workloads
 from chiron.studies.tune import tune as tune_policy
+from chiron.telemetry import axes
+from chiron.telemetry.chart_files import write_charts
 from chiron.telemetry.format import amount, counted, listed, percent
+from chiron.telemetry.marks import Chart, Panel, Rule, Series
+from chiron.telemetry.palette import COLOURS
 
 INTERRUPTED = 130
+ROOM = 1.06
+"""An axis ends this far beyond what it shows."""
 
 
 def tune(
@@ -66,6 +75,7 @@ def tune(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.toml", help="Where settings go.")] = Path(
         "tuned.toml"
     ),
+    figures: StudyFiguresOption = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set a value of the scenario. Repeatable.")
     ] = None,
@@ -86,6 +96,7 @@ def tune(
     """  # noqa: E501
     budget = Budget(trials=trials, seed=search_seed, target=target)
     check_file(out, "--out")
+    check_figures(figures)
     where = executor(jobs, ray, ray_python)
     first_s = None if first is None else seconds_of("--first", first)
     judged, sources = _sources(scenario, set_ or [], calibrate or [], first_s, seed)
@@ -110,6 +121,8 @@ def tune(
         raise ConfigError(f"--policy {failed[0].label}: every candidate failed: {'; '.join(failed[0].errors[:3])}")
     about = {"command": shlex.join(["chiron", *sys.argv[1:]]), "version": version("chiron-serving")}
     write_whole(out, settings_text(found, sources, seed, budget, **about))
+    if figures is not None:
+        write_charts({f"tune-{tuned.label}": trials_chart(tuned, target) for tuned in found}, figures)
     console = results_console(stderr=False)
     for tuned in found:
         _print(console, tuned)
@@ -159,3 +172,39 @@ def _print(console: Console, tuned: Tuned) -> None:
     for error in tuned.errors[:3]:
         console.print(f"failed: {error}", highlight=False, soft_wrap=True)
     console.print()
+
+
+def trials_chart(tuned: Tuned, target: float) -> Chart:
+    """Every trial: attainment of the worst class against GPU-hours."""
+    half = explored(len(tuned.candidates))
+    groups = {
+        "as it was": tuned.candidates[:1],
+        "tried everywhere": tuned.candidates[1:half],
+        "steps around the best": tuned.candidates[half:],
+        "chosen": (tuned.best,),
+    }
+    series = []
+    for number, (name, group) in enumerate(groups.items()):
+        scores = [each.score for each in group if each.score is not None and each.score.shortfall < float("inf")]
+        series.append(
+            Series(
+                name=name,
+                colour=COLOURS[number],
+                mark="dots",
+                shape=("square", "circle", "diamond", "star")[number],
+                x=tuple(score.cost for score in scores),
+                y=tuple(score.attainment for score in scores),
+            )
+        )
+    shares = [share for one in series for share in one.y]
+    return Chart(
+        title=f"{tuned.label}: {counted(len(tuned.candidates), 'trial')}",
+        x=axes.linear("GPU-hours over the lower bound", 0.0, ROOM * max(place for one in series for place in one.x)),
+        panels=(
+            Panel(
+                y=axes.attainment("within SLO, worst class", [*shares, target]),
+                series=tuple(series),
+                rules=(Rule(name=f"target {percent(target)}", y=target),),
+            ),
+        ),
+    )

@@ -52,4 +52,10 @@ TUNED: dict[str, dict[str, float | int | bool]] = {
         "window_s": 45.64,
         "max_num_seqs": 63,
     },
+    "skyserve": {
+        "target_qps": 1.108,
+        "upscale_delay_s": 82.64,
+        "downscale_delay_s": 526.9,
+        "max_num_seqs": 109,
+    },
 }
