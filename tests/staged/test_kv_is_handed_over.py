@@ -118,6 +118,31 @@ def test_a_target_without_room_computes_it_again() -> None:
     asyncio.run(main())
 
 
+class BrokenKv(KvStore):
+    """Reading it fails in a way that nobody has thought of."""
+
+    def read(self, key: Any, begin: int, end: int) -> Any:
+        raise KeyError(key)
+
+
+def test_a_stage_that_cannot_go_on_says_so_and_does_not_just_answer_pings() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pipeline=hand_over(True), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.ensure_future(site.complete(PROMPTS[0], TOKENS))
+            old = site.replicas[1].pop()
+            await until(lambda: old.service.totals.steps > 4)
+            errors: list[Exception] = []
+            old.service.failed = errors.append
+            old.service.kv.__class__ = BrokenKv
+            await site.add(1)
+            site.tell()
+            await until(lambda: bool(errors))
+            await old.die()  # As its process ends.
+            assert await asking == recorded("llama")[0]
+
+    asyncio.run(main())
+
+
 def figures(**known: float) -> ReplicaFigures:
     return ReplicaFigures(calls=9, **known)  # type: ignore[arg-type]
 

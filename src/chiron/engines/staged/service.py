@@ -178,6 +178,14 @@ class StageService:
     def start(self) -> None:
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._run()), loop.create_task(self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A stage that answers pings and computes nothing would be worse than none."""
+        if not task.cancelled() and isinstance(error := task.exception(), Exception):
+            log.error("the stage cannot go on", exc_info=error)
+            self.failed(error)
 
     async def warm_up(self) -> None:
         """Reads the weights from the disk, which mapping them did not."""
