@@ -237,7 +237,8 @@ class Replica:
             try:
                 await self._connect()
             except (OSError, TimeoutError, ValueError, ssl.SSLError) as error:
-                self._not_up(str(error) or f"no answer within {self._settings.connect_s:g} s")
+                why = getattr(error, "strerror", None) or str(error)
+                self._not_up(why or f"no answer within {self._settings.connect_s:g} s")
                 await asyncio.sleep(self._settings.retry_s)
                 continue
             self.up, self.trouble = True, ""
