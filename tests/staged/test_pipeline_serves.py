@@ -15,7 +15,7 @@ from staged_models import need_torch, prompts, tiny
 need_torch()
 
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
-from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
+from chiron.engines.staged.pipeline import PipelineSettings, StageTimes, micro_batches  # noqa: E402
 from chiron.engines.staged.sequence import Sequence  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
 from staged_site import PATIENT, StagedSite, staged_site, start_replica, until  # noqa: E402
@@ -92,6 +92,26 @@ def test_a_request_with_penalties_costs_the_others_no_vocabulary() -> None:
             assert service.totals.sent_bytes == greedy + all_of_it
 
     asyncio.run(main())
+
+
+def test_a_micro_batch_goes_to_one_replica_of_the_stage_that_has_most() -> None:
+    async def main() -> None:
+        several = PipelineSettings(link=PATIENT, micro_batches=2)
+        async with staged_site(tiny(), SPLIT, replicas=(1, 2, 1), pipeline=several, pace=Pace(fixed_s=0.004)) as site:
+            await asyncio.gather(*(site.complete(GIVEN[0], 48) for _ in range(8)))
+            totals = [replica.service.totals for replica in site.replicas[1]]
+            assert [each.sequences for each in totals] == [4 * (48)] * 2, "four sequences each"
+            # Of two micro-batches either replica has one whole, with four sequences, and not halves of both.
+            assert all(each.sequences / each.calls > 3 for each in totals)
+
+    asyncio.run(main())
+
+
+def test_micro_batches_are_a_multiple_of_the_replicas() -> None:
+    even = StageTimes(fixed_s=0.01, sequence_s=0.0, hop_s=0.001, replicas=1)
+    slow = StageTimes(fixed_s=0.02, sequence_s=0.005, hop_s=0.001, replicas=3)
+    assert micro_batches([even, slow, even, even], 24, 64) % 3 == 0
+    assert micro_batches([even, slow, even, even], 2, 64) <= 2
 
 
 def test_a_head_learns_a_new_limit_of_a_stage() -> None:

@@ -82,7 +82,10 @@ def micro_batches(stages: SequenceOf[StageTimes], sequences: int, step_max: int)
     widest = max(stage.replicas for stage in stages)
     least = ceil(sequences / max(1, step_max))
     best, best_s = least, None
-    for count in range(least, max(least, min(sequences, 2 * len(stages) + 2 * widest)) + 1):
+    most = max(least, min(sequences, 2 * len(stages) + 2 * widest))
+    # A micro-batch goes one way through the stage with most replicas: in multiples of those all of them have work.
+    counts = [count for count in range(least, most + 1) if count % widest == 0] or range(least, most + 1)
+    for count in counts:
         each = ceil(sequences / count)
         steps = [stage.fixed_s + stage.sequence_s * each for stage in stages]
         way_s = sum(steps) + sum(stage.hop_s for stage in stages)
@@ -468,7 +471,10 @@ class Pipeline(ReplicaEvents):
         group = Group()
         pieces: list[Piece] = []
         budget = self._budget(share)
+        widest = max(range(len(self.stages)), key=lambda stage: sum(r.up for r in self.replicas[stage]))
         for sequence in self._in_turn(replica, decodes):
+            if pieces and sequence.path[widest] is not pieces[0].sequence.path[widest]:
+                continue  # Else each of its replicas would pay the fixed part of a step for a few of them.
             span = sequence.next_span(budget) if budget > 0 else None
             if span is None or len(pieces) >= share:
                 break
