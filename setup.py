@@ -2,7 +2,7 @@
 
 All that describes the package is in pyproject.toml. This adds one thing to it: what a simulation spends its time in is
 compiled by mypyc, from the same source and with equal results. Without the variable, without a C compiler and in an
-editable install the package is plain Python, which is all that the gateway needs. ``chiron --version`` says which of
+editable install the package is plain Python, which works as well. ``chiron --version`` says which of
 the two it is, and why if it was to be compiled and is not.
 """
 
