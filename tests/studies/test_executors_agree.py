@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from chiron.config.build import setups
@@ -46,6 +47,10 @@ def test_processes_find_what_this_process_finds_and_keys_tell_what_differs() -> 
     assert len({each.key for each in asked}) == 4
     assert trial(asked[0].setup).key == asked[0].key == trial(replace(asked[0].setup, label="other")).key
     assert trial(replace(asked[0].setup, scrape_delay_s=0.3)).key != asked[0].key
+    past, other = (replace(asked[0].setup.workload, output_tokens=np.full(99_999, n)) for n in (1, 2))
+    other.output_tokens[:9], other.output_tokens[-9:] = 1, 1
+    keys = {trial(replace(asked[0].setup, history=history)).key for history in (None, past, other)}
+    assert len(keys) == 3, "also by what the text of an array leaves out"
 
 
 def test_a_process_that_dies_costs_its_trial_and_another_one_takes_its_place() -> None:

@@ -222,8 +222,16 @@ def _alone(setup: Setup, scenario: Scenario, model: str, kind: str, change: Chan
         workload = deferred(workload, change.deferred, scenario.classes, setup.seed)
     initial = scenario.models[model].initial
     count = initial_instances(workload, spec, setup.profiles[kind]) if initial == "auto" else initial
+    past = setup.history if setup.history is None or model in setup.history.models else None
+    own = None if past is None else only_model(past, model)
+    history = own if own is not None and len(own) else None
     return replace(
-        setup, models=(spec,), profiles={kind: setup.profiles[kind]}, workload=workload, initial={model: count}
+        setup,
+        history=history,
+        models=(spec,),
+        profiles={kind: setup.profiles[kind]},
+        workload=workload,
+        initial={model: count},
     )
 
 

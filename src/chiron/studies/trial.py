@@ -14,6 +14,7 @@ import numpy as np
 
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
+from chiron.workload.types import Workload
 
 Summary = Mapping[str, Any]
 """The summary of a run (``telemetry.summary``) without ``wall_s``: the same wherever it was simulated."""
@@ -58,11 +59,11 @@ def simulated(setup: Setup, *, with_bound: bool) -> Summary:
     return summary if with_bound else summary | dict.fromkeys(BOUNDS)
 
 
-def workload_digest(setup: Setup) -> str:
+def workload_digest(workload: Workload) -> str:
     """Of the requests, as they are."""
     digest = sha256()
-    for field in fields(setup.workload):
-        value = getattr(setup.workload, field.name)
+    for field in fields(workload):
+        value = getattr(workload, field.name)
         digest.update(field.name.encode())
         digest.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
     return digest.hexdigest()
@@ -70,10 +71,13 @@ def workload_digest(setup: Setup) -> str:
 
 def _key(setup: Setup, with_bound: bool) -> str:
     """Of all that the result depends on: requests, fleet, policy, seed, and the code."""
-    digest = sha256(f"{code_digest()} {with_bound} {workload_digest(setup)}".encode())
+    digest = sha256(f"{code_digest()} {with_bound} {workload_digest(setup.workload)}".encode())
     for field in fields(setup):
         if field.name not in NOT_IN_KEY:
-            digest.update(f"{field.name}={getattr(setup, field.name)!r}\n".encode())
+            value = getattr(setup, field.name)
+            # The text of an array leaves out most of it.
+            text = workload_digest(value) if isinstance(value, Workload) else repr(value)
+            digest.update(f"{field.name}={text}\n".encode())
     return digest.hexdigest()[:32]
 
 

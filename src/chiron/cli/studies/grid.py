@@ -26,7 +26,7 @@ from chiron.telemetry.format import NONE, amount, counted, percent
 from chiron.telemetry.marks import INK, Chart, Panel, Rule, Series
 from chiron.telemetry.palette import looks
 from chiron.telemetry.study_page import chart_section, study_page, table_section
-from chiron.telemetry.verdict import TARGET
+from chiron.telemetry.verdict import CLAIRVOYANT, TARGET
 
 FAILED = 1
 INTERRUPTED = 130
@@ -153,6 +153,8 @@ def classes_of(cells: Sequence[Cell]) -> list[str]:
 
 def verdict_of(cells: Sequence[Cell], load: float) -> str:
     """Which policy keeps the target with the fewest GPU-hours at a load."""
+    # It knows the future and competes with nobody.
+    cells = [cell for cell in cells if cell.policy != CLAIRVOYANT] or cells
     keeping = [cell for cell in cells if cell.runs and not cell.failed and cell.worst >= TARGET]
     if not keeping:
         best = max(cells, key=lambda cell: cell.worst)
