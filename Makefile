@@ -163,7 +163,7 @@ $(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo
 	@mkdir -p $(@D)
 	@$(BIN)/python bench/overload.py --figure $(@D)/overload.svg > $@
 
-docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (ten minutes)
+docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (minutes)
 	@$(BIN)/python bench/staged.py --out docs/staged.md
 
 paper: $(VENV)/.demo ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour)

@@ -185,6 +185,22 @@ def saved(rows: dict[str, Row], policy: str, than: str) -> str:
     )
 
 
+def least(workloads: Mapping[str, Mapping[str, Row]]) -> str:
+    """The cheapest way of each kind that meets the SLOs of 99 % of the requests, by workload."""
+    lines = ["| workload | whole models | stages | stages take |", "|---|---|---|---:|"]
+    for name, rows in workloads.items():
+        best = [_cheapest([row for row in rows.values() if row.policy.startswith(kind)]) for kind in ("whole", "stage")]
+        shown = [f"{row.gpu_hours:.2f} (`{row.policy}`)" if row else "none met them" for row in best]
+        whole, stage = best
+        change = f"{stage.gpu_hours / whole.gpu_hours - 1.0:+.0%}" if whole and stage else ""
+        lines.append(f"| {name} | {shown[0]} | {shown[1]} | {change} |")
+    return "\n".join(lines)
+
+
+def _cheapest(rows: Sequence[Row]) -> Row | None:
+    return min((row for row in rows if row.attained >= 0.99), key=lambda row: row.gpu_hours, default=None)
+
+
 def claim(name: str, holds: bool | None, why: str) -> str:
     verdict = "depends" if holds is None else "holds here" if holds else "does not hold here"
     return f"| {name} | **{verdict}** | {why} |"
@@ -240,6 +256,10 @@ ended, what engines reported a second ago.
 - `stage-balance`: ours, the fewest replicas with which a queue model of the pipeline keeps the SLOs.
 
 `chiron compare staged` prints such a table, and `--report` draws the replicas of each stage.
+
+The least GPU-hours with which the SLOs of 99 % of the requests were met, as whole models and as stages:
+
+{least}
 
 ## LLaMA-2-13B under a load that rises and falls
 
@@ -364,9 +384,11 @@ def page(runs: Runs, figures: Path) -> str:
     failed, failed_words = failing(runs)
     workloads = {"rises and falls": main_rows, **{name: rows for name, (_, rows) in traces.items()}}
     draw(figures, workloads, uneven_rows, by_hop, by_link)
+    workloads |= {"light load": light_rows, "uneven stages": uneven_rows, "70B": seventy_rows}
     return TEXT.format(
         cpu_minutes=runs.cpu_s / 60.0,
         runs=len(runs._made),
+        least=least(workloads),
         main=main,
         main_words=words(main_rows),
         scale=TRACES["servegen-m-small"].rpartition("=")[2],
@@ -473,19 +495,19 @@ def fleets(rows: Mapping[str, Row]) -> Any:
         times, gpus = zip(*row.gpus, strict=True)
         ax.step([t / 60.0 for t in times], gpus, where="post", color=seen[policy].colour, label=policy, linewidth=1.6)
     ax.set(title="GPUs billed", xlabel="time, minutes", ylabel="GPUs", ylim=(0, None), xlim=(0, 15))
-    canvas.legend(loc="outside lower center", ncols=len(MODE))
+    canvas.legend(loc="outside lower center", ncols=3)
     return canvas
 
 
 def replicas(rows: Mapping[str, Row]) -> Any:
     canvas = canvas_of(11, 3.4)
     for ax, (policy, row) in zip(canvas.subplots(1, len(rows), sharey=True), rows.items(), strict=True):
-        for stage, points in sorted((row.replicas or {}).items()):
+        stages = sorted((row.replicas or {}).items(), key=lambda item: int(item[0].split("-")[0]))
+        for number, (stage, points) in enumerate(stages):
             times, counts = zip(*points, (900.0, points[-1][1]), strict=True)
-            wide = stage == "16-31"
-            ax.step(
-                [t / 60.0 for t in times], counts, where="post", label=f"layers {stage}", linewidth=2.6 if wide else 1.4
-            )
+            # The narrower on top: most of the time they lie on one another.
+            x, width = [t / 60.0 for t in times], 6.0 - 1.4 * number
+            ax.step(x, counts, where="post", label=f"layers {stage}", linewidth=width)
         ax.set(title=policy, xlabel="time, minutes", ylabel="replicas planned", ylim=(0, None), xlim=(0, 15))
         ax.legend()
     return canvas
@@ -500,7 +522,8 @@ def network(by_hop: Mapping[str, Row], by_link: Mapping[str, Row]) -> Any:
         x = [float(value.removesuffix(unit)) for value in rows]
         for ax, figure in zip(panels, ("gpu_hours", "ttft_s", "itl_ms"), strict=True):
             ax.plot(x, [getattr(row, figure) for row in rows.values()], marker="o", color="#2f7fc1")
-            ax.set(xscale="log", xlabel=title, ylim=(0, None))
+            ax.set(xscale="log", xlabel=title)
+            ax.set_ylim(0, 1.08 * max(getattr(row, figure) for row in (*by_hop.values(), *by_link.values())))
             ax.set_xticks(x, [f"{each:g}" for each in x])
             ax.set_xticks([], minor=True)
     for ax, title in zip(grid[0], ("GPU-hours", "p99 TTFT, s", "p99 ITL, ms"), strict=True):

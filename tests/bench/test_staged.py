@@ -48,7 +48,12 @@ def test_verdicts_follow_the_figures(bench: ModuleType) -> None:
     )
     slower = replace(hpa, policy="stage-hpa", ttft_s=2.0, itl_ms=60.0)
     mixed = replace(hpa, policy="stage-queue", ttft_s=0.5, itl_ms=60.0)
-    rows = {"whole-hpa": hpa, "stage-hpa": slower, "stage-queue": mixed, "stage-balance": replace(hpa, gpu_hours=2.0)}
+    rows = {
+        "whole-hpa": hpa,
+        "stage-hpa": slower,
+        "stage-queue": mixed,
+        "stage-balance": replace(hpa, policy="stage-balance", gpu_hours=2.0),
+    }
     table = bench.claims(rows, rows)
     verdicts = [line.split("|")[2].strip(" *") for line in table.splitlines()[2:]]
     assert verdicts == [
@@ -60,6 +65,10 @@ def test_verdicts_follow_the_figures(bench: ModuleType) -> None:
     ]
     quicker = replace(slower, ttft_s=0.5, itl_ms=40.0, tokens_per_s=1100.0)
     assert "holds here" in bench.claims({**rows, "stage-hpa": quicker}, rows).splitlines()[2]
+    assert bench.least({"a": rows, "b": {"stage-hpa": replace(slower, attained=0.5)}}).splitlines()[2:] == [
+        "| a | 4.00 (`whole-hpa`) | 2.00 (`stage-balance`) | -50% |",
+        "| b | none met them | none met them |  |",
+    ]
     assert bench.saved(rows, "stage-balance", "whole-hpa").startswith("`stage-balance` takes 50% fewer GPU-hours")
 
 
