@@ -96,7 +96,7 @@ async def lose_definition(gateway: Gateway, log: Path) -> None:
     await here.until(logged("their definition was away, and has come back without any"), "it is back")
     assert await gateway.models() == {"m"}
     await here.client.post(MODELS, chiron_model("m", "a", minInstances=2))
-    await gateway.until_status("m", ready=2, accepted="True")
+    await gateway.until_status("m", model="m", accepted="True")
 
 
 @every_cluster
