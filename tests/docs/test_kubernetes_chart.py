@@ -56,6 +56,22 @@ MODELS_ONLY: Values = {
 }
 
 
+SEVERAL: Values = {
+    "config": {
+        "server": {"grace": "1m"},
+        "store": {"url": "postgresql://chiron@db/chiron"},
+        "gateways": {"elect": "kubernetes", "lease": "3s"},
+    },
+    "gateways": {
+        "replicas": 3,
+        "certificateSecret": "chiron-gateways",
+        "databaseSecret": {"name": "chiron-db"},
+    },
+    "networkPolicy": {"enabled": True},
+    "storage": {"storageClassName": "fast"},
+}
+
+
 def objects(values: Values) -> list[dict[str, Any]]:
     return [item for text in render(values).values() for item in yaml.safe_load_all(text) if item]
 
@@ -76,14 +92,16 @@ def test_the_plain_manifests_are_made_from_it() -> None:
 
 
 def test_helm_has_nothing_to_say_about_it() -> None:
-    for values in ({}, EVERYTHING, KINDS, MODELS_ONLY):
+    for values in ({}, EVERYTHING, KINDS, MODELS_ONLY, SEVERAL):
         report = helm_python.lint(str(CHART), values, strict=True, kube_version="v1.34.0")
         assert report["errors"] == []
         assert [each for each in report["messages"] if each["severity"] > 1] == []
 
 
 @pytest.mark.parametrize(
-    "values", [{}, EVERYTHING, KINDS, MODELS_ONLY], ids=["defaults", "everything", "kinds", "models"]
+    "values",
+    [{}, EVERYTHING, KINDS, MODELS_ONLY, SEVERAL],
+    ids=["defaults", "everything", "kinds", "models", "several gateways"],
 )
 @pytest.mark.parametrize("version", ["1.28", "1.37"])
 def test_every_object_is_valid(values: Values, version: str) -> None:
@@ -171,6 +189,63 @@ def test_batch_work_outlives_an_installation_unless_told_otherwise() -> None:
     kept, loose = one({}, "PersistentVolumeClaim"), one({"storage": {"keep": False}}, "PersistentVolumeClaim")
     assert kept["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
     assert "annotations" not in loose["metadata"]
+
+
+def test_several_gateways_have_names_and_directories_of_their_own_and_know_one_another(tmp_path: Path) -> None:
+    made = objects(SEVERAL)
+    gateways = one(SEVERAL, "StatefulSet")
+    assert [item for item in made if item["kind"] in ("Deployment", "PersistentVolumeClaim")] == []
+    assert gateways["spec"]["replicas"] == 3
+    (claim,) = gateways["spec"]["volumeClaimTemplates"]
+    assert (claim["metadata"]["name"], claim["spec"]["storageClassName"]) == ("data", "fast")
+    pod = gateways["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"][-2:] == ["--set", "gateways.advertise=$(POD_NAME).chiron-gateways.default.svc:9443"]
+    assert container["env"][0]["name"] == "POD_NAME"
+    (peers,) = [item for item in made if item["kind"] == "Service" and item["metadata"]["name"] == "chiron-gateways"]
+    assert gateways["spec"]["serviceName"] == peers["metadata"]["name"]
+    assert (peers["spec"]["clusterIP"], peers["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert one(SEVERAL, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    paths = {volume["name"]: volume["mountPath"] for volume in container["volumeMounts"]}
+    secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
+    assert secrets == {"certificates": "chiron-gateways", "database": "chiron-db"}
+    config = config_of(SEVERAL, tmp_path)
+    assert config.gateways is not None
+    assert (config.gateways.elect, config.gateways.lease_s, config.gateways.listen) == (
+        "kubernetes",
+        3.0,
+        "0.0.0.0:9443",
+    )
+    files = [config.gateways.certificate, config.gateways.key, config.gateways.ca]
+    assert [str(file) for file in files] == [
+        f"{paths['certificates']}/{name}" for name in ("tls.crt", "tls.key", "ca.crt")
+    ]
+    assert str(config.store.password_file) == f"{paths['database']}/password"
+
+
+def test_several_gateways_may_write_the_lease_that_elects_them_and_no_other() -> None:
+    (role,) = [i for i in objects(SEVERAL) if i["kind"] == "Role" and i["metadata"]["name"] == "chiron-leader"]
+    assert [(rule.get("resourceNames"), rule["verbs"]) for rule in role["rules"]] == [
+        (None, ["create"]),
+        (["chiron"], ["get", "update"]),
+    ]
+    by_database = {**SEVERAL, "config": {"store": {"url": "postgresql://chiron@db/chiron"}}}
+    assert [i for i in objects(by_database) if i["metadata"]["name"] == "chiron-leader"] == []
+
+
+def test_several_gateways_without_what_they_share_are_refused() -> None:
+    without = {"gateways": {"replicas": 2, "certificateSecret": "c"}}
+    with pytest.raises(Exception, match=r"config\.store\.url must name the PostgreSQL that they share"):
+        objects(without)
+    with pytest.raises(Exception, match="certificateSecret"):
+        objects({"config": {"store": {"url": "postgresql://db/c"}}, "gateways": {"replicas": 2}})
+
+
+def test_only_gateways_reach_the_leader_where_the_network_has_policies() -> None:
+    (policy,) = [i for i in objects(SEVERAL) if i["kind"] == "NetworkPolicy" and i["metadata"]["name"] == "chiron"]
+    (inside,) = [rule for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "gateways"}]]
+    labels = one(SEVERAL, "StatefulSet")["spec"]["template"]["metadata"]["labels"]
+    assert inside["from"] == [{"podSelector": {"matchLabels": labels}}]
 
 
 def test_another_config_is_another_pod() -> None:

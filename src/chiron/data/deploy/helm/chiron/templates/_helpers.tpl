@@ -6,8 +6,9 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- /* The config as TOML. Helm has all numbers as floats, and its own toToml writes them so; Chiron tells 8080 from
 8080.0. Tables of the first two levels have headers, what is below them stands in one line. */ -}}
 {{- define "chiron.toml" -}}
-{{- include "chiron.keys" .Values.config -}}
-{{- range $section, $table := .Values.config }}
+{{- $config := include "chiron.config" . | fromJson -}}
+{{- include "chiron.keys" $config -}}
+{{- range $section, $table := $config }}
 {{- if kindIs "map" $table }}
 {{- $keys := include "chiron.keys" $table }}
 {{- if or $keys (empty $table) }}
@@ -26,6 +27,24 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{- /* config with what several gateways need: where their certificates and the database's password are mounted. */ -}}
+{{- define "chiron.config" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- if gt (int .Values.gateways.replicas) 1 -}}
+{{- if not (dig "store" "url" "" $config) -}}
+{{- fail "gateways.replicas is above 1: config.store.url must name the PostgreSQL that they share (docs/gateways.md)" -}}
+{{- end -}}
+{{- $certificates := "/etc/chiron-gateways" -}}
+{{- $ours := dict "listen" (printf "0.0.0.0:%d" (int .Values.gateways.port)) "certificate" (printf "%s/tls.crt" $certificates) "key" (printf "%s/tls.key" $certificates) "ca" (printf "%s/ca.crt" $certificates) -}}
+{{- $_ := set $config "gateways" (merge (default dict $config.gateways) $ours) -}}
+{{- end -}}
+{{- if .Values.gateways.databaseSecret.name -}}
+{{- $file := dict "password_file" (printf "/etc/chiron-database/%s" .Values.gateways.databaseSecret.key) -}}
+{{- $_ := set $config "store" (merge (default dict $config.store) $file) -}}
+{{- end -}}
+{{- $config | toJson -}}
 {{- end -}}
 
 {{- /* What stands in a table before the tables inside it. */ -}}
