@@ -15,8 +15,10 @@ from chiron.config.scenario import parse_scenario
 from chiron.core.types import Role
 from chiron.policies.scheduled import ScheduledSettings, decide_fleet, scheduled
 from chiron.sim.clairvoyant import Problem, Schedule, best_schedule, problem_of
+from chiron.sim.clairvoyant import found as schedule_found
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
+from chiron.telemetry.result import Result
 from policy_factory import fleet, group, instance, model
 
 SCENARIO = """
@@ -128,6 +130,17 @@ def test_a_run_with_the_future_known_keeps_the_slos_on_fewer_gpus() -> None:
     assert knowing["attainment"]["chat"] >= 0.99
     assert knowing["gpu_hours_bound"] < knowing["gpu_hours"] < 0.9 * ours["gpu_hours"]
     assert knowing["policy"] == "clairvoyant"
+
+
+def test_batch_work_alone_needs_no_schedule_and_no_tries() -> None:
+    alone = SCENARIO.replace('kind = "interactive"\nttft = "5s"\nitl = "200ms"', 'kind = "batch"\ndeadline = "10m"')
+    given = made("clairvoyant", alone)
+
+    def tried(setup: Setup) -> Result:
+        raise AssertionError("a factor on no interactive load changes nothing")
+
+    assert schedule_found(given, tried).settings.schedules == {}
+    assert simulate(given).summary["attainment"]["chat"] >= 0.99
 
 
 def test_it_needs_interactive_work_and_is_no_policy_that_can_be_set_or_served() -> None:

@@ -8,7 +8,7 @@ knows what comes has no need to wait and see.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 from chiron.core.types import Role
@@ -26,8 +26,9 @@ State = dict[str, ModelMemory]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledSettings(ChironSettings):
-    schedules: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Instances for interactive work that are to be ready in each step, by model; the last one stays."""
+    schedules: Mapping[str, tuple[int, ...]] | None = None
+    """Instances for interactive work that are to be ready in each step, by model; the last one stays. A model without
+    interactive work has none. None: not made yet."""
     step_s: float = 5.0
     ahead_s: float = 0.0
     """What a start takes at the most: an instance is asked for so long before it is to be ready."""
@@ -35,7 +36,7 @@ class ScheduledSettings(ChironSettings):
 
 def scheduled(settings: ScheduledSettings, model: str, now_s: float) -> int:
     """Instances that must be up or on their way now."""
-    schedule = settings.schedules.get(model, ())
+    schedule = (settings.schedules or {}).get(model, ())
     if not schedule:
         return 0
     first = min(int(now_s / settings.step_s), len(schedule) - 1)

@@ -255,6 +255,8 @@ def found(setup: Setup, run: Callable[[Setup], Result]) -> Setup:
     factor, direction = 1.0, 0
     for _ in range(TRIES_MAX):
         tried = replace(setup, settings=scheduled_settings(setup, factor))
+        if not tried.settings.schedules:
+            return tried  # No interactive work: whatever the factor, there is nothing to schedule.
         summary = run(tried).summary
         attainment = summary["attainment"]
         enough = attains(attainment)

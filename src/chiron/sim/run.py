@@ -53,7 +53,7 @@ def simulate(
     the lower bound (its figures are then 0).
     """
     started = time.perf_counter()
-    if setup.policy == CLAIRVOYANT and not setup.settings.schedules:
+    if setup.policy == CLAIRVOYANT and setup.settings.schedules is None:
         setup = found(setup, lambda tried: simulate(tried, step_mode=step_mode, with_bound=False))
     simulation = Simulation(setup, step_mode=step_mode, events=events)
     if setup.history is not None:
