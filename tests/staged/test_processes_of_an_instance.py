@@ -39,6 +39,20 @@ def test_what_no_stage_would_take_is_refused_before_one_is_started(spec: dict[st
     assert said in str(caught.value)
 
 
+def test_no_stage_is_scaled_beyond_its_bounds() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3"), replicas=(0, 0)) as site:
+            given = [{"layers": "0-1", "min": 2, "max": 3, "kv_capacity_tokens": 640}, {"layers": "2-3"}]
+            processes = StageProcesses(site.engine, read_specs(json.dumps(given), 4), lambda spec: ["false"])
+            processes._closing = True  # None is started.
+            processes.scale((5000, 5000))
+            assert processes.wanted == [3, 1]
+            processes.scale((0, -1))
+            assert processes.wanted == [2, 1]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("code", "timeout_s"), [("raise SystemExit(1)", 600.0), ("input()", 0.2)])
 def test_a_stage_that_never_starts_ends_the_instance(
     monkeypatch: pytest.MonkeyPatch, code: str, timeout_s: float

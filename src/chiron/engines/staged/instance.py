@@ -94,9 +94,9 @@ def _spec(given: Mapping[str, Any], where: str) -> StageSpec:
         raise StagedModelError(f"{where}: min {least!r} and max {most!r} must be 1 <= min <= max <= {REPLICAS_MAX}")
     for key in ("pace_ms", "pace_sequence_ms", "kv_capacity_tokens"):
         value = given.get(key, 0)
-        most = 1e12 if key == "kv_capacity_tokens" else PACE_MAX_MS
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-            raise StagedModelError(f"{where}.{key}: {value!r} must be a number from 0 to {most:g}")
+        highest = 1e12 if key == "kv_capacity_tokens" else PACE_MAX_MS
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= highest:
+            raise StagedModelError(f"{where}.{key}: {value!r} must be a number from 0 to {highest:g}")
     if 0 < given.get("kv_capacity_tokens", 0) < KV_TOKENS_MIN:
         raise StagedModelError(f"{where}.kv_capacity_tokens: {given['kv_capacity_tokens']!r} must be 64 or more, or 0")
     if not _DEVICE.fullmatch(device := str(given.get("device", "cpu"))):
