@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import time
 from collections import Counter
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from chiron.gateway.port.messages import VERSION
+from chiron.telemetry.event_log import read_event_log
 from fault_site import Api, item
 from gateway_pair import NAMES, Pair, gateways, talk, until_done, until_ready
 from kubernetes_site import cluster, every_cluster
@@ -73,9 +73,9 @@ def test_all_answers_are_whole_and_each_item_has_one_line(tmp_path: Path) -> Non
 def events(pair: Pair, name: str) -> list[tuple[float, str]]:
     """When what happened to requests was decided there, as its brains' logs have it; Unix time."""
     found: list[tuple[float, str]] = []
-    for path in pair.sites[name].directory.glob("**/events.jsonl*"):
+    for path in pair.sites[name].directory.glob("**/events.jsonl"):
         origin_s = 0.0
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in read_event_log(path):
             if line["event"] == "log":
                 origin_s = datetime.fromisoformat(line["run"]).timestamp()
             elif line["event"] == "dispatch":
