@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ import pytest
 
 from chiron.config.policies import PolicyChoice
 from chiron.config.scenario import parse_scenario
+from chiron.policies.ranges import tunables, value_of, with_values
+from chiron.policies.registry import POLICIES
 from chiron.policies.rivals.llumnix import LlumnixSettings
+from chiron.policies.starts import STARTS
 from chiron.sim.setup import Setup
 from chiron.studies.calibration import Calibration
 from chiron.studies.journal import Journal
 from chiron.studies.objective import FAILED, score
 from chiron.studies.runner import Runner
 from chiron.studies.search import halton
-from chiron.studies.tune import Budget, Tuned, tune, workloads
+from chiron.studies.tune import Budget, Tuned, starts_of, tune, workloads
 from study_factory import TRACED, Ruled, figures
 
 SCENARIO = parse_scenario(TRACED, directory=Path())
@@ -56,6 +60,44 @@ def test_steps_around_the_best_come_closer() -> None:
 def test_the_first_candidate_is_the_policy_as_it_is_and_one_trial_finds_nothing_else() -> None:
     found = searched(Ruled(rule), trials=1)
     assert dict(found.values) == {"scale_up_blocks": 10.0, "scale_down_blocks": 60.0, "max_num_seqs": 256}
+
+
+def test_it_starts_from_the_present_settings_the_published_ones_and_those_that_were_found_before() -> None:
+    present = PolicyChoice(policy="llumnix", settings=replace(LlumnixSettings(), max_num_seqs=77))
+    found = tune("llumnix", present, ON, Budget(trials=20), Runner(Ruled(rule), Journal(None)))
+    before = [{"scale_up_blocks": 10.0, "scale_down_blocks": 60.0, "max_num_seqs": n} for n in (77, 256)]
+    expected = [*before, *STARTS["llumnix"]]
+    assert [dict(each.values) for each in found.candidates[: len(expected)]] == expected
+    assert list(found.starts) == expected
+    assert len(found.candidates) == 20
+
+
+def test_a_search_is_never_worse_than_what_was_found_before() -> None:
+    narrow = {tuple(start.values()) for start in STARTS["llumnix"][:1]}
+
+    def hidden(setup: Setup) -> dict[str, Any]:
+        own = setup.settings
+        hit = (own.scale_up_blocks, own.scale_down_blocks, own.max_num_seqs) in narrow
+        return figures(1.0 if hit else 0.9, 1.0)
+
+    assert dict(searched(Ruled(hidden), trials=20).values) == STARTS["llumnix"][0]
+
+
+def test_every_start_is_of_a_policy_and_within_the_ranges_of_its_settings() -> None:
+    for name, starts in STARTS.items():
+        space = {each.name: each for each in tunables(POLICIES[name].settings)}
+        for values in starts:
+            with_values(POLICIES[name].settings(), values)
+            ends = [(space[key].value(0.0), value, space[key].value(1.0)) for key, value in values.items()]
+            assert all(least <= value <= most for least, value, most in ends), (name, values)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["llumnix-tuned", "hpa-kv-tuned"])
+def test_a_tuned_policy_starts_from_what_was_published_too(name: str) -> None:
+    choice = PolicyChoice(policy=name, settings=POLICIES[name].settings())
+    space = tunables(POLICIES[name].settings)
+    published = POLICIES[name.removesuffix("-tuned")].settings()
+    assert {each.name: value_of(published, each.name) for each in space} in starts_of(choice, space)[:2]
 
 
 def test_the_order_in_which_trials_end_changes_nothing_and_another_seed_does() -> None:

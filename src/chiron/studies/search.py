@@ -1,7 +1,8 @@
 """Which settings to try next: a quasi-random half over the whole space, then steps around the best one, which shrink.
 
-The first candidate is the policy as it is. What is proposed depends on the seed and on what the earlier candidates
-scored, never on who simulated them, how many at a time, or when.
+The first candidates are the settings that are known: the policy as it is, and what is said to be good. What is
+proposed depends on them, on the seed and on what the earlier candidates scored, never on who simulated them, how many
+at a time, or when.
 """
 
 from __future__ import annotations
@@ -48,22 +49,30 @@ def explored(trials: int) -> int:
 
 
 def propose(
-    space: Sequence[Tunable], done: Sequence[Candidate], trials: int, *, seed: int, start: Values, sound: Sound
+    space: Sequence[Tunable],
+    done: Sequence[Candidate],
+    trials: int,
+    *,
+    seed: int,
+    starts: Sequence[Values],
+    sound: Sound,
 ) -> list[Candidate]:
     """The next candidates after those that are done; empty when the trials are used up, or nothing new is found.
 
-    ``start``: the present settings.
+    ``starts``: settings to try first, the present ones before all; as many as there are trials that look everywhere.
     """
     if not done:
-        return _everywhere(space, explored(trials), seed=seed, start=start, sound=sound)
+        return _everywhere(space, explored(trials), seed=seed, starts=starts, sound=sound)
     left = min(ROUND, trials - len(done))
     return _around(space, done, left, trials, seed=seed, sound=sound) if left > 0 and space else []
 
 
-def _everywhere(space: Sequence[Tunable], count: int, *, seed: int, start: Values, sound: Sound) -> list[Candidate]:
+def _everywhere(
+    space: Sequence[Tunable], count: int, *, seed: int, starts: Sequence[Values], sound: Sound
+) -> list[Candidate]:
     random = Random(f"{seed}:halton")
     shift = [random.random() for _ in space]
-    found: list[Values] = [start]
+    found = list(starts[:count])
     for number in range(1, TRIES * count):
         if len(found) >= count or not space:
             break

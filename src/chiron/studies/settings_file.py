@@ -20,7 +20,7 @@ from chiron.config.scenario import Scenario
 from chiron.policies.ranges import Value
 from chiron.studies.calibration import Calibration, Window, check_apart, windows, with_first
 from chiron.studies.objective import IN_WORDS, STEP
-from chiron.studies.search import Candidate
+from chiron.studies.search import Candidate, Values
 from chiron.studies.tune import Budget, Tuned
 
 TOP = 5
@@ -84,6 +84,7 @@ def _search_table(tuned: Tuned, calibration: Sequence[Calibration], budget: Budg
     lines += [f"target = {budget.target!r}", f"best = {best.number + 1}"]
     lines += [f"calibration = {_toml([each.in_words for each in calibration])}"]
     lines += [f"ranges = {_toml([f'{each.name}: {each.range}' for each in tuned.space])}"]
+    lines += [f"starts = {_toml([_in_words(values) for values in tuned.starts])}"]
     for candidate in ranking(tuned)[:TOP]:
         assert candidate.score is not None
         lines += ["", f"[[search.{label}.top]]", f"trial = {candidate.number + 1}"]
@@ -96,6 +97,10 @@ def _search_table(tuned: Tuned, calibration: Sequence[Calibration], budget: Budg
         kind = type(tuned.choice.settings)
         lines += [f"settings.{_key(kind, name)} = {_toml(v)}" for name, v in candidate.values.items()]
     return lines
+
+
+def _in_words(values: Values) -> str:
+    return ", ".join(f"{name} = {_toml(value)}" for name, value in values.items())
 
 
 def ranking(tuned: Tuned) -> list[Candidate]:

@@ -1,7 +1,8 @@
 """``chiron tune``: the settings of a policy that serve a calibration best, by the same budget for every policy.
 
 The search (``studies.search``) proposes candidates, each runs on every workload of the calibration, and the objective
-(``studies.objective``) orders them. The result is a pure function of the seed, the budget and the calibration.
+(``studies.objective``) orders them. The result is a pure function of the seed, the budget, the calibration and the
+settings that are known before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from chiron.config.policies import PolicyChoice
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario
 from chiron.policies.ranges import Tunable, tunables, value_of, with_values
+from chiron.policies.registry import POLICIES
+from chiron.policies.starts import STARTS
 from chiron.sim.bound import bound
 from chiron.sim.setup import Setup
 from chiron.studies.calibration import Calibration
@@ -54,6 +57,8 @@ class Tuned:
     choice: PolicyChoice
     """As it was."""
     space: tuple[Tunable, ...]
+    starts: tuple[Values, ...]
+    """Settings that were tried first, the policy as it was before all."""
     candidates: tuple[Candidate, ...]
     errors: tuple[str, ...] = ()
     """Of candidates that failed."""
@@ -91,7 +96,6 @@ def tunable_choice(scenario: Scenario, label: str) -> tuple[PolicyChoice, tuple[
 def tune(label: str, choice: PolicyChoice, on: Workloads, budget: Budget, runner: Runner) -> Tuned:
     """Search the settings of one policy."""
     space = tunables(type(choice.settings))
-    start = {each.name: value_of(choice.settings, each.name) for each in space}
 
     def sound(values: Values) -> bool:
         try:
@@ -100,9 +104,10 @@ def tune(label: str, choice: PolicyChoice, on: Workloads, budget: Budget, runner
             return False
         return True
 
+    starts = [values for values in starts_of(choice, space) if sound(values)][: explored(budget.trials)]
     done: list[Candidate] = []
     errors: dict[str, None] = {}
-    while wave := propose(space, done, budget.trials, seed=budget.seed, start=start, sound=sound):
+    while wave := propose(space, done, budget.trials, seed=budget.seed, starts=starts, sound=sound):
         trials = [each for candidate in wave for each in _trials(label, choice, candidate, on)]
         ended = iter(runner.run(trials))
         for candidate in wave:
@@ -110,7 +115,27 @@ def tune(label: str, choice: PolicyChoice, on: Workloads, budget: Budget, runner
             errors |= dict.fromkeys(outcome.error for outcome in outcomes if outcome.error)
             found = score([outcome.summary for outcome in outcomes], on.bounds, budget.target)
             done.append(replace(candidate, score=found))
-    return Tuned(label=label, choice=choice, space=space, candidates=tuple(done), errors=tuple(errors))
+    return Tuned(
+        label=label,
+        choice=choice,
+        space=space,
+        starts=tuple(starts),
+        candidates=tuple(done),
+        errors=tuple(errors),
+    )
+
+
+def starts_of(choice: PolicyChoice, space: Sequence[Tunable]) -> list[Values]:
+    """Each once: the policy as it is, as it was published, and with what earlier searches found."""
+    name = choice.policy.removesuffix("-tuned")
+    published = POLICIES[name].settings()
+    known = [choice.settings, published, *(with_values(published, found) for found in STARTS.get(name, ()))]
+    starts: list[Values] = []
+    for settings in known:
+        values = {each.name: value_of(settings, each.name) for each in space}
+        if values not in starts:
+            starts.append(values)
+    return starts
 
 
 def expected_trials(on: Workloads, policies: int, budget: Budget) -> int:

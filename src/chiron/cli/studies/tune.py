@@ -176,10 +176,11 @@ def _print(console: Console, tuned: Tuned) -> None:
 
 def trials_chart(tuned: Tuned, target: float) -> Chart:
     """Every trial: attainment of the worst class against GPU-hours."""
-    half = explored(len(tuned.candidates))
+    half, known = explored(len(tuned.candidates)), len(tuned.starts)
     groups = {
         "as it was": tuned.candidates[:1],
-        "tried everywhere": tuned.candidates[1:half],
+        "known before": tuned.candidates[1:known],
+        "tried everywhere": tuned.candidates[known:half],
         "steps around the best": tuned.candidates[half:],
         "chosen": (tuned.best,),
     }
@@ -191,7 +192,7 @@ def trials_chart(tuned: Tuned, target: float) -> Chart:
                 name=name,
                 colour=COLOURS[number],
                 mark="dots",
-                shape=("square", "circle", "diamond", "star")[number],
+                shape=("square", "triangle", "circle", "diamond", "star")[number],
                 x=tuple(score.cost for score in scores),
                 y=tuple(score.attainment for score in scores),
             )
