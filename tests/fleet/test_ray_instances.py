@@ -24,7 +24,14 @@ from chiron.net.clock import LiveClock
 from fleet_factory import STUB, Heard, alive, an_instance, kill, quick_settings, until
 
 QUICK = RayTimes(
-    quick_s=0.01, calm_s=0.02, backoff_first_s=0.02, backoff_max_s=0.05, settle_s=0.05, patience_s=1.0, unknown_s=0.2
+    quick_s=0.01,
+    calm_s=0.02,
+    backoff_first_s=0.02,
+    backoff_max_s=0.05,
+    settle_s=0.05,
+    other_s=0.05,
+    patience_s=1.0,
+    unknown_s=0.2,
 )
 SOURCE = RaySource(command=(*STUB, "--announce"), resources={"GPU": 1.0}, stop_timeout_s=5.0, start_timeout_s=60.0)
 
@@ -46,6 +53,7 @@ class Site:
         source: RaySource = SOURCE,
         owner: str = "",
         spare_s: float = 600.0,
+        grace_s: float = 0.0,
     ) -> tuple[RayFleet, Heard]:
         clock = LiveClock(asyncio.get_running_loop())
         self._stack.callback(clock.stop)
@@ -57,6 +65,7 @@ class Site:
             settings=quick_settings(),
             owner=lambda: owner,
             directory=self.directory,
+            grace_s=grace_s,
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
         )
@@ -339,6 +348,53 @@ def test_what_its_own_gateway_left_makes_way_for_other_settings(tmp_path: Path) 
         other, _ = site.gateway(kind="gone/model", owner="gateway")
         await until(lambda: not site.names, "nothing is left of a kind that was removed")
         assert not report(other, "gone/model").notes
+
+    told(tmp_path, story)
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stopped", "killed"])
+def test_one_with_other_settings_goes_once_its_requests_have_ended(killed: bool, tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(owner="gateway", source=replace(SOURCE, env={"STUB": "other"}))
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        (name,), pid = site.names, site.pid()
+        if killed:
+            die(fleet)  # Its lease ends while the next one has what it left.
+        else:
+            await fleet.close()
+        later, heard_later = site.gateway(owner="gateway")
+        claim = later.adopt("stub", heard.urls[1])
+        assert claim is not None
+        claim.begin(an_instance(1))
+        await until(lambda: heard_later.leaving == [1], "nothing new begins there")
+        later.create(an_instance(2))
+        await until(lambda: heard_later.ready == [2], "one with the settings of now is started beside it")
+        site.ray.instances[name].holder = ""  # The lease of the last one is over.
+        await until(lambda: site.ray.instances[name].holder == later._by_kind["stub"]._holder, "it is held")
+        assert alive(pid)
+        assert not site.ray.instances[name].stopping
+        later.remove(an_instance(1))  # What ran there has ended.
+        await until(lambda: name not in site.names, "it makes way")
+        assert (heard_later.failed, len(site.names)) == ([], 1)
+
+    told(tmp_path, story)
+
+
+def test_what_is_of_no_kind_any_more_has_the_time_that_requests_have_to_end(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(owner="gateway", kind="gone/model")
+        fleet.create(an_instance(1, "gone/model"))
+        await until(lambda: heard.ready == [1], "ready")
+        await fleet.close()
+        (name,) = site.names
+        patient, heard_patient = site.gateway(owner="gateway", grace_s=600.0)
+        patient.create(an_instance(1))
+        await until(lambda: heard_patient.ready == [1], "there is room for it")
+        assert not site.ray.instances[name].stopping
+        await patient.close()
+        site.gateway(owner="gateway")
+        await until(lambda: name not in site.names, "the time is over")
 
     told(tmp_path, story)
 

@@ -53,6 +53,8 @@ class FleetEnvironment:
     owner: Callable[[], str] = lambda: ""
     """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind
     is the next one's. Empty: not known."""
+    grace_s: float = 0.0
+    """For so long requests may go on that still run on what the config does not name any more."""
     advise: bool = False
     """Nothing is started, stopped or scaled; what runs is used."""
     noted: Callable[[str, str], None] = lambda kind, text: None

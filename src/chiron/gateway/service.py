@@ -119,6 +119,7 @@ class Service:
                     settings=config.fleet,
                     devices=tuple(config.devices),
                     owner=lambda: owner_of(config),
+                    grace_s=config.server.grace_s,
                     advise=advise,
                     noted=self._fleet_noted,
                     why=self._why,

@@ -85,6 +85,7 @@ class RayFleet:
                 own,
                 owner=self._owner,
                 advise=environment.advise,
+                grace_s=environment.grace_s,
                 noted=environment.noted,
                 hint=place.options,
                 changes=environment.clock.elapsed_s,
@@ -173,12 +174,19 @@ class RayFleet:
         """End what this gateway, or one that it replaces, has left there."""
         given = RaySource(command=("none",), address=place.address, namespace=place.namespace, python=place.python)
         cluster = self._connect(given)
-        changes = self._environment.clock.elapsed_s
-        instances = RayInstances(cluster, place.namespace, {}, owner=self._owner, changes=changes, times=self._times)
+        instances = RayInstances(
+            cluster,
+            place.namespace,
+            {},
+            owner=self._owner,
+            grace_s=self._environment.grace_s,
+            changes=self._environment.clock.elapsed_s,
+            times=self._times,
+        )
         running = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-sweep-{place.namespace}")
         running.add_done_callback(_report_end)
         try:
-            if await instances.until_swept(_SWEEP_S):
+            if await instances.until_swept(_SWEEP_S + self._environment.grace_s):
                 self._record(self._recorded() - {place})
             else:
                 log.warning("instances may be left on Ray: chiron ray list %s", place.options)

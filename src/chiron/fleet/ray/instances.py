@@ -8,7 +8,8 @@ more, whatever happens between.
 What runs and nobody has is taken over if it was started with the same settings. It has a holder while a gateway asks
 for it; one whose gateway was killed is free after ``LEASE_S``. What nobody has, and this gateway or one before it
 has started (``owner``), is ended if it is not needed: it runs with other settings than the config has now, is of a kind
-that was removed, or there are more than may be. What others have started is said and not touched, but for the dead.
+that was removed, or there are more than may be. One with other settings where requests still run, as relays tell, is
+held until they have ended. What others have started is said and not touched, but for the dead.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class RayTimes:
     backoff_max_s: float = 10.0
     settle_s: float = 2.0
     """After the first answer, until whoever takes over has had time for it."""
+    other_s: float = 4.0
+    """After the first answer, until what runs with other settings is ended: longer than a new brain waits for relays to
+    tell what runs there (``control.takeover.SETTLE_S``)."""
     unknown_s: float = 5.0
     """For so long Ray may take to say whether an instance of another gateway is there."""
     patience_s: float = 2.0 * LEASE_S
@@ -138,16 +142,19 @@ class RayInstances:
         *,
         owner: str = "",
         advise: bool = False,
+        grace_s: float = 0.0,
         noted: Callable[[str, str], None] = lambda kind, text: None,
         hint: str = "",
         changes: Callable[[], object] = lambda: None,
         times: RayTimes | None = None,
     ) -> None:
         """``sources`` by kind. ``owner``: in the names of what this starts. ``advise``: nothing is started or stopped,
-        and what others have is used too. ``hint``: options of ``chiron ray`` that name this place. ``changes`` is
-        called just before the cluster is asked to change anything, and ends this process if it may not."""
+        and what others have is used too. ``grace_s``: for so long requests may go on where a kind is gone. ``hint``:
+        options of ``chiron ray`` that name this place. ``changes`` is called just before the cluster is asked to change
+        anything, and ends this process if it may not."""
         self._changes = changes
         self._owner = owner
+        self._grace_s = grace_s
         self._hint = hint
         self._cluster = cluster
         self._namespace = namespace
@@ -344,16 +351,20 @@ class RayInstances:
             name = read_name(seen.name)
             if name is None or (name.namespace, name.kind) != (self._namespace, hold.kind) or seen.name in taken:
                 continue
-            if name.fingerprint == self._sources[hold.kind].fingerprint and _url(seen) == hold.before_url:
+            if _url(seen) != hold.before_url:
+                continue
+            fits = name.fingerprint == self._sources[hold.kind].fingerprint
+            if fits or self._is_mine(seen.name):
                 hold.name, hold.since_s = seen.name, now_s
                 self._dirty.set()
+                if not fits:
+                    hold.begun = True  # With its own settings; it is never started with those of now.
+                    _not_found(hold, f"{seen.name} runs with other settings: it is ended when its requests have")
                 return
         if now_s - max(hold.since_s, self._known_s) >= self._times.settle_s:
             hold.ended = True
             self._holds.remove(hold)
-            if not hold.placed.done():
-                why = f"Ray has no instance of {hold.kind!r} at {hold.before_url} any more"
-                hold.placed.set_exception(InstanceNotFoundError(why))
+            _not_found(hold, f"Ray has no instance of {hold.kind!r} at {hold.before_url} any more")
 
     def _look(self, hold: Hold, seen: Seen) -> None:
         hold.why = seen.why
@@ -392,7 +403,8 @@ class RayInstances:
             if not fits and (seen.holder or seen.phase == "unknown"):
                 continue  # Somebody has it, or may have it.
             if not fits and self._is_mine(seen.name):
-                if now_s - self._known_s >= self._times.settle_s:
+                in_use_s = self._times.other_s + (0.0 if name.kind in self._sources else self._grace_s)
+                if now_s - self._known_s >= in_use_s:
                     self._end(seen.name, self._other(name.kind))
             elif not self._sources:
                 continue  # Nobody who could be told.
@@ -496,6 +508,13 @@ def _url(seen: Seen) -> str:
 def _kind(name: str) -> str:
     read = read_name(name)
     return read.kind if read is not None else ""
+
+
+def _not_found(hold: Hold, why: str) -> None:
+    """Nothing new begins there, and it goes once what runs there has ended."""
+    if not hold.placed.done():
+        hold.placed.set_exception(InstanceNotFoundError(why))
+        hold.placed.exception()  # It may be removed before anybody asks.
 
 
 def _settle(future: asyncio.Future[Any], value: object) -> None:
