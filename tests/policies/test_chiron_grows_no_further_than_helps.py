@@ -13,18 +13,25 @@ from chiron.policies.chiron_load import first_memory
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom
 from chiron.policies.load_history import presumed
+from chiron.policies.views import GroupView
 from policy_factory import CHAT, arrival, fleet, group, instance, model
 
 NOW_S = 1000.0
 
 
 def batch_planned(
-    requests: int, left_s: float, *, running: int = 0, cold_start_s: float = 60.0, **changes: float
+    requests: int,
+    left_s: float,
+    *,
+    running: int = 0,
+    cold_start_s: float = 60.0,
+    more: tuple[GroupView, ...] = (),
+    **changes: float,
 ) -> int:
     ours = replace(ChironSettings(), **changes)
     live = model(
         [instance(id=i) for i in range(2)],
-        groups=(group(deadline_s=NOW_S + left_s, requests=requests),),
+        groups=(group(deadline_s=NOW_S + left_s, requests=requests), *more),
         cold_start_s=cold_start_s,
     )
     memory = replace(first_memory(ours, live, NOW_S), extra=running)
@@ -41,6 +48,21 @@ def test_the_last_of_a_batch_asks_for_no_more_instances_than_it_keeps_busy_for_a
     assert batch_planned(2000, last_s, cold_start_s=240.0) < limited
     assert batch_planned(4000, last_s) > limited
     assert batch_planned(2000, last_s, cold_start_s=1.0) <= 2 * limited + 2, "a start of a second is no reason for many"
+
+
+@pytest.mark.parametrize(("left_s", "cold_start_s"), [(500.0, 300.0), (400.0, 300.0), (130.0, 60.0)])
+def test_a_deadline_that_can_still_be_met_gets_what_it_needs_however_long_a_start_is(
+    left_s: float, cold_start_s: float
+) -> None:
+    ours = {"left_s": left_s, "cold_start_s": cold_start_s}
+    assert 2 < batch_planned(8000, **ours) == batch_planned(8000, **ours, batch_least_s=0.0) < 50
+
+
+def test_a_group_that_is_lost_does_not_hide_what_another_needs() -> None:
+    later = group(deadline_s=NOW_S + 500.0, requests=8000)
+    alone = batch_planned(8000, 500.0, cold_start_s=300.0)
+    both = {"left_s": 250.0, "cold_start_s": 300.0, "more": (later,)}
+    assert 2 < alone < batch_planned(1000, **both) < batch_planned(1000, **both, batch_least_s=0.0)
 
 
 def test_instances_that_were_added_for_a_batch_stay_until_it_is_done() -> None:

@@ -42,7 +42,7 @@ def batch_extra(
     present = trust * max(0.0, min(ready, interactive) - average) * serving.work_rate
     present += max(0, ready - interactive) * own.work_rate
     duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
-    ahead, demand, bbp, need = 0.0, -inf, 0, 0.0
+    ahead, demand, helped, bbp, need = 0.0, -inf, 0.0, 0, 0.0
     in_time, risk_until_s = 0.0, memory.risk_until_s
     shortest_s = max(m.output_tokens * own.step_s for m in seen)
     for group, group_work in zip(model.groups, work, strict=True):
@@ -56,9 +56,13 @@ def batch_extra(
                 risk_until_s = max(risk_until_s, group.deadline_s)
         need = max(need, ahead / own.work_rate / usable_s)
         overdue = ahead - trust * spare * usable_s
-        demand = max(demand, overdue / own.work_rate / max(settings.tick_s, usable_s - model.cold_start_s))
+        works_s = usable_s - model.cold_start_s
+        asked = overdue / own.work_rate / max(settings.tick_s, works_s)
+        demand = max(demand, asked)
+        if settings.fill * works_s >= settings.batch_least_s:
+            helped = max(helped, asked)
     numbers = {"batch_demand": demand, "batch_spare": spare, "batch_work_s": ahead, "spare_trust": trust}
-    extra = _batch_instances(settings, memory.extra, demand, ahead / own.work_rate, model.cold_start_s)
+    extra = _batch_instances(settings, memory.extra, demand, helped, ahead / own.work_rate, model.cold_start_s)
     memory = replace(
         memory,
         extra=extra,
@@ -89,17 +93,21 @@ def instances_apart(settings: ChironSettings, memory: ModelMemory, total: int, n
     return max(0, min(ceil(memory.batch_apart), total - max(1, whole(busiest))))
 
 
-def _batch_instances(settings: ChironSettings, running: int, demand: float, work: float, cold_start_s: float) -> int:
+def _batch_instances(
+    settings: ChironSettings, running: int, demand: float, helped: float, work: float, cold_start_s: float
+) -> int:
     """Whole instances for a demand: none until one would be well used, then until it is done.
 
     The demand divides by the time left, so the last of the work asks for any number of instances. More than would do
-    all of it in the time that one takes to start are none that help: they would be ready when it is over."""
+    all of it in the time that one takes to start are none that help: they would be ready when it is over. But what is
+    due later than that gets what it needs: ``helped`` is the demand of those request groups for which an instance that
+    is added now still has ``batch_least_s`` to work."""
     if not settings.plan_batch:
         return max(1, ceil(work / 300.0))
     if demand <= 0.05 or (running == 0 and demand < settings.start_share):
         return 0
     useful = ceil(work / max(settings.batch_least_s, cold_start_s)) if settings.batch_least_s > 0.0 else inf
-    wanted = min(ceil(demand / settings.fill), max(running, useful))
+    wanted = min(ceil(demand / settings.fill), max(running, useful, ceil(helped / settings.fill)))
     return int(max(1, wanted))
 
 

@@ -96,8 +96,8 @@ class ChironSettings:
     start_share: float = 0.6
     """A batch instance is added when overdue work would fill this share of its time to the deadline."""
     batch_least_s: float = 30.0
-    """An instance is added for batch work only if there is so much of it for each, or a cold start's worth, if that is
-    longer; 0: however little there is."""
+    """Instances that would have no longer than this to work before the deadline are added only if there is so much
+    work for each, or a cold start's worth, if that is longer; 0: however little there is."""
     fill: float = 0.85
     """Share of an added instance's time that the plan counts on."""
     deadline_margin: float = 0.1
