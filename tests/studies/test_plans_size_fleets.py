@@ -161,6 +161,34 @@ def test_a_share_of_the_interactive_requests_becomes_batch_work_with_a_deadline(
     assert deferred(whole, 0.25, {}, seed=1).classes[-1].name == "deferred"
 
 
+@pytest.mark.parametrize(
+    ("change", "deadlines"),
+    [
+        ("batch_job.0.deadline=5m", {300.0}),
+        ("classes.batch.deadline=5m", {60.0}),
+        (None, {120.0}),
+    ],
+)
+def test_a_deadline_that_is_asked_for_is_the_one_that_is_planned(change: str | None, deadlines: set[float]) -> None:
+    made = parse_scenario(GENERATED.replace("max_instances = 4", "max_instances = 40") + BATCH + JOB, directory=Path())
+    if change is None:
+        (asked,) = (each for each in usual_changes(made) if each.name == "batch deadlines x 2")
+    else:
+        asked = Change(name=change, overrides=(change,))
+    seen: set[float] = set()
+
+    def watched(setup: Setup) -> dict[str, Any]:
+        batch = np.array([not cls.interactive for cls in setup.workload.classes])[setup.workload.cls]
+        seen.update((setup.workload.deadline_s - setup.workload.arrival_s)[batch].round(6).tolist())
+        return rule(setup)
+
+    planned(watched, scenario=made)
+    assert seen == {60.0}
+    seen.clear()
+    planned(watched, [asked], scenario=made)
+    assert seen == {60.0} | deadlines
+
+
 def test_a_simulation_that_fails_is_told_with_its_fleet() -> None:
     with pytest.raises(PlanError, match=r"llama on llama-3.1-8b/a100/tp1 with \d+ to \d+ instances: no"):
         planned(lambda setup: ValueError("no"))

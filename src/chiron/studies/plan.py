@@ -164,10 +164,14 @@ def usual_changes(scenario: Scenario) -> list[Change]:
     found: list[Change] = []
     for key, factor in (("ttft", 2.0), ("itl", 1.5), ("deadline", 2.0)):
         values = {name: getattr(cls, f"{key}_s") * factor for name, cls in scenario.classes.items()}
-        overrides = tuple(f'classes."{name}".{key}={value!r}' for name, value in values.items() if value < inf)
+        overrides = [f'classes."{name}".{key}={value!r}' for name, value in values.items() if value < inf]
+        if key == "deadline":
+            # Those of jobs stand in place of the class's.
+            jobs = [(i, job.deadline_s) for i, job in enumerate(scenario.batch_job)]
+            overrides += [f"batch_job.{i}.deadline={factor * own!r}" for i, own in jobs if own is not None]
         what = {"ttft": "TTFT SLOs", "itl": "ITL SLOs", "deadline": "batch deadlines"}[key]
         if overrides:
-            found.append(Change(name=f"{what} x {factor:g}", overrides=overrides))
+            found.append(Change(name=f"{what} x {factor:g}", overrides=tuple(overrides)))
     starts = ("node_start", "model_load", "warm_load")
     quarter = tuple(f"cold_start.{key}={getattr(scenario.cold_start, f'{key}_s') / 4!r}" for key in starts)
     found.append(Change(name="starts in a quarter of the time", overrides=quarter))
@@ -177,13 +181,8 @@ def usual_changes(scenario: Scenario) -> list[Change]:
 
 
 def _changed(scenario: Scenario, change: Change) -> Scenario:
-    # Deadlines of jobs stand in place of the class's.
-    overrides = list(change.overrides)
-    if any(".deadline=" in each for each in overrides):
-        jobs = enumerate(scenario.batch_job)
-        overrides += [f"batch_job.{i}.deadline={2 * job.deadline_s!r}" for i, job in jobs if job.deadline_s is not None]
     try:
-        return scenario.with_overrides(*overrides)
+        return scenario.with_overrides(*change.overrides)
     except ConfigError as error:
         raise PlanError(f"--what-if {change.name}: {error}") from error
 
