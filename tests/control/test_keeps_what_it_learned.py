@@ -113,6 +113,20 @@ def test_all_of_it_comes_back_as_it_was(without_restart: tuple[dict[float, int],
     assert json.loads(again.to_bytes().split(b"\n")[0]) == json.loads(learned.to_bytes().split(b"\n")[0])
 
 
+def test_the_least_fixed_fleet_comes_back_so_that_the_plans_stay_capped_by_it(
+    without_restart: tuple[dict[float, int], Learned],
+) -> None:
+    _, learned = without_restart
+    for change, steady in (
+        (lambda m: m["fleet"].update(steady=4.0), 4.0),
+        (lambda m: m["fleet"].pop("steady", None), inf),  # None would have done, or an earlier version kept none.
+    ):
+        plane = day(RESTART_S).plane
+        assert plane.restore(changed(learned, change), 0.0) == []
+        assert plane.fleet_state["m0"].headroom.steady == steady
+    assert 1.0 <= learned.models["m0"]["fleet"]["steady"] <= 20.0
+
+
 def changed(learned: Learned, change: Callable[[dict[str, Any]], None]) -> Learned:
     models = json.loads(json.dumps(learned.models))
     change(models["m0"])
@@ -151,6 +165,8 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("a headroom of nothing", lambda m: m["fleet"].update(h=0.0), "h: 0.0 is not a number"),
     ("a period of no time", lambda m: m["fleet"].update(period_s=-5), "period_s: -5 is not a whole number"),
     ("a period without a span", lambda m: m["fleet"].update(period_s=900, span_s=0), "span_s: 0 is not"),
+    ("a fixed fleet of none", lambda m: m["fleet"].update(steady=0.0), "steady: 0.0 is not a number"),
+    ("a fixed fleet of any size", lambda m: m["fleet"].update(steady=inf), "steady: inf is not a number"),
     ("a pressure of a thousand", lambda m: m["fleet"].update(pressure=1000.0), "pressure: 1000.0"),
 ]
 

@@ -122,7 +122,7 @@ _LOAD_MAX = 1e6
 
 def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[str, Any]:
     """As plain data: some 40 bytes for each second, 3,600 at most, and 20 for each class."""
-    rule = memory.headroom.rule
+    rule, steady = memory.headroom.rule, memory.headroom.steady
     names = [cls.name for cls in classes if cls.interactive]
     return {
         "load": _packed(memory.load),
@@ -132,6 +132,7 @@ def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[s
         "period_s": rule.period_s,
         "span_s": rule.span_s,
         "h": memory.headroom.h,
+        **({"steady": steady} if steady < inf else {}),
         "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
         "pressure": memory.pressure,
         "spare_trust": memory.spare_trust,
@@ -153,7 +154,8 @@ def restored_load(
     rule, h = _restored_rule(settings, kept), kept.number("h", 0.01, 1e4)
     headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
     if rule is not None and h is not None:
-        headroom = Headroom(rule=rule, h=h, instances=1.0)
+        steady = kept.number("steady", 1.0, _LOAD_MAX) if "steady" in kept else None
+        headroom = Headroom(rule=rule, h=h, instances=1.0, steady=inf if steady is None else steady)
     return ModelMemory(
         history=remembered(floor(now_s) - len(load), load, counts.reshape(len(names), len(load))),
         headroom=headroom,
