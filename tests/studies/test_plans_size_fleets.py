@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chiron.cli import app
+from chiron.cli.studies.plan import answer
 from chiron.config.build import workload_of
 from chiron.config.scenario import parse_scenario
 from chiron.sim.setup import Setup
@@ -133,6 +134,42 @@ def test_every_kind_is_sized_and_the_cheapest_is_changed() -> None:
         "starts in a quarter of the time": 4,
         "a quarter of the interactive requests as batch work": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("prices", "cheapest", "said"),
+    [
+        ((1.0, 1.0), "a100", ""),
+        ((1.0, 9.0), "a100", ""),
+        ((9.0, 1.0), "h100", ""),
+        ((1.0, 0.0), "a100", "compared by GPU-hours, because h100 has no price"),
+        ((0.0, 0.0), "a100", "compared by GPU-hours, because a100 and h100 have no price"),
+    ],
+)
+def test_a_kind_without_a_price_is_not_the_cheapest_for_it(
+    prices: tuple[float, float], cheapest: str, said: str
+) -> None:
+    kinds = ", ".join(
+        f'{{ profile = "llama-3.1-8b/{gpu}/tp1", name = "{gpu}", price_per_gpu_hour = {price} }}'
+        for gpu, price in zip(("a100", "h100"), prices, strict=True)
+    )
+    text = GENERATED.replace('[{ profile = "llama-3.1-8b/a100/tp1" }]', f"[{kinds}]")
+    made = parse_scenario(text.replace("max_instances = 4", "max_instances = 40"), directory=Path())
+
+    def by_kind(setup: Setup) -> dict[str, Any]:
+        (kind,) = setup.models[0].kinds
+        count = setup.models[0].max_instances
+        needed = 4 if kind.name == "a100" else 9
+        cost = count * kind.price_per_gpu_hour
+        return figures(1.0 if count >= needed else 0.5, float(count)) | {"cost": cost}
+
+    found = planned(by_kind, scenario=made)
+    assert found.best("llama").case.kind == cheapest
+    words = answer(found, "llama", "chiron", 0.99)
+    assert said in words
+    assert ("no price" in words) == bool(said)
+    told = as_json(found, scenario="x", policy="chiron", seeds=[1], target=0.99)
+    assert told["compared_by"] == {"llama": "gpu_hours" if said else "cost"}
 
 
 def test_each_model_is_sized_with_its_own_requests_alone() -> None:

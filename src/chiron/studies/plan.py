@@ -104,12 +104,12 @@ class Sized:
 
     @property
     def cheaper(self) -> Fleet:
-        """By price where there is one, else by GPU-hours; one that keeps the target before one that does not."""
-        return min((self.autoscaled, self.fixed), key=price_of)
+        """By GPU-hours, which one kind's price does not change; one that keeps the target before one that does not."""
+        return min((self.autoscaled, self.fixed), key=lambda fleet: price_of(fleet, priced=False))
 
 
-def price_of(fleet: Fleet) -> tuple[bool, float, float]:
-    return not fleet.kept, fleet.at.cost, fleet.at.gpu_hours
+def price_of(fleet: Fleet, *, priced: bool) -> tuple[bool, float, float]:
+    return not fleet.kept, fleet.at.cost if priced else 0.0, fleet.at.gpu_hours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +120,17 @@ class Plan:
     """What assumptions change, for the cheapest kind of each model."""
 
     def best(self, model: str) -> Sized:
-        """The cheapest kind."""
-        return min((s for s in self.options if s.case.model == model), key=lambda s: price_of(s.cheaper))
+        """The cheapest kind: by price if every kind has one, for without it a kind would look free; else by
+        GPU-hours."""
+        priced = not self.unpriced(model)
+        return min(self.options_of(model), key=lambda sized: price_of(sized.cheaper, priced=priced))
+
+    def options_of(self, model: str) -> list[Sized]:
+        return [sized for sized in self.options if sized.case.model == model]
+
+    def unpriced(self, model: str) -> list[str]:
+        """Kinds without a price, such as those of fitted profiles."""
+        return [sized.case.kind for sized in self.options_of(model) if not sized.case.price_per_gpu_hour]
 
     @property
     def models(self) -> list[str]:
@@ -382,6 +391,7 @@ def as_json(plan: Plan, *, scenario: str, policy: str, seeds: Sequence[int], tar
         "seeds": list(seeds),
         "target": target,
         "best": {model: plan.best(model).case.kind for model in plan.models},
+        "compared_by": {model: "gpu_hours" if plan.unpriced(model) else "cost" for model in plan.models},
         "options": [_sized_json(sized) for sized in plan.options],
         "changes": [_sized_json(sized) for sized in plan.changes],
     }

@@ -44,7 +44,7 @@ from chiron.studies.plan import plan as make_plan
 from chiron.studies.settings_file import apply_settings, read_settings
 from chiron.telemetry import axes
 from chiron.telemetry.chart_files import write_charts
-from chiron.telemetry.format import NONE, amount, counted, percent
+from chiron.telemetry.format import NONE, amount, counted, listed, percent
 from chiron.telemetry.marks import Chart, Panel, Rule, Series
 from chiron.telemetry.palette import COLOURS
 from chiron.telemetry.study_page import chart_section, study_page, table_section
@@ -238,6 +238,10 @@ def answer(found: Plan, model: str, policy: str, target: float) -> str:
         )
     else:
         parts.append(f"Scaled by {policy} {in_words(scaled, best.case, target)}.")
+    free = found.unpriced(model)
+    if free and len(found.options_of(model)) > 1:
+        have = "has" if len(free) == 1 else "have"
+        parts.append(f"Kinds are compared by GPU-hours, because {listed(free)} {have} no price.")
     return " ".join(parts)
 
 
