@@ -19,7 +19,7 @@ from chiron.fleet.kubernetes.access import from_kubeconfig
 from chiron.fleet.kubernetes.client import ApiError, Client
 from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.pods import DELETION_COST
-from chiron.fleet.kubernetes.source import CONSENT, KubernetesSource
+from chiron.fleet.kubernetes.source import CONSENT, CONSENTS, KubernetesSource
 from chiron.fleet.kubernetes.testing.api import Refusal, shut
 from chiron.fleet.kubernetes.watch import WatchSettings
 from chiron.fleet.kubernetes.workload import CHEAPEST, Workload
@@ -257,6 +257,77 @@ def test_the_next_gateway_goes_on_with_the_pods_that_run(tmp_path: Path) -> None
             assert sorted(later.heard.ready) == [1, 3, 4]
 
     told("fake", tmp_path, story, workload(replicas=0))
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_claim_that_finds_no_pod_and_one_whose_pod_closes_leave_its_replica_to_others(
+    closing: bool, tmp_path: Path
+) -> None:
+    async def story(here: Site) -> None:
+        here.create(1, 2, 3)
+        await here.ready(1, 2, 3)
+        urls, fake = here.heard.urls, here.cluster.fake
+        assert fake is not None
+        third = await here.pod_of(3)
+        await here.fleet.close()
+        if closing:
+            await here.cluster.client.delete(f"{PODS}/{third}", {"gracePeriodSeconds": 600})
+            await here.cluster.until_ready(3)
+        fake.requests.clear()
+        fake.interfere = lambda method, path: Refusal(503, "", "busy") if path == PODS else None
+        async with fleet_on(here.cluster) as later:
+            stale = [f"http://10.255.255.{i}:{PORT}" for i in (1, 2)]
+            told = [urls[1], urls[2], *([urls[3]] if closing else stale)]
+            for number, url in enumerate(told, 1):
+                assert later.adopt(number, url)
+            await until(lambda: fake.requests.count(("GET", PODS)) > 2, "it asks for pods again and again")
+            fake.interfere = lambda method, path: None
+            leaves = list(range(3, len(told) + 1))
+            await until(lambda: sorted(later.heard.leaving) == leaves, "what cannot be used is left")
+            await until(lambda: later.kind.found == 1, "the third replica is nobody's")
+            later.remove(*leaves)
+            later.create(9)
+            await later.ready(1, 2, 9)
+            assert (later.heard.urls[9] == urls[3], later.kind.found) == (not closing, 0)
+            later.remove(9)
+            await here.cluster.until(later.scaled_to(2), "it is this gateway's to end")
+            written = [path for method, path in fake.requests if method == "PUT" and path.endswith("/scale")]
+            assert len(written) == 1, "the number was not touched before that"
+
+    told("fake", tmp_path, story, workload(replicas=0))
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_what_runs_is_taken_over_when_consent_comes_back(drained: bool, tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        async def label(value: str | None) -> None:
+            await here.cluster.client.patch(f"{DEPLOYMENTS}/engine", {"metadata": {"labels": {CONSENT: value}}})
+
+        here.create(1, 2)
+        await here.ready(1, 2)
+        before = await here.cluster.ready()
+        fake = here.cluster.fake
+        assert fake is not None
+        fake.requests.clear()
+        await label(None)
+        await until(lambda: sorted(here.heard.leaving) == [1, 2], "both are drained")
+        url = here.heard.urls[1]
+        if drained:
+            here.remove(1, 2)
+            assert here.kind.found == 0, "they are not Chiron's"
+            await until(lambda: here.adopt(7, url), "its address is free")
+            await until(lambda: 7 in here.heard.leaving, "and may not be used")
+            assert "cannot be used" in here.heard.reasons[7]
+        await label(CONSENTS)
+        await until(lambda: here.kind.found == 2, "both are to be taken over")
+        if not drained:
+            here.remove(1, 2)
+        here.create(3, 4)
+        await here.ready(3, 4)
+        assert await here.cluster.ready() == before
+        assert ("PUT", f"{DEPLOYMENTS}/engine/scale") not in fake.requests
+
+    told("fake", tmp_path, story, workload(replicas=2), opt_in=True)
 
 
 def test_pods_that_run_are_used_while_the_api_server_is_away(tmp_path: Path) -> None:
@@ -620,6 +691,44 @@ def test_what_runs_is_known_a_while_after_all_pods_have_been_listed_and_not_befo
             for task in (running, running_too):
                 task.cancel()
             await asyncio.gather(running, running_too, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("settle_s", [1e6, 1e-6])
+def test_a_pod_that_goes_before_all_that_runs_is_known_leaves_its_replica_to_others(
+    settle_s: float, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with cluster("fake", tmp_path) as here:
+            fake = here.fake
+            assert fake is not None
+            await here.apply(workload(replicas=2))
+            await here.until_ready(2)
+            source = KubernetesSource(workload="deployment", name="engine")
+            watched = Workload(source, here.client, "default", settings=WatchSettings(settle_s=settle_s))
+            running = asyncio.get_running_loop().create_task(watched.run())
+            left: list[str] = []
+            first, second = (watched.hold(asyncio.Event(), left.append) for _ in range(2))
+            goes = (await second.pod).name
+            await first.pod
+            await here.client.delete(f"{PODS}/{goes}")
+            await until(lambda: left, "it is told that its pod goes")
+            settling = settle_s > 1.0
+            assert watched.state().found == settling
+            watched.release(second)
+            if settling:
+                third = watched.hold(asyncio.Event(), left.append)
+                assert (await third.pod).name != goes
+                assert (watched.state().found, fake.requests.count(("PUT", f"{DEPLOYMENTS}/engine/scale"))) == (0, 0)
+            else:  # As always: whoever decides may want another one or none.
+
+                async def lower() -> bool:
+                    return await here.replicas() == 1
+
+                await here.until(lower, "one is asked for")
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(run())
 

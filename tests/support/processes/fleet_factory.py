@@ -70,6 +70,7 @@ class Heard:
     def instance_leaving(self, instance: Instance, reason: str) -> None:
         assert self.clock._posting
         self.leaving.append(instance.id)
+        self.reasons[instance.id] = reason
 
     def instance_failed(self, instance: Instance, reason: str) -> None:
         assert self.clock._posting

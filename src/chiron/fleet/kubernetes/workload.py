@@ -65,7 +65,7 @@ class Loss:
 class Hold:
     """One instance's claim to a replica."""
 
-    __slots__ = ("_left", "address", "check_now", "ended", "leaving", "lost", "pod", "since_s")
+    __slots__ = ("_left", "address", "check_now", "ended", "leaving", "lost", "pod", "since_s", "without")
 
     def __init__(self, now_s: float, check_now: asyncio.Event, left: Callable[[str], None], address: str) -> None:
         self.address = address
@@ -77,6 +77,8 @@ class Hold:
         self._left = left
         self.leaving = False
         """Its pod is about to go, and the instance has been told."""
+        self.without = False
+        """The replica that it had counts as nobody's already, while it still drains."""
         self.pod: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
         """Set when it gets one; an error if its pod cannot start."""
         self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
@@ -209,11 +211,9 @@ class Workload:
     def hold(self, check_now: asyncio.Event, left: Callable[[str], None], address: str = "") -> Hold:
         """Another instance wants a pod: that at ``address``, where there is one."""
         hold = Hold(asyncio.get_running_loop().time(), check_now, left, address)
-        if self._surplus:
-            self._surplus -= 1
-            self._found = max(0, self._found - 1)
+        self._take()
         self._waiting.append(hold)
-        self._fewest = max(self._fewest, len(self._waiting) + len(self._bound))
+        self._fewest = max(self._fewest, self._own())
         self._wake()
         return hold
 
@@ -222,6 +222,9 @@ class Workload:
         self._unbind(hold)
         loop = asyncio.get_running_loop()
         hold.pod, hold.lost, hold.leaving = loop.create_future(), loop.create_future(), False
+        if hold.without:
+            hold.without = False
+            self._take()
         self._waiting.insert(0, hold)
         self._wake()
 
@@ -263,12 +266,15 @@ class Workload:
             holds=len(self._waiting) + len(self._bound),
             found=0 if not self._allowed else self._surplus if self._advise else self._found,
             fewest=self._fewest if self._follows else 0,
-            known=now_s - self._known_s >= self._settings.settle_s,
+            known=self._known(),
             overdue=overdue,
             most=self._most,
             cause=self._why_waiting() if self._waiting else None,
             notes=tuple(notes[:NOTES_MAX]),
         )
+
+    def _known(self) -> bool:
+        return asyncio.get_running_loop().time() - self._known_s >= self._settings.settle_s
 
     # -- what runs ---------------------------------------------------------------------------------------------------
 
@@ -362,7 +368,7 @@ class Workload:
             self._making_way = True
             try:
                 wanted = await self._make_way(replicas, self._wanted())
-                self._fewest = max(wanted, len(self._waiting) + len(self._bound))
+                self._fewest = max(wanted, self._own())
                 if wanted == replicas or self._follows:
                     return False  # Its scaler lowers the number, when it likes, and finds marks.
                 self._attempted = wanted
@@ -383,7 +389,7 @@ class Workload:
 
     def _tell_plan(self, replicas: int) -> None:
         """To whoever scales in Chiron's place."""
-        own = len(self._waiting) + len(self._bound)
+        own = self._own()
         before, self._planned = self._planned, own
         if self._follows and before is not None and before != own:
             self._tell("Planned", f"{own} instances are planned, where {replicas} replicas are asked for")
@@ -396,15 +402,41 @@ class Workload:
         now_s = asyncio.get_running_loop().time()
         if self._most is not None and now_s >= self._most_until_s:
             self._most, self._foreign = None, ""
-        own = len(self._waiting) + len(self._bound)
+        own = self._own()
         wanted = own + (self._found if self._follows else self._surplus)
+        claims = sum(1 for hold in self._waiting if hold.address)
+        if claims and self._replicas is not None:  # There may be no such pod: none is started for them.
+            wanted = max(wanted - claims, min(wanted, self._replicas))
         return wanted if self._most is None else min(wanted, self._most)
+
+    def _own(self) -> int:
+        """Replicas that instances have, or wait for."""
+        return len(self._waiting) + sum(not hold.without for hold in self._bound.values())
+
+    def _take(self) -> None:
+        """A replica that nobody has, if there is one, for an instance."""
+        if self._surplus:
+            self._surplus -= 1
+            self._found = max(0, self._found - 1)
+
+    def _give_back(self) -> None:
+        """The replica that an instance had, or was said to have, is to be taken over by another one."""
+        if self._replicas is not None and self._own() + self._surplus < self._replicas:
+            self._surplus += 1
+            self._found = min(self._found + 1, self._surplus)
+
+    def _leave_without(self, hold: Hold, reason: str) -> None:
+        """Its replica stays."""
+        hold.leave(reason)
+        if not hold.without:
+            hold.without = True
+            self._give_back()
 
     def _observe(self, replicas: int) -> None:
         """A number that Chiron did not write is somebody else's."""
         before, self._replicas = self._replicas, replicas
         attempted, self._attempted = self._attempted, None
-        own = len(self._waiting) + len(self._bound)
+        own = self._own()
         if self._advise or self._follows:
             self._surplus = max(0, replicas - own)
             self._found = min(self._found, self._surplus)
@@ -422,7 +454,8 @@ class Workload:
         elif replicas < before:
             self._surplus = min(self._surplus, max(0, replicas - own))
             self._found = min(self._found, self._surplus)
-            if replicas < own + self._surplus:
+            # Also those whose pods go already: it may be for this that they do.
+            if replicas < len(self._waiting) + len(self._bound) + self._surplus:
                 self._most = replicas
                 self._most_until_s = asyncio.get_running_loop().time() + self._source.yield_s
             self._others(before, replicas)
@@ -505,7 +538,10 @@ class Workload:
         elif not pod.ready and before.ready:
             hold.check_now.set()
         if pod.deleting and not before.deleting:
-            hold.leave(f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}")
+            if self._known():
+                hold.leave(_why_it_goes(pod))
+            else:  # Nobody decides yet how many there are to be.
+                self._leave_without(hold, _why_it_goes(pod))
 
     def _pods_listed(self) -> None:
         if not self._listed:
@@ -555,6 +591,9 @@ class Workload:
         if self._allowed and not allowed:
             for hold in self._bound.values():
                 hold.leave(f"{self.name} has lost its label {CONSENT}={CONSENTS}")
+                hold.without = True  # The replica is its owner's.
+        if self._allowed is False and allowed and self._replicas is not None:
+            self._surplus = self._found = max(0, self._replicas - self._own())
         changed, self._allowed = self._allowed is not allowed, allowed
         self._troubled("consent", "" if allowed else self._no_consent())
         if changed:
@@ -619,11 +658,13 @@ class Workload:
         if pod is not None:
             self._bind(pod, hold)
             if pod.deleting:
-                hold.leave(f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}")
+                self._leave_without(hold, _why_it_goes(pod))
         elif self._listed and not self._trouble.get("pods"):
             self._waiting.remove(hold)
             hold.ended = True
-            _fail(hold.pod, InstanceNotFoundError(f"{self.name} has no pod at {hold.address} any more"))
+            why = f"has no pod at {hold.address} any more" if self._allowed else f"cannot be used: {self._no_consent()}"
+            _fail(hold.pod, InstanceNotFoundError(f"{self.name} {why}"))
+            self._give_back()
 
     def _pairs(self) -> list[tuple[Hold, Pod]]:
         """Instances that wait, each with the pod that it waits for if all goes as planned."""
@@ -643,7 +684,7 @@ class Workload:
 
     def _behind(self) -> str:
         """What its scaler has not done yet; empty: nothing."""
-        own = len(self._waiting) + len(self._bound)
+        own = self._own()
         if not self._follows or self._replicas is None or self._replicas >= own:
             return ""
         return f"whoever scales it has it at {self._replicas} replicas; {own} are planned"
@@ -690,6 +731,10 @@ class Workload:
 def _age(pod: Pod) -> tuple[str, int, str]:
     """The oldest first; of numbered ones the lowest: they stay longest."""
     return pod.created, pod.ordinal, pod.name
+
+
+def _why_it_goes(pod: Pod) -> str:
+    return f"pod {pod.name} is being deleted: {pod.cause or 'by the cluster or by somebody else'}"
 
 
 def _has_ended(pod: Pod) -> bool:
