@@ -79,6 +79,25 @@ def test_an_instance_without_room_or_that_takes_no_work_is_passed_over() -> None
     assert place(router, LONG) == 2
 
 
+@pytest.mark.parametrize(
+    ("full", "batch", "expected"),
+    [
+        pytest.param(40, 0, 2, id="past some that are full"),
+        pytest.param(100, 0, 1, id="packed, rather than past as many as there may be"),
+        pytest.param(40, 300, 2, id="those for batch work are not looked at"),
+    ],
+)
+def test_only_so_many_instances_are_looked_at(full: int, batch: int, expected: int) -> None:
+    router, instances = fleet([5, 0] + [0] * (full + batch))
+    for instance in instances[2 : 2 + full]:
+        instance.prefill_backlog_s = 2.0
+        router.changed(instance)
+    for instance in instances[2 + full :]:
+        instance.role = "batch"
+        router.changed(instance)
+    assert place(router, LONG) == expected
+
+
 @pytest.mark.parametrize("limit_s", [inf, 2.0])
 def test_where_steps_are_short_anyway_it_is_packed(limit_s: float) -> None:
     router, _ = fleet([5, 2, 7], limit_s=limit_s)

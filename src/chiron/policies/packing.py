@@ -9,7 +9,7 @@ its load changes, so a dispatch costs O(log instances), amortised over load chan
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
@@ -29,6 +29,8 @@ _YOUNG_S = 2.0
 one has tokens enough to average a long step out."""
 _YOUNG_MAX = 64
 """Requests of one instance that are looked at."""
+_SPREAD_MAX = 64
+"""Instances that are looked at for one long prompt."""
 _SPREAD_OFF = 1.0 / 3.0
 """Long prompts are spread until the share of missed ITL SLOs has come down to this part of where that began."""
 
@@ -278,10 +280,13 @@ class PackingRouter:
     def _choose_spread(self, request: Request, need: float, cost_s: float, now_s: float) -> Instance | None:
         """For a long prompt: each of its chunks is a step longer than the SLO, which an answer of a few tokens has
         nothing to average with. Of the instances that bound their prefill, those that packing fills last have the most
-        room; among the first of them with room, the one with the fewest requests whose answer may still be short."""
+        room; among the first of them with room, the one with the fewest requests whose answer may still be short. If
+        the last of them are full, the rest will be: it is not worth a walk through the fleet."""
         chosen: Instance | None = None
         fewest = probes = 0
-        for instance in reversed(self._by_rank):
+        # Those of role batch have the highest ranks.
+        end = bisect_left(self._by_rank, True, key=lambda other: other.role == "batch")
+        for instance in reversed(self._by_rank[max(0, end - _SPREAD_MAX) : end]):
             if instance.role == "batch" or instance.prefill_limit_s == inf or not self._room_interactive(instance):
                 continue
             if not (
