@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from child_processes import children
 from chiron.fleet.port import FleetEnvironment, KindReport
-from chiron.fleet.ray.cluster import Answer, Question, RayError, new_name, read_name
+from chiron.fleet.ray.cluster import Answer, Question, RayCluster, RayError, new_name, read_name
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.instances import RayInstances, RayTimes
 from chiron.fleet.ray.places import FILE, read_places
@@ -36,11 +36,31 @@ QUICK = RayTimes(
 SOURCE = RaySource(command=(*STUB, "--announce"), resources={"GPU": 1.0}, stop_timeout_s=5.0, start_timeout_s=60.0)
 
 
+class Sometimes:
+    """Implements ``RayCluster``: one that answers while ``answers`` says so."""
+
+    def __init__(self, cluster: RayCluster, answers: Callable[[], bool]) -> None:
+        self._cluster = cluster
+        self._answers = answers
+
+    async def ask(self, question: Question) -> Answer:
+        if not self._answers():
+            raise RayError("the agent hangs")
+        return await self._cluster.ask(question)
+
+    async def close(self) -> None:
+        await self._cluster.close()
+
+
 class Site:
     """A cluster in memory, and the gateways before it."""
 
     def __init__(self, directory: Path, lease_s: float) -> None:
         self.ray = MemoryRay({"a": {"GPU": 1.0}, "b": {"GPU": 1.0}}, directory, lease_s=lease_s)
+        self.elsewhere: dict[str, MemoryRay] = {}
+        """Other clusters, by address."""
+        self.silent: set[str] = set()
+        """Addresses at which nobody answers."""
         self.notes: list[str] = []
         self.directory = directory
         self._stack = contextlib.AsyncExitStack()
@@ -51,6 +71,7 @@ class Site:
         advise: bool = False,
         kind: str = "stub",
         source: RaySource = SOURCE,
+        also: Mapping[str, RaySource] | None = None,
         owner: str = "",
         spare_s: float = 600.0,
         grace_s: float = 0.0,
@@ -69,9 +90,14 @@ class Site:
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
         )
-        fleet = RayFleet({kind: source}, environment, connect=self.ray.connect, times=replace(QUICK, spare_s=spare_s))
+        sources, times = {kind: source, **(also or {})}, replace(QUICK, spare_s=spare_s)
+        fleet = RayFleet(sources, environment, connect=self._connect, times=times)
         self._stack.push_async_callback(fleet.close)
         return fleet, heard
+
+    def _connect(self, source: RaySource) -> RayCluster:
+        ray = self.elsewhere.get(source.address, self.ray)
+        return Sometimes(ray.connect(source), lambda: source.address not in self.silent)
 
     @property
     def names(self) -> list[str]:
@@ -81,9 +107,14 @@ class Site:
         (pid,) = self.ray.engine_pids(name or self.names[0])
         return pid
 
+    def engine(self, kind: str) -> int:
+        (name,) = [name for name in self.names if f":{kind}:" in name]
+        return self.pid(name)
+
     async def close(self) -> None:
         await self._stack.aclose()
-        await self.ray.close()
+        for ray in (self.ray, *self.elsewhere.values()):
+            await ray.close()
 
 
 def told(directory: Path, story: Callable[[Site], Coroutine[Any, Any, None]], lease_s: float = 600.0) -> None:
@@ -395,6 +426,64 @@ def test_what_is_of_no_kind_any_more_has_the_time_that_requests_have_to_end(tmp_
         await patient.close()
         site.gateway(owner="gateway")
         await until(lambda: name not in site.names, "the time is over")
+
+    told(tmp_path, story)
+
+
+def test_two_spellings_of_one_cluster_leave_each_others_instances_alone(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        former, heard_former = site.gateway(owner="gateway", kind="gone/model")
+        former.create(an_instance(1, "gone/model"))
+        await until(lambda: heard_former.ready == [1], "ready")
+        await former.close()
+        large = replace(SOURCE, resources={"GPU": 2.0}, address="10.0.0.5:6379", absent_after_s=0.5)
+        fleet, heard = site.gateway(owner="gateway", also={"large": large})
+        fleet.create(an_instance(1))
+        fleet.create(an_instance(2, "large"))
+        await until(lambda: heard.ready == [1], "one runs")
+        await until(lambda: report(fleet, "large").instances_max == 0, "the other waits for a node")
+        await until(lambda: len(site.names) == 2, "what is of neither is ended")
+        names, pid = set(site.names), site.engine("stub")
+        site.silent.add(SOURCE.address)
+        for placed in site.ray.instances.values():
+            placed.holder = ""  # The lease is over.
+        site.ray.add_node("c", {"GPU": 2.0})
+        await until(lambda: heard.ready == [1, 2], "the other view still works")
+        assert alive(pid)
+        assert (set(site.names), heard.failed) == (names, [])
+
+    told(tmp_path, story)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["the same cluster", "another cluster"])
+def test_what_is_left_is_ended_where_the_config_does_not_name_the_cluster_by_any_address(
+    same: bool, tmp_path: Path
+) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway(owner="gateway")
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        await fleet.close()
+        (name,) = site.names
+        moved = replace(SOURCE, address="10.0.0.5:6379", absent_after_s=1.0 + QUICK.patience_s / 2.0)
+        if not same:
+            site.elsewhere[moved.address] = MemoryRay({"a": {"GPU": 1.0}}, tmp_path / "elsewhere")
+        site.silent.add(moved.address)
+        later, heard_later = site.gateway(
+            owner="gateway", source=moved, also={"large": replace(moved, resources={"GPU": 2.0})}
+        )
+        later.create(an_instance(1))
+        later.create(an_instance(2, "large"))
+        (sweep,) = later._sweeps
+        await until(lambda: report(later).instances_max == 0, "nobody answers there for longer than anything settles")
+        assert (site.names, sweep.done()) == ([name], False), "it could be the same cluster"
+        site.silent.clear()
+        await until(lambda: heard_later.ready == [1], "ready")
+        await until(sweep.done, "it has been looked through")
+        assert (name in site.names) == same
+        assert {place.address for place in read_places(site.directory / FILE)} == {moved.address}
+        assert (heard_later.failed, report(later, "large").instances_max) == ([], 0)
+        assert (heard_later.urls == heard.urls) == same
 
     told(tmp_path, story)
 

@@ -96,6 +96,8 @@ class RayFleet:
             task = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-{place.namespace}")
             task.add_done_callback(_report_end)
             self._running[task] = instances
+        for instances in self._running.values():
+            instances.beside(self._in(instances.namespace))
         if self._owner and not environment.advise:
             self._record(before | places.keys())
             for place in sorted(before - places.keys()):
@@ -170,6 +172,9 @@ class RayFleet:
         if directory is not None and places != self._recorded():
             write_places(directory / FILE, places)
 
+    def _in(self, namespace: str) -> list[RayInstances]:
+        return [each for each in self._running.values() if each.namespace == namespace]
+
     async def _sweep(self, place: Place) -> None:
         """End what this gateway, or one that it replaces, has left there."""
         given = RaySource(command=("none",), address=place.address, namespace=place.namespace, python=place.python)
@@ -183,6 +188,7 @@ class RayFleet:
             changes=self._environment.clock.elapsed_s,
             times=self._times,
         )
+        instances.beside(self._in(place.namespace))
         running = asyncio.get_running_loop().create_task(instances.run(), name=f"ray-sweep-{place.namespace}")
         running.add_done_callback(_report_end)
         try:

@@ -10,6 +10,9 @@ for it; one whose gateway was killed is free after ``LEASE_S``. What nobody has,
 has started (``owner``), is ended if it is not needed: it runs with other settings than the config has now, is of a kind
 that was removed, or there are more than may be. One with other settings where requests still run, as relays tell, is
 held until they have ended. What others have started is said and not touched, but for the dead.
+
+Two of these may look at one namespace of one cluster and not know it, as an address has several spellings. What another
+one sees or has asked for is left to it where it is of its kinds; what is of no kind is the first one's to end.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -157,7 +160,7 @@ class RayInstances:
         self._grace_s = grace_s
         self._hint = hint
         self._cluster = cluster
-        self._namespace = namespace
+        self.namespace = namespace
         self._sources = dict(sources)
         self._advise = advise
         self._noted = noted
@@ -174,6 +177,9 @@ class RayInstances:
         """Since when, by name."""
         self._dead_s: dict[str, float] = {}
         """Since when what nobody has is dead, by name."""
+        self._neighbours: Sequence[RayInstances] = ()
+        self._told: frozenset[str] = frozenset()
+        """Names in the last answer."""
         self._own = 0
         """Instances that this gateway, or one that it replaces, has started."""
         self._known_s = inf
@@ -184,6 +190,11 @@ class RayInstances:
         self._dirty = asyncio.Event()
         self._answered = asyncio.Event()
         """Set, and replaced, with every answer."""
+
+    def beside(self, neighbours: Sequence[RayInstances]) -> None:
+        """Those of this process, in their order, that have a namespace of this name, maybe the same one. This one may
+        be among them; otherwise it comes after them."""
+        self._neighbours = neighbours
 
     # -- instances ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +341,9 @@ class RayInstances:
             self._known_s = now_s
         for hold in [each for each in self._holds if each.before_url and not each.name]:
             self._find(hold, answer, now_s)
-        self._own = sum(self._is_mine(each.name) for each in answer.instances)
+        self._told = frozenset(each.name for each in answer.instances)
+        sure = all(each._known_s < inf for each in self._neighbours)
+        self._own = sum(self._is_mine(name) and not (sure and self._is_neighbours(name)) for name in self._told)
         seen = {each.name: each for each in answer.instances}
         for name in question.stop:
             if name not in seen or seen[name].holder not in ("", self._holder):
@@ -349,7 +362,7 @@ class RayInstances:
         taken = {each.name for each in self._holds}
         for seen in answer.instances:
             name = read_name(seen.name)
-            if name is None or (name.namespace, name.kind) != (self._namespace, hold.kind) or seen.name in taken:
+            if name is None or (name.namespace, name.kind) != (self.namespace, hold.kind) or seen.name in taken:
                 continue
             if _url(seen) != hold.before_url:
                 continue
@@ -396,7 +409,9 @@ class RayInstances:
         spare_s, self._spare_s = self._spare_s, {}
         for seen in others:
             name = read_name(seen.name)
-            if name is None or name.namespace != self._namespace or seen.name in self._stops or seen.stopping:
+            if name is None or name.namespace != self.namespace or seen.name in self._stops or seen.stopping:
+                continue
+            if self._is_neighbours(seen.name):
                 continue
             source = self._sources.get(name.kind)
             fits = source is not None and name.fingerprint == source.fingerprint
@@ -435,6 +450,25 @@ class RayInstances:
             self._noted(kind, text)
         self._strange = strange
 
+    def _is_neighbours(self, name: str) -> bool:
+        """Another one looks after it, or would if its cluster, which has not answered yet, is this one."""
+        kind = _kind(name)
+        if kind in self._sources:
+            return False
+        comes_first = True
+        for each in self._neighbours:
+            if each is self:
+                comes_first = False
+            elif (comes_first or kind in each._sources) and each._may_have(name):
+                return True
+        return False
+
+    def _may_have(self, name: str) -> bool:
+        """One that it has only just asked for is in no answer yet."""
+        if self._known_s == inf or name in self._told or name in self._stops:
+            return True
+        return any(hold.name == name for hold in self._holds)
+
     def _is_mine(self, name: str) -> bool:
         """This gateway, or one that it replaces, has started it, and it may be ended."""
         read = read_name(name)
@@ -467,7 +501,7 @@ class RayInstances:
                 self._dirty.set()
             elif not hold.name and not self._advise and not self._may_be_freed(hold.kind):
                 source = self._sources[hold.kind]
-                hold.name = new_name(self._namespace, hold.kind, source.fingerprint, self._owner)
+                hold.name = new_name(self.namespace, hold.kind, source.fingerprint, self._owner)
                 self._dirty.set()
 
     def _best_spare(self, hold: Hold) -> str | None:
