@@ -19,7 +19,7 @@ from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, 
 from chiron.policies.load_history import presumed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from effort import examples
-from policy_factory import CHAT, JOBS, fleet, group, instance, mix, model
+from policy_factory import CHAT, JOBS, arrival, fleet, group, instance, mix, model
 
 TIMES = StepTimes(
     fixed_s=0.01,
@@ -121,6 +121,23 @@ def drive(loads: list[int], hold_s: float = 60.0, **changes: object) -> list[tup
         count = sum(plan["llama"].counts.values())
         plans.append((now_s, count))
     return plans
+
+
+@pytest.mark.parametrize("tick_s", [0.5, 5.0])
+def test_nothing_need_be_presumed_of_the_time_before(tick_s: float) -> None:
+    ours = ChironSettings(prior_s=0, tick_s=tick_s)
+    state = None
+    for tick in range(1, 1 + int(15 / tick_s)):
+        now_s = tick * tick_s
+        view = model(
+            [instance(id=0)],
+            arrivals=(arrival(int(now_s - tick_s), 500),),
+            waiting_interactive=900,
+            waiting_input_tokens=45e4,
+        )
+        plan, state = decide_fleet(ours, state, fleet(view, now_s=now_s, since_s=tick_s))
+        assert 1 <= plan["llama"].counts["mixed"] <= 50
+    assert plan["llama"].counts["mixed"] > 1
 
 
 @settings(max_examples=examples(40))

@@ -320,6 +320,8 @@ def followed(load: Floats, rule: Rule, tick_s: float, ahead_s: float = 0.0) -> f
     period, what came then from about this moment to ``ahead_s`` later."""
     if rule == CONSTANT:
         return 1.0
+    if not len(load):
+        return 0.0
     tick = max(1, round(tick_s))
     reach = rule.settle_s + rule.window_s + tick
     recent = float(_means(load[-reach:], rule.window_s, tick)[-max(1, rule.settle_s // tick + 1) :].max())
