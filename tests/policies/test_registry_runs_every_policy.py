@@ -21,10 +21,11 @@ from chiron.config.scenario import Scenario, load_scenario, parse_scenario
 from chiron.policies.ranges import tunables, value_of
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
-from chiron.studies.calibration import Window, check_apart, windows
+from chiron.studies.calibration import Calibration, Window, check_apart, seen, windows
 from chiron.telemetry.result import Result
 from policy_names import ALL_CODE
 
+CALIBRATION = Path(__file__).parents[2] / "bench" / "calibration"
 SMALL = """
 [classes.chat]
 kind = "interactive"
@@ -120,9 +121,14 @@ def test_every_rival_was_tuned_with_the_same_budget_on_nothing_that_is_published
     found = tomllib.loads((resources.files("chiron") / "data" / "tuned.toml").read_text(encoding="utf-8"))
     assert set(found["policies"]) <= {name for name in POLICIES if not name.endswith("-tuned")} - {"static"}
     assert len({(row["trials"], row["seed"], row["target"]) for row in found["search"].values()}) == 1
-    seen = [Window(source="", digest=w["digest"], start_s=w["start"], end_s=w["end"]) for w in found["calibration"]]
+    tuned_on = [
+        Window(source=each["source"], digest=each["digest"], start_s=each["start"], end_s=each["end"])
+        for each in found["calibration"]
+    ]
+    places = [CALIBRATION / f"{name}.toml" for name in ("api-8b", "waves-8b", "api-70b")]
+    assert tuned_on == seen([Calibration(scenario=load_scenario(place), part="judged") for place in places], None)
     for name in ("azure", "mooncake", "servegen-m-small", "servegen-m-mid", "two-models"):
-        check_apart(seen, windows(load_scenario(name), "judged"), name)
+        check_apart(tuned_on, windows(load_scenario(name), "judged"), name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from chiron.cli import app
 from chiron.config.build import workload_of
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
-from chiron.studies.calibration import calibrations, check_apart, windows
-from study_factory import TRACED
+from chiron.studies.calibration import Calibration, calibrations, check_apart, seen, windows
+from chiron.workload.load import trace_digest
+from study_factory import GENERATED, TRACED
 
 CSV = "arrival_s,input_tokens,output_tokens\n" + "".join(f"{i},100,{10 + i % 7}\n" for i in range(120))
 
@@ -111,6 +114,74 @@ def test_tuned_settings_are_compared_on_what_they_have_not_seen(
     assert "found.toml: trace own.csv from 0 min to 1 min is both tuned on and judged" in " ".join(
         refused.stderr.split()
     )
+
+
+HISTORY = '\n[[history]]\ntrace = "{}"\nmodel = "llama"\nclass = "chat"\n{}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.csv.gz", gzip.compress(CSV.encode())),
+        ("own.tsv", CSV.replace(",", "\t").encode()),
+        ("lines.csv", CSV.encode() + b"\n\n"),
+        ("spaced.csv", CSV.replace("\n", "\r\n").encode()),
+        ("shuffled.csv", "\n".join([*CSV.split("\n")[:1], *reversed(CSV.split("\n")[1:])]).encode()),
+    ],
+)
+def test_a_trace_is_known_by_its_requests_however_it_is_written(
+    name: str, content: bytes, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    Path(name).write_bytes(content)
+    result = call("tune", "own.toml", "--calibrate", name)
+    assert (result.exit_code, "is both tuned on and judged" in " ".join(result.stderr.split())) == (2, True)
+    assert trace_digest("other.csv") != trace_digest("own.csv")
+
+
+def test_a_copy_of_packaged_clients_is_known_by_its_tables(tmp_path: Path) -> None:
+    with np.load(str(resources.files("chiron") / "data" / "traces" / "servegen-m-small.npz")) as packed:
+        np.savez(tmp_path / "copy.npz", **packed)
+    assert trace_digest(tmp_path / "copy.npz") == trace_digest("servegen-m-small") != trace_digest("servegen-m-mid")
+
+
+def test_what_policies_live_through_before_a_calibration_is_tuned_on_too(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    text = scenario.read_text().replace('"own"', '"past"').replace("own.csv", "other.csv")
+    Path("past.toml").write_text(text + HISTORY.format("copy.csv", 'start = "30s"'))
+    result = call("tune", "own.toml", "--calibrate", "past.toml")
+    assert result.exit_code == 2
+    said = "own: trace copy.csv of the history from 0.5 min to its end is both tuned on and judged"
+    assert said in " ".join(result.stderr.split())
+
+
+def test_windows_of_a_history_are_in_the_settings_file(scenario: Path) -> None:
+    past = parse_scenario(scenario.read_text() + HISTORY.format("other.csv", ""), directory=scenario.parent)
+    found = seen([Calibration(scenario=past, part="judged")], [1])
+    assert [window.source for window in found] == ["trace own.csv", "trace other.csv of the history"]
+    generated = GENERATED + GENERATED[GENERATED.index("[[workload]]") :].replace("workload", "history")
+    drawn = parse_scenario(generated, directory=scenario.parent)
+    own, before = seen([Calibration(scenario=drawn, part="judged")], [1])
+    assert not own.shares(before), "streams of the history draw by themselves"
+
+
+@pytest.mark.parametrize(("part", "code"), [('duration = "20s"', 0), ('duration = "21s"', 2), ("", 2)])
+def test_a_policy_is_not_judged_by_what_it_has_lived_through(
+    part: str, code: int, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    Path("found.toml").write_text("[policies.hpa-queue]\ntarget = 1\n")
+    Path("own.toml").write_text(scenario.read_text() + 'start = "20s"\n' + HISTORY.format("copy.csv", part))
+    commands = [
+        ("compare", "own.toml", "-p", "hpa-queue", "--settings", "found.toml", "--jobs", 1),
+        ("tune", "own.toml", "-p", "hpa-queue", "-n", 1, "--jobs", 1, "--calibrate", "other.csv"),
+    ]
+    for command in commands:
+        result = call(*command)
+        said = "own: trace copy.csv of the history and trace own.csv share from 0.3333 min to"
+        assert (result.exit_code, said in " ".join(result.stderr.split())) == (code, code == 2), result.output
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ from chiron.workload.types import Trace, Workload
 
 STREAMS_PER_SEED = 1000
 """Streams of one seed that draw independently of those of the next."""
+HISTORY_FIRST = STREAMS_PER_SEED // 2
+"""Number of the first stream of the history among those of its seed."""
 
 
 Part = Literal["judged", "calibration"]
@@ -213,7 +215,7 @@ def history_of(scenario: Scenario, seed: int) -> Workload | None:
     """The requests before time 0 of one seed, on a clock of their own that begins at 0; None: there are none."""
     if not scenario.history:
         return None
-    streams = _streams(scenario, "history", scenario.history, seed, STREAMS_PER_SEED // 2)
+    streams = _streams(scenario, "history", scenario.history, seed, HISTORY_FIRST)
     with _at("history"):
         return build_workload(streams, [], seed=seed)
 

@@ -1,8 +1,9 @@
 """What settings are tuned on, and the proof that nothing of it is judged.
 
 A calibration is a scenario and a part of it. Each part of a scenario names the requests that it takes as windows: from
-when to when of which trace (known by its content, so that a copy under another name is the same), or of which generated
-stream and seed. Two parts that share a window share requests.
+when to when of which trace (known by its requests, so that a copy under another name or in another container is the
+same), or of which generated stream and seed. Two parts that share a window share requests. What a policy has lived
+through before time 0 it has seen too: of a calibration for the settings, of what is judged for the policy's state.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 
-from chiron.config.build import Part, source_of, workload_of
+from chiron.config.build import HISTORY_FIRST, Part, source_of, workload_of
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario, load_scenario, scenario_files
 from chiron.config.sections import StreamSection
 from chiron.telemetry.format import span
-from chiron.workload.load import trace_path
+from chiron.workload.load import trace_digest
 
 FIRST_SHARE = 1 / 3
 """Of the workload's time, where nothing says what to tune on."""
@@ -47,7 +48,7 @@ class Window:
     source: str
     """In words."""
     digest: str
-    """Of the trace's content, or of the generated stream with its seed."""
+    """Of the trace's requests, or of the generated stream with its seed."""
     start_s: float
     end_s: float
 
@@ -108,37 +109,76 @@ def _of_source(judged: Scenario, source: str) -> Calibration:
     return Calibration(scenario=scenario, part="judged")
 
 
-def check_apart(calibration: Sequence[Window], judged: Sequence[Window], what: str) -> None:
+def check_apart(tuned_on: Sequence[Window], judged: Sequence[Window], what: str) -> None:
     """Raise ConfigError if they share requests."""
-    for seen in calibration:
+    for window in tuned_on:
         for other in judged:
-            if seen.shares(other):
-                start_s, end_s = max(seen.start_s, other.start_s), min(seen.end_s, other.end_s)
+            if window.shares(other):
                 raise ConfigError(
-                    f"{what}: {seen.source} from {_at(start_s)} to {_at(end_s)} is both tuned on and judged; settings "
-                    "that have seen the answers prove nothing: calibrate on another trace or time"
+                    f"{what}: {window.source} {_span(window, other)} is both tuned on and judged; settings that have "
+                    "seen the answers prove nothing: calibrate on another trace or time"
                 )
+
+
+def seen(calibration: Sequence[Calibration], seeds: Sequence[int] | None) -> list[Window]:
+    """All requests of these calibrations, those of their histories too; each window once."""
+    found = [
+        window
+        for each in calibration
+        for window in (*windows(each.scenario, each.part, seeds), *history_windows(each.scenario, seeds))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def check_judged(tuned_on: Sequence[Window], judged: Scenario, seeds: Sequence[int] | None, what: str) -> None:
+    """Raise ConfigError if what the scenario judges was tuned on, or is in the history that its policies live through
+    first."""
+    asked = windows(judged, "judged", seeds)
+    for past in history_windows(judged, seeds):
+        for other in asked:
+            if past.shares(other):
+                raise ConfigError(
+                    f"{judged.name}: {past.source} and {other.source} share {_span(past, other)}; a policy that has "
+                    "lived through what it is judged by proves nothing: end the history before it"
+                )
+    check_apart(tuned_on, asked, what)
 
 
 def windows(scenario: Scenario, part: Part, seeds: Sequence[int] | None = None) -> list[Window]:
     """All requests of a part, but for those of batch jobs, whose lengths are drawn."""
     first_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
     span_s = (0.0, min(first_s, scenario.duration_s)) if part == "calibration" else (first_s, scenario.duration_s)
-    digests: dict[Path, str] = {}
+    return _windows(scenario, "workload", scenario.workload, span_s, 0, seeds)
+
+
+def history_windows(scenario: Scenario, seeds: Sequence[int] | None = None) -> list[Window]:
+    """All requests before time 0."""
+    return _windows(scenario, "history", scenario.history, (0.0, inf), HISTORY_FIRST, seeds)
+
+
+def _windows(
+    scenario: Scenario,
+    path: str,
+    streams: Sequence[StreamSection],
+    span_s: tuple[float, float],
+    first: int,
+    seeds: Sequence[int] | None,
+) -> list[Window]:
+    """``first``: number of the first stream, by which its draws are named."""
+    of = "" if path == "workload" else f" of the {path}"
     found = []
-    for number, stream in enumerate(scenario.workload):
+    for number, stream in enumerate(streams):
         start_s, end_s = _covered(stream, *span_s)
         if start_s >= end_s:
             continue
         if stream.generate is None:
-            path = trace_path(source_of(scenario, stream.trace))
-            digest = digests.setdefault(path, sha256(path.read_bytes()).hexdigest())
-            found.append(Window(source=f"trace {stream.trace}", digest=digest, start_s=start_s, end_s=end_s))
+            digest = trace_digest(source_of(scenario, stream.trace), format=stream.format)
+            found.append(Window(source=f"trace {stream.trace}{of}", digest=digest, start_s=start_s, end_s=end_s))
             continue
         for seed in seeds or scenario.seeds:
-            drawn = f"{stream.generate!r} {stream.rate_scale * scenario.scale!r} {number} {seed}"
+            drawn = f"{stream.generate!r} {stream.rate_scale * scenario.scale!r} {first + number} {seed}"
             digest = sha256(drawn.encode()).hexdigest()
-            source = f"the generated workload[{number}] of seed {seed}"
+            source = f"the generated {path}[{number}] of seed {seed}"
             found.append(Window(source=source, digest=digest, start_s=start_s, end_s=end_s))
     return found
 
@@ -150,6 +190,11 @@ def _covered(stream: StreamSection, begin_s: float, end_s: float) -> tuple[float
     first_s = max(0.0, begin_s - stream.offset_s)
     last_s = min(stream.duration_s, end_s - stream.offset_s)
     return stream.start_s + first_s, stream.start_s + last_s
+
+
+def _span(one: Window, other: Window) -> str:
+    """The time that both have."""
+    return f"from {_at(max(one.start_s, other.start_s))} to {_at(min(one.end_s, other.end_s))}"
 
 
 def _at(moment_s: float) -> str:

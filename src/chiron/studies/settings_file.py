@@ -18,7 +18,7 @@ from chiron.config.policies import read_policies
 from chiron.config.read import ConfigError, fields_by_key, read_record, read_text
 from chiron.config.scenario import Scenario
 from chiron.policies.ranges import Value
-from chiron.studies.calibration import Calibration, Window, check_apart, windows, with_first
+from chiron.studies.calibration import Calibration, Window, check_judged, seen, with_first
 from chiron.studies.objective import IN_WORDS, STEP
 from chiron.studies.search import Candidate, Values
 from chiron.studies.tune import Budget, Tuned
@@ -64,7 +64,7 @@ def settings_text(
         section = each.scenario.calibration
         if each.part == "calibration" and section is not None:
             lines += ["", "[[first]]", f"scenario = {_toml(each.scenario.name)}", f"seconds = {section.first_s!r}"]
-    for window in dict.fromkeys(w for each in calibration for w in windows(each.scenario, each.part, seeds)):
+    for window in seen(calibration, seeds):
         lines += ["", "[[calibration]]", f"source = {_toml(window.source)}", f"digest = {_toml(window.digest)}"]
         lines += [f"start = {window.start_s!r}", f"end = {window.end_s!r}"]
     return "\n".join(lines) + "\n"
@@ -145,7 +145,7 @@ def apply_settings(scenario: Scenario, file: SettingsFile, seeds: Sequence[int] 
         made = with_first(made, scenario.calibration.first_s) if scenario.calibration.first_s else made
     elif first_s is not None:
         made = with_first(made, first_s)
-    check_apart(file.seen, windows(made, "judged", seeds), str(file.path))
+    check_judged(file.seen, made, seeds, str(file.path))
     return made
 
 

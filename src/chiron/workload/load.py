@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib.resources import files
 from math import inf, isinf
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from chiron.workload.errors import TraceFormatError, UnknownTraceError, WorkloadSettingError
 from chiron.workload.lengths import EmpiricalLengths, lengths_of
@@ -117,9 +120,21 @@ def load_lengths(source: str | Path, *, bad_rows_max: float = BAD_ROWS_MAX) -> E
     )
 
 
-def trace_path(source: str | Path) -> Path:
-    """Where a packaged trace or a file is. Raises WorkloadError."""
-    return _find(source)[0]
+def trace_digest(source: str | Path, *, format: str = "auto") -> str:
+    """Of the requests of a whole trace, or of the clients that are synthesised: equal for a copy in another container,
+    compressed, or written differently. Raises WorkloadError or OSError."""
+    path, _ = _find(source)
+    if format == "servegen" or (format == "auto" and is_servegen(path)):
+        data = read_servegen(path)
+        arrays = [getattr(data, each.name) for each in fields(data) if each.name != "name"]
+    else:
+        trace = read_trace(path, format=format)
+        arrays = [trace.arrival_s, trace.input_tokens, trace.output_tokens]
+    digest = sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def is_clients(source: str | Path) -> bool:

@@ -28,7 +28,7 @@ from chiron.cli.studies.common import (
 )
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario, load_scenario
-from chiron.studies.calibration import Calibration, calibrations, check_apart, windows
+from chiron.studies.calibration import Calibration, calibrations, check_judged, seen
 from chiron.studies.search import explored
 from chiron.studies.settings_file import TOP, ranking, settings_text
 from chiron.studies.tune import Budget, Tuned, expected_trials, tunable_choice, workloads
@@ -142,9 +142,9 @@ def _sources(
         scenario, found = calibrations(load_scenario(name, set_), calibrate, first_s)
         judged.append(scenario)
         sources += [each for each in found if not calibrate or len(judged) == 1]
-    seen = [window for each in sources for window in windows(each.scenario, each.part, seeds)]
+    tuned_on = seen(sources, seeds)
     for scenario in judged:
-        check_apart(seen, windows(scenario, "judged", seeds), scenario.name)
+        check_judged(tuned_on, scenario, seeds, scenario.name)
     return judged, sources
 
 
