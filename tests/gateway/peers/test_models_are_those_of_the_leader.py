@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -52,8 +53,8 @@ async def until(condition: Callable[[], object]) -> None:
 
 def test_each_time_that_somebody_begins_to_lead_what_it_serves_is_read_first() -> None:
     async def main() -> None:
-        store, own, led = Store(), Own(), [0]
-        shared = SharedModels(own, store, lambda: ("a", led[0]))
+        store, own, led, late = Store(), Own(), [0], list[bytes]()
+        shared = SharedModels(own, store, lambda: ("a", led[0]), late=lambda: late.append(own.taken[-1]))
         following = asyncio.create_task(shared.follow())
         for term in (1, 2, 3):  # The same one, anew.
             led[0] = term
@@ -70,7 +71,7 @@ def test_each_time_that_somebody_begins_to_lead_what_it_serves_is_read_first() -
         led[0] = 4
         await until(lambda: store.asked == 4 and shared.known)
         store.away, store.news = False, b"later"
-        await until(lambda: own.taken[-1] == b"later")
+        await until(lambda: late == [b"later"])  # Whoever was sent there meanwhile has to know.
         asked = store.asked
         await asyncio.sleep(4 * LOOK_S)
         assert store.asked == asked, "nothing changes while nobody else begins"
@@ -89,5 +90,37 @@ def test_whoever_begins_to_lead_serves_what_was_in_force() -> None:
         assert await shared.config() is None
         store.away, store.news = False, b"one"
         assert await shared.config() is CONFIG
+
+    asyncio.run(main())
+
+
+def test_what_is_read_for_one_who_asks_is_taken_before_another_one_is_answered() -> None:
+    """A gateway that begins to lead asks while it still follows: news is told once."""
+
+    async def main() -> None:
+        store, own, taking, take = Store(), Own(), threading.Event(), threading.Event()
+        store.answers.set()
+        store.news = b"one"
+        plain = own.take
+
+        class Slow(Own):
+            def take(self, saved: bytes) -> None:
+                taking.set()
+                assert take.wait(60.0)
+                plain(saved)
+
+            def renewed(self) -> ServeConfig | None:
+                return own.renewed()
+
+        shared = SharedModels(Slow(), store, lambda: None)
+        following = asyncio.create_task(shared.follow())
+        await until(taking.is_set)
+        asked = asyncio.create_task(shared.config())
+        for _ in range(20):  # As long as it takes to be answered by a store that has no news.
+            await asyncio.sleep(0.01)
+        assert not asked.done()
+        take.set()
+        assert await asked is CONFIG
+        following.cancel()
 
     asyncio.run(main())

@@ -131,6 +131,28 @@ def test_relays_and_requests_reach_it_whole(tmp_path: Path, run: Callable[[Corou
     run(main())
 
 
+def test_relays_are_cut_off_to_come_again_and_requests_are_not(tmp_path: Path) -> None:
+    ca = Authority(tmp_path)
+
+    async def main() -> None:
+        async with site(ca.settings("a"), ca.settings("b")) as there:
+            ends = {}
+            for path, greeting in (("brain", b"hello"), ("api", b"api: ")):
+                reader, writer = ends[path] = await asyncio.open_unix_connection(there.folder / "b" / path)
+                assert await reader.readexactly(5) == greeting
+            there.standby.cut_relays()
+            async with asyncio.timeout(WAIT_S):
+                assert await ends["brain"][0].read() == b""
+                reader, writer = ends["api"]
+                writer.write(b"more")
+                assert await reader.readexactly(4) == b"more"
+            assert await there.talk("brain", LONG) == b"hello" + LONG
+            for _, writer in ends.values():
+                writer.close()
+
+    asyncio.run(main())
+
+
 class Recorded(asyncio.Transport):
     """What a connection is told to do."""
 

@@ -94,7 +94,11 @@ class Member:
         self._service: Service | None = None
         self._door: Door | None = None
         self._saved = PostgresLearned(config.store, IN_FORCE) if models is not None else None
-        self._shared = SharedModels(models, self._saved, self._led) if models and self._saved else None
+        self._shared = (
+            SharedModels(models, self._saved, self._led, late=lambda: self._standby.cut_relays())
+            if models and self._saved
+            else None
+        )
         self._standby = Standby(
             start=brain.relays,
             contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},

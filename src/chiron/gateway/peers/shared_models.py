@@ -45,11 +45,23 @@ class Saved(Protocol):
 class SharedModels:
     """``follow`` is for a task of its own."""
 
-    def __init__(self, models: Models, saved: Saved, leader: Callable[[], object]) -> None:
-        """``leader``: who leads now, another object for each time that somebody begins to."""
+    def __init__(
+        self,
+        models: Models,
+        saved: Saved,
+        leader: Callable[[], object],
+        late: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``leader``: who leads now, another object for each time that somebody begins to; ``late`` is called when
+        others turn out to be in force than whoever was sent there knows."""
         self._models = models
         self._saved = saved
         self._leader = leader
+        self._late = late
+        self._reading = asyncio.Lock()
+        """``follow`` and ``config`` may read at a time, and what one has read is no news for the other."""
+        self._taken = 0
+        """How often there was news."""
         self._known_of: object = None
         """Whose models are known."""
         self._said = ""
@@ -61,8 +73,10 @@ class SharedModels:
 
     async def follow(self) -> None:
         while True:
-            leader = self._leader()
+            leader, taken = self._leader(), self._taken
             read = await self.read()
+            if self._known_of == leader and self._taken != taken:
+                self._late()
             self._known_of = leader  # Also without the store: nobody can have changed them without it.
             with suppress(TimeoutError):
                 async with asyncio.timeout(None if read else AGAIN_S):
@@ -71,6 +85,10 @@ class SharedModels:
 
     async def read(self) -> bool:
         """False: the store cannot be read."""
+        async with self._reading:
+            return await self._read()
+
+    async def _read(self) -> bool:
         try:
             saved = await self._saved.load()
         except StoreError as error:
@@ -81,6 +99,7 @@ class SharedModels:
         self._said = ""
         if saved is not None:
             await asyncio.to_thread(self._models.take, saved)
+            self._taken += 1
         return True
 
     async def config(self) -> ServeConfig | None:

@@ -48,7 +48,8 @@ class Standby:
         self._look_s = look_s
         self._servers: list[asyncio.Server] = []
         self._near: set[PipeEnd] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        """With what their connections are for."""
         self._said = ""
 
     async def open(self) -> None:
@@ -67,6 +68,11 @@ class Standby:
         for end in list(self._near):
             end.close()
 
+    def cut_relays(self) -> None:
+        """They come again at once, and look at what is in force before that."""
+        for task in [task for task, purpose in self._tasks.items() if purpose == RELAY]:
+            task.cancel()
+
     async def _listen(self, path: Path, purpose: str) -> asyncio.Server:
         def came(near: PipeEnd) -> None:
             if len(self._near) >= CONNECTIONS_MAX:
@@ -74,8 +80,8 @@ class Standby:
                 return
             self._near.add(near)
             task = asyncio.get_running_loop().create_task(self._hand_on(near, purpose))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[task] = purpose
+            task.add_done_callback(self._tasks.pop)
 
         return await asyncio.get_running_loop().create_unix_server(lambda: PipeEnd(came), path)
 
