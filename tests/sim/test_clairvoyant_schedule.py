@@ -14,7 +14,7 @@ from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
 from chiron.core.types import Role
 from chiron.policies.scheduled import ScheduledSettings, decide_fleet, scheduled
-from chiron.sim.clairvoyant import Problem, Schedule, best_schedule, problem_of
+from chiron.sim.clairvoyant import CELLS_MAX, Problem, Schedule, best_schedule, problem_of
 from chiron.sim.clairvoyant import found as schedule_found
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
@@ -123,6 +123,28 @@ def test_batch_deadlines_add_instances_beside_the_schedule() -> None:
 def made(policy: str, text: str = SCENARIO) -> Setup:
     (only,) = setups(parse_scenario(text, directory=Path()), policies=[policy], seeds=[1])
     return only
+
+
+def test_a_long_time_and_a_large_fleet_are_scheduled_more_coarsely() -> None:
+    text = SCENARIO.replace('duration = "4m"', 'duration = "24h"').replace("rate = 2\n", "rate = 0.05\n")
+    day = made("clairvoyant", text.replace("max_instances = 6", "max_instances = 1000"))
+    large = replace(day, initial={"llama": 773})
+    for given, least_cells in ((day, 0), (large, CELLS_MAX // 2), (replace(day, initial={"llama": 1000}), 0)):
+        asked = problem_of(given, given.models[0], 1.0)
+        assert asked is not None
+        steps, seconds = asked.load.shape
+        counts = np.array(asked.counts)
+        assert least_cells <= steps * len(counts) <= CELLS_MAX
+        assert seconds == 5 if counts[-1] < 100 else 5 < seconds <= 17
+        assert counts[0] == 1
+        assert asked.initial in asked.counts
+        assert (counts[1:] > counts[:-1]).all()
+        assert (counts[1:] - counts[:-1] <= np.maximum(1, 0.01 * counts[:-1])).all()
+        assert asked.load.sum() > 0.0
+    minutes = replace(made("clairvoyant"), initial={"llama": 6})
+    small = problem_of(minutes, minutes.models[0], 1.0)
+    assert small is not None
+    assert small.counts == (1, 2, 3, 4, 5, 6)
 
 
 def test_a_run_with_the_future_known_keeps_the_slos_on_fewer_gpus() -> None:

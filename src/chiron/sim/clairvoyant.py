@@ -33,6 +33,9 @@ Floats = npt.NDArray[np.float64]
 STEP_S = 5
 STEPS_MAX = 20_000
 """A longer workload has longer steps."""
+CELLS_MAX = 2_000_000
+"""Steps times numbers of instances to choose from: some 300 MB. Where there would be more, large fleets change by whole
+hundredths of themselves; where that is not enough, steps are longer."""
 MISS_MAX = 0.006
 """Share of each class that the schedule may let miss in the fluid, of the 1 % that the simulation may."""
 TARGET = 0.99
@@ -178,7 +181,11 @@ def problem_of(setup: Setup, spec: ModelSpec, factor: float) -> Problem | None:
     work_s = factor * request_work_s(profile, workload.input_tokens[mine], workload.output_tokens[mine], itl_s)
     work_s = np.where(np.isfinite(work_s), work_s, 0.0)
     second = workload.arrival_s[mine].astype(int)
-    step_s = max(STEP_S, ceil((int(second[-1]) + 1) / STEPS_MAX))
+    most = ceil(1.5 * float(np.bincount(second, weights=work_s).max()) + 1.0)
+    limit = setup.gpus_max.get(kind.gpu, kind.gpus * spec.max_instances) // kind.gpus
+    initial = setup.initial.get(spec.name, 1)
+    highest = max(spec.min_instances, 1, min(spec.max_instances, limit, max(most, initial)))
+    counts, step_s = _resolution(max(1, spec.min_instances), highest, initial, int(second[-1]) + 1)
     steps = ceil((int(second[-1]) + 1) / step_s)
 
     def by_second(weights: Floats) -> Floats:
@@ -186,9 +193,6 @@ def problem_of(setup: Setup, spec: ModelSpec, factor: float) -> Problem | None:
 
     load = by_second(work_s)
     present = np.unique(cls).tolist()
-    most = ceil(1.5 * float(load.max()) + 1.0)
-    limit = setup.gpus_max.get(kind.gpu, kind.gpus * spec.max_instances) // kind.gpus
-    highest = max(spec.min_instances, 1, min(spec.max_instances, limit, max(most, setup.initial.get(spec.name, 1))))
     tokens = workload.input_tokens[mine].astype(float)
     return Problem(
         load=load,
@@ -197,12 +201,25 @@ def problem_of(setup: Setup, spec: ModelSpec, factor: float) -> Problem | None:
             max(0.5, SLACK_SHARE * (workload.classes[index].ttft_s - _prefill_s(profile, tokens[cls == index])))
             for index in present
         ),
-        counts=tuple(range(max(1, spec.min_instances), highest + 1)),
-        initial=setup.initial.get(spec.name, 1),
+        counts=counts,
+        initial=initial,
         lead_steps=ceil(ahead_s(setup.cold_start, kind) / step_s),
         start_s=setup.cold_start.load_s(warm=False, weight_bytes=kind.weight_bytes),
         stop_s=_drain_s(workload.output_tokens[mine].astype(float), itl_s),
     )
+
+
+def _resolution(least: int, highest: int, initial: int, seconds: int) -> tuple[tuple[int, ...], int]:
+    """(numbers of instances to choose from, seconds of a step): as fine as memory allows."""
+    step_s = max(STEP_S, ceil(seconds / STEPS_MAX))
+    if ceil(seconds / step_s) * (highest - least + 1) <= CELLS_MAX:
+        return tuple(range(least, highest + 1)), step_s
+    chosen = {highest, min(max(initial, least), highest)}
+    count = least
+    while count < highest:
+        chosen.add(count)
+        count += max(1, count // 100)
+    return tuple(sorted(chosen)), max(step_s, ceil(seconds / max(1, CELLS_MAX // len(chosen))))
 
 
 def _prefill_s(profile: Profile, tokens: Floats) -> float:
