@@ -12,14 +12,16 @@ from chiron.cli import app
 from ray_agent_stub import a_python
 
 runner = CliRunner()
+WAITS = "chiron:chiron:m%2Fvllm:0a1b2c3d4e5f:33333333"
 FREE, HELD = "chiron:chiron:m%2Fvllm:0a1b2c3d4e5f:11111111", "chiron:chiron:m%2Fvllm:0a1b2c3d4e5f:22222222"
 AGENT = f"""
-def seen(name, holder):
-    state = {{"phase": "ready", "why": "", "host": "10.0.0.1", "port": 80, "stopping": False}}
+def seen(name, holder, phase="ready"):
+    at = {{"host": "10.0.0.1", "port": 80}} if phase == "ready" else {{"host": "", "port": 0}}
+    state = {{"phase": phase, "why": "", "stopping": False, **at}}
     return {{"name": name, "holder": holder, **state}}
 
 print(json.dumps({{"ray": "2.60.0"}}), flush=True)
-there = [seen({FREE!r}, ""), seen({HELD!r}, "gateway-1")]
+there = [seen({FREE!r}, ""), seen({HELD!r}, "gateway-1"), seen({WAITS!r}, "", "pending")]
 for line in sys.stdin:
     stop = json.loads(line)["stop"]
     nodes = [{{"address": "10.0.0.1", "resources": {{"GPU": 4, "CPU": 32, "memory": 1e9}}}}] * 2
@@ -43,8 +45,9 @@ def test_what_runs_is_listed(python: str) -> None:
     assert result.stdout.splitlines() == [
         f"{FREE}  ready  at 10.0.0.1:80  of no gateway",
         f"{HELD}  ready  at 10.0.0.1:80  of gateway gateway-1",
+        f"{WAITS}  pending  of a gateway that waits for it, or of none",
     ]
-    assert "2 instances in namespace chiron; 2 nodes (CPU 64, GPU 8)" in result.stderr
+    assert "3 instances in namespace chiron; 2 nodes (CPU 64, GPU 8)" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,8 @@ def test_what_runs_is_listed(python: str) -> None:
         ([HELD], 2, "gateway gateway-1 has it; stop that first, or use --force"),
         ([HELD, FREE, "--force"], 0, "removed 2"),
         (["--free"], 0, "removed 1"),
+        (["--free", "--force"], 0, "removed 2"),
+        ([WAITS], 0, "removed 1"),
         ([], 2, "name instances, or use --free"),
         (["x"], 2, "'x': there is none in namespace chiron; `chiron ray list` lists them"),
     ],

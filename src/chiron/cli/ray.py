@@ -53,8 +53,8 @@ def remove(
     namespace: Namespace = "chiron",
     python: Python = "",
     grace_s: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds from SIGTERM to SIGKILL.")] = 10.0,
-    free: Annotated[bool, typer.Option("--free", help="All of the namespace that no gateway has.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also those that a gateway has.")] = False,
+    free: Annotated[bool, typer.Option("--free", help="All of the namespace that have a node and no gateway.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also those that a gateway has, or may wait for.")] = False,
 ) -> None:
     """End instances that no gateway looks after, and give their nodes back.
 
@@ -65,7 +65,7 @@ def remove(
     if bool(names) == free:
         raise ConfigError("name instances, or use --free")
     found = {each.name: each for each in _asked(address, namespace, python, {}).instances}
-    names = names or [name for name, each in found.items() if not each.holder and each.phase != "unknown"]
+    names = names or [name for name, each in found.items() if each.free or (each.phase == "pending" and force)]
     for name in names:
         if name not in found:
             raise ConfigError(f"{name!r}: there is none in namespace {namespace}; `chiron ray list` lists them")
@@ -93,7 +93,8 @@ def _state(seen: Seen) -> str:
     parts: list[str] = [seen.phase]
     if seen.port:
         parts.append(f"at {seen.host}:{seen.port}")
-    parts.append(f"of gateway {seen.holder}" if seen.holder else "of no gateway")
+    nobody = "of a gateway that waits for it, or of none" if seen.phase == "pending" else "of no gateway"
+    parts.append(f"of gateway {seen.holder}" if seen.holder else nobody)
     return "  ".join([*parts, *([seen.why.splitlines()[0]] if seen.why else [])])
 
 

@@ -55,7 +55,7 @@ def _cluster(place: tuple[str, str, str], sources: Mapping[str, RaySource]) -> I
     for kind, source in sources.items():
         yield room_check(kind, source, answer)
     if answer.instances:
-        free = sum(1 for each in answer.instances if not each.holder)
+        free = sum(1 for each in answer.instances if each.free)
         found = f"{len(answer.instances)} in namespace {namespace}, {free} of them of no gateway"
         yield check(f"{what}: instances", f"{found} (chiron ray list)")
 

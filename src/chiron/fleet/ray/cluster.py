@@ -105,6 +105,12 @@ class Seen:
     """The gateway that has it; empty: none."""
     stopping: bool = False
 
+    @property
+    def free(self) -> bool:
+        """No gateway has it. What waits for a node has no actor that could say whose it is, and one that Ray cannot
+        reach says nothing: a gateway that runs may have asked for it."""
+        return not self.holder and self.phase not in ("pending", "unknown")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
