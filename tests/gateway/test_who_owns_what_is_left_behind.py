@@ -29,7 +29,15 @@ def test_gateways_of_one_database_are_one_owner_whoever_connects(tmp_path: Path)
     owners = {
         owner_of(config(tmp_path / user, f"store = 'postgresql://{user}:secret@db:5432/chiron'\n")) for user in "ab"
     }
-    assert owners == {"db:5432/chiron"}
+    assert owners == {"db:5432/chiron chiron"}
+
+
+def test_gateways_of_different_schemas_of_one_database_are_different_owners(tmp_path: Path) -> None:
+    owners = {
+        owner_of(config(tmp_path / schema, f"[store]\nurl = 'postgresql://db/chiron'\nschema = '{schema}'\n"))
+        for schema in ("one", "two")
+    }
+    assert len(owners) == 2
 
 
 def test_without_a_disk_nobody_owns_it(tmp_path: Path) -> None:

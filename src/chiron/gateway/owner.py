@@ -18,9 +18,9 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 def owner_of(config: ServeConfig) -> str:
-    """The same for all gateways of one database, or of one data directory; empty if that cannot be known."""
+    """The same for all gateways of one schema of a database, or of one data directory; empty: it cannot be known."""
     if isinstance(config.store, PostgresSettings):
-        return config.store.url.rpartition("@")[2]  # Without user and password.
+        return f"{config.store.url.rpartition('@')[2]} {config.store.schema}"  # Without user and password.
     try:
         return _kept(config.data / FILE)
     except OSError as error:
