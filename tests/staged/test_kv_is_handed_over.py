@@ -13,9 +13,11 @@ from staged_models import need_torch, prompts, tiny
 need_torch()
 
 from chiron.engines.staged import handover as handing  # noqa: E402
+from chiron.engines.staged import service  # noqa: E402
 from chiron.engines.staged.handover import Handover, replay_s  # noqa: E402
+from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
 from chiron.engines.staged.kv import KvStore  # noqa: E402
-from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
+from chiron.engines.staged.pipeline import HANDOVERS_AT_ONCE, PipelineSettings  # noqa: E402
 from chiron.engines.staged.replica import ReplicaFigures  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
 from staged_site import PATIENT, LocalReplica, StagedSite, staged_site, until  # noqa: E402
@@ -90,6 +92,75 @@ def test_where_that_fails_it_is_computed_again(fault: Any) -> None:
             assert await asking == recorded("llama")
             assert not site.engine.pipeline._handovers
             assert site.engine.pipeline.replayed_tokens >= sum(map(len, PROMPTS))
+
+    asyncio.run(main())
+
+
+ENDLESS = {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 1900, "ignore_eos": True}
+
+
+def test_a_full_batch_is_handed_over_without_losing_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 40
+    monkeypatch.setattr(service, "_CALLS_MAX", count // 2)  # It lets fewer calls wait than there are sequences.
+
+    async def main() -> None:
+        head = HeadSettings(name="tiny", model_len_max=2048, max_num_seqs=count)
+        async with staged_site(tiny(), ("0-1", "2-3"), pipeline=hand_over(True), head=head, limit=count) as site:
+            asking = asyncio.ensure_future(site.post("/v1/completions", {**ENDLESS, "n": count}))
+            old = site.replicas[1].pop()
+            new = await site.add(1, limit=count)
+            pipeline = site.engine.pipeline
+            await until(lambda: sum(len(each.tokens) > 4 for each in pipeline.running) == count)
+            site.tell()
+            await until(lambda: new.service.kv.sequences == count and old.service.kv.sequences == 0)
+            assert pipeline.losses == pipeline.replayed_tokens == 0
+            assert len(pipeline.running) == count
+            pipeline._give_up(next(iter(pipeline.running)), "as a test")
+            await asking
+
+    asyncio.run(main())
+
+
+def test_the_others_go_on_where_they_are_meanwhile() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3"), pipeline=hand_over(True)) as site:
+            asking = asyncio.ensure_future(site.post("/v1/completions", {**ENDLESS, "n": 20}))
+            site.replicas[1].pop()
+            new = await site.add(1)
+            pipeline = site.engine.pipeline
+            await until(lambda: sum(len(each.tokens) > 4 for each in pipeline.running) == 20)
+            new.hold()
+            site.tell()
+            await until(lambda: bool(pipeline._handovers))
+            going = [each for each in pipeline.running if each not in pipeline._handovers]
+            assert len(going) == 20 - HANDOVERS_AT_ONCE
+            before = [len(each.tokens) for each in going]
+            await until(lambda: all(len(each.tokens) > was for each, was in zip(going, before, strict=True)))
+            assert len(pipeline._handovers) == HANDOVERS_AT_ONCE
+            pipeline._give_up(going[0], "as a test")
+            await asking
+
+    asyncio.run(main())
+
+
+def test_where_its_target_is_taken_out_as_well_it_is_computed_again_elsewhere() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), SPLIT, pipeline=hand_over(True), pace=Pace(fixed_s=0.004)) as site:
+            asking = asyncio.gather(*(site.complete(prompt, TOKENS) for prompt in PROMPTS))
+            old = site.replicas[1].pop()
+            await until(lambda: old.service.totals.steps > 4)
+            await site.add(1)
+            await until(lambda: old.service.kv.sequences == len(PROMPTS))
+            old.hold()
+            site.tell()
+            pipeline = site.engine.pipeline
+            await until(lambda: len(pipeline._handovers) == len(PROMPTS))
+            site.replicas[1].pop()
+            await site.add(1)
+            site.tell()
+            async with asyncio.timeout(60.0):
+                assert await asking == recorded("llama")
+            assert pipeline.replayed_tokens >= sum(map(len, PROMPTS))
 
     asyncio.run(main())
 

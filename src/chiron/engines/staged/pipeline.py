@@ -35,6 +35,8 @@ log = logging.getLogger("chiron.staged")
 
 _CALLS_AT_ONCE = 2
 """Under way at one replica."""
+HANDOVERS_AT_ONCE = 8
+"""Under way from one replica, or to one: what a stage lets wait is bounded, and steps have to come between."""
 _REFUSALS_HERE = 3
 """After so many, without a token between them, another replica has the sequence, or the same one from its start."""
 _REFUSALS_MAX = 8
@@ -180,6 +182,8 @@ class Pipeline(ReplicaEvents):
         self._complete = self._complete or not any(since is not None for since in self._absent_since_s)
         for handover in [each for each in self._handovers.values() if each.until_s < now_s]:
             self._replay(handover)
+        for replica in [each for replicas in self.replicas for each in replicas if each.overdue and each.up]:
+            self._move_away(replica)
         if why := self.broken():
             for sequence in [each for each in self.running if not each.placed]:
                 self._give_up(sequence, why)
@@ -254,24 +258,29 @@ class Pipeline(ReplicaEvents):
 
     def _move_away(self, replica: Replica) -> None:
         if any(other is not replica for other in self._usable(replica.stage)):
-            replays = [each for each in replica.sequences if not self._hand_over(each, replica)]
-            self._move(replays, replica)
+            for handover in [each for each in self._handovers.values() if each.target is replica]:
+                self._replay(handover)
+            here = sorted(replica.sequences, key=lambda each: each.id)
+            self._move([each for each in here if not self._hand_over(each, replica)], replica)
             self.pump()
 
     # -- KV that is handed over --------------------------------------------------------------------------------
 
     def _hand_over(self, sequence: Sequence, source: Replica) -> bool:
-        """Whether its KV goes to another replica, or has begun to; if not, it has to be computed again there."""
+        """Whether its KV goes to another replica, now or when its turn comes: until then it goes on where it is. If
+        not, it has to be computed again there."""
         if (under_way := self._handovers.get(sequence)) is not None:
             return under_way.source is source
         stage, length = source.stage, sequence.held[source.stage]
         if not length or not source.up or not (others := self._others(source, sequence)):
             return False
+        free = [] if self._moves(source) >= HANDOVERS_AT_ONCE else others
+        free = [other for other in free if self._moves(other) < HANDOVERS_AT_ONCE]
         token_bytes = self._kv_token_bytes[stage]
         handover = Handover(
             sequence=sequence,
             source=source,
-            target=_least_loaded(others),
+            target=_least_loaded(free or others),
             length=length,
             part=part_tokens(token_bytes),
             token_bytes=token_bytes,
@@ -279,6 +288,8 @@ class Pipeline(ReplicaEvents):
         )
         if not (self._quicker(handover) if self._settings.hand_over is None else self._settings.hand_over):
             return False
+        if not free:
+            return True
         sequence.path[stage] = None
         sequence.lose(stage)
         self._ready.pop(sequence, None)
@@ -286,6 +297,11 @@ class Pipeline(ReplicaEvents):
         self._handovers[sequence] = handover
         self._next_part(handover)
         return True
+
+    def _moves(self, replica: Replica) -> int:
+        """Handovers from it and to it, and those that it has not answered although nobody waits for them any more."""
+        under_way = sum(1 for each in self._handovers.values() if replica in (each.source, each.target))
+        return under_way + sum(1 for each in replica.moves.values() if each.over)
 
     def _quicker(self, handover: Handover) -> bool:
         figures = [[each.figures for each in replicas] for replicas in self.replicas[: handover.stage + 1]]
@@ -311,6 +327,8 @@ class Pipeline(ReplicaEvents):
                 self._next_part(handover)
             else:
                 self._handed_over(handover)
+        if handover.over and handover.source.overdue:
+            self._move_away(handover.source)
         self.pump()
 
     def _handed_over(self, handover: Handover) -> None:
