@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
+import time
+from typing import Any
 
 import pytest
 
@@ -92,6 +95,71 @@ def test_a_long_prompt_is_tokenised_while_others_are_answered() -> None:
             assert (status, json.loads(said)["error"]["code"]) == (400, "context_length_exceeded")
 
     asyncio.run(main())
+
+
+LONG = "bada " * 4000
+TOOL = {"type": "function", "function": {"name": "look", "description": LONG, "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": json.dumps({"at": LONG})}}
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "bada"}]}
+CALLED = [
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "bada"},
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": LONG}),
+        ("/v1/chat/completions", {**CHAT, "tools": [TOOL]}),
+        ("/v1/chat/completions", {**CHAT, "messages": [*CHAT["messages"], *CALLED]}),
+    ],
+    ids=["prompt", "tools", "calls"],
+)
+def test_one_whose_tokenising_breaks_is_answered_whatever_makes_it_long(path: str, body: dict[str, Any]) -> None:
+    class Broken(ModelTokenizer):
+        def encode(self, text: str, *, special: bool) -> list[int]:
+            threads.append(threading.current_thread())
+            raise RuntimeError("as a test")
+
+    threads: list[threading.Thread] = []
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            site.engine.tokenizer = Broken(tiny())
+            async with asyncio.timeout(60.0):
+                status, said = await site.post(path, body)
+            assert (status, json.loads(said)["error"]["code"]) == (500, "engine_failed")
+
+    asyncio.run(main())
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_other_threads_run_while_a_prompt_is_tokenised() -> None:
+    tokenizer, counted, over = ModelTokenizer(tiny()), 0, False
+
+    def count() -> None:
+        nonlocal counted
+        while not over:
+            counted += 1
+            time.sleep(0)
+
+    switch_s = sys.getswitchinterval()
+    thread = threading.Thread(target=count)
+    thread.start()
+    sys.setswitchinterval(3600.0)  # Others run only while it lets them.
+    try:
+        until_s, moved = time.monotonic() + 60.0, False
+        while not moved and time.monotonic() < until_s:
+            before = counted
+            tokenizer.encode(LONG, special=True)
+            moved = counted > before
+    finally:
+        sys.setswitchinterval(switch_s)
+        over = True
+        thread.join()
+    assert moved
 
 
 def addresses(site: StagedSite) -> list[list[str]]:

@@ -8,6 +8,7 @@ torch nor weights.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -167,6 +168,10 @@ class HeadEngine:
         except RequestError as error:
             if not incoming.closed:
                 respond_error(incoming, error)
+        except Exception:
+            log.exception("a request could not be tokenised or taken in")
+            if not incoming.closed and not incoming.started:
+                respond_error(incoming, _engine_failed())
 
     def _accept(self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]]) -> None:
         allowed = [
@@ -522,12 +527,21 @@ def _refuse(request: GenerationRequest) -> None:
 def _letters(request: GenerationRequest) -> int:
     """Of all that has to be tokenised."""
     if request.chat:
-        return sum(len(message.content or "") for message in request.messages)
+        calls = [call for message in request.messages for call in message.calls]
+        return (
+            sum(len(message.content or "") for message in request.messages)
+            + sum(len(call.name) + len(call.arguments) for call in calls)
+            + sum(len(json.dumps(tool.definition)) for tool in request.tools.offered)
+        )
     return sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
 
 
 def broken(why: str) -> RequestError:
     return RequestError(f"The pipeline is broken: {why}.", status=503, type="server_error", code="stages")
+
+
+def _engine_failed() -> RequestError:
+    return RequestError("The engine failed.", status=500, type="server_error", code="engine_failed")
 
 
 def _no_room() -> RequestError:

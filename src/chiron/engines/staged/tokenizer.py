@@ -46,7 +46,8 @@ class ModelTokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """``special``: with the model's begin token, where it has one."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        # Unlike encode, this lets other threads run.
+        return list(self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
     def chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """Raises ValueError when they do not go through the model's template."""
