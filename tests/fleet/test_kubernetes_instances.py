@@ -259,6 +259,24 @@ def test_the_next_gateway_goes_on_with_the_pods_that_run(tmp_path: Path) -> None
     told("fake", tmp_path, story, workload(replicas=0))
 
 
+def test_what_ends_while_the_api_server_is_silent_is_noticed(tmp_path: Path) -> None:
+    async def story(here: Site) -> None:
+        here.create(1)
+        await here.ready(1)
+        fake, pod = here.cluster.fake, await here.pod_of(1)
+        assert fake is not None
+        await here.fleet.close()
+        fake.interfere = lambda method, path: Refusal(503, "", "busy") if path == PODS else None
+        async with fleet_on(here.cluster) as later:
+            assert later.adopt(1, here.heard.urls[1])
+            await later.ready(1)
+            await shut(here.cluster.container(pod).server)
+            await later.failed(1)
+            assert "it stopped answering" in later.heard.reasons[1]
+
+    told("fake", tmp_path, story, workload(replicas=0))
+
+
 @pytest.mark.parametrize("closing", [False, True])
 def test_a_claim_that_finds_no_pod_and_one_whose_pod_closes_leave_its_replica_to_others(
     closing: bool, tmp_path: Path

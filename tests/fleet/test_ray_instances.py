@@ -286,6 +286,25 @@ def test_what_runs_is_used_while_the_head_is_away(tmp_path: Path) -> None:
     told(tmp_path, story)
 
 
+def test_what_ends_while_the_head_is_away_is_noticed(tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        fleet, heard = site.gateway()
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        die(fleet)
+        site.ray.answers = False
+        later, heard_later = site.gateway()
+        claim = later.adopt("stub", heard.urls[1])
+        assert claim is not None
+        claim.begin(an_instance(1))
+        await until(lambda: heard_later.ready == [1], "it answers, though nobody says that it is there")
+        kill(site.pid())
+        await until(lambda: heard_later.failed == [1], "it answers no more")
+        assert "it stopped answering" in heard_later.reasons[1]
+
+    told(tmp_path, story)
+
+
 def test_what_another_gateway_keeps_is_given_up_by_the_next_one(tmp_path: Path) -> None:
     async def story(site: Site) -> None:
         fleet, heard = site.gateway()

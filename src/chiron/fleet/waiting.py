@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any, Protocol, TypeVar
 
 
@@ -42,14 +42,18 @@ async def unless(lost: asyncio.Future[Loss], work: Coroutine[Any, Any, None]) ->
             await asyncio.wait((task,))
 
 
-async def until_known(known: asyncio.Future[Any], otherwise: Coroutine[Any, Any, None], patience_s: float) -> None:
-    """Until ``known`` is; once it has taken too long, until ``otherwise`` is done, too."""
+async def until_known(
+    known: Collection[asyncio.Future[Any]], otherwise: Coroutine[Any, Any, None], patience_s: float
+) -> None:
+    """Until one of ``known`` is. Once that has taken too long ``otherwise`` runs until then; raises what it raises."""
     try:
-        await asyncio.wait((known,), timeout=patience_s)
-        if not known.done():
+        await asyncio.wait(known, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        if not any(each.done() for each in known):
             task = asyncio.get_running_loop().create_task(otherwise)
             try:
-                await asyncio.wait((task, known), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((task, *known), return_when=asyncio.FIRST_COMPLETED)
+                if task.done() and not any(each.done() for each in known):
+                    await task
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

@@ -151,7 +151,7 @@ class KubernetesFleet:
         source = self._sources[record.instance.kind.name]
         if hold.address:
             found = self._found_itself(record, _at(hold.address, source.port), source)
-            await until_known(hold.pod, found, self._unknown_s)
+            await until_known((hold.pod,), found, self._unknown_s)
         while True:
             pod = await hold.pod
             probe = Probe(self._target(source, pod), self._settings.health)
@@ -176,6 +176,8 @@ class KubernetesFleet:
         record.resources.push_async_callback(probe.close)
         await probe.until_passed(record.check_now)
         self._records.ready(record, url)
+        await probe.until_failed(record.check_now)
+        raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
     async def _answers(self, record: InstanceRecord, source: KubernetesSource, hold: Hold, probe: Probe) -> bool:
         """False: its pod was lost before it did."""

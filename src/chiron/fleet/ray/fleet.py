@@ -230,7 +230,8 @@ class RayFleet:
     async def _run(self, record: InstanceRecord, hold: Hold, starts: Starts) -> None:
         source = self._sources[record.instance.kind.name]
         if hold.before_url:
-            await until_known(hold.placed, self._found_itself(record, hold.before_url, source), self._unknown_s)
+            found = self._found_itself(record, hold.before_url, source)
+            await until_known((hold.placed, hold.lost), found, self._unknown_s)
         _raise(await unless(hold.lost, _result(hold.placed)), ready=False)
         hold.placed.result()
         try:
@@ -256,6 +257,8 @@ class RayFleet:
         record.resources.push_async_callback(probe.close)
         await probe.until_passed(record.check_now)
         self._records.ready(record, url)
+        await probe.until_failed(record.check_now)
+        raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
     def _kind(self, kind: str) -> KindReport:
         state, starts = self._by_kind[kind].state(kind), starts_report(self._starts[kind].status())
