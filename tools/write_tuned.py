@@ -2,11 +2,18 @@
 
 Policies read no files, so what ``chiron tune`` found is source for them; a test holds both to each other. ``chiron``
 was tuned with the same budget, for comparison only: its defaults stand.
+
+``python tools/write_tuned.py FILE...`` first takes over the policies of files that ``chiron tune`` wrote for a few of
+them, each with the command that found it.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +47,34 @@ def text_of(values: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "}"]) + "\n"
 
 
-def main() -> None:
-    table = tomllib.loads(FOUND.read_text(encoding="utf-8"))
-    WRITTEN.write_text(text_of(values_of(table)), encoding="utf-8")
+def taken_over(text: str, other: str) -> str:
+    """The file, with the policies of another one in place of its own. Raises ValueError unless both searched for the
+    same on the same requests."""
+    table, found = tomllib.loads(text), tomllib.loads(other)
+    for key in ("objective", "calibration"):
+        if table[key] != found[key]:
+            raise ValueError(f"{key}: differs from that of {FOUND.name}; tune on the same calibration")
+    for name in found["policies"]:
+        header = f"[search.{json.dumps(name)}]\n"
+        block = _block(other, name).replace(header, f"{header}command = {json.dumps(found['command'])}\n")
+        text = text.replace(_block(text, name), block)
+    return text
+
+
+def _block(text: str, name: str) -> str:
+    """All tables of a policy."""
+    start = text.index(f"[policies.{json.dumps(name)}]\n")
+    ends = [match.start() for match in re.finditer(r"^(\[policies\.|\[\[first|\[\[calibration)", text, re.MULTILINE)]
+    return text[start : min(end for end in ends if end > start)]
+
+
+def main(files: Sequence[str]) -> None:
+    text = FOUND.read_text(encoding="utf-8")
+    for file in files:
+        text = taken_over(text, Path(file).read_text(encoding="utf-8"))
+    FOUND.write_text(text, encoding="utf-8")
+    WRITTEN.write_text(text_of(values_of(tomllib.loads(text))), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import tomllib
 from collections import Counter
 from functools import cache
@@ -129,6 +130,22 @@ def test_every_rival_was_tuned_with_the_same_budget_on_nothing_that_is_published
     assert tuned_on == seen([Calibration(scenario=load_scenario(place), part="judged") for place in places], None)
     for name in ("azure", "mooncake", "servegen-m-small", "servegen-m-mid", "two-models"):
         check_apart(tuned_on, windows(load_scenario(name), "judged"), name)
+
+
+def test_a_few_policies_that_were_tuned_anew_take_the_place_of_what_was_there() -> None:
+    text = write_tuned.FOUND.read_text(encoding="utf-8")
+    before = tomllib.loads(text)
+    other = re.sub(r"^command = .*", 'command = "chiron tune -p skyserve"', text, flags=re.MULTILINE)
+    other = re.sub(r"^(target_qps|settings.target_qps) = .*", r"\1 = 7.5", other, flags=re.MULTILINE)
+    start, end = (other.index(header) for header in ('[policies."hpa-queue"]', '[policies."skyserve"]'))
+    other = other[:start] + other[end:]
+    after = tomllib.loads(write_tuned.taken_over(text, other))
+    assert after["policies"].pop("skyserve")["target_qps"] == 7.5
+    assert after["search"].pop("skyserve")["command"] == "chiron tune -p skyserve"
+    del before["policies"]["skyserve"], before["search"]["skyserve"]
+    assert after == before
+    with pytest.raises(ValueError, match="calibration: differs"):
+        write_tuned.taken_over(text, re.sub("^digest = .*", 'digest = "0"', other, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 TUNED: dict[str, dict[str, float | int | bool]] = {
     "hpa-queue": {
         "stabilise_down_s": 786.9,
-        "target": 0.2278,
+        "target": 0.09254,
         "max_num_seqs": 211,
     },
     "llumnix": {
-        "scale_up_blocks": 714.9,
-        "scale_down_blocks": 6097.0,
-        "max_num_seqs": 71,
+        "scale_up_blocks": 2500.0,
+        "scale_down_blocks": 2550.0,
+        "max_num_seqs": 256,
     },
     "hpa-kv": {
         "stabilise_down_s": 60.0,
