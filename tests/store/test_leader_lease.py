@@ -157,6 +157,46 @@ def test_one_that_has_seen_a_lease_counts_by_its_own_clock_how_long_it_lasts(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("ahead_s", [2000.0, 4000.0])
+def test_one_that_was_renewed_before_the_servers_clock_was_set_forward_lasts(
+    ahead_s: float, postgres_place: Callable[[], PostgresSite]
+) -> None:
+    """Whether it still seems to last by that clock or is over by it."""
+    from chiron.store.postgres.lease import PostgresLease
+
+    settings, now_s = postgres_place().settings, [0.0]
+
+    def lease(holder: str) -> PostgresLease:
+        return PostgresLease(settings, name="brain", holder=holder, lease_s=3000.0, time_s=lambda: now_s[0])
+
+    async def run() -> None:
+        leader, other, third = lease("a"), lease("b"), lease("c")
+        assert await leader.try_take() is not None
+        assert await other.holder() is not None
+        assert await leader.renew()
+        # The server's cannot be set here: all that it is compared with is set back.
+        set_back = f"UPDATE leaders SET until = until - INTERVAL '{ahead_s:g} s'"
+        assert (await leader._asked.ask(lambda db: db.execute(set_back))).rowcount == 1
+        now_s[0] -= ahead_s
+        for passed_s in (0.0, 1500.0, 1400.0):
+            now_s[0] += passed_s
+            assert await other.try_take() is None
+            await other.holder()
+        now_s[0] += 101.0
+        taken = await other.try_take()
+        assert taken is not None
+        # One that is given back is not renewed.
+        assert await third.holder() is not None
+        await other.release()
+        after = await third.try_take()
+        assert after is not None
+        assert after.token == taken.token + 1
+        for each in (leader, other, third):
+            await each.close()
+
+    asyncio.run(run())
+
+
 def test_a_lease_of_kubernetes_that_somebody_labels_is_kept(tmp_path: Path) -> None:
     now_s = [0.0]
 

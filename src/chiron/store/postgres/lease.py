@@ -6,7 +6,8 @@ kept for as long as the server believes that a machine that is gone is there.
 
 The server's clock may be set. So a gateway that has seen a lease counts by its own clock for how long that lasts unless
 it is renewed; only of one that it has not seen it believes what the server's clock says, and not that it lasts for
-longer than any can.
+longer than any can. One that was renewed since it was last seen, by a server whose clock has been set forward since,
+lasts as if it had been renewed this moment: one that was given back says so by its end (``GIVEN_BACK``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import inf
 from typing import TypeVar
 from zlib import crc32
 
@@ -32,6 +34,10 @@ T = TypeVar("T")
 
 ANSWER_MAX_S = 5.0
 """A server that says nothing for so long has to be asked anew."""
+SET_FORWARD_S = 0.05
+"""A server's clock that gets ahead of ours by more between two looks was set, or the first answer was slow."""
+GIVEN_BACK = "to_timestamp(0)"
+"""In place of a lease's end. Not the time at which it was given back: that may be an end as good as another."""
 
 
 def writer_name(leads: Leads, schema: str) -> str:
@@ -79,7 +85,8 @@ def _held(row: Row) -> Held:
 def _read(db: Connection, name: str) -> Row | None:
     return db.execute(
         "SELECT name, holder, token, CAST(until AS TEXT) AS until,"
-        " CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s"
+        " CAST(extract(epoch FROM until - clock_timestamp()) AS FLOAT8) AS left_s,"
+        " CAST(extract(epoch FROM clock_timestamp()) AS FLOAT8) AS now_s"
         f" FROM leaders WHERE name IN (?, ?) AND {ALIVE} ORDER BY name",
         (name, elected_name(name)),
     ).fetchone()
@@ -148,6 +155,8 @@ class PostgresLease:
         """Token and end of another one's lease, as last read."""
         self._seen_until_s = 0.0
         """Its end by our own clock."""
+        self._ahead_s = inf
+        """How far the server's clock was ahead of ours, as last read."""
 
     async def try_take(self) -> Held | None:
         lasts = self._time_s() < self._seen_until_s
@@ -163,7 +172,9 @@ class PostgresLease:
                 "  THEN 0 ELSE 1 END,"
                 " holder = excluded.holder, until = excluded.until"
                 " WHERE leaders.holder = excluded.holder OR NOT CASE"
+                f"  WHEN leaders.until = {GIVEN_BACK} THEN FALSE"
                 "  WHEN leaders.token = ? AND CAST(leaders.until AS TEXT) = ? THEN ?"
+                "  WHEN leaders.token = ? THEN TRUE"
                 f"  ELSE leaders.{ALIVE} END"
                 " RETURNING token",
                 (
@@ -171,9 +182,11 @@ class PostgresLease:
                     *(elected_name(self._name), self._holder),
                     *self._seen,
                     lasts,
+                    self._seen[0],
                 ),
             ).fetchone()
             if row is None:
+                self._see_renewed(db)
                 return None
             return Held(
                 holder=self._holder,
@@ -183,6 +196,15 @@ class PostgresLease:
             )
 
         return await self._asked.ask(take)
+
+    def _see_renewed(self, db: Connection) -> None:
+        """One that is over by the server's clock is not read by ``holder``."""
+        row = db.execute(
+            f"SELECT token, CAST(until AS TEXT) AS until FROM leaders WHERE name = ? AND holder != ? AND NOT ({ALIVE})",
+            (self._name, self._holder),
+        ).fetchone()
+        if row is not None and row["token"] == self._seen[0] and row["until"] != self._seen[1]:
+            self._seen, self._seen_until_s = (row["token"], row["until"]), self._time_s() + self._lease_s
 
     async def renew(self, relays: frozenset[str] | None = None) -> bool:
         def extend(db: Connection) -> bool:
@@ -200,8 +222,7 @@ class PostgresLease:
     async def release(self) -> None:
         await self._asked.ask(
             lambda db: db.execute(
-                "UPDATE leaders SET until = clock_timestamp()"
-                " WHERE name = ? AND holder = ? AND until > clock_timestamp()",
+                f"UPDATE leaders SET until = {GIVEN_BACK} WHERE name = ? AND holder = ? AND until > clock_timestamp()",
                 (self._name, self._holder),
             )
         )
@@ -213,8 +234,13 @@ class PostgresLease:
         held = _held(row)
         if row["name"] != self._name or held.holder == self._holder:
             return held
+        now_s = self._time_s()
+        self._ahead_s, before_s = row["now_s"] - now_s, self._ahead_s
         if (seen := (held.token, row["until"])) != self._seen:
-            self._seen, self._seen_until_s = seen, self._time_s() + held.left_s
+            left_s = held.left_s
+            if held.token == self._seen[0] and self._ahead_s - before_s > SET_FORWARD_S:
+                left_s = max(left_s, self._lease_s)
+            self._seen, self._seen_until_s = seen, now_s + left_s
         left_s = self._seen_until_s - self._time_s()
         return replace(held, left_s=left_s) if left_s > 0.0 else None
 
