@@ -196,6 +196,19 @@ def test_one_resource_may_not_ask_for_more_than_the_gateway_allows(spec: dict[st
     assert not read(resource("m", **spec), text=text).refused
 
 
+def test_one_that_says_nothing_of_how_many_there_may_be_gets_no_more_than_the_gateway_allows() -> None:
+    silent = resource("m"), resource("e", created=1, kinds=[{"engine": "emulated", "deployment": "e"}])
+
+    def most(text: str) -> list[int]:
+        return [model.max_instances for model in read(*silent, text=text).config.models]
+
+    assert most("[kubernetes]\n") == [4, 50]
+    assert most("[kubernetes]\nmax_instances = 20\n") == [4, 20]
+    assert most("[kubernetes]\nmax_instances = 2\nmin_instances = 2\n") == [2, 2]
+    refused = read(resource("m", minInstances=3), text="[kubernetes]\nmax_instances = 2\n").refused["m"]
+    assert refused == "spec: minInstances is 3; it must be at most maxInstances (2)"
+
+
 def test_one_that_was_changed_to_what_cannot_be_stays_as_it_was() -> None:
     last = resource("m", maxInstances=5)
     found = read(resource("m", generation=2, maxInstances=0), before=(last,))

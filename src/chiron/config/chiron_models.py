@@ -178,7 +178,10 @@ class ResourceReader:
             **_policy_tables(policy),
         }
         try:
-            parse_table(alone, self._text, directory=self._directory, policy=self._policy)
+            (usual,) = parse_table(alone, self._text, directory=self._directory, policy=self._policy).models
+            if usual.max_instances > self._limits.max_instances:  # Of an engine's row: the resource says nothing.
+                entry["max_instances"] = self._limits.max_instances
+                parse_table(alone, self._text, directory=self._directory, policy=self._policy)
         except ConfigError as error:
             raise ConfigError(_spelled(str(error), name, policy)) from None
         for i, each in enumerate([name, *entry.get("aliases", ())]):

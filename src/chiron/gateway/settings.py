@@ -363,7 +363,7 @@ class KubernetesModelsSettings:
     context: str = ""
     """Of the kubeconfig; default: its current one."""
     max_instances: int = 100
-    """The most that ``maxInstances`` of a resource may say."""
+    """The most that ``maxInstances`` of a resource may say, and of one that says nothing."""
     min_instances: int = 16
     """The most that ``minInstances`` of a resource may say: they run whether there are requests or not."""
     weight: float = 10.0
