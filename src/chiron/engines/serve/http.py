@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -256,21 +256,36 @@ def respond_error(incoming: Incoming, error: RequestError) -> None:
     incoming.respond(error.status, error.body(), headers=headers)
 
 
-async def serve_until_stopped(*fronts: HasHandle, host: str, port: int, failed: asyncio.Event) -> None:
+async def serve_until_stopped(
+    *fronts: HasHandle,
+    host: str,
+    port: int,
+    failed: asyncio.Event,
+    drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
     """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``.
 
-    Several engines get a port each, from ``port`` upwards unless it is 0.
+    After a signal it serves on while it ``drain``s, or until a second one. Several engines get a port each, from
+    ``port`` upwards unless it is 0.
     """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    stop, again = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (again if stop.is_set() else stop).set())
     servers = []
     for index, front in enumerate(fronts):
         servers.append(await serve(front.handle, host=host, port=port + index if port else 0))
     print(f"chiron-engine ready port={','.join(str(server.port) for server in servers)}", flush=True)
-    waits = [asyncio.ensure_future(event.wait()) for event in (stop, failed)]
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+    await _first(stop.wait(), failed.wait())
+    if drain is not None and not failed.is_set():
+        await _first(drain(), again.wait(), failed.wait())
     await asyncio.gather(*(server.close(_STOP_GRACE_S) for server in servers))
+
+
+async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
+    """Until one of them is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -25,7 +25,7 @@ from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.discovery import Discovery
 from chiron.engines.staged.errors import StagedModelError
-from chiron.engines.staged.head_engine import HeadEngine, HeadSettings, broken
+from chiron.engines.staged.head_engine import HeadEngine, HeadSettings, broken, stopping
 from chiron.engines.staged.messages import VERSION, HeadHello
 from chiron.engines.staged.pipeline import Pipeline, PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
@@ -61,9 +61,13 @@ class HeadServer:
         self._more = more
 
     def handle(self, incoming: Incoming) -> None:
-        if incoming.path == "/health" and incoming.method in (b"GET", b"HEAD") and (why := self._engine.unready()):
-            respond_error(incoming, broken(why))
-            return
+        if incoming.path == "/health" and incoming.method in (b"GET", b"HEAD"):
+            if self._engine.draining:
+                respond_error(incoming, stopping())
+                return
+            if why := self._engine.unready():
+                respond_error(incoming, broken(why))
+                return
         if incoming.path != "/chiron/stages":
             self._served.handle(incoming)
             return
@@ -122,6 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
     add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
     add("--call-timeout", type=real(0.5, 86_400.0), default=link.call_s, help="longest that a step may take, seconds")
+    add(
+        "--grace", type=real(0.0, 86_400.0), default=60.0, help="seconds for running requests to end when it is stopped"
+    )
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
     add("--tls-ca", type=Path, help="TLS to the stages, which must show a certificate of this authority")
@@ -214,7 +221,13 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
     engine.start()
     about: dict[str, Any] = {"engine": "staged", "max_model_len": length, "stages": [str(each) for each in ranges]}
     server = HeadServer(engine, EngineServer(engine, names, about), told=told)
-    await serve_until_stopped(server, host=options.host, port=options.port, failed=asyncio.Event())
+    await serve_until_stopped(
+        server,
+        host=options.host,
+        port=options.port,
+        failed=asyncio.Event(),
+        drain=lambda: engine.drain(options.grace),
+    )
     if discovery is not None:
         await discovery.close()
     await engine.close()

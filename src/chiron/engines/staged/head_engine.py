@@ -36,6 +36,7 @@ from chiron.net.server import Incoming
 log = logging.getLogger("chiron.staged")
 
 _TICK_S = 0.25
+_DRAIN_LOOK_S = 0.02
 LETTERS_AT_ONCE = 16 << 10
 """A longer prompt takes longer to tokenise than the loop may be held up: some ten milliseconds."""
 
@@ -117,6 +118,8 @@ class HeadEngine:
         self.totals = Totals()
         self.queue_times = Histogram()
         self.preemptions = 0
+        self.draining = False
+        """It is to end: what it has is answered, and nothing new taken."""
         self._eos = frozenset((*architecture.eos_ids, *tokenizer.eos_ids))
         self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="tokeniser")
         self._tokenising: set[asyncio.Task[None]] = set()
@@ -130,6 +133,16 @@ class HeadEngine:
 
     def start(self) -> None:
         self._ticking = asyncio.get_running_loop().create_task(self._tick())
+
+    async def drain(self, grace_s: float) -> None:
+        """Until nothing runs or waits, but no longer than that."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(grace_s):
+                while self._running or self._waiting or self._tokenising:
+                    await asyncio.sleep(_DRAIN_LOOK_S)
+        except TimeoutError:
+            log.warning("%d requests are cut off after %g s", len(self._running) + len(self._waiting), grace_s)
 
     async def close(self) -> None:
         if self._ticking is not None:
@@ -148,6 +161,8 @@ class HeadEngine:
         return self.pipeline.unready()
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
+        if self.draining:
+            raise stopping()
         _refuse(request)
         if why := self.pipeline.broken():
             raise broken(why)
@@ -538,6 +553,10 @@ def _letters(request: GenerationRequest) -> int:
 
 def broken(why: str) -> RequestError:
     return RequestError(f"The pipeline is broken: {why}.", status=503, type="server_error", code="stages")
+
+
+def stopping() -> RequestError:
+    return RequestError("The head is stopping.", status=503, type="server_error", code="stopping")
 
 
 def _engine_failed() -> RequestError:

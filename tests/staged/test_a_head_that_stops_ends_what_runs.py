@@ -1,0 +1,111 @@
+"""SIGTERM: what runs is answered to its end, within a bound, and nothing new is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from reference import recorded
+from staged_models import need_torch, prompts, tiny
+
+need_torch()
+
+from chiron.engines.staged import head  # noqa: E402
+from chiron.engines.staged.service import Pace  # noqa: E402
+from chiron.engines.staged.split import read_range  # noqa: E402
+from chiron.engines.staged.tokenizer import ModelTokenizer  # noqa: E402
+from chiron.engines.staged.weights import read_model_files  # noqa: E402
+from staged_site import LocalReplica, request, start_replica, until  # noqa: E402
+
+PROMPT = prompts(3, seed=0)[0]
+BODY: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": PROMPT,
+    "max_tokens": 24,
+    "temperature": 0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
+
+
+@asynccontextmanager
+async def running_head(
+    capsys: pytest.CaptureFixture[str], grace_s: float
+) -> AsyncIterator[tuple[int, LocalReplica, asyncio.Task[None]]]:
+    """Its port, its only stage, and its task."""
+    files = read_model_files(tiny())
+    stage = await start_replica(files, read_range("0-3"), pace=Pace(fixed_s=0.01))
+    arguments = ["--model", str(tiny()), "--stage", f"0-3={stage.address}", "--grace", str(grace_s)]
+    options = head.parse_options([*arguments, "--served-model-name", "tiny", "--dtype", "float32"])
+    task = asyncio.create_task(head.run(options, files, ModelTokenizer(tiny())))
+    said = ""
+
+    def ready() -> bool:
+        nonlocal said
+        said += capsys.readouterr().out
+        return "ready port=" in said
+
+    await until(ready)
+    found = re.search(r"port=(\d+)", said)
+    assert found is not None
+    try:
+        await until(lambda: bool(stage.service.heads))
+        yield int(found[1]), stage, task
+    finally:
+        await task
+        await stage.die()
+
+
+async def stopping(port: int) -> None:
+    """It has heard the signal."""
+    async with asyncio.timeout(60.0):
+        while (await request(port, "/health", None, "GET"))[0] == 200:
+            await asyncio.sleep(0.01)
+
+
+def test_what_runs_is_answered_and_nothing_new_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    async def main() -> None:
+        async with running_head(capsys, 60.0) as (port, stage, _):
+            asking = asyncio.ensure_future(request(port, "/v1/completions", BODY))
+            await until(lambda: stage.service.totals.steps > 1)
+            release = threading.Event()
+            stage.service._thread.submit(release.wait)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await stopping(port)
+            status, said = await request(port, "/v1/completions", BODY)
+            assert (status, json.loads(said)["error"]["code"]) == (503, "stopping")
+            assert not asking.done()
+            release.set()
+            status, said = await asking
+            assert status == 200
+            assert json.loads(said)["choices"][0]["token_ids"] == recorded("llama")[0]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_no_longer_than_it_may_nor_after_a_second_signal(capsys: pytest.CaptureFixture[str], second: bool) -> None:
+    async def main() -> None:
+        async with running_head(capsys, 600.0 if second else 0.1) as (port, stage, task):
+            endless = asyncio.ensure_future(request(port, "/v1/completions", {**BODY, "max_tokens": 1900}))
+            await until(lambda: stage.service.totals.steps > 1)
+            stage.hold()
+            os.kill(os.getpid(), signal.SIGTERM)
+            if second:
+                await stopping(port)
+                os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(60.0):
+                await asyncio.wait([task])
+            with pytest.raises((IndexError, ConnectionError)):
+                await endless
+
+    asyncio.run(main())
