@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -302,7 +302,7 @@ def gateways_checks(config: ServeConfig) -> Iterator[Check]:
     left_s = ssl.cert_time_to_seconds(until) - time.time()
     found += f"; certificate valid until {until}"
     yield check("gateways", found) if left_s >= EXPIRY_WARN_S else check("gateways", found, WARN, "renew it soon")
-    if stat.S_IMODE(os.stat(settings.key).st_mode) & 0o044:
+    if read_by_others(os.stat(settings.key), user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
         yield check(
             "gateways' key file", f"{settings.key} can be read by other users", WARN, f"chmod 600 {settings.key}"
         )
@@ -385,12 +385,19 @@ def _fsync_s(directory: Path) -> float:
     return sorted(times)[FSYNC_TRIES // 2]
 
 
+def read_by_others(found: os.stat_result, *, user: int, groups: Collection[int]) -> bool:
+    """Whether others may read a file that is for this user. A Secret in a pod is not this user's own, and can be read
+    by the pod's group alone (``fsGroup``)."""
+    by_group_only = found.st_uid != user and found.st_gid in groups
+    return bool(stat.S_IMODE(found.st_mode) & (0o004 if by_group_only else 0o044))
+
+
 def _tls(certificate: str, key: str) -> Iterator[Check]:
     if trouble := certificate_trouble(certificate, key):
         found, hint = trouble
         yield check("TLS", found, FAIL, hint)
         return
-    if stat.S_IMODE(os.stat(key).st_mode) & 0o044:
+    if read_by_others(os.stat(key), user=os.geteuid(), groups={os.getegid(), *os.getgroups()}):
         yield check("TLS key file", f"{key} can be read by other users", WARN, f"chmod 600 {key}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
