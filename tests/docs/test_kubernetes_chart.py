@@ -206,6 +206,10 @@ def test_several_gateways_have_names_and_directories_of_their_own_and_know_one_a
     assert gateways["spec"]["serviceName"] == peers["metadata"]["name"]
     assert (peers["spec"]["clusterIP"], peers["spec"]["publishNotReadyAddresses"]) == ("None", True)
     assert one(SEVERAL, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    (spread,) = pod["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert spread["labelSelector"] == gateways["spec"]["selector"]
+    assert "topologySpreadConstraints" not in one({}, "Deployment")["spec"]["template"]["spec"]
     paths = {volume["name"]: volume["mountPath"] for volume in container["volumeMounts"]}
     secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
     assert secrets == {"certificates": "chiron-gateways", "database": "chiron-db"}
