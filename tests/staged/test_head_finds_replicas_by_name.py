@@ -12,7 +12,7 @@ from chiron.engines.staged.discovery import ADDRESSES_MAX, Discovery
 from chiron.engines.staged.errors import StagedModelError
 from staged_models import need_torch, tiny
 
-Answer = list[str] | OSError
+Answer = list[str] | Exception
 
 
 class Names:
@@ -26,7 +26,7 @@ class Names:
         self.asked.append(host)
         answers = self._answers[host]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(answer, OSError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
@@ -53,8 +53,10 @@ async def told_by(names: list[list[str]], server: Names, times: int) -> list[lis
         ([["10.0.0.1"], OSError("no answer"), ["10.0.0.1"]], [["a@10.0.0.1:9"]]),
         ([OSError("no such name"), ["fd00::1"]], [["a@[fd00::1]:9"]]),
         ([["10.0.0.1"], []], [["a@10.0.0.1:9"], []]),
+        ([UnicodeError("label too long"), ["10.0.0.1"]], [["a@10.0.0.1:9"]]),
+        ([["10.0.0.1"], RuntimeError("as a test"), ["10.0.0.2"]], [["a@10.0.0.1:9"], ["a@10.0.0.2:9"]]),
     ],
-    ids=["each once", "changed", "away", "later, IPv6", "none"],
+    ids=["each once", "changed", "away", "later, IPv6", "none", "no host name", "a fault"],
 )
 def test_a_stage_has_what_the_last_answer_says(answers: list[Answer], told: list[list[str]]) -> None:
     heard = asyncio.run(told_by([["a:9"]], Names(a=answers), 5))
@@ -74,6 +76,27 @@ def test_a_name_that_does_not_resolve_holds_up_no_other_stage(caplog: pytest.Log
         heard = asyncio.run(told_by([["a:9"], ["b:9"], ["c:9"]], Stuck(a=[[]], b=[["10.0.0.1"]], c=[failing]), 3))
     assert heard == [[[], ["b@10.0.0.1:9"], []]]
     assert caplog.text.count("no such name; its replicas stay as they are") == 1
+
+
+def test_what_a_head_could_not_take_is_told_again(caplog: pytest.LogCaptureFixture) -> None:
+    told = 0
+
+    def tell(found: Sequence[Sequence[str]]) -> None:
+        nonlocal told
+        told += 1
+        if told < 3:
+            raise StagedModelError("as a test")
+
+    async def main() -> None:
+        discovery = Discovery([["a:9"]], tell, every_s=0.001, resolve=Names(a=[["10.0.0.1"]]).resolve)
+        discovery.start()
+        async with asyncio.timeout(60.0):
+            while told < 3:
+                await asyncio.sleep(0.001)
+        await discovery.close()
+
+    asyncio.run(main())
+    assert caplog.text.count("as a test") == 1
 
 
 def test_a_name_with_very_many_addresses_gives_some() -> None:

@@ -17,6 +17,7 @@ from chiron.engines.staged import service  # noqa: E402
 from chiron.engines.staged.handover import Handover, replay_s  # noqa: E402
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
 from chiron.engines.staged.kv import KvStore  # noqa: E402
+from chiron.engines.staged.messages import Draining  # noqa: E402
 from chiron.engines.staged.pipeline import HANDOVERS_AT_ONCE, PipelineSettings  # noqa: E402
 from chiron.engines.staged.replica import ReplicaFigures  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
@@ -161,6 +162,27 @@ def test_where_its_target_is_taken_out_as_well_it_is_computed_again_elsewhere() 
             async with asyncio.timeout(60.0):
                 assert await asking == recorded("llama")
             assert pipeline.replayed_tokens >= sum(map(len, PROMPTS))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stage_first", [True, False])
+def test_a_drain_has_one_end_whoever_hears_of_it_first(stage_first: bool) -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), replicas=(2,)) as site:
+            pipeline, ends = site.engine.pipeline, []
+            pipeline._call_later = lambda later_s, end: ends.append(end)
+            replica = pipeline.replicas[0][0]
+            replica.sequences.add(None)  # type: ignore[arg-type]  # It has something to do.
+            for by_stage in (stage_first, not stage_first, stage_first):
+                if by_stage:
+                    replica._received(Draining(), memoryview(b""))
+                else:
+                    pipeline.set_replicas([[pipeline.replicas[0][1].address]])
+            assert replica.draining
+            assert replica.leaving
+            assert len(ends) == 1
+            replica.sequences.clear()
 
     asyncio.run(main())
 

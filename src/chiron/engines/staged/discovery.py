@@ -20,7 +20,7 @@ ADDRESSES_MAX = 1024
 """Of one stage; more are left out."""
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Addresses of a host. Raises OSError."""
+"""Addresses of a host. Raises OSError, or UnicodeError for what is no host name."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -62,7 +62,10 @@ class Discovery:
 
     async def _keep(self, stage: int) -> None:
         while True:
-            await self._look(stage)
+            try:
+                await self._look(stage)
+            except Exception as error:  # Faulty once, it would otherwise never look again.
+                self._say(stage, f"{type(error).__name__}: {error}; its replicas stay as they are")
             await asyncio.sleep(self._every_s)
 
     async def _look(self, stage: int) -> None:
@@ -70,15 +73,17 @@ class Discovery:
         try:
             for host, port in self._names[stage]:
                 found += [_address(host, each, port) for each in await self._resolve(host, port)]
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # A part of a name may be too long.
             self._say(stage, f"{error}; its replicas stay as they are")
             return
         known = sorted(set(found))
-        self._say(stage, f"{len(known)} addresses; {ADDRESSES_MAX} are used" if len(known) > ADDRESSES_MAX else "")
+        many = f"{len(known)} addresses; {ADDRESSES_MAX} are used" if len(known) > ADDRESSES_MAX else ""
         known = known[:ADDRESSES_MAX]
         if known != self._found[stage]:
-            self._found[stage] = known
-            self._tell(self._found)
+            told = [known if number == stage else each for number, each in enumerate(self._found)]
+            self._tell(told)
+            self._found = told
+        self._say(stage, many)
 
     def _say(self, stage: int, trouble: str) -> None:
         if trouble and trouble != self._trouble[stage]:

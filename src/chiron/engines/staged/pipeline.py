@@ -167,8 +167,10 @@ class Pipeline(ReplicaEvents):
                     have[address].leaving = have[address].draining = have[address].overdue = False
             for replica in self.replicas[stage]:
                 if replica.address not in wanted and not replica.leaving:
-                    replica.leaving = replica.draining = True
-                    self.replica_draining(replica)
+                    # One that has said so itself drains already, and its time has begun.
+                    drains, replica.leaving, replica.draining = replica.draining, True, True
+                    if not drains:
+                        self.replica_draining(replica)
         self.pump()
 
     def look(self) -> None:

@@ -324,8 +324,9 @@ class Replica:
         elif isinstance(message, Pong):
             self.kv_free_tokens, self.limit = message.kv_free_tokens, max(1, message.limit)
         elif isinstance(message, Draining):
-            self.draining = True
-            self._events.replica_draining(self)
+            drains, self.draining = self.draining, True
+            if not drains:
+                self._events.replica_draining(self)
         elif isinstance(message, Failed):
             raise ValueError(f"a step failed there: {message.reason[:300]}")
 
