@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 from child_processes import children
-from chiron.fleet.port import FleetEnvironment, KindReport
+from chiron.fleet.port import FleetEnvironment, KindReport, Memory
 from chiron.fleet.ray.cluster import Answer, Question, RayCluster, RayError, new_name, read_name
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.instances import RayInstances, RayTimes
-from chiron.fleet.ray.places import FILE, read_places
+from chiron.fleet.ray.places import FILE, NAME, from_bytes, read_places
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.ray.testing import MemoryRay
 from chiron.net.clock import LiveClock
@@ -34,6 +34,23 @@ QUICK = RayTimes(
     unknown_s=0.2,
 )
 SOURCE = RaySource(command=(*STUB, "--announce"), resources={"GPU": 1.0}, stop_timeout_s=5.0, start_timeout_s=60.0)
+
+
+class Shared:
+    """Implements ``Memory``."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, bytes] = {}
+
+    async def load(self, name: str) -> bytes | None:
+        return self.saved.get(name)
+
+    async def save(self, name: str, data: bytes) -> None:
+        self.saved[name] = data
+
+    @property
+    def namespaces(self) -> set[str]:
+        return {place.namespace for place in from_bytes(self.saved.get(NAME, b"[]"), NAME)}
 
 
 class Sometimes:
@@ -75,6 +92,9 @@ class Site:
         owner: str = "",
         spare_s: float = 600.0,
         grace_s: float = 0.0,
+        memory: Memory | None = None,
+        directory: Path | None = None,
+        none: bool = False,
     ) -> tuple[RayFleet, Heard]:
         clock = LiveClock(asyncio.get_running_loop())
         self._stack.callback(clock.stop)
@@ -85,12 +105,13 @@ class Site:
             log_directory=self.directory,
             settings=quick_settings(),
             owner=lambda: owner,
-            directory=self.directory,
+            directory=directory or self.directory,
+            memory=memory,
             grace_s=grace_s,
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
         )
-        sources, times = {kind: source, **(also or {})}, replace(QUICK, spare_s=spare_s)
+        sources, times = {} if none else {kind: source, **(also or {})}, replace(QUICK, spare_s=spare_s)
         fleet = RayFleet(sources, environment, connect=self._connect, times=times)
         self._stack.push_async_callback(fleet.close)
         return fleet, heard
@@ -474,7 +495,9 @@ def test_two_spellings_of_one_cluster_leave_each_others_instances_alone(tmp_path
     told(tmp_path, story)
 
 
-@pytest.mark.parametrize("same", [True, False], ids=["the same cluster", "another cluster"])
+@pytest.mark.parametrize(
+    "same", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["the same cluster", "another cluster"]
+)
 def test_what_is_left_is_ended_where_the_config_does_not_name_the_cluster_by_any_address(
     same: bool, tmp_path: Path
 ) -> None:
@@ -503,6 +526,25 @@ def test_what_is_left_is_ended_where_the_config_does_not_name_the_cluster_by_any
         assert {place.address for place in read_places(site.directory / FILE)} == {moved.address}
         assert (heard_later.failed, report(later, "large").instances_max) == ([], 0)
         assert (heard_later.urls == heard.urls) == same
+
+    told(tmp_path, story)
+
+
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["elsewhere", "nowhere"])
+def test_what_one_gateway_left_is_ended_by_another_that_never_had_any_there(named: bool, tmp_path: Path) -> None:
+    async def story(site: Site) -> None:
+        memory = Shared()
+        fleet, heard = site.gateway(
+            owner="gateway", source=replace(SOURCE, namespace="former"), memory=memory, directory=tmp_path / "first"
+        )
+        fleet.create(an_instance(1))
+        await until(lambda: heard.ready == [1], "ready")
+        await until(lambda: memory.namespaces == {"former"}, "it is known where")
+        await fleet.close()
+        site.gateway(owner="gateway", memory=memory, directory=tmp_path / "second", none=not named)
+        await until(lambda: not site.names, "nothing is left there")
+        now = {"chiron"} if named else set()
+        await until(lambda: memory.namespaces == now, "nor looked for again")
 
     told(tmp_path, story)
 

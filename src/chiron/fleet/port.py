@@ -39,6 +39,16 @@ class LiveFleetEvents(Protocol):
         twice; ``instance_failed`` follows unless it is removed before."""
 
 
+class Memory(Protocol):
+    """What gateways that replace each other share, wherever they run: named bytes."""
+
+    async def load(self, name: str) -> bytes | None:
+        """Once it can be read. None: nothing, or nothing that is whole."""
+
+    async def save(self, name: str, data: bytes) -> None:
+        """In place of what was there, once that is possible."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetEnvironment:
     """What a fleet works with."""
@@ -49,6 +59,8 @@ class FleetEnvironment:
     """For what engines print."""
     directory: Path | None = None
     """For what a fleet has to know at the next start; None: it forgets."""
+    memory: Memory | None = None
+    """For the same, where the next start may be another gateway's; None: it cannot be."""
     settings: FleetSettings = field(default_factory=FleetSettings)
     owner: Callable[[], str] = lambda: ""
     """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind

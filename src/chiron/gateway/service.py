@@ -25,6 +25,7 @@ from chiron.gateway.brain.learned import LearnedKeeper
 from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
+from chiron.gateway.instances.fleet_memory import FleetMemory
 from chiron.gateway.owner import owner_of
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import Workers
@@ -48,6 +49,7 @@ from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedOutputs, de
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
 from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
+from chiron.store.postgres.settings import PostgresSettings
 from chiron.telemetry.advice import log_facts
 from chiron.telemetry.decision_text import words
 from chiron.telemetry.errors import TelemetryError
@@ -105,6 +107,8 @@ class Service:
         self.recorder = LiveRecorder(models=specs, classes=classes)
         self.journal = LiveJournal(recorder=self.recorder)
         kinds = [kind for model in config.models for kind in model.kinds]
+        opened, shared = asyncio.Event(), isinstance(config.store, PostgresSettings)
+        self._store_opened = opened
         self.engines = Engines(
             clock=self.clock,
             kinds=kinds,
@@ -116,6 +120,7 @@ class Service:
                     events=events,
                     log_directory=config.data / "logs",
                     directory=config.data,
+                    memory=FleetMemory(opened, lambda: self.store) if shared else None,
                     settings=config.fleet,
                     devices=tuple(config.devices),
                     owner=lambda: owner_of(config),
@@ -281,6 +286,7 @@ class Service:
         while True:
             try:
                 await self.store.open()
+                self._store_opened.set()
                 return
             except StoreError as error:
                 if not isinstance(error, StoreFull | StoreUnavailable) and not self._store_tried.is_set():

@@ -15,11 +15,11 @@ from typing import Any
 
 from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
-from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Memory, Trouble
 from chiron.fleet.ray.client import AgentClient
 from chiron.fleet.ray.cluster import RayCluster
 from chiron.fleet.ray.instances import Hold, Loss, RayInstances, RayTimes
-from chiron.fleet.ray.places import FILE, Place, read_places, write_places
+from chiron.fleet.ray.places import FILE, NAME, Place, from_bytes, read_places, to_bytes, write_places
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
@@ -98,10 +98,17 @@ class RayFleet:
             self._running[task] = instances
         for instances in self._running.values():
             instances.beside(self._in(instances.namespace))
+        self._shared: set[Place] | None = None
+        """As the memory has them; None: not known yet."""
+        self._swept: set[Place] = set()
+        """Where nothing is left."""
         if self._owner and not environment.advise:
             self._record(before | places.keys())
-            for place in sorted(before - places.keys()):
-                self._sweeps.add(asyncio.get_running_loop().create_task(self._sweep(place)))
+            self._sweep_all(before - places.keys())
+        if environment.memory is not None and not environment.advise:
+            task = asyncio.get_running_loop().create_task(self._remember(environment.memory, before, set(places)))
+            self._sweeps.add(task)
+            task.add_done_callback(_report_end)
 
     def create(self, instance: Instance) -> None:
         """Answered by ``instance_ready`` once Ray has placed it and its engine answers, or by ``instance_failed``."""
@@ -172,6 +179,29 @@ class RayFleet:
         if directory is not None and places != self._recorded():
             write_places(directory / FILE, places)
 
+    async def _remember(self, memory: Memory, before: set[Place], places: set[Place]) -> None:
+        """Another gateway, which led before this one, may have had instances where this one never had."""
+        saved = await memory.load(NAME)
+        known = from_bytes(saved, NAME) if saved is not None else set()
+        left = known - before - places
+        if left:
+            self._owner = self._owner or _owner(self._environment)
+            self._sweep_all(left)
+        self._shared = (known | before | places) - self._swept
+        if self._shared != known:
+            await memory.save(NAME, to_bytes(self._shared))
+
+    async def _forget(self, place: Place) -> None:
+        self._record(self._recorded() - {place})
+        self._swept.add(place)
+        if self._shared is not None and self._environment.memory is not None:
+            self._shared.discard(place)
+            await self._environment.memory.save(NAME, to_bytes(self._shared))
+
+    def _sweep_all(self, places: set[Place]) -> None:
+        for place in sorted(places):
+            self._sweeps.add(asyncio.get_running_loop().create_task(self._sweep(place)))
+
     def _in(self, namespace: str) -> list[RayInstances]:
         return [each for each in self._running.values() if each.namespace == namespace]
 
@@ -193,7 +223,7 @@ class RayFleet:
         running.add_done_callback(_report_end)
         try:
             if await instances.until_swept(_SWEEP_S + self._environment.grace_s):
-                self._record(self._recorded() - {place})
+                await self._forget(place)
             else:
                 log.warning("instances may be left on Ray: chiron ray list %s", place.options)
         finally:

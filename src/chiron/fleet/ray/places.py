@@ -1,5 +1,5 @@
-"""Where on Ray a gateway has had instances, in its data directory: what it left where the config names nothing any more
-would otherwise run for ever."""
+"""Where on Ray a gateway has had instances, in its data directory and in the store that several share: what it left
+where the config names nothing any more would otherwise run for ever."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 log = logging.getLogger("chiron.fleet")
 
 FILE = "ray-places.json"
+NAME = "ray-places"
+"""In the store."""
 PLACES_MAX = 64
 
 
@@ -35,21 +37,34 @@ class Place:
 def read_places(path: Path) -> set[Place]:
     """Empty if there are none, or they cannot be read, which is said."""
     try:
-        found = {Place(**{key: str(each[key]) for key in Place.__slots__}) for each in json.loads(path.read_bytes())}
+        return from_bytes(path.read_bytes(), str(path))
     except FileNotFoundError:
         return set()
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
         log.warning("%s cannot be read: %s", path, error)
         return set()
+
+
+def from_bytes(data: bytes, where: str) -> set[Place]:
+    """Empty if they cannot be read, which is said."""
+    try:
+        found = {Place(**{key: str(each[key]) for key in Place.__slots__}) for each in json.loads(data)}
+    except (ValueError, LookupError, TypeError) as error:
+        log.warning("%s cannot be read: %s", where, error)
+        return set()
     return set(sorted(found)[:PLACES_MAX])
+
+
+def to_bytes(places: Iterable[Place]) -> bytes:
+    return json.dumps([asdict(each) for each in sorted(places)]).encode()
 
 
 def write_places(path: Path, places: Iterable[Place]) -> None:
     """In one step."""
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump([asdict(each) for each in sorted(places)], file)
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(to_bytes(places))
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
