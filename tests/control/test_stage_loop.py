@@ -149,10 +149,10 @@ def test_to_advise_is_to_write_down_and_touch_nothing() -> None:
     ("gpus", "pipelines", "scaled", "reasons"),
     [
         (99, 1, [(3, 4)], {"asked"}),
-        (3, 1, [], set()),
+        (3, 1, [], {"gpus_limited"}),
         (5, 1, [(1, 2)], {"gpus_limited"}),
         (8, 1, [(2, 3)], {"gpus_limited"}),
-        (6, 2, [], set()),
+        (6, 2, [], {"gpus_limited"}),
         (9, 2, [(2, 2)], {"gpus_limited"}),
     ],
 )
@@ -179,6 +179,46 @@ def test_replicas_that_drain_hold_their_gpus() -> None:
     loop.sampled(STAGE, STAGE)
     loop.clock.run_until(40.0)
     assert loop.world.scaled[2:] == [(1, 2)]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_stage_that_grows_while_it_drains_takes_no_gpus_that_are_still_held(seen: bool) -> None:
+    loop = Loop(3, 1, gpus=5)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(10.0)
+    loop.sampled(replace(STAGE, ready=3), STAGE)
+    loop.counts = (1, 1)
+    loop.clock.run_until(20.0)
+    if seen:
+        loop.sampled(replace(STAGE, draining=2), STAGE)
+    loop.counts = (3, 1)
+    loop.clock.run_until(30.0)
+    assert loop.world.scaled == [(3, 1), (1, 1)]
+    loop.sampled(replace(STAGE, draining=1), STAGE)
+    loop.clock.run_until(40.0)
+    assert loop.world.scaled[2:] == [(2, 1)]
+    loop.sampled(replace(STAGE, starting=1), STAGE)
+    loop.clock.run_until(50.0)
+    assert loop.world.scaled[3:] == [(3, 1)]
+
+
+def test_that_a_stage_gets_none_of_what_it_wants_is_written_down_once() -> None:
+    loop = Loop(1, 2, gpus=3)
+    loop.sampled(STAGE, STAGE)
+    loop.clock.run_until(30.0)
+    (decision,) = loop.world.decisions
+    said = (decision.subject, decision.before, decision.after, decision.reason)
+    assert said == ("m#1/s1", 1, 1, "gpus_limited")
+    loop.counts = (1, 3)
+    loop.clock.run_until(50.0)
+    assert len(loop.world.decisions) == 2
+    loop.counts = (1, 1)
+    loop.clock.run_until(60.0)
+    assert len(loop.world.decisions) == 2
+    loop.counts = (1, 3)
+    loop.clock.run_until(80.0)
+    assert len(loop.world.decisions) == 3
+    assert loop.world.scaled == []
 
 
 def test_no_instance_is_made_where_pipelines_have_all_gpus() -> None:

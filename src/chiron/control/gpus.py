@@ -1,7 +1,7 @@
 """GPUs of each type that are free, where there is a limit.
 
 An instance holds its kind's from its creation until it is gone. A pipeline holds those of its replicas: of each stage
-as many as are planned or, while others drain, as are there.
+as many as are planned and, besides, those that drain.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ class Gpus:
 
     def afforded(self, instance: Instance, before: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
         """``wanted`` as far as there are GPUs for what is more than ``before``. First comes the stage that is furthest
-        from what it wants: a pipeline is as fast as its slowest stage."""
+        from what it wants: a pipeline is as fast as its slowest stage. What it holds beyond ``before`` is on its way
+        out, and serves no replica that is new."""
         assert instance.kind.pipeline is not None
-        stages, held = instance.kind.pipeline.stages, self._held[instance.id]
+        stages = instance.kind.pipeline.stages
         granted = [min(pair) for pair in zip(before, wanted, strict=True)]
         free = dict(self._free)
         while True:
             short = [
                 number
                 for number, stage in enumerate(stages)
-                if granted[number] < wanted[number]
-                and (granted[number] < held[number] or free.get(stage.gpu, inf) >= stage.gpus)
+                if granted[number] < wanted[number] and free.get(stage.gpu, inf) >= stage.gpus
             ]
             if not short:
                 return tuple(granted)
             first = min(short, key=lambda number: granted[number] / wanted[number])
-            if granted[first] >= held[first] and stages[first].gpu in free:
+            if stages[first].gpu in free:
                 free[stages[first].gpu] -= stages[first].gpus
             granted[first] += 1
 

@@ -24,13 +24,15 @@ from chiron.policies.views import PipelineView, PolicyState, StagePlan, StageVie
 class _Pipeline:
     """What the loop remembers of one."""
 
-    __slots__ = ("plan", "sample", "seen", "state")
+    __slots__ = ("held_back", "plan", "sample", "seen", "state")
 
     def __init__(self, sample: PipelineSample) -> None:
         self.sample = sample
         self.seen: PipelineSample | None = None
         """As of the last tick."""
         self.plan = tuple(stage.ready + stage.starting for stage in sample.stages)
+        self.held_back: tuple[int, ...] = ()
+        """What each stage wanted at the last tick and did not get; 0: it got it."""
         self.state: PolicyState = None
 
 
@@ -77,7 +79,7 @@ class StageLoop:
             known.sample = sample
         replicas = _replicas(known.sample)
         instance.gpus = sum(n * stage.gpus for n, stage in zip(replicas, pipeline.stages, strict=True))
-        self._gpus.hold(instance, _larger(known.plan, replicas))
+        self._gpus.hold(instance, _at_most(known.plan, known.plan, known.sample))
 
     def plan_of(self, instance: Instance) -> tuple[int, ...]:
         """Replicas of each stage by the plan in force; empty: nothing is known of it."""
@@ -129,21 +131,24 @@ class StageLoop:
         before = pipeline.plan
         within = tuple(_within(stage, plan) for stage, plan in zip(stages, plans, strict=True))
         after = self._gpus.afforded(instance, before, within)
-        if after == before:
-            return
-        # What is to go has not gone before a scrape says so.
-        self._gpus.hold(instance, _larger(_larger(before, after), _replicas(pipeline.sample)))
-        assert instance.engine is not None
-        self._actuators.stages(cast(StagedEngine, instance.engine), after)
-        pipeline.plan = after
-        for stage, plan, was, wanted, now in zip(stages, plans, before, within, after, strict=True):
-            if was != now:
+        if after != before:
+            # What is to go has not gone before a scrape says so.
+            self._gpus.hold(instance, _at_most(before, after, pipeline.sample))
+            assert instance.engine is not None
+            self._actuators.stages(cast(StagedEngine, instance.engine), after)
+            pipeline.plan = after
+        known = pipeline.held_back or (0,) * len(stages)
+        pipeline.held_back = tuple(wanted if now != wanted else 0 for wanted, now in zip(within, after, strict=True))
+        for number, (stage, plan) in enumerate(zip(stages, plans, strict=True)):
+            held_back = pipeline.held_back[number]
+            # That a stage gets nothing is said once, and not at every tick.
+            if before[number] != after[number] or (held_back and held_back != known[number]):
                 decision = Decision(
                     kind="stage",
                     subject=f"{instance.model}#{instance.id}/{stage.name}",
-                    before=was,
-                    after=now,
-                    reason=plan.reason if now == wanted else "gpus_limited",
+                    before=before[number],
+                    after=after[number],
+                    reason="gpus_limited" if held_back else plan.reason,
                     numbers=plan.numbers,
                 )
                 self._journal.decided(self._clock.now_s, decision)
@@ -208,8 +213,13 @@ def _replicas(sample: PipelineSample) -> list[int]:
     return [stage.ready + stage.starting + stage.draining for stage in sample.stages]
 
 
-def _larger(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    return [max(pair) for pair in zip(one, other, strict=True)]
+def _at_most(before: Sequence[int], after: Sequence[int], sample: PipelineSample) -> list[int]:
+    """How many each stage may have at once, on its way from one plan to another: an engine may start a replica while
+    another one drains, and what was there beyond the plan before goes as well."""
+    return [
+        max(was, now) + max(0, stage.ready + stage.starting - was) + stage.draining
+        for was, now, stage in zip(before, after, sample.stages, strict=True)
+    ]
 
 
 def _within(stage: StageKind, plan: StagePlan) -> int:

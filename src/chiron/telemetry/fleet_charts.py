@@ -180,7 +180,8 @@ def stages(decisions: Sequence[DecisionPoint], model: str, end_s: float) -> Char
     """Replicas of each stage as planned, of the pipelines and stages whose plan changed; None without any."""
     changes: dict[str, list[DecisionPoint]] = {}
     for decision in decisions:
-        if decision.kind == "stage" and decision.subject.startswith(f"{model}#"):
+        changed = decision.before != decision.after
+        if decision.kind == "stage" and changed and decision.subject.startswith(f"{model}#"):
             changes.setdefault(decision.subject.removeprefix(f"{model}#"), []).append(decision)
     if not changes:
         return None
