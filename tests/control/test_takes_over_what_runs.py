@@ -343,6 +343,25 @@ def test_what_its_fleet_has_not_found_is_counted_and_gets_nothing_new(*, drained
     assert world.ends[2] == (not drained)
 
 
+def test_one_that_is_to_leave_is_drained_when_all_that_runs_there_is_told() -> None:
+    world = busy()
+    leader = world.lead({"mixed": INSTANCES - 1}, settle_s=SETTLE_S)
+    number, instance = min(leader.plane.instances.items())
+    leader.plane.instance_leaving(instance)
+    assert leader.plane.instances.get(number) is instance, "nobody has said yet what runs there"
+    running = set(world.runs)
+    assert all(world.tell_running(sorted(running)))
+    leader.plane.told_all()
+    world.tell_waiting()
+    while any(run["instance"] == number for run in world.runs.values()):
+        assert leader.plane.instances[number].state == "draining"
+        assert world.clock.step()
+        assert {n for n, run in world.runs.items() if run["instance"] == number} <= running, "nothing new"
+    world.clock.run_until(120.0)
+    assert number not in leader.plane.instances
+    assert set(world.ends.values()) == {1}
+
+
 def test_an_instance_that_has_failed_is_not_taken_over_again() -> None:
     world = busy()
     plane = world.lead({"mixed": INSTANCES}, settle_s=1.0).plane

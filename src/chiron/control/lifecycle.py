@@ -300,9 +300,10 @@ class Lifecycle:
         return lost
 
     def leaving(self, state: ModelState, instance: Instance) -> None:
-        """It will be taken away soon. Harmless twice, and for one that drains already."""
+        """It will be taken away soon. Harmless twice, and for one that drains already. What may run there and is not
+        told yet would be cut off: until then it is not drained."""
         instance.leaving = True
-        if instance.state == "ready":
+        if instance.state == "ready" and not self.unsettled:
             self._drain(state, instance)
             self.reconcile(state)
 

@@ -137,8 +137,10 @@ class Takeover:
         self._lifecycle.unsettled = False
         self._told.clear()
         for name, state in self._models.items():
-            for instance in state.instances.values():
-                if instance.avoided_until_s == inf and instance.id not in self._unfound:
+            for instance in list(state.instances.values()):
+                if instance.leaving:
+                    self._lifecycle.leaving(state, instance)
+                elif instance.avoided_until_s == inf and instance.id not in self._unfound:
                     self._open(state, instance)
             if name in self._initial:
                 self._lifecycle.request_missing(state, self._initial.pop(name))
