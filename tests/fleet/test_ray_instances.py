@@ -91,6 +91,7 @@ class Site:
         also: Mapping[str, RaySource] | None = None,
         owner: str = "",
         spare_s: float = 600.0,
+        settle_s: float = 0.0,
         grace_s: float = 0.0,
         memory: Memory | None = None,
         directory: Path | None = None,
@@ -107,6 +108,7 @@ class Site:
             owner=lambda: owner,
             directory=directory or self.directory,
             memory=memory,
+            settle_s=settle_s,
             grace_s=grace_s,
             advise=advise,
             noted=lambda kind, text: self.notes.append(text),
@@ -452,45 +454,25 @@ def test_one_with_other_settings_goes_once_its_requests_have_ended(killed: bool,
     told(tmp_path, story)
 
 
-def test_what_is_of_no_kind_any_more_has_the_time_that_requests_have_to_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "patience"), [("gone/model", {"grace_s": 600.0}), ("stub", {"settle_s": 600.0})], ids=["kind", "settings"]
+)
+def test_what_nobody_has_claimed_yet_has_the_time_that_relays_and_requests_have(
+    kind: str, patience: dict[str, float], tmp_path: Path
+) -> None:
     async def story(site: Site) -> None:
-        fleet, heard = site.gateway(owner="gateway", kind="gone/model")
-        fleet.create(an_instance(1, "gone/model"))
+        fleet, heard = site.gateway(owner="gateway", kind=kind, source=replace(SOURCE, env={"STUB": "other"}))
+        fleet.create(an_instance(1, kind))
         await until(lambda: heard.ready == [1], "ready")
         await fleet.close()
         (name,) = site.names
-        patient, heard_patient = site.gateway(owner="gateway", grace_s=600.0)
+        patient, heard_patient = site.gateway(owner="gateway", **patience)
         patient.create(an_instance(1))
         await until(lambda: heard_patient.ready == [1], "there is room for it")
         assert not site.ray.instances[name].stopping
         await patient.close()
         site.gateway(owner="gateway")
         await until(lambda: name not in site.names, "the time is over")
-
-    told(tmp_path, story)
-
-
-def test_two_spellings_of_one_cluster_leave_each_others_instances_alone(tmp_path: Path) -> None:
-    async def story(site: Site) -> None:
-        former, heard_former = site.gateway(owner="gateway", kind="gone/model")
-        former.create(an_instance(1, "gone/model"))
-        await until(lambda: heard_former.ready == [1], "ready")
-        await former.close()
-        large = replace(SOURCE, resources={"GPU": 2.0}, address="10.0.0.5:6379", absent_after_s=0.5)
-        fleet, heard = site.gateway(owner="gateway", also={"large": large})
-        fleet.create(an_instance(1))
-        fleet.create(an_instance(2, "large"))
-        await until(lambda: heard.ready == [1], "one runs")
-        await until(lambda: report(fleet, "large").instances_max == 0, "the other waits for a node")
-        await until(lambda: len(site.names) == 2, "what is of neither is ended")
-        names, pid = set(site.names), site.engine("stub")
-        site.silent.add(SOURCE.address)
-        for placed in site.ray.instances.values():
-            placed.holder = ""  # The lease is over.
-        site.ray.add_node("c", {"GPU": 2.0})
-        await until(lambda: heard.ready == [1, 2], "the other view still works")
-        assert alive(pid)
-        assert (set(site.names), heard.failed) == (names, [])
 
     told(tmp_path, story)
 

@@ -65,6 +65,8 @@ class FleetEnvironment:
     owner: Callable[[], str] = lambda: ""
     """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind
     is the next one's. Empty: not known."""
+    settle_s: float = 0.0
+    """For so long at most a brain that follows another one waits to be told what runs."""
     grace_s: float = 0.0
     """For so long requests may go on that still run on what the config does not name any more."""
     advise: bool = False

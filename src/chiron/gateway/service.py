@@ -124,6 +124,7 @@ class Service:
                     settings=config.fleet,
                     devices=tuple(config.devices),
                     owner=lambda: owner_of(config),
+                    settle_s=brain.settle_s if brain is not None else 0.0,
                     grace_s=config.server.grace_s,
                     advise=advise,
                     noted=self._fleet_noted,

@@ -85,6 +85,7 @@ class RayFleet:
                 own,
                 owner=self._owner,
                 advise=environment.advise,
+                settle_s=environment.settle_s,
                 grace_s=environment.grace_s,
                 noted=environment.noted,
                 hint=place.options,

@@ -55,9 +55,9 @@ class RayTimes:
     backoff_max_s: float = 10.0
     settle_s: float = 2.0
     """After the first answer, until whoever takes over has had time for it."""
-    other_s: float = 4.0
-    """After the first answer, until what runs with other settings is ended: longer than a new brain waits for relays to
-    tell what runs there (``control.takeover.SETTLE_S``)."""
+    other_s: float = 2.0
+    """After the first answer, and the time that relays have to tell what runs there, until what runs with other
+    settings is ended."""
     unknown_s: float = 5.0
     """For so long Ray may take to say whether an instance of another gateway is there."""
     patience_s: float = 2.0 * LEASE_S
@@ -145,6 +145,7 @@ class RayInstances:
         *,
         owner: str = "",
         advise: bool = False,
+        settle_s: float = 0.0,
         grace_s: float = 0.0,
         noted: Callable[[str, str], None] = lambda kind, text: None,
         hint: str = "",
@@ -152,11 +153,12 @@ class RayInstances:
         times: RayTimes | None = None,
     ) -> None:
         """``sources`` by kind. ``owner``: in the names of what this starts. ``advise``: nothing is started or stopped,
-        and what others have is used too. ``grace_s``: for so long requests may go on where a kind is gone. ``hint``:
-        options of ``chiron ray`` that name this place. ``changes`` is called just before the cluster is asked to change
-        anything, and ends this process if it may not."""
+        and what others have is used too. ``settle_s``: for so long relays may tell what runs; ``grace_s``: for so long
+        requests may go on where a kind is gone. ``hint``: options of ``chiron ray`` that name this place. ``changes``
+        is called just before the cluster is asked to change anything, and ends this process if it may not."""
         self._changes = changes
         self._owner = owner
+        self._settle_s = settle_s
         self._grace_s = grace_s
         self._hint = hint
         self._cluster = cluster
@@ -418,7 +420,8 @@ class RayInstances:
             if not fits and (seen.holder or seen.phase == "unknown"):
                 continue  # Somebody has it, or may have it.
             if not fits and self._is_mine(seen.name):
-                in_use_s = self._times.other_s + (0.0 if name.kind in self._sources else self._grace_s)
+                told_s = self._settle_s if name.kind in self._sources else self._grace_s
+                in_use_s = self._times.other_s + told_s
                 if now_s - self._known_s >= in_use_s:
                     self._end(seen.name, self._other(name.kind))
             elif not self._sources:
