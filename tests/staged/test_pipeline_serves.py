@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from staged_models import need_torch, prompts, tiny
 
 need_torch()
 
+from chiron.engines.staged import service  # noqa: E402
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
 from chiron.engines.staged.pipeline import PipelineSettings, StageTimes, micro_batches  # noqa: E402
 from chiron.engines.staged.sequence import Sequence  # noqa: E402
@@ -64,6 +66,28 @@ def test_many_sequences_are_answered_as_transformers_would() -> None:
             await until(lambda: not any(r.service.kv.sequences for rs in site.replicas for r in rs))
 
     asyncio.run(main())
+
+
+def test_the_time_of_a_step_is_taken_once_its_result_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it is what waits for a GPU."""
+    whole = service._body
+    threads = set()
+
+    def slow(answer: Any) -> list[memoryview]:
+        threads.add(threading.current_thread())
+        time.sleep(0.02)
+        return whole(answer)
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3")) as site:
+            await site.complete([1, 2, 3], 4)
+            for (replica,) in site.replicas:
+                totals = replica.service.totals
+                assert totals.busy_s >= 0.02 * totals.steps > 0.0
+
+    monkeypatch.setattr(service, "_body", slow)
+    asyncio.run(main())
+    assert threading.main_thread() not in threads, "pings would not be answered meanwhile"
 
 
 def test_greedy_and_sampled_requests_share_steps_and_the_limit_falls_meanwhile() -> None:

@@ -31,6 +31,7 @@ WHOLE = {"layers": "0-3"}
         ({"device": "GPU 1"}, "device: 'GPU 1' must be cpu, cuda, cuda:0"),
         ({"max": 257}, "must be 1 <= min <= max <= 256"),
         ({"most": 2}, "most: unknown key"),
+        ({"device": "cuda", "max": 2}, "device 'cuda' and max 2: replicas would share the GPU; max must be 1"),
     ],
 )
 def test_what_no_stage_would_take_is_refused_before_one_is_started(spec: dict[str, Any], said: str) -> None:

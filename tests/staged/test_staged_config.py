@@ -88,6 +88,7 @@ def test_a_stage_may_have_more_than_one_replica_at_least(directory: Path) -> Non
         (config("[]"), "stages is missing"),
         (config('[{ layers = "0-3", pace = "61s" }]'), "pace is 61.0; it must be 0 to a minute"),
         (config('[{ layers = "0-3", device = "GPU 1" }]'), "device is 'GPU 1'; it must be cpu, cuda, cuda:0"),
+        (config('[{ layers = "0-3", device = "cuda:1", max = 2 }]'), "max is 2; it must be 1 with a GPU as device"),
         (config(STAGES, 'stages_plan = "none.json"'), "models.m.stages_plan: 'none.json' is not what"),
         (config(STAGES, top='stage_policy = "stage-hpb"'), "stage_policy: unknown policy 'stage-hpb'"),
         (

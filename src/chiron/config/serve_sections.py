@@ -107,7 +107,7 @@ class ServeStageSection:
     """Replicas at least, and at most."""
     max: int = 1
     device: str = "cpu"
-    """``cpu``, ``cuda`` or ``cuda:N``."""
+    """``cpu``, ``cuda`` or ``cuda:N``; replicas are given no GPUs of their own, so with one there is one replica."""
     gpus: int = 1
     """Of one replica, for costs."""
     price_per_gpu_hour: float = 0.0
@@ -128,6 +128,8 @@ class ServeStageSection:
         kv = self.kv_capacity_tokens
         require(kv is None or kv >= 64, "kv_capacity_tokens", kv, "64 or more")
         require(bool(_DEVICE.fullmatch(self.device)), "device", self.device, "cpu, cuda, cuda:0, ...")
+        alone = self.device == "cpu" or self.max == 1
+        require(alone, "max", self.max, "1 with a GPU as device: replicas would share it")
         require(0 <= self.start_s < 3600, "start", self.start_s, "0 to an hour")
         for key in ("pace", "pace_per_sequence"):
             require(0 <= getattr(self, f"{key}_s") <= 60, key, getattr(self, f"{key}_s"), "0 to a minute")

@@ -101,6 +101,10 @@ def _spec(given: Mapping[str, Any], where: str) -> StageSpec:
         raise StagedModelError(f"{where}.kv_capacity_tokens: {given['kv_capacity_tokens']!r} must be 64 or more, or 0")
     if not _DEVICE.fullmatch(device := str(given.get("device", "cpu"))):
         raise StagedModelError(f"{where}.device: {device!r} must be cpu, cuda, cuda:0, ...")
+    if device != "cpu" and most > 1:
+        raise StagedModelError(
+            f"{where}: device {device!r} and max {most}: replicas would share the GPU; max must be 1"
+        )
     return StageSpec(
         range=read_range(str(given.get("layers", ""))),
         least=least,

@@ -129,6 +129,8 @@ class _Answer:
     refused: list[tuple[int, int]] = field(default_factory=list)
     rows: list[Any] = field(default_factory=list)
     likely: list[Likely] = field(default_factory=list)
+    body: list[memoryview] = field(default_factory=list)
+    """Rows or likely tokens, as they are sent."""
 
 
 class StageService:
@@ -455,6 +457,8 @@ class StageService:
             part = slice(at, at + limit)
             hidden, likely = self.layers.run(torch.cat(given[part]), entries[part], self.kv)
             self._sort(answers, whose[part], entries[part], hidden, likely)
+        for answer in answers:  # A GPU has computed it only once it has been read.
+            answer.body = _body(answer)
         pause_s = self._pace.seconds(len(entries)) - (time.monotonic() - began_s)
         if pause_s > 0:
             time.sleep(pause_s)
@@ -490,8 +494,7 @@ class StageService:
             totals.refused += len(answer.refused)
             totals.sequences += len(call.step.entries)
             totals.tokens += sum(each.count for each in call.step.entries)
-            body = _body(answer)
-            totals.sent_bytes += sum(map(len, body))
+            totals.sent_bytes += sum(map(len, answer.body))
             result = Result(
                 call.step.id,
                 answer.refused,
@@ -500,7 +503,7 @@ class StageService:
                 call.waited_s,
                 self.kv.free_tokens,
             )
-            call.head.wire.send(result, *body)
+            call.head.wire.send(result, *answer.body)
 
     def _warm_up(self) -> None:
         entry = Entry(key="warm-up", position=0, count=2, want=1)
