@@ -87,6 +87,23 @@ def test_fewer_only_if_the_same_load_on_one_less_is_fast_and_fits() -> None:
     assert by_load(instance(1, **calm)) == 0
 
 
+def test_load_decides_nothing_by_old_scrapes() -> None:
+    calm = {"running": 10, "kv_used_tokens": 4_000}
+    assert by_load(instance(1, **calm), instance(2, **calm, sample_age_s=31.0)) == 0
+
+
+def test_what_came_before_the_first_interval_is_no_part_of_it() -> None:
+    state: Any = None
+    counts = []
+    for number in range(3):
+        now_s = 1000.0 + 180.0 * number
+        arrivals = tuple(arrival(second, 30) for second in range(int(now_s) - 180, int(now_s)))
+        one = model(fleet_of(2), arrivals=arrivals, mixes=(MIX,))
+        decided, state = decide_fleet(CONSTANT, state, fleet(one, now_s=now_s))
+        counts.append(decided["llama"].numbers.get("requests_per_s"))
+    assert counts == [None, 30.0, 30.0]
+
+
 def test_load_decides_nothing_while_instances_start_and_never_below_the_forecast() -> None:
     starting = instance(3, state="starting", sample_age_s=float("inf"))
     assert by_load(instance(1, **SLOW), instance(2, **SLOW), starting) == 0

@@ -48,6 +48,42 @@ def test_arima_knows_a_wave_and_keeps_its_order() -> None:
 
 
 @pytest.mark.slow
+def test_the_unit_of_a_series_changes_no_order() -> None:
+    """Orders that are differenced and those that are not are not compared by their AIC: each difference takes an
+    observation of the likelihood, which weighs more the larger the numbers are."""
+    pytest.importorskip("statsmodels")
+    noise = [
+        1.0,
+        -2.0,
+        0.5,
+        1.5,
+        -1.0,
+        0.0,
+        2.0,
+        -0.5,
+        -1.5,
+        1.0,
+        0.5,
+        -1.0,
+        1.2,
+        -0.8,
+        0.3,
+        -1.1,
+        0.9,
+        -0.2,
+        1.4,
+        -1.3,
+    ]
+    orders = set()
+    for unit in (1.0, 1000.0):
+        level = [unit * (20.0 + each) for each in noise]
+        _, kept = arima(level, 1, None)
+        assert kept is not None
+        orders.add((kept.order[1], kept.logarithm))
+    assert {differences for differences, _ in orders} == {0}
+
+
+@pytest.mark.slow
 def test_holt_winters_knows_a_season_once_it_has_seen_two() -> None:
     pytest.importorskip("statsmodels")
     season = [10.0, 10.0, 10.0, 50.0, 10.0, 10.0]

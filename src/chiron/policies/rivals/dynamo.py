@@ -39,7 +39,7 @@ MOST_VALUES = 500
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DynamoSettings:
     predictor: Method = "arima"
-    """Forecaster of each series (Dynamo's default, as all but the last; it has no holt-winters)."""
+    """Forecaster of each series (Dynamo's default, as all but the last two; it has no holt-winters)."""
     interval_s: Annotated[float, Between(30.0, 300.0, log=True)] = 180.0
     """Between decisions by throughput."""
     kalman_level: float = 1.0
@@ -51,11 +51,14 @@ class DynamoSettings:
     load_interval_s: float = 5.0
     load_sensitivity: Annotated[float, Between(0.4, 1.0)] = 0.8
     """Share of the SLA that is left to a fleet of one less."""
+    stale_s: float = 30.0
+    """With ``load``, nothing is decided by a scrape older than this. Our choice."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("interval_s", "kalman_level", "kalman_trend", "kalman_observation", "load_interval_s"):
+        positive = ("interval_s", "kalman_level", "kalman_trend", "kalman_observation", "load_interval_s", "stale_s")
+        for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
         for name in ("min_endpoint", "max_num_seqs"):
@@ -116,7 +119,8 @@ def _decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, no
     current = sum(model.planned.values())
     memory = replace(memory, since=_counted(memory.since, model))
     if memory.next_s == -inf:
-        return _plan(model, current, "first_interval", {}), replace(memory, next_s=now_s + settings.interval_s)
+        begun = replace(memory, since=Interval(), next_s=now_s + settings.interval_s)
+        return _plan(model, current, "first_interval", {}), begun
     numbers: dict[str, float] = {}
     wanted, reason = current, "between_decisions"
     if now_s >= memory.next_s - 1e-6:
@@ -208,7 +212,7 @@ def _mean_output(model: ModelView) -> float:
 
 
 def _by_load(settings: DynamoSettings, model: ModelView, current: int) -> tuple[int, dict[str, float]]:
-    ready = [i for i in model.instances if i.state == "ready" and i.sample_age_s < inf]
+    ready = [i for i in model.instances if i.state == "ready" and i.sample_age_s <= settings.stale_s]
     interactive = [mix for mix in _used(model) if mix.cls.interactive]
     if len(ready) != current or not ready or not interactive:
         return 0, {}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from math import isfinite
+from math import expm1, isfinite, log1p
 from typing import Any, Literal
 
 Method = Literal["constant", "kalman", "arima", "holt-winters"]
@@ -26,6 +26,8 @@ class Fitted:
 
     order: tuple[int, int, int]
     parameters: tuple[float, ...]
+    logarithm: bool = False
+    """Of log(1 + value)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,30 +63,61 @@ def kalman(series: Sequence[float], noise: KalmanNoise) -> float:
 
 
 def arima(series: Sequence[float], steps: int, kept: Fitted | None) -> tuple[tuple[float, ...], Fitted | None]:
-    """So many steps ahead. The order is the one of least AIC, p and q up to 2, differenced once where that is better,
-    found when there are enough values; later the parameters are fitted anew from where they were."""
+    """So many steps ahead. The order is chosen once, when there are enough values: differenced once where a
+    unit root is not ruled out (KPSS, as pmdarima decides), then p and q up to 2 of least AIC; where that leaves neither,
+    the same on log(1 + value), as Dynamo does. Later the parameters are fitted anew from where they were."""
     last = series[-1] if series else 0.0
     if len(series) < FEWEST or len(set(series)) == 1:
         return (last,) * steps, kept
     if kept is None:
-        fits = [(_aic(series, (p, d, q)), (p, d, q)) for d in (0, 1) for p, q in _ORDERS]
-        aic, order = min(fits, key=lambda fit: fit[0][0])
-        if not isfinite(aic[0]):
+        kept = _chosen(series, logarithm=False)
+        if kept is None or (kept.order[0] == 0 and kept.order[2] == 0):
+            kept = _chosen(series, logarithm=True) or kept
+        if kept is None:
             return (last,) * steps, None
-        kept = Fitted(order=order, parameters=aic[1])
     try:
-        model = _model(series, kept.order)
+        model = _model(_scaled(series, kept.logarithm), kept.order)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = model.fit(start_params=list(kept.parameters), disp=0, maxiter=10)
         values = tuple(float(value) for value in result.forecast(steps))
-        kept = Fitted(order=kept.order, parameters=tuple(float(each) for each in result.params))
+        kept = replace(kept, parameters=tuple(float(each) for each in result.params))
     except (ValueError, ArithmeticError, _linalg_error()):
         return (last,) * steps, kept
+    if kept.logarithm:
+        # Beyond this the exponential is no forecast.
+        most = 10.0 * max(series)
+        values = tuple(min(most, expm1(min(value, 700.0))) for value in values)
     return _usable(values, last), kept
 
 
+def _chosen(series: Sequence[float], *, logarithm: bool) -> Fitted | None:
+    values = _scaled(series, logarithm)
+    differences = _differences(values)
+    fits = [(*_aic(values, (p, differences, q)), (p, differences, q)) for p, q in _ORDERS]
+    aic, parameters, order = min(fits, key=lambda fit: fit[0])
+    return Fitted(order=order, parameters=parameters, logarithm=logarithm) if isfinite(aic) else None
+
+
+def _scaled(series: Sequence[float], logarithm: bool) -> list[float]:
+    return [log1p(value) for value in series] if logarithm else list(series)
+
+
+def _differences(values: Sequence[float]) -> int:
+    """1 where the series is not stationary around a level, by the KPSS test at 5 %."""
+    from statsmodels.tsa.stattools import kpss
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            share = float(kpss(list(values), regression="c", nlags="auto")[1])
+    except (ValueError, ArithmeticError, _linalg_error()):
+        return 0
+    return int(share < 0.05)
+
+
 def _aic(series: Sequence[float], order: tuple[int, int, int]) -> tuple[float, tuple[float, ...]]:
+    """Compared only among orders of one number of differences: each takes an observation of the likelihood."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
