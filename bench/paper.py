@@ -267,7 +267,9 @@ def mixed(model: str, **changes: Any) -> str:
 def gpu_hours(bench: Bench) -> Section:
     keys = [(model, policy) for model in MIXED for policy in POLICIES]
     found = bench.over_seeds({key: (mixed(key[0]), key[1]) for key in keys})
-    rows, saved = [], {"llumnix": [], "llumnix-tuned": []}
+    rows: list[tuple[str, ...]] = []
+    saved: dict[str, list[float]] = {"llumnix": [], "llumnix-tuned": []}
+    late: list[str] = []
     for model in MIXED:
         for policy in POLICIES:
             figures = found[model, policy]
@@ -280,11 +282,23 @@ def gpu_hours(bench: Bench) -> Section:
                     spread((each.gpu_hours for each in figures), hours),
                 )
             )
-        ours = mean(each.gpu_hours for each in found[model, "chiron-paper"])
+        paper = found[model, "chiron-paper"]
+        if min(mean(each.chat for each in paper), mean(each.batch for each in paper)) < ENOUGH:
+            late.append(model)
+            continue
         for rival, shares in saved.items():
-            shares.append(1.0 - ours / mean(each.gpu_hours for each in found[model, rival]))
-    untuned, tuned = (max(saved[rival]) for rival in ("llumnix", "llumnix-tuned"))
+            theirs = mean(each.gpu_hours for each in found[model, rival])
+            shares.append(1.0 - mean(each.gpu_hours for each in paper) / theirs)
+    untuned, tuned = (max(saved[rival], default=-1.0) for rival in ("llumnix", "llumnix-tuned"))
     word = "holds" if untuned >= 0.6 else "partly" if max(untuned, tuned) > 0.05 else "does not hold"
+    missed = f" Not counted, as `chiron-paper` misses SLOs there itself: {' and '.join(late)}." if late else ""
+    if len(late) == len(MIXED):
+        found_best = "`chiron-paper` meets 99 % of each class for neither model, so nothing is saved with all SLOs met."
+    else:
+        found_best = (
+            f"at its best {percent(untuned)} fewer GPU-hours than `llumnix` and {percent(tuned)} fewer than "
+            f"`llumnix-tuned` (negative: more), whatever those miss.{missed}"
+        )
     return Section(
         title="GPU-hours on a mixed workload",
         claim="60 % fewer GPU-hours than Llumnix with all SLOs met on one mixed workload; up to 70 % fewer GPUs",
@@ -294,9 +308,8 @@ def gpu_hours(bench: Bench) -> Section:
         "minutes that is due 35 minutes later; ShareGPT lengths, at most 50 GPUs",
         head=("model", "policy", "chat met", "batch in time", "GPU-hours"),
         rows=rows,
-        verdict=f"{word}: at its best {percent(untuned)} fewer GPU-hours than `llumnix` and {percent(tuned)} fewer "
-        f"than "
-        "`llumnix-tuned` (negative: more). The rule: 60 % against the untuned one hold, 5 % against either are a part.",
+        verdict=f"{word}: {found_best} The rule: 60 % against the untuned one hold, 5 % against either are a part, "
+        "where `chiron-paper` meets 99 % of each class.",
     )
 
 
@@ -651,6 +664,7 @@ def bands(bench: Bench) -> Section:
                 )
             )
     low, high = min(kept), max(kept)
+    word = "holds" if high - low <= 0.3 else "partly" if high - low <= 1.0 else "does not hold"
     return Section(
         title="If step times were 15 % off",
         claim="(ours, not the paper's: how much of the above hangs on the step-time model)",
@@ -658,8 +672,8 @@ def bands(bench: Bench) -> Section:
         setting="the mixed workload with all step times multiplied",
         head=("model", "step times", *(f"{policy}: GPU-hours (met)" for policy in POLICIES)),
         rows=rows,
-        verdict=f"{'holds' if high - low <= 0.3 else 'partly'}: GPU-hours of `chiron-paper` over `llumnix` lie between "
-        f"{low:.2f} and {high:.2f} over models and factors.",
+        verdict=f"{word}: GPU-hours of `chiron-paper` over `llumnix` lie between {low:.2f} and {high:.2f} over models "
+        "and factors.",
     )
 
 

@@ -247,8 +247,10 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(scenario: Path, jobs: int)
 
 
 _INTERRUPTIBLE = """
-import sys
+import signal, sys
 from chiron.cli import app
+# Who starts tests in the background may have told them to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _, scenario, target, jobs = sys.argv
 seeds = [word for seed in range(60) for word in ("-s", str(seed))]
 # No stall of whoever interrupts is to be as long as all of them.

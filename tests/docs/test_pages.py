@@ -160,6 +160,7 @@ def test_lock_files_hold_only_pins_and_development_adds_to_the_base() -> None:
 
 HOSTS = {
     "10.255.255.1",
+    "10.255.255.2",
     "127.0.0.1",
     "127.0.0.1.evil.example",
     "192.168.0.7",

@@ -294,7 +294,7 @@ def test_a_claim_that_finds_no_pod_and_one_whose_pod_closes_leave_its_replica_to
         fake.requests.clear()
         fake.interfere = lambda method, path: Refusal(503, "", "busy") if path == PODS else None
         async with fleet_on(here.cluster) as later:
-            stale = [f"http://10.255.255.{i}:{PORT}" for i in (1, 2)]
+            stale = [f"http://10.255.255.1:{PORT}", f"http://10.255.255.2:{PORT}"]
             told = [urls[1], urls[2], *([urls[3]] if closing else stale)]
             for number, url in enumerate(told, 1):
                 assert later.adopt(number, url)

@@ -63,9 +63,9 @@ def kalman(series: Sequence[float], noise: KalmanNoise) -> float:
 
 
 def arima(series: Sequence[float], steps: int, kept: Fitted | None) -> tuple[tuple[float, ...], Fitted | None]:
-    """So many steps ahead. The order is chosen once, when there are enough values: differenced once where a
-    unit root is not ruled out (KPSS, as pmdarima decides), then p and q up to 2 of least AIC; where that leaves neither,
-    the same on log(1 + value), as Dynamo does. Later the parameters are fitted anew from where they were."""
+    """So many steps ahead. The order is chosen once, when there are enough values: differenced once where the KPSS
+    test, as pmdarima has it, sees no fixed level, then p and q up to 2 of least AIC; where that leaves neither, again
+    on log(1 + value), as Dynamo does. Later the parameters are fitted anew from where they were."""
     last = series[-1] if series else 0.0
     if len(series) < FEWEST or len(set(series)) == 1:
         return (last,) * steps, kept
