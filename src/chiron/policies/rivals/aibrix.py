@@ -33,6 +33,7 @@ from typing import Annotated
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped, within_bounds
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 
@@ -93,22 +94,14 @@ def desired_pods(settings: AibrixSettings, mean: float, target: float, pods: int
 
 def decide_fleet(settings: AibrixSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: one autoscaler each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(settings: AibrixSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
-    ready = [i for i in model.instances if i.state == "ready"]
-    fresh = [i for i in ready if i.sample_age_s <= settings.stale_s]
-    # One that has just come up and was not scraped yet is not counted; one whose scrapes stopped is unknown.
-    if not fresh or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {}), memory
+    fresh = scraped(model, settings.stale_s)
+    if fresh is None:
+        return held(model), memory
     now = (
         now_s,
         sum(i.kv_used_tokens / i.kv_capacity_tokens for i in fresh) / len(fresh),
@@ -122,10 +115,10 @@ def _decide_model(settings: AibrixSettings, memory: Memory, model: ModelView, no
     )
     wanted = (*(w for w in memory.wanted if w[0] > now_s - settings.stabilise_down_s), (now_s, last))
     settled = min(n for _, n in wanted) if last < current else last
-    count = min(max(settled, model.min_instances, 1), model.max_instances)
+    count = within_bounds(model, settled)
     reason = "metric_above_target" if count > current else "metric_below_target" if count < current else "steady"
     numbers = {"kv": kv, "waiting": waiting, "wanted": float(last)}
-    return _plan(count, reason, numbers), Memory(means=means, wanted=wanted)
+    return mixed_plan(count, reason, numbers), Memory(means=means, wanted=wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,23 +186,16 @@ def kpa_pods(settings: AibrixKpaSettings, mean: float, pods: int) -> int:
 
 def decide_kpa(settings: AibrixKpaSettings, state: KpaState | None, view: FleetView) -> tuple[FleetPlan, KpaState]:
     """Every model by itself: one autoscaler each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: KpaState = {}
-    for model in view.models:
-        memory = state.get(model.name) or KpaMemory()
-        plans[model.name], memories[model.name] = _decide_kpa(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_kpa, KpaMemory, settings, state, view)
 
 
 def _decide_kpa(
     settings: AibrixKpaSettings, memory: KpaMemory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, KpaMemory]:
     current = sum(model.planned.values())
-    ready = [i for i in model.instances if i.state == "ready"]
-    fresh = [i for i in ready if i.sample_age_s <= settings.stale_s]
-    if not fresh or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {}), memory
+    fresh = scraped(model, settings.stale_s)
+    if fresh is None:
+        return held(model), memory
     now = (now_s, sum(i.kv_used_tokens / i.kv_capacity_tokens for i in fresh) / len(fresh))
     means = (*(m for m in memory.means if m[0] > now_s - settings.stable_window_s), now)
     stable = sum(mean for _, mean in means) / len(means)
@@ -226,17 +212,15 @@ def _decide_kpa(
         count = panic_pods = max(count, kpa_pods(settings, panic, len(fresh)), panic_pods)
     asked = (*(a for a in memory.asked if a[0] > now_s - settings.scale_down_delay_s), (now_s, count))
     settled = max(pods for _, pods in asked)
-    count = min(max(settled, model.min_instances, 1), model.max_instances)
+    count = within_bounds(model, settled)
     if panic_s > -inf and count >= current:
         reason = "panic"
     else:
         reason = "metric_above_target" if count > current else "metric_below_target" if count < current else "steady"
     numbers = {"stable": stable, "panic": panic, "wanted": float(settled)}
-    return _plan(count, reason, numbers), KpaMemory(means=means, panic_s=panic_s, panic_pods=panic_pods, asked=asked)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+    return mixed_plan(count, reason, numbers), KpaMemory(
+        means=means, panic_s=panic_s, panic_pods=panic_pods, asked=asked
+    )
 
 
 def make_aibrix(settings: AibrixSettings) -> Policy:

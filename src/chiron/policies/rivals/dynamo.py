@@ -29,6 +29,7 @@ from typing import Annotated
 from chiron.policies.capacity import capacity, prefill_s, work_s
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import AnyOf, Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan, within_bounds
 from chiron.policies.rivals.forecasters import Fitted, KalmanNoise, Method, arima, holt_winters, kalman, needs
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -106,13 +107,7 @@ def replicas(settings: DynamoSettings, demand_per_s: float, engine_per_s: float)
 
 def decide_fleet(settings: DynamoSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
@@ -120,7 +115,7 @@ def _decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, no
     memory = replace(memory, since=_counted(memory.since, model))
     if memory.next_s == -inf:
         begun = replace(memory, since=Interval(), next_s=now_s + settings.interval_s)
-        return _plan(model, current, "first_interval", {}), begun
+        return mixed_plan(within_bounds(model, current), "first_interval"), begun
     numbers: dict[str, float] = {}
     wanted, reason = current, "between_decisions"
     if now_s >= memory.next_s - 1e-6:
@@ -133,7 +128,8 @@ def _decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, no
         if wanted < memory.floor:
             wanted, reason = memory.floor, "forecast"
         numbers = {**numbers, **seen}
-    return _plan(model, max(wanted, settings.min_endpoint), reason, {**numbers, "floor": float(memory.floor)}), memory
+    count = within_bounds(model, max(wanted, settings.min_endpoint))
+    return mixed_plan(count, reason, {**numbers, "floor": float(memory.floor)}), memory
 
 
 def _counted(since: Interval, model: ModelView) -> Interval:
@@ -249,11 +245,6 @@ def _itl_s(model: ModelView, one: InstanceView, factor: float) -> float:
     sequences = factor * (one.running + one.waiting)
     context = factor * (one.kv_used_tokens + one.waiting_tokens)
     return times.fixed_s + times.per_sequence_s * sequences + times.per_context_token_s * context
-
-
-def _plan(model: ModelView, count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    count = min(max(count, model.min_instances, 1), model.max_instances)
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
 
 
 def make_dynamo(settings: DynamoSettings) -> Policy:

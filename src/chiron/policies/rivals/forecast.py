@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 from chiron.policies.capacity import arrivals_s, capacity
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan, within_bounds
 from chiron.policies.rivals.forecasters import Fitted, arima, holt_winters, needs
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
@@ -67,26 +68,20 @@ class Memory:
     fitted: Fitted | None = None
 
 
-State = dict[str, Memory]
+State = dict[str, Memory | None]
 
 
 def decide_fleet(settings: ForecastSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name)
-        if memory is None:  # Nothing has come yet: the first period begins.
-            count = min(max(sum(model.planned.values()), model.min_instances, 1), model.max_instances)
-            plans[model.name] = ModelPlan(counts={"mixed": count}, reason="first_period")
-            memories[model.name] = Memory()
-        else:
-            plans[model.name], memories[model.name] = _decide_model(settings, memory, model)
-    return plans, memories
+    return each_model(_decide_model, lambda: None, settings, state, view)
 
 
-def _decide_model(settings: ForecastSettings, memory: Memory, model: ModelView) -> tuple[ModelPlan, Memory]:
+def _decide_model(
+    settings: ForecastSettings, memory: Memory | None, model: ModelView, now_s: float
+) -> tuple[ModelPlan, Memory | None]:
+    current = sum(model.planned.values())
+    if memory is None:  # The first period begins.
+        return mixed_plan(within_bounds(model, current), "first_period"), Memory()
     outputs = {mix.cls.name: mix.output_tokens for mix in model.mixes}
     new = [arrival for arrival in model.arrivals if arrival.requests > 0]
     work = sum(arrivals_s(model.step_times, arrival, outputs[arrival.cls.name]) for arrival in new)
@@ -98,12 +93,10 @@ def _decide_model(settings: ForecastSettings, memory: Memory, model: ModelView) 
     else:
         forecast = holt_winters(series, steps, round(settings.season_s / settings.period_s))
     each = _work_in_a_period(settings, model)
-    current = sum(model.planned.values())
-    count = min(max(ceil(max(forecast) / each), model.min_instances, 1), model.max_instances)
+    count = within_bounds(model, ceil(max(forecast) / each))
     reason = "forecast_above" if count > current else "forecast_below" if count < current else "steady"
     numbers = {"work": work, "forecast": max(forecast), "each": each}
-    plan = ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
-    return plan, replace(memory, series=series, fitted=fitted)
+    return mixed_plan(count, reason, numbers), replace(memory, series=series, fitted=fitted)
 
 
 def _work_in_a_period(settings: ForecastSettings, model: ModelView) -> float:

@@ -23,6 +23,7 @@ from typing import Annotated, Literal, Protocol
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 
@@ -194,13 +195,7 @@ def follow_within(
 
 def decide_fleet(settings: HpaSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: one autoscaler each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(settings: HpaSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
@@ -212,11 +207,11 @@ def _decide_model(settings: HpaSettings, memory: Memory, model: ModelView, now_s
         settings, metrics, missing=len(ready) - len(fresh), unready=model.count("starting"), current=current
     )
     if wanted is None:
-        return _plan(current, "metrics_missing", {}), memory
+        return mixed_plan(current, "metrics_missing", {}), memory
     count, memory = follow(settings, memory, model, wanted, now_s)
     mean = sum(metrics) / len(metrics)
     reason = _reason(count, wanted, current)
-    plan = _plan(count, reason, {"metric": mean, "target": settings.target, "wanted": float(wanted)})
+    plan = mixed_plan(count, reason, {"metric": mean, "target": settings.target, "wanted": float(wanted)})
     return plan, memory
 
 
@@ -234,10 +229,6 @@ def _reason(count: int, wanted: int, current: int) -> str:
     if wanted < current:
         return "stabilise_down"
     return "limited" if wanted > current else "within_tolerance"
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
 
 
 def make_hpa(settings: HpaSettings) -> Policy:

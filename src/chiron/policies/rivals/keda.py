@@ -22,6 +22,7 @@ from typing import Annotated
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan
 from chiron.policies.rivals.hpa import Memory as HpaMemory
 from chiron.policies.rivals.hpa import follow
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
@@ -83,13 +84,7 @@ def wanted_pods(settings: KedaSettings, total: float, target: float, pods: int) 
 
 def decide_fleet(settings: KedaSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: a ScaledObject each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory(active_s=view.now_s)
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, lambda: Memory(active_s=view.now_s), settings, state, view)
 
 
 def _decide_model(settings: KedaSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
@@ -101,11 +96,11 @@ def _decide_model(settings: KedaSettings, memory: Memory, model: ModelView, now_
     if running:
         memory = replace(memory, active_s=now_s)
     if current == 0:
-        return _plan(1 if running else 0, "activated" if running else "idle", numbers), memory
+        return mixed_plan(1 if running else 0, "activated" if running else "idle", numbers), memory
     if model.min_instances == 0 and now_s - memory.active_s >= settings.cooldown_s:
-        return _plan(0, "cooled_down", numbers), memory
+        return mixed_plan(0, "cooled_down", numbers), memory
     if any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(current, "metrics_missing", numbers), memory
+        return mixed_plan(current, "metrics_missing", numbers), memory
     wanted = max(
         wanted_pods(settings, waiting, settings.waiting_target, current),
         wanted_pods(settings, running, settings.running_target, current),
@@ -117,11 +112,7 @@ def _decide_model(settings: KedaSettings, memory: Memory, model: ModelView, now_
         reason = "metric_below_target"
     else:
         reason = "steady" if wanted == current else "limited"
-    return _plan(count, reason, {**numbers, "wanted": float(wanted)}), replace(memory, hpa=hpa)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+    return mixed_plan(count, reason, {**numbers, "wanted": float(wanted)}), replace(memory, hpa=hpa)
 
 
 def make_keda(settings: KedaSettings) -> Policy:

@@ -21,6 +21,7 @@ from typing import Annotated
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 PANIC_OVER = -inf
@@ -83,13 +84,7 @@ State = dict[str, Memory]
 
 def decide_fleet(settings: KnativeSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: one autoscaler each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def desired_pods(

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, inf, isnan, sqrt
+from math import ceil, floor, isnan, sqrt
 from typing import Annotated, Protocol
 
 from chiron.policies.capacity import prefill_s
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped
 from chiron.policies.rivals.hpa import Windows, stabilised
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -189,28 +190,21 @@ def quantile(values: Sequence[tuple[float, int]], share: float) -> float:
 
 def decide_fleet(settings: LlmdSloSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: a ScaledObject each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(
     settings: LlmdSloSettings, memory: Memory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
-    ready = [i for i in model.instances if i.state == "ready"]
-    fresh = [i for i in ready if i.sample_age_s <= settings.stale_s]
-    if not fresh or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {}), memory
+    fresh = scraped(model, settings.stale_s)
+    if fresh is None:
+        return held(model), memory
     raw = min(saturation(model, fresh), settings.clamp)
     samples = (*(s for s in memory.samples if s[0] > now_s - settings.smooth_s), (now_s, raw))
     smooth = sum(value for _, value in samples) / len(samples)
     bounds = (max(model.min_instances, 1), model.max_instances)
-    wanted = min(max(desired_pods(settings, smooth, current, len(ready)), bounds[0]), bounds[1])
+    wanted = min(max(desired_pods(settings, smooth, current, model.count("ready")), bounds[0]), bounds[1])
     count, followed = follow(settings, memory.followed, current, wanted, bounds, now_s)
     if count > current:
         reason = "latency_above_target"
@@ -219,11 +213,7 @@ def _decide_model(
     else:
         reason = "steady" if wanted == current else "stabilise"
     numbers = {"saturation": smooth, "wanted": float(wanted)}
-    return _plan(count, reason, numbers), Memory(samples=samples, followed=followed)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+    return mixed_plan(count, reason, numbers), Memory(samples=samples, followed=followed)
 
 
 def make_llmd_slo(settings: LlmdSloSettings) -> Policy:

@@ -28,6 +28,7 @@ from chiron.policies.instances import take_back_fullest
 from chiron.policies.least_router import LeastRouter
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import mixed_plan
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, Migration, ModelPlan, ModelView
 
 
@@ -140,7 +141,7 @@ def _decide_model(settings: LlumnixSettings, model: ModelView) -> ModelPlan:
     empty = Blocks(total=one)
     # One that has just come up and was not scraped yet is empty; one whose scrapes stopped is unknown.
     if not ready or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(current, "metrics_missing", {})
+        return mixed_plan(current, "metrics_missing", {})
     seen = sum((blocks_of(i, settings.block_tokens) for i in ready), Blocks())
     fleet = sum((empty for _ in range(starting)), seen) if settings.while_starting == "count" else seen
     up = freeness(fleet, settings.watermark)
@@ -148,19 +149,15 @@ def _decide_model(settings: LlumnixSettings, model: ModelView) -> ModelPlan:
     numbers = {"freeness": up, "freeness_without_one": down}
     if up < settings.scale_up_blocks:
         if starting and settings.while_starting == "hold":
-            return _plan(current, "hold_while_starting", numbers)
+            return mixed_plan(current, "hold_while_starting", numbers)
         added = 0
         while freeness(fleet, settings.watermark) < settings.scale_up_blocks and current + added < model.max_instances:
             fleet += empty
             added += 1
-        return _plan(current + added, "freeness_low", numbers)
+        return mixed_plan(current + added, "freeness_low", numbers)
     if down > settings.scale_down_blocks and not model.count("draining"):
-        return _plan(max(current - 1, model.min_instances, 1), "freeness_high", numbers)
-    return _plan(current, "steady", numbers)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+        return mixed_plan(max(current - 1, model.min_instances, 1), "freeness_high", numbers)
+    return mixed_plan(current, "steady", numbers)
 
 
 def decide_migrations(settings: LlumnixSettings, state: None, view: FleetView) -> tuple[tuple[Migration, ...], None]:

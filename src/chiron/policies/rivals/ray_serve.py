@@ -25,6 +25,7 @@ from typing import Annotated, Any
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan
 from chiron.policies.size import placed, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
@@ -99,13 +100,7 @@ def desired_replicas(settings: RayServeSettings, total: float, running: int) -> 
 
 def decide_fleet(settings: RayServeSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: one deployment each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(
@@ -121,7 +116,7 @@ def _decide_model(
     if running == 0:
         count = max(current, ceil(settings.upscale_factor)) if now else current
         reason = "first_replica" if count > current else "nothing_runs"
-        return _plan(count, reason, numbers), replace(memory, sign=0)
+        return mixed_plan(count, reason, numbers), replace(memory, sign=0)
     desired = min(max(desired_replicas(settings, total, running), model.min_instances), model.max_instances)
     sign = (desired > current) - (desired < current)
     if sign != memory.sign:
@@ -129,13 +124,9 @@ def _decide_model(
     delay_s = settings.upscale_delay_s if sign > 0 else settings.downscale_delay_s
     numbers["desired"] = float(desired)
     if sign == 0 or now_s - memory.since_s < delay_s:
-        return _plan(current, "delayed" if sign else "steady", numbers), memory
+        return mixed_plan(current, "delayed" if sign else "steady", numbers), memory
     reason = "ongoing_above_target" if sign > 0 else "ongoing_below_target"
-    return _plan(desired, reason, numbers), replace(memory, sign=0)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
+    return mixed_plan(desired, reason, numbers), replace(memory, sign=0)
 
 
 # -- placement ---------------------------------------------------------------------------------------------------

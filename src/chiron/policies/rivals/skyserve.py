@@ -19,6 +19,7 @@ from typing import Annotated
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, mixed_plan, recent
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 
@@ -60,22 +61,14 @@ State = dict[str, Memory]
 
 def decide_fleet(settings: SkyServeSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself: a service each."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(
     settings: SkyServeSettings, memory: Memory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
-    # What was refused or taken back was counted when it came, and stays counted: SkyServe's balancer counts requests.
-    new = tuple((arrival.second, arrival.requests) for arrival in model.arrivals if arrival.requests > 0)
-    arrivals = tuple(a for a in (*memory.arrivals, *new) if a[0] >= now_s - settings.window_s)
+    arrivals = recent(memory.arrivals, model, now_s - settings.window_s)
     rate = sum(count for _, count in arrivals) / settings.window_s
     target = min(max(ceil(rate / settings.target_qps), model.min_instances), model.max_instances)
     above = memory.above + 1 if target > current else 0
@@ -90,8 +83,7 @@ def _decide_model(
     if model.waiting_interactive and count == 0:  # Too few a minute to be a replica's share; SkyServe takes one then.
         count, reason = 1, "first_replica"
     numbers = {"requests_per_s": rate, "target": float(target)}
-    plan = ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
-    return plan, Memory(arrivals=arrivals, above=above, below=below)
+    return mixed_plan(count, reason, numbers), Memory(arrivals=arrivals, above=above, below=below)
 
 
 def make_skyserve(settings: SkyServeSettings) -> Policy:

@@ -28,12 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor, inf
+from math import ceil, floor
 from statistics import fmean, median
 from typing import Annotated, Literal
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped
 from chiron.policies.rivals.llmd import Followed, follow
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -153,28 +154,21 @@ def sequence_tokens(settings: WvaSettings, inputs: float, outputs: float) -> flo
 
 def decide_fleet(settings: WvaSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(settings: WvaSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
-    ready = [i for i in model.instances if i.state == "ready"]
-    fresh = [i for i in ready if i.sample_age_s <= settings.stale_s]
-    if not fresh or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        return _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {}), memory
+    fresh = scraped(model, settings.stale_s)
+    if fresh is None:
+        return held(model), memory
     now = tuple((now_s, i.id, i.kv_used_tokens / i.kv_capacity_tokens, float(i.waiting)) for i in fresh)
     samples = (*(s for s in memory.samples if s[0] > now_s - settings.window_s), *now)
     loads = {i.id: _most(samples, i.id) for i in fresh}
     if settings.analyzer == "saturation":
         numbers: dict[str, float] = {}
         full = memory.full
-        change = by_saturation(settings, list(loads.values())) if len(ready) == current else 0
+        change = by_saturation(settings, list(loads.values())) if model.count("ready") == current else 0
     else:
         change, full, numbers = _by_tokens(settings, memory, model, fresh, loads)
     wanted = min(max(current + change, model.min_instances, 1), model.max_instances)
@@ -185,7 +179,7 @@ def _decide_model(settings: WvaSettings, memory: Memory, model: ModelView, now_s
     else:
         reason = "steady" if wanted == current else "stabilise"
     numbers = {**numbers, "wanted": float(wanted)}
-    return _plan(count, reason, numbers), Memory(samples=samples, full=full, followed=followed)
+    return mixed_plan(count, reason, numbers), Memory(samples=samples, full=full, followed=followed)
 
 
 def _most(samples: Sequence[tuple[float, int, float, float]], id: int) -> tuple[float, float]:
@@ -231,10 +225,6 @@ def _lengths(model: ModelView) -> tuple[float, float]:
     inputs = sum(w * mix.input_tokens for w, mix in zip(weights, mixes, strict=True)) / sum(weights)
     outputs = sum(w * mix.output_tokens for w, mix in zip(weights, mixes, strict=True)) / sum(weights)
     return max(1.0, inputs), max(1.0, outputs)
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
 
 
 def make_wva(settings: WvaSettings) -> Policy:

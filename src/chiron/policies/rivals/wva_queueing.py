@@ -26,6 +26,7 @@ import numpy as np
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.each_model import each_model, held, mixed_plan, recent, scraped
 from chiron.policies.rivals.llmd import Followed, follow
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, ModelPlan, ModelView, StepTimes
 
@@ -141,25 +142,16 @@ def largest_rate(replica: Replica, ttft_slo_s: float, itl_slo_s: float) -> float
 
 def decide_fleet(settings: WvaQueueingSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself."""
-    state = state or {}
-    plans: dict[str, ModelPlan] = {}
-    memories: State = {}
-    for model in view.models:
-        memory = state.get(model.name) or Memory()
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
-    return plans, memories
+    return each_model(_decide_model, Memory, settings, state, view)
 
 
 def _decide_model(
     settings: WvaQueueingSettings, memory: Memory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
-    new = tuple((arrival.second, arrival.requests) for arrival in model.arrivals if arrival.requests > 0)
-    arrivals = tuple(a for a in (*memory.arrivals, *new) if a[0] >= now_s - settings.rate_window_s)
-    ready = [i for i in model.instances if i.state == "ready"]
-    if not ready or any(settings.stale_s < i.sample_age_s < inf for i in ready):
-        plan = _plan(max(current, 1 if model.waiting_interactive else 0), "metrics_missing", {})
-        return plan, Memory(arrivals=arrivals, followed=memory.followed)
+    arrivals = recent(memory.arrivals, model, now_s - settings.rate_window_s)
+    if scraped(model, settings.stale_s) is None:
+        return held(model), Memory(arrivals=arrivals, followed=memory.followed)
     rate = sum(count for _, count in arrivals) / settings.rate_window_s
     used = [mix for mix in model.mixes if mix.finished] or list(model.mixes)
     most_per_s = _largest_rate(settings, model, used)
@@ -171,7 +163,7 @@ def _decide_model(
     else:
         reason = "steady" if wanted == current else "stabilise"
     numbers = {"requests_per_s": rate, "replica_per_s": most_per_s, "wanted": float(wanted)}
-    return _plan(count, reason, numbers), Memory(arrivals=arrivals, followed=followed)
+    return mixed_plan(count, reason, numbers), Memory(arrivals=arrivals, followed=followed)
 
 
 def _largest_rate(settings: WvaQueueingSettings, model: ModelView, used: list[ClassMix]) -> float:
@@ -193,10 +185,6 @@ def _largest_rate(settings: WvaQueueingSettings, model: ModelView, used: list[Cl
         min((cls.ttft_s for cls in interactive), default=inf),
         min((cls.itl_s for cls in interactive), default=inf),
     )
-
-
-def _plan(count: int, reason: str, numbers: dict[str, float]) -> ModelPlan:
-    return ModelPlan(counts={"mixed": count}, reason=reason, numbers=numbers)
 
 
 def make_wva_queueing(settings: WvaQueueingSettings) -> Policy:
