@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from chiron.core.types import Role
 from chiron.policies.capacity import capacity
+from chiron.policies.checks import above, at_least
 from chiron.policies.deadline_groups import DeadlineGroups
 from chiron.policies.instances import take_back_fullest
 from chiron.policies.packing import PackingRouter
@@ -112,12 +113,8 @@ class ChironPaperSettings:
         for name in ("alpha", "backpressure_min", "theta", "theta_min", "theta_max", "spike_quantile"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1")
-        for name in ("initial_max_batch_size", "tick_s", "history_s", "group_span_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("local_period_s", "throughput_tolerance", "shrink_after_s", "quantile_z"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(0, self, "initial_max_batch_size", "tick_s", "history_s", "group_span_s")
+        at_least(0, self, "local_period_s", "throughput_tolerance", "shrink_after_s", "quantile_z")
         if not 0 <= self.interactive_share <= 1:
             raise ValueError(f"interactive_share is {self.interactive_share}; it must lie in 0..1")
         if not self.theta_min <= self.theta_max:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.overload_settings import OverloadSettings
 from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.ranges import Between
@@ -114,10 +115,10 @@ class ChironSettings:
         for name in ("itl_margin", "utilisation", "slack_share", "miss_max", "spare_trust", "start_share", "fill"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1")
-        for name in ("tick_s", "backtest_s", "initial_max_batch_size", "memory_s", "group_span_s", "headroom_prior"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in (
+        above(0, self, "tick_s", "backtest_s", "initial_max_batch_size", "memory_s", "group_span_s", "headroom_prior")
+        at_least(
+            0,
+            self,
             "hold_s",
             "learning_s",
             "prior_s",
@@ -128,9 +129,7 @@ class ChironSettings:
             "risk_share",
             "batch_least_s",
             "surge_slack",
-        ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        )
         if self.over_steady and not self.over_steady >= 1:
             raise ValueError(f"over_steady is {self.over_steady}; it must be 0, or 1 or more")
         if not 0 <= self.deadline_margin < 1:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from math import ceil, floor, inf
 from typing import Annotated
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped, within_bounds
@@ -59,15 +60,9 @@ class AibrixSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_target", "waiting_target", "window_s", "sync_s", "stale_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("tolerance_up", "tolerance_down", "stabilise_down_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("rate_up", "rate_down"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 1")
+        above(0, self, "kv_target", "waiting_target", "window_s", "sync_s", "stale_s", "max_num_seqs")
+        at_least(0, self, "tolerance_up", "tolerance_down", "stabilise_down_s")
+        above(1, self, "rate_up", "rate_down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,15 +138,9 @@ class AibrixKpaSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_target", "panic_window_s", "panic_threshold", "sync_s", "stale_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("tolerance", "scale_down_delay_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("rate_up", "rate_down"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 1")
+        above(0, self, "kv_target", "panic_window_s", "panic_threshold", "sync_s", "stale_s", "max_num_seqs")
+        at_least(0, self, "tolerance", "scale_down_delay_s")
+        above(1, self, "rate_up", "rate_down")
         if not self.panic_window_s <= self.stable_window_s:
             raise ValueError(
                 f"panic_window_s is {self.panic_window_s}; it must be at most stable_window_s ({self.stable_window_s})"

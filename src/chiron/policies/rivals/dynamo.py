@@ -27,6 +27,7 @@ from math import ceil, inf
 from typing import Annotated
 
 from chiron.policies.capacity import capacity, prefill_s, work_s
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan, within_bounds
@@ -58,13 +59,9 @@ class DynamoSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        positive = ("interval_s", "kalman_level", "kalman_trend", "kalman_observation", "load_interval_s", "stale_s")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("min_endpoint", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        above(0, self, "interval_s", "load_interval_s", "stale_s")
+        above(0, self, "kalman_level", "kalman_trend", "kalman_observation")
+        at_least(1, self, "min_endpoint", "max_num_seqs")
         if not 0 < self.load_sensitivity <= 1:
             raise ValueError(f"load_sensitivity is {self.load_sensitivity}; it must be above 0 and at most 1")
         if self.load_interval_s > self.interval_s:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated, Literal, Protocol
 
+from chiron.policies.checks import at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan
@@ -52,9 +53,7 @@ class HpaBehaviour:
 
     def __post_init__(self) -> None:
         require_above_0(self, "sync_s", "rate_period_s", "stale_s")
-        for name in ("tolerance", "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        at_least(0, self, "tolerance", "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent")
         if not 0 <= self.down_percent <= 100:
             raise ValueError(f"down_percent is {self.down_percent}; it must lie in 0..100")
 

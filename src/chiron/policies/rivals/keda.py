@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import Annotated
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan
@@ -53,12 +54,8 @@ class KedaSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("waiting_target", "running_target", "sync_s", "rate_period_s", "stale_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("cooldown_s", "tolerance", "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(0, self, "waiting_target", "running_target", "sync_s", "rate_period_s", "stale_s", "max_num_seqs")
+        at_least(0, self, "cooldown_s", "tolerance", "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent")
         if not 0 <= self.down_percent <= 100:
             raise ValueError(f"down_percent is {self.down_percent}; it must lie in 0..100")
 

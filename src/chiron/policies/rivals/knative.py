@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, inf
 from typing import Annotated
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model
@@ -49,18 +50,12 @@ class KnativeSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("target", "stable_window_s", "panic_threshold", "tick_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        above(0, self, "target", "stable_window_s", "panic_threshold", "tick_s", "max_num_seqs")
         for name in ("utilisation", "panic_window_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1")
-        for name in ("max_up", "max_down"):
-            if not getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 1")
-        for name in ("scale_down_delay_s", "zero_grace_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(1, self, "max_up", "max_down")
+        at_least(0, self, "scale_down_delay_s", "zero_grace_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

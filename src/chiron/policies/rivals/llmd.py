@@ -25,6 +25,7 @@ from math import ceil, floor, isnan, sqrt
 from typing import Annotated, Protocol
 
 from chiron.policies.capacity import prefill_s
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped
@@ -56,12 +57,8 @@ class LlmdSloSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("down_at", "clamp", "smooth_s", "sync_s", "up_period_s", "down_period_s", "stale_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent", "down_pods"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(0, self, "down_at", "clamp", "smooth_s", "sync_s", "up_period_s", "down_period_s", "stale_s")
+        at_least(0, self, "stabilise_up_s", "stabilise_down_s", "up_pods", "up_percent", "down_pods")
         if not self.down_at < self.up_at < self.clamp:
             raise ValueError(
                 f"up_at is {self.up_at}; it must lie between down_at ({self.down_at}) and clamp ({self.clamp})"

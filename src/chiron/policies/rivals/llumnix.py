@@ -24,6 +24,7 @@ from math import inf
 from typing import Annotated, Any, Literal
 
 from chiron.core.types import Instance
+from chiron.policies.checks import above
 from chiron.policies.instances import take_back_fullest
 from chiron.policies.least_router import LeastRouter
 from chiron.policies.policy import Estimates, Policy
@@ -60,9 +61,7 @@ class LlumnixSettings:
     """No scaling while the last scrape of a ready instance is older than this."""
 
     def __post_init__(self) -> None:
-        for name in ("interval_s", "migrate_period_s", "block_tokens", "max_num_seqs", "stale_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        above(0, self, "interval_s", "migrate_period_s", "block_tokens", "max_num_seqs", "stale_s")
         if not self.scale_up_blocks < self.scale_down_blocks:
             raise ValueError(
                 f"scale_up_blocks is {self.scale_up_blocks}; it must be below scale_down_blocks "

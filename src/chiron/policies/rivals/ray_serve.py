@@ -23,6 +23,7 @@ from math import ceil
 from typing import Annotated, Any
 
 from chiron.core.types import Instance, Placement, Request
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan
@@ -57,7 +58,9 @@ class RayServeSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in (
+        above(
+            0,
+            self,
             "target_ongoing",
             "max_ongoing",
             "upscale_factor",
@@ -65,12 +68,8 @@ class RayServeSettings:
             "look_back_s",
             "tick_s",
             "max_num_seqs",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("upscale_delay_s", "downscale_delay_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        )
+        at_least(0, self, "upscale_delay_s", "downscale_delay_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Annotated
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan, recent
@@ -37,12 +38,8 @@ class SkyServeSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("target_qps", "window_s", "interval_s", "max_num_seqs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("upscale_delay_s", "downscale_delay_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(0, self, "target_qps", "window_s", "interval_s", "max_num_seqs")
+        at_least(0, self, "upscale_delay_s", "downscale_delay_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from math import ceil, floor
 from statistics import fmean, median
 from typing import Annotated, Literal
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, held, mixed_plan, scraped
@@ -77,18 +78,10 @@ class WvaSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("queue_threshold", "window_s", "sync_s", "up_period_s", "down_period_s", "stale_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("max_batched_tokens", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        for name in ("spare_kv", "spare_queue", "stabilise_up_s", "stabilise_down_s", "up_percent"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("up_pods", "down_pods"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        above(0, self, "queue_threshold", "window_s", "sync_s", "up_period_s", "down_period_s", "stale_s")
+        at_least(1, self, "max_batched_tokens", "max_num_seqs")
+        at_least(0, self, "spare_kv", "spare_queue", "stabilise_up_s", "stabilise_down_s", "up_percent")
+        at_least(1, self, "up_pods", "down_pods")
         if not 0 < self.kv_threshold <= 1:
             raise ValueError(f"kv_threshold is {self.kv_threshold}; it must be above 0 and at most 1")
         if not 0 < self.down_at < self.up_at <= 1:

@@ -24,6 +24,7 @@ from typing import Annotated
 
 import numpy as np
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, held, mixed_plan, recent, scraped
@@ -55,15 +56,9 @@ class WvaQueueingSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        for name in ("rate_window_s", "sync_s", "up_period_s", "down_period_s", "stale_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("stabilise_up_s", "stabilise_down_s", "up_percent"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        for name in ("up_pods", "down_pods", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        above(0, self, "rate_window_s", "sync_s", "up_period_s", "down_period_s", "stale_s")
+        at_least(0, self, "stabilise_up_s", "stabilise_down_s", "up_percent")
+        at_least(1, self, "up_pods", "down_pods", "max_num_seqs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

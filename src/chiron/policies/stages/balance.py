@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, sqrt
 
+from chiron.policies.checks import above, at_least
 from chiron.policies.stages.queue_model import Forecast, StageLoad, forecast, pass_s
 from chiron.policies.views import ClassMix, PipelineView, StagePlan, StageView
 
@@ -41,12 +42,8 @@ class StageBalanceSettings:
     """What stages report is missing when it is older."""
 
     def __post_init__(self) -> None:
-        for name in ("tick_s", "slo_share", "rate_window_s", "stale_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("spread", "look_back_s", "hold_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more")
+        above(0, self, "tick_s", "slo_share", "rate_window_s", "stale_s")
+        at_least(0, self, "spread", "look_back_s", "hold_s")
         if self.slo_share > 1:
             raise ValueError(f"slo_share is {self.slo_share}; it must lie in 0..1")
 
