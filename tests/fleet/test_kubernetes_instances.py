@@ -145,6 +145,11 @@ def told(
     asyncio.run(run())
 
 
+def _until_told(directory: Path) -> dict[str, Any]:
+    """A container's hooks: it serves on until there is a file ``go``, also when its pod is deleted."""
+    return {"preStop": {"exec": {"command": ["sh", "-c", f"until [ -e {directory}/go ]; do sleep 0.05; done"]}}}
+
+
 @every_cluster
 def test_replicas_follow_the_instances_up_from_zero_and_down_to_zero(what: str, tmp_path: Path) -> None:
     async def story(here: Site) -> None:
@@ -379,9 +384,11 @@ def test_a_pod_that_closes_when_its_next_gateway_finds_it_is_left(tmp_path: Path
         async with fleet_on(here.cluster) as later:
             assert later.adopt(1, here.heard.urls[1])
             await until(lambda: later.heard.leaving == [1], "nothing new begins there")
-            assert later.heard.failed == []
+            assert later.heard.failed == [], "it serves during preStop"
+            (tmp_path / "go").touch()
+            await until(lambda: later.heard.failed == [1], "it has ended")
 
-    told("fake", tmp_path, story, workload(replicas=0))
+    told("fake", tmp_path, story, workload(replicas=0, container={"lifecycle": _until_told(tmp_path)}))
 
 
 @every_cluster
@@ -501,8 +508,7 @@ def test_a_pod_that_somebody_deletes_is_left_before_it_ends(what: str, tmp_path:
         here.instances.pop(1)
         await here.cluster.until_ready(2)
 
-    hook = {"preStop": {"exec": {"command": ["sh", "-c", f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"]}}}
-    told(what, tmp_path, story, workload(container={"lifecycle": hook}))
+    told(what, tmp_path, story, workload(container={"lifecycle": _until_told(tmp_path)}))
 
 
 def test_an_engine_that_is_restarted_has_lost_its_requests(tmp_path: Path) -> None:
