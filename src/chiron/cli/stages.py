@@ -17,8 +17,7 @@ from chiron.config.read import ConfigError
 
 app = typer.Typer(help="Serve one model from stages: ranges of its layers.", no_args_is_help=True)
 
-# What follows belongs to the engine's own command line, which also prints the help.
-_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_PASSED_ON: dict[str, Any] = {"help_option_names": []}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +28,7 @@ class PassedOption:
 
 
 class EngineCommand(TyperCommand):
-    """Knows the options of an engine's own command line, and leaves reading them to it."""
+    """Knows the options of an engine's own command line, and leaves all that follows to it, ``--help`` too."""
 
     parser = ""
     """Module that makes it."""
@@ -38,7 +37,7 @@ class EngineCommand(TyperCommand):
         super().__init__(*given, **named)
         self._own = list(self.params)
         try:
-            parser = import_module(self.parser).make_parser()
+            parser = import_module(self.parser).make_parser(positional=True)
         except ImportError:
             return  # Without the extra; calling the command says so.
         names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
@@ -46,6 +45,10 @@ class EngineCommand(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return self._own
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return []
 
 
 class ServeCommand(EngineCommand):
@@ -142,27 +145,27 @@ def _show(planned: Any, batches: list[int]) -> None:
 
 
 @app.command(cls=ServeCommand, context_settings=_PASSED_ON)
-def serve(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
-    """One replica of a stage: `chiron stages serve MODEL --layers 0-9 --port 9000` (`--help` after MODEL lists all)."""
+def serve(context: typer.Context) -> None:
+    """One replica of a stage: `chiron stages serve MODEL --layers 0-9 --port 9000`."""
     from chiron.engines.staged.stage import main
 
-    main(["--model", model, *context.args])
+    main(context.args, positional=True)
 
 
 @app.command(cls=HeadCommand, context_settings=_PASSED_ON)
-def head(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
+def head(context: typer.Context) -> None:
     """The head of a pipeline, with OpenAI's API: `chiron stages head MODEL --stage 0-9=HOST:PORT,HOST:PORT ...`."""
     from chiron.engines.staged.head import main
 
-    main(["--model", model, *context.args])
+    main(context.args, positional=True)
 
 
 @app.command(cls=RunCommand, context_settings=_PASSED_ON)
-def run(context: typer.Context, model: Annotated[str, typer.Argument(help="A Hugging Face directory.")]) -> None:
+def run(context: typer.Context) -> None:
     """A whole pipeline on this machine: a head, and replicas of its stages, which it starts and stops."""
     from chiron.engines.staged.instance import main
 
-    main(["--model", model, *context.args])
+    main(context.args, positional=True)
 
 
 @app.command()

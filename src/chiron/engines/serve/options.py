@@ -5,6 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from math import isfinite
+from pathlib import Path
+
+
+def add_model(parser: argparse.ArgumentParser, *, positional: bool, help: str) -> None:
+    """The model's directory: an option in commands that gateways write, an argument in those that people do."""
+    if positional:
+        parser.add_argument("model", metavar="MODEL", type=Path, help=help)
+    else:
+        parser.add_argument("--model", type=Path, required=True, help=help)
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

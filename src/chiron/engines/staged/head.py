@@ -20,7 +20,7 @@ from typing import Any
 
 from chiron.engines.serve.http import EngineServer, respond_error, serve_until_stopped
 from chiron.engines.serve.openai import parse_object
-from chiron.engines.serve.options import real, whole
+from chiron.engines.serve.options import add_model, real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.discovery import Discovery
@@ -101,11 +101,12 @@ class HeadServer:
             raise RequestError(f"{error}.", param="replicas") from None
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
+    """``positional``: the model is."""
     pipeline, link, head = PipelineSettings(), LinkSettings(), HeadSettings(name="", model_len_max=1)
     parser = argparse.ArgumentParser(prog="chiron stages head", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a Hugging Face directory; its weights are not read")
+    add_model(parser, positional=positional, help="a Hugging Face directory; its weights are not read")
     add("--stage", action="append", required=True, metavar="LAYERS[=HOST:PORT,...]", help="once for each, in order")
     add("--served-model-name", nargs="+", help="names in requests; default: the directory's")
     add("--host", default="127.0.0.1")
@@ -135,8 +136,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser()
+def parse_options(arguments: Sequence[str], *, positional: bool = False) -> argparse.Namespace:
+    parser = make_parser(positional=positional)
     options = parser.parse_args(arguments)
     if len({options.tls_cert is None, options.tls_key is None, options.tls_ca is None}) == 2:
         parser.error("--tls-cert, --tls-key and --tls-ca belong together")
@@ -237,8 +238,8 @@ def _refuse(body: Mapping[str, Any]) -> None:
     raise RequestError("Replicas are found by name here (--discover).", status=409, code="conflict")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str] | None = None, *, positional: bool = False) -> None:
+    options = parse_options(sys.argv[1:] if arguments is None else arguments, positional=positional)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         files = read_model_files(options.model)

@@ -21,11 +21,10 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chiron.engines.serve.http import EngineServer, serve_until_stopped
-from chiron.engines.serve.options import real, whole
+from chiron.engines.serve.options import add_model, real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
@@ -356,11 +355,12 @@ def stage_command(options: argparse.Namespace, spec: StageSpec) -> list[str]:
     return [*command, "--kv-capacity-tokens", str(tokens)] if tokens else command
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
+    """``positional``: the model is."""
     pipeline, link = PipelineSettings(), LinkSettings()
     parser = argparse.ArgumentParser(prog="chiron stages run", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a Hugging Face directory with safetensors")
+    add_model(parser, positional=positional, help="a Hugging Face directory with safetensors")
     add("--stages", required=True, help='JSON: [{"layers": "0-3", "min": 1, "max": 2, "device": "cpu"}, ...]')
     add("--served-model-name", nargs="+", help="names in requests; default: the directory's")
     add("--host", default="127.0.0.1")
@@ -379,8 +379,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    return make_parser().parse_args(arguments)
+def parse_options(arguments: Sequence[str], *, positional: bool = False) -> argparse.Namespace:
+    return make_parser(positional=positional).parse_args(arguments)
 
 
 async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTokenizer) -> None:
@@ -419,8 +419,8 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
         await processes.close()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str] | None = None, *, positional: bool = False) -> None:
+    options = parse_options(sys.argv[1:] if arguments is None else arguments, positional=positional)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         files = read_model_files(options.model)

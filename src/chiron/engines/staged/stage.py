@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from chiron.engines.serve.http import respond_error
 from chiron.engines.serve.openai import parse_limit
-from chiron.engines.serve.options import real, whole
+from chiron.engines.serve.options import add_model, real, whole
 from chiron.engines.serve.request_error import RequestError
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
@@ -176,10 +176,11 @@ class PortSharing(asyncio.Protocol):
             self._late.cancel()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
+    """``positional``: the model is."""
     parser = argparse.ArgumentParser(prog="chiron stages serve", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="a Hugging Face directory with safetensors")
+    add_model(parser, positional=positional, help="a Hugging Face directory with safetensors")
     add("--layers", required=True, help="such as 0-9, both included")
     add("--host", default="127.0.0.1")
     add("--port", type=whole(0, 65_535), default=0, help="0: a free one")
@@ -201,8 +202,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser()
+def parse_options(arguments: Sequence[str], *, positional: bool = False) -> argparse.Namespace:
+    parser = make_parser(positional=positional)
     options = parser.parse_args(arguments)
     if len({options.tls_cert is None, options.tls_key is None, options.tls_ca is None}) == 2:
         parser.error("--tls-cert, --tls-key and --tls-ca belong together")
@@ -300,8 +301,8 @@ async def run(options: argparse.Namespace, service: StageService, starter: Start
         raise RuntimeError("a step failed") from errors[0]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: Sequence[str] | None = None, *, positional: bool = False) -> None:
+    options = parse_options(sys.argv[1:] if arguments is None else arguments, positional=positional)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         run_on_loop(_main(options))
