@@ -81,6 +81,7 @@ def test_constant_service_waits_as_an_m_d_1_queue_does() -> None:
     assert seen.mean() == pytest.approx(LOAD * TICK_S / (2 * (1 - LOAD)), rel=0.05)
 
 
+@pytest.mark.slow
 def test_exponential_service_waits_as_an_m_m_1_queue_does() -> None:
     mean_tokens = 50
     tokens = np.random.default_rng(2).geometric(1 / mean_tokens, COUNT)

@@ -88,6 +88,7 @@ def check_tries(site: FaultSite, marks: list[str], lines_start: int = 3) -> None
         assert max(tries) <= 12, "four tries, two more alone, and each again where a kept connection was gone"
 
 
+@pytest.mark.slow
 def test_poison_fails_alone_and_says_why(tmp_path: Path) -> None:
     marks = ["<500>", "<hang-up>"]
     with FaultSite(tmp_path, config(started_engines(tmp_path))) as site:

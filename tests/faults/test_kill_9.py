@@ -237,6 +237,7 @@ def storm(
         asyncio.run(Storm(site, seed, items).run(plan, pause_s))
 
 
+@pytest.mark.slow
 def test_a_few_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     storm(tmp_path, 1, ["supervisor", "everything"], (0.2, 0.6), 40)
 

@@ -104,6 +104,7 @@ def test_idle_capacity_beside_tight_slos_is_used_by_batch_work_that_is_due(
     assert all(attained[name] >= 0.98 for name, *_ in interactive), attained
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_be_met_takes_nothing_from_one_that_can() -> None:
     """The first job is due after two minutes and has work for five; the second would fit alone."""
     jobs = [(10, 100, 8000, '"sharegpt-300"'), (10, 230, 700, '"sharegpt-300"')]
@@ -114,6 +115,7 @@ def test_a_job_that_cannot_be_met_takes_nothing_from_one_that_can() -> None:
     assert min(attained["chat"], attained["agent"]) >= 0.98
 
 
+@pytest.mark.slow
 def test_no_instance_is_added_for_batch_work_that_fits_beside_tight_slos() -> None:
     result = run(TWO, [(20, 260, 2500, '"sharegpt-300"')], most=12, duration_s=280.0)
     attained = result.summary["attainment"]
@@ -121,6 +123,7 @@ def test_no_instance_is_added_for_batch_work_that_fits_beside_tight_slos() -> No
     assert result.summary["instances_peak"] <= 4
 
 
+@pytest.mark.slow
 def test_requests_that_are_lost_do_not_keep_a_job_from_its_deadline() -> None:
     """For a minute comes much more than one instance carries; then hundreds wait that have missed their TTFT, and the
     job is due before all of them could be served."""

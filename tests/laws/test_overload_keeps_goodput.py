@@ -108,6 +108,7 @@ def test_goodput_does_not_fall_with_the_load(
     assert all(reached[x] >= 0.9 * at_the_knee for x in (1.5, 2.5, 4.0)), reached
 
 
+@pytest.mark.slow
 def test_a_class_within_its_share_does_not_notice_the_overload_of_another() -> None:
     """6 requests/s of a tight class would fit alone on four A100; 40 requests/s of another do not fit at all."""
     result = run(("tight", 1.0, 0.06, 6.0), ("chat", 5.0, 0.2, 40.0), instances=4)
@@ -181,6 +182,7 @@ generate = { kind = "poisson", rate = 8, duration = "6m", lengths = "sharegpt-30
 """
 
 
+@pytest.mark.slow
 def test_a_model_within_its_share_of_the_gpus_gets_it_from_one_that_is_flooded() -> None:
     """8 requests/s need two A100; they are there once the other has drained one."""
     scenario = parse_scenario(SHARED, directory=Path(), name="shared")

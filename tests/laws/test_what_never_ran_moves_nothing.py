@@ -152,6 +152,7 @@ def test_work_shed_for_want_of_room_is_load_all_the_same() -> None:
     assert world.learned()["seen"] == [0, 0, 0], "it ran nowhere"
 
 
+@pytest.mark.slow
 def test_batch_work_taken_back_is_not_taken_for_batch_work_done() -> None:
     """What leaves the queue is measured against spare capacity; what was withdrawn was not done there."""
     asks = steady(seconds=200)

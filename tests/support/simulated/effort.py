@@ -1,4 +1,4 @@
-"""How often the laws are tried: a sixth of the examples in ``make test``, all in ``make test-slow`` and in CI."""
+"""How often the laws are tried: a tenth of the examples in ``make test``, all in ``make test-slow`` and in CI."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import os
 
 
 def examples(full: int) -> int:
-    return full if os.environ.get("CHIRON_TEST_EXAMPLES") == "all" else max(1, full // 6)
+    return full if os.environ.get("CHIRON_TEST_EXAMPLES") == "all" else max(1, full // 10)
