@@ -29,7 +29,12 @@ EVERYTHING: Values = {
     "networkPolicy": {"enabled": True, "from": [{"namespaceSelector": {}}]},
     "dashboards": {"enabled": True},
     "engine": {"enabled": True, "gpus": 2, "resources": {"limits": {"memory": "64Gi"}}},
-    "staged": {"enabled": True, "monitors": [{"namespaceSelector": {}}], "hpa": {"behavior": {"scaleDown": {}}}},
+    "staged": {
+        "enabled": True,
+        "monitors": [{"namespaceSelector": {}}],
+        "hpa": {"behavior": {"scaleDown": {}}},
+        "certificateSecret": "stages-tls",
+    },
 }
 KINDS: Values = {
     "config": {
@@ -200,7 +205,10 @@ def test_several_gateways_have_names_and_directories_of_their_own_and_know_one_a
     assert (claim["metadata"]["name"], claim["spec"]["storageClassName"]) == ("data", "fast")
     pod = gateways["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["args"][-2:] == ["--set", "gateways.advertise=$(POD_NAME).chiron-gateways.default.svc:9443"]
+    assert container["args"][-4:] == [
+        *("--set", "gateways.name=$(POD_NAME)"),
+        *("--set", "gateways.advertise=$(POD_NAME).chiron-gateways.default.svc:9443"),
+    ]
     assert container["env"][0]["name"] == "POD_NAME"
     (peers,) = [item for item in made if item["kind"] == "Service" and item["metadata"]["name"] == "chiron-gateways"]
     assert gateways["spec"]["serviceName"] == peers["metadata"]["name"]
@@ -243,6 +251,34 @@ def test_several_gateways_without_what_they_share_are_refused() -> None:
         objects(without)
     with pytest.raises(Exception, match="certificateSecret"):
         objects({"config": {"store": {"url": "postgresql://db/c"}}, "gateways": {"replicas": 2}})
+
+
+def test_one_of_several_that_ends_serves_until_nobody_is_sent_there() -> None:
+    def pod(**gateways: Any) -> dict[str, Any]:
+        values = {**SEVERAL, "gateways": {**SEVERAL["gateways"], **gateways}}
+        return dict(one(values, "StatefulSet")["spec"]["template"]["spec"])
+
+    for about, waits_s in (({}, 5), ({"preStopSeconds": 20}, 20)):
+        hook = pod(**about)["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook == ["sleep", str(waits_s)]
+        assert pod(**about)["terminationGracePeriodSeconds"] == 90 + waits_s, "beside what its requests may take"
+    assert "lifecycle" not in one({}, "Deployment")["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_names_by_which_gateways_cannot_be_reached_are_refused() -> None:
+    assert render(SEVERAL, name="r" * 30, namespace="n" * 16)
+    with pytest.raises(Exception, match=r"which has 107 characters; 100 are allowed: give the release a shorter name"):
+        render(SEVERAL, name="r" * 35, namespace="n" * 20)
+
+
+def test_the_numbers_of_several_gateways_are_read_once() -> None:
+    values = {**SEVERAL, "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}
+    made = [item for item in objects(values) if "coreos" in item["apiVersion"]]
+    assert [item["kind"] for item in made] == ["ScrapeConfig"], "each pod would tell the leader's numbers"
+    spec = made[0]["spec"]
+    (service,) = [i for i in objects(values) if i["kind"] == "Service" and i["metadata"]["name"] == "chiron"]
+    assert spec["staticConfigs"][0]["targets"] == [f"chiron.default.svc:{service['spec']['ports'][0]['port']}"]
+    assert spec["authorization"] == {"credentials": {"name": "chiron-admin", "key": "token"}}
 
 
 def test_only_gateways_reach_the_leader_where_the_network_has_policies() -> None:
@@ -353,6 +389,29 @@ def test_the_commands_of_stages_and_head_are_read_by_them() -> None:
     assert options.served_model_name == ["m"]
 
 
+def test_head_and_stages_show_one_another_certificates_of_a_secret() -> None:
+    values = {"staged": {**STAGES["staged"], "certificateSecret": "stages-tls"}, "serviceMonitor": {"enabled": True}}
+    found = staged(values)
+    for name, parse in (("staged-0-3", stage), ("staged-4-7", stage), ("staged-head", head)):
+        pod = found["Deployment", name]["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "certificates"]
+        (secret,) = [v["secret"]["secretName"] for v in pod["volumes"] if v["name"] == "certificates"]
+        _, _, model, *rest = container["args"]
+        options = parse.parse_options(["--model", model, *rest])
+        assert secret == "stages-tls"
+        assert [str(each) for each in (options.tls_cert, options.tls_key, options.tls_ca)] == [
+            f"{mount}/{file}" for file in ("tls.crt", "tls.key", "ca.crt")
+        ]
+        probe = container["readinessProbe"]
+        assert ("httpGet" in probe) == (name == "staged-head"), "a kubelet has no certificate that a stage takes"
+    (endpoint,) = found["PodMonitor", "staged-stages"]["spec"]["podMetricsEndpoints"]
+    assert (endpoint["scheme"], endpoint["tlsConfig"]["serverName"]) == ("https", "staged-0-3")
+    plain = staged(STAGES)["Deployment", "staged-0-3"]["spec"]["template"]["spec"]
+    assert [volume["name"] for volume in plain["volumes"]] == ["model", "tmp"]
+    assert not [word for word in plain["containers"][0]["args"] if "tls" in word]
+
+
 def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships() -> None:
     (endpoint,) = one(EVERYTHING, "ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
@@ -381,6 +440,8 @@ def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships
         {"staged": {"enabled": True, "stages": [{"layers": "first"}]}},
         {"staged": {"enabled": True, "stages": []}},
         {"staged": {"hpa": {"metric": "cpu"}}},
+        {"staged": {"certificateSecret": "Not A Name"}},
+        {"gateways": {"preStopSeconds": -1}},
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(wrong: Values) -> None:

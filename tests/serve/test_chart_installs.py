@@ -9,34 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chiron.fleet.kubernetes.testing.kubelet import Container, ProcessContainer, run_process
+from chart_site import CORE, GATEWAY_PORT, Node, chart, disk
 from chiron.net.client import NetError, Origin
 from kubernetes_load import Load, emulated_pods
 from kubernetes_site import DEPLOYMENTS, MODELS, PORT, Cluster, chiron_model, cluster, needs_kubernetes, workload
-from real_kubernetes import kubeconfig
-from render_manifests import CHART
 
 helm_python = pytest.importorskip("helm_python")
 pytestmark = [*needs_kubernetes, pytest.mark.slow]
 
-CORE = "/api/v1/namespaces/default"
-GATEWAY_PORT = 8080
-DISK = {
-    "apiVersion": "v1",
-    "kind": "PersistentVolume",
-    "metadata": {"name": "disk"},
-    "spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": "/nowhere"}},
-}
 BASE: dict[str, Any] = {
     "podDisruptionBudget": {"enabled": False},
     "storage": {"size": "1Gi"},
@@ -52,56 +37,6 @@ OF_FILE: dict[str, Any] = {
     },
 }
 OF_RESOURCES: dict[str, Any] = {**BASE, "config": {"kubernetes": {}, "models": {"llama-3.1-8b": None}}}
-
-
-def chart(directory: Path) -> Path:
-    copied = directory / "chart" / "chiron"
-    shutil.copytree(CHART, copied)
-    about = copied / "Chart.yaml"
-    about.write_text(about.read_text().replace('kubeVersion: ">=1.22.0-0"\n', ""))
-    return copied
-
-
-class Node:
-    """Runs pods of the gateway's image with what their volumes and their service account give them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.here: Cluster | None = None
-        self._directory = directory
-        self._others = run_process(directory)
-
-    async def run(self, pod: Mapping[str, Any], address: str) -> Container:
-        container = pod["spec"]["containers"][0]
-        if not container["image"].startswith("chiron:"):
-            return await self._others(pod, address)
-        assert self.here is not None
-        assert self.here.plane is not None
-        client, account = self.here.client, pod["spec"]["serviceAccountName"]
-        folders = {}
-        for volume in pod["spec"]["volumes"]:
-            folder = self._directory / volume.get("persistentVolumeClaim", {}).get("claimName", pod["metadata"]["name"])
-            folders[volume["name"]] = folder / volume["name"]
-            folders[volume["name"]].mkdir(parents=True, exist_ok=True)
-            if name := volume.get("configMap", {}).get("name"):
-                for key, text in (await client.get(f"{CORE}/configmaps/{name}"))["data"].items():
-                    (folders[volume["name"]] / key).write_text(text)
-        wanted = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
-        token = await client.post(f"{CORE}/serviceaccounts/{account}/token", wanted)
-        access = kubeconfig(folders["tmp"] / "kubeconfig", self.here.plane.url, token["status"]["token"])
-        mounts = {mount["mountPath"]: str(folders[mount["name"]]) for mount in container["volumeMounts"]}
-        words = [
-            next((to + w.removeprefix(at) for at, to in mounts.items() if w.startswith(at)), w)
-            for w in container["args"]
-        ]
-        with (self._directory / f"{pod['metadata']['name']}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "chiron", *words, "--host", address),
-                env={**os.environ, "KUBECONFIG": str(access)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return ProcessContainer(process)
 
 
 async def gateway_of(here: Cluster, model: str) -> str:
@@ -141,13 +76,7 @@ def test_it_is_installed_upgraded_rolled_back_and_uninstalled(tmp_path: Path) ->
         container, _ = emulated_pods(tmp_path)
         async with cluster("real", tmp_path, run=node.run) as here:
             node.here = here
-            volume = {
-                "capacity": {"storage": "1Gi"},
-                "accessModes": ["ReadWriteOnce"],
-                "hostPath": {"path": "/nowhere"},
-            }
-            head = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "disk"}}
-            await here.client.post("/api/v1/persistentvolumes", {**head, "spec": volume})
+            await here.client.post("/api/v1/persistentvolumes", disk("disk"))
             await here.apply(workload(replicas=0, container=container))
             with helm_python.Config(kubeconfig_path=here.kubeconfig, namespace="default") as helm:
                 with pytest.raises(helm_python.HelmError, match="replicas"):
@@ -180,7 +109,7 @@ def test_it_is_installed_upgraded_rolled_back_and_uninstalled(tmp_path: Path) ->
 
                 await here.until(gone, "all of it but the engines and the models is gone")
                 assert [item["metadata"]["name"] for item in (await here.client.get(MODELS))["items"]] == ["n"]
-                claims = await here.client.get("/api/v1/namespaces/default/persistentvolumeclaims")
+                claims = await here.client.get(f"{CORE}/persistentvolumeclaims")
                 assert [item["metadata"]["name"] for item in claims["items"]] == ["chiron"], "batch work stays"
                 await asyncio.to_thread(helm.install, copied, "chiron", OF_FILE)
                 await ask(await gateway_of(here, "m"), "m")

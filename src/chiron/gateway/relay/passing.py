@@ -3,6 +3,9 @@
 Files, batches, models, status and metrics are the brain's. A relay speaks to it over a Unix socket that only this user
 can open, one connection for each request: bodies are streamed both ways, with backpressure, and bounded nowhere but
 there. The client's address goes along in ``X-Forwarded-For``, as a proxy's would; keys are checked by the brain.
+
+``/health`` is answered here. It says that this process answers, and a relay serves without a brain, too: a probe that
+asked the brain would take all gateways out of service at once while nobody leads.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _HOP = frozenset(
 _ANSWER_HOP = _HOP | {b"date"}
 _WRITE_HIGH_BYTES = 256 * 1024
 RETRY_AFTER_S = 1.0
+_PROBED = (b"GET", b"HEAD")
 
 
 class Passing:
@@ -39,6 +43,9 @@ class Passing:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, incoming: Incoming) -> None:
+        if incoming.path == "/health" and incoming.method in _PROBED:
+            incoming.respond(200, b'{"status":"ok"}')
+            return
         passage = _Passage(incoming, self._how_it_stands)
         task = asyncio.get_running_loop().create_task(self._connect(passage))
         self._tasks.add(task)

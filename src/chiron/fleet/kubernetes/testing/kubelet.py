@@ -53,17 +53,21 @@ class ProcessContainer:
         return await self.process.wait()
 
     async def stop(self, grace_s: float) -> None:
-        self._signal(signal.SIGTERM)
+        """As a kubelet does: its first process is asked to end, and in the end none is left."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace_s):
                 await self.process.wait()
         except TimeoutError:
-            self._signal(signal.SIGKILL)
+            self.kill()
             await self.process.wait()
 
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+    def kill(self) -> None:
+        """All its processes, at once."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def run_process(logs: Path | None = None) -> Run:

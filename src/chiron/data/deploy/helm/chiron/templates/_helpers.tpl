@@ -78,14 +78,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 {{- end -}}
 
-{{- /* Seconds that the gateway needs to end: server.grace as Chiron reads it ("30s", "1m30s", 30), and half a minute. */ -}}
+{{- /* Seconds that the gateway needs to end: server.grace as Chiron reads it ("30s", "1m30s", 30), and half a minute;
+of several, preStop as well. */ -}}
 {{- define "chiron.grace" -}}
 {{- $units := dict "" 1.0 "ms" 0.001 "s" 1.0 "m" 60.0 "h" 3600.0 "d" 86400.0 -}}
 {{- $seconds := 30.0 -}}
 {{- range $part := regexFindAll "[0-9.]+[a-z]*" (toString (default "30s" .Values.config.server.grace)) -1 -}}
 {{- $seconds = addf $seconds (mulf (float64 (regexFind "^[0-9.]+" $part)) (get $units (regexFind "[a-z]*$" $part))) -}}
 {{- end -}}
-{{- ceil $seconds | int64 -}}
+{{- $wait := ternary .Values.gateways.preStopSeconds 0 (gt (int .Values.gateways.replicas) 1) -}}
+{{- add (ceil $seconds | int64) $wait -}}
 {{- end -}}
 
 {{- /* The workloads that the config names, as a JSON list. */ -}}
@@ -138,6 +140,21 @@ volumes:
     {{- end }}
   - name: tmp
     emptyDir: {}
+  {{- with .Values.staged.certificateSecret }}
+  - name: certificates
+    secret:
+      secretName: {{ . }}
+      defaultMode: 0440
+  {{- end }}
+{{- end -}}
+
+{{- /* What head and stages show one another, as arguments. */ -}}
+{{- define "chiron.stagedTls" -}}
+{{- if .Values.staged.certificateSecret -}}
+- --tls-cert=/etc/chiron-stages/tls.crt
+- --tls-key=/etc/chiron-stages/tls.key
+- --tls-ca=/etc/chiron-stages/ca.crt
+{{- end -}}
 {{- end -}}
 
 {{- define "chiron.stagedContainer" -}}
@@ -152,4 +169,9 @@ volumeMounts:
     readOnly: true
   - name: tmp
     mountPath: /tmp
+  {{- if .Values.staged.certificateSecret }}
+  - name: certificates
+    mountPath: /etc/chiron-stages
+    readOnly: true
+  {{- end }}
 {{- end -}}
