@@ -212,6 +212,7 @@ def test_keys_of_the_model_are_defaults_of_its_instances() -> None:
         ("fleet.health.health_period=0", r"fleet\.health: health_period_s is 0\.0; it must be above 0"),
         ("telemetry.rotate_keep=-1", r"telemetry: rotate_keep is -1"),
         ("policy=chirron", r"policy: unknown policy 'chirron'; did you mean 'chiron'"),
+        ("policy=niyama", r"policy: 'niyama' decides who gets the tokens .* which a gateway's engines let nobody"),
         ("policies.chiron.utilisaton=1", r"policies\.chiron\.utilisaton: unknown key"),
         ("gpus.a100=0", r"gpus\.a100: 0: must be 1 or more"),
         ("gpus.A100=8", r"gpus\.A100: no instance has GPUs of this type; "),

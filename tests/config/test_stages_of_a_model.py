@@ -77,6 +77,11 @@ def test_a_model_may_run_as_stages_only() -> None:
         setups(only, ["whole"])
 
 
+def test_a_policy_that_composes_steps_runs_whole_models_only() -> None:
+    with pytest.raises(ConfigError, match=r"policy 'staged': 'niyama' decides who gets .* which stages let nobody"):
+        setups(scenario("policies.staged.policy='niyama'"), ["staged"])
+
+
 LONG = "stages={profile='llama-2-13b/a100', stage=[{layers='%s'}, {layers='%s'}]}"
 
 

@@ -36,6 +36,8 @@ def section(heading: str) -> str:
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),
+        ("sarathi", "`sarathi`"),
+        ("niyama", "`niyama`"),
         ("static", "`static`"),
     ],
 )

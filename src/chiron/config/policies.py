@@ -23,13 +23,21 @@ class PolicyChoice:
     stage_settings: Any = None
 
 
-def check_can_be_made(choice: PolicyChoice, path: str) -> PolicyChoice:
-    """Raises ConfigError where the policy needs a library that is not installed."""
+def check_can_be_made(choice: PolicyChoice, path: str, *, live: bool = False) -> PolicyChoice:
+    """Raises ConfigError where the policy needs a library that is not installed, or decides about the steps of engines
+    that let nobody (``live``, and pipelines of stages)."""
+    if choice.policy == CLAIRVOYANT:
+        return choice
     try:
-        if choice.policy != CLAIRVOYANT:
-            POLICIES[choice.policy].make(choice.settings)
+        made = POLICIES[choice.policy].make(choice.settings)
     except ImportError as error:
         raise ConfigError(f"{path}: {error}") from None
+    if made.compose is not None and (live or choice.stages):
+        where = "a gateway's engines" if live else "stages"
+        raise ConfigError(
+            f"{path}: {made.name!r} decides who gets the tokens of each step inside the engine, which {where} let "
+            "nobody; it can be simulated, with whole instances"
+        )
     return choice
 
 

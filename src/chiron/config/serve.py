@@ -291,7 +291,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     _check_no_loop(models, server)
     _check_gateways(file.gateways, file, models)
     _check_followed(file, models)
-    choice = check_can_be_made(_choose_policy(file, policy), "policy")
+    choice = check_can_be_made(_choose_policy(file, policy), "policy", live=True)
     choice = _choose_stage_policy(file, choice)
     data = Path(_resolve(server.data, directory))
     log = file.telemetry.event_log

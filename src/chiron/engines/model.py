@@ -4,6 +4,9 @@ The engine is iteration level, as vLLM's: every step decodes one token for each 
 left of the token budget on prefill chunks, first come first served. KV is counted in tokens; a prompt's KV is taken
 when it is admitted. When decode would run out of KV, the sequence admitted last is preempted and recomputed.
 
+A policy's ``compose`` hook can decide instead who is admitted and who gets the tokens that decoding leaves. While
+anybody waits for some, each step is then planned by itself.
+
 State per instance is B (decoding sequences), S (sum of their contexts), and an iteration counter; a sequence's
 finishing iteration is known when its prefill ends. Between events, k decode-only steps take::
 
@@ -27,6 +30,8 @@ from chiron.core.clock import VirtualClock, engine_key
 from chiron.core.ports import EngineEvents
 from chiron.core.types import Instance, Request, Sample
 from chiron.engines.profile import Profile
+from chiron.policies.policy import Composer
+from chiron.policies.views import StepView
 
 ROUND = 1.5 * 2.0**20
 """Adding and subtracting this rounds a float below 2^19 to a multiple of 2^-32."""
@@ -77,6 +82,7 @@ class EngineModel:
         "_base_s",
         "_chunks",
         "_clock",
+        "_composer",
         "_decoding",
         "_due_s",
         "_evicting",
@@ -132,9 +138,11 @@ class EngineModel:
         kv_seconds_per_token: float = 0.0,
         step_mode: bool = False,
         stepped: Callable[[Iterable[int]], None] | None = None,
+        composer: Composer | None = None,
     ) -> None:
         """``stepped``, in step mode, hears at the end of each step which requests (by id) decoded a token in it, before
-        the listener hears what else the step brought."""
+        the listener hears what else the step brought. ``composer``: of this engine alone; None: first come, first
+        served."""
         assert stepped is None or step_mode, "a segment of steps has one end"
         self._clock = clock
         self.instance = instance
@@ -147,6 +155,7 @@ class EngineModel:
         self.max_batch_size = min(instance.max_batch_size, profile.max_num_seqs)
         self._step_mode = step_mode
         self._stepped = stepped
+        self._composer = composer
         self._key = engine_key(instance.id)
         self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
         self._sequences: dict[int, EngineSequence] = {}
@@ -267,6 +276,8 @@ class EngineModel:
             return  # Evicted, or the engine died, before the request overhead was over.
         self._waiting.append(sequence)
         self._waiting_tokens += sequence.prompt
+        if self._composer is not None:
+            self._composer.add(sequence.request, sequence.prompt, False)
         if self._in_boundary:
             return
         if self._due_s == inf:
@@ -286,7 +297,9 @@ class EngineModel:
         """Cut the segment if the head of the queue may fit; KV only fills up meanwhile, so this errs on one side."""
         if not self._waiting or self.batch + len(self._prefilling) + self._restoring >= self.max_batch_size:
             return
-        if self.kv_used_tokens + self._waiting[0].prompt + self.batch <= self.kv_capacity_tokens:
+        if self._composer is not None:
+            self._cut()  # Who is next is known when it is asked.
+        elif self.kv_used_tokens + self._waiting[0].prompt + self.batch <= self.kv_capacity_tokens:
             self._cut()
 
     def _cut(self) -> None:
@@ -394,6 +407,8 @@ class EngineModel:
             self._leave_decoding(sequence)
             request = sequence.request
             del self._sequences[request.id]
+            if self._composer is not None:
+                self._composer.forget(request)
             request.tokens_done = request.payload
             listener.finished(request)
         while self._evicting:  # Whoever hears of one may ask for another.
@@ -407,13 +422,17 @@ class EngineModel:
             self.prefill_tokens += tokens
             sequence.prefilled += tokens
             if sequence.prefilled < sequence.prompt:
+                if self._composer is not None:
+                    self._composer.add(sequence.request, sequence.prompt - sequence.prefilled, True)
                 continue
-            self._prefilling.popleft()
+            self._prefilling.remove(sequence)
             sequence.generated += 1
             request = sequence.request
             if sequence.generated >= request.payload:
                 self.kv_used_tokens -= sequence.prompt
                 del self._sequences[request.id]
+                if self._composer is not None:
+                    self._composer.forget(request)
                 request.tokens_done = request.payload
                 self._listener.first_token(request)
                 self._listener.finished(request)
@@ -433,6 +452,8 @@ class EngineModel:
         self._decoding[request.id] = sequence
         self._serial += 1
         heappush(self._finishing, (sequence.finish_step, self._serial, sequence))
+        if self._composer is not None:
+            self._composer.began(request, sequence.generated, self.step, self._clock.now_s)
 
     def _leave_decoding(self, sequence: EngineSequence) -> int:
         """Take it out; its context (tokens of KV that it held) is returned."""
@@ -444,6 +465,8 @@ class EngineModel:
         self.context_sum -= context
         self.kv_used_tokens -= context
         del self._decoding[sequence.request.id]
+        if self._composer is not None:
+            self._composer.left(sequence.request)
         return context
 
     def _evict_marked(self) -> None:
@@ -473,6 +496,8 @@ class EngineModel:
                     self._waiting.remove(sequence)
                     self._waiting_tokens -= sequence.prompt
                 saved = request.kv_saved_tokens
+            if self._composer is not None:
+                self._composer.forget(request)
             request.tokens_done = sequence.generated
             request.kv_saved_tokens = saved
             request.kv_saved_on = self.instance.id if saved else -1
@@ -526,9 +551,13 @@ class EngineModel:
                 return
             self._preempt()
             preempted = changed = True
-        if self._waiting and not preempted:
-            self._admit()
-        if self._prefilling and self._plan_prefill():
+        composer = self._composer
+        if composer is None:
+            if self._waiting and not preempted:
+                self._admit()
+            if self._prefilling and self._plan_prefill():
+                return
+        elif (self._waiting or self._prefilling) and self._compose(composer, not preempted):
             return
         batch = self.batch
         clock = self._clock
@@ -551,6 +580,8 @@ class EngineModel:
             while finishing[0][2].finish_step != finishing[0][0]:
                 heappop(finishing)
             count = finishing[0][0] - self.step
+            if composer is not None and (self._waiting or self._prefilling):
+                count = 1
             room = (self.kv_capacity_tokens - self.kv_used_tokens) // batch
             if room < count:
                 count = room if room > 0 else 1
@@ -563,23 +594,27 @@ class EngineModel:
 
     def _admit(self) -> None:
         """Move waiting sequences in while a slot and KV for the whole prompt are free."""
-        waiting, prefilling = self._waiting, self._prefilling
-        capacity = self.kv_capacity_tokens
-        while waiting and self.batch + len(prefilling) + self._restoring < self.max_batch_size:
-            sequence = waiting[0]
-            request = sequence.request
-            restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
-            need = restore or sequence.prompt
-            if self.kv_used_tokens + need + self.batch > capacity:
-                return
-            waiting.popleft()
-            self._waiting_tokens -= sequence.prompt
-            self.kv_used_tokens += need
-            if restore:
-                self._restore(sequence, restore)
-            else:
-                sequence.phase = PREFILL
-                prefilling.append(sequence)
+        while self._waiting and self._let_in(self._waiting[0]):
+            pass
+
+    def _let_in(self, sequence: EngineSequence) -> bool:
+        """Move this one in, if a slot and KV for the whole prompt are free."""
+        if self.batch + len(self._prefilling) + self._restoring >= self.max_batch_size:
+            return False
+        request = sequence.request
+        restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
+        need = restore or sequence.prompt
+        if self.kv_used_tokens + need + self.batch > self.kv_capacity_tokens:
+            return False
+        self._waiting.remove(sequence)
+        self._waiting_tokens -= sequence.prompt
+        self.kv_used_tokens += need
+        if restore:
+            self._restore(sequence, restore)
+        else:
+            sequence.phase = PREFILL
+            self._prefilling.append(sequence)
+        return True
 
     def _plan_prefill(self) -> bool:
         """Start a step with prefill chunks; False if decoding takes the whole token budget."""
@@ -599,12 +634,58 @@ class EngineModel:
             chunks.append((sequence, tokens))
             if total >= budget:
                 break
-        times = self._times
-        step_s = times.base[batch + total] + (times.c * self.context_sum + times.q * attention)
-        self._mixed_s = (step_s + ROUND) - ROUND
-        self._due_s = self._clock.now_s + self._mixed_s
-        self._clock.push(self._due_s, self._key, self._fire)
+        self._start_mixed(self._mixed_duration(total, attention))
         return True
+
+    def _compose(self, composer: Composer, admits: bool) -> bool:
+        """``_admit`` and ``_plan_prefill`` in a policy's order. A prompt's KV is taken with its first chunk, so that
+        one that comes later may have it first; one that finds no room does not hold up those that have begun."""
+        batch, now_s = self.batch, self._clock.now_s
+        most = self._times.token_budget - batch
+        if most <= 0:
+            return False
+        free = self.kv_capacity_tokens - self.kv_used_tokens
+        budget = composer.tokens(
+            StepView(
+                now_s=now_s, step=self.step, decoding=batch, tokens_max=most, kv_free_tokens=free, step_s=self._step_s
+            )
+        )
+        # An engine with nothing to decode does not idle while a prompt waits.
+        budget = min(most, max(budget, 0 if batch else 1))
+        total = attention = 0
+        chunks = self._chunks
+        while total < budget and (request := composer.head(now_s, not admits)) is not None:
+            sequence = self._sequences[request.id]
+            if sequence.phase == WAITING and not self._let_in(sequence):
+                admits = False
+                continue
+            composer.remove_head(request)
+            if sequence.phase == RESTORING:
+                continue
+            done = sequence.prefilled
+            tokens = min(sequence.prompt - done, budget - total)
+            total += tokens
+            attention += tokens * (2 * done + tokens)
+            chunks.append((sequence, tokens))
+        if total == 0:
+            return False
+        self._start_mixed(self._mixed_duration(total, attention))
+        composer.planned(total, self._mixed_s)
+        return True
+
+    def _step_s(self, tokens: int, done: int) -> float:
+        """What the next step would take with so many tokens of a prompt of which so many are done."""
+        return self._mixed_duration(tokens, tokens * (2 * done + tokens))
+
+    def _mixed_duration(self, tokens: int, attention: int) -> float:
+        times = self._times
+        step_s = times.base[self.batch + tokens] + (times.c * self.context_sum + times.q * attention)
+        return (step_s + ROUND) - ROUND
+
+    def _start_mixed(self, step_s: float) -> None:
+        self._mixed_s = step_s
+        self._due_s = self._clock.now_s + step_s
+        self._clock.push(self._due_s, self._key, self._fire)
 
     def _preempt(self) -> None:
         """Recompute preemption: the sequence admitted last gives its KV back and queues first."""
@@ -620,3 +701,5 @@ class EngineModel:
         sequence.prompt = sequence.request.input_tokens + sequence.generated
         self._waiting.appendleft(sequence)
         self._waiting_tokens += sequence.prompt
+        if self._composer is not None:
+            self._composer.add(sequence.request, sequence.prompt, False)

@@ -3,6 +3,7 @@
     admit       take this request, or refuse it
     order       which waiting request is next; ``order_batch``: likewise, of the batch requests that are held back
     place       where it runs, and who makes way for it
+    compose     who gets the tokens of an engine's next step; of engine models only
     batch_size  an instance's max batch size from now on
     fleet       how many instances of each role; ``take_back`` and ``label``: which ones
     stages      how many replicas of each stage, where an instance is a pipeline
@@ -33,6 +34,7 @@ from chiron.policies.views import (
     PolicyState,
     StagePlan,
     StepTimes,
+    StepView,
 )
 
 _USUAL_WEIGHT: Final = 0.01
@@ -163,6 +165,35 @@ class BatchOrder(Protocol):
         """What ``head`` or ``shorter`` returned is dispatched."""
 
 
+class Composer(Protocol):
+    """Who gets the tokens of one engine's steps: each sequence that decodes gets one, and this decides about the rest.
+    O(log requests) a call. It sees what the engine sees, at once."""
+
+    def add(self, request: Request, tokens: int, begun: bool) -> None:
+        """So many tokens of its prompt wait: it came, it was preempted, or (``begun``) a part of them is done."""
+
+    def forget(self, request: Request) -> None:
+        """The engine has it no more: it ended or was evicted."""
+
+    def tokens(self, view: StepView) -> int:
+        """How many tokens of prompts the next step takes at the most. Asked while some wait, before ``head``."""
+
+    def head(self, now_s: float, begun: bool) -> Request | None:
+        """Whose prompt is next; ``begun``: of those of which a part is done, for there is no room for another."""
+
+    def remove_head(self, request: Request) -> None:
+        """What ``head`` returned is in the next step. What that leaves of it is added again when the step is over."""
+
+    def planned(self, tokens: int, step_s: float) -> None:
+        """The next step takes so many tokens of prompts, and so long."""
+
+    def began(self, request: Request, generated: int, step: int, now_s: float) -> None:
+        """From this step on it decodes; so many tokens of its answer are made."""
+
+    def left(self, request: Request) -> None:
+        """It decodes no more. If it was preempted, it is added next."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """A request that is not taken."""
@@ -177,6 +208,7 @@ AdmitHook = Callable[[Any, Order, Request, float], Refusal | None]
 OrderHook = Callable[[Any, Estimates], Order]
 BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
 PlaceHook = Callable[[Any, Estimates], Router]
+ComposeHook = Callable[[Any], Composer]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 ClassesOf = Mapping[str, Sequence[RequestClass]]
 """Of each model, in the order of ``ModelView.mixes``."""
@@ -206,6 +238,9 @@ class Policy:
     nobody else waits; None: they wait among the others."""
     place: PlaceHook | None = None
     """Makes the router of one model; None: least outstanding requests first."""
+    compose: ComposeHook | None = None
+    """Makes the composer of one engine; None: first come, first served. Engines that are not models have one of their
+    own, so only a simulation can run it."""
     batch_size: BatchSizeHook | None = None
     """Asked at each scrape of an instance; None: max batch sizes stay."""
     fleet: FleetHook | None = None

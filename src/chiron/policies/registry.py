@@ -18,7 +18,9 @@ from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
 from chiron.policies.rivals.llumnix import LlumnixSettings, make_llumnix
+from chiron.policies.rivals.niyama import NiyamaSettings, make_niyama
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
+from chiron.policies.rivals.sarathi import SarathiSettings, make_sarathi
 from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
 from chiron.policies.rivals.static import StaticSettings, make_static
 from chiron.policies.rivals.tuned_settings import TUNED_SETTINGS
@@ -115,6 +117,16 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=SkyServeSettings,
         make=make_skyserve,
         about="SkyPilot's SkyServe on requests a second, after minutes of delay",
+    ),
+    "sarathi": PolicyEntry(
+        settings=SarathiSettings,
+        make=make_sarathi,
+        about="Sarathi-Serve (OSDI '24): a fixed fleet whose steps take prompts in chunks, first come, first served",
+    ),
+    "niyama": PolicyEntry(
+        settings=NiyamaSettings,
+        make=make_niyama,
+        about="Niyama (ASPLOS '26): a fixed fleet that prefills by deadline and length, in chunks that fit them",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

@@ -7,7 +7,7 @@ true output length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any, NamedTuple
@@ -202,6 +202,20 @@ class LocalView(NamedTuple):
     step_times: StepTimes
     learned: bool
     """The step-time model has seen enough to be trusted."""
+
+
+class StepView(NamedTuple):
+    """What the next step of an engine may hold besides a token of each sequence that decodes."""
+
+    now_s: float
+    step: int
+    """Steps that were before it."""
+    decoding: int
+    tokens_max: int
+    """Of prompts: what decoding leaves of the engine's token budget."""
+    kv_free_tokens: int
+    step_s: Callable[[int, int], float]
+    """Its time with so many tokens of a prompt of which so many are done: what an engine's profile says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from chiron.engines.pipeline import PipelineModel, StageTimes
 from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
 from chiron.fleet.model import FleetModel
+from chiron.policies.policy import Composer
 
 
 class ModelledEngines:
@@ -36,12 +37,15 @@ class ModelledEngines:
         stages: Mapping[str, Sequence[Profile]] | None = None,
         wire: Wire | None = None,
         step_mode: bool = False,
+        compose: Callable[[], Composer] | None = None,
     ) -> None:
         """``profiles`` by kind of instance; ``stages`` likewise, of those that are pipelines. ``wire``: between the
         control plane and every engine, as a gateway has it; None: they call each other directly, and only then
-        ``step_mode`` may be off or on."""
+        ``step_mode`` may be off or on. ``compose`` makes an engine's composer, of a policy that has such a hook."""
         if stages and wire is not None:
             raise ValueError("pipelines of stages are simulated without a wire only")
+        if compose is not None and (stages or wire is not None):
+            raise ValueError("a policy that composes steps is simulated with whole instances and without a wire only")
         self.made: list[EngineModel | RemoteEngine] = []
         """Every engine there ever was."""
         self._by_id: dict[int, EngineModel | RemoteEngine] = {}
@@ -53,6 +57,7 @@ class ModelledEngines:
         self._wire = wire
         self._faults = {request: iter(faults) for request, faults in wire.faults.items()} if wire is not None else {}
         self._step_mode = step_mode
+        self._compose = compose
 
     def make(self, instance: Instance) -> EngineModel | RemoteEngine:
         profile, times = self._profiles[instance.kind.name], self._times[instance.kind.name]
@@ -69,6 +74,7 @@ class ModelledEngines:
                 listener=self.listener,
                 kv_seconds_per_token=kv_seconds_per_token,
                 step_mode=self._step_mode,
+                composer=self._compose() if self._compose is not None else None,
             )
         else:
             engine = RemoteEngine(

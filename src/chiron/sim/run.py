@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from math import isfinite
 from typing import Any, TextIO
 
@@ -92,6 +93,11 @@ class Simulation:
         self.setup = setup
         self.clock = clock or VirtualClock()
         self.recorder = Recorder(setup.workload, events)
+        clairvoyant = setup.policy == CLAIRVOYANT
+        self.policy = make_scheduled(setup.settings) if clairvoyant else make_policy(setup.policy, setup.settings)
+        if setup.stage_policy:
+            self.policy = with_stages(self.policy, setup.stage_policy, setup.stage_settings)
+        compose = self.policy.compose
         engines = ModelledEngines(
             clock=self.clock,
             profiles=setup.profiles,
@@ -99,6 +105,7 @@ class Simulation:
             kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
             wire=setup.wire,
             step_mode=step_mode,
+            compose=None if compose is None else partial(compose, self.policy.settings),
         )
         self.engines = engines.made
         self.fleet = FleetModel(
@@ -111,10 +118,6 @@ class Simulation:
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
-        clairvoyant = setup.policy == CLAIRVOYANT
-        self.policy = make_scheduled(setup.settings) if clairvoyant else make_policy(setup.policy, setup.settings)
-        if setup.stage_policy:
-            self.policy = with_stages(self.policy, setup.stage_policy, setup.stage_settings)
         self._assembly = Assembly(
             clock=self.clock,
             fleet=self.fleet,

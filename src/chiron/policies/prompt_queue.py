@@ -1,0 +1,45 @@
+"""Prompts that wait inside one engine for the tokens of its next steps, by a key: what composers share."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from chiron.core.types import Request
+
+Key = tuple[float, ...]
+_Entry = tuple[Key, int, Request]
+
+
+class PromptQueue:
+    """Least key first, then who was added earlier. O(log prompts) a call; entries that are over are dropped when they
+    surface. Those of which a part is done can be asked for by themselves."""
+
+    def __init__(self) -> None:
+        self._fresh: list[_Entry] = []
+        self._begun: list[_Entry] = []
+        self._current: dict[int, int] = {}
+        """The number of the entry that counts, by request."""
+        self._added = 0
+
+    def add(self, request: Request, key: Key, begun: bool) -> None:
+        """In place of the entry that it has, if it has one."""
+        self._added += 1
+        self._current[request.id] = self._added
+        heappush(self._begun if begun else self._fresh, (key, self._added, request))
+
+    def remove(self, request: Request) -> None:
+        """It may not be there."""
+        self._current.pop(request.id, None)
+
+    def head(self, begun: bool) -> Request | None:
+        """``begun``: of those only of which a part is done."""
+        first = self._first(self._begun)
+        other = None if begun else self._first(self._fresh)
+        if first is None or (other is not None and other[:2] < first[:2]):
+            first = other
+        return None if first is None else first[2]
+
+    def _first(self, heap: list[_Entry]) -> _Entry | None:
+        while heap and self._current.get(heap[0][2].id) != heap[0][1]:
+            heappop(heap)
+        return heap[0] if heap else None
