@@ -5,7 +5,7 @@ left of the token budget on prefill chunks, first come first served. KV is count
 when it is admitted. When decode would run out of KV, the sequence admitted last is preempted and recomputed.
 
 A policy's ``compose`` hook can decide instead who is admitted and who gets the tokens that decoding leaves. While
-anybody waits for some, each step is then planned by itself.
+anybody could get some, each step is then planned by itself.
 
 State per instance is B (decoding sequences), S (sum of their contexts), and an iteration counter; a sequence's
 finishing iteration is known when its prefill ends. Between events, k decode-only steps take::
@@ -557,7 +557,7 @@ class EngineModel:
                 self._admit()
             if self._prefilling and self._plan_prefill():
                 return
-        elif (self._waiting or self._prefilling) and self._compose(composer, not preempted):
+        elif self._prompt_may_go() and self._compose(composer, not preempted):
             return
         batch = self.batch
         clock = self._clock
@@ -580,7 +580,7 @@ class EngineModel:
             while finishing[0][2].finish_step != finishing[0][0]:
                 heappop(finishing)
             count = finishing[0][0] - self.step
-            if composer is not None and (self._waiting or self._prefilling):
+            if composer is not None and self._prompt_may_go():
                 count = 1
             room = (self.kv_capacity_tokens - self.kv_used_tokens) // batch
             if room < count:
@@ -636,6 +636,10 @@ class EngineModel:
                 break
         self._start_mixed(self._mixed_duration(total, attention))
         return True
+
+    def _prompt_may_go(self) -> bool:
+        """Whether the next step could hold a part of one. Else nobody is asked before somebody leaves."""
+        return bool(self._prefilling) or (bool(self._waiting) and self.batch + self._restoring < self.max_batch_size)
 
     def _compose(self, composer: Composer, admits: bool) -> bool:
         """``_admit`` and ``_plan_prefill`` in a policy's order. A prompt's KV is taken with its first chunk, so that
