@@ -24,6 +24,7 @@ from chiron.engines.staged.service import Pace  # noqa: E402
 from chiron.engines.staged.split import read_range  # noqa: E402
 from chiron.engines.staged.tokenizer import ModelTokenizer  # noqa: E402
 from chiron.engines.staged.weights import read_model_files  # noqa: E402
+from staged_processes import StageProcess, pid_at  # noqa: E402
 from staged_site import LocalReplica, request, start_replica, until  # noqa: E402
 
 PROMPT = prompts(3, seed=0)[0]
@@ -109,3 +110,31 @@ def test_no_longer_than_it_may_nor_after_a_second_signal(capsys: pytest.CaptureF
                 await endless
 
     asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_whole_instance_answers_what_runs_after_ctrl_c() -> None:
+    """Which a terminal sends to all processes of it."""
+
+    async def main(port: int, process: int) -> None:
+        asking = asyncio.ensure_future(request(port, "/v1/completions", BODY))
+        address = ""
+        async with asyncio.timeout(60.0):
+            while not address:
+                said = json.loads((await request(port, "/chiron/stages", None, "GET"))[1])["stages"][1]
+                address = said["replicas"][0]["address"] if said["passes"] > 1 else ""
+        stage = pid_at(address)
+        assert os.getpgid(stage) != process, "it would hear the signal itself, and be gone after a while"
+        os.kill(stage, signal.SIGSTOP)  # Or all might be answered before the signal comes.
+        os.killpg(process, signal.SIGINT)
+        await stopping(port)
+        os.kill(stage, signal.SIGCONT)
+        status, said = await asking
+        assert status == 200
+        assert json.loads(said)["choices"][0]["token_ids"] == recorded("llama")[0]
+
+    specs = [{"layers": "0-1"}, {"layers": "2-3", "pace_ms": 20}]
+    arguments = ["run", str(tiny()), "--stages", json.dumps(specs), "--served-model-name", "tiny", "--silent", "60"]
+    with StageProcess(arguments) as running:
+        asyncio.run(main(running.port, running.process.pid))
+        assert running.process.wait(60.0) == 0

@@ -17,7 +17,7 @@ from staged_models import need_torch, prompts, tiny
 need_torch()
 
 from stage_nursery import Forked, StageNursery  # noqa: E402
-from staged_processes import StageProcess  # noqa: E402
+from staged_processes import StageProcess, pid_at  # noqa: E402
 from staged_site import request  # noqa: E402
 
 TOKENS = 24
@@ -138,7 +138,7 @@ def test_replicas_come_and_go_in_mid_stream_and_what_died_is_replaced() -> None:
         assert found["losses"] == 0
         lost = found["stages"][1]["replicas"][0]["address"]
         asking = asyncio.ensure_future(asyncio.gather(*(head.ask(prompt) for prompt in given)))
-        os.kill(_pid_at(lost), signal.SIGKILL)
+        os.kill(pid_at(lost), signal.SIGKILL)
         assert await asking == expected
         said = await head.until(lambda said: said[1]["ready"] == 2 and len(said[1]["replicas"]) == 2)
         assert lost not in [each["address"] for each in said[1]["replicas"]]
@@ -146,15 +146,3 @@ def test_replicas_come_and_go_in_mid_stream_and_what_died_is_replaced() -> None:
     arguments = ["run", str(tiny()), "--stages", json.dumps(specs), *NAMES, "--drain", "0.1", "--silent", "60"]
     with StageProcess(arguments) as process:
         asyncio.run(main(Head(process.port)))
-
-
-def _pid_at(address: str) -> int:
-    """The process that listens there."""
-    import psutil
-
-    port = int(address.rpartition(":")[2])
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-            assert connection.pid is not None
-            return int(connection.pid)
-    raise AssertionError(f"nobody listens at {address}")

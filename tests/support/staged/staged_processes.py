@@ -23,7 +23,7 @@ class StageProcess:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.process = subprocess.Popen(
-            [*CHIRON, "stages", *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+            [*CHIRON, "stages", *arguments], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
         )
         self.port = 0
 
@@ -43,3 +43,15 @@ class StageProcess:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def pid_at(address: str) -> int:
+    """The process that listens there."""
+    import psutil
+
+    port = int(address.rpartition(":")[2])
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+            assert connection.pid is not None
+            return int(connection.pid)
+    raise AssertionError(f"nobody listens at {address}")

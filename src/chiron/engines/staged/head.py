@@ -39,6 +39,8 @@ from chiron.net.server import Incoming
 log = logging.getLogger("chiron.staged")
 
 ABSENT = "seconds that requests wait for a stage without a replica"
+GRACE = "seconds for running requests to end when it is stopped"
+GRACE_S = 60.0
 REPLICAS_MAX = 1024
 """Of one stage."""
 
@@ -127,9 +129,7 @@ def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
     add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
     add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
     add("--call-timeout", type=real(0.5, 86_400.0), default=link.call_s, help="longest that a step may take, seconds")
-    add(
-        "--grace", type=real(0.0, 86_400.0), default=60.0, help="seconds for running requests to end when it is stopped"
-    )
+    add("--grace", type=real(0.0, 86_400.0), default=GRACE_S, help=GRACE)
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
     add("--tls-ca", type=Path, help="TLS to the stages, which must show a certificate of this authority")

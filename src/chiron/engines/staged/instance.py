@@ -28,7 +28,7 @@ from chiron.engines.serve.options import add_model, real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
-from chiron.engines.staged.head import ABSENT, HeadServer, make_head
+from chiron.engines.staged.head import ABSENT, GRACE, GRACE_S, HeadServer, make_head
 from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
 from chiron.engines.staged.pipeline import PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
@@ -154,7 +154,10 @@ class ReplicaProcess:
     async def _run(self, command: Sequence[str]) -> None:
         try:
             # It ends when this pipe does: with this process, however that ends.
-            self._process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+            # A terminal's ctrl-C is for this process, which still needs it then.
+            self._process = await asyncio.create_subprocess_exec(
+                *command, stdin=PIPE, stdout=PIPE, start_new_session=True
+            )
             if self.leaving:
                 self.stop()
             assert self._process.stdout is not None
@@ -376,6 +379,7 @@ def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
     add("--drain", type=real(0.0, 86_400.0), default=pipeline.drain_s, help="seconds before sequences are moved")
     add("--absent", type=real(0.0, 86_400.0), default=pipeline.absent_s, help=ABSENT)
     add("--silent", type=real(0.5, 3600.0), default=link.silent_s, help="a replica that says nothing this long is lost")
+    add("--grace", type=real(0.0, 86_400.0), default=GRACE_S, help=GRACE)
     return parser
 
 
@@ -412,7 +416,13 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
     try:
         await processes.until_ready()
         server = InstanceServer(engine, processes, EngineServer(engine, names, about))
-        await serve_until_stopped(server, host=options.host, port=options.port, failed=processes.failed)
+        await serve_until_stopped(
+            server,
+            host=options.host,
+            port=options.port,
+            failed=processes.failed,
+            drain=lambda: engine.drain(options.grace),
+        )
         processes.check()
     finally:
         await engine.close()
