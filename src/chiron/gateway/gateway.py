@@ -13,7 +13,7 @@ from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.autoscaler import Observer
 from chiron.control.plane import ControlPlane
 from chiron.control.takeover import SETTLE_S
-from chiron.core.ports import Journal
+from chiron.core.ports import Journal, StageSamples
 from chiron.core.types import ROLES, Instance, ModelSpec, Request, RequestClass
 from chiron.gateway.brain.desk import Desk
 from chiron.gateway.brain.relays import RelayLink, Relays
@@ -102,11 +102,12 @@ class Gateway:
         scrape_period_s: float = 1.0,
         capacity_told: Callable[[InstanceEngine, int], None] = lambda engine, tokens: None,
         outage_changed: Callable[[str, Outage | None], None] = lambda model, outage: None,
+        stages: Sequence[StageSamples] = (),
         advise: bool = False,
         recording: RecordedInputs | None = None,
     ) -> None:
-        """``own_hosts`` as ``ServerSettings`` has them. ``advise``: decisions are only told. ``recording`` writes down
-        what the control plane is told."""
+        """``own_hosts`` as ``ServerSettings`` has them. ``stages`` hear of pipelines after the control plane.
+        ``advise``: decisions are only told. ``recording`` writes down what the control plane is told."""
         self.clock = clock
         self.engines = engines
         self.relays: Relays | None = None
@@ -141,7 +142,7 @@ class Gateway:
             period_s=scrape_period_s,
             capacity_told=capacity_told,
             context_told=lambda engine: engines.settle_context(engine.instance.model),
-            stages=self.inputs,
+            stages=(self.inputs, *stages),
         )
         self.outages = Outages(
             plane=self.plane,

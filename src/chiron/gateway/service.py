@@ -158,6 +158,7 @@ class Service:
             scrape_period_s=config.telemetry.scrape_period_s,
             capacity_told=self._capacity_told,
             outage_changed=self._outage_changed,
+            stages=(self.recorder,),
             advise=advise,
             recording=None if self._input_file is None else self._input_file.recording,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from chiron.core.ports import Samples, StageSamples
 from chiron.core.types import Sample
@@ -38,7 +38,7 @@ class Scraper:
         period_s: float,
         capacity_told: Callable[[InstanceEngine, int], None],
         context_told: Callable[[InstanceEngine], None],
-        stages: StageSamples | None = None,
+        stages: Sequence[StageSamples] = (),
     ) -> None:
         """``capacity_told`` hears of the KV capacity (tokens) that an engine's metrics state, ``context_told`` of an
         engine whose context is known from now on, ``stages`` of the stages of engines that are pipelines."""
@@ -85,7 +85,7 @@ class Scraper:
         await asyncio.gather(
             *(self._read(engine, metrics) for engine, metrics in asked),
             *(self._ask_context(engine) for engine in engines if engine.context_tokens is None),
-            *(self._ask_stages(engine) for engine in engines if engine.row.stages_path and self._stages is not None),
+            *(self._ask_stages(engine) for engine in engines if engine.row.stages_path and self._stages),
         )
         self._clock.post(lambda: self._tell(engines))
 
@@ -113,8 +113,9 @@ class Scraper:
 
         def tell() -> None:
             sample = read_stages(answer.body, self._clock.now_s) if answer.status == 200 else None
-            if sample is not None and self._stages is not None and not engine.closed:
-                self._stages.stages_sampled(engine.instance, sample)
+            if sample is not None and not engine.closed:
+                for each in self._stages:
+                    each.stages_sampled(engine.instance, sample)
 
         self._clock.post(tell)
 

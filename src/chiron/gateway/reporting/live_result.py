@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from chiron.core.types import Instance, ModelSpec, Request, RequestClass
+from chiron.core.stages import PipelineSample
+from chiron.core.types import Instance, ModelSpec, PipelineKind, Request, RequestClass
 from chiron.gateway.reporting.tally import prompt_tokens
 from chiron.policies.policy import Policy
 from chiron.telemetry.recording import Timeline
@@ -67,13 +68,23 @@ class RecorderSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stay:
-    """One instance's time in the fleet: what it is billed for."""
+    """One instance's time in the fleet, with these GPUs: what it is billed for."""
 
     model: str
     gpus: int
-    price_per_gpu_hour: float
+    price_per_hour: float
+    """Of all of them."""
     since_s: float
     until_s: float
+
+
+class _Open(NamedTuple):
+    """A stay that goes on."""
+
+    instance: Instance
+    since_s: float
+    gpus: int
+    price_per_hour: float
 
 
 class Bill(NamedTuple):
@@ -85,7 +96,8 @@ class Bill(NamedTuple):
 
 
 class LiveRecorder:
-    """Hears of requests and instances from the journal. Instances are billed from their creation to their end."""
+    """Hears of requests and instances from the journal, and as ``StageSamples`` of the replicas of pipelines. Instances
+    are billed from their creation to their end, pipelines by the replicas that they say they have."""
 
     def __init__(
         self,
@@ -110,7 +122,7 @@ class LiveRecorder:
         self._count = 0
         self._oldest = 0
         """Row that the next one replaces, once there are ``rows_max``."""
-        self._alive: dict[int, tuple[Instance, float]] = {}
+        self._alive: dict[int, _Open] = {}
         self._stays: deque[Stay] = deque(maxlen=self.settings.points_max)
         self._billed: dict[tuple[str, str], Bill] = {}
         """Of all instances that are gone."""
@@ -139,20 +151,33 @@ class LiveRecorder:
         """``created`` opens a bill, ``gone`` and ``failed`` close it."""
         self.timeline.instance_event(now_s, name, instance)
         if name == "created":
-            self._alive[instance.id] = (instance, now_s)
+            self._alive[instance.id] = _opened(instance, now_s)
         elif name in ("gone", "failed") and instance.id in self._alive:
-            _, since_s = self._alive.pop(instance.id)
-            self._stays.append(_stay(instance, since_s, now_s))
-            _add_bill(self._billed, instance, since_s, now_s)
+            self._close(self._alive.pop(instance.id), now_s)
             self._preemptions += instance.sample.preemptions if instance.sample else 0
+
+    def stages_sampled(self, instance: Instance, sample: PipelineSample) -> None:
+        """Told after the control plane, which drops what cannot be true."""
+        now, pipeline = self._alive.get(instance.id), instance.kind.pipeline
+        if now is None or pipeline is None or len(sample.stages) != len(pipeline.stages):
+            return
+        replicas = [stage.ready + stage.starting + stage.draining for stage in sample.stages]
+        gpus, price = _of_replicas(pipeline, replicas)
+        if gpus == instance.gpus and (gpus, price) != (now.gpus, now.price_per_hour):
+            self._close(now, sample.taken_s)
+            self._alive[instance.id] = _Open(instance, sample.taken_s, gpus, price)
+
+    def _close(self, bill: _Open, now_s: float) -> None:
+        self._stays.append(_stay(bill, now_s))
+        _add_bill(self._billed, bill, now_s)
 
     # -- what it amounts to ------------------------------------------------------------------------------------
 
     def billed(self, now_s: float) -> dict[tuple[str, str], Bill]:
         """By model and type of GPU, since the start."""
         bills = dict(self._billed)
-        for instance, since_s in self._alive.values():
-            _add_bill(bills, instance, since_s, now_s)
+        for bill in self._alive.values():
+            _add_bill(bills, bill, now_s)
         return bills
 
     def result(
@@ -173,10 +198,10 @@ class LiveRecorder:
         """
         table = self.table()
         start_s = self._start_s
-        stays = [*self._stays, *(_stay(i, since_s, now_s) for i, since_s in self._alive.values())]
+        stays = [*self._stays, *(_stay(bill, now_s) for bill in self._alive.values())]
         gpu_seconds = sum(_seconds(stay, start_s) * stay.gpus for stay in stays)
-        cost = sum(_seconds(stay, start_s) * stay.gpus * stay.price_per_gpu_hour / 3600.0 for stay in stays)
-        alive = [i.sample.preemptions for i, _ in self._alive.values() if i.sample is not None]
+        cost = sum(_seconds(stay, start_s) * stay.price_per_hour / 3600.0 for stay in stays)
+        alive = [i.sample.preemptions for i, *_ in self._alive.values() if i.sample is not None]
         timeline = self.timeline
         name = label or policy.name
         summary = summarise(
@@ -239,13 +264,26 @@ class LiveRecorder:
         )
 
 
-def _stay(instance: Instance, since_s: float, until_s: float) -> Stay:
+def _opened(instance: Instance, now_s: float) -> _Open:
+    """As it begins: a pipeline with the least replicas."""
     kind = instance.kind
+    if kind.pipeline is None:
+        return _Open(instance, now_s, kind.gpus, kind.gpus * kind.price_per_gpu_hour)
+    return _Open(instance, now_s, *_of_replicas(kind.pipeline, [s.min_replicas for s in kind.pipeline.stages]))
+
+
+def _of_replicas(pipeline: PipelineKind, replicas: Sequence[int]) -> tuple[int, float]:
+    """GPUs of so many replicas of each stage, and their price per hour."""
+    gpus = [count * stage.gpus for count, stage in zip(replicas, pipeline.stages, strict=True)]
+    return sum(gpus), sum(n * stage.price_per_gpu_hour for n, stage in zip(gpus, pipeline.stages, strict=True))
+
+
+def _stay(bill: _Open, until_s: float) -> Stay:
     return Stay(
-        model=instance.model,
-        gpus=kind.gpus,
-        price_per_gpu_hour=kind.price_per_gpu_hour,
-        since_s=since_s,
+        model=bill.instance.model,
+        gpus=bill.gpus,
+        price_per_hour=bill.price_per_hour,
+        since_s=bill.since_s,
         until_s=until_s,
     )
 
@@ -268,9 +306,9 @@ def _peak(weighted: Sequence[tuple[Stay, int]], start_s: float) -> int:
     return most
 
 
-def _add_bill(bills: dict[tuple[str, str], Bill], instance: Instance, since_s: float, until_s: float) -> None:
-    kind = instance.kind
-    before = bills.get((instance.model, kind.gpu), Bill(0.0, 0.0))
-    gpu_seconds = max(0.0, until_s - since_s) * kind.gpus
-    cost = gpu_seconds * kind.price_per_gpu_hour / 3600.0
-    bills[instance.model, kind.gpu] = Bill(before.gpu_seconds + gpu_seconds, before.cost + cost)
+def _add_bill(bills: dict[tuple[str, str], Bill], bill: _Open, until_s: float) -> None:
+    named = bill.instance.model, bill.instance.kind.gpu
+    before = bills.get(named, Bill(0.0, 0.0))
+    seconds = max(0.0, until_s - bill.since_s)
+    cost = seconds * bill.price_per_hour / 3600.0
+    bills[named] = Bill(before.gpu_seconds + seconds * bill.gpus, before.cost + cost)
