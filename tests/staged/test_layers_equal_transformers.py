@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reference import clear, generated, recorded, reference_model
+from reference import MARGIN, clear, generated, recorded, shortfalls
 from staged_models import FAMILIES, need_torch, prompts, tiny
 
 need_torch()
@@ -90,29 +90,16 @@ def test_of_two_hundred_prompts(family: str) -> None:
     assert [tokens[: len(sure)] for tokens, sure in zip(found, expected, strict=True)] == expected
 
 
-MARGIN = 0.1
-"""Of a token's logit below the reference's best one, in standard deviations of the logits. Both round each operation to
-8 bits, in other orders."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_every_token_is_nearly_the_best_of_transformers(family: str) -> None:
     given = prompts(50, seed=200 + FAMILIES.index(family), longest=200)
     found = generate(Pipeline(tiny(family, "bfloat16"), (1, 2, 4), "bfloat16"), given, TOKENS, chunk=32)
-    below = [short for prompt, tokens in zip(given, found, strict=True) for short in shortfalls(family, prompt, tokens)]
+    pairs = zip(given, found, strict=True)
+    below = [short for pair in pairs for short in shortfalls(tiny(family, "bfloat16"), *pair)]
     assert len(below) == 50 * TOKENS
     assert max(below) <= MARGIN
     assert sum(short > 0 for short in below) <= 0.02 * len(below), "most are the best ones"
-
-
-def shortfalls(family: str, prompt: list[int], tokens: list[int]) -> list[float]:
-    """How far each token is from what transformers would have chosen after the same ones."""
-    model = reference_model(tiny(family, "bfloat16"), "bfloat16")
-    with torch.inference_mode():
-        rows = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
-    chosen = rows.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
-    return [float(each) for each in (rows.max(dim=1).values - chosen) / rows.std(dim=1)]
 
 
 def test_a_step_that_is_sent_again_changes_nothing() -> None:

@@ -61,3 +61,19 @@ def recorded(family: str) -> list[list[int]]:
     text = Path(__file__).with_name("greedy_tokens.json").read_text(encoding="utf-8")
     tokens: list[list[int]] = json.loads(text)[family]
     return tokens
+
+
+MARGIN = 0.1
+"""Of a token's logit below the reference's best one in bfloat16, in standard deviations of the logits. Both round each
+operation to 8 bits, in other orders."""
+
+
+def shortfalls(directory: Path, prompt: list[int], tokens: list[int], *, dtype: str = "bfloat16") -> list[float]:
+    """How far each token is from what transformers would have chosen after the same ones."""
+    import torch
+
+    model = reference_model(directory, dtype)
+    with torch.inference_mode():
+        rows = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+    chosen = rows.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    return [float(each) for each in (rows.max(dim=1).values - chosen) / rows.std(dim=1)]
