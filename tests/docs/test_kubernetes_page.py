@@ -60,6 +60,11 @@ def test_the_trigger_finds_its_number(tmp_path: Path) -> None:
             await until(lambda: service.journal.plans, "the policy has decided")
             headers = {"authorization": "Bearer root"}
             answer = await client.fetch("GET", f"{target.path}?{target.query}", headers=headers)
-            assert json.loads(answer.body)[trigger["metadata"]["valueLocation"]] == 1
+            assert answer.status == 200, "KEDA reads no other"
+            number = json.loads(answer.body)[trigger["metadata"]["valueLocation"]]
+            assert (type(number), number) == (int, 1)
+            assert set(trigger["metadata"]) == {"url", "valueLocation", "targetValue", "authMode"}
+            assert "metricType" not in trigger, "the number is of replicas: AverageValue, as by default"
+            assert (await client.fetch("GET", f"{target.path}?{target.query}")).status == 401
 
     asyncio.run(main())

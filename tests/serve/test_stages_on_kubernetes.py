@@ -22,9 +22,10 @@ import pytest
 import yaml
 
 from chiron.fleet.kubernetes.testing.kubelet import Container, ProcessContainer
-from chiron.net.client import Origin
+from chiron.net.client import NetError, Origin
 from kubernetes_load import Load
 from kubernetes_site import DEPLOYMENTS, Cluster, cluster, needs_kubernetes
+from peer_certificates import Authority
 from pod_metrics import pod_metrics
 from reference import recorded
 from render_manifests import render
@@ -81,11 +82,14 @@ class Node:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.secret = directory / "secret"
+        """Where the Secret with certificates is mounted."""
         self.names = directory / "names.json"
         self.names.write_text("{}")
 
     async def run(self, pod: Mapping[str, Any], address: str) -> Container:
         words = [word.replace("0.0.0.0", address) for word in pod["spec"]["containers"][0]["args"]]
+        words = [word.replace("/etc/chiron-stages/", f"{self.secret}/") for word in words]
         with (self._directory / f"{pod['metadata']['name']}.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", PROGRAM, *words),
@@ -184,6 +188,40 @@ def test_kubernetes_scales_the_stage_that_is_busy_and_the_head_follows(tmp_path:
             await answers_are_right(head)
             assert load.failures == []
             assert load.sent > 6
+
+    asyncio.run(story())
+
+
+def test_head_and_stages_speak_tls_by_the_certificate_of_a_secret(tmp_path: Path) -> None:
+    need_torch()
+    model, given = tiny(), prompts(3, seed=0)
+
+    async def story() -> None:
+        node, ca = Node(tmp_path), Authority(tmp_path / "authority")
+        certificate, key = ca.issue("staged", host=f"DNS:{QUICK},DNS:{SLOW}")
+        node.secret.mkdir()
+        for file, name in ((certificate, "tls.crt"), (key, "tls.key"), (ca.ca, "ca.crt")):
+            (node.secret / name).write_bytes(file.read_bytes())
+        secured = values(model)
+        secured["staged"] |= {"certificateSecret": "staged-tls", "hpa": {"enabled": False}}
+        async with cluster("real", tmp_path, run=node.run) as here, running(node.tell_names(here)):
+            for item in yaml.safe_load_all(render(secured)["staged"]):
+                await here.apply(item, PATHS[item["kind"]])
+            await here.until(lambda: all_ready(here, 3), "each Deployment has a pod", 300.0)
+            (address,) = (await ready(here, "staged-head")).values()
+            head = f"http://{address}:{HEAD_PORT}"
+
+            async def reached() -> bool:
+                return await replicas(head) == [1, 1]
+
+            await here.until(reached, "the head has found both stages", 120.0)
+            found = await asyncio.gather(*(complete(head, prompt, 12) for prompt in given))
+            assert list(found) == [tokens[:12] for tokens in recorded("llama")]
+            (stage,) = (await ready(here, QUICK)).values()
+            plain = Origin(f"http://{stage}:{STAGE_PORT}")
+            with pytest.raises(NetError):
+                await plain.fetch("GET", "/health", timeout_s=30.0)
+            await plain.close()
 
     asyncio.run(story())
 

@@ -1,8 +1,8 @@
 """A stand-in for the kubelet: it runs the pods of one node as processes of this machine, each at an address of its own.
 
 It speaks to an API server over HTTP as a kubelet does, so it serves a real one as well as ``FakeKubernetes``. It knows
-what Chiron's tests need of a pod: command, arguments and environment (with ``status.podIP``), a readiness probe by
-HTTP, preStop hooks that run a command, termination with grace, restarts with a growing pause, and images that do not
+what Chiron's tests need of a pod: command, arguments and environment (with ``status.podIP``), a readiness probe by HTTP
+or TCP, preStop hooks that run a command, termination with grace, restarts with a growing pause, and images that do not
 exist (names that begin with ``missing/``). Addresses are of the loopback network, 127.0.0.0/8, and containers see the
 whole machine: nothing is isolated.
 """
@@ -235,12 +235,13 @@ class Kubelet:
         self, pod: Mapping[str, Any], address: str, restarts: int, last: Mapping[str, Any]
     ) -> None:
         running = {"running": {"startedAt": _now()}}
-        probe = pod["spec"]["containers"][0].get("readinessProbe", {}).get("httpGet")
-        if probe is not None:
-            await self._tell(pod, address, "Running", running, restarts=restarts, last=last)
-            ports = {each.get("name"): each["containerPort"] for each in pod["spec"]["containers"][0].get("ports", ())}
-            port = ports.get(probe["port"], probe["port"])
-            await _until_answers(f"http://{address}:{port}", str(probe.get("path", "/")))
+        container = pod["spec"]["containers"][0]
+        probe = container.get("readinessProbe", {})
+        ports = {each.get("name"): each["containerPort"] for each in container.get("ports", ())}
+        for kind, passes in (("httpGet", _until_answers), ("tcpSocket", _until_connects)):
+            if (asked := probe.get(kind)) is not None:
+                await self._tell(pod, address, "Running", running, restarts=restarts, last=last)
+                await passes(address, ports.get(asked["port"], asked["port"]), str(asked.get("path", "/")))
         await self._tell(pod, address, "Running", running, restarts=restarts, last=last, ready=True)
 
     async def _end(self, pod: Mapping[str, Any]) -> None:
@@ -331,8 +332,8 @@ async def _run_hook(command: Sequence[str], timeout_s: float) -> None:
             await process.wait()
 
 
-async def _until_answers(url: str, path: str) -> None:
-    origin = Origin(url, keepalive=False)
+async def _until_answers(host: str, port: int, path: str) -> None:
+    origin = Origin(f"http://{host}:{port}", keepalive=False)
     try:
         while True:
             with contextlib.suppress(NetError):
@@ -341,6 +342,15 @@ async def _until_answers(url: str, path: str) -> None:
             await asyncio.sleep(0.05)
     finally:
         await origin.close()
+
+
+async def _until_connects(host: str, port: int, path: str) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            return
+        await asyncio.sleep(0.05)
 
 
 def _path(pod: Mapping[str, Any]) -> str:
