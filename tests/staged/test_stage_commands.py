@@ -15,7 +15,7 @@ need_torch()
 from chiron.engines.staged.plan import LayerTimes, split  # noqa: E402
 from chiron.engines.staged.weights import read_model_files  # noqa: E402
 from staged_processes import StageProcess, chiron  # noqa: E402
-from staged_site import request  # noqa: E402
+from staged_site import announce, request  # noqa: E402
 
 
 def test_a_plan_is_balanced_by_time_and_by_memory() -> None:
@@ -43,6 +43,7 @@ def test_plan_serve_and_head_from_the_command_line() -> None:
                     body |= {"ignore_eos": True, "return_token_ids": True}
                     status, said = await request(head.port, "/v1/completions", body)
                     assert (status, json.loads(said)["choices"][0]["token_ids"]) == (200, recorded("llama")[number])
+                assert (await announce(head.port, 16 << 20))[0] == 413
             status, said = await request(first.port, "/health", None, "GET")
             assert (status, json.loads(said)["layers"]) == (200, "0-1")
             status, said = await request(first.port, "/metrics", None, "GET")

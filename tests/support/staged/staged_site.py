@@ -156,6 +156,16 @@ async def request(port: int, path: str, body: dict[str, Any] | None, method: str
     return int(top.split()[1]), rest
 
 
+async def announce(port: int, length: int) -> tuple[int, bytes]:
+    """The answer to a completion that says how long its body is, and sends none of it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % length)
+    said = await reader.read()
+    writer.close()
+    top, _, rest = said.partition(b"\r\n\r\n")
+    return int(top.split()[1]), rest
+
+
 async def until(met: Any) -> None:
     """Wait for what must come."""
     async with asyncio.timeout(WAIT_S):

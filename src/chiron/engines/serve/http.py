@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from chiron.engines.serve.answer import Answer, CallPiece, Part, TokenLogprob, error_event, joined, models_body
 from chiron.engines.serve.openai import FinishReason, GenerationRequest, Usage, parse_limit, parse_request
 from chiron.engines.serve.request_error import RequestError
+from chiron.net.limits import ServerLimits
 from chiron.net.server import Incoming, serve
 
 log = logging.getLogger("chiron.engine")
@@ -262,6 +263,7 @@ async def serve_until_stopped(
     port: int,
     failed: asyncio.Event,
     drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    limits: ServerLimits | None = None,
 ) -> None:
     """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``.
 
@@ -274,7 +276,7 @@ async def serve_until_stopped(
         loop.add_signal_handler(number, lambda: (again if stop.is_set() else stop).set())
     servers = []
     for index, front in enumerate(fronts):
-        servers.append(await serve(front.handle, host=host, port=port + index if port else 0))
+        servers.append(await serve(front.handle, host=host, port=port + index if port else 0, limits=limits))
     print(f"chiron-engine ready port={','.join(str(server.port) for server in servers)}", flush=True)
     await _first(stop.wait(), failed.wait())
     if drain is not None and not failed.is_set():

@@ -33,6 +33,7 @@ from chiron.engines.staged.split import StageRange, check_split, read_range
 from chiron.engines.staged.tokenizer import ModelTokenizer
 from chiron.engines.staged.weights import ModelFiles, read_model_files
 from chiron.engines.staged.wire import read_tls, tls_client
+from chiron.net.limits import ServerLimits
 from chiron.net.loop import run_on_loop
 from chiron.net.server import Incoming
 
@@ -43,6 +44,17 @@ GRACE = "seconds for running requests to end when it is stopped"
 GRACE_S = 60.0
 REPLICAS_MAX = 1024
 """Of one stage."""
+
+
+_BODY_BYTES_PER_TOKEN = 32
+_BODY_BYTES_LEAST = 1 << 20
+
+
+def body_limits(model_len_max: int) -> ServerLimits:
+    """A body is read on the thread that all streams are served by: some 50 ms a megabyte at worst. So none may be much
+    longer than prompts that fit the context, as text or as ids."""
+    most = _BODY_BYTES_LEAST + _BODY_BYTES_PER_TOKEN * model_len_max
+    return ServerLimits(body_max_bytes=min(ServerLimits().body_max_bytes, most))
 
 
 class HeadServer:
@@ -228,6 +240,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
         port=options.port,
         failed=asyncio.Event(),
         drain=lambda: engine.drain(options.grace),
+        limits=body_limits(length),
     )
     if discovery is not None:
         await discovery.close()

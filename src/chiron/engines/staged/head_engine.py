@@ -39,6 +39,9 @@ _TICK_S = 0.25
 _DRAIN_LOOK_S = 0.02
 LETTERS_AT_ONCE = 16 << 10
 """A longer prompt takes longer to tokenise than the loop may be held up: some ten milliseconds."""
+_LETTERS_PER_TOKEN = 16
+"""Text of a prompt has fewer, nearly always. Of one that has more, and so would not fit the context, only as much is
+tokenised at first as shows that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,11 +350,24 @@ class HeadEngine:
         return list(prompt)
 
     def _encoded(self, text: str, where: str) -> list[int]:
+        self._refuse_endless(text, where)
         # A chat template writes the begin token itself.
         tokens = self.tokenizer.encode(text, special=where == "prompt")
         if not tokens:
             raise RequestError(f"{where} is empty; it must hold at least one token.", param=where)
         return tokens
+
+    def _refuse_endless(self, text: str, where: str) -> None:
+        """Minutes of tokenising, while other long prompts wait, for a prompt that cannot fit."""
+        most = self.settings.model_len_max
+        begin = text[: _LETTERS_PER_TOKEN * most]
+        if len(begin) < len(text) and len(self.tokenizer.encode(begin, special=False)) > 2 * most:
+            raise RequestError(
+                f"This model's maximum context length is {most} tokens; the request's {where} of {len(text)} "
+                "characters has more.",
+                code="context_length_exceeded",
+                param=where,
+            )
 
     def _check_tokens(self, field: str, tokens: SequenceOf[int]) -> None:
         largest, allowed = max(tokens, default=0), self.architecture.vocabulary - 1

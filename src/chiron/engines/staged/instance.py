@@ -28,7 +28,7 @@ from chiron.engines.serve.options import add_model, real, whole
 from chiron.engines.serve.request_error import RequestError, shown
 from chiron.engines.staged.architecture import DTYPES
 from chiron.engines.staged.errors import StagedModelError
-from chiron.engines.staged.head import ABSENT, GRACE, GRACE_S, HeadServer, make_head
+from chiron.engines.staged.head import ABSENT, GRACE, GRACE_S, HeadServer, body_limits, make_head
 from chiron.engines.staged.head_engine import HeadEngine, HeadSettings
 from chiron.engines.staged.pipeline import PipelineSettings
 from chiron.engines.staged.replica import LinkSettings
@@ -422,6 +422,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
             port=options.port,
             failed=processes.failed,
             drain=lambda: engine.drain(options.grace),
+            limits=body_limits(length),
         )
         processes.check()
     finally:

@@ -1,0 +1,106 @@
+"""Bodies, prompts and clients that are too much: refused by name, and the streams of others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from reference import recorded
+from staged_models import need_torch, prompts, tiny
+
+need_torch()
+
+from chiron.engines.serve.http import EngineServer  # noqa: E402
+from chiron.engines.staged.head import HeadServer, body_limits  # noqa: E402
+from chiron.net.server import serve  # noqa: E402
+from staged_site import StagedSite, announce, request, staged_site, until  # noqa: E402
+
+PROMPT = prompts(3, seed=0)[0]
+CONTEXT = 2048
+WORDS = "word and " * 60_000
+"""Of 540,000 letters."""
+
+
+def test_a_body_may_be_as_long_as_what_fits_the_context_and_not_much_longer() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            limits = body_limits(CONTEXT)
+            server = await serve(HeadServer(site.engine, EngineServer(site.engine, ["tiny"], {})).handle, limits=limits)
+            try:
+                fits = {"model": "tiny", "prompt": [1] * (CONTEXT - 4), "max_tokens": 2}
+                assert (await request(server.port, "/v1/completions", fits))[0] == 200
+                status, said = await announce(server.port, limits.body_max_bytes + 1)
+                assert (status, json.loads(said)["error"]["code"]) == (413, "request_too_large")
+            finally:
+                await server.close(0.0)
+
+    asyncio.run(main())
+    assert body_limits(1 << 30).body_max_bytes == 32 << 20
+
+
+def counted(site: StagedSite) -> list[int]:
+    """Letters of each text that is tokenised from now on."""
+    letters: list[int] = []
+    encode = site.engine.tokenizer.encode
+
+    def counting(text: str, *, special: bool) -> list[int]:
+        letters.append(len(text))
+        return encode(text, special=special)
+
+    site.engine.tokenizer.encode = counting  # type: ignore[method-assign]
+    return letters
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_of_a_prompt_that_cannot_fit_only_a_part_is_tokenised(chat: bool) -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            letters = counted(site)
+            asked: dict[str, Any] = {"model": "tiny", "max_tokens": 2}
+            if chat:
+                path, asked["messages"] = "/v1/chat/completions", [{"role": "user", "content": WORDS}]
+            else:
+                path, asked["prompt"] = "/v1/completions", WORDS
+            status, said = await site.post(path, asked)
+            assert (status, json.loads(said)["error"]["code"]) == (400, "context_length_exceeded")
+            assert "maximum context length is 2048 tokens" in json.loads(said)["error"]["message"]
+            assert letters == [16 * CONTEXT]
+
+    asyncio.run(main())
+
+
+def test_a_stream_goes_on_beside_them_to_the_same_tokens() -> None:
+    """Beside prompts that are too long, too many of them, tools, odd numbers, and a reader that reads nothing."""
+    odd: list[dict[str, Any]] = [
+        {"prompt": WORDS},
+        {"prompt": [[1]] * 100_000},
+        {"prompt": [1 << 62]},
+        {"prompt": [-1]},
+        {"prompt": "a", "max_tokens": 1e300},
+        {"prompt": "a", "temperature": float("nan")},
+        {"prompt": "a", "seed": 1 << 70},
+        {"prompt": "a", "stop": ["x" * 257]},
+        {"prompt": "a", "n": 1 << 40},
+    ]
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3")) as site:
+            assert site.server is not None
+            streaming = asyncio.ensure_future(site.complete(PROMPT, 24))
+            _, silent = await asyncio.open_connection("127.0.0.1", site.server.port)
+            endless = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1900, "stream": True, "ignore_eos": True}
+            body = json.dumps(endless).encode()
+            silent.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            answers = await asyncio.gather(*(site.post("/v1/completions", {"model": "tiny", **o}) for o in odd))
+            assert [status for status, _ in answers] == [400] * len(odd)
+            tools = [{"type": "function", "function": {"name": f"f{i}", "description": "d" * 100}} for i in range(999)]
+            talk = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "tools": tools, "max_tokens": 2}
+            assert (await site.post("/v1/chat/completions", talk))[0] == 400
+            assert await streaming == recorded("llama")[0]
+            silent.transport.abort()
+            await until(lambda: not site.engine.pipeline.running)
+
+    asyncio.run(main())
