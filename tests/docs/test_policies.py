@@ -36,6 +36,7 @@ def section(heading: str) -> str:
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),
+        ("qlm", "`qlm`"),
         ("sarathi", "`sarathi`"),
         ("niyama", "`niyama`"),
         ("static", "`static`"),

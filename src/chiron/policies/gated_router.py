@@ -1,0 +1,128 @@
+"""Requests wait in front of the instances: each goes to the one with the fewest that has room, or to none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
+
+from chiron.core.types import Instance, Placement, Request
+from chiron.policies.policy import Estimates
+from chiron.policies.size import fits, kv_tokens, placed, prompt_tokens, within
+
+VICTIMS_MAX = 8
+"""Instances that are looked at for batch work that could make way."""
+_Entry = tuple[int, int, int, Instance]
+
+
+class _Note:
+    __slots__ = ("open", "version")
+
+    def __init__(self) -> None:
+        self.open = True
+        self.version = 0
+
+
+class GatedRouter:
+    """Room is a place within the max batch size and KV for the expected end. One that turned a request away is not
+    asked again before something leaves it. O(log n) a change, amortised. ``room_for`` is for routers on top of it."""
+
+    def __init__(self, estimates: Estimates) -> None:
+        self.room_tokens = 0
+        self.count = 0
+        """Instances that take work."""
+        self._estimates = estimates
+        self._open: list[_Entry] = []
+        self._batch: list[_Entry] = []
+        """Those that run batch work, most first."""
+        self._most = 64
+
+    def add(self, instance: Instance) -> None:
+        if instance.index is None:
+            instance.index = _Note()
+        elif instance.index.open:
+            return
+        instance.index.open = True
+        self.count += 1
+        self.changed(instance)
+
+    def remove(self, instance: Instance) -> None:
+        if instance.index.open:
+            self.count -= 1
+        instance.index.open = False
+        instance.index.version += 1
+
+    def changed(self, instance: Instance) -> None:
+        note: _Note = instance.index
+        if note.open:
+            note.version += 1
+            heappush(self._open, (instance.sequences, instance.id, note.version, instance))
+            if instance.batch:
+                heappush(self._batch, (-instance.batch_sequences, instance.id, note.version, instance))
+            if len(self._open) + len(self._batch) > self._most:
+                self._open, self._batch = _current(self._open), _current(self._batch)
+                self._most = 64 + 2 * (len(self._open) + len(self._batch))
+
+    def place(self, request: Request, waited_s: float) -> Placement | None:
+        instance = self.room_for(request)
+        return None if instance is None else placed(self._estimates, request, instance)
+
+    def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
+        return ()
+
+    def room_for(self, request: Request) -> Instance | None:
+        need = kv_tokens(self._estimates, request)
+        small: list[_Entry] = []
+        chosen: Instance | None = None
+        while self._open and chosen is None:
+            entry = self._open[0]
+            instance = entry[3]
+            if not instance.index.open or entry[2] != instance.index.version:
+                heappop(self._open)
+            elif fits(instance, request, int(need)):
+                chosen = instance
+            else:
+                heappop(self._open)
+                if not instance.requests:  # Idle, and too small for this one: nothing will leave it.
+                    small.append(entry)
+        for entry in small:
+            heappush(self._open, entry)
+        return chosen
+
+    def make_way(self, request: Request) -> Placement | None:
+        """A place where batch work leaves, last come first, as much as it takes; None: there is not enough."""
+        need = int(kv_tokens(self._estimates, request))
+        passed: list[_Entry] = []
+        made: Placement | None = None
+        while self._batch and made is None and len(passed) < VICTIMS_MAX:
+            entry = heappop(self._batch)
+            instance = entry[3]
+            if instance.index.open and entry[2] == instance.index.version:
+                passed.append(entry)
+                evict = _leaving(instance, request, need)
+                if evict:
+                    made = placed(self._estimates, request, instance)
+                    made.evict = evict
+        for entry in passed:
+            heappush(self._batch, entry)
+        return made
+
+
+def _current(heap: list[_Entry]) -> list[_Entry]:
+    kept = [entry for entry in heap if entry[3].index.open and entry[2] == entry[3].index.version]
+    heapify(kept)
+    return kept
+
+
+def _leaving(instance: Instance, request: Request, need: int) -> tuple[Request, ...]:
+    """The batch requests that must leave it; none if that is not enough."""
+    if prompt_tokens(request) >= instance.kv_capacity_tokens:
+        return ()
+    sequences, reserved = instance.sequences + request.sequences, instance.kv_reserved_tokens + need
+    evict: list[Request] = []
+    for victim in reversed(instance.batch.values()):
+        if within(instance, sequences, reserved):
+            break
+        sequences -= victim.sequences
+        reserved -= victim.reserved_tokens
+        evict.append(victim)
+    return tuple(evict) if within(instance, sequences, reserved) else ()
