@@ -10,6 +10,7 @@ from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.files import files_max
 from chiron.net.limits import ServerLimits
+from chiron.net.renewing import RenewingContext, for_server
 
 log = logging.getLogger("chiron.gateway")
 
@@ -33,12 +34,18 @@ def served_models(config: ServeConfig) -> dict[str, ServedModel]:
 
 
 def tls_context(config: ServeConfig) -> ssl.SSLContext | None:
+    """Its certificate is that of the files as they are at each handshake."""
     if not config.server.tls:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(config.server.tls_cert, config.server.tls_key)
-    return context
+    files = (config.server.tls_cert, config.server.tls_key)
+
+    def make() -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(*files, password="")  # Nobody is there to be asked for one.
+        return context
+
+    return for_server(RenewingContext(make, files))
 
 
 def server_limits(config: ServeConfig, processes: int = 1) -> ServerLimits:

@@ -18,7 +18,7 @@ import pytest
 from chiron.gateway.peers.door import Door, ListenError
 from chiron.gateway.peers.leadership import Peer
 from chiron.gateway.peers.standby import Standby
-from chiron.gateway.peers.wires import API, RELAY, PipeEnd, client_context, server_context
+from chiron.gateway.peers.wires import API, RELAY, PipeEnd, client_context, renewing_client, renewing_server
 from chiron.gateway.processes.start import RelayStart
 from chiron.gateway.settings import GatewaysSettings
 from chiron.net.loop import run_on_loop
@@ -83,7 +83,7 @@ async def site(leader: GatewaysSettings, other: GatewaysSettings, port: int | No
         loop = asyncio.get_running_loop()
         api = await loop.create_unix_server(lambda: there.api(), folder / "a" / "api")
         door = Door(
-            context=server_context(leader),
+            context=renewing_server(leader),
             relay=lambda: Echo(b"hello"),
             api_path=folder / "a" / "api",
             handshake_s=WAIT_S,
@@ -93,7 +93,7 @@ async def site(leader: GatewaysSettings, other: GatewaysSettings, port: int | No
         leaders = [Peer(name="a", host="127.0.0.1", port=port or found)]
         standby = Standby(
             start=RelayStart(port=1, folder=folder / "b", relays=1),
-            contexts={purpose: client_context(other, purpose) for purpose in (RELAY, API)},
+            contexts={purpose: renewing_client(other, purpose) for purpose in (RELAY, API)},
             leader=lambda: leaders[-1],
             lost=lambda: lost.append(None),
             handshake_s=WAIT_S,
@@ -129,6 +129,36 @@ def test_relays_and_requests_reach_it_whole(tmp_path: Path, run: Callable[[Corou
             assert there.door.refused == 0
 
     run(main())
+
+
+def test_certificates_that_are_renewed_count_from_the_next_connection_on(tmp_path: Path) -> None:
+    ca, other = Authority(tmp_path / "one"), Authority(tmp_path / "another")
+    leader, standby = ca.settings("a"), ca.settings("b")
+
+    def renew(settings: GatewaysSettings) -> None:
+        """By another authority, so that one end alone cannot go on."""
+        new = other.settings(settings.name)
+        for key in ("certificate", "key", "ca"):
+            Path(getattr(new, key)).with_suffix(".new").write_bytes(Path(getattr(new, key)).read_bytes())
+            Path(getattr(new, key)).with_suffix(".new").replace(getattr(settings, key))
+
+    async def main() -> None:
+        async with site(leader, standby) as there:
+            reader, writer = await asyncio.open_unix_connection(there.folder / "b" / "brain")
+            assert await reader.readexactly(5) == b"hello"
+            Path(leader.key).write_text("what a disk is full of")
+            assert await there.talk("brain", LONG) == b"hello" + LONG, "as before, while its files are of no use"
+            renew(leader)
+            assert await there.talk("brain", LONG) == b"", "the other end has the authority of before"
+            renew(standby)
+            for path, greeting in (("brain", b"hello"), ("api", b"api: ")):
+                assert await there.talk(path, LONG) == greeting + LONG
+            writer.write(b"still there")
+            async with asyncio.timeout(WAIT_S):
+                assert await reader.readexactly(11) == b"still there"
+            writer.close()
+
+    asyncio.run(main())
 
 
 def test_relays_are_cut_off_to_come_again_and_requests_are_not(tmp_path: Path) -> None:
@@ -330,7 +360,7 @@ def test_an_address_that_cannot_be_listened_on_is_named(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with site(ca.settings("a"), ca.settings("b")) as there:
-            second = Door(context=server_context(ca.settings("c")), relay=asyncio.Protocol, api_path=tmp_path)
+            second = Door(context=renewing_server(ca.settings("c")), relay=asyncio.Protocol, api_path=tmp_path)
             with pytest.raises(ListenError, match=f"gateways.listen: cannot .* 127.0.0.1, port {there.port}: .* use"):
                 second.open("127.0.0.1", there.port)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import cast
 
 from chiron.gateway.peers.wires import API, HANDSHAKE_S, RELAY, PipeEnd
+from chiron.net.renewing import RenewingContext
 
 log = logging.getLogger("chiron.gateways")
 
@@ -38,7 +38,7 @@ class Door:
     def __init__(
         self,
         *,
-        context: ssl.SSLContext,
+        context: RenewingContext,
         relay: Callable[[], asyncio.Protocol],
         api_path: Path,
         handshake_s: float = HANDSHAKE_S,
@@ -96,7 +96,7 @@ class Door:
         try:
             # Not the protocol that it returns: uvloop's is TLS's.
             transport, _ = await loop.connect_accepted_socket(
-                lambda: guest, wire, ssl=self._context, ssl_handshake_timeout=self._handshake_s
+                lambda: guest, wire, ssl=self._context.current(), ssl_handshake_timeout=self._handshake_s
             )
         except (OSError, TimeoutError) as error:
             self._say_refused(address, str(error) or "it ended in the middle of the handshake")

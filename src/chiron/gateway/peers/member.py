@@ -22,7 +22,7 @@ from chiron.gateway.peers.election import election
 from chiron.gateway.peers.leadership import Leadership, Peer
 from chiron.gateway.peers.shared_models import IN_FORCE, Models, SharedModels
 from chiron.gateway.peers.standby import Standby
-from chiron.gateway.peers.wires import API, RELAY, client_context, server_context
+from chiron.gateway.peers.wires import API, RELAY, renewing_client, renewing_server
 from chiron.gateway.processes.fence import OVER, Fence, machine_s
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import STOP_S
@@ -101,7 +101,7 @@ class Member:
         )
         self._standby = Standby(
             start=brain.relays,
-            contexts={purpose: client_context(settings, purpose) for purpose in (RELAY, API)},
+            contexts={purpose: renewing_client(settings, purpose) for purpose in (RELAY, API)},
             leader=self._whom_to_reach,
             lost=lambda: self._own_loop.call(self._leadership.look),
         )
@@ -192,7 +192,7 @@ class Member:
     def _open_door(self, service: Service | None) -> None:
         """As early as it may be: what relays of others tell is waited for, and the rest of the start is not short."""
         assert service is not None
-        context = server_context(self._settings)
+        context = renewing_server(self._settings)
         self._door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
         self._door.open(*self._settings.listen_address)
 

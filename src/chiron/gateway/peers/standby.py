@@ -16,6 +16,7 @@ from pathlib import Path
 from chiron.gateway.peers.leadership import Peer
 from chiron.gateway.peers.wires import API, HANDSHAKE_S, RELAY, PipeEnd
 from chiron.gateway.processes.start import RelayStart
+from chiron.net.renewing import RenewingContext
 
 log = logging.getLogger("chiron.gateways")
 
@@ -32,7 +33,7 @@ class Standby:
         self,
         *,
         start: RelayStart,
-        contexts: Mapping[str, ssl.SSLContext],
+        contexts: Mapping[str, RenewingContext],
         leader: Callable[[], Peer | None],
         lost: Callable[[], None],
         handshake_s: float = HANDSHAKE_S,
@@ -117,8 +118,9 @@ class Standby:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._handshake_s):
+                context = self._contexts[purpose].current()
                 transport, _ = await loop.create_connection(
-                    lambda: far, peer.host, peer.port, ssl=self._contexts[purpose], server_hostname=peer.host
+                    lambda: far, peer.host, peer.port, ssl=context, server_hostname=peer.host
                 )
         except (OSError, TimeoutError) as error:
             self._say(

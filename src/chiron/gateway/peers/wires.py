@@ -1,6 +1,7 @@
 """Connections between gateways: TLS in which each end shows a certificate of the same authority, or there is none.
 
 What a connection is for is said in the handshake (ALPN): a relay's messages, or a request to the leader's HTTP server.
+Certificates that are renewed count for connections that are made from then on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ssl
 from collections.abc import Callable
 
 from chiron.gateway.settings import GatewaysSettings
+from chiron.net.renewing import RenewingContext
 
 RELAY, API = "chiron-relay", "chiron-api"
 """What a connection may be for."""
@@ -30,6 +32,18 @@ def client_context(settings: GatewaysSettings, purpose: str) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols([purpose])
     return _with_files(context, settings)
+
+
+def renewing_server(settings: GatewaysSettings) -> RenewingContext:
+    return RenewingContext(lambda: server_context(settings), _files(settings))
+
+
+def renewing_client(settings: GatewaysSettings, purpose: str) -> RenewingContext:
+    return RenewingContext(lambda: client_context(settings, purpose), _files(settings))
+
+
+def _files(settings: GatewaysSettings) -> tuple[str, str, str]:
+    return settings.certificate, settings.key, settings.ca
 
 
 def _with_files(context: ssl.SSLContext, settings: GatewaysSettings) -> ssl.SSLContext:

@@ -1,0 +1,61 @@
+"""A server that runs shows the certificate that its files hold now."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from pathlib import Path
+
+import pytest
+
+from chiron.net.renewing import RenewingContext, for_server
+from peer_certificates import Authority
+
+
+async def shown(port: int, name: str | None) -> bytes:
+    """The certificate that a client gets to see."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name or "")
+    found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    assert isinstance(found, bytes)
+    return found
+
+
+@pytest.mark.parametrize("name", ["gateway.example", None])
+def test_also_to_clients_that_name_nobody(tmp_path: Path, name: str | None) -> None:
+    ca = Authority(tmp_path / "ca")
+    certificates = [ca.issue(each) for each in ("old", "new")]
+    files = (tmp_path / "tls.crt", tmp_path / "tls.key")
+
+    def write(number: int) -> None:
+        for source, file in zip(certificates[number], files, strict=True):
+            file.with_suffix(".next").write_bytes(source.read_bytes())
+            file.with_suffix(".next").replace(file)
+
+    def make() -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*files)
+        return context
+
+    async def main() -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        context = for_server(RenewingContext(make, [str(file) for file in files]))
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        old = await shown(port, name)
+        write(1)
+        new = await shown(port, name)
+        files[1].unlink()
+        lost = await shown(port, name)
+        write(0)
+        again = await shown(port, name)
+        server.close()
+        expected = [ssl.PEM_cert_to_DER_cert(certificate.read_text()) for certificate, _ in certificates]
+        assert [old, new, lost, again] == [expected[0], expected[1], expected[1], expected[0]]
+
+    write(0)
+    asyncio.run(main())
