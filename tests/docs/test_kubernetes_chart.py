@@ -412,6 +412,13 @@ def test_head_and_stages_show_one_another_certificates_of_a_secret() -> None:
     assert not [word for word in plain["containers"][0]["args"] if "tls" in word]
 
 
+def test_only_the_gateway_may_ask_the_api_server() -> None:
+    values = {**EVERYTHING, "advise": False}
+    pods = {i["metadata"]["name"]: i["spec"]["template"]["spec"] for i in objects(values) if i["kind"] == "Deployment"}
+    assert {name for name, pod in pods.items() if pod.get("automountServiceAccountToken", True)} == {"chiron"}
+    assert len(pods) == 5
+
+
 def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships() -> None:
     (endpoint,) = one(EVERYTHING, "ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")

@@ -123,6 +123,8 @@ app.kubernetes.io/managed-by: {{ (index . 0).Release.Service }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{ end -}}
+# It asks the API server nothing.
+automountServiceAccountToken: false
 securityContext:
   runAsNonRoot: true
   runAsUser: 10001
