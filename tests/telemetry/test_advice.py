@@ -14,6 +14,8 @@ from chiron.cli import app
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.telemetry.advice import log_facts, read_advice
 from chiron.telemetry.errors import LogError
+from chiron.telemetry.event_log import read_event_log
+from live_plane_factory import CHAT, LivePlane
 from scripted_engine import ScriptedEngine, before
 
 KIND = InstanceKind(name="k", gpu="g", gpus=2, price_per_gpu_hour=1.5, kv_capacity_tokens=1, max_num_seqs=1)
@@ -116,6 +118,18 @@ def test_a_short_trial_is_told_in_seconds_and_small_figures(tmp_path: Path) -> N
     said = CliRunner().invoke(app, ["advice", str(file)]).output
     for words in ("m: 36 s with advice", "0.010", "0.020", "The advice changed once:"):
         assert words in said
+
+
+def test_advice_that_agrees_with_what_runs_is_advice(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    plane = LivePlane(file, advise=True)
+    plane.submit(CHAT, 100.0)
+    plane.clock.run_until(120.0)
+    plane.journal.close()
+    (found,) = read_advice(read_event_log(file))
+    assert (found.ran_mean, found.advised_mean, found.changes) == (1.0, 1.0, 0)
+    said = CliRunner().invoke(app, ["advice", str(file)]).output
+    assert "The advice never changed." in said
 
 
 def test_a_gateway_writes_what_the_command_needs(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def _tell(found: Advice) -> Iterator[str]:
         yield f"More were never advised than ran: {_share(found.otherwise)}."
     yield f"Fewer were advised than ran for {_time(found.spare_s)}."
     why = ", ".join(f"{words(reason)} ({count:,})" for reason, count in [*found.reasons.items()][:REASONS_SHOWN])
+    if not found.changes:
+        yield "The advice never changed."
+        return
     changed = "once" if found.changes == 1 else f"{found.changes:,} times"
     yield f"The advice changed {changed}: {why}."
 

@@ -16,8 +16,9 @@ from chiron.policies.views import LocalDecision
 
 
 class Actuators(Protocol):
-    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
-        """A plan for the fleet. Returns the one before."""
+    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int] | None:
+        """A plan for the fleet. Returns the one before; None: it is the first advice, which is worth a word also where
+        it agrees with what there is."""
 
     def begin(self, instance: Instance) -> None:
         """Its engine is ready, and has not been told its max batch size."""
@@ -68,8 +69,8 @@ class NullActuators:
         self._sizes: dict[int, int] = {}
         """Max batch size last reported of an instance."""
 
-    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int]:
-        before, state.advised = state.advised or state.planned, counts
+    def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int] | None:
+        before, state.advised = state.advised or None, counts
         return before
 
     def begin(self, instance: Instance) -> None:

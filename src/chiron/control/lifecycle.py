@@ -128,13 +128,13 @@ class Lifecycle:
         if missing > 0:
             counts["mixed"] += missing
         previous = self._actuators.plan(state, counts)
-        before = sum(previous.values())
+        before = sum((previous if previous is not None else state.planned).values())
         after = sum(counts.values())
         if counts != previous:
             self._journal.decided(
                 self._clock.now_s,
                 Decision(
-                    kind="fleet" if before != after else "role",
+                    kind="fleet" if before != after or previous is None else "role",
                     subject=spec.name,
                     before=before,
                     after=after,

@@ -142,7 +142,8 @@ class _Model:
                 self.ready.discard(event["instance"])
             case "decision":
                 self.advised = int(event["after"])
-                self.reasons[str(event["reason"])] += 1
+                # The first one may be that all is well as it is.
+                self.reasons[str(event["reason"])] += event["before"] != event["after"]
             case "ended" if self.advised is not None:
                 met = _met(event, facts["classes"].get(event["class"]))
                 if met is not None:
@@ -179,8 +180,8 @@ class _Model:
             when_short=Judged(met=self.judged[True, True], missed=self.judged[True, False]),
             otherwise=Judged(met=self.judged[False, True], missed=self.judged[False, False]),
             price_per_hour=self.price_per_hour,
-            changes=sum(self.reasons.values()),
-            reasons=dict(self.reasons.most_common()),
+            changes=self.reasons.total(),
+            reasons={why: count for why, count in self.reasons.most_common() if count},
         )
 
 

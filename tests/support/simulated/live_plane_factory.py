@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from chiron.control.actuators import NullActuators
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass
@@ -14,6 +15,7 @@ from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
 from chiron.policies.registry import make_policy
+from chiron.telemetry.advice import log_facts
 
 WALL_S = 1_800_000_000.0
 """Unix time at the start of every run here."""
@@ -42,7 +44,9 @@ PROFILE = Profile(
 class LivePlane:
     """Wired and begun; requests are numbered in order of ``submit``."""
 
-    def __init__(self, log: Path | None = None, *, rows_max: int = 1000, policy: str = "chiron") -> None:
+    def __init__(
+        self, log: Path | None = None, *, rows_max: int = 1000, policy: str = "chiron", advise: bool = False
+    ) -> None:
         self.clock = VirtualClock()
         kind = InstanceKind(
             name="small",
@@ -68,9 +72,8 @@ class LivePlane:
         )
         writer = None
         if log is not None:
-            writer = EventWriter(
-                EventLogSettings(path=log, flush_s=0.02), wall_origin_s=WALL_S, facts={"policy": policy}
-            )
+            facts = {"policy": policy, **log_facts([spec], [CHAT, NIGHT], advise=advise)}
+            writer = EventWriter(EventLogSettings(path=log, flush_s=0.02), wall_origin_s=WALL_S, facts=facts)
         self.journal = LiveJournal(writer=writer, recorder=self.recorder)
         self.plane = ControlPlane(
             clock=self.clock,
@@ -78,6 +81,7 @@ class LivePlane:
             journal=self.journal,
             models=(spec,),
             classes=(CHAT, NIGHT),
+            actuators=NullActuators() if advise else None,
             policy=self.policy,
             observer=self.journal.observe,
         )
