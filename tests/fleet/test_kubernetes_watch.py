@@ -73,3 +73,19 @@ def test_a_version_that_the_server_itself_cannot_read_is_not_kept(status: int) -
             await until(lambda: names.count("a") > 2, "it is listed anew again and again")
 
     asyncio.run(run())
+
+
+def test_a_refusal_that_never_ends_is_heard_all_the_same() -> None:
+    def handle(incoming: Incoming) -> None:
+        if b"watch" not in incoming.query:
+            incoming.respond(200, b'{"items": [], "metadata": {"resourceVersion": "1"}}')
+            return
+        incoming.start(500, ())
+        for _ in range(80):  # 5 MB, and no end.
+            incoming.write(b"no " * 21_845)
+
+    async def run() -> None:
+        async with watching(handle) as (_, said):
+            await until(lambda: any(why.startswith("500: no no") for why in said), "it says so")
+
+    asyncio.run(run())

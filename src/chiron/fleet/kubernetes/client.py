@@ -137,7 +137,9 @@ class _Lines:
         if self._ended:
             return
         if self._status != 200:
-            self._rest = (self._rest + data)[:LINE_MAX_BYTES]
+            self._rest += data
+            if len(self._rest) > LINE_MAX_BYTES:  # Why it refuses is not worth more.
+                self._end(refusal(self._status, self._rest))
             return
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = rest
