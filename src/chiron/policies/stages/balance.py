@@ -246,7 +246,16 @@ def _factor(factor: float, stage: StageView, view: PipelineView) -> float:
     """A slow mean; a pass with long contexts or prompts is dearer than planned, and that is not held against it."""
     if isnan(stage.step_s) or stage.batch_tokens < 1.0:
         return factor
-    context = stage.batch_tokens * view.context_tokens
+    # Contexts are read for sequences that decode; the other tokens are those of prompts.
+    context = stage.batch_tokens * _decoding_share(view) * view.context_tokens
     planned_s = pass_s(stage.kind, stage.batch_tokens, context)
     measured = min(max(stage.step_s / planned_s, 0.8), 3.0)
     return factor + 0.1 * (measured - factor)
+
+
+def _decoding_share(view: PipelineView) -> float:
+    """Of all tokens that pass through, those of answers."""
+    counts = [(max(1, mix.finished), mix) for mix in view.mixes if mix.finished or not any(m.finished for m in view.mixes)]
+    made = sum(count * mix.output_tokens for count, mix in counts)
+    given = sum(count * mix.input_tokens for count, mix in counts)
+    return made / (made + given) if made > 0.0 else 1.0
