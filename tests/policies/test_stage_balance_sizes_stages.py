@@ -88,8 +88,25 @@ def test_an_slo_out_of_reach_is_said() -> None:
 
 def test_requests_that_wait_are_load() -> None:
     idle = plans(pipeline_view(UNEVEN, arrival_rate=1.0))
-    waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=20))
+    waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=100))
     assert waiting[1].replicas > idle[1].replicas
+
+
+def test_they_are_to_be_served_within_a_replicas_start_which_none_helps_sooner() -> None:
+    for start_s, more in ((30.0, 10.0), (60.0, 5.0), (1.0, 20.0)):
+        stages = [stage_view(stage.kind, start_s=start_s) for stage in UNEVEN]
+        few, many = (plans(pipeline_view(stages, waiting=waiting)) for waiting in (0, 300))
+        assert many[0].numbers["rate"] - few[0].numbers["rate"] == pytest.approx(more)
+
+
+def test_a_pass_as_planned_corrects_nothing_whatever_of_it_are_prompts() -> None:
+    """Contexts are read for the tokens of answers, here 200 of each 700; what prompts read is in the time of a pass."""
+    times = tuple((tokens, 0.005 + 0.0001 * tokens) for tokens in (1, 64, 512, 2048))
+    kind = stage_kind(0, step_times=times, context_token_s=1e-6)
+    took_s = pass_s(kind, 70.0, 20.0 * 1000.0)
+    stage = stage_view(kind, step_s=took_s, batch_tokens=70.0)
+    _, state = decide_stages(StageBalanceSettings(), None, pipeline_view([stage], context_tokens=1000.0))
+    assert state.factors == (pytest.approx(1.0),)
 
 
 BATCH = RequestClass(name="batch", kind="batch", deadline_s=36_000.0)

@@ -6,9 +6,9 @@ one replica after the other until the load that is planned for meets its SLOs (`
 what turned out not to be needed, dearest first. So stages that are not the bottleneck never hold more than they need.
 
 The load is the largest rate of the last minutes (as long as a replica takes to start, and a while more) and what the
-randomness of arrivals adds to it; interactive requests that wait count as arrivals that must be served within their
-TTFT. Batch work counts by its deadlines, as the rate at which it must be done to keep all of them: however much of it
-arrives at once, a deadline that is far away asks for nothing. What is late already asks for no more.
+randomness of arrivals adds to it; interactive requests that wait are to be served within the time that a replica takes
+to start. Batch work counts by its deadlines, as the rate at which it must be done to keep all of them: however much of
+it arrives at once, a deadline that is far away asks for nothing. What is late already asks for no more.
 
 Planned step times are corrected by what stages measure. Growing is done at once, shrinking only to what has been enough
 for a while. Without metrics nothing shrinks.
@@ -180,9 +180,8 @@ def planned_load(settings: StageBalanceSettings, state: BalanceState, view: Pipe
     ttft_s = settings.slo_share * min(mix.cls.ttft_s for mix in mixes)
     rate = largest_rate(settings, state, view)
     rate += settings.spread * sqrt(rate / settings.rate_window_s)
-    if view.waiting_interactive:
-        # They are there already: to be served within what a first token may take, or a rate window.
-        rate += view.waiting_interactive / max(1.0, min(ttft_s, settings.rate_window_s))
+    # They are there already; a replica that is started for them helps none of them sooner than it is up.
+    rate += view.waiting_interactive / max(settings.rate_window_s, *(stage.start_s for stage in view.stages))
     batch_rate = due_rate(settings, view)
     shares = _shares(mixes, rate, batch_rate)
     return StageLoad(
@@ -255,7 +254,7 @@ def _factor(factor: float, stage: StageView, view: PipelineView) -> float:
 
 def _decoding_share(view: PipelineView) -> float:
     """Of all tokens that pass through, those of answers."""
-    counts = [(max(1, mix.finished), mix) for mix in view.mixes if mix.finished or not any(m.finished for m in view.mixes)]
-    made = sum(count * mix.output_tokens for count, mix in counts)
-    given = sum(count * mix.input_tokens for count, mix in counts)
+    seen = [mix for mix in view.mixes if mix.finished] or view.mixes
+    made = sum(max(1, mix.finished) * mix.output_tokens for mix in seen)
+    given = sum(max(1, mix.finished) * mix.input_tokens for mix in seen)
     return made / (made + given) if made > 0.0 else 1.0
