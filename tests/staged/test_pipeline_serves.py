@@ -17,9 +17,11 @@ need_torch()
 
 from chiron.engines.staged import service  # noqa: E402
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
+from chiron.engines.staged.messages import Ping  # noqa: E402
 from chiron.engines.staged.pipeline import PipelineSettings, StageTimes, micro_batches  # noqa: E402
 from chiron.engines.staged.sequence import Sequence  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
+from chiron.engines.staged.stage import StageHttp  # noqa: E402
 from staged_site import PATIENT, StagedSite, staged_site, start_replica, until  # noqa: E402
 
 TOKENS = 12
@@ -143,6 +145,25 @@ def test_a_head_learns_a_new_limit_of_a_stage() -> None:
         async with staged_site(tiny(), ("0-3",)) as site:
             site.replicas[0][0].service.limit = 5
             await until(lambda: site.engine.pipeline.replicas[0][0].limit == 5)
+
+    asyncio.run(main())
+
+
+def test_a_stage_tells_the_hop_time_that_its_heads_measure() -> None:
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-1", "2-3")) as site:
+            assert all(replica.service.hop_s == 0.0 for (replica,) in site.replicas)
+            await site.complete(GIVEN[0], 4)
+            for stage, (replica,) in zip(site.ranges, site.replicas, strict=True):
+                service = replica.service
+                measured = site.engine.pipeline.replicas[site.ranges.index(stage)][0].figures.hop_s
+                assert measured > 0.0
+                await until(lambda s=service, m=measured: s.hop_s == m)
+                text = StageHttp(service, stage, lambda: None).metrics_text()
+                assert f'chiron_stage_hop_seconds{{layers="{stage}"}} {measured}\n' in text
+                for told in (float("nan"), -1.0, float("inf"), 1e9):
+                    service._received(service._heads[0], Ping(1, told), memoryview(b""))
+                    assert service.hop_s == 0.0
 
     asyncio.run(main())
 

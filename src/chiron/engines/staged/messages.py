@@ -121,6 +121,8 @@ class Kept(msgspec.Struct, array_like=True, tag="kept", frozen=True):
 
 class Ping(msgspec.Struct, array_like=True, tag="ping", frozen=True):
     id: int
+    hop_s: float = 0.0
+    """What the head measures of calls to this stage beyond waiting and computing; 0: nothing yet."""
 
 
 class Pong(msgspec.Struct, array_like=True, tag="pong", frozen=True):

@@ -285,7 +285,7 @@ class Replica:
         while not self._lost.is_set():
             assert self._wire is not None
             number += 1
-            self._wire.send(Ping(number))
+            self._wire.send(Ping(number, self.figures.hop_s))
             self._tell_frees()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._lost.wait(), settings.ping_s)

@@ -59,6 +59,8 @@ HELLO_S = 20.0
 SILENT_S = 30.0
 """So is a head that has said nothing for this long: heads ask twice a second. What it held is freed."""
 _LOOK_S = 0.5
+_HOP_MAX_S = 3600.0
+"""What a head says beyond this is not believed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,8 @@ class _Head:
     silent_s: float = 0.0
     """Nothing has come from it for this long."""
     calls: deque[_Call | _Move] = field(default_factory=deque)
+    hop_s: float = 0.0
+    """As it measures it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -225,6 +229,12 @@ class StageService:
     def heads(self) -> int:
         return len(self._heads)
 
+    @property
+    def hop_s(self) -> float:
+        """Mean of its heads that have measured it; only they can."""
+        known = [head.hop_s for head in self._heads if head.hop_s > 0.0]
+        return sum(known) / len(known) if known else 0.0
+
     # -- connections -------------------------------------------------------------------------------------------
 
     def accept(self) -> FrameWire:
@@ -285,6 +295,7 @@ class StageService:
         if not head.greeted:
             raise ValueError("it did not say hello first")
         if isinstance(message, Ping):
+            head.hop_s = message.hop_s if 0.0 <= message.hop_s < _HOP_MAX_S else 0.0
             head.wire.send(Pong(message.id, self.kv.free_tokens, self.queued, self.limit))
         elif isinstance(message, Free):
             if head.calls:

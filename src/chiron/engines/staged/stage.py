@@ -122,6 +122,7 @@ class StageHttp:
             "utilisation_since_start": totals.busy_s / up_s if up_s else 0.0,
             "utilisation": self._utilisation(time.monotonic()),
             "draining": int(service.draining),
+            "hop_seconds": service.hop_s,
         }
         counters = {
             "steps_total": totals.steps,
