@@ -37,6 +37,7 @@ def section(heading: str) -> str:
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),
         ("qlm", "`qlm`"),
+        ("polyserve", "`polyserve`"),
         ("sarathi", "`sarathi`"),
         ("niyama", "`niyama`"),
         ("static", "`static`"),

@@ -19,6 +19,7 @@ from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
 from chiron.policies.rivals.llumnix import LlumnixSettings, make_llumnix
 from chiron.policies.rivals.niyama import NiyamaSettings, make_niyama
+from chiron.policies.rivals.polyserve import PolyServeSettings, make_polyserve
 from chiron.policies.rivals.qlm import QlmSettings, make_qlm
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.sarathi import SarathiSettings, make_sarathi
@@ -123,6 +124,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=QlmSettings,
         make=make_qlm,
         about="QLM (SoCC '24): a fixed fleet that pulls request groups, earliest deadline first, and evicts batch work",
+    ),
+    "polyserve": PolicyEntry(
+        settings=PolyServeSettings,
+        make=make_polyserve,
+        about="PolyServe (2025): a fixed fleet in bins by ITL SLO, filled where load is highest and SLOs are kept",
     ),
     "sarathi": PolicyEntry(
         settings=SarathiSettings,
