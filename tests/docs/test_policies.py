@@ -33,6 +33,7 @@ def section(heading: str) -> str:
         ("aibrix-kpa", "`aibrix-kpa`"),
         ("wva-saturation", "`wva-saturation`"),
         ("wva-queueing", "`wva-queueing`"),
+        ("sageserve", "`sageserve`"),
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),

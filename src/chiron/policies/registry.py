@@ -22,6 +22,7 @@ from chiron.policies.rivals.niyama import NiyamaSettings, make_niyama
 from chiron.policies.rivals.polyserve import PolyServeSettings, make_polyserve
 from chiron.policies.rivals.qlm import QlmSettings, make_qlm
 from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
+from chiron.policies.rivals.sageserve import SageServeSettings, make_sageserve
 from chiron.policies.rivals.sarathi import SarathiSettings, make_sarathi
 from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
 from chiron.policies.rivals.static import StaticSettings, make_static
@@ -114,6 +115,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=ForecastHoltWintersSettings,
         make=make_forecast,
         about="a fleet for the load that Holt-Winters' smoothing expects by the time an instance is up",
+    ),
+    "sageserve": PolicyEntry(
+        settings=SageServeSettings,
+        make=make_sageserve,
+        about="SageServe's LT-UA (2025): an hourly plan by ARIMA, carried out by the share of KV in use",
     ),
     "skyserve": PolicyEntry(
         settings=SkyServeSettings,
