@@ -253,6 +253,14 @@ def test_several_gateways_without_what_they_share_are_refused() -> None:
         objects({"config": {"store": {"url": "postgresql://db/c"}}, "gateways": {"replicas": 2}})
 
 
+def test_several_gateways_can_become_one_again(tmp_path: Path) -> None:
+    values = {**SEVERAL, "gateways": {**SEVERAL["gateways"], "replicas": 1}}
+    config = config_of(values, tmp_path)
+    assert config.gateways is None
+    assert str(config.store.password_file) == "/etc/chiron-database/password", "its batches stay in the database"
+    assert one(values, "Deployment")["spec"]["replicas"] == 1
+
+
 def test_one_of_several_that_ends_serves_until_nobody_is_sent_there() -> None:
     def pod(**gateways: Any) -> dict[str, Any]:
         values = {**SEVERAL, "gateways": {**SEVERAL["gateways"], **gateways}}

@@ -29,7 +29,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end -}}
 
-{{- /* config with what several gateways need: where their certificates and the database's password are mounted. */ -}}
+{{- /* config with what several gateways need: where their certificates and the database's password are mounted. One that
+is left of several needs nothing of it. */ -}}
 {{- define "chiron.config" -}}
 {{- $config := deepCopy .Values.config -}}
 {{- if gt (int .Values.gateways.replicas) 1 -}}
@@ -39,6 +40,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- $certificates := "/etc/chiron-gateways" -}}
 {{- $ours := dict "listen" (printf "0.0.0.0:%d" (int .Values.gateways.port)) "certificate" (printf "%s/tls.crt" $certificates) "key" (printf "%s/tls.key" $certificates) "ca" (printf "%s/ca.crt" $certificates) -}}
 {{- $_ := set $config "gateways" (merge (default dict $config.gateways) $ours) -}}
+{{- else if not (dig "gateways" "certificate" "" $config) -}}
+{{- $_ := unset $config "gateways" -}}
 {{- end -}}
 {{- if .Values.gateways.databaseSecret.name -}}
 {{- $file := dict "password_file" (printf "/etc/chiron-database/%s" .Values.gateways.databaseSecret.key) -}}
