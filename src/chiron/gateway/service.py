@@ -363,7 +363,7 @@ class Service:
         if self._input_file is not None:
             self._input_file.close()
 
-    def accept_relay(self) -> asyncio.Protocol:
+    def accept_relay(self) -> Any:
         """The end of a connection to a relay of another gateway."""
         assert self._workers is not None
         return self._workers.accept()

@@ -189,11 +189,11 @@ class Origin:
         """``ssl``: how an https server is met, in place of ``verify`` and ``cacert``."""
         self.url = url.rstrip("/")
         self._network = network
-        self._unix: str | None = None
+        self._unix_path: str | None = None
         self._ssl: ssl_module.SSLContext | None = None
         self._prefix = b""
         if url.startswith("unix:"):
-            self._unix, self._host, self._port = url.removeprefix("unix:"), "localhost", 0
+            self._unix_path, self._host, self._port = url.removeprefix("unix:"), "localhost", 0
         elif network is not None:
             self._host, self._port = url.removeprefix("memory:"), 80
         else:
@@ -209,7 +209,7 @@ class Origin:
                     self._ssl.check_hostname = False
                     self._ssl.verify_mode = ssl_module.CERT_NONE
         name = f"[{self._host}]" if ":" in self._host else self._host
-        default = self._unix is not None or self._port == (443 if self._ssl else 80)
+        default = self._unix_path is not None or self._port == (443 if self._ssl else 80)
         self._host_line = f"host: {name if default else f'{name}:{self._port}'}\r\n".encode()
         self._connect_timeout_s = connect_timeout_s
         self._idle_max = idle_max if keepalive else 0
@@ -318,14 +318,16 @@ class Origin:
 
     async def _connect(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
+
+        def make() -> Any:
+            return _Connection(self)
+
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                if self._unix is not None:
-                    _, connection = await loop.create_unix_connection(lambda: _Connection(self), self._unix)
+                if self._unix_path is not None:
+                    _, connection = await loop.create_unix_connection(make, self._unix_path)
                 else:
-                    _, connection = await loop.create_connection(
-                        lambda: _Connection(self), self._host, self._port, ssl=self._ssl
-                    )
+                    _, connection = await loop.create_connection(make, self._host, self._port, ssl=self._ssl)
         except TimeoutError:
             call._fail(ConnectError(f"{self.url}: no connection within {self._connect_timeout_s:g} s"))
         except (OSError, UnicodeError) as error:  # The latter for a host that cannot be a name.
@@ -357,12 +359,13 @@ class Origin:
             self._idle.remove(connection)
 
 
-class _Connection(asyncio.Protocol):
-    """One connection; carries one call at a time."""
+class _Connection:
+    """One connection; carries one call at a time. A protocol of asyncio's; not derived from its class, which would keep
+    the compiled build from knowing its fields."""
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._transport: Any = None
         self._parser: Any = None
         self._call: Call | None = None
         self._headers: list[Header] = []
@@ -379,10 +382,18 @@ class _Connection(asyncio.Protocol):
         """Until the next chunk begins; -1: that is not known, and the parser gets all that comes."""
         self._idle_since_s = 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
         self._time = asyncio.get_running_loop().time
         self._origin._open.add(self)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        """The server's limits bound what is sent."""
+
+    def resume_writing(self) -> None: ...
 
     def usable(self) -> bool:
         if self._closed or self._transport.is_closing():

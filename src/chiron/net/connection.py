@@ -6,7 +6,6 @@ request, come in one block while nothing else is under way, is made from what th
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 from collections import deque
@@ -106,8 +105,8 @@ class _KnownHead:
         return found
 
 
-class Connection(asyncio.Protocol):
-    """One client."""
+class Connection:
+    """One client. A protocol of asyncio's, without its class: see ``net.client``."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -116,7 +115,7 @@ class Connection(asyncio.Protocol):
         self.write_paused = False
         self.deadline_s = 0.0
         """When the sweep acts; inf-like while a handler works."""
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]
+        self._transport: Any = None
         self._parser: Any = None
         self._reading: Incoming | None = None
         """The request whose head or body is being read."""
@@ -154,8 +153,8 @@ class Connection(asyncio.Protocol):
 
     # -- asyncio ----------------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
         self._transport.set_write_buffer_limits(high=_WRITE_HIGH_BYTES)
         peer = transport.get_extra_info("peername")
         self.peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("", 0)

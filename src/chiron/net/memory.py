@@ -17,8 +17,8 @@ from typing import Any
 
 from chiron.core.clock import Callback
 
-Accept = Callable[[], asyncio.Protocol]
-"""Makes the protocol of one more client."""
+Accept = Callable[[], Any]
+"""Makes the protocol of one more client: what asyncio calls one, derived from its class or not."""
 HIGH_BYTES = 64 * 1024
 """Unread bytes from which a writer is held up, unless it says otherwise."""
 
@@ -46,7 +46,7 @@ class MemoryNetwork:
         for end in list(self._ends.get(name, ())):
             end.abort()
 
-    def connect(self, name: str, factory: Accept) -> asyncio.Protocol:
+    def connect(self, name: str, factory: Accept) -> Any:
         """A client's protocol, connected. Raises ConnectionRefusedError."""
         accept = self._servers.get(name)
         if accept is None:
@@ -73,7 +73,7 @@ class MemoryTransport(asyncio.Transport):
     def __init__(self, carry: Callable[[Callback], object]) -> None:
         super().__init__()
         self._carry = carry
-        self._protocol: asyncio.Protocol | None = None
+        self._protocol: Any = None
         self._closing = False
         self._lost = False
         self._reading = True
@@ -85,7 +85,7 @@ class MemoryTransport(asyncio.Transport):
         self._held_up = False
         self.on_end: Callable[[], object] = lambda: None
 
-    def join(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
+    def join(self, protocol: Any) -> Any:
         self._protocol = protocol
         protocol.connection_made(self)
         return protocol
@@ -143,11 +143,10 @@ class MemoryTransport(asyncio.Transport):
         return self._unsent_bytes
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        assert self._protocol is not None
-        return self._protocol
+        protocol: asyncio.BaseProtocol = self._protocol
+        return protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        assert isinstance(protocol, asyncio.Protocol)
         self._protocol = protocol
 
     # -- what comes from the other end ---------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class HttpServer:
         self._drained: asyncio.Event = asyncio.Event()
         self._sweep()
 
-    def accept(self) -> asyncio.Protocol:
+    def accept(self) -> Any:
         """The protocol of one more client: what a listening socket asks for, or a test with a transport of its own."""
         return Connection(self)
 

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from chiron.gateway.peers.wires import API, HANDSHAKE_S, RELAY, PipeEnd
 from chiron.net.renewing import RenewingContext
@@ -39,7 +39,7 @@ class Door:
         self,
         *,
         context: RenewingContext,
-        relay: Callable[[], asyncio.Protocol],
+        relay: Callable[[], Any],
         api_path: Path,
         handshake_s: float = HANDSHAKE_S,
     ) -> None:

@@ -57,8 +57,9 @@ class ProtocolError(Exception):
     """The other end said what it may not. The message says what."""
 
 
-class Wire(asyncio.Protocol):
-    """One end of the connection between a relay and the brain."""
+class Wire:
+    """One end of the connection between a relay and the brain. A protocol of asyncio's, without its class: see
+    ``net.client``."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class Wire(asyncio.Protocol):
         self._closed = closed
         self._ride_s = ride_s
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport | None = None
+        self._transport: Any = None
         self.over = False
         """It is closed, for good."""
         self._unsent: list[Message] = []
@@ -104,7 +105,7 @@ class Wire(asyncio.Protocol):
         self._unread = bytearray()
 
     @property
-    def transport(self) -> asyncio.Transport | None:
+    def transport(self) -> Any:
         return self._transport
 
     # -- what is sent ------------------------------------------------------------------------------------------
@@ -172,10 +173,18 @@ class Wire(asyncio.Protocol):
 
     # -- asyncio -----------------------------------------------------------------------------------------------
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
         assert self._transport is not None
         self._transport.write(self._frame([self._hello]))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        """``flush`` bounds what is unread."""
+
+    def resume_writing(self) -> None: ...
 
     def data_received(self, data: bytes) -> None:
         if self.over:

@@ -14,10 +14,10 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from chiron.core.backoff import doubled_s
 from chiron.gateway.port import messages as m
-from chiron.gateway.port.wire import Wire
 from chiron.gateway.processes.kept import KeeperLink
 from chiron.gateway.processes.start import RelayStart
 from chiron.gateway.relay.admission import Models
@@ -96,7 +96,7 @@ class RelayServer:
             await asyncio.sleep(doubled_s(CONNECT_MIN_S, CONNECT_MAX_S, tries))
             tries += 1
 
-    async def _connect(self, make: Callable[[], Wire]) -> None:
+    async def _connect(self, make: Callable[[], Any]) -> None:
         self._renew()
         await asyncio.get_running_loop().create_unix_connection(make, str(self._start.brain_path))
         self._renew()  # This gateway's brain lets nobody through before it has written what the leader serves.

@@ -12,6 +12,7 @@ import errno
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from chiron.gateway.brain.relays import RelayLink, Relays
 from chiron.gateway.port.messages import Stop
@@ -104,12 +105,12 @@ class Workers:
         await self._news.wait()
         self._news.clear()
 
-    def accept(self) -> asyncio.Protocol:
+    def accept(self) -> Any:
         """The end of the connection to one more relay."""
         link = self._make()
         return link.wire if link is not None else _Refused()
 
-    def _accept_own(self) -> asyncio.Protocol:
+    def _accept_own(self) -> Any:
         link = self._make()
         if link is None:
             return _Refused()

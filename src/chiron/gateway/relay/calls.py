@@ -14,6 +14,7 @@ from typing import Any
 
 import orjson
 
+from chiron.core.mypyc import mypyc_attr
 from chiron.core.types import Request
 from chiron.engines.rows import EngineRow
 from chiron.gateway.relay.body import Body
@@ -277,6 +278,7 @@ class RelayCall:
             self._call.resume()
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class CollectedCall:
     """A request whose answer is put together here, over as many tries and streams as it takes. ``UpstreamCall``."""
 
@@ -368,6 +370,7 @@ class CollectedCall:
         """For those who wait for it."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # The batch runner's is one.
 class ItemCall(CollectedCall):
     """An item of a batch: its answer, or a refusal that would come again, becomes a line of results."""
 

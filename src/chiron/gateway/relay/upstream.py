@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from chiron.core.mypyc import mypyc_attr
 from chiron.core.types import Request
 from chiron.engines import claims
 from chiron.engines.rows import ENGINES, EngineRow
@@ -131,6 +132,7 @@ def address_of(settings: KindSettings, model: str, url: str) -> EngineAddress:
     )
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # The brain's own is one.
 class Placement:
     """One placement of a request on an instance, as a relay and the brain both know it: the same record in one process,
     one each in two."""
