@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from chiron.net.loop import run_on_loop
 from chiron.net.renewing import RenewingContext, for_server
 from peer_certificates import Authority
 
@@ -24,7 +27,10 @@ async def shown(port: int, name: str | None) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["gateway.example", None])
-def test_also_to_clients_that_name_nobody(tmp_path: Path, name: str | None) -> None:
+@pytest.mark.parametrize("run", [asyncio.run, run_on_loop], ids=["asyncio", "as served"])
+def test_also_to_clients_that_name_nobody(
+    tmp_path: Path, name: str | None, run: Callable[[Coroutine[Any, Any, None]], None]
+) -> None:
     ca = Authority(tmp_path / "ca")
     certificates = [ca.issue(each) for each in ("old", "new")]
     files = (tmp_path / "tls.crt", tmp_path / "tls.key")
@@ -58,4 +64,4 @@ def test_also_to_clients_that_name_nobody(tmp_path: Path, name: str | None) -> N
         assert [old, new, lost, again] == [expected[0], expected[1], expected[1], expected[0]]
 
     write(0)
-    asyncio.run(main())
+    run(main())
