@@ -28,7 +28,6 @@ COMPILED = (
     "gateway/relay/token_bucket.py",
     "gateway/reporting/journal.py",
     "gateway/reporting/live_result.py",
-    "gateway/reporting/tally.py",
     "policies/capacity.py",
     "policies/chiron_local.py",
     "policies/deadline_groups.py",

@@ -16,7 +16,7 @@ above it::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from chiron.control.actuators import Actuators, DirectActuators
 from chiron.control.autoscaler import Autoscaler, Observer
@@ -234,6 +234,16 @@ class ControlPlane:
     def open_requests(self) -> int:
         """Arrived and not ended."""
         return self._dispatcher.open_requests
+
+    def unfinished(self) -> Iterator[Request]:
+        """Those, one by one: O(all of them)."""
+        for state in self.models.values():
+            yield from state.waiting
+            yield from state.batch
+            for instance in state.instances.values():
+                for request in (*instance.requests.values(), *instance.evicting.values()):
+                    if request.outcome is None:
+                        yield request
 
     @property
     def refused_events(self) -> int:

@@ -163,6 +163,7 @@ class Service:
             recording=None if self._input_file is None else self._input_file.recording,
         )
         self.plane = self.gateway.plane
+        self.recorder.open_requests = self.plane.unfinished
         self.inputs = self.gateway.inputs
         self.desk = self.gateway.desk
         self.front = self.gateway.front

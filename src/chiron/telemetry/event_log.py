@@ -7,8 +7,9 @@ its files: ``NAME`` is being written, ``NAME.1`` is the one before it, and so on
 Lines of the gateway end with a checksum, ``"sum"``, of the rest of the line, so that a bit that the disk has flipped
 is not taken for a number. In a file where one line has a sum all must.
 
-In a grouped log of the gateway, events of requests come many in a line, ``rows`` of an event ``group``: each the values
-of what would have been its line, in the order of ``ROWS``. Whoever reads gets single events.
+In a grouped log of the gateway, events of requests come many in a line: an event ``packed`` (``packed_events`` has its
+form), or, in logs of version 2, an event ``group`` whose ``rows`` are each the values of what would have been its line,
+in the order of ``ROWS``. Whoever reads gets single events.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from zlib import crc32
 
 from chiron.core.types import Decision
 from chiron.telemetry.errors import LogError
+from chiron.telemetry.packed_events import PACKED, PackedError, unpacked
 
 GROUP = "group"
-"""The event that has many."""
+"""The event that has many, in logs of version 2."""
 ROWS = {
     "arrival": ("t", "event", "request", "model", "class", "input_tokens", "key"),
     "ended": (
@@ -194,6 +196,11 @@ def _events(name: Path, file: BinaryIO, damaged: Callable[[str], None] | None) -
             event.pop("sum", None)
         if event["event"] == GROUP:
             yield from _rows(name, number, event.get("rows"))
+        elif event["event"] == PACKED:
+            try:
+                yield from unpacked(event)
+            except PackedError as error:
+                raise LogError(f"{name}: line {number} is a group that is none: {error}") from None
         else:
             yield event
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Request, RequestClass
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
-from chiron.gateway.reporting.journal import DECISIONS_KEPT, REASONS_MAX, TOGETHER, LiveJournal
+from chiron.gateway.reporting.journal import COUNTED_TOGETHER, DECISIONS_KEPT, REASONS_MAX, ROWS, TOGETHER, LiveJournal
 from chiron.gateway.reporting.lines import RequestLine
 from chiron.gateway.reporting.live_result import LiveRecorder, RecorderSettings
-from chiron.gateway.reporting.tally import HISTORY, NOTED_MAX, SLOT_S, TTFT_BOUNDS_S, ClassTally, Histogram, Rolling
+from chiron.gateway.reporting.tally import HISTORY, SLOT_S, TTFT_BOUNDS_S, Histogram, Rolling
 from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.html import write_report
 from chiron.telemetry.store import load_result, save_result
@@ -194,31 +194,33 @@ ENDS = st.tuples(
 @given(st.lists(ENDS, min_size=1, max_size=30))
 def test_status_and_report_judge_each_end_alike(ends: list[tuple[RequestClass, Any, float, float, int]]) -> None:
     live = LivePlane()
-    tallies = {cls.name: ClassTally(cls) for cls in (CHAT, NIGHT)}
     for id, (cls, outcome, waited_s, ran_s, tokens) in enumerate(ends):
         request = Request(id, MODEL, cls, 100.0, 10, deadline_s=130.0 if cls is NIGHT else None)
         request.outcome, request.tokens_done = outcome, tokens
         if outcome != "rejected" and (outcome == "finished" or ran_s):
             request.first_token_s = 100.0 + waited_s
         request.finish_s = 100.0 + waited_s + ran_s
-        tallies[cls.name].end(request, request.input_tokens)
-        live.recorder.ended(request, request.input_tokens)
+        live.journal.ended(request)
     summary = live.recorder.result(1000.0, policy=live.policy).summary
-    for name, tally in tallies.items():
+    for (_, name), tally in live.journal.tallies.items():
         judged = tally.attained + tally.missed
         assert summary["attainment"].get(name) == (pytest.approx(tally.attained / judged) if judged else None)
-    assert summary["batch_late"] == tallies["night"].slos_missed["deadline"]
+    late = [tally.slos_missed["deadline"] for (_, name), tally in live.journal.tallies.items() if name == "night"]
+    assert summary["batch_late"] == sum(late)
 
 
 def test_a_running_service_is_not_blamed_for_clients_that_left_nor_for_work_that_has_time() -> None:
     live = LivePlane()
     ends = [(50.0, None), (150.0, None), (150.0, "cancelled"), (150.0, "finished")]
+    unfinished: list[Request] = []
+    live.recorder.open_requests = lambda: unfinished
     for id, (deadline_s, outcome) in enumerate(ends):
         request = Request(id, MODEL, NIGHT, 10.0, 10, deadline_s=deadline_s)
-        live.recorder.arrived(request)
-        if outcome:
+        if not outcome:
+            unfinished.append(request)
+        else:
             request.outcome, request.first_token_s, request.finish_s = outcome, 11.0, 20.0  # type: ignore[assignment]
-            live.recorder.ended(request, request.input_tokens)
+            live.journal.ended(request)
     summary = live.recorder.result(100.0, policy=live.policy).summary
     assert (summary["attainment"], summary["attainment_all"], summary["batch_late"]) == ({"night": 0.5}, 0.5, 1)
     assert summary["models"][MODEL] == {"requests": 4, "finished": 1, "attainment": 0.5}
@@ -306,6 +308,7 @@ def ended(cls: RequestClass, *, outcome: str, ttft_s: float = -1.0, took_s: floa
     return request
 
 
+NONE = RequestClass(name="none", kind="batch")
 ALL = RequestClass(name="all", kind="interactive", ttft_s=1.0, itl_s=0.1, deadline_s=10.0)
 
 
@@ -324,12 +327,16 @@ ALL = RequestClass(name="all", kind="interactive", ttft_s=1.0, itl_s=0.1, deadli
         (ended(ALL, outcome="cancelled", took_s=0.2), "", "", ""),
         (ended(ALL, outcome="cancelled", took_s=2.0), "", "ttft", "missed"),
         (ended(ALL, outcome="cancelled", ttft_s=0.5, took_s=2.0, tokens=3), "ttft", "", ""),
+        (ended(NONE, outcome="failed", took_s=1.0), "", "", "missed"),
+        (ended(NONE, outcome="cancelled", took_s=1.0), "", "", ""),
+        (ended(NONE, outcome="finished", ttft_s=0.5, took_s=1.0), "", "", "attained"),
         (ended(NIGHT, outcome="finished", ttft_s=300.0, took_s=400.0, tokens=3), "deadline", "", "attained"),
     ],
 )
 def test_each_promise_is_judged_by_what_was_seen(request_: Request, kept: str, missed: str, verdict: str) -> None:
-    tally = ClassTally(request_.cls)
-    tally.end(request_, request_.input_tokens)
+    journal = LiveJournal()
+    journal.ended(request_)
+    (tally,) = journal.tallies.values()
     assert [name for name, count in tally.slos_met.items() if count] == kept.split()
     assert [name for name, count in tally.slos_missed.items() if count] == missed.split()
     assert (tally.attained, tally.missed) == (int(verdict == "attained"), int(verdict == "missed"))
@@ -339,35 +346,68 @@ def test_rolling_quantiles_are_right_to_a_few_percent_and_forget_after_a_minute(
     rolling = Rolling()
     assert np.isnan(rolling.quantiles(0.0, (0.5,))).all()
     values = np.exp(np.random.default_rng(1).normal(-2.0, 1.0, 5000))
-    for number, value in enumerate(values):
-        rolling.observe(number * 0.01, float(value))
+    for number in range(0, len(values), 40):
+        rolling.add(int(number * 0.01 / SLOT_S), values[number : number + 40])
     assert rolling.quantiles(50.0, (0.5, 0.99)) == pytest.approx(np.quantile(values, (0.5, 0.99)), rel=0.06)
-    rolling.observe(100.0, 7.0)
+    rolling.add(int(100.0 / SLOT_S), np.array([7.0]))
     assert rolling.quantiles(105.0, (0.01,))[0] < 1.0, "the newest of the first ones are 55 s old"
     assert rolling.quantiles(111.0, (0.01, 1.0)) == pytest.approx([7.0, 7.0], rel=0.05)
     assert np.isnan(rolling.quantiles(1000.0, (0.5,))).all()
-    rolling.observe(1000.0, 0.0)
+    rolling.add(int(1000.0 / SLOT_S), np.array([0.0]))
     assert rolling.quantiles(1000.0, (0.5,))[0] < 1e-5
 
 
-@pytest.mark.parametrize("number", [1, NOTED_MAX - 1, NOTED_MAX, 2 * NOTED_MAX + 1])
-def test_a_histogram_has_all_that_was_seen_whenever_it_is_read(number: int) -> None:
+def test_a_histogram_has_all_that_was_seen_whenever_it_is_read() -> None:
     histogram = Histogram(TTFT_BOUNDS_S)
-    values = [*TTFT_BOUNDS_S, *np.random.default_rng(1).lognormal(0.0, 2.0, number).tolist()]
-    for value in values:
-        histogram.observe(value)
-    bounds = [-inf, *TTFT_BOUNDS_S, inf]
-    within = [sum(low < value <= high for value in values) for low, high in pairwise(bounds)]
-    assert histogram.counts == histogram.counts == within
-    assert histogram.sum == histogram.sum == pytest.approx(sum(values))
+    values = np.array([*TTFT_BOUNDS_S, *np.random.default_rng(1).lognormal(0.0, 2.0, 1000).tolist()])
+    for seen in (1, 100, len(values)):
+        histogram.add(values[sum(histogram.counts) : seen])
+        bounds = [-inf, *TTFT_BOUNDS_S, inf]
+        within = [sum(low < value <= high for value in values[:seen]) for low, high in pairwise(bounds)]
+        assert histogram.counts == within
+        assert histogram.sum == pytest.approx(sum(values[:seen]))
+
+
+OUTCOMES = ("finished", "rejected", "failed", "cancelled", "shed")
+
+
+@pytest.mark.parametrize("count", [1, ROWS - 1, ROWS, COUNTED_TOGETHER + 3])
+def test_tallies_are_up_to_date_whenever_they_are_read(count: int) -> None:
+    """However many rows wait to be counted, by several models, classes and keys."""
+    journal = LiveJournal()
+    for id in range(count):
+        payload = SimpleNamespace(key_name=f"k{id % 3}", prompt_tokens=id)
+        request = Request(id, f"m{id % 2}", (CHAT, NIGHT)[id % 5 > 2], 0.01 * id, 10, payload)
+        journal.event(0.01 * id, "arrival", request, None)
+        request.outcome, request.tokens_done, request.finish_s = OUTCOMES[id % 5], 2 * id, 0.01 * id + 1.0  # type: ignore[assignment]
+        request.first_token_s, request.retries = 0.01 * id + 0.5, id % 2
+        journal.event(0.01 * id + 0.5, "first_token", request, None)
+        journal.event(0.01 * id + 0.5, "evicted", request, None)
+        journal.ended(request)
+    ids = range(count)
+    for (model, name), tally in journal.tallies.items():
+        mine = [id for id in ids if model == f"m{id % 2}" and name == (CHAT, NIGHT)[id % 5 > 2].name]
+        assert (tally.arrived, tally.evictions, tally.ended) == (len(mine),) * 3
+        assert tally.outcomes == {each: sum(OUTCOMES[id % 5] == each for id in mine) for each in OUTCOMES}
+        assert tally.prompt_tokens == sum(id or 10 for id in mine)
+        assert tally.generation_tokens == sum(2 * id for id in mine)
+        assert tally.retries == sum(id % 2 for id in mine)
+        assert sum(tally.ttft.counts) == len(mine)
+    for key, kept in journal.keys.items():
+        mine = [id for id in ids if key == f"k{id % 3}"]
+        assert kept.requests == {name: n for name, n in Counter(OUTCOMES[id % 5] for id in mine).items() if n}
+        assert kept.generation_tokens == sum(2 * id for id in mine)
+        assert kept.prompt_tokens == sum(id or 10 for id in mine)
+    assert len(journal.keys) == min(3, count)
 
 
 def test_history_is_two_minutes_of_full_slots() -> None:
-    tally = ClassTally(CHAT)
+    journal = LiveJournal()
     for number in range(10):
-        tally.arrival(number * SLOT_S + 0.5)
+        journal.event(number * SLOT_S + 0.5, "arrival", Request(number, MODEL, CHAT, 0.0, 10), None)
         if number == 2:
-            tally.first_token(4.5, Request(0, MODEL, CHAT, 3.0, 10, None))
+            journal.event(4.5, "first_token", Request(99, MODEL, CHAT, 3.0, 10), None)
+    tally = journal.tallies[MODEL, CHAT.name]
     arrivals, ttft_s = tally.history(10 * SLOT_S)
     assert len(arrivals) == len(ttft_s) == HISTORY
     assert arrivals[-10:] == [1] * 10

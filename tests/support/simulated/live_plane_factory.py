@@ -85,6 +85,7 @@ class LivePlane:
             policy=self.policy,
             observer=self.journal.observe,
         )
+        self.recorder.open_requests = self.plane.unfinished
         self.fleet.listener = self.plane
         self.requests: list[Request] = []
         self.plane.adopt(MODEL, 1, self.fleet.attach_running)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,6 +18,7 @@ from chiron.cli.explain.moment import RunClock
 from chiron.cli.explain.source import RunHistory, load_history
 from chiron.config.read import ConfigError, suggest
 from chiron.telemetry.decision_text import quantity, words
+from chiron.telemetry.event_log import read_event_log
 from chiron.telemetry.run_data import DecisionPoint
 
 DAMAGE_SHOWN = 5
@@ -35,6 +38,10 @@ def explain(
         ),
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="One model; default: all of them.")] = None,
+    events: Annotated[
+        bool,
+        typer.Option("--events", help="Print the events of a log instead, each as a line of JSON, for other tools."),
+    ] = False,
 ) -> None:
     """Explain in words why the fleet scaled up or down.
 
@@ -47,7 +54,12 @@ def explain(
     - `chiron simulate azure --save run.chiron && chiron explain run.chiron --at 12:30`
 
     - `chiron explain chiron-data/events.jsonl --at 12:41`
+
+    - `chiron explain chiron-data/events.jsonl --events | jq 'select(.event == "ended")'`
     """
+    if events:
+        print_events(file)
+        return
     history = load_history(file)
     asked = None if at is None else history.clock.read(at)
     console = Console(highlight=False, markup=False)
@@ -129,6 +141,12 @@ def _print_overview(console: Console, history: RunHistory, model: str) -> None:
     for decision in sorted(largest, key=lambda d: d.t_s):
         console.print(f"  {_brief(decision, history.clock)}", soft_wrap=True)
     console.print(f"More about one of them: --at {history.clock.option(largest[0].t_s)}")
+
+
+def print_events(file: Path) -> None:
+    """Whatever their form in the log is. Lines that are damaged are named, and passed over."""
+    for event in read_event_log(file, damaged=lambda what: print(f"Passed over: {what}.", file=sys.stderr)):
+        print(json.dumps(event))
 
 
 def _models(history: RunHistory, model: str | None) -> tuple[str, ...]:

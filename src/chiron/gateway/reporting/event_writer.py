@@ -2,7 +2,7 @@
 
 JSON and checksum cost the loop two microseconds a line, in groups of lines; one at a time it would be twice that. The
 other thread would take as long, and the interpreter's lock with it; what is left there is to wait for the disk. In a
-grouped log a group is one line with one checksum, which costs a quarter of that.
+grouped log a group is one line with one checksum: its rows are written as they were noted down.
 
 What a full disk or a full queue costs is lines of this log, never a request: they are counted, an event ``dropped``
 says how many, and writing goes on when it can.
@@ -26,14 +26,16 @@ from zlib import crc32
 import msgspec
 import orjson
 
+from chiron.gateway.reporting.groups import Group
 from chiron.gateway.reporting.lines import Line
-from chiron.telemetry.event_log import GROUP, log_file, log_numbers, summed
+from chiron.telemetry.event_log import log_file, log_numbers, summed
 
 log = logging.getLogger("chiron.events")
 
 VERSION = 1
 """Of the line format, in the first line of each file."""
-VERSION_GROUPED = 2
+VERSION_GROUPED = 3
+"""Version 2 had rows in JSON."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors that pass, and that must not keep a gateway from starting."""
 _PIECE = 256
@@ -56,7 +58,7 @@ class EventLogSettings:
     queue_max: int = 100_000
     """Lines that may wait for the disk; more are dropped and counted. One takes some 300 bytes."""
     grouped: bool = False
-    """What happens to requests is written as one line for some 64 events: smaller, and quicker to write and to read."""
+    """What happens to requests is written as one line for some hundred events: smaller, and quicker to write."""
 
     def __post_init__(self) -> None:
         for name, low in (("rotate_bytes", 4096), ("rotate_keep", 0), ("queue_max", 1)):
@@ -92,8 +94,7 @@ class EventWriter:
         self._queued = 0
         self._taken = 0
         """Lines so far; each of the two is counted by one thread only."""
-        encoder = msgspec.json.Encoder()
-        self._encode, self._encode_group = encoder.encode_lines, encoder.encode
+        self._encode = msgspec.json.Encoder().encode_lines
         self._told = 0
         """Lines dropped or lost that the log has told of."""
         self._failing = False
@@ -126,16 +127,20 @@ class EventWriter:
         self._queued += 1
         self._queue.append((event["t"], 1, line))
 
-    def write_lines(self, events: Sequence[Line]) -> None:
-        """Queue a line each, several at a time; of a grouped log one line for all of them, which must be rows."""
-        room = self._queue_max - (self._queued - self._taken)
-        if len(events) > room:
-            self.dropped += len(events) - room
-            events = events[:room]
-        if not events:
+    def write_group(self, group: Group) -> None:
+        """Queue one line for all of them."""
+        count = self._room(len(group))
+        if not count:
             return
-        if self.grouped:
-            self._queue_group(events)
+        line, lost = (group if count == len(group) else group.cut(count)).line()
+        self.lost += lost
+        self._queued += count
+        self._queue.append((group.t_s, count, summed(line)))
+
+    def write_lines(self, events: Sequence[Line]) -> None:
+        """Queue a line each, several at a time."""
+        events = events[: self._room(len(events))]
+        if not events:
             return
         # JSON has no bare line break.
         bodies = self._encoded(events).split(b"}\n")[:-1]
@@ -143,21 +148,11 @@ class EventWriter:
         self._queued += len(bodies)
         self._queue.append((events[0].t, len(bodies), data))
 
-    def _queue_group(self, events: Sequence[Line]) -> None:
-        """One that cannot be encoded costs none of the others."""
-        try:
-            rows = self._encode_group(events)
-        except (TypeError, ValueError) as error:
-            if len(events) > 1:
-                for event in events:
-                    self._queue_group([event])
-            else:
-                self.lost += 1
-                log.error("an event could not be written: %s", error)
-            return
-        body = b'{"t":%b,"event":"%b","rows":%b' % (repr(events[0].t).encode(), GROUP.encode(), rows)
-        self._queued += len(events)
-        self._queue.append((events[0].t, len(events), summed(body + b"}\n")))
+    def _room(self, count: int) -> int:
+        """How many of so many the queue takes; the others are dropped."""
+        taken = min(count, max(0, self._queue_max - (self._queued - self._taken)))
+        self.dropped += count - taken
+        return taken
 
     def _encoded(self, events: Sequence[Line]) -> bytes:
         """A line each; one that cannot be encoded costs none of the others."""

@@ -1,9 +1,9 @@
 """The gateway's journal: gets every event from the control plane, and keeps what is read later.
 
-An event costs the loop's thread a few microseconds: counters are incremented, a line for the event log is noted down.
-Lines are encoded and summed ``TOGETHER`` at a time, which costs less than one by one, between other work, and holds the
-loop for some 0.1 ms; ``settle`` sees to the rest when nothing more happens. Files, Prometheus text and quantiles are
-made elsewhere or on request.
+What happens to a request costs the loop's thread a row of some forty bytes each time, and one of sixty more at its end:
+all that is known of it then, in one place, so that nobody has to look at the request again. Rows are counted some
+thousand at a time (``tally``), and written into a grouped event log as they are; ``settle`` sees to both when nothing
+more happens. Files, Prometheus text and quantiles are made elsewhere or on request.
 """
 
 from __future__ import annotations
@@ -13,24 +13,32 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any, Final
 
-from chiron.core.types import Decision, Instance, Request, RequestClass
+from chiron.core.types import Decision, Instance, Request
 from chiron.gateway.reporting.event_writer import EventWriter
-from chiron.gateway.reporting.lines import ArrivalLine, ArrivalRow, EndLine, EndRow, Line, RequestLine, RequestRow
-from chiron.gateway.reporting.live_result import LiveRecorder
-from chiron.gateway.reporting.tally import ClassTally, KeyTally, prompt_tokens
+from chiron.gateway.reporting.groups import Group
+from chiron.gateway.reporting.lines import ArrivalLine, EndLine, Line, RequestLine
+from chiron.gateway.reporting.live_result import LiveRecorder, prompt_tokens
+from chiron.gateway.reporting.tally import ClassTally, KeyTally, Tallies, noted
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from chiron.telemetry.event_log import decision_line
-from chiron.telemetry.run_data import DecisionPoint
+from chiron.telemetry.packed_events import ARRIVAL, END, ENDED, EVENT, FIXED, INSTANCE, INSTANCE_AT, PLACED
+from chiron.telemetry.run_data import OUTCOMES, DecisionPoint
 
 DECISIONS_KEPT = 100
 """Of the newest, for the status; so many on batch sizes, and so many others."""
 TOGETHER: Final = 64
-"""Lines of the event log that are encoded together."""
+"""Lines of an event log that is not grouped that are encoded together."""
+ROWS: Final = 256
+"""Rows that are written as one group."""
+COUNTED_TOGETHER: Final = 2048
+"""Rows that are counted together: some 0.5 ms of work."""
 REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
 
-_NOBODY: Final = ClassTally(RequestClass(name="", kind="batch"))
+_EVENT_SIZE: Final = EVENT.size
+_END_SIZE: Final = END.size
+_OUTCOMES: Final = {name: place for place, name in enumerate(OUTCOMES)}
 
 
 def request_name(request: Request) -> str:
@@ -57,10 +65,29 @@ class LiveJournal:
     ) -> None:
         self.writer: EventWriter | None = None
         self.recorder = recorder
-        self.tallies: dict[tuple[str, str], ClassTally] = {}
-        """By model and class, from the first arrival on."""
-        self.keys: dict[str, KeyTally] = {}
-        """By name of the API key, from its first request that ended on; "" without one. Few: the config has them."""
+        self._tallies = Tallies()
+        self._of: list[tuple[str, str]] = []
+        """Model and class of each place among the tallies, from the first arrival on."""
+        self._places: dict[str, dict[str, int]] = {}
+        """By model and class."""
+        self._key_names = [""]
+        self._key_places = {"": 0}
+        """Few: the config has them. Those that had a request, and nobody."""
+        self._tallies.keys[""] = KeyTally()
+        self._events = list(FIXED)
+        self._event_numbers = {name: number for number, name in enumerate(FIXED)}
+        self._rows = bytearray(ROWS * _EVENT_SIZE)
+        self._rows_end = 0
+        self._ends = bytearray(ROWS * _END_SIZE)
+        self._ends_end = 0
+        self._arrived = -1
+        """Id of the request whose arrival is the last row; -1: it is something else."""
+        self._arrived_s = 0.0
+        self._requests: list[str] = []
+        """What the request of each row is called, if it will be written."""
+        self._reasons: list[str] = []
+        """Of requests in these rows that were refused."""
+        self._uncounted: list[tuple[bytes, bytes]] = []
         self._lines: list[Line] = []
         """Not yet with the writer."""
         self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
@@ -74,19 +101,16 @@ class LiveJournal:
         """What the policy wanted at the last tick."""
         self.planned_s = -inf
         """When that was."""
-        self._model = self._class = ""
-        """Of the request that was counted last, as the next one."""
-        self._last = _NOBODY
+        if recorder is not None:
+            recorder.settle = self.count
         self.log_to(writer)
 
     def log_to(self, writer: EventWriter | None) -> None:
         """Write events there from now on; None: nowhere."""
         self.settle()
         self.writer = writer
-        grouped = writer is not None and writer.grouped
-        self._arrival_line: type[ArrivalLine] = ArrivalRow if grouped else ArrivalLine
-        self._request_line: type[RequestLine] = RequestRow if grouped else RequestLine
-        self._end_line: type[EndLine] = EndRow if grouped else EndLine
+        self._groups = writer is not None and writer.grouped
+        self._has_lines = writer is not None and not writer.grouped
 
     # -- the Journal port --------------------------------------------------------------------------------------
 
@@ -94,33 +118,52 @@ class LiveJournal:
         if request is None:
             assert instance is not None
             self._instance_event(now_s, name, instance)
-        elif name == "arrival":
-            self._tally(request).arrival(now_s)
-            if self.recorder is not None:
-                self.recorder.arrived(request)
-            if self.writer is not None:
-                called, cls, key = request_name(request), request.class_name, key_name(request)
-                self._note(self._arrival_line(now_s, name, called, request.model, cls, request.input_tokens, key))
+        elif name == "dispatch" and request.id == self._arrived and now_s == self._arrived_s and instance is not None:
+            self._placed(instance)
+            if self._has_lines:
+                self._line(now_s, name, request, instance)
         elif name != "ended":  # ``ended`` says more.
-            if name == "first_token":
-                self._tally(request).first_token(now_s, request)
-            elif name == "evicted":
-                self._tally(request).evictions += 1
-            if self.writer is not None:
-                on = instance.id if instance is not None else None
-                self._note(self._request_line(now_s, name, request_name(request), on))
+            number = self._event_numbers.get(name)
+            if number is None:
+                number = self._event_number(name)
+            arrives = number == ARRIVAL
+            key = self._key_place(key_name(request)) if arrives else 0
+            self._row(now_s, number, request, instance, key, request.input_tokens)
+            if arrives and self._rows_end:
+                self._arrived, self._arrived_s = request.id, now_s
+            if self._has_lines:
+                self._line(now_s, name, request, instance)
 
     def ended(self, request: Request) -> None:
         key, prompt = key_name(request), prompt_tokens(request)
-        self._tally(request).end(request, prompt)
-        self._key_tally(key).end(request, prompt)
-        if self.recorder is not None:
-            self.recorder.ended(request, prompt)
-        if self.writer is not None:
-            self._note(_end_line(self._end_line, request, request_name(request), key, prompt))
+        outcome = request.outcome
+        assert outcome is not None
+        reason = -1
+        if request.refused_because:
+            reason = len(self._reasons)
+            self._reasons.append(request.refused_because)
+        at = self._ends_end
+        END.pack_into(
+            self._ends,
+            at,
+            request.dispatch_s,
+            request.first_token_s,
+            request.deadline_s,
+            request.ttft_slo_s,
+            request.itl_slo_s,
+            request.tokens_done,
+            request.evictions,
+            request.retries,
+            reason,
+            _OUTCOMES[outcome],
+        )
+        self._ends_end = at + _END_SIZE
+        self._row(request.finish_s, ENDED, request, request.instance, self._key_place(key), prompt)
+        if self._has_lines:
+            self._note(_end_line(request, request_name(request), key, prompt))
 
     def decided(self, now_s: float, decision: Decision) -> None:
-        self.settle()
+        self._hand_over()
         point = DecisionPoint(
             t_s=now_s,
             kind=decision.kind,
@@ -143,12 +186,32 @@ class LiveJournal:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Hand the writer what was noted down."""
-        lines = self._lines
-        if lines:
-            self._lines = []
-            if self.writer is not None:
-                self.writer.write_lines(lines)
+        """Hand the writer what was noted down, and count it."""
+        self.count()
+        self._hand_over()
+
+    def count(self) -> None:
+        """All that was noted down."""
+        self._hand_over()
+        if self._uncounted:
+            rows, ends = zip(*self._uncounted, strict=True)
+            self._uncounted = []
+            happened = noted(b"".join(rows), b"".join(ends))
+            self._tallies.add(happened)
+            if self.recorder is not None:
+                self.recorder.add(happened, self._of)
+
+    @property
+    def tallies(self) -> dict[tuple[str, str], ClassTally]:
+        """By model and class, from the first arrival on, up to now."""
+        self.count()
+        return self._tallies.of
+
+    @property
+    def keys(self) -> dict[str, KeyTally]:
+        """By name of the API key, from its first request that ended on; "" without one."""
+        self.count()
+        return {name: tally for name, tally in self._tallies.keys.items() if tally.requests}
 
     def observe(self, view: FleetView, plan: FleetPlan) -> None:
         self.plans, self.planned_s = plan, view.now_s
@@ -161,7 +224,7 @@ class LiveJournal:
 
     def note(self, now_s: float, name: str, facts: dict[str, Any]) -> None:
         """An event of the gateway itself, such as ``drain``, for the event log."""
-        self.settle()
+        self._hand_over()
         if self.writer is not None:
             self.writer.write({"t": now_s, "event": name, **facts})
 
@@ -182,14 +245,82 @@ class LiveJournal:
         if self.writer is not None:
             self.writer.close()
 
+    def _row(
+        self, now_s: float, number: int, request: Request, instance: Instance | None, key: int, tokens: int
+    ) -> None:
+        at = self._rows_end
+        EVENT.pack_into(
+            self._rows,
+            at,
+            now_s,
+            request.arrival_s,
+            tokens,
+            -1 if instance is None else instance.id,
+            self._place(request),
+            key,
+            number,
+        )
+        self._rows_end = at = at + _EVENT_SIZE
+        self._arrived = -1
+        if self._groups:
+            self._requests.append(request_name(request))
+        if at == ROWS * _EVENT_SIZE:
+            self._close_rows()
+            if len(self._uncounted) >= COUNTED_TOGETHER // ROWS:
+                self.count()
+
+    def _placed(self, instance: Instance) -> None:
+        """The request that has just come: its arrival and its dispatch are one row."""
+        end = self._rows_end
+        INSTANCE.pack_into(self._rows, end - _EVENT_SIZE + INSTANCE_AT, instance.id)
+        self._rows[end - 1] = PLACED
+        self._arrived = -1
+
+    def _hand_over(self) -> None:
+        """To the writer, so that what comes next stands behind it."""
+        if self._rows_end:
+            self._close_rows()
+        lines = self._lines
+        if lines:
+            self._lines = []
+            if self.writer is not None:
+                self.writer.write_lines(lines)
+
+    def _close_rows(self) -> None:
+        rows, ends = bytes(self._rows[: self._rows_end]), bytes(self._ends[: self._ends_end])
+        self._rows_end = self._ends_end = 0
+        self._arrived = -1
+        self._uncounted.append((rows, ends))
+        requests, self._requests = self._requests, []
+        reasons, self._reasons = self._reasons, []
+        if self._groups and self.writer is not None:
+            group = Group(
+                rows=rows,
+                ends=ends,
+                requests=requests,
+                of=self._of,
+                keys=self._key_names,
+                events=self._events,
+                reasons=reasons,
+            )
+            self.writer.write_group(group)
+
+    def _line(self, now_s: float, name: str, request: Request, instance: Instance | None) -> None:
+        called = request_name(request)
+        if name == "arrival":
+            model, cls, key = request.model, request.class_name, key_name(request)
+            self._note(ArrivalLine(now_s, name, called, model, cls, request.input_tokens, key))
+        else:
+            self._note(RequestLine(now_s, name, called, instance.id if instance is not None else None))
+
     def _note(self, line: Line) -> None:
         lines = self._lines
         lines.append(line)
         if len(lines) >= TOGETHER:
-            self.settle()
+            self._hand_over()
 
     def _instance_event(self, now_s: float, name: str, instance: Instance) -> None:
-        self.settle()
+        self._hand_over()
         if self.writer is not None:
             role = instance.role
             self.writer.write(
@@ -198,27 +329,37 @@ class LiveJournal:
         if self.recorder is not None:
             self.recorder.instance_event(now_s, name, instance)
 
-    def _tally(self, request: Request) -> ClassTally:
+    def _place(self, request: Request) -> int:
+        """Of its model and class among the tallies."""
         model, name = request.model, request.class_name
-        if name == self._class and model == self._model:
-            return self._last
-        tally = self.tallies.get((model, name))
-        if tally is None:
-            tally = self.tallies[model, name] = ClassTally(request.cls)
-        self._model, self._class, self._last = model, name, tally
-        return tally
+        places = self._places.get(model)
+        if places is None:
+            places = self._places[model] = {}
+        place = places.get(name)
+        if place is None:
+            place = places[name] = len(self._of)
+            self._of.append((model, name))
+            self._tallies.of[model, name] = ClassTally(request.cls)
+        return place
 
-    def _key_tally(self, key: str) -> KeyTally:
-        tally = self.keys.get(key)
-        if tally is None:
-            tally = self.keys[key] = KeyTally()
-        return tally
+    def _key_place(self, key: str) -> int:
+        place = self._key_places.get(key)
+        if place is None:
+            place = self._key_places[key] = len(self._key_names)
+            self._key_names.append(key)
+            self._tallies.keys[key] = KeyTally()
+        return place
+
+    def _event_number(self, name: str) -> int:
+        number = self._event_numbers[name] = len(self._events)
+        self._events.append(name)
+        return number
 
 
-def _end_line(line: type[EndLine], request: Request, called: str, key: str, prompt: int) -> EndLine:
+def _end_line(request: Request, called: str, key: str, prompt: int) -> EndLine:
     arrival_s, first_s, finish_s = request.arrival_s, request.first_token_s, request.finish_s
     dispatch_s, tokens, instance = request.dispatch_s, request.tokens_done, request.instance
-    return line(
+    return EndLine(
         finish_s,
         "ended",
         called,

@@ -1,7 +1,4 @@
-"""Lines of the event log that each request has, as values that are made and encoded quickly.
-
-A row has the fields of its line without their names, as many of them make one line of a grouped log.
-"""
+"""Lines of an event log that is not grouped, as values that are made and encoded quickly."""
 
 from __future__ import annotations
 
@@ -51,17 +48,4 @@ class EndLine(msgspec.Struct, gc=False):
     retries: int
 
 
-class ArrivalRow(ArrivalLine, gc=False, array_like=True):
-    """The same in a grouped log."""
-
-
-class RequestRow(RequestLine, gc=False, array_like=True):
-    """The same in a grouped log."""
-
-
-class EndRow(EndLine, gc=False, array_like=True):
-    """The same in a grouped log."""
-
-
 Line = ArrivalLine | RequestLine | EndLine
-"""Or a row: all of one group are either."""

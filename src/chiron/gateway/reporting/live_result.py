@@ -8,16 +8,16 @@ advance, and the report shows a dash.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from chiron.core.stages import PipelineSample
 from chiron.core.types import Instance, ModelSpec, PipelineKind, Request, RequestClass
-from chiron.gateway.reporting.tally import prompt_tokens
+from chiron.gateway.reporting.tally import Noted
 from chiron.policies.policy import Policy
 from chiron.telemetry.recording import Timeline
 from chiron.telemetry.result import Result
@@ -27,28 +27,29 @@ from chiron.telemetry.summary import summarise
 REVERSAL_WINDOW_S = 60.0
 """As in the simulator: a plan change against the previous one within this time is a reversal."""
 
-_OUTCOME = {name: index for index, name in enumerate(OUTCOMES)}
-_COLUMNS = {
-    "model": "h",
-    "cls": "h",
-    "arrival_s": "d",
-    "dispatch_s": "d",
-    "first_token_s": "d",
-    "finish_s": "d",
-    "deadline_s": "d",
-    "input_tokens": "q",
-    "output_tokens": "q",
-    "outcome": "b",
-    "evictions": "h",
-}
-_TYPES = {"h": "<i2", "d": "<f8", "q": "<i8", "b": "i1"}
-_ROW = np.dtype([(name, _TYPES[code]) for name, code in _COLUMNS.items()])
-_PACKED = Struct("<" + "".join(_COLUMNS.values()))
-_ARRIVAL = Struct("<d")
-_ARRIVAL_AT = 4
-"""Where in a row its arrival stands."""
+_UNFINISHED = OUTCOMES.index("unfinished")
+_EVICTIONS_MAX = 32767
+_ROW = np.dtype(
+    [
+        ("model", "<i2"),
+        ("cls", "<i2"),
+        ("arrival_s", "<f8"),
+        ("dispatch_s", "<f8"),
+        ("first_token_s", "<f8"),
+        ("finish_s", "<f8"),
+        ("deadline_s", "<f8"),
+        ("input_tokens", "<i8"),
+        ("output_tokens", "<i8"),
+        ("outcome", "i1"),
+        ("evictions", "<i2"),
+    ]
+)
+
+_TOGETHER = 4096
+"""Rows that lie side by side."""
 
 Row = tuple[int, int, float, float, float, float, float, int, int, int, int]
+Rows = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +96,20 @@ class Bill(NamedTuple):
     """In the currency of ``price_per_gpu_hour``."""
 
 
+def prompt_tokens(request: Request) -> int:
+    """As its engine counted them (``payload.prompt_tokens``), else as estimated when it came."""
+    return getattr(request.payload, "prompt_tokens", 0) or request.input_tokens
+
+
 class LiveRecorder:
     """Hears of requests and instances from the journal, and as ``StageSamples`` of the replicas of pipelines. Instances
     are billed from their creation to their end, pipelines by the replicas that they say they have."""
+
+    open_requests: Callable[[], Iterable[Request]]
+    """Those that have arrived and not ended, as the control plane knows them. To keep a list of them here, as they come
+    and go, is to wait for memory twice a request."""
+    settle: Callable[[], None]
+    """Brings what has ended up to now; the journal's."""
 
     def __init__(
         self,
@@ -116,12 +128,11 @@ class LiveRecorder:
         self._model_index = {name: index for index, name in enumerate(self._models)}
         self._class_index = {c.name: index for index, c in enumerate(self._classes)}
         self._start_s = start_s
-        self._open: dict[int, Request] = {}
-        self._rows = bytearray()
-        """Packed, one after the other: to add one costs less than to add to eleven columns."""
+        self.open_requests = tuple
+        self.settle = lambda: None
+        self._rows: deque[Rows] = deque()
+        """Some at a time, as they came."""
         self._count = 0
-        self._oldest = 0
-        """Row that the next one replaces, once there are ``rows_max``."""
         self._alive: dict[int, _Open] = {}
         self._stays: deque[Stay] = deque(maxlen=self.settings.points_max)
         self._billed: dict[tuple[str, str], Bill] = {}
@@ -130,22 +141,36 @@ class LiveRecorder:
 
     # -- what the journal reports ------------------------------------------------------------------------------
 
-    def arrived(self, request: Request) -> None:
-        self._open[request.id] = request
-
-    def ended(self, request: Request, prompt: int) -> None:
-        """``prompt``: its ``prompt_tokens``."""
-        self._open.pop(request.id, None)
-        row = _PACKED.pack(*self._row(request, prompt))
-        if self._count < self.settings.rows_max:
-            self._count += 1
-            self._rows += row
+    def add(self, noted: Noted, of: Sequence[tuple[str, str]]) -> None:
+        """Requests that have ended; ``of``: model and class of each place."""
+        ended, ends = noted.ended, noted.ends
+        if not len(ends):
             return
-        self.forgotten += 1
-        at = self._oldest * _PACKED.size
-        self._start_s = max(self._start_s, _ARRIVAL.unpack_from(self._rows, at + _ARRIVAL_AT)[0])
-        self._rows[at : at + _PACKED.size] = row
-        self._oldest = (self._oldest + 1) % self.settings.rows_max
+        rows = np.empty(len(ends), dtype=_ROW)
+        rows["model"] = np.array([self._model_index[model] for model, _ in of])[ended["of"]]
+        rows["cls"] = np.array([self._class_index[name] for _, name in of])[ended["of"]]
+        for name in ("arrival_s", "dispatch_s", "first_token_s", "deadline_s"):
+            rows[name] = (ended if name == "arrival_s" else ends)[name]
+        rows["finish_s"], rows["outcome"] = ended["t"], ends["outcome"]
+        rows["input_tokens"], rows["output_tokens"] = ended["tokens"], ends["tokens"]
+        rows["evictions"] = np.minimum(ends["evictions"], _EVICTIONS_MAX)
+        self._count += len(rows)
+        if self._rows and len(self._rows[-1]) < _TOGETHER:
+            rows = np.concatenate([self._rows.pop(), rows])
+        self._rows.append(rows)
+        self._forget(self._count - self.settings.rows_max)
+
+    def _forget(self, more: int) -> None:
+        """So many of the oldest."""
+        while more > 0:
+            rows = self._rows.popleft()
+            gone, left = rows[:more], rows[more:]
+            if len(left):
+                self._rows.appendleft(left)
+            self._start_s = max(self._start_s, float(gone["arrival_s"].max()))
+            self.forgotten += len(gone)
+            self._count -= len(gone)
+            more -= len(gone)
 
     def instance_event(self, now_s: float, name: str, instance: Instance) -> None:
         """``created`` opens a bill, ``gone`` and ``failed`` close it."""
@@ -243,12 +268,13 @@ class LiveRecorder:
 
     def table(self) -> RequestTable:
         """Ended and open requests, in order of arrival."""
-        late = np.array([self._row(r, prompt_tokens(r)) for r in self._open.values()], dtype=_ROW)
-        rows = np.concatenate([np.frombuffer(bytes(self._rows), dtype=_ROW), late])
+        self.settle()
+        late = np.array([self._row(r) for r in self.open_requests()], dtype=_ROW)
+        rows = np.concatenate([*self._rows, late])
         rows = rows[np.argsort(rows["arrival_s"], kind="stable")]
-        return RequestTable(**{name: np.ascontiguousarray(rows[name]) for name in _COLUMNS})
+        return RequestTable(**{name: np.ascontiguousarray(rows[name]) for name in _ROW.names or ()})
 
-    def _row(self, request: Request, prompt: int) -> Row:
+    def _row(self, request: Request) -> Row:
         return (
             self._model_index[request.model],
             self._class_index[request.class_name],
@@ -257,10 +283,10 @@ class LiveRecorder:
             request.first_token_s,
             request.finish_s,
             request.deadline_s,
-            prompt,
+            prompt_tokens(request),
             request.tokens_done,
-            _OUTCOME[request.outcome or "unfinished"],
-            request.evictions if request.evictions < 32767 else 32767,
+            _UNFINISHED,
+            min(request.evictions, _EVICTIONS_MAX),
         )
 
 
