@@ -26,3 +26,19 @@ def test_only_what_a_brain_alone_could_answer_is_refused_while_there_is_none(tmp
             await server.close(0)
 
     asyncio.run(main())
+
+
+def test_a_relay_whose_requests_find_no_engine_is_not_healthy(tmp_path: Path) -> None:
+    async def main() -> None:
+        passing = Passing(str(tmp_path / "nobody listens here"), lambda: " It stands badly.", lambda: False)
+        server = await serve(passing.handle, streamed=passing.handle, is_app=lambda incoming: True)
+        origin = Origin(f"http://127.0.0.1:{server.port}")
+        try:
+            answer = await origin.fetch("GET", "/health")
+            assert (answer.status, b"No engine is reached. It stands badly." in answer.body) == (503, True)
+            assert (await origin.fetch("HEAD", "/health")).status == 503
+        finally:
+            await origin.close()
+            await server.close(0)
+
+    asyncio.run(main())

@@ -16,6 +16,7 @@ from chiron.gateway.brain.desk import AGAIN_MAX
 from chiron.gateway.brain.relays import ADOPTED_MAX, REJOIN_S
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
+from chiron.gateway.relay.alone import UNABLE_S
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.front import WAIT_MAX_S
 from chiron.gateway.relay.joining import StaySettings
@@ -352,6 +353,64 @@ def test_relays_place_what_waits_once_the_brain_has_been_silent() -> None:
         assert len(brain.ends.requests) == 9
         assert brain.relays.own_placements == 6
         assert max(engine.most for engine in site.engines) <= 4
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_relay_serves_no_more_once_a_request_has_found_no_engine_for_all_of_its_wait() -> None:
+    """Others may lead, and know where engines are by now. It comes back: they may lack a brain as well."""
+
+    async def main() -> None:
+        site = OutlivingSite(engines=1, slots=1, stay=StaySettings(hold_s=4.0))
+        uplink = site.relays[0].uplink
+        await site.lead()
+        await asyncio.sleep(2.5)
+        site.kill()
+        site.ask(1, 80)  # Eleven seconds with its wait.
+        await asyncio.sleep(1.5)
+        site.ask(2, 4)  # Full. It waits from now on, and nothing is answered meanwhile.
+        await asyncio.sleep(3.5)
+        assert uplink.serves
+        await asyncio.sleep(1.0)
+        assert (parts(site.clients[2])[0], uplink.serves) == (503, False)
+        await asyncio.sleep(6.0)
+        assert (parts(site.clients[1]), uplink.serves) == ((200, whole_stream(1, 80)), True), "an engine answers"
+
+        site.network.cut("engine-0")
+        site.ask(3, 4)
+        await asyncio.sleep(5.0)
+        assert (parts(site.clients[3])[0], uplink.serves) == (503, False)
+        await asyncio.sleep(UNABLE_S - 5.0)
+        assert not uplink.serves
+        await asyncio.sleep(6.0)
+        assert uplink.serves, "if all are like this one, nobody else would take a request"
+        site.ask(4, 4)
+        await asyncio.sleep(5.0)
+        assert not uplink.serves
+        await site.lead()
+        await asyncio.sleep(1.0)
+        assert uplink.serves, "a brain leads"
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_while_engines_answer_a_wait_in_vain_says_that_they_are_busy_and_no_more() -> None:
+    async def main() -> None:
+        site = OutlivingSite(engines=1, slots=1, stay=StaySettings(hold_s=4.0))
+        uplink = site.relays[0].uplink
+        await site.lead()
+        await asyncio.sleep(2.5)
+        site.kill()
+        for number in range(1, 6):
+            site.ask(number, 16)
+        serves = []
+        for _ in range(40):
+            await asyncio.sleep(0.25)
+            serves.append(uplink.serves)
+        assert all(serves)
+        assert [parts(client)[0] for client in site.clients.values()].count(503) >= 2
         await site.close()
 
     run_virtual(main())

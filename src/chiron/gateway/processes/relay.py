@@ -119,7 +119,11 @@ class RelayServer:
                 port=self._start.port,
                 ssl=tls_context(config),
                 limits=server_limits(config, self._start.relays),
-                streamed=Passing(str(self._start.api_path), self.relay.uplink.how_it_stands).handle,
+                streamed=Passing(
+                    str(self._start.api_path),
+                    self.relay.uplink.how_it_stands,
+                    lambda: self.relay.uplink.serves,
+                ).handle,
                 is_app=lambda incoming: not front.takes(incoming),
                 screen=front.screen,
                 reuse_port=True,

@@ -23,6 +23,8 @@ from chiron.gateway.relay.upstream import Upstream
 
 AVOID_S = 5.0
 """An instance that has just lost a request gets no more for so long."""
+UNABLE_S = 300.0
+"""So long after a request has waited in vain clients are better sent elsewhere: if there is nowhere else, no longer."""
 
 
 class Alone:
@@ -60,6 +62,10 @@ class Alone:
         self._since_s = 0.0
         self._heard_s = 0.0
         self._avoided_s: dict[int, float] = {}
+        self._answered_s = -inf
+        """When an engine last gave a first token, or an end."""
+        self._unable_s = -inf
+        """When a request was last given up that no engine answered anything meanwhile."""
 
     def begin(self, now_s: float, heard_s: float) -> None:
         """The brain is gone; ``heard_s``: when it last said something."""
@@ -70,6 +76,7 @@ class Alone:
         self.waiting.clear()
         self._avoided_s.clear()
         self._bytes = 0
+        self._unable_s = -inf
 
     def check_room(self, held: Held) -> None:
         """Raises ApiError where no more can wait."""
@@ -90,6 +97,14 @@ class Alone:
         """A request was lost there."""
         self._avoided_s[instance] = now_s + AVOID_S
 
+    def answered(self, now_s: float) -> None:
+        """By an engine."""
+        self._answered_s, self._unable_s = now_s, -inf
+
+    def serves(self, now_s: float) -> bool:
+        """As far as is known. Others may have a brain, and know where engines are by now."""
+        return now_s - self._unable_s > UNABLE_S
+
     def keep(self, messages: Sequence[m.Message]) -> None:
         """To be told to the next brain."""
         if len(self.untold) >= self._settings.kept_max:
@@ -106,6 +121,8 @@ class Alone:
             if now_s > request.deadline_s or (request.interactive and now_s - since_s > wait_max_s):
                 self.no_longer_waits(held)
                 self.expired += 1
+                if now_s - since_s >= self._settings.hold_s and self._answered_s < since_s:
+                    self._unable_s = now_s
                 words = f"The gateway has had no control plane for {now_s - self._since_s:.0f} s."
                 self._end(held, "shed", unavailable(words, self._retry_after_s))
         self.place(now_s)

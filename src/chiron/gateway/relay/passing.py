@@ -4,8 +4,9 @@ Files, batches, models, status and metrics are the brain's. A relay speaks to it
 can open, one connection for each request: bodies are streamed both ways, with backpressure, and bounded nowhere but
 there. The client's address goes along in ``X-Forwarded-For``, as a proxy's would; keys are checked by the brain.
 
-``/health`` is answered here. It says that this process answers, and a relay serves without a brain, too: a probe that
-asked the brain would take all gateways out of service at once while nobody leads.
+``/health`` is answered here. It says that this process serves, and a relay does without a brain, too: a probe that
+asked the brain would take all gateways out of service at once while nobody leads. One that has no brain and finds no
+engine either says so: others may have both.
 """
 
 from __future__ import annotations
@@ -36,15 +37,22 @@ _PROBED = (b"GET", b"HEAD")
 class Passing:
     """``handle`` is a handler of ``net.server`` for requests whose bodies are streamed."""
 
-    def __init__(self, path: str, how_it_stands: Callable[[], str] = lambda: "") -> None:
-        """``path`` of the Unix socket; ``how_it_stands``: what is known of the brain where nobody answers."""
+    def __init__(
+        self, path: str, how_it_stands: Callable[[], str] = lambda: "", serves: Callable[[], bool] = lambda: True
+    ) -> None:
+        """``path`` of the Unix socket; ``how_it_stands``: what is known of the brain where nobody answers; ``serves``:
+        requests find an engine."""
         self._path = path
         self._how_it_stands = how_it_stands
+        self._serves = serves
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, incoming: Incoming) -> None:
         if incoming.path == "/health" and incoming.method in _PROBED:
-            incoming.respond(200, b'{"status":"ok"}')
+            if self._serves():
+                incoming.respond(200, b'{"status":"ok"}')
+            else:
+                refuse(incoming, unavailable(f"No engine is reached.{self._how_it_stands()}", RETRY_AFTER_S))
             return
         passage = _Passage(incoming, self._how_it_stands)
         task = asyncio.get_running_loop().create_task(self._connect(passage))

@@ -314,7 +314,9 @@ class Uplink:
 
     def began(self, placed: Placement) -> None:
         """Its first token is here."""
-        placed.request.first_token_s = self.clock.elapsed_s()
+        placed.request.first_token_s = now_s = self.clock.elapsed_s()
+        if self._alone_since_s is not None:
+            self.alone.answered(now_s)
 
     def ended(self, placed: Placement, message: m.Answered | m.Lost | m.Evicted) -> None:
         """A placement has ended, and the brain was told, if there is one."""
@@ -327,6 +329,8 @@ class Uplink:
         if isinstance(message, m.Lost):
             held.losses += 1
             self.alone.lost(held.instance, self.clock.elapsed_s())
+        elif isinstance(message, m.Answered) and self._alone_since_s is not None:
+            self.alone.answered(self.clock.elapsed_s())
         if self._alone_since_s is not None or held.uncounted:
             self._settle(held)
 
@@ -345,6 +349,11 @@ class Uplink:
     def has_brain(self) -> bool:
         """As far as that has been noticed."""
         return self._alone_since_s is None
+
+    @property
+    def serves(self) -> bool:
+        """Requests, with a brain or without."""
+        return self._alone_since_s is None or self.alone.serves(self.clock.elapsed_s())
 
     def how_it_stands(self) -> str:
         """For who asks what only a brain could answer, after other words; empty while there is one."""
