@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from chiron.cli import app
-from chiron.core.types import InstanceKind, ModelSpec, RequestClass
+from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, RequestClass
+from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
+from chiron.gateway.reporting.journal import LiveJournal
 from chiron.telemetry.advice import log_facts, read_advice
 from chiron.telemetry.errors import LogError
 from chiron.telemetry.event_log import read_event_log
@@ -130,6 +132,53 @@ def test_advice_that_agrees_with_what_runs_is_advice(tmp_path: Path) -> None:
     assert (found.ran_mean, found.advised_mean, found.changes) == (1.0, 1.0, 0)
     said = CliRunner().invoke(app, ["advice", str(file)]).output
     assert "The advice never changed." in said
+
+
+def test_of_a_run_whose_first_file_is_gone_the_rest_counts_from_where_it_stood() -> None:
+    standing = {"m": {"ready": [1, 2, 3], "advised": 1}}
+    log = [
+        head(at="later", standing=standing) | {"t": 500.0},
+        ended(510.0, ttft_s=0.5),
+        instance(550.0, "gone", 3),
+        head(at="later still", standing={"m": {"ready": [1, 2], "advised": 1}}) | {"t": 560.0},
+        {"t": 600.0, "event": "drain"},
+        ended(600.0, ttft_s=9.0),
+    ]
+    (found,) = read_advice(log)
+    assert (found.seconds, found.ran_mean, found.advised_mean, found.changes) == (100.0, 2.5, 1.0, 0)
+    assert (found.short_s, found.otherwise.met, found.otherwise.missed) == (0.0, 1, 1)
+
+
+def test_one_that_does_not_say_where_it_stood_is_left_out() -> None:
+    cut = [head(at="later") | {"t": 500.0}, decided(510.0, 3, 1), instance(520.0, "ready", 4), ended(600.0)]
+    with pytest.raises(LogError, match="files with which its runs began are gone"):
+        read_advice(cut)
+    (found,) = read_advice([*cut, head("tuesday"), instance(0.0, "ready", 1), decided(10.0, 1, 1), ended(60.0)])
+    assert (found.seconds, found.ran_mean) == (50.0, 1.0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rotated_files_say_where_a_run_stands(tmp_path: Path, grouped: bool) -> None:
+    file = tmp_path / "events.jsonl"
+    settings = EventLogSettings(path=file, flush_s=0.01, rotate_bytes=4096, rotate_keep=1, grouped=grouped)
+    writer = EventWriter(settings, wall_origin_s=0.0, facts=FACTS)
+    journal = LiveJournal(writer=writer)
+    for number in (1, 2, 3):
+        about = Instance(number, "m", KIND, "mixed", 0.0)
+        journal.event(1.0, "ready", None, about)
+        journal.event(2.0, "gone" if number == 2 else "draining", None, about)
+    journal.decided(3.0, Decision(kind="fleet", subject="m", before=2, after=5, reason="interactive_load"))
+    for second in range(4, 1000):
+        journal.note(float(second), "drain", {})
+    journal.event(1100.0, "created", None, Instance(4, "m", KIND, "mixed", 0.0))
+    journal.close()
+    events = list(read_event_log(file))
+    assert events[0]["t"] > 3.0, "what became ready is gone"
+    assert {json.dumps(each["standing"]) for each in events if each["event"] == "log"} == {
+        json.dumps({"m": {"ready": [1, 3], "advised": 5}})
+    }
+    (found,) = read_advice(events)
+    assert (found.ran_mean, found.advised_mean, found.seconds) == (2.0, 5.0, 1100.0 - events[0]["t"])
 
 
 def test_a_gateway_writes_what_the_command_needs(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 Instances count while they are ready. Advice counts from the first decision of a run on; nothing is known of the time
 before it, which is left out of both sides. Advice was not carried out, so this is an estimate: with fewer instances
 each would have been busier, which a policy that sizes by load has in its plan, and one that sizes by queues has not.
+
+Of a long run the oldest files are gone, and with them what became ready in that time. A file that begins in the middle
+of a run says what stands then (``Standing``); where none does, the run is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from chiron.core.types import ModelSpec, RequestClass
+from chiron.core.types import Decision, ModelSpec, RequestClass
 from chiron.telemetry.errors import LogError
 
 
@@ -79,6 +82,36 @@ def log_facts(models: Iterable[ModelSpec], classes: Iterable[RequestClass], *, a
     }
 
 
+class Standing:
+    """What is ready and what is advised, for the first line of a file. ``now`` is replaced, never changed: another
+    thread may be reading it."""
+
+    def __init__(self) -> None:
+        self.now: Mapping[str, Mapping[str, Any]] = {}
+        """By model: ``ready``, ids of instances, and ``advised``, how many, or None: nothing yet."""
+
+    def happened(self, name: str, model: str, instance: int) -> None:
+        """An event of an instance."""
+        ready = _READY.get(name)
+        if ready is not None:
+            others = [each for each in self._of(model)["ready"] if each != instance]
+            self._put(model, ready=others + [instance] * ready)
+
+    def decided(self, decision: Decision) -> None:
+        if decision.kind == "fleet":
+            self._put(decision.subject, advised=int(decision.after))
+
+    def _put(self, model: str, **changed: Any) -> None:
+        self.now = {**self.now, model: {**self._of(model), **changed}}
+
+    def _of(self, model: str) -> Mapping[str, Any]:
+        return self.now.get(model, {"ready": [], "advised": None})
+
+
+_READY = {"ready": True, "gone": False, "failed": False}
+"""Whether an instance is, after which event."""
+
+
 def _slos(cls: RequestClass) -> dict[str, float]:
     """Those that it has."""
     slos = {"ttft_s": cls.ttft_s, "itl_s": cls.itl_s}
@@ -89,7 +122,7 @@ def read_advice(events: Iterable[Mapping[str, Any]]) -> tuple[Advice, ...]:
     """By model, in order of the log. Raises LogError for a log that has none."""
     models: dict[str, _Model] = {}
     about: Mapping[str, Any] = {}
-    runs, run, last_s = 0, None, 0.0
+    runs, cut, run, last_s = 0, 0, None, 0.0
     for event in events:
         if event["event"] == "log":
             if event.get("run") != run:
@@ -97,6 +130,13 @@ def read_advice(events: Iterable[Mapping[str, Any]]) -> tuple[Advice, ...]:
                     each.end(last_s)
                 run, about = event.get("run"), event
                 runs += about.get("advise") is True
+                if about.get("advise") is True and event.get("at") != run:
+                    last_s = float(event["t"])
+                    if (standing := event.get("standing")) is None:
+                        about, cut = {}, cut + 1
+                        continue
+                    for name in [each for each in about["models"] if each in standing]:
+                        models.setdefault(name, _Model(name)).begin(last_s, standing[name], about["models"][name])
         elif about.get("advise") is True:
             last_s = float(event["t"])
             name = event.get("model") or (event.get("subject") if event.get("kind") == "fleet" else None)
@@ -108,6 +148,8 @@ def read_advice(events: Iterable[Mapping[str, Any]]) -> tuple[Advice, ...]:
     found = tuple(each.advice() for each in models.values() if each.seconds > 0.0)
     if not found:
         why = "it was not written by chiron serve --advise" if not runs else "nothing has been decided in it yet"
+        if cut:
+            why = "the files with which its runs began are gone, and the others do not say what was ready then"
         raise LogError(f"there is no advice in this log: {why}")
     return found
 
@@ -136,10 +178,8 @@ class _Model:
         self._until(now_s)
         self.price_per_hour = facts["price_per_hour"]
         match event["event"]:
-            case "ready":
-                self.ready.add(event["instance"])
-            case "gone" | "failed":
-                self.ready.discard(event["instance"])
+            case name if name in _READY:
+                (self.ready.add if _READY[name] else self.ready.discard)(event["instance"])
             case "decision":
                 self.advised = int(event["after"])
                 # The first one may be that all is well as it is.
@@ -148,6 +188,11 @@ class _Model:
                 met = _met(event, facts["classes"].get(event["class"]))
                 if met is not None:
                     self.judged[self.advised > len(self.ready), met] += 1
+
+    def begin(self, now_s: float, stands: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """In the middle of a run."""
+        self.at_s, self.ready, self.advised = now_s, set(stands["ready"]), stands["advised"]
+        self.price_per_hour = facts["price_per_hour"]
 
     def end(self, now_s: float) -> None:
         """Of a run."""

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -85,6 +85,9 @@ class EventWriter:
         self.lost = 0
         """Lines that could not be written."""
         self.grouped = settings.grouped
+        self.standing: Callable[[], Mapping[str, Any]] | None = None
+        """What the first line of a file that begins later says of that moment. Called on the writer's thread, it may be
+        ahead of lines that are queued."""
         self._settings = settings
         self._wall_origin_s = wall_origin_s
         self._facts = dict(facts or {})
@@ -240,6 +243,8 @@ class EventWriter:
             "run": wall_time(self._wall_origin_s),
             **self._facts,
         }
+        if self.standing is not None:
+            head["standing"] = self.standing()
         data = summed(orjson.dumps(head, default=str, option=_OPTIONS))
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

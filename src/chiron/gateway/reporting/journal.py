@@ -20,6 +20,7 @@ from chiron.gateway.reporting.lines import ArrivalLine, EndLine, Line, RequestLi
 from chiron.gateway.reporting.live_result import LiveRecorder, prompt_tokens
 from chiron.gateway.reporting.tally import ClassTally, KeyTally, Tallies, noted
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
+from chiron.telemetry.advice import Standing
 from chiron.telemetry.event_log import decision_line
 from chiron.telemetry.packed_events import ARRIVAL, END, ENDED, EVENT, FIXED, INSTANCE, INSTANCE_AT, PLACED
 from chiron.telemetry.run_data import OUTCOMES, DecisionPoint
@@ -101,6 +102,7 @@ class LiveJournal:
         """What the policy wanted at the last tick."""
         self.planned_s = -inf
         """When that was."""
+        self._standing = Standing()
         if recorder is not None:
             recorder.settle = self.count
         self.log_to(writer)
@@ -109,6 +111,8 @@ class LiveJournal:
         """Write events there from now on; None: nowhere."""
         self.settle()
         self.writer = writer
+        if writer is not None:
+            writer.standing = lambda: self._standing.now
         self._groups = writer is not None and writer.grouped
         self._has_lines = writer is not None and not writer.grouped
 
@@ -180,6 +184,7 @@ class LiveJournal:
         self.decision_counts[named] += 1
         if self.recorder is not None:
             self.recorder.timeline.decided(now_s, decision)
+        self._standing.decided(decision)
         if self.writer is not None:
             self.writer.write(decision_line(now_s, decision))
 
@@ -321,6 +326,7 @@ class LiveJournal:
 
     def _instance_event(self, now_s: float, name: str, instance: Instance) -> None:
         self._hand_over()
+        self._standing.happened(name, instance.model, instance.id)
         if self.writer is not None:
             role = instance.role
             self.writer.write(
