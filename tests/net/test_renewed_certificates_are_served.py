@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,57 @@ async def shown(port: int, name: str | None) -> bytes:
     writer.close()
     assert isinstance(found, bytes)
     return found
+
+
+@dataclass
+class Files:
+    """One file, and what becomes of who reads it."""
+
+    path: Path
+    fails: OSError | None = None
+    reads: int = 0
+    now_s: float = 0.0
+
+    def make(self) -> ssl.SSLContext:
+        self.reads += 1
+        if not self.path.stat().st_mode & 0o400:
+            raise PermissionError(13, "it is not ours yet")
+        if self.fails is not None:
+            raise self.fails
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+    def renewing(self) -> RenewingContext:
+        self.path.write_text("old")
+        return RenewingContext(self.make, [str(self.path)], lambda: self.now_s)
+
+
+def test_a_file_that_may_be_read_only_later_is_read_then(tmp_path: Path) -> None:
+    files = Files(tmp_path / "tls.key")
+    renewing = files.renewing()
+    old = renewing.current()
+    files.path.write_text("renewed")
+    files.path.chmod(0)
+    assert renewing.current() is old
+    files.path.chmod(0o600)
+    assert renewing.current() is not old
+
+
+def test_one_that_could_not_be_used_is_tried_again_though_it_has_not_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = Files(tmp_path / "tls.key")
+    renewing = files.renewing()
+    old = renewing.current()
+    files.path.write_text("renewed")
+    files.fails = OSError(24, "too many open files")
+    for files.now_s in (0.0, 9.0, 10.0, 19.0):
+        assert renewing.current() is old
+    assert (files.reads, len(caplog.records)) == (3, 1), "not at each connection, and said once"
+    files.fails, files.now_s = None, 20.0
+    new = renewing.current()
+    assert new is not old
+    files.now_s = 1e6
+    assert (renewing.current(), files.reads) == (new, 4)
 
 
 @pytest.mark.parametrize("name", ["gateway.example", None])
