@@ -10,6 +10,7 @@ from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request, RequestClass
 from chiron.policies.policy import Policy
 from chiron.policies.rivals.qlm import QlmSettings, make_qlm, tokens_per_s, waiting_s
+from chiron.policies.size import prefill_s
 from chiron.policies.views import StepTimes
 from policy_factory import CHAT, JOBS
 from scenario_factory import PROFILE, kind_of
@@ -118,8 +119,10 @@ def test_batch_work_makes_way_once_the_group_would_be_late() -> None:
     for id, where in ((2, few), (3, most), (4, most), (5, most)):
         model.run(request(id, JOBS), where)
     late = request(10)
-    assert model.place(late, 0.0) is None, "there is time"
-    assert model.place(late, 4.999) == (2, [5]), "the last that came, where most of it runs"
+    # Five places of 200 tokens each: one of its own, and the four that hold places before it.
+    in_time_s = 5.0 - 5 * each_s(model, 2, 3) - prefill_s(model.learner, 10)
+    assert model.place(late, in_time_s - 0.001) is None, "there is time"
+    assert model.place(late, in_time_s + 0.001) == (2, [5]), "the last that came, where most of it runs"
     hasty = RequestClass(name="jobs", kind="batch", ttft_s=1.0)
     assert model.place(request(11, hasty), 4.999) is None, "batch work evicts nothing"
     kept = Model(few, most, evicts=False)
@@ -130,11 +133,34 @@ def test_a_longer_group_is_late_sooner() -> None:
     only = instance(1, 1)
     model = Model(only)
     model.run(request(1, JOBS), only)
-    each_s = waiting_s(1, model.learner.expected_output["chat"], tokens_per_s(model.learner, 1, 1, 1_000_000))
     for id in range(10, 30):
         model.order.add(request(id), 0.0)
-    assert model.place(request(10), 5.0 - 20.01 * each_s) is None
-    assert model.place(request(10), 5.0 - 19.99 * each_s) == (1, [1])
+    in_time_s = 5.0 - 21 * each_s(model, 1, 1) - prefill_s(model.learner, 10)
+    assert model.place(request(10), in_time_s - 0.001) is None
+    assert model.place(request(10), in_time_s + 0.001) == (1, [1])
+
+
+def test_a_queue_of_batch_work_makes_an_interactive_group_late_at_once() -> None:
+    only = instance(1, 50)
+    model = Model(only)
+    for id in range(50):
+        model.run(request(id, JOBS), only)
+    for id in range(100, 1100):
+        model.order.add(request(id, JOBS), 0.0)
+    assert 50 * each_s(model, 1, 50) < 5.0 < 1050 * each_s(model, 1, 50)
+    assert model.place(request(2000)) == (1, [49])
+    while (head := model.order.head(0.0)) is not None:
+        model.order.remove_head(head, 0.0)
+    assert model.place(request(2000)) is None, "what runs alone is over in time"
+    model.router.remove(only)
+    model.router.add(only)
+    assert model.place(request(2000)) is None, "and is counted once"
+
+
+def each_s(model: Model, instances: int, places: int) -> float:
+    """What one more request before it takes of its time."""
+    speed = tokens_per_s(model.learner, instances, places, 1_000_000)
+    return waiting_s(1, model.learner.expected_output["chat"], speed)
 
 
 def test_interactive_work_is_never_evicted() -> None:
@@ -158,3 +184,24 @@ def test_an_idle_engine_that_is_too_small_for_one_still_takes_another() -> None:
     model = Model(small)
     assert model.place(request(1, tokens=200)) is None
     assert model.place(request(2, tokens=199)) == (1, []), "alone, if its prompt fits"
+
+
+def test_a_busy_engine_that_is_too_small_for_one_still_takes_another() -> None:
+    engines = [instance(id, 2) for id in range(1, 4)]
+    model = Model(*engines)
+    for each in engines:
+        each.kv_reserved_tokens = 500_000
+        model.run(request(each.id), each)
+    long, short = request(10, JOBS, tokens=600_000), request(11, tokens=200)
+    assert model.place(long) is None
+    assert model.place(request(13, JOBS, tokens=500_000)) is None
+    assert model.place(short) == (1, [])
+    assert model.place(long) is None
+    model.run(short, engines[0])
+    assert model.place(request(12, tokens=200)) == (2, [])
+    engines[1].kv_reserved_tokens = 0
+    model.router.changed(engines[1])
+    assert model.place(long) == (2, []), "asked again once something left"
+    model.router.remove(engines[2])
+    model.run(request(14), engines[1])
+    assert model.place(request(15, tokens=200)) is None, "neither full ones nor one that left"

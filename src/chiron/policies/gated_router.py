@@ -23,8 +23,9 @@ class _Note:
 
 
 class GatedRouter:
-    """Room is a place within the max batch size and KV for the expected end. One that turned a request away is not
-    asked again before something leaves it. O(log n) a change, amortised. ``room_for`` is for routers on top of it."""
+    """Room is a place within the max batch size and KV for the expected end. One that turned a request away is asked
+    again when its load changed, or by a smaller request. O(log n) a change, amortised, while requests do not take turns
+    in size. ``room_for`` is for routers on top of it."""
 
     def __init__(self, estimates: Estimates) -> None:
         self.room_tokens = 0
@@ -32,6 +33,10 @@ class GatedRouter:
         """Instances that take work."""
         self._estimates = estimates
         self._open: list[_Entry] = []
+        self._aside: list[_Entry] = []
+        """Those with room, but none for requests as large as those that they turned away: of so many sequences and so
+        much KV at the most."""
+        self._aside_size = (0, 0.0)
         self._batch: list[_Entry] = []
         """Those that run batch work, most first."""
         self._most = 64
@@ -58,9 +63,10 @@ class GatedRouter:
             heappush(self._open, (instance.sequences, instance.id, note.version, instance))
             if instance.batch:
                 heappush(self._batch, (-instance.batch_sequences, instance.id, note.version, instance))
-            if len(self._open) + len(self._batch) > self._most:
+            if len(self._open) + len(self._aside) + len(self._batch) > self._most:
                 self._open, self._batch = _current(self._open), _current(self._batch)
-                self._most = 64 + 2 * (len(self._open) + len(self._batch))
+                self._aside = _current(self._aside)
+                self._most = 64 + 2 * (len(self._open) + len(self._aside) + len(self._batch))
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         instance = self.room_for(request)
@@ -71,6 +77,11 @@ class GatedRouter:
 
     def room_for(self, request: Request) -> Instance | None:
         need = kv_tokens(self._estimates, request)
+        sequences, tokens = self._aside_size
+        if self._aside and (request.sequences < sequences or need < tokens):
+            for entry in self._aside:
+                heappush(self._open, entry)
+            self._aside, self._aside_size = [], (0, 0.0)
         small: list[_Entry] = []
         chosen: Instance | None = None
         while self._open and chosen is None:
@@ -84,6 +95,10 @@ class GatedRouter:
                 heappop(self._open)
                 if not instance.requests:  # Idle, and too small for this one: nothing will leave it.
                     small.append(entry)
+                elif within(instance, instance.sequences + 1, instance.kv_reserved_tokens + 1):
+                    self._aside.append(entry)
+                    sequences, tokens = self._aside_size
+                    self._aside_size = (max(sequences, request.sequences), max(tokens, need))
         for entry in small:
             heappush(self._open, entry)
         return chosen

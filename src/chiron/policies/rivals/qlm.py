@@ -6,7 +6,8 @@ go earliest deadline first, first come, first served inside. The wait of a group
 
     W = n * mu / Theta        n requests of the group, mu their mean output, Theta tokens a second
 
-and if its first request would then be late, batch work that runs is evicted for it, its KV kept in host memory.
+and that of the groups that hold the places before it counts, too: batch work that runs or waits. If its first request
+would then be late, batch work that runs is evicted for it, its KV kept in host memory.
 
 Sources: arXiv 2407.00047 by public notes, and QLM-project/QLM: qlm/queue, qlm/scheduler and qlm/config.yaml. What is
 filled in, and what one model with equal engines leaves out, is in docs/policies.md.
@@ -27,7 +28,7 @@ from chiron.policies.order import KeyOrder, first_token_due_s
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.static import decide_fleet
-from chiron.policies.size import KV_FILL
+from chiron.policies.size import KV_FILL, prefill_s, prompt_tokens
 
 DUE_LAST_S = 1e15
 """Of a request without any deadline."""
@@ -77,6 +78,8 @@ class GroupOrder:
         self._span_s = span_s
         self._order = KeyOrder(self._key)
         self._waiting: dict[tuple[str, float], int] = {}
+        self.batch: dict[str, int] = {}
+        """Batch requests that wait, by class."""
 
     def _key(self, request: Request) -> float:
         return due_s(request) // self._span_s
@@ -94,6 +97,8 @@ class GroupOrder:
     def add(self, request: Request, now_s: float) -> None:
         group = self._group(request)
         self._waiting[group] = self._waiting.get(group, 0) + 1
+        if not request.interactive:
+            self.batch[request.class_name] = self.batch.get(request.class_name, 0) + 1
         self._order.add(request, now_s)
 
     def forget(self, request: Request) -> None:
@@ -107,6 +112,8 @@ class GroupOrder:
     def _leave(self, request: Request) -> None:
         group = self._group(request)
         self._waiting[group] -= 1
+        if not request.interactive:
+            self.batch[request.class_name] -= 1
         if not self._waiting[group]:
             del self._waiting[group]
 
@@ -136,35 +143,53 @@ class PullRouter:
         self._estimates = estimates
         self._order = order
         self._engines = GatedRouter(estimates)
+        self._batch = 0
+        self._counted: dict[int, int] = {}
+        """Batch sequences that are counted of each engine that takes work, and all of them above."""
 
     def add(self, instance: Instance) -> None:
+        self._counted.setdefault(instance.id, 0)
         self._engines.add(instance)
+        self._count(instance)
 
     def remove(self, instance: Instance) -> None:
+        self._batch -= self._counted.pop(instance.id, 0)
         self._engines.remove(instance)
 
     def changed(self, instance: Instance) -> None:
         self._engines.changed(instance)
+        self._count(instance)
+
+    def _count(self, instance: Instance) -> None:
+        if instance.id in self._counted:
+            self._batch += instance.batch_sequences - self._counted[instance.id]
+            self._counted[instance.id] = instance.batch_sequences
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         placement = self._engines.place(request, waited_s)
         if placement is None and request.interactive and self._settings.evicts:
             made = self._engines.make_way(request)
-            if made is not None and self._late(request, waited_s, made.instance):
+            if made is not None and self._late(request, waited_s, made):
                 return made
         return placement
 
-    def _late(self, request: Request, waited_s: float, instance: Instance) -> bool:
-        """By the estimate, with every engine at work for its group."""
+    def _late(self, request: Request, waited_s: float, made: Placement) -> bool:
+        """By the estimate, with the batch work that holds the engines and the rest of its queue ahead. What runs is
+        taken to be as long as what would leave."""
+        expected, instance = self._estimates.expected_output, made.instance
         speed = tokens_per_s(
             self._estimates,
             self._engines.count,
             min(self._settings.max_num_seqs, instance.max_batch_size),
             instance.kv_capacity_tokens,
         )
-        output = self._estimates.expected_output[request.class_name]
         requests = max(1, self._order.group_size(request))
-        return waited_s + waiting_s(requests, output, speed) > request.ttft_slo_s
+        wait_s = waiting_s(requests, expected[request.class_name], speed)
+        running = sum(expected[victim.class_name] for victim in made.evict) / max(1, len(made.evict))
+        wait_s += waiting_s(self._batch, running, speed)
+        wait_s += sum(waiting_s(count, expected[name], speed) for name, count in self._order.batch.items())
+        own_s = prefill_s(self._estimates, prompt_tokens(request))
+        return waited_s + wait_s + own_s > request.ttft_slo_s
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
         return ()
