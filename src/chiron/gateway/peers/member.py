@@ -87,6 +87,7 @@ class Member:
             relays=lambda: self._relays,
             works=lambda: machine_s() - self._beat_s < HANGS_S,
         )
+        self._certificates = renewing_server(settings)  # Not only once it leads: files may be of no use by then.
         self._own_loop = OwnLoop("lease")
         self._relays: frozenset[str] | None = None
         """Those that whoever follows has to wait for."""
@@ -192,8 +193,8 @@ class Member:
     def _open_door(self, service: Service | None) -> None:
         """As early as it may be: what relays of others tell is waited for, and the rest of the start is not short."""
         assert service is not None
-        context = renewing_server(self._settings)
-        self._door = Door(context=context, relay=service.accept_relay, api_path=self._brain.relays.api_path)
+        api_path = self._brain.relays.api_path
+        self._door = Door(context=self._certificates, relay=service.accept_relay, api_path=api_path)
         self._door.open(*self._settings.listen_address)
 
     async def _keep(self) -> None:
