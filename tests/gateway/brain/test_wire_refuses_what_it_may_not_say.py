@@ -21,6 +21,8 @@ def frame(value: Any) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
+ARRIVE: list[Any] = [1, 1, "r", "m", "c", 1.0, 1.0, "", 1, [], 1, False, 1, False]
+
 BROKEN = {
     "another version": (frame([[0, "chiron-relay", 99]]), "version 99"),
     "versions that are too new": (frame([[0, "chiron-relay", 99, 98]]), "versions 98 to 99"),
@@ -35,6 +37,16 @@ BROKEN = {
     "an SLO of nothing": (
         frame([HELLO]) + frame([[1, 1, "r", "m", "c", 0.0, 1.0, "", 1, [], 1, False, 1, False]]),
         "> 0.0",
+    ),
+    "more losses than a request can have": (frame([HELLO]) + frame([[17, ARRIVE, 1.0, 1001]]), "<= 1000"),
+    "the same of one that runs": (
+        frame([HELLO]) + frame([[16, ARRIVE, 1, 1, 0, 0, 1.0, 1.0, -1, False, 1 << 32]]),
+        "<= 1000",
+    ),
+    "tokens that no sum can hold": (frame([HELLO]) + frame([[4, 1, 200, 1 << 62, 0, 0]]), "<= 1099"),
+    "a prompt that no sum can hold": (
+        frame([HELLO]) + frame([[17, [*ARRIVE[:8], 1 << 62, *ARRIVE[9:]], 1, 0]]),
+        "<= 1099",
     ),
     "text for a number": (frame([HELLO]) + frame([[2, "1", 0]]), "cannot be read"),
     "what the receiver refuses": (frame([HELLO]) + frame([[2, 7, 0]]), "seven is not allowed"),

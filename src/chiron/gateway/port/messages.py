@@ -29,6 +29,11 @@ NAME = "chiron-relay"
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Number = Annotated[int, Meta(ge=1, le=1 << 62)]
+Tokens = Annotated[int, Meta(ge=0, le=1 << 40)]
+"""Of one request, or made by one instance since the last time: thousands of them add up within 64 bits."""
+Prompt = Annotated[int, Meta(ge=1, le=1 << 40)]
+Losses = Annotated[int, Meta(ge=0, le=1000)]
+"""Placements of a request that were lost. It is given up after a few."""
 Seconds = Annotated[float, Meta(ge=0.0)]
 SloSeconds = Annotated[float, Meta(gt=0.0)]
 Age = Annotated[float, Meta(ge=0.0, le=1e7)]
@@ -84,7 +89,7 @@ class Arrive(Message, tag=1, frozen=True):
     itl_s: SloSeconds
     key: Name
     """Name of its API key."""
-    input_tokens: Number
+    input_tokens: Prompt
     peers: Annotated[tuple[Name, ...], Meta(max_length=8)]
     """Whose shares it counts against."""
     sequences: Number
@@ -99,7 +104,7 @@ class Left(Message, tag=2, frozen=True):
     """Its client is gone."""
 
     number: Number
-    tokens: Count
+    tokens: Tokens
     """Output tokens that it has had."""
 
 
@@ -107,7 +112,7 @@ class FirstToken(Message, tag=3, frozen=True):
     """A stream has begun."""
 
     run: Number
-    tokens: Count
+    tokens: Tokens
     """Output tokens so far."""
 
 
@@ -116,11 +121,11 @@ class Answered(Message, tag=4, frozen=True):
 
     run: Number
     status: Status
-    tokens: Count
+    tokens: Tokens
     """Output tokens, as the engine's usage says if that can be."""
-    prompt_tokens: Count
+    prompt_tokens: Tokens
     """As it says; 0: it does not."""
-    seen: Count
+    seen: Tokens
     """Output tokens that were counted in passing."""
 
 
@@ -135,18 +140,18 @@ class Lost(Message, tag=5, frozen=True):
     """There was no connection."""
     visible: bool
     """A client has seen a part of the answer."""
-    kept: Count
+    kept: Tokens
     """Output tokens that can be gone on with."""
-    seen: Count
+    seen: Tokens
 
 
 class Evicted(Message, tag=6, frozen=True):
     """The engine was told to stop, as ``Evict`` asked. An end."""
 
     run: Number
-    kept: Count
+    kept: Tokens
     """Output tokens that can be gone on with; of a request that is over, those that were seen."""
-    seen: Count
+    seen: Tokens
 
 
 class Silent(Message, tag=7, frozen=True):
@@ -154,28 +159,28 @@ class Silent(Message, tag=7, frozen=True):
 
     run: Number
     for_s: Seconds
-    tokens: Count
+    tokens: Tokens
 
 
 class Spoke(Message, tag=8, frozen=True):
     """It says something again."""
 
     run: Number
-    tokens: Count
+    tokens: Tokens
 
 
 class Counted(Message, tag=9, frozen=True):
     """Output tokens that an instance's streams have made since the last time."""
 
     instance: Count
-    tokens: Count
+    tokens: Tokens
 
 
 class Made(Message, tag=12, frozen=True):
     """Now and then, of answers that are collected: what is kept of them if their instance fails."""
 
     run: Number
-    tokens: Count
+    tokens: Tokens
     """Output tokens so far."""
 
 
@@ -233,9 +238,9 @@ class Running(Message, tag=16, frozen=True):
     request: Arrive
     run: Number
     instance: Count
-    tokens_before: Count
+    tokens_before: Tokens
     """Output tokens that it went on from."""
-    tokens: Count
+    tokens: Tokens
     """Output tokens so far."""
     arrived: Age
     """These three are ages as of now, or of its end."""
@@ -243,8 +248,7 @@ class Running(Message, tag=16, frozen=True):
     began: Annotated[float, Meta(ge=-1.0, le=1e7)]
     """Since its first token; -1: it has none yet."""
     silent: bool
-    losses: Count
-    """Placements of the request that were lost."""
+    losses: Losses
 
 
 class Waits(Message, tag=17, frozen=True):
@@ -252,7 +256,7 @@ class Waits(Message, tag=17, frozen=True):
 
     request: Arrive
     arrived: Age
-    losses: Count
+    losses: Losses
 
 
 class Told(Message, tag=18, frozen=True):
@@ -299,7 +303,7 @@ class Place(Message, tag=35, frozen=True):
     number: Number
     run: Number
     instance: Count
-    tokens_done: Count
+    tokens_done: Tokens
     """Output tokens to go on from."""
 
 
@@ -312,7 +316,7 @@ class Item(Message, tag=42, frozen=True):
     model: Name
     path: Name
     body: bytes
-    input_tokens: Number
+    input_tokens: Prompt
     answer_max_bytes: Number
 
 
@@ -340,7 +344,7 @@ class End(Message, tag=37, frozen=True):
     outcome: Name
     """As ``Request.outcome``; ``refused``: it was not taken."""
     dispatched: bool = False
-    retries: Count = 0
+    retries: Losses = 0
     retry_after_s: Seconds = 0.0
     refusal: Refusal | None = None
     """Why the gateway itself ended it."""

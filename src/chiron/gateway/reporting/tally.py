@@ -346,7 +346,7 @@ def _counts(tallies: list[Tally], places: Places) -> Iterator[tuple[Tally, int]]
 
 
 def _sums(tallies: list[Tally], places: Places, *columns: Places) -> Iterator[tuple[Tally, list[int]]]:
-    """Of whole numbers: exact, whatever their size."""
+    """Of whole numbers: exact. Each is at most 2^40 (``port.messages``), so thousands add up within 64 bits."""
     sums = np.zeros((len(tallies), len(columns)), dtype=np.int64)
     np.add.at(sums, places, np.stack(columns, axis=1))
     for place in np.unique(places).tolist():
