@@ -401,6 +401,30 @@ def test_tallies_are_up_to_date_whenever_they_are_read(count: int) -> None:
     assert len(journal.keys) == min(3, count)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("decisions_every", [5, 10**6])
+def test_rows_are_counted_some_thousand_at_a_time_whatever_cuts_the_log_short(
+    grouped: bool, decisions_every: int, tmp_path: Path
+) -> None:
+    settings = EventLogSettings(path=tmp_path / "log", grouped=grouped, flush_s=3600.0)
+    recorder = LivePlane(rows_max=1).recorder
+    journal = LiveJournal(writer=EventWriter(settings, wall_origin_s=0.0), recorder=recorder)
+    counted = [0]
+    for id in range(2 * COUNTED_TOGETHER):
+        request = Request(id, MODEL, CHAT, 1.0, 10)
+        journal.event(1.0, "arrival", request, None)
+        request.outcome, request.finish_s = "cancelled", 2.0
+        journal.ended(request)
+        if id % decisions_every == 0:
+            journal.decided(2.0, Decision(kind="fleet", subject=MODEL, before=1, after=2, reason="x"))
+        if recorder.forgotten and recorder.forgotten + 1 != counted[-1]:  # It keeps one.
+            counted.append(recorder.forgotten + 1)
+    rows = [2 * (after - before) for before, after in pairwise(counted)]
+    assert len(rows) >= 3
+    assert all(COUNTED_TOGETHER <= count <= COUNTED_TOGETHER + ROWS for count in rows)
+    journal.close()
+
+
 def test_history_is_two_minutes_of_full_slots() -> None:
     journal = LiveJournal()
     for number in range(10):

@@ -89,6 +89,9 @@ class LiveJournal:
         self._reasons: list[str] = []
         """Of requests in these rows that were refused."""
         self._uncounted: list[tuple[bytes, bytes]] = []
+        """Rows and their ends, as they were closed: few at a time if much else stands between them in the log."""
+        self._uncounted_bytes = 0
+        """Of rows."""
         self._lines: list[Line] = []
         """Not yet with the writer."""
         self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
@@ -198,9 +201,13 @@ class LiveJournal:
     def count(self) -> None:
         """All that was noted down."""
         self._hand_over()
+        self._count()
+
+    def _count(self) -> None:
+        """All rows that are closed."""
         if self._uncounted:
             rows, ends = zip(*self._uncounted, strict=True)
-            self._uncounted = []
+            self._uncounted, self._uncounted_bytes = [], 0
             happened = noted(b"".join(rows), b"".join(ends))
             self._tallies.add(happened)
             if self.recorder is not None:
@@ -271,8 +278,7 @@ class LiveJournal:
             self._requests.append(request_name(request))
         if at == ROWS * _EVENT_SIZE:
             self._close_rows()
-            if len(self._uncounted) >= COUNTED_TOGETHER // ROWS:
-                self.count()
+            self._count_many()
 
     def _placed(self, instance: Instance) -> None:
         """The request that has just come: its arrival and its dispatch are one row."""
@@ -290,12 +296,18 @@ class LiveJournal:
             self._lines = []
             if self.writer is not None:
                 self.writer.write_lines(lines)
+        self._count_many()
+
+    def _count_many(self) -> None:
+        if self._uncounted_bytes >= COUNTED_TOGETHER * _EVENT_SIZE:
+            self._count()
 
     def _close_rows(self) -> None:
         rows, ends = bytes(self._rows[: self._rows_end]), bytes(self._ends[: self._ends_end])
         self._rows_end = self._ends_end = 0
         self._arrived = -1
         self._uncounted.append((rows, ends))
+        self._uncounted_bytes += len(rows)
         requests, self._requests = self._requests, []
         reasons, self._reasons = self._reasons, []
         if self._groups and self.writer is not None:
