@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ _TOGETHER = 4096
 """Rows that lie side by side."""
 
 Row = tuple[int, int, float, float, float, float, float, int, int, int, int]
-Rows = npt.NDArray[np.void]
+Rows: TypeAlias = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import exp, inf, nan
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,8 +53,8 @@ EVENTS = np.dtype(list(EVENT_COLUMNS))
 ENDS = np.dtype(list(END_COLUMNS))
 Rows = Any
 """An array of rows, a column by its name."""
-Values = npt.NDArray[np.float64]
-Places = npt.NDArray[np.int64]
+Values: TypeAlias = npt.NDArray[np.float64]
+Places: TypeAlias = npt.NDArray[np.int64]
 Tally = TypeVar("Tally")
 
 
