@@ -241,6 +241,10 @@ def test_several_gateways_may_write_the_lease_that_elects_them_and_no_other() ->
         (None, ["create"]),
         (["chiron"], ["get", "update"]),
     ]
+    config = {**SEVERAL["config"], "gateways": {"elect": "kubernetes", "kubernetes_namespace": "leases"}}
+    made = [i for i in objects({**SEVERAL, "config": config}) if i["metadata"]["name"] == "chiron-leader"]
+    assert [(i["kind"], i["metadata"]["namespace"]) for i in made] == [("Role", "leases"), ("RoleBinding", "leases")]
+    assert made[1]["subjects"] == [{"kind": "ServiceAccount", "name": "chiron", "namespace": "default"}]
     by_database = {**SEVERAL, "config": {"store": {"url": "postgresql://chiron@db/chiron"}}}
     assert [i for i in objects(by_database) if i["metadata"]["name"] == "chiron-leader"] == []
 
@@ -253,8 +257,21 @@ def test_several_gateways_without_what_they_share_are_refused() -> None:
         objects({"config": {"store": {"url": "postgresql://db/c"}}, "gateways": {"replicas": 2}})
 
 
-def test_several_gateways_can_become_one_again(tmp_path: Path) -> None:
+def test_the_one_that_is_left_of_several_gateways_is_one_of_them() -> None:
+    """Nothing changes but their number: two workloads would be two leaders for a while."""
     values = {**SEVERAL, "gateways": {**SEVERAL["gateways"], "replicas": 1}}
+    three, left = objects(SEVERAL), objects(values)
+    (several,) = [item for item in three if item["kind"] == "StatefulSet"]
+    (single,) = [item for item in left if item["kind"] == "StatefulSet"]
+    assert (several["spec"].pop("replicas"), single["spec"].pop("replicas")) == (3, 1)
+    for made, key in ((three, "maxUnavailable"), (left, "minAvailable")):
+        (budget,) = [item for item in made if item["kind"] == "PodDisruptionBudget"]
+        assert budget["spec"].pop(key) == 1
+    assert three == left
+
+
+def test_without_certificates_one_gateway_needs_nothing_of_several(tmp_path: Path) -> None:
+    values = {**SEVERAL, "gateways": {**SEVERAL["gateways"], "replicas": 1, "certificateSecret": ""}}
     config = config_of(values, tmp_path)
     assert config.gateways is None
     assert str(config.store.password_file) == "/etc/chiron-database/password", "its batches stay in the database"

@@ -29,13 +29,18 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 {{- end -}}
 
-{{- /* config with what several gateways need: where their certificates and the database's password are mounted. One that
-is left of several needs nothing of it. */ -}}
+{{- /* "true" where there are several gateways. One that is left of them is as each of them was: were it another kind of
+workload, the new one would scale beside the old ones, which it does not know, until they have ended. */ -}}
+{{- define "chiron.several" -}}
+{{- if or (gt (int .Values.gateways.replicas) 1) .Values.gateways.certificateSecret -}}true{{- end -}}
+{{- end -}}
+
+{{- /* config with what several gateways need: where their certificates and the database's password are mounted. */ -}}
 {{- define "chiron.config" -}}
 {{- $config := deepCopy .Values.config -}}
-{{- if gt (int .Values.gateways.replicas) 1 -}}
+{{- if include "chiron.several" . | eq "true" -}}
 {{- if not (dig "store" "url" "" $config) -}}
-{{- fail "gateways.replicas is above 1: config.store.url must name the PostgreSQL that they share (docs/gateways.md)" -}}
+{{- fail "gateways.replicas is above 1, or gateways.certificateSecret is set: config.store.url must name the PostgreSQL that they share (docs/gateways.md)" -}}
 {{- end -}}
 {{- $certificates := "/etc/chiron-gateways" -}}
 {{- $ours := dict "listen" (printf "0.0.0.0:%d" (int .Values.gateways.port)) "certificate" (printf "%s/tls.crt" $certificates) "key" (printf "%s/tls.key" $certificates) "ca" (printf "%s/ca.crt" $certificates) -}}
@@ -89,7 +94,7 @@ of several, preStop as well. */ -}}
 {{- range $part := regexFindAll "[0-9.]+[a-z]*" (toString (default "30s" .Values.config.server.grace)) -1 -}}
 {{- $seconds = addf $seconds (mulf (float64 (regexFind "^[0-9.]+" $part)) (get $units (regexFind "[a-z]*$" $part))) -}}
 {{- end -}}
-{{- $wait := ternary .Values.gateways.preStopSeconds 0 (gt (int .Values.gateways.replicas) 1) -}}
+{{- $wait := ternary .Values.gateways.preStopSeconds 0 (include "chiron.several" . | eq "true") -}}
 {{- add (ceil $seconds | int64) $wait -}}
 {{- end -}}
 
