@@ -1,5 +1,6 @@
 """The chart with three gateways on a real control plane: requests through its Service, and a batch, while the pod that
 leads is killed, the chart is upgraded, and a gateway is taken away. No request fails, and each item has one line.
+Clients are kept off the pod that is killed, and none waits there then: those on it would be cut off.
 
 Gateways are processes with the names, certificates, rights and volumes that the chart gives them, on a PostgreSQL, with
 a Lease of the API server. A client asks before each request which pods the Service has, and a pod that ends is told so
