@@ -29,6 +29,8 @@ BASE = (
     "duration=15m",
     "policies.whole-hpa-tuned={policy='hpa-queue-tuned'}",
     "policies.stage-queue={policy='static', stages={policy='stage-hpa', metric='queue', target=5}}",
+    # No mean of shares is a thousand times the target, so it keeps the replicas that it finds.
+    "policies.stage-fixed={policy='static', stages={policy='stage-hpa', tolerance=1000}}",
 )
 SPLIT = "models.llama-2-13b.stages."
 RATE = "workload.0.generate.rate="
@@ -206,8 +208,9 @@ def claim(name: str, holds: bool | None, why: str) -> str:
     return f"| {name} | **{verdict}** | {why} |"
 
 
-def claims(main: dict[str, Row], steady: dict[str, Row]) -> str:
-    """The paper's, one by one, against its own rival: the whole model under an HPA."""
+def claims(main: dict[str, Row], uneven: dict[str, Row], fixed: Row) -> str:
+    """The paper's, one by one, against its own rival: the whole model under an HPA. ``fixed``: uneven stages that are
+    not scaled."""
     hpa, rows = main["whole-hpa"], []
     for stage in ("stage-hpa", "stage-queue"):
         one = main[stage]
@@ -229,16 +232,27 @@ def claims(main: dict[str, Row], steady: dict[str, Row]) -> str:
                 f"{per[0]:.0f} against {per[1]:.0f}",
             )
         )
-    one, ours = steady["stage-hpa"], steady["stage-balance"]
+    one, ours = uneven["stage-hpa"], uneven["stage-balance"]
     rows.append(
         claim(
             "the HPA relieves the bottleneck stage",
-            one.attained >= 0.99 and one.gpu_hours <= 1.1 * ours.gpu_hours,
-            f"uneven stages: `stage-hpa` meets {one.attained:.1%} with {one.gpu_hours:.2f} GPU-hours, `stage-balance` "
-            f"{ours.attained:.1%} with {ours.gpu_hours:.2f}; it holds if 99 % are met with at most a tenth more",
+            relieves(one, fixed, ours),
+            f"uneven stages: `stage-hpa` meets {one.attained:.1%} with {one.gpu_hours:.2f} GPU-hours, the same "
+            f"replicas of each stage all the time {fixed.attained:.1%} with {fixed.gpu_hours:.2f}, `stage-balance` "
+            f"{ours.attained:.1%} with {ours.gpu_hours:.2f}; it holds if at most half as many requests miss their SLOs "
+            "as without scaling, and depends if `stage-balance` meets as many with a tenth fewer GPU-hours",
         )
     )
     return "\n".join(["| claim of arXiv 2507.18007 | verdict | measured |", "|---|---|---|", *rows])
+
+
+def relieves(one: Row, fixed: Row, ours: Row) -> bool | None:
+    """By what scaling changes, and not by a share of SLOs met that no stage policy may reach there. None: it does, at a
+    price that is not needed."""
+    if 1.0 - one.attained > 0.5 * (1.0 - fixed.attained):
+        return False
+    beaten = ours.attained >= one.attained and ours.gpu_hours <= 0.9 * one.gpu_hours
+    return None if beaten else True
 
 
 TEXT = """# Staged models, simulated
@@ -360,6 +374,7 @@ def ask_all(runs: Runs) -> None:
     for changes in ([], [UNEVEN], *map(trace_changes, TRACES), [*SEVENTY, RATE + "1"], [RATE + "0.5"]):
         for policy in MODE:
             runs.ask(policy, changes)
+    runs.ask("stage-fixed", [UNEVEN])
     for policy in STARTS:
         for rate in ("2", "0.5"):
             runs.ask(policy, start_changes(policy, rate))
@@ -405,7 +420,7 @@ def page(runs: Runs, figures: Path) -> str:
         failures_words=failed_words,
         latency=latency,
         bandwidth=bandwidth,
-        claims=claims(main_rows, uneven_rows),
+        claims=claims(main_rows, uneven_rows, runs.row("stage-fixed", [UNEVEN])),
     )
 
 
