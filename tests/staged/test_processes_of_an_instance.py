@@ -101,6 +101,31 @@ def test_none_is_started_while_all_are_stopped() -> None:
     assert started == 1
 
 
+def test_a_start_counts_as_long_as_the_last_one_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first reads weights from a cold disk, and lives for ever."""
+    monkeypatch.setattr(instance, "_DOWN_S", 60.0)
+    pauses_s = iter((0.5, 0.0))
+
+    def command(spec: StageSpec) -> list[str]:
+        code = f"import time; time.sleep({next(pauses_s)}); print('ready port=9', flush=True); input()"
+        return [sys.executable, "-S", "-c", code]
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",), replicas=(0,)) as site, asyncio.timeout(60.0):
+            processes = StageProcesses(site.engine, read_specs(json.dumps([{**WHOLE, "max": 2}]), 4), command)
+            processes.start()
+            for count in (1, 2):
+                processes.scale([count])
+                while processes.counts(0)[0] < count:
+                    await asyncio.sleep(0.01)
+            slow, quick = processes._replicas[0]
+            assert slow.start_s >= 0.5
+            assert processes.start_s == [quick.start_s]
+            await processes.close()
+
+    asyncio.run(main())
+
+
 def specs() -> Sequence[StageSpec]:
     return read_specs(json.dumps([WHOLE]), 4)
 

@@ -21,6 +21,7 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from chiron.engines.serve.http import EngineServer, serve_until_stopped
@@ -118,7 +119,8 @@ def _spec(given: Mapping[str, Any], where: str) -> StageSpec:
 class ReplicaProcess:
     """One replica of a stage, from its start to its end."""
 
-    def __init__(self, command: Sequence[str], changed: Callable[[], None]) -> None:
+    def __init__(self, command: Sequence[str], changed: Callable[[], None], timed: Callable[[float], None]) -> None:
+        """``timed`` hears what its start took, when it is ready."""
         self.address = ""
         """Empty until it is ready."""
         self.began_s = time.monotonic()
@@ -128,6 +130,7 @@ class ReplicaProcess:
         self.ended = False
         self.down_since_s: float | None = None
         self._changed = changed
+        self._timed = timed
         self._process: Process | None = None
         self.task = asyncio.get_running_loop().create_task(self._run(command))
 
@@ -165,6 +168,7 @@ class ReplicaProcess:
                 if not self.address and (found := _READY.search(line)):
                     self.start_s = time.monotonic() - self.began_s
                     self.address = f"127.0.0.1:{int(found[1])}"
+                    self._timed(self.start_s)
                     self._changed()
             await self._process.wait()
         except OSError as error:
@@ -259,12 +263,12 @@ class StageProcesses:
             staying = [each for each in replicas if not each.leaving]
             if len(staying) < wanted and now_s >= self._not_before_s[stage]:
                 for _ in range(wanted - len(staying)):
-                    replicas.append(ReplicaProcess(self._command(self.specs[stage]), self._settle))
+                    timed = partial(self.start_s.__setitem__, stage)
+                    replicas.append(ReplicaProcess(self._command(self.specs[stage]), self._settle, timed))
             for each in self._to_go(stage, staying, len(staying) - wanted):
                 each.leaving = True
                 if not each.address:
                     each.stop()
-            self.start_s[stage] = max([each.start_s for each in replicas] or [self.start_s[stage]])
         self._tell()
 
     def _ended(self, stage: int, replica: ReplicaProcess, now_s: float) -> None:
