@@ -128,6 +128,10 @@ def test_before_the_first_scrape_nothing_is_decided() -> None:
         (STAGE, replace(STAGE, busy_s=nan)),
         (STAGE, replace(STAGE, ready=-1)),
         (STAGE, replace(STAGE, kv_used_tokens=-5)),
+        (STAGE, replace(STAGE, ready=1025)),
+        (STAGE, replace(STAGE, starting=1 << 60)),
+        (STAGE, replace(STAGE, draining=1 << 60)),
+        (STAGE, replace(STAGE, start_s=86_401.0)),
     ],
 )
 def test_what_cannot_be_true_is_not_taken_in(sample: tuple[StageSample, ...]) -> None:

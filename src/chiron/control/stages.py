@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, isfinite, nan
-from typing import cast
+from typing import Final, cast
 
 from chiron.control.actuators import Actuators
 from chiron.control.gpus import Gpus
@@ -19,6 +19,12 @@ from chiron.core.stages import PipelineSample, StageSample
 from chiron.core.types import Decision, Instance, StageKind
 from chiron.policies.policy import Policy, StagesHook
 from chiron.policies.views import PipelineView, PolicyState, StagePlan, StageView
+
+_REPLICAS_MAX: Final = 1024
+"""Of a stage, in one state, that are believed where its plan allows fewer: a head takes no more. What it says is
+billed, and held against the limit of GPUs."""
+_START_MAX_S: Final = 86_400.0
+"""A day, which is the longest that a replica's start may be given: policies keep what has happened since."""
 
 
 class _Pipeline:
@@ -70,7 +76,7 @@ class StageLoop:
     def sampled(self, instance: Instance, sample: PipelineSample) -> None:
         """A scrape of a pipeline. What does not fit its stages is dropped: it says nothing about them."""
         pipeline = instance.kind.pipeline
-        if pipeline is None or len(sample.stages) != len(pipeline.stages) or not _sound(sample):
+        if pipeline is None or len(sample.stages) != len(pipeline.stages) or not _sound(sample, pipeline.stages):
             return
         known = self._pipelines.get(instance.id)
         if known is None:
@@ -226,18 +232,24 @@ def _within(stage: StageKind, plan: StagePlan) -> int:
     return min(max(plan.replicas, stage.min_replicas), stage.max_replicas)
 
 
-def _sound(sample: PipelineSample) -> bool:
+def _sound(sample: PipelineSample, kinds: Sequence[StageKind]) -> bool:
     """What an engine says is believed only as far as it can be true."""
     return (
         isfinite(sample.taken_s)
         and sample.running >= 0
         and sample.waiting >= 0
         and 0.0 <= sample.context_tokens < inf
-        and all(_sound_stage(stage) for stage in sample.stages)
+        and all(_sound_stage(stage, kind) for stage, kind in zip(sample.stages, kinds, strict=True))
     )
 
 
-def _sound_stage(stage: StageSample) -> bool:
+def _sound_stage(stage: StageSample, kind: StageKind) -> bool:
     sums = (stage.busy_s, stage.passes, stage.tokens, stage.waiting)
-    counts = (stage.ready, stage.starting, stage.draining, stage.kv_used_tokens)
-    return all(0.0 <= each < inf for each in sums) and all(each >= 0 for each in counts)
+    replicas = (stage.ready, stage.starting, stage.draining)
+    most = max(_REPLICAS_MAX, kind.max_replicas)
+    return (
+        all(0.0 <= each < inf for each in sums)
+        and all(0 <= each <= most for each in replicas)
+        and stage.kv_used_tokens >= 0
+        and not stage.start_s > _START_MAX_S
+    )

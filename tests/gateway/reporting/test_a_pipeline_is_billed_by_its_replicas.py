@@ -6,6 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from chiron.control.actuators import NullActuators
+from chiron.control.gpus import Gpus
+from chiron.control.stages import StageLoop
+from chiron.core.clock import VirtualClock
 from chiron.core.stages import PipelineSample, StageSample
 from chiron.core.types import Instance, InstanceKind, ModelSpec
 from chiron.gateway.reporting.live_result import LiveRecorder
@@ -74,9 +78,25 @@ def test_stages_have_prices_of_their_own() -> None:
 def test_what_the_control_plane_did_not_believe_is_not_billed() -> None:
     recorder = recorded()
     (bill,) = recorder._alive.values()
-    many = StageSample(ready=1 << 60, starting=0, draining=0, busy_s=0.0, passes=0.0, tokens=0.0)
-    recorder.stages_sampled(bill.instance, PipelineSample(taken_s=12.0, stages=(many, many), running=0, waiting=0))
-    assert figures(recorder, 20.0)[0] == 10 * AT_FIRST
+    gpus = Gpus({"a100": 100})
+    gpus.take(bill.instance, up=True)
+    loop = StageLoop(
+        clock=VirtualClock(),
+        policy=POLICY,
+        models={},
+        instances={1: bill.instance},
+        gpus=gpus,
+        journal=recorder,
+        actuators=NullActuators(),
+    )
+    few = StageSample(ready=2, starting=0, draining=0, busy_s=0.0, passes=0.0, tokens=0.0)
+    for at_s, ready in ((12.0, 1 << 60), (14.0, 3), (18.0, 1025)):
+        stages = (few, replace(few, ready=ready))
+        sample = PipelineSample(taken_s=at_s, stages=stages, running=0, waiting=0)
+        loop.sampled(bill.instance, sample)
+        recorder.stages_sampled(bill.instance, sample)
+    assert figures(recorder, 20.0)[0] == 4 * AT_FIRST + 6 * (2 + 3 * 2)
+    assert gpus.room(KIND)
 
 
 def test_the_bill_of_one_that_is_gone_is_closed() -> None:
