@@ -61,6 +61,38 @@ def test_it_reads_like_a_log_with_a_line_each_and_is_half_as_large(tmp_path: Pat
     assert lines(tmp_path / "True")[0]["version"] == 3
 
 
+@pytest.mark.parametrize("rows_between", [1, 2, 3, 4, 6, 32])
+@pytest.mark.parametrize("names", [1, 32])
+def test_it_is_no_larger_than_with_a_line_each_however_little_happens(
+    rows_between: int, names: int, tmp_path: Path
+) -> None:
+    """Something that stands by itself comes after so many rows."""
+    for grouped in (False, True):
+        settings = EventLogSettings(path=tmp_path / f"{grouped}", grouped=grouped, flush_s=3600.0)
+        journal = LiveJournal(writer=EventWriter(settings, wall_origin_s=0.0))
+        rows = 0
+        for id in range(40):
+            payload = SimpleNamespace(request_id=f"req-0123abcd-{id:x}", key_name=f"key {id % names}")
+            request = Request(id, f"model {id % min(names, 8)}", CHAT, 0.1 * id, 300, payload)
+            request.dispatch_s = request.first_token_s = 0.1 * id
+            request.outcome, request.finish_s = "finished", 0.1 * id + 1
+            instance = Instance(7, request.model, KIND, "mixed", 0.0)
+            for step in ("arrival", "first_token", "ended"):
+                if step == "ended":
+                    journal.ended(request)
+                else:
+                    journal.event(0.1 * id, step, request, instance if step == "first_token" else None)
+                if step == "arrival":
+                    journal.event(0.1 * id, "dispatch", request, instance)
+                rows += 1
+                if rows % rows_between == 0:
+                    journal.settle()
+        journal.close()
+    each, group = (list(read_event_log(tmp_path / f"{grouped}"))[1:] for grouped in (False, True))
+    assert group == each
+    assert (tmp_path / "True").stat().st_size <= (tmp_path / "False").stat().st_size
+
+
 DATA = Path(__file__).parent.parent / "data"
 
 
@@ -107,7 +139,9 @@ def test_models_keys_reasons_and_instances_are_named_however_many_there_are(tmp_
     assert group == each
 
 
-def test_one_that_no_row_can_hold_costs_no_other(tmp_path: Path) -> None:
+def test_one_that_no_row_can_hold_costs_no_other_and_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = EventLogSettings(path=tmp_path / "log", grouped=True)
     journal = LiveJournal(writer=EventWriter(settings, wall_origin_s=0.0))
     for name in ("a", "\ud800", "b"):
@@ -115,6 +149,8 @@ def test_one_that_no_row_can_hold_costs_no_other(tmp_path: Path) -> None:
     journal.close()
     assert [e["request"] for e in read_event_log(tmp_path / "log") if e["event"] == "arrival"] == ["a", "b"]
     assert journal.dropped_lines == 1
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["1 of 3 events could not be written: the names of their requests are no text"]
 
 
 def test_the_queue_is_counted_in_events(tmp_path: Path) -> None:

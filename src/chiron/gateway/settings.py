@@ -215,7 +215,7 @@ class TelemetrySettings:
     """File of the event log (JSON lines); relative to the config file; empty: ``events.jsonl`` in the data
     directory; ``"off"``: none."""
     event_log_grouped: bool = True
-    """What happens to requests is written as one line for some 64 events, which costs a quarter of a line each;
+    """What happens to requests is written as one line for up to some hundred events, which is smaller and costs less;
     ``chiron explain``, ``advice`` and ``read_event_log`` read both."""
     input_log: str = ""
     """File of the input log, for ``chiron replay``; relative to the config file; empty: none."""

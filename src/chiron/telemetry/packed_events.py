@@ -62,7 +62,9 @@ class PackedError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tables:
+class Tables:
+    """What rows point into."""
+
     of: Sequence[tuple[str, str]]
     keys: Sequence[str]
     events: Sequence[str]
@@ -78,7 +80,7 @@ def unpacked(group: Mapping[str, Any]) -> Iterator[Event]:
         not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(name, str) for name in pair)) for pair in of
     ):
         raise PackedError(f"of is {str(of)[:80]}; it must be a list of models with classes")
-    tables = _Tables(
+    tables = Tables(
         of=[(model, cls) for model, cls in of],
         keys=_texts(group, "keys"),
         events=_texts(group, "events"),
@@ -100,8 +102,13 @@ def unpacked(group: Mapping[str, Any]) -> Iterator[Event]:
     return _events(rows, ends, requests, tables)
 
 
+def events_of(rows: bytes, ends: bytes, requests: Sequence[str | None], tables: Tables) -> Iterator[Event]:
+    """The same of rows that need no check: whoever asks has made them."""
+    return _events(list(EVENT.iter_unpack(rows)), list(END.iter_unpack(ends)), requests, tables)
+
+
 def _events(
-    rows: Sequence[Sequence[Any]], ends: Sequence[Sequence[Any]], requests: Sequence[str | None], tables: _Tables
+    rows: Sequence[Sequence[Any]], ends: Sequence[Sequence[Any]], requests: Sequence[str | None], tables: Tables
 ) -> Iterator[Event]:
     next_end = iter(ends)
     for row, request in zip(rows, requests, strict=True):
@@ -129,7 +136,7 @@ def _events(
             yield {"t": row[0], "event": tables.events[number], "request": request, "instance": _id(row[3])}
 
 
-def _end(row: Sequence[Any], end: Sequence[Any], request: str, tables: _Tables) -> Event:
+def _end(row: Sequence[Any], end: Sequence[Any], request: str, tables: Tables) -> Event:
     finish_s, arrival_s, input_tokens, instance, of, key, _ = row
     dispatch_s, first_s, _, _, _, tokens, evictions, retries, reason, outcome = end
     model, cls = tables.of[of]
@@ -178,7 +185,7 @@ def _texts(group: Mapping[str, Any], name: str, *, or_none: bool = False) -> lis
     return texts
 
 
-def _check_row(row: Sequence[Any], tables: _Tables) -> None:
+def _check_row(row: Sequence[Any], tables: Tables) -> None:
     t, arrival_s, _, _, of, key, event = row
     if not (isfinite(t) and isfinite(arrival_s)):
         raise PackedError(f"a row of {t} s, of a request of {arrival_s} s; both must be numbers")

@@ -1,4 +1,8 @@
-"""Rows of events as one line of a grouped event log: ``telemetry.packed_events`` has its form."""
+"""Rows of events as one line of a grouped event log: ``telemetry.packed_events`` has its form.
+
+A group has some 300 bytes beside its rows. So a few rows are a line each, as in a log that is not grouped, and a small
+group has only the names that it needs: the log of a gateway with little to do is no larger than with a line each.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from chiron.gateway.reporting.tally import EVENTS
-from chiron.telemetry.packed_events import END, ENDED, EVENT, PACKED
+from chiron.telemetry.packed_events import END, ENDED, EVENT, PACKED, Tables, events_of
 
 FEW = 32
-"""Names of a table that are written whether or not a group has them."""
+"""Names of a table that are written whether or not a group has them, if it has as many rows."""
+ROWS_MIN = 4
+"""Fewer rows are a line each."""
 Name = TypeVar("Name")
 
 _encode = msgspec.json.Encoder().encode
@@ -47,12 +53,18 @@ class Group:
         ended = int((np.frombuffer(rows, dtype=EVENTS)["event"] == ENDED).sum())
         return replace(self, rows=rows, ends=self.ends[: ended * END.size], requests=self.requests[:count])
 
-    def line(self) -> tuple[bytes, int]:
-        """Without its checksum; and how many of its events cannot be read there, because the name of their request is
-        no text that can be encoded."""
+    def lines(self) -> tuple[list[bytes], int]:
+        """Without their checksums; and how many of its events cannot be read there, because the name of their request
+        is no text that can be encoded."""
+        if len(self) < ROWS_MIN:
+            return self._line_each()
+        line, lost = self._line()
+        return [line], lost
+
+    def _line(self) -> tuple[bytes, int]:
         requests, lost = _names(self.requests)
         rows, of, keys = self.rows, self.of, self.keys
-        if len(of) > FEW or len(keys) > FEW:
+        if max(len(of), len(keys)) > min(FEW, len(self)):
             events = np.frombuffer(rows, dtype=EVENTS).copy()
             events["of"], of = _used(events["of"], of)
             events["key"], keys = _used(events["key"], keys)
@@ -73,6 +85,12 @@ class Group:
             lost,
         )
 
+    def _line_each(self) -> tuple[list[bytes], int]:
+        requests = _kept(self.requests)
+        tables = Tables(of=self.of, keys=_replaced(self.keys), events=self.events, reasons=_replaced(self.reasons))
+        events = events_of(self.rows, self.ends, requests, tables)
+        return [_encode(event) + b"\n" for event in events], requests.count(None)
+
 
 def _used(places: npt.NDArray[np.int32], names: Sequence[Name]) -> tuple[npt.NDArray[np.intp], list[Name]]:
     """The places among the names that are used, and those names."""
@@ -85,7 +103,7 @@ def _names(texts: Sequence[str]) -> tuple[bytes, int]:
     try:
         return _encode(texts), 0
     except (TypeError, ValueError):
-        kept = [text if _encodes(text) else None for text in texts]
+        kept = _kept(texts)
         return _encode(kept), kept.count(None)
 
 
@@ -93,7 +111,15 @@ def _table(texts: Sequence[str]) -> bytes:
     try:
         return _encode(texts)
     except (TypeError, ValueError):
-        return _encode([str(text).encode(errors="replace").decode() for text in texts])
+        return _encode(_replaced(texts))
+
+
+def _kept(texts: Sequence[str]) -> list[str | None]:
+    return [text if _encodes(text) else None for text in texts]
+
+
+def _replaced(texts: Sequence[str]) -> list[str]:
+    return [str(text).encode(errors="replace").decode() for text in texts]
 
 
 def _encodes(text: str) -> bool:
