@@ -10,11 +10,13 @@ import pytest
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request
 from chiron.policies.capacity import work_s
+from chiron.policies.rivals.forecasters import Fitted
 from chiron.policies.rivals.sageserve import (
     Memory,
     PendingTokens,
     SageServeSettings,
     change,
+    chooses_anew,
     counted,
     decide_fleet,
     tokens_per_minute,
@@ -88,6 +90,14 @@ def test_an_instance_takes_the_prompts_of_the_answers_that_it_makes() -> None:
     assert tokens_per_minute(DEFAULT, one) == pytest.approx(256 / step_s / 200.0 * 500.0 * 60.0 * 0.8)
 
 
+def test_five_times_the_forecast_and_memory_in_use_add_one_even_while_some_should_leave() -> None:
+    memory = Memory(minute=70, forecast=FORECAST, forecast_minute=60, changes=-2, last_minute=((4200, 51.0),))
+    assert change(DEFAULT, memory, 0.51, starting=False) == (1, "beyond_forecast")
+    assert change(DEFAULT, memory, 0.5, starting=False) == (0, "memory_in_use")
+    assert change(DEFAULT, memory, 0.24, starting=False) == (-1, "planned_down")
+    assert change(DEFAULT, replace(memory, last_minute=()), 0.99, starting=False) == (0, "memory_in_use")
+
+
 def run(settings: SageServeSettings, minutes: int, used: int, count: int) -> tuple[list[int], Memory]:
     """Plans, five seconds apart, under ten requests a second; instances come at once. And what is remembered."""
     state, made = None, []
@@ -113,6 +123,48 @@ def test_without_a_plan_memory_in_use_adds_instances_and_none_leaves() -> None:
     assert run(DEFAULT, 1, 9_000, 1)[0] == list(range(2, 14))
     assert run(DEFAULT, 1, 1_000, 3)[0] == [3] * 12
     assert run(DEFAULT, 1, 5_000, 3)[0] == [3] * 12
+
+
+def test_without_a_plan_batch_work_adds_none() -> None:
+    busy = model(fleet_of(2, kv_used_tokens=9_000, dispatched=10, dispatched_interactive=5))
+    plans, _ = decide_fleet(DEFAULT, None, fleet(busy))
+    assert (plans["llama"].counts["mixed"], plans["llama"].reason) == (2, "steady")
+    chat = model(fleet_of(2, kv_used_tokens=9_000, dispatched=10, dispatched_interactive=10))
+    assert decide_fleet(DEFAULT, None, fleet(chat))[0]["llama"].counts["mixed"] == 3
+
+
+def planned_down(settings: SageServeSettings, used: int, **view: Any) -> tuple[int, str, Memory]:
+    """A plan for next to nothing, of ten instances."""
+    memory = Memory(minute=9, minutes=(0.0,) * 9)
+    view_now = model(fleet_of(10, kv_used_tokens=used, **view))
+    plans, state = decide_fleet(settings, {"llama": memory}, fleet(view_now, now_s=600.0))
+    return plans["llama"].counts["mixed"], plans["llama"].reason, state["llama"]
+
+
+def test_what_a_plan_takes_away_leaves_at_once() -> None:
+    count, reason, memory = planned_down(DEFAULT, 9_000)
+    assert (count, reason, memory.changes) == (1, "planned_down", 0)
+    count, reason, memory = planned_down(replace(DEFAULT, down_waits=True), 9_000)
+    assert (count, reason, memory.changes) == (10, "steady", -9)
+    count, reason, memory = planned_down(replace(DEFAULT, down_waits=True), 100)
+    assert (count, reason, memory.changes) == (9, "planned_down", -8)
+
+
+def test_a_plan_waits_for_metrics() -> None:
+    count, reason, memory = planned_down(DEFAULT, 9_000, sample_age_s=60.0)
+    assert (count, reason, memory.planned_s) == (10, "metrics_missing", float("-inf"))
+
+
+def test_the_forecasts_order_is_chosen_again_when_there_is_twice_as_much_to_choose_from() -> None:
+    kept = Fitted(order=(1, 0, 0), parameters=(100.0, 0.1, 10.0))
+
+    def anew(minutes: int, fitted: Fitted | None, before: int) -> bool:
+        return chooses_anew(Memory(minutes=(1.0,) * minutes, fitted=fitted, chosen_from=before))
+
+    assert anew(10, None, 0)
+    assert [anew(minutes, kept, 10) for minutes in (19, 20)] == [False, True]
+    assert [anew(2 * before, kept, before) for before in (1439, 1440)] == [True, False], "a day says enough"
+    assert planned_down(DEFAULT, 100)[2].chosen_from == 10
 
 
 def test_the_plan_bounds_what_memory_asks_for() -> None:

@@ -7,11 +7,13 @@ Once an hour, from the prompt tokens of interactive requests in each minute so f
     plan    = ceil(tokens / tokens a minute of one instance)
     changes = plan - instances
 
-and at each decision between, with u the share of KV in use, one instance at a time::
+What a plan takes away leaves at once, and changes is 0 then. At each decision between, with u the share of KV in use,
+one instance at a time::
 
     changes > 0 and u > 0.5   : one more, changes - 1
     changes < 0 and u < 0.25  : one less, changes + 1
     changes = 0 and tokens of the last minute > 5 * those forecast for it : one more, changes - 1
+    changes < 0, likewise, and u > 0.5 : likewise (ours)
 
 Nothing starts while another does. Batch work waits in front, earliest deadline first, and is released while u is at
 most 0.6. Requests go to the instance with the fewest tokens that are pending.
@@ -40,7 +42,8 @@ from chiron.policies.rivals.forecasters import FEWEST, Fitted, arima, needs
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 MINUTE_S = 60
-MOST_MINUTES = 7 * 24 * 60
+DAY_MINUTES = 24 * 60
+MOST_MINUTES = 7 * DAY_MINUTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +51,8 @@ class SageServeSettings:
     plan_s: Annotated[float, Between(1800.0, 3600.0, log=True)] = 3600.0
     """Between two plans (the code, as all that follow where nothing else is said)."""
     first_s: float = 600.0
-    """Of the first one. Ours: the code begins with a forecast from earlier weeks; until then memory in use adds
-    instances, and none leaves."""
+    """Of the first one. Ours: the code begins with a forecast from earlier weeks; until then memory that interactive
+    requests use adds instances, and none leaves."""
     ahead_from_s: float = 1200.0
     """The part of the forecast that a plan is for begins so far ahead, and ends ``plan_s`` ahead."""
     batch_share: float = 0.1
@@ -57,7 +60,9 @@ class SageServeSettings:
     up_at: Annotated[float, Between(0.05, 0.9)] = 0.5
     """Share of KV in use above which an instance is added. Its paper, by notes, has 0.7."""
     down_at: Annotated[float, Between(0.01, 0.6)] = 0.25
-    """Below which one leaves. Its paper, by notes, has 0.3."""
+    """Below which one leaves that a surprise added. Its paper, by notes, has 0.3."""
+    down_waits: bool = False
+    """Those that a plan takes away wait for that, too, and leave one by one (its paper, by notes)."""
     surprise: Annotated[float, Between(1.1, 10.0, log=True)] = 5.0
     """Times the forecast at which the plan no longer holds."""
     batch_until: Annotated[float, Between(0.1, 1.0)] = 0.6
@@ -99,6 +104,8 @@ class Memory:
     forecast_minute: int = 0
     planned_s: float = -inf
     fitted: Fitted | None = None
+    chosen_from: int = 0
+    """Minutes that there were when ARIMA's order was chosen."""
     changes: int | None = None
     """Instances that the plan still has to add, or to take away if negative; None: there is no plan yet."""
 
@@ -116,12 +123,19 @@ def _decide_model(
 ) -> tuple[ModelPlan, Memory]:
     memory = counted(memory, model, now_s)
     current = sum(model.planned.values())
-    if now_s >= settings.first_s and now_s - memory.planned_s >= settings.plan_s and len(memory.minutes) >= FEWEST:
-        memory = _planned(settings, memory, model, current, now_s)
     fresh = scraped(model, settings.stale_s)
     if fresh is None:
         return held(model), memory
-    step, reason = change(settings, memory, used_share(fresh), starting=model.count("starting") > 0)
+    at_once = 0
+    if now_s >= settings.first_s and now_s - memory.planned_s >= settings.plan_s and len(memory.minutes) >= FEWEST:
+        memory = _planned(settings, memory, model, current, now_s)
+        if memory.changes is not None and not settings.down_waits:
+            at_once = min(0, memory.changes)
+    used = used_share(fresh) if memory.changes is not None else used_share(fresh, interactive=True)
+    if at_once:
+        step, reason = at_once, "planned_down"
+    else:
+        step, reason = change(settings, memory, used, starting=model.count("starting") > 0)
     count = within_bounds(model, current + step)
     if memory.changes is not None and count != current:
         memory = replace(memory, changes=memory.changes - (count - current))
@@ -134,9 +148,14 @@ def _decide_model(
     return mixed_plan(count, reason if count != current else "steady", numbers), memory
 
 
-def used_share(instances: Sequence[InstanceView]) -> float:
+def used_share(instances: Sequence[InstanceView], *, interactive: bool = False) -> float:
+    """Of the KV; ``interactive``: by requests of that kind, as their share of all that are there."""
     capacity_tokens = sum(each.kv_capacity_tokens for each in instances)
-    return sum(each.kv_used_tokens for each in instances) / capacity_tokens if capacity_tokens else 0.0
+    used = 0.0
+    for each in instances:
+        share = each.dispatched_interactive / each.dispatched if interactive and each.dispatched else 1.0
+        used += share * each.kv_used_tokens
+    return used / capacity_tokens if capacity_tokens else 0.0
 
 
 def forecast_now(memory: Memory) -> float:
@@ -152,11 +171,14 @@ def change(settings: SageServeSettings, memory: Memory, used: float, *, starting
         return 0, "one_starts"
     if left is None:
         return (1, "memory_above") if used > settings.up_at else (0, "steady")
-    if left == 0:
-        surprised = sum(tokens for _, tokens in memory.last_minute) > settings.surprise * forecast_now(memory)
-        return (1, "beyond_forecast") if surprised else (0, "steady")
     if left > 0:
         return (1, "planned_up") if used > settings.up_at else (0, "memory_enough")
+    if left == 0 or used > settings.up_at:
+        surprised = sum(tokens for _, tokens in memory.last_minute) > settings.surprise * forecast_now(memory)
+        if surprised:
+            return 1, "beyond_forecast"
+    if left == 0:
+        return 0, "steady"
     return (-1, "planned_down") if used < settings.down_at else (0, "memory_in_use")
 
 
@@ -190,7 +212,8 @@ def counted(memory: Memory, model: ModelView, now_s: float) -> Memory:
 
 def _planned(settings: SageServeSettings, memory: Memory, model: ModelView, current: int, now_s: float) -> Memory:
     steps = max(1, ceil(settings.plan_s / MINUTE_S))
-    forecast, fitted = arima(memory.minutes, steps, memory.fitted)
+    anew = chooses_anew(memory)
+    forecast, fitted = arima(memory.minutes, steps, None if anew else memory.fitted)
     tokens = tokens_planned(settings, forecast, memory.batch_minutes)
     count = within_bounds(model, ceil(tokens / tokens_per_minute(settings, model)))
     return replace(
@@ -199,8 +222,16 @@ def _planned(settings: SageServeSettings, memory: Memory, model: ModelView, curr
         forecast_minute=memory.minute,
         planned_s=now_s,
         fitted=fitted,
+        chosen_from=len(memory.minutes) if anew else memory.chosen_from,
         changes=count - current,
     )
+
+
+def chooses_anew(memory: Memory) -> bool:
+    """Whether ARIMA's order is: with one that was chosen from a few minutes, forecasts would be little but their mean
+    for days. A day says enough."""
+    minutes, before = len(memory.minutes), memory.chosen_from
+    return memory.fitted is None or (before < DAY_MINUTES and minutes >= 2 * before)
 
 
 def tokens_planned(settings: SageServeSettings, forecast: Sequence[float], batch_minutes: Sequence[float]) -> float:
