@@ -69,8 +69,8 @@ test-slow: $(VENV)/.dev ## The slow tests, and the laws with all their examples;
 # A real kube-apiserver and its controllers, built from Debian's source once and kept.
 KUBERNETES ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/chiron/kubernetes-1.20
 
-test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (minutes to build it once, then five)
-	@CHIRON_TEST_KUBERNETES=$(KUBERNETES) $(BIN)/python -m pytest -m kubernetes
+test-kubernetes: $(VENV)/.dev $(KUBERNETES)/etcd ## The tests against a real Kubernetes control plane (minutes to build it once, then ten)
+	@CHIRON_TEST_KUBERNETES=$(KUBERNETES) $(BIN)/python -m pytest -m kubernetes $(KUBERNETES_TESTS)
 
 kubernetes-programs: $(KUBERNETES)/etcd ## Build that control plane, if it is not there
 
