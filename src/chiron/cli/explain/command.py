@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -58,6 +59,9 @@ def explain(
     - `chiron explain chiron-data/events.jsonl --events | jq 'select(.event == "ended")'`
     """
     if events:
+        for option, given in (("--at", at), ("--model", model)):
+            if given is not None:
+                raise ConfigError(f"--events prints all events; {option} does not go with it")
         print_events(file)
         return
     history = load_history(file)
@@ -145,6 +149,8 @@ def _print_overview(console: Console, history: RunHistory, model: str) -> None:
 
 def print_events(file: Path) -> None:
     """Whatever their form in the log is. Lines that are damaged are named, and passed over."""
+    if zipfile.is_zipfile(file):
+        raise ConfigError(f"{file} is a saved result, which has no events; name an event log")
     for event in read_event_log(file, damaged=lambda what: print(f"Passed over: {what}.", file=sys.stderr)):
         print(json.dumps(event))
 
