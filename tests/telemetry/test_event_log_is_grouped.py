@@ -104,6 +104,13 @@ def test_logs_of_earlier_versions_are_read_as_before(version: int, tmp_path: Pat
     assert list(read_event_log(DATA / f"events_v{version}.jsonl")) == [{**head, "version": version}, *now]
 
 
+def test_a_stored_log_of_this_version_says_what_it_said() -> None:
+    """Every outcome, reasons, evictions, an arrival that is placed at once. Neither the order of columns nor the names
+    of outcomes are in the file, so a change of either needs a new version."""
+    (_, *packed), (_, *each) = (read_event_log(DATA / f"events_v3{kind}.jsonl") for kind in ("", "_lines"))
+    assert packed == each
+
+
 def test_its_events_are_printed_as_a_line_each_and_what_is_damaged_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log"
     written(path, grouped=True)
