@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from staged_models import need_torch, prompts, tiny
 need_torch()
 
 from chiron.engines.serve.http import EngineServer  # noqa: E402
+from chiron.engines.staged import head_engine  # noqa: E402
 from chiron.engines.staged.head import HeadServer, body_limits  # noqa: E402
 from chiron.net.server import serve  # noqa: E402
 from staged_site import StagedSite, announce, request, staged_site, until  # noqa: E402
@@ -68,6 +71,36 @@ def test_of_a_prompt_that_cannot_fit_only_a_part_is_tokenised(chat: bool) -> Non
             assert (status, json.loads(said)["error"]["code"]) == (400, "context_length_exceeded")
             assert "maximum context length is 2048 tokens" in json.loads(said)["error"]["message"]
             assert letters == [16 * CONTEXT]
+
+    asyncio.run(main())
+
+
+def test_token_ids_that_are_echoed_become_text_once_and_many_of_them_in_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many choices there are: each look-up takes time in which no stream gets a token."""
+    monkeypatch.setattr(head_engine, "LETTERS_AT_ONCE", 100)
+
+    async def main() -> None:
+        async with staged_site(tiny(), ("0-3",)) as site:
+            made: list[tuple[int, bool]] = []
+            text = site.engine._text
+
+            def counting(tokens: Sequence[int]) -> str:
+                made.append((len(tokens), threading.current_thread() is threading.main_thread()))
+                return text(tokens)
+
+            monkeypatch.setattr(site.engine, "_text", counting)
+            for length, on_the_loop in ((100, True), (101, False)):
+                prompt = (PROMPT * length)[:length]
+                asked = {"model": "tiny", "prompt": prompt, "n": 8, "echo": True, "max_tokens": 1, "seed": 0}
+                status, said = await site.post("/v1/completions", asked)
+                assert status == 200
+                answers = [choice["text"] for choice in json.loads(said)["choices"]]
+                assert len(answers) == 8
+                assert all(answer.startswith(text(prompt[:-1])) for answer in answers)
+                assert made == [(length, on_the_loop)]
+                made.clear()
 
     asyncio.run(main())
 

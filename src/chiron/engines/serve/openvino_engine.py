@@ -143,13 +143,15 @@ class OpenVinoEngine:
             prompt_tokens=sum(map(len, prompts)),
             offset=len(self._text(request.resume_token_ids)) if done and request.logprobs is not None else 0,
         )
+        echoes: list[str] = []
+        if request.echo and not done:  # Once for all choices of a prompt.
+            echoes = [given if isinstance(given, str) else self._text(given) for given in request.prompts]
         sequences: list[Sequence] = []
         for choice in reply.choices:
             which, number = divmod(choice.index, request.n)
             id = next(self._ids) if sequences else first
-            if request.echo and not done:
-                given = request.prompts[which]
-                choice.add(given if isinstance(given, str) else self._text(given))
+            if echoes:
+                choice.add(echoes[which])
             names = [tool.name for tool in request.tools.allowed] if request.tools.mode == "required" else []
             sequences.append(
                 Sequence(

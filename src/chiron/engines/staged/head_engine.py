@@ -171,7 +171,7 @@ class HeadEngine:
             raise broken(why)
         self._check_queue()
         if _letters(request) <= LETTERS_AT_ONCE:
-            self._accept(request, incoming, self._prompts(request))
+            self._accept(request, incoming, *self._read(request))
             return
         task = asyncio.get_running_loop().create_task(self._accept_later(request, incoming))
         self._tokenising.add(task)
@@ -180,9 +180,9 @@ class HeadEngine:
     async def _accept_later(self, request: GenerationRequest, incoming: Incoming) -> None:
         """A long prompt is tokenised in a thread: what runs goes on meanwhile."""
         try:
-            prompts = await asyncio.get_running_loop().run_in_executor(self._tokeniser, self._prompts, request)
+            prompts, echoes = await asyncio.get_running_loop().run_in_executor(self._tokeniser, self._read, request)
             if not incoming.closed:
-                self._accept(request, incoming, prompts)
+                self._accept(request, incoming, prompts, echoes)
         except RequestError as error:
             if not incoming.closed:
                 respond_error(incoming, error)
@@ -191,13 +191,15 @@ class HeadEngine:
             if not incoming.closed and not incoming.started:
                 respond_error(incoming, _engine_failed())
 
-    def _accept(self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]]) -> None:
+    def _accept(
+        self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]], echoes: list[str]
+    ) -> None:
         allowed = [
             tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
             for prompt in prompts
         ]
         self._check_tokens("resume_token_ids", request.resume_token_ids)
-        generations = self._generations(request, incoming, prompts, allowed)
+        generations = self._generations(request, incoming, prompts, allowed, echoes)
         if self._ended_before(generations[0]):
             return
         incoming.on_close = lambda: self._cancel(generations)
@@ -295,7 +297,12 @@ class HeadEngine:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def _generations(
-        self, request: GenerationRequest, incoming: Incoming, prompts: list[list[int]], allowed: list[int]
+        self,
+        request: GenerationRequest,
+        incoming: Incoming,
+        prompts: list[list[int]],
+        allowed: list[int],
+        echoes: list[str],
     ) -> list[Generation]:
         first = next(self._ids)
         reply = Reply(request, incoming, id=f"{self._salt}{first:x}", prompt_tokens=sum(map(len, prompts)), offset=0)
@@ -303,9 +310,8 @@ class HeadEngine:
         found = []
         for choice in reply.choices:
             which, number = divmod(choice.index, request.n)
-            if request.echo and not request.resume_token_ids:
-                given = request.prompts[which]
-                choice.add(given if isinstance(given, str) else self._text(given))
+            if echoes:
+                choice.add(echoes[which])
             sampling = Sampling(
                 temperature=request.temperature,
                 top_p=request.top_p,
@@ -330,6 +336,13 @@ class HeadEngine:
         for generation in found:
             generation.siblings = found
         return found
+
+    def _read(self, request: GenerationRequest) -> tuple[list[list[int]], list[str]]:
+        """Prompts as tokens, and as the text to echo if that is asked: made once for all choices of a prompt."""
+        prompts = self._prompts(request)
+        if not request.echo or request.resume_token_ids:
+            return prompts, []
+        return prompts, [given if isinstance(given, str) else self._text(given) for given in request.prompts]
 
     def _prompts(self, request: GenerationRequest) -> list[list[int]]:
         if not request.chat:
@@ -556,7 +569,7 @@ def _refuse(request: GenerationRequest) -> None:
 
 
 def _letters(request: GenerationRequest) -> int:
-    """Of all that has to be tokenised."""
+    """Of all that has to be tokenised, and token ids that have to become text again."""
     if request.chat:
         calls = [call for message in request.messages for call in message.calls]
         return (
@@ -564,7 +577,7 @@ def _letters(request: GenerationRequest) -> int:
             + sum(len(call.name) + len(call.arguments) for call in calls)
             + sum(len(json.dumps(tool.definition)) for tool in request.tools.offered)
         )
-    return sum(len(prompt) for prompt in request.prompts if isinstance(prompt, str))
+    return sum(len(prompt) for prompt in request.prompts if request.echo or isinstance(prompt, str))
 
 
 def broken(why: str) -> RequestError:
