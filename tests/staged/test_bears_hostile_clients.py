@@ -44,6 +44,12 @@ def test_a_body_may_be_as_long_as_what_fits_the_context_and_not_much_longer() ->
     assert body_limits(1 << 30).body_max_bytes == 32 << 20
 
 
+def test_a_batch_of_prompts_fits_into_a_body() -> None:
+    """As evaluations send them: 128 prompts of nearly the whole context."""
+    body = json.dumps({"model": "tiny", "prompt": ["word " * 4000] * 128, "max_tokens": 16})
+    assert 2_500_000 < len(body) < body_limits(4096).body_max_bytes
+
+
 def counted(site: StagedSite) -> list[int]:
     """Letters of each text that is tokenised from now on."""
     letters: list[int] = []

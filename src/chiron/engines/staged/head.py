@@ -47,12 +47,13 @@ REPLICAS_MAX = 1024
 
 
 _BODY_BYTES_PER_TOKEN = 32
-_BODY_BYTES_LEAST = 1 << 20
+_BODY_BYTES_LEAST = 4 << 20
+"""Room for a batch of prompts in one request, as evaluations send them: 128 of 4,000 tokens as text."""
 
 
 def body_limits(model_len_max: int) -> ServerLimits:
     """A body is read on the thread that all streams are served by: some 50 ms a megabyte at worst. So none may be much
-    longer than prompts that fit the context, as text or as ids."""
+    longer than a prompt that fits the context, as text or as ids; several have that and a few megabytes together."""
     most = _BODY_BYTES_LEAST + _BODY_BYTES_PER_TOKEN * model_len_max
     return ServerLimits(body_max_bytes=min(ServerLimits().body_max_bytes, most))
 
