@@ -32,7 +32,8 @@ TOGETHER: Final = 64
 ROWS: Final = 256
 """Rows that are written as one group."""
 COUNTED_TOGETHER: Final = 2048
-"""Rows that are counted together: some 0.5 ms of work."""
+"""Rows that are counted together. It takes up to some milliseconds, for numpy's calls more than for the rows: fewer at
+a time would cost more in all (docs/scale.md)."""
 REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
