@@ -152,6 +152,24 @@ def test_the_slack_is_that_of_the_next_token(early_credit: bool, expected_s: flo
     assert composer._slack_s(now) == pytest.approx(expected_s)
 
 
+def test_what_decodes_no_more_is_not_kept() -> None:
+    def kept(composer: Niyama) -> int:
+        return sum(map(len, composer._due.values()))
+
+    composer, unchunked = Niyama(DEFAULT), Niyama(replace(DEFAULT, chunks=False))
+    lasting = request(0, 10)
+    composer.began(lasting, 1, 0, 0.0)
+    for id in range(1, 300):  # A step of 20 ms each, at a pace of 200 ms: each entry is less than those before.
+        one = request(id, 10)
+        for each in (composer, unchunked):
+            each.began(one, 1, id, 0.02 * id)
+            composer._slack_s(view(now_s=0.02 * id, step=id))
+            each.left(one)
+    assert kept(composer) <= 67
+    assert kept(unchunked) == 0
+    assert composer._slack_s(view(now_s=1.0, step=3)) == pytest.approx(0.2 * 4 - 1.0), "what still decodes is kept"
+
+
 def test_batch_work_slows_no_step_while_its_answer_need_not_have_begun() -> None:
     composer = Niyama(DEFAULT)
     composer.began(request(1, 10, cls=JOBS), 1, 0, 1.0)

@@ -42,3 +42,8 @@ def test_prompts_in_their_order_and_a_preempted_one_keeps_its_place() -> None:
     composer.remove_head(two)
     composer.add(two, 3, True)
     assert composer.head(0.0, True) is two
+
+
+def test_a_negative_number_of_instances_is_refused() -> None:
+    with pytest.raises(ValueError, match="instances"):
+        SarathiSettings(instances=-1)

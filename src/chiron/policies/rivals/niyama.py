@@ -20,7 +20,7 @@ is filled in is in docs/policies.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf, isfinite
 from typing import Annotated, Final
 
@@ -65,8 +65,8 @@ class NiyamaSettings:
     count from the first one, because the SLO that all are judged by is the mean ITL from there on."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
-    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 128
-    """Static max batch size: Sarathi-Serve's default."""
+    max_num_seqs: Annotated[int, Between(32, 1024, log=True)] = 1000
+    """Static max batch size. The artifact's scheduler has none that binds; its scripts have this for the others."""
 
     def __post_init__(self) -> None:
         above(0, self, "batch_pace_s", "caution", "prefill_tokens_per_s", "max_num_seqs")
@@ -93,6 +93,10 @@ def step_tokens(settings: NiyamaSettings, view: StepView, done: int, slack_s: fl
     return best
 
 
+_Due = tuple[float, int, int]
+"""When a token would have been due at step 0, number, request."""
+
+
 class _Prompt:
     __slots__ = ("left", "relegated", "total")
 
@@ -112,8 +116,10 @@ class Niyama:
         self._speed = settings.prefill_tokens_per_s
         self._decoding: dict[int, int] = {}
         """By request that decodes, the number of its entry."""
-        self._due: dict[float, list[tuple[float, int, int]]] = {}
-        """By seconds a token: heaps of (when a token would have been due at step 0, number, request)."""
+        self._due: dict[float, list[_Due]] = {}
+        """By seconds a token."""
+        self._entries = 0
+        """In all of those."""
         self._entered = 0
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -171,6 +177,7 @@ class Niyama:
         for pace_s, heap in self._due.items():
             while heap and self._decoding.get(heap[0][2]) != heap[0][1]:
                 heappop(heap)
+                self._entries -= 1
             if heap:
                 least = min(least, heap[0][0] + pace_s * view.step - view.now_s)
         return least
@@ -183,12 +190,22 @@ class Niyama:
         pace_s = request.itl_slo_s if request.interactive else settings.batch_pace_s
         if settings.early_credit or not request.interactive:
             first_s = max(first_s, first_due_s(settings, request)) + pace_s
-        if not isfinite(pace_s) or not isfinite(first_s):
+        if not settings.chunks or not isfinite(pace_s) or not isfinite(first_s):
             return
         self._entered += 1
         self._decoding[request.id] = self._entered
         entry = (first_s + pace_s * (generated - step), self._entered, request.id)
+        self._entries += 1
         heappush(self._due.setdefault(pace_s, []), entry)
+        if self._entries > 64 + 2 * len(self._decoding):
+            # While steps are faster than the pace, later entries are less: those that are over never surface.
+            self._due = {pace_s: self._current(heap) for pace_s, heap in self._due.items()}
+            self._entries = sum(map(len, self._due.values()))
+
+    def _current(self, heap: list[_Due]) -> list[_Due]:
+        kept = [entry for entry in heap if self._decoding.get(entry[2]) == entry[1]]
+        heapify(kept)
+        return kept
 
     def left(self, request: Request) -> None:
         self._decoding.pop(request.id, None)

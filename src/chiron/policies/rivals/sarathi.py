@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from chiron.core.types import Request
-from chiron.policies.checks import above
+from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.prompt_queue import PromptQueue
 from chiron.policies.ranges import Between
@@ -32,6 +32,7 @@ class SarathiSettings:
 
     def __post_init__(self) -> None:
         above(0, self, "chunk_tokens", "max_num_seqs")
+        at_least(0, self, "instances")
 
 
 class FirstCome:
