@@ -9,7 +9,7 @@ import pytest
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request, RequestClass
 from chiron.policies.policy import Policy
-from chiron.policies.rivals.polyserve import Load, PolyServeSettings, keeps, make_polyserve, step_s
+from chiron.policies.rivals.polyserve import Load, PolyServeSettings, compose, keeps, make_polyserve, step_s
 from chiron.policies.views import StepTimes
 from policy_factory import JOBS
 from scenario_factory import PROFILE, kind_of
@@ -31,9 +31,12 @@ class Model:
         self.learner.step_times = TIMES
         self.learner.prefill_token_s, self.learner.prefill_square_s = 0.001, 0.0
         assert policy.place is not None
+        assert policy.order is not None
         self.router = policy.place(policy.settings, self.learner)
+        self.order = policy.order(policy.settings, self.learner)
         for instance in instances:
             self.router.add(instance)
+        self.instances = instances
         self._number = 1000
 
     def run(self, instance: Instance, cls: RequestClass, times: int = 1, *, prefill_s: float = 0.0) -> None:
@@ -62,9 +65,24 @@ class Model:
         placement = self.router.place(Request(1, "m", cls, 0.0, tokens), waited_s)
         return None if placement is None else (placement.instance.id, len(placement.evict))
 
+    def pump(self, *waiting: Request) -> list[tuple[int, int]]:
+        """What the queue gives, and where it goes."""
+        for request in waiting:
+            self.order.add(request, 0.0)
+        gone = []
+        while (head := self.order.head(0.0)) is not None and (found := self.router.place(head, 0.0)) is not None:
+            self.order.remove_head(head, 0.0)
+            self.run(found.instance, {cls.name: cls for cls in (FAST, CHAT, JOBS)}[head.class_name])
+            gone.append((head.id, found.instance.id))
+        return gone
+
 
 def instance(id: int) -> Instance:
     return Instance(id, "m", kind_of(PROFILE, kv_capacity_tokens=1_000_000, max_num_seqs=64), "mixed", 0.0)
+
+
+def request(id: int, cls: RequestClass) -> Request:
+    return Request(id, "m", cls, 0.0, 10)
 
 
 @pytest.mark.parametrize(
@@ -143,10 +161,9 @@ def test_batch_work_makes_no_way_for_a_tighter_bin_beside_interactive_requests()
     only = instance(1)
     model = Model(only)
     model.run(only, CHAT, 5)
-    model.run(only, JOBS, 30)
-    assert model.place(FAST) is None
-    model.run(only, JOBS, 4)
+    model.run(only, JOBS, 34)
     assert model.place(CHAT) == (1, 1)
+    assert model.place(FAST) is None
 
 
 def test_batch_prompts_that_wait_make_way_too() -> None:
@@ -181,6 +198,75 @@ def test_whoever_turned_the_smallest_away_is_asked_again_once_its_load_changed()
     assert model.place(CHAT) == (1, 0)
 
 
+def test_a_bin_without_room_holds_up_no_other() -> None:
+    model = Model(instance(1), instance(2))
+    model.run(model.instances[0], CHAT, 20)
+    model.run(model.instances[1], CHAT, 30)
+    fast, chats = request(1, FAST), [request(id, CHAT) for id in range(2, 5)]
+    assert model.pump(fast, *chats, request(9, JOBS)) == [(2, 2), (3, 2), (4, 2), (9, 2)]
+    assert model.order.head(0.0) is fast
+    assert list(model.order) == [fast]
+
+
+def test_a_bin_without_servers_gets_the_emptiest_of_a_looser_one() -> None:
+    few, most = instance(1), instance(2)
+    model = Model(few, most)
+    model.run(few, CHAT, 5)
+    model.run(most, CHAT, 39)
+    assert model.place(CHAT) == (1, 0)
+    assert model.pump(request(1, FAST)) == []
+    assert model.place(CHAT) is None, "it takes nothing more"
+    assert model.place(JOBS) is None
+    model.run(few, JOBS)
+    assert model.place(CHAT) is None, "nor where batch work could make way"
+    model.empty(few)
+    assert model.pump(request(2, CHAT)) == [(1, 1), (2, 1)], "once it is idle, the first has it; looser ones may join"
+    assert model.place(FAST) == (1, 0)
+
+
+def test_no_more_than_one_server_is_emptied_for_a_bin() -> None:
+    few, most = instance(1), instance(2)
+    model = Model(few, most)
+    model.run(few, CHAT, 5)
+    model.run(most, CHAT, 6)
+    assert [model.place(FAST), model.place(FAST)] == [None, None]
+    assert model.place(CHAT) == (2, 0)
+    model.router.remove(few)
+    assert model.place(FAST) is None
+    assert model.place(CHAT) is None, "another when that one has left"
+    model.router.add(few)
+    assert model.place(CHAT) == (1, 0)
+
+
+def test_what_passes_takes_no_room_that_others_wait_for() -> None:
+    fast, chat = instance(1), instance(2)
+    model = Model(fast, chat)
+    model.run(fast, FAST, 5, prefill_s=0.1)
+    model.run(chat, CHAT, 39)
+    assert model.place(CHAT) == (1, 0)
+    assert model.place(FAST) is None, "its prefill would be late"
+    assert model.pump(request(1, FAST), request(2, CHAT)) == []
+    assert model.pump(request(3, JOBS)) == []
+
+
+def test_batch_work_stays_where_there_is_room_beside_it() -> None:
+    for evicts in (True, False):
+        only = instance(1)
+        model = Model(only, evicts=evicts)
+        model.run(only, JOBS)
+        assert model.place(FAST) == (1, 0)
+
+
 def test_steps_are_chunked_by_slack_unless_it_is_turned_off() -> None:
     assert make_polyserve(PolyServeSettings()).compose is not None
     assert make_polyserve(PolyServeSettings(chunks=False)).compose is None
+
+
+@pytest.mark.parametrize(("relegates", "expected"), [(True, 2), (False, 1)])
+def test_a_prompt_that_would_be_late_waits_behind_the_others(relegates: bool, expected: int) -> None:
+    composer = compose(PolyServeSettings(relegates=relegates))
+    composer.add(Request(1, "m", CHAT, 0.0, 100), 100, False)
+    composer.add(Request(2, "m", CHAT, 3.0, 100), 100, False)
+    head = composer.head(6.0, False)
+    assert head is not None
+    assert head.id == expected

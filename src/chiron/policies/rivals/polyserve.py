@@ -3,7 +3,9 @@
 Requests are binned by their ITL SLO, and each bin has servers of its own. A request goes to the *most* loaded server of
 its bin that still keeps the SLOs with it, by prediction; if there is none, to the most loaded one of a tighter bin, the
 next tighter first, that keeps that bin's SLO; then to an idle server, which joins its bin until it is idle again. So
-load has a gradient, and the emptiest servers become free. With B sequences whose contexts end at S tokens::
+load has a gradient, and the emptiest servers become free. A bin without any server gets the emptiest of a looser one,
+once that is idle. Each bin has a queue of its own, earliest TTFT deadline first, and none waits for another. With B
+sequences whose contexts end at S tokens::
 
     step     = fixed + b * B + c * S                          less than ``margin`` times the bin's ITL SLO
     TTFT     = (prefill that waits there + its own) / (1 - step / ITL SLO)         at most what is left of it
@@ -16,7 +18,7 @@ Source: the paper's abstract and public notes; no code is published. What is fil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import inf, isfinite
@@ -24,6 +26,7 @@ from typing import Annotated, Any
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.checks import above, at_least
+from chiron.policies.order import KeyOrder, first_token_due_s
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.niyama import Niyama, NiyamaSettings
@@ -43,13 +46,17 @@ class PolyServeSettings:
     """Batch work makes way for an interactive request that no server could take."""
     victims: int = 8
     """Servers that are looked at for it, those with the most batch work first."""
+    relegates: bool = True
+    """With ``chunks``, prompts that would be late wait behind the others in an engine, as Niyama's."""
+    caution: Annotated[float, Between(1.0, 1.5)] = 1.0
+    """With ``chunks``, predicted times of steps count as so many times as long."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "margin", "max_num_seqs", "victims")
+        above(0, self, "margin", "max_num_seqs", "victims", "caution")
         at_least(0, self, "instances")
         if self.margin > 1:
             raise ValueError(f"margin is {self.margin}; it must be above 0 and at most 1")
@@ -81,14 +88,18 @@ def keeps(estimates: Estimates, load: Load, itl_s: float, ttft_left_s: float) ->
 
 
 class _Note:
-    __slots__ = ("bin_s", "open", "version")
+    __slots__ = ("bin_s", "counted_s", "drains_for_s", "open", "version")
 
     def __init__(self) -> None:
         self.open = True
         self.version = 0
         self.bin_s = 0.0
-        """ITL SLO of its bin; 0: it is idle and has none. One that has batch work only joins a tighter bin when some of
-        it makes way."""
+        """ITL SLO of its bin; 0: it is idle and has none. One that has batch work only joins a tighter bin when an
+        interactive request needs it."""
+        self.counted_s = 0.0
+        """The bin that counts it among its servers; 0: none."""
+        self.drains_for_s = inf
+        """Below inf: it takes nothing until it is idle, for a bin without servers."""
 
 
 class MostLoaded:
@@ -103,6 +114,10 @@ class MostLoaded:
         """By ITL SLO, most loaded first."""
         self._idle: list[_Entry] = []
         self._batch: list[_Entry] = []
+        self._servers: dict[float, int] = {}
+        """By ITL SLO: how many the bin has."""
+        self._draining: dict[float, Instance] = {}
+        """By ITL SLO of the bin that it is for."""
         self._size_max = 64
 
     def add(self, instance: Instance) -> None:
@@ -114,6 +129,15 @@ class MostLoaded:
     def remove(self, instance: Instance) -> None:
         instance.index.open = False
         instance.index.version += 1
+        instance.index.drains_for_s = inf
+        self._count(instance.index, 0.0)
+
+    def _count(self, note: _Note, bin_s: float) -> None:
+        if note.counted_s != bin_s:
+            for each_s, sign in ((note.counted_s, -1), (bin_s, 1)):
+                if each_s:
+                    self._servers[each_s] = self._servers.get(each_s, 0) + sign
+            note.counted_s = bin_s
 
     def changed(self, instance: Instance) -> None:
         note: _Note = instance.index
@@ -121,15 +145,17 @@ class MostLoaded:
             return
         note.version += 1
         if not instance.requests:
-            note.bin_s = 0.0
+            note.bin_s, note.drains_for_s = 0.0, inf
             heappush(self._idle, (0.0, instance.id, note.version, instance))
         else:
             if note.bin_s == 0.0:
                 note.bin_s = min(request.itl_slo_s for request in instance.requests.values())
-            key = -step_s(self._estimates, _load(instance, 0, 0.0, 0.0))
-            heappush(self._bins.setdefault(note.bin_s, []), (key, instance.id, note.version, instance))
+            if note.drains_for_s == inf:
+                key = -step_s(self._estimates, _load(instance, 0, 0.0, 0.0))
+                heappush(self._bins.setdefault(note.bin_s, []), (key, instance.id, note.version, instance))
             if instance.batch:
                 heappush(self._batch, (-instance.batch_sequences, instance.id, note.version, instance))
+        self._count(note, note.bin_s)
         self._shrink()
 
     def _shrink(self) -> None:
@@ -144,6 +170,17 @@ class MostLoaded:
     # -- placement ---------------------------------------------------------------------------------------------------
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
+        found = self.find(request, waited_s)
+        if found is not None:
+            note: _Note = found.instance.index
+            note.bin_s = min(note.bin_s, request.itl_slo_s)  # Of one that was idle it is 0 until the request is there.
+            note.drains_for_s = inf
+        else:
+            self.refused(request)
+        return found
+
+    def find(self, request: Request, waited_s: float) -> Placement | None:
+        """Where it would be placed; nothing is changed."""
         estimates = self._estimates
         need, cost_s = kv_tokens(estimates, request), prefill_s(estimates, prompt_tokens(request))
         left_s = request.ttft_slo_s - waited_s
@@ -158,7 +195,7 @@ class MostLoaded:
         found = self._idle_one(request, need)
         if found is not None:
             return placed(estimates, request, found)
-        if request.interactive and self._settings.evicts:
+        if request.interactive:
             return self._make_way(request, need, cost_s, left_s)
         return None
 
@@ -217,30 +254,32 @@ class MostLoaded:
             if _is_current(entry):
                 passed.append(entry)
                 evict = self._leaving(entry[3], request, need, cost_s, left_s)
-                if evict:
+                if evict is not None:
                     made = placed(self._estimates, request, entry[3])
                     made.evict = evict
-                    note: _Note = entry[3].index
-                    note.bin_s = min(note.bin_s, request.itl_slo_s)
         for entry in passed:
             heappush(self._batch, entry)
         return made
 
     def _leaving(
         self, instance: Instance, request: Request, need: float, cost_s: float, left_s: float
-    ) -> tuple[Request, ...]:
-        """Batch work, last come first, until the request may join; none if that is not enough."""
+    ) -> tuple[Request, ...] | None:
+        """Batch work, last come first, until the request may join; it may be none. None: that is not enough."""
         bin_s: float = instance.index.bin_s
-        if prompt_tokens(request) >= instance.kv_capacity_tokens:
-            return ()
+        if prompt_tokens(request) >= instance.kv_capacity_tokens or instance.index.drains_for_s < request.itl_slo_s:
+            return None
         if bin_s > request.itl_slo_s:
             if instance.running_interactive:
-                return ()  # Of a looser bin: never the reverse.
+                return None  # Of a looser bin: never the reverse.
             bin_s = request.itl_slo_s
         sequences, reserved = instance.sequences, float(instance.kv_reserved_tokens)
         prefill = instance.prefill_backlog_s + cost_s
+        load = Load(sequences=sequences + request.sequences, kv_tokens=reserved + need, prefill_s=prefill)
+        fits_beside = bin_s < instance.index.bin_s and fits(instance, request, int(need))
+        if fits_beside and self._may_join(instance, load, bin_s, left_s):
+            return ()
         evict: list[Request] = []
-        for victim in reversed(instance.batch.values()):
+        for victim in reversed(instance.batch.values()) if self._settings.evicts else ():
             sequences -= victim.sequences
             reserved -= victim.reserved_tokens
             prefill -= victim.prefill_cost_s
@@ -248,7 +287,23 @@ class MostLoaded:
             load = Load(sequences=sequences + request.sequences, kv_tokens=reserved + need, prefill_s=prefill)
             if self._may_join(instance, load, bin_s, left_s):
                 return tuple(evict)
-        return ()
+        return None
+
+    def refused(self, request: Request) -> None:
+        """If no bin that may serve an interactive request has a server: the emptiest of a looser bin takes nothing more
+        until it is idle, and whoever is the next then has it."""
+        itl_s = request.itl_slo_s
+        if not request.interactive or any(count and bin_s <= itl_s for bin_s, count in self._servers.items()):
+            return
+        before = self._draining.get(itl_s)
+        if before is not None and before.index.open and before.index.drains_for_s == itl_s:
+            return
+        looser = [entry for heap in self._bins.values() for entry in heap if _is_current(entry)]
+        if looser:
+            instance = max(looser)[3]  # Keys are negative loads.
+            instance.index.drains_for_s = itl_s
+            self._draining[itl_s] = instance
+            self.changed(instance)
 
     def _may_join(self, instance: Instance, load: Load, bin_s: float, left_s: float) -> bool:
         return (
@@ -272,18 +327,74 @@ def _load(instance: Instance, sequences: int, need: float, cost_s: float) -> Loa
     )
 
 
+class BinOrder:
+    """A queue for each ITL SLO, earliest TTFT deadline first. The head is the first of those that the router has a
+    place for now; one that passes another takes no room that the other waits for."""
+
+    def __init__(self, router: MostLoaded) -> None:
+        self._router = router
+        self._lanes: dict[float, KeyOrder] = {}
+
+    def __iter__(self) -> Iterator[Request]:
+        for lane in self._lanes.values():
+            yield from lane
+
+    def add(self, request: Request, now_s: float) -> None:
+        self._lanes.setdefault(request.itl_slo_s, KeyOrder()).add(request, now_s)
+
+    def forget(self, request: Request) -> None:
+        """Nothing to do: it is seen to have ended."""
+
+    def head(self, now_s: float) -> Request | None:
+        heads = [head for lane in self._lanes.values() if (head := lane.head(now_s)) is not None]
+        if len(heads) > 1:
+            heads.sort(key=lambda head: (first_token_due_s(head), head.id))
+            refused_s = 0.0
+            for head in heads:
+                found = self._router.find(head, now_s - head.arrival_s)
+                if found is None:
+                    self._router.refused(head)
+                elif found.instance.index.bin_s == 0.0 or found.instance.index.bin_s > refused_s:
+                    return head
+                refused_s = max(refused_s, head.itl_slo_s)
+        return heads[0] if heads else None
+
+    def remove_head(self, request: Request, now_s: float) -> None:
+        self._lanes[request.itl_slo_s].remove_head(request, now_s)
+
+    def never_ran(self, request: Request) -> None:
+        """Nobody is charged."""
+
+    def only_lost(self) -> bool:
+        """It does not know."""
+        return False
+
+    def lost(self) -> Request | None:
+        return None
+
+    def oldest_arrival_s(self) -> float:
+        return min((lane.oldest_arrival_s() for lane in self._lanes.values()), default=inf)
+
+
 def compose(settings: PolyServeSettings) -> Niyama:
     """Prompts by the deadline of their first token, in chunks that fit the slack."""
-    return Niyama(NiyamaSettings(weight_s=0.0, relegates=False, caution=1.0))
+    return Niyama(NiyamaSettings(weight_s=0.0, relegates=settings.relegates, caution=settings.caution))
 
 
 def make_polyserve(settings: PolyServeSettings) -> Policy:
+    routers: dict[int, tuple[Estimates, MostLoaded]] = {}
+
     def place(_: Any, estimates: Estimates) -> MostLoaded:
-        return MostLoaded(settings, estimates)
+        """One router for each model, which its order asks."""
+        return routers.setdefault(id(estimates), (estimates, MostLoaded(settings, estimates)))[1]
+
+    def order(_: Any, estimates: Estimates) -> BinOrder:
+        return BinOrder(place(None, estimates))
 
     return Policy(
         name="polyserve",
         settings=settings,
+        order=order,
         place=place,
         compose=compose if settings.chunks else None,
         fleet=decide_fleet,
