@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,8 +114,8 @@ def test_no_longer_than_it_may_nor_after_a_second_signal(capsys: pytest.CaptureF
 
 
 @pytest.mark.slow
-def test_a_whole_instance_answers_what_runs_after_ctrl_c() -> None:
-    """Which a terminal sends to all processes of it."""
+def test_a_whole_instance_answers_what_runs_after_a_signal_to_all_its_processes() -> None:
+    """Ctrl-C in a terminal, and what a supervisor or systemd sends to each."""
 
     async def main(port: int, process: int) -> None:
         asking = asyncio.ensure_future(request(port, "/v1/completions", BODY))
@@ -124,7 +125,9 @@ def test_a_whole_instance_answers_what_runs_after_ctrl_c() -> None:
                 said = json.loads((await request(port, "/chiron/stages", None, "GET"))[1])["stages"][1]
                 address = said["replicas"][0]["address"] if said["passes"] > 1 else ""
         stage = pid_at(address)
-        assert os.getpgid(stage) != process, "it would hear the signal itself, and be gone after a while"
+        assert os.getpgid(stage) != process, "ctrl-\\ would end it"
+        assert ignored(stage) >= {signal.SIGTERM, signal.SIGINT}, "it would be gone after a while"
+        os.kill(stage, signal.SIGTERM)
         os.kill(stage, signal.SIGSTOP)  # Or all might be answered before the signal comes.
         os.killpg(process, signal.SIGINT)
         await stopping(port)
@@ -138,3 +141,9 @@ def test_a_whole_instance_answers_what_runs_after_ctrl_c() -> None:
     with StageProcess(arguments) as running:
         asyncio.run(main(running.port, running.process.pid))
         assert running.process.wait(60.0) == 0
+
+
+def ignored(pid: int) -> set[int]:
+    """Signals that a process ignores."""
+    (mask,) = re.findall(r"^SigIgn:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return {bit + 1 for bit in range(64) if int(mask, 16) >> bit & 1}

@@ -131,7 +131,16 @@ def specs() -> Sequence[StageSpec]:
 
 
 def test_a_stage_that_still_loads_ends_with_whoever_started_it() -> None:
-    code = "import time; from chiron.engines.staged.stage import Starter; s = Starter(); print('on'); time.sleep(600)"
+    """And not at a signal, which a supervisor sends to every process."""
+    code = """if True:
+        import os, signal, time
+        from chiron.engines.staged.stage import Starter
+        starter = Starter()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        print("on")
+        time.sleep(600)
+    """
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

@@ -54,7 +54,7 @@ KV_TOKENS_MIN = 64
 _DOWN_S = 2.0
 """A replica that runs and that the head has not reached for this long hangs, and is killed."""
 _END_S = 10.0
-"""Between SIGTERM and SIGKILL."""
+"""Between the end of its standard input and SIGKILL."""
 REPLICAS_MAX = 256
 START_TIMEOUT_S = 600.0
 
@@ -145,8 +145,8 @@ class ReplicaProcess:
     def stop(self) -> None:
         """It drains, and ends."""
         if self._process is not None and not self.ended:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
             asyncio.get_running_loop().call_later(_END_S, self.kill)
 
     def kill(self) -> None:
@@ -156,8 +156,8 @@ class ReplicaProcess:
 
     async def _run(self, command: Sequence[str]) -> None:
         try:
-            # It ends when this pipe does: with this process, however that ends.
-            # A terminal's ctrl-C is for this process, which still needs it then.
+            # It ends when this pipe does: with this process, however that ends. Signals are for this process, which
+            # still needs it then; some that a terminal sends cannot be ignored.
             self._process = await asyncio.create_subprocess_exec(
                 *command, stdin=PIPE, stdout=PIPE, start_new_session=True
             )

@@ -3,7 +3,8 @@
     python -m chiron.engines.staged.stage --model MODEL --layers 0-9 --port 0
 
 ``GET /health``, ``GET /metrics``, ``PUT /chiron/limits`` ({"limit": 64}: the max batch size), ``POST /chiron/drain``.
-On SIGTERM it tells its heads, which move their sequences elsewhere, and ends when they have, or after ``--grace``.
+On SIGTERM it tells its heads, which move their sequences elsewhere, and ends when they have, or after ``--grace``. With
+``--end-with-stdin`` it does so when standard input ends, and ignores SIGTERM and SIGINT.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def make_parser(*, positional: bool = False) -> argparse.ArgumentParser:
     add("--pace-ms", type=real(0.0, 60_000.0), default=0.0, help="a step takes at least this: a slower device")
     add("--pace-sequence-ms", type=real(0.0, 60_000.0), default=0.0, help="and this for each of its sequences")
     add("--silent", type=real(0.5, 3600.0), default=SILENT_S, help="a head that says nothing this long is lost")
-    add("--end-with-stdin", action="store_true", help="end when standard input does: with whoever started it")
+    add("--end-with-stdin", action="store_true", help="end when standard input does, and not at SIGTERM")
     add("--tls-cert", type=Path)
     add("--tls-key", type=Path)
     add("--tls-ca", type=Path, help="TLS: heads must show a certificate of this authority")
@@ -244,9 +245,15 @@ def _kv_tokens(files: ModelFiles, stage: StageRange, item_bytes: int, gigabytes:
 
 class Starter:
     """Whoever started this process and holds its standard input: when that is closed, this process ends. While it
-    loads weights, at once; nothing else could be done in that time."""
+    loads weights, at once; nothing else could be done in that time.
+
+    Signals are for whoever started it, which still needs it while it answers what it has: supervisors send theirs to
+    all processes below them, and systemd to all of a unit.
+    """
 
     def __init__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         self._gone = threading.Event()
         self._stop: Callable[[], object] | None = None
         threading.Thread(target=self._read, name="starter", daemon=True).start()
@@ -271,7 +278,7 @@ class Starter:
 
 
 async def run(options: argparse.Namespace, service: StageService, starter: Starter | None = None) -> None:
-    """Serve until SIGTERM, SIGINT, a drain, or a step that fails."""
+    """Serve until SIGTERM, SIGINT or the end of the starter, a drain, or a step that fails."""
     loop = asyncio.get_running_loop()
     stop, errors = asyncio.Event(), []
 
@@ -285,10 +292,11 @@ async def run(options: argparse.Namespace, service: StageService, starter: Start
     await service.warm_up()
     service.start()
     listener = await loop.create_server(lambda: PortSharing(service, http), options.host, options.port, ssl=context)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     if starter is not None:
         starter.serving(stop.set)
+    else:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
     port = listener.sockets[0].getsockname()[1]
     print(f"chiron-engine ready port={port}", flush=True)
     log.info("layers %s: KV for %d tokens", service.layers.stage, service.kv.capacity_tokens)
