@@ -132,7 +132,7 @@ def specs() -> Sequence[StageSpec]:
 
 def test_a_stage_that_still_loads_ends_with_whoever_started_it() -> None:
     """And not at a signal, which a supervisor sends to every process."""
-    code = """if True:
+    ends_with_its_starter("""if True:
         import os, signal, time
         from chiron.engines.staged.stage import Starter
         starter = Starter()
@@ -140,13 +140,37 @@ def test_a_stage_that_still_loads_ends_with_whoever_started_it() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         print("on")
         time.sleep(600)
-    """
+    """)
+
+
+def test_a_stage_whose_step_never_returns_ends_with_whoever_started_it() -> None:
+    ends_with_its_starter("""if True:
+        import asyncio, time
+        from concurrent.futures import ThreadPoolExecutor
+        from chiron.engines.staged import stage
+
+        async def main():
+            stage._END_S, stop = 0.1, asyncio.Event()
+            stage.Starter(0.1).serving(stop.set)
+            ThreadPoolExecutor(1).submit(time.sleep, 600)
+            print("on")
+            await stop.wait()
+
+        asyncio.run(main())
+    """)
+
+
+def ends_with_its_starter(code: str) -> None:
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == "on\n"
-    process.stdin.close()
-    assert process.wait(60.0) == 1
-    process.stdout.close()
+    try:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "on\n"
+        process.stdin.close()
+        assert process.wait(60.0) == 1
+        process.stdout.close()
+    finally:
+        process.kill()
+        process.wait()

@@ -47,6 +47,8 @@ log = logging.getLogger("chiron.staged")
 KV_GB_DEFAULT = 1.0
 SILENT_S = 30.0
 TOKENS_MAX = 8192
+_END_S = 10.0
+"""For its end, after it has drained."""
 
 
 class StageHttp:
@@ -251,7 +253,9 @@ class Starter:
     all processes below them, and systemd to all of a unit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float = 0.0) -> None:
+        """``grace_s``: what it may take to stop, once it serves."""
+        self._grace_s = grace_s
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         self._gone = threading.Event()
@@ -275,6 +279,9 @@ class Starter:
             os._exit(1)
         with suppress(RuntimeError):  # The loop has ended already.
             stop()
+        # A step that never returns would keep this process, whose end waits for its thread, and its GPU.
+        time.sleep(self._grace_s + _END_S)
+        os._exit(1)
 
 
 async def run(options: argparse.Namespace, service: StageService, starter: Starter | None = None) -> None:
@@ -324,7 +331,7 @@ def main(arguments: Sequence[str] | None = None, *, positional: bool = False) ->
 
 
 async def _main(options: argparse.Namespace) -> None:
-    starter = Starter() if options.end_with_stdin else None
+    starter = Starter(options.grace) if options.end_with_stdin else None
     await run(options, load(options), starter)
 
 
