@@ -88,15 +88,45 @@ def test_an_slo_out_of_reach_is_said() -> None:
 
 def test_requests_that_wait_are_load() -> None:
     idle = plans(pipeline_view(UNEVEN, arrival_rate=1.0))
-    waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=100))
+    waiting = plans(pipeline_view(UNEVEN, arrival_rate=1.0, waiting=20))
     assert waiting[1].replicas > idle[1].replicas
 
 
-def test_they_are_to_be_served_within_a_replicas_start_which_none_helps_sooner() -> None:
-    for start_s, more in ((30.0, 10.0), (60.0, 5.0), (1.0, 20.0)):
-        stages = [stage_view(stage.kind, start_s=start_s) for stage in UNEVEN]
-        few, many = (plans(pipeline_view(stages, waiting=waiting)) for waiting in (0, 300))
-        assert many[0].numbers["rate"] - few[0].numbers["rate"] == pytest.approx(more)
+def test_they_are_to_be_served_within_a_first_tokens_time() -> None:
+    few, many = (plans(pipeline_view(EVEN, waiting=waiting)) for waiting in (0, 300))
+    served_s = 0.8 * chat_mix().cls.ttft_s
+    assert many[0].numbers["rate"] - few[0].numbers["rate"] == pytest.approx(300 / served_s)
+
+
+def wanted_after(ready: list[int], planned: list[int]) -> int:
+    """Of the first stage, once a tick of each of these has been."""
+    state, wanted = None, 0
+    for tick, (up, of) in enumerate(zip(ready, planned, strict=True)):
+        stages = [stage_view(stage.kind, planned=of, ready=up) for stage in EVEN]
+        view = replace(pipeline_view(stages), now_s=5.0 * tick, since_s=5.0)
+        decided, state = decide_stages(StageBalanceSettings(), state, view)
+        wanted = int(decided[0].numbers["wanted"])
+    return wanted
+
+
+def test_replicas_that_fail_are_made_up_for() -> None:
+    """Every 60 ticks one of two is gone for six, which is a replica's start: one of ten is down."""
+    failing = [1 if tick % 60 >= 54 else 2 for tick in range(240)]
+    assert wanted_after(failing, [2] * 240) == 2
+    assert wanted_after([2] * 240, [2] * 240) == 1
+    # Once they no longer do, that is forgotten.
+    assert wanted_after(failing + [2] * 600, [2] * 840) == 1
+
+
+def test_a_stage_that_grows_for_failures_alone_says_so() -> None:
+    state = BalanceState(factors=(1.0,) * 3, lost=10.0, lived_s=3000.0)
+    decided, _ = decide_stages(StageBalanceSettings(), state, pipeline_view(EVEN))
+    assert {(plan.replicas, plan.reason, plan.numbers["spares"]) for plan in decided} == {(2, "replicas_fail", 1.0)}
+
+
+def test_a_replica_that_the_plan_gave_up_has_not_failed() -> None:
+    shrinking = [2 if tick % 60 < 54 else 1 for tick in range(240)]
+    assert wanted_after(shrinking, shrinking) == 1
 
 
 def test_a_pass_as_planned_corrects_nothing_whatever_of_it_are_prompts() -> None:

@@ -6,9 +6,12 @@ one replica after the other until the load that is planned for meets its SLOs (`
 what turned out not to be needed, dearest first. So stages that are not the bottleneck never hold more than they need.
 
 The load is the largest rate of the last minutes (as long as a replica takes to start, and a while more) and what the
-randomness of arrivals adds to it; interactive requests that wait are to be served within the time that a replica takes
-to start. Batch work counts by its deadlines, as the rate at which it must be done to keep all of them: however much of
-it arrives at once, a deadline that is far away asks for nothing. What is late already asks for no more.
+randomness of arrivals adds to it; interactive requests that wait count as arrivals that must be served within their
+TTFT. Batch work counts by its deadlines, as the rate at which it must be done to keep all of them: however much of it
+arrives at once, a deadline that is far away asks for nothing. What is late already asks for no more.
+
+Replicas that fail are made up for: how often they do is measured, and each is missing for as long as another one takes
+to start, so a stage gets as many more that what the load needs is up but for a small share of the time.
 
 Planned step times are corrected by what stages measure. Growing is done at once, shrinking only to what has been enough
 for a while. Without metrics nothing shrinks.
@@ -17,8 +20,8 @@ for a while. Without metrics nothing shrinks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite, isnan, sqrt
+from dataclasses import dataclass, replace
+from math import comb, exp, isfinite, isnan, sqrt
 
 from chiron.policies.checks import above, at_least
 from chiron.policies.stages.queue_model import Forecast, StageLoad, forecast, pass_s
@@ -40,9 +43,13 @@ class StageBalanceSettings:
     """A stage shrinks to the most that it needed within this time."""
     stale_s: float = 15.0
     """What stages report is missing when it is older."""
+    memory_s: float = 600.0
+    """Failures count less with their age: by this time constant."""
+    short_share: float = 0.05
+    """Of the time, in which failures may leave a stage fewer replicas than the load needs."""
 
     def __post_init__(self) -> None:
-        above(0, self, "tick_s", "slo_share", "rate_window_s", "stale_s")
+        above(0, self, "tick_s", "slo_share", "rate_window_s", "stale_s", "memory_s", "short_share")
         at_least(0, self, "spread", "look_back_s", "hold_s")
         if self.slo_share > 1:
             raise ValueError(f"slo_share is {self.slo_share}; it must lie in 0..1")
@@ -58,6 +65,11 @@ class BalanceState:
     """(time, replicas of each stage that were needed)."""
     factors: tuple[float, ...] = ()
     """Measured over planned time of each stage's passes."""
+    ready: tuple[int, ...] = ()
+    """Replicas of each stage at the last tick."""
+    lost: float = 0.0
+    """Replicas that failed, and seconds that replicas lived, both with less weight the longer ago."""
+    lived_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +78,8 @@ class Sizing:
 
     replicas: tuple[int, ...]
     forecast: Forecast
+    spares: tuple[int, ...] = ()
+    """How many of them make up for failures."""
 
 
 def decide_stages(
@@ -76,11 +90,11 @@ def decide_stages(
     load = planned_load(settings, state, view)
     if load is None:
         return tuple(StagePlan(replicas=s.planned, reason="nothing_known") for s in view.stages), state
-    sizing = size(view, load, state.factors)
+    sizing = with_spares(settings, state, view, size(view, load, state.factors))
     # The first plan on record is what was found: it is not given up before the load has been seen for a while.
     before = state.wanted or ((view.now_s, tuple(stage.planned for stage in view.stages)),)
     history = (*((t, n) for t, n in before if t > view.now_s - settings.hold_s), (view.now_s, sizing.replicas))
-    state = BalanceState(arrivals=state.arrivals, wanted=history, factors=state.factors)
+    state = replace(state, wanted=history)
     needed = [max(counts[i] for _, counts in history) for i in range(len(view.stages))]
     sound = view.sample_age_s <= settings.stale_s
     plans = tuple(_plan(stage, sizing, load, i, needed[i], sound) for i, stage in enumerate(view.stages))
@@ -92,6 +106,7 @@ def _plan(stage: StageView, sizing: Sizing, load: StageLoad, number: int, needed
     numbers = {
         "rate": load.rate,
         "wanted": float(wanted),
+        "spares": float(sizing.spares[number]),
         "itl_s": predicted.itl_s if isfinite(predicted.itl_s) else -1.0,
         "itl_slo_s": load.itl_s if isfinite(load.itl_s) else -1.0,
         "ttft_s": predicted.ttft_s if isfinite(predicted.ttft_s) else -1.0,
@@ -100,6 +115,8 @@ def _plan(stage: StageView, sizing: Sizing, load: StageLoad, number: int, needed
     }
     if wanted > stage.planned:
         reason = "bottleneck" if predicted.fits else "slo_out_of_reach"
+        if wanted - sizing.spares[number] <= stage.planned:
+            reason = "replicas_fail"
         return StagePlan(replicas=wanted, reason=reason, numbers=numbers)
     if not sound:
         return StagePlan(replicas=stage.planned, reason="metrics_missing", numbers=numbers)
@@ -172,6 +189,26 @@ def _trimmed(
     return replicas, found
 
 
+def with_spares(settings: StageBalanceSettings, state: BalanceState, view: PipelineView, sizing: Sizing) -> Sizing:
+    """And as many more as failures take: a replica that fails is missing for as long as another one takes to start."""
+    rate = state.lost / state.lived_s if state.lived_s > 0.0 else 0.0
+    with_more = [
+        _with_spares(count, min(0.5, rate * stage.start_s), stage.kind.max_replicas, settings.short_share)
+        for count, stage in zip(sizing.replicas, view.stages, strict=True)
+    ]
+    spares = tuple(more - count for more, count in zip(with_more, sizing.replicas, strict=True))
+    return replace(sizing, replicas=tuple(with_more), spares=spares)
+
+
+def _with_spares(needed: int, down: float, most: int, short_share: float) -> int:
+    """The fewest of which ``needed`` are up but for this share of the time, each being down for ``down`` of it."""
+    for count in range(needed, most):
+        up = sum(comb(count, k) * down**k * (1.0 - down) ** (count - k) for k in range(count - needed + 1))
+        if 1.0 - up <= short_share:
+            return count
+    return most
+
+
 def planned_load(settings: StageBalanceSettings, state: BalanceState, view: PipelineView) -> StageLoad | None:
     """The load that the pipeline must bear; None: no class has requests or a shape yet."""
     mixes = [mix for mix in view.mixes if mix.finished > 0] or list(view.mixes)
@@ -180,8 +217,10 @@ def planned_load(settings: StageBalanceSettings, state: BalanceState, view: Pipe
     ttft_s = settings.slo_share * min(mix.cls.ttft_s for mix in mixes)
     rate = largest_rate(settings, state, view)
     rate += settings.spread * sqrt(rate / settings.rate_window_s)
-    # They are there already; a replica that is started for them helps none of them sooner than it is up.
-    rate += view.waiting_interactive / max(settings.rate_window_s, *(stage.start_s for stage in view.stages))
+    if view.waiting_interactive:
+        # To be served within what a first token may take, or a rate window. That is more than helps those who wait, who
+        # are late before a replica is up; it makes up for what the plan does not see.
+        rate += view.waiting_interactive / max(1.0, min(ttft_s, settings.rate_window_s))
     batch_rate = due_rate(settings, view)
     shares = _shares(mixes, rate, batch_rate)
     return StageLoad(
@@ -238,7 +277,19 @@ def _remember(settings: StageBalanceSettings, state: BalanceState, view: Pipelin
     arrivals = tuple(a for a in state.arrivals if a[0] > view.now_s - kept_s)
     arrivals = (*arrivals, (view.now_s, view.since_s, view.arrival_rate * view.since_s))
     factors = tuple(_factor(factor, stage, view) for factor, stage in zip(state.factors, view.stages, strict=True))
-    return BalanceState(arrivals=arrivals, wanted=state.wanted, factors=factors)
+    # One that is gone though the plan has it has failed.
+    lost = sum(
+        max(0, min(was, stage.planned) - stage.ready) for was, stage in zip(state.ready, view.stages, strict=False)
+    )
+    kept = exp(-view.since_s / settings.memory_s)
+    return BalanceState(
+        arrivals=arrivals,
+        wanted=state.wanted,
+        factors=factors,
+        ready=tuple(stage.ready for stage in view.stages),
+        lost=kept * state.lost + lost,
+        lived_s=kept * state.lived_s + view.since_s * sum(stage.ready for stage in view.stages),
+    )
 
 
 def _factor(factor: float, stage: StageView, view: PipelineView) -> float:
