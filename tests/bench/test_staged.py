@@ -128,3 +128,19 @@ def test_every_run_of_the_page_is_one_that_the_scenario_allows(bench: ModuleType
     for policy, changes in asked:
         scenario = load_scenario("staged", [*bench.BASE, *changes])
         assert policy in scenario.policies, policy
+
+
+def test_where_ours_misses_more_than_a_percent_is_said(bench: ModuleType) -> None:
+    row = bench.Row(
+        policy="stage-balance",
+        attained=0.99,
+        gpu_hours=4.0,
+        ttft_s=1.0,
+        itl_ms=50.0,
+        tokens_per_s=1000.0,
+        cold_starts=0,
+        gpus_peak=4,
+        cpu_s=1.0,
+    )
+    assert "99 %: slow 42.0%. " in bench.weak({"fine": row, "slow": replace(row, attained=0.42)})
+    assert "99 %: nowhere here. " in bench.weak({"fine": row})
