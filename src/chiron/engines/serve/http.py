@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from chiron.engines.serve.answer import Answer, CallPiece, Part, TokenLogprob, e
 from chiron.engines.serve.openai import FinishReason, GenerationRequest, Usage, parse_limit, parse_request
 from chiron.engines.serve.request_error import RequestError
 from chiron.net.limits import ServerLimits
-from chiron.net.server import Incoming, serve
+from chiron.net.server import HttpServer, Incoming, serve
 
 log = logging.getLogger("chiron.engine")
 
@@ -263,12 +263,14 @@ async def serve_until_stopped(
     port: int,
     failed: asyncio.Event,
     drain: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    grace_s: float = 0.0,
     limits: ServerLimits | None = None,
 ) -> None:
     """Listen, print the ready line, and serve until SIGTERM, SIGINT or until the engine has ``failed``.
 
-    After a signal it serves on while it ``drain``s, or until a second one. Several engines get a port each, from
-    ``port`` upwards unless it is 0.
+    After a signal it serves on while it ``drain``s, or until a second one. What is left of ``grace_s`` then is for
+    clients that have not read their answers to the end. Several engines get a port each, from ``port`` upwards unless
+    it is 0.
     """
     loop = asyncio.get_running_loop()
     stop, again = asyncio.Event(), asyncio.Event()
@@ -279,9 +281,16 @@ async def serve_until_stopped(
         servers.append(await serve(front.handle, host=host, port=port + index if port else 0, limits=limits))
     print(f"chiron-engine ready port={','.join(str(server.port) for server in servers)}", flush=True)
     await _first(stop.wait(), failed.wait())
+    until_s = loop.time() + grace_s
     if drain is not None and not failed.is_set():
         await _first(drain(), again.wait(), failed.wait())
-    await asyncio.gather(*(server.close(_STOP_GRACE_S) for server in servers))
+        if (left_s := until_s - loop.time()) > _STOP_GRACE_S:
+            await _first(_close(servers, left_s), again.wait(), failed.wait())
+    await _close(servers, _STOP_GRACE_S)
+
+
+async def _close(servers: Iterable[HttpServer], grace_s: float) -> None:
+    await asyncio.gather(*(server.close(grace_s) for server in servers))
 
 
 async def _first(*waits: Coroutine[Any, Any, Any]) -> None:

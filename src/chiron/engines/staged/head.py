@@ -241,6 +241,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
         port=options.port,
         failed=asyncio.Event(),
         drain=lambda: engine.drain(options.grace),
+        grace_s=options.grace,
         limits=body_limits(length),
     )
     if discovery is not None:

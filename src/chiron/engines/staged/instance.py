@@ -426,6 +426,7 @@ async def run(options: argparse.Namespace, files: ModelFiles, tokenizer: ModelTo
             port=options.port,
             failed=processes.failed,
             drain=lambda: engine.drain(options.grace),
+            grace_s=options.grace,
             limits=body_limits(length),
         )
         processes.check()
