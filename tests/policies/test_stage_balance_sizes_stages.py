@@ -110,8 +110,8 @@ def wanted_after(ready: list[int], planned: list[int]) -> int:
 
 
 def test_replicas_that_fail_are_made_up_for() -> None:
-    """Every 60 ticks one of two is gone for six, which is a replica's start: one of ten is down."""
-    failing = [1 if tick % 60 >= 54 else 2 for tick in range(240)]
+    """Every 100 s one of two is gone for a replica's start of 30 s."""
+    failing = [1 if tick % 20 >= 14 else 2 for tick in range(240)]
     assert wanted_after(failing, [2] * 240) == 2
     assert wanted_after([2] * 240, [2] * 240) == 1
     # Once they no longer do, that is forgotten.
@@ -125,7 +125,7 @@ def test_a_stage_that_grows_for_failures_alone_says_so() -> None:
 
 
 def test_a_replica_that_the_plan_gave_up_has_not_failed() -> None:
-    shrinking = [2 if tick % 60 < 54 else 1 for tick in range(240)]
+    shrinking = [1 if tick % 20 >= 14 else 2 for tick in range(240)]
     assert wanted_after(shrinking, shrinking) == 1
 
 
