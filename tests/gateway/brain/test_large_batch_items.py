@@ -17,6 +17,7 @@ from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.body import Body, read_body
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.uplink import RelayedItem
+from chiron.net.client import Call, Origin
 from chiron.net.clock import LiveClock
 from chiron.store.port import Item
 
@@ -83,6 +84,6 @@ def test_an_answer_that_grows_as_it_is_written_is_refused() -> None:
     choice = {"index": 0, "delta": {"content": "a"}, "finish_reason": "stop", "logprobs": {"content": []}}
     data = json.dumps({"id": "x", "choices": [choice]}).replace("[]", f"[{','.join(['1e15'] * 2000)}]")
     call = RelayedItem(said)
-    call.begin(cast(Any, None), 200, [])
+    call.begin(Call(Origin("http://127.0.0.1:9"), b"", call), 200, [])
     call.data(b"data: " + data.encode() + b"\n\ndata: [DONE]\n\n")
     assert call.end() == "the answer is larger than 20000 bytes"

@@ -12,6 +12,7 @@ from chiron.core.types import RequestClass
 from chiron.gateway.relay.admission import Models, ServedModel, admit
 from chiron.gateway.relay.keys import ANONYMOUS
 from chiron.gateway.settings import ModelSettings
+from chiron.net.incoming import Incoming
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1)
 NIGHT = RequestClass(name="night", kind="batch", deadline_s=3600.0)
@@ -23,11 +24,9 @@ def class_of(*classes: RequestClass, headers: dict[str, str], **fields: Any) -> 
     settings = ModelSettings(name="m", kinds=(), classes=names, default_class=names[0], batch_class=names[-1])
     served = ServedModel(settings=settings, classes={cls.name: cls for cls in classes}, kv_capacity_tokens=1000)
     body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], **fields}
-    incoming = SimpleNamespace(
-        body=json.dumps(body).encode(),
-        path="/v1/chat/completions",
-        headers=[(name.encode(), value.encode()) for name, value in headers.items()],
-    )
+    incoming = Incoming(SimpleNamespace())  # type: ignore[arg-type]
+    incoming.body, incoming.path = json.dumps(body).encode(), "/v1/chat/completions"
+    incoming.headers = [(name.encode(), value.encode()) for name, value in headers.items()]
     return admit(incoming, ANONYMOUS, Models({"m": served})).cls
 
 

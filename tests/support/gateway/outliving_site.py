@@ -245,6 +245,19 @@ class Brain:
         return link.wire
 
 
+class Deaf:
+    """What hears in place of a brain's link, and does not listen. A compiled link's methods cannot be replaced."""
+
+    def __init__(self, link: Wire) -> None:
+        self._link = link
+
+    def data_received(self, data: bytes) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._link, name)
+
+
 class OutlivingSite:
     """Some engines behind some relays, and at most one brain."""
 
@@ -339,7 +352,7 @@ class OutlivingSite:
         assert self.brain is not None
         self.brain.clock.stop()
         for wire in self.brain.links:
-            wire.data_received = lambda data: None  # type: ignore[method-assign]
+            wire.transport.set_protocol(Deaf(wire))
         self.brain = None
         self.door.forget("brain")
 
