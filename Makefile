@@ -31,7 +31,7 @@ DYNAMO_PYTHON ?=
 
 # The optional compiled build (setup.py), from a copy of the source; and the tests that run through what it compiles.
 COMPILED := $(OUT)/compiled
-SIMULATING := tests/laws tests/sim tests/control tests/policies tests/fleet tests/engines tests/gateway tests/bench
+SIMULATING := tests/laws tests/sim tests/control tests/policies tests/fleet tests/engines tests/gateway tests/net tests/bench
 
 SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
@@ -83,7 +83,7 @@ test-all: $(VENV)/.dev ## Every test
 	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not alone"
 	@$(BIN)/python -m pytest -m alone
 
-test-compiled: $(VENV)/.dev $(COMPILED)/.built ## The tests that simulate, with the compiled build (four minutes, one of them to build)
+test-compiled: $(VENV)/.dev $(COMPILED)/.built ## The tests of the simulator and the gateway, with the compiled build
 	@PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow" $(SIMULATING)
 
 lint: $(VENV)/.dev ## Style, types, and which package may import which
