@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +19,13 @@ need_torch()
 from chiron.engines.serve.http import EngineServer  # noqa: E402
 from chiron.engines.staged import head_engine  # noqa: E402
 from chiron.engines.staged.head import HeadServer, body_limits  # noqa: E402
+from chiron.net.connection import Connection  # noqa: E402
 from chiron.net.server import serve  # noqa: E402
 from staged_site import StagedSite, announce, request, staged_site, until  # noqa: E402
 
 PROMPT = prompts(3, seed=0)[0]
 CONTEXT = 2048
+CHOICES = 4
 WORDS = "word and " * 60_000
 """Of 540,000 letters."""
 
@@ -111,6 +114,25 @@ def test_token_ids_that_are_echoed_become_text_once_and_many_of_them_in_a_thread
     asyncio.run(main())
 
 
+async def reads_nothing(site: StagedSite) -> tuple[socket.socket, Connection]:
+    """A client with small buffers that asks for long answers, and the server's end of its connection."""
+    assert site.server is not None
+    silent = socket.socket()
+    silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    silent.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(silent, ("127.0.0.1", site.server.port))
+    here = silent.getsockname()
+    await until(lambda: any(each.peer == here for each in site.server.connections))
+    (there,) = [each for each in site.server.connections if each.peer == here]
+    there._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    there._transport.set_write_buffer_limits(high=8192)
+    asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1900, "n": CHOICES, "stream": True, "ignore_eos": True}
+    body = json.dumps(asked).encode()
+    data = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    await asyncio.get_running_loop().sock_sendall(silent, data)
+    return silent, there
+
+
 def test_a_stream_goes_on_beside_them_to_the_same_tokens() -> None:
     """Beside prompts that are too long, too many of them, tools, odd numbers, and a reader that reads nothing."""
     odd: list[dict[str, Any]] = [
@@ -129,17 +151,21 @@ def test_a_stream_goes_on_beside_them_to_the_same_tokens() -> None:
         async with staged_site(tiny(), ("0-1", "2-3")) as site:
             assert site.server is not None
             streaming = asyncio.ensure_future(site.complete(PROMPT, 24))
-            _, silent = await asyncio.open_connection("127.0.0.1", site.server.port)
-            endless = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1900, "stream": True, "ignore_eos": True}
-            body = json.dumps(endless).encode()
-            silent.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            silent, slow = await reads_nothing(site)
             answers = await asyncio.gather(*(site.post("/v1/completions", {"model": "tiny", **o}) for o in odd))
             assert [status for status, _ in answers] == [400] * len(odd)
             tools = [{"type": "function", "function": {"name": f"f{i}", "description": "d" * 100}} for i in range(999)]
             talk = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "tools": tools, "max_tokens": 2}
             assert (await site.post("/v1/chat/completions", talk))[0] == 400
             assert await streaming == recorded("llama")[0]
-            silent.transport.abort()
+            async with asyncio.timeout(60.0):
+                while not slow.write_paused:
+                    await asyncio.sleep(0.01)
+                held, drawn = slow._transport.get_write_buffer_size(), site.engine.totals.generation_tokens
+                while site.engine.totals.generation_tokens < drawn + 5 * CHOICES:
+                    await asyncio.sleep(0.01)
+            assert slow._transport.get_write_buffer_size() <= held, "what it does not read waits as text, not as events"
+            silent.close()
             await until(lambda: not site.engine.pipeline.running)
 
     asyncio.run(main())
