@@ -132,7 +132,7 @@ tune: $(VENV)/.demo ## Tune every policy fairly, on traffic that is not publishe
 	@$(BIN)/python tools/write_tuned.py
 
 figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (long)
-	@mkdir -p docs/figures && rm -f docs/figures/*.svg
+	@mkdir -p docs/figures
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
 	@$(BIN)/python tools/results_table.py --figures figures $(TABLES) > $(OUT)/published/results.md
