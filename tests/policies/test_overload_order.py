@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Request, RequestClass
 from chiron.policies.overload import OverloadOrder, OverloadSettings
+from chiron.policies.policy import Estimates
 from chiron.policies.views import StepTimes
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=5.0)
@@ -22,21 +23,17 @@ STEP_TIMES = StepTimes(
 )
 
 
-@dataclass
-class Known:
-    """Estimates: a prompt of 1,000 tokens takes 0.1 s to prefill, an answer of 100 tokens 0.1 s of its own."""
-
-    prefill_token_s: float = 1e-4
-    prefill_square_s: float = 0.0
-    expected_output: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("chat", "tight", "heavy"), 100.0))
-    first_token_lead_s: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("chat", "tight", "heavy"), LEAD_S)
-    )
-    step_times: StepTimes = STEP_TIMES
+def known() -> Estimates:
+    """A prompt of 1,000 tokens takes 0.1 s to prefill, an answer of 100 tokens 0.1 s of its own."""
+    estimates = Estimates(STEP_TIMES, ttft_max_s=inf)
+    estimates.prefill_token_s, estimates.prefill_square_s = 1e-4, 0.0
+    estimates.expected_output = dict.fromkeys(("chat", "tight", "heavy"), 100.0)
+    estimates.first_token_lead_s = dict.fromkeys(("chat", "tight", "heavy"), LEAD_S)
+    return estimates
 
 
 def order_of(**settings: float | bool) -> OverloadOrder:
-    return OverloadOrder(OverloadSettings(**settings), Known())  # type: ignore[arg-type]
+    return OverloadOrder(OverloadSettings(**settings), known())  # type: ignore[arg-type]
 
 
 def request(id: int, arrival_s: float, cls: RequestClass = CHAT, tenant: str = "", tokens: int = 1000) -> Request:
