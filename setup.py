@@ -9,6 +9,7 @@ the two it is, and why if it was to be compiled and is not.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -110,12 +111,16 @@ def extensions() -> list[Any]:
         return mypycify([f"--config-file={config}", *files], group_name="chiron", opt_level="1", debug_level="0")
 
 
-class BuildWithReason(build_py):
-    """Leaves the reason in the package, as pip shows nothing of what a build says."""
+class BuildAnew(build_py):
+    """Takes nothing of an earlier build in the same checkout: what it compiled and this one does not would stay. Leaves
+    the reason in the package why it is not compiled, as pip shows nothing of what a build says."""
 
     def run(self) -> None:
+        package = Path(self.build_lib) / "chiron"
+        shutil.rmtree(package, ignore_errors=True)
         super().run()
-        (Path(self.build_lib) / "chiron" / REASON).write_text(WHY_NOT + "\n")
+        if WHY_NOT:
+            (package / REASON).write_text(WHY_NOT + "\n")
 
 
 MAKES_FILES = bool(BUILDS & set(sys.argv))
@@ -126,5 +131,5 @@ if WHY_NOT:
 setuptools.setup(
     setup_requires=[COMPILER] if wanted() and not MAKES_FILES else [],
     ext_modules=extensions() if wanted() and MAKES_FILES and not WHY_NOT else [],
-    cmdclass={"build_py": BuildWithReason} if WHY_NOT else {},
+    cmdclass={"build_py": BuildAnew},
 )
