@@ -264,6 +264,10 @@ def mixed(model: str, **changes: Any) -> str:
     return scenario(model, **given)
 
 
+def _than(saved: float) -> str:
+    return f"{percent(abs(saved))} {'fewer' if saved >= 0 else 'more'} GPU-hours than"
+
+
 def gpu_hours(bench: Bench) -> Section:
     keys = [(model, policy) for model in MIXED for policy in POLICIES]
     found = bench.over_seeds({key: (mixed(key[0]), key[1]) for key in keys})
@@ -296,8 +300,7 @@ def gpu_hours(bench: Bench) -> Section:
         found_best = "`chiron-paper` meets 99 % of each class for neither model, so nothing is saved with all SLOs met."
     else:
         found_best = (
-            f"at its best {percent(untuned)} fewer GPU-hours than `llumnix` and {percent(tuned)} fewer than "
-            f"`llumnix-tuned` (negative: more), whatever those miss.{missed}"
+            f"at its best {_than(untuned)} `llumnix` and {_than(tuned)} `llumnix-tuned`, whatever those miss.{missed}"
         )
     return Section(
         title="GPU-hours on a mixed workload",

@@ -36,6 +36,9 @@ INTRODUCTION = (
     "- **p99**: by class, in the order of the columns before.\n"
     "- **reversed**: changes of the plan against the direction of the one before, within 60 s of it.\n"
     "- Several seeds: the mean, and the range in brackets where it shows.\n"
+    "- `-tuned`: with settings that a search found on other traffic ([fair tuning](policies.md#fair-tuning)). Where "
+    "they do worse than the published ones, the choice did not carry over to this traffic; the better of the two rows "
+    "is the rival.\n"
     f"- Policies with at least {TARGET:.0%} of every class in SLO in every seed come first, the cheapest on top. "
     "The others follow, nearest to it first.",
 )
