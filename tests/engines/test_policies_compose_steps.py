@@ -3,7 +3,7 @@ composer keeps the books and gives the same in both modes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -23,9 +23,41 @@ from effort import examples
 from engine_bench import Bench, Make, check_books, play
 from scenario_factory import CLASSES, PROFILE, TICK_S
 
+
+class Fickle(FirstCome):
+    """First come, first served, but every third step somebody who has decoded for a while gives way."""
+
+    def __init__(self, chunk_tokens: float, *, swaps: bool = True, every: int = 3) -> None:
+        super().__init__(chunk_tokens)
+        self.preempter = self
+        self.swaps = swaps
+        self._every = every
+        self._began: dict[int, tuple[Request, int]] = {}
+
+    def began(self, request: Request, generated: int, step: int, now_s: float) -> None:
+        self._began[request.id] = (request, step)
+
+    def left(self, request: Request) -> None:
+        del self._began[request.id], self._came[request.id]  # It queues last.
+
+    def steps_left(self, step: int) -> int:
+        return self._every - step % self._every
+
+    def gives_way(self, view: StepView) -> Sequence[Request]:
+        if view.step % self._every:
+            return ()
+        old = [request for request, step in self._began.values() if step + self._every < view.step]
+        return old[:1] if view.places_free <= 0 else ()
+
+    def victim(self) -> Request | None:
+        return max((request for request, _ in self._began.values()), key=lambda each: each.id, default=None)
+
+
 GROWING = replace(PROFILE, max_num_seqs=16, c_ms_per_context_token=0.013, q_ms_per_token_squared=0.002)
 COMPOSERS: dict[str, Callable[[], Composer]] = {
     "first come": lambda: FirstCome(12),
+    "one that preempts": lambda: Fickle(12),
+    "one that preempts and computes again": lambda: Fickle(12, swaps=False),
     "niyama": lambda: Niyama(NiyamaSettings()),
     "niyama without chunks": lambda: Niyama(NiyamaSettings(chunks=False)),
 }
@@ -124,3 +156,42 @@ def test_it_is_told_what_the_step_would_take() -> None:
     view = composer.seen
     assert (view.step, view.decoding, view.tokens_max, view.kv_free_tokens) == (0, 0, 32, 100)
     assert view.step_s(10, 5) == pytest.approx(TICK_S + 0.002e-3 * (15**2 - 5**2), abs=1e-9)
+
+
+def crowded(composer: Composer, *, transfer_s: float = 0.0, places: int = 1) -> list[tuple[object, ...]]:
+    """Request 2 comes when 1 has the only place, at twelve tokens of answer."""
+    profile = replace(PROFILE, max_num_seqs=places)
+    make = maker(profile, composer, transfer_s=transfer_s)
+    bench = Bench(profile, kv_seconds_per_token=0.0, step_mode=False, seed=0, make=make)
+    bench.chattiness = 0.0
+    for each in (request(1, 0.0, 4, 12), request(2, 1.5 * TICK_S, 4, 2)):
+        bench.clock.call_at(each.arrival_s, lambda each=each: bench.start(each))  # type: ignore[misc]
+    while bench.clock.step():
+        assert bench.clock.now_s < 1000.0, "it hangs"
+    return [(at / TICK_S, *rest) for at, *rest in bench.log]  # type: ignore[operator]
+
+
+def ends(log: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    return [(at, number) for at, name, number, *_ in log if name == "finished"]
+
+
+def test_a_place_is_taken_back_for_a_prompt_that_waits_and_its_holder_goes_on_later() -> None:
+    assert ends(crowded(FirstCome(inf))) == [(12, 1), (14, 2)]
+    # It decodes from step 1 on, 5 steps more until step 6; 2 takes two; then 10 tokens again, with the next of them.
+    assert ends(crowded(Fickle(inf, swaps=False))) == [(8, 2), (14, 1)]
+
+
+def test_where_kv_is_saved_nothing_is_computed_again() -> None:
+    log = crowded(Fickle(inf), transfer_s=TICK_S / 16)
+    # 9 tokens out and in again take 9/16 of a step each; the way in begins when 2 has its last token.
+    assert [number for _, name, number, *_ in log if name == "first_token"] == [1, 2], "one prefill each"
+    assert ends(log) == [(8, 2), (14 + 9 / 16, 1)]
+
+
+def test_the_composer_says_who_gives_kv_back() -> None:
+    def last_of(composer: Composer) -> object:
+        small = replace(PROFILE, kv_capacity_tokens=40)
+        return ends(run(composer, request(2, 0.0, 8, 20), request(1, 0.5 * TICK_S, 8, 20), profile=small))[-1][1]
+
+    assert last_of(FirstCome(inf)) == 1, "admitted last"
+    assert last_of(Fickle(inf, every=1000)) == 2, "the larger number"

@@ -4,8 +4,8 @@ The engine is iteration level, as vLLM's: every step decodes one token for each 
 left of the token budget on prefill chunks, first come first served. KV is counted in tokens; a prompt's KV is taken
 when it is admitted. When decode would run out of KV, the sequence admitted last is preempted and recomputed.
 
-A policy's ``compose`` hook can decide instead who is admitted and who gets the tokens that decoding leaves. While
-anybody could get some, each step is then planned by itself.
+A policy's ``compose`` hook can decide instead who is admitted, who gets the tokens that decoding leaves, and who gives
+place and KV back for a prompt that waits. While anybody could get some, each step is then planned by itself.
 
 State per instance is B (decoding sequences), S (sum of their contexts), and an iteration counter; a sequence's
 finishing iteration is known when its prefill ends. Between events, k decode-only steps take::
@@ -30,7 +30,7 @@ from chiron.core.clock import VirtualClock, engine_key
 from chiron.core.ports import EngineEvents
 from chiron.core.types import Instance, Request, Sample
 from chiron.engines.profile import Profile
-from chiron.policies.policy import Composer
+from chiron.policies.policy import Composer, Preempter
 from chiron.policies.views import StepView
 
 ROUND = 1.5 * 2.0**20
@@ -95,6 +95,7 @@ class EngineModel:
         "_listener",
         "_max_num_seqs",
         "_mixed_s",
+        "_preempter",
         "_prefilling",
         "_ready",
         "_rel_s",
@@ -156,6 +157,7 @@ class EngineModel:
         self._step_mode = step_mode
         self._stepped = stepped
         self._composer = composer
+        self._preempter: Preempter | None = None if composer is None else composer.preempter
         self._key = engine_key(instance.id)
         self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
         self._sequences: dict[int, EngineSequence] = {}
@@ -295,7 +297,7 @@ class EngineModel:
 
     def _cut_to_admit(self) -> None:
         """Cut the segment if the head of the queue may fit; KV only fills up meanwhile, so this errs on one side."""
-        if not self._waiting or self.batch + len(self._prefilling) + self._restoring >= self.max_batch_size:
+        if not self._waiting or (self._preempter is None and self._places_free() <= 0):
             return
         if self._composer is not None:
             self._cut()  # Who is next is known when it is asked.
@@ -557,8 +559,11 @@ class EngineModel:
                 self._admit()
             if self._prefilling and self._plan_prefill():
                 return
-        elif self._prompt_may_go() and self._compose(composer, not preempted):
-            return
+        else:
+            if self._waiting and self._preempter is not None and not preempted:
+                changed = self._make_way(self._preempter) or changed
+            if self._prompt_may_go() and self._compose(composer, not preempted):
+                return
         batch = self.batch
         clock = self._clock
         if batch == 0:
@@ -580,8 +585,11 @@ class EngineModel:
             while finishing[0][2].finish_step != finishing[0][0]:
                 heappop(finishing)
             count = finishing[0][0] - self.step
-            if composer is not None and self._prompt_may_go():
-                count = 1
+            if composer is not None:
+                if self._prompt_may_go():
+                    count = 1
+                elif self._waiting and self._preempter is not None:
+                    count = min(count, self._preempter.steps_left(self.step))
             room = (self.kv_capacity_tokens - self.kv_used_tokens) // batch
             if room < count:
                 count = room if room > 0 else 1
@@ -599,7 +607,7 @@ class EngineModel:
 
     def _let_in(self, sequence: EngineSequence) -> bool:
         """Move this one in, if a slot and KV for the whole prompt are free."""
-        if self.batch + len(self._prefilling) + self._restoring >= self.max_batch_size:
+        if self._places_free() <= 0:
             return False
         request = sequence.request
         restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
@@ -637,6 +645,9 @@ class EngineModel:
         self._start_mixed(self._mixed_duration(total, attention))
         return True
 
+    def _places_free(self) -> int:
+        return self.max_batch_size - self.batch - len(self._prefilling) - self._restoring
+
     def _prompt_may_go(self) -> bool:
         """Whether the next step could hold a part of one. Else nobody is asked before somebody leaves."""
         return bool(self._prefilling) or (bool(self._waiting) and self.batch + self._restoring < self.max_batch_size)
@@ -648,12 +659,7 @@ class EngineModel:
         most = self._times.token_budget - batch
         if most <= 0:
             return False
-        free = self.kv_capacity_tokens - self.kv_used_tokens
-        budget = composer.tokens(
-            StepView(
-                now_s=now_s, step=self.step, decoding=batch, tokens_max=most, kv_free_tokens=free, step_s=self._step_s
-            )
-        )
+        budget = composer.tokens(self._view())
         # An engine with nothing to decode does not idle while a prompt waits.
         budget = min(most, max(budget, 0 if batch else 1))
         total = attention = 0
@@ -677,6 +683,19 @@ class EngineModel:
         composer.planned(total, self._mixed_s)
         return True
 
+    def _view(self) -> StepView:
+        return StepView(
+            now_s=self._clock.now_s,
+            step=self.step,
+            decoding=self.batch,
+            tokens_max=self._times.token_budget - self.batch,
+            kv_free_tokens=self.kv_capacity_tokens - self.kv_used_tokens,
+            step_s=self._step_s,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            places=self.max_batch_size,
+            places_free=self._places_free(),
+        )
+
     def _step_s(self, tokens: int, done: int) -> float:
         """What the next step would take with so many tokens of a prompt of which so many are done."""
         return self._mixed_duration(tokens, tokens * (2 * done + tokens))
@@ -692,14 +711,35 @@ class EngineModel:
         self._clock.push(self._due_s, self._key, self._fire)
 
     def _preempt(self) -> None:
-        """Recompute preemption: the sequence admitted last gives its KV back and queues first."""
-        self.preemptions += 1
-        if self._prefilling:
+        """Recompute preemption: the sequence admitted last, or whom a composer names, gives its KV back and queues
+        first."""
+        victim = None if self._preempter is None else self._preempter.victim()
+        if victim is not None:
+            sequence = self._decoding[victim.id]
+            self._leave_decoding(sequence)
+        elif self._prefilling:
             sequence = self._prefilling.pop()
             self.kv_used_tokens -= sequence.prompt
         else:
             sequence = self._decoding[next(reversed(self._decoding))]
             self._leave_decoding(sequence)
+        self._wait_again(sequence)
+
+    def _make_way(self, preempter: Preempter) -> bool:
+        """Take places and KV back as a composer has it; whether anybody had to leave."""
+        leaving = preempter.gives_way(self._view())
+        for request in leaving:
+            sequence = self._decoding[request.id]
+            saved = self._leave_decoding(sequence)
+            if preempter.swaps and self.kv_seconds_per_token > 0.0:
+                self._hold_kv(saved)
+                request.kv_saved_tokens = saved
+                request.kv_saved_on = self.instance.id
+            self._wait_again(sequence)
+        return bool(leaving)
+
+    def _wait_again(self, sequence: EngineSequence) -> None:
+        self.preemptions += 1
         sequence.phase = WAITING
         sequence.prefilled = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated

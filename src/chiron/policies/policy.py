@@ -165,9 +165,30 @@ class BatchOrder(Protocol):
         """What ``head`` or ``shorter`` returned is dispatched."""
 
 
+class Preempter(Protocol):
+    """Takes places and KV back from sequences that decode, for prompts that wait. They wait again, behind or before
+    others as the composer has it. Whoever is let in again must be left the time to make a token: else nothing ends."""
+
+    swaps: bool
+    """Their KV is saved in host memory where the engine can; else their tokens are prefilled again."""
+
+    def steps_left(self, step: int) -> int:
+        """In how many steps it wants to be asked again at the latest, where every place is taken; 1: before each. It
+        may be asked more often, and must then do what it would have done."""
+
+    def gives_way(self, view: StepView) -> Sequence[Request]:
+        """Who gives place and KV back before the next step. Asked while a prompt waits, before ``Composer.tokens``."""
+
+    def victim(self) -> Request | None:
+        """KV has run out: who gives it back; None: who was admitted last."""
+
+
 class Composer(Protocol):
     """Who gets the tokens of one engine's steps: each sequence that decodes gets one, and this decides about the rest.
     O(log requests) a call. It sees what the engine sees, at once."""
+
+    preempter: Preempter | None
+    """None: a sequence that decodes goes on until it ends, is evicted, or KV runs out."""
 
     def add(self, request: Request, tokens: int, begun: bool) -> None:
         """So many tokens of its prompt wait: it came, it was preempted, or (``begun``) a part of them is done."""
@@ -208,7 +229,7 @@ AdmitHook = Callable[[Any, Order, Request, float], Refusal | None]
 OrderHook = Callable[[Any, Estimates], Order]
 BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
 PlaceHook = Callable[[Any, Estimates], Router]
-ComposeHook = Callable[[Any], Composer]
+ComposeHook = Callable[[Any, Estimates], Composer]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 ClassesOf = Mapping[str, Sequence[RequestClass]]
 """Of each model, in the order of ``ModelView.mixes``."""

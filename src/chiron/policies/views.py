@@ -216,6 +216,11 @@ class StepView(NamedTuple):
     kv_free_tokens: int
     step_s: Callable[[int, int], float]
     """Its time with so many tokens of a prompt of which so many are done: what an engine's profile says."""
+    kv_capacity_tokens: int = 0
+    places: int = 0
+    """The max batch size."""
+    places_free: int = 0
+    """Negative after the max batch size was lowered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,11 +37,12 @@ class ModelledEngines:
         stages: Mapping[str, Sequence[Profile]] | None = None,
         wire: Wire | None = None,
         step_mode: bool = False,
-        compose: Callable[[], Composer] | None = None,
+        compose: Callable[[str], Composer] | None = None,
     ) -> None:
         """``profiles`` by kind of instance; ``stages`` likewise, of those that are pipelines. ``wire``: between the
         control plane and every engine, as a gateway has it; None: they call each other directly, and only then
-        ``step_mode`` may be off or on. ``compose`` makes an engine's composer, of a policy that has such a hook."""
+        ``step_mode`` may be off or on. ``compose`` makes the composer of an engine of a model, of a policy that has
+        such a hook."""
         if stages and wire is not None:
             raise ValueError("pipelines of stages are simulated without a wire only")
         if compose is not None and (stages or wire is not None):
@@ -74,7 +75,7 @@ class ModelledEngines:
                 listener=self.listener,
                 kv_seconds_per_token=kv_seconds_per_token,
                 step_mode=self._step_mode,
-                composer=self._compose() if self._compose is not None else None,
+                composer=self._compose(instance.model) if self._compose is not None else None,
             )
         else:
             engine = RemoteEngine(

@@ -17,7 +17,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
 from chiron.fleet.model import FleetModel
 from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.policy import Policy
+from chiron.policies.policy import ComposeHook, Composer, Policy
 from chiron.policies.registry import make_policy
 from chiron.policies.scheduled import CLAIRVOYANT, make_scheduled
 from chiron.policies.stages.registry import with_stages
@@ -105,7 +105,7 @@ class Simulation:
             kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
             wire=setup.wire,
             step_mode=step_mode,
-            compose=None if compose is None else partial(compose, self.policy.settings),
+            compose=None if compose is None else partial(self._composer, compose),
         )
         self.engines = engines.made
         self.fleet = FleetModel(
@@ -138,6 +138,9 @@ class Simulation:
             dated_when_taken=setup.wire is not None,
             stages=self.plane if setup.stages else None,
         )
+
+    def _composer(self, compose: ComposeHook, model: str) -> Composer:
+        return compose(self.policy.settings, self.plane.models[model].learner)
 
     def run(self, progress: Progress | None = None) -> None:
         """Until the last request has ended, or the horizon."""

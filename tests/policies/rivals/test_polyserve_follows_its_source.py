@@ -264,7 +264,7 @@ def test_steps_are_chunked_by_slack_unless_it_is_turned_off() -> None:
 
 @pytest.mark.parametrize(("relegates", "expected"), [(True, 2), (False, 1)])
 def test_a_prompt_that_would_be_late_waits_behind_the_others(relegates: bool, expected: int) -> None:
-    composer = compose(PolyServeSettings(relegates=relegates))
+    composer = compose(PolyServeSettings(relegates=relegates), Learner((CHAT, JOBS)))
     composer.add(Request(1, "m", CHAT, 0.0, 100), 100, False)
     composer.add(Request(2, "m", CHAT, 3.0, 100), 100, False)
     head = composer.head(6.0, False)

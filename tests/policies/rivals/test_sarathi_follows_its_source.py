@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from chiron.control.learning import Learner
 from chiron.core.types import Request
 from chiron.policies.rivals.sarathi import SarathiSettings, compose
 from chiron.policies.views import StepView
@@ -15,7 +16,7 @@ from policy_factory import CHAT
     [(0, 2048, 512), (100, 1948, 412), (512, 1536, 0), (0, 256, 256)],
 )
 def test_prompts_get_what_decoding_leaves_of_512(decoding: int, engine_takes: int, expected: int) -> None:
-    composer = compose(SarathiSettings())
+    composer = compose(SarathiSettings(), Learner((CHAT,)))
     view = StepView(
         now_s=0.0,
         step=0,
@@ -28,7 +29,7 @@ def test_prompts_get_what_decoding_leaves_of_512(decoding: int, engine_takes: in
 
 
 def test_prompts_in_their_order_and_a_preempted_one_keeps_its_place() -> None:
-    composer = compose(SarathiSettings())
+    composer = compose(SarathiSettings(), Learner((CHAT,)))
     one, two, three = (Request(number, "m", CHAT, 0.0, 10) for number in (7, 5, 6))
     for each in (one, two, three):
         composer.add(each, 10, False)

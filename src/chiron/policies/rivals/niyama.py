@@ -26,7 +26,7 @@ from typing import Annotated, Final
 
 from chiron.core.types import Request
 from chiron.policies.checks import above, at_least
-from chiron.policies.policy import Policy
+from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.prompt_queue import PromptQueue
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.static import decide_fleet
@@ -108,6 +108,8 @@ class _Prompt:
 
 class Niyama:
     """The composer."""
+
+    preempter: Preempter | None = None
 
     def __init__(self, settings: NiyamaSettings) -> None:
         self._settings = settings
@@ -211,7 +213,7 @@ class Niyama:
         self._decoding.pop(request.id, None)
 
 
-def compose(settings: NiyamaSettings) -> Niyama:
+def compose(settings: NiyamaSettings, estimates: Estimates) -> Niyama:
     return Niyama(settings)
 
 

@@ -376,7 +376,7 @@ class BinOrder:
         return min((lane.oldest_arrival_s() for lane in self._lanes.values()), default=inf)
 
 
-def compose(settings: PolyServeSettings) -> Niyama:
+def compose(settings: PolyServeSettings, estimates: Estimates) -> Niyama:
     """Prompts by the deadline of their first token, in chunks that fit the slack."""
     return Niyama(NiyamaSettings(weight_s=0.0, relegates=settings.relegates, caution=settings.caution))
 

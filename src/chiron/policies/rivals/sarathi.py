@@ -14,7 +14,7 @@ from typing import Annotated
 
 from chiron.core.types import Request
 from chiron.policies.checks import above, at_least
-from chiron.policies.policy import Policy
+from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.prompt_queue import PromptQueue
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.static import decide_fleet
@@ -37,6 +37,8 @@ class SarathiSettings:
 
 class FirstCome:
     """The composer: prompts in the order in which they came, within a fixed number of tokens."""
+
+    preempter: Preempter | None = None
 
     def __init__(self, chunk_tokens: float) -> None:
         self._chunk_tokens = chunk_tokens
@@ -74,7 +76,7 @@ class FirstCome:
         """Likewise."""
 
 
-def compose(settings: SarathiSettings) -> FirstCome:
+def compose(settings: SarathiSettings, estimates: Estimates) -> FirstCome:
     return FirstCome(settings.chunk_tokens)
 
 
