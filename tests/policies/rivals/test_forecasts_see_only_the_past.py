@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, decide_fleet
-from chiron.policies.rivals.forecasters import KalmanNoise, arima, holt_winters, kalman, needs
+from chiron.policies.rivals.forecasters import Fitted, KalmanNoise, arima, holt_winters, kalman, needs
 from policy_factory import arrival, fleet, fleet_of, model
 
 
@@ -31,7 +32,39 @@ def test_few_or_equal_values_are_the_forecast_without_any_library() -> None:
 def test_a_missing_library_is_named() -> None:
     with pytest.raises(ImportError, match=r"arima need statsmodels: pip install .chiron-serving\[forecast"):
         needs("arima", find=lambda name: None)
+    with pytest.raises(ImportError, match="holt-winters need threadpoolctl"):
+        needs("holt-winters", find=lambda name: None if name == "threadpoolctl" else name)
     needs("kalman", find=lambda name: None)
+
+
+class Watched(list[float]):
+    """A series that notes how many threads BLAS has while it is read."""
+
+    def __init__(self, values: Iterable[float]) -> None:
+        super().__init__(values)
+        self.threads: set[int] = set()
+
+    def __iter__(self) -> Iterator[float]:
+        self.threads |= blas_threads()
+        return super().__iter__()
+
+
+def blas_threads() -> set[int]:
+    return {each["num_threads"] for each in pytest.importorskip("threadpoolctl").threadpool_info()}
+
+
+@pytest.mark.slow
+def test_a_fit_has_one_thread_and_gives_the_others_back() -> None:
+    """Matrices of three rows are multiplied thousands of times; threads that wait for each other took minutes."""
+    pytest.importorskip("statsmodels")
+    wave = Watched(50.0 + 20.0 * math.sin(step) for step in range(12))
+    kept = Fitted(order=(1, 0, 0), parameters=(25.0, 0.5, 100.0))
+    import scipy.linalg  # noqa: F401
+
+    before = blas_threads()
+    arima(wave, 1, kept)
+    assert wave.threads == before | {1}
+    assert blas_threads() == before
 
 
 @pytest.mark.slow

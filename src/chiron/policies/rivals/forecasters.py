@@ -2,14 +2,17 @@
 
 ``constant`` and ``kalman`` are a few lines; ``arima`` and ``holt-winters`` are statsmodels' (extra ``forecast``). A
 forecaster sees the values so far and what it kept from the last time, and nothing else; what cannot be fitted is the
-last value.
+last value. Matrices of a fit have a few rows, and BLAS gets one thread for them: threads that meet after each of
+thousands of them wait for each other, on busy cores nearly all the time.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from math import expm1, isfinite, log1p
 from typing import Any, Literal
@@ -41,8 +44,24 @@ class KalmanNoise:
 
 def needs(method: str, find: Callable[[str], object] = find_spec) -> None:
     """Raises ImportError where a method needs a library that is not installed."""
-    if method in ("arima", "holt-winters") and find("statsmodels") is None:
-        raise ImportError(f"forecasts by {method} need statsmodels: pip install 'chiron-serving[forecast]'")
+    for library in ("statsmodels", "threadpoolctl") if method in ("arima", "holt-winters") else ():
+        if find(library) is None:
+            raise ImportError(f"forecasts by {method} need {library}: pip install 'chiron-serving[forecast]'")
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Within it, BLAS works in the thread that calls it."""
+    context: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return context
+
+
+@cache
+def _libraries() -> Any:
+    """Those with threads that are loaded. Made once: it looks through all that the process has loaded."""
+    import scipy.linalg  # noqa: F401  Its BLAS is another than numpy's.
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def kalman(series: Sequence[float], noise: KalmanNoise) -> float:
@@ -69,6 +88,12 @@ def arima(series: Sequence[float], steps: int, kept: Fitted | None) -> tuple[tup
     last = series[-1] if series else 0.0
     if len(series) < FEWEST or len(set(series)) == 1:
         return (last,) * steps, kept
+    with one_thread():
+        return _arima(series, steps, kept)
+
+
+def _arima(series: Sequence[float], steps: int, kept: Fitted | None) -> tuple[tuple[float, ...], Fitted | None]:
+    last = series[-1]
     if kept is None:
         kept = _chosen(series, logarithm=False)
         if kept is None or (kept.order[0] == 0 and kept.order[2] == 0):
@@ -149,7 +174,7 @@ def holt_winters(series: Sequence[float], steps: int, season: int) -> tuple[floa
     from statsmodels.tsa.holtwinters import ExponentialSmoothing
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), one_thread():
             warnings.simplefilter("ignore")
             model = ExponentialSmoothing(
                 list(series),
