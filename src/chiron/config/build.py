@@ -15,7 +15,14 @@ from chiron.config.pipelines import Pipelines, gpus_first, gpus_most, pipelines,
 from chiron.config.policies import check_can_be_made
 from chiron.config.read import ConfigError, fields_by_key, is_duration
 from chiron.config.scenario import Scenario
-from chiron.config.sections import GenerateSection, InstanceSection, LengthsSection, ModelSection, StreamSection
+from chiron.config.sections import (
+    GenerateSection,
+    InstanceSection,
+    LengthsSection,
+    ModelSection,
+    ProgramSection,
+    StreamSection,
+)
 from chiron.core.types import InstanceKind, ModelSpec
 from chiron.engines.layers import layer_profile_names, load_layer_profile
 from chiron.engines.profile import Profile, ProfileError
@@ -29,6 +36,8 @@ from chiron.workload.errors import WorkloadError
 from chiron.workload.generate import Arrivals, ClosedLoop, generate
 from chiron.workload.lengths import ConstantTokens, IndependentLengths, Lengths, LognormalTokens
 from chiron.workload.load import load_lengths, load_trace
+from chiron.workload.programs import ProgramShape, ProgramStream
+from chiron.workload.select import begins_s, kept
 from chiron.workload.transform import concat
 from chiron.workload.types import Trace, Workload
 
@@ -187,8 +196,9 @@ def _value_at(path: str) -> Iterator[None]:
 
 
 def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Workload:
-    """The requests of one seed: streams and batch jobs, scaled, and cut at the scenario's duration."""
+    """The requests of one seed: streams, programs and batch jobs, scaled, and cut at the scenario's duration."""
     streams, jobs = _streams(scenario, "workload", scenario.workload, seed, 0), []
+    programs = [_program(scenario, section) for section in scenario.program]
     for i, job in enumerate(scenario.batch_job):
         cls = scenario.classes[job.class_]
         with _at(f"batch_job[{i}]"):
@@ -203,7 +213,7 @@ def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Work
                 )
             )
     with _at("workload"):
-        whole = _cut(build_workload(streams, jobs, seed=seed), "duration", 0.0, scenario.duration_s)
+        whole = _cut(build_workload(streams, jobs, programs, seed=seed), "duration", 0.0, scenario.duration_s)
         first_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
         if first_s == 0.0:
             return whole
@@ -229,6 +239,27 @@ def _streams(scenario: Scenario, path: str, sections: Sequence[StreamSection], s
             cls = scenario.classes[section.class_]
             streams.append(Stream(trace=trace, model=section.model, cls=cls, tenant=section.key))
     return streams
+
+
+def _program(scenario: Scenario, section: ProgramSection) -> ProgramStream:
+    return ProgramStream(
+        kind=section.name or section.class_,
+        model=section.model,
+        cls=scenario.classes[section.class_],
+        arrivals=_faster(section.arrivals.arrivals, scenario.scale),
+        duration_s=section.arrivals.duration_s,
+        shape=ProgramShape(
+            steps=section.steps,
+            branches=section.branches,
+            first=_field(section.first),
+            added=_field(section.added),
+            output=_field(section.output),
+            think_s=section.think_s,
+            input_max=section.input_max,
+        ),
+        deadline_s=section.deadline_s,
+        tenant=section.key,
+    )
 
 
 def policy_rows() -> list[tuple[str, str, dict[str, str]]]:
@@ -310,9 +341,16 @@ def source_of(scenario: Scenario, name: str) -> str | Path:
 
 
 def _cut(workload: Workload, key: str, start_s: float, end_s: float) -> Workload:
-    """Requests that arrive from ``start_s`` on and before ``end_s``, as if they began at 0. ``key``: who wants it."""
+    """Requests that arrive from ``start_s`` on and before ``end_s``, and the calls of programs that begin then, as if
+    they began at 0. ``key``: who wants it."""
     if (start_s, end_s) == (0.0, inf):
         return workload
+    if workload.programs is not None:
+        at_s = begins_s(workload)
+        rows = (at_s >= start_s) & (at_s < end_s)
+        if not rows.any():
+            raise ConfigError(f"{key}: from {start_s:g} s to {end_s:g} s no request or program begins")
+        return kept(workload, rows, earlier_s=start_s)
     first, last = (int(np.searchsorted(workload.arrival_s, bound)) for bound in (start_s, end_s))
     if first == last and end_s < inf:
         begins = float(workload.arrival_s[0])
@@ -320,12 +358,7 @@ def _cut(workload: Workload, key: str, start_s: float, end_s: float) -> Workload
     if first == last:
         ends = float(workload.arrival_s[-1])
         raise ConfigError(f"{key}: {start_s:g} s leaves no request; the last arrives at {ends:g} s")
-    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
-    present = {name: column for name in columns if (column := getattr(workload, name)) is not None}
-    kept = {name: column[first:last] for name, column in present.items()}
-    if start_s:
-        kept |= {name: kept[name] - start_s for name in ("arrival_s", "deadline_s")}
-    return replace(workload, **kept)
+    return kept(workload, slice(first, last), earlier_s=start_s)
 
 
 def _kinds(scenario: Scenario, model: str, section: ModelSection) -> list[tuple[InstanceKind, Profile]]:

@@ -18,7 +18,14 @@ from typing import Any
 from chiron.config.overrides import Override, apply_overrides, override_text
 from chiron.config.policies import PolicyChoice, read_policies
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, read_text, suggest
-from chiron.config.sections import BatchJobSection, CalibrationSection, ModelSection, StreamSection, Telemetry
+from chiron.config.sections import (
+    BatchJobSection,
+    CalibrationSection,
+    ModelSection,
+    ProgramSection,
+    StreamSection,
+    Telemetry,
+)
 from chiron.core.types import RequestClass
 from chiron.fleet.model import ColdStart, Failures
 from chiron.policies.registry import POLICIES
@@ -44,7 +51,7 @@ class Scenario:
     compare: tuple[str, ...] = ()
     """Labels or policy names to run by default; empty: the [policies] tables in their order, else the standard six."""
     scale: float = 1.0
-    """Multiplies the rate of every stream and the requests of every batch job."""
+    """Multiplies the rate of every stream and of all programs, and the requests of every batch job."""
     duration_s: float = inf
     """Requests and batch jobs that arrive later than this are left out."""
     horizon_s: float = inf
@@ -61,6 +68,7 @@ class Scenario:
     failures: Failures = field(default_factory=Failures)
     telemetry: Telemetry = field(default_factory=Telemetry)
     workload: tuple[StreamSection, ...] = ()
+    program: tuple[ProgramSection, ...] = ()
     batch_job: tuple[BatchJobSection, ...] = ()
     calibration: CalibrationSection | None = None
     """What ``chiron tune`` may tune on; None: it is told on the command line, or takes the first part."""
@@ -80,12 +88,14 @@ class Scenario:
         _require(self.duration_s > 0, "duration", self.duration_s, "must be above 0")
         _require(self.horizon_s > 0, "horizon", self.horizon_s, "must be above 0")
         _require(self.kv_transfer_gb_per_s > 0, "kv_transfer_gb_per_s", self.kv_transfer_gb_per_s, "must be above 0")
-        _require(bool(self.workload or self.batch_job), "workload", [], "add a [[workload]] or a [[batch_job]]")
+        some = bool(self.workload or self.program or self.batch_job)
+        _require(some, "workload", [], "add a [[workload]], a [[program]] or a [[batch_job]]")
         for gpu, count in self.gpus.items():
             _require(count >= 1, f"gpus.{gpu}", count, "must be 1 or more")
         for i, label in enumerate(self.compare):
             self.choice(label, f"compare[{i}]")
         entries = [(f"workload[{i}]", entry.model, entry.class_) for i, entry in enumerate(self.workload)]
+        entries += [(f"program[{i}]", entry.model, entry.class_) for i, entry in enumerate(self.program)]
         entries += [(f"batch_job[{i}]", job.model, job.class_) for i, job in enumerate(self.batch_job)]
         entries += [(f"history[{i}]", entry.model, entry.class_) for i, entry in enumerate(self.history)]
         for path, model, cls in entries:

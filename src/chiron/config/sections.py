@@ -9,7 +9,8 @@ from typing import Literal
 
 from chiron.config.read import ConfigError, read_record, suggest
 from chiron.workload.generate import KINDS, Arrivals
-from chiron.workload.lengths import LognormalTokens
+from chiron.workload.lengths import LENGTH_MAX, LognormalTokens
+from chiron.workload.programs import LognormalNumber
 
 
 def require(fine: bool, key: str, value: object, allowed: str) -> None:
@@ -227,6 +228,66 @@ class StreamSection:
         require(self.duration_s > 0, "duration", self.duration_s, "above 0")
         require(self.rate_scale > 0, "rate_scale", self.rate_scale, "above 0")
         require(self.repeat >= 1, "repeat", self.repeat, "1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrivalsSection:
+    """When programs arrive: ``kind``, ``duration``, and the settings of that kind of arrivals."""
+
+    arrivals: Arrivals
+    duration_s: float
+
+    @classmethod
+    def from_table(cls, table: object, path: str) -> ArrivalsSection:
+        kinds = {name: kind for name, kind in KINDS.items() if name != "closed-loop"}
+        if not isinstance(table, Mapping) or "kind" not in table:
+            raise ConfigError(f"{path}: {table!r} must be a table with kind ({', '.join(kinds)}) and duration")
+        if table["kind"] not in kinds:
+            raise ConfigError(f"{path}.kind: {table['kind']!r}; {suggest(str(table['kind']), kinds)}")
+        own = {"duration"}
+        settings = {key: value for key, value in table.items() if key not in own | {"kind"}}
+        arrivals = read_record(kinds[table["kind"]], settings, path)
+        return read_record(cls, {key: table[key] for key in own & table.keys()}, path, arrivals=arrivals)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramSection:
+    """Programs, such as agents and chats: calls one after another, each once those before it have ended."""
+
+    model: str
+    class_: str
+    """Of each call."""
+    name: str = ""
+    """What results call these programs; default: the class."""
+    key: str = ""
+    """Name of the API key that their calls come with."""
+    arrivals: ArrivalsSection
+    """Of programs: ``{ kind, duration }`` and the settings of that kind."""
+    steps: int | LognormalNumber
+    """Calls in a row."""
+    branches: int | LognormalNumber = 1
+    """Calls that a step makes at once, from the same prompt; the next step waits for all."""
+    first: int | LognormalTokens
+    """Tokens of the first prompt."""
+    added: int | LognormalTokens
+    """Tokens that tool or user add before each later step, to the prompt and answers before it."""
+    output: int | LognormalTokens
+    """Tokens of each answer."""
+    think_s: float | LognormalNumber = 0.0
+    """Of tool or user, from the end of a step to the next one; drawn: in seconds."""
+    input_max: int = LENGTH_MAX
+    """Tokens to which a longer conversation is cut."""
+    deadline_s: float = inf
+    """SLO of a program: from its arrival to the end of its last call."""
+
+    def __post_init__(self) -> None:
+        for key in ("first", "added", "output", "steps", "branches"):
+            value = getattr(self, key)
+            require(not isinstance(value, int) or value >= 1, key, value, "1 or more")
+        require(self.input_max >= 1, "input_max", self.input_max, "1 or more")
+        require(self.deadline_s > 0, "deadline", self.deadline_s, "above 0")
+        fine = isinstance(self.think_s, LognormalNumber) or self.think_s >= 0
+        require(fine, "think", self.think_s, "0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,7 @@ class Request:
         "payload",
         "pinned",
         "prefill_cost_s",
+        "program",
         "ran",
         "refused_because",
         "reserved_tokens",
@@ -136,6 +137,9 @@ class Request:
         """Of a batch class, but no item of a job: its client waits for the answer. Not changed after ``submit``."""
         self.tenant = ""
         """The tenant (an API key's name): overloads are kept apart by it. Not changed after ``submit``."""
+        self.program = ""
+        """The program (an agent, a chat) that makes this call, by a name of its own; empty: it is a request of its own.
+        Not changed after ``submit``."""
         self.turn: Any = None
         """The order's own note about the turn that it had."""
         self.refused_because = ""

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from chiron.core.types import RequestClass
 from chiron.load.errors import PlanError, require
 from chiron.workload.seeds import generator
+from chiron.workload.select import kept
 from chiron.workload.types import Ints, Trace, Workload
 
 BatchAs = Literal["api", "requests", "skip"]
@@ -114,6 +115,11 @@ def make_plan(
     requests by itself, ``skip`` leaves them out. Raises PlanError if nothing is left.
     """
     require(batch_as in BATCH_AS, "batch_as", batch_as, f"one of {', '.join(BATCH_AS)}")
+    if workload.programs is not None:
+        raise PlanError(
+            f"{name}: it has programs, whose calls come when those before them have ended; they can be simulated only, "
+            "so leave [[program]] out"
+        )
     work = _scaled(workload, lengths or Lengths())
     in_job = np.zeros(len(work), dtype=np.bool_)
     found: list[Job] = []
@@ -172,8 +178,7 @@ def _members(work: Workload, key: JobKey) -> Flags:
 
 
 def _rows(work: Workload, keep: Flags) -> Workload:
-    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s")
-    return replace(work, **{name: getattr(work, name)[keep] for name in columns})
+    return kept(work, keep)
 
 
 def _scaled(work: Workload, lengths: Lengths) -> Workload:

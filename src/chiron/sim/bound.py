@@ -69,13 +69,21 @@ class Bound:
 
 
 def bound(setup: Setup) -> Bound:
-    """Every request that arrives before the horizon finishes and attains its SLO."""
+    """Every request that arrives before the horizon finishes and attains its SLO. Of programs: every call finishes by
+    the horizon, within its ITL."""
     work = setup.workload
     counted = work.arrival_s < setup.horizon_s
     end_s = min(setup.horizon_s, float(work.arrival_s.max(initial=0.0)))
     required = np.ones(len(work), dtype=np.bool_)
     due_s, itl_s = _limits(work.arrival_s, work.output_tokens, work.cls, work.deadline_s, work.classes, required)
-    columns = (work.arrival_s, np.minimum(due_s, setup.horizon_s), work.input_tokens, work.output_tokens, itl_s)
+    arrival_s = work.arrival_s
+    if work.programs is not None:
+        # When a call comes is the policy's doing. It cannot come sooner than this, and may be late.
+        arrival_s = work.programs.earliest_s
+        due_s = np.where(work.programs.of >= 0, inf, due_s)
+        counted = arrival_s < setup.horizon_s
+        end_s = min(setup.horizon_s, float(arrival_s.max(initial=0.0)))
+    columns = (arrival_s, np.minimum(due_s, setup.horizon_s), work.input_tokens, work.output_tokens, itl_s)
     return _bound(setup, counted, work.model, columns, end_s)
 
 

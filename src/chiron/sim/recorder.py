@@ -68,6 +68,8 @@ class Recorder:
             line["request"] = request.id
             if name == "arrival":
                 line |= {"model": request.model, "class": request.cls.name, "input_tokens": request.input_tokens}
+                if request.program:
+                    line["program"] = request.program
             elif name == "ended":
                 line["outcome"] = request.outcome
                 if request.refused_because:
@@ -81,6 +83,7 @@ class Recorder:
     # -- the rest ----------------------------------------------------------------------------------------------
 
     def table(self) -> RequestTable:
+        """A row for each of the workload's."""
         workload = self._workload
         return RequestTable(
             model=workload.model.astype(np.int16),

@@ -11,6 +11,7 @@ from math import isfinite
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from chiron.control.learned import Learned
 from chiron.core.clock import VirtualClock
@@ -25,10 +26,11 @@ from chiron.runtime.assembly import Assembly
 from chiron.runtime.modelled import ModelledEngines, ModelScraper
 from chiron.sim.bound import Bound, bound, bound_of_run
 from chiron.sim.clairvoyant import found
+from chiron.sim.programs import ProgramCalls
 from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
-from chiron.telemetry.run_data import RequestTable
+from chiron.telemetry.run_data import ProgramPoint, RequestTable
 from chiron.telemetry.summary import summarise
 from chiron.workload.types import Workload
 
@@ -118,6 +120,14 @@ class Simulation:
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
+        self.programs: ProgramCalls | None = None
+        if setup.workload.programs is not None:
+            self.programs = ProgramCalls(
+                setup.workload,
+                clock=self.clock,
+                make=partial(_call, setup),
+                submit=lambda request: self.plane.submit(request),
+            )
         self._assembly = Assembly(
             clock=self.clock,
             fleet=self.fleet,
@@ -125,6 +135,7 @@ class Simulation:
             models=setup.models,
             classes=setup.workload.classes,
             policy=self.policy,
+            ends=self.programs,
             gpus_max=setup.gpus_max,
             observer=self.recorder.observe,
         )
@@ -150,7 +161,8 @@ class Simulation:
         submit, run_until = plane.submit, clock.run_until
         total = max(1, len(setup.workload))
         report_at = 0
-        for request in _requests(setup):
+        programs = self.programs
+        for request in _requests(setup, None if programs is None else programs.waits):
             if request.arrival_s > end_s:
                 break
             run_until(request.arrival_s)
@@ -160,7 +172,7 @@ class Simulation:
                 if progress is not None:
                     progress(self.recorder.ended_count / total)
         next_report_s = clock.now_s
-        while plane.open_requests:
+        while plane.open_requests or (programs is not None and programs.coming):
             due_s = clock.next_s()
             if due_s is None or due_s > end_s:
                 run_until(end_s)
@@ -176,6 +188,9 @@ class Simulation:
     def result(self, *, wall_s: float, with_bound: bool = True) -> Result:
         setup, recorder, bill, workload = self.setup, self.recorder, self.fleet.bill, self.setup.workload
         table = recorder.table()
+        points: tuple[ProgramPoint, ...] = ()
+        if self.programs is not None:
+            table, points = self.programs.table(table), self.programs.points(table)
         end_s = self.clock.now_s
         delivered, full = self._bounds(table, end_s) if with_bound else (None, None)
         label = setup.label or setup.policy
@@ -185,6 +200,7 @@ class Simulation:
             classes=workload.classes,
             models=workload.models,
             requests=table,
+            programs=points,
             gpu_seconds=sum(bill.gpu_seconds.values()),
             cost=sum(bill.cost.values()),
             gpus_peak=bill.gpus_peak,
@@ -211,6 +227,7 @@ class Simulation:
             classes=workload.classes,
             summary=summary,
             requests=table,
+            programs=points,
             fleet=tuple(recorder.fleet),
             batch_sizes=tuple(recorder.batch_sizes),
             decisions=tuple(recorder.decisions),
@@ -228,8 +245,8 @@ class Simulation:
         return last + self.setup.grace_s
 
 
-def _requests(setup: Setup) -> Iterator[Request]:
-    """The workload's rows as requests, made when they arrive."""
+def _requests(setup: Setup, waits: npt.NDArray[np.bool_] | None) -> Iterator[Request]:
+    """The workload's rows as requests, made when they arrive; without those that wait for others (``waits``)."""
     workload = setup.workload
     models, classes, tenants = workload.models, workload.classes, workload.tenants
     for start in range(0, len(workload), _CHUNK):
@@ -244,10 +261,37 @@ def _requests(setup: Setup) -> Iterator[Request]:
             strict=True,
         )
         for row, (arrival_s, tokens_in, tokens_out, model, cls, deadline_s) in enumerate(rows, start):
+            if waits is not None and waits[row]:
+                continue
             request = Request(row, models[model], classes[cls], arrival_s, tokens_in, tokens_out, deadline_s)
             request.pinned = request.interactive and setup.wire is not None
             request.tenant = tenants[workload.tenant[row] if workload.tenant is not None else 0]
+            if workload.programs is not None:
+                request.program = _program_of(workload, row)
             yield request
+
+
+def _call(setup: Setup, row: int, now_s: float) -> Request:
+    """A call of a program that comes now."""
+    workload = setup.workload
+    request = Request(
+        row,
+        workload.models[int(workload.model[row])],
+        workload.classes[int(workload.cls[row])],
+        now_s,
+        int(workload.input_tokens[row]),
+        int(workload.output_tokens[row]),
+    )
+    request.pinned = request.interactive and setup.wire is not None
+    request.tenant = workload.tenants[int(workload.tenant[row]) if workload.tenant is not None else 0]
+    request.program = _program_of(workload, row)
+    return request
+
+
+def _program_of(workload: Workload, row: int) -> str:
+    assert workload.programs is not None
+    number = int(workload.programs.of[row])
+    return "" if number < 0 else str(number)
 
 
 def _settings(policy: Policy) -> dict[str, Any]:

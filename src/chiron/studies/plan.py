@@ -26,6 +26,7 @@ from chiron.studies.objective import worst_class
 from chiron.studies.runner import Runner
 from chiron.studies.trial import Outcome, Trial, trial
 from chiron.telemetry.format import percent
+from chiron.workload.select import kept
 from chiron.workload.types import Workload
 
 T = TypeVar("T")
@@ -245,10 +246,8 @@ def _alone(setup: Setup, scenario: Scenario, model: str, kind: str, change: Chan
 
 def only_model(workload: Workload, model: str) -> Workload:
     mine = workload.model == workload.models.index(model)
-    columns = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
-    present = {name: column[mine] for name in columns if (column := getattr(workload, name)) is not None}
-    present["model"] = np.zeros_like(present["model"])
-    return replace(workload, **present, models=(model,))
+    part = kept(workload, mine)
+    return replace(part, model=np.zeros_like(part.model), models=(model,))
 
 
 def deferred(workload: Workload, share: float, classes: Mapping[str, RequestClass], seed: int) -> Workload:

@@ -20,7 +20,8 @@ EXCUSED = ("cancelled", "unfinished")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RequestTable:
-    """Every request of a run, in order of arrival; columns of equal length."""
+    """Every request of a run, in order of arrival; columns of equal length. Calls that a program never came to make are
+    not among them."""
 
     model: npt.NDArray[np.int16]
     """Index into ``Result.models``."""
@@ -81,6 +82,24 @@ class RequestTable:
         pending = np.isin(self.outcome, [OUTCOMES.index(name) for name in EXCUSED])
         held: npt.NDArray[np.bool_] = (~pending | broken) & blameless
         return held
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramPoint:
+    """One program (an agent, a chat) that began, from its arrival to the end of its last call."""
+
+    kind: str
+    """Its name in the scenario."""
+    start_s: float
+    finish_s: float
+    """-1: not all of its calls finished."""
+    deadline_s: float
+    """Absolute; inf without one."""
+    calls: int
+    """That it makes if all finish."""
+    calls_finished: int
+    output_tokens: int
+    """Of those."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +177,8 @@ class RunData:
     fleet: tuple[FleetPoint, ...]
     batch_sizes: tuple[BatchSizePoint, ...]
     decisions: tuple[DecisionPoint, ...]
+    programs: tuple[ProgramPoint, ...] = ()
+    """In order of arrival."""
     began: str | None = None
     """Of a live run the wall time at second 0, as ``2026-01-31T12:41:00.000Z``."""
 

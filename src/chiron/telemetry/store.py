@@ -23,7 +23,7 @@ from chiron.core.types import RequestClass
 from chiron.telemetry.errors import StoreError, SummaryError
 from chiron.telemetry.frames import rows_as_columns
 from chiron.telemetry.result import Result
-from chiron.telemetry.run_data import BatchSizePoint, DecisionPoint, FleetPoint, RequestTable
+from chiron.telemetry.run_data import BatchSizePoint, DecisionPoint, FleetPoint, ProgramPoint, RequestTable
 from chiron.telemetry.summary import check_requests, check_summary
 
 FORMAT = "chiron-result"
@@ -34,12 +34,13 @@ ROWS: dict[str, Any] = {
     "fleet": FleetPoint,
     "batch_sizes": BatchSizePoint,
     "decisions": DecisionPoint,
+    "programs": ProgramPoint,
 }
 """Fields of ``Result`` that are tuples of dataclasses; stored as columns."""
 PLAIN = tuple(f.name for f in fields(Result) if f.name not in ROWS and f.name != "requests")
-LATER = {"began"}
+LATER = {"began", "programs"}
 """Fields that results saved before they existed lack."""
-OLDER = {"shed": 0, "cold_starts": None, "warm_starts": None, "throughput_tokens_per_s": None}
+OLDER = {"shed": 0, "cold_starts": None, "warm_starts": None, "throughput_tokens_per_s": None, "programs": None}
 """Figures that summaries saved before they existed lack: nothing was shed, the others are not known."""
 COLUMNS = tuple(f.name for f in fields(RequestTable))
 DTYPES = {
@@ -115,7 +116,11 @@ def build(document: dict[str, Any], requests: RequestTable, path: str | Path) ->
     parts["models"] = tuple(parts["models"])
     if isinstance(parts["summary"], dict) and parts["summary"]:
         parts["summary"] = OLDER | parts["summary"]
-    parts |= {name: read_rows(document[name], row_type, f"{path}: {name}") for name, row_type in ROWS.items()}
+    parts |= {
+        name: read_rows(document[name], row_type, f"{path}: {name}")
+        for name, row_type in ROWS.items()
+        if name in document
+    }
     check_began(parts.get("began"), path)
     result = Result(**parts, requests=requests)
     try:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from chiron.core.types import RequestClass
 from chiron.telemetry.errors import SummaryError
-from chiron.telemetry.run_data import OUTCOMES, RequestTable
+from chiron.telemetry.run_data import OUTCOMES, ProgramPoint, RequestTable
 
 SCHEMA_VERSION = 1
 
@@ -53,6 +53,7 @@ def summarise(
     judged_at_s: float | None = None,
     cold_starts: int | None = None,
     warm_starts: int | None = None,
+    programs: Sequence[ProgramPoint] = (),
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
     request at its SLO. None stands for what cannot be measured: a client sees no GPU. With ``judged_at_s``
@@ -95,6 +96,7 @@ def summarise(
         "scaling_actions": None if plan_changes is None else sum(a != b for _, _, a, b in plan_changes),
         "reversals": None if plan_changes is None else reversals(plan_changes, reversal_window_s),
         "batch_late": batch_late(requests, classes, judged),
+        "programs": by_kind(programs) if programs else None,
         "models": by_model(requests, models, attained, judged),
         "wall_s": float(wall_s),
         "sim_s": float(sim_s),
@@ -139,6 +141,28 @@ def by_model(
         name: {"requests": int(total[i]), "finished": int(finished[i]), "attainment": ratio(met[i], known[i])}
         for i, name in enumerate(models)
     }
+
+
+def by_kind(programs: Sequence[ProgramPoint]) -> dict[str, dict[str, Any]]:
+    """Programs by their kind: how many, and how long they took from arrival to the end of the last call. One of which
+    not all calls finished has missed its deadline, and has no latency."""
+    made: dict[str, dict[str, Any]] = {}
+    for kind in dict.fromkeys(program.kind for program in programs):
+        mine = [program for program in programs if program.kind == kind]
+        done = [program for program in mine if program.finish_s >= 0]
+        due = [program for program in mine if isfinite(program.deadline_s)]
+        latency_s = np.array([program.finish_s - program.start_s for program in done], dtype=np.float64)
+        tokens = np.array([program.output_tokens for program in done], dtype=np.float64)
+        met = sum(0 <= program.finish_s <= program.deadline_s for program in due)
+        made[kind] = {
+            "programs": len(mine),
+            "finished": len(done),
+            "calls_finished": sum(program.calls_finished for program in mine),
+            "attainment": ratio(met, len(due)),
+            "latency_s": spread(latency_s),
+            "token_latency_s": spread(latency_s / tokens),
+        }
+    return made
 
 
 def spread(values: npt.NDArray[np.float64]) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ from chiron.telemetry.drawing import marker
 from chiron.telemetry.format import NONE, Show, amount, milliseconds, percent, spread, whole
 from chiron.telemetry.palette import Look
 from chiron.telemetry.run_data import OUTCOMES, RunData
-from chiron.telemetry.verdict import PolicyRuns, Stat, Verdict, staged, stat
+from chiron.telemetry.verdict import PolicyRuns, Stat, Verdict, program_kinds, staged, stat
 
 LOST = OUTCOMES[1:]
 """How requests end that were not served."""
@@ -133,6 +133,7 @@ def columns_of(runs: Sequence[PolicyRuns], target: float) -> list[Column]:
     seen = any(p.stat("gpu_hours") is not None for p in runs)
     return [
         *(attained(f"{c.name} in SLO", c, target) for c in classes),
+        *(column for kind in program_kinds(runs) for column in program_columns(kind, target)),
         figure("GPU-hours", "Billed from the start of loading.", amount, "gpu_hours"),
         Column(
             title="× bound",
@@ -190,6 +191,24 @@ def client_columns() -> tuple[Column, ...]:
             show=amount,
         ),
     )
+
+
+def program_columns(kind: str, target: float) -> tuple[Column, ...]:
+    """Of programs as a whole, from their arrival to the end of their last call."""
+    return (
+        Column(
+            title=f"{kind} programs in SLO",
+            help="Share of the programs with a deadline of which all calls finished by it.",
+            read=lambda p: p.stat("programs", kind, "attainment"),
+            show=percent,
+            target=target,
+        ),
+        *(
+            figure(f"{kind} program {name}, s", "From its arrival to the end of its last call.", amount,
+                   "programs", kind, "latency_s", name)
+            for name in ("p50", "p99")
+        ),
+    )  # fmt: skip
 
 
 def stage_columns() -> tuple[Column, ...]:

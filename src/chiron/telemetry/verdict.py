@@ -270,6 +270,11 @@ def bound_phrase(runs: PolicyRuns) -> str:
     return "" if over is None else f"; {runs.policy} takes {over.mean:.2f} times the lower bound for what it delivered"
 
 
+def program_kinds(runs: Sequence[PolicyRuns]) -> list[str]:
+    """Kinds of programs that ran."""
+    return list(dict.fromkeys(kind for p in runs for r in p.results for kind in r.summary.get("programs") or {}))
+
+
 def staged(runs: Sequence[PolicyRuns]) -> bool:
     """Whether some policy ran its models as pipelines of stages."""
     return any("stages" in result.settings for policy in runs for result in policy.results)

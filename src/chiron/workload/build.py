@@ -1,4 +1,4 @@
-"""Streams and batch jobs, labelled with model and class and merged into one workload."""
+"""Streams, programs and batch jobs, labelled with model and class and merged into one workload."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from chiron.core.types import RequestClass
 from chiron.workload.errors import WorkloadSettingError, require
 from chiron.workload.lengths import Lengths, sample_lengths
+from chiron.workload.programs import Drawn, ProgramStream, drawn, flat
 from chiron.workload.seeds import generator
-from chiron.workload.types import Floats, Ints, Trace, Workload
+from chiron.workload.types import Floats, Ints, Programs, Trace, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,18 +54,31 @@ class _Part:
     output_tokens: Ints
     deadline_s: Floats
     tenant: str = ""
+    stream: ProgramStream | None = None
+    """Of which these are the calls, as ``calls`` says."""
+    calls: Drawn | None = None
 
 
-def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (), *, seed: int = 0) -> Workload:
-    """Sorted by arrival; at equal times in the order given, streams before jobs.
+def build_workload(
+    streams: Sequence[Stream],
+    batch_jobs: Sequence[BatchJob] = (),
+    programs: Sequence[ProgramStream] = (),
+    *,
+    seed: int = 0,
+) -> Workload:
+    """Sorted by arrival; at equal times in the order given, streams before jobs and jobs before programs.
 
     A stream's requests are due at arrival + the class's ``deadline_s`` (inf without one). ``seed`` draws the lengths
-    of the jobs. Raises WorkloadSettingError if two classes share a name and differ, or if nothing arrives.
+    of the jobs, and the programs. Raises WorkloadSettingError if two classes share a name and differ, or if nothing
+    arrives.
     """
     parts = [_of_stream(stream) for stream in streams]
     parts += [_of_job(job, generator(seed, f"batch job {i}")) for i, job in enumerate(batch_jobs)]
+    parts += [_of_programs(each, drawn(each, seed=seed, name=f"program {i}")) for i, each in enumerate(programs)]
     if not any(len(part.arrival_s) for part in parts):
-        raise WorkloadSettingError("the workload is empty: it needs a stream or a batch job with at least one request")
+        raise WorkloadSettingError(
+            "the workload is empty: it needs a stream, programs or a batch job with at least one request"
+        )
     models = tuple(dict.fromkeys(part.model for part in parts))
     classes = _classes(parts)
     tenants = tuple(dict.fromkeys(part.tenant for part in parts))
@@ -81,6 +95,7 @@ def build_workload(streams: Sequence[Stream], batch_jobs: Sequence[BatchJob] = (
         classes=classes,
         tenant=_labels(parts, [tenants.index(part.tenant) for part in parts])[order] if len(tenants) > 1 else None,
         tenants=tenants,
+        programs=_programs(parts, order) if any(part.calls is not None for part in parts) else None,
     )
 
 
@@ -105,6 +120,64 @@ def _of_job(job: BatchJob, rng: np.random.Generator) -> _Part:
         input_tokens=prompt,
         output_tokens=output,
         deadline_s=np.full(job.requests, job.at_s + job.deadline_s),
+    )
+
+
+def _of_programs(stream: ProgramStream, calls: Drawn) -> _Part:
+    return _Part(
+        model=stream.model,
+        cls=stream.cls,
+        arrival_s=calls.arrival_s,
+        input_tokens=calls.input_tokens,
+        output_tokens=calls.output_tokens,
+        deadline_s=calls.arrival_s + stream.cls.deadline_s,
+        tenant=stream.tenant,
+        stream=stream,
+        calls=calls,
+    )
+
+
+def _programs(parts: Sequence[_Part], order: Ints) -> Programs:
+    """Of all parts together, their rows in this order."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    of: list[Ints] = []
+    think_s: list[Floats] = []
+    earliest_s: list[Floats] = []
+    parents: list[list[int]] = []
+    kind: list[str] = []
+    start_s: list[Floats] = []
+    deadline_s: list[Floats] = []
+    rows = programs = 0
+    for part in parts:
+        count, calls, stream = len(part.arrival_s), part.calls, part.stream
+        if calls is None or stream is None:
+            of.append(np.full(count, -1, dtype=np.int64))
+            think_s.append(np.zeros(count))
+            earliest_s.append(part.arrival_s)
+            parents += [[] for _ in range(count)]
+        else:
+            of.append(calls.of + programs)
+            think_s.append(calls.think_s)
+            earliest_s.append(calls.earliest_s)
+            parents += [[int(place[rows + each]) for each in before] for before in calls.parents]
+            kind += [stream.kind] * len(calls.start_s)
+            start_s.append(calls.start_s)
+            deadline_s.append(calls.start_s + stream.deadline_s)
+            programs += len(calls.start_s)
+        rows += count
+    kinds = tuple(dict.fromkeys(kind))
+    ordered, begins = flat([parents[row] for row in order.tolist()])
+    return Programs(
+        kinds=kinds,
+        kind=np.array([kinds.index(each) for each in kind], dtype=np.int64),
+        start_s=np.concatenate(start_s),
+        deadline_s=np.concatenate(deadline_s),
+        of=np.concatenate(of)[order],
+        think_s=np.concatenate(think_s)[order],
+        earliest_s=np.concatenate(earliest_s)[order],
+        parents=ordered,
+        parents_from=begins,
     )
 
 

@@ -13,7 +13,7 @@ from chiron.workload.types import Ints, Trace
 _Z99 = 2.3263478740408408
 """99th percentile of the standard normal."""
 
-_LENGTH_MAX = 131_072
+LENGTH_MAX = 131_072
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class LognormalTokens:
     """Standard deviation / mean."""
     p50: float | None = None
     p99: float | None = None
-    max_tokens: int = _LENGTH_MAX
+    max_tokens: int = LENGTH_MAX
     """The longest context that current models commonly serve."""
 
     def __post_init__(self) -> None:
@@ -55,18 +55,23 @@ class LognormalTokens:
     @property
     def mu_sigma(self) -> tuple[float, float]:
         """Mean and standard deviation of the logarithm."""
-        if self.mean is not None and self.cv is not None:
-            variance = log(1 + self.cv**2)
-            return log(self.mean) - variance / 2, sqrt(variance)
-        assert self.p50 is not None
-        assert self.p99 is not None
-        return log(self.p50), log(self.p99 / self.p50) / _Z99
+        return log_moments(self.mean, self.cv, self.p50, self.p99)
 
     @property
     def expected(self) -> float:
         """Mean before rounding and clipping, tokens."""
         mu, sigma = self.mu_sigma
         return exp(mu + sigma**2 / 2)
+
+
+def log_moments(mean: float | None, cv: float | None, p50: float | None, p99: float | None) -> tuple[float, float]:
+    """Mean and standard deviation of the logarithm of a lognormal that is given by two of these."""
+    if mean is not None and cv is not None:
+        variance = log(1 + cv**2)
+        return log(mean) - variance / 2, sqrt(variance)
+    assert p50 is not None
+    assert p99 is not None
+    return log(p50), log(p99 / p50) / _Z99
 
 
 FieldLengths = ConstantTokens | LognormalTokens
@@ -110,7 +115,7 @@ def sample_lengths(lengths: Lengths, count: int, rng: np.random.Generator) -> tu
     if isinstance(lengths, EmpiricalLengths):
         pick = rng.integers(0, len(lengths.input_tokens), count)
         return lengths.input_tokens[pick], lengths.output_tokens[pick]
-    return _sample_field(lengths.input, count, rng), _sample_field(lengths.output, count, rng)
+    return sample_field(lengths.input, count, rng), sample_field(lengths.output, count, rng)
 
 
 def describe_lengths(lengths: Lengths) -> str:
@@ -126,7 +131,7 @@ def parse_field_lengths(text: str) -> FieldLengths:
         if "=" not in text:
             return ConstantTokens(tokens=int(text))
         pairs = dict(part.split("=", 1) for part in text.replace(" ", "").split(","))
-        limit = int(pairs.pop("max", _LENGTH_MAX))
+        limit = int(pairs.pop("max", LENGTH_MAX))
         numbers: dict[str, float] = {key: float(value) for key, value in pairs.items()}
         unknown = sorted(set(numbers) - {"mean", "cv", "p50", "p99"})
         if unknown:
@@ -142,7 +147,8 @@ def parse_field_lengths(text: str) -> FieldLengths:
         raise WorkloadSettingError(f"lengths {text!r}: {error}; expected {allowed}") from error
 
 
-def _sample_field(field: FieldLengths, count: int, rng: np.random.Generator) -> Ints:
+def sample_field(field: FieldLengths, count: int, rng: np.random.Generator) -> Ints:
+    """``count`` lengths, tokens, each >= 1."""
     if isinstance(field, ConstantTokens):
         return np.full(count, field.tokens, dtype=np.int64)
     mu, sigma = field.mu_sigma

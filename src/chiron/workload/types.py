@@ -38,10 +38,40 @@ class Trace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Programs:
+    """Which rows of a workload are calls of programs, and what each of them waits for.
+
+    A program (an agent, a chat) makes a call once all calls that it waits for have ended and a while has passed: when
+    it arrives is known only once they have. The columns are by program, then by row.
+    """
+
+    kinds: tuple[str, ...]
+    kind: Ints
+    """Index into ``kinds``."""
+    start_s: Floats
+    deadline_s: Floats
+    """Absolute seconds by which the last call is due to end; inf: none."""
+    of: Ints
+    """Program of the row; -1: it is a request of its own."""
+    think_s: Floats
+    """From the last end that it waits for, or from the program's start, to its arrival."""
+    earliest_s: Floats
+    """When it would arrive if calls took no time; that of a request of its own is its arrival."""
+    parents: Ints
+    """Rows that are waited for, one row after the other; each is before those that wait for it."""
+    parents_from: Ints
+    """Where those of a row begin in ``parents``; one more entry at the end."""
+
+    def __len__(self) -> int:
+        return len(self.start_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Workload:
     """What a simulation runs: requests of several models and classes, sorted by arrival."""
 
     arrival_s: Floats
+    """Of a call that waits for others: about when, if they take as long as was assumed (``workload.programs``)."""
     input_tokens: Ints
     output_tokens: Ints
     """True output lengths: for the engine only. No policy reads them."""
@@ -57,6 +87,8 @@ class Workload:
     """Index into ``tenants``; None: all are the first."""
     tenants: tuple[str, ...] = ("",)
     """API keys, by name."""
+    programs: Programs | None = None
+    """None: every row is a request of its own."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from chiron.telemetry.format import NONE, Show, amount, milliseconds, percent, spread, whole
 from chiron.telemetry.result import Result
-from chiron.telemetry.verdict import PolicyRuns, Stat, staged, verdict
+from chiron.telemetry.verdict import PolicyRuns, Stat, program_kinds, staged, verdict
 
 WIDTH_MIN = 120
 """Columns. A narrower terminal wraps the lines; cutting figures off would be worse."""
@@ -26,6 +26,9 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     judged = verdict(results)
     console.print(comparison(results[0].scenario, judged.ranking))
     console.print()
+    if program_kinds(judged.ranking):
+        console.print(programs(judged.ranking))
+        console.print()
     console.print(judged.headline, style="bold", highlight=False, soft_wrap=True)
     for note in judged.notes:
         console.print(note, highlight=False, soft_wrap=True)
@@ -42,6 +45,31 @@ def comparison(scenario: str, ranking: Sequence[PolicyRuns]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for row, runs in enumerate(ranking):
         table.add_row(runs.policy, *(cells[row] for _, cells in known))
+    return table
+
+
+def programs(ranking: Sequence[PolicyRuns]) -> Table:
+    """A row per kind of program and policy: programs as a whole, from their arrival to the end of their last call."""
+    table = Table(title="programs", title_justify="left", pad_edge=False, box=None, header_style="bold")
+    for heading in ("kind", "policy"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("programs", "finished", "in SLO", "p50 s", "p90 s", "p99 s", "p50 s/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for kind in program_kinds(ranking):
+        for runs in ranking:
+            cells = [
+                _cell(runs.stat("programs", kind, *keys), show)
+                for *keys, show in (
+                    ("programs", whole),
+                    ("finished", whole),
+                    ("attainment", percent),
+                    ("latency_s", "p50", amount),
+                    ("latency_s", "p90", amount),
+                    ("latency_s", "p99", amount),
+                    ("token_latency_s", "p50", amount),
+                )
+            ]
+            table.add_row(kind, runs.policy, *cells)
     return table
 
 
