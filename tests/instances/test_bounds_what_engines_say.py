@@ -231,6 +231,23 @@ def test_counts_of_tokens_are_within_all_that_is_known(
         assert tokens == said, "an engine that counts right is believed"
 
 
+@pytest.mark.parametrize("before", [b"", b"x", b'"', b'"completion', b'_tokens"', b'"total_tokens": 9, ', b'"' * 40])
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        (b"", (None, None)),
+        (b'"prompt_tokens": 7', (7, None)),
+        (b'"completion_tokens":8', (None, 8)),
+        (b'"prompt_tokens" : 7, "completion_tokens": 8', (7, 8)),
+        (b'"prompt_tokens": 1, "completion_tokens": 8, "prompt_tokens": 2', (2, 8)),
+        (b'"prompt_tokens": 7.5, "completion_tokens": 12345678901', (None, None)),
+        (b'"prompt_tokens": 999999999', (None, None)),
+    ],
+)
+def test_usage_is_found_wherever_it_begins(before: bytes, said: bytes, found: tuple[int | None, int | None]) -> None:
+    assert claims.usage_in(before + said) == found
+
+
 @pytest.mark.parametrize(
     ("fields", "most"),
     [

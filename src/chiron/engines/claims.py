@@ -14,38 +14,42 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, Final
 
-TOKENS_MAX = 100_000_000
+TOKENS_MAX: Final = 100_000_000
 """Tokens of one prompt or answer: ten times the longest context that there is."""
-KV_TOKENS_MIN, KV_TOKENS_MAX = 256, 1_000_000_000
-"""Tokens of KV of one instance. One with less could serve no request."""
-SEQUENCES_MAX = 1_000_000
+KV_TOKENS_MIN: Final = 256
+KV_TOKENS_MAX: Final = 1_000_000_000
+"""Tokens of KV of one instance. One with less than the first could serve no request."""
+SEQUENCES_MAX: Final = 1_000_000
 """Sequences that run or wait in one engine."""
-CHOICES_MAX = 1024
+CHOICES_MAX: Final = 1024
 """Choices of one answer, and tool calls of one choice."""
-TOKEN_ID_MAX = (1 << 32) - 1
-TOTAL_MAX = float(1 << 53)
+TOKEN_ID_MAX: Final = (1 << 32) - 1
+TOTAL_MAX: Final = float(1 << 53)
 """Of what only grows since the engine's start; whole numbers are exact up to here."""
-STEPS_PER_S_MAX = 1_000_000.0
-TOKENS_PER_S_MAX = 50_000.0
+STEPS_PER_S_MAX: Final = 1_000_000.0
+TOKENS_PER_S_MAX: Final = 50_000.0
 """Of one answer that shows no text: several times what the fastest hardware does."""
-EVENTS_PER_TOKEN_MAX = 8
+EVENTS_PER_TOKEN_MAX: Final = 8
 """Some servers cut a token's text into letters."""
-HIDDEN_PROMPT_TOKENS = 65_536
+HIDDEN_PROMPT_TOKENS: Final = 65_536
 """Tokens of a prompt that have no bytes in the request: the chat template, an image that is named by its address."""
-BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN: Final = 4.0
 """Of an answer in one piece whose engine does not say how many tokens it has."""
-NAME_MAX = 200
+NAME_MAX: Final = 200
 """Characters of a name that an engine gives."""
 
-_COUNT = {"running": SEQUENCES_MAX, "waiting": SEQUENCES_MAX}
-_TOKENS = ("kv_blocks", "block_size", "kv_capacity_tokens", "kv_used_tokens", "waiting_tokens", "head_tokens")
-_FIGURES = {**_COUNT, **dict.fromkeys(_TOKENS, KV_TOKENS_MAX)}
+_COUNT: Final = {"running": SEQUENCES_MAX, "waiting": SEQUENCES_MAX}
+_TOKENS: Final = ("kv_blocks", "block_size", "kv_capacity_tokens", "kv_used_tokens", "waiting_tokens", "head_tokens")
+_FIGURES: Final = {**_COUNT, **dict.fromkeys(_TOKENS, KV_TOKENS_MAX)}
 """The most that each figure of ``engines.rows`` may be; those not named are totals."""
-_SHARE_ROUNDING = 1.05
+_SHARE_ROUNDING: Final = 1.05
 """A share of KV up to this is a full one, rounded."""
-_USAGE = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
+_USAGE: Final = re.compile(rb'"(prompt|completion)_tokens"\s*:\s*([0-9]{1,9})(?![0-9.eE])')
+_OF_USAGE: Final = b'_tokens"'
+_BEFORE_OF_USAGE: Final = len('"completion')
+"""Characters of what is matched before that, at the most."""
 
 
 def whole(said: object, most: int) -> int | None:
@@ -126,8 +130,12 @@ def prompt_tokens(said: int | None, *, body_bytes: int) -> int:
 def usage_in(text: bytes) -> tuple[int | None, int | None]:
     """Prompt and completion tokens in the ``usage`` at the end of an answer, the last that are named; None: none that
     can be."""
-    prompt = completion = None
-    for kind, digits in _USAGE.findall(text):
+    prompt: int | None = None
+    completion: int | None = None
+    first = text.find(_OF_USAGE)  # Far faster than to try the expression at each quote.
+    if first < 0:
+        return None, None
+    for kind, digits in _USAGE.findall(text, max(0, first - _BEFORE_OF_USAGE)):
         value = int(digits)
         if value > TOKENS_MAX:
             continue

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from math import ceil, inf
 
 from chiron.core.clock import Callback, VirtualClock
+from chiron.core.mypyc import mypyc_attr
 
 log = logging.getLogger("chiron.clock")
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # The one that is logged is one.
 class LiveClock(VirtualClock):
     """``now_s`` is seconds since the clock was made, and ``ahead_s``. All from outside comes in through ``post``."""
 

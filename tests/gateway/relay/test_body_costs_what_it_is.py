@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from chiron.gateway.batch.lines import line_check
 from chiron.gateway.relay.body import MEDIA_BYTES, SMALL_BYTES, read_body
+from chiron.gateway.relay.body_fields import STEERING
 from chiron.gateway.relay.keys import ANONYMOUS
 from chiron.store.port import ItemSpec
 from effort import examples
@@ -175,3 +176,12 @@ def test_of_a_field_that_is_given_twice_the_last_counts() -> None:
     body = read_body(raw, True)
     assert body.shape.fields["model"] == "b"
     assert json.loads(body.with_values({"model": "c"}))["model"] == "c"
+
+
+@pytest.mark.parametrize("padded", [0, 2 * SMALL_BYTES])
+@pytest.mark.parametrize("name", [name for name in STEERING if name != "model"])
+def test_each_field_that_steers_a_request_is_found_in_small_bodies_and_in_large_ones(name: str, padded: int) -> None:
+    value = {"stream": True, "stream_options": {"include_usage": False}, "service_tier": "flex"}.get(name)
+    value = (name == "return_token_ids" or 3) if value is None else value
+    raw = json.dumps({"model": "m", "messages": [SAID], name: value}).encode()
+    assert read_body(b" " * padded + raw, True).shape.fields == {"model": "m", name: value}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from chiron.core.types import RequestClass
 from chiron.gateway.relay.body import BYTES_PER_TOKEN, Body, Shape, read_body
@@ -59,8 +59,7 @@ class ServedModel:
         return min(ids + text, max(ids, self.tokens_max)) if ids else text
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """The result of admission for one request."""
 
     body: Body
@@ -108,7 +107,8 @@ class Models:
                 )
             known = [n for n in self.by_name if not key.models or n in key.models]
             raise model_not_found(name[:200], known)
-        key.permit(model=served.settings.name)
+        if key.models:
+            key.permit(model=served.settings.name)
         return served
 
 
@@ -119,7 +119,8 @@ def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None
     fields = body.shape.fields
     served = models.find(fields.get("model"), key)
     cls = _class_of(incoming, fields, served)
-    key.permit(cls=cls.name)
+    if key.classes:
+        key.permit(cls=cls.name)
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise invalid(f"stream: {shown(stream)} must be true or false", param="stream")
@@ -132,6 +133,8 @@ def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None
 
 def check_fits(served: ServedModel, shape: Shape, chat: bool) -> None:
     """Raises ApiError for a prompt that none of the model's engines can hold."""
+    if served.context_tokens == UNTOLD:
+        return
     check_context(
         served.context_tokens,
         text_bytes=shape.sure_bytes,

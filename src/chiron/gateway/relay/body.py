@@ -16,88 +16,43 @@ from __future__ import annotations
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import orjson
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET
 
 from chiron.engines.claims import CHOICES_MAX, output_tokens_max, whole
+from chiron.gateway.relay.body_fields import PARTS, STEERING, USUAL, Parts, Usual
 from chiron.gateway.relay.errors import ApiError, invalid
 
-BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN: Final = 4.0
 """Of English text, until an engine's usage figures tell better."""
-NESTING_MAX = 250
+NESTING_MAX: Final = 250
 """Levels of a JSON body."""
-FRAME_BYTES = 256
+FRAME_BYTES: Final = 256
 """Of a body that do not count, as long as more than the prompt is left: the model's name, limits, sampling."""
-MESSAGE_BYTES = 28
+MESSAGE_BYTES: Final = 28
 """Around the text of a message, in JSON as in a chat template."""
-MEDIA_BYTES = 4096
+MEDIA_BYTES: Final = 4096
 """Of text that an image, a sound or a file counts as: some thousand tokens."""
-MEDIA_VALUE_MIN_BYTES = 1024
+MEDIA_VALUE_MIN_BYTES: Final = 1024
 """A text without escapes from here on, where a part of a message has its data, is the data and no text."""
-SMALL_BYTES = 64 * 1024
+SMALL_BYTES: Final = 64 * 1024
 """Up to this size a body may be built as objects for a moment, where that says more."""
-FIELD_MAX_BYTES = 4096
+FIELD_MAX_BYTES: Final = 4096
 """Of a field that steers the request; a longer one is not looked at."""
-_SLICE_BYTES = 256 * 1024
-MEDIA_MAX = 4096
+_SLICE_BYTES: Final = 256 * 1024
+MEDIA_MAX: Final = 4096
 """Images, sounds and files that are looked for in one request."""
-_DATA_KEY = re.compile(rb'"(?:url|data|file_data|image|audio|video)"\s*:\s*"\Z')
-_OPENS_TEXT = re.compile(rb'\s*:\s*"')
-_IDS = b"0123456789,[] \t\r\n"
-_FULL_LIST = re.compile(rb"\[\s*[^\s\]]")
-_LIST_OF_OBJECTS = re.compile(rb"\[\s*\{")
-_OPENING = re.compile(rb"\[\s*(.)")
-_NO_ID = re.compile(rb"[0-9]{11}")
-
-
-class _Options(Struct, gc=False):
-    include_usage: bool | None = None
-
-
-class _Message(Struct, gc=False):
-    content: str | list[Raw] | None = None
-
-
-class _Usual(Struct, gc=False):
-    """A body as it nearly always is; one that is not is looked at field by field."""
-
-    model: str
-    messages: list[_Message] | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    stream: bool | None = None
-    stream_options: _Options | None = None
-    service_tier: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: int | None = None
-    best_of: int | None = None
-    return_token_ids: bool | None = None
-
-
-class _Parts(Struct, gc=False):
-    """Where the fields are; of one that is given twice the last counts, as it does for engines."""
-
-    model: Raw | UnsetType = UNSET
-    messages: Raw | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    stream: Raw | UnsetType = UNSET
-    stream_options: Raw | UnsetType = UNSET
-    service_tier: Raw | UnsetType = UNSET
-    max_tokens: Raw | UnsetType = UNSET
-    max_completion_tokens: Raw | UnsetType = UNSET
-    n: Raw | UnsetType = UNSET
-    best_of: Raw | UnsetType = UNSET
-    return_token_ids: Raw | UnsetType = UNSET
-    resume_token_ids: Raw | UnsetType = UNSET
-
-
-_USUAL = msgspec.json.Decoder(_Usual)
-_PARTS = msgspec.json.Decoder(_Parts)
-_STEERING = tuple(name for name in _Usual.__struct_fields__ if name not in ("messages", "prompt"))
+_DATA_KEY: Final = re.compile(rb'"(?:url|data|file_data|image|audio|video)"\s*:\s*"\Z')
+_OPENS_TEXT: Final = re.compile(rb'\s*:\s*"')
+_IDS: Final = b"0123456789,[] \t\r\n"
+_FULL_LIST: Final = re.compile(rb"\[\s*[^\s\]]")
+_LIST_OF_OBJECTS: Final = re.compile(rb"\[\s*\{")
+_OPENING: Final = re.compile(rb"\[\s*(.)")
+_NO_ID: Final = re.compile(rb"[0-9]{11}")
 
 
 class Long:
@@ -110,22 +65,34 @@ class Long:
         return f"{self._text}..."
 
 
-class Shape(Struct, frozen=True, gc=False):
+class Shape:
     """What is known of a body."""
 
-    fields: Mapping[str, Any]
-    """Those that steer the request, by name; one that is missing or null is not among them."""
-    text_bytes: int
-    """How long its prompt is as text, tools and all else included."""
-    token_ids: int
-    """Of a prompt that came as ids of tokens; they are not among ``text_bytes``."""
-    sure_bytes: int
-    """Of its text, those in the messages or the prompt themselves, without what images count as."""
-    has_media: bool
-    prompts: int
-    """At most so many answers does it ask for, besides ``n``."""
-    places: Mapping[str, tuple[int, int]] | None
-    """Where fields are in the body; None: not looked for yet."""
+    __slots__ = ("fields", "has_media", "places", "prompts", "sure_bytes", "text_bytes", "token_ids")
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        text_bytes: int,
+        token_ids: int,
+        sure_bytes: int,
+        has_media: bool,
+        prompts: int,
+        places: Mapping[str, tuple[int, int]] | None,
+    ) -> None:
+        self.fields = fields
+        """Those that steer the request, by name; one that is missing or null is not among them."""
+        self.text_bytes = text_bytes
+        """How long its prompt is as text, tools and all else included."""
+        self.token_ids = token_ids
+        """Of a prompt that came as ids of tokens; they are not among ``text_bytes``."""
+        self.sure_bytes = sure_bytes
+        """Of its text, those in the messages or the prompt themselves, without what images count as."""
+        self.has_media = has_media
+        self.prompts = prompts
+        """At most so many answers does it ask for, besides ``n``."""
+        self.places = places
+        """Where fields are in the body; None: not looked for yet."""
 
     @property
     def output_tokens_max(self) -> int | None:
@@ -166,7 +133,7 @@ class Body:
         """The body with these values in place of its own, or beside what it has."""
         places = self.shape.places
         if places is None:
-            places = _places(self.raw, _PARTS.decode(self.raw))
+            places = _places(self.raw, PARTS.decode(self.raw))
         written = {name: orjson.dumps(value) for name, value in values.items()}
         replaced = sorted((*places[name], text) for name, text in written.items() if name in places)
         added = [b'"%b":%b' % (name.encode(), text) for name, text in written.items() if name not in places]
@@ -199,7 +166,7 @@ def shape_of(raw: bytes, chat: bool) -> Shape:
     usual = None
     if len(raw) <= SMALL_BYTES:
         try:
-            usual = _USUAL.decode(raw)
+            usual = USUAL.decode(raw)
         except msgspec.ValidationError:
             pass  # Looked at field by field, which says what is wrong.
         except (msgspec.DecodeError, RecursionError) as error:
@@ -207,7 +174,7 @@ def shape_of(raw: bytes, chat: bool) -> Shape:
     if usual is not None:
         return _shape_of_usual(raw, usual, chat)
     try:
-        parts = _PARTS.decode(raw)
+        parts = PARTS.decode(raw)
     except msgspec.ValidationError as error:
         raise invalid(f"The body must be a JSON object: {error}") from None
     except (msgspec.DecodeError, RecursionError) as error:
@@ -258,12 +225,8 @@ def unreadable(error: Exception) -> ApiError:
     return invalid(f"The body is not valid JSON: {error}")
 
 
-def _shape_of_usual(raw: bytes, usual: _Usual, chat: bool) -> Shape:
-    fields: dict[str, Any] = {"model": usual.model}
-    for name in _STEERING[1:]:
-        value = getattr(usual, name)
-        if value is not None:
-            fields[name] = value if name != "stream_options" else {"include_usage": value.include_usage}
+def _shape_of_usual(raw: bytes, usual: Usual, chat: bool) -> Shape:
+    fields = _fields_of(usual)
     if not chat:
         prompt = b"" if usual.prompt is UNSET else bytes(usual.prompt)
         return _text_shape(raw, fields, None, prompt, 0, len(prompt))
@@ -281,6 +244,28 @@ def _shape_of_usual(raw: bytes, usual: _Usual, chat: bool) -> Shape:
             parts = True
             length += sum([len(memoryview(part)) for part in content])
     return _chat_shape(raw, fields, None, length, parts)
+
+
+def _fields_of(usual: Usual) -> dict[str, Any]:
+    """One by one, as this is done for each request."""
+    fields: dict[str, Any] = {"model": usual.model}
+    if (stream := usual.stream) is not None:
+        fields["stream"] = stream
+    if (options := usual.stream_options) is not None:
+        fields["stream_options"] = {"include_usage": options.include_usage}
+    if (tier := usual.service_tier) is not None:
+        fields["service_tier"] = tier
+    if (most := usual.max_tokens) is not None:
+        fields["max_tokens"] = most
+    if (most := usual.max_completion_tokens) is not None:
+        fields["max_completion_tokens"] = most
+    if (choices := usual.n) is not None:
+        fields["n"] = choices
+    if (choices := usual.best_of) is not None:
+        fields["best_of"] = choices
+    if (ids := usual.return_token_ids) is not None:
+        fields["return_token_ids"] = ids
+    return fields
 
 
 def _chat_shape(
@@ -337,7 +322,7 @@ def _media(raw: bytes, places: Mapping[str, tuple[int, int]] | None) -> tuple[in
             found[start] = raw.find(b'"', at)
     if not found:
         return 0, 0
-    first, last = (places or _places(raw, _PARTS.decode(raw))).get("messages", (0, 0))
+    first, last = (places or _places(raw, PARTS.decode(raw))).get("messages", (0, 0))
     lengths = [end - start for start, end in found.items() if first <= start and end <= last]
     return len(lengths), sum(length for length in lengths if length >= MEDIA_VALUE_MIN_BYTES)
 
@@ -353,11 +338,11 @@ def _places_of(raw: bytes, *texts: bytes) -> Iterator[int]:
             yield at
 
 
-def _places(raw: bytes, parts: _Parts) -> dict[str, tuple[int, int]]:
+def _places(raw: bytes, parts: Parts) -> dict[str, tuple[int, int]]:
     """Each part is a view of the body, so that its address says where it is."""
     origin = _address(raw)
     found = {}
-    for name in _Parts.__struct_fields__:
+    for name in Parts.__struct_fields__:
         part = getattr(parts, name)
         if part is not UNSET:
             start = _address(part) - origin
@@ -373,13 +358,13 @@ def _address(part: Any) -> int:
 def steering_of(raw: bytes) -> dict[str, Any]:
     """The fields that steer the request, of a body that is JSON but else perhaps not right."""
     try:
-        return _steering(raw, _places(raw, _PARTS.decode(raw)))
+        return _steering(raw, _places(raw, PARTS.decode(raw)))
     except (msgspec.DecodeError, RecursionError):
         return {}
 
 
 def _steering(raw: bytes, places: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    found = {name: small_value(raw[slice(*places[name])]) for name in _STEERING if name in places}
+    found = {name: small_value(raw[slice(*places[name])]) for name in STEERING if name in places}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -402,7 +387,7 @@ def _no_message(text: bytes) -> ApiError:
     return invalid(f"messages: {shown} is not an object with role and content", param="messages")
 
 
-PLACES_MAX = 4
+PLACES_MAX: Final = 4
 """Of an instance, what one request may book. One for more choices than that would hold up all requests behind it until
 an instance is nearly empty; its further choices wait inside the engine."""
 

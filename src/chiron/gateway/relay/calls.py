@@ -32,6 +32,8 @@ _PASSED = frozenset(
 """Headers of an engine's answer that speak of the answer. Others speak of its connection, or for whoever serves this
 address: cookies, where else it is served, who may read it, what a proxy should send instead."""
 _PASSED_KINDS = (b"x-", b"openai-", b"anthropic-")
+_DROPPED = frozenset(b"content-length transfer-encoding connection keep-alive date server".split())
+"""Those of nearly every answer that are not passed, seen at once."""
 _DROPPED_KINDS = (b"x-request-id", b"x-accel-", b"x-sendfile", b"x-lighttpd-send-", b"x-reproxy-", b"x-forwarded-")
 REMIND_S = 15.0
 """Between two signs of life to a client that waits."""
@@ -493,16 +495,16 @@ class FlexCall(CollectedCall):
 
 def passed_headers(headers: Sequence[Header]) -> list[Header]:
     """Of an engine's answer, those that its client gets."""
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(part.strip().lower() for part in value.split(b","))
-    return [
-        header
-        for header in headers
-        if header[0] not in named
-        and (header[0] in _PASSED or (header[0].startswith(_PASSED_KINDS) and not header[0].startswith(_DROPPED_KINDS)))
-    ]
+    passed: list[Header] = []
+    named: set[bytes] | None = None
+    for header in headers:
+        name = header[0]
+        if name in _DROPPED:
+            if name == b"connection":
+                named = (named or set()) | {part.strip().lower() for part in header[1].split(b",")}
+        elif name in _PASSED or (name.startswith(_PASSED_KINDS) and not name.startswith(_DROPPED_KINDS)):
+            passed.append(header)
+    return passed if named is None else [header for header in passed if header[0] not in named]
 
 
 def tokens_in(data: bytes) -> int:
