@@ -121,7 +121,7 @@ TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.a
 # Every policy gets as many trials; chiron's own defaults stand, whatever is found.
 RIVALS = $(BIN)/python -c 'from chiron.policies.registry import POLICIES as p; \
 	print(*(f"-p {name}" for name in p if name != "static" and not name.endswith("-tuned")))'
-CALIBRATION ?= api-8b waves-8b api-70b
+CALIBRATION ?= api-8b waves-8b api-70b long-70b shared-h100 rush-8b
 TRIALS ?= 20
 
 tune: $(VENV)/.demo ## Tune every policy fairly, on traffic that is not published (an hour; resumable)

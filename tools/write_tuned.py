@@ -4,7 +4,7 @@ Policies read no files, so what ``chiron tune`` found is source for them; a test
 was tuned with the same budget, for comparison only: its defaults stand.
 
 ``python tools/write_tuned.py FILE...`` first takes over the policies of files that ``chiron tune`` wrote for a few of
-them, each with the command that found it.
+them, each with the command that found it and what it was searched for.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from chiron.policies.ranges import tunables, value_of
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "chiron"
 FOUND = PACKAGE / "data" / "tuned.toml"
 WRITTEN = PACKAGE / "policies" / "rivals" / "tuned.py"
+START = re.compile(r"^(\[policies\.|\[\[first|\[\[calibration)", re.MULTILINE)
+END = re.compile(r"^(\[\[first|\[\[calibration)", re.MULTILINE)
+"""Where a policy's tables begin or the last one's end; and the latter alone."""
 COMPARED = ("chiron",)
 """Tuned to be compared with, not to be used."""
 
@@ -48,24 +51,33 @@ def text_of(values: dict[str, dict[str, Any]]) -> str:
 
 
 def taken_over(text: str, other: str) -> str:
-    """The file, with the policies of another one in place of its own. Raises ValueError unless both searched for the
-    same on the same requests."""
+    """The file, with the policies of another one in place of its own, or beside them. Each says what it was searched
+    for and on; the requests that either has seen are kept, so that none of them can be judged."""
     table, found = tomllib.loads(text), tomllib.loads(other)
-    for key in ("objective", "calibration"):
-        if table[key] != found[key]:
-            raise ValueError(f"{key}: differs from that of {FOUND.name}; tune on the same calibration")
     for name in found["policies"]:
         header = f"[search.{json.dumps(name)}]\n"
-        block = _block(other, name).replace(header, f"{header}command = {json.dumps(found['command'])}\n")
-        text = text.replace(_block(text, name), block)
-    return text
+        said = [f"command = {json.dumps(found['command'])}"]
+        if found["objective"] != table["objective"]:
+            said.append(f"objective = {json.dumps(found['objective'])}")
+        block = _block(other, name).replace(header, header + "\n".join(said) + "\n")
+        if name in table["policies"]:
+            text = text.replace(_block(text, name), block)
+        else:
+            start = END.search(text).start()  # type: ignore[union-attr]
+            text = text[:start] + block + text[start:]
+    kept = table["calibration"]
+    return text + "".join(_window(each) for each in found["calibration"] if each not in kept)
+
+
+def _window(each: dict[str, Any]) -> str:
+    lines = [f"{key} = {json.dumps(value) if isinstance(value, str) else repr(value)}" for key, value in each.items()]
+    return "\n".join(["", "[[calibration]]", *lines, ""])
 
 
 def _block(text: str, name: str) -> str:
     """All tables of a policy."""
     start = text.index(f"[policies.{json.dumps(name)}]\n")
-    ends = [match.start() for match in re.finditer(r"^(\[policies\.|\[\[first|\[\[calibration)", text, re.MULTILINE)]
-    return text[start : min(end for end in ends if end > start)]
+    return text[start : next(match.start() for match in START.finditer(text) if match.start() > start)]
 
 
 def main(files: Sequence[str]) -> None:

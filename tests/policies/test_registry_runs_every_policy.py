@@ -126,8 +126,10 @@ def test_every_rival_was_tuned_with_the_same_budget_on_nothing_that_is_published
         Window(source=each["source"], digest=each["digest"], start_s=each["start"], end_s=each["end"])
         for each in found["calibration"]
     ]
-    places = [CALIBRATION / f"{name}.toml" for name in ("api-8b", "waves-8b", "api-70b")]
-    assert tuned_on == seen([Calibration(scenario=load_scenario(place), part="judged") for place in places], None)
+    names = dict.fromkeys(name for row in found["search"].values() for name in row["calibration"])
+    places = [CALIBRATION / f"{name.removeprefix('calibration-')}.toml" for name in names]
+    asked = seen([Calibration(scenario=load_scenario(place), part="judged") for place in places], None)
+    assert {repr(window) for window in tuned_on} == {repr(window) for window in asked}
     for name in ("azure", "mooncake", "servegen-m-small", "servegen-m-mid", "two-models"):
         check_apart(tuned_on, windows(load_scenario(name), "judged"), name)
 
@@ -144,8 +146,22 @@ def test_a_few_policies_that_were_tuned_anew_take_the_place_of_what_was_there() 
     assert after["search"].pop("skyserve")["command"] == "chiron tune -p skyserve"
     del before["policies"]["skyserve"], before["search"]["skyserve"]
     assert after == before
-    with pytest.raises(ValueError, match="calibration: differs"):
-        write_tuned.taken_over(text, re.sub("^digest = .*", 'digest = "0"', other, flags=re.MULTILINE))
+
+
+def test_what_was_tuned_later_keeps_its_own_objective_and_adds_what_it_has_seen() -> None:
+    text = write_tuned.FOUND.read_text(encoding="utf-8")
+    before = tomllib.loads(text)
+    other = re.sub("^objective = .*", 'objective = "less"', text, flags=re.MULTILINE, count=1)
+    other = re.sub("^digest = .*", 'digest = "0"', other, flags=re.MULTILINE)
+    other = other[: other.index("[policies.")] + other[other.index('[policies."skyserve"]') :]
+    other = other.replace('"skyserve"', '"qlm"')
+    after = tomllib.loads(write_tuned.taken_over(text, other))
+    assert after["policies"]["qlm"] == before["policies"]["skyserve"]
+    assert after["search"]["qlm"]["objective"] == "less"
+    assert after["objective"] == before["objective"]
+    assert after["calibration"][: len(before["calibration"])] == before["calibration"]
+    assert {each["digest"] for each in after["calibration"][len(before["calibration"]) :]} == {"0"}
+    assert {key: after["policies"][key] for key in before["policies"]} == before["policies"]
 
 
 @pytest.mark.parametrize(

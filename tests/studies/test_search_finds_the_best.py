@@ -157,6 +157,28 @@ def test_a_target_kept_comes_first_then_steps_of_shortfall_then_gpu_hours_then_a
     assert (both.cost, both.gpu_hours, both.shortfall) == (3.0, 10.0, pytest.approx(0.01))
 
 
+def test_the_worst_run_comes_before_the_mean() -> None:
+    even = score([figures(0.95, 9.0), figures(0.95, 9.0)], [1.0, 1.0], 0.99)
+    uneven = score([figures(0.99, 1.0), figures(0.93, 1.0)], [1.0, 1.0], 0.99)
+    assert uneven.shortfall < even.shortfall
+    assert even.rank < uneven.rank
+
+
+def test_what_gives_a_workload_up_that_the_published_settings_serve_is_not_chosen() -> None:
+    both = workloads([Calibration(scenario=SCENARIO, part="judged")], [1, 2])
+    published = LlumnixSettings().scale_up_blocks
+
+    def uneven(setup: Setup) -> dict[str, Any]:
+        """Published settings serve one seed of two; all others have a little less of both, for less."""
+        if setup.settings.scale_up_blocks == published:
+            return figures(1.0 if setup.seed == 1 else 0.5, 5.0)
+        return figures(0.97, 1.0)
+
+    found = tune("llumnix", LLUMNIX, both, Budget(trials=8), Runner(Ruled(uneven), Journal(None)))
+    assert len(found.candidates) == 8
+    assert found.values["scale_up_blocks"] == published
+
+
 def test_halton_mirrors_digits() -> None:
     assert [halton(n, 2) for n in range(1, 5)] == [0.5, 0.25, 0.75, 0.125]
     assert [round(halton(n, 3), 6) for n in range(1, 4)] == [0.333333, 0.666667, 0.111111]

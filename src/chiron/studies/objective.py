@@ -1,9 +1,10 @@
-"""What makes one trial better than another: every class within its SLO often enough, then the fewest GPU-hours."""
+"""What makes one trial better than another: every class within its SLO often enough, in the worst run before the mean,
+then the fewest GPU-hours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from statistics import fmean
 
@@ -15,8 +16,9 @@ STEP = 0.005
 
 IN_WORDS = (
     "fewest GPU-hours (mean over workloads, each over its lower bound) with at least {target:g} of every class within "
-    "its SLO in every run; where no trial has that, the least mean shortfall in steps of {step:g}, then GPU-hours; "
-    "ties by attainment"
+    "its SLO in every run; where no trial has that, the least shortfall of the worst run, then the least mean "
+    "shortfall, both in steps of {step:g}, then GPU-hours; ties by attainment; never a trial that in any run lacks "
+    "more than the published settings, by more than {step:g}"
 )
 
 
@@ -24,8 +26,10 @@ IN_WORDS = (
 class Score:
     """One candidate over all calibration runs."""
 
-    shortfall: float
-    """Mean over runs of what the worst class lacks to the target; inf: a run failed."""
+    shortfalls: tuple[float, ...]
+    """Of each run, what the worst class lacks to the target; empty: a run failed."""
+    worse: bool = False
+    """Whether a run lacks more than it does with the published settings, by more than a step."""
     cost: float
     """Mean over runs of GPU-hours over the workload's lower bound."""
     attainment: float
@@ -34,13 +38,33 @@ class Score:
     """Sum over runs."""
 
     @property
-    def rank(self) -> tuple[float, float, float]:
-        """The least is the best."""
-        steps = inf if self.shortfall == inf else ceil(self.shortfall / STEP)
-        return steps, self.cost, -self.attainment
+    def shortfall(self) -> float:
+        """Mean over runs; inf: a run failed."""
+        return fmean(self.shortfalls) if self.shortfalls else inf
+
+    @property
+    def worst_shortfall(self) -> float:
+        """Of the worst run; inf: a run failed."""
+        return max(self.shortfalls, default=inf)
+
+    @property
+    def rank(self) -> Rank:
+        """The least is the best. The worst run comes before the mean: settings that give one workload up to serve
+        the others well would be found out on the next one."""
+        return self.worse, _steps(self.worst_shortfall), _steps(self.shortfall), self.cost, -self.attainment
+
+    def against(self, published: Score) -> Score:
+        """The same score, which knows whether it gives up what the published settings have."""
+        pairs = zip(self.shortfalls, published.shortfalls, strict=False)
+        return replace(self, worse=any(lacks > had + STEP for lacks, had in pairs))
 
 
-FAILED = Score(shortfall=inf, cost=inf, attainment=0.0, gpu_hours=inf)
+Rank = tuple[bool, float, float, float, float]
+FAILED = Score(shortfalls=(), worse=True, cost=inf, attainment=0.0, gpu_hours=inf)
+
+
+def _steps(shortfall: float) -> float:
+    return inf if shortfall == inf else ceil(shortfall / STEP)
 
 
 def worst_class(summary: Summary) -> float:
@@ -56,7 +80,7 @@ def score(summaries: Sequence[Summary | None], bounds: Sequence[float], target: 
     worst = [worst_class(summary) for summary in done]
     hours = [float(summary["gpu_hours"]) for summary in done]
     return Score(
-        shortfall=fmean(max(0.0, target - share) for share in worst),
+        shortfalls=tuple(max(0.0, target - share) for share in worst),
         cost=fmean(used / least for used, least in zip(hours, bounds, strict=True)),
         attainment=min(worst),
         gpu_hours=sum(hours),

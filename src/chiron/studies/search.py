@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from chiron.policies.ranges import Tunable, Value
-from chiron.studies.objective import FAILED, Score
+from chiron.studies.objective import FAILED, Rank, Score
 
 Values = Mapping[str, Value]
 Sound = Callable[[Values], bool]
@@ -38,7 +38,7 @@ class Candidate:
     score: Score | None = None
 
     @property
-    def rank(self) -> tuple[float, float, float]:
+    def rank(self) -> Rank:
         """The least is the best; one that has not run is the last."""
         return (self.score or FAILED).rank
 

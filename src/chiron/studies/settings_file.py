@@ -90,6 +90,7 @@ def _search_table(tuned: Tuned, calibration: Sequence[Calibration], budget: Budg
         lines += ["", f"[[search.{label}.top]]", f"trial = {candidate.number + 1}"]
         lines += [
             f"shortfall = {_toml(round(candidate.score.shortfall, 6))}",
+            f"shortfall_worst = {_toml(round(candidate.score.worst_shortfall, 6))}",
             f"gpu_hours_over_bound = {_toml(round(candidate.score.cost, 4))}",
             f"attainment = {_toml(round(candidate.score.attainment, 6))}",
             f"gpu_hours = {_toml(round(candidate.score.gpu_hours, 4))}",

@@ -20,7 +20,7 @@ from chiron.policies.starts import STARTS
 from chiron.sim.bound import bound
 from chiron.sim.setup import Setup
 from chiron.studies.calibration import Calibration
-from chiron.studies.objective import score
+from chiron.studies.objective import FAILED, score
 from chiron.studies.runner import Runner
 from chiron.studies.search import Candidate, Values, best_of, explored, propose
 from chiron.studies.trial import Trial, trial
@@ -115,6 +115,7 @@ def tune(label: str, choice: PolicyChoice, on: Workloads, budget: Budget, runner
             errors |= dict.fromkeys(outcome.error for outcome in outcomes if outcome.error)
             found = score([outcome.summary for outcome in outcomes], on.bounds, budget.target)
             done.append(replace(candidate, score=found))
+        done = _against_published(done, _published(choice, space))
     return Tuned(
         label=label,
         choice=choice,
@@ -123,6 +124,23 @@ def tune(label: str, choice: PolicyChoice, on: Workloads, budget: Budget, runner
         candidates=tuple(done),
         errors=tuple(errors),
     )
+
+
+def _against_published(done: Sequence[Candidate], published: Values) -> list[Candidate]:
+    """What gives up in some run what the published settings have there is never chosen. They are among the first that
+    are tried; in a search of a single trial, the settings as they are stand for them."""
+    base = next((each for each in done if each.values == published), done[0])
+    return [
+        replace(each, score=each.score.against(base.score))
+        if each.score is not None and each.score is not FAILED and base.score is not None
+        else each
+        for each in done
+    ]
+
+
+def _published(choice: PolicyChoice, space: Sequence[Tunable]) -> Values:
+    settings = POLICIES[choice.policy.removesuffix("-tuned")].settings()
+    return {each.name: value_of(settings, each.name) for each in space}
 
 
 def starts_of(choice: PolicyChoice, space: Sequence[Tunable]) -> list[Values]:
