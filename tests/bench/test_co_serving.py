@@ -1,0 +1,62 @@
+"""bench/co_serving.py: what counts as keeping the published bounds, and that ``chiron`` does in a burst."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from chiron.config.scenario import load_scenario
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parents[2] / "bench" / "co_serving.py"
+    spec = importlib.util.spec_from_file_location("bench_co_serving", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_keeps_the_bounds_only_with_all_of_them(bench: ModuleType) -> None:
+    fine = bench.Figures(ttft_s=(0.05, 0.09, 0.1359), itl_s=0.021, answered=1.0, in_time=1.0, done_s=600.0)
+    assert bench.keeps(fine, 0.1, 0.01)
+    for wrong in ({"ttft_s": (0.05, 0.09, 0.137)}, {"itl_s": 0.022}, {"answered": 0.999}, {"in_time": 0.999}):
+        assert not bench.keeps(replace(fine, **wrong), 0.1, 0.01)
+
+
+def test_ratios_are_over_the_least_of_all_that_ran_alone(bench: ModuleType) -> None:
+    alone = {
+        "a": bench.Figures(ttft_s=(0.05, 0.08, 0.2), itl_s=0.01, answered=1.0),
+        "b": bench.Figures(ttft_s=(0.05, 0.08, 0.1), itl_s=0.02, answered=1.0),
+    }
+    beside = {"a": bench.Figures(ttft_s=(0.05, 0.09, 0.25), itl_s=0.015, answered=1.0, in_time=1.0, done_s=600.0)}
+    row = next(line for line in bench.table(alone, beside).splitlines() if line.startswith("| `a`: "))
+    assert row == "| `a`: misses them | 50 / 90 / 250 | 2.50x | 15 | 1.50x | 100% | 600 |"
+
+
+def test_engines_that_are_paced_take_as_much_longer_for_each_part_of_a_step(bench: ModuleType) -> None:
+    fast = (bench.PACKAGED / f"{bench.PACE}.json").read_text()
+    first, slower = (bench.json.loads(text) for text in (fast, bench.paced()))
+    times = [key for key in first if "_ms" in key]
+    assert len(times) == 7
+    assert [slower[key] for key in times] == [bench.SLOWER * first[key] for key in times]
+    assert {key: slower[key] for key in slower if key not in times} == {
+        key: first[key] for key in first if key not in times
+    }
+
+
+@pytest.mark.slow
+def test_chiron_keeps_them_in_a_burst(bench: ModuleType) -> None:
+    scenario = load_scenario(bench.SCENARIO, bench.shape(1))
+    alone, beside = bench.simulated(scenario, ["chiron", "static"], [1])
+    rows = bench.table(alone, beside)
+    assert "`chiron`: keeps the bounds" in rows
+    assert "`static`: misses them" in rows
