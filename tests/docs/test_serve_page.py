@@ -12,6 +12,7 @@ pytest.importorskip("psutil")
 
 from chiron.config.read import keys_of
 from chiron.config.serve import ServeFile, parse_serve
+from chiron.config.serve_cascades import ServeCascade, ServeCascadeSection
 from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.core.types import RequestClass
 from chiron.engines.rows import ENGINES, EngineRow
@@ -34,6 +35,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf
 SECTIONS = {
     "": ServeFile,
     "models": ServeModelSection,
+    "cascades": ServeCascadeSection,
+    "cascade": ServeCascade,
     "instances": ServeInstanceSection,
     "classes": RequestClass,
     "server": ServerSettings,
@@ -50,7 +53,7 @@ SECTIONS = {
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,
 }
-GIVEN = {"keys": {"admin"}, "store": {"retention"}, "store on PostgreSQL": {"retention"}}
+GIVEN = {"": {"cascades"}, "keys": {"admin"}, "store": {"retention"}, "store on PostgreSQL": {"retention"}}
 """Fields that are no keys."""
 
 

@@ -13,12 +13,19 @@ from fault_site import FaultSite
 
 openai = pytest.importorskip("openai")
 
+CASCADES = """
+[models.sure]
+cascade = { first = "small", then = "big", threshold = -0.5 }
+[models.unsure]
+cascade = { first = "small", then = "big", threshold = 0 }
+"""
+"""Emulated engines say log-probabilities of -0.5 to 0."""
 SAY: Any = [{"role": "user", "content": "Say something."}]
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
-    with edge_site(tmp_path_factory.mktemp("openai")) as running:
+    with edge_site(tmp_path_factory.mktemp("openai"), extra=CASCADES) as running:
         yield running
 
 
@@ -63,6 +70,19 @@ def test_chat_as_a_stream(api: Any, tier: str, usage: bool) -> None:
     assert {c.object for c in chunks} == {"chat.completion.chunk"}
 
 
+@pytest.mark.parametrize(("model", "answers"), [("sure", "small"), ("unsure", "big")])
+def test_a_cascade(api: Any, model: str, answers: str) -> None:
+    asked = {"model": model, "max_tokens": 30, "extra_body": {"ignore_eos": True}}
+    whole = api.chat.completions.create(messages=SAY, **asked)
+    assert (whole.model, whole.usage.completion_tokens, whole.choices[0].logprobs) == (answers, 30, None)
+    chunks = list(api.chat.completions.create(messages=SAY, stream=True, **asked))
+    assert {chunk.model for chunk in chunks} == {answers}
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    text = api.completions.create(prompt="Say something.", logprobs=2, **asked)
+    assert (text.model, len(text.choices[0].logprobs.top_logprobs[3])) == (answers, 2)
+
+
 @pytest.mark.parametrize("prompt", ["Say something.", [1, 2, 3]])
 @pytest.mark.parametrize("tier", [{}, {"service_tier": "flex"}])
 def test_completions(api: Any, prompt: Any, tier: dict[str, str]) -> None:
@@ -82,7 +102,7 @@ def test_fields_of_the_engines_own_reach_it(api: Any) -> None:
 
 
 def test_models(site: FaultSite, api: Any) -> None:
-    assert [model.id for model in api.models.list()] == ["big", "gpt-4o", "small"]
+    assert [model.id for model in api.models.list()] == ["big", "gpt-4o", "small", "sure", "unsure"]
     alias = api.models.retrieve("gpt-4o")
     assert (alias.id, alias.model_extra) == ("gpt-4o", {"root": "big"})
     with pytest.raises(openai.NotFoundError):

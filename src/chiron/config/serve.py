@@ -16,6 +16,7 @@ from typing import Any
 from chiron.config.overrides import Override, apply_overrides, override_text
 from chiron.config.policies import PolicyChoice, check_can_be_made, read_policies
 from chiron.config.read import ConfigError, construct, keys_of, named_tables, read_record, read_text, suggest
+from chiron.config.serve_cascades import ServeCascadeSection, cascade_settings, is_cascade, read_cascade
 from chiron.config.serve_kinds import instance_bounds, kind_settings
 from chiron.config.serve_sections import ServeModelSection
 from chiron.core.types import RequestClass
@@ -53,6 +54,8 @@ class ServeFile:
     """The tables of the file, read one by one but not yet against each other."""
 
     models: Mapping[str, ServeModelSection]
+    cascades: Mapping[str, ServeCascadeSection]
+    """Those of the tables of models for which other models answer."""
     classes: Mapping[str, RequestClass]
     policy: str = "chiron"
     """A policy (``chiron policies``), or the label of one of the ``[policies]`` tables."""
@@ -122,7 +125,7 @@ def parse_table(table: Mapping[str, Any], text: str, *, directory: Path, policy:
 
 
 def _read_file(table: Mapping[str, Any]) -> ServeFile:
-    allowed = keys_of(ServeFile)
+    allowed = [key for key in keys_of(ServeFile) if key != "cascades"]
     for key, value in table.items():
         if key not in allowed:
             raise ConfigError(f"{key}: unknown key (value {value!r}); {suggest(key, allowed)}")
@@ -130,13 +133,15 @@ def _read_file(table: Mapping[str, Any]) -> ServeFile:
         name: read_record(RequestClass, entry, f"classes.{name}", name=name)
         for name, entry in named_tables(table, "classes", allowed=keys_of(RequestClass)).items()
     }
+    keys = (*ServeModelSection.keys(), *keys_of(ServeCascadeSection))
+    models = named_tables(table, "models", "kubernetes" not in table, allowed=keys)
     given = {
         "models": {
-            name: ServeModelSection.from_table(entry, f'models."{name}"' if "." in name else f"models.{name}")
-            for name, entry in named_tables(
-                table, "models", "kubernetes" not in table, allowed=ServeModelSection.keys()
-            ).items()
+            name: ServeModelSection.from_table(entry, _path_of(name))
+            for name, entry in models.items()
+            if not is_cascade(entry)
         },
+        "cascades": {name: read_cascade(entry, _path_of(name)) for name, entry in models.items() if is_cascade(entry)},
         "classes": classes or DEFAULT_CLASSES,
         "policies": read_policies(table),
         "keys": _read_keys(table.get("keys", [])),
@@ -273,11 +278,14 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     if len(set(file.devices)) != len(file.devices):
         raise ConfigError(f"devices: {list(file.devices)!r}: each device once")
     models = tuple(_model(name, section, file.classes, directory) for name, section in file.models.items())
+    cascades = tuple(
+        cascade_settings(name, section, models, file.classes, _path_of(name)) for name, section in file.cascades.items()
+    )
     if file.kubernetes is None:  # What these name may come and go with the resources.
         _check_gpus(file.gpus, models)
-    _check_names(models)
+    _check_names((*models, *cascades))
     _check_devices(models, file.devices)
-    _check_keys(file, models)
+    _check_keys(file, (*models, *cascades))
     server = replace(
         file.server,
         tls_cert=_resolve(file.server.tls_cert, directory),
@@ -315,6 +323,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "gpus": file.gpus,
             "classes": file.classes,
             "models": models,
+            "cascades": cascades,
             "policy": choice.policy,
             "policy_settings": choice.settings,
             "policy_label": policy or file.policy,
@@ -327,6 +336,10 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
     )
 
 
+def _path_of(model: str) -> str:
+    return f'models."{model}"' if "." in model else f"models.{model}"
+
+
 def _resolve(path: str, directory: Path) -> str:
     return str((directory / Path(path).expanduser()).absolute()) if path else ""
 
@@ -334,7 +347,7 @@ def _resolve(path: str, directory: Path) -> str:
 def _model(
     name: str, section: ServeModelSection, classes: Mapping[str, RequestClass], directory: Path
 ) -> ModelSettings:
-    path = f'models."{name}"' if "." in name else f"models.{name}"
+    path = _path_of(name)
     if not name.strip():
         raise ConfigError("models: a model needs a name")
     served = section.classes or tuple(classes)

@@ -29,7 +29,6 @@ from chiron.gateway.instances.fleet_memory import FleetMemory
 from chiron.gateway.owner import owner_of
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import Workers
-from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.outages import Outage
 from chiron.gateway.reporting.desired import desired_page
@@ -38,7 +37,7 @@ from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
 from chiron.gateway.reporting.status import LeaderReport, RelayReport, StatusSources, status
-from chiron.gateway.serving import collect_rarely, served_models, server_limits, tls_context
+from chiron.gateway.serving import collect_rarely, models_of, server_limits, tls_context
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_max, files_open
@@ -100,7 +99,7 @@ class Service:
         self._input_file = InputFile(self.clock, point) if recorded else None
         make_directory(config.data)
         self._numbers = itertools.count(1)
-        self.models = Models(served_models(config))
+        self.models = models_of(config)
         self.keys = KeyRing(config.keys, config.admin_key_hash, admin_open=config.server.loopback)
         specs = [m.spec() for m in config.models]
         classes = list(config.classes.values())
@@ -392,6 +391,7 @@ class Service:
             relays=self._relay_reports(),
             relays_started=self._workers.started if self._workers is not None else 0,
             leader=self._leader_report(),
+            cascades=self.gateway.desk.cascades.tallies,
             files_open=files_open(),
             files_max=files_max(),
         )
@@ -595,6 +595,9 @@ class Service:
         """Whether it is worth sending requests for this model here, and how it stands with it in words."""
         if self.front.draining:
             return False, "draining"
+        served = self.models.named(model)
+        if served is not None and served.settings.cascade is not None:
+            return self._model_ready(served.settings.cascade.then)  # It answers whatever the other does.
         why = self._lack(model)
         if why and (self.models.by_name[model].settings.min_instances or model in self.outages.now):
             return False, why

@@ -6,7 +6,7 @@ import gc
 import logging
 import ssl
 
-from chiron.gateway.relay.admission import ServedModel
+from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.settings import ModelSettings, ServeConfig
 from chiron.net.files import files_max
 from chiron.net.limits import ServerLimits
@@ -26,6 +26,12 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, 50, 100)
+
+
+def models_of(config: ServeConfig) -> Models:
+    """All that clients may name."""
+    cascades = {model.name: _cascade(config, model) for model in config.cascades}
+    return Models(served_models(config), cascades)
 
 
 def served_models(config: ServeConfig) -> dict[str, ServedModel]:
@@ -85,3 +91,9 @@ def _served(config: ServeConfig, model: ModelSettings) -> ServedModel:
         classes=classes,
         kv_capacity_tokens=max(kind.kind.kv_capacity_tokens for kind in model.kinds),
     )
+
+
+def _cascade(config: ServeConfig, model: ModelSettings) -> ServedModel:
+    """What fits is a question to its parts."""
+    classes = {name: config.classes[name] for name in model.classes}
+    return ServedModel(settings=model, classes=classes, kv_capacity_tokens=1 << 40)

@@ -19,6 +19,7 @@ from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.rows import ENGINES
 from chiron.fleet.kubernetes.source import NAME
 from chiron.net.shares import LOOPBACK
+from chiron.policies.cascade import CascadeRule
 
 if TYPE_CHECKING:
     from chiron.fleet.settings import FleetSettings
@@ -325,6 +326,19 @@ class KindSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CascadeSettings:
+    """What a model is that has no instances: two others, of which the second is asked where the first is unsure."""
+
+    first: str
+    """Name of the model that is asked first, the small one."""
+    then: str
+    """Name of the model that is asked where that one is unsure, or cannot answer."""
+    rule: CascadeRule
+    first_wait_s: float | None = None
+    """For so long a request waits for an instance of the first; then the second is asked. None: the class's TTFT."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
     """One served model."""
 
@@ -341,6 +355,8 @@ class ModelSettings:
     max_instances: int = 4
     aliases: tuple[str, ...] = ()
     """Other names that clients may use for it."""
+    cascade: CascadeSettings | None = None
+    """It has no instances of its own: other models answer for it."""
 
     def spec(self) -> ModelSpec:
         """What the control plane needs of it."""
@@ -397,6 +413,8 @@ class ServeConfig:
     """GPUs of each type that exist; a type not named is unlimited."""
     classes: Mapping[str, RequestClass]
     models: tuple[ModelSettings, ...]
+    cascades: tuple[ModelSettings, ...] = ()
+    """Models that others answer for."""
     policy: str
     """Name in ``policies.registry.POLICIES``."""
     policy_settings: Any

@@ -23,7 +23,7 @@ class ModelPages:
 
     async def list(self, request: Request) -> Response:
         key = self._state.keys.check(authorization(request))
-        models = self._state.models.by_name
+        models = self._state.models.cascades | self._state.models.by_name
         names = [name for name in sorted(models) if not key.models or name in key.models]
         data = [self._object(said, name) for name in names for said in (name, *models[name].settings.aliases)]
         return json_response({"object": "list", "data": data})
@@ -44,7 +44,7 @@ def describe(state: ApiState) -> bytes:
     text = files("chiron").joinpath("data/openapi.json").read_bytes()
     if not state.keys.open:
         return text
-    served = state.models.by_name
+    served = state.models.cascades | state.models.by_name
     document = orjson.loads(text)
     components = document["components"]
     for name in ("ChatRequest", "CompletionRequest"):
@@ -98,6 +98,9 @@ class Admin:
         served = state.models.named(name)
         if served is None:
             raise model_not_found(name[:200], state.models.by_name)
+        if (cascade := served.settings.cascade) is not None:
+            parts = f"{cascade.first!r} and {cascade.then!r}"
+            raise not_found(f"Model {served.settings.name!r} is a cascade without instances of its own: of {parts}.")
         found = next(each for each in page["models"] if each["model"] == served.settings.name)
         if (kind := asked.get("kind")) is not None:
             kinds = {each["kind"]: each for each in found["kinds"]}

@@ -143,6 +143,9 @@ def _check_body(
     if model is None:
         known = ", ".join(sorted({m.name for m in models.values() if m.batch_class and _may_use(key, m.name)}))
         return _bad("body.model", f"body.model is {shown(name)}; models served here: {known}.", "model_not_found")
+    if (cascade := model.cascade) is not None:
+        parts = f"name {cascade.first!r} or {cascade.then!r}"
+        return _bad("body.model", f"Model {model.name!r} is a cascade, and takes no batch requests: {parts}.")
     if not model.batch_class:
         return _bad("body.model", f"Model {model.name!r} takes no batch requests.", "model_not_found")
     if key is None:

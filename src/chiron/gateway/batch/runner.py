@@ -66,7 +66,7 @@ class BatchRunner:
         self._store = store
         self._clock = clock
         self._completions = completions
-        self._names = by_name(model.settings for model in models.by_name.values())
+        self._names = by_name(model.settings for model in (*models.cascades.values(), *models.by_name.values()))
         self._settings = settings or BatchSettings()
         self._tuning = tuning or RunnerSettings()
         self._windows = [

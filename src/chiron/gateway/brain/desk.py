@@ -18,7 +18,9 @@ from chiron.gateway.relay.body import places
 from chiron.gateway.relay.errors import ApiError, internal, timed_out, too_many, unavailable
 from chiron.gateway.relay.keys import Key, KeyRing
 from chiron.gateway.relay.outages import Outages
+from chiron.gateway.relay.turns import Turn
 from chiron.gateway.relay.upstream import UpstreamFailure
+from chiron.gateway.reporting.cascades import Cascades
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock
 from chiron.net.shares import Shares
@@ -44,6 +46,8 @@ class ClientCall(Protocol):
     """Why the last try failed."""
     refusal: ApiError | None
     """Why the gateway itself ended it."""
+    turn: Turn | None
+    """What it is to a cascade, if it is asked for one."""
 
     @property
     def peers(self) -> Sequence[str]:
@@ -81,11 +85,18 @@ class Desk:
         self._next_id = next_id
         self._shares = Shares(limits.queue_max, limits.peer_share)
         """Open requests by address and API key."""
+        self.cascades = Cascades()
 
     def arrive(self, call: ClientCall, model: str, cls: RequestClass, key: Key, input_tokens: int) -> None:
         """A request has come. Raises ApiError if it is not taken."""
         self._check(call, model, cls)
-        self._keys.take(key, self._clock.elapsed_s(), input_tokens)
+        turn = call.turn
+        if turn is None or not turn.counted:
+            self._keys.take(key, self._clock.elapsed_s(), input_tokens)
+        else:  # One request of a client is not refused half-way.
+            self._keys.charge(key, input_tokens)
+        if turn is not None:
+            self.cascades.arrived(turn, cls.name)
         call.number = self._next_id()
 
         def submit() -> None:
@@ -158,7 +169,15 @@ class Desk:
         if self.open.pop(request.id, None) is not None:
             self._shares.add(call.peers, -1)
             self.charge(call, tokens)
+            if call.turn is not None:
+                self.cascades.ended(call.turn, request)
         call.ended(request)
+
+    def shown(self, call: ClientCall) -> None:
+        """What was held back of its answer goes to its client from now on: it will do."""
+        request = self.open.get(call.number)
+        if request is not None and call.turn is not None:
+            self.cascades.shown(call.turn, request, self._clock.elapsed_s())
 
     def charge(self, call: ClientCall, tokens: int) -> None:
         """Its key pays for output."""

@@ -30,6 +30,7 @@ from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
 from chiron.gateway.relay.errors import ApiError, internal, model_not_found
 from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.turns import REASONS, Turn
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.gateway.settings import PEER_NAME
 from chiron.net.clock import LiveClock
@@ -48,6 +49,8 @@ PULSE_S = 0.25
 """Between two signs of life to relays that stay without their brain."""
 TICK_S = 1.0
 """Between two looks at relays, and at what they should know of models."""
+TURNS_MAX = 1000
+"""Cascades' turns that are told before their requests: each is followed by its own, but where that was told twice."""
 QUIET_MAX = 30
 """Looks at a relay that says nothing, though it should once a second, until it is taken to be dead."""
 ITEM_MAX_BYTES = FRAME_MAX_BYTES - (1 << 20)
@@ -76,10 +79,11 @@ class FarCall:
         "run",
         "sequences",
         "streams",
+        "turn",
         "wait_max_s",
     )
 
-    def __init__(self, link: RelayLink, said: m.Arrive) -> None:
+    def __init__(self, link: RelayLink, said: m.Arrive, turn: Turn | None = None) -> None:
         self.link = link
         self.here = said.number
         """The relay's number for it."""
@@ -97,6 +101,8 @@ class FarCall:
         self.refusal: ApiError | None = None
         self.run: FarRun | None = None
         """Its placement, while it has one."""
+        self.turn = turn
+        """What it is to a cascade, if it is asked for one."""
         self.paid_tokens = 0
         """Output tokens that its key had paid for when it ended."""
         self._reminded_s = -inf
@@ -219,6 +225,8 @@ class RelayLink:
         """The connection that this relay has lost, with what it carried, until all has been told."""
         self.ends: dict[int, m.End] = {}
         """The last ones, for a relay that may not have heard them."""
+        self._turns: dict[int, Turn] = {}
+        """Of requests that will be told of next, by their numbers."""
         self._shared: set[int] = set()
         """Instances that both know under the same number and address."""
         self._relays = relays
@@ -242,6 +250,8 @@ class RelayLink:
             m.Running: self._running,
             m.Waits: self._waits,
             m.Told: self._told,
+            m.Turn: self._turn,
+            m.Shown: self._shown,
         }
 
     # -- what the rest of the brain asks -----------------------------------------------------------------------
@@ -398,9 +408,10 @@ class RelayLink:
                 f"request {said.number} names model {said.model!r}, class {said.cls!r}, key {said.key!r}"
             )
         cls, key = found
-        call = self.calls[said.number] = FarCall(self, said)
+        turn = self._turns.pop(said.number, None)
+        call = self.calls[said.number] = FarCall(self, said, turn)
         try:
-            key.permit(said.model, cls.name)
+            relays.models.permit(key, said.model, cls.name, turn.cascade if turn is not None else "")
             relays.desk.arrive(call, said.model, cls, key, said.input_tokens)
         except ApiError as error:
             self.calls.pop(said.number, None)
@@ -424,6 +435,18 @@ class RelayLink:
         if call.run is not None:
             call.run.placed.tokens = max(call.run.placed.tokens, said.tokens)
         self._relays.desk.left(call)
+
+    def _turn(self, said: m.Turn) -> None:
+        if said.cascade not in self._relays.models.cascades or said.reason not in ("", *REASONS):
+            raise ProtocolError(f"request {said.number} is of cascade {said.cascade!r}, reason {said.reason!r}")
+        if len(self._turns) >= TURNS_MAX:
+            raise ProtocolError(f"{TURNS_MAX} cascade turns are told, and none of their requests")
+        self._turns[said.number] = Turn(said.cascade, said.reason, said.before, said.counted, said.ttft_s, said.streams)
+
+    def _shown(self, said: m.Shown) -> None:
+        call = self.calls.get(said.number)
+        if call is not None:
+            self._relays.desk.shown(call)
 
     def _first_token(self, said: m.FirstToken) -> None:
         run = self._run(said.run)
@@ -582,7 +605,7 @@ class RelayLink:
             return False
         if engine.instance.sequences >= ADOPTED_MAX * engine.instance.kind.max_num_seqs:
             return False
-        call, now_s = FarCall(self, asked), relays.clock.now_s
+        call, now_s = FarCall(self, asked, self._turns.pop(asked.number, None)), relays.clock.now_s
         request = relays.desk.adopt(
             call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses
         )
@@ -618,12 +641,14 @@ class RelayLink:
                 self._place_again(known.run)
             return
         found = self._admitted(asked)
-        call = FarCall(self, asked)
+        turn = self._turns.pop(asked.number, None)
+        call = FarCall(self, asked, turn)
         try:
             if found is None:
                 served = asked.model in self._relays.models.by_name
                 raise internal(asked.request_id) if served else model_not_found(asked.model)
-            found[1].permit(asked.model, found[0].name)
+            cascade = turn.cascade if turn is not None else ""
+            self._relays.models.permit(found[1], asked.model, found[0].name, cascade)
             self.calls[asked.number] = call
             self._relays.desk.arrive_again(
                 call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses

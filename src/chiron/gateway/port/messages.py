@@ -14,6 +14,7 @@ told as ages, because clocks of two machines differ.
 Structs are arrays on the wire. A change of any of them is a new ``VERSION``; ``VERSION_MIN`` is the lowest that is
 still spoken. Both ends speak the lower one of theirs (``Wire.version``): what is new is added at the end, with a
 default, and what an older one cannot read is not sent to it. Version 3: ``Hello.gateway``.
+Version 4: ``Turn`` and ``Shown``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-VERSION = 3
+VERSION = 4
 VERSION_MIN = 2
+TURNS_FROM = 4
+"""The version from which cascades' turns are told."""
 NAME = "chiron-relay"
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -270,6 +273,24 @@ class Told(Message, tag=18, frozen=True):
     """Ends that it could not keep."""
 
 
+class Turn(Message, tag=19, frozen=True):
+    """Before its ``Arrive``, ``Running`` or ``Waits``: it is asked for a cascade, as ``relay.turns`` has it."""
+
+    number: Number
+    cascade: Name
+    reason: Name
+    before: Age
+    counted: bool
+    ttft_s: SloSeconds
+    streams: bool
+
+
+class Shown(Message, tag=20, frozen=True):
+    """What was held back of this request's answer goes to its client from now on: it will do."""
+
+    number: Number
+
+
 # -- down: from the brain --------------------------------------------------------------------------------------------
 
 
@@ -413,6 +434,8 @@ Up = (
     | Running
     | Waits
     | Told
+    | Turn
+    | Shown
 )
 Down = (
     InstanceUp

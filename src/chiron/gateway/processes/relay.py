@@ -20,13 +20,12 @@ from chiron.core.backoff import doubled_s
 from chiron.gateway.port import messages as m
 from chiron.gateway.processes.kept import KeeperLink
 from chiron.gateway.processes.start import RelayStart
-from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import KeyRing
 from chiron.gateway.relay.passing import Passing
 from chiron.gateway.relay.relay import Relay
 from chiron.gateway.reporting.metrics import LoopLag
-from chiron.gateway.serving import collect_rarely, served_models, server_limits, tls_context
+from chiron.gateway.serving import collect_rarely, models_of, served_models, server_limits, tls_context
 from chiron.gateway.settings import ServeConfig
 from chiron.net.clock import LiveClock
 from chiron.net.files import files_open
@@ -58,7 +57,7 @@ class RelayServer:
         self.clock = LiveClock(loop, time_s=time.monotonic)
         self.relay = Relay(
             clock=self.clock,
-            models=Models(served_models(config)),
+            models=models_of(config),
             kinds=[kind for model in config.models for kind in model.kinds],
             keys=KeyRing(config.keys, config.admin_key_hash, admin_open=config.server.loopback),
             limits=config.limits,

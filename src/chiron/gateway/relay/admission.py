@@ -72,14 +72,16 @@ class Admitted(NamedTuple):
 class Models:
     """Served models by name and alias."""
 
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel], cascades: Mapping[str, ServedModel] | None = None) -> None:
         self.by_name = dict(models)
+        self.cascades = dict(cascades or {})
+        """Those without instances, by name: others of ``by_name`` answer for them."""
         self._found: dict[str, ServedModel] = {}
         self._name()
 
     def _name(self) -> None:
-        self._found = dict(self.by_name)
-        for served in self.by_name.values():
+        self._found = self.cascades | self.by_name
+        for served in (*self.by_name.values(), *self.cascades.values()):
             for alias in served.settings.aliases:
                 self._found.setdefault(alias, served)
 
@@ -96,6 +98,21 @@ class Models:
         """By name or alias, for any key."""
         return self._found.get(name)
 
+    def part(self, name: str) -> ServedModel:
+        """One of the models that answer for a cascade. Raises ApiError 404: it is served no more."""
+        served = self.by_name.get(name)
+        if served is None:
+            raise model_not_found(name, [])
+        return served
+
+    def permit(self, key: Key, model: str, cls: str, cascade: str) -> None:
+        """Whether the key may have a request of this class run by ``model``, itself or (not empty) for ``cascade``.
+        Raises ApiError 403."""
+        served = self.cascades.get(cascade)
+        parts = served.settings.cascade if served is not None else None
+        asked = cascade if parts is not None and model in (parts.first, parts.then) else model
+        key.permit(asked, cls)
+
     def find(self, name: object, key: Key) -> ServedModel:
         """Raises ApiError 404 or 403."""
         served = self._found.get(name) if isinstance(name, str) else None
@@ -105,7 +122,7 @@ class Models:
                     "model: missing, or not text" if name is None else f"model: {shown(name)} is not text",
                     param="model",
                 )
-            known = [n for n in self.by_name if not key.models or n in key.models]
+            known = [n for n in (*self.by_name, *self.cascades) if not key.models or n in key.models]
             raise model_not_found(name[:200], known)
         if key.models:
             key.permit(model=served.settings.name)

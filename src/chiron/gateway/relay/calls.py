@@ -21,6 +21,7 @@ from chiron.gateway.relay.body import Body
 from chiron.gateway.relay.collect import CollectError, Collector
 from chiron.gateway.relay.ending import Answer, last_word, passed_on, wordless
 from chiron.gateway.relay.errors import ApiError
+from chiron.gateway.relay.turns import Turn
 from chiron.gateway.relay.upstream import ERROR_MAX_BYTES, RETRIED, UpstreamFailure
 from chiron.net.client import Call, Header
 from chiron.net.server import Incoming
@@ -70,6 +71,7 @@ class RelayCall:
         "responded",
         "sequences",
         "streams",
+        "turn",
         "wait_max_s",
     )
 
@@ -98,6 +100,8 @@ class RelayCall:
         self.refusal: ApiError | None = None
         """Why the gateway itself ended it."""
         self.responded = responded
+        self.turn: Turn | None = None
+        """What it is to a cascade, if it is asked for one."""
         self._body = body
         self._chat = incoming.path.endswith("/chat/completions")
         self._first = True
@@ -415,6 +419,7 @@ class FlexCall(CollectedCall):
         """Id of its request, once there is one."""
         self.refusal: ApiError | None = None
         self.responded = responded
+        self.turn: Turn | None = None
         self.wait_max_s = inf
         self._reminded_s = -inf
         self._wants_stream = stream

@@ -17,11 +17,9 @@ import orjson
 
 from chiron.engines.claims import CHOICES_MAX, token_ids, usage
 from chiron.gateway.relay.body import nested_too_deep
+from chiron.gateway.relay.events import EventError, Events
 
 Json = dict[str, Any]
-
-EVENT_MAX_BYTES = 8 << 20
-"""One event of a stream, and so one line: with log probabilities of a long prompt it is megabytes."""
 
 _SET_ONCE = frozenset({"role", "id", "type", "name"})
 """Strings in a delta that name something; some engines repeat them in every chunk."""
@@ -42,10 +40,8 @@ class Collector:
         "_chat",
         "_choices",
         "_chunks",
-        "_event",
-        "_event_bytes",
+        "_events",
         "_keep_token_ids",
-        "_line",
         "_several",
         "_top",
         "done",
@@ -72,11 +68,7 @@ class Collector:
         self.error: Json | None = None
         """The engine's error object, if the stream carried one."""
         self.usage: Json | None = None
-        self._line = bytearray()
-        """The line that has not ended: in one place, so that pieces of any size cost what their bytes cost."""
-        self._event: list[bytes] = []
-        self._event_bytes = 0
-        """Of the event that has not ended, its open line included."""
+        self._events = Events()
         self._bytes_left = self._bytes_max
         self._top: Json = {}
         self._choices: dict[int, _Choice] = {}
@@ -84,9 +76,7 @@ class Collector:
 
     def resume(self) -> None:
         """Another stream goes on where this one was cut: half an event is dropped, whole ones are kept."""
-        self._line.clear()
-        self._event.clear()
-        self._event_bytes = 0
+        self._events.clear()
         self.done = False
         self.error = None
 
@@ -95,32 +85,31 @@ class Collector:
         self._bytes_left -= len(data)
         if self._bytes_left < 0:
             raise CollectError(f"the answer is larger than {self._bytes_max} bytes")
-        lines = data.split(b"\n")
-        unended = lines.pop()
-        for line in lines:
-            self._event_bytes += len(line) + 1
-            if self._line:
-                self._line += line
-                line = bytes(self._line)
-                self._line.clear()
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                self._event.append(line[5:])
-            elif not line:
-                self._event_bytes = 0
-                if self._event:
-                    event, self._event = b"\n".join(self._event), []
-                    self._take(event.strip())
-        self._line += unended
-        self._event_bytes += len(unended)
-        if self._event_bytes > EVENT_MAX_BYTES:
-            raise CollectError(f"an event of the engine's stream is larger than {EVENT_MAX_BYTES} bytes")
+        try:
+            events = self._events.feed(data)
+        except EventError as error:
+            raise CollectError(str(error)) from None
+        for event in events:
+            self._take(event)
+
+    def take(self, event: bytes) -> None:
+        """Take in one event that was cut out elsewhere. Raises CollectError."""
+        self._bytes_left -= len(event)
+        if self._bytes_left < 0:
+            raise CollectError(f"the answer is larger than {self._bytes_max} bytes")
+        self._take(event)
 
     @property
     def token_ids(self) -> list[int]:
         """Ids of the tokens so far: what a resume hands back to an engine. None where there may be several choices."""
         first = self._choices.get(0)
         return first.token_ids if first and not self._several else []
+
+    @property
+    def logprobs(self) -> Json:
+        """Log probabilities so far, as the engine says them, of the first choice."""
+        first = self._choices.get(0)
+        return first.logprobs if first is not None else {}
 
     @property
     def tokens(self) -> int:

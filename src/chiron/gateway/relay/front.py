@@ -16,8 +16,9 @@ from secrets import token_hex
 from typing import NamedTuple, Protocol
 
 from chiron.core.types import RequestClass
-from chiron.gateway.relay.admission import Models, admit
+from chiron.gateway.relay.admission import Admitted, Models, admit
 from chiron.gateway.relay.calls import FlexCall, RelayCall
+from chiron.gateway.relay.cascade import Cascaded, FirstCall
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.ending import refuse
 from chiron.gateway.relay.errors import NO_MODEL, ApiError, unavailable
@@ -37,11 +38,16 @@ _WAIT = re.compile(rb'(?:^|[,;])\s*wait\s*=\s*"?([0-9]{1,9})"?\s*(?=$|[,;])', re
 class Desk(Protocol):
     """Where requests go once they are read."""
 
-    def arrive(self, call: RelayCall | FlexCall, model: str, cls: RequestClass, key: Key, input_tokens: int) -> None:
+    def arrive(
+        self, call: RelayCall | FlexCall | FirstCall, model: str, cls: RequestClass, key: Key, input_tokens: int
+    ) -> None:
         """Raises ApiError if it is known at once that the request is not taken."""
 
-    def left(self, call: RelayCall | FlexCall) -> None:
+    def left(self, call: RelayCall | FlexCall | FirstCall) -> None:
         """Its client is gone."""
+
+    def shown(self, call: FirstCall) -> None:
+        """What was held back of its answer goes to its client from now on."""
 
 
 class _Waiting(NamedTuple):
@@ -135,6 +141,9 @@ class Front:
         admitted = admit(incoming, key, self._models)
         cls = admitted.cls
         desk = self._desk
+        if admitted.model.settings.cascade is not None:
+            self._cascade(incoming, key, admitted)
+            return
         make = RelayCall if cls.interactive else FlexCall
         call = make(
             incoming,
@@ -144,15 +153,35 @@ class Front:
             key_name=key.name,
             responded=self._responded,
         )
-        if (prefer := incoming.header(b"prefer")) and (said := _WAIT.search(prefer)):
-            call.wait_max_s = float(said[1])
+        if (wait_s := _wait_s(incoming)) is not None:
+            call.wait_max_s = wait_s
         incoming.on_close = lambda: desk.left(call)
         desk.arrive(call, admitted.model.settings.name, cls, key, admitted.input_tokens)
+
+    def _cascade(self, incoming: Incoming, key: Key, admitted: Admitted) -> None:
+        Cascaded(
+            incoming,
+            admitted=admitted,
+            key=key,
+            desk=self._desk,
+            models=self._models,
+            request_id=f"req-{self._boot}-{next(self._ids):x}",
+            wait_s=_wait_s(incoming),
+            responded=self._responded,
+            refuse=self._refuse,
+        ).begin()
 
     def _refuse(self, incoming: Incoming, error: ApiError) -> None:
         if not incoming.started:
             refuse(incoming, error)
             self._responded(error.status)
+
+
+def _wait_s(incoming: Incoming) -> float | None:
+    """How long the client wants its request to wait for an instance, if it says."""
+    if (prefer := incoming.header(b"prefer")) and (said := _WAIT.search(prefer)):
+        return float(said[1])
+    return None
 
 
 def _alone(error: ApiError) -> ApiError:

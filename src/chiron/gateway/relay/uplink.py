@@ -32,6 +32,7 @@ from chiron.gateway.relay.admission import Models, is_chat
 from chiron.gateway.relay.alone import Alone
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.calls import CollectedCall, FlexCall, ItemCall, RelayCall
+from chiron.gateway.relay.cascade import FirstCall
 from chiron.gateway.relay.errors import ApiError, timed_out, unavailable
 from chiron.gateway.relay.held import Held
 from chiron.gateway.relay.joining import Connect, Joining, StaySettings
@@ -270,7 +271,9 @@ class Uplink:
 
     # -- the front's desk --------------------------------------------------------------------------------------
 
-    def arrive(self, call: RelayCall | FlexCall, model: str, cls: RequestClass, key: Key, input_tokens: int) -> None:
+    def arrive(
+        self, call: RelayCall | FlexCall | FirstCall, model: str, cls: RequestClass, key: Key, input_tokens: int
+    ) -> None:
         if not self.wire.up and self._alone_since_s is None:
             raise unavailable("The gateway is starting.", self._retry_after_s)
         number = call.number = next(self._numbers)
@@ -293,12 +296,23 @@ class Uplink:
         held = Held(Request(number, model, cls, self.clock.elapsed_s(), input_tokens, call), message)
         if self.wire.up:
             self.held[number] = held
+            self._tell_turn(held)
             self.wire.send(message)
         else:
             self.alone.check_room(held)
             self.clock.post(lambda: self._hold(held))
 
-    def left(self, call: RelayCall | FlexCall) -> None:
+    def shown(self, call: FirstCall) -> None:
+        if self.wire.up and self.wire.version >= m.TURNS_FROM:
+            self.wire.post(m.Shown(call.number))
+
+    def _tell_turn(self, held: Held) -> None:
+        """What a request is to a cascade, before the brain is told of it."""
+        call = held.request.payload
+        if held.arrive is not None and call.turn is not None and self.wire.version >= m.TURNS_FROM:
+            self.wire.send(m.Turn(call.number, *call.turn))
+
+    def left(self, call: RelayCall | FlexCall | FirstCall) -> None:
         held = self.held.get(call.number)
         if held is None:
             return
@@ -545,6 +559,7 @@ class Uplink:
         self.held[held.request.id] = held
         if self.wire.up:
             assert held.arrive is not None
+            self._tell_turn(held)
             self.wire.send(held.arrive)
             return
         self.alone.wait(held)
@@ -559,8 +574,9 @@ class Uplink:
             if alone:
                 self.alone.wait(held)
                 self.alone.place(now_s)
-            else:
-                self.send(held.waits(now_s))
+            elif self.wire.up:
+                self._tell_turn(held)
+                self.wire.send(held.waits(now_s))
             return
         if alone and counted and held.last is not None:
             left = (m.Left(held.request.id, held.last.seen),) if held.left else ()
@@ -618,6 +634,7 @@ class Uplink:
         for held in self.held.values():
             if held.uncounted:
                 continue
+            self._tell_turn(held)
             wire.send(held.running(now_s) if held.run is not None else held.waits(now_s))
         wire.send(m.Told(alone.placements, alone.expired, alone.forgotten))
         alone.placements = alone.expired = alone.forgotten = 0

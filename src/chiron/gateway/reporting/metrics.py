@@ -89,6 +89,7 @@ class _Collector(Collector):
         yield from self._instances(plane)
         yield from self._fleet(around, plane)
         yield self._desired(around, plane)
+        yield from self._cascades(around)
         yield from self._batches(around)
         yield from self._gateway(around, plane)
 
@@ -252,6 +253,32 @@ class _Collector(Collector):
             seconds.add_metric(key, bill.gpu_seconds)
             cost.add_metric(key, bill.cost)
         yield from (seconds, cost)
+
+    def _cascades(self, around: StatusSources) -> Iterator[Metric]:
+        """Nothing where there is none. The metrics of models have the two calls of a request one by one."""
+        if not around.cascades:
+            return
+        requests = CounterMetricFamily("chiron_cascade_requests", "Requests of clients to a cascade.", labels=_CLASS)
+        escalated = CounterMetricFamily(
+            "chiron_cascade_escalated", "Those for which the second model was asked.", labels=(*_CLASS, "reason")
+        )
+        answered = CounterMetricFamily(
+            "chiron_cascade_answered", "Those that were answered, by which of its models.", labels=(*_CLASS, "by")
+        )
+        ttft = _histogram(
+            "cascade_time_to_first_token_seconds", "From the client's request to what it can read of an answer first."
+        )
+        slo = CounterMetricFamily("chiron_cascade_ttft_slo", "By whether that met the SLO.", labels=(*_CLASS, "met"))
+        for key, tally in around.cascades.items():
+            requests.add_metric(key, tally.requests)
+            for reason, count in tally.escalated.items():
+                escalated.add_metric((*key, reason), count)
+            answered.add_metric((*key, "first"), tally.answered_first)
+            answered.add_metric((*key, "then"), tally.answered_then)
+            ttft.add_metric(key, _buckets(tally.ttft), tally.ttft.sum)
+            slo.add_metric((*key, "true"), tally.ttft_met)
+            slo.add_metric((*key, "false"), tally.ttft_missed)
+        yield from (requests, escalated, answered, ttft, slo)
 
     def _batches(self, around: StatusSources) -> Iterator[Metric]:
         items = GaugeMetricFamily("chiron_batch_items", "Items of open batches.", labels=("model", "state"))

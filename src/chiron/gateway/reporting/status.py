@@ -16,6 +16,7 @@ from chiron.core.types import RequestClass
 from chiron.fleet.port import FleetReport, KindReport
 from chiron.fleet.starts import StartStatus
 from chiron.gateway.relay.upstream import RETRIED
+from chiron.gateway.reporting.cascades import CascadeTally
 from chiron.gateway.reporting.event_writer import wall_time
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.tally import SLOT_S, ClassTally
@@ -101,6 +102,8 @@ class StatusSources:
     """Since the start, those included that were started again."""
     leader: LeaderReport | None = None
     """None: one process does all."""
+    cascades: Mapping[tuple[str, str], CascadeTally] = field(default_factory=dict)
+    """By cascade and class."""
     files_open: int = 0
     files_max: int = 0
     """File descriptors of the gateway's process, and how many it may have."""
@@ -127,6 +130,7 @@ def status(plane: PlaneSnapshot, journal: LiveJournal, around: StatusSources) ->
         "loop_lag_s": around.loop_lag_s,
         "event_log_dropped": journal.dropped_lines,
         "models": [_model(model, journal, around, now_s) for model in plane.models],
+        "cascades": [_cascade(*key, tally) for key, tally in around.cascades.items()],
         "decisions": [
             _decision(point, around)
             for point in sorted((*journal.decisions, *journal.batch_sizes), key=lambda point: point.t_s)
@@ -179,6 +183,20 @@ def _model(model: ModelSnapshot, journal: LiveJournal, around: StatusSources, no
             _class(model.classes[tally.cls.name], tally, model.running.get(tally.cls.name, 0), now_s)
             for tally in journal.tallies_of(spec.name)
         ],
+    }
+
+
+def _cascade(name: str, cls: str, tally: CascadeTally) -> dict[str, Any]:
+    return {
+        "name": name,
+        "class": cls,
+        "requests": tally.requests,
+        "answered_first": tally.answered_first,
+        "answered_then": tally.answered_then,
+        "escalated": dict(tally.escalated),
+        "escalated_share": tally.share,
+        "ttft_met": tally.ttft_met,
+        "ttft_missed": tally.ttft_missed,
     }
 
 
