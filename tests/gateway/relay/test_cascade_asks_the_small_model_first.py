@@ -58,9 +58,17 @@ async def stream_of(origin: Any, **fields: Any) -> Reader:
     return await Reader(origin, body(stream=True, **{"model": "chat"} | fields)).end()
 
 
+def all_at_once(incoming: Incoming) -> None:
+    """Tokens in one event: the last ones are not judged."""
+    content = [entry(SURE)] * 3 + [entry(-9.0)] * 3
+    choice = {"index": 0, "delta": {"content": "w0 w1 w2"}, "logprobs": {"content": content}, "finish_reason": None}
+    tell(incoming, event(choice) + close(6))
+
+
 CASES: list[tuple[Callable[[Incoming], None], dict[str, Any], str, int]] = [
     (answers(SURE, SURE, SURE, UNSURE, UNSURE), {}, "", 1),
     (answers(SURE), {}, "", 1),  # Shorter than what is judged.
+    (all_at_once, {}, "", 1),
     (answers(SURE, UNSURE, UNSURE, SURE, SURE, SURE), {}, "unsure", 1),
     (answers(UNSURE), {}, "unsure", 1),
     (answers(SURE, SURE, SURE), {"response_format": {"type": "json_object"}}, "", 1),

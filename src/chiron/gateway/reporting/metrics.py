@@ -255,9 +255,7 @@ class _Collector(Collector):
         yield from (seconds, cost)
 
     def _cascades(self, around: StatusSources) -> Iterator[Metric]:
-        """Nothing where there is none. The metrics of models have the two calls of a request one by one."""
-        if not around.cascades:
-            return
+        """As their clients see them. The metrics of models have the two calls of a request one by one."""
         requests = CounterMetricFamily("chiron_cascade_requests", "Requests of clients to a cascade.", labels=_CLASS)
         escalated = CounterMetricFamily(
             "chiron_cascade_escalated", "Those for which the second model was asked.", labels=(*_CLASS, "reason")
