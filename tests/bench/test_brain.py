@@ -24,6 +24,7 @@ def test_a_placement_waits_for_what_came_before_it() -> None:
     assert waits_us(order, load=1.0) == pytest.approx([100.0, 500.0 + 100.0 - 800.0 / 3, 500.0])
 
 
+@pytest.mark.slow
 def test_a_small_run_places_every_request(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "brain.py"), "--instances", "5", "--rate", "20", "--seconds", "10"]
     subprocess.run([*command, "--json", str(tmp_path / "brain.json")], check=True, capture_output=True, timeout=300)

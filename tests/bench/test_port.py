@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
+@pytest.mark.slow
 def test_a_small_run_places_and_ends_every_request(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH / "port.py"), "--instances", "5", "--requests", "200", "--open", "100"]
     subprocess.run([*command, "--json", str(tmp_path / "port.json")], check=True, capture_output=True, timeout=300)

@@ -187,6 +187,7 @@ def interrupted(endpoint: Endpoint, requests: int, *words: str) -> tuple[int, by
     return child.returncode, out, err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_sending_and_reports_what_was_done(tmp_path: Path) -> None:
     target = tmp_path / "r.json"
     with running(Endpoint()) as endpoint:

@@ -93,6 +93,7 @@ def test_events_and_saved_results_of_several_runs_have_policy_and_seed_in_their_
         assert load_result(folder / f"run.static.{seed}.chiron").seed == seed
 
 
+@pytest.mark.slow
 def test_a_saved_result_holds_the_text_that_reproduces_it(saved: Path) -> None:
     first = load_result(saved)
     again = parse_scenario(first.scenario_text, directory=saved.parent)

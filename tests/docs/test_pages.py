@@ -110,6 +110,7 @@ def test_the_readme_has_the_two_commands_and_a_figure() -> None:
     assert (ROOT / figure).stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_readme_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

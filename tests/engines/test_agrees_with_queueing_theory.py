@@ -73,6 +73,7 @@ def poisson(mean_service_s: float, seed: int) -> Floats:
     return arrivals
 
 
+@pytest.mark.slow
 def test_constant_service_waits_as_an_m_d_1_queue_does() -> None:
     arrival_s = poisson(TICK_S, seed=1)
     tokens = np.ones(COUNT, dtype=np.int64)

@@ -398,6 +398,7 @@ def test_the_limit_is_live_and_the_queue_inside_is_bounded() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_costs_little_and_misses_nothing() -> None:
     tokens = 40_000
 

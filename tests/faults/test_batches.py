@@ -96,6 +96,7 @@ def stored(site: FaultSite) -> list[Path]:
 # -- uploads ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_cut_leaves_nothing(site: FaultSite) -> None:
     async def run() -> None:
         async with Api(site.url) as api:
@@ -161,6 +162,7 @@ def test_a_gateway_killed_during_uploads_validation_and_download_loses_nothing(t
         asyncio.run(download(site, batch_id))
 
 
+@pytest.mark.slow
 def test_a_corrupt_line_is_answered_with_its_number(site: FaultSite) -> None:
     async def run() -> None:
         async with Api(site.url) as api:
@@ -176,6 +178,7 @@ def test_a_corrupt_line_is_answered_with_its_number(site: FaultSite) -> None:
 # -- ends before the end ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_done_at_the_deadline_is_kept(site: FaultSite) -> None:
     async def expired(api: Api, window_s: int) -> int:
         """Items that were seen done before the deadline of a batch that takes three times as long."""
@@ -201,6 +204,7 @@ def test_what_is_done_at_the_deadline_is_kept(site: FaultSite) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_cancelling_keeps_what_is_done(site: FaultSite) -> None:
     async def run() -> None:
         async with Api(site.url) as api:

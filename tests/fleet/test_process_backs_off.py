@@ -83,6 +83,7 @@ def test_a_start_whose_turn_does_not_come_is_given_up_with_the_reason() -> None:
     run_virtual(story())
 
 
+@pytest.mark.slow
 def test_a_crash_loop_slows_down_is_named_and_heals(tmp_path: Path) -> None:
     async def story() -> None:
         settings = quick_settings(crash_loop_starts=3)

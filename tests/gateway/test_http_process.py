@@ -20,6 +20,7 @@ from fault_site import FaultSite, wait_for
 from net_site import certificate
 
 
+@pytest.mark.slow
 def test_tls_from_end_to_end(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     config = text().replace("[server]\n", f'[server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n')

@@ -39,7 +39,6 @@ async def uncollected(directory: Path, fields: dict[str, object]) -> int:
     text = f'[models.m]\nengine = "openai"\nendpoints = ["http://127.0.0.1:{upstream.port}"]\n[server]\nport = 0\n'
     service = Service(parse_serve(text, directory=directory, file="chiron.toml"))
     client = Origin(await service.start())
-    gc.unfreeze()
     body = json.dumps({"model": "m", "prompt": "hi"} | fields).encode()
 
     async def ask() -> None:

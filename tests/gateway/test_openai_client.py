@@ -146,6 +146,7 @@ def test_rate_limits_are_waited_out_by_the_client_itself(site: FaultSite) -> Non
     assert caught.value.response.headers["retry-after"]
 
 
+@pytest.mark.slow
 def test_many_at_once_and_some_that_are_left(site: FaultSite) -> None:
     async def main() -> None:
         async with openai.AsyncOpenAI(base_url=site.url + "/v1", api_key=SECRETS["all"], max_retries=0) as api:

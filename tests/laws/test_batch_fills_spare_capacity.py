@@ -93,6 +93,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interactive", "jobs", "how"), CASES)
 def test_idle_capacity_beside_tight_slos_is_used_by_batch_work_that_is_due(
     interactive: list[tuple[str, float, float, float, str]],

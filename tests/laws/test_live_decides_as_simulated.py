@@ -131,8 +131,8 @@ POLICIES_COMPARED = ["chiron", "chiron-paper", "hpa-queue-tuned", "llumnix-tuned
 TOLD, FOUND = "deaths are told at once", "deaths are found out"
 DEATHS = [
     pytest.param("chiron", FOUND),
-    pytest.param("chiron", TOLD),
-    pytest.param("llumnix-tuned", FOUND),
+    pytest.param("chiron", TOLD, marks=pytest.mark.slow),
+    pytest.param("llumnix-tuned", FOUND, marks=pytest.mark.slow),
     *(
         pytest.param(policy, noticed, marks=pytest.mark.slow)
         for policy in POLICIES_COMPARED[1:]

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import orjson
+import pytest
 
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
@@ -211,6 +212,7 @@ def simulated(real: Journal) -> Journal:
     return journal
 
 
+@pytest.mark.slow
 def test_decides_the_same_about_batch_work_that_a_store_holds() -> None:
     lines: list[dict[str, Any]] = [
         {"t": 0.0, "event": "log", **described(make_policy("chiron", None), MODELS, CLASSES, None)}

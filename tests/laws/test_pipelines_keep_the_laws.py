@@ -89,7 +89,12 @@ def random_setup(seed: int, stage_policy: str, policy: str = "static") -> Setup:
 
 
 @pytest.mark.parametrize(
-    ("stage_policy", "policy"), [("", "static"), ("stage-hpa", "hpa-queue"), ("stage-balance", "chiron")]
+    ("stage_policy", "policy"),
+    [
+        ("", "static"),
+        pytest.param("stage-hpa", "hpa-queue", marks=pytest.mark.slow),
+        pytest.param("stage-balance", "chiron", marks=pytest.mark.slow),
+    ],
 )
 def test_fast_forward_equals_step_mode_and_each_request_ends_once(stage_policy: str, policy: str) -> None:
     for seed in range(2):

@@ -97,6 +97,7 @@ def test_chiron_never_turns_back_within_its_hold_nor_shrinks_for_want_of_scrapes
     assert reversals(changes(totals), FAST.hold_s) == 0
 
 
+@pytest.mark.slow
 def test_the_random_days_do_make_the_fleet_turn() -> None:
     turns = [
         sum((a[3] > a[2]) != (b[3] > b[2]) for a, b in pairwise(made))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 
 from chiron.core.clock import VirtualClock
@@ -40,6 +41,7 @@ def output(hash_seed: str) -> bytes:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_write_identical_bytes() -> None:
     one, other = output("1"), output("271828")
     assert one.count(b"\n") > 500

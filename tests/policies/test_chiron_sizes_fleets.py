@@ -153,6 +153,7 @@ def test_plans_stay_in_bounds_and_never_turn_back_within_the_hold(loads: list[in
             last_change_s, direction, before = now_s, turn, count
 
 
+@pytest.mark.slow
 def test_more_load_never_means_fewer_instances() -> None:
     finals = [drive([requests] * 200)[-1][1] for requests in (0, 50, 100, 200, 400)]
     assert finals == sorted(finals)
@@ -165,6 +166,7 @@ def test_a_model_scales_to_zero_and_back_only_when_asked() -> None:
     assert drive([0] * 200 + [1], min_instances=0)[-1][1] == 1, "one small request is enough"
 
 
+@pytest.mark.slow
 def test_bursts_that_are_over_bring_nobody_back() -> None:
     """While their history fades, rules change; none of them may start instances for traffic that is not there."""
     draws = Random(1)

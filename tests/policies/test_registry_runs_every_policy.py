@@ -94,6 +94,7 @@ def test_chiron_paper_holds_batch_work_and_lets_interactive_requests_pass() -> N
     assert paper.summary["attainment"]["jobs"] == llumnix.summary["attainment"]["jobs"] == 1.0
 
 
+@pytest.mark.slow
 def test_chiron_paper_adds_batch_instances_for_a_deadline_and_gives_them_back() -> None:
     tight = SMALL.replace("requests = 600", "requests = 16_000").replace("max_instances = 8", "max_instances = 16")
     result = run("chiron-paper", tight.replace('deadline = "4m"', 'deadline = "120s"'))

@@ -182,6 +182,7 @@ def test_an_engine_that_dies_under_load_is_replaced_and_said(tmp_path: Path) -> 
     assert f"instance {failure['instance']} of m failed: it was killed by SIGKILL" in site.log.read_text()
 
 
+@pytest.mark.slow
 def test_engines_that_never_start_are_said_with_the_reason_and_requests_are_told_in_time(tmp_path: Path) -> None:
     async def story(site: FaultSite) -> None:
         async with Api(site.url) as api:

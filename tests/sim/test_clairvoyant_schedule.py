@@ -147,6 +147,7 @@ def test_a_long_time_and_a_large_fleet_are_scheduled_more_coarsely() -> None:
     assert small.counts == (1, 2, 3, 4, 5, 6)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_future_known_keeps_the_slos_on_fewer_gpus() -> None:
     ours, knowing = simulate(made("chiron")).summary, simulate(made("clairvoyant")).summary
     assert knowing["attainment"]["chat"] >= 0.99

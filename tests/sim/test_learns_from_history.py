@@ -64,6 +64,7 @@ def test_a_policy_starts_with_what_it_has_learned_and_only_the_rest_is_counted()
     assert known.t_s == guessed.t_s
 
 
+@pytest.mark.slow
 def test_the_history_draws_its_own_requests_and_is_the_same_each_time() -> None:
     made = setup(SCENARIO + HISTORY)
     alike = HISTORY.replace("rate = 3", "rate = 2").replace("2000, output = 40", "700, output = 100")
@@ -73,6 +74,7 @@ def test_the_history_draws_its_own_requests_and_is_the_same_each_time() -> None:
     assert run(made) == run(setup(SCENARIO + HISTORY))
 
 
+@pytest.mark.slow
 def test_requests_after_the_history_do_not_change_what_is_learned_from_it() -> None:
     made = setup(SCENARIO + HISTORY)
     later = replace(made, workload=setup(SCENARIO.replace("rate = 2", "rate = 9")).workload)

@@ -120,6 +120,7 @@ def test_a_request_with_penalties_costs_the_others_no_vocabulary() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_micro_batch_goes_to_one_replica_of_the_stage_that_has_most() -> None:
     async def main() -> None:
         several = PipelineSettings(link=PATIENT, micro_batches=2)

@@ -37,6 +37,7 @@ async def led(site: PostgresSite, holder: str, which: Election) -> tuple[Postgre
     return store, held.token
 
 
+@pytest.mark.slow
 @every_cluster
 def test_one_leads_and_its_term_is_one_higher_than_the_last(
     what: str, postgres_place: Callable[[], PostgresSite], tmp_path: Path

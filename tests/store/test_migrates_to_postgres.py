@@ -64,6 +64,7 @@ async def all_of(store: BatchStore) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_all_of_a_store_is_moved_and_its_work_goes_on(postgres_place: Place, tmp_path: Path) -> None:
     from chiron.store.migrate import migrate
 

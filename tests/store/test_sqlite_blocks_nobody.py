@@ -20,6 +20,7 @@ from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
 from store_sites import sqlite_site
 
 
+@pytest.mark.slow
 def test_a_slow_reader_holds_up_neither_writers_nor_the_log(tmp_path: Path) -> None:
     async def run() -> None:
         site = sqlite_site(tmp_path)
@@ -69,6 +70,7 @@ def test_the_few_items_of_a_rare_model_are_looked_for_once(tmp_path: Path) -> No
     db.close()
 
 
+@pytest.mark.slow
 def test_small_work_gets_in_between_large_work(tmp_path: Path) -> None:
     async def run() -> None:
         site = sqlite_site(tmp_path)
@@ -131,6 +133,7 @@ async def finish_all(store: BatchStore, now_s: float) -> None:
         await store.finish(ended, now_s)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_job(tmp_path: Path) -> None:
     peaks = []
     for items in (300, 1_500):

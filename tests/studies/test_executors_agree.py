@@ -37,6 +37,7 @@ worker.main()
 """
 
 
+@pytest.mark.slow
 def test_processes_find_what_this_process_finds_and_keys_tell_what_differs() -> None:
     asked = trials()
     here = dict(InProcess().run(asked))
@@ -53,6 +54,7 @@ def test_processes_find_what_this_process_finds_and_keys_tell_what_differs() -> 
     assert len(keys) == 3, "also by what the text of an array leaves out"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_trial_and_another_one_takes_its_place() -> None:
     with closing(Workers([sys.executable, "-c", WORKER], count=1)) as workers:
         ended = dict(workers.run(trials()))

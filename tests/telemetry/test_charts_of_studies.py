@@ -22,6 +22,7 @@ def chart(name: str) -> Chart:
     return Chart(title="A chart", x=axes.linear("GPU-hours", 0.0, 3.0), panels=(panel, panel))
 
 
+@pytest.mark.slow
 def test_equal_charts_give_equal_files_that_name_what_they_show(tmp_path: Path) -> None:
     first, second = (write_charts({"load/1": chart("chiron")}, tmp_path / each) for each in ("a", "b"))
     assert [path.name for path in first] == ["load_1.png", "load_1.svg"]

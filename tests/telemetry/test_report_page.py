@@ -98,6 +98,7 @@ def test_the_page_loads_nothing_and_is_small(page: Page, tmp_path: Path) -> None
     assert not re.search(r"fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon|https?:", page.scripts[-1])
 
 
+@pytest.mark.slow
 def test_a_page_of_forty_views_stays_small(tmp_path: Path) -> None:
     one = hour("chiron")
     several = tuple(f"model {i}" for i in range(4))
