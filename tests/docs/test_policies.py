@@ -37,6 +37,7 @@ def section(heading: str) -> str:
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("forecast-arima", "`forecast-arima`"),
+        ("forecast-lstm", "`forecast-lstm`"),
         ("qlm", "`qlm`"),
         ("polyserve", "`polyserve`"),
         ("sarathi", "`sarathi`"),

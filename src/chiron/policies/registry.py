@@ -13,6 +13,7 @@ from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
+from chiron.policies.rivals.forecast_lstm import LstmSettings, make_forecast_lstm
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
@@ -115,6 +116,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=ForecastHoltWintersSettings,
         make=make_forecast,
         about="a fleet for the load that Holt-Winters' smoothing expects by the time an instance is up",
+    ),
+    "forecast-lstm": PolicyEntry(
+        settings=LstmSettings,
+        make=make_forecast_lstm,
+        about="a fleet for the load that a small LSTM expects by the time an instance is up; needs torch (extra lstm)",
     ),
     "sageserve": PolicyEntry(
         settings=SageServeSettings,

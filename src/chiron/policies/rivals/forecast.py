@@ -14,15 +14,16 @@ It is fitted on the past only. Papers that forecast load for serving publish for
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from chiron.policies.capacity import arrivals_s, capacity
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.each_model import each_model, mixed_plan, within_bounds
-from chiron.policies.rivals.forecasters import Fitted, arima, holt_winters, needs
+from chiron.policies.rivals.forecasters import arima, holt_winters, needs
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 MOST_VALUES = 1440
@@ -59,13 +60,29 @@ class ForecastHoltWintersSettings(ForecastSettings):
     method: Literal["arima", "holt-winters"] = "holt-winters"
 
 
+class FleetRule(Protocol):
+    """What the plan takes from the settings of a forecaster."""
+
+    @property
+    def period_s(self) -> float: ...
+    @property
+    def utilisation(self) -> float: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+
+
+Forecaster = Callable[[Sequence[float], int, Any], tuple[tuple[float, ...], Any]]
+"""(values so far, steps, what was kept) to (so many values, what is kept)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What is remembered of one model."""
 
     series: tuple[float, ...] = ()
     """Seconds of work that arrived, by period."""
-    fitted: Fitted | None = None
+    fitted: Any = None
+    """What the forecaster keeps."""
 
 
 State = dict[str, Memory | None]
@@ -79,6 +96,18 @@ def decide_fleet(settings: ForecastSettings, state: State | None, view: FleetVie
 def _decide_model(
     settings: ForecastSettings, memory: Memory | None, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, Memory | None]:
+    def forecast(series: Sequence[float], steps: int, fitted: Any) -> tuple[tuple[float, ...], Any]:
+        if settings.method == "arima":
+            return arima(series, steps, fitted)
+        return holt_winters(series, steps, round(settings.season_s / settings.period_s)), fitted
+
+    return follow(settings, forecast, memory, model)
+
+
+def follow(
+    settings: FleetRule, forecaster: Forecaster, memory: Memory | None, model: ModelView
+) -> tuple[ModelPlan, Memory | None]:
+    """The plan for what this forecaster expects."""
     current = sum(model.planned.values())
     if memory is None:  # The first period begins.
         return mixed_plan(within_bounds(model, current), "first_period"), Memory()
@@ -86,12 +115,7 @@ def _decide_model(
     new = [arrival for arrival in model.arrivals if arrival.requests > 0]
     work = sum(arrivals_s(model.step_times, arrival, outputs[arrival.cls.name]) for arrival in new)
     series = (*memory.series, work)[-MOST_VALUES:]
-    steps = 1 + ceil(model.cold_start_s / settings.period_s)
-    fitted = memory.fitted
-    if settings.method == "arima":
-        forecast, fitted = arima(series, steps, fitted)
-    else:
-        forecast = holt_winters(series, steps, round(settings.season_s / settings.period_s))
+    forecast, fitted = forecaster(series, 1 + ceil(model.cold_start_s / settings.period_s), memory.fitted)
     each = _work_in_a_period(settings, model)
     count = within_bounds(model, ceil(max(forecast) / each))
     reason = "forecast_above" if count > current else "forecast_below" if count < current else "steady"
@@ -99,7 +123,7 @@ def _decide_model(
     return mixed_plan(count, reason, numbers), replace(memory, series=series, fitted=fitted)
 
 
-def _work_in_a_period(settings: ForecastSettings, model: ModelView) -> float:
+def _work_in_a_period(settings: FleetRule, model: ModelView) -> float:
     used = [mix for mix in model.mixes if mix.finished] or list(model.mixes)
     carried = capacity(
         model.step_times,

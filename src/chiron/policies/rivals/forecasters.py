@@ -18,6 +18,11 @@ from math import expm1, isfinite, log1p
 from typing import Any, Literal
 
 Method = Literal["constant", "kalman", "arima", "holt-winters"]
+LIBRARIES = {
+    "arima": ("statsmodels", "threadpoolctl"),
+    "holt-winters": ("statsmodels", "threadpoolctl"),
+    "lstm": ("torch",),
+}
 FEWEST = 5
 """Values that a model needs (Dynamo's); before that the last one is the forecast."""
 _ORDERS = [(p, q) for p in range(3) for q in range(3)]
@@ -44,9 +49,10 @@ class KalmanNoise:
 
 def needs(method: str, find: Callable[[str], object] = find_spec) -> None:
     """Raises ImportError where a method needs a library that is not installed."""
-    for library in ("statsmodels", "threadpoolctl") if method in ("arima", "holt-winters") else ():
+    extra = "lstm" if method == "lstm" else "forecast"
+    for library in LIBRARIES.get(method, ()):
         if find(library) is None:
-            raise ImportError(f"forecasts by {method} need {library}: pip install 'chiron-serving[forecast]'")
+            raise ImportError(f"forecasts by {method} need {library}: pip install 'chiron-serving[{extra}]'")
 
 
 def one_thread() -> AbstractContextManager[object]:
