@@ -213,7 +213,7 @@ class Kubelet:
         restarts = 0
         last: Mapping[str, Any] = {}
         while True:
-            container = await self._run(pod, address)
+            container = await self._start(pod, address)
             name = pod["metadata"]["name"]
             self.containers[name] = container
             told = asyncio.ensure_future(self._tell_until_ready(pod, address, restarts, last))
@@ -230,6 +230,15 @@ class Kubelet:
             await self._tell(pod, address, "Running", {"waiting": waiting}, restarts=restarts, last=last)
             await asyncio.sleep(pause_s)
             restarts += 1
+
+    async def _start(self, pod: Mapping[str, Any], address: str) -> Container:
+        """Its container; one that is not waited for any more is stopped once it has started."""
+        starting = asyncio.ensure_future(self._run(pod, address))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await (await starting).stop(0.0)
+            raise
 
     async def _tell_until_ready(
         self, pod: Mapping[str, Any], address: str, restarts: int, last: Mapping[str, Any]
