@@ -119,11 +119,11 @@ class _Served:
 
 def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
     """``stages``: models that can run as stages do."""
-    if stages and not any(section.stages for section in scenario.models.values()):
+    if stages and not any(section.stages for section in scenario.served.values()):
         raise ConfigError("policies: one of them has stages, and no model does; add [models.NAME.stages]")
     as_stages = {
         name: made
-        for name, section in scenario.models.items()
+        for name, section in scenario.served.items()
         if stages and section.stages is not None
         for made in (_pipelines(scenario, workload, name, section),)
     }
@@ -131,7 +131,7 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
         name: [(as_stages[name].kind, as_stages[name].profile)]
         if name in as_stages
         else _kinds(scenario, name, section)
-        for name, section in scenario.models.items()
+        for name, section in scenario.served.items()
     }
     profiles = _by_kind(fleet)
     # In the workload's order, so that its model numbers count in both.
@@ -237,7 +237,9 @@ def _streams(scenario: Scenario, path: str, sections: Sequence[StreamSection], s
         with _at(f"{path}[{i}]"):
             trace = _trace(scenario, section, seed, first + i)
             cls = scenario.classes[section.class_]
-            streams.append(Stream(trace=trace, model=section.model, cls=cls, tenant=section.key))
+            cascade = scenario.models[section.model].cascade
+            shape = cascade.shape() if cascade is not None else None
+            streams.append(Stream(trace=trace, model=section.model, cls=cls, tenant=section.key, cascade=shape))
     return streams
 
 
@@ -345,7 +347,7 @@ def _cut(workload: Workload, key: str, start_s: float, end_s: float) -> Workload
     they began at 0. ``key``: who wants it."""
     if (start_s, end_s) == (0.0, inf):
         return workload
-    if workload.programs is not None:
+    if workload.programs is not None or workload.cascades is not None:
         at_s = begins_s(workload)
         rows = (at_s >= start_s) & (at_s < end_s)
         if not rows.any():

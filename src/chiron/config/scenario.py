@@ -101,9 +101,27 @@ class Scenario:
         for path, model, cls in entries:
             _require_name(f"{path}.model", model, self.models)
             _require_name(f"{path}.class", cls, self.classes)
+            if self.models[model].cascade is not None:
+                fine = path.startswith(("workload", "history")) and self.classes[cls].interactive
+                _require(fine, f"{path}.model", model, "a cascade is asked by interactive requests of streams only")
+        self._check_cascades()
         for i, job in enumerate(self.batch_job):
             finite = job.deadline_s is not None or self.classes[job.class_].deadline_s < inf
             _require(finite, f"batch_job[{i}].deadline", "none", f"set it here or in classes.{job.class_}")
+
+    def _check_cascades(self) -> None:
+        served = self.served
+        for name, section in self.models.items():
+            if section.cascade is not None:
+                first, then = section.cascade.first, section.cascade.then
+                _require_name(f"models.{name}.cascade.first", first, served)
+                _require_name(f"models.{name}.cascade.then", then, served)
+                _require(first != then, f"models.{name}.cascade.then", then, "name another model than the first")
+
+    @property
+    def served(self) -> Mapping[str, ModelSection]:
+        """Models that have instances."""
+        return {name: section for name, section in self.models.items() if section.cascade is None}
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Literal
 
 from chiron.config.read import ConfigError, read_record, suggest
+from chiron.policies.cascade import CascadeRule
+from chiron.workload.cascades import ByLength, CascadeShape
 from chiron.workload.generate import KINDS, Arrivals
 from chiron.workload.lengths import LENGTH_MAX, LognormalTokens
 from chiron.workload.programs import LognormalNumber
@@ -140,12 +142,39 @@ class StagesSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CascadeSection:
+    """Two models that answer for a third: the small one is asked first."""
+
+    first: str
+    """Name of the model that is asked first."""
+    then: str
+    """Name of the model that is asked where the first one is not sure."""
+    escalated: float | ByLength
+    """Share of the requests for which it is: a number, or one that grows with the prompt."""
+    after_tokens: int = 16
+    """Tokens of the first model's answer after which that is known; 0: the whole answer."""
+
+    def __post_init__(self) -> None:
+        fine = isinstance(self.escalated, ByLength) or 0 <= self.escalated <= 1
+        require(fine, "escalated", self.escalated, "0 to 1, or { half_tokens, power }")
+        self.shape()
+
+    def shape(self) -> CascadeShape:
+        """Raises ValueError."""
+        rule = CascadeRule(after_tokens=self.after_tokens)
+        return CascadeShape(first=self.first, then=self.then, escalated=self.escalated, rule=rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
-    """A served model, the instances it can run on (preferred first), and the bounds of its fleet."""
+    """A served model, the instances it can run on (preferred first), and the bounds of its fleet; or a cascade, for
+    which two others answer."""
 
     instances: tuple[InstanceSection, ...] = ()
     """None: it runs as ``stages`` only."""
     stages: StagesSection | None = None
+    cascade: CascadeSection | None = None
+    """It has no instances of its own."""
     min_instances: int = 1
     max_instances: int = 50
     initial: Literal["auto"] | int = "auto"
@@ -153,6 +182,15 @@ class ModelSection:
     SLOs of the first ten minutes, as if the fleet had been running before (``sim.initial``)."""
 
     def __post_init__(self) -> None:
+        if self.cascade is not None:
+            own = [
+                each.name
+                for each in fields(self)
+                if each.name != "cascade" and getattr(self, each.name) != each.default
+            ]
+            if own:
+                raise ValueError(f"a cascade has no {', '.join(own)} of its own: give them to its models")
+            return
         fine = bool(self.instances) or self.stages is not None
         require(fine, "instances", [], "a list with at least one { profile = ... }")
         require(self.min_instances >= 0, "min_instances", self.min_instances, "0 or more")

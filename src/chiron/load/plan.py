@@ -120,6 +120,11 @@ def make_plan(
             f"{name}: it has programs, whose calls come when those before them have ended; they can be simulated only, "
             "so leave [[program]] out"
         )
+    if workload.cascades is not None:
+        raise PlanError(
+            f"{name}: it has requests to a cascade, of which a gateway makes two calls itself; they can be simulated "
+            "only, so let its [[workload]] name another model"
+        )
     work = _scaled(workload, lengths or Lengths())
     in_job = np.zeros(len(work), dtype=np.bool_)
     found: list[Job] = []

@@ -83,6 +83,11 @@ def bound(setup: Setup) -> Bound:
         due_s = np.where(work.programs.of >= 0, inf, due_s)
         counted = arrival_s < setup.horizon_s
         end_s = min(setup.horizon_s, float(arrival_s.max(initial=0.0)))
+    if work.cascades is not None:  # Of a call that is followed by another its client sees nothing; both may be late.
+        arrival_s = work.cascades.start_s
+        due_s = np.where((work.cascades.then >= 0) | work.cascades.waits, inf, due_s)
+        counted = arrival_s < setup.horizon_s
+        end_s = min(setup.horizon_s, float(arrival_s.max(initial=0.0)))
     columns = (arrival_s, np.minimum(due_s, setup.horizon_s), work.input_tokens, work.output_tokens, itl_s)
     return _bound(setup, counted, work.model, columns, end_s)
 

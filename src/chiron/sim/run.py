@@ -25,6 +25,7 @@ from chiron.policies.stages.registry import with_stages
 from chiron.runtime.assembly import Assembly
 from chiron.runtime.modelled import ModelledEngines, ModelScraper
 from chiron.sim.bound import Bound, bound, bound_of_run
+from chiron.sim.cascades import CascadeCalls
 from chiron.sim.clairvoyant import found
 from chiron.sim.programs import ProgramCalls
 from chiron.sim.recorder import Recorder
@@ -128,6 +129,14 @@ class Simulation:
                 make=partial(_call, setup),
                 submit=lambda request: self.plane.submit(request),
             )
+        self.cascades: CascadeCalls | None = None
+        if setup.workload.cascades is not None:
+            self.cascades = CascadeCalls(
+                setup.workload,
+                clock=self.clock,
+                make=partial(_call, setup),
+                submit=lambda request: self.plane.submit(request),
+            )
         self._assembly = Assembly(
             clock=self.clock,
             fleet=self.fleet,
@@ -135,7 +144,7 @@ class Simulation:
             models=setup.models,
             classes=setup.workload.classes,
             policy=self.policy,
-            ends=self.programs,
+            ends=self.programs or self.cascades,
             gpus_max=setup.gpus_max,
             observer=self.recorder.observe,
         )
@@ -161,8 +170,8 @@ class Simulation:
         submit, run_until = plane.submit, clock.run_until
         total = max(1, len(setup.workload))
         report_at = 0
-        programs = self.programs
-        for request in _requests(setup, None if programs is None else programs.waits):
+        calls = self.programs or self.cascades
+        for request in _requests(setup, None if calls is None else calls.waits):
             if request.arrival_s > end_s:
                 break
             run_until(request.arrival_s)
@@ -172,7 +181,7 @@ class Simulation:
                 if progress is not None:
                     progress(self.recorder.ended_count / total)
         next_report_s = clock.now_s
-        while plane.open_requests or (programs is not None and programs.coming):
+        while plane.open_requests or (calls is not None and calls.coming):
             due_s = clock.next_s()
             if due_s is None or due_s > end_s:
                 run_until(end_s)
@@ -191,6 +200,8 @@ class Simulation:
         points: tuple[ProgramPoint, ...] = ()
         if self.programs is not None:
             table, points = self.programs.table(table), self.programs.points(table)
+        if self.cascades is not None:
+            table = self.cascades.table(table)
         end_s = self.clock.now_s
         delivered, full = self._bounds(table, end_s) if with_bound else (None, None)
         label = setup.label or setup.policy
@@ -272,7 +283,7 @@ def _requests(setup: Setup, waits: npt.NDArray[np.bool_] | None) -> Iterator[Req
 
 
 def _call(setup: Setup, row: int, now_s: float) -> Request:
-    """A call of a program that comes now."""
+    """A call of a program, or the second one of a cascade, that comes now."""
     workload = setup.workload
     request = Request(
         row,
@@ -284,7 +295,8 @@ def _call(setup: Setup, row: int, now_s: float) -> Request:
     )
     request.pinned = request.interactive and setup.wire is not None
     request.tenant = workload.tenants[int(workload.tenant[row]) if workload.tenant is not None else 0]
-    request.program = _program_of(workload, row)
+    if workload.programs is not None:
+        request.program = _program_of(workload, row)
     return request
 
 

@@ -9,11 +9,12 @@ from math import inf
 import numpy as np
 
 from chiron.core.types import RequestClass
+from chiron.workload.cascades import CascadeShape
 from chiron.workload.errors import WorkloadSettingError, require
 from chiron.workload.lengths import Lengths, sample_lengths
-from chiron.workload.programs import Drawn, ProgramStream, drawn, flat
+from chiron.workload.programs import ASSUMED_TOKEN_S, Drawn, ProgramStream, drawn, flat
 from chiron.workload.seeds import generator
-from chiron.workload.types import Floats, Ints, Programs, Trace, Workload
+from chiron.workload.types import Cascades, Floats, Ints, Programs, Trace, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -24,6 +25,8 @@ class Stream:
     model: str
     cls: RequestClass
     tenant: str = ""
+    cascade: CascadeShape | None = None
+    """``model`` is a cascade of two others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,11 @@ class _Part:
     stream: ProgramStream | None = None
     """Of which these are the calls, as ``calls`` says."""
     calls: Drawn | None = None
+    start_s: Floats | None = None
+    """Of calls of a cascade, when the client's request comes."""
+    shown_tokens: int | Ints = 0
+    follows: Ints | None = None
+    """Of second calls: their first ones, by their places in the part before this one."""
 
 
 def build_workload(
@@ -72,13 +80,20 @@ def build_workload(
     of the jobs, and the programs. Raises WorkloadSettingError if two classes share a name and differ, or if nothing
     arrives.
     """
-    parts = [_of_stream(stream) for stream in streams]
+    parts = []
+    for i, stream in enumerate(streams):
+        if stream.cascade is None:
+            parts.append(_of_stream(stream))
+        else:
+            parts += _of_cascade(stream, stream.cascade, generator(seed, f"cascade {i}"))
     parts += [_of_job(job, generator(seed, f"batch job {i}")) for i, job in enumerate(batch_jobs)]
     parts += [_of_programs(each, drawn(each, seed=seed, name=f"program {i}")) for i, each in enumerate(programs)]
     if not any(len(part.arrival_s) for part in parts):
         raise WorkloadSettingError(
             "the workload is empty: it needs a stream, programs or a batch job with at least one request"
         )
+    if any(part.calls is not None for part in parts) and any(part.start_s is not None for part in parts):
+        raise WorkloadSettingError("a workload has either programs or requests to a cascade, not both")
     models = tuple(dict.fromkeys(part.model for part in parts))
     classes = _classes(parts)
     tenants = tuple(dict.fromkeys(part.tenant for part in parts))
@@ -96,6 +111,7 @@ def build_workload(
         tenant=_labels(parts, [tenants.index(part.tenant) for part in parts])[order] if len(tenants) > 1 else None,
         tenants=tenants,
         programs=_programs(parts, order) if any(part.calls is not None for part in parts) else None,
+        cascades=_cascades(parts, order) if any(part.start_s is not None for part in parts) else None,
     )
 
 
@@ -109,6 +125,52 @@ def _of_stream(stream: Stream) -> _Part:
         deadline_s=stream.trace.arrival_s + stream.cls.deadline_s,
         tenant=stream.tenant,
     )
+
+
+def _of_cascade(stream: Stream, cascade: CascadeShape, rng: np.random.Generator) -> list[_Part]:
+    """First calls, and those that follow some of them."""
+    trace, cls = stream.trace, stream.cls
+    passed_on = cascade.passed_on(trace.input_tokens, rng)
+    judged = cascade.judged_tokens(trace.output_tokens)
+    first = _Part(
+        model=cascade.first,
+        cls=cls,
+        arrival_s=trace.arrival_s,
+        input_tokens=trace.input_tokens,
+        output_tokens=np.where(passed_on, judged, trace.output_tokens),
+        deadline_s=trace.arrival_s + cls.deadline_s,
+        tenant=stream.tenant,
+        start_s=trace.arrival_s,
+        shown_tokens=judged,
+    )
+    start_s = trace.arrival_s[passed_on]
+    then = _Part(
+        model=cascade.then,
+        cls=cls,
+        arrival_s=start_s + ASSUMED_TOKEN_S * judged[passed_on],
+        input_tokens=trace.input_tokens[passed_on],
+        output_tokens=trace.output_tokens[passed_on],
+        deadline_s=start_s + cls.deadline_s,
+        tenant=stream.tenant,
+        start_s=start_s,
+        follows=np.flatnonzero(passed_on),
+    )
+    return [first, then]
+
+
+def _cascades(parts: Sequence[_Part], order: Ints) -> Cascades:
+    """Of all parts together, their rows in this order."""
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    then = np.full(len(order), -1, dtype=np.int64)
+    rows = before = 0
+    for part in parts:
+        if part.follows is not None:
+            then[place[before + part.follows]] = place[rows : rows + len(part.arrival_s)]
+        before, rows = rows, rows + len(part.arrival_s)
+    start_s = [part.arrival_s if part.start_s is None else part.start_s for part in parts]
+    shown = [np.broadcast_to(part.shown_tokens, len(part.arrival_s)) for part in parts]
+    return Cascades(then=then, start_s=np.concatenate(start_s)[order], shown_tokens=np.concatenate(shown)[order])
 
 
 def _of_job(job: BatchJob, rng: np.random.Generator) -> _Part:

@@ -7,13 +7,15 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from chiron.workload.types import Floats, Programs, Workload
+from chiron.workload.types import Cascades, Floats, Programs, Workload
 
 COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
 
 
 def begins_s(workload: Workload) -> Floats:
-    """When each request arrives; of a call, when its program starts."""
+    """When each request arrives; of a call, when its program starts, or its client's request to a cascade comes."""
+    if workload.cascades is not None:
+        return workload.cascades.start_s
     programs = workload.programs
     if programs is None or not len(programs):
         return workload.arrival_s
@@ -21,15 +23,31 @@ def begins_s(workload: Workload) -> Floats:
 
 
 def kept(workload: Workload, rows: slice | npt.NDArray[np.bool_], *, earlier_s: float = 0.0) -> Workload:
-    """These rows, ``earlier_s`` earlier. Of a program either all calls are among them or none."""
+    """These rows, ``earlier_s`` earlier. Of a program, and of a request to a cascade, either all calls are among them
+    or none."""
     present = {name: column[rows] for name in COLUMNS if (column := getattr(workload, name)) is not None}
     if earlier_s:
         present |= {name: present[name] - earlier_s for name in ("arrival_s", "deadline_s")}
+    if workload.cascades is not None:
+        present["cascades"] = _cascades(workload.cascades, rows, earlier_s)
     if workload.programs is None:
         return replace(workload, **present)
     chosen = np.zeros(len(workload), dtype=np.bool_)
     chosen[rows] = True
     return replace(workload, **present, programs=_programs(workload.programs, chosen, earlier_s))
+
+
+def _cascades(cascades: Cascades, rows: slice | npt.NDArray[np.bool_], earlier_s: float) -> Cascades:
+    chosen = np.zeros(len(cascades.then), dtype=np.bool_)
+    chosen[rows] = True
+    follows = cascades.then >= 0
+    assert (chosen[follows] == chosen[cascades.then[follows]]).all(), "a request to a cascade is taken whole"
+    place = np.append(np.cumsum(chosen) - 1, -1)
+    return Cascades(
+        then=place[cascades.then[rows]],
+        start_s=cascades.start_s[rows] - earlier_s,
+        shown_tokens=cascades.shown_tokens[rows],
+    )
 
 
 def _programs(programs: Programs, rows: npt.NDArray[np.bool_], earlier_s: float) -> Programs:

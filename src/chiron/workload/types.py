@@ -67,6 +67,25 @@ class Programs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Cascades:
+    """Which rows of a workload are calls for a cascade (``workload.cascades``)."""
+
+    then: Ints
+    """Row of the call that comes when this one has ended, because it was not sure; it is after it. -1: none does."""
+    start_s: Floats
+    """When the client's request comes; of a row that is none of a cascade, its arrival."""
+    shown_tokens: Ints
+    """Tokens after which the client can read an answer of the first model; 0: from the first one on."""
+
+    @property
+    def waits(self) -> npt.NDArray[np.bool_]:
+        """Rows that come only after another."""
+        found = np.zeros(len(self.then), dtype=np.bool_)
+        found[self.then[self.then >= 0]] = True
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Workload:
     """What a simulation runs: requests of several models and classes, sorted by arrival."""
 
@@ -89,6 +108,8 @@ class Workload:
     """API keys, by name."""
     programs: Programs | None = None
     """None: every row is a request of its own."""
+    cascades: Cascades | None = None
+    """None: no request is asked of two models. A workload has these or programs, not both."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -1,0 +1,75 @@
+"""Second calls of a cascade, each submitted when the first one has ended: as the gateway does, with what that has left
+of the TTFT SLO, or with all of it again if nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+
+import numpy as np
+
+from chiron.core.clock import VirtualClock
+from chiron.core.types import Request
+from chiron.telemetry.run_data import RequestTable
+from chiron.workload.types import Cascades, Workload
+
+LEFT_MIN_S = 0.001
+"""Of a TTFT SLO; less is nothing."""
+
+
+class CascadeCalls:
+    """Implements the ``Ends`` port."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        clock: VirtualClock,
+        make: Callable[[int, float], Request],
+        submit: Callable[[Request], None],
+    ) -> None:
+        """``make``: the request of a row that arrives at this time."""
+        assert workload.cascades is not None
+        self.coming = 0
+        """Calls whose time to come is known and has not passed."""
+        self.waits = workload.cascades.waits
+        """Rows that come only after others."""
+        self._workload = workload
+        self._cascades: Cascades = workload.cascades
+        self._then: list[int] = workload.cascades.then.tolist()
+        self._clock = clock
+        self._make = make
+        self._submit = submit
+
+    def ended(self, request: Request) -> None:
+        """A first call that gave no answer is one that was not sure."""
+        after = self._then[request.id]
+        if after >= 0:
+            self.coming += 1
+            self._clock.call_later(0.0, partial(self._arrive, after))
+
+    def _arrive(self, row: int) -> None:
+        self.coming -= 1
+        now_s = self._clock.now_s
+        request = self._make(row, now_s)
+        left_s = request.ttft_slo_s - (now_s - float(self._cascades.start_s[row]))
+        if left_s >= LEFT_MIN_S:
+            request.ttft_slo_s = left_s
+        self._submit(request)
+
+    def table(self, planned: RequestTable) -> RequestTable:
+        """Requests as their clients see them, in order of arrival; ``planned`` has a row for each call. Of two calls
+        the second one is left, from the client's request on. An answer of the first model begins when it is found to
+        do; it is taken to be decoded evenly."""
+        cascades = self._cascades
+        columns = {field.name: getattr(planned, field.name) for field in fields(RequestTable)}
+        waited = np.minimum(cascades.shown_tokens, planned.output_tokens) - 1
+        gaps = np.maximum(planned.output_tokens - 1, 1)
+        spent_s = np.where(waited > 0, (planned.finish_s - planned.first_token_s) * waited / gaps, 0.0)
+        begun = (planned.first_token_s >= 0) & (planned.outcome == 0)
+        columns["first_token_s"] = np.where(begun, planned.first_token_s + spent_s, planned.first_token_s)
+        columns["arrival_s"] = cascades.start_s
+        seen = np.flatnonzero(cascades.then < 0)
+        order = seen[np.argsort(cascades.start_s[seen], kind="stable")]
+        return RequestTable(**{name: column[order] for name, column in columns.items()})
