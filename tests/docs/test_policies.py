@@ -36,6 +36,7 @@ def section(heading: str) -> str:
         ("sageserve", "`sageserve`"),
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
+        ("dynamo-batch", "`dynamo-batch`"),
         ("forecast-arima", "`forecast-arima`"),
         ("forecast-lstm", "`forecast-lstm`"),
         ("qlm", "`qlm`"),

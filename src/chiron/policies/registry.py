@@ -12,6 +12,7 @@ from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
+from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
 from chiron.policies.rivals.forecast_lstm import LstmSettings, make_forecast_lstm
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
@@ -106,6 +107,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=DynamoSettings,
         make=make_dynamo,
         about="NVIDIA Dynamo's SLA planner: a forecast every three minutes over what an engine does within the SLA",
+    ),
+    "dynamo-batch": PolicyEntry(
+        settings=DynamoBatchSettings,
+        make=make_dynamo_batch,
+        about="dynamo-planner with Dynamo's batch scheduling: held, drained into what is spare, sized by deadlines",
     ),
     "forecast-arima": PolicyEntry(
         settings=ForecastSettings,

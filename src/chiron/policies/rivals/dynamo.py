@@ -104,10 +104,10 @@ def replicas(settings: DynamoSettings, demand_per_s: float, engine_per_s: float)
 
 def decide_fleet(settings: DynamoSettings, state: State | None, view: FleetView) -> tuple[FleetPlan, State]:
     """Every model by itself."""
-    return each_model(_decide_model, Memory, settings, state, view)
+    return each_model(decide_model, Memory, settings, state, view)
 
 
-def _decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
+def decide_model(settings: DynamoSettings, memory: Memory, model: ModelView, now_s: float) -> tuple[ModelPlan, Memory]:
     current = sum(model.planned.values())
     memory = replace(memory, since=_counted(memory.since, model))
     if memory.next_s == -inf:
