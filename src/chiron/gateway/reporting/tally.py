@@ -16,6 +16,7 @@ from math import exp, inf, nan
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.ma  # Else np.unique imports it when it is first called, while requests wait.
 import numpy.typing as npt
 
 from chiron.core.types import RequestClass
