@@ -68,6 +68,18 @@ class Blocks(asyncio.Protocol):
             self._transport.close()
 
 
+class Answering(Blocks):
+    """The same, to each request."""
+
+    def __init__(self, blocks: list[bytes]) -> None:
+        super().__init__(blocks, hangs_up=False)
+        self._each = blocks
+
+    def data_received(self, data: bytes) -> None:
+        self._blocks = list(self._each)
+        super().data_received(data)
+
+
 def received(blocks: list[bytes], *, hangs_up: bool = False) -> PassedOn:
     async def main() -> PassedOn:
         network = MemoryNetwork(asyncio.get_running_loop().call_soon)
@@ -159,3 +171,27 @@ def test_after_a_chunk_that_came_in_parts_whole_ones_are_passed_on_again() -> No
     got = received([HEAD, WHOLE[:4], WHOLE[4:6], WHOLE[6:], WHOLE, WHOLE + WHOLE[:5], WHOLE[5:], WHOLE, END])
     assert got.passed == [WHOLE] * 3
     assert got.body == b"whole" * 5
+
+
+def test_the_connection_carries_the_next_request_as_it_did_this_one() -> None:
+    async def main() -> list[PassedOn]:
+        network = MemoryNetwork(asyncio.get_running_loop().call_soon)
+        accepted: list[Answering] = []
+
+        def accept() -> Answering:
+            accepted.append(Answering([HEAD, WHOLE, WHOLE, END]))
+            return accepted[-1]
+
+        network.listen("engine", accept)
+        origin = Origin("memory:engine", network=network)
+        receivers = [PassedOn() for _ in range(3)]
+        for receiver in receivers:
+            receiver.call = origin.send(b"POST", b"/", (), b"{}", receiver)
+            for _ in range(40):
+                await asyncio.sleep(0)
+        await origin.close()
+        assert len(accepted) == 1
+        return receivers
+
+    for got in asyncio.run(main()):
+        assert (got.ended, got.error, got.passed) == (True, None, [WHOLE, WHOLE])

@@ -232,7 +232,8 @@ class Origin:
         """Send a request. ``host``, ``content-length`` and ``connection`` are added here. ``lines`` are more headers
         in the form of the wire, each with its line end, for what never changes."""
         parts = [method, b" ", self._prefix, path, b" HTTP/1.1\r\n", self._host_line, lines]
-        parts += [b"%b: %b\r\n" % header for header in headers]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
         if body or method not in (b"GET", b"HEAD"):
             parts.append(b"content-length: %d\r\n" % len(body))
         if not self._idle_max:
@@ -406,7 +407,8 @@ class _Connection:
     def carry(self, call: Call) -> None:
         self._call = call
         call._connection = self
-        self._parser = httptools.HttpResponseParser(self)
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
         self._headers = []
         self._pieces = []
         self._head_bytes = 0
@@ -557,7 +559,6 @@ class _Connection:
         self._head_seen = True
         self._head_bytes = 0
         if call._head_only:
-            # The parser cannot know that no body follows; the next call gets a new one.
             self._keep = self._parser.should_keep_alive()
             self._ended = True
         call.receiver.on_head(status, self._headers)
@@ -582,6 +583,8 @@ class _Connection:
     def _finish(self, call: Call) -> None:
         call.over = True
         self._call = None
+        if call._head_only:
+            self._parser = None  # It cannot know that no body follows: the next call gets a new one.
         if self._keep and not self._closed:
             self.resume()
             self.rest()

@@ -157,7 +157,7 @@ class Incoming:
         if status in (204, 304):
             head.append(b"\r\n")
         else:
-            head.append(b"content-type: %b\r\ncontent-length: %d\r\n\r\n" % (content_type, len(body)))
+            head += (b"content-type: ", content_type, b"\r\ncontent-length: %d\r\n\r\n" % len(body))
             if self.method != b"HEAD":
                 head.append(body)
         self._started = True
@@ -219,9 +219,11 @@ class Incoming:
 
     def _head(self, status: int, headers: Sequence[Header]) -> list[bytes]:
         connection = self._connection
-        parts = [_STATUS.get(status) or b"HTTP/1.1 %d Status\r\n" % status, connection.server.date_line]
-        parts += [b"%b: %b\r\n" % header for header in headers]
-        if not self.complete or connection.server.closing:
+        server = connection.server
+        parts = [_STATUS.get(status) or b"HTTP/1.1 %d Status\r\n" % status, server.date_line]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")  # Joined once, with all else.
+        if not self.complete or server.closing:
             self._keep_alive = False  # What is left of the body cannot be told from the next request.
         if not self._keep_alive:
             parts.append(b"connection: close\r\n")

@@ -211,7 +211,8 @@ def check_text(raw: bytes) -> None:
         except UnicodeDecodeError as error:
             raise invalid(f"The body is not valid JSON: it is not UTF-8: {error.reason}") from None
     # Longer ones may be nested as deep as the parser goes, some hundred levels more: nothing here builds them.
-    if len(raw) <= SMALL_BYTES and raw.count(b"[") + raw.count(b"{") > NESTING_MAX:
+    # In one that is shorter than its brackets would be there cannot be so many levels, unless it is no JSON.
+    if 2 * NESTING_MAX < len(raw) <= SMALL_BYTES and raw.count(b"[") + raw.count(b"{") > NESTING_MAX:
         try:
             if nested_too_deep(raw, orjson.loads(raw)):
                 raise invalid(f"The body is nested deeper than {NESTING_MAX} levels")
