@@ -31,6 +31,7 @@ def section(heading: str) -> str:
         ("ray-serve", "`ray-serve`"),
         ("aibrix-apa", "`aibrix-apa`"),
         ("aibrix-kpa", "`aibrix-kpa`"),
+        ("aibrix-optimizer", "`aibrix-optimizer`"),
         ("wva-saturation", "`wva-saturation`"),
         ("wva-queueing", "`wva-queueing`"),
         ("sageserve", "`sageserve`"),

@@ -11,6 +11,7 @@ from chiron.policies.chiron_paper import ChironPaperSettings, make_chiron_paper
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
+from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
@@ -87,6 +88,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=AibrixKpaSettings,
         make=make_aibrix_kpa,
         about="AIBrix's autoscaler after Knative's, on the share of KV in use, with a panic mode",
+    ),
+    "aibrix-optimizer": PolicyEntry(
+        settings=AibrixOptimizerSettings,
+        make=make_aibrix_optimizer,
+        about="AIBrix's GPU optimizer: load by patterns of lengths over what an instance does, followed after Knative",
     ),
     "wva-saturation": PolicyEntry(
         settings=WvaSettings,
