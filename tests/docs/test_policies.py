@@ -44,6 +44,7 @@ def section(heading: str) -> str:
         ("polyserve", "`polyserve`"),
         ("sarathi", "`sarathi`"),
         ("niyama", "`niyama`"),
+        ("autellix", "`autellix`"),
         ("static", "`static`"),
     ],
 )

@@ -15,7 +15,9 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
+from chiron.policies.leveled import LeveledComposer
 from chiron.policies.policy import Composer
+from chiron.policies.rivals.autellix import AutellixSettings, ProcessTable
 from chiron.policies.rivals.niyama import Niyama, NiyamaSettings
 from chiron.policies.rivals.sarathi import FirstCome
 from chiron.policies.views import StepView
@@ -53,11 +55,18 @@ class Fickle(FirstCome):
         return max((request for request, _ in self._began.values()), key=lambda each: each.id, default=None)
 
 
+def by_levels() -> LeveledComposer:
+    """Queues that a call leaves within a few steps, and starvation soon."""
+    settings = AutellixSettings(boundaries_s=(0.05, 0.1), quanta_s=(0.05, 0.1), beta=2.0, every_steps=2)
+    return LeveledComposer(ProcessTable(settings), every_steps=2)
+
+
 GROWING = replace(PROFILE, max_num_seqs=16, c_ms_per_context_token=0.013, q_ms_per_token_squared=0.002)
 COMPOSERS: dict[str, Callable[[], Composer]] = {
     "first come": lambda: FirstCome(12),
     "one that preempts": lambda: Fickle(12),
     "one that preempts and computes again": lambda: Fickle(12, swaps=False),
+    "by levels": by_levels,
     "niyama": lambda: Niyama(NiyamaSettings()),
     "niyama without chunks": lambda: Niyama(NiyamaSettings(chunks=False)),
 }

@@ -51,6 +51,7 @@ class Dispatcher:
         """What was told and could not be."""
         self._clock = clock
         self._admit = policy.admit
+        self._told = policy.ended
         self._settings = policy.settings
         self._journal = journal
         self._event: Callable[[float, str, Request | None, Instance | None], None] | None = (
@@ -140,6 +141,8 @@ class Dispatcher:
         request.finish_s = now_s
         self.open_requests -= 1
         state.ended(request)
+        if self._told is not None:
+            self._told(self._settings, request, now_s)
         if self._event is not None:
             self._event(now_s, "ended", request, request.instance)
         self._journal.ended(request)

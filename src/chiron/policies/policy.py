@@ -4,6 +4,7 @@
     order       which waiting request is next; ``order_batch``: likewise, of the batch requests that are held back
     place       where it runs, and who makes way for it
     compose     who gets the tokens of an engine's next step; of engine models only
+    ended       a request ended: nothing is asked
     batch_size  an instance's max batch size from now on
     fleet       how many instances of each role; ``take_back`` and ``label``: which ones
     stages      how many replicas of each stage, where an instance is a pipeline
@@ -230,6 +231,7 @@ OrderHook = Callable[[Any, Estimates], Order]
 BatchOrderHook = Callable[[Any, Estimates], BatchOrder]
 PlaceHook = Callable[[Any, Estimates], Router]
 ComposeHook = Callable[[Any, Estimates], Composer]
+EndedHook = Callable[[Any, Request, float], None]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 ClassesOf = Mapping[str, Sequence[RequestClass]]
 """Of each model, in the order of ``ModelView.mixes``."""
@@ -262,6 +264,8 @@ class Policy:
     compose: ComposeHook | None = None
     """Makes the composer of one engine; None: first come, first served. Engines that are not models have one of their
     own, so only a simulation can run it."""
+    ended: EndedHook | None = None
+    """Told of each request that ended, with the time: for policies that know what went before (programs)."""
     batch_size: BatchSizeHook | None = None
     """Asked at each scrape of an instance; None: max batch sizes stay."""
     fleet: FleetHook | None = None

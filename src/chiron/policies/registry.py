@@ -12,6 +12,7 @@ from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
+from chiron.policies.rivals.autellix import AutellixSettings, make_autellix
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
@@ -163,6 +164,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=NiyamaSettings,
         make=make_niyama,
         about="Niyama (ASPLOS '26): a fixed fleet that prefills by deadline and length, in chunks that fit them",
+    ),
+    "autellix": PolicyEntry(
+        settings=AutellixSettings,
+        make=make_autellix,
+        about="Autellix (2025): a fixed fleet that serves calls by what their programs have had; needs programs",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,
