@@ -73,7 +73,11 @@ def decision_line(now_s: float, decision: Decision) -> dict[str, Any]:
 
 def summed(line: bytes) -> bytes:
     """A line, an object with its line break, with its checksum."""
-    body = line[:-2]
+    return closed(line[:-2])
+
+
+def closed(body: bytes) -> bytes:
+    """Likewise, of a line without its last brace."""
     return b'%b,"sum":"%08x"}\n' % (body, crc32(body))
 
 

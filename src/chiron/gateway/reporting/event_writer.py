@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import msgspec
 import orjson
 
 from chiron.gateway.reporting.groups import Group
 from chiron.gateway.reporting.lines import Line
-from chiron.telemetry.event_log import log_file, log_numbers, summed
+from chiron.telemetry.event_log import closed, log_file, log_numbers, summed
 
 log = logging.getLogger("chiron.events")
 
@@ -141,7 +140,7 @@ class EventWriter:
             self.lost += lost
             log.error("%d of %d events could not be written: the names of their requests are no text", lost, count)
         self._queued += count
-        self._queue.append((group.t_s, count, b"".join(map(summed, lines))))
+        self._queue.append((group.t_s, count, b"".join(map(closed, lines))))
 
     def write_lines(self, events: Sequence[Line]) -> None:
         """Queue a line each, several at a time."""
@@ -150,7 +149,7 @@ class EventWriter:
             return
         # JSON has no bare line break.
         bodies = self._encoded(events).split(b"}\n")[:-1]
-        data = b"".join([b'%b,"sum":"%08x"}\n' % (body, crc32(body)) for body in bodies])
+        data = b"".join(map(closed, bodies))
         self._queued += len(bodies)
         self._queue.append((events[0].t, len(bodies), data))
 

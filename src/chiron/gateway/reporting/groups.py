@@ -54,8 +54,8 @@ class Group:
         return replace(self, rows=rows, ends=self.ends[: ended * END.size], requests=self.requests[:count])
 
     def lines(self) -> tuple[list[bytes], int]:
-        """Without their checksums; and how many of its events cannot be read there, because the name of their request
-        is no text that can be encoded."""
+        """Each without its last brace; and how many of its events cannot be read there, because the name of their
+        request is no text that can be encoded."""
         if len(self) < ROWS_MIN:
             return self._line_each()
         line, lost = self._line()
@@ -64,13 +64,16 @@ class Group:
     def _line(self) -> tuple[bytes, int]:
         requests, lost = _names(self.requests)
         rows, of, keys = self.rows, self.of, self.keys
-        if max(len(of), len(keys)) > min(FEW, len(self)):
+        few = min(FEW, len(self))
+        if max(len(of), len(keys)) > few:
             events = np.frombuffer(rows, dtype=EVENTS).copy()
-            events["of"], of = _used(events["of"], of)
-            events["key"], keys = _used(events["key"], keys)
+            if len(of) > few:
+                events["of"], of = _used(events["of"], of)
+            if len(keys) > few:
+                events["key"], keys = _used(events["key"], keys)
             rows = events.tobytes()
         return (
-            b'{"t":%b,"event":"%b","requests":%b,"of":%b,"keys":%b,"events":%b,"reasons":%b,"rows":"%b","ends":"%b"}\n'
+            b'{"t":%b,"event":"%b","requests":%b,"of":%b,"keys":%b,"events":%b,"reasons":%b,"rows":"%b","ends":"%b"'
             % (
                 repr(self.t_s).encode(),
                 PACKED.encode(),
@@ -89,13 +92,15 @@ class Group:
         requests = _kept(self.requests)
         tables = Tables(of=self.of, keys=_replaced(self.keys), events=self.events, reasons=_replaced(self.reasons))
         events = events_of(self.rows, self.ends, requests, tables)
-        return [_encode(event) + b"\n" for event in events], requests.count(None)
+        return [_encode(event)[:-1] for event in events], requests.count(None)
 
 
-def _used(places: npt.NDArray[np.int32], names: Sequence[Name]) -> tuple[npt.NDArray[np.intp], list[Name]]:
+def _used(places: npt.NDArray[np.int32], names: Sequence[Name]) -> tuple[npt.NDArray[np.int32], list[Name]]:
     """The places among the names that are used, and those names."""
-    used, among = np.unique(places, return_inverse=True)
-    return among, [names[place] for place in used.tolist()]
+    used = np.flatnonzero(np.bincount(places, minlength=len(names)))
+    among = np.zeros(len(names), dtype=np.int32)
+    among[used] = np.arange(len(used), dtype=np.int32)
+    return among[places], [names[place] for place in used.tolist()]
 
 
 def _names(texts: Sequence[str]) -> tuple[bytes, int]:

@@ -1,15 +1,16 @@
 """The gateway's journal: gets every event from the control plane, and keeps what is read later.
 
 What happens to a request costs the loop's thread a row of some forty bytes each time, and one of sixty more at its end:
-all that is known of it then, in one place, so that nobody has to look at the request again. Rows are counted some
-thousand at a time (``tally``), and written into a grouped event log as they are; ``settle`` sees to both when nothing
-more happens. Files, Prometheus text and quantiles are made elsewhere or on request.
+all that is known of it then, in one place, so that nobody has to look at the request again. Rows are written into a
+grouped event log as they are, some hundred at a time, and counted some thousand at a time (``tally``), a step whenever
+others are written, so that no request waits for all of it; ``settle`` sees to both when nothing more happens. Files,
+Prometheus text and quantiles are made elsewhere or on request.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any, Final
 
@@ -31,13 +32,13 @@ TOGETHER: Final = 64
 """Lines of an event log that is not grouped that are encoded together."""
 ROWS: Final = 256
 """Rows that are written as one group."""
-COUNTED_TOGETHER: Final = 2048
-"""Rows that are counted together. It takes up to some milliseconds, for numpy's calls more than for the rows: fewer at
-a time would cost more in all (docs/scale.md)."""
+COUNTED_TOGETHER: Final = 8192
+"""Rows that are counted together: fewer would cost more in all, for numpy's calls (docs/scale.md)."""
 REASONS_MAX = 100
 """Kinds and reasons of decisions that are counted apart; what comes beyond is counted as ``other``. A reason that
 holds an engine's error text must not make new metrics for ever."""
 
+_DONE: Final = object()
 _EVENT_SIZE: Final = EVENT.size
 _END_SIZE: Final = END.size
 _OUTCOMES: Final = {name: place for place, name in enumerate(OUTCOMES)}
@@ -93,6 +94,8 @@ class LiveJournal:
         """Rows and their ends, as they were closed: few at a time if much else stands between them in the log."""
         self._uncounted_bytes = 0
         """Of rows."""
+        self._counting: Iterator[None] | None = None
+        """Steps that are left of counting those before them."""
         self._lines: list[Line] = []
         """Not yet with the writer."""
         self.decisions: deque[DecisionPoint] = deque(maxlen=DECISIONS_KEPT)
@@ -202,15 +205,20 @@ class LiveJournal:
     def count(self) -> None:
         """All that was noted down."""
         self._hand_over()
-        self._count()
+        for _ in self._counting or ():
+            pass
+        for _ in self._steps():
+            pass
+        self._counting = None
 
-    def _count(self) -> None:
-        """All rows that are closed."""
+    def _steps(self) -> Iterator[None]:
+        """Counts all rows that are closed."""
         if self._uncounted:
             rows, ends = zip(*self._uncounted, strict=True)
             self._uncounted, self._uncounted_bytes = [], 0
             happened = noted(b"".join(rows), b"".join(ends))
-            self._tallies.add(happened)
+            yield
+            yield from self._tallies.add(happened)
             if self.recorder is not None:
                 self.recorder.add(happened, self._of)
 
@@ -279,7 +287,7 @@ class LiveJournal:
             self._requests.append(request_name(request))
         if at == ROWS * _EVENT_SIZE:
             self._close_rows()
-            self._count_many()
+            self._count_some()
 
     def _placed(self, instance: Instance) -> None:
         """The request that has just come: its arrival and its dispatch are one row."""
@@ -297,11 +305,14 @@ class LiveJournal:
             self._lines = []
             if self.writer is not None:
                 self.writer.write_lines(lines)
-        self._count_many()
+        self._count_some()
 
-    def _count_many(self) -> None:
-        if self._uncounted_bytes >= COUNTED_TOGETHER * _EVENT_SIZE:
-            self._count()
+    def _count_some(self) -> None:
+        """One step, if there is anything to count."""
+        if self._counting is None and self._uncounted_bytes >= COUNTED_TOGETHER * _EVENT_SIZE:
+            self._counting = self._steps()
+        if self._counting is not None and next(self._counting, _DONE) is _DONE:
+            self._counting = None
 
     def _close_rows(self) -> None:
         rows, ends = bytes(self._rows[: self._rows_end]), bytes(self._ends[: self._ends_end])

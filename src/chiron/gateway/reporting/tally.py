@@ -2,7 +2,9 @@
 
 What happens is only noted down, as a row (``telemetry.packed_events``). Here some thousand rows are added up by
 columns, which costs a tenth of adding them up one by one as they come: what a request brings is spread over memory that
-the deciding part does not keep in a cache. The same numbers serve Prometheus, the status and the terminal view.
+the deciding part does not keep in a cache. It takes a few milliseconds, most of it numpy's calls, so it is cut into
+steps of some tenths of one, and whoever counts may do something else between two. No call is made for a class or for a
+slot by itself: there may be many. The same numbers serve Prometheus, the status and the terminal view.
 """
 
 from __future__ import annotations
@@ -11,9 +13,9 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from math import exp, inf, nan
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.ma  # Else np.unique imports it when it is first called, while requests wait.
@@ -56,7 +58,6 @@ Rows = Any
 """An array of rows, a column by its name."""
 Values: TypeAlias = npt.NDArray[np.float64]
 Places: TypeAlias = npt.NDArray[np.int64]
-Tally = TypeVar("Tally")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +89,10 @@ class Histogram:
         counts: list[int] = self._counts.tolist()
         return counts
 
-    def add(self, values: Values) -> None:
-        self._counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.bounds) + 1)
-        self.sum += float(values.sum())
+    def add(self, counts: Places, total: float) -> None:
+        """So many more by bound, and what they add up to."""
+        self._counts += counts
+        self.sum += total
 
 
 class Rolling:
@@ -105,13 +107,11 @@ class Rolling:
         self._total: dict[int, int] = {}
         """Of all slots but the current one."""
 
-    def add(self, slot: int, values: Values) -> None:
-        """Values of one slot; slots come in order."""
+    def add(self, slot: int, bucket: int, count: int) -> None:
+        """So many values of one slot in this bucket (``rolling_buckets``); slots come in order."""
         if slot != self._slot:
             self._turn(slot)
-        places = np.floor(np.log(np.maximum(values, _SHORTEST)) * _PER_E).astype(np.int64)
-        buckets, counts = np.unique(places, return_counts=True)
-        _add(self._current, dict(zip(buckets.tolist(), counts.tolist(), strict=True)))
+        self._current[bucket] = self._current.get(bucket, 0) + count
 
     def quantiles(self, now_s: float, shares: Sequence[float]) -> list[float]:
         """At each share (0..1); nan while the last minute is empty."""
@@ -245,65 +245,77 @@ class Tallies:
         self.keys: dict[str, KeyTally] = {}
         """By name of the API key, in that order too."""
 
-    def add(self, noted: Noted) -> None:
-        """What comes at one moment or later than what came before."""
-        if not len(noted.events):
-            return
-        tallies, keys = list(self.of.values()), list(self.keys.values())
-        _add_events(tallies, noted.events)
-        if len(noted.ends):
-            _add_ends(tallies, keys, noted.ended, noted.ends)
+    def add(self, noted: Noted) -> Iterator[None]:
+        """What comes at one moment or later than what came before; in steps, of which none may be left out."""
+        if len(noted.events):
+            tallies = list(self.of.values())
+            yield from _add_events(tallies, noted.events)
+            if len(noted.ends):
+                yield from _add_ends(tallies, list(self.keys.values()), noted.ended, noted.ends)
 
 
-def _add_events(tallies: list[ClassTally], events: Rows) -> None:
+def _add_events(tallies: list[ClassTally], events: Rows) -> Iterator[None]:
     t_s, of, number = (np.ascontiguousarray(events[name]) for name in ("t", "of", "event"))
-    since_s = t_s - events["arrival_s"]
-    for tally, count in _counts(tallies, of[number == EVICTED]):
-        tally.evictions += count
-    arrived, first = (number == ARRIVAL) | (number == PLACED), number == FIRST_TOKEN
-    for slot, its in _slots(t_s):
-        for tally, count in _counts(tallies, of[its][arrived[its]]):
-            tally.arrived += count
-            tally.slot(slot).arrivals += count
-        for tally, ttft_s in _split(tallies, of[its][first[its]], since_s[its][first[its]]):
-            tally.ttft.add(ttft_s)
-            tally.ttft_recent.add(slot, ttft_s)
-            seen = tally.slot(slot)
-            seen.ttft_max_s = max(seen.ttft_max_s, float(ttft_s.max()))
+    for place, count in _counts(of[number == EVICTED]):
+        tallies[place].evictions += count
+    first = number == FIRST_TOKEN
+    of_first, ttft_s = of[first], (t_s - events["arrival_s"])[first]
+    slots, which = _slots(t_s)
+    # Those of one slot and class have a place together.
+    together = which * len(tallies) + of
+    arrivals = np.bincount(together[(number == ARRIVAL) | (number == PLACED)], minlength=len(slots) * len(tallies))
+    longest_s = np.zeros(len(arrivals))
+    np.maximum.at(longest_s, together[first], ttft_s)
+    for place in np.flatnonzero((arrivals > 0) | (longest_s > 0.0)).tolist():
+        tally = tallies[place % len(tallies)]
+        tally.arrived += int(arrivals[place])
+        seen = tally.slot(slots[place // len(tallies)])
+        seen.arrivals += int(arrivals[place])
+        seen.ttft_max_s = max(seen.ttft_max_s, float(longest_s[place]))
+    yield
+    for place, counts, total in histograms(TTFT_BOUNDS_S, of_first, ttft_s):
+        tallies[place].ttft.add(counts, total)
+    for slot, place, bucket, count in rolling_buckets(slots, which[first], of_first, ttft_s):
+        tallies[place].ttft_recent.add(slot, bucket, count)
+    yield
 
 
-def _add_ends(tallies: list[ClassTally], keys: list[KeyTally], ended: Rows, ends: Rows) -> None:
-    of, key, prompt = ended["of"], ended["key"], ended["tokens"]
-    outcome, tokens, first_s = ends["outcome"], ends["tokens"], ends["first_token_s"]
+def _add_ends(tallies: list[ClassTally], keys: list[KeyTally], ended: Rows, ends: Rows) -> Iterator[None]:
+    of, key, prompt = (np.ascontiguousarray(ended[name]) for name in ("of", "key", "tokens"))
+    outcome, tokens, first_s = (np.ascontiguousarray(ends[name]) for name in ("outcome", "tokens", "first_token_s"))
     finish_s, arrival_s, dispatch_s = ended["t"], ended["arrival_s"], ends["dispatch_s"]
     ran = np.where(first_s >= 0.0, prompt, 0)
-    for number in np.unique(outcome).tolist():
-        name = OUTCOMES[number]
-        for tally, count in _counts(tallies, of[outcome == number]):
-            tally.outcomes[name] += count
-        for owner, count in _counts(keys, key[outcome == number]):
-            owner.requests[name] = owner.requests.get(name, 0) + count
-    for tally, sums in _sums(tallies, of, tokens, ran, ends["retries"]):
-        tally.generation_tokens += sums[0]
-        tally.prompt_tokens += sums[1]
-        tally.retries += sums[2]
-    for owner, sums in _sums(keys, key, tokens, ran):
-        owner.generation_tokens += sums[0]
-        owner.prompt_tokens += sums[1]
+    for place, count in _counts(of * len(OUTCOMES) + outcome):
+        tallies[place // len(OUTCOMES)].outcomes[OUTCOMES[place % len(OUTCOMES)]] += count
+    for place, count in _counts(key * len(OUTCOMES) + outcome):
+        requests, name = keys[place // len(OUTCOMES)].requests, OUTCOMES[place % len(OUTCOMES)]
+        requests[name] = requests.get(name, 0) + count
+    for place, (made, read, retries) in _sums(of, tokens, ran, ends["retries"]):
+        tally = tallies[place]
+        tally.generation_tokens += made
+        tally.prompt_tokens += read
+        tally.retries += retries
+    for place, (made, read) in _sums(key, tokens, ran):
+        keys[place].generation_tokens += made
+        keys[place].prompt_tokens += read
+    yield
     queued = dispatch_s >= 0.0
-    for tally, values in _split(tallies, of[queued], (dispatch_s - arrival_s)[queued]):
-        tally.queue.add(values)
+    for place, counts, total in histograms(QUEUE_BOUNDS_S, of[queued], (dispatch_s - arrival_s)[queued]):
+        tallies[place].queue.add(counts, total)
     finished = outcome == FINISHED
-    for tally, values in _split(tallies, of[finished], (finish_s - arrival_s)[finished]):
-        tally.e2e.add(values)
+    for place, counts, total in histograms(E2E_BOUNDS_S, of[finished], (finish_s - arrival_s)[finished]):
+        tallies[place].e2e.add(counts, total)
+    yield
     itl_s = (finish_s - first_s) / np.maximum(tokens - 1, 1)
     several = finished & (tokens > 1)
     of_several, itl_several_s = of[several], itl_s[several]
-    for slot, its in _slots(finish_s[several]):
-        for tally, values in _split(tallies, of_several[its], itl_several_s[its]):
-            tally.itl.add(values)
-            tally.itl_recent.add(slot, values)
+    for place, counts, total in histograms(ITL_BOUNDS_S, of_several, itl_several_s):
+        tallies[place].itl.add(counts, total)
+    for slot, place, bucket, count in rolling_buckets(*_slots(finish_s[several]), of_several, itl_several_s):
+        tallies[place].itl_recent.add(slot, bucket, count)
+    yield
     _judge(tallies, ended, ends, itl_s)
+    yield
 
 
 def _judge(tallies: list[ClassTally], ended: Rows, ends: Rows, itl_s: Values) -> None:
@@ -326,46 +338,65 @@ def _judge(tallies: list[ClassTally], ended: Rows, ends: Rows, itl_s: Values) ->
         applies = applies & ~rejected
         bad = applies & misses
         missed |= bad
-        for tally, count in _counts(tallies, of[bad]):
-            tally.slos_missed[slo] += count
-        for tally, count in _counts(tallies, of[applies & ~misses & meets]):
-            tally.slos_met[slo] += count
-    for tally, count in _counts(tallies, of[finished & ~missed]):
-        tally.attained += count
-    for tally, count in _counts(tallies, of[~rejected & (missed | failed)]):
-        tally.missed += count
+        for place, count in _counts(of[bad]):
+            tallies[place].slos_missed[slo] += count
+        for place, count in _counts(of[applies & ~misses & meets]):
+            tallies[place].slos_met[slo] += count
+    for place, count in _counts(of[finished & ~missed]):
+        tallies[place].attained += count
+    for place, count in _counts(of[~rejected & (missed | failed)]):
+        tallies[place].missed += count
 
 
 # -- by place ----------------------------------------------------------------------------------------------------------
 
 
-def _counts(tallies: list[Tally], places: Places) -> Iterator[tuple[Tally, int]]:
-    """How often each is among the places, if it is."""
-    for place, count in enumerate(np.bincount(places).tolist()):
-        if count:
-            yield tallies[place], count
+def _counts(places: Places) -> Iterator[tuple[int, int]]:
+    """Those that are among the places, and how often."""
+    counts = np.bincount(places)
+    used = np.flatnonzero(counts)
+    return zip(used.tolist(), counts[used].tolist(), strict=True)
 
 
-def _sums(tallies: list[Tally], places: Places, *columns: Places) -> Iterator[tuple[Tally, list[int]]]:
+def _sums(places: Places, *columns: Places) -> Iterator[tuple[int, list[int]]]:
     """Of whole numbers: exact. Each is at most 2^40 (``port.messages``), so thousands add up within 64 bits."""
-    sums = np.zeros((len(tallies), len(columns)), dtype=np.int64)
-    np.add.at(sums, places, np.stack(columns, axis=1))
-    for place in np.unique(places).tolist():
-        yield tallies[place], sums[place].tolist()
+    used = np.flatnonzero(np.bincount(places))
+    sums = np.zeros((len(columns), int(used[-1]) + 1), dtype=np.int64)
+    for row, column in zip(sums, columns, strict=True):
+        np.add.at(row, places, np.ascontiguousarray(column, dtype=np.int64))  # Ten times as quick as with a stride.
+    return zip(used.tolist(), sums[:, used].T.tolist(), strict=True)
 
 
-def _split(tallies: list[Tally], places: Places, values: Values) -> Iterator[tuple[Tally, Values]]:
-    """The values of each that has some, in order."""
-    ordered, counts = values[np.argsort(places, kind="stable")], np.bincount(places).tolist()
-    for place, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
-        if count:
-            yield tallies[place], ordered[end - count : end]
-
-
-def _slots(t_s: Values) -> Iterator[tuple[int, slice]]:
-    """Of times in order: each slot, and which they are."""
-    if not len(t_s):
+def histograms(bounds: Sequence[float], places: Places, values: Values) -> Iterator[tuple[int, Places, float]]:
+    """Of each place that has a value: how many there are by bound, and their sum."""
+    if not len(values):
         return
-    slots = (t_s / SLOT_S).astype(np.int64)
-    for begin, end in pairwise([0, *(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(t_s)]):
-        yield int(slots[begin]), slice(begin, end)
+    width = len(bounds) + 1
+    counts = np.bincount(places * width + np.searchsorted(bounds, values))
+    counts = np.pad(counts, (0, -len(counts) % width)).reshape(-1, width)
+    sums = np.bincount(places, weights=values)
+    for place in np.flatnonzero(counts.any(axis=1)).tolist():
+        yield place, counts[place], float(sums[place])
+
+
+def rolling_buckets(
+    slots: Sequence[int], which: Places, places: Places, values: Values
+) -> Iterator[tuple[int, int, int, int]]:
+    """Slot, place, bucket of a rolling distribution, and how many values it has; in order of the slots, of which each
+    value names one by its place."""
+    if not len(values):
+        return
+    buckets = np.floor(np.log(np.maximum(values, _SHORTEST)) * _PER_E).astype(np.int64)
+    lowest = int(buckets.min())
+    width, wide = int(buckets.max()) - lowest + 1, int(places.max()) + 1
+    used, counts = np.unique((which * wide + places) * width + (buckets - lowest), return_counts=True)
+    for place, count in zip(used.tolist(), counts.tolist(), strict=True):
+        rest, bucket = divmod(place, width)
+        yield slots[rest // wide], rest % wide, bucket + lowest, count
+
+
+def _slots(t_s: Values) -> tuple[list[int], Places]:
+    """Of times in order: all slots, and which of them each is in."""
+    each = (t_s / SLOT_S).astype(np.int64)
+    begins = np.diff(each, prepend=each[:1] - 1) != 0
+    return each[begins].tolist(), np.cumsum(begins) - 1
