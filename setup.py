@@ -34,6 +34,7 @@ COMPILED = (
     "gateway/relay/cross_site.py",
     "gateway/relay/front.py",
     "gateway/relay/held.py",
+    "gateway/relay/key_ring.py",
     "gateway/relay/token_bucket.py",
     "gateway/relay/uplink.py",
     "gateway/relay/upstream.py",

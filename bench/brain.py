@@ -36,7 +36,8 @@ from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.compiled import build
 from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder

@@ -33,7 +33,8 @@ from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder

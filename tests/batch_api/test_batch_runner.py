@@ -12,7 +12,8 @@ from batch_runner_site import Site, many, run
 from chiron.gateway.batch.lines import line_check
 from chiron.gateway.batch.settings import RunnerSettings
 from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import StoreFull
 from chiron.store.sqlite.store import SqliteStore

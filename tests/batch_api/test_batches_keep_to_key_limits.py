@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from batch_runner_site import Site, many, run
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from gateway_site import hashed, line
 
 

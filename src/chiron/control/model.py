@@ -155,8 +155,12 @@ class ModelState:
             return
         tokens = request.tokens_done
         slow = tokens > 1 and request.finish_s - request.first_token_s > request.itl_slo_s * (tokens - 1)
-        self._itl_missed[name] += 0.002 * (slow - self._itl_missed[name])
-        self.learner.itl_missed = max(self._itl_missed.values())
+        missed = self._itl_missed[name]
+        self._itl_missed[name] = missed = missed + 0.002 * (slow - missed)
+        for other in self._itl_missed.values():
+            if other > missed:
+                missed = other
+        self.learner.itl_missed = missed
         late = request.first_token_s - request.arrival_s > request.ttft_slo_s or request.finish_s > request.deadline_s
         if slow or late:
             self.missed += 1

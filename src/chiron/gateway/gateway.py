@@ -25,7 +25,7 @@ from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.outages import Outage, Outages
 from chiron.gateway.settings import LimitSettings
 from chiron.net.clock import LiveClock

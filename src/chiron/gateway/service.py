@@ -29,7 +29,7 @@ from chiron.gateway.instances.fleet_memory import FleetMemory
 from chiron.gateway.owner import owner_of
 from chiron.gateway.processes.start import BrainStart
 from chiron.gateway.processes.workers import Workers
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.outages import Outage
 from chiron.gateway.reporting.desired import desired_page
 from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter, wall_time

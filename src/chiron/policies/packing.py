@@ -13,6 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from math import inf
+from typing import Final
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.packing_settings import PackingSettings as PackingSettings
@@ -38,10 +39,11 @@ RELIEVE_AFTER = 0.1
 """Share of its TTFT that an interactive request is queued for before batch work makes way on one instance after
 another, so that prefill has the steps to itself."""
 
-_ROLE_ORDER = {"interactive": 0, "mixed": 1, "batch": 2}
-
-
-Entry = tuple[int, int, Instance]
+_ROLE_ORDER: Final = {"interactive": 0, "mixed": 1, "batch": 2}
+_RANK_BITS: Final = 28
+_RANK: Final = (1 << _RANK_BITS) - 1
+"""An entry of a heap is one number, an instance's place by role and rank. Numbers are compared more quickly than
+tuples, and to look at one touches less memory."""
 
 
 class _Note:
@@ -94,24 +96,30 @@ class PackingRouter:
         """All that take work."""
         self._tight = False
         """ITL SLOs bound the prefill in flight on instances that serve interactive requests."""
-        self._interactive: list[Entry] = []
-        self._batch: list[Entry] = []
+        self._at: dict[int, Instance] = {}
+        """Likewise, by rank."""
+        self._interactive: list[int] = []
+        self._batch: list[int] = []
+        """Negative: the last of them comes first."""
         self._batch_short: list[tuple[float, int, Instance]] = []
         """Instances that have refused a long prompt and may take a shorter one, the longest first; back in ``_batch``
         when they change."""
         self._short_max = 64
-        self._victims: list[Entry] = []
+        self._victims: list[int] = []
 
     # -- the Router port ---------------------------------------------------------------------------------------
 
     def add(self, instance: Instance) -> None:
         instance.index = _Note()
+        assert instance.rank <= _RANK
         insort(self._by_rank, instance, key=lambda other: other.rank)
+        self._at[instance.rank] = instance
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
         if instance.index.open:
             self._by_rank.remove(instance)
+            del self._at[instance.rank]
         instance.index.open = False
 
     def changed(self, instance: Instance) -> None:
@@ -123,13 +131,13 @@ class PackingRouter:
             self._tight = self._keeps_apart and instance.prefill_step_s < inf
         if not note.in_interactive and self._room_interactive(instance):
             note.in_interactive = True
-            heappush(self._interactive, (_ROLE_ORDER[instance.role], instance.rank, instance))
+            heappush(self._interactive, _entry(instance))
         if not note.in_batch and self._room_batch(instance):
             note.in_batch = True
-            heappush(self._batch, (-_ROLE_ORDER[instance.role], -instance.rank, instance))
+            heappush(self._batch, -_entry(instance))
         if instance.batch and not note.in_victims:
             note.in_victims = True
-            heappush(self._victims, (_ROLE_ORDER[instance.role], instance.rank, instance))
+            heappush(self._victims, _entry(instance))
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         estimates = self._estimates
@@ -175,15 +183,15 @@ class PackingRouter:
 
     def _choose_victim(self, request: Request, need: float, cost_s: float, *, waited: bool) -> Instance | None:
         """An instance where evicting batch work makes room for this interactive request."""
-        passed: list[Entry] = []
+        passed: list[int] = []
         chosen: Instance | None = None
         heap = self._victims
         while heap and len(passed) < _PROBES_MAX:
-            instance = heap[0][2]
-            note: _Note = instance.index
-            if not note.open or not instance.batch:
+            instance = self._at.get(heap[0] & _RANK)
+            if instance is None or not instance.batch:
                 heappop(heap)
-                note.in_victims = False
+                if instance is not None:
+                    instance.index.in_victims = False
                 continue
             stays_s = instance.prefill_backlog_s - (instance.prefill_batch_s if self._keeps_apart and waited else 0.0)
             if (
@@ -223,11 +231,12 @@ class PackingRouter:
         """The first instance, in order of rank, that runs batch work."""
         heap = self._victims
         while heap:
-            instance = heap[0][2]
-            if instance.index.open and instance.batch:
+            instance = self._at.get(heap[0] & _RANK)
+            if instance is not None and instance.batch:
                 return instance
             heappop(heap)
-            instance.index.in_victims = False
+            if instance is not None:
+                instance.index.in_victims = False
         return None
 
     # -- interactive -------------------------------------------------------------------------------------------
@@ -237,10 +246,14 @@ class PackingRouter:
     ) -> Instance | None:
         usual = request.sequences == 1 and self._is_usual(cost_s, need)
         heap = self._interactive
-        passed: list[Entry] | None = None
+        passed: list[int] | None = None
         chosen: Instance | None = None
         while heap:
-            order, _, instance = heap[0]
+            order = heap[0] >> _RANK_BITS
+            instance = self._at.get(heap[0] & _RANK)
+            if instance is None:
+                heappop(heap)
+                continue
             if order != _ROLE_ORDER[instance.role] or not self._room_interactive(instance):
                 heappop(heap)
                 instance.index.in_interactive = False
@@ -316,8 +329,9 @@ class PackingRouter:
         return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
 
     def _room_interactive(self, instance: Instance) -> bool:
+        note: _Note = instance.index
         if (
-            not instance.index.open
+            not note.open
             or instance.sequences >= instance.max_batch_size
             or instance.kv_reserved_tokens >= kv_limit(instance)
             or (self._strict and instance.role == "batch")
@@ -338,14 +352,18 @@ class PackingRouter:
         usual = request.sequences == 1 and need <= _USUAL * self._estimates.usual_batch.need_tokens
         self.room_tokens = 0
         heap = self._batch
-        passed: list[Entry] = []
+        passed: list[int] = []
         chosen: Instance | None = None
         while heap and len(passed) < _PROBES_MAX:
-            order, _, instance = heap[0]
-            if order != -_ROLE_ORDER[instance.role] or not self._room_batch(instance):
+            order = -heap[0] >> _RANK_BITS
+            instance = self._at.get(-heap[0] & _RANK)
+            if instance is None:
+                heappop(heap)
+                continue
+            if order != _ROLE_ORDER[instance.role] or not self._room_batch(instance):
                 heappop(heap)
                 instance.index.in_batch = False
-                if order != -_ROLE_ORDER[instance.role]:
+                if order != _ROLE_ORDER[instance.role]:
                     self.changed(instance)
                 continue
             if fits(instance, request, need):
@@ -405,7 +423,8 @@ class PackingRouter:
         return None
 
     def _room_batch(self, instance: Instance) -> bool:
-        if not instance.index.open or instance.role == "interactive":
+        note: _Note = instance.index
+        if not note.open or instance.role == "interactive":
             return False
         if instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left:
             return False
@@ -440,6 +459,10 @@ class PackingRouter:
             alone_s = min(instance.prefill_limit_s, self._prefill_share * self._estimates.ttft_min_s)
             return max(room_s, alone_s)
         return room_s
+
+
+def _entry(instance: Instance) -> int:
+    return _ROLE_ORDER[instance.role] << _RANK_BITS | instance.rank
 
 
 def _young(instance: Instance, now_s: float) -> int:

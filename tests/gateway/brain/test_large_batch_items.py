@@ -15,7 +15,7 @@ from chiron.gateway.instances.engine import Placed
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.body import Body, read_body
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.uplink import RelayedItem
 from chiron.net.client import Call, Origin
 from chiron.net.clock import LiveClock

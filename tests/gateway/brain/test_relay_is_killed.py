@@ -16,7 +16,7 @@ import pytest
 from chiron.gateway.brain.relays import Relays
 from chiron.gateway.processes.workers import START_MAX_S, Workers
 from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.net.clock import LiveClock
 from chiron.net.loop import run_on_loop
 from live_gateway import RELAYS, until

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from chiron.gateway.relay.ending import Answer
 from chiron.gateway.relay.errors import ApiError, invalid, too_many
-from chiron.gateway.relay.keys import ANONYMOUS, Key, KeyRing, hash_secret, new_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import ANONYMOUS, Key, hash_secret, new_secret
 
 A, B, ADMIN = "secret-a", "secret-b", "secret-admin"
 

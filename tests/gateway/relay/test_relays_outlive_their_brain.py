@@ -20,7 +20,8 @@ from chiron.gateway.relay.alone import UNABLE_S
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.front import WAIT_MAX_S
 from chiron.gateway.relay.joining import StaySettings
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
 from chiron.runtime.replay import replay
 from chiron.store.port import Item
 from outliving_site import NIGHT, STEP_S, Brain, OutlivingSite, parts, whole_stream

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
 from scripted_engine import ScriptedEngine, before, body
 
 KEYS = f'[[keys]]\nname = "a"\nhash = "{hash_secret(b"secret")}"\n'

@@ -10,7 +10,7 @@ from typing import Any
 from chiron.core.clock import Callback, VirtualClock
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.batch.settings import RunnerSettings
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.store.port import Batch
 from chiron.store.sqlite.store import SqliteStore
 from gateway_site import FakePlane, jsonl, line, models

@@ -20,7 +20,8 @@ from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.batch.settings import RunnerSettings
 from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from chiron.gateway.settings import BatchSettings, ModelSettings
 from chiron.net.clock import LiveClock
 from chiron.net.server import serve

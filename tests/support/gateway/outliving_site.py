@@ -24,7 +24,7 @@ from chiron.gateway.instances.engines import Engines
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.joining import StaySettings
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.relay import Relay
 from chiron.gateway.settings import KindSettings, LimitSettings
 from chiron.net.clock import LiveClock

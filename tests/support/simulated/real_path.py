@@ -23,7 +23,8 @@ from chiron.fleet.port import LiveFleetEvents
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.relay.admission import Models, ServedModel
-from chiron.gateway.relay.keys import Key, KeyRing, hash_secret
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
 from chiron.gateway.relay.relay import Relay
 from chiron.gateway.settings import KindSettings, LimitSettings, ModelSettings
 from chiron.net.clock import LiveClock

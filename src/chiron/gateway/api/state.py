@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, BatchStore
 

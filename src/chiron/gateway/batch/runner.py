@@ -33,7 +33,7 @@ from chiron.gateway.relay.admission import Models, check_fits
 from chiron.gateway.relay.body import places
 from chiron.gateway.relay.collect import CollectError
 from chiron.gateway.relay.errors import ApiError
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.settings import BatchSettings
 from chiron.store.port import Batch, BatchStore, InputLimits, Item, NotFound, PendingWork, StoreError, StoreFull
 from chiron.store.trusted_clock import BACK_S, ClockMarks, begin, look, words

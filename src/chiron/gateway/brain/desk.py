@@ -16,7 +16,8 @@ from chiron.core.ports import Completions, Queues
 from chiron.core.types import Request, RequestClass
 from chiron.gateway.relay.body import places
 from chiron.gateway.relay.errors import ApiError, internal, timed_out, too_many, unavailable
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from chiron.gateway.relay.outages import Outages
 from chiron.gateway.relay.turns import Turn
 from chiron.gateway.relay.upstream import UpstreamFailure

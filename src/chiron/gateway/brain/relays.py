@@ -29,7 +29,8 @@ from chiron.gateway.port.wire import FRAME_MAX_BYTES, RIDE_S, UNREAD_MAX_BYTES, 
 from chiron.gateway.relay.admission import Models, with_slos
 from chiron.gateway.relay.calls import REMIND_S
 from chiron.gateway.relay.errors import ApiError, internal, model_not_found
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from chiron.gateway.relay.turns import REASONS, Turn
 from chiron.gateway.relay.upstream import UpstreamFailure
 from chiron.gateway.settings import PEER_NAME

@@ -21,7 +21,7 @@ from chiron.gateway.port import messages as m
 from chiron.gateway.processes.kept import KeeperLink
 from chiron.gateway.processes.start import RelayStart
 from chiron.gateway.relay.joining import StaySettings
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.passing import Passing
 from chiron.gateway.relay.relay import Relay
 from chiron.gateway.reporting.metrics import LoopLag

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from ipaddress import ip_address
 
 from chiron.gateway.relay.errors import ApiError, forbidden
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.net.server import Incoming
 
 _PORT = re.compile(r":\d*$")

@@ -22,7 +22,8 @@ from chiron.gateway.relay.cascade import Cascaded, FirstCall
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.ending import refuse
 from chiron.gateway.relay.errors import NO_MODEL, ApiError, unavailable
-from chiron.gateway.relay.keys import Key, KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key
 from chiron.net.server import Incoming
 
 log = logging.getLogger("chiron.front")

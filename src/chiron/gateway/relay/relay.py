@@ -10,7 +10,7 @@ from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
 from chiron.gateway.relay.joining import Connect, StaySettings
-from chiron.gateway.relay.keys import KeyRing
+from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.uplink import Uplink
 from chiron.gateway.relay.upstream import address_of
 from chiron.gateway.settings import KindSettings, LimitSettings

@@ -41,6 +41,9 @@ holds an engine's error text must not make new metrics for ever."""
 _DONE: Final = object()
 _EVENT_SIZE: Final = EVENT.size
 _END_SIZE: Final = END.size
+_pack_event: Final = EVENT.pack_into
+_pack_end: Final = END.pack_into
+_pack_instance: Final = INSTANCE.pack_into
 _OUTCOMES: Final = {name: place for place, name in enumerate(OUTCOMES)}
 
 
@@ -154,7 +157,7 @@ class LiveJournal:
             reason = len(self._reasons)
             self._reasons.append(request.refused_because)
         at = self._ends_end
-        END.pack_into(
+        _pack_end(
             self._ends,
             at,
             request.dispatch_s,
@@ -270,7 +273,7 @@ class LiveJournal:
         self, now_s: float, number: int, request: Request, instance: Instance | None, key: int, tokens: int
     ) -> None:
         at = self._rows_end
-        EVENT.pack_into(
+        _pack_event(
             self._rows,
             at,
             now_s,
@@ -292,7 +295,7 @@ class LiveJournal:
     def _placed(self, instance: Instance) -> None:
         """The request that has just come: its arrival and its dispatch are one row."""
         end = self._rows_end
-        INSTANCE.pack_into(self._rows, end - _EVENT_SIZE + INSTANCE_AT, instance.id)
+        _pack_instance(self._rows, end - _EVENT_SIZE + INSTANCE_AT, instance.id)
         self._rows[end - 1] = PLACED
         self._arrived = -1
 
