@@ -89,7 +89,11 @@ class Histogram:
         counts: list[int] = self._counts.tolist()
         return counts
 
-    def add(self, counts: Places, total: float) -> None:
+    def add(self, values: Values) -> None:
+        for _, counts, total in histograms(self.bounds, np.zeros(len(values), dtype=np.int64), values):
+            self.add_counted(counts, total)
+
+    def add_counted(self, counts: Places, total: float) -> None:
         """So many more by bound, and what they add up to."""
         self._counts += counts
         self.sum += total
@@ -274,7 +278,7 @@ def _add_events(tallies: list[ClassTally], events: Rows) -> Iterator[None]:
         seen.ttft_max_s = max(seen.ttft_max_s, float(longest_s[place]))
     yield
     for place, counts, total in histograms(TTFT_BOUNDS_S, of_first, ttft_s):
-        tallies[place].ttft.add(counts, total)
+        tallies[place].ttft.add_counted(counts, total)
     for slot, place, bucket, count in rolling_buckets(slots, which[first], of_first, ttft_s):
         tallies[place].ttft_recent.add(slot, bucket, count)
     yield
@@ -301,16 +305,16 @@ def _add_ends(tallies: list[ClassTally], keys: list[KeyTally], ended: Rows, ends
     yield
     queued = dispatch_s >= 0.0
     for place, counts, total in histograms(QUEUE_BOUNDS_S, of[queued], (dispatch_s - arrival_s)[queued]):
-        tallies[place].queue.add(counts, total)
+        tallies[place].queue.add_counted(counts, total)
     finished = outcome == FINISHED
     for place, counts, total in histograms(E2E_BOUNDS_S, of[finished], (finish_s - arrival_s)[finished]):
-        tallies[place].e2e.add(counts, total)
+        tallies[place].e2e.add_counted(counts, total)
     yield
     itl_s = (finish_s - first_s) / np.maximum(tokens - 1, 1)
     several = finished & (tokens > 1)
     of_several, itl_several_s = of[several], itl_s[several]
     for place, counts, total in histograms(ITL_BOUNDS_S, of_several, itl_several_s):
-        tallies[place].itl.add(counts, total)
+        tallies[place].itl.add_counted(counts, total)
     for slot, place, bucket, count in rolling_buckets(*_slots(finish_s[several]), of_several, itl_several_s):
         tallies[place].itl_recent.add(slot, bucket, count)
     yield
