@@ -26,7 +26,6 @@ from chiron.gateway.reporting.tally import (
     TTFT_BOUNDS_S,
     Histogram,
     Rolling,
-    histograms,
     rolling_buckets,
 )
 from chiron.telemetry.event_log import read_event_log
