@@ -1,15 +1,16 @@
 """What the gateway costs: requests per second, CPU per request and per streamed chunk, added time to first token.
 
     python bench/gateway.py [--seconds 4] [--workers 1,2] [--rounds 3] [--json FILE] [--set PATH=VALUE]
-        [--router vllm-router=PYTHON] [--router sglang-router=PYTHON]
+        [--router vllm-router=PYTHON] [--router sglang-router=PYTHON] [--compiled FOLDER]
 
 A mock engine and the load share one core, what is measured has the other to itself. Side by side in one run: straight
 to the engine, a bare relay (``net.server`` and ``net.client`` and nothing else), and ``chiron serve`` as it ships, with
 its event log, metrics, queue and policy; also with relays in processes of their own (``--workers``), which have all
 cores but the first. Other routers run beside them, if an interpreter is given that has them (``pip install vllm-router
-sglang-router`` into a virtual environment of its own). With ``--rounds`` every target has its turn so often, one after
-the other, and the medians are shown; what else the machine does then hits all of them. CPU is user and system time of
-the measured processes, of relays and of the brain apart.
+sglang-router`` into a virtual environment of its own), and so does a compiled build of this one, by the folder that
+has it (``make out/compiled/.built`` makes ``out/compiled/src``). With ``--rounds`` every target has its turn so often,
+one after the other, and the medians are shown, ratios of each round apart; what else the machine does then hits all of
+them. CPU is that of all threads of the measured processes, of relays and of the brain apart, as the scheduler counts.
 
 Small requests and the many streams are sent by ``wrk`` if it is installed: it takes so little of the load's core that
 the measured one has to carry more than 30,000 chunks a second. Else, and for the time to first token, by a client here.
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ instances = [{{ engine = "openai", endpoints = ["http://127.0.0.1:{engine}"], ma
 """
 ROUTERS = {"vllm-router": "vllm_router.launch_router", "sglang-router": "sglang_router.launch_router"}
 """Modules that start the others."""
+COMPILED = " (compiled)"
 BASE = "vllm-router"
 """What ratios are to, where it runs; else to the bare relay."""
 CLIENTS_MAX = 64
@@ -103,7 +106,13 @@ def free_port() -> int:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system seconds of a process and of its threads."""
+    """CPU seconds of a process and of its threads: by the scheduler's count, where there is one, else by ticks."""
+    try:
+        counts = [each.read_text().split() for each in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    except OSError:  # A thread has just ended.
+        return cpu_s(pid)
+    if counts:
+        return sum(int(count[0]) for count in counts) / 1e9
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -299,6 +308,7 @@ async def run(
     changes: list[str],
     workers: list[int],
     routers: dict[str, str],
+    compiled: Path | None,
     rounds: int,
 ) -> list[dict[str, Any]]:
     with ExitStack() as stack:
@@ -340,14 +350,17 @@ async def run(
                 targets.setdefault(name, {})[count] = url = f"http://127.0.0.1:{port}"
                 pids[name, count] = [process.pid]
                 await until_up(url, "/readiness", 60.0)
-            for number in workers:
-                name, gate = "chiron serve" if number == 1 else f"chiron serve, {number} relays", free_port()
-                folder = work / f"serve{count}-{number}"
+            builds = ["", *([COMPILED] if compiled is not None else [])]
+            for build, number in product(builds, workers):
+                name = f"chiron serve{f', {number} relays' if number > 1 else ''}{build}"
+                gate = free_port()
+                folder = work / f"{name} {count}"
                 folder.mkdir()
+                env = dict(os.environ, PYTHONPATH=str(compiled)) if build else None
                 (folder / "chiron.toml").write_text(CONFIG.format(port=gate, engine=engines[count]))
                 serve = [python, "-m", "chiron", "serve", "chiron.toml", *(f"--set={change}" for change in changes)]
                 cores = 1 if number == 1 else f"1-{max(1, (os.cpu_count() or 1) - 1)}"
-                process = start(stack, cores, [*serve, f"--workers={number}"], cwd=folder)
+                process = start(stack, cores, [*serve, f"--workers={number}"], cwd=folder, env=env)
                 targets.setdefault(name, {})[count] = url = f"http://127.0.0.1:{gate}"
                 await until_up(url, "/ready")
                 relays = await relays_of(url)
@@ -375,7 +388,7 @@ async def run(
         rows = [medians(each) for each in found.values()]
         for row in rows:
             print_row(row, plan)
-        print_ratios(rows, plan)
+        print_ratios(found, plan)
         return rows
 
 
@@ -392,25 +405,30 @@ def medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_ratios(rows: list[dict[str, Any]], plan: list[tuple[int, int, float]]) -> None:
-    """CPU over that of the base, without the brain's part where it is known."""
-    by_name = {row["target"]: row for row in rows}
-    base = by_name.get(BASE, by_name["bare relay"])
+def print_ratios(rounds: dict[str, list[dict[str, Any]]], plan: list[tuple[int, int, float]]) -> None:
+    """CPU over that of the base in the same round, without the brain's part where it is known."""
+    base = BASE if BASE in rounds else "bare relay"
     parts = [f"{count}x{chunks}@{pace_s * 1000:g}ms" for count, chunks, pace_s in plan]
-    print(f"CPU over that of {base['target']}, of relays alone where they have processes of their own:")
-    for row in rows:
-        if row is base or row["target"].startswith("straight"):
+    print(f"CPU over that of {base} in the same round, of relays alone where they have processes of their own:")
+    for name, rows in rounds.items():
+        if name == base or name.startswith("straight"):
             continue
-        request = row.get("relay_us_per_request", row["us_per_request"]) / base["us_per_request"]
-        chunks = [
-            row[part].get("relay_us_per_chunk", row[part]["us_per_chunk"]) / base[part]["us_per_chunk"]
-            for part in parts
-        ]
-        print(f"{row['target']:24} {request:.2f}x a request, {', '.join(f'{each:.2f}x' for each in chunks)} a chunk")
+        pairs = list(zip(rows, rounds[base], strict=True))
+        request = [over(row, by, "request") for row, by in pairs]
+        chunks = [[over(row[part], by[part], "chunk") for row, by in pairs] for part in parts]
+        print(f"{name:36} {spread(request)} a request, {', '.join(map(spread, chunks))} a chunk")
+
+
+def over(row: dict[str, float], base: dict[str, float], what: str) -> float:
+    return row.get(f"relay_us_per_{what}", row[f"us_per_{what}"]) / base[f"us_per_{what}"]
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def print_row(row: dict[str, Any], plan: list[tuple[int, int, float]]) -> None:
-    cells = [f"{row['target']:24}", f"{row['small_per_s']:8,.0f} req/s", f"{row['us_per_request']:5.0f} us/req"]
+    cells = [f"{row['target']:36}", f"{row['small_per_s']:8,.0f} req/s", f"{row['us_per_request']:5.0f} us/req"]
     if "brain_us_per_request" in row:
         cells.append(f"({row['relay_us_per_request']:.0f} relays, {row['brain_us_per_request']:.0f} brain)")
     for count, chunks, pace_s in plan:
@@ -434,7 +452,10 @@ def main() -> None:
     parser.add_argument(
         "--router", action="append", default=[], metavar="NAME=PYTHON", help=f"also measure one of {', '.join(ROUTERS)}"
     )
+    parser.add_argument("--compiled", type=Path, metavar="FOLDER", help="chiron serve with this source, too")
     given = parser.parse_args()
+    if given.compiled is not None and not list(given.compiled.glob("chiron__mypyc*")):
+        parser.error(f"--compiled is {given.compiled}; it must be a folder with a compiled build of chiron")
     routers = dict(each.split("=", 1) for each in given.router if "=" in each)
     if len(routers) != len(given.router) or not routers.keys() <= ROUTERS.keys():
         parser.error(f"--router is {given.router}; it must be NAME=PYTHON with a NAME of {', '.join(ROUTERS)}")
@@ -442,7 +463,10 @@ def main() -> None:
     plan = [(16, 20, 0.010)] if given.quick else [(64, 200, 0.010), (512, 150, 0.015)]
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {0})
-    rows = asyncio.run(run(1.0 if given.quick else given.seconds, plan, given.set, workers, routers, given.rounds))
+    seconds, compiled = 1.0 if given.quick else given.seconds, given.compiled and given.compiled.resolve()
+    print("load before: {:.1f} {:.1f} {:.1f}".format(*os.getloadavg()))
+    rows = asyncio.run(run(seconds, plan, given.set, workers, routers, compiled, given.rounds))
+    print("load after: {:.1f} {:.1f} {:.1f}".format(*os.getloadavg()))
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
 
