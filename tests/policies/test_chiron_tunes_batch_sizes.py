@@ -91,10 +91,16 @@ def test_the_longest_step_is_bounded_only_where_the_token_budget_does_not() -> N
 
 def test_the_aim_is_lowered_while_requests_miss_their_itl() -> None:
     ours = ChironSettings()
-    aims = [itl_target_s(ours, 0.1, missed) for missed in (0.0, 0.003, 0.01, 0.05, 1.0)]
+    aims = [itl_target_s(ours, 0.1, missed, 0.012) for missed in (0.0, 0.003, 0.01, 0.05, 1.0)]
     assert aims == sorted(aims, reverse=True)
     assert aims[0] == aims[1] == pytest.approx(0.09)
     assert aims[-1] == pytest.approx(0.045)
+
+
+@pytest.mark.parametrize(("slo_s", "aim_s"), [(0.1, 0.045), (0.028, 0.024), (0.02, 0.018)])
+def test_the_aim_leaves_room_beside_what_every_step_takes_where_the_slo_does(slo_s: float, aim_s: float) -> None:
+    """Or an instance whose SLO is near its shortest step would run next to nothing, and miss every TTFT."""
+    assert itl_target_s(ChironSettings(), slo_s, 1.0, 0.012) == pytest.approx(aim_s)
 
 
 def test_a_saturated_instance_settles_within_seconds() -> None:

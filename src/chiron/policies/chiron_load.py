@@ -91,7 +91,7 @@ def interactive_capacity(settings: ChironSettings, model: ModelView, memory: Mod
     return capacity(
         model.step_times,
         weighted,
-        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed),
+        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed, model.step_times.fixed_s),
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
+from typing import Final
 
 from chiron.policies.capacity import work_s
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.views import LocalDecision, LocalView
+
+
+LEAST_TARGET: Final = 2.0
+"""Of what a step takes without any work; the step to aim at is no shorter where the SLO allows that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +56,7 @@ def decide_batch_size(
         predicted = times.fixed_s + slope * view.decode_batch
         ratio = min(2.0, max(0.5, view.itl_s / predicted))
         correction += 0.2 * (ratio - correction)
-    target_s = itl_target_s(settings, slo_s, view.itl_missed)
+    target_s = itl_target_s(settings, slo_s, view.itl_missed, times.fixed_s)
     limits = prefill_limits(settings, view, target_s, context)
     limit_s = limits.mean_s
     left_s = target_s / correction - times.fixed_s
@@ -128,10 +133,13 @@ def _sizes_beside(
     return int(size), int(inside + max(0.0, room_s) / (batch_slope / outside))
 
 
-def itl_target_s(settings: ChironSettings, slo_s: float, missed: float) -> float:
-    """The mean step to aim at: below the SLO by a margin that grows while requests miss it."""
+def itl_target_s(settings: ChironSettings, slo_s: float, missed: float, fixed_s: float) -> float:
+    """The mean step to aim at: below the SLO by a margin that grows while requests miss it. It leaves room for work
+    beside what every step takes: a margin that left none would stop an instance whose SLO is near its shortest step,
+    and what it does not run misses its TTFT."""
     tight = 1.0 - settings.itl_gain * max(0.0, missed - settings.itl_missed_max)
-    return settings.itl_margin * max(0.5, tight) * slo_s
+    wide_s = settings.itl_margin * slo_s
+    return max(max(0.5, tight) * wide_s, min(wide_s, LEAST_TARGET * fixed_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
