@@ -8,9 +8,10 @@ published run keeps p99 TTFT at 1.36 times that of interactive traffic alone and
 of the time per token. Those are the bounds here; "alone" is the least that any of the policies has without the batch.
 
 Simulated: the packaged scenario ``co-serving``, seconds a run. ``--live``: two paced engines behind ``chiron serve``,
-the same requests from ``chiron load``, the jobs through ``/v1/batches``; engines at a quarter of the speed, requests of
-a quarter of the tokens, so that two cores show the engines' time and not their own. One cycle beside the whole batch,
-unless ``--cycles`` says more: three minutes without the batch and some five with it, for each policy.
+the same requests from ``chiron load``, the jobs through ``/v1/batches``; engines at a quarter of the speed, requests at
+a quarter of the rate and SLOs four times as long (``--slower``), which is the same test on a longer scale of time, so
+that two cores show the engines' time and not their own. One cycle with its third of the batch, unless ``--cycles`` says
+more: three minutes without the batch and some four with it, for each policy.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ LIVE_POLICIES = ("chiron", "static")
 ALONE = "[]"
 """For ``batch_job``: none."""
 SLOWER = 4
-"""Of live engines; requests are as much shorter, and SLOs as much longer."""
+"""Of live engines."""
 PACE = "llama-3.1-8b/a100/tp1"
 PUBLISHED = (
     "| llm-d, interactive alone | 37 / 71 / 73 | | 13 | | | |",
@@ -135,45 +136,51 @@ def simulated(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int])
     return tuple(found)
 
 
-def shape(cycles: int) -> list[str]:
-    """Overrides for that many of the test's cycles."""
-    return [f"workload.0.generate.duration={CYCLE_S * cycles}"]
+def shape(cycles: int, slower: float = 1.0) -> list[str]:
+    """Overrides for that many of the test's cycles, with engines that are so much slower."""
+    chat = load_scenario(SCENARIO).classes["chat"]
+    requests = round(1000 * cycles / CYCLES / slower)
+    return [
+        f"workload.0.generate.duration={CYCLE_S * cycles}",
+        f"workload.0.rate_scale={1 / slower}",
+        f"classes.chat.ttft={chat.ttft_s * slower}",
+        f"classes.chat.itl={chat.itl_s * slower}",
+        *(f"batch_job.{number}.requests={requests}" for number in range(3)),
+    ]
 
 
-def live(policies: Sequence[str], seed: int, cycles: int) -> tuple[dict[str, Figures], ...]:
+def live(policies: Sequence[str], seed: int, cycles: int, slower: float) -> tuple[dict[str, Figures], ...]:
     """Likewise, in real time."""
+    found: tuple[dict[str, Figures], ...] = ({}, {})
+    asked = shape(cycles, slower)
     with tempfile.TemporaryDirectory() as folder:
-        found: tuple[dict[str, Figures], ...] = ({}, {})
         for policy in policies:
             for case, extra in zip(found, ([f"batch_job={ALONE}"], []), strict=True):
                 words = "beside the batch" if case is found[1] else "alone"
                 print(f"{policy} {words}: about {CYCLE_S * cycles / 60:.0f} minutes or more", file=sys.stderr)
-                work = Path(folder) / f"{policy}-{len(found[0])}-{len(found[1])}"
+                work = Path(folder) / f"{policy} {words}"
                 work.mkdir()
-                case[policy] = figures(_one_live(work, policy, seed, [*shape(cycles), *extra]))
-        return found
+                case[policy] = figures(_one_live(work, policy, seed, slower, [*asked, *extra]))
+    return found
 
 
-def _one_live(work: Path, policy: str, seed: int, overrides: Sequence[str]) -> chiron.Result:
-    chat = load_scenario(SCENARIO).classes["chat"]
-    slos = {"ttft_s": SLOWER * chat.ttft_s, "itl_s": SLOWER * chat.itl_s}
-    (work / "pace.json").write_text(paced(), encoding="utf-8")
-    (work / "chiron.toml").write_text(CONFIG.format(policy=policy, **slos), encoding="utf-8")
-    asked = [*overrides, *(f"classes.chat.{key.removesuffix('_s')}={value}" for key, value in slos.items())]
-    share = str(1 / SLOWER)
+def _one_live(work: Path, policy: str, seed: int, slower: float, asked: Sequence[str]) -> chiron.Result:
+    chat = load_scenario(SCENARIO, asked).classes["chat"]
+    (work / "pace.json").write_text(paced(slower), encoding="utf-8")
+    config = CONFIG.format(policy=policy, ttft_s=chat.ttft_s, itl_s=chat.itl_s)
+    (work / "chiron.toml").write_text(config, encoding="utf-8")
     with Gateway(work) as gateway:
         command = [sys.executable, "-m", "chiron", "load", "--url", gateway.url, "--scenario", SCENARIO]
         command += [word for one in asked for word in ("--set", one)]
-        command += ["--seed", str(seed), "--input-scale", share, "--output-scale", share]
-        command += ["--save", str(work / "run.chiron")]
+        command += ["--seed", str(seed), "--save", str(work / "run.chiron")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return chiron.load_result(work / "run.chiron")
 
 
-def paced() -> str:
-    """The profile, its steps that much longer."""
+def paced(slower: float) -> str:
+    """The profile, its steps so much longer."""
     profile = json.loads((PACKAGED / f"{PACE}.json").read_text(encoding="utf-8"))
-    return json.dumps({key: value * SLOWER if "_ms" in key else value for key, value in profile.items()})
+    return json.dumps({key: value * slower if "_ms" in key else value for key, value in profile.items()})
 
 
 def table(alone: dict[str, Figures], beside: dict[str, Figures]) -> str:
@@ -212,6 +219,7 @@ def _row(name: str, one: Figures, ttft_alone_s: float, itl_alone_s: float) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--live", action="store_true", help="in real time, with engines that are paced")
+    parser.add_argument("--slower", type=float, default=SLOWER, help="live: engines, rates and SLOs, by this factor")
     parser.add_argument("--cycles", type=int, choices=range(1, CYCLES + 1), help=f"default: {CYCLES}; live 1")
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(POLICIES)}; live {' '.join(LIVE_POLICIES)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="live, the first")
@@ -220,7 +228,7 @@ def main() -> None:
     cycles = given.cycles or (1 if given.live else CYCLES)
     policies = given.policies or (LIVE_POLICIES if given.live else POLICIES)
     if given.live:
-        alone, beside = live(policies, given.seeds[0], cycles)
+        alone, beside = live(policies, given.seeds[0], cycles, given.slower)
     else:
         alone, beside = simulated(load_scenario(SCENARIO, shape(cycles)), policies, given.seeds)
     print(table(alone, beside))

@@ -44,13 +44,20 @@ def test_ratios_are_over_the_least_of_all_that_ran_alone(bench: ModuleType) -> N
 
 def test_engines_that_are_paced_take_as_much_longer_for_each_part_of_a_step(bench: ModuleType) -> None:
     fast = (bench.PACKAGED / f"{bench.PACE}.json").read_text()
-    first, slower = (bench.json.loads(text) for text in (fast, bench.paced()))
+    first, slower = (bench.json.loads(text) for text in (fast, bench.paced(4)))
     times = [key for key in first if "_ms" in key]
     assert len(times) == 7
-    assert [slower[key] for key in times] == [bench.SLOWER * first[key] for key in times]
+    assert [slower[key] for key in times] == [4 * first[key] for key in times]
     assert {key: slower[key] for key in slower if key not in times} == {
         key: first[key] for key in first if key not in times
     }
+
+
+def test_slower_engines_get_fewer_requests_and_have_more_time(bench: ModuleType) -> None:
+    scenario = load_scenario(bench.SCENARIO, bench.shape(3, 4))
+    assert scenario.workload[0].rate_scale == 0.25
+    assert [job.requests for job in scenario.batch_job] == [250, 250, 250]
+    assert scenario.classes["chat"].ttft_s == pytest.approx(0.4)
 
 
 @pytest.mark.slow
