@@ -31,6 +31,8 @@ class Asked:
     seeds: tuple[int, ...]
     baseline: str
     """The policy that the others are compared with."""
+    bound_each: bool = False
+    """Also the lower bound of each run, for what it delivered; else only that of the workload."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.policies:
@@ -77,8 +79,12 @@ def grid(scenario: Scenario, asked: Asked, runner: Runner) -> list[Cell]:
         # All policies of a seed have one workload, and so one bound.
         ended = runner.run(
             [
-                trial(s, name=f"{s.label} at load {load:g}, seed {s.seed}", with_bound=s.label == asked.policies[0])
-                for s in made
+                trial(
+                    setup,
+                    name=f"{setup.label} at load {load:g}, seed {setup.seed}",
+                    with_bound=asked.bound_each or setup.label == asked.policies[0],
+                )
+                for setup in made
             ]
         )
         outcomes: dict[tuple[str, int], Outcome] = {

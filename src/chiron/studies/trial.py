@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ast import Import, ImportFrom, parse, walk
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
 from chiron.workload.types import Programs, Workload
@@ -24,6 +26,11 @@ NOT_IN_KEY = ("scenario", "scenario_text", "label", "workload")
 BOUNDS = ("gpu_hours_bound", "gpu_hours_bound_full", "cost_bound")
 CODE = ("core", "control", "engines", "fleet", "policies", "runtime", "sim", "telemetry", "workload")
 """Packages that a simulation runs."""
+RIVALS = "policies/rivals"
+LISTS = ("policies/registry.py", "policies/starts.py")
+"""Files that say which policies there are, and what tunings begin from."""
+TUNED = "tuned_settings.py"
+"""File of the rivals that only lists all of them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +80,7 @@ def workload_digest(workload: Workload | Programs) -> str:
 
 def _key(setup: Setup, with_bound: bool) -> str:
     """Of all that the result depends on: requests, fleet, policy, seed, and the code."""
-    digest = sha256(f"{code_digest()} {with_bound} {workload_digest(setup.workload)}".encode())
+    digest = sha256(f"{code_digest(setup.policy)} {with_bound} {workload_digest(setup.workload)}".encode())
     for field in fields(setup):
         if field.name not in NOT_IN_KEY:
             value = getattr(setup, field.name)
@@ -84,16 +91,57 @@ def _key(setup: Setup, with_bound: bool) -> str:
 
 
 @cache
-def code_digest() -> str:
-    """Of the source that simulates: what was computed by another version is computed anew."""
-    digest = sha256()
-    for path in _sources():
+def code_digest(policy: str, package: Path | None = None) -> str:
+    """Of the source that simulates this policy: what was computed by another version is computed anew. Another
+    rival's own files are not among it, so that a new rival leaves what is known of the others as it is."""
+    root = package or Path(str(resources.files("chiron")))
+    digest = sha256(_of_others(root))
+    if policy in POLICIES:
+        digest.update(POLICIES[policy].make.__qualname__.encode())
+    for path in _rivals_of(policy, root):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _sources() -> Iterator[Path]:
-    root = Path(str(resources.files("chiron")))
+def _of_others(root: Path) -> bytes:
+    """Of all that simulates but rivals, and what lists them."""
+    digest = sha256()
     for package in CODE:
-        yield from sorted((root / package).rglob("*.py"))
+        for path in sorted((root / package).rglob("*.py")):
+            if root / RIVALS not in path.parents and path not in [root / name for name in LISTS]:
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _rivals_of(policy: str, root: Path) -> list[Path]:
+    """The rivals' files that this policy runs: that of its maker, those of its settings, and what these import."""
+    entry = POLICIES.get(policy)
+    if entry is None:
+        return sorted((root / RIVALS).rglob("*.py"))
+    modules = [entry.make.__module__, *(kind.__module__ for kind in entry.settings.__mro__)]
+    wanted = [path for module in modules for path in _file_of(module, root)]
+    found: dict[Path, None] = {}
+    while wanted:
+        path = wanted.pop()
+        if path not in found:
+            found[path] = None
+            wanted += [each for module in _imported(path) for each in _file_of(module, root)]
+    return sorted(found)
+
+
+def _file_of(module: str, root: Path) -> list[Path]:
+    """None if it is no rival's. What a tuning found is in the settings themselves."""
+    place = root.joinpath(*module.split(".")[1:])
+    found = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+    return [path for path in found if root / RIVALS in path.parents and path.name != TUNED]
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in walk(parse(path.read_bytes())):
+        if isinstance(node, Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

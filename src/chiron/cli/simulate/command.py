@@ -163,6 +163,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="Of a grid: results, and what makes it resumable.")
     ] = None,
+    bound_each: Annotated[
+        bool, typer.Option("--bound-each", help="Of a grid: the lower bound of each run, not only of each workload.")
+    ] = False,
     ray: RayOption = "",
     ray_python: RayPythonOption = "",
 ) -> None:
@@ -194,6 +197,7 @@ def compare(
             policies=labels,
             seeds=tuple(chosen or loaded.seeds),
             baseline=baseline or labels[0],
+            bound_each=bound_each,
         )
         where = executor("auto" if jobs is None else str(jobs), ray, ray_python)
         compare_grid(loaded, asked, where, GridOutputs(json=json_, report=report, figures=figures, out=out))
