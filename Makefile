@@ -37,7 +37,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures docs-staged paper lock clean
+.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures loads docs-staged paper lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -116,7 +116,16 @@ $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 	@cd $(COMPILED) && CHIRON_COMPILE=1 $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	@touch $@
 
+# All that is published, run by the compiled build where there is one. What was simulated is kept in $(OUT)/published and
+# $(OUT)/loads, by policy, load, seed and the code that they run: a new policy costs its own runs.
+RUN = PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m chiron
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
+LOADS ?= 0.4,1,2
+LOAD_SEEDS ?= 1..5
+COMMA := ,
+SEEDS_LISTED = $(subst $() $(),$(COMMA),$(strip $(SEEDS)))
+EVERY = $(if $(POLICIES),$(POLICIES:%=-p %),$$($(BIN)/python -c \
+	'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))'))
 
 # Every policy gets as many trials; chiron's own defaults stand, whatever is found.
 RIVALS = $(BIN)/python -c 'from chiron.policies.registry import POLICIES as p; \
@@ -131,7 +140,7 @@ tune: $(VENV)/.demo ## Tune every policy fairly, on traffic that is not publishe
 	@cp $(OUT)/tuned.toml src/chiron/data/tuned.toml
 	@$(BIN)/python tools/write_tuned.py
 
-figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (long)
+figures: $(VENV)/.demo $(COMPILED)/.built $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (an hour; resumable)
 	@mkdir -p docs/figures
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
@@ -141,18 +150,28 @@ figures: $(VENV)/.demo $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/pu
 	@cp $(OUT)/published/results.md docs/results.md
 	@echo "docs/results.md and docs/figures are up to date"
 
-$(OUT)/published/%.ablation.json: $(SOURCES) | $(VENV)/.demo
+loads: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/loads/%.json) ## Every policy at three loads; writes docs/loads.md (half an hour; resumable)
+	@$(BIN)/python tools/loads_page.py --figure docs/figures/loads.svg $(PUBLISHED:%=$(OUT)/loads/%.json) > $(OUT)/loads/loads.md
+	@cp $(OUT)/loads/loads.md docs/loads.md
+	@echo "docs/loads.md is up to date"
+
+FORCE:
+
+$(OUT)/loads/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
 	@mkdir -p $(@D)
-	@$(BIN)/chiron compare $* -p chiron $(SEEDS:%=-s %) --json $@ \
+	@$(RUN) compare bench/loads/$*.toml $(EVERY) -p clairvoyant --loads $(LOADS) --seeds $(LOAD_SEEDS) --baseline chiron \
+		--out $(@D)/$* --json $@ > $(@D)/$*.txt
+
+$(OUT)/published/%.ablation.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
+	@mkdir -p $(@D)
+	@$(RUN) compare $* -p chiron --seeds $(SEEDS_LISTED) --bound-each --out $(@D)/$*.ablation --json $@ \
 		$(foreach a,$(ABLATIONS),-p $(firstword $(subst :, ,$a)) \
 		--set policies.$(firstword $(subst :, ,$a)).policy=chiron \
-		--set policies.$(firstword $(subst :, ,$a)).$(lastword $(subst :, ,$a)))
+		--set policies.$(firstword $(subst :, ,$a)).$(lastword $(subst :, ,$a))) > $(@D)/$*.ablation.txt
 
-$(OUT)/published/%.json: $(SOURCES) | $(VENV)/.demo
+$(OUT)/published/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
 	@mkdir -p $(@D)
-	@$(BIN)/chiron compare $* $(SEEDS:%=-s %) --json $@ \
-		$(if $(POLICIES),$(POLICIES:%=-p %),$$($(BIN)/python -c \
-		'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))'))
+	@$(RUN) compare $* $(EVERY) --seeds $(SEEDS_LISTED) --bound-each --out $(@D)/$* --json $@ > $(@D)/$*.txt
 
 $(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo
 	@mkdir -p $(@D)

@@ -2,7 +2,7 @@
 
     python tools/results_table.py [--figures FOLDER] FILE.json ... > docs/results.md
 
-Each file is what ``chiron compare SCENARIO --json`` wrote, named ``SCENARIO.json``; one named
+Each file is what ``chiron compare SCENARIO --json`` wrote, for a grid or not, named ``SCENARIO.json``; one named
 ``SCENARIO.ablation.json`` holds chiron beside itself with one part off. With ``--figures``, each scenario
 shows FOLDER/SCENARIO.svg. ``make figures`` makes them all.
 """
@@ -89,6 +89,8 @@ def read(path: Path) -> list[Policy]:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResultsError(f"{path}: cannot be read: {error}") from error
+    if isinstance(rows, dict) and isinstance(rows.get("cells"), list):  # Of a grid.
+        rows = [run | {"policy": cell["policy"]} for cell in rows["cells"] for run in cell["runs"].values()]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "policy" in row for row in rows):
         raise ResultsError(f"{path}: must be what `chiron compare --json` writes: an array of objects with a 'policy'")
     by_name: dict[str, list[Row]] = {}

@@ -124,3 +124,15 @@ def test_it_reads_what_compare_writes(tmp_path: Path) -> None:
     hours = [r["gpu_hours"] for r in json.loads(out.read_text())]
     assert row[2].startswith(f"{sum(hours) / 2:.2f}")
     assert len(row) == 11
+
+
+def test_a_grid_is_read_like_a_list_of_runs(tmp_path: Path) -> None:
+    runs = [run("chiron", 1, 0.995, 4.0), run("chiron", 2, 1.0, 5.0, bound=4.0), run("static", 1, 0.9, 9.0)]
+    cells = [
+        {"policy": name, "load": 1.0, "runs": {str(each["seed"]): each for each in runs if each["policy"] == name}}
+        for name in ("chiron", "static")
+    ]
+    for number, text in enumerate((runs, {"cells": cells})):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "azure.json").write_text(json.dumps(text))
+    assert page(tmp_path / "1" / "azure.json") == page(tmp_path / "0" / "azure.json")

@@ -15,7 +15,6 @@ from chiron.policies.capacity import work_s
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.views import LocalDecision, LocalView
 
-
 LEAST_TARGET: Final = 2.0
 """Of what a step takes without any work; the step to aim at is no shorter where the SLO allows that."""
 
