@@ -45,6 +45,7 @@ def section(heading: str) -> str:
         ("sarathi", "`sarathi`"),
         ("niyama", "`niyama`"),
         ("autellix", "`autellix`"),
+        ("autothrottle", "`autothrottle`"),
         ("static", "`static`"),
     ],
 )

@@ -13,6 +13,7 @@ from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
 from chiron.policies.rivals.autellix import AutellixSettings, make_autellix
+from chiron.policies.rivals.autothrottle import AutothrottleSettings, make_autothrottle
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
@@ -169,6 +170,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=AutellixSettings,
         make=make_autellix,
         about="Autellix (2025): a fixed fleet that serves calls by what their programs have had; needs programs",
+    ),
+    "autothrottle": PolicyEntry(
+        settings=AutothrottleSettings,
+        make=make_autothrottle,
+        about="Autothrottle (NSDI '24) on the max batch size of a fixed fleet: Captains with a bandit above them",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

@@ -64,12 +64,11 @@ def test_replicas_are_the_sum_over_patterns_of_load_over_what_an_instance_does()
 
 def test_what_is_rare_is_left_out_and_its_load_is_not() -> None:
     many = tuple(arrival(990 + second, 40) for second in range(10))
-    odd = replace(arrival(995, 9), input_tokens=9 * 60_000.0, input_square=9 * 3.6e9)
-    alone, beside = plans(many)[0], plans((*many, odd))[0]
-    share = 409.0 / 400.0
-    assert beside.numbers["optimum"] == ceil(share * 40.0 / per_s(mix(CHAT))) == alone.numbers["optimum"]
-    ten = replace(odd, requests=10, input_tokens=6e5, input_square=3.6e10)
-    assert plans((*many, ten))[0].numbers["optimum"] > beside.numbers["optimum"]
+    rare = tuple(replace(arrival(991, 9), input_tokens=9.0 * 2**n, input_square=9.0 * 4**n) for n in range(17))
+    (beside,) = plans((*many, *(each for each in rare if each.input_tokens != 9.0 * 512)))
+    assert beside.numbers["optimum"] == ceil(54.4 / per_s(mix(CHAT))) > ceil(40.0 / per_s(mix(CHAT)))
+    ten = replace(rare[16], requests=10, input_tokens=10.0 * 2**16, input_square=10.0 * 4**16)
+    assert plans((*many, ten))[0].numbers["optimum"] > ceil(41.0 / per_s(mix(CHAT)))
 
 
 def test_with_too_few_requests_the_fleet_stays_and_with_none_it_goes_to_the_least() -> None:
