@@ -24,7 +24,7 @@ from chiron.config.scenario import load_scenario
 from chiron.sim.run import simulate
 from chiron.telemetry.series import gpus_over_time
 
-MODE = ("whole-hpa", "whole-hpa-tuned", "whole-chiron", "stage-hpa", "stage-queue", "stage-balance")
+MODE = ("whole-hpa", "whole-hpa-tuned", "whole-chiron", "stage-hpa", "stage-queue", "stage-balance", "stage-petals")
 BASE = (
     "duration=15m",
     "policies.whole-hpa-tuned={policy='hpa-queue-tuned'}",
@@ -278,6 +278,8 @@ ended, what engines reported a second ago.
 - `stage-hpa`: four stages of ten layers, one GPU for each replica, an HPA on each stage's utilisation (target 0.7);
   `stage-queue`: on the sequences that wait for it (target 5).
 - `stage-balance`: ours, the fewest replicas with which a queue model of the pipeline keeps the SLOs.
+- `stage-petals`: as many replicas as at time 0, each at the layers where the pipeline is weakest, and sequences routed
+  by least delay, as Petals has it: what becomes of stages when nothing grows.
 
 `chiron compare staged` prints such a table, and `--report` draws the replicas of each stage.
 

@@ -14,6 +14,7 @@ from chiron.engines.profile import Profile
 from chiron.engines.stage_profiles import whole_profile
 from chiron.fleet.model import Failures
 from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.stages.petals import StagePetalsSettings
 from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.sim.run import Simulation, simulate
 from chiron.sim.setup import Setup
@@ -94,6 +95,7 @@ def random_setup(seed: int, stage_policy: str, policy: str = "static") -> Setup:
         ("", "static"),
         pytest.param("stage-hpa", "hpa-queue", marks=pytest.mark.slow),
         pytest.param("stage-balance", "chiron", marks=pytest.mark.slow),
+        pytest.param("stage-petals", "static", marks=pytest.mark.slow),
     ],
 )
 def test_fast_forward_equals_step_mode_and_each_request_ends_once(stage_policy: str, policy: str) -> None:
@@ -135,6 +137,8 @@ def test_replicas_never_have_more_gpus_than_there_are(stage_policy: str) -> None
     slow = replace(ROOMY, h_ms=40.0, f_ms_per_token=3.0)
     busy = [(t / 6, 20, 40, 0, 1) for t in range(600)]
     setup = staged(setup_of(busy, settings=StaticSettings(), initial=2), [ROOMY, slow], stage_policy)
+    if stage_policy == "stage-petals":  # It has as many as it is told, whatever the load.
+        setup = replace(setup, stage_settings=StagePetalsSettings(servers=8))
     peaks = {}
     for limit in (6, 60):
         simulation = Simulation(replace(setup, gpus_max={"g": limit}))
@@ -148,7 +152,7 @@ def test_the_bottleneck_gets_the_replicas_and_the_bill_is_that_of_the_replicas()
     slow = replace(quick, h_ms=40.0, f_ms_per_token=3.0)
     draw = Random("busy")
     busy = [(t / 6, draw.randint(5, 30), draw.randint(10, 60), 0, 1) for t in range(900)]
-    for stage_policy in STAGE_POLICIES:
+    for stage_policy in ("stage-hpa", "stage-balance"):  # Those that grow with the load.
         setup = staged(setup_of(busy, settings=StaticSettings()), [quick, slow, quick], stage_policy)
         simulation = Simulation(setup)
         simulation.run()

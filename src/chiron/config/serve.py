@@ -60,8 +60,8 @@ class ServeFile:
     policy: str = "chiron"
     """A policy (``chiron policies``), or the label of one of the ``[policies]`` tables."""
     stage_policy: str = ""
-    """Replicas of the stages of pipelines: ``stage-hpa`` or ``stage-balance``, with its defaults; empty: as ``stages``
-    of the policy's table says, and without it they stay at their minimum."""
+    """Replicas of the stages of pipelines: ``stage-hpa``, ``stage-balance`` or ``stage-petals``, with its defaults;
+    empty: as ``stages`` of the policy's table says, and without it they stay at their minimum."""
     policies: Mapping[str, PolicyChoice] = field(default_factory=dict)
     """Settings of policies, by label, as in scenario files."""
     server: ServerSettings = field(default_factory=ServerSettings)

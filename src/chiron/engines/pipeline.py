@@ -49,6 +49,7 @@ from chiron.engines.model import (
     StepTable,
 )
 from chiron.engines.profile import Profile
+from chiron.policies.views import ReplicaView
 
 
 class ReplicaSource(Protocol):
@@ -154,6 +155,7 @@ class PipelineModel(EngineModel):
         "_left",
         "_rebase_at",
         "_round_tokens",
+        "_route",
         "_source",
         "_stage_times",
         "_stages",
@@ -175,9 +177,10 @@ class PipelineModel(EngineModel):
         kv_seconds_per_token: float = 0.0,
         step_mode: bool = False,
         stepped: Callable[[Iterable[int]], None] | None = None,
+        route: Callable[[Sequence[ReplicaView], int, int], int] | None = None,
     ) -> None:
         """``profile``: what is the pipeline's own, its request overhead and most sequences; ``replicas``: the numbers
-        of those of each stage that are up."""
+        of those of each stage that are up; ``route``: as a policy has it, None: the replica with fewest sequences."""
         super().__init__(
             clock=clock,
             instance=instance,
@@ -191,6 +194,7 @@ class PipelineModel(EngineModel):
         self._kind = kind
         self._stage_times = list(stages)
         self._source = source
+        self._route = route
         self._capacity_told = capacity_told
         self._claims: dict[int, _Claim] = {}
         self._left: tuple[_Replica, ...] = ()
@@ -344,8 +348,11 @@ class PipelineModel(EngineModel):
     def _kv_used(self, replica: _Replica) -> int:
         return replica.kv + replica.context + replica.batch * self.step
 
-    def _choose(self, need: int) -> tuple[_Replica, ...] | None:
-        """The replica of each stage with fewest sequences and room for this one; None: some stage has none."""
+    def _choose(self, need: int, request: Request) -> tuple[_Replica, ...] | None:
+        """The replica of each stage with fewest sequences and room for this one, or the one that the policy routes it
+        to; None: some stage has none."""
+        if self._route is not None:
+            return self._routed(need, request)
         path = []
         for stage, times in zip(self._stages, self._stage_times, strict=True):
             best: _Replica | None = None
@@ -359,6 +366,32 @@ class PipelineModel(EngineModel):
             if best is None:
                 return None
             path.append(best)
+        return tuple(path)
+
+    def _routed(self, need: int, request: Request) -> tuple[_Replica, ...] | None:
+        route, path = self._route, []
+        assert route is not None
+        for number, (stage, times) in enumerate(zip(self._stages, self._stage_times, strict=True)):
+            room = [
+                each
+                for each in stage.replicas
+                if not each.draining
+                and each.sequences < times.max_num_seqs
+                and self._kv_used(each) + need + each.batch <= times.kv_capacity_tokens
+            ]
+            if not room:
+                return None
+            first, last = self._kind.stages[number].layers
+            views = [
+                ReplicaView(
+                    layers=last - first + 1,
+                    hop_s=self._kind.hop_s,
+                    sequences=each.sequences,
+                    kv_left_tokens=times.kv_capacity_tokens - self._kv_used(each),
+                )
+                for each in room
+            ]
+            path.append(room[route(views, request.input_tokens, request.id)])
         return tuple(path)
 
     def _release(self, request_id: int) -> None:
@@ -565,7 +598,7 @@ class PipelineModel(EngineModel):
             request = sequence.request
             restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
             need = restore or sequence.prompt
-            path = self._choose(need)
+            path = self._choose(need, request)
             if path is None:
                 return
             waiting.popleft()

@@ -33,6 +33,7 @@ from chiron.policies.views import (
     Migration,
     PipelineView,
     PolicyState,
+    ReplicaView,
     StagePlan,
     StepTimes,
     StepView,
@@ -242,6 +243,7 @@ FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
 LabelHook = Callable[[Any, Mapping[Role, int]], Sequence[Role]]
 StagesHook = Callable[[Any, PolicyState, PipelineView], tuple[tuple[StagePlan, ...], PolicyState]]
+RouteHook = Callable[[Any, Sequence[ReplicaView], int, int], int]
 MigrationHook = Callable[[Any, PolicyState, FleetView], tuple[tuple[Migration, ...], PolicyState]]
 
 
@@ -290,6 +292,10 @@ class Policy:
     order. None: they stay as configured."""
     stages_settings: Any = None
     """Passed to ``stages``, which may come from another policy than the rest (``policies.stages``)."""
+    route: RouteHook | None = None
+    """Which replica of a stage a sequence takes, of those that have room (never none): by its prompt's KV tokens and
+    the request's id. With ``stages_settings``. None: the one with the fewest. Pipelines that are not models choose
+    themselves, so only a simulation can run it."""
     stages_period_s: float = 15.0
     fleet_period_s: float = 30.0
     fleet_first_s: float = 0.0
@@ -326,3 +332,4 @@ class StagePolicyEntry:
     period_s: Callable[[Any], float]
     """Between two ticks, under these settings."""
     about: str
+    route: RouteHook | None = None

@@ -299,6 +299,18 @@ class PipelineView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaView:
+    """One replica of a stage that has room for a sequence, when that comes."""
+
+    layers: int
+    hop_s: float
+    """Of a message to it."""
+    sequences: int
+    """That have a place there."""
+    kv_left_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """How many replicas one stage should have, and why."""
 

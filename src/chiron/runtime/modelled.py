@@ -15,6 +15,7 @@ from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
 from chiron.fleet.model import FleetModel
 from chiron.policies.policy import Composer
+from chiron.policies.views import ReplicaView
 
 
 class ModelledEngines:
@@ -38,11 +39,12 @@ class ModelledEngines:
         wire: Wire | None = None,
         step_mode: bool = False,
         compose: Callable[[str], Composer] | None = None,
+        route: Callable[[Sequence[ReplicaView], int, int], int] | None = None,
     ) -> None:
         """``profiles`` by kind of instance; ``stages`` likewise, of those that are pipelines. ``wire``: between the
         control plane and every engine, as a gateway has it; None: they call each other directly, and only then
         ``step_mode`` may be off or on. ``compose`` makes the composer of an engine of a model, of a policy that has
-        such a hook."""
+        such a hook; ``route`` chooses replicas of stages, likewise."""
         if stages and wire is not None:
             raise ValueError("pipelines of stages are simulated without a wire only")
         if compose is not None and (stages or wire is not None):
@@ -59,6 +61,7 @@ class ModelledEngines:
         self._faults = {request: iter(faults) for request, faults in wire.faults.items()} if wire is not None else {}
         self._step_mode = step_mode
         self._compose = compose
+        self._route = route
 
     def make(self, instance: Instance) -> EngineModel | RemoteEngine:
         profile, times = self._profiles[instance.kind.name], self._times[instance.kind.name]
@@ -110,6 +113,7 @@ class ModelledEngines:
             capacity_told=self.samples.capacity_told,
             kv_seconds_per_token=kv_bytes / self._bytes_per_s if self._bytes_per_s > 0 else 0.0,
             step_mode=self._step_mode,
+            route=self._route,
         )
         # Once the control plane knows it.
         self._clock.call_at(self._clock.now_s, engine.tell_capacity)

@@ -109,6 +109,7 @@ class Simulation:
             wire=setup.wire,
             step_mode=step_mode,
             compose=None if compose is None else partial(self._composer, compose),
+            route=None if self.policy.route is None else partial(self.policy.route, self.policy.stages_settings),
         )
         self.engines = engines.made
         self.fleet = FleetModel(

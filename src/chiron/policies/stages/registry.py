@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from chiron.policies.policy import Policy, StagePolicyEntry
-from chiron.policies.stages import balance, hpa
+from chiron.policies.stages import balance, hpa, petals
 
 STAGE_POLICIES: dict[str, StagePolicyEntry] = {
     "stage-hpa": StagePolicyEntry(
@@ -21,6 +21,13 @@ STAGE_POLICIES: dict[str, StagePolicyEntry] = {
         period_s=lambda settings: float(settings.tick_s),
         about="ours: the fewest replicas with which a queue model of the pipeline keeps TTFT and ITL, bottleneck first",
     ),
+    "stage-petals": StagePolicyEntry(
+        settings=petals.StagePetalsSettings,
+        decide=petals.decide_stages,
+        period_s=lambda settings: float(settings.tick_s),
+        about="Petals: a fixed number of replicas, each at the layers where the pipeline is weakest",
+        route=petals.route,
+    ),
 }
 
 
@@ -33,4 +40,10 @@ def with_stages(policy: Policy, name: str, settings: Any = None) -> Policy:
     settings = entry.settings() if settings is None else settings
     # A static max batch size is that of one engine; here each replica has its own.
     policy = replace(policy, initial_max_batch_size=None)
-    return replace(policy, stages=entry.decide, stages_settings=settings, stages_period_s=entry.period_s(settings))
+    return replace(
+        policy,
+        stages=entry.decide,
+        route=entry.route,
+        stages_settings=settings,
+        stages_period_s=entry.period_s(settings),
+    )
