@@ -46,6 +46,7 @@ def section(heading: str) -> str:
         ("niyama", "`niyama`"),
         ("autellix", "`autellix`"),
         ("autothrottle", "`autothrottle`"),
+        ("alise-like", "`alise-like`"),
         ("static", "`static`"),
     ],
 )

@@ -36,6 +36,7 @@ from chiron.workload.errors import WorkloadError
 from chiron.workload.generate import Arrivals, ClosedLoop, generate
 from chiron.workload.lengths import ConstantTokens, IndependentLengths, Lengths, LognormalTokens
 from chiron.workload.load import load_lengths, load_trace
+from chiron.workload.predicted import with_predictions
 from chiron.workload.programs import ProgramShape, ProgramStream
 from chiron.workload.select import begins_s, kept
 from chiron.workload.transform import concat
@@ -85,7 +86,7 @@ def setups(
             stages=served.stages,
             initial=served.initial,
             gpus_max=dict(scenario.gpus),
-            workload=workloads[seed],
+            workload=_predicted(workloads[seed], choice.settings, seed),
             history=pasts[seed],
             policy=choice.policy,
             settings=choice.settings,
@@ -105,6 +106,12 @@ def setups(
         for seed in chosen
         for served in (by_seed[seed, bool(choice.stages)],)
     ]
+
+
+def _predicted(workload: Workload, settings: object, seed: int) -> Workload:
+    """With what the policy's length predictor says, if it has one."""
+    error = getattr(settings, "length_error", None)
+    return workload if error is None else with_predictions(workload, error, seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

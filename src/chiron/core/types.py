@@ -61,6 +61,7 @@ class Request:
         "outcome",
         "payload",
         "pinned",
+        "predicted_tokens",
         "prefill_cost_s",
         "program",
         "ran",
@@ -151,6 +152,8 @@ class Request:
         self.program = ""
         """The program (an agent, a chat) that makes this call, by a name of its own; empty: it is a request of its own.
         Not changed after ``submit``."""
+        self.predicted_tokens = 0
+        """Of its answer, by a predictor that a policy has; 0: nobody has predicted it."""
         self.turn: Any = None
         """The order's own note about the turn that it had."""
         self.retry_after_s = 0.0

@@ -144,16 +144,18 @@ class LeveledComposer:
         self._look(view.now_s)
         if view.step % self._every_steps:
             return ()
-        for entry in self._decoding.values():
-            self._relevel(entry, entry.made(view.step))
         first = self._queue.head(False)
         if first is None or (head := self._entries[first.id]).placed:
             return ()  # Nobody waits, or the next one has its place already.
         need, places, free = head.kv_tokens(), view.places_free, view.kv_free_tokens - view.decoding
+        if places > 0 and free >= need:
+            return ()
+        for entry in self._decoding.values():
+            self._relevel(entry, entry.made(view.step))
+        worse = [entry for entry in self._decoding.values() if entry.level > head.level]
         leaving: list[Request] = []
-        worst = sorted(self._decoding.values(), key=lambda entry: entry.rank, reverse=True)
-        for entry in worst:
-            if (places > 0 and free >= need) or entry.level <= head.level:
+        for entry in sorted(worse, key=lambda entry: entry.rank, reverse=True):
+            if places > 0 and free >= need:
                 break
             if entry.began_step < view.step:  # It has made a token since it was let in.
                 leaving.append(entry.request)

@@ -12,6 +12,7 @@ from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
+from chiron.policies.rivals.alise import AliseSettings, make_alise
 from chiron.policies.rivals.autellix import AutellixSettings, make_autellix
 from chiron.policies.rivals.autothrottle import AutothrottleSettings, make_autothrottle
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
@@ -175,6 +176,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=AutothrottleSettings,
         make=make_autothrottle,
         about="Autothrottle (NSDI '24) on the max batch size of a fixed fleet: Captains with a bandit above them",
+    ),
+    "alise-like": PolicyEntry(
+        settings=AliseSettings,
+        make=make_alise,
+        about="after ALISE (2024): a fixed fleet, shortest predicted time first, long answers swapped out",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,

@@ -280,6 +280,8 @@ def _requests(setup: Setup, waits: npt.NDArray[np.bool_] | None) -> Iterator[Req
             request.tenant = tenants[workload.tenant[row] if workload.tenant is not None else 0]
             if workload.programs is not None:
                 request.program = _program_of(workload, row)
+            if workload.predicted_tokens is not None:
+                request.predicted_tokens = int(workload.predicted_tokens[row])
             yield request
 
 
@@ -298,6 +300,8 @@ def _call(setup: Setup, row: int, now_s: float) -> Request:
     request.tenant = workload.tenants[int(workload.tenant[row]) if workload.tenant is not None else 0]
     if workload.programs is not None:
         request.program = _program_of(workload, row)
+    if workload.predicted_tokens is not None:
+        request.predicted_tokens = int(workload.predicted_tokens[row])
     return request
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from chiron.workload.types import Cascades, Floats, Programs, Workload
 
-COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant")
+COLUMNS = ("arrival_s", "input_tokens", "output_tokens", "model", "cls", "deadline_s", "tenant", "predicted_tokens")
 
 
 def begins_s(workload: Workload) -> Floats:

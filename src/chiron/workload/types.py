@@ -106,6 +106,8 @@ class Workload:
     """Index into ``tenants``; None: all are the first."""
     tenants: tuple[str, ...] = ("",)
     """API keys, by name."""
+    predicted_tokens: Ints | None = None
+    """Output lengths by a predictor, for policies that have one (``workload.predicted``)."""
     programs: Programs | None = None
     """None: every row is a request of its own."""
     cascades: Cascades | None = None
