@@ -308,6 +308,11 @@ def welcome(config: ServeConfig, url: str, advise: bool) -> str:
         kinds = ", ".join(_describe_kind(kind) for kind in model.kinds)
         bounds = _describe_bounds(model.min_instances, model.max_instances)
         lines.append(f"  model {model.name}: {kinds}; {bounds}; classes {', '.join(model.classes)}")
+    for model in config.cascades:
+        assert model.cascade is not None
+        lines.append(
+            f"  model {model.name}: {model.cascade.first} first, then {model.cascade.then} where that is unsure"
+        )
     names = ", ".join(key.name for key in config.keys)
     lines.append(f"  keys: {names or 'none, everybody who reaches the port may use every model'}")
     lines.append(f"  policy: {config.policy_label}")

@@ -59,7 +59,7 @@ class CascadeRule:
     def confidence(self, chosen: float, likeliest: Sequence[float]) -> float | None:
         """Of one token, from log-probabilities: its own and those of the likeliest. None: they do not tell."""
         if self.test == "logprob":
-            return chosen if isfinite(chosen) else None
+            return min(0.0, chosen) if isfinite(chosen) else None
         found = sorted((each for each in likeliest if isfinite(each)), reverse=True)
         if len(found) < 2:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,7 @@ def test_log_probabilities_are_those_that_were_asked_for(tmp_path: Path) -> None
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_busy_small_model_is_not_waited_for(tmp_path: Path) -> None:
     """Two places, both taken: after ``first_wait`` the large model answers."""
 
@@ -299,3 +301,42 @@ def test_the_config_names_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as error:
             parse_serve(good.replace(old, new), directory=tmp_path)
         assert words in str(error.value), str(error.value)
+
+
+@pytest.mark.slow
+def test_a_request_leaves_nothing_behind_for_the_garbage_collector(tmp_path: Path) -> None:
+    """Whoever answers, as a stream and in one piece."""
+
+    async def main() -> None:
+        small, large = ScriptedEngine(), ScriptedEngine(whole)
+        small.act, large.act = answer_and_forget(small), answer_and_forget(large)
+        async with cascade(tmp_path, small, large) as (_, origin):
+            for logprob, streams in ((SURE, False), (SURE, True), (UNSURE, False), (UNSURE, True)):
+
+                async def ask(logprob: float = logprob, streams: bool = streams) -> None:
+                    answer = await post(origin, {"stream": streams, "logit": logprob})
+                    assert answer.status == 200
+
+                await ask()
+                gc.collect()
+                gc.disable()
+                try:
+                    for _ in range(20):
+                        await ask()
+                    assert gc.collect() < 20, (logprob, streams)
+                finally:
+                    gc.enable()
+
+    def answer_and_forget(engine: ScriptedEngine) -> Callable[[Incoming], None]:
+        def act(incoming: Incoming) -> None:
+            engine.seen.clear()
+            incoming.on_close = None
+            fields = asked(incoming)
+            if fields.get("stream"):
+                say(incoming, *[fields["logit"]] * 4)
+            else:
+                whole(incoming)
+
+        return act
+
+    asyncio.run(main())

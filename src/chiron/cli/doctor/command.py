@@ -96,7 +96,7 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
         hint = "correct the config; docs/serve.md explains each key" if trouble else "install the packages above first"
         yield check("config", trouble or f"{path} was not read", FAIL, hint)
         return
-    names = ", ".join(model.name for model in config.models) or "no models of its own"
+    names = ", ".join(model.name for model in (*config.models, *config.cascades)) or "no models of its own"
     yield check("config", f"{path}: {names}; policy {config.policy_label}")
     connections = config.limits.connections_max
     yield file_limit_check(connections, connections * FILES_PER_CONNECTION + FILES_BESIDES)

@@ -296,7 +296,8 @@ class Uplink:
         held = Held(Request(number, model, cls, self.clock.elapsed_s(), input_tokens, call), message)
         if self.wire.up:
             self.held[number] = held
-            self._tell_turn(held)
+            if call.turn is not None:
+                self._tell_turn(held)
             self.wire.send(message)
         else:
             self.alone.check_room(held)
