@@ -37,7 +37,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures loads docs-staged paper lock clean
+.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures loads sensitivity co-serving evaluation docs-staged paper lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -118,7 +118,8 @@ $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 
 # All that is published, run by the compiled build where there is one. What was simulated is kept in $(OUT)/published and
 # $(OUT)/loads, by policy, load, seed and the code that they run: a new policy costs its own runs.
-RUN = PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python -m chiron
+COMPILED_PYTHON = PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python
+RUN = $(COMPILED_PYTHON) -m chiron
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
 LOADS ?= 0.4,1,2
 LOAD_SEEDS ?= 1..5
@@ -155,6 +156,16 @@ loads: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/loads/%.json) ## Ev
 	@cp $(OUT)/loads/loads.md docs/loads.md
 	@echo "docs/loads.md is up to date"
 
+sensitivity: $(VENV)/.demo $(COMPILED)/.built ## Cold starts, bursts, SLOs, step times, failures; writes docs/sensitivity.md (ten minutes; resumable)
+	@mkdir -p $(OUT)
+	@$(COMPILED_PYTHON) bench/sensitivity.py --journal $(OUT)/sensitivity.trials.jsonl --out docs/sensitivity.md
+
+co-serving: $(VENV)/.demo ## llm-d's public co-serving test in shape, simulated and live (twenty minutes)
+	@$(BIN)/python bench/co_serving.py
+	@$(BIN)/python bench/co_serving.py --live
+
+evaluation: figures loads sensitivity paper ## Every table and figure of the simulations anew (90 minutes on two idle cores; resumable)
+
 FORCE:
 
 $(OUT)/loads/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
@@ -185,8 +196,8 @@ $(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo
 docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (minutes)
 	@$(BIN)/python bench/staged.py --out docs/staged.md
 
-paper: $(VENV)/.demo ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour)
-	@$(BIN)/python bench/paper.py --out docs/paper.md
+paper: $(VENV)/.demo $(COMPILED)/.built ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour)
+	@$(COMPILED_PYTHON) bench/paper.py --out docs/paper.md
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock

@@ -8,10 +8,10 @@ published run keeps p99 TTFT at 1.36 times that of interactive traffic alone and
 of the time per token. Those are the bounds here; "alone" is the least that any of the policies has without the batch.
 
 Simulated: the packaged scenario ``co-serving``, seconds a run. ``--live``: two paced engines behind ``chiron serve``,
-the same requests from ``chiron load``, the jobs through ``/v1/batches``; engines at a quarter of the speed, requests at
-a quarter of the rate and SLOs four times as long (``--slower``), which is the same test on a longer scale of time, so
-that two cores show the engines' time and not their own. One cycle with its third of the batch, unless ``--cycles`` says
-more: three minutes without the batch and some four with it, for each policy.
+the same requests from ``chiron load``, the jobs through ``/v1/batches``; engines at half the speed, requests at half
+the rate and SLOs twice as long (``--slower``), which is the same test on a longer scale of time, so that two cores show
+the engines' time and not their own. One cycle with its third of the batch, unless ``--cycles`` says more: three minutes
+without the batch and some five with it, for each policy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ POLICIES = ("chiron", "chiron-paper", "qlm", "llumnix", "niyama", "static")
 LIVE_POLICIES = ("chiron", "static")
 ALONE = "[]"
 """For ``batch_job``: none."""
-SLOWER = 4
+SLOWER = 2
 """Of live engines."""
 PACE = "llama-3.1-8b/a100/tp1"
 PUBLISHED = (
