@@ -1,27 +1,38 @@
-"""``chiron`` on traffic that nothing in it was chosen for::
+"""``chiron`` on traffic that nothing in it was chosen for, beside who knows the future::
 
     python bench/unseen.py [NAME ...] [--policies chiron ...] [--set PATH=VALUE ...] [--seeds 11 12] [--after 0]
+    python bench/unseen.py --drawn 100-107 --policies chiron clairvoyant --write docs/unseen.md
 
-Eleven generated workloads on small fleets, each under a minute to run: bursts, spikes that come once, a surge that
-comes back, swings, long prompts beside short answers, tight SLOs, a large model that starts slowly, and batch jobs of
-several kinds. They are ours, so they show what a rule does to kinds of traffic; they are no sample of what anybody
-sends. Their parameters were written down before any rule was tried on them, but for two: ``rush`` and ``due`` came
-later, to see what a limit on growth for batch work does.
+Eleven workloads on small fleets, each under a minute to run: bursts, spikes that come once, a surge that comes back,
+swings, long prompts beside short answers, tight SLOs, a large model that starts slowly, and batch jobs of several
+kinds. They are ours, so they show what a rule does to kinds of traffic; they are no sample of what anybody sends.
+Their parameters were written down before any rule was tried on them, but for two: ``rush`` and ``due`` came later, to
+see what a limit on growth for batch work does.
 
-A line a run: attainment of the worst class, of each class, GPU-hours, and these over the lower bound for what was
-delivered.
+``--drawn`` has scenarios drawn at random (``drawn_traffic``), each after an hour of history that is not counted. Those
+below number 100 are for looking at; the others judge, and are used up by it.
+
+A line a run: attainment of the worst class, of each class, GPU-hours, these over the lower bound for what was
+delivered, and, with ``clairvoyant`` among the policies, over its.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 import chiron
-from chiron.config.scenario import parse_scenario
+from chiron.config.build import setups, workload_of
+from chiron.config.scenario import Scenario, parse_scenario
+from chiron.policies.scheduled import CLAIRVOYANT
+from chiron.sim.run import simulate
+from drawn_traffic import drawn
 
 HEAD = """
 [classes.chat]
@@ -122,31 +133,64 @@ UNSEEN = {
 }
 
 
-def run(name: str, policy: str, seeds: list[int], overrides: list[str], after_s: float) -> str:
-    scenario = parse_scenario(f'name = "{name}"\n' + UNSEEN[name], directory=Path(), name=name).with_overrides(
-        *overrides
-    )
-    cells = []
-    for result in chiron.compare(scenario, [policy], seeds, jobs=1):
-        table, classes = result.requests, result.classes
-        counted = (table.arrival_s >= after_s) & table.judged(classes)
-        attained = table.attained(classes)
-        shares = {
-            cls.name: 100 * float(attained[counted & (table.cls == index)].mean())
-            for index, cls in enumerate(classes)
-            if (counted & (table.cls == index)).any()
-        }
-        itl = np.nan_to_num(table.itl_s(), nan=0.0) > np.array([c.itl_s for c in classes])[table.cls]
-        hours = gpu_hours(result, after_s)
-        summary = result.summary
-        over = summary["gpu_hours"] / summary["gpu_hours_bound"]
-        each = " ".join(f"{key} {share:.2f}" for key, share in shares.items())
-        cells.append(
-            f"{name:10} {policy:22} {result.seed:3} {min(shares.values()):7.2f} {hours:7.2f} {over:6.2f}x"
-            f" peak {summary['gpus_peak']:3} itl missed {100 * float(itl[counted].mean()):.2f} | {each}"
-            f" | {summary['wall_s']:.1f} s"
+TARGET = 99.0
+"""Per cent of every class."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """One policy on one workload and seed."""
+
+    name: str
+    policy: str
+    seed: int
+    shares: dict[str, float]
+    """Per cent within the SLOs, by class."""
+    gpu_hours: float
+    over_bound: float
+    itl_missed: float
+    peak: int
+    wall_s: float
+
+    @property
+    def worst(self) -> float:
+        return min(self.shares.values())
+
+    def line(self, clairvoyant: Ran | None) -> str:
+        each = " ".join(f"{key} {share:.2f}" for key, share in self.shares.items())
+        over = f" {self.gpu_hours / clairvoyant.gpu_hours:5.2f}x clairvoyant" if clairvoyant is not None else ""
+        return (
+            f"{self.name:10} {self.policy:22} {self.seed:3} {self.worst:7.2f} {self.gpu_hours:7.2f}"
+            f" {self.over_bound:6.2f}x{over} peak {self.peak:3} itl missed {self.itl_missed:.2f} | {each}"
+            f" | {self.wall_s:.1f} s"
         )
-    return "\n".join(cells)
+
+
+def runs(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], after_s: float) -> Iterator[Ran]:
+    """What comes before ``calibration.first`` is a past that each policy has lived through."""
+    for seed in seeds:
+        past = workload_of(scenario, seed, part="calibration") if scenario.calibration is not None else None
+        for setup in setups(scenario, policies, [seed]):
+            result = simulate(setup if past is None else replace(setup, history=past))
+            table, classes = result.requests, result.classes
+            counted = (table.arrival_s >= after_s) & table.judged(classes)
+            attained = table.attained(classes)
+            itl = np.nan_to_num(table.itl_s(), nan=0.0) > np.array([c.itl_s for c in classes])[table.cls]
+            yield Ran(
+                name=scenario.name,
+                policy=result.policy,
+                seed=seed,
+                shares={
+                    cls.name: 100 * float(attained[counted & (table.cls == index)].mean())
+                    for index, cls in enumerate(classes)
+                    if (counted & (table.cls == index)).any()
+                },
+                gpu_hours=gpu_hours(result, after_s),
+                over_bound=result.summary["gpu_hours"] / result.summary["gpu_hours_bound"],
+                itl_missed=100 * float(itl[counted].mean()),
+                peak=result.summary["gpus_peak"],
+                wall_s=result.summary["wall_s"],
+            )
 
 
 def gpu_hours(result: chiron.Result, after_s: float) -> float:
@@ -158,18 +202,79 @@ def gpu_hours(result: chiron.Result, after_s: float) -> float:
     return float((gpus * lasts_s)[times >= after_s].sum() / 3600)
 
 
+def verdict(found: Sequence[tuple[Ran, Ran]]) -> str:
+    """Of pairs of a policy's run and the clairvoyant one."""
+    able = [(ran, best) for ran, best in found if best.worst >= TARGET]
+    kept = [(ran, best) for ran, best in able if ran.worst >= TARGET]
+    if not able:
+        return "the clairvoyant row keeps 99 % of every class in none of them"
+    over = [ran.gpu_hours / best.gpu_hours for ran, best in able]
+    return (
+        f"99 % of every class in {len(kept)} of the {len(able)} in which the clairvoyant row keeps it"
+        f" (of {len(found)} in all); GPU-hours over its in those {len(able)}:"
+        f" median {median(over):.2f}x, worst {max(over):.2f}x"
+    )
+
+
+def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
+    lines = [
+        "# Traffic that was never seen before",
+        "",
+        f"Made by `{command}`. Scenarios drawn at random, each from its number ([drawn_traffic.py]"
+        "(../bench/drawn_traffic.py)): an hour that every policy has lived through, and half an hour that counts.",
+        "",
+        "**clairvoyant** knows the future and pays whole instances and cold starts ([policies.md]"
+        "(policies.md#clairvoyant)); where it keeps no 99 % of a class, no fleet with this router would.",
+        "",
+        "| number | traffic | policy | worst class in SLO | GPU-hours | over clairvoyant | clairvoyant's worst class |",
+        "|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for about, ran, best in rows:
+        over = f"{ran.gpu_hours / best.gpu_hours:.2f}x"
+        lines.append(
+            f"| {ran.name} | {about} | `{ran.policy}` | {ran.worst:.2f} % | {ran.gpu_hours:.2f} | {over} |"
+            f" {best.worst:.2f} % |"
+        )
+    policies = dict.fromkeys(ran.policy for _, ran, _ in rows)
+    verdicts = [f"* `{p}`: {verdict([(r, b) for _, r, b in rows if r.policy == p])}." for p in policies]
+    return "\n".join([*lines, "", *verdicts, ""])
+
+
+def numbers(text: str) -> list[int]:
+    """``100-103`` or ``100``."""
+    first, _, last = text.partition("-")
+    return [*range(int(first), int(last or first) + 1)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("::")[0])
-    parser.add_argument("names", nargs="*", default=list(UNSEEN), metavar="NAME", help=", ".join(UNSEEN))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(UNSEEN))
+    parser.add_argument("--drawn", type=numbers, default=[], metavar="FROM-TO", help="scenarios drawn at random")
     parser.add_argument("--policies", nargs="+", default=["chiron"])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11])
     parser.add_argument("--after", type=float, default=0.0, help="count from this second on")
+    parser.add_argument("--write", type=Path, help="a page of the drawn ones beside the clairvoyant row")
     given = parser.parse_args()
-    for name in given.names:
-        for policy in given.policies:
-            print(run(name, policy, given.seeds, given.overrides, given.after))
+    found = {number: drawn(number) for number in given.drawn}
+    texts = {name: UNSEEN[name] for name in given.names or ([] if found else UNSEEN)}
+    texts |= {str(number): each.text for number, each in found.items()}
+    # First, so that the others can be compared with it.
+    policies = sorted(given.policies, key=lambda policy: policy != CLAIRVOYANT)
+    rows: list[tuple[str, Ran, Ran]] = []
+    for name, text in texts.items():
+        scenario = parse_scenario(f'name = "{name}"\n{text}', directory=Path(), name=name)
+        best: Ran | None = None
+        for ran in runs(scenario.with_overrides(*given.overrides), policies, given.seeds, given.after):
+            best = ran if ran.policy == CLAIRVOYANT else best
+            print(ran.line(best))
             sys.stdout.flush()
+            if best is not None and ran is not best:
+                rows.append((found[int(name)].about if name.isdigit() else name, ran, best))
+    for policy in dict.fromkeys(ran.policy for _, ran, _ in rows):
+        print(f"{policy}: {verdict([(ran, best) for _, ran, best in rows if ran.policy == policy])}")
+    if given.write is not None:
+        given.write.write_text(page("python bench/unseen.py " + " ".join(sys.argv[1:]), rows))
 
 
 if __name__ == "__main__":

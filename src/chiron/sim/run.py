@@ -57,11 +57,24 @@ def simulate(
     the lower bound (its figures are then 0).
     """
     started = time.perf_counter()
+    learned = None if setup.history is None else _lived_through(setup, setup.history, step_mode=step_mode)
     if setup.policy == CLAIRVOYANT and setup.settings.schedules is None:
-        setup = found(setup, lambda tried: simulate(tried, step_mode=step_mode, with_bound=False))
+        setup = found(setup, lambda tried: _ran(tried, learned, step_mode=step_mode).result(with_bound=False))
+    simulation = _ran(setup, learned, step_mode=step_mode, events=events, progress=progress)
+    return simulation.result(wall_s=time.perf_counter() - started, with_bound=with_bound)
+
+
+def _ran(
+    setup: Setup,
+    learned: Learned | None,
+    *,
+    step_mode: bool,
+    events: TextIO | None = None,
+    progress: Progress | None = None,
+) -> Simulation:
     simulation = Simulation(setup, step_mode=step_mode, events=events)
-    if setup.history is not None:
-        simulation.plane.restore(_lived_through(setup, setup.history, step_mode=step_mode), 0.0)
+    if learned is not None:
+        simulation.plane.restore(learned, 0.0)
     collecting = gc.isenabled()
     gc.disable()  # Nothing here is cyclic garbage in quantity; scanning a million requests again and again is costly.
     try:
@@ -69,7 +82,7 @@ def simulate(
     finally:
         if collecting:
             gc.enable()
-    return simulation.result(wall_s=time.perf_counter() - started, with_bound=with_bound)
+    return simulation
 
 
 def _lived_through(setup: Setup, history: Workload, *, step_mode: bool) -> Learned:
@@ -195,7 +208,7 @@ class Simulation:
         if progress is not None:
             progress(1.0)
 
-    def result(self, *, wall_s: float, with_bound: bool = True) -> Result:
+    def result(self, *, wall_s: float = 0.0, with_bound: bool = True) -> Result:
         setup, recorder, bill, workload = self.setup, self.recorder, self.fleet.bill, self.setup.workload
         table = recorder.table()
         points: tuple[ProgramPoint, ...] = ()
