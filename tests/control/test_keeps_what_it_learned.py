@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf, nan, sin
@@ -10,11 +11,13 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import pytest
 
-from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, LOAD_AGE_MAX_S, Learned, LearnedError, from_bytes
+from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, Learned, LearnedError, from_bytes
 from chiron.core.types import ModelSpec
 from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.policy import LOAD_AGE_MAX_S
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from scenario_factory import PROFILE, kind_of, setup_of
@@ -137,6 +140,10 @@ def replace_models(learned: Learned, models: Any) -> Learned:
     return Learned(policy=learned.policy, wall_s=learned.wall_s, models=models)
 
 
+def b64(*values: float) -> str:
+    return b64encode(np.array(values, dtype="<f4").tobytes()).decode()
+
+
 THREE_APART = [(0.999 if i == j else -0.5) if i < 3 and j < 3 else 0.0 for i in range(5) for j in range(5)]
 """Any two of these may be, all three may not; with the ridge of the prior the elimination would divide by zero."""
 WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
@@ -167,6 +174,12 @@ WRONG: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("a period without a span", lambda m: m["fleet"].update(period_s=900, span_s=0), "span_s: 0 is not"),
     ("a fixed fleet of none", lambda m: m["fleet"].update(steady=0.0), "steady: 0.0 is not a number"),
     ("a fixed fleet of any size", lambda m: m["fleet"].update(steady=inf), "steady: inf is not a number"),
+    ("minutes of no load", lambda m: m["fleet"]["long"].update(minutes=b64(-1.0, 1.0)), "minutes: not all of it are"),
+    ("half a minute", lambda m: m["fleet"]["long"].update(minutes=b64(1.0)), "minutes: it is of an odd length"),
+    ("two weeks too many", lambda m: m["fleet"]["long"].update(quarters="A" * 10**6), "quarters: it is not a text"),
+    ("seconds known of never", lambda m: m["fleet"]["long"].update(known_s=-1), "known_s: -1"),
+    ("a record of half", lambda m: m["fleet"].update(records=[[1.0]]), "records: it is not a list of at most"),
+    ("a period of a year", lambda m: m["fleet"].update(recurs_s=10**8), "recurs_s: 100000000"),
     ("a pressure of a thousand", lambda m: m["fleet"].update(pressure=1000.0), "pressure: 1000.0"),
 ]
 
@@ -203,7 +216,10 @@ def test_what_is_too_old_or_of_another_policy_is_left_out(
     ):
         plane = day(RESTART_S).plane
         notes = plane.restore(Learned(policy=policy, wall_s=0.0, models=learned.models), age_s)
-        assert bool(plane.fleet_state) == load
+        memory = (plane.fleet_state or {}).get("m0")
+        assert bool(memory is not None and memory.history.seconds) == load
+        # What is older than an hour keeps its time of day however long nobody looked.
+        assert bool(memory is not None and memory.long.minutes.size) == (age_s > 0 and policy == "chiron" and lengths)
         assert plane.models["m0"].learner.trusted == lengths
         assert bool(notes) == (not (load and lengths))
 

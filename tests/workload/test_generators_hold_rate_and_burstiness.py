@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from chiron.workload.errors import WorkloadSettingError
-from chiron.workload.generate import Arrivals, ClosedLoop, Diurnal, Gamma, Poisson, Spikes, generate
+from chiron.workload.generate import Arrivals, ClosedLoop, Diurnal, Gamma, Poisson, Spikes, Weekly, generate
 from chiron.workload.lengths import (
     ConstantTokens,
     EmpiricalLengths,
@@ -25,6 +27,7 @@ KINDS: list[Arrivals] = [
     Gamma(rate=5, cv=2),
     Spikes(rate=5),
     Diurnal(rate=5, period_s=3600, noise=0.3),
+    Weekly(rate=5, day_s=3600, surges=2),
     ClosedLoop(users=50, think_s=8, response_s=2),
 ]
 
@@ -79,6 +82,25 @@ def test_a_day_rises_from_trough_to_peak() -> None:
     assert by_hour[[11, 12]].mean() / by_hour[[0, 23]].mean() == pytest.approx(10, rel=0.1)
 
 
+def test_a_week_has_two_quiet_days_and_surges_at_the_same_times_of_the_others() -> None:
+    weekly = Weekly(rate=0.5, peak_to_trough=4, weekend=0.4, surges=3, factor=8, length_s=200, day_s=7200, timetable=2)
+    by_day = np.bincount((made(weekly, 14 * 7200).arrival_s // 7200).astype(int), minlength=14)
+    surged = 0.5 * (7200 + 3 * 200 * 8)
+    assert by_day[[0, 1, 2, 3, 4, 7, 8, 9, 10, 11]].mean() == pytest.approx(surged, rel=0.05)
+    assert by_day[[5, 6, 12, 13]].mean() == pytest.approx(0.4 * 0.5 * 7200, rel=0.1)
+
+    def busy(seed: int, timetable: int) -> list[int]:
+        """Minutes of a working day in which at least four times the mean came, on all of five."""
+        trace = made(replace(weekly, timetable=timetable), 5 * 7200, seed=seed)
+        by_minute = np.bincount((trace.arrival_s // 60).astype(int), minlength=5 * 120).reshape(5, 120)
+        return np.flatnonzero((by_minute >= 4 * 0.5 * 60).all(axis=0)).tolist()
+
+    assert busy(1, 2) == busy(5, 2), "whatever the seed"
+    assert busy(1, 2) != busy(1, 3)
+    assert 6 <= len(busy(1, 2)) <= 12
+    assert all(30 <= minute < 90 for minute in busy(1, 2)), "in the middle half"
+
+
 def test_noise_moves_the_minutes_but_not_the_mean() -> None:
     steady, noisy = (made(Diurnal(rate=5, peak_to_trough=1, noise=noise), 36_000) for noise in (0.0, 0.5))
     assert len(noisy) == pytest.approx(len(steady), rel=0.08)
@@ -103,6 +125,8 @@ def test_users_in_a_loop_ask_once_per_think_and_answer() -> None:
         (lambda: Gamma(rate=1, cv=-1), "cv is -1; it must be a finite number, at least 0"),
         (lambda: Spikes(rate=1, length_s=300, period_s=300), "length_s is 300; it must be below period_s"),
         (lambda: Diurnal(rate=1, peak_to_trough=0.5), "peak_to_trough is 0.5; it must be at least 1"),
+        (lambda: Weekly(rate=1, surges=2, length_s=30000), "length_s is 30000; it must be at most 21600"),
+        (lambda: Weekly(rate=1, weekend=-1), "weekend is -1"),
         (lambda: ClosedLoop(users=0, think_s=1, response_s=1), "users is 0"),
         (lambda: ClosedLoop(users=1, think_s=0, response_s=0), "above 0"),
         (lambda: made(Poisson(rate=1e9)), "at most 50,000,000"),

@@ -64,11 +64,11 @@ class Autoscaler:
         learned = self._policy.learned
         return learned(self._policy.settings, self.fleet_state, self._classes()) if learned is not None else {}
 
-    def restore(self, kept: Mapping[str, Kept]) -> None:
-        """The same of an earlier run."""
+    def restore(self, kept: Mapping[str, Kept], age_s: float) -> None:
+        """The same of an earlier run, ``age_s`` ago."""
         policy = self._policy
         if policy.restore is not None:
-            self.fleet_state = policy.restore(policy.settings, kept, self._classes(), self._clock.now_s)
+            self.fleet_state = policy.restore(policy.settings, kept, self._classes(), self._clock.now_s, age_s)
 
     def _classes(self) -> ClassesOf:
         return {name: tuple(state.classes.values()) for name, state in self._models.items()}

@@ -24,7 +24,7 @@ from chiron.control.batch_size import BatchSizes
 from chiron.control.dispatcher import Dispatcher
 from chiron.control.eviction import Evictor
 from chiron.control.gpus import Gpus
-from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, LOAD_AGE_MAX_S, Learned
+from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, Learned
 from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.control.scrapes import Scrapes
@@ -36,7 +36,7 @@ from chiron.core.kept import Kept
 from chiron.core.ports import Ends, Engine, Fleet, Journal
 from chiron.core.stages import PipelineSample
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, Sample
-from chiron.policies.policy import Policy
+from chiron.policies.policy import LOAD_AGE_MAX_S, Policy
 from chiron.policies.views import PolicyState
 
 
@@ -156,10 +156,10 @@ class ControlPlane:
                 fleet[name] = kept.part("fleet")
         if learned.policy != self.policy.name:
             notes.append(f"the load as policy {learned.policy!r} saw it is of no use to {self.policy.name!r}")
-        elif age_s > LOAD_AGE_MAX_S:
-            notes.append(f"the load of {age_s:.0f} s ago is too old; at most {LOAD_AGE_MAX_S:.0f} s are allowed")
         else:
-            self._autoscaler.restore(fleet)
+            self._autoscaler.restore(fleet, max(0.0, age_s))
+            if age_s > LOAD_AGE_MAX_S:
+                notes.append(f"the load of {age_s:.0f} s ago is too old; at most {LOAD_AGE_MAX_S:.0f} s are allowed")
         return notes
 
     def take_over(self, settle_s: float = SETTLE_S) -> None:

@@ -66,6 +66,14 @@ class Kept:
             return None
         return [float(each) for each in value]
 
+    def rows(self, name: str, low: float, high: float, *, width: int, most: int) -> list[list[float]] | None:
+        """Up to ``most`` lists of ``width`` numbers each."""
+        value = self._fields.get(name)
+        if not isinstance(value, list) or len(value) > most or not all(_is_row(row, low, high, width) for row in value):
+            self.drop(f"it is not a list of at most {most} lists of {width} numbers in {low:g}..{high:g}", name)
+            return None
+        return [[float(each) for each in row] for row in value]
+
     def text(self, name: str, length_max: int) -> str | None:
         value = self._fields.get(name)
         if isinstance(value, str) and len(value) <= length_max:
@@ -77,6 +85,10 @@ class Kept:
 def _is_number(value: object, low: float, high: float) -> bool:
     """Not a number is in no range."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_row(value: object, low: float, high: float, width: int) -> bool:
+    return isinstance(value, list) and len(value) == width and all(_is_number(each, low, high) for each in value)
 
 
 def _shown(value: object) -> str:

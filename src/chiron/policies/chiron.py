@@ -29,12 +29,13 @@ from chiron.policies.chiron_batch import batch_at_risk, batch_extra, instances_a
 from chiron.policies.chiron_load import (
     ModelMemory,
     backtested,
-    first_memory,
+    begun,
     growing_to,
     interactive_capacity,
     learned_load,
     prepared,
     pressure,
+    recurring_to,
     remember,
     restored_load,
     surging_to,
@@ -60,7 +61,7 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     before: State = {}
     memories: State = {}
     for model in view.models:
-        memory = state.get(model.name) or first_memory(settings, model, view.now_s - view.since_s)
+        memory = begun(settings, state.get(model.name), model, view.now_s - view.since_s)
         before[model.name] = memory
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
     return share_gpus(settings, plans, before, memories, view)
@@ -72,13 +73,16 @@ def prepare(settings: ChironSettings, state: State | None) -> State | None:
 
 
 def learned(settings: ChironSettings, state: State | None, classes: ClassesOf) -> dict[str, dict[str, Any]]:
-    """The load of the last hour, and what was made of it."""
+    """The load of the last hour and of two weeks, and what was made of it."""
     return {name: learned_load(memory, classes[name]) for name, memory in (state or {}).items()}
 
 
-def restore(settings: ChironSettings, kept: Mapping[str, Kept], classes: ClassesOf, now_s: float) -> State:
-    """The time between is left out: who was not there cannot tell it from a time without requests."""
-    found = {name: restored_load(settings, part, classes[name], now_s) for name, part in kept.items()}
+def restore(
+    settings: ChironSettings, kept: Mapping[str, Kept], classes: ClassesOf, now_s: float, age_s: float
+) -> State:
+    """The last hour's load goes on as if no time had passed: who was not there cannot tell the time between from one
+    without requests. What is older keeps its time of day."""
+    found = {name: restored_load(settings, part, classes[name], now_s, age_s) for name, part in kept.items()}
     return {name: memory for name, memory in found.items() if memory is not None}
 
 
@@ -214,7 +218,8 @@ def _decide_model(
     following = level * headroom
     if settings.over_steady:
         following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
-    needed = max(following, growing, settings.floor_over_load * recent, surging)
+    recurring = recurring_to(settings, memory, model)
+    needed = max(following, growing, settings.floor_over_load * recent, surging, recurring)
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
@@ -239,6 +244,7 @@ def _decide_model(
         "work_rate": rate,
         "cold_start_s": model.cold_start_s,
         "wanted": float(wanted),
+        **({"recurring": recurring, "recurs_s": float(memory.recurrence.period_s)} if recurring else {}),
         **batch_numbers,
     }
     plan = ModelPlan(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, floor, inf, sqrt
 from typing import Any
 
@@ -25,9 +25,26 @@ from chiron.policies.headroom import (
     advanced,
     answer,
     followed,
+    missed,
     window_mean,
 )
 from chiron.policies.load_history import LoadHistory, presumed, remembered, worth
+from chiron.policies.long_history import (
+    MINUTE_S,
+    MINUTES_MAX,
+    QUARTER,
+    QUARTERS_MAX,
+    LongHistory,
+    Minutes,
+    all_minutes,
+    foretold,
+    foretold_now,
+    nothing_before,
+    recurrences,
+    resumed,
+)
+from chiron.policies.policy import LOAD_AGE_MAX_S
+from chiron.policies.recurrence import LOOK_S, PERIOD_MAX_S, RECORDS_MAX, Look, Record, Recurrence, looked, tried
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -42,6 +59,14 @@ class ModelMemory:
     """Time of the last backtest."""
     backtest: Backtest | None = None
     """The one under way."""
+    long: LongHistory = field(default_factory=lambda: nothing_before(0))
+    """What ``history`` no longer knows."""
+    recurrence: Recurrence = field(default_factory=Recurrence)
+    """Periods of more than half an hour."""
+    looks: tuple[tuple[int, Backtest], ...] = ()
+    """Backtests under way that tell what each period would save; the first is of none."""
+    look_s: float = -inf
+    """Time of the last ones."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, instances wanted) over the hold time."""
     last_change_s: float = -inf
@@ -113,7 +138,19 @@ def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> Mo
         ),
         headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
         backtest_s=now_s,
+        long=nothing_before(seconds),
+        look_s=now_s,
     )
+
+
+def begun(settings: ChironSettings, memory: ModelMemory | None, model: ModelView, now_s: float) -> ModelMemory:
+    """What is known of a model at a tick; of the last hour it may be nothing."""
+    if memory is not None and memory.history.seconds:
+        return memory
+    first = first_memory(settings, model, now_s)
+    if memory is None:
+        return first
+    return replace(first, long=replace(memory.long, known_s=first.long.known_s), recurrence=memory.recurrence)
 
 
 _LOAD_MAX = 1e6
@@ -121,7 +158,7 @@ _LOAD_MAX = 1e6
 
 
 def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[str, Any]:
-    """As plain data: some 40 bytes for each second, 3,600 at most, and 20 for each class."""
+    """As plain data: 11 bytes for each second of the last hour and 11 more for each class, and 46 kB for two weeks."""
     rule, steady = memory.headroom.rule, memory.headroom.steady
     names = [cls.name for cls in classes if cls.interactive]
     return {
@@ -136,23 +173,44 @@ def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[s
         "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
         "pressure": memory.pressure,
         "spare_trust": memory.spare_trust,
+        **_learned_long(memory),
+    }
+
+
+def _learned_long(memory: ModelMemory) -> dict[str, Any]:
+    """What left the last hour, and what periods there are in it."""
+    long = memory.long
+    parts = {"quarters": long.quarters, "minutes": long.minutes, "seconds": long.seconds}
+    return {
+        "long": {**{name: _packed(part, "<f4") for name, part in parts.items() if part.size}, "known_s": long.known_s},
+        "records": [
+            [r.period_s, r.without, r.within, r.looks, r.missed, r.requests] for r in memory.recurrence.records
+        ],
+        "recurs_s": memory.recurrence.period_s,
     }
 
 
 def restored_load(
-    settings: ChironSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float
+    settings: ChironSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float, age_s: float
 ) -> ModelMemory | None:
-    """The memory that this makes; None: it tells of no load, and all begins anew."""
+    """The memory that this makes; None: it tells of no load, and all begins anew. Too old, its last hour is none of
+    this one's."""
     load = _unpacked(settings, kept, "load")
     if load is None:
         return None
+    names = [cls.name for cls in classes if cls.interactive]
+    headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
+    slack_s = max(0.5, settings.slack_share * min((cls.ttft_s for cls in classes if cls.interactive), default=1.0))
+    long = resumed(_restored_long(kept), load, age_s, slack_s)
+    recurrence = _restored_recurrence(kept)
+    if age_s > LOAD_AGE_MAX_S:
+        nothing = remembered(floor(now_s), np.zeros(0), np.zeros((len(names), 0)))
+        return ModelMemory(history=nothing, headroom=headroom, backtest_s=now_s, long=long, recurrence=recurrence)
     none = np.zeros(len(load))
     told = kept.part("counts")
-    names = [cls.name for cls in classes if cls.interactive]
     rows = [_unpacked(settings, told, name) if name in told else None for name in names]
     counts = np.array([row if row is not None and len(row) == len(load) else none for row in rows])
     rule, h = _restored_rule(settings, kept), kept.number("h", 0.01, 1e4)
-    headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
     if rule is not None and h is not None:
         steady = kept.number("steady", 1.0, _LOAD_MAX) if "steady" in kept else None
         headroom = Headroom(rule=rule, h=h, instances=1.0, steady=inf if steady is None else steady)
@@ -162,6 +220,42 @@ def restored_load(
         backtest_s=now_s - (kept.number("backtest_ago_s", 0.0, 1e6) or 0.0),
         pressure=kept.number("pressure", 1.0, 1.25) or 1.0,
         spare_trust=kept.number("spare_trust", 0.0, 1.0) or 0.0,
+        long=long,
+        recurrence=recurrence,
+        look_s=now_s,
+    )
+
+
+def _restored_long(kept: Kept) -> LongHistory:
+    """Whatever of it is sound; a part that is not is missing with all that is older."""
+    told = kept.part("long") if "long" in kept else Kept({}, "long", [])
+    known_s = (told.whole("known_s", 0, 10**6) or 0) if "known_s" in told else 0
+    parts = {"seconds": MINUTE_S, "minutes": 2 * MINUTES_MAX, "quarters": 2 * QUARTERS_MAX}
+    empty = nothing_before(known_s)
+    found: dict[str, Floats] = {"seconds": empty.seconds, "minutes": empty.minutes, "quarters": empty.quarters}
+    for name, most in parts.items():
+        values = _floats(told, name, "<f4", most) if name in told else None
+        if name in told and values is None:
+            break
+        if values is not None and name != "seconds" and len(values) % 2:
+            told.drop("it is of an odd length", name)
+            break
+        if values is not None:
+            found[name] = values if name == "seconds" else values.reshape(2, -1)
+    return LongHistory(quarters=found["quarters"], minutes=found["minutes"], seconds=found["seconds"], known_s=known_s)
+
+
+def _restored_recurrence(kept: Kept) -> Recurrence:
+    if "records" not in kept:
+        return Recurrence()
+    rows = kept.rows("records", 0.0, 1e12, width=6, most=RECORDS_MAX)
+    records = tuple(
+        Record(period_s=round(r[0]), without=r[1], within=r[2], looks=round(r[3]), missed=r[4], requests=r[5])
+        for r in rows or ()
+    )
+    period_s = kept.whole("recurs_s", 0, PERIOD_MAX_S) or 0
+    return Recurrence(
+        records=records, period_s=period_s if any(record.period_s == period_s for record in records) else 0
     )
 
 
@@ -178,25 +272,30 @@ def _restored_rule(settings: ChironSettings, kept: Kept) -> Rule | None:
     return rule
 
 
-def _packed(values: Floats) -> str:
-    return b64encode(values.astype("<f8").tobytes()).decode()
+def _packed(values: Floats, kind: str = "<f8") -> str:
+    return b64encode(values.astype(kind).tobytes()).decode()
 
 
 def _unpacked(settings: ChironSettings, kept: Kept, name: str) -> Floats | None:
     """Up to ``memory_s`` figures, the newest, all of them sound."""
-    text = kept.text(name, 12 * 86400)
+    values = _floats(kept, name, "<f8", 86400)
+    return None if values is None else values[-settings.memory_s :]
+
+
+def _floats(kept: Kept, name: str, kind: str, most: int) -> Floats | None:
+    text = kept.text(name, 12 * most)
     if not text:
         return None
     try:
-        values = np.frombuffer(b64decode(text, validate=True), dtype="<f8").astype(np.float64)
+        values = np.frombuffer(b64decode(text, validate=True), dtype=kind).astype(np.float64)
     except ValueError as error:  # Not base64, or no whole number of figures.
         kept.drop(str(error), name)
         return None
     # A figure that is no number fails both comparisons.
-    if not len(values) or not ((values >= 0.0) & (values <= _LOAD_MAX)).all():
+    if not 0 < len(values) <= most or not ((values >= 0.0) & (values <= _LOAD_MAX)).all():
         kept.drop(f"not all of it are numbers in 0..{_LOAD_MAX:g}", name)
         return None
-    return values[-settings.memory_s :]
+    return values
 
 
 def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float) -> ModelMemory:
@@ -206,7 +305,9 @@ def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, no
     seconds = floor(now_s) - round(history.began_s) - history.seconds
     worths = worth(model.step_times, [m.output_tokens for m in mixes], rate)
     history = history.after(seconds, worths, model.arrivals, [m.cls.name for m in mixes])
-    return replace(memory, history=history.last(settings.memory_s))
+    left = history.load[: max(0, history.seconds - settings.memory_s)]
+    long = memory.long.after(left, _slack_s(settings, model)) if len(left) else memory.long
+    return replace(memory, history=history.last(settings.memory_s), long=long)
 
 
 def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:
@@ -217,6 +318,10 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         if backtest.steps and not backtest.done:
             return memory
         return replace(_adopted(settings, memory, answer(backtest)), backtest=None)
+    if memory.looks:
+        if any(look.steps for _, look in memory.looks) and not all(look.done for _, look in memory.looks):
+            return memory
+        return replace(memory, looks=(), recurrence=_judged(settings, memory, model.max_instances))
     if not _asks(settings, memory, now_s):
         return memory
     question = Question(
@@ -232,7 +337,62 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         current=memory.headroom.rule,
         periods=settings.look_back,
     )
-    return replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
+    period_s = memory.recurrence.period_s
+    if period_s:
+        minutes = _minutes(settings, memory, model)
+        question = replace(question, foretold=_foretold(settings, memory, model, minutes, period_s))
+    memory = replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
+    if settings.look_back and now_s - memory.look_s >= LOOK_S:
+        memory = replace(memory, look_s=now_s, looks=_looks(settings, memory, model, question))
+    return memory
+
+
+def _minutes(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> Minutes:
+    return all_minutes(memory.long, memory.load, _slack_s(settings, model))
+
+
+def _lead_s(settings: ChironSettings, model: ModelView) -> float:
+    return model.cold_start_s + settings.tick_s
+
+
+def _foretold(
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, minutes: Minutes, period_s: int
+) -> Floats:
+    return foretold(minutes, period_s, _lead_s(settings, model), len(memory.load))
+
+
+def _looks(
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, question: Question
+) -> tuple[tuple[int, Backtest], ...]:
+    """What is to be computed to judge the periods; nothing if there are none."""
+    minutes = _minutes(settings, memory, model)
+    exact = len(minutes.means) - memory.long.quarters.shape[1] * QUARTER
+    periods = tried(recurrences(minutes, exact), memory.recurrence)
+    plain = replace(question, periods=False, current=None, foretold=None)
+    told = {period: _foretold(settings, memory, model, minutes, period) for period in periods}
+    # Only where a period says anything of the last hour can it make a difference.
+    asked = [(0, plain), *((p, replace(plain, foretold=f)) for p, f in told.items() if f.any())]
+    return tuple((p, Backtest(question=q)) for p, q in asked) if len(asked) > 1 else ()
+
+
+def _judged(settings: ChironSettings, memory: ModelMemory, most: int) -> Recurrence:
+    """No headroom that was tried being enough counts as the largest fleet."""
+    found: dict[int, Look] = {}
+    before = {record.period_s: record.found for record in memory.recurrence.records}
+    for period_s, backtest in memory.looks:
+        headroom, earlier = answer(backtest), before.get(period_s)
+        late, requests = missed(backtest.question, earlier, round(LOOK_S)) if earlier is not None else (0.0, 0.0)
+        cost = min(headroom.instances, float(most))
+        found[period_s] = Look(found=headroom, instances=cost, missed=late, requests=requests)
+    return looked(memory.recurrence, found, settings.miss_max)
+
+
+def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Instances that the period in force foretells for when one asked for now is up; 0: there is none."""
+    period_s = memory.recurrence.period_s
+    if not period_s:
+        return 0.0
+    return foretold_now(_minutes(settings, memory, model), period_s, _lead_s(settings, model))
 
 
 STEPS_AT_ONCE = 2
@@ -244,6 +404,12 @@ def prepared(memories: Mapping[str, ModelMemory]) -> dict[str, ModelMemory] | No
     for name, memory in memories.items():
         if memory.backtest is not None and not memory.backtest.done:
             return {**memories, name: replace(memory, backtest=advanced(memory.backtest, STEPS_AT_ONCE))}
+    for name, memory in memories.items():
+        for number, (period_s, look) in enumerate(memory.looks):
+            if not look.done:
+                looks = list(memory.looks)
+                looks[number] = period_s, advanced(look, STEPS_AT_ONCE)
+                return {**memories, name: replace(memory, looks=tuple(looks))}
     return None
 
 
@@ -277,6 +443,11 @@ def _slacks_s(settings: ChironSettings, model: ModelView) -> list[float]:
         max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
         for m in _interactive(model)
     ]
+
+
+def _slack_s(settings: ChironSettings, model: ModelView) -> float:
+    """Of the class that can wait least."""
+    return min(_slacks_s(settings, model), default=1.0)
 
 
 def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:

@@ -136,6 +136,8 @@ class Question:
     current: Rule | None
     periods: bool = False
     """Rules that look back by a period are tried too."""
+    foretold: Floats | None = None
+    """Instances that would have been there in each second whatever the rule, shape (T,); None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -369,16 +371,36 @@ def _means(load: Floats, window_s: int, tick: int) -> Floats:
 
 def _fleet(question: Question, search: _Search, at: int) -> Floats:
     """With this headroom of the grid."""
-    basis, h = search.basis, search.grid[at]
+    return _planned(question, search.basis, float(search.grid[at]))
+
+
+def _planned(question: Question, basis: Floats, h: float) -> Floats:
     fleet: Floats = np.clip(np.ceil(basis * h - 0.05), max(question.floor, 1), max(question.ceiling, 1))
+    if question.foretold is not None:
+        fleet = np.maximum(fleet, np.minimum(np.ceil(question.foretold - 0.05), max(question.ceiling, 1)))
     return fleet
 
 
-def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
+def missed(question: Question, headroom: Headroom, last_s: int) -> tuple[float, float]:
+    """(requests that would have missed, requests) in the last seconds, with a headroom that was found before them."""
+    fleet = _planned(question, _began(question, headroom.rule, 0).basis, headroom.h)[-last_s:]
+    wait_s = _wait_s(question.load[-last_s:], fleet)
+    counts = question.counts[:, -last_s:]
+    late = sum(float(row[wait_s > slack_s].sum()) for row, slack_s in zip(counts, question.slack_s, strict=True))
+    return late, float(counts.sum())
+
+
+def _wait_s(load: Floats, fleet: Floats) -> Floats:
     """Run the load as a fluid queue through the fleet: backlog by the reflection of its net input."""
     net = np.cumsum(load - fleet)
     backlog = net - np.minimum(np.minimum.accumulate(net), 0.0)
-    wait_s = backlog / fleet
+    wait_s: Floats = backlog / fleet
+    return wait_s
+
+
+def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
+    """Whether no class misses more of its requests than that."""
+    wait_s = _wait_s(load, fleet)
     for requests, slack in zip(counts, slack_s, strict=True):
         total = requests.sum()
         if total > 0 and requests[wait_s > slack].sum() > miss_max * total:

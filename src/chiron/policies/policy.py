@@ -236,8 +236,9 @@ EndedHook = Callable[[Any, Request, float], None]
 BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | None, PolicyState]]
 ClassesOf = Mapping[str, Sequence[RequestClass]]
 """Of each model, in the order of ``ModelView.mixes``."""
+LOAD_AGE_MAX_S: Final = 3600.0
 LearnedHook = Callable[[Any, PolicyState, ClassesOf], Mapping[str, Mapping[str, Any]]]
-RestoreHook = Callable[[Any, Mapping[str, Kept], ClassesOf, float], PolicyState]
+RestoreHook = Callable[[Any, Mapping[str, Kept], ClassesOf, float, float], PolicyState]
 PrepareHook = Callable[[Any, PolicyState], PolicyState | None]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
@@ -279,7 +280,8 @@ class Policy:
     """What the fleet hook's state knows of each model that the next run should know: plain data by model, of bounded
     size. None: nothing."""
     restore: RestoreHook | None = None
-    """Makes the fleet hook's first state from that, which may be damaged, and from the time."""
+    """Makes the fleet hook's first state from that, which may be damaged, from the time, and from how long ago that
+    was: load of more than ``LOAD_AGE_MAX_S`` ago says nothing of the next minutes."""
     take_back: TakeBackHook | None = None
     """Which of the draining instances (by id) comes back before a new one is started; None: none does."""
     label: LabelHook | None = None

@@ -88,6 +88,36 @@ class Diurnal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weekly:
+    """Days and nights, five working days and two others, and jobs of others that come at the same times of every
+    working day: a surge each."""
+
+    rate: float
+    """Mean requests per second of a working day, without surges. A day begins in its trough, as ``Diurnal`` does."""
+    peak_to_trough: float = 4.0
+    weekend: float = 0.4
+    """Rate on the sixth and seventh day / on the others."""
+    surges: int = 0
+    """On each working day, in its middle half, one in each equal part of that."""
+    timetable: int = 0
+    """Number from which their times are drawn: whatever its seed, a stream has the same ones every day, and another
+    stream with this number has them too."""
+    factor: float = 5.0
+    """Rate in a surge / ``rate``, besides what else arrives."""
+    length_s: float = 240.0
+    day_s: float = 86_400.0
+    cv: float = 1.0
+    """Of the gaps in operational time; 1 is Poisson."""
+
+    def __post_init__(self) -> None:
+        _check(self, above=("rate", "peak_to_trough", "length_s", "day_s"), least=("weekend", "factor", "cv"))
+        require(self.peak_to_trough >= 1, "peak_to_trough", self.peak_to_trough, "at least 1")
+        require(0 <= self.surges <= 1000, "surges", self.surges, "0 to 1000")
+        longest_s = self.day_s / 2 / max(1, self.surges)
+        require(self.length_s <= longest_s, "length_s", self.length_s, f"at most {longest_s:g} with so many surges")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClosedLoop:
     """Users who wait for the answer, think, and ask again: an open-loop approximation.
 
@@ -107,13 +137,14 @@ class ClosedLoop:
         require(self.think_s + self.response_s > 0, "think_s + response_s", 0.0, "above 0")
 
 
-Arrivals = Poisson | Gamma | Spikes | Diurnal | ClosedLoop
+Arrivals = Poisson | Gamma | Spikes | Diurnal | Weekly | ClosedLoop
 
-KINDS: dict[str, type[Poisson] | type[Gamma] | type[Spikes] | type[Diurnal] | type[ClosedLoop]] = {
+KINDS: dict[str, type[Poisson] | type[Gamma] | type[Spikes] | type[Diurnal] | type[Weekly] | type[ClosedLoop]] = {
     "poisson": Poisson,
     "gamma": Gamma,
     "spikes": Spikes,
     "diurnal": Diurnal,
+    "weekly": Weekly,
     "closed-loop": ClosedLoop,
 }
 
@@ -142,6 +173,8 @@ def arrival_times(arrivals: Arrivals, duration_s: float, rng: np.random.Generato
             return _varying(*_spike_edges(arrivals, duration_s), arrivals.cv, rng)
         case Diurnal():
             return _varying(*_diurnal_grid(arrivals, duration_s, rng), arrivals.cv, rng)
+        case Weekly():
+            return _varying(*_weekly_edges(arrivals, duration_s), arrivals.cv, rng)
         case ClosedLoop():
             return _closed_loop(arrivals, duration_s, rng)
 
@@ -202,6 +235,30 @@ def _diurnal_grid(diurnal: Diurnal, duration_s: float, rng: np.random.Generator)
         factors = rng.lognormal(-variance / 2, np.sqrt(variance), int(duration_s // diurnal.noise_s) + 1)
         rates = rates * factors[np.minimum((middle / diurnal.noise_s).astype(np.int64), len(factors) - 1)]
     return edges, rates
+
+
+_DAY_STEPS = 144
+
+
+def _weekly_edges(weekly: Weekly, duration_s: float) -> tuple[Floats, Floats]:
+    """Ten minutes of a day long (of 24 hours), and cut where a surge begins or ends."""
+    days = int(-(-duration_s // weekly.day_s))
+    _refuse_fine_grid(days * (_DAY_STEPS + 2 * weekly.surges), "day_s", weekly.day_s)
+    # One in each equal part of the middle of the day, so that none meets another.
+    part_s = weekly.day_s / 2 / max(1, weekly.surges)
+    at_s = weekly.day_s / 4 + part_s * np.arange(weekly.surges)
+    at_s = at_s + generator(weekly.timetable, "timetable").uniform(0, part_s - weekly.length_s, weekly.surges)
+    starts = (weekly.day_s * np.arange(days)[:, None] + at_s).ravel()
+    steps = weekly.day_s / _DAY_STEPS * np.arange(days * _DAY_STEPS + 1)
+    edges = np.unique(np.minimum(np.concatenate([steps, starts, starts + weekly.length_s]), duration_s))
+    middle = (edges[:-1] + edges[1:]) / 2
+    swing = (weekly.peak_to_trough - 1) / (weekly.peak_to_trough + 1)
+    day, time_s = np.divmod(middle, weekly.day_s)
+    works = day % 7 < 5
+    rates = weekly.rate * (1 - swing * np.cos(2 * np.pi * time_s / weekly.day_s))
+    since = time_s[:, None] - at_s[None, :]
+    surging = ((since >= 0) & (since < weekly.length_s)).any(axis=1) & works
+    return edges, rates * np.where(works, 1.0, weekly.weekend) + weekly.rate * weekly.factor * surging
 
 
 def _closed_loop(loop: ClosedLoop, duration_s: float, rng: np.random.Generator) -> Floats:
