@@ -35,6 +35,7 @@ def section(heading: str) -> str:
         ("wva-saturation", "`wva-saturation`"),
         ("wva-queueing", "`wva-queueing`"),
         ("sageserve", "`sageserve`"),
+        ("dynamollm", "`dynamollm`"),
         ("skyserve", "`skyserve`"),
         ("dynamo-planner", "`dynamo-planner`"),
         ("dynamo-batch", "`dynamo-batch`"),

@@ -17,6 +17,7 @@ from chiron.policies.rivals.autellix import AutellixSettings, make_autellix
 from chiron.policies.rivals.autothrottle import AutothrottleSettings, make_autothrottle
 from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
 from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
+from chiron.policies.rivals.dynamollm import DynamoLlmSettings, make_dynamollm
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
 from chiron.policies.rivals.forecast_lstm import LstmSettings, make_forecast_lstm
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
@@ -141,6 +142,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=SageServeSettings,
         make=make_sageserve,
         about="SageServe's LT-UA (2025): an hourly plan by ARIMA, carried out by the share of KV in use",
+    ),
+    "dynamollm": PolicyEntry(
+        settings=DynamoLlmSettings,
+        make=make_dynamollm,
+        about="DynamoLLM (HPCA '25) without its energy knobs: pools by request length, a fleet for half an hour each",
     ),
     "skyserve": PolicyEntry(
         settings=SkyServeSettings,
