@@ -366,11 +366,12 @@ class OutlivingSite:
         stream: bool = True,
         padding: int = 0,
         secret: str = "none",
+        model: str = "m0",
     ) -> Client:
         """A client's request; its answer has so many chunks."""
         client = self.clients[number] = Client()
         content = {
-            "model": "m0",
+            "model": model,
             "prompt": [number, tokens],
             "max_tokens": tokens,
             "stream": stream,

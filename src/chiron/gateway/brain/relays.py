@@ -51,7 +51,7 @@ PULSE_S = 0.25
 TICK_S = 1.0
 """Between two looks at relays, and at what they should know of models."""
 TURNS_MAX = 1000
-"""Cascades' turns that are told before their requests: each is followed by its own, but where that was told twice."""
+"""Cascades' turns that are told before their requests, each of which follows at once."""
 QUIET_MAX = 30
 """Looks at a relay that says nothing, though it should once a second, until it is taken to be dead."""
 ITEM_MAX_BYTES = FRAME_MAX_BYTES - (1 << 20)
@@ -438,8 +438,10 @@ class RelayLink:
         self._relays.desk.left(call)
 
     def _turn(self, said: m.Turn) -> None:
-        if said.cascade not in self._relays.models.cascades or said.reason not in ("", *REASONS):
-            raise ProtocolError(f"request {said.number} is of cascade {said.cascade!r}, reason {said.reason!r}")
+        if said.reason not in ("", *REASONS):
+            raise ProtocolError(f"request {said.number} is asked for a cascade with reason {said.reason!r}")
+        if said.cascade not in self._relays.models.cascades:
+            return  # Another gateway's config may have it: a request like any other.
         if len(self._turns) >= TURNS_MAX:
             raise ProtocolError(f"{TURNS_MAX} cascade turns are told, and none of their requests")
         self._turns[said.number] = Turn(said.cascade, said.reason, said.before, said.counted, said.ttft_s, said.streams)
@@ -545,7 +547,8 @@ class RelayLink:
     def _running(self, said: m.Running) -> None:
         if said.request.number in self.calls or said.run in self.runs:
             raise ProtocolError(f"request {said.request.number} or placement {said.run} is told twice")
-        if not (self._resumes(said) or self._adopt(said)):
+        turn = self._turns.pop(said.request.number, None)
+        if not (self._resumes(said) or self._adopt(said, turn)):
             self.wire.post(m.Unknown(said.run))
 
     def _resumes(self, said: m.Running) -> bool:
@@ -597,7 +600,7 @@ class RelayLink:
             before.runs.pop(run.placed.number, None)
             self.runs[run.placed.number], run.link = run, self
 
-    def _adopt(self, said: m.Running) -> bool:
+    def _adopt(self, said: m.Running, turn: Turn | None) -> bool:
         """Count it from now on. False: that cannot be."""
         relays, asked = self._relays, said.request
         engine = relays.engines.get(said.instance) if said.instance in self._shared else None
@@ -606,7 +609,7 @@ class RelayLink:
             return False
         if engine.instance.sequences >= ADOPTED_MAX * engine.instance.kind.max_num_seqs:
             return False
-        call, now_s = FarCall(self, asked, self._turns.pop(asked.number, None)), relays.clock.now_s
+        call, now_s = FarCall(self, asked, turn), relays.clock.now_s
         request = relays.desk.adopt(
             call, asked.model, *found, asked.input_tokens, ago_s=said.arrived, losses=said.losses
         )
@@ -631,6 +634,7 @@ class RelayLink:
 
     def _waits(self, said: m.Waits) -> None:
         asked, before = said.request, self.before
+        turn = self._turns.pop(asked.number, None)
         if asked.number in self.calls:
             raise ProtocolError(f"request {asked.number} is told twice")
         if before is not None and (end := before.ends.get(asked.number)) is not None:
@@ -642,7 +646,6 @@ class RelayLink:
                 self._place_again(known.run)
             return
         found = self._admitted(asked)
-        turn = self._turns.pop(asked.number, None)
         call = FarCall(self, asked, turn)
         try:
             if found is None:

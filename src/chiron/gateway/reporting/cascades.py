@@ -34,8 +34,9 @@ class CascadeTally:
 
     @property
     def share(self) -> float:
-        """Of the requests, those for which the second model was asked."""
-        return sum(self.escalated.values()) / self.requests if self.requests else 0.0
+        """Of the requests, those for which the second model was asked. Of some only that is known: they came to a
+        brain before this one."""
+        return min(1.0, sum(self.escalated.values()) / self.requests) if self.requests else 0.0
 
 
 class Cascades:

@@ -1,0 +1,80 @@
+"""A cascade's second call is known for what it is to whichever brain leads, also to one of an older protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from chiron.gateway.port.messages import TURNS_FROM, VERSION
+from chiron.gateway.relay.admission import Models
+from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.key_ring import KeyRing
+from chiron.gateway.relay.keys import Key, hash_secret
+from chiron.gateway.settings import CascadeSettings
+from chiron.policies.cascade import CascadeRule
+from outliving_site import CHAT, OutlivingSite, parts, whole_stream
+from real_path import served
+from virtual_loop import run_virtual
+
+
+class CascadeSite(OutlivingSite):
+    """Its engines say no log-probabilities: the second model, here the same, is always asked."""
+
+    def models(self) -> Models:
+        made = served("c", {"chat": CHAT})
+        asked = CascadeSettings(first="m0", then="m0", rule=CascadeRule(after_tokens=0))
+        made.settings = replace(made.settings, cascade=asked)
+        return Models(super().models().by_name, {"c": made})
+
+
+def only_the_cascade() -> KeyRing:
+    return KeyRing([Key(name="k", hash=hash_secret(b"s"), models=("c",))])
+
+
+@pytest.mark.parametrize("dies_s", [0.0, 0.5, 1.5])
+def test_another_brain_goes_on_with_either_call(dies_s: float) -> None:
+    """The first call takes a second or so, and so does the second."""
+
+    async def main() -> None:
+        site = CascadeSite(keys=only_the_cascade())
+        await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 8, model="c", secret="s")
+        await asyncio.sleep(dies_s)
+        site.kill()
+        await asyncio.sleep(0.2)
+        brain = await site.lead()
+        await asyncio.sleep(6.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 8))
+        assert [number for engine in site.engines for number in engine.seen] == [1, 1]
+        assert brain.gateway.plane.open_requests == 0
+        site.ask(2, 2, model="m0", secret="s")
+        await asyncio.sleep(1.0)
+        assert parts(site.clients[2])[0] == 403
+        site.ask(3, 2, model="c", secret="s")
+        await asyncio.sleep(2.0)
+        tally = brain.gateway.desk.cascades.tallies["c", "chat"]
+        second = 2 if dies_s < 1.0 else 1  # It has heard of the first request's second call, too.
+        assert (tally.requests, dict(tally.escalated), tally.answered_then) == (1, {"unjudged": second}, second)
+        assert tally.share == 1.0
+        assert not any(link._turns for link in brain.relays.links)
+        await site.close()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("version", [TURNS_FROM - 1, VERSION])
+def test_of_older_versions_nothing_is_told_and_all_is_answered(version: int) -> None:
+    async def main() -> None:
+        site = CascadeSite(stay=StaySettings(protocol=version))
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 4, model="c")
+        await asyncio.sleep(4.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 4))
+        assert bool(brain.gateway.desk.cascades.tallies) == (version >= TURNS_FROM)
+        await site.close()
+
+    run_virtual(main())
