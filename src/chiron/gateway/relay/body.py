@@ -365,7 +365,11 @@ def steering_of(raw: bytes) -> dict[str, Any]:
 
 
 def _steering(raw: bytes, places: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    found = {name: small_value(raw[slice(*places[name])]) for name in STEERING if name in places}
+    found: dict[str, Any] = {}
+    for name in STEERING:
+        if name in places:
+            start, end = places[name]
+            found[name] = small_value(raw[start:end])
     return {name: value for name, value in found.items() if value is not None}
 
 
