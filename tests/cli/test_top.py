@@ -125,6 +125,13 @@ def test_everything_that_matters_is_on_the_screen(told: dict[str, Any], width: i
         assert f"{running}/{instance['max_batch_size']}" in text
 
 
+def test_how_often_a_cascade_asks_its_large_model_is_on_the_screen(told: dict[str, Any]) -> None:
+    cascades = {"cascades": [{"name": "chat", "requests": 1200, "escalated_share": 0.31}]}
+    said = "cascade chat: 31% of 1,200 escalated"
+    assert said in plain_lines(screen(told | cascades, 160, 30))
+    assert said in one_line(told | cascades)
+
+
 @pytest.mark.parametrize(("took_s", "said"), [(None, ""), (42.0, ", others took 42 s")])
 def test_a_start_is_measured_against_those_that_were(told: dict[str, Any], took_s: float | None, said: str) -> None:
     told = copy.deepcopy(told)

@@ -76,6 +76,7 @@ def one_line(status: Status) -> str:
             if cls["kind"] == "interactive":
                 p99 = _seconds(cls["last_minute"]["ttft_p99_s"])
                 parts.append(f"{cls['name']} p99 TTFT {p99}, {_in_slo(cls)} in SLO")
+    parts += [_cascade(cascade) for cascade in status.get("cascades", ())]
     running = (batch for batch in status["batches"] if batch["status"] == "in_progress")
     parts += [f"{batch['id']} {batch['completed'] + batch['failed']:,} of {batch['total']:,}" for batch in running]
     return f"{show_moment(status['now_s'])} " + "; ".join(parts)
@@ -115,6 +116,11 @@ def sparkline(values: Sequence[float], width: int, top: float, limit: float | No
     return text
 
 
+def _cascade(cascade: Mapping[str, Any]) -> str:
+    """Of its requests, those for which the second model was asked."""
+    return f"cascade {cascade['name']}: {cascade['escalated_share']:.0%} of {cascade['requests']:,} escalated"
+
+
 def _columns(count: int, scale: int, width: int) -> int:
     return max(1, round(count / scale * width)) if count > 0 and scale > 0 else 0
 
@@ -130,6 +136,8 @@ def _header(status: Status) -> Text:
     text.append(f" · {status['open_requests']:,} open · {status['evictions']:,} evictions")
     if (leader := status.get("leader")) is not None:
         _tell_leader(text, leader, len(status["relays"]))
+    for cascade in status.get("cascades", ()):
+        text.append(f" · {_cascade(cascade)}")
     if status.get("client_errors"):
         text.append(f" · {status['client_errors']:,} client errors")
     if (status["loop_lag_s"] or 0) >= 0.05:
