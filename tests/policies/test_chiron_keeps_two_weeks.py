@@ -100,8 +100,8 @@ def test_after_a_restart_each_moment_keeps_its_time_of_day(away_s: float) -> Non
     cut = len(load) - round(away_s) if away_s else len(load)
     before, hour = load[: cut - HOUR_S], load[cut - HOUR_S : cut]
     long = resumed(kept(before), hour, away_s, SLACK_S)
-    minutes = all_minutes(long, hour if away_s < HOUR_S else NONE, SLACK_S)
-    assert [foretold_now(minutes, DAY_S + shift, 30.0) > 8.0 for shift in (-900, -240, 0, 240, 900)] == [
+    hour = hour if away_s < HOUR_S else NONE
+    assert [foretold_now(long, hour, SLACK_S, DAY_S + shift, 30.0) > 8.0 for shift in (-900, -240, 0, 240, 900)] == [
         False,
         True,
         True,
@@ -122,11 +122,22 @@ def test_a_moment_ago_and_now_tell_the_same() -> None:
     assert busy[-1] == len(hour) - 1
     assert (told[surge : surge + 180] > 8.0).all()
     now = [
-        foretold_now(all_minutes(kept(load[: end - HOUR_S]), load[end - HOUR_S : end], SLACK_S), HOUR_S, 65.0)
+        foretold_now(kept(load[: end - HOUR_S]), load[end - HOUR_S : end], SLACK_S, HOUR_S, 65.0)
         for end in range(7 * HOUR_S + 1300, 7 * HOUR_S + 2000, 20)
     ]
     asked = [7 * HOUR_S + 1300 + 20 * i for i, each in enumerate(now) if each > 8.0]
     assert 65 <= 7 * HOUR_S + 1500 - asked[0] <= 65 + 180, "a start ahead"
+
+
+@pytest.mark.parametrize("hours", [1, 3, 17 * 24])
+def test_the_few_minutes_that_a_tick_looks_at_are_those_of_the_whole(hours: int) -> None:
+    load = np.random.default_rng(hours).gamma(0.5, 4.0, hours * HOUR_S + 47)
+    long, hour = kept(load[:-HOUR_S]), load[-HOUR_S:]
+    minutes = all_minutes(long, hour, SLACK_S)
+    for period_s in (1860, HOUR_S, 2 * HOUR_S + 1860, DAY_S, 2 * DAY_S + HOUR_S, 3 * DAY_S):
+        first, last = minutes.ago(period_s + 60), minutes.ago(period_s - 65.0 - 60)
+        part = minutes.needs[max(0, first) : max(0, last + 1)]
+        assert foretold_now(long, hour, SLACK_S, period_s, 65.0) == (part.max() if len(part) else 0.0)
 
 
 def test_periods_are_found_and_none_in_what_has_none() -> None:
@@ -235,17 +246,17 @@ def test_two_weeks_and_the_period_in_force_outlive_a_restart(away_s: float) -> N
 
 @pytest.mark.slow
 def test_an_hourly_surge_is_met_by_a_fleet_that_is_small_between() -> None:
-    """Five hours, tick by tick, with what the policy has learned by itself; once forgetful, once not."""
-    ours = ChironSettings(tick_s=10.0, backtest_s=300.0, follow_trend=False)
-    surges = [h * HOUR_S + 1900 for h in range(7)]
-    load = peaks(7 * HOUR_S, surges, lasts_s=120)
+    """Six hours, tick by tick, with what the policy has learned by itself; once forgetful, once not."""
+    ours = ChironSettings(tick_s=10.0, backtest_s=600.0, follow_trend=False)
+    surges = [h * HOUR_S + 1900 for h in range(6)]
+    load = peaks(6 * HOUR_S, surges, lasts_s=120)
     # As many requests as make about one instance's worth of work.
     requests = np.random.default_rng(1).poisson(6.0 * load)
 
     def planned(settings: ChironSettings) -> Floats:
         state, counts = None, []
         live = model(fleet_of(3), max_instances=40)
-        for now in range(10, 7 * HOUR_S, 10):
+        for now in range(10, 6 * HOUR_S, 10):
             seen = tuple(arrival(s, int(requests[s])) for s in range(now - 10, now) if requests[s])
             view = replace(live, arrivals=seen)
             plan, state = decide_fleet(settings, state, fleet(view, now_s=float(now), since_s=10.0))
@@ -258,7 +269,7 @@ def test_an_hourly_surge_is_met_by_a_fleet_that_is_small_between() -> None:
         assert len(str(learned_load(state["llama"], (CHAT,)))) < 150_000
         return np.array(counts, dtype=float)
 
-    last = slice(5 * 360, 7 * 360)
+    last = slice(5 * 360, 6 * 360)
     knows, forgets = planned(ours)[last], planned(replace(ours, look_back=False))[last]
     at = [(s - 5 * HOUR_S) // 10 for s in surges[5:]]
     for begins in at:

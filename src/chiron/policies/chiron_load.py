@@ -392,7 +392,8 @@ def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView
     period_s = memory.recurrence.period_s
     if not period_s:
         return 0.0
-    return foretold_now(_minutes(settings, memory, model), period_s, _lead_s(settings, model))
+    slack_s = _slack_s(settings, model)
+    return foretold_now(memory.long, memory.load, slack_s, period_s, _lead_s(settings, model))
 
 
 STEPS_AT_ONCE = 2

@@ -138,12 +138,28 @@ def foretold(minutes: Minutes, period_s: int, lead_s: float, seconds: int) -> Fl
     return ready
 
 
-def foretold_now(minutes: Minutes, period_s: int, lead_s: float) -> float:
+def foretold_now(long: LongHistory, load: Floats, slack_s: float, period_s: int, lead_s: float) -> float:
     """What is to be asked for now: the largest need from a minute before this moment one period ago to ``lead_s`` and
-    a minute after it."""
-    first, last = minutes.ago(period_s + MINUTE_S), minutes.ago(period_s - lead_s - MINUTE_S)
-    part = minutes.needs[max(0, first) : max(0, last + 1)]
-    return float(part.max()) if len(part) else 0.0
+    a minute after it. Each tick asks, so only these minutes are looked at."""
+    recent_s = len(long.seconds) + max(0, len(load) - long.known_s)
+    quarters, minutes = QUARTER * long.quarters.shape[1], long.minutes.shape[1]
+    known = quarters + minutes + -(-recent_s // MINUTE_S)
+    first, last = (
+        known - 2 - floor((second + -recent_s % MINUTE_S) / MINUTE_S - 1)
+        for second in (period_s + MINUTE_S, period_s - lead_s - MINUTE_S)
+    )
+    first, last = max(0, first), min(last, known - 1)
+    found = [0.0]
+    if first <= last and first < quarters:
+        found.append(float(long.quarters[1, first // QUARTER : last // QUARTER + 1].max()))
+    if first < quarters + minutes and last >= quarters:
+        found.append(float(long.minutes[1, max(0, first - quarters) : last - quarters + 1].max()))
+    if last >= quarters + minutes:
+        recent = np.concatenate((long.seconds, load[long.known_s :], np.zeros(-recent_s % MINUTE_S)))
+        begin = max(0, first - quarters - minutes)
+        part = recent[MINUTE_S * begin : MINUTE_S * (last - quarters - minutes + 1)]
+        found.append(float(by_minute(part, slack_s)[1].max()))
+    return max(found)
 
 
 def recurrences(minutes: Minutes, exact: int) -> tuple[int, ...]:
