@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
 from chiron.policies.size import fits, kv_tokens, placed, prompt_tokens, within
+from chiron.policies.stale_entries import Changes, Entry, closed, current, opened
 
 VICTIMS_MAX = 8
 """Instances that are looked at for batch work that could make way."""
-_Entry = tuple[int, int, int, Instance]
-
-
-class _Note:
-    __slots__ = ("open", "version")
-
-    def __init__(self) -> None:
-        self.open = True
-        self.version = 0
 
 
 class GatedRouter:
@@ -32,40 +24,34 @@ class GatedRouter:
         self.count = 0
         """Instances that take work."""
         self._estimates = estimates
-        self._open: list[_Entry] = []
-        self._aside: list[_Entry] = []
+        self._open: list[Entry] = []
+        self._aside: list[Entry] = []
         """Those with room, but none for requests as large as those that they turned away: of so many sequences and so
         much KV at the most."""
         self._aside_size = (0, 0.0)
-        self._batch: list[_Entry] = []
+        self._batch: list[Entry] = []
         """Those that run batch work, most first."""
         self._most = 64
 
     def add(self, instance: Instance) -> None:
-        if instance.index is None:
-            instance.index = _Note()
-        elif instance.index.open:
-            return
-        instance.index.open = True
-        self.count += 1
-        self.changed(instance)
+        if opened(instance):
+            self.count += 1
+            self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
-        if instance.index.open:
+        if closed(instance):
             self.count -= 1
-        instance.index.open = False
-        instance.index.version += 1
 
     def changed(self, instance: Instance) -> None:
-        note: _Note = instance.index
-        if note.open:
-            note.version += 1
-            heappush(self._open, (instance.sequences, instance.id, note.version, instance))
+        changes: Changes = instance.index
+        if changes.open:
+            changes.last += 1
+            heappush(self._open, (instance.sequences, instance.id, changes.last, instance))
             if instance.batch:
-                heappush(self._batch, (-instance.batch_sequences, instance.id, note.version, instance))
+                heappush(self._batch, (-instance.batch_sequences, instance.id, changes.last, instance))
             if len(self._open) + len(self._aside) + len(self._batch) > self._most:
-                self._open, self._batch = _current(self._open), _current(self._batch)
-                self._aside = _current(self._aside)
+                self._open, self._batch = current(self._open), current(self._batch)
+                self._aside = current(self._aside)
                 self._most = 64 + 2 * (len(self._open) + len(self._aside) + len(self._batch))
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
@@ -82,12 +68,12 @@ class GatedRouter:
             for entry in self._aside:
                 heappush(self._open, entry)
             self._aside, self._aside_size = [], (0, 0.0)
-        small: list[_Entry] = []
+        small: list[Entry] = []
         chosen: Instance | None = None
         while self._open and chosen is None:
             entry = self._open[0]
             instance = entry[3]
-            if not instance.index.open or entry[2] != instance.index.version:
+            if entry[2] != instance.index.last:
                 heappop(self._open)
             elif fits(instance, request, int(need)):
                 chosen = instance
@@ -106,12 +92,12 @@ class GatedRouter:
     def make_way(self, request: Request) -> Placement | None:
         """A place where batch work leaves, last come first, as much as it takes; None: there is not enough."""
         need = int(kv_tokens(self._estimates, request))
-        passed: list[_Entry] = []
+        passed: list[Entry] = []
         made: Placement | None = None
         while self._batch and made is None and len(passed) < VICTIMS_MAX:
             entry = heappop(self._batch)
             instance = entry[3]
-            if instance.index.open and entry[2] == instance.index.version:
+            if entry[2] == instance.index.last:
                 passed.append(entry)
                 evict = _leaving(instance, request, need)
                 if evict:
@@ -120,12 +106,6 @@ class GatedRouter:
         for entry in passed:
             heappush(self._batch, entry)
         return made
-
-
-def _current(heap: list[_Entry]) -> list[_Entry]:
-    kept = [entry for entry in heap if entry[3].index.open and entry[2] == entry[3].index.version]
-    heapify(kept)
-    return kept
 
 
 def _leaving(instance: Instance, request: Request, need: int) -> tuple[Request, ...]:

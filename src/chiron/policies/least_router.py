@@ -3,63 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
 from chiron.policies.size import placed
-
-
-class _Note:
-    __slots__ = ("open", "version")
-
-    def __init__(self) -> None:
-        self.open = True
-        self.version = 0
+from chiron.policies.stale_entries import Changes, Entry, closed, current, opened
 
 
 class LeastRouter:
     """Sends each request, whatever its class, to the ready instance with the least score; ties to the older one.
 
-    A score may depend on the instance's own counters only. Each change pushes a new entry; stale ones are dropped
-    when they surface, and all together once they are most of the heap: O(log n) a change, amortised.
+    A score may depend on the instance's own counters only.
     """
 
     def __init__(self, estimates: Estimates, score: Callable[[Instance], float]) -> None:
         self.room_tokens = 0
         self._estimates = estimates
         self._score = score
-        self._heap: list[tuple[float, int, int, Instance]] = []
+        self._heap: list[Entry] = []
         self._heap_max = 64
 
     def add(self, instance: Instance) -> None:
-        if instance.index is None:
-            instance.index = _Note()
-        instance.index.open = True
+        opened(instance)
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
-        instance.index.open = False
-        instance.index.version += 1
+        closed(instance)
 
     def changed(self, instance: Instance) -> None:
-        note: _Note = instance.index
-        if note.open:
-            note.version += 1
-            heappush(self._heap, (self._score(instance), instance.id, note.version, instance))
+        changes: Changes = instance.index
+        if changes.open:
+            changes.last += 1
+            heappush(self._heap, (self._score(instance), instance.id, changes.last, instance))
             if len(self._heap) > self._heap_max:
-                self._heap = [entry for entry in self._heap if entry[2] == entry[3].index.version]
-                heapify(self._heap)
+                self._heap = current(self._heap)
                 self._heap_max = 64 + 2 * len(self._heap)
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         heap = self._heap
-        too_small: list[tuple[float, int, int, Instance]] = []
+        too_small: list[Entry] = []
         chosen: Instance | None = None
         while heap and chosen is None:
             instance = heap[0][3]
-            note: _Note = instance.index
-            if not note.open or heap[0][2] != note.version:
+            changes: Changes = instance.index
+            if heap[0][2] != changes.last:
                 heappop(heap)
             elif request.input_tokens >= instance.kv_capacity_tokens:
                 too_small.append(heappop(heap))
