@@ -63,15 +63,16 @@ class Group:
 
     def _line(self) -> tuple[bytes, int]:
         requests, lost = _names(self.requests)
-        rows, of, keys = self.rows, self.of, self.keys
+        rows: bytes | bytearray = self.rows
+        of, keys = self.of, self.keys
         few = min(FEW, len(self))
         if max(len(of), len(keys)) > few:
-            events = np.frombuffer(rows, dtype=EVENTS).copy()
+            rows = bytearray(rows)
+            events = np.frombuffer(rows, dtype=EVENTS)
             if len(of) > few:
                 events["of"], of = _used(events["of"], of)
             if len(keys) > few:
                 events["key"], keys = _used(events["key"], keys)
-            rows = events.tobytes()
         return (
             b'{"t":%b,"event":"%b","requests":%b,"of":%b,"keys":%b,"events":%b,"reasons":%b,"rows":"%b","ends":"%b"'
             % (

@@ -30,7 +30,7 @@ DECISIONS_KEPT = 100
 """Of the newest, for the status; so many on batch sizes, and so many others."""
 TOGETHER: Final = 64
 """Lines of an event log that is not grouped that are encoded together."""
-ROWS: Final = 256
+ROWS: Final = 512
 """Rows that are written as one group."""
 COUNTED_TOGETHER: Final = 8192
 """Rows that are counted together: fewer would cost more in all, for numpy's calls (docs/scale.md)."""
