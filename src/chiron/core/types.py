@@ -36,6 +36,7 @@ class Request:
     __slots__ = (
         "arrival_s",
         "booked",
+        "called",
         "class_name",
         "cls",
         "counted",
@@ -93,6 +94,8 @@ class Request:
         self.instance: Instance | None = None
         self.class_name = cls.name
         self.payload = payload
+        self.called = ""
+        """The journal's own note: what logs call it, once it has been asked for."""
         self.id = id
         self.model = model
         self.outcome: Outcome | None = None

@@ -287,7 +287,10 @@ class LiveJournal:
         self._rows_end = at = at + _EVENT_SIZE
         self._arrived = -1
         if self._groups:
-            self._requests.append(request_name(request))
+            called = request.called
+            if not called:
+                request.called = called = request_name(request)
+            self._requests.append(called)
         if at == ROWS * _EVENT_SIZE:
             self._close_rows()
             self._count_some()
