@@ -48,6 +48,8 @@ def section(heading: str) -> str:
         ("autellix", "`autellix`"),
         ("autothrottle", "`autothrottle`"),
         ("alise-like", "`alise-like`"),
+        ("accelgen", "`accelgen`"),
+        ("jitserve", "`jitserve`"),
         ("static", "`static`"),
     ],
 )
@@ -72,6 +74,15 @@ def test_forecast_holt_winters_differs_from_forecast_arima_as_said() -> None:
     arima, winters = (settings_of(POLICIES[name].settings()) for name in ("forecast-arima", "forecast-holt-winters"))
     assert {key for key in winters if arima[key] != winters[key]} == {"method"}
     assert "`forecast-holt-winters` has `method = 'holt-winters'`" in section("`forecast-arima`")
+
+
+def test_tempo_differs_from_jitserve_as_said() -> None:
+    jitserve, tempo = (settings_of(POLICIES[name].settings()) for name in ("jitserve", "tempo"))
+    assert {key: value for key, value in tempo.items() if jitserve[key] != value} == {
+        "groups": "false",
+        "margin": "false",
+    }
+    assert "`tempo` has `groups = false` and `margin = false`" in section("`jitserve`")
 
 
 def test_every_policy_is_named() -> None:

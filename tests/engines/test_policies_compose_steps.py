@@ -11,13 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiron.control.learning import Learner
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.policies.leveled import LeveledComposer
 from chiron.policies.policy import Composer
+from chiron.policies.rivals.accelgen import AccelGen, AccelGenSettings
 from chiron.policies.rivals.autellix import AutellixSettings, ProcessTable
+from chiron.policies.rivals.jitserve import JitServe, JitServeSettings, TempoSettings
 from chiron.policies.rivals.niyama import Niyama, NiyamaSettings
 from chiron.policies.rivals.sarathi import FirstCome
 from chiron.policies.views import StepView
@@ -67,6 +70,9 @@ COMPOSERS: dict[str, Callable[[], Composer]] = {
     "one that preempts": lambda: Fickle(12),
     "one that preempts and computes again": lambda: Fickle(12, swaps=False),
     "by levels": by_levels,
+    "accelgen": lambda: AccelGen(AccelGenSettings(), Learner(CLASSES)),
+    "jitserve": lambda: JitServe(JitServeSettings(frame_steps=4), Learner(CLASSES)),
+    "tempo": lambda: JitServe(TempoSettings(frame_steps=3), Learner(CLASSES)),
     "niyama": lambda: Niyama(NiyamaSettings()),
     "niyama without chunks": lambda: Niyama(NiyamaSettings(chunks=False)),
 }

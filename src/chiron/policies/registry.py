@@ -10,6 +10,7 @@ from chiron.policies.chiron import make_chiron
 from chiron.policies.chiron_paper import ChironPaperSettings, make_chiron_paper
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
+from chiron.policies.rivals.accelgen import AccelGenSettings, make_accelgen
 from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
 from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
 from chiron.policies.rivals.alise import AliseSettings, make_alise
@@ -21,6 +22,7 @@ from chiron.policies.rivals.dynamollm import DynamoLlmSettings, make_dynamollm
 from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
 from chiron.policies.rivals.forecast_lstm import LstmSettings, make_forecast_lstm
 from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
+from chiron.policies.rivals.jitserve import JitServeSettings, TempoSettings, make_jitserve
 from chiron.policies.rivals.keda import KedaSettings, make_keda
 from chiron.policies.rivals.knative import KnativeSettings, make_knative
 from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
@@ -187,6 +189,21 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=AliseSettings,
         make=make_alise,
         about="after ALISE (2024): a fixed fleet, shortest predicted time first, long answers swapped out",
+    ),
+    "accelgen": PolicyEntry(
+        settings=AccelGenSettings,
+        make=make_accelgen,
+        about="AccelGen (2025): a fixed fleet whose steps are sized by the tightest ITL SLO, filled by slack and KV",
+    ),
+    "jitserve": PolicyEntry(
+        settings=JitServeSettings,
+        make=make_jitserve,
+        about="JITServe (NSDI '26): a fixed fleet that runs, frame by frame, the groups that bring most for their time",
+    ),
+    "tempo": PolicyEntry(
+        settings=TempoSettings,
+        make=make_jitserve,
+        about="Tempo (2025): a fixed fleet that runs, frame by frame, what brings most for its time",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,
