@@ -17,7 +17,12 @@ from chiron.policies.rivals.keda import KedaSettings
 from chiron.policies.rivals.knative import KnativeSettings
 from chiron.policies.rivals.llmd import LlmdSloSettings
 from chiron.policies.rivals.llumnix import LlumnixSettings
+from chiron.policies.rivals.niyama import NiyamaSettings
+from chiron.policies.rivals.polyserve import PolyServeSettings
+from chiron.policies.rivals.qlm import QlmSettings
 from chiron.policies.rivals.ray_serve import RayServeSettings
+from chiron.policies.rivals.sageserve import SageServeSettings
+from chiron.policies.rivals.sarathi import SarathiSettings
 from chiron.policies.rivals.skyserve import SkyServeSettings
 from chiron.policies.rivals.tuned import TUNED
 from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings
@@ -42,6 +47,11 @@ ForecastHoltWintersTuned = with_defaults(
     ForecastHoltWintersSettings, "ForecastHoltWintersTuned", __name__, TUNED.get("forecast-holt-winters", {})
 )
 SkyServeTuned = with_defaults(SkyServeSettings, "SkyServeTuned", __name__, TUNED.get("skyserve", {}))
+SageServeTuned = with_defaults(SageServeSettings, "SageServeTuned", __name__, TUNED.get("sageserve", {}))
+QlmTuned = with_defaults(QlmSettings, "QlmTuned", __name__, TUNED.get("qlm", {}))
+PolyServeTuned = with_defaults(PolyServeSettings, "PolyServeTuned", __name__, TUNED.get("polyserve", {}))
+SarathiTuned = with_defaults(SarathiSettings, "SarathiTuned", __name__, TUNED.get("sarathi", {}))
+NiyamaTuned = with_defaults(NiyamaSettings, "NiyamaTuned", __name__, TUNED.get("niyama", {}))
 
 TUNED_SETTINGS: dict[str, type[Any]] = {
     name: settings
@@ -63,6 +73,11 @@ TUNED_SETTINGS: dict[str, type[Any]] = {
         "forecast-arima": ForecastArimaTuned,
         "forecast-holt-winters": ForecastHoltWintersTuned,
         "skyserve": SkyServeTuned,
+        "sageserve": SageServeTuned,
+        "qlm": QlmTuned,
+        "polyserve": PolyServeTuned,
+        "sarathi": SarathiTuned,
+        "niyama": NiyamaTuned,
     }.items()
     if name in TUNED
 }
