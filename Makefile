@@ -121,7 +121,7 @@ $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 COMPILED_PYTHON = PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python
 RUN = $(COMPILED_PYTHON) -m chiron
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
-LOADS ?= 0.4,1,2
+LOADS ?= 0.4,1,3
 LOAD_SEEDS ?= 1..5
 COMMA := ,
 SEEDS_LISTED = $(subst $() $(),$(COMMA),$(strip $(SEEDS)))
