@@ -15,8 +15,6 @@ import pytest
 from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
-from chiron.load.errors import PlanError
-from chiron.load.plan import make_plan
 from chiron.policies.rivals.static import StaticSettings
 from chiron.sim.bound import bound
 from chiron.sim.run import Simulation, simulate
@@ -97,8 +95,8 @@ def test_a_call_comes_a_think_time_after_the_last_of_those_before_it() -> None:
 
 def test_a_program_of_which_a_call_does_not_finish_makes_no_more() -> None:
     too_long = PROFILE.kv_capacity_tokens + 5
-    rows = [(0.0, too_long, 4, 0, 0), (0.0, 5, 40, 0, 0), (1.0, 20, 3, 0, 0), (2.0, 30, 2, 0, 0)]
-    result, events = logged(by_hand(rows, [[], [], [1], [0, 1]], [0.0, 0.0, 0.1, 0.1]))
+    rows = [(0.0, 5, 40, 0, 0), (0.0, too_long, 4, 0, 0), (1.0, 20, 3, 0, 0), (2.0, 30, 2, 0, 0)]
+    result, events = logged(by_hand(rows, [[], [], [0], [0, 1]], [0.0, 0.0, 0.1, 0.1]))
     assert len(result.requests.arrival_s) == 2
     assert {event["request"] for event in events if event["event"] == "arrival"} == {0, 1}
     assert result.programs[0].finish_s == -1.0
@@ -194,8 +192,3 @@ def test_the_full_bound_takes_calls_as_early_and_as_late_as_they_can_be() -> Non
 def test_a_mistake_in_a_program_is_refused_with_its_path(change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_scenario(SCENARIO, directory=Path()).with_overrides(change)
-
-
-def test_programs_cannot_be_sent_yet() -> None:
-    with pytest.raises(PlanError, match="they can be simulated only"):
-        make_plan(scenario_setup().workload, name="agents", seed=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
+
+import numpy as np
 
 from chiron.core.types import RequestClass
 from chiron.load.errors import require
@@ -17,6 +19,8 @@ Api = Literal["chat", "completions"]
 Prompt = Literal["text", "token-ids"]
 
 PATHS: dict[str, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PROGRAM_HEADER = b"x-chiron-program"
+"""Names the program that makes a call."""
 RESERVED = ("model", "messages", "prompt", "max_tokens", "stream", "stream_options", "ignore_eos", "service_tier")
 
 
@@ -75,9 +79,14 @@ class Bodies:
             [_tail(settings, cls, ignore_eos, stream) for stream in (False, True)] for cls in workload.classes
         ]
         self._headers = [headers_of(settings, cls) for cls in workload.classes]
+        self._prompt_of = _prompts(workload)
+        self._program = f"{seed}".encode()
 
     def headers(self, row: int) -> list[tuple[bytes, bytes]]:
-        return self._headers[self._work.cls[row]]
+        headers, programs = self._headers[self._work.cls[row]], self._work.programs
+        if programs is None or programs.of[row] < 0:
+            return headers
+        return [*headers, (PROGRAM_HEADER, b"%b-%d" % (self._program, programs.of[row]))]
 
     def body(self, row: int, *, stream: bool) -> tuple[bytes, int]:
         """The body of a row, and the bytes of filler in it (0 with token ids)."""
@@ -85,13 +94,24 @@ class Bodies:
         model = work.model[row]
         wanted = int(work.input_tokens[row])
         if self._ids:
-            size, text = 0, self._filler.token_ids(row, wanted)
+            size, text = 0, self._filler.token_ids(self._prompt_of(row), wanted)
         else:
             size = self._meter[model].size(wanted)
-            text = self._filler.text(row, size)
+            text = self._filler.text(self._prompt_of(row), size)
             size = len(text)
         limit = b"%d" % work.output_tokens[row]
         return b"".join((self._before[model], text, self._after, limit, self._tail[work.cls[row]][stream])), size
+
+
+def _prompts(workload: Workload) -> Callable[[int], int]:
+    """The row whose prompt a row's begins with: of a program's calls the first, so that each goes on from the last."""
+    programs = workload.programs
+    if programs is None:
+        return lambda row: row
+    first = np.full(len(programs), -1, dtype=np.int64)
+    rows = np.flatnonzero(programs.of >= 0)[::-1]
+    first[programs.of[rows]] = rows
+    return lambda row: row if programs.of[row] < 0 else int(first[programs.of[row]])
 
 
 def headers_of(settings: BodySettings, cls: RequestClass | None) -> list[tuple[bytes, bytes]]:

@@ -88,6 +88,9 @@ class LoadPlan:
         total = sha256(repr((self.seed, work.models, work.classes)).encode())
         for column in (work.arrival_s, work.input_tokens, work.output_tokens, work.model, work.cls, work.deadline_s):
             total.update(np.ascontiguousarray(column).tobytes())
+        if work.programs is not None:
+            for name in ("of", "think_s", "parents", "parents_from"):
+                total.update(np.ascontiguousarray(getattr(work.programs, name)).tobytes())
         for job in self.jobs:
             total.update(job.rows.tobytes())
         return total.hexdigest()[:16]
@@ -115,16 +118,6 @@ def make_plan(
     requests by itself, ``skip`` leaves them out. Raises PlanError if nothing is left.
     """
     require(batch_as in BATCH_AS, "batch_as", batch_as, f"one of {', '.join(BATCH_AS)}")
-    if workload.programs is not None:
-        raise PlanError(
-            f"{name}: it has programs, whose calls come when those before them have ended; they can be simulated only, "
-            "so leave [[program]] out"
-        )
-    if workload.cascades is not None:
-        raise PlanError(
-            f"{name}: it has requests to a cascade, of which a gateway makes two calls itself; they can be simulated "
-            "only, so let its [[workload]] name another model"
-        )
     work = _scaled(workload, lengths or Lengths())
     in_job = np.zeros(len(work), dtype=np.bool_)
     found: list[Job] = []

@@ -60,6 +60,8 @@ class Record:
 
     def __init__(self, plan: LoadPlan) -> None:
         count = len(plan.workload)
+        self.due_s = plan.workload.arrival_s.copy()
+        """When each was to be sent; of a call that waits for others, once they have ended."""
         self.sent_s = np.full(count, -1.0)
         self.first_s = np.full(count, -1.0)
         self.last_s = np.full(count, -1.0)
@@ -134,13 +136,13 @@ class Record:
         """How long after its time each single request was sent."""
         rows = self._plan.single
         rows = rows[self.sent_s[rows] >= 0]
-        return np.maximum(self.sent_s[rows] - self._plan.workload.arrival_s[rows], 0.0)
+        return np.maximum(self.sent_s[rows] - self.due_s[rows], 0.0)
 
     def by_class(self) -> tuple[ClassProgress, ...]:
         """The classes, so far."""
         work = self._plan.workload
         finished = self.outcome == 0
-        ttft_s = np.where(self.first_s >= 0, self.first_s - work.arrival_s, np.nan)
+        ttft_s = np.where(self.first_s >= 0, self.first_s - self.due_s, np.nan)
         streamed = finished & (self.output_tokens > 1) & (self.first_s >= 0)
         itl_s = np.full(len(work), np.nan)
         np.divide(self.last_s - self.first_s, self.output_tokens - 1, out=itl_s, where=streamed)

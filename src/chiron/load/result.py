@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from chiron.load.run import LoadRun
+from chiron.telemetry.programs import program_points
 from chiron.telemetry.result import Result
-from chiron.telemetry.run_data import OUTCOMES, RequestTable
-from chiron.telemetry.summary import ratio, spread, summarise
-from chiron.workload.types import Floats
+from chiron.telemetry.run_data import OUTCOMES, ProgramPoint, RequestTable
+from chiron.telemetry.summary import by_kind, ratio, spread, summarise
+from chiron.workload.types import Floats, Ints
 
 LATE_S = 0.05
 """A send this much after its time is late."""
@@ -28,13 +29,14 @@ CPU_SHARE_MAX = 0.9
 def result_of(run: LoadRun, label: str) -> Result:
     """The run under a name, in the form that reports, ``--save`` and notebooks take."""
     table = table_of(run)
-    work = run.plan.workload
+    work, points = run.plan.workload, points_of(run)
     summary = summarise(
         policy=label,
         seed=run.plan.seed,
         classes=work.classes,
         models=work.models,
         requests=table,
+        programs=points,
         gpu_seconds=None,
         cost=None,
         gpus_peak=None,
@@ -59,6 +61,7 @@ def result_of(run: LoadRun, label: str) -> Result:
         classes=work.classes,
         summary=summary,
         requests=table,
+        programs=points,
         fleet=(),
         batch_sizes=(),
         decisions=(),
@@ -68,20 +71,44 @@ def result_of(run: LoadRun, label: str) -> Result:
 def table_of(run: LoadRun) -> RequestTable:
     """Every request whose time came, in order of arrival."""
     record, work = run.record, run.plan.workload
-    rows = np.flatnonzero(record.attempted)
+    rows = rows_of(run)
     finished = record.outcome[rows] == OUTCOMES.index("finished")
     return RequestTable(
         model=work.model[rows].astype(np.int16),
         cls=work.cls[rows].astype(np.int16),
-        arrival_s=work.arrival_s[rows],
+        arrival_s=record.due_s[rows],
         dispatch_s=record.sent_s[rows],
         first_token_s=record.first_s[rows],
         finish_s=np.where(finished, record.last_s[rows], -1.0),
-        deadline_s=work.deadline_s[rows],
+        deadline_s=work.deadline_s[rows] + (record.due_s[rows] - work.arrival_s[rows]),
         input_tokens=record.input_tokens[rows],
         output_tokens=record.output_tokens[rows],
         outcome=record.outcome[rows],
         evictions=np.zeros(len(rows), dtype=np.int16),
+    )
+
+
+def rows_of(run: LoadRun) -> Ints:
+    """Those whose time came, in order of arrival."""
+    rows = np.flatnonzero(run.record.attempted)
+    return rows[np.argsort(run.record.due_s[rows], kind="stable")]
+
+
+def points_of(run: LoadRun) -> tuple[ProgramPoint, ...]:
+    """Every program that began."""
+    record, programs = run.record, run.plan.workload.programs
+    if programs is None:
+        return ()
+    return program_points(
+        kinds=programs.kinds,
+        kind=programs.kind,
+        start_s=programs.start_s,
+        deadline_s=programs.deadline_s,
+        of=programs.of,
+        came=record.attempted,
+        finished=record.outcome == OUTCOMES.index("finished"),
+        finish_s=record.last_s,
+        output_tokens=record.output_tokens,
     )
 
 
@@ -91,7 +118,7 @@ def figures(run: LoadRun) -> dict[str, Any]:
     late_s = record.late_s()
     table = table_of(run)
     attained, judged = table.attained(work.classes), table.judged(work.classes)
-    rows = np.flatnonzero(record.attempted)
+    rows = rows_of(run)
     ttft_s, itl_s = table.ttft_s(), table.itl_s()
     classes = {}
     for index, cls in enumerate(work.classes):
@@ -132,6 +159,7 @@ def figures(run: LoadRun) -> dict[str, Any]:
         "errors": dict(sorted(record.errors.items())),
         "examples": dict(sorted(record.examples.items())),
         "classes": classes,
+        "programs": by_kind(points_of(run)),
         "tokens": {
             "counted_by_server": len(counted),
             "finished": len(finished),

@@ -3,6 +3,8 @@
 A generator that waits for answers slows down with the server and hides how slow it is (coordinated omission). Here
 the times are fixed beforehand and latencies count from them, not from the moment of sending. Should this process
 itself fall behind, the lateness of every send is on record.
+
+Programs are open loops, and the calls within one a closed loop: the next is due a think time after the last has ended.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from chiron.load.probe import Probed, probe
 from chiron.load.record import Progress, Record
 from chiron.load.settings import LoadSettings
 from chiron.net.client import Origin
+from chiron.workload.calls import CallOrder
 
 SENDS_PER_TURN = 32
 """Requests sent before answers are read again: a burst must not stop reading."""
@@ -132,8 +135,13 @@ class _Sender:
         self._bodies = bodies
         self._stop = stop
         self._loop = asyncio.get_running_loop()
-        self._due_s: list[float] = plan.workload.arrival_s[plan.single].tolist()
-        self._rows: list[int] = plan.single.tolist()
+        programs = plan.workload.programs
+        self._calls = CallOrder(programs) if programs is not None else None
+        self._coming = 0
+        """Calls of programs whose time is known and has not come."""
+        first = plan.single if self._calls is None else plan.single[~self._calls.waits[plan.single]]
+        self._due_s: list[float] = plan.workload.arrival_s[first].tolist()
+        self._rows: list[int] = first.tolist()
         self._next = 0
         self._start_s = 0.0
         self._flying: dict[int, Exchange] = {}
@@ -202,13 +210,19 @@ class _Sender:
                 return
             self._send(self._rows[self._next])
             self._next += 1
-        if not self._flying:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Whether all that will be sent is answered."""
+        over = self._stop.is_set() or (self._next >= len(self._rows) and not self._coming)
+        if over and not self._flying:
             self._idle.set()
 
     def _send(self, row: int) -> None:
         record = self.record
         if len(self._flying) >= self._settings.in_flight_max:
             record.held_back(row)
+            self._then(row, finished=False)
             return
         body, size = self._bodies.body(row, stream=True)
         sent_s = perf_counter()
@@ -226,7 +240,33 @@ class _Sender:
             work = self._plan.workload
             model = work.models[work.model[exchange.row]]
             self._bodies.meters[model].observe(exchange.text_bytes, exchange.prompt_tokens)
-        if not self._flying and (self._next >= len(self._rows) or self._stop.is_set()):
+        self._then(exchange.row, finished=exchange.outcome == "finished")
+        self._settle()
+
+    def _then(self, row: int, *, finished: bool) -> None:
+        """A call of a program is over: those that waited for it follow, each after a while."""
+        programs = self._plan.workload.programs
+        if self._calls is None or programs is None:
+            return
+        now_s = perf_counter() - self._start_s
+        for after in self._calls.ended(row, finished=finished):
+            think_s = float(programs.think_s[after])
+            self.record.due_s[after] = now_s + think_s
+            self._coming += 1
+            self._loop.call_later(max(think_s, TICK_S), self._send_call, after)
+
+    def _send_call(self, row: int) -> None:
+        wait_s = self._start_s + self.record.due_s[row] - perf_counter()
+        if wait_s > 0 and not self._stop.is_set():  # The loop's clock may be ahead.
+            self._loop.call_later(max(wait_s, TICK_S), self._send_call, row)
+            return
+        self._coming -= 1
+        try:
+            if self._calls is not None and not self._calls.is_off(row) and not self._stop.is_set():
+                self._send(row)
+            self._settle()
+        except Exception as error:
+            self._fault = error
             self._idle.set()
 
     # -- waiting -----------------------------------------------------------------------------------------------
@@ -269,7 +309,7 @@ class _Sender:
         return Progress(
             elapsed_s=elapsed_s,
             total_s=self._plan.last_s,
-            planned=len(self._rows),
+            planned=len(self._plan.single),
             sent=record.sent,
             running=len(self._flying),
             done=record.done,

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
+from chiron.telemetry.programs import program_points
 from chiron.telemetry.run_data import ProgramPoint, RequestTable
+from chiron.workload.calls import CallOrder
 from chiron.workload.types import Programs, Workload
 
 NEVER = -1.0
 
 
 class ProgramCalls:
-    """Implements the ``Ends`` port. A program of which a call does not finish makes no more."""
+    """Implements the ``Ends`` port."""
 
     def __init__(
         self,
@@ -37,41 +38,22 @@ class ProgramCalls:
         self._clock = clock
         self._make = make
         self._submit = submit
-        parents, begins = self._programs.parents.tolist(), self._programs.parents_from.tolist()
-        self._of: list[int] = self._programs.of.tolist()
-        self._waits = [end - begin for begin, end in pairwise(begins)]
-        """Calls that each row still waits for."""
-        self._then: dict[int, list[int]] = {}
-        """Rows that wait for a row."""
-        for row, (begin, end) in enumerate(pairwise(begins)):
-            for parent in parents[begin:end]:
-                self._then.setdefault(parent, []).append(row)
-        self.waits = np.array(self._waits) > 0
+        self._order = CallOrder(workload.programs)
+        self.waits = self._order.waits
         """Rows that come only after others."""
         self._arrival_s = np.where(self.waits, NEVER, workload.arrival_s)
-        self._broken = np.zeros(len(self._programs), dtype=np.bool_)
 
     def ended(self, request: Request) -> None:
-        row = request.id
-        program = self._of[row]
-        if program < 0:
-            return
-        if request.outcome != "finished":
-            self._broken[program] = True
-            return
-        for after in self._then.get(row, ()):
-            self._waits[after] -= 1
-            if not self._waits[after]:
-                self.coming += 1
-                self._clock.call_later(float(self._programs.think_s[after]), partial(self._arrive, after))
+        for row in self._order.ended(request.id, finished=request.outcome == "finished"):
+            self.coming += 1
+            self._clock.call_later(float(self._programs.think_s[row]), partial(self._arrive, row))
 
     def _arrive(self, row: int) -> None:
         self.coming -= 1
-        if self._broken[self._of[row]]:
-            return
-        now_s = self._clock.now_s
-        self._arrival_s[row] = now_s
-        self._submit(self._make(row, now_s))
+        if not self._order.is_off(row):
+            now_s = self._clock.now_s
+            self._arrival_s[row] = now_s
+            self._submit(self._make(row, now_s))
 
     # -- afterwards --------------------------------------------------------------------------------------------
 
@@ -87,26 +69,15 @@ class ProgramCalls:
 
     def points(self, planned: RequestTable) -> tuple[ProgramPoint, ...]:
         """Every program that began by now, in order of arrival; ``planned`` has all rows."""
-        programs, mine = self._programs, self._programs.of >= 0
-        of = programs.of[mine]
-        count = len(programs)
-        finished = planned.outcome[mine] == 0
-        tokens = np.bincount(of, weights=np.where(finished, planned.output_tokens[mine], 0), minlength=count)
-        ends = np.full(count, NEVER)
-        np.maximum.at(ends, of, np.where(finished, planned.finish_s[mine], NEVER))
-        done = np.bincount(of, weights=finished, minlength=count)
-        calls = np.bincount(of, minlength=count)
-        begun = np.bincount(of, weights=self._arrival_s[mine] != NEVER, minlength=count) > 0
-        return tuple(
-            ProgramPoint(
-                kind=programs.kinds[int(programs.kind[i])],
-                start_s=float(programs.start_s[i]),
-                finish_s=float(ends[i]) if done[i] == calls[i] else NEVER,
-                deadline_s=float(programs.deadline_s[i]),
-                calls=int(calls[i]),
-                calls_finished=int(done[i]),
-                output_tokens=int(tokens[i]),
-            )
-            for i in np.argsort(programs.start_s, kind="stable").tolist()
-            if begun[i] and programs.start_s[i] <= self._clock.now_s
+        programs = self._programs
+        return program_points(
+            kinds=programs.kinds,
+            kind=programs.kind,
+            start_s=programs.start_s,
+            deadline_s=programs.deadline_s,
+            of=programs.of,
+            came=(self._arrival_s != NEVER) & (self._arrival_s <= self._clock.now_s),
+            finished=planned.outcome == 0,
+            finish_s=planned.finish_s,
+            output_tokens=planned.output_tokens,
         )

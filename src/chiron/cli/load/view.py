@@ -149,6 +149,13 @@ def print_figures(console: Console, figures: Mapping[str, Any]) -> None:
         f"tokens counted by the server: prompts {tokens['input']:,} (wanted {tokens['input_wanted']:,}), "
         f"outputs {tokens['output']:,} (wanted {tokens['output_wanted']:,})",
     ]
+    for kind, seen in figures["programs"].items():
+        took = seen["latency_s"]
+        met = "" if seen["attainment"] is None else f", {percent(seen['attainment'])} in SLO"
+        said.append(
+            f"programs {kind}: {seen['finished']:,} of {seen['programs']:,} finished{met}; from their arrival to the "
+            f"end of the last call {known(amount, took['p50'])} s at p50, {known(amount, took['p99'])} s at p99"
+        )
     for job in figures["jobs"]:
         ended = (
             "" if job["submitted_s"] < 0 else f", {job['ended_s'] - job['submitted_s']:.1f} s from submission to end"
