@@ -14,10 +14,11 @@ from chiron.config.build import setups, workload_of
 from chiron.config.read import ConfigError
 from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.core.types import Request
-from chiron.load.errors import PlanError
+from chiron.load.errors import PlanError as LoadPlanError
 from chiron.load.plan import make_plan
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
+from chiron.studies.plan import PlanError, cases
 from chiron.telemetry.result import Result
 from chiron.telemetry.run_data import OUTCOMES
 
@@ -151,8 +152,10 @@ def test_what_cannot_be_is_refused() -> None:
         with pytest.raises(ConfigError) as error:
             setups(parse_scenario(SCENARIO.replace(old, new, 1), directory=Path()), policies=["static"])
         assert words in str(error.value), str(error.value)
-    with pytest.raises(PlanError, match="a cascade"):
+    with pytest.raises(LoadPlanError, match="a cascade"):
         make_plan(setup_with().workload, name="x", seed=1)
+    with pytest.raises(PlanError, match="each model is planned alone"):
+        cases(parse_scenario(SCENARIO, directory=Path()), "static", [1])
 
 
 def test_the_packaged_one_loads_and_names_its_models() -> None:
