@@ -87,6 +87,7 @@ def test_each_request_is_one_answer_that_begins_when_it_is_decided() -> None:
     assert result.summary["gpu_hours"] >= result.summary["gpu_hours_bound"] > 0
 
 
+@pytest.mark.slow
 def test_fast_forward_is_step_mode() -> None:
     setup = setup_with("duration=3s")
     assert run(setup)[2] == run(setup, step_mode=True)[2]
@@ -126,7 +127,9 @@ def test_the_second_call_has_what_is_left_of_the_ttft() -> None:
 
 def test_a_first_call_that_fails_is_answered_by_the_second_model() -> None:
     """Long prompts do not fit the small model's KV."""
-    setup = setup_with("models.chat.cascade.escalated=1", "models.small.instances.0.kv_capacity_tokens=400")
+    setup = setup_with(
+        "models.chat.cascade.escalated=1", "models.small.instances.0.kv_capacity_tokens=400", "duration=10s"
+    )
     simulation, result, _ = run(setup)
     refused = int((simulation.recorder.table().outcome == OUTCOMES.index("rejected")).sum())
     assert 0 < refused < len(result.requests.arrival_s) == shares(setup)["small"]

@@ -118,6 +118,11 @@ def make_plan(
     requests by itself, ``skip`` leaves them out. Raises PlanError if nothing is left.
     """
     require(batch_as in BATCH_AS, "batch_as", batch_as, f"one of {', '.join(BATCH_AS)}")
+    if workload.cascades is not None:
+        raise PlanError(
+            f"{name}: it has requests to a cascade, of which a gateway makes two calls itself; they can be simulated "
+            "only, so let its [[workload]] name another model"
+        )
     work = _scaled(workload, lengths or Lengths())
     in_job = np.zeros(len(work), dtype=np.bool_)
     found: list[Job] = []
