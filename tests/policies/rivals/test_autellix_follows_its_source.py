@@ -36,11 +36,11 @@ def test_two_calls_at_once_count_as_the_longer_path_or_as_their_sum(priority: An
     table = ProcessTable(AutellixSettings(priority=priority))
     served(table, call(1), 0.0, 2.0)
     one, two = call(2, arrival_s=2.0), call(3, arrival_s=2.0)
-    for each in (one, two):
+    for each, starts_s in ((one, 2.0), (two, 4.5)):
         table.enters(each)
-        table.starts(each, 2.0)
-    table.ended(two, 3.0)
+        table.starts(each, starts_s)
     table.ended(one, 5.0)
+    table.ended(two, 5.5)
     assert table.program(call(4)).service_s == service_s
 
 
