@@ -22,6 +22,7 @@ from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
 from chiron.telemetry.store import load_result, save_result
 from chiron.workload.types import Programs
+from policy_names import ALL_CODE
 from scenario_factory import PROFILE, setup_of
 
 SCENARIO = """
@@ -126,6 +127,16 @@ def test_every_call_of_every_program_is_made_in_its_order(policy: str) -> None:
     assert (result.requests.arrival_s <= result.requests.dispatch_s).all()
     latest = [max(ended[row] for row in np.flatnonzero(programs.of == p)) for p in range(len(programs))]
     assert sorted(point.finish_s for point in result.programs) == pytest.approx(sorted(latest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ALL_CODE)
+def test_every_policy_serves_programs(policy: str) -> None:
+    shorter = parse_scenario(SCENARIO, directory=Path()).with_overrides("duration=15s", "models.m.initial=2")
+    (setup,) = setups(shorter, policies=[policy])
+    result = simulate(setup, with_bound=False)
+    assert result.summary["finished"] == result.summary["requests"] == len(setup.workload)
+    assert all(program.finish_s >= program.start_s for program in result.programs)
 
 
 def test_a_slower_service_gets_later_calls_and_the_same_programs() -> None:

@@ -8,6 +8,8 @@ from math import inf
 import numpy as np
 import pytest
 
+from chiron.config.build import workload_of
+from chiron.config.scenario import load_scenario
 from chiron.core.types import RequestClass
 from chiron.workload.build import Stream, build_workload
 from chiron.workload.errors import WorkloadSettingError
@@ -141,3 +143,14 @@ def test_what_cannot_be_drawn_is_refused(change: dict[str, object], message: str
 def test_a_lognormal_needs_one_pair_of_figures() -> None:
     with pytest.raises(WorkloadSettingError, match="either mean and cv, or p50 and p99"):
         LognormalNumber(mean=1.0)
+
+
+def test_the_packaged_agents_make_as_many_calls_as_the_trace_that_they_are_after() -> None:
+    """TraceLab, calls of a user's request: 8.8 in the mean, 2 in the median, 21 at p90, 87 at p99."""
+    scenario = load_scenario("agents", ["program.0.arrivals.rate=4"])
+    programs = workload_of(scenario, 1).programs
+    assert programs is not None
+    coding = np.flatnonzero(programs.kind == programs.kinds.index("coding"))
+    calls = np.bincount(programs.of[programs.of >= 0])[coding]
+    assert calls.mean() == pytest.approx(8.8, rel=0.15)
+    assert np.quantile(calls, (0.5, 0.9, 0.99)) == pytest.approx((3, 21, 87), rel=0.35)
