@@ -13,6 +13,7 @@ paper's, so the order and the ratios are what can be compared, and only among th
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def rows(minutes: int, scale: float, seeds: Sequence[int], policies: Sequence[st
         gpus = [result.summary["gpu_hours"] * 60.0 / minutes for result in results]
         attained = [worst_class(result.summary) for result in results]
         made.append(Row(policy=policy, gpus=fmean(gpus), attained=fmean(attained)))
+        print(made[-1], file=sys.stderr)
     return made
 
 

@@ -12,7 +12,7 @@ from chiron.policies.capacity import capacity, work_s
 from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, Memory, decide_fleet, followed, pods_of
 from policy_factory import CHAT, JOBS, TIMES, arrival, fleet, fleet_of, mix, model
 
-DEFAULT = AibrixOptimizerSettings()
+DEFAULT = AibrixOptimizerSettings(utilisation=1.0)
 KV_TOKENS = 1_000_000
 
 
@@ -60,6 +60,12 @@ def test_replicas_are_the_sum_over_patterns_of_load_over_what_an_instance_does()
     (plan,) = plans(both)
     assert plan.numbers["requests_per_s"] == 46.0
     assert plan.numbers["optimum"] == ceil(40.0 / per_s(mix(CHAT)) + 6.0 / per_s(mix(JOBS)))
+
+
+def test_its_table_has_a_share_of_what_step_times_allow() -> None:
+    many = tuple(arrival(990 + second, 40) for second in range(10))
+    (plan,) = plans(many, settings=replace(DEFAULT, utilisation=0.5))
+    assert plan.numbers["optimum"] == ceil(80.0 / per_s(mix(CHAT)))
 
 
 def test_what_is_rare_is_left_out_and_its_load_is_not() -> None:

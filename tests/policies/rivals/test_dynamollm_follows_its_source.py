@@ -15,7 +15,7 @@ from chiron.policies.rivals.dynamollm import SHARES_EVERY, DynamoLlmSettings, Po
 from policy_factory import CHAT, JOBS, TIMES, arrival, fleet, fleet_of, mix, model
 from scenario_factory import PROFILE, kind_of
 
-DEFAULT = DynamoLlmSettings()
+DEFAULT = DynamoLlmSettings(utilisation=1.0)
 KV_TOKENS = 1_000_000
 
 
@@ -144,6 +144,8 @@ def test_the_fleet_of_an_epoch_is_for_the_busiest_minute_of_the_last_one() -> No
     assert counts[34] == ceil(needed(90.0)) > counts[4]  # and half an hour later.
     assert counts[64] == ceil(needed(10.0))
     assert plans[4].numbers["busiest"] == pytest.approx(needed(60.0))
+    half = minutes(rates[:5], replace(DEFAULT, utilisation=0.5))[-1]
+    assert half.counts["mixed"] == ceil(2.0 * needed(60.0))
 
 
 def test_a_batch_that_comes_at_once_counts_as_if_it_came_evenly() -> None:

@@ -15,7 +15,8 @@ and, of these numbers over 180 s (stable) and 60 s (panic)::
 Sources: vllm-project/aibrix, python/aibrix/aibrix/gpu_optimizer (load_monitor, optimizer) and
 samples/autoscaling/optimizer-kpa.yaml (no delay of scaling down). Its optimizer is Melange's, an integer program that
 chooses among GPU types by price; of one type it says the sum above. Its table of what an instance does is measured
-beforehand by prompt and answer length under one SLO; here it comes from the learned step times and the tightest ITL.
+beforehand by prompt and answer length under one SLO; here it is a share of what the learned step times allow within the
+tightest ITL.
 Requests go to the instance with the fewest.
 """
 
@@ -46,6 +47,9 @@ class AibrixOptimizerSettings:
     """Requests of a pattern that counts."""
     target: Annotated[float, Between(0.2, 1.0)] = 1.0
     """Less than 1 leaves headroom: the sample's targetValue, which it says to lower for bursts."""
+    utilisation: Annotated[float, Between(0.2, 1.0)] = 0.8
+    """Share of what an instance does within the SLO, by its step times, that the table of it has. Ours: AIBrix's is
+    measured, so waiting is in it."""
     stable_window_s: float = 180.0
     panic_window_s: float = 60.0
     panic_threshold: float = 2.0
@@ -56,7 +60,7 @@ class AibrixOptimizerSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "interval_s", "target", "panic_window_s", "panic_threshold")
+        above(0, self, "interval_s", "target", "utilisation", "panic_window_s", "panic_threshold")
         at_least(0, self, "tolerance")
         at_least(1, self, "fewest", "max_num_seqs")
         above(1, self, "rate_up", "rate_down")
@@ -159,7 +163,7 @@ def optimum(settings: AibrixOptimizerSettings, model: ModelView, came: tuple[Cam
     for pattern, requests in sorted(counted.items()):
         number = sum(each.requests for each in requests)
         busy += rate * number / covered / _per_s(settings, model, mixes[pattern[0]], requests, number, itl_s)
-    return ceil(busy - 1e-9)
+    return ceil(busy / settings.utilisation - 1e-9)
 
 
 def _used(model: ModelView) -> list[ClassMix]:

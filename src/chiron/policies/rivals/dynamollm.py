@@ -53,8 +53,9 @@ class DynamoLlmSettings:
     """The first one. Ours: the paper begins with a prediction from earlier weeks."""
     tick_s: float = 60.0
     """How often the load is counted. Ours."""
-    utilisation: Annotated[float, Between(0.3, 1.0)] = 1.0
-    """Share of what an instance does within the SLOs that is planned with. Ours: the paper plans with its profile."""
+    utilisation: Annotated[float, Between(0.3, 1.0)] = 0.8
+    """Share of what an instance does within the SLO, by its step times, that is planned with. Ours: the paper's profile
+    is measured, so waiting is in it."""
     stale_s: float = 30.0
     """Without a scrape that is younger the fleet is held. Ours."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
