@@ -11,6 +11,7 @@ import pytest
 from chiron.config.build import workload_of
 from chiron.config.scenario import load_scenario
 from chiron.core.types import RequestClass
+from chiron.studies.trial import workload_digest
 from chiron.workload.build import Stream, build_workload
 from chiron.workload.errors import WorkloadSettingError
 from chiron.workload.generate import Poisson
@@ -154,3 +155,14 @@ def test_the_packaged_agents_make_as_many_calls_as_the_trace_that_they_are_after
     calls = np.bincount(programs.of[programs.of >= 0])[coding]
     assert calls.mean() == pytest.approx(8.8, rel=0.15)
     assert np.quantile(calls, (0.5, 0.9, 0.99)) == pytest.approx((3, 21, 87), rel=0.35)
+
+
+def test_the_digest_of_a_workload_sees_every_call() -> None:
+    """The text of a long array leaves out its middle."""
+    workload, programs = made(stream(duration_s=600.0))
+    assert len(workload) > 1500
+    think_s = programs.think_s.copy()
+    think_s[len(think_s) // 2] += 1.0
+    other = replace(workload, programs=replace(programs, think_s=think_s))
+    assert workload_digest(workload) == workload_digest(replace(workload))
+    assert workload_digest(workload) != workload_digest(other)
