@@ -50,6 +50,7 @@ def section(heading: str) -> str:
         ("alise-like", "`alise-like`"),
         ("accelgen", "`accelgen`"),
         ("jitserve", "`jitserve`"),
+        ("slos-serve", "`slos-serve`"),
         ("static", "`static`"),
     ],
 )

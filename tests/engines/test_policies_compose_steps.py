@@ -23,6 +23,7 @@ from chiron.policies.rivals.autellix import AutellixSettings, ProcessTable
 from chiron.policies.rivals.jitserve import JitServe, JitServeSettings, TempoSettings
 from chiron.policies.rivals.niyama import Niyama, NiyamaSettings
 from chiron.policies.rivals.sarathi import FirstCome
+from chiron.policies.rivals.slos_serve import SlosServe, SlosServeSettings
 from chiron.policies.views import StepView
 from effort import examples
 from engine_bench import Bench, Make, check_books, play
@@ -73,6 +74,7 @@ COMPOSERS: dict[str, Callable[[], Composer]] = {
     "accelgen": lambda: AccelGen(AccelGenSettings(), Learner(CLASSES)),
     "jitserve": lambda: JitServe(JitServeSettings(frame_steps=4), Learner(CLASSES)),
     "tempo": lambda: JitServe(TempoSettings(frame_steps=3), Learner(CLASSES)),
+    "slos-serve": lambda: SlosServe(SlosServeSettings(), Learner(CLASSES)),
     "niyama": lambda: Niyama(NiyamaSettings()),
     "niyama without chunks": lambda: Niyama(NiyamaSettings(chunks=False)),
 }

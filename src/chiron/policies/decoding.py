@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import inf
 from typing import NamedTuple
 
@@ -64,6 +64,13 @@ class Decoding:
         self._paces[request.itl_slo_s] -= 1
         if not self._paces[request.itl_slo_s]:
             del self._paces[request.itl_slo_s]
+
+    def count(self) -> int:
+        return len(self._by_id)
+
+    def paces(self) -> Mapping[float, int]:
+        """How many there are of each ITL SLO."""
+        return self._paces
 
     def tightest_s(self) -> float:
         """The least ITL SLO among them; inf: none has one."""

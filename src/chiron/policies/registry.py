@@ -34,6 +34,7 @@ from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
 from chiron.policies.rivals.sageserve import SageServeSettings, make_sageserve
 from chiron.policies.rivals.sarathi import SarathiSettings, make_sarathi
 from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
+from chiron.policies.rivals.slos_serve import SlosServeSettings, make_slos_serve
 from chiron.policies.rivals.static import StaticSettings, make_static
 from chiron.policies.rivals.tuned_settings import TUNED_SETTINGS
 from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings, make_wva
@@ -204,6 +205,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=TempoSettings,
         make=make_jitserve,
         about="Tempo (2025): a fixed fleet that runs, frame by frame, what brings most for its time",
+    ),
+    "slos-serve": PolicyEntry(
+        settings=SlosServeSettings,
+        make=make_slos_serve,
+        about="SLOs-Serve (2025): a fixed fleet that plans whom it can serve in time, the rest as best effort",
     ),
     "static": PolicyEntry(
         settings=StaticSettings,
