@@ -223,6 +223,8 @@ def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
         f"Made by `{command}`. Scenarios drawn at random, each from its number ([drawn_traffic.py]"
         "(../bench/drawn_traffic.py)): an hour that every policy has lived through, and half an hour that counts.",
         "",
+        "Numbers below 100 are looked at while rules are changed; one from there on judges, once.",
+        "",
         "**clairvoyant** knows the future and pays whole instances and cold starts ([policies.md]"
         "(policies.md#clairvoyant)); where it keeps no 99 % of a class, no fleet with this router would.",
         "",
