@@ -19,6 +19,7 @@ from chiron.load.plan import make_plan
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.studies.plan import PlanError, cases
+from chiron.studies.trial import workload_digest
 from chiron.telemetry.result import Result
 from chiron.telemetry.run_data import OUTCOMES
 
@@ -142,6 +143,18 @@ def test_a_cut_takes_requests_whole() -> None:
     assert workload.cascades is not None
     assert workload.cascades.start_s.max() < 10.0
     assert int(workload.cascades.waits.sum()) == int((workload.cascades.then >= 0).sum()) > 0
+
+
+def test_the_digest_of_a_workload_sees_every_request() -> None:
+    """The text of a long array leaves out its middle."""
+    workload = setup_with("workload.0.generate.rate=40", "models.chat.cascade.escalated=0").workload
+    assert workload.cascades is not None
+    assert len(workload) > 1200
+    shown = workload.cascades.shown_tokens.copy()
+    shown[len(shown) // 2] += 1
+    other = replace(workload, cascades=replace(workload.cascades, shown_tokens=shown))
+    assert workload_digest(workload) == workload_digest(replace(workload))
+    assert workload_digest(workload) != workload_digest(other)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
-from chiron.workload.types import Programs, Workload
+from chiron.workload.types import Cascades, Programs, Workload
 
 Summary = Mapping[str, Any]
 """The summary of a run (``telemetry.summary``) without ``wall_s``: the same wherever it was simulated."""
@@ -66,12 +66,12 @@ def simulated(setup: Setup, *, with_bound: bool) -> Summary:
     return summary if with_bound else summary | dict.fromkeys(BOUNDS)
 
 
-def workload_digest(workload: Workload | Programs) -> str:
+def workload_digest(workload: Workload | Programs | Cascades) -> str:
     """Of the requests, as they are."""
     digest = sha256()
     for field in fields(workload):
         value = getattr(workload, field.name)
-        if isinstance(value, Programs):
+        if isinstance(value, Programs | Cascades):
             value = workload_digest(value)
         digest.update(field.name.encode())
         digest.update(np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
