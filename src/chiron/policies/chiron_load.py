@@ -162,7 +162,7 @@ def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[s
     rule, steady = memory.headroom.rule, memory.headroom.steady
     names = [cls.name for cls in classes if cls.interactive]
     return {
-        "load": _packed(memory.load),
+        **({"load": _packed(memory.load)} if memory.history.seconds else {}),
         "counts": {name: _packed(row) for name, row in zip(names, memory.counts, strict=True)},
         "window_s": rule.window_s,
         "settle_s": rule.settle_s,
@@ -195,7 +195,9 @@ def restored_load(
 ) -> ModelMemory | None:
     """The memory that this makes; None: it tells of no load, and all begins anew. Too old, its last hour is none of
     this one's."""
-    load = _unpacked(settings, kept, "load")
+    # Who was stopped before the first tick knows of no last hour, but what it was told of the weeks before.
+    nothing_recent = "load" not in kept and "long" in kept
+    load = np.zeros(0) if nothing_recent else _unpacked(settings, kept, "load")
     if load is None:
         return None
     names = [cls.name for cls in classes if cls.interactive]
@@ -203,7 +205,7 @@ def restored_load(
     slack_s = max(0.5, settings.slack_share * min((cls.ttft_s for cls in classes if cls.interactive), default=1.0))
     long = resumed(_restored_long(kept), load, age_s, slack_s)
     recurrence = _restored_recurrence(kept)
-    if age_s > LOAD_AGE_MAX_S:
+    if nothing_recent or age_s > LOAD_AGE_MAX_S:
         nothing = remembered(floor(now_s), np.zeros(0), np.zeros((len(names), 0)))
         return ModelMemory(history=nothing, headroom=headroom, backtest_s=now_s, long=long, recurrence=recurrence)
     none = np.zeros(len(load))
