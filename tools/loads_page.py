@@ -1,4 +1,4 @@
-"""Every policy at three loads, as a Markdown page with one table and one figure::
+"""Policies at three loads, as a Markdown page with one table and one figure::
 
     python tools/loads_page.py --figure FILE.svg FILE.json ... > docs/loads.md
 
@@ -24,7 +24,8 @@ SHOWN = ("chiron", "clairvoyant", "chiron-paper", "chiron-paper-tuned", "llumnix
 """Named in the figure, if they ran: more cannot be told apart. The others are grey."""
 INTRODUCTION = """# Three loads
 
-Every figure on this page was written by `make loads`: {policies} policies on {scenarios} cut traces ({names}; files in
+Every figure on this page was written by `make loads`: {policies} policies (the best of each kind, as published and
+tuned; all of them are in [results.md](results.md)) on {scenarios} cut traces ({names}; files in
 [bench/loads](../bench/loads)) at {loads} times their rate, seeds {seeds}, {runs:,} runs.
 
 Each file is a window of a packaged scenario with a batch job in proportion, on one and a half times the instances that

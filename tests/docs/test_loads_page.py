@@ -59,7 +59,8 @@ def test_a_row_has_the_mean_of_the_worst_classes_and_of_the_ratios_to_the_bound(
     assert row.strip("| ").split(" | ")[1:5] == ["95.0%", "75.0%", "3.50x", "1 of 2"]
     assert text.index("| `cheap`") < text.index("| `costly`"), "who keeps more traces at load 1 comes first"
     assert "Load 1: at most 2 of 2 traces are kept, at the least cost by `cheap` (2.25x the bound)" in text
-    assert "2 policies on 2 cut traces" in text
+    assert "2 policies (the best of each kind" in text
+    assert "on 2 cut traces (`a`, `b`;" in text
 
 
 def test_a_policy_that_failed_somewhere_has_no_figures_there(tool: ModuleType) -> None:
