@@ -65,9 +65,9 @@ def test_a_step_is_as_long_as_the_tightest_slo_of_those_that_decode() -> None:
 
 
 def test_what_must_run_goes_first_the_least_slack_before_others() -> None:
-    late, later, easy = request(1, 500), request(2, 400, arrival_s=-1.0), request(3, 2000, arrival_s=4.0)
-    # At 4.9 s 1 and 2 have less than the 215 ms of a step left; 3, which would fill it, has four seconds.
-    assert order(made(easy, late, later), 4.9) == [2, 1, 3]
+    late, later, easy = request(1, 1900, arrival_s=0.05), request(2, 400), request(3, 2000, arrival_s=4.0)
+    # At 4.9 s 1 and 2 have less than the 215 ms of a step left, though 1 is nearer to what it holds; 3 has 4 s.
+    assert order(made(easy, late, later), 4.9) == [2, 1]
 
 
 def test_of_like_slack_the_nearest_to_what_is_left_goes_first() -> None:
@@ -82,7 +82,7 @@ def test_a_prompt_without_room_is_passed_unless_it_must_run() -> None:
     assert order(made(request(1, 1900), request(2, 1500)), kv_free_tokens=1600, decoding=1) == [2]
     assert order(made(request(1, 1900), request(2, 1500)), kv_free_tokens=1600, places_free=0, decoding=1) == []
     composer = made(request(1, 1900, arrival_s=-4.9), request(2, 1500))
-    composer.tokens(view(kv_free_tokens=1600))
+    composer.tokens(view(kv_free_tokens=1600, decoding=1))
     assert composer.head(0.0, False).id == 1  # type: ignore[union-attr]
 
 

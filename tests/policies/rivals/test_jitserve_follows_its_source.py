@@ -116,10 +116,11 @@ def test_no_more_give_way_than_at_one_choice() -> None:
 
 def test_nobody_gives_way_for_less_than_the_stall_costs() -> None:
     composer = compose(TEMPO, Learner((CHAT, JOBS)))
-    for id in range(1, 5):
-        composer.began(request(id, 60_000, cls=replace(JOBS, deadline_s=30.0)), 1, 0, 0.0)
-    composer.add(request(9, 61_000), 61_000, False)
-    assert composer.gives_way(view(50, 20.0, decoding=4, free=0)) == []
+    comes = Candidate(110.0, request(9, 10), 10, False)
+    short, long = (Candidate(100.0, request(id, tokens), tokens, True) for id, tokens in ((1, 1), (2, 60_000)))
+    # In a frame of a second it brings 10 more; a stall of seconds costs 400 each.
+    assert composer._swapped([comes], [short]) == [short.request]
+    assert composer._swapped([comes], [long]) == []
 
 
 def test_prompts_go_by_density_and_fall_behind_when_theirs_falls() -> None:
@@ -140,7 +141,7 @@ def test_a_density_that_rises_is_found_at_a_frame() -> None:
     composer.forget(first)
     third = request(3, 100, cls=replace(JOBS, deadline_s=3600.0), arrival_s=7000.0)
     composer.add(third, 100, False)
-    composer.gives_way(view(50, 7000.0, decoding=0, free=4))
+    composer.gives_way(view(50, 7000.0, decoding=0, free=1, places=1))
     assert composer.head(7000.0, False) is second
 
 

@@ -53,6 +53,8 @@ def prompt(due_s: float, tokens: int, *, itl_s: float = 0.1, kv_tokens: float = 
         pytest.param([prompt(1.0, 900), prompt(1.0, 500), prompt(1.0, 500)], steps(), {1, 2}, id="the most requests"),
         pytest.param([prompt(1.0, 9), prompt(1.0, 9)], steps(kv_tokens=1.5), {1}, id="whose KV has room"),
         pytest.param([prompt(1.0, 600, new=False), prompt(1.0, 500)], steps(), set(), id="before others, the admitted"),
+        pytest.param([prompt(1.0, 400, new=False), prompt(2.0, 1590)], steps(), {1}, id="who was admitted decodes"),
+        pytest.param([prompt(1.0, 400, new=False), prompt(2.0, 1591)], steps(), set(), id="likewise too"),
         pytest.param([prompt(0.5, 100), prompt(1.0, 900, new=False)], steps(), set(), id="whom nobody makes late"),
         pytest.param([prompt(0.5, 900, new=False), prompt(2.0, 100)], steps(), {1}, id="late as it is"),
         pytest.param([prompt(9.0, 100, itl_s=0.03)], steps({0.1: 30}), set(), id="whose own pace the step cannot keep"),
