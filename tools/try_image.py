@@ -27,7 +27,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
-PACKAGES = "python3,python3-venv,ca-certificates"
+PACKAGES = "python3,python3-venv,python3-dev,ca-certificates"
+"""The base image has Python's headers, too."""
 OF_THE_MACHINE = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt")
 """Lent to each root, so that it finds the package index as this machine does."""
 TRIES, TRY_PAUSE_S = 300, 0.2
