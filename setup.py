@@ -27,6 +27,10 @@ COMPILED = (
     "engines/claims.py",
     "engines/model.py",
     "engines/pipeline.py",
+    "gateway/brain/desk.py",
+    "gateway/brain/relays.py",
+    "gateway/instances/engine.py",
+    "gateway/instances/observer.py",
     "gateway/port/wire.py",
     "gateway/relay/admission.py",
     "gateway/relay/body.py",
@@ -48,13 +52,15 @@ COMPILED = (
     "policies/capacity.py",
     "policies/chiron_local.py",
     "policies/deadline_groups.py",
+    "policies/gated_router.py",
+    "policies/least_router.py",
     "policies/order.py",
     "policies/overload.py",
     "policies/packing.py",
     "policies/policy.py",
     "policies/size.py",
+    "policies/stale_entries.py",
     "policies/views.py",
-    "policies/least_router.py",
 )
 """What runs for each request, step or scrape. The rest costs more to compile than it saves. What users configure is not
 among them: a compiled class has lost the annotations by which it is read, and turns 1 into 1.0."""

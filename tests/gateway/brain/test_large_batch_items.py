@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any, cast
 
 import pytest
 
@@ -20,6 +19,7 @@ from chiron.gateway.relay.uplink import RelayedItem
 from chiron.net.client import Call, Origin
 from chiron.net.clock import LiveClock
 from chiron.store.port import Item
+from lone_desk import lone_desk, lone_engine
 
 NIGHT = RequestClass(name="night", kind="batch", deadline_s=86_400.0)
 PATH = "/v1/chat/completions"
@@ -44,11 +44,11 @@ def item_of(number: int, body_bytes: int) -> Placed:
 )
 def test_what_relays_have_no_room_for_is_sent_from_here(body_bytes: int, sent: list[int], here: int) -> None:
     async def main() -> None:
-        nobody, keys = cast(Any, None), KeyRing()
-        clock, engine = LiveClock(asyncio.get_running_loop()), cast(Any, _Engine())
+        clock, keys = LiveClock(asyncio.get_running_loop()), KeyRing()
+        engine = lone_engine(clock)
         relays = Relays(
             clock=clock,
-            desk=nobody,
+            desk=lone_desk(clock, keys),
             models=Models({}),
             keys=keys,
             engines={},
@@ -66,14 +66,6 @@ def test_what_relays_have_no_room_for_is_sent_from_here(body_bytes: int, sent: l
         assert relays.carry(engine, item_of(100, MIB)) is not None
 
     asyncio.run(main())
-
-
-class _Instance:
-    id = 1
-
-
-class _Engine:
-    instance = _Instance()
 
 
 def test_an_answer_that_grows_as_it_is_written_is_refused() -> None:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -20,6 +20,7 @@ from chiron.gateway.relay.key_ring import KeyRing
 from chiron.net.clock import LiveClock
 from chiron.net.loop import run_on_loop
 from live_gateway import RELAYS, until
+from lone_desk import lone_desk
 from scripted_engine import ScriptedEngine, before
 from virtual_loop import run_virtual
 
@@ -40,10 +41,15 @@ def test_and_another_is_there(tmp_path: Path) -> None:
 def test_one_that_never_says_hello_is_given_up() -> None:
     async def main() -> None:
         clock = LiveClock(asyncio.get_running_loop())
-        workers = Workers(clock=clock, count=1)
-        nobody = cast(Any, None)
+        workers, keys = Workers(clock=clock, count=1), KeyRing()
         relays = workers.relays = Relays(
-            clock=clock, desk=nobody, models=Models({}), keys=KeyRing(), engines={}, responded=print, left=workers.left
+            clock=clock,
+            desk=lone_desk(clock, keys),
+            models=Models({}),
+            keys=keys,
+            engines={},
+            responded=lambda status, count: None,
+            left=workers.left,
         )
         with tempfile.TemporaryDirectory(prefix="chiron-") as folder:
             await workers.open(Path(folder) / "brain")
@@ -82,9 +88,15 @@ def test_its_places_are_free_once_its_process_has_ended_and_kept_while_it_may_co
     async def main() -> None:
         # Its clock stands, so that nothing is over because time has passed.
         clock = LiveClock(asyncio.get_running_loop(), time_s=lambda: 1.0)
-        workers, nobody = Workers(clock=clock, count=1), cast(Any, None)
+        workers, keys = Workers(clock=clock, count=1), KeyRing()
         relays = workers.relays = Relays(
-            clock=clock, desk=nobody, models=Models({}), keys=KeyRing(), engines={}, responded=print, left=workers.left
+            clock=clock,
+            desk=lone_desk(clock, keys),
+            models=Models({}),
+            keys=keys,
+            engines={},
+            responded=lambda status, count: None,
+            left=workers.left,
         )
         with tempfile.TemporaryDirectory(prefix="chiron-") as folder:
             path = Path(folder) / "brain"

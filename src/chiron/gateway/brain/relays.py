@@ -438,7 +438,7 @@ class RelayLink:
         self._relays.desk.left(call)
 
     def _turn(self, said: m.Turn) -> None:
-        if said.reason not in ("", *REASONS):
+        if said.reason and said.reason not in REASONS:
             raise ProtocolError(f"request {said.number} is asked for a cascade with reason {said.reason!r}")
         if said.cascade not in self._relays.models.cascades:
             return  # Another gateway's config may have it: a request like any other.
