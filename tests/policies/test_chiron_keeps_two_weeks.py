@@ -150,6 +150,7 @@ def test_periods_are_found_and_none_in_what_has_none() -> None:
         return recurrences(minutes, len(minutes.means))
 
     assert HOUR_S in found(hourly + 0.1 * noise)
+    assert 6 * HOUR_S in found(peaks(10 * HOUR_S, [600, 4000, 9000, 22_200, 25_600, 30_600])), "one and two thirds"
     assert found(noise) == ()
     assert found(hourly[: HOUR_S + 300]) == (), "one that was not seen twice"
     assert len(found(wave)) <= 1

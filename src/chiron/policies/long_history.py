@@ -164,7 +164,8 @@ def foretold_now(long: LongHistory, load: Floats, slack_s: float, period_s: int,
 
 def recurrences(minutes: Minutes, exact: int) -> tuple[int, ...]:
     """Periods that are worth a try, seconds: tops of the autocorrelation of what is known by the minute (``exact`` of
-    them), the likest first, of which two have passed; then the day and the week, once one of them and an hour has."""
+    them), the likest first, of which one and a half have passed; then the day and the week, once one of them and an
+    hour has."""
     seen_s = MINUTE_S * len(minutes.means)
     calendar = tuple(period for period in CALENDAR_S if seen_s >= period + 3600)
     x = minutes.means[-exact:] if exact else minutes.means[:0]
@@ -177,7 +178,7 @@ def recurrences(minutes: Minutes, exact: int) -> tuple[int, ...]:
         return calendar
     # Of fewer pairs there is less: the mean over those that there are.
     alike = alike / alike[0] * len(x) / np.arange(len(x), 0, -1)
-    lags = range(LEAST_S // MINUTE_S, len(x) // 2)
+    lags = range(LEAST_S // MINUTE_S, 2 * len(x) // 3)
     tops = [k for k in lags if alike[k] > _ALIKE and alike[k - 1] < alike[k] >= alike[k + 1]]
     found: list[int] = []
     for k in sorted(tops, key=lambda k: -alike[k]):
