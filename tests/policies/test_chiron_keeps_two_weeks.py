@@ -10,7 +10,7 @@ import pytest
 
 from chiron.core.kept import Kept
 from chiron.policies.chiron import decide_fleet, prepare
-from chiron.policies.chiron_load import begun, first_memory, learned_load, recurring_to, restored_load
+from chiron.policies.chiron_load import ModelMemory, begun, first_memory, learned_load, recurring_to, restored_load
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Floats, Headroom, Question, missed
 from chiron.policies.load_history import remembered, worth
@@ -247,6 +247,27 @@ def test_two_weeks_and_the_period_in_force_outlive_a_restart(away_s: float) -> N
         again = replace(again, history=history, long=again.long.after(left, SLACK_S))
         ahead.append(recurring_to(ours, again, live))
     assert [each > 8.0 for each in ahead] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("min_instances", [0, 1])
+def test_a_surge_that_was_foretold_is_planned_for_after_hours_without_a_request(min_instances: int) -> None:
+    ours, ahead_s = ChironSettings(), 30
+    load = np.zeros(2 * DAY_S)
+    load[DAY_S + ahead_s : DAY_S + ahead_s + 180] = 9.0  # A day before what comes in 30 s, and nothing since.
+    live = model(fleet_of(min_instances), min_instances=min_instances)
+    memory = replace(
+        first_memory(ours, live, 2.0 * DAY_S),
+        history=remembered(2.0 * DAY_S - HOUR_S, load[-HOUR_S:], np.zeros((1, HOUR_S))),
+        long=kept(load[:-HOUR_S]),
+    )
+
+    def planned(memory: ModelMemory) -> int:
+        plan, _ = decide_fleet(ours, {"llama": memory}, fleet(live, now_s=2.0 * DAY_S))
+        return int(plan["llama"].counts["mixed"])
+
+    record = Record(period_s=DAY_S, without=90.0, within=40.0, looks=12)
+    assert planned(replace(memory, recurrence=Recurrence(records=(record,), period_s=DAY_S))) == 9
+    assert planned(memory) == min_instances
 
 
 @pytest.mark.slow

@@ -223,7 +223,8 @@ def _decide_model(
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
-    interactive = max(interactive, model.min_instances)
+    # What is foretold is asked for before its first request.
+    interactive = max(interactive, whole(recurring), model.min_instances)
     extra, bbp, batch_numbers, memory = batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
@@ -260,7 +261,7 @@ def _decide_model(
 
 
 def _without_requests(wanted: int, model: ModelView, memory: ModelMemory) -> int:
-    """No request has arrived for a while: nothing is added, whatever busier times would need, and the last one goes.
+    """No request has arrived for a while: nothing is added for what busier times would need, and the last one goes.
     A fleet that does not follow the load would stay for ever, so where it may be empty all of it goes."""
     if model.min_instances == 0 and memory.headroom.rule == CONSTANT:
         return 0
