@@ -270,6 +270,28 @@ def test_a_surge_that_was_foretold_is_planned_for_after_hours_without_a_request(
     assert planned(memory) == min_instances
 
 
+@pytest.mark.parametrize("known_s", [None, HOUR_S])
+def test_stopped_again_before_the_first_tick_the_time_away_is_counted_each_time(known_s: int | None) -> None:
+    ours, away_s = ChironSettings(), (2 * HOUR_S, 1800)
+    load = peaks(2 * DAY_S, [DAY_S + sum(away_s)])  # The surge was a day ago by the second start.
+    memory = replace(
+        first_memory(ours, model(fleet_of(3)), 2.0 * DAY_S),
+        history=remembered(2.0 * DAY_S - HOUR_S, load[-HOUR_S:], np.ones((1, HOUR_S))),
+        long=kept(load[:-HOUR_S]),
+    )
+    notes: list[str] = []
+    for seconds in away_s:
+        told = learned_load(memory, (CHAT,))
+        if "load" not in told and known_s is not None:  # As it may have been written.
+            told["long"]["known_s"] = known_s
+        again = restored_load(ours, Kept(told, "m", notes), (CHAT,), 5.0, float(seconds))
+        assert again is not None
+        memory = again
+    assert notes == []
+    found = [foretold_now(memory.long, NONE, SLACK_S, DAY_S + shift, 30.0) > 8.0 for shift in (-900, 0, 900)]
+    assert found == [False, True, False]
+
+
 @pytest.mark.slow
 def test_an_hourly_surge_is_met_by_a_fleet_that_is_small_between() -> None:
     """Six hours, tick by tick, with what the policy has learned by itself; once forgetful, once not."""

@@ -203,10 +203,13 @@ def restored_load(
     names = [cls.name for cls in classes if cls.interactive]
     headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
     slack_s = max(0.5, settings.slack_share * min((cls.ttft_s for cls in classes if cls.interactive), default=1.0))
-    long = resumed(_restored_long(kept), load, age_s, slack_s)
+    before = _restored_long(kept)
+    before = replace(before, known_s=min(before.known_s, len(load)))  # Of no more than is there.
+    long = resumed(before, load, age_s, slack_s)
     recurrence = _restored_recurrence(kept)
     if nothing_recent or age_s > LOAD_AGE_MAX_S:
         nothing = remembered(floor(now_s), np.zeros(0), np.zeros((len(names), 0)))
+        long = replace(long, known_s=0)
         return ModelMemory(history=nothing, headroom=headroom, backtest_s=now_s, long=long, recurrence=recurrence)
     none = np.zeros(len(load))
     told = kept.part("counts")
