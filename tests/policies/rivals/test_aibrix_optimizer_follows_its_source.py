@@ -92,6 +92,19 @@ def test_requests_are_forgotten_after_the_window() -> None:
     assert numbers[25] == 0.0
 
 
+def test_a_jump_counts_as_it_is_at_once_and_a_lull_as_the_mean_of_the_window() -> None:
+    calm, burst, lull = (tuple(arrival(second, rate) for second in range(10)) for rate in (10, 40, 5))
+    ticks = [*[calm] * 24, burst, lull]
+    shifted = [
+        tuple(replace(each, second=990 + 10 * number + each.second) for each in tick)
+        for number, tick in enumerate(ticks)
+    ]
+    made = plans(*shifted)
+    rates = [plan.numbers["requests_per_s"] for plan in made]
+    assert rates[23:] == [10.0, 40.0, pytest.approx((22 * 10.0 + 40.0 + 5.0) / 24)]
+    assert made[24].numbers["optimum"] == ceil(40.0 / per_s(mix(CHAT))) > made[23].numbers["optimum"]
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match=r"window_s is 5\.0; it must be at least interval_s \(10\.0\)"):
         AibrixOptimizerSettings(window_s=5.0)

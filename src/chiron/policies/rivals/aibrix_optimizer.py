@@ -2,7 +2,8 @@
 
 Every 10 s, from the requests of the last 240 s, in patterns of like prompts and answers, as far as each has ten::
 
-    load     = requests a second in all, shared out over the patterns as they came
+    load     = requests a second in all, in the window or in the last 10 s, whichever is more, shared out over the
+               patterns as they came in the window
     replicas = ceil(sum over patterns: load / requests a second of one instance at that pattern within the SLO)
 
 and, of these numbers over 180 s (stable) and 60 s (panic)::
@@ -115,7 +116,8 @@ def _decide_model(
     came = tuple(each for each in (*memory.came, *new) if each.second >= now_s - settings.window_s)
     memory = replace(memory, begun_s=begun_s, came=came)
     span_s = min(settings.window_s, max(now_s - begun_s, settings.interval_s))
-    said = optimum(settings, model, came, span_s)
+    rate = requests_per_s(settings, came, span_s, now_s)
+    said = optimum(settings, model, came, rate)
     if said is None:
         return mixed_plan(within_bounds(model, current), "too_few_requests"), memory
     kept = tuple(each for each in memory.replicas if each[0] > now_s - settings.stable_window_s)
@@ -126,8 +128,7 @@ def _decide_model(
         reason = "panic"
     else:
         reason = "optimum_above" if count > current else "optimum_below" if count < current else "steady"
-    requests_per_s = sum(each.requests for each in came) / span_s
-    return mixed_plan(count, reason, {"optimum": float(said), "requests_per_s": requests_per_s}), memory
+    return mixed_plan(count, reason, {"optimum": float(said), "requests_per_s": rate}), memory
 
 
 def _came(arrival: ArrivalView) -> Came:
@@ -141,8 +142,14 @@ def _came(arrival: ArrivalView) -> Came:
     )
 
 
-def optimum(settings: AibrixOptimizerSettings, model: ModelView, came: tuple[Came, ...], span_s: float) -> int | None:
-    """Replicas for the requests of the window; None: there are some, and of no pattern enough."""
+def requests_per_s(settings: AibrixOptimizerSettings, came: tuple[Came, ...], span_s: float, now_s: float) -> float:
+    """The larger of the mean rate in the window and that since the last decision."""
+    current = sum(each.requests for each in came if each.second >= now_s - settings.interval_s)
+    return max(sum(each.requests for each in came) / span_s, current / settings.interval_s)
+
+
+def optimum(settings: AibrixOptimizerSettings, model: ModelView, came: tuple[Came, ...], rate: float) -> int | None:
+    """Replicas for so many requests a second, like those of the window; None: of no pattern are there enough."""
     if not came:
         return model.min_instances
     mixes = {mix.cls.name: mix for mix in model.mixes}
@@ -157,7 +164,6 @@ def optimum(settings: AibrixOptimizerSettings, model: ModelView, came: tuple[Cam
     covered = sum(each.requests for requests in counted.values() for each in requests)
     if not covered:
         return None
-    rate = sum(each.requests for each in came) / span_s
     itl_s = min((mix.cls.itl_s for mix in _used(model) if mix.cls.interactive), default=inf)
     busy = 0.0
     for pattern, requests in sorted(counted.items()):
