@@ -148,14 +148,18 @@ def test_the_fleet_of_an_epoch_is_for_the_busiest_minute_of_the_last_one() -> No
     assert half.counts["mixed"] == ceil(2.0 * needed(60.0))
 
 
-def test_a_batch_that_comes_at_once_counts_as_if_it_came_evenly() -> None:
+@pytest.mark.parametrize(("deadline_s", "over_s"), [(3600.0, 1800.0), (900.0, 900.0)])
+def test_a_batch_that_comes_at_once_counts_as_if_it_came_evenly_until_it_must_be_planned_again(
+    deadline_s: float, over_s: float
+) -> None:
+    jobs = replace(JOBS, deadline_s=deadline_s)
     state: Any = None
     for number in range(6):
         now_s = 6000.0 + 60.0 * number
-        arrivals = (arrival(int(now_s) - 5, 3000, JOBS),) if number == 2 else (arrival(int(now_s) - 5, 60),)
-        one = model(fleet_of(4), arrivals=arrivals, kv_capacity_tokens=KV_TOKENS)
+        arrivals = (arrival(int(now_s) - 5, 3000, jobs),) if number == 2 else (arrival(int(now_s) - 5, 60),)
+        one = model(fleet_of(4), arrivals=arrivals, mixes=(mix(CHAT), mix(jobs)), kv_capacity_tokens=KV_TOKENS)
         plans, state = decide_fleet(DEFAULT, state, fleet(one, now_s=now_s))
-    batch = 10.0 * needed(1.0)  # 3,000 in 300 s, of requests that are alike
+    batch = 3000 / over_s * needed(1.0)  # Requests are alike; those of the first five minutes count no more.
     assert plans["llama"].numbers["batch"] == pytest.approx(batch)
     assert plans["llama"].counts["mixed"] == ceil(batch + needed(1.0))
 

@@ -7,7 +7,8 @@ one, as do requests while every instance of theirs is full. Once an epoch of hal
     instances = ceil(sum over classes of requests: load expected / load that one instance serves within its SLOs)
 
 The load expected is that of the busiest minute of the last epoch. The paper has no batch requests: their work counts as
-if it had come evenly, else a job that comes at once would ask for everything (ours, in its favour).
+if it had come evenly over an epoch, as long as the plan holds, or over the time that its class has until its deadline,
+if that is less; else a job that comes at once would ask for everything (ours, in its favour).
 
 Sources: the paper (arXiv 2408.00741), by its abstract and notes; no code is public. Left out are two of its three knobs
 and two of its three levels: how many GPUs an instance is spread over, every 5 minutes, and their frequency, every 5 s.
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Annotated, Any
 
-from chiron.core.types import Instance, Placement, Request
+from chiron.core.types import Instance, Placement, Request, RequestClass
 from chiron.policies.capacity import capacity, decode_s, prefill_s
 from chiron.policies.checks import above, at_least
 from chiron.policies.least_router import LeastRouter
@@ -82,7 +83,7 @@ class Memory:
     minutes: tuple[tuple[int, float], ...] = ()
     """(minute, instances that its interactive requests would have kept busy) of the epoch, the last one under way."""
     batch_s: float = 0.0
-    """For how long batch requests of the epoch would have kept one busy."""
+    """For how long batch requests of the epoch would have kept one busy, more where they are due within one."""
 
 
 State = dict[str, Memory]
@@ -104,10 +105,10 @@ def _decide_model(
     oldest = (now_s - settings.epoch_s) // MINUTE_S
     minutes = {minute: busy for minute, busy in memory.minutes if minute >= oldest}
     batch_s = memory.batch_s
-    for second, interactive, busy_s in load(settings, model):
+    for second, cls, busy_s in load(settings, model):
         minute = second // MINUTE_S
-        minutes[minute] = minutes.get(minute, 0.0) + (busy_s / MINUTE_S if interactive else 0.0)
-        batch_s += 0.0 if interactive else busy_s
+        minutes[minute] = minutes.get(minute, 0.0) + (busy_s / MINUTE_S if cls.interactive else 0.0)
+        batch_s += 0.0 if cls.interactive else busy_s * max(1.0, settings.epoch_s / cls.deadline_s)
     memory = replace(memory, minutes=tuple(sorted(minutes.items())), batch_s=batch_s)
     if now_s < memory.next_s - 1e-6:
         return mixed_plan(within_bounds(model, current), "within_epoch"), memory
@@ -116,14 +117,14 @@ def _decide_model(
     memory = replace(memory, begun_s=now_s, next_s=now_s + settings.epoch_s, minutes=(), batch_s=0.0)
     if not minutes:
         return mixed_plan(within_bounds(model, model.min_instances), "no_load"), memory
-    busiest, batch = max(minutes.values()), batch_s / max(span_s, MINUTE_S)
+    busiest, batch = max(minutes.values()), batch_s / max(span_s, settings.epoch_s)
     count = within_bounds(model, ceil((busiest + batch) / settings.utilisation - 1e-9))
     reason = "load_above" if count > current else "load_below" if count < current else "steady"
     return mixed_plan(count, reason, {"busiest": busiest, "batch": batch}), memory
 
 
-def load(settings: DynamoLlmSettings, model: ModelView) -> list[tuple[int, bool, float]]:
-    """(second, interactive, seconds for which one instance would be busy with what came in it), by class."""
+def load(settings: DynamoLlmSettings, model: ModelView) -> list[tuple[int, RequestClass, float]]:
+    """(second, class, seconds for which one instance would be busy with what came in it)."""
     mixes = {mix.cls.name: mix for mix in model.mixes}
     itl_s = min((mix.cls.itl_s for mix in _used(model) if mix.cls.interactive), default=inf)
     rates = {name: _work_rate(settings, model, mix, itl_s) for name, mix in mixes.items()}
@@ -134,7 +135,7 @@ def load(settings: DynamoLlmSettings, model: ModelView) -> list[tuple[int, bool,
             mix, requests = mixes[arrival.cls.name], arrival.requests
             work = prefill_s(times, arrival.input_tokens, arrival.input_square)
             work += requests * decode_s(times, arrival.input_tokens / requests, mix.output_tokens)
-            came.append((arrival.second, arrival.cls.interactive, work / rates[arrival.cls.name]))
+            came.append((arrival.second, arrival.cls, work / rates[arrival.cls.name]))
     return came
 
 
