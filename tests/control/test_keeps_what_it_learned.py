@@ -222,6 +222,11 @@ def test_what_is_too_old_or_of_another_policy_is_left_out(
         assert bool(memory is not None and memory.long.minutes.size) == (age_s > 0 and policy == "chiron" and lengths)
         assert plane.models["m0"].learner.trusted == lengths
         assert bool(notes) == (not (load and lengths))
+        if age_s == LOAD_AGE_MAX_S + 1:
+            assert notes == [
+                "the last hour's load is 3601 s old and is not planned with (at most 3600 s are allowed); "
+                "load that is kept for longer is"
+            ]
 
 
 def sealed(body: bytes) -> bytes:

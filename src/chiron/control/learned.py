@@ -18,8 +18,8 @@ from chiron.core.kept import Kept
 
 VERSION: Final = 1
 AGE_MAX_S: Final = 7 * 86400.0
-"""Older than this nothing of it is used; the last hour's load in particular is no longer used after
-``policies.policy.LOAD_AGE_MAX_S``."""
+"""Older than this nothing of it is used, two weeks of load neither; the last hour's load is no longer planned with
+after ``policies.policy.LOAD_AGE_MAX_S``."""
 CLOCK_SKEW_MAX_S: Final = 10.0
 """It may have been kept so long after now: by another machine, whose clock is a little ahead."""
 WALL_MAX_S: Final = 1e11

@@ -159,7 +159,10 @@ class ControlPlane:
         else:
             self._autoscaler.restore(fleet, max(0.0, age_s))
             if age_s > LOAD_AGE_MAX_S:
-                notes.append(f"the load of {age_s:.0f} s ago is too old; at most {LOAD_AGE_MAX_S:.0f} s are allowed")
+                notes.append(
+                    f"the last hour's load is {age_s:.0f} s old and is not planned with (at most "
+                    f"{LOAD_AGE_MAX_S:.0f} s are allowed); load that is kept for longer is"
+                )
         return notes
 
     def take_over(self, settle_s: float = SETTLE_S) -> None:
