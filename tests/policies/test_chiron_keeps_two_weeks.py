@@ -10,7 +10,15 @@ import pytest
 
 from chiron.core.kept import Kept
 from chiron.policies.chiron import decide_fleet, prepare
-from chiron.policies.chiron_load import ModelMemory, begun, first_memory, learned_load, recurring_to, restored_load
+from chiron.policies.chiron_load import (
+    ModelMemory,
+    backtested,
+    begun,
+    first_memory,
+    learned_load,
+    recurring_to,
+    restored_load,
+)
 from chiron.policies.chiron_settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Floats, Headroom, Question, missed
 from chiron.policies.load_history import remembered, worth
@@ -26,7 +34,7 @@ from chiron.policies.long_history import (
     recurrences,
     resumed,
 )
-from chiron.policies.recurrence import Look, Record, Recurrence, looked
+from chiron.policies.recurrence import Look, Record, Recurrence, aged, looked
 from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, model
 
 HOUR_S, DAY_S = 3600, 86_400
@@ -182,6 +190,37 @@ def test_a_period_is_adopted_once_it_has_saved_a_tenth_in_looks_enough_and_goes_
     assert found[-1] == 0
     assert not any(judged([look(9.5)] * 20, [look(10.0)] * 20)), "half a tenth is noise"
     assert not any(judged([look(10.0)] * 20, [look(10.0)] * 20)), "it has made no difference"
+
+
+def test_a_timetable_that_moved_is_dropped_within_a_week_however_long_it_was_believed() -> None:
+    known, found = Recurrence(), []
+    for day in range(14 + 8):
+        known = aged(known, float(DAY_S))
+        for _ in range(6):  # An event is in six looks.
+            known = looked(known, {DAY_S: look(4.0 if day < 14 else 14.0), 0: look(10.0)}, 0.006)
+        found.append(known.period_s)
+    assert found[2:14] == [DAY_S] * 12
+    assert found[15] == DAY_S, "one day without it is an exception"
+    assert found[14 + 7] == 0
+
+
+def test_records_age_by_the_time_between_looks_whether_or_not_a_period_says_anything() -> None:
+    ours, live, now_s = ChironSettings(), model(fleet_of(3)), 20.0 * DAY_S
+    record = Record(period_s=DAY_S, without=90.0, within=40.0, looks=12, missed=3.0, requests=5000.0)
+    memory = replace(
+        first_memory(ours, live, now_s),
+        history=remembered(now_s - HOUR_S, np.ones(HOUR_S), np.ones((1, HOUR_S))),
+        recurrence=Recurrence(records=(record, Record(period_s=0)), period_s=DAY_S),
+        backtest_s=now_s - 60.0,
+        look_s=now_s - DAY_S,
+    )
+    asked = backtested(ours, memory, live, now_s)
+    assert asked.backtest is not None
+    aged_record = asked.recurrence.records[0]
+    assert 0.85 < aged_record.without / record.without < 0.9
+    assert (aged_record.saves, aged_record.misses, aged_record.looks) == pytest.approx(
+        (record.saves, record.misses, record.looks)
+    )
 
 
 def test_a_period_that_lets_requests_miss_is_not_adopted_unless_having_none_does_too() -> None:

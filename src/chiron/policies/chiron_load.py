@@ -44,7 +44,7 @@ from chiron.policies.long_history import (
     resumed,
 )
 from chiron.policies.policy import LOAD_AGE_MAX_S
-from chiron.policies.recurrence import LOOK_S, PERIOD_MAX_S, RECORDS_MAX, Look, Record, Recurrence, looked, tried
+from chiron.policies.recurrence import LOOK_S, PERIOD_MAX_S, RECORDS_MAX, Look, Record, Recurrence, aged, looked, tried
 from chiron.policies.views import ClassMix, ModelView
 
 
@@ -348,7 +348,8 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         question = replace(question, foretold=_foretold(settings, memory, model, minutes, period_s))
     memory = replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
     if settings.look_back and now_s - memory.look_s >= LOOK_S:
-        memory = replace(memory, look_s=now_s, looks=_looks(settings, memory, model, question))
+        known = aged(memory.recurrence, now_s - memory.look_s)
+        memory = replace(memory, look_s=now_s, recurrence=known, looks=_looks(settings, memory, model, question))
     return memory
 
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import exp
 
 from chiron.policies.headroom import Headroom
 
 LOOK_S = 600.0
 """Between two looks."""
-_DECAY = 1.0 - LOOK_S / (7 * 86_400.0)
+_REMEMBERED_S = 7 * 86_400.0
+"""What a look showed counts a third as much after so long."""
 _WORTH = 0.1
 """Share of its cost that a period must save."""
 _KEPT_WORTH = 0.03
@@ -82,6 +84,22 @@ def tried(periods: Sequence[int], known: Recurrence) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*periods, *((known.period_s,) if known.period_s else ()))))
 
 
+def aged(known: Recurrence, passed_s: float) -> Recurrence:
+    """So much later: what was seen counts for less, whether or not there has been anything to see since."""
+    share = exp(-passed_s / _REMEMBERED_S)
+    records = tuple(
+        replace(
+            record,
+            without=share * record.without,
+            within=share * record.within,
+            missed=share * record.missed,
+            requests=share * record.requests,
+        )
+        for record in known.records
+    )
+    return replace(known, records=records)
+
+
 def looked(known: Recurrence, found: Mapping[int, Look], miss_max: float) -> Recurrence:
     """After a look; ``found`` by period, 0: none."""
     records = {record.period_s: record for record in known.records}
@@ -109,15 +127,15 @@ def looked(known: Recurrence, found: Mapping[int, Look], miss_max: float) -> Rec
 def _with_look(record: Record, look: Look, without: float) -> Record:
     record = replace(
         record,
-        missed=_DECAY * record.missed + look.missed,
-        requests=_DECAY * record.requests + look.requests,
+        missed=record.missed + look.missed,
+        requests=record.requests + look.requests,
         found=look.found,
     )
     if look.instances == without:
         return record
     return replace(
         record,
-        without=_DECAY * record.without + without,
-        within=_DECAY * record.within + look.instances,
+        without=record.without + without,
+        within=record.within + look.instances,
         looks=record.looks + 1,
     )
