@@ -116,6 +116,57 @@ def test_tuned_settings_are_compared_on_what_they_have_not_seen(
     )
 
 
+PROGRAMS = """
+[[program]]
+model = "llama"
+class = "chat"
+arrivals = { kind = "poisson", rate = 0.5, duration = "2m" }
+steps = 3
+first = 100
+added = 20
+output = 10
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "shared"),
+    [
+        ("", "", True),
+        ('class = "chat"\narrivals', 'class = "chat"\nname = "agents"\ndeadline = "1m"\narrivals', True),
+        ("seeds = [1]", "seeds = [2]", False),
+        ("rate = 0.5", "rate = 0.6", False),
+        ("steps = 3", "steps = 4", False),
+    ],
+)
+def test_programs_are_known_by_what_draws_them(before: str, after: str, shared: bool) -> None:
+    """As generated streams are. Labels and deadlines draw nothing."""
+    text = TRACED[: TRACED.index("[[workload]]")] + PROGRAMS
+    own = windows(parse_scenario(text, directory=Path()), "judged")
+    other = windows(parse_scenario(text.replace(before, after), directory=Path()), "judged")
+    assert [(window.start_s, window.end_s) for window in own] == [(0.0, 120.0)]
+    assert own[0].shares(other[0]) is shared
+    judged, (source,) = calibrations(parse_scenario(text, directory=Path()), [], 40.0)
+    check_apart(windows(source.scenario, "calibration"), windows(judged, "judged"), "settings.toml")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ("own.toml", "own: program[0] of seed 1 from 0 min to 2 min is both tuned on and judged"),
+        ("other.csv", "--calibrate other.csv: takes the place of traces, and program[0] would be tuned on and judged"),
+    ],
+)
+def test_programs_that_are_judged_are_not_tuned_on(
+    calibration: str, message: str, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(scenario.parent)
+    text = scenario.read_text()
+    alone = text[: text.index("[[workload]]")] + PROGRAMS
+    Path("own.toml").write_text(alone if calibration == "own.toml" else text + PROGRAMS)
+    result = call("tune", "own.toml", "--calibrate", calibration)
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (2, True), result.stderr
+
+
 HISTORY = '\n[[history]]\ntrace = "{}"\nmodel = "llama"\nclass = "chat"\n{}\n'
 
 

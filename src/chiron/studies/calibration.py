@@ -2,8 +2,9 @@
 
 A calibration is a scenario and a part of it. Each part of a scenario names the requests that it takes as windows: from
 when to when of which trace (known by its requests, so that a copy under another name or in another container is the
-same), or of which generated stream and seed. Two parts that share a window share requests. What a policy has lived
-through before time 0 it has seen too: of a calibration for the settings, of what is judged for the policy's state.
+same), or of which generated stream or programs, and seed. Two parts that share a window share requests. What a policy
+has lived through before time 0 it has seen too: of a calibration for the settings, of what is judged for the policy's
+state.
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ def _of_source(judged: Scenario, source: str) -> Calibration:
             raise ConfigError(
                 f"--calibrate {source}: takes the place of traces, and workload[{i}] is generated; name a scenario"
             )
+    if judged.program:
+        raise ConfigError(
+            f"--calibrate {source}: takes the place of traces, and program[0] would be tuned on and judged; name a "
+            "scenario"
+        )
     changes = {"trace": json.dumps(name), "format": '"auto"', "start": "0", "duration": "inf"}
     overrides = [f"workload.{i}.{key}={value}" for i in range(len(judged.workload)) for key, value in changes.items()]
     scenario = replace(judged.with_overrides(*overrides), name=f"{judged.name} with {place.name}", calibration=None)
@@ -148,7 +154,8 @@ def windows(scenario: Scenario, part: Part, seeds: Sequence[int] | None = None) 
     """All requests of a part, but for those of batch jobs, whose lengths are drawn."""
     first_s = scenario.calibration.first_s if scenario.calibration is not None else 0.0
     span_s = (0.0, min(first_s, scenario.duration_s)) if part == "calibration" else (first_s, scenario.duration_s)
-    return _windows(scenario, "workload", scenario.workload, span_s, 0, seeds)
+    streams = _windows(scenario, "workload", scenario.workload, span_s, 0, seeds)
+    return [*streams, *_program_windows(scenario, span_s, seeds)]
 
 
 def history_windows(scenario: Scenario, seeds: Sequence[int] | None = None) -> list[Window]:
@@ -180,6 +187,21 @@ def _windows(
             digest = sha256(drawn.encode()).hexdigest()
             source = f"the generated {path}[{number}] of seed {seed}"
             found.append(Window(source=source, digest=digest, start_s=start_s, end_s=end_s))
+    return found
+
+
+def _program_windows(scenario: Scenario, span_s: tuple[float, float], seeds: Sequence[int] | None) -> list[Window]:
+    """Programs that begin in these seconds. Each is taken whole."""
+    found = []
+    for number, section in enumerate(scenario.program):
+        end_s = min(span_s[1], section.arrivals.duration_s)
+        if span_s[0] >= end_s:
+            continue
+        drawn = replace(section, model="", class_="", name="", key="", deadline_s=inf)  # Labels: they draw nothing.
+        for seed in seeds or scenario.seeds:
+            digest = sha256(f"{drawn!r} {scenario.scale!r} {number} {seed}".encode()).hexdigest()
+            source = f"program[{number}] of seed {seed}"
+            found.append(Window(source=source, digest=digest, start_s=span_s[0], end_s=end_s))
     return found
 
 
