@@ -15,11 +15,14 @@ import pytest
 from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
+from chiron.core.types import Request
 from chiron.policies.rivals.static import StaticSettings
 from chiron.sim.bound import bound
 from chiron.sim.run import Simulation, simulate
 from chiron.sim.setup import Setup
+from chiron.telemetry.programs import lost_calls
 from chiron.telemetry.result import Result
+from chiron.telemetry.run_data import OUTCOMES
 from chiron.telemetry.store import load_result, save_result
 from chiron.workload.types import Programs
 from policy_names import ALL_CODE
@@ -103,6 +106,66 @@ def test_a_program_of_which_a_call_does_not_finish_makes_no_more() -> None:
     assert result.programs[0].finish_s == -1.0
     assert result.summary["programs"]["one"]["finished"] == 0
     assert result.summary["unfinished"] == 0, "what never came is no request"
+
+
+def test_calls_that_a_dropped_program_never_makes_are_missed() -> None:
+    """Or whoever drops the first call of the largest programs would be the best of all."""
+    setup = scenario_setup()
+    programs = setup.workload.programs
+    assert programs is not None
+    calls = np.bincount(programs.of[programs.of >= 0])
+    largest = int(calls.argmax())
+    simulation = Simulation(setup)
+    submit = simulation.plane.submit
+    first: list[int] = []  # Calls that were made.
+
+    def dropped(request: Request) -> None:
+        submit(request)
+        if request.program == str(largest):
+            first.append(request.id)
+            simulation.plane.cut_off(request)
+
+    simulation.plane.submit = dropped  # type: ignore[method-assign]
+    simulation.run()
+    summary = simulation.result(with_bound=False).summary
+    assert 0 < len(first) < calls[largest]
+    assert summary["attainment"] == {"agent": (len(setup.workload) - calls[largest]) / len(setup.workload)}
+
+
+def test_calls_after_one_that_fits_no_engine_are_held_against_nobody() -> None:
+    too_long = PROFILE.kv_capacity_tokens + 5
+    rows = [(0.0, 5, 4, 0, 0), (0.0, too_long, 4, 0, 0), (1.0, 20, 3, 0, 0)]
+    result, _ = logged(by_hand(rows, [[], [], [0, 1]], [0.0, 0.0, 0.1]))
+    assert set(result.summary["attainment"].values()) == {1.0}
+
+
+def test_calls_that_could_not_come_before_the_horizon_are_not_missed() -> None:
+    rows = [(0.0, 5, 100, 0, 0), (0.25, 5, 9, 0, 0), (9.0, 20, 3, 0, 0)]
+    simulation = Simulation(replace(by_hand(rows, [[], [0], [1]], [0.0, 0.25, 8.75]), horizon_s=0.5))
+    simulation.run()
+    assert simulation.programs is not None
+    assert len(simulation.programs.lost(simulation.recorder.table(), 0.5).cls) == 1
+    assert len(simulation.programs.lost(simulation.recorder.table(), inf).cls) == 2
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "lost"),
+    [
+        (["failed", ""], [1]),
+        (["shed", ""], [1]),
+        (["unfinished", ""], [1]),
+        (["rejected", ""], []),
+        (["failed", "rejected", ""], []),
+        (["cancelled", ""], []),  # The load generator stopped.
+        (["finished", ""], []),  # Its time had not come when a run was stopped.
+    ],
+)
+def test_which_calls_are_lost(outcomes: list[str], lost: list[int]) -> None:
+    """Of one program, beside a request of its own that failed; "": a call that never came."""
+    came = np.array([outcome != "" for outcome in [*outcomes, "failed"]])
+    codes = np.array([OUTCOMES.index(outcome or "unfinished") for outcome in [*outcomes, "failed"]])
+    of = np.array([0] * len(outcomes) + [-1])
+    assert lost_calls(of, came, codes).tolist() == lost
 
 
 @pytest.mark.parametrize("policy", ["static", "chiron"])

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from chiron.load.run import LoadRun
-from chiron.telemetry.programs import program_points
+from chiron.telemetry.programs import lost_calls, program_points
 from chiron.telemetry.result import Result
 from chiron.telemetry.run_data import OUTCOMES, ProgramPoint, RequestTable
-from chiron.telemetry.summary import by_kind, ratio, spread, summarise
+from chiron.telemetry.summary import NO_LOST_CALLS, LostCalls, by_kind, ratio, spread, summarise
 from chiron.workload.types import Floats, Ints
 
 LATE_S = 0.05
@@ -37,6 +37,7 @@ def result_of(run: LoadRun, label: str) -> Result:
         models=work.models,
         requests=table,
         programs=points,
+        lost=lost_of(run),
         gpu_seconds=None,
         cost=None,
         gpus_peak=None,
@@ -112,12 +113,22 @@ def points_of(run: LoadRun) -> tuple[ProgramPoint, ...]:
     )
 
 
+def lost_of(run: LoadRun) -> LostCalls:
+    """Calls that programs never came to make, because one before them failed."""
+    record, work = run.record, run.plan.workload
+    if work.programs is None:
+        return NO_LOST_CALLS
+    rows = lost_calls(work.programs.of, record.attempted, record.outcome)
+    return LostCalls(model=work.model[rows], cls=work.cls[rows])
+
+
 def figures(run: LoadRun) -> dict[str, Any]:
     """Everything that was measured, as plain JSON."""
     record, work = run.record, run.plan.workload
     late_s = record.late_s()
     table = table_of(run)
     attained, judged = table.attained(work.classes), table.judged(work.classes)
+    lost = lost_of(run)
     rows = rows_of(run)
     ttft_s, itl_s = table.ttft_s(), table.itl_s()
     classes = {}
@@ -129,7 +140,7 @@ def figures(run: LoadRun) -> dict[str, Any]:
             classes[cls.name] = {
                 "requests": int(mine.sum()),
                 **{name: int(count) for name, count in zip(OUTCOMES, counts, strict=True)},
-                "attainment": ratio(int(attained[mine].sum()), int((mine & judged).sum())),
+                "attainment": ratio(int(attained[mine].sum()), int((mine & judged).sum() + (lost.cls == index).sum())),
                 "ttft_s": spread(ttft_s[mine]),
                 "itl_s": spread(itl_s[mine]),
                 "gap_p99_s": spread(record.gap_p99_s[rows][mine]),

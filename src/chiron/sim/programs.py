@@ -10,8 +10,9 @@ import numpy as np
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
-from chiron.telemetry.programs import program_points
+from chiron.telemetry.programs import lost_calls, program_points
 from chiron.telemetry.run_data import ProgramPoint, RequestTable
+from chiron.telemetry.summary import LostCalls
 from chiron.workload.calls import CallOrder
 from chiron.workload.types import Programs, Workload
 
@@ -66,6 +67,13 @@ class ProgramCalls:
         deadline_s = np.where(self.waits[order], arrival_s + allowed_s, planned.deadline_s[order])
         columns = {field.name: getattr(planned, field.name)[order] for field in fields(RequestTable)}
         return RequestTable(**(columns | {"arrival_s": arrival_s, "deadline_s": deadline_s}))
+
+    def lost(self, planned: RequestTable, horizon_s: float) -> LostCalls:
+        """Calls that never came, and would have been possible before the horizon; ``planned`` has all rows."""
+        programs = self._programs
+        rows = lost_calls(programs.of, self._arrival_s != NEVER, planned.outcome)
+        rows = rows[programs.earliest_s[rows] < horizon_s]
+        return LostCalls(model=planned.model[rows], cls=planned.cls[rows])
 
     def points(self, planned: RequestTable) -> tuple[ProgramPoint, ...]:
         """Every program that began by now, in order of arrival; ``planned`` has all rows."""

@@ -32,7 +32,7 @@ from chiron.sim.recorder import Recorder
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
 from chiron.telemetry.run_data import ProgramPoint, RequestTable
-from chiron.telemetry.summary import summarise
+from chiron.telemetry.summary import LostCalls, summarise
 from chiron.workload.types import Workload
 
 REVERSAL_WINDOW_S = 60.0
@@ -212,7 +212,9 @@ class Simulation:
         setup, recorder, bill, workload = self.setup, self.recorder, self.fleet.bill, self.setup.workload
         table = recorder.table()
         points: tuple[ProgramPoint, ...] = ()
+        lost: LostCalls | None = None
         if self.programs is not None:
+            lost = self.programs.lost(table, setup.horizon_s)
             table, points = self.programs.table(table), self.programs.points(table)
         if self.cascades is not None:
             table = self.cascades.table(table)
@@ -226,6 +228,7 @@ class Simulation:
             models=workload.models,
             requests=table,
             programs=points,
+            lost=lost,
             gpu_seconds=sum(bill.gpu_seconds.values()),
             cost=sum(bill.cost.values()),
             gpus_peak=bill.gpus_peak,

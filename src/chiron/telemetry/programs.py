@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from chiron.telemetry.run_data import ProgramPoint
+from chiron.telemetry.run_data import BLAMELESS, OUTCOMES, ProgramPoint
 
 _Ints = npt.NDArray[np.integer]
 _Floats = npt.NDArray[np.float64]
@@ -49,3 +49,17 @@ def program_points(
         for i in np.argsort(start_s, kind="stable").tolist()
         if begun[i]
     )
+
+
+BREAKING = ("failed", "shed", "unfinished")
+"""Outcomes of a call that cost its program the calls after it. Not those that can be held against nobody."""
+
+
+def lost_calls(of: _Ints, came: npt.NDArray[np.bool_], outcome: _Ints) -> _Ints:
+    """Calls that never came because one before them failed, was shed or is not over: who drops the first call of a
+    program has served none of the others. Columns by call."""
+    broken, blameless = (
+        of[came & np.isin(outcome, [OUTCOMES.index(name) for name in names])] for names in (BREAKING, BLAMELESS)
+    )
+    lost: _Ints = np.flatnonzero((of >= 0) & ~came & np.isin(of, broken) & ~np.isin(of, blameless))
+    return lost

@@ -2,16 +2,17 @@
 
 Attainment counts every request of a class that could be served: one that failed, was shed, was cancelled or had not
 finished when the run stopped is a miss. A rejected one is neither attained nor missed: something was wrong with the
-request itself. A running service is judged differently (``judged_at_s``): a client that left in time is no miss, and
-a request that still waits may yet be served in time; one that left after an SLO was missed is a miss. What cannot be
-computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
+request itself. Calls that a program never came to make because one before them was missed are missed with it, though
+they are no requests. A running service is judged differently (``judged_at_s``): a client that left in time is no miss,
+and a request that still waits may yet be served in time; one that left after an SLO was missed is a miss. What cannot
+be computed (a quantile of nothing, a ratio over no GPU time) is null, never nan.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
 from math import isfinite
@@ -28,6 +29,17 @@ SCHEMA_VERSION = 1
 
 PlanChange = tuple[float, str, int, int]
 """Seconds, model, planned instances before and after."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LostCalls:
+    """Calls of programs that never came, as columns (``telemetry.programs.lost_calls``)."""
+
+    model: npt.NDArray[np.integer]
+    cls: npt.NDArray[np.integer]
+
+
+NO_LOST_CALLS = LostCalls(model=np.zeros(0, dtype=np.int64), cls=np.zeros(0, dtype=np.int64))
 
 
 def summarise(
@@ -54,10 +66,12 @@ def summarise(
     cold_starts: int | None = None,
     warm_starts: int | None = None,
     programs: Sequence[ProgramPoint] = (),
+    lost: LostCalls | None = None,
 ) -> dict[str, Any]:
     """The summary object. ``gpu_hours_bound`` is for what this run delivered, ``gpu_hours_bound_full`` for every
     request at its SLO. None stands for what cannot be measured: a client sees no GPU. With ``judged_at_s``
-    requests that were cancelled, or are open then, count only if an SLO was missed. Pure, O(requests)."""
+    requests that were cancelled, or are open then, count only if an SLO was missed. ``lost``: calls of programs that
+    never came. Pure, O(requests)."""
     check_requests(requests, classes, models)
     attained = requests.attained(tuple(classes))
     judged = requests.judged(tuple(classes), judged_at_s)
@@ -66,6 +80,9 @@ def summarise(
     finished = requests.outcome == 0
     ttft_s, itl_s = requests.ttft_s(), requests.itl_s()
     members = {c.name: requests.cls == index for index, c in enumerate(classes)}
+    lost = lost or NO_LOST_CALLS
+    asked = np.bincount(requests.cls[judged], minlength=len(classes)) + np.bincount(lost.cls, minlength=len(classes))
+    met = np.bincount(requests.cls[attained & judged], minlength=len(classes))
     summary = {
         "schema_version": SCHEMA_VERSION,
         "policy": policy,
@@ -74,10 +91,8 @@ def summarise(
         **outcomes,
         "evictions": whole(evictions),
         "preemptions": whole(preemptions),
-        "attainment": {
-            name: float(attained[mine & judged].mean()) for name, mine in members.items() if (mine & judged).any()
-        },
-        "attainment_all": float(attained[judged].mean()) if judged.any() else None,
+        "attainment": {c.name: float(met[i] / asked[i]) for i, c in enumerate(classes) if asked[i]},
+        "attainment_all": ratio(met.sum(), asked.sum()),
         "ttft_s": {name: spread(ttft_s[mine]) for name, mine in members.items() if mine.any()},
         "itl_s": {name: spread(itl_s[mine]) for name, mine in members.items() if mine.any()},
         "gpu_hours": None if gpu_seconds is None else float(gpu_seconds) / 3600,
@@ -97,7 +112,7 @@ def summarise(
         "reversals": None if plan_changes is None else reversals(plan_changes, reversal_window_s),
         "batch_late": batch_late(requests, classes, judged),
         "programs": by_kind(programs) if programs else None,
-        "models": by_model(requests, models, attained, judged),
+        "models": by_model(requests, models, attained, judged, lost),
         "wall_s": float(wall_s),
         "sim_s": float(sim_s),
     }
@@ -131,12 +146,14 @@ def by_model(
     models: Sequence[str],
     attained: npt.NDArray[np.bool_],
     judged: npt.NDArray[np.bool_],
+    lost: LostCalls,
 ) -> dict[str, dict[str, float | int | None]]:
     """Requests, finished requests and attainment of each model; every model is listed."""
     total = np.bincount(requests.model, minlength=len(models))
     finished = np.bincount(requests.model, weights=requests.outcome == 0, minlength=len(models))
     met = np.bincount(requests.model, weights=attained, minlength=len(models))
     known = np.bincount(requests.model, weights=judged, minlength=len(models))
+    known = known + np.bincount(lost.model, minlength=len(models))
     return {
         name: {"requests": int(total[i]), "finished": int(finished[i]), "attainment": ratio(met[i], known[i])}
         for i, name in enumerate(models)
