@@ -13,8 +13,9 @@ if that is less; else a job that comes at once would ask for everything (ours, i
 Sources: the paper (arXiv 2408.00741), by its abstract and notes; no code is public. Left out are two of its three knobs
 and two of its three levels: how many GPUs an instance is spread over, every 5 minutes, and their frequency, every 5 s.
 They save energy, not GPU-hours, and neither is in the simulator. Its load predictor is a template made of earlier
-weeks, which no scenario has. Answers' types are predicted by a proxy model there, and are those of the request's class
-here, by the mean of its answers.
+weeks: only the scenario ``weeks`` has some, where it would count, and no load is handed on from a history to this
+policy. Answers' types are predicted by a proxy model there, and are those of the request's class here, by the mean of
+its answers.
 """
 
 from __future__ import annotations
