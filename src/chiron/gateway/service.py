@@ -489,7 +489,13 @@ class Service:
 
     def _settle_journal(self) -> None:
         self.clock.call_later(JOURNAL_PERIOD_S, self._settle_journal)
-        self.journal.settle()
+        self.journal.begin_to_count()
+        self._count_on()
+
+    def _count_on(self) -> None:
+        """A step at a time, so that no request waits for all of it."""
+        if self.journal.count_on():
+            self.clock.call_later(0.0, self._count_on)
 
     def _watch_files(self) -> None:
         self.clock.call_later(FILES_LOOK_S, self._watch_files)

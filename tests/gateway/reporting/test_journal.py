@@ -440,6 +440,25 @@ def test_rows_are_counted_some_thousand_at_a_time_whatever_cuts_the_log_short(
     journal.close()
 
 
+def test_what_comes_between_two_looks_is_counted_in_steps_with_others_between() -> None:
+    recorder = LivePlane(rows_max=1).recorder
+    journal = LiveJournal(recorder=recorder)
+    for id in range(2000):
+        request = Request(id, MODEL, CHAT, 1.0, 10)
+        journal.event(1.0, "arrival", request, None)
+        request.outcome, request.finish_s = "cancelled", 2.0
+        journal.ended(request)
+    journal.begin_to_count()
+    assert recorder.forgotten == 0, "nothing is counted yet"
+    steps = 0
+    while journal.count_on():
+        steps += 1
+        assert steps < 1000
+    assert steps > 5
+    assert recorder.forgotten == 1999
+    assert not journal.count_on(), "nothing is left"
+
+
 def test_history_is_two_minutes_of_full_slots() -> None:
     journal = LiveJournal()
     for number in range(10):

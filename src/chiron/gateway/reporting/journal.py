@@ -205,6 +205,17 @@ class LiveJournal:
         self.count()
         self._hand_over()
 
+    def begin_to_count(self) -> None:
+        """As ``settle``, but the counting is left to ``count_on``."""
+        self._hand_over()
+        if self._counting is None and self._uncounted:
+            self._counting = self._steps()
+
+    def count_on(self) -> bool:
+        """Take a step of the counting; whether there are more."""
+        self._count_some()
+        return self._counting is not None
+
     def count(self) -> None:
         """All that was noted down."""
         self._hand_over()
