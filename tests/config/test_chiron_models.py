@@ -100,6 +100,17 @@ def test_one_that_cannot_be_is_refused_with_field_value_and_what_is_allowed(spec
     assert [model.name for model in found.config.models] == ["own", "good"]
 
 
+def test_a_cascade_of_the_file_stays_as_it_is() -> None:
+    """Its classes are the interactive ones of its parts: it is not given all of the file's."""
+    text = FILE + '[models.large]\nengine = "vllm"\nkubernetes = { deployment = "large" }\n'
+    text += '[models.chat]\ncascade = { first = "own", then = "large" }\naliases = ["gpt"]\n'
+    for resources in ((), (resource("good"), resource("bad", model="gpt"))):
+        found = read(*resources, text=text)
+        (chat,) = found.config.cascades
+        assert (chat.classes, chat.batch_class) == (("chat",), "")
+        assert set(found.refused) == {"bad"} & {each.name for each in resources}
+
+
 def test_what_only_one_can_have_has_the_file_then_the_older_one() -> None:
     chat, slow = {"name": "talk", "ttft": "1s"}, {"name": "talk", "ttft": "9s"}
     found = read(

@@ -17,6 +17,7 @@ from typing import Any
 
 from chiron.config.read import ConfigError, keys_of, read_record, suggest
 from chiron.config.serve import DEFAULT_CLASSES, parse_table, read_table
+from chiron.config.serve_cascades import is_cascade
 from chiron.core.specs import RequestClass
 from chiron.gateway.chiron_models.objects import RESOURCES_MAX, ModelResource, Reading
 from chiron.gateway.settings import KubernetesModelsSettings
@@ -133,7 +134,8 @@ class ResourceReader:
             taken.class_owners.update(dict.fromkeys(self._classes, "the config file"))
         models = {}
         for name, entry in (self._base.get("models") or {}).items():
-            models[name] = {"classes": list(self._classes), **entry}
+            # A cascade's classes are those of its parts, interactive ones.
+            models[name] = dict(entry) if is_cascade(entry) else {"classes": list(self._classes), **entry}
             for each in (name, *entry.get("aliases", ())):
                 taken.names[each] = "the config file"
             for instance in entry.get("instances") or [entry]:

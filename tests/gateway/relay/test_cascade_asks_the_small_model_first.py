@@ -132,6 +132,38 @@ def test_one_answer_whoever_gives_it(tmp_path: Path, relays: int) -> None:
     asyncio.run(main())
 
 
+def test_an_answer_lost_before_anything_of_it_was_sent_is_given_by_the_large_model(tmp_path: Path) -> None:
+    """Five sure tokens, of which three decide: of a stream they are at its client, of an answer in one piece nothing
+    is."""
+
+    def say_in_part(incoming: Incoming, end: bytes) -> None:
+        incoming.start(200, SSE)
+        incoming.write(token("w ", SURE) * 5 + end)
+        if end:
+            incoming.finish()
+        else:
+            incoming.abort()
+
+    aborted = event({"index": 0, "delta": {}, "finish_reason": "abort"})
+
+    async def main() -> None:
+        small, large = ScriptedEngine(), ScriptedEngine(whole)
+        async with cascade(tmp_path, small, large) as (_, origin):
+            for end in (b"", aborted):
+                small.act = lambda incoming, end=end: say_in_part(incoming, end)
+                answer = await post(origin, {})
+                assert answer.status == 200
+                assert json.loads(answer.body)["choices"][0]["message"]["content"] == "fine"
+            assert len(large.seen) == 2
+            reader = await stream_of(origin)
+            assert (text_of(reader.data), len(large.seen)) == ("w " * 5, 2)
+            assert b'"error"' in reader.data
+            found = await tally(origin)
+            assert (found["escalated"], found["answered_first"], found["answered_then"]) == ({"failed": 2}, 0, 2)
+
+    asyncio.run(main())
+
+
 def test_nothing_is_shown_before_it_will_do(tmp_path: Path) -> None:
     """The stream begins with the third token; its TTFT is what the client waited, whichever model answers."""
 

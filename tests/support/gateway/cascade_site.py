@@ -62,7 +62,7 @@ def say(incoming: Incoming, *logprobs: float | None) -> None:
 def text_of(data: bytes) -> str:
     """Of a stream."""
     chunks = [json.loads(each[6:]) for each in data.decode().split("\n\n") if each.startswith("data: {")]
-    return "".join(each["choices"][0]["delta"].get("content", "") for each in chunks if each["choices"])
+    return "".join(each["choices"][0]["delta"].get("content", "") for each in chunks if each.get("choices"))
 
 
 async def post(origin: Origin, fields: dict[str, Any], headers: dict[str, str] | None = None) -> Any:

@@ -197,6 +197,8 @@ class FirstCall:
         self._collector = Collector(self._chat, keep_token_ids=keep)
         self._judge = Judge(self._rule)
         self._held: list[bytes] = []
+        self._released = self.visible
+        """Another try says something else, which is judged anew."""
 
     # -- UpstreamCall ------------------------------------------------------------------------------------------------
 
@@ -351,7 +353,7 @@ class FirstCall:
         self._call = None
         if self.closed or self._over or request.outcome == "finished":
             return
-        if not self._released:
+        if not self.visible:  # Also of an answer that would do: nothing of it has gone to the client.
             self._given_up = True
             # A limit of its key's would be met again, and has not counted it.
             self._whole.ask_then(self, FAILED, counted=str(request.outcome) != "refused")
