@@ -91,6 +91,8 @@ class EngineRow:
     """Where an engine that is a pipeline tells its stages, and is told how many replicas each is to have."""
     keepalive: bool = True
     """Whether a connection may be used again after a stream."""
+    text_logprobs_min: int = 0
+    """``logprobs`` of ``/v1/completions`` from here on have it say log-probabilities: for llama.cpp 0 is none."""
     minds_model_name: bool = True
     """False: it answers whatever the request calls its model."""
 
@@ -270,6 +272,7 @@ _ROWS = (
         metrics_hint="--metrics",
         # It resets connections that are used again after a stream.
         keepalive=False,
+        text_logprobs_min=1,
         minds_model_name=False,
         # Of one slot: a prompt that is longer is refused.
         context_path="/props",

@@ -211,15 +211,16 @@ def test_log_probabilities_are_those_that_were_asked_for(tmp_path: Path) -> None
         rule = ', test = "margin", threshold = 0.1'
         async with cascade(tmp_path, small, large, rule=rule) as (_, origin):
             for fields, seen, top in (
-                ({}, 2, None),
-                ({"logprobs": True}, 2, 0),
-                ({"logprobs": True, "top_logprobs": 1}, 2, 1),
-                ({"logprobs": True, "top_logprobs": 3}, 3, 3),
+                ({}, 3, None),
+                ({"logprobs": True}, 3, 0),
+                ({"logprobs": True, "top_logprobs": 1}, 3, 1),
+                ({"logprobs": True, "top_logprobs": 4}, 4, 3),  # All that it has.
             ):
                 small.seen.clear()
                 small.act = answers(SURE, SURE, SURE)
                 (choice,) = json.loads((await post(origin, fields)).body)["choices"]
                 sent = asked(small.seen[0])
+                assert small.seen[0].body.count(b"logprobs") == 2  # Each once: some engines refuse a field given twice.
                 assert (sent["logprobs"], sent["top_logprobs"], sent["stream"]) == (True, seen, True)
                 if top is None:
                     assert choice["logprobs"] is None
@@ -319,7 +320,7 @@ def test_batch_items_name_one_of_its_models(tmp_path: Path) -> None:
 
 
 def test_the_config_names_what_is_wrong(tmp_path: Path) -> None:
-    good = CONFIG.format(small="http://127.0.0.1:1", large="http://127.0.0.1:2", rule="")
+    good = CONFIG.format(small="http://127.0.0.1:1", large="http://127.0.0.1:2", rule="", engine="vllm")
     for old, new, words in (
         ('then = "large"', 'then = "larg"', "models.chat.cascade.then: 'larg' must be a model with instances"),
         ('then = "large"', 'then = "small"', "models.chat.cascade.then: 'small' is the first model, too"),

@@ -16,7 +16,7 @@ from scripted_engine import SSE, ScriptedEngine
 
 CONFIG = """
 [models.small]
-engine = "openai"
+engine = "{engine}"
 endpoints = ["{small}"]
 max_num_seqs = 2
 context_tokens = 4000
@@ -85,14 +85,15 @@ async def cascade(
     *,
     relays: int = 0,
     rule: str = "",
+    engine: str = "openai",
     extra: str = "",
     changes: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Service, Origin]]:
     async with AsyncExitStack() as stack:
-        for engine in (small, large):
-            engine.server = await serve(engine.handle, port=engine.port)
-            stack.push_async_callback(engine.close)
-        text = CONFIG.format(small=small.url, large=large.url, rule=rule) + extra
+        for each in (small, large):
+            each.server = await serve(each.handle, port=each.port)
+            stack.push_async_callback(each.close)
+        text = CONFIG.format(small=small.url, large=large.url, rule=rule, engine=engine) + extra
         service = await stack.enter_async_context(serving(directory, text, relays, changes))
         await until(lambda: len(service.engines.live) == 2, "the engines are ready")
         origin = Origin(service.url, connect_timeout_s=60.0)

@@ -21,10 +21,10 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import orjson
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
 from chiron.engines.claims import CHOICES_MAX, output_tokens_max, whole
-from chiron.gateway.relay.body_fields import PARTS, STEERING, USUAL, Parts, Usual
+from chiron.gateway.relay.body_fields import PARTS, STEERING, USUAL, Usual
 from chiron.gateway.relay.errors import ApiError, invalid
 
 BYTES_PER_TOKEN: Final = 4.0
@@ -129,11 +129,14 @@ class Body:
         self.raw = raw
         self.shape = shape
 
-    def with_values(self, values: Mapping[str, Any]) -> bytes:
-        """The body with these values in place of its own, or beside what it has."""
+    def with_values(self, values: Mapping[str, Any], others: Struct | None = None) -> bytes:
+        """The body with these values in place of its own, or beside what it has. ``others``: more of its fields, as
+        views of it, that may be among them."""
         places = self.shape.places
         if places is None:
             places = _places(self.raw, PARTS.decode(self.raw))
+        if others is not None:
+            places = {**places, **_places(self.raw, others)}
         written = {name: orjson.dumps(value) for name, value in values.items()}
         replaced = sorted((*places[name], text) for name, text in written.items() if name in places)
         added = [b'"%b":%b' % (name.encode(), text) for name, text in written.items() if name not in places]
@@ -339,11 +342,11 @@ def _places_of(raw: bytes, *texts: bytes) -> Iterator[int]:
             yield at
 
 
-def _places(raw: bytes, parts: Parts) -> dict[str, tuple[int, int]]:
+def _places(raw: bytes, parts: Struct) -> dict[str, tuple[int, int]]:
     """Each part is a view of the body, so that its address says where it is."""
     origin = _address(raw)
     found = {}
-    for name in Parts.__struct_fields__:
+    for name in parts.__struct_fields__:
         part = getattr(parts, name)
         if part is not UNSET:
             start = _address(part) - origin

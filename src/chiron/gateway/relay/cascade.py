@@ -44,14 +44,21 @@ Json = dict[str, Any]
 
 TTFT_LEFT_MIN_S = 0.001
 """Of a TTFT SLO that is over nothing is left to aim at: the second call then has all of the class's again."""
+UNJUDGED_AFTER = 16
+"""Pieces of text, at least, without a log-probability to judge: the rest of such an answer is not waited for."""
 _DONE = b"[DONE]"
 
 
-class _Asked(Struct, gc=False):
-    """What a body asks for that decides how its answer is judged, and what of it is passed on."""
+class _Logprobs(Struct, gc=False):
+    """What of a body is replaced for the first call, beside what is for every call."""
 
     logprobs: Raw | UnsetType = UNSET
     top_logprobs: Raw | UnsetType = UNSET
+
+
+class _Asked(_Logprobs, gc=False):
+    """What a body asks for that decides how its answer is judged, and what of it is passed on."""
+
     tools: Raw | UnsetType = UNSET
     functions: Raw | UnsetType = UNSET
     tool_choice: Raw | UnsetType = UNSET
@@ -59,6 +66,7 @@ class _Asked(Struct, gc=False):
     best_of: Raw | UnsetType = UNSET
 
 
+_LOGPROBS = msgspec.json.Decoder(_Logprobs)
 _ASKED = msgspec.json.Decoder(_Asked)
 
 
@@ -136,9 +144,10 @@ def _chat_tokens(logprobs: Json) -> list[tuple[float, list[float]]]:
 
 
 def _text_tokens(logprobs: Json) -> list[tuple[float, list[float]]]:
+    """llama.cpp says them as for chats."""
     chosen, top = logprobs.get("token_logprobs"), logprobs.get("top_logprobs")
     if not isinstance(chosen, list):
-        return []
+        return _chat_tokens(logprobs)
     tops = top if isinstance(top, list) else []
     return [
         (number, _numbers(list(tops[i].values())) if i < len(tops) and isinstance(tops[i], dict) else [])
@@ -196,6 +205,8 @@ class FirstCall:
         keep = bool(self._body.shape.fields.get("return_token_ids"))
         self._collector = Collector(self._chat, keep_token_ids=keep)
         self._judge = Judge(self._rule)
+        self._unjudged = 0
+        """Pieces of text without anything to judge."""
         self._held: list[bytes] = []
         self._released = self.visible
         """Another try says something else, which is judged anew."""
@@ -226,10 +237,10 @@ class FirstCall:
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
         self._reset()
-        asked = max(self._rule.top, self._wants.logprobs or 0)
+        asked = max(self._rule.top, self._wants.logprobs or 0, 0 if self._chat else row.text_logprobs_min)
         values: Json = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
         values |= {"logprobs": True, "top_logprobs": asked} if self._chat else {"logprobs": asked}
-        return self._body.with_values(values)
+        return self._body.with_values(values, _LOGPROBS.decode(self._body.raw))
 
     def headers(self) -> Sequence[Header]:
         return ((b"x-request-id", self.request_id.encode()),)
@@ -255,37 +266,48 @@ class FirstCall:
         return max(0, self._collector.tokens - before)
 
     def _take(self, event: bytes) -> None:
-        """Raises CollectError."""
-        self._collector.take(event)
-        chunk = None if event == _DONE else orjson.loads(event)
-        if isinstance(chunk, dict) and not self._released:
-            self._judge_chunk(chunk)
-        if not self._wants.stream or self._given_up:
+        """Raises CollectError. Log-probabilities are judged and cut before anything is kept: they are most of an event,
+        and many times its size as objects."""
+        chunk = self._collector.read(event)
+        if chunk is None:
+            said = b"data: [DONE]\n\n" if event == _DONE else b""
+        else:
+            for choice in _dicts(chunk.get("choices")):
+                if not self._released:
+                    self._judge_choice(choice)
+                cut_logprobs(choice, self._wants.logprobs, self._chat)
+            said = self._passed(chunk)
+            if self._wants.stream:  # Its client gets the events themselves.
+                for choice in _dicts(chunk.get("choices")):
+                    choice.pop("logprobs", None)
+            self._collector.take_chunk(chunk, len(said or event))
+            if not self._released and (self._judge.full or self._cannot_be_judged):
+                self._decide()
+        if not said or not self._wants.stream or self._given_up:
             return
-        said = self._passed(event, chunk)
-        if said and self._released:
+        if self._released:
             self.incoming.write(said)
-        elif said:
+        else:
             self._held.append(said)
 
-    def _judge_chunk(self, chunk: Json) -> None:
-        for choice in _dicts(chunk.get("choices")):
-            self._judge.take(choice.get("logprobs"), self._chat)
-        if self._judge.full:
-            self._decide()
+    def _judge_choice(self, choice: Json) -> None:
+        self._judge.take(choice.get("logprobs"), self._chat)
+        delta = choice.get("delta")
+        if not self._judge.tokens and (choice.get("text") or (isinstance(delta, dict) and delta.get("content"))):
+            self._unjudged += 1
 
-    def _passed(self, event: bytes, chunk: object) -> bytes:
+    @property
+    def _cannot_be_judged(self) -> bool:
+        return not self._judge.tokens and self._unjudged >= max(self._rule.after_tokens, UNJUDGED_AFTER)
+
+    def _passed(self, chunk: Json) -> bytes:
         """What the client gets of an event; nothing of one that tells only what it did not ask for."""
-        if not isinstance(chunk, dict):
-            return b"data: " + event + b"\n\n" if event == _DONE else b""
         if chunk.get("error"):
             return b""  # The collector has it, and tells.
         if not self._wants.usage and "usage" in chunk:
-            del chunk["usage"]
             if not chunk.get("choices"):
                 return b""
-        for choice in _dicts(chunk.get("choices")):
-            cut_logprobs(choice, self._wants.logprobs, self._chat)
+            chunk = {name: value for name, value in chunk.items() if name != "usage"}
         return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def end(self) -> str:
@@ -336,8 +358,9 @@ class FirstCall:
 
     def _answer(self, answer: Json) -> None:
         for choice in answer["choices"]:
-            cut_logprobs(choice, self._wants.logprobs, self._chat)
-            choice.setdefault("logprobs", None)
+            logprobs = choice.setdefault("logprobs", None)
+            if isinstance(logprobs, dict) and "token_logprobs" in logprobs:
+                logprobs.setdefault("top_logprobs", None)  # Cut from each event, where none was asked for.
         Answer(200, orjson.dumps(answer), tuple(self._headers[2:])).send(self.incoming, self.request_id)
         self._whole.responded(200)
 
@@ -383,7 +406,7 @@ def cut_logprobs(choice: Json, asked: int | None, chat: bool) -> None:
         choice.pop("logprobs", None)
     elif not isinstance(logprobs, dict):
         return
-    elif chat:
+    elif chat or "content" in logprobs:
         for entry in _dicts(logprobs.get("content")):
             top = entry.get("top_logprobs")
             entry["top_logprobs"] = top[:asked] if isinstance(top, list) else []

@@ -90,14 +90,17 @@ class Collector:
         except EventError as error:
             raise CollectError(str(error)) from None
         for event in events:
-            self._take(event)
+            chunk = self.read(event)
+            if chunk is not None:
+                self._take_chunk(chunk)
 
-    def take(self, event: bytes) -> None:
-        """Take in one event that was cut out elsewhere. Raises CollectError."""
-        self._bytes_left -= len(event)
+    def take_chunk(self, chunk: Json, size_bytes: int) -> None:
+        """Take in what ``read`` made of an event, or what is left of that, of so many bytes; takes it apart. Raises
+        CollectError."""
+        self._bytes_left -= size_bytes
         if self._bytes_left < 0:
             raise CollectError(f"the answer is larger than {self._bytes_max} bytes")
-        self._take(event)
+        self._take_chunk(chunk)
 
     @property
     def token_ids(self) -> list[int]:
@@ -145,20 +148,24 @@ class Collector:
             answer["usage"] = self.usage
         return answer
 
-    def _take(self, event: bytes) -> None:
+    def read(self, event: bytes) -> Json | None:
+        """The chunk that an event of the stream is; None: there is nothing in it. Raises CollectError."""
         if event == b"[DONE]":
             self.done = True
-            return
+            return None
         try:
             chunk = orjson.loads(event)
         except orjson.JSONDecodeError as error:
             raise CollectError(f"an event of the engine's stream is not JSON: {error}") from None
         if chunk is None:
-            return  # llama.cpp begins the answer to a list of prompts with it.
+            return None  # llama.cpp begins the answer to a list of prompts with it.
         if not isinstance(chunk, dict):
             raise CollectError("an event of the engine's stream is not a JSON object")
         if nested_too_deep(event, chunk):
             raise CollectError("an event of the engine's stream is nested too deep")
+        return chunk
+
+    def _take_chunk(self, chunk: Json) -> None:
         if chunk.get("error"):
             said = chunk["error"]
             self.error = said if isinstance(said, dict) else {"message": str(said)}
