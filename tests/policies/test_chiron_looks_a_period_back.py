@@ -71,6 +71,13 @@ def test_the_period_of_a_load_is_found_and_none_in_what_has_none() -> None:
     assert periods(surges(period_s=400), 240.0)[0] >= 480, "instances must have time to start"
 
 
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_a_long_period_is_found_though_fewer_moments_are_so_far_apart(seed: int) -> None:
+    noise = np.random.default_rng(seed).gamma(4.0, 0.25, 360).repeat(10)
+    load = np.where((np.arange(3600) - 400) % 1340 < 60, 3.0, 1.0) * noise
+    assert 1340 in periods(load, 60.0)
+
+
 def test_a_rule_that_looks_back_is_adopted_where_it_saves_a_tenth() -> None:
     plain, back = chosen(surges(), looks=False), chosen(surges())
     assert plain.rule.period_s == 0

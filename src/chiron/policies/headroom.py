@@ -51,7 +51,7 @@ _PERIODS = 3
 _APART = 0.2
 """Of a period: another that is tried differs by more."""
 _ALIKE = 0.25
-"""Least autocorrelation of a period that is tried."""
+"""Least autocorrelation of a period that is tried, in the mean over the pairs that are so far apart."""
 _BIN_S = 10
 """Of the load whose autocorrelation is taken."""
 _SPANS_S = (15, 60)
@@ -292,7 +292,9 @@ def periods(load: Floats, cold_start_s: float) -> tuple[int, ...]:
     alike = alike / alike[0]
     least = ceil(max(_PERIOD_LEAST_S, cold_start_s + 4 * max(_SPANS_S)) / _BIN_S)
     lags = range(least, bins // 2)
-    peaks = [k for k in lags if alike[k] > _ALIKE and alike[k - 1] < alike[k] >= alike[k + 1]]
+    # Of fewer pairs there is less to add up; the likest first all the same, since more can be judged by more.
+    least_alike = _ALIKE * (1.0 - np.arange(bins) / bins)
+    peaks = [k for k in lags if alike[k] > least_alike[k] and alike[k - 1] < alike[k] >= alike[k + 1]]
     found: list[int] = []
     for k in sorted(peaks, key=lambda k: -alike[k]):
         # A broad peak has many tops in noise.
