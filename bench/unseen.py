@@ -14,6 +14,8 @@ below number 100 are for looking at; the others judge, and are used up by it.
 
 A line a run: attainment of the worst class, of each class, GPU-hours, these over the lower bound for what was
 delivered, and, with ``clairvoyant`` among the policies, over its.
+
+Where there is no batch work the page splits the distance from the bound (``split``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +34,9 @@ import chiron
 from chiron.config.build import setups, workload_of
 from chiron.config.scenario import Scenario, parse_scenario
 from chiron.policies.scheduled import CLAIRVOYANT
+from chiron.sim.clairvoyant import best_schedule, problem_of
 from chiron.sim.run import simulate
+from chiron.sim.setup import Setup
 from drawn_traffic import drawn
 
 HEAD = """
@@ -151,6 +156,12 @@ class Ran:
     itl_missed: float
     peak: int
     wall_s: float
+    fluid_gpu_hours: float | None = None
+    """Of the cheapest whole instances with their starts for this load as a fluid; None: not known."""
+
+    @property
+    def bound_gpu_hours(self) -> float:
+        return self.gpu_hours / self.over_bound
 
     @property
     def worst(self) -> float:
@@ -171,7 +182,8 @@ def runs(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], afte
     for seed in seeds:
         past = workload_of(scenario, seed, part="calibration") if scenario.calibration is not None else None
         for setup in setups(scenario, policies, [seed]):
-            result = simulate(setup if past is None else replace(setup, history=past))
+            setup = setup if past is None else replace(setup, history=past)
+            result = simulate(setup)
             table, classes = result.requests, result.classes
             counted = (table.arrival_s >= after_s) & table.judged(classes)
             attained = table.attained(classes)
@@ -190,7 +202,18 @@ def runs(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], afte
                 itl_missed=100 * float(itl[counted].mean()),
                 peak=result.summary["gpus_peak"],
                 wall_s=result.summary["wall_s"],
+                fluid_gpu_hours=fluid_gpu_hours(setup) if result.policy == CLAIRVOYANT else None,
             )
+
+
+def fluid_gpu_hours(setup: Setup) -> float | None:
+    """For who knows the future of a fluid; None where there is batch work, which it says nothing of."""
+    if not all(setup.workload.classes[index].interactive for index in np.unique(setup.workload.cls)):
+        return None
+    problems = [(spec, problem_of(setup, spec, 1.0)) for spec in setup.models]
+    return sum(
+        best_schedule(problem).cost_s * spec.kinds[0].gpus / 3600 for spec, problem in problems if problem is not None
+    )
 
 
 def gpu_hours(result: chiron.Result, after_s: float) -> float:
@@ -216,6 +239,14 @@ def verdict(found: Sequence[tuple[Ran, Ran]]) -> str:
     )
 
 
+def split(ran: Ran, best: Ran) -> str:
+    """Cells of a table: the bound, and what comes on top of it."""
+    if best.fluid_gpu_hours is None:
+        return f"{best.bound_gpu_hours:.2f} | | | {ran.gpu_hours - best.gpu_hours:+.2f}"
+    steps = [best.bound_gpu_hours, best.fluid_gpu_hours, best.gpu_hours, ran.gpu_hours]
+    return " | ".join([f"{steps[0]:.2f}", *(f"{after - before:+.2f}" for before, after in pairwise(steps))])
+
+
 def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
     lines = [
         "# Traffic that was never seen before",
@@ -228,14 +259,19 @@ def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
         "**clairvoyant** knows the future and pays whole instances and cold starts ([policies.md]"
         "(policies.md#clairvoyant)); where it keeps no 99 % of a class, no fleet with this router would.",
         "",
-        "| number | traffic | policy | worst class in SLO | GPU-hours | over clairvoyant | clairvoyant's worst class |",
-        "|---:|---|---|---:|---:|---:|---:|",
+        "Without batch work, GPU-hours above the lower bound are split: **starts** is what whole instances and"
+        " their starts cost for a fluid whose future is known; **rest** what the clairvoyant row takes more, because"
+        " routers, batches and steps are no fluid; **knowledge** what the policy takes more than that row.",
+        "",
+        "| number | traffic | policy | worst class in SLO | GPU-hours | over clairvoyant | clairvoyant's worst class |"
+        " bound | starts | rest | knowledge |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for about, ran, best in rows:
         over = f"{ran.gpu_hours / best.gpu_hours:.2f}x"
         lines.append(
             f"| {ran.name} | {about} | `{ran.policy}` | {ran.worst:.2f} % | {ran.gpu_hours:.2f} | {over} |"
-            f" {best.worst:.2f} % |"
+            f" {best.worst:.2f} % | {split(ran, best)} |"
         )
     policies = dict.fromkeys(ran.policy for _, ran, _ in rows)
     verdicts = [f"* `{p}`: {verdict([(r, b) for _, r, b in rows if r.policy == p])}." for p in policies]

@@ -13,20 +13,21 @@ from chiron.config.scenario import parse_scenario
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 from drawn_traffic import FRESH_FROM, JUDGED_MIN, PAST_MIN, drawn
-from unseen import Ran, numbers, verdict
+from unseen import Ran, numbers, split, verdict
 
 
-def ran(policy: str, gpu_hours: float, **shares: float) -> Ran:
+def ran(policy: str, gpu_hours: float, fluid_gpu_hours: float | None = None, **shares: float) -> Ran:
     return Ran(
         name="1",
         policy=policy,
         seed=1,
         shares=shares,
         gpu_hours=gpu_hours,
-        over_bound=1.0,
+        over_bound=2.0,
         itl_missed=0.0,
         peak=1,
         wall_s=0.0,
+        fluid_gpu_hours=fluid_gpu_hours,
     )
 
 
@@ -68,6 +69,12 @@ def test_only_where_the_clairvoyant_row_keeps_the_slos_somebody_else_is_asked_to
         " GPU-hours over its in those 2: median 1.30x, worst 1.50x"
     )
     assert "none" in verdict(pairs[2:])
+
+
+def test_the_distance_from_the_bound_is_split_into_parts_that_add_up_to_it() -> None:
+    policy = ran("chiron", 3.0, chat=99.5)
+    assert split(policy, ran("clairvoyant", 2.0, 1.25, chat=99.5)) == "1.00 | +0.25 | +0.75 | +1.00"
+    assert split(policy, ran("clairvoyant", 2.0, chat=99.5)) == "1.00 | | | +1.00", "a fluid has no batch work"
 
 
 def test_numbers_come_one_by_one_or_in_a_row() -> None:
