@@ -1,10 +1,12 @@
-"""What a request costs a relay in its own code, without sockets, kernel and event loop.
+"""What a request and a chunk cost a relay in its own code, without sockets, kernel and event loop.
 
     python bench/relay_code.py [--clients 64] [--rounds 300] [--source FOLDER]
 
 A relay between transports that do nothing: its clients send a small request each, the brain places them, an engine
-answers, the brain ends them, each step for all clients before the next one. CPU of the thread in microseconds a
-request, by step: of the tenth part of the rounds that took least, the one that took most, so that what else the machine
+answers, the brain ends them, each step for all clients before the next one. Then they stream: each round sends all
+clients a chunk that goes no further than the connection to the engine, where it is seen to be whole; one that goes on
+to the request's count of tokens; and one that goes all the way. CPU of the thread in microseconds a request or a
+chunk, by step: of the tenth part of the rounds that took least, the one that took most, so that what else the machine
 does hardly shows. ``--source``: the folder of another build, such as ``out/compiled/src``.
 """
 
@@ -22,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 STEPS = ("request", "to the brain", "placement", "answer", "to the brain", "end")
+CHUNK_STEPS = ("seen to be whole", "added to the run", "tokens counted, written")
+CHUNKS = 10
+"""To each client, one after the other, in a step of a round."""
 ENGINE = "http://127.0.0.1:9"
 
 
@@ -50,8 +55,8 @@ class Nowhere:
     def abort(self) -> None: ...
 
 
-async def measure(clients: int, rounds: int) -> list[list[float]]:
-    """Microseconds a request of each step, of each round."""
+async def measure(clients: int, rounds: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Microseconds a request, and a chunk, of each step, of each round."""
     import msgspec
 
     from chiron.config.serve import load_serve
@@ -61,8 +66,8 @@ async def measure(clients: int, rounds: int) -> list[list[float]]:
     from chiron.gateway.serving import collect_rarely, server_limits
     from chiron.net.client import _Connection
     from chiron.net.server import HttpServer
-    from gateway import CONFIG, SMALL
-    from gateway_mock import answer
+    from gateway import CONFIG, SMALL, STREAM
+    from gateway_mock import HEAD, answer, chunks
 
     def frame(*messages: m.Message) -> bytes:
         body = msgspec.msgpack.encode(messages)
@@ -95,7 +100,8 @@ async def measure(clients: int, rounds: int) -> list[list[float]]:
         engine.rest()
         engines.append((engine, wire))
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:8000\r\ncontent-type: application/json\r\n"
-    request, whole = head + b"content-length: %d\r\n\r\n" % len(SMALL) + SMALL, answer()
+    request, stream = (head + b"content-length: %d\r\n\r\n" % len(body) + body for body in (SMALL, STREAM))
+    whole = answer()
     collect_rarely()
     found = []
     for turn in range(rounds):
@@ -121,8 +127,51 @@ async def measure(clients: int, rounds: int) -> list[list[float]]:
             wire.written.clear()
         brain.written.clear()
         await asyncio.sleep(0)
+    numbers = range(rounds * clients + 1, (rounds + 1) * clients + 1)
+    for connection, _ in ends:
+        connection.data_received(stream)
+    uplink.wire.flush()
+    uplink.wire.data_received(frame(*(m.Place(number, number, 1, 0) for number in numbers)))
+    first, second, *events = chunks(200)[:-1]
+    for engine, _ in engines:
+        for block in (HEAD + first, second):
+            engine.data_received(block)
+    calls = [engine._call for engine, _ in engines]
+    went = [(call, call.on_chunks, call.receiver, call.receiver._take_chunks) for call in calls]
+
+    def block(data: bytes) -> None:
+        for engine, _ in engines:
+            engine.data_received(data)
+
+    streamed = []
+    for turn in range(rounds):
+        took = []
+        for reach in range(len(CHUNK_STEPS)):
+            for call, on_chunks, run, take in went:
+                call.on_chunks = on_chunks if reach else nowhere
+                run._take_chunks = take if reach > 1 else one
+            for _, wire in ends:
+                wire.written.clear()
+            began_ns = time.thread_time_ns()
+            for data in events[:CHUNKS]:
+                block(data)
+            took.append((time.thread_time_ns() - began_ns) / clients / CHUNKS / 1e3)
+        assert all(len(wire.written) == CHUNKS for _, wire in ends)
+        streamed.append([took[0], took[1] - took[0], took[2] - took[1]])
+        await asyncio.sleep(0)
     await made.close()
-    return found
+    return found, streamed
+
+
+def nowhere(data: bytes) -> None: ...
+def one(data: bytes) -> int:
+    return 1
+
+
+def say(what: str, names: tuple[str, ...], found: list[list[float]]) -> None:
+    least = [sorted(column)[len(column) // 10] for column in zip(*found, strict=True)]
+    whole = sorted(map(sum, found))[len(found) // 10]
+    print(f"{what}:", "  ".join(f"{name} {us:.2f}" for name, us in zip(names, least, strict=True)), f" sum {whole:.2f} us")
 
 
 def main() -> None:
@@ -137,8 +186,9 @@ def main() -> None:
     from chiron.net.loop import run_on_loop
 
     found = run_on_loop(measure(given.clients, given.rounds))
-    least = [sorted(column)[len(column) // 10] for column in zip(*found, strict=True)]
-    print("  ".join(f"{name} {us:.2f}" for name, us in zip(STEPS, least, strict=True)), f" sum {sum(least):.2f} us")
+    say("request", STEPS, found[0])
+    say("chunk", CHUNK_STEPS, found[1])
+    sys.stdout.flush()
     os._exit(0)  # Nothing here is worth closing.
 
 
