@@ -118,6 +118,18 @@ def test_so_it_is_in_chunks_that_keep_their_framing(stream: list[bytes], togethe
     assert client.sent == b"".join(chunks)
 
 
+def test_what_ends_like_the_block_before_is_looked_at_where_it_may_differ() -> None:
+    """Its number of events, whether it is the first one of another try, and what comes before its end."""
+    call, take = relayed(Client())
+    role, reason = chunk({"role": "assistant", "content": ""}), chunk({}, "stop")
+    one, two, three, four = (chunk({"content": word}) for word in WORDS)
+    blocks = [role, one, two, three + four, one, reason, two, two + DONE]
+    assert [take(framed(block)) for block in blocks] == [0, 1, 1, 2, 1, 0, 1, 1]
+    assert take(framed(two) + framed(three)) == 2
+    call.begin(SimpleNamespace(pause=None), 200, [])  # type: ignore[arg-type]
+    assert [take(framed(block)) for block in (role, one)] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("status", "version", "headers"),
     [

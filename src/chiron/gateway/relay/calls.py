@@ -40,6 +40,7 @@ REMIND_S = 15.0
 """Between two signs of life to a client that waits."""
 _ANSWER_MAX_BYTES = 1 << 20
 """Of an engine's refusal of a collected request."""
+_USUAL_END_MAX_BYTES = 256
 _TEXT = re.compile(rb'"(?:content|text|reasoning_content|reasoning|refusal|name|arguments)"\s*:\s*"[^"]')
 
 
@@ -58,6 +59,7 @@ class RelayCall:
         "_reminded_s",
         "_said",
         "_status",
+        "_usual_end",
         "error",
         "incoming",
         "key_name",
@@ -105,6 +107,9 @@ class RelayCall:
         self._body = body
         self._chat = incoming.path.endswith("/chat/completions")
         self._first = True
+        self._usual_end = b""
+        """How the last block with one event that holds text ended, from where it says that there is no reason to end;
+        empty: there was none."""
         self._call: Call | None = None
         self._status = 0
         self._length: int | None = None
@@ -155,6 +160,7 @@ class RelayCall:
     def begin(self, call: Call, status: int, headers: list[Header]) -> Callable[[bytes], int] | None:
         self._call = call
         self._first = True
+        self._usual_end = b""
         self._status = status
         self._length = None
         for name, value in headers:
@@ -180,14 +186,17 @@ class RelayCall:
         if not self._began:
             self._began = self._begin(data)
         self.incoming.write_chunks(data)
-        return self._tokens(data, data.count(b"\ndata:"))
+        events = data.count(b"\ndata:")
+        # As nearly always: one event, which ends as the one before did.
+        return 1 if events == 1 and self._usual_end and data.endswith(self._usual_end) else self._tokens(data, events)
 
     def _tokens(self, data: bytes, events: int) -> int:
         """Of so many events, those that hold text."""
         # The first event may be a role alone, the last ones are a reason, usage and [DONE]. All between are tokens.
         at = data.rfind(b'finish_reason":') if events == 1 and not self._first else -1
-        if at >= 0:  # As nearly always; with a token it is near the end.
+        if at >= 0:  # With a token it is near the end.
             usual = b'"' not in data[at + 15 : at + 17]
+            self._usual_end = data[at:] if usual and len(data) - at <= _USUAL_END_MAX_BYTES else b""
         else:
             usual = not (self._first or b"[DONE]" in data or b'_reason":"' in data or b'_reason": "' in data)
         if usual:
