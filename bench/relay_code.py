@@ -139,12 +139,8 @@ async def measure(clients: int, rounds: int) -> tuple[list[list[float]], list[li
     calls = [engine._call for engine, _ in engines]
     went = [(call, call.on_chunks, call.receiver, call.receiver._take_chunks) for call in calls]
 
-    def block(data: bytes) -> None:
-        for engine, _ in engines:
-            engine.data_received(data)
-
     streamed = []
-    for turn in range(rounds):
+    for _ in range(rounds):
         took = []
         for reach in range(len(CHUNK_STEPS)):
             for call, on_chunks, run, take in went:
@@ -154,7 +150,8 @@ async def measure(clients: int, rounds: int) -> tuple[list[list[float]], list[li
                 wire.written.clear()
             began_ns = time.thread_time_ns()
             for data in events[:CHUNKS]:
-                block(data)
+                for engine, _ in engines:
+                    engine.data_received(data)
             took.append((time.thread_time_ns() - began_ns) / clients / CHUNKS / 1e3)
         assert all(len(wire.written) == CHUNKS for _, wire in ends)
         streamed.append([took[0], took[1] - took[0], took[2] - took[1]])
@@ -171,7 +168,8 @@ def one(data: bytes) -> int:
 def say(what: str, names: tuple[str, ...], found: list[list[float]]) -> None:
     least = [sorted(column)[len(column) // 10] for column in zip(*found, strict=True)]
     whole = sorted(map(sum, found))[len(found) // 10]
-    print(f"{what}:", "  ".join(f"{name} {us:.2f}" for name, us in zip(names, least, strict=True)), f" sum {whole:.2f} us")
+    steps = "  ".join(f"{name} {us:.2f}" for name, us in zip(names, least, strict=True))
+    print(f"{what}: {steps}  sum {whole:.2f} us")
 
 
 def main() -> None:
