@@ -36,9 +36,12 @@ counts there is who is still served.
 - **interactive**, **batch**: share within its SLO, of the worst class of that kind, the mean over traces and seeds.
 - **over bound**: GPU-hours over the least with which any scheduler could keep every SLO ([bound.md](bound.md)), the
   mean over traces.
+  The bound is for all SLOs: who misses them can come below it, and below `clairvoyant`. So ratios compare only among
+  rows that keep the traces.
 - **kept**: traces in which every class has at least 99 % in every seed.
-- `clairvoyant` knows the future and pays cold starts and whole instances. Between it and the bound nobody can come;
-  what a policy has beyond it is what not knowing costs.
+- `clairvoyant` knows the future and pays cold starts and whole instances: an estimate from above of what is possible,
+  somebody might find a better schedule. Where it keeps the traces, the least that keeps them lies between the bound
+  and it.
 - By traces kept at load 1, then by GPU-hours. Each class of each trace, with confidence intervals, is in the pages that
   `make loads` leaves in `out/loads`.
 """
@@ -122,8 +125,9 @@ def verdict(found: Mapping[str, Mapping[float, Point]], loads: Sequence[float]) 
         ranked = sorted((name for name in at if at[name].kept == most), key=lambda name: at[name].over_bound)
         served = max(at, key=lambda name: (at[name].interactive, at[name].batch))
         words = f"- Load {load:g}: at most {most} of {at[ranked[0]].traces} traces are kept"
-        words += f", at the least cost by `{ranked[0]}` ({at[ranked[0]].over_bound:.2f}x the bound)"
-        if len(ranked) > 1:
+        if most:
+            words += f", at the least cost by `{ranked[0]}` ({at[ranked[0]].over_bound:.2f}x the bound)"
+        if most and len(ranked) > 1:
             words += f", then `{ranked[1]}` ({at[ranked[1]].over_bound:.2f}x)"
         lines.append(f"{words}; most interactive requests are served in time by `{served}`.")
     return "\n".join(lines)

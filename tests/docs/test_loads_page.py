@@ -78,3 +78,12 @@ def test_the_clairvoyant_row_wins_nothing(tool: ModuleType) -> None:
     text = tool.page(made, "x.svg")
     assert "| `clairvoyant` | 100.0% | 100.0% | 1.00x |" in text
     assert "by `clairvoyant`" not in text
+
+
+def test_where_nobody_keeps_a_trace_nobody_is_said_to_at_the_least_cost(tool: ModuleType) -> None:
+    made = [
+        grid("a", *(cell(p, load, 0.5, 0.5, h) for p, h in (("one", 8.0), ("two", 4.0)) for load in (0.4, 1.0, 2.0)))
+    ]
+    text = tool.page(made, "x.svg")
+    assert "- Load 1: at most 0 of 1 traces are kept; most interactive requests" in text
+    assert "at the least cost" not in text
