@@ -77,7 +77,7 @@ def test_batch_work_adds_what_its_deadline_needs_and_keeps_it_until_it_is_done()
     before, some, more, after = decided({}, due, due | {"groups": (group(1300.0, 100),)}, {})
     assert before.counts["mixed"] == 2
     assert some.reason == "batch_deadlines"
-    (job,) = jobs_of(model((), **due))
+    (job,) = jobs_of(model((), **due), 1005.0)
     assert some.numbers["required"] == pytest.approx(job.work_s / (1300.0 - 1005.0 - 90.0))
     assert 2 < some.counts["mixed"] < 50
     assert more.counts["mixed"] == some.counts["mixed"], "the fleet that drains it stays"
@@ -88,9 +88,19 @@ def test_a_deadline_that_is_lost_asks_for_all() -> None:
     assert decided({"groups": (group(1050.0, 10),), "cold_start_s": 60.0})[0].counts["mixed"] == 50
 
 
+def test_a_job_that_is_overdue_asks_for_no_floor_and_is_drained_from_what_is_ready() -> None:
+    overdue = {"groups": (group(1000.0, 4000),), "running_batch": 100, "cold_start_s": 60.0}
+    (late,) = decided(overdue)
+    assert (late.counts["mixed"], late.numbers["required"]) == (2, 0.0)
+    assert late.numbers["drain"] > 0.0
+    due = {"groups": (group(1000.0, 4000), group(1300.0, 4000)), "cold_start_s": 60.0}
+    (beside,), (alone,) = decided(due), decided({**due, "groups": due["groups"][1:]})
+    assert beside.numbers["required"] == alone.numbers["required"] > 0.0
+
+
 def test_what_runs_is_due_with_the_first_and_batch_work_is_no_demand_of_the_planner() -> None:
     one = model(fleet_of(2), groups=(group(1300.0, 10),), running_batch=5)
-    queued, running = jobs_of(one)
+    queued, running = jobs_of(one, 1000.0)
     assert running.deadline_s == 1300.0
     assert running.work_s == pytest.approx(queued.work_s / 2)
     many = {"arrivals": (arrival(1000, 5000, JOBS),), "mixes": (mix(CHAT), mix(JOBS))}

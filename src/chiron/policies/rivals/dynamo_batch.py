@@ -3,12 +3,14 @@
 Interactive requests are planned for as by ``dynamo-planner``. Batch requests are held in front, earliest deadline
 first, and every 5 s::
 
-    required = most of: work due by d / (d - now - cold start - end), over the deadlines d; infinite once none is left
+    required = most of: work due by d / (d - now - cold start - end), over the deadlines d to come; infinite once it
+               leaves no time
     headroom = ready * safe - online, at least 0, while there is batch work
     floor    = ceil((online + required) / safe), and no less than ceil((online + headroom) / safe)
     replicas = max(what the planner says, floor)
 
-So the fleet keeps its size while batch work is drained, and it is drained as fast as what is ready allows: a request is
+So the fleet keeps its size while batch work is drained, and it is drained as fast as what is ready allows. A job whose
+deadline has passed is expired there; here it is still served, from the headroom, and asks for no floor. A request is
 released while one more in flight keeps the mean step of a replica within the ITL SLO and the KV within what it holds.
 
 Source: ai-dynamo/dynamo, components/src/dynamo/planner/core/batch_policy.py, a proof of concept that a deployment has
@@ -126,7 +128,7 @@ def _decide_model(
     ]
     kept = tuple(each for each in (*memory.online, *new) if each[0] >= now_s - settings.online_window_s)
     online = sum(work for _, work in kept) / settings.online_window_s
-    jobs = jobs_of(model)
+    jobs = jobs_of(model, now_s)
     needed = required(jobs, now_s, model.cold_start_s + settings.end_s)
     floor, drain = replica_floor(
         online=online,
@@ -152,12 +154,12 @@ def _online(model: ModelView) -> ModelView:
     )
 
 
-def jobs_of(model: ModelView) -> list[Job]:
-    """What is held, by deadline; what runs is due with the first of it."""
+def jobs_of(model: ModelView, now_s: float) -> list[Job]:
+    """What is held, by deadline, overdue work at no time; what runs is due with the first of it."""
     times = model.step_times
     jobs = [
         Job(
-            deadline_s=group.deadline_s,
+            deadline_s=group.deadline_s if group.deadline_s > now_s else inf,
             work_s=prefill_s(times, group.input_tokens, group.input_square)
             + group.requests
             * decode_s(times, group.input_tokens / group.requests, group.output_tokens / group.requests),
