@@ -59,6 +59,17 @@ def prompt(due_s: float, tokens: int, *, itl_s: float = 0.1, kv_tokens: float = 
         pytest.param([prompt(0.5, 900, new=False), prompt(2.0, 100)], steps(), {1}, id="late as it is"),
         pytest.param([prompt(9.0, 100, itl_s=0.03)], steps({0.1: 30}), set(), id="whose own pace the step cannot keep"),
         pytest.param([prompt(inf, 10_000)], steps(), {0}, id="without a deadline"),
+        # The largest step takes half a second; a shorter one will do.
+        pytest.param([prompt(0.4, 400)], steps(), {0}, id="due before the largest step ends"),
+        pytest.param([prompt(0.4, 401)], steps(), set(), id="and no more than a shorter one holds"),
+        pytest.param([prompt(0.05, 20)], steps({0.1: 30}), {0}, id="due before a step of the tightest ends"),
+        # Twenty steps of 99, or less as more decode, hold 40 prompts of 20 that are due every 50 ms.
+        pytest.param(
+            [*(prompt(0.05 * n, 20, new=False) for n in range(1, 40)), prompt(2.0, 20)],
+            steps({0.1: 1}),
+            {39},
+            id="due at shorter intervals than a step",
+        ),
     ],
 )
 def test_a_plan_admits_the_most_that_are_in_time(prompts: list[Prompt], stated: Steps, expected: set[int]) -> None:
@@ -81,12 +92,16 @@ def test_a_plan_is_as_good_as_trying_every_choice() -> None:
     for _ in range(60):
         prompts = sorted(prompt(draw.uniform(0, 4), draw.randint(50, 900)) for _ in range(6))
 
+        def held(decodes: int, passed_s: float) -> float:
+            size, takes_s = (100, 0.1) if decodes else (500, 0.5)
+            whole, rest_s = divmod(passed_s, takes_s)
+            return (size - decodes) * whole + max(0.0, 1000 * rest_s - decodes)
+
         def in_time(places: tuple[int, ...], prompts: list[Prompt] = prompts) -> bool:
             forced = [each._replace(new=False) for place, each in enumerate(prompts) if place in places]
             left, before_s, decodes = 0.0, 0.0, 0
             for place, each in enumerate(prompts):
-                size, takes_s = (100, 0.1) if decodes else (500, 0.5)
-                left += (size - decodes) * ((each.due_s - before_s) // takes_s)
+                left += held(decodes, each.due_s) - held(decodes, before_s)
                 before_s = each.due_s
                 if place in places:
                     left -= each.tokens
@@ -207,3 +222,26 @@ def test_the_next_instance_is_asked_where_a_plan_has_no_room() -> None:
 
     assert placed_on(3) == [1, 2, 3, 1], "then as best effort where the fewest are"
     assert placed_on(0) == [1, 1, 1, 1]
+
+
+def chat_room(instance: Instance) -> bool:
+    router = NextReplica(SlosServeSettings(), Learner((CHAT, JOBS)))
+    router.add(instance)
+    router.place(request(1, 10, cls=JOBS), 0.0)
+    return router._has_room(instance, request(2, 100), 0.0)
+
+
+def test_batch_work_that_queues_in_an_engine_takes_no_place_in_a_plan() -> None:
+    profile = replace(PROFILE, kv_capacity_tokens=200_000, max_num_seqs=64, max_num_batched_tokens=2048)
+    instance = Instance(1, "m", kind_of(profile), "mixed", 0.0)
+    instance.class_counts["jobs"] = 50_000
+    assert chat_room(instance)
+
+
+def test_an_instance_that_is_too_small_is_not_one_of_those_asked() -> None:
+    router = NextReplica(SlosServeSettings(hops_max=0), Learner((CHAT, JOBS)))
+    for id, kv_tokens in enumerate((10_000, 10_000, 10_000, 200_000), start=1):
+        router.add(Instance(id, "m", kind_of(PROFILE, kv_capacity_tokens=kv_tokens), "mixed", 0.0))
+    for cls in (CHAT, JOBS):
+        placements = [router.place(request(7, tokens, cls=cls), 0.0) for tokens in (50_000, 9_999, 250_000)]
+        assert [placement and placement.instance.id for placement in placements] == [4, 1, None]

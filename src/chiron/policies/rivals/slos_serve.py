@@ -4,7 +4,7 @@ Each engine keeps to those whose prompt it has admitted. With new requests it pl
 at which their first token is due, d, and between two of those as many tokens as steps leave that are no longer than
 the tightest ITL SLO of those who decode by then::
 
-    budget = steps in d_i - d_(i-1) * (tokens of a step - those who decode)
+    budget = steps in d_i - d_(i-1) * (tokens of a step - those who decode), whole ones and the rest of the time
     admit i : carried + budget >= tokens of the prompt, and KV for its end; carried on is what is left of it
     else    : carried on is carried + budget
     most    : over who is admitted, by how many of each ITL SLO, as many requests as possible
@@ -92,15 +92,15 @@ class _State(NamedTuple):
 def plan(settings: SlosServeSettings, now_s: float, prompts: Sequence[Prompt], steps: Steps) -> set[int]:
     """Which of the new prompts are admitted, by their place; prompts are in order of ``due_s``."""
     states: dict[tuple[float, ...], _State] = {(): _State(0.0, steps.kv_tokens, 0, ())}
-    before_s, before = now_s, tuple(steps.decodes)
+    passed_s, before = 0.0, tuple(steps.decodes)
     count = sum(steps.decodes.values())
     for place, prompt in enumerate(prompts):
-        gap_s = max(0.0, prompt.due_s - before_s)
-        before_s = max(before_s, prompt.due_s)
+        gap = (passed_s, max(passed_s, prompt.due_s - now_s))
+        passed_s = gap[1]
         found: dict[tuple[float, ...], _State] = {}
         for tiers, state in states.items():
             for tier, after in _after(
-                settings, prompt, place, state, gap_s, (*before, *tiers), count + len(tiers), steps
+                settings, prompt, place, state, gap, (*before, *tiers), count + len(tiers), steps
             ):
                 key = tiers if tier is None else tuple(sorted((*tiers, tier)))
                 if key not in found or _better(after, found[key]):
@@ -118,13 +118,16 @@ def _better(one: _State, other: _State) -> bool:
 
 
 def _after(
-    settings: SlosServeSettings, prompt: Prompt, place: int, state: _State, gap_s: float,
+    settings: SlosServeSettings, prompt: Prompt, place: int, state: _State, gap: tuple[float, float],
     tiers: tuple[float, ...], decoding: int, steps: Steps,
 ) -> Iterable[tuple[float | None, _State]]:  # fmt: skip
     """The states to which this prompt leads: it is declined, or it is admitted (with its ITL SLO)."""
-    tokens, takes_s = steps.within(min(tiers, default=inf))
-    each = max(0.0, tokens - decoding)
-    total = state.carried + (each * (floor(gap_s / takes_s) if isfinite(gap_s) else inf) if each and gap_s else 0.0)
+    pace_s = min(tiers, default=inf)
+    each = max(0.0, steps.within(pace_s)[0] - decoding)
+    total = state.carried
+    if each and gap[0] < gap[1]:
+        # Counted from now on: of a step in which a prompt is due, the rest is there for the next one.
+        total += _held(steps, pace_s, decoding, gap[1]) - _held(steps, pace_s, decoding, gap[0])
     left = total - prompt.tokens
     cap = each if settings.caps_carry else inf
     if not prompt.new:  # Of what is late nothing is left for others until it is done.
@@ -135,6 +138,16 @@ def _after(
     if left >= 0 and state.kv_tokens >= prompt.kv_tokens and able:
         admitted = (*state.admitted, place)
         yield prompt.itl_s, _State(min(cap, left), state.kv_tokens - prompt.kv_tokens, state.late, admitted)
+
+
+def _held(steps: Steps, pace_s: float, decoding: int, passed_s: float) -> float:
+    """Tokens of prompts in so much time: in whole steps, and in a shorter one in the rest."""
+    if not isfinite(passed_s):
+        return inf
+    tokens, takes_s = steps.within(pace_s)
+    whole = floor(passed_s / takes_s)
+    rest = steps.within(passed_s - whole * takes_s)[0]
+    return whole * (tokens - decoding) + max(0.0, rest - decoding)
 
 
 def largest(step_s: Callable[[int], float], most: int, within_s: float) -> int:
@@ -317,6 +330,17 @@ def compose(settings: SlosServeSettings, estimates: Estimates) -> SlosServe:
 # -- placement -----------------------------------------------------------------------------------------------------
 
 
+def _in_places(counts: Mapping[float, int], places: int) -> dict[float, int]:
+    """Who decodes, of those that an instance has by ITL SLO: no more than there are places, batch work last."""
+    found: dict[float, int] = {}
+    for pace_s in sorted(counts):
+        count = min(counts[pace_s], places)
+        if count > 0:
+            found[pace_s] = count
+            places -= count
+    return found
+
+
 class _Note:
     __slots__ = ("open", "pending", "version")
 
@@ -362,21 +386,25 @@ class NextReplica:
     def place(self, request: Request, waited_s: float) -> Placement | None:
         self._itl_s[request.class_name] = request.itl_slo_s if request.interactive else inf
         asked: list[tuple[int, int, int, Instance]] = []
+        too_small: list[tuple[int, int, int, Instance]] = []
         chosen: Instance | None = None
         while self._heap and chosen is None and len(asked) <= self._settings.hops_max:
             entry = heappop(self._heap)
             instance = entry[3]
-            if instance.index.open and instance.index.version == entry[2]:
+            if not instance.index.open or instance.index.version != entry[2]:
+                continue
+            if request.input_tokens >= instance.kv_capacity_tokens:
+                too_small.append(entry)  # Never asked, else nobody who could hold it might be.
+            else:
                 asked.append(entry)
                 if not request.interactive or self._has_room(instance, request, request.arrival_s + waited_s):
                     chosen = instance
-        for entry in asked:
+        for entry in (*asked, *too_small):
             heappush(self._heap, entry)
         if chosen is not None and request.interactive:
             chosen.index.pending[request.id] = request
-        able = [entry[3] for entry in asked if request.input_tokens < entry[3].kv_capacity_tokens]
-        if chosen is None or chosen not in able:
-            chosen = able[0] if able else None
+        if chosen is None and asked:
+            chosen = asked[0][3]
         return None if chosen is None else placed(self._estimates, request, chosen)
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
@@ -404,7 +432,7 @@ class NextReplica:
             decodes[pace_s] = decodes.get(pace_s, 0) + count
         for each in pending.values():
             decodes[each.itl_slo_s] = decodes.get(each.itl_slo_s, 0) - 1
-        decodes = {pace_s: count for pace_s, count in decodes.items() if count > 0}
+        decodes = _in_places(decodes, instance.max_batch_size)
         count = sum(decodes.values())
         sample = instance.sample
         context = sample.kv_used_tokens if sample is not None else 0
