@@ -132,3 +132,29 @@ def test_the_worst_gives_kv_back_where_it_runs_out() -> None:
     assert victim is not None
     assert victim.id == 301
     assert LeveledComposer(Fixed(), every_steps=1, preempts=False).preempter is None
+
+
+class Left(Fixed):
+    """Levels by the hundreds of tokens that are left of 500."""
+
+    def level(self, request: Request, now_s: float, made: int) -> int:
+        return (500 - made) // 100
+
+
+def test_who_gave_way_keeps_the_credit_for_what_it_made() -> None:
+    made = LeveledComposer(Left(), every_steps=1)
+    one = request(1)
+    made.add(one, 10, False)
+    made.head(0.0, False)
+    made.remove_head(one)
+    made.began(one, 1, 1, 0.0)
+    made.left(one)
+    made.add(one, 10 + 400, False)
+    half, new = request(2), request(3)
+    made.add(new, 10, False)
+    made.add(half, 10 + 250, False)  # It was in another engine before.
+    found = []
+    while (head := made.head(1.0, False)) is not None:
+        found.append(head.id)
+        made.remove_head(head)
+    assert found == [1, 2, 3]

@@ -89,13 +89,16 @@ class LeveledComposer:
 
     def add(self, request: Request, tokens: int, begun: bool) -> None:
         entry = self._entries.get(request.id)
+        made = tokens - request.input_tokens
         if entry is None:
             entry = self._entries[request.id] = _Entry(request)
             entry.level = -1
+            entry.generated = made
             self._levels.enters(request)
-            self._relevel(entry, 0)
+            self._relevel(entry, entry.generated)
         if not begun:
             entry.tokens = tokens
+            entry.generated, entry.began_step = made, -1
             if entry.placed:
                 entry.placed = False
                 self._stopped.append(entry)
