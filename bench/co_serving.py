@@ -11,18 +11,26 @@ Simulated: the packaged scenario ``co-serving``, seconds a run. ``--live``: two 
 the same requests from ``chiron load``, the jobs through ``/v1/batches``; engines at half the speed, requests at half
 the rate and SLOs twice as long (``--slower``), which is the same test on a longer scale of time, so that two cores show
 the engines' time and not their own. One cycle with its third of the batch, unless ``--cycles`` says more: three minutes
-without the batch and some five with it, for each policy.
+without the batch and some five with it, for each policy. Below the table it says for how long the machine kept the
+gateway and this process waiting: where that is as long as the TTFTs that miss their bound, they are the machine's.
+
+The simulation is of engines that are told and heard of in no time, ``--network-ms`` of such behind a wire, as a
+gateway's are (``engines.remote``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -30,8 +38,11 @@ import numpy as np
 
 import chiron
 from chiron.cli.demo.gateway import Gateway
+from chiron.config.build import setups
 from chiron.config.scenario import Scenario, load_scenario
 from chiron.engines.profile_store import PACKAGED
+from chiron.engines.remote import Wire
+from chiron.sim.run import simulate
 
 SCENARIO = "co-serving"
 CYCLE_S = 180.0
@@ -45,6 +56,10 @@ ALONE = "[]"
 SLOWER = 2
 """Of live engines."""
 PACE = "llama-3.1-8b/a100/tp1"
+NAP_S = 0.01
+ASK_S = 5.0
+"""The gateway tells its event loop's worst lag of ten seconds."""
+_LAG = re.compile(r"^chiron_event_loop_lag_seconds(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 PUBLISHED = (
     "| llm-d, interactive alone | 37 / 71 / 73 | | 13 | | | |",
     "| llm-d, no protection | 48 / 83 / 91 | 1.25x | | | | |",
@@ -93,6 +108,8 @@ class Figures:
     """Share of batch requests that finished by their deadline; None: there were none."""
     done_s: float | None = None
     """When the last of them had finished."""
+    stalls_s: tuple[float, float] | None = None
+    """Live: the longest that a process that only sleeps woke late, and that the gateway's event loop was late."""
 
 
 def figures(result: chiron.Result) -> Figures:
@@ -127,11 +144,18 @@ def mean(runs: Sequence[Figures]) -> Figures:
     )
 
 
-def simulated(scenario: Scenario, policies: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Figures], ...]:
-    """By policy: without the batch, and with it."""
+def simulated(
+    scenario: Scenario, policies: Sequence[str], seeds: Sequence[int], network_s: float | None = None
+) -> tuple[dict[str, Figures], ...]:
+    """By policy: without the batch, and with it. ``network_s``: one way between gateway and engines."""
     found = []
     for case in (scenario.with_overrides(f"batch_job={ALONE}"), scenario):
-        results = chiron.compare(case, policies, seeds)
+        if network_s is None:
+            results = chiron.compare(case, policies, seeds)
+        else:
+            wire = Wire(network_s=network_s)
+            asked = setups(case, policies=policies, seeds=seeds)
+            results = [simulate(replace(setup, wire=wire), with_bound=False) for setup in asked]
         found.append({name: mean([figures(r) for r in results if r.policy == name]) for name in policies})
     return tuple(found)
 
@@ -160,21 +184,62 @@ def live(policies: Sequence[str], seed: int, cycles: int, slower: float) -> tupl
                 print(f"{policy} {words}: about {CYCLE_S * cycles / 60:.0f} minutes or more", file=sys.stderr)
                 work = Path(folder) / f"{policy} {words}"
                 work.mkdir()
-                case[policy] = figures(_one_live(work, policy, seed, slower, [*asked, *extra]))
+                result, stalls_s = _one_live(work, policy, seed, slower, [*asked, *extra])
+                case[policy] = replace(figures(result), stalls_s=stalls_s)
     return found
 
 
-def _one_live(work: Path, policy: str, seed: int, slower: float, asked: Sequence[str]) -> chiron.Result:
+class Stalls:
+    """For how long nothing ran that ought to have, at the worst, as a context: in this process, which does nothing but
+    sleep, and in the gateway's event loop, as it says itself."""
+
+    def __init__(self, url: str) -> None:
+        self.worst = (0.0, 0.0)
+        self._url = f"{url}/metrics"
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._sleep, self._ask)]
+
+    def __enter__(self) -> Stalls:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _sleep(self) -> None:
+        while not self._over.is_set():
+            began_s = time.monotonic()
+            time.sleep(NAP_S)
+            self.worst = (max(self.worst[0], time.monotonic() - began_s - NAP_S), self.worst[1])
+
+    def _ask(self) -> None:
+        while not self._over.wait(ASK_S):
+            with urllib.request.urlopen(self._url, timeout=60) as answer:
+                lag_s = loop_lag_s(answer.read().decode())
+            self.worst = (self.worst[0], max(self.worst[1], lag_s))
+
+
+def loop_lag_s(metrics: str) -> float:
+    found = _LAG.search(metrics)
+    return float(found[1]) if found else 0.0
+
+
+def _one_live(
+    work: Path, policy: str, seed: int, slower: float, asked: Sequence[str]
+) -> tuple[chiron.Result, tuple[float, float]]:
     chat = load_scenario(SCENARIO, asked).classes["chat"]
     (work / "pace.json").write_text(paced(slower), encoding="utf-8")
     config = CONFIG.format(policy=policy, ttft_s=chat.ttft_s, itl_s=chat.itl_s)
     (work / "chiron.toml").write_text(config, encoding="utf-8")
-    with Gateway(work) as gateway:
+    with Gateway(work) as gateway, Stalls(gateway.url) as stalls:
         command = [sys.executable, "-m", "chiron", "load", "--url", gateway.url, "--scenario", SCENARIO]
         command += [word for one in asked for word in ("--set", one)]
         command += ["--seed", str(seed), "--save", str(work / "run.chiron")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return chiron.load_result(work / "run.chiron")
+    return chiron.load_result(work / "run.chiron"), stalls.worst
 
 
 def paced(slower: float) -> str:
@@ -196,6 +261,20 @@ def table(alone: dict[str, Figures], beside: dict[str, Figures]) -> str:
     for name, one in sorted(beside.items(), key=lambda item: (not kept[item[0]], item[1].ttft_s[2])):
         lines.append(_row(f"`{name}`: {'keeps the bounds' if kept[name] else 'misses them'}", one, ttft_s, itl_s))
     return "\n".join([*lines, *PUBLISHED])
+
+
+def stalls(alone: dict[str, Figures], beside: dict[str, Figures]) -> list[str]:
+    """A line for each live run."""
+    lines = []
+    for words, found in (("alone", alone), ("beside the batch", beside)):
+        for name, one in found.items():
+            if one.stalls_s is not None:
+                sleeper, gateway = (f"{1000 * value:,.0f} ms" for value in one.stalls_s)
+                lines.append(
+                    f"`{name}` {words}: at the worst a process that only sleeps woke {sleeper} late, "
+                    f"the gateway's event loop was {gateway} late"
+                )
+    return lines
 
 
 def keeps(beside: Figures, ttft_alone_s: float, itl_alone_s: float) -> bool:
@@ -224,14 +303,16 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", help=f"default: {' '.join(POLICIES)}; live {' '.join(LIVE_POLICIES)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="live, the first")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--network-ms", type=float, help="simulated: engines behind a wire, one way (default: none)")
     given = parser.parse_args()
     cycles = given.cycles or (1 if given.live else CYCLES)
     policies = given.policies or (LIVE_POLICIES if given.live else POLICIES)
     if given.live:
         alone, beside = live(policies, given.seeds[0], cycles, given.slower)
     else:
-        alone, beside = simulated(load_scenario(SCENARIO, shape(cycles)), policies, given.seeds)
-    print(table(alone, beside))
+        network_s = None if given.network_ms is None else given.network_ms / 1000
+        alone, beside = simulated(load_scenario(SCENARIO, shape(cycles)), policies, given.seeds, network_s)
+    print("\n".join([table(alone, beside), *("\n" + line for line in stalls(alone, beside))]))
     if given.json:
         rows = {"alone": alone, "beside": beside}
         text = {case: {name: asdict(one) for name, one in found.items()} for case, found in rows.items()}

@@ -60,6 +60,23 @@ def test_slower_engines_get_fewer_requests_and_have_more_time(bench: ModuleType)
     assert scenario.classes["chat"].ttft_s == pytest.approx(0.4)
 
 
+def test_live_runs_say_for_how_long_the_machine_stood_still(bench: ModuleType) -> None:
+    text = "# TYPE chiron_event_loop_lag_seconds gauge\nchiron_event_loop_lag_seconds 0.25\nchiron_other 7\n"
+    assert bench.loop_lag_s(text) == 0.25
+    one = bench.Figures(ttft_s=(0.05, 0.08, 0.2), itl_s=0.01, answered=1.0, stalls_s=(0.7, 0.25))
+    assert bench.stalls({"a": one}, {"b": replace(one, stalls_s=None)}) == [
+        "`a` alone: at the worst a process that only sleeps woke 700 ms late, the gateway's event loop was 250 ms late"
+    ]
+
+
+@pytest.mark.slow
+def test_chiron_keeps_them_in_a_burst_behind_a_wire(bench: ModuleType) -> None:
+    """What is sent when a prompt's end is heard of comes too late for the next step."""
+    scenario = load_scenario(bench.SCENARIO, bench.shape(1))
+    rows = bench.table(*bench.simulated(scenario, ["chiron"], [1], network_s=0.001))
+    assert "`chiron`: keeps the bounds" in rows
+
+
 @pytest.mark.slow
 def test_chiron_keeps_them_in_a_burst(bench: ModuleType) -> None:
     scenario = load_scenario(bench.SCENARIO, bench.shape(1))

@@ -217,6 +217,7 @@ class Instance:
         "eviction_left",
         "eviction_pause_until_s",
         "gpus",
+        "heard_late",
         "id",
         "index",
         "kind",
@@ -274,6 +275,8 @@ class Instance:
         self.prefill_square_total = 0.0
         """Sum of squared prompt lengths whose prefill has ended: the attention term of prefill, seen from outside."""
         self.engine: Engine | None = None
+        self.heard_late = False
+        """What happens in its engine is heard of when the next step has begun: there is a wire between."""
         self.batch_limit: int | None = None
         """Requests here up to which batch work is added; None: as the max batch size."""
         self.prefill_step_s = inf

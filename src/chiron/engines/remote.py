@@ -77,6 +77,7 @@ class RemoteEngine:
         """``faults`` are those of the wire that are still to come, shared by all engines; ``suspect`` asks the fleet to
         look at the instance."""
         self.instance = instance
+        instance.heard_late = True
         self.model = EngineModel(
             clock=clock,
             instance=Instance(instance.id, instance.model, instance.kind, "mixed", 0.0),

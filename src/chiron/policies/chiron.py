@@ -317,6 +317,7 @@ def make_chiron(settings: ChironSettings) -> Policy:
             keeps_apart=True,
             passes_long=True,
             spreads_long=settings.itl_missed_max if settings.spread_long else inf,
+            sends_ahead=True,
         )
 
     def order_batch(_: Any, estimates: Estimates) -> DeadlineGroups:

@@ -39,6 +39,13 @@ RELIEVE_AFTER = 0.1
 """Share of its TTFT that an interactive request is queued for before batch work makes way on one instance after
 another, so that prefill has the steps to itself."""
 
+_AHEAD: Final = 1.25
+"""A prompt is sent behind one that is at most so many times as long."""
+_AHEAD_SHARE: Final = 0.75
+"""Share of its TTFT that both together may take: steps that are under way need the rest."""
+_AHEAD_MAX: Final = 16
+"""Instances that are looked at for it."""
+
 _ROLE_ORDER: Final = {"interactive": 0, "mixed": 1, "batch": 2}
 _RANK_BITS: Final = 28
 _RANK: Final = (1 << _RANK_BITS) - 1
@@ -65,7 +72,8 @@ class PackingRouter:
     interactive requests that find no room; for those queued for longer than ``relieve_after`` of their TTFT also where
     that gives them none at once. ``passes_long``: shorter batch requests pass one whose prompt is too long.
     ``spreads_long``: share of missed ITL SLOs from which on an interactive prompt that takes longer than its ITL SLO
-    goes where the fewest requests are young, instead of where packing would have it."""
+    goes where the fewest requests are young, instead of where packing would have it. ``sends_ahead``: an interactive
+    prompt goes behind another one of its length where the end of that is heard of late."""
 
     def __init__(
         self,
@@ -78,6 +86,7 @@ class PackingRouter:
         keeps_apart: bool = False,
         passes_long: bool = False,
         spreads_long: float = inf,
+        sends_ahead: bool = False,
     ) -> None:
         self._prefill_share = settings.prefill_share_of_ttft
         self._prefill_share_batch = settings.batch_prefill_share_of_ttft
@@ -92,6 +101,7 @@ class PackingRouter:
         self._keeps_apart = keeps_apart
         self._spreads_long = spreads_long
         self._spreading = False
+        self._sends_ahead = sends_ahead
         self._by_rank: list[Instance] = []
         """All that take work."""
         self._tight = False
@@ -158,12 +168,12 @@ class PackingRouter:
         instance = self._choose_interactive(request, tokens, need, cost_s, everywhere=waited or not self._tight)
         if instance is not None:
             return Placement(instance, cost_s, int(need))
-        if not self._evicts:
-            return None
-        instance = self._choose_victim(request, need, cost_s, waited=waited)
-        if instance is None:
-            return None
-        return Placement(instance, cost_s, int(need), self._victims_for(instance, request, cost_s, int(need)))
+        if self._evicts:
+            instance = self._choose_victim(request, need, cost_s, waited=waited)
+            if instance is not None:
+                return Placement(instance, cost_s, int(need), self._victims_for(instance, request, cost_s, int(need)))
+        instance = self._choose_ahead(request, need, cost_s) if self._sends_ahead else None
+        return None if instance is None else Placement(instance, cost_s, int(need))
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
         """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step, so it makes
@@ -283,6 +293,24 @@ class PackingRouter:
         if passed is not None:
             for entry in passed:
                 heappush(heap, entry)
+        return chosen
+
+    def _choose_ahead(self, request: Request, need: float, cost_s: float) -> Instance | None:
+        """For a prompt that only a prompt in prefill keeps waiting. That its prefill is over is heard of after the
+        step's end, when the next step has begun, and what is sent then waits for that to end too, beside batch work as
+        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step."""
+        chosen: Instance | None = None
+        least_s = min(_AHEAD * cost_s, _AHEAD_SHARE * request.ttft_slo_s - cost_s)
+        for instance in self._by_rank[:_AHEAD_MAX]:
+            backlog_s = instance.prefill_backlog_s
+            if (
+                backlog_s <= least_s
+                and instance.heard_late
+                and instance.role != "batch"
+                and (chosen is None or backlog_s < least_s)
+                and fits(instance, request, need)
+            ):
+                chosen, least_s = instance, backlog_s
         return chosen
 
     def _spreads(self) -> bool:

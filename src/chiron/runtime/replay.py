@@ -345,7 +345,7 @@ class _Replay:
     def _in_instance_ready(self, number: int, began_s: float) -> None:
         instance = self._instances[number]
         instance.began_s = began_s
-        self.plane.instance_ready(instance, self)
+        self.plane.instance_ready(instance, self._attach(instance))
 
     def _in_instance_failed(self, number: int, held: list[list[Any]]) -> None:
         for each in held:
@@ -365,6 +365,7 @@ class _Replay:
 
     def _attach(self, instance: Instance) -> Engine:
         self._instances[instance.id] = instance
+        instance.heard_late = True
         return self
 
     def create(self, instance: Instance) -> None:

@@ -84,6 +84,7 @@ class InstanceEngine:
         """``learn_usage`` hears true prompt lengths. ``network`` has the engines of this process (``memory:NAME``).
         ``numbers`` tells placements apart, over all instances."""
         self.instance = instance
+        instance.heard_late = True
         self.address = address
         self.row = address.row
         self.url = address.url
