@@ -28,7 +28,7 @@ class ServeCascade:
     after_tokens: int = 16
     """Tokens after which that is decided; 0: the whole answer."""
     first_wait_s: float | None = None
-    """For so long a request waits for an instance of the first model; default: the TTFT of its class."""
+    """For so long a request waits for an instance of the first model; default: half of the TTFT of its class."""
 
     def __post_init__(self) -> None:
         self.rule()

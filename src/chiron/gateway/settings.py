@@ -335,7 +335,7 @@ class CascadeSettings:
     """Name of the model that is asked where that one is unsure, or cannot answer."""
     rule: CascadeRule
     first_wait_s: float | None = None
-    """For so long a request waits for an instance of the first; then the second is asked. None: the class's TTFT."""
+    """For so long a request waits for an instance of the first; then the second is asked. None: half of its TTFT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,6 +117,8 @@ def test_one_answer_whoever_gives_it(tmp_path: Path, relays: int) -> None:
                     if reason and not streams:
                         assert data["choices"][0]["message"]["content"] == "fine"
                     if large.seen:
+                        ids = {each.header(b"x-request-id") for each in (*small.seen, *large.seen)}
+                        assert len(ids) == times + 1  # One engine may be both models, and know requests by it.
                         assert "logprobs" not in asked(large.seen[0])
                         assert asked(large.seen[0])["model"] == "large"
             found = await tally(origin)

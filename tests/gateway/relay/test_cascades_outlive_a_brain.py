@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
+from cascade_outliving import CascadeSite
 from chiron.gateway.port.messages import TURNS_FROM, VERSION
-from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.keys import Key, hash_secret
-from chiron.gateway.settings import CascadeSettings
-from chiron.policies.cascade import CascadeRule
-from outliving_site import CHAT, OutlivingSite, parts, whole_stream
-from real_path import served
+from outliving_site import parts, whole_stream
 from virtual_loop import run_virtual
-
-
-class CascadeSite(OutlivingSite):
-    """Its engines say no log-probabilities: the second model, here the same, is always asked."""
-
-    def models(self) -> Models:
-        made = served("c", {"chat": CHAT})
-        asked = CascadeSettings(first="m0", then="m0", rule=CascadeRule(after_tokens=0))
-        made.settings = replace(made.settings, cascade=asked)
-        return Models(super().models().by_name, {"c": made})
 
 
 def only_the_cascade() -> KeyRing:
@@ -75,6 +61,22 @@ def test_of_older_versions_nothing_is_told_and_all_is_answered(version: int) -> 
         await asyncio.sleep(4.0)
         assert parts(site.clients[1]) == (200, whole_stream(1, 4))
         assert bool(brain.gateway.desk.cascades.tallies) == (version >= TURNS_FROM)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_nothing_is_kept_of_a_call_for_a_model_that_the_brain_serves_no_more() -> None:
+    async def main() -> None:
+        site = CascadeSite()
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        del brain.relays.models.by_name["m0"]  # type: ignore[attr-defined]
+        site.ask(1, 4, model="c")
+        await asyncio.sleep(1.0)
+        assert parts(site.clients[1])[0] == 404
+        (link,) = brain.relays.links
+        assert not link._turns
         await site.close()
 
     run_virtual(main())

@@ -134,10 +134,14 @@ def _tell_events(events: Sequence[Mapping[str, Any]], model: str) -> Iterator[st
     for event in events:
         name = event["event"]
         if "request" in event:
-            if event.get("model") == model:
-                classes[event["request"]] = event["class"]
-            if event["request"] in classes:
-                last[event["request"]] = name
+            request, its = event["request"], event.get("model", model)
+            if name == "arrival":  # Perhaps a cascade's second call, which has the name of the first.
+                classes.pop(request, None)
+                last.pop(request, None)
+            if its == model and "class" in event and name != "ended":
+                classes[request] = event["class"]
+            if its == model and request in classes:
+                last[request] = name
         elif event.get("model") == model:
             instances[event["instance"]] = (name, event["role"])
     states = Counter(state for state, _ in instances.values())

@@ -400,7 +400,7 @@ class RelayLink:
     def _arrive(self, said: m.Arrive) -> None:
         if said.number in self.calls:
             raise ProtocolError(f"request {said.number} arrives twice")
-        relays, found = self._relays, self._admitted(said)
+        relays, found, turn = self._relays, self._admitted(said), self._turns.pop(said.number, None)
         if said.model not in relays.models.by_name:  # It may be served no more, which the relay has yet to read.
             self.wire.send(m.End(said.number, "refused", refusal=_refusal(model_not_found(said.model))))
             return
@@ -409,7 +409,6 @@ class RelayLink:
                 f"request {said.number} names model {said.model!r}, class {said.cls!r}, key {said.key!r}"
             )
         cls, key = found
-        turn = self._turns.pop(said.number, None)
         call = self.calls[said.number] = FarCall(self, said, turn)
         try:
             relays.models.permit(key, said.model, cls.name, turn.cascade if turn is not None else "")

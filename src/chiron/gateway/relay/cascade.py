@@ -198,6 +198,7 @@ class FirstCall:
         self._released = False
         """It will do, and its client reads it."""
         self._over = False
+        self._wait: asyncio.TimerHandle | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -236,6 +237,7 @@ class FirstCall:
         return self.visible and self.incoming.paused
 
     def message(self, row: EngineRow, model: str, request: Request) -> bytes:
+        self.wait_no_more()
         self._reset()
         asked = max(self._rule.top, self._wants.logprobs or 0, 0 if self._chat else row.text_logprobs_min)
         values: Json = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
@@ -243,7 +245,8 @@ class FirstCall:
         return self._body.with_values(values, _LOGPROBS.decode(self._body.raw))
 
     def headers(self) -> Sequence[Header]:
-        return ((b"x-request-id", self.request_id.encode()),)
+        # Not the name of the second call: one engine may serve both models, and older vLLM refuse an id that they have.
+        return ((b"x-request-id", b"%b.first" % self.request_id.encode()),)
 
     def begin(self, call: Call, status: int, headers: list[Header]) -> None:
         self._call, self._status = call, status
@@ -334,6 +337,22 @@ class FirstCall:
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
+    def wait(self, wait_s: float) -> None:
+        """For so long for an instance, the first time. Whoever looks at ``wait_max_s`` does so once a second."""
+        self._wait = asyncio.get_running_loop().call_later(wait_s, self._waited)
+
+    def wait_no_more(self) -> None:
+        """It has an instance, or needs none."""
+        if self._wait is not None:
+            self._wait.cancel()
+            self._wait = None
+
+    def _waited(self) -> None:
+        self._wait = None
+        if not (self.closed or self._over):
+            self._given_up = True
+            self._whole.ask_then(self, FAILED, counted=True)
+
     def _decide(self) -> None:
         """Whether its answer will do, from what there is of it."""
         if self._judge.sure:
@@ -374,6 +393,7 @@ class FirstCall:
     def ended(self, request: Request) -> None:
         """The control plane is done with it."""
         self._call = None
+        self.wait_no_more()
         if self.closed or self._over or request.outcome == "finished":
             return
         if not self.visible:  # Also of an answer that would do: nothing of it has gone to the client.
@@ -492,14 +512,22 @@ class Cascaded:
     def _send_first(self) -> None:
         call = FirstCall(self, self.incoming, self._body, self._wants, self._settings.rule)
         call.turn = Turn(self._name, "", 0.0, False, self._cls.ttft_s, self._wants.stream)
-        wait_s = self._cls.ttft_s if self._settings.first_wait_s is None else self._settings.first_wait_s
+        wait_s = self._cls.ttft_s / 2 if self._settings.first_wait_s is None else self._settings.first_wait_s
         call.wait_max_s = wait_s if self._wait_s is None else min(wait_s, self._wait_s)
         desk, served = self._desk, self._first
-        self.incoming.on_close = lambda: desk.left(call)
+
+        def left() -> None:
+            call.wait_no_more()
+            desk.left(call)
+
+        self.incoming.on_close = left
         self.incoming.body = b""
+        if wait_s < inf:
+            call.wait(wait_s)
         try:
             desk.arrive(call, served.settings.name, self._cls, self.key, served.tokens_of(self._body.shape))
         except ApiError:
+            call.wait_no_more()
             self._send_then(FAILED, counted=False)
 
     def _send_then(self, reason: str, *, counted: bool) -> None:
