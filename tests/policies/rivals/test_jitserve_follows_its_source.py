@@ -104,6 +104,34 @@ def test_at_the_end_of_a_frame_who_brings_less_gives_way() -> None:
     assert full(JIT).gives_way(view(0, 1.0, decoding=4, free=0)) == [], "they have just begun"
 
 
+def test_nobody_gives_way_in_vain_and_who_does_not_fit_holds_up_nobody() -> None:
+    """A prompt of 4,000 tokens waits; each that decodes holds 61, and 4 are for their next tokens."""
+    at_once = {"decoding": 4, "free": 1, "places": 5}
+    composer = full(TEMPO, swaps_max=1)
+    composer.add(request(10, 100), 100, False)
+    assert composer.gives_way(view(50, 1.0, **at_once, kv_free=3900)) == [], "one would not do"
+    assert composer.head(1.0, False).id == 10  # type: ignore[union-attr]
+    assert full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4)) == []
+    leaving = full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4 - 63))
+    assert [each.id for each in leaving] == [1, 2], "as many as it takes"
+    assert full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4 - 187)) == [], "three would not do"
+
+
+def test_who_has_a_place_while_its_kv_comes_in_waits_no_more() -> None:
+    composer = full(JIT)
+    composer.remove_head(composer.head(1.0, False))  # type: ignore[arg-type]
+    assert composer.gives_way(view(50, 1.0, decoding=4, free=0, places=5)) == []
+    assert composer.head(1.0, False) is None
+
+
+def test_a_steps_time_is_that_of_the_steps_of_a_frame() -> None:
+    composer = compose(JIT, Learner((CHAT, JOBS)))
+    for step, now_s, decoding in ((0, 100.0, 0), (1, 100.5, 1), (51, 102.0, 1), (101, 104.0, 1), (110, 900.0, 0)):
+        composer.tokens(view(step, now_s, decoding=decoding, free=1))
+        composer.planned(500, 0.5)
+    assert composer._unit_s == pytest.approx((2.0 / 51 + 2.0 / 50) / 2), "and no idle time"
+
+
 def test_no_more_give_way_than_at_one_choice() -> None:
     def leaving(swaps_max: int) -> int:
         composer = full(JIT, swaps_max=swaps_max)
@@ -119,8 +147,9 @@ def test_nobody_gives_way_for_less_than_the_stall_costs() -> None:
     comes = Candidate(110.0, request(9, 10), 10, False)
     short, long = (Candidate(100.0, request(id, tokens), tokens, True) for id, tokens in ((1, 1), (2, 60_000)))
     # In a frame of a second it brings 10 more; a stall of seconds costs 400 each.
-    assert composer._swapped([comes], [short]) == [short.request]
-    assert composer._swapped([comes], [long]) == []
+    assert composer._swapped([comes], [short], 0, 100) == ([comes.request], [short.request])
+    assert composer._swapped([comes], [long], 0, 100) == ([], [])
+    assert composer._swapped([comes], [long], 1, 100) == ([comes.request], []), "it has room"
 
 
 def test_prompts_go_by_density_and_fall_behind_when_theirs_falls() -> None:

@@ -38,7 +38,7 @@ from chiron.policies.views import StepView
 UNIT_S: Final = 0.02
 """A step before the first."""
 UNITS: Final = 10
-"""Steps over which the mean goes."""
+"""Frames over which the mean goes."""
 RATIO_MIN: Final = 1e-6
 FALLEN: Final = 0.98
 """A prompt whose density has fallen is found when it is first; it keeps its place if it is still so much of that."""
@@ -184,13 +184,17 @@ class JitServe:
         self._prompts: dict[int, _Prompt] = {}
         """Those that wait or are under way."""
         self._begun = 0
+        self._let_in: set[int] = set()
+        """Those that have a place and are in no queue, by id: between steps their KV is on its way in."""
         self._decoding = Decoding()
         self._turns: deque[int] = deque()
         """Those whose density is computed again, by id."""
         self._favoured: set[int] = set()
         """Those that wait and have a place in this frame, by id."""
-        self._units: deque[float] = deque((UNIT_S,), maxlen=UNITS)
+        self._units: deque[float] = deque(maxlen=UNITS)
         self._unit_s = UNIT_S
+        self._since = (0, 0.0)
+        """The step, and the time, since which the next one of these is measured."""
         self._now_s = 0.0
 
     # -- prompts ---------------------------------------------------------------------------------------------------
@@ -200,6 +204,7 @@ class JitServe:
         if prompt is None:
             prompt = self._prompts[request.id] = _Prompt(request)
             self._turns.append(request.id)
+        self._let_in.discard(request.id)
         self._begun += begun - prompt.begun
         prompt.begun = begun
         if not begun:
@@ -210,6 +215,8 @@ class JitServe:
 
     def _enqueue(self, prompt: _Prompt) -> None:
         request = prompt.request
+        if request.id in self._let_in:
+            return
         self._queue.add(request, (float(request.id not in self._favoured), -prompt.density), prompt.begun)
 
     def _density(self, request: Request, made: int, now_s: float) -> float:
@@ -228,6 +235,7 @@ class JitServe:
             self._begun -= prompt.begun
             self._queue.remove(request)
         self._favoured.discard(request.id)
+        self._let_in.discard(request.id)
 
     def head(self, now_s: float, begun: bool) -> Request | None:
         while (request := self._queue.head(begun)) is not None:
@@ -240,19 +248,26 @@ class JitServe:
 
     def remove_head(self, request: Request) -> None:
         self._queue.remove(request)
+        self._let_in.add(request.id)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def tokens(self, view: StepView) -> int:
         self._now_s = view.now_s
+        self._measure(view)
         return max(0, min(view.tokens_max, self._settings.chunk_tokens - view.decoding))
 
     def planned(self, tokens: int, step_s: float) -> None:
-        self._took(step_s)
+        """How long steps take is measured, frame by frame."""
 
-    def _took(self, step_s: float) -> None:
-        self._units.append(step_s)
-        self._unit_s = sum(self._units) / len(self._units)
+    def _measure(self, view: StepView) -> None:
+        steps = view.step - self._since[0]
+        if not view.decoding:  # Maybe it was idle.
+            self._since = (view.step, view.now_s)
+        elif steps >= self._settings.frame_steps:
+            self._units.append((view.now_s - self._since[1]) / steps)
+            self._unit_s = sum(self._units) / len(self._units)
+            self._since = (view.step, view.now_s)
 
     def began(self, request: Request, generated: int, step: int, now_s: float) -> None:
         self.forget(request)
@@ -270,10 +285,9 @@ class JitServe:
         if view.step % self._settings.frame_steps:
             return ()
         self._now_s = view.now_s
-        if view.decoding:
-            self._took(view.step_s(0, 0))
+        self._measure(view)
         self._compute_some_again(view.now_s)
-        places = view.places - self._begun
+        places = view.places - self._begun - sum(not self._prompts[id].begun for id in self._let_in)
         decoding = [
             Candidate(
                 self._density(each.request, each.made(view.step), view.now_s), each.request,
@@ -286,11 +300,12 @@ class JitServe:
         kv_tokens = view.kv_free_tokens + sum(each.tokens for each in decoding)
         has_place = chosen(self._settings, decoding + waiting, places, kv_tokens)
         staying = {each.request.id for each in has_place}
-        self._favour([each.request for each in has_place if not each.decodes])
         able = {each.request.id for each in self._decoding if each.step < view.step}
         leaving = [each for each in decoding if each.request.id not in staying and each.request.id in able]
-        coming = [each for each in has_place if not each.decodes][max(0, self._room(view, has_place)) :]
-        return self._swapped(coming, leaving)
+        coming = [each for each in has_place if not each.decodes]
+        comes, given = self._swapped(coming, leaving, view.places_free, view.kv_free_tokens - view.decoding)
+        self._favour(comes)
+        return given
 
     def _compute_some_again(self, now_s: float) -> None:
         for _ in range(min(RISEN, len(self._turns))):
@@ -323,30 +338,33 @@ class JitServe:
             if id in self._prompts:
                 self._enqueue(self._prompts[id])
 
-    def _room(self, view: StepView, has_place: list[Candidate]) -> int:
-        """How many of those that wait and have a place find one, and KV, without anybody leaving."""
-        count, tokens = 0, view.kv_free_tokens - view.decoding
-        for each in has_place:
-            if not each.decodes:
-                tokens -= each.tokens
-                if tokens < 0 or count >= view.places_free:
-                    break
-                count += 1
-        return count
-
-    def _swapped(self, coming: list[Candidate], leaving: list[Candidate]) -> list[Request]:
-        """Pair by pair, the one that brings least for the one that brings most, as long as that pays for the stall."""
+    def _swapped(
+        self, coming: list[Candidate], leaving: list[Candidate], places: int, tokens: int
+    ) -> tuple[list[Request], list[Request]]:
+        """Who comes, the one that brings most first, and who gives way for it, those that bring least: no more than it
+        takes for place and KV, as long as that pays for the stall. Who would not fit even so does not come."""
         settings = self._settings
         coming.sort(key=lambda each: (-each.density, each.request.id))
         leaving.sort(key=lambda each: (each.density, each.request.id))
+        able = leaving[: settings.swaps_max]
+        comes: list[Request] = []
+        given = 0
+        for each in coming:
+            upto, free, room = given, places, tokens
+            while (free <= 0 or room < each.tokens) and upto < len(able):
+                free, room, upto = free + 1, room + able[upto].tokens + 1, upto + 1
+            if free > 0 and room >= each.tokens and self._pays(each, able[given:upto]):
+                comes.append(each.request)
+                given, places, tokens = upto, free - 1, room - each.tokens
+        return comes, [each.request for each in able[:given]]
+
+    def _pays(self, comes: Candidate, leaving: list[Candidate]) -> bool:
+        """For nobody, always."""
+        settings = self._settings
         frame_s = settings.frame_steps * self._unit_s
-        given: list[Request] = []
-        for comes, leaves in zip(coming[: settings.swaps_max], leaving, strict=False):
-            stall_s = prefill_s(self._estimates, leaves.tokens)
-            if (comes.density - leaves.density) * frame_s <= stall_s * settings.decode_weight / self._unit_s:
-                break
-            given.append(leaves.request)
-        return given
+        stall_s = sum(prefill_s(self._estimates, each.tokens) for each in leaving)
+        gains = (comes.density - sum(each.density for each in leaving)) * frame_s
+        return not leaving or gains > stall_s * settings.decode_weight / self._unit_s
 
     def victim(self) -> Request | None:
         return None
