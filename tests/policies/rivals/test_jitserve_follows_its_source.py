@@ -107,12 +107,12 @@ def test_at_the_end_of_a_frame_who_brings_less_gives_way() -> None:
 def test_nobody_gives_way_in_vain_and_who_does_not_fit_holds_up_nobody() -> None:
     """A prompt of 4,000 tokens waits; each that decodes holds 61, and 4 are for their next tokens."""
     at_once = {"decoding": 4, "free": 1, "places": 5}
-    composer = full(TEMPO, swaps_max=1)
-    composer.add(request(10, 100), 100, False)
-    assert composer.gives_way(view(50, 1.0, **at_once, kv_free=3900)) == [], "one would not do"
-    assert composer.head(1.0, False).id == 10  # type: ignore[union-attr]
+    assert full(TEMPO, swaps_max=1).gives_way(view(50, 1.0, **at_once, kv_free=3900)) == [], "one would not do"
+    big, small = candidates((110.0, 4000), (100.0, 100))
+    leaves = Candidate(1.0, request(3, 61), 61, True)
+    assert full(TEMPO)._swapped([big, small], [leaves], 1, 3900) == ([small.request], [])
     assert full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4)) == []
-    leaving = full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4 - 63))
+    leaving = full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4 - 124))
     assert [each.id for each in leaving] == [1, 2], "as many as it takes"
     assert full(JIT).gives_way(view(50, 1.0, **at_once, kv_free=4000 + 4 - 187)) == [], "three would not do"
 
