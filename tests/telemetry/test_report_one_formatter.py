@@ -83,8 +83,8 @@ def test_load_and_demo_round_as_reports_do() -> None:
     cls = {"requests": 25_000, "finished": 25_000, "attainment": share, "ttft_s": spread, "itl_s": spread,
            "gap_p99_s": spread, "tokens_per_s": 5.0}  # fmt: skip
     figures: dict[str, Any] = {
-        "classes": {"chat": cls}, "jobs": [], "errors": {}, "examples": {}, "warnings": [], "sent": 1, "wall_s": 1.0,
-        "url": "u", "cpu_share": 0.1, "digest": "d", "late_s": spread | {"max": 0.0},
+        "classes": {"chat": cls}, "programs": {}, "jobs": [], "errors": {}, "examples": {}, "warnings": [], "sent": 1,
+        "wall_s": 1.0, "url": "u", "cpu_share": 0.1, "digest": "d", "late_s": spread | {"max": 0.0},
         "tokens": dict.fromkeys(("input", "input_wanted", "output", "output_wanted"), 0),
     }  # fmt: skip
     console = Console(file=io.StringIO(), width=200)
