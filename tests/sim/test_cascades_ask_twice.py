@@ -16,6 +16,7 @@ from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.core.types import Request
 from chiron.load.errors import PlanError as LoadPlanError
 from chiron.load.plan import make_plan
+from chiron.sim.bound import bound, bound_of_run
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.studies.plan import PlanError, cases
@@ -86,6 +87,34 @@ def test_each_request_is_one_answer_that_begins_when_it_is_decided() -> None:
     steps = (raw.finish_s[alone] - raw.first_token_s[alone]) / 39
     assert np.allclose(table.first_token_s[~large], raw.first_token_s[alone] + 15 * steps)
     assert result.summary["gpu_hours"] >= result.summary["gpu_hours_bound"] > 0
+
+
+@pytest.mark.parametrize(
+    ("after_tokens", "escalated", "itl", "hopeless"),
+    [
+        (0, 0, "3ms", False),  # It is read only once it is whole: there are no gaps.
+        (0, 1, "3ms", False),  # Of a call before another nothing is read.
+        (16, 1, "3ms", False),
+        (1, 0, "6ms", True),  # It is read as it comes.
+        (16, 0, "6ms", False),  # 15 of 39 gaps are over when it is read: 9.75 ms will do.
+        (16, 0, "3ms", True),
+        (60, 0, "3ms", False),  # It has 40 tokens.
+    ],
+)
+def test_the_bound_asks_no_pace_that_no_client_sees(
+    after_tokens: int, escalated: int, itl: str, hopeless: bool
+) -> None:
+    """A token of the small model takes 6 to 9 ms at least."""
+    setup = setup_with(
+        f"models.chat.cascade.escalated={escalated}",
+        f"models.chat.cascade.after_tokens={after_tokens}",
+        f"classes.chat.itl={itl}",
+        "duration=5s",
+    )
+    for made in (bound(setup), *([] if hopeless else [bound_of_run(setup, run(setup)[1].requests, 60.0)])):
+        assert ("cannot meet their ITL" in " ".join(made.models[0].notes)) is hopeless
+    full = bound(setup).models[1]
+    assert ("cannot meet their ITL" in " ".join(full.notes)) is bool(escalated), "all gaps of the second call are seen"
 
 
 @pytest.mark.slow

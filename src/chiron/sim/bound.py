@@ -86,6 +86,8 @@ def bound(setup: Setup) -> Bound:
     if work.cascades is not None:  # Of a call that is followed by another its client sees nothing; both may be late.
         arrival_s = work.cascades.start_s
         due_s = np.where((work.cascades.then >= 0) | work.cascades.waits, inf, due_s)
+        waited = work.cascades.waited_tokens(work.output_tokens)
+        itl_s = np.where(work.cascades.then >= 0, inf, _engine_itl(waited, work.output_tokens, itl_s))
         counted = arrival_s < setup.horizon_s
         end_s = min(setup.horizon_s, float(arrival_s.max(initial=0.0)))
     columns = (arrival_s, np.minimum(due_s, setup.horizon_s), work.input_tokens, work.output_tokens, itl_s)
@@ -95,7 +97,7 @@ def bound(setup: Setup) -> Bound:
 def bound_of_run(setup: Setup, requests: RequestTable, end_s: float) -> Bound:
     """What a run from 0 to ``end_s`` (seconds) delivered: attained requests within their SLO, others that finished
     at some time before the end. What did not finish counts nothing. ``requests.model`` and ``requests.cls`` index the
-    models and classes of the setup's workload."""
+    models and classes of the setup's workload; with cascades, a row is one of its ``Cascades.answers``."""
     if not (isfinite(end_s) and end_s >= 0.0):
         raise BoundError(f"end_s is {end_s}; it must be finite and at least 0 seconds")
     classes = setup.workload.classes
@@ -107,6 +109,10 @@ def bound_of_run(setup: Setup, requests: RequestTable, end_s: float) -> Bound:
         classes,
         requests.attained(classes),
     )
+    cascades = setup.workload.cascades
+    if cascades is not None:
+        waited = cascades.waited_tokens(setup.workload.output_tokens)[cascades.answers]
+        itl_s = _engine_itl(waited, requests.output_tokens, itl_s)
     columns = (requests.arrival_s, np.minimum(due_s, end_s), requests.input_tokens, requests.output_tokens, itl_s)
     return _bound(setup, requests.outcome == 0, requests.model, columns, end_s)
 
@@ -126,6 +132,15 @@ def _limits(
     decode_s = np.multiply(gaps, itl_s, where=gaps > 0, out=np.zeros(len(gaps)))
     due_s = np.minimum(arrival_s + ttft_s + decode_s, deadline_s)
     return np.where(required, due_s, inf), np.where(required, itl_s, inf)
+
+
+def _engine_itl(waited: Ints, output_tokens: Ints, itl_s: Floats) -> Floats:
+    """Mean ITLs that engines must keep for clients to see these. A client that begins to read after ``waited`` gaps
+    sees only the rest of the answer's time, over all of its gaps."""
+    gaps = output_tokens - 1
+    seen = np.maximum(gaps - waited, 0)
+    factor = np.divide(gaps, seen, where=seen > 0, out=np.full(len(gaps), inf))
+    return np.where(waited > 0, itl_s * factor, itl_s)
 
 
 def _bound(

@@ -64,12 +64,10 @@ class CascadeCalls:
         do; it is taken to be decoded evenly."""
         cascades = self._cascades
         columns = {field.name: getattr(planned, field.name) for field in fields(RequestTable)}
-        waited = np.minimum(cascades.shown_tokens, planned.output_tokens) - 1
+        waited = cascades.waited_tokens(planned.output_tokens)
         gaps = np.maximum(planned.output_tokens - 1, 1)
         spent_s = np.where(waited > 0, (planned.finish_s - planned.first_token_s) * waited / gaps, 0.0)
         begun = (planned.first_token_s >= 0) & (planned.outcome == 0)
         columns["first_token_s"] = np.where(begun, planned.first_token_s + spent_s, planned.first_token_s)
         columns["arrival_s"] = cascades.start_s
-        seen = np.flatnonzero(cascades.then < 0)
-        order = seen[np.argsort(cascades.start_s[seen], kind="stable")]
-        return RequestTable(**{name: column[order] for name, column in columns.items()})
+        return RequestTable(**{name: column[cascades.answers] for name, column in columns.items()})

@@ -78,6 +78,18 @@ class Cascades:
     """Tokens after which the client can read an answer of the first model; 0: from the first one on."""
 
     @property
+    def answers(self) -> Ints:
+        """Rows whose answers clients see, one for each request, in order of arrival."""
+        seen = np.flatnonzero(self.then < 0)
+        ordered: Ints = seen[np.argsort(self.start_s[seen], kind="stable")]
+        return ordered
+
+    def waited_tokens(self, output_tokens: Ints) -> Ints:
+        """By row, gaps between tokens of an answer that are over when its client begins to read it."""
+        gaps: Ints = np.maximum(np.minimum(self.shown_tokens, output_tokens) - 1, 0)
+        return gaps
+
+    @property
     def waits(self) -> npt.NDArray[np.bool_]:
         """Rows that come only after another."""
         found = np.zeros(len(self.then), dtype=np.bool_)
