@@ -13,7 +13,8 @@ from chiron.studies.trial import code_digest
 PACKAGE = Path(str(resources.files("chiron")))
 
 
-POLICIES = ("chiron", "keda-hpa", "keda-hpa-tuned", "llumnix")
+POLICIES = ("chiron", "keda-hpa", "keda-hpa-tuned", "llumnix", "chiron+stage-hpa", "chiron+stage-petals")
+"""By name, some with a stage policy."""
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {name: code_digest.__wrapped__(name, root) for name in POLICIES}
+    return {name: code_digest.__wrapped__(*name.split("+"), package=root) for name in POLICIES}
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def before(copy: Path) -> dict[str, str]:
         ("registry.py", ()),
         ("rivals/tuned.py", ()),
         ("rivals/keda.py", ("keda-hpa", "keda-hpa-tuned")),
-        ("rivals/hpa.py", ("keda-hpa", "keda-hpa-tuned")),
-        ("rivals/each_model.py", ("keda-hpa", "keda-hpa-tuned", "llumnix")),
+        ("rivals/hpa.py", ("keda-hpa", "keda-hpa-tuned", "chiron+stage-hpa")),
+        ("rivals/each_model.py", ("keda-hpa", "keda-hpa-tuned", "llumnix", "chiron+stage-hpa")),
         ("size.py", POLICIES),
     ],
 )

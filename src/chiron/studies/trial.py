@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chiron.policies.registry import POLICIES
+from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
 from chiron.workload.types import Cascades, Programs, Workload
@@ -80,7 +81,9 @@ def workload_digest(workload: Workload | Programs | Cascades) -> str:
 
 def _key(setup: Setup, with_bound: bool) -> str:
     """Of all that the result depends on: requests, fleet, policy, seed, and the code."""
-    digest = sha256(f"{code_digest(setup.policy)} {with_bound} {workload_digest(setup.workload)}".encode())
+    digest = sha256(
+        f"{code_digest(setup.policy, setup.stage_policy)} {with_bound} {workload_digest(setup.workload)}".encode()
+    )
     for field in fields(setup):
         if field.name not in NOT_IN_KEY:
             value = getattr(setup, field.name)
@@ -91,14 +94,14 @@ def _key(setup: Setup, with_bound: bool) -> str:
 
 
 @cache
-def code_digest(policy: str, package: Path | None = None) -> str:
-    """Of the source that simulates this policy: what was computed by another version is computed anew. Another
+def code_digest(policy: str, stage_policy: str = "", package: Path | None = None) -> str:
+    """Of the source that simulates this policy, with this one below it: what was computed by another version is computed anew. Another
     rival's own files are not among it, so that a new rival leaves what is known of the others as it is."""
     root = package or Path(str(resources.files("chiron")))
     digest = sha256(_of_others(root))
     if policy in POLICIES:
         digest.update(POLICIES[policy].make.__qualname__.encode())
-    for path in _rivals_of(policy, root):
+    for path in _rivals_of(policy, stage_policy, root):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -115,13 +118,18 @@ def _of_others(root: Path) -> bytes:
     return digest.digest()
 
 
-def _rivals_of(policy: str, root: Path) -> list[Path]:
-    """The rivals' files that this policy runs: that of its maker, those of its settings, and what these import."""
+def _rivals_of(policy: str, stage_policy: str, root: Path) -> list[Path]:
+    """The rivals' files that this policy runs: that of its maker, those of its settings, and what these import. A stage
+    policy is no rival, and may import one."""
     entry = POLICIES.get(policy)
     if entry is None:
         return sorted((root / RIVALS).rglob("*.py"))
     modules = [entry.make.__module__, *(kind.__module__ for kind in entry.settings.__mro__)]
     wanted = [path for module in modules for path in _file_of(module, root)]
+    if stage_policy:
+        own = STAGE_POLICIES[stage_policy].decide.__module__
+        path = root.joinpath(*own.split(".")[1:]).with_suffix(".py")
+        wanted += [each for module in _imported(path) for each in _file_of(module, root)]
     found: dict[Path, None] = {}
     while wanted:
         path = wanted.pop()
