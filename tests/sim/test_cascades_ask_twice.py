@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chiron.config.build import setups, workload_of
+from chiron.config.build import history_of, setups, workload_of
 from chiron.config.read import ConfigError
 from chiron.config.scenario import load_scenario, parse_scenario
 from chiron.core.types import Request
@@ -94,7 +94,6 @@ def test_each_request_is_one_answer_that_begins_when_it_is_decided() -> None:
     [
         (0, 0, "3ms", False),  # It is read only once it is whole: there are no gaps.
         (0, 1, "3ms", False),  # Of a call before another nothing is read.
-        (16, 1, "3ms", False),
         (1, 0, "6ms", True),  # It is read as it comes.
         (16, 0, "6ms", False),  # 15 of 39 gaps are over when it is read: 9.75 ms will do.
         (16, 0, "3ms", True),
@@ -109,12 +108,18 @@ def test_the_bound_asks_no_pace_that_no_client_sees(
         f"models.chat.cascade.escalated={escalated}",
         f"models.chat.cascade.after_tokens={after_tokens}",
         f"classes.chat.itl={itl}",
-        "duration=5s",
+        "duration=3s",
     )
-    for made in (bound(setup), *([] if hopeless else [bound_of_run(setup, run(setup)[1].requests, 60.0)])):
-        assert ("cannot meet their ITL" in " ".join(made.models[0].notes)) is hopeless
-    full = bound(setup).models[1]
-    assert ("cannot meet their ITL" in " ".join(full.notes)) is bool(escalated), "all gaps of the second call are seen"
+    small, large = bound(setup).models
+    assert ("cannot meet their ITL" in " ".join(small.notes)) is hopeless
+    assert ("cannot meet their ITL" in " ".join(large.notes)) is bool(escalated), "all gaps of a second call are seen"
+
+
+def test_the_bound_of_a_run_asks_no_pace_that_no_client_saw() -> None:
+    setup = setup_with("models.chat.cascade.escalated=0.3", "classes.chat.itl=6ms", "duration=3s")
+    result = run(setup)[1]
+    assert result.requests.attained(result.classes).any()
+    assert "cannot meet their ITL" not in " ".join(bound_of_run(setup, result.requests, 60.0).models[0].notes)
 
 
 @pytest.mark.slow
@@ -167,6 +172,19 @@ def test_a_first_call_that_fails_is_answered_by_the_second_model() -> None:
     assert (result.requests.outcome == 0).all()
 
 
+def test_the_past_passes_other_requests_on() -> None:
+    """Or what a policy has lived through would be passed on just as what it is judged by."""
+    past = SCENARIO[SCENARIO.index("[[workload]]") :].replace("workload", "history")
+    scenario = parse_scenario(SCENARIO + past, directory=Path())
+    passed = []
+    for workload in (workload_of(scenario, 1), history_of(scenario, 1)):
+        assert workload is not None
+        assert workload.cascades is not None
+        first = ~workload.cascades.waits
+        passed.append((workload.cascades.then[first] >= 0)[:40].tolist())
+    assert passed[0] != passed[1]
+
+
 def test_a_cut_takes_requests_whole() -> None:
     workload = setup_with('duration="10s"').workload
     assert workload.cascades is not None
@@ -199,8 +217,10 @@ def test_what_cannot_be_is_refused() -> None:
         assert words in str(error.value), str(error.value)
     with pytest.raises(LoadPlanError, match="a cascade"):
         make_plan(setup_with().workload, name="x", seed=1)
-    with pytest.raises(PlanError, match="each model is planned alone"):
-        cases(parse_scenario(SCENARIO, directory=Path()), "static", [1])
+    past = SCENARIO[SCENARIO.index("[[workload]]") :].replace("workload", "history")
+    for text in (SCENARIO, SCENARIO.replace('model = "chat"', 'model = "small"') + past):
+        with pytest.raises(PlanError, match="each model is planned alone"):
+            cases(parse_scenario(text, directory=Path()), "static", [1])
 
 
 def test_the_packaged_one_loads_and_names_its_models() -> None:

@@ -205,7 +205,10 @@ def _value_at(path: str) -> Iterator[None]:
 def workload_of(scenario: Scenario, seed: int, *, part: Part = "judged") -> Workload:
     """The requests of one seed: streams, programs and batch jobs, scaled, and cut at the scenario's duration."""
     streams, jobs = _streams(scenario, "workload", scenario.workload, seed, 0), []
-    programs = [_program(scenario, section) for section in scenario.program]
+    programs = []
+    for i, section in enumerate(scenario.program):
+        with _at(f"program[{i}]"):
+            programs.append(_program(scenario, section))
     for i, job in enumerate(scenario.batch_job):
         cls = scenario.classes[job.class_]
         with _at(f"batch_job[{i}]"):
@@ -234,7 +237,7 @@ def history_of(scenario: Scenario, seed: int) -> Workload | None:
         return None
     streams = _streams(scenario, "history", scenario.history, seed, HISTORY_FIRST)
     with _at("history"):
-        return build_workload(streams, [], seed=seed)
+        return build_workload(streams, [], seed=seed, first=HISTORY_FIRST)
 
 
 def _streams(scenario: Scenario, path: str, sections: Sequence[StreamSection], seed: int, first: int) -> list[Stream]:

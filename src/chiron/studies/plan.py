@@ -202,10 +202,11 @@ def cases(scenario: Scenario, label: str, seeds: Sequence[int], change: Change |
     if scenario.choice(label).stages:
         raise PlanError(f"--policy {label}: has a stage policy; only whole instances can be planned")
     made = [replace(setup, gpus_max={}) for setup in setups(scenario, policies=[label], seeds=seeds)]
-    if made[0].workload.cascades is not None:
+    past = made[0].history
+    if made[0].workload.cascades is not None or (past is not None and past.cascades is not None):
         raise PlanError(
             "each model is planned alone, and in a cascade one gets what another was not sure of: let [[workload]] "
-            "name its models, or size it with `chiron compare`"
+            "and [[history]] name its models, or size it with `chiron compare`"
         )
     found = []
     for spec in made[0].models:

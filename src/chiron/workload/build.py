@@ -73,11 +73,13 @@ def build_workload(
     programs: Sequence[ProgramStream] = (),
     *,
     seed: int = 0,
+    first: int = 0,
 ) -> Workload:
     """Sorted by arrival; at equal times in the order given, streams before jobs and jobs before programs.
 
     A stream's requests are due at arrival + the class's ``deadline_s`` (inf without one). ``seed`` draws the lengths
-    of the jobs, and the programs. Raises WorkloadSettingError if two classes share a name and differ, or if nothing
+    of the jobs, the programs, and which requests a cascade passes on; ``first``: number of the first stream, by which its
+    draws are named. Raises WorkloadSettingError if two classes share a name and differ, or if nothing
     arrives.
     """
     parts = []
@@ -85,7 +87,7 @@ def build_workload(
         if stream.cascade is None:
             parts.append(_of_stream(stream))
         else:
-            parts += _of_cascade(stream, stream.cascade, generator(seed, f"cascade {i}"))
+            parts += _of_cascade(stream, stream.cascade, generator(seed, f"cascade {first + i}"))
     parts += [_of_job(job, generator(seed, f"batch job {i}")) for i, job in enumerate(batch_jobs)]
     parts += [_of_programs(each, drawn(each, seed=seed, name=f"program {i}")) for i, each in enumerate(programs)]
     if not any(len(part.arrival_s) for part in parts):
