@@ -266,3 +266,9 @@ def test_the_full_bound_takes_calls_as_early_and_as_late_as_they_can_be() -> Non
 def test_a_mistake_in_a_program_is_refused_with_its_path(change: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_scenario(SCENARIO, directory=Path()).with_overrides(change)
+
+
+def test_a_shape_that_cannot_be_drawn_is_refused_with_its_path() -> None:
+    scenario = parse_scenario(SCENARIO, directory=Path()).with_overrides("program.0.steps=20000")
+    with pytest.raises(ConfigError, match=r"program\[0\]: steps is 20000; it must be 1 to 10000"):
+        setups(scenario, policies=["static"])

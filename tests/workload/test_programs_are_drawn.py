@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
 
@@ -14,9 +15,9 @@ from chiron.core.types import RequestClass
 from chiron.studies.trial import workload_digest
 from chiron.workload.build import Stream, build_workload
 from chiron.workload.errors import WorkloadSettingError
-from chiron.workload.generate import Poisson
+from chiron.workload.generate import Gamma, Poisson
 from chiron.workload.lengths import ConstantTokens, LognormalTokens
-from chiron.workload.programs import LognormalNumber, ProgramShape, ProgramStream
+from chiron.workload.programs import LognormalNumber, ProgramShape, ProgramStream, drawn
 from chiron.workload.select import begins_s, kept
 from chiron.workload.types import Programs, Trace, Workload
 
@@ -139,6 +140,30 @@ def test_a_part_of_a_workload_has_whole_programs() -> None:
 def test_what_cannot_be_drawn_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(WorkloadSettingError, match=message):
         replace(FIXED, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("steps", "branches", "programs", "message"),
+    [
+        (10_000, 1, 100_000, "1,000,000,000 calls or more; at most 50,000,000"),
+        (100, 64, 10_000, "64,000,000 calls; at most"),
+        (1000, 64, 13, "53,194,752 pairs of a call and one that it waits for; at most"),
+        (1000, 64, 12, ""),
+    ],
+)
+def test_programs_that_no_memory_holds_are_refused_before_they_are_drawn(
+    steps: int, branches: int, programs: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiron.workload.programs._laid_out", lambda *_: None)
+    many = stream(replace(FIXED, steps=steps, branches=branches), arrivals=Gamma(rate=1.0, cv=0.0))
+    with pytest.raises(WorkloadSettingError, match=message) if message else nullcontext():
+        drawn(replace(many, duration_s=float(programs)), seed=1, name="x")
+
+
+def test_programs_wait_for_no_other_program() -> None:
+    """Each with one step: none waits, however many there are."""
+    none = stream(replace(FIXED, steps=1, branches=64), arrivals=Gamma(rate=1.0, cv=0.0), duration_s=3.0)
+    assert len(drawn(none, seed=1, name="x").of) == 64 * 3
 
 
 def test_a_lognormal_needs_one_pair_of_figures() -> None:

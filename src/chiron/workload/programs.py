@@ -128,11 +128,18 @@ def drawn(stream: ProgramStream, *, seed: int, name: str) -> Drawn:
     shape, rng = stream.shape, generator(seed, f"{name} calls")
     steps = _whole(shape.steps, len(start_s), rng, most=10_000)
     total = int(steps.sum())
+    _refuse_many(total, "calls or more")
     branches = _whole(shape.branches, total, rng, most=BRANCHES_MAX)
-    calls = int(branches.sum())
-    if calls > REQUESTS_MAX:
-        raise WorkloadSettingError(f"these programs make {calls:,} calls; at most {REQUESTS_MAX:,} are allowed")
+    _refuse_many(int(branches.sum()), "calls")
+    waited_for = branches[1:] * branches[:-1]
+    waited_for[np.cumsum(steps)[:-1] - 1] = 0  # A first step waits for none.
+    _refuse_many(int(waited_for.sum()), "pairs of a call and one that it waits for")
     return _laid_out(shape, start_s, steps, branches, rng)
+
+
+def _refuse_many(count: int, what: str) -> None:
+    if count > REQUESTS_MAX:
+        raise WorkloadSettingError(f"these programs make {count:,} {what}; at most {REQUESTS_MAX:,} are allowed")
 
 
 def _laid_out(shape: ProgramShape, start_s: Floats, steps: Ints, branches: Ints, rng: np.random.Generator) -> Drawn:
