@@ -95,8 +95,9 @@ def _key(setup: Setup, with_bound: bool) -> str:
 
 @cache
 def code_digest(policy: str, stage_policy: str = "", package: Path | None = None) -> str:
-    """Of the source that simulates this policy, with this one below it: what was computed by another version is computed anew. Another
-    rival's own files are not among it, so that a new rival leaves what is known of the others as it is."""
+    """Of the source that simulates this policy, with this one below it: what was computed by another version is
+    computed anew. Another rival's own files are not among it, so that a new rival leaves what is known of the others
+    as it is."""
     root = package or Path(str(resources.files("chiron")))
     digest = sha256(_of_others(root))
     if policy in POLICIES:

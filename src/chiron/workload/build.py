@@ -78,9 +78,8 @@ def build_workload(
     """Sorted by arrival; at equal times in the order given, streams before jobs and jobs before programs.
 
     A stream's requests are due at arrival + the class's ``deadline_s`` (inf without one). ``seed`` draws the lengths
-    of the jobs, the programs, and which requests a cascade passes on; ``first``: number of the first stream, by which its
-    draws are named. Raises WorkloadSettingError if two classes share a name and differ, or if nothing
-    arrives.
+    of the jobs, the programs, and which requests a cascade passes on; ``first``: number of the first stream, by which
+    its draws are named. Raises WorkloadSettingError if two classes share a name and differ, or if nothing arrives.
     """
     parts = []
     for i, stream in enumerate(streams):
