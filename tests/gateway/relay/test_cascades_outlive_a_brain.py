@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from math import inf
 
 import pytest
 
@@ -15,8 +16,8 @@ from outliving_site import parts, whole_stream
 from virtual_loop import run_virtual
 
 
-def only_the_cascade() -> KeyRing:
-    return KeyRing([Key(name="k", hash=hash_secret(b"s"), models=("c",))])
+def only_the_cascade(requests_per_minute: float) -> KeyRing:
+    return KeyRing([Key(name="k", hash=hash_secret(b"s"), models=("c",), requests_per_minute=requests_per_minute)])
 
 
 @pytest.mark.parametrize("dies_s", [0.0, 0.5, 1.5])
@@ -24,7 +25,7 @@ def test_another_brain_goes_on_with_either_call(dies_s: float) -> None:
     """The first call takes a second or so, and so does the second."""
 
     async def main() -> None:
-        site = CascadeSite(keys=only_the_cascade())
+        site = CascadeSite(keys=only_the_cascade(inf))
         await site.lead()
         await asyncio.sleep(1.0)
         site.ask(1, 8, model="c", secret="s")
@@ -42,10 +43,37 @@ def test_another_brain_goes_on_with_either_call(dies_s: float) -> None:
         site.ask(3, 2, model="c", secret="s")
         await asyncio.sleep(2.0)
         tally = brain.gateway.desk.cascades.tallies["c", "chat"]
-        second = 2 if dies_s < 1.0 else 1  # It has heard of the first request's second call, too.
-        assert (tally.requests, dict(tally.escalated), tally.answered_then) == (1, {"unjudged": second}, second)
+        known = 2 if dies_s < 1.0 else 1  # It has heard of the first request's first call, too.
+        assert (tally.requests, dict(tally.escalated), tally.answered_then) == (known, {"unjudged": known}, known)
         assert tally.share == 1.0
         assert not any(link._turns for link in brain.relays.links)
+        await site.close()
+
+    run_virtual(main())
+
+
+def test_a_request_whose_second_call_begins_without_a_connection_counts_once() -> None:
+    """The first call ends while the brain cannot be told: of the key's two requests a minute one is left."""
+
+    async def main() -> None:
+        site = CascadeSite(keys=only_the_cascade(2.0))
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 8, model="c", secret="s")
+        await asyncio.sleep(1.0)
+        assert [number for engine in site.engines for number in engine.seen] == [1]
+        site.door.cut("brain")
+        await asyncio.sleep(0.3)
+        assert not site.engines[0].running.total() + site.engines[1].running.total()
+        site.door.listen("brain", brain.accept)
+        await asyncio.sleep(3.0)
+        assert parts(site.clients[1]) == (200, whole_stream(1, 8))
+        for number, status in ((2, 200), (3, 429)):
+            site.ask(number, 1, model="c", secret="s")
+            await asyncio.sleep(1.0)
+            assert parts(site.clients[number])[0] == status
+        tally = brain.gateway.desk.cascades.tallies["c", "chat"]
+        assert tally.answered_first + tally.answered_then <= tally.requests == 2
         await site.close()
 
     run_virtual(main())

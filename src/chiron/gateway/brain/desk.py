@@ -118,7 +118,7 @@ class Desk:
         def submit() -> None:
             request = self._enter(call, model, cls, key, input_tokens, max(0.0, self._clock.now_s - ago_s))
             request.retries = losses
-            self._keys.count(key, self._clock.now_s, input_tokens)
+            self._count_again(call, cls, key, input_tokens)
             self._completions.submit(request)
 
         self._post(call, submit)
@@ -130,8 +130,20 @@ class Desk:
         call.number = self._next_id()
         request = self._enter(call, model, cls, key, input_tokens, max(0.0, self._clock.now_s - ago_s))
         request.retries = losses
-        self._keys.count(key, self._clock.now_s, input_tokens)
+        self._count_again(call, cls, key, input_tokens)
         return request
+
+    def _count_again(self, call: ClientCall, cls: RequestClass, key: Key, input_tokens: int) -> None:
+        """What has been taken already. A cascade's second call is of a client's request that has been counted with the
+        first one, perhaps by another brain: it is left out of the cascade's tallies, which would not add up."""
+        turn = call.turn
+        if turn is not None and turn.counted:
+            self._keys.charge(key, input_tokens)
+            call.turn = None
+            return
+        self._keys.count(key, self._clock.now_s, input_tokens)
+        if turn is not None:
+            self.cascades.arrived(turn, cls.name)
 
     def forget(self, request: Request) -> None:
         """It is not counted after all."""
