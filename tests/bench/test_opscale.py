@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_ratios_are_over_the_fewest_gpus_that_keep_the_slo(bench: ModuleType) ->
     assert lines[3] == "| `chiron` |  |  |  | 8.0 | 99.1 % | 1.00x |"
     assert lines[4] == "| `dynamollm` | 11.2 | 1.58x | 88 to 95 % | 4.0 | 90.0 % | misses 99 % |"
     assert lines[5] == "| `hpa-queue` | 13.0 | 1.83x | 88 to 95 % | 12.0 | 99.5 % | 1.50x |"
+
+
+def test_a_time_in_which_an_epoch_of_half_an_hour_is_hardly_seen_is_refused(bench: ModuleType) -> None:
+    assert bench.minutes("60") == 60
+    with pytest.raises(
+        argparse.ArgumentTypeError, match="30 are too few: DynamoLLM decides after 6 and 36; at least 60"
+    ):
+        bench.minutes("30")
 
 
 @pytest.mark.slow
