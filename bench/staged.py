@@ -279,7 +279,10 @@ ended, what engines reported a second ago.
   `stage-queue`: on the sequences that wait for it (target 5).
 - `stage-balance`: ours, the fewest replicas with which a queue model of the pipeline keeps the SLOs.
 - `stage-petals`: as many replicas as at time 0, each at the layers where the pipeline is weakest, and sequences routed
-  by least delay, as Petals has it: what becomes of stages when nothing grows.
+  by least delay, as Petals has it. Nothing grows, and all hops take the same time, so that each stage's first replica
+  is filled before its second; Petals' own clients measure their round trips and seldom tie. Spread evenly
+  (`max_throughput`), its median ITL under the first load below is less than half
+  ([policies.md](policies.md#stage-policies-stage-hpa-stage-balance-stage-petals)).
 
 `chiron compare staged` prints such a table, and `--report` draws the replicas of each stage.
 
