@@ -93,6 +93,8 @@ async def cascade(
         for each in (small, large):
             each.server = await serve(each.handle, port=each.port)
             stack.push_async_callback(each.close)
+        if "first_wait" not in rule:  # However slow the machine is.
+            rule += ', first_wait = "60s"'
         text = CONFIG.format(small=small.url, large=large.url, rule=rule, engine=engine) + extra
         service = await stack.enter_async_context(serving(directory, text, relays, changes))
         await until(lambda: len(service.engines.live) == 2, "the engines are ready")
