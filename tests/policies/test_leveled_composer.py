@@ -18,8 +18,9 @@ class Fixed:
     def __init__(self) -> None:
         self.told: list[tuple[str, int, float]] = []
 
-    def enters(self, request: Request) -> None:
+    def enters(self, request: Request) -> bool:
         self.told.append(("enters", request.id, 0.0))
+        return False
 
     def starts(self, request: Request, now_s: float) -> None:
         self.told.append(("starts", request.id, now_s))

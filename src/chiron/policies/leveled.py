@@ -20,10 +20,12 @@ from chiron.policies.views import StepView
 
 
 class Levels(Protocol):
-    """Which level a request is on: 0 is served first. One object may serve many engines."""
+    """Which level a request is on: 0 is served first. One object may serve many engines. One that was called off may
+    be asked about until its engine lets go of it."""
 
-    def enters(self, request: Request) -> None:
-        """It is in an engine, maybe not for the first time, and waits there."""
+    def enters(self, request: Request) -> bool:
+        """It is in an engine, maybe not for the first time, and waits there; whether it had a place in one that
+        failed: then it stops at the next look at the clock."""
 
     def starts(self, request: Request, now_s: float) -> None:
         """It has a place."""
@@ -94,7 +96,8 @@ class LeveledComposer:
             entry = self._entries[request.id] = _Entry(request)
             entry.level = -1
             entry.generated = made
-            self._levels.enters(request)
+            if self._levels.enters(request):
+                self._stopped.append(entry)
             self._relevel(entry, entry.generated)
         if not begun:
             entry.tokens = tokens

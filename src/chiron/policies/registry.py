@@ -189,7 +189,7 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
     "alise-like": PolicyEntry(
         settings=AliseSettings,
         make=make_alise,
-        about="after ALISE (2024): a fixed fleet, shortest predicted time first, long answers swapped out",
+        about="after ALISE (2024): a fixed fleet, least time left first, by true lengths with an error (only here)",
     ),
     "accelgen": PolicyEntry(
         settings=AccelGenSettings,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from chiron.config.build import setups
 from chiron.config.scenario import parse_scenario
 from chiron.core.types import Request
+from chiron.policies.leveled import LeveledComposer
 from chiron.policies.policy import Estimates
 from chiron.policies.rivals.alise import AliseSettings, Remaining
 from chiron.policies.views import StepTimes
@@ -29,10 +31,10 @@ TIMES = StepTimes(
 """A token of an answer takes 10 ms, one of a prompt 1 ms."""
 
 
-def levels() -> Remaining:
+def levels(jobs: dict[int, Any] | None = None) -> Remaining:
     estimates = Estimates(TIMES, ttft_max_s=inf)
     estimates.expected_output["chat"] = 50.0
-    return Remaining(AliseSettings(), estimates, {})
+    return Remaining(AliseSettings(), estimates, {} if jobs is None else jobs)
 
 
 def request(number: int, predicted: int, prompt: int = 1, arrival_s: float = 0.0) -> Request:
@@ -72,6 +74,21 @@ def test_who_waits_rises_by_a_level_a_minute_and_keeps_it_while_it_runs() -> Non
     assert ours.level(one, 500.0, 0) == 2
     ours.stops(one, 500.0)
     assert ours.level(one, 500.0, 0) == 4
+
+
+def test_who_lost_its_engine_waits_and_rises_in_the_next_one() -> None:
+    jobs: dict[int, Any] = {}
+    ours, one = levels(jobs), request(1, 800)
+    composers = [LeveledComposer(ours, every_steps=1) for _ in range(2)]
+    composers[0].add(one, 1, False)
+    composers[0].remove_head(composers[0].head(0.0, False))  # type: ignore[arg-type]
+    composers[1].add(one, 1, False)
+    assert composers[1].head(100.0, False) is one
+    assert ours.better_s(one) == 160.0
+    assert composers[1].head(160.0, False) is one
+    assert ours.level(one, 160.0, 0) == 3
+    jobs.clear()  # It is called off.
+    assert composers[1].head(400.0, False) is one
 
 
 def test_predictions_have_the_stated_error_and_the_same_draws_for_any_policy() -> None:

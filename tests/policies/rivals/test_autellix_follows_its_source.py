@@ -11,6 +11,7 @@ from chiron.config.build import setups
 from chiron.config.scenario import parse_scenario
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request
+from chiron.policies.leveled import LeveledComposer
 from chiron.policies.rivals.autellix import AutellixSettings, LocalityRouter, ProcessTable
 from chiron.sim.run import simulate
 from chiron.telemetry.result import Result
@@ -81,6 +82,36 @@ def test_a_call_that_starved_goes_to_the_first_queue_and_its_own_part_starts_aga
     table.stops(new, 92.0)
     assert table.level(new, 92.0, 0) == 1
     assert table.better_s(new) == 92.0 + 8 * (10.0 + 2.0) - 4.0, "what it waited before counts no more"
+
+
+def test_a_call_whose_engine_failed_waits_in_the_next_one() -> None:
+    """It ran for a second; its program was served for 10 s."""
+    table = ProcessTable(AutellixSettings())
+    served(table, call(1), 0.0, 10.0)
+    lost = call(2, arrival_s=10.0)
+    composers = [LeveledComposer(table, every_steps=1) for _ in range(2)]
+    composers[0].add(lost, 10, False)
+    composers[0].remove_head(composers[0].head(10.0, False))  # type: ignore[arg-type]
+    assert table.level(lost, 11.0, 0) == 3
+    composers[1].add(lost, 10, False)
+    assert composers[1].head(15.0, False) is lost
+    assert table.level(lost, 98.9, 0) == 3
+    assert table.level(lost, 99.0, 0) == 0, "after 8 times 11 s it starves"
+    table.ended(lost, 99.0)
+    assert table.program(call(3)).ran_s == 11.0
+
+
+def test_a_call_that_is_called_off_may_wait_until_its_engine_lets_go_of_it() -> None:
+    table = ProcessTable(AutellixSettings())
+    served(table, call(1), 0.0, 10.0)
+    composer = LeveledComposer(table, every_steps=1)
+    off, other = call(2, arrival_s=10.0), call(3, arrival_s=11.0)
+    for each in (off, other):
+        composer.add(each, 10, False)
+    assert composer.head(12.0, False) is off
+    table.ended(off, 12.0)
+    assert composer.head(500.0, False) is other
+    composer.forget(off)
 
 
 def test_a_request_without_a_program_begins_in_the_first_queue() -> None:

@@ -78,21 +78,29 @@ class Remaining:
         self._estimates = estimates
         self._jobs = jobs
 
-    def enters(self, request: Request) -> None:
-        if request.id not in self._jobs:
-            expected = request.predicted_tokens or self._estimates.expected_output[request.class_name]
-            prompt_s = prefill_s(self._estimates, request.input_tokens)
-            self._jobs[request.id] = _Job(max(1.0, expected), prompt_s, request.arrival_s)
+    def enters(self, request: Request) -> bool:
+        job = self._jobs.get(request.id)
+        if job is not None:
+            return not job.waits
+        expected = request.predicted_tokens or self._estimates.expected_output[request.class_name]
+        prompt_s = prefill_s(self._estimates, request.input_tokens)
+        self._jobs[request.id] = _Job(max(1.0, expected), prompt_s, request.arrival_s)
+        return False
 
     def starts(self, request: Request, now_s: float) -> None:
-        self._jobs[request.id].waits = False
+        job = self._jobs.get(request.id)
+        if job is not None:
+            job.waits = False
 
     def stops(self, request: Request, now_s: float) -> None:
-        job = self._jobs[request.id]
-        job.waits, job.since_s = True, now_s
+        job = self._jobs.get(request.id)
+        if job is not None:
+            job.waits, job.since_s = True, now_s
 
     def level(self, request: Request, now_s: float, made: int) -> int:
-        settings, job = self._settings, self._jobs[request.id]
+        settings, job = self._settings, self._jobs.get(request.id)
+        if job is None:
+            return settings.levels - 1  # It was called off.
         if made:
             job.prefill_s = 0.0
         while made >= job.tokens:
@@ -104,8 +112,10 @@ class Remaining:
         return max(0, level - job.risen)
 
     def better_s(self, request: Request) -> float:
-        job, settings = self._jobs[request.id], self._settings
-        return job.since_s + settings.aging_s * (job.risen + 1) if job.risen < settings.levels else inf
+        job, settings = self._jobs.get(request.id), self._settings
+        if job is None or job.risen >= settings.levels:
+            return inf
+        return job.since_s + settings.aging_s * (job.risen + 1)
 
     def left_s(self, request: Request, made: int) -> float:
         """What it takes yet, as far as anybody knows."""

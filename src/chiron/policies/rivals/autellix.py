@@ -156,24 +156,32 @@ class ProcessTable:
 
     # -- levels ----------------------------------------------------------------------------------------------------
 
-    def enters(self, request: Request) -> None:
-        if request.id not in self._calls:
-            program = self.program(request)
-            level = bisect_right(self._settings.boundaries_s, program.service_s)
-            self._calls[request.id] = _Call(program, level, request.arrival_s)
+    def enters(self, request: Request) -> bool:
+        call = self._calls.get(request.id)
+        if call is not None:
+            had_place, call.runs = call.runs, False  # Nobody said when: since it was last asked about, it waits.
+            return had_place
+        program = self.program(request)
+        level = bisect_right(self._settings.boundaries_s, program.service_s)
+        self._calls[request.id] = _Call(program, level, request.arrival_s)
+        return False
 
     def starts(self, request: Request, now_s: float) -> None:
-        call = self._calls[request.id]
-        self._advance(call, now_s)
-        call.runs = True
+        self._turns(request, now_s, runs=True)
 
     def stops(self, request: Request, now_s: float) -> None:
-        call = self._calls[request.id]
-        self._advance(call, now_s)
-        call.runs = False
+        self._turns(request, now_s, runs=False)
+
+    def _turns(self, request: Request, now_s: float, *, runs: bool) -> None:
+        call = self._calls.get(request.id)
+        if call is not None:
+            self._advance(call, now_s)
+            call.runs = runs
 
     def level(self, request: Request, now_s: float, made: int) -> int:
-        call, quanta_s = self._calls[request.id], self._settings.quanta_s
+        call, quanta_s = self._calls.get(request.id), self._settings.quanta_s
+        if call is None:
+            return len(quanta_s)  # It was called off.
         self._advance(call, now_s)
         while call.level < len(quanta_s) and call.level_s >= quanta_s[call.level]:
             call.level_s -= quanta_s[call.level]
@@ -183,8 +191,8 @@ class ProcessTable:
         return call.level
 
     def better_s(self, request: Request) -> float:
-        call = self._calls[request.id]
-        return self._starves_s(call) if call.level else inf
+        call = self._calls.get(request.id)
+        return inf if call is None or not call.level else self._starves_s(call)
 
     def _starves_s(self, call: _Call) -> float:
         """When it has waited for beta times what it was served, if it waits on."""
