@@ -163,7 +163,7 @@ sensitivity: $(VENV)/.demo $(COMPILED)/.built ## Cold starts, bursts, SLOs, step
 	@mkdir -p $(OUT)
 	@$(COMPILED_PYTHON) bench/sensitivity.py --journal $(OUT)/sensitivity.trials.jsonl --out docs/sensitivity.md
 
-co-serving: $(VENV)/.demo ## llm-d's public co-serving test in shape, simulated and live (twenty minutes)
+co-serving: $(VENV)/.dev ## llm-d's public co-serving test in shape, simulated and live (twenty minutes)
 	@$(BIN)/python bench/co_serving.py
 	@$(BIN)/python bench/co_serving.py --live
 

@@ -49,7 +49,7 @@ CYCLE_S = 180.0
 CYCLES = 3
 TTFT_OVER_ALONE, ITL_OVER_ALONE = 1.36, 2.2
 """The most: what the best published run has."""
-POLICIES = ("chiron", "chiron-paper", "qlm", "llumnix", "niyama", "static")
+POLICIES = ("chiron", "chiron-paper", "dynamo-batch", "qlm", "llumnix", "niyama", "static")
 LIVE_POLICIES = ("chiron", "static")
 ALONE = "[]"
 """For ``batch_job``: none."""
