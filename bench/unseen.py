@@ -1,7 +1,7 @@
 """``chiron`` on traffic that nothing in it was chosen for, beside who knows the future::
 
     python bench/unseen.py [NAME ...] [--policies chiron ...] [--set PATH=VALUE ...] [--seeds 11 12] [--after 0]
-    python bench/unseen.py --drawn 100-107 --policies chiron clairvoyant --write docs/unseen.md
+    python bench/unseen.py --drawn 200-205 --policies chiron clairvoyant --write docs/unseen.md
 
 Eleven workloads on small fleets, each under a minute to run: bursts, spikes that come once, a surge that comes back,
 swings, long prompts beside short answers, tight SLOs, a large model that starts slowly, and batch jobs of several
@@ -244,7 +244,9 @@ def split(ran: Ran, best: Ran) -> str:
     if best.fluid_gpu_hours is None:
         return f"{best.bound_gpu_hours:.2f} | | | {ran.gpu_hours - best.gpu_hours:+.2f}"
     steps = [best.bound_gpu_hours, best.fluid_gpu_hours, best.gpu_hours, ran.gpu_hours]
-    return " | ".join([f"{steps[0]:.2f}", *(f"{after - before:+.2f}" for before, after in pairwise(steps))])
+    return " | ".join(
+        [f"{steps[0]:.2f}", *(f"{round(after - before, 2) + 0.0:+.2f}" for before, after in pairwise(steps))]
+    )
 
 
 def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
@@ -260,9 +262,10 @@ def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
         "(policies.md#clairvoyant)): an estimate from above, so somebody might find a better schedule, also where it "
         "keeps no 99 % of a class.",
         "",
-        "Without batch work, GPU-hours above the lower bound are split: **starts** is what whole instances and"
-        " their starts cost for a fluid whose future is known; **rest** what the clairvoyant row takes more, because"
-        " routers, batches and steps are no fluid; **knowledge** what the policy takes more than that row.",
+        "Without batch work, GPU-hours above the lower bound are split: **starts** is what whole instances and their"
+        " starts cost for a fluid whose future is known; **rest** what the clairvoyant row takes more, because routers,"
+        " batches and steps are no fluid (less than nothing where engines spread over time what a fluid does at once);"
+        " **knowledge** what the policy takes more than that row.",
         "",
         "| number | traffic | policy | worst class in SLO | GPU-hours | over clairvoyant | clairvoyant's worst class |"
         " bound | starts | rest | knowledge |",
