@@ -351,7 +351,7 @@ class FirstCall:
         self._wait = None
         if not (self.closed or self._over):
             self._given_up = True
-            self._whole.ask_then(self, FAILED, counted=True)
+            self._whole.go_on(self, FAILED, True)  # At once: it might be placed meanwhile.
 
     def _decide(self) -> None:
         """Whether its answer will do, from what there is of it."""
@@ -491,9 +491,9 @@ class Cascaded:
 
     def ask_then(self, call: FirstCall, reason: str, *, counted: bool) -> None:
         """Soon: whoever says so may be in the middle of the first call's answer."""
-        self._loop.call_soon(self._go_on, call, reason, counted)
+        self._loop.call_soon(self.go_on, call, reason, counted)
 
-    def _go_on(self, call: FirstCall, reason: str, counted: bool) -> None:
+    def go_on(self, call: FirstCall, reason: str, counted: bool) -> None:
         self._desk.left(call)  # Harmless if it has ended.
         if self.incoming.closed:
             return
