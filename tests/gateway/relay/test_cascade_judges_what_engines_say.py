@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cascade_site import cascade, close, entry, event, post, tally, text_of, token
+from chiron.engines.rows import ENGINES
 from chiron.net.server import Incoming
 from live_gateway import COMPLETIONS, until
 from scripted_engine import SSE, Reader, ScriptedEngine, body, whole
@@ -113,5 +114,26 @@ def test_what_nobody_asked_for_is_not_kept(tmp_path: Path) -> None:
                 small.seen[0].finish()
                 assert (await asks).status == 200
             assert not large.seen
+
+    asyncio.run(main())
+
+
+def test_another_try_of_what_nobody_has_read_is_judged_anew(tmp_path: Path) -> None:
+    """As a relay without a brain tries again: the first answer was sure, the second is another one."""
+
+    async def main() -> None:
+        small, large = ScriptedEngine(lambda incoming: incoming.start(200, SSE)), ScriptedEngine(whole)
+        async with cascade(tmp_path, small, large) as (service, origin):
+            asks = asyncio.ensure_future(post(origin, {}))
+            await until(lambda: small.seen, "the small model is asked")
+            (request,) = service.gateway.desk.open.values()
+            call: Any = request.payload
+            small.seen[0].write(token("w", SURE) * 3)
+            await until(lambda: call._collector.tokens == 3, "it is read")
+            call.message(ENGINES["openai"], "small", request)
+            call.data(token("w", -3.0) * 3)
+            await until(lambda: large.seen, "the large one is asked")
+            assert (await asks).status == 200
+            assert (await tally(origin))["escalated"] == {"unsure": 1}
 
     asyncio.run(main())
