@@ -36,6 +36,7 @@ def test_a_number_is_one_scenario() -> None:
     assert len({drawn(n).text for n in range(50)}) == 50
 
 
+@pytest.mark.slow
 def test_every_scenario_can_be_read_and_all_kinds_come() -> None:
     kinds = Counter[str]()
     for number in range(FRESH_FROM, FRESH_FROM + 60):

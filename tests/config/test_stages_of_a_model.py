@@ -123,4 +123,4 @@ def test_what_cannot_be_is_refused_by_name(assignment: str, message: str) -> Non
 
 def test_the_packaged_scenario_has_both() -> None:
     made = setups(load_scenario("staged", ["duration=60"]))
-    assert [bool(setup.stages) for setup in made] == [False, False, True, True]
+    assert [bool(setup.stages) for setup in made] == [False, False, True, True, True]
