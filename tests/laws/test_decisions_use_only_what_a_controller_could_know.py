@@ -18,7 +18,7 @@ from chiron.core.types import ModelSpec, Request
 from chiron.engines.remote import Wire
 from chiron.sim.setup import Setup
 from effort import examples
-from policy_names import ALL_CODE
+from policy_names import every
 from scenario_factory import PROFILE, Run, example_setup, kind_of, run, setup_of, setups
 
 law = settings(
@@ -83,7 +83,7 @@ class SealedRequest(Request):
 
 
 @sealed
-@pytest.mark.parametrize("policy", [*ALL_CODE, "wild"])
+@pytest.mark.parametrize("policy", every("wild"))
 def test_nothing_but_the_engine_reads_the_payload(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chiron.sim.run, "Request", SealedRequest)
     done = run(example_setup(policy))

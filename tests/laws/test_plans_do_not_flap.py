@@ -21,7 +21,7 @@ from chiron.sim.setup import Setup
 from chiron.telemetry.summary import reversals
 from effort import examples
 from policy_factory import arrival, fleet, fleet_of, group, model
-from policy_names import ALL_CODE
+from policy_names import every
 from scenario_factory import run, setups
 
 TICK_S = 5.0
@@ -106,7 +106,7 @@ def test_the_random_days_do_make_the_fleet_turn() -> None:
     assert sum(turns) > len(turns) // 2
 
 
-@pytest.mark.parametrize("name", ALL_CODE)
+@pytest.mark.parametrize("name", every())
 def test_no_policy_shrinks_a_fleet_on_stale_metrics(name: str) -> None:
     """Five minutes of sound scrapes of busy instances; then scrapes stop, and the last one found them idle."""
     policy = make_policy(name)

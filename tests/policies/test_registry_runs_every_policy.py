@@ -24,7 +24,7 @@ from chiron.policies.registry import POLICIES
 from chiron.sim.run import simulate
 from chiron.studies.calibration import Calibration, Window, check_apart, seen, windows
 from chiron.telemetry.result import Result
-from policy_names import ALL_CODE
+from policy_names import every
 
 CALIBRATION = Path(__file__).parents[2] / "bench" / "calibration"
 SMALL = """
@@ -69,7 +69,7 @@ LEAST_ATTAINED = {"aibrix-kpa": 0.05}
 """Its only metric is the share of KV in use, and the engines' batch sizes are reached before half of that is."""
 
 
-@pytest.mark.parametrize("policy", ALL_CODE)
+@pytest.mark.parametrize("policy", every())
 def test_a_run_ends_every_request_within_the_bounds(policy: str) -> None:
     result = run(policy, SHORT)
     assert result.summary["finished"] == result.summary["requests"]
