@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ async def tally(origin: Origin) -> dict[str, Any]:
     """What the status says of the cascade."""
     status = json.loads((await origin.fetch("GET", "/chiron/status")).body)
     found: dict[str, Any] = next(iter(status["cascades"]), {})
+    return found
+
+
+async def tally_with(origin: Origin, **figures: Any) -> dict[str, Any]:
+    """``tally``, once it has these figures: relays tell of ends a moment later."""
+    found = await tally(origin)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(60):
+            while not figures.items() <= found.items():
+                await asyncio.sleep(0.02)
+                found = await tally(origin)
+    assert found == found | figures
     return found
 
 

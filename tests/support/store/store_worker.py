@@ -71,7 +71,8 @@ async def work(place: str, acknowledged: TextIO, seed: str, count: int, kill_aft
                 now_s=now_s,
             )
             note("batch", batch.id)
-            await store.validate(batch.id, check, LIMITS)
+            with suppress(Conflict):  # Another process has just begun.
+                await store.validate(batch.id, check, LIMITS)
 
     async def unfinished() -> bool:
         batches = await store.list_batches(None, limit=count)
