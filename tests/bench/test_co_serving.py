@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from bench_files import bench_file
 from chiron.config.scenario import load_scenario
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "co_serving.py"
-    spec = importlib.util.spec_from_file_location("bench_co_serving", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return bench_file("co_serving")
 
 
 def test_a_run_keeps_the_bounds_only_with_all_of_them(bench: ModuleType) -> None:

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from bench_files import bench_file
 from chiron.policies.registry import POLICIES
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "opscale.py"
-    spec = importlib.util.spec_from_file_location("bench_opscale", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return bench_file("opscale")
 
 
 def test_the_published_savings_are_those_of_the_paper(bench: ModuleType) -> None:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from bench_files import bench_file
 from chiron.config.scenario import parse_scenario
 from chiron.studies.trial import Outcome
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "sensitivity.py"
-    spec = importlib.util.spec_from_file_location("bench_sensitivity", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return bench_file("sensitivity")
 
 
 def test_every_case_is_a_scenario_and_each_of_a_table_another_one(bench: ModuleType) -> None:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from bench_files import bench_file
 from chiron.config.scenario import load_scenario
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "staged.py"
-    spec = importlib.util.spec_from_file_location("bench_staged", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return bench_file("staged")
 
 
 def test_a_run_of_a_pipeline_has_all_figures(bench: ModuleType) -> None:
