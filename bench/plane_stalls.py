@@ -25,9 +25,9 @@ from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
 from chiron.gateway.instances.observer import EngineObserver
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_load import STEPS_AT_ONCE
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.load import STEPS_AT_ONCE
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import Backtest, advanced, answer
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=2.0, itl_s=0.1)

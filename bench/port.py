@@ -40,7 +40,7 @@ from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.settings import KindSettings, LimitSettings, ModelSettings
 from chiron.net.clock import LiveClock
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.registry import make_policy
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=5.0, itl_s=0.2)

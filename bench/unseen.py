@@ -33,7 +33,7 @@ import numpy as np
 import chiron
 from chiron.config.build import setups, workload_of
 from chiron.config.scenario import Scenario, parse_scenario
-from chiron.policies.scheduled import CLAIRVOYANT
+from chiron.policies.chiron.scheduled import CLAIRVOYANT
 from chiron.sim.clairvoyant import best_schedule, problem_of
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup

@@ -6,7 +6,7 @@ from math import inf
 
 from chiron.control.queue import BatchQueue
 from chiron.core.types import Request, RequestClass
-from chiron.policies.deadline_groups import DeadlineGroups
+from chiron.policies.queues.deadline_groups import DeadlineGroups
 
 JOBS = RequestClass(name="jobs", kind="batch")
 

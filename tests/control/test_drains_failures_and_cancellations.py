@@ -13,8 +13,8 @@ from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, Failures, FleetModel
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of

@@ -16,7 +16,7 @@ import pytest
 
 from chiron.control.learned import AGE_MAX_S, CLOCK_SKEW_MAX_S, Learned, LearnedError, from_bytes
 from chiron.core.types import ModelSpec
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.policy import LOAD_AGE_MAX_S
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup

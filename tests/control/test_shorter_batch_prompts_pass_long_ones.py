@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from chiron.core.types import Placement, Request
-from chiron.policies.deadline_groups import DeadlineGroups
-from chiron.policies.least_router import LeastRouter
-from chiron.policies.order import KeyOrder
 from chiron.policies.policy import Estimates, Policy, PolicyEntry
+from chiron.policies.queues.deadline_groups import DeadlineGroups
+from chiron.policies.queues.order import KeyOrder
 from chiron.policies.registry import POLICIES, make_policy
-from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.rivals.scalers.static import StaticSettings
+from chiron.policies.routers.least import LeastRouter
 from scenario_factory import run, setup_of
 
 NIGHT = 2

@@ -15,8 +15,8 @@ from chiron.control.takeover import SETTLE_S
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTable
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from scenario_factory import CLASSES, PROFILE, kind_of
 

@@ -12,8 +12,8 @@ from chiron.control import scrapes
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Sample
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, ModelPlan
 from scenario_factory import CLASSES, PROFILE, kind_of
 

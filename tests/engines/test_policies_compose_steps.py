@@ -16,14 +16,14 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Request
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.profile import Profile
-from chiron.policies.leveled import LeveledComposer
+from chiron.policies.composers.leveled import LeveledComposer
 from chiron.policies.policy import Composer
-from chiron.policies.rivals.accelgen import AccelGen, AccelGenSettings
-from chiron.policies.rivals.autellix import AutellixSettings, ProcessTable
-from chiron.policies.rivals.jitserve import JitServe, JitServeSettings, TempoSettings
-from chiron.policies.rivals.niyama import Niyama, NiyamaSettings
-from chiron.policies.rivals.sarathi import FirstCome
-from chiron.policies.rivals.slos_serve import SlosServe, SlosServeSettings
+from chiron.policies.rivals.schedulers.accelgen import AccelGen, AccelGenSettings
+from chiron.policies.rivals.schedulers.autellix import AutellixSettings, ProcessTable
+from chiron.policies.rivals.schedulers.jitserve import JitServe, JitServeSettings, TempoSettings
+from chiron.policies.rivals.schedulers.niyama import Niyama, NiyamaSettings
+from chiron.policies.rivals.schedulers.sarathi import FirstCome
+from chiron.policies.rivals.schedulers.slos_serve import SlosServe, SlosServeSettings
 from chiron.policies.views import StepView
 from effort import examples
 from engine_bench import Bench, Make, check_books, play

@@ -19,8 +19,8 @@ from chiron.control import scrapes
 from chiron.core.types import ModelSpec
 from chiron.engines.remote import CUT, Wire
 from chiron.fleet.model import Failures
-from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.overload import OverloadSettings
+from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.queues.overload import OverloadSettings
 from chiron.policies.registry import POLICIES
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup

@@ -13,7 +13,7 @@ from chiron.core.types import InstanceKind, ModelSpec, PipelineKind, StageKind
 from chiron.engines.profile import Profile
 from chiron.engines.stage_profiles import whole_profile
 from chiron.fleet.model import Failures
-from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.rivals.scalers.static import StaticSettings
 from chiron.policies.stages.petals import StagePetalsSettings
 from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.sim.run import Simulation, simulate

@@ -20,8 +20,8 @@ from chiron.control.eviction import ANSWER_MAX_S
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Sample
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from effort import examples
 from scenario_factory import CLASSES, PROFILE, kind_of

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chiron.policies.chiron import decide_fleet
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import decide_fleet
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.registry import make_policy
 from chiron.policies.views import ModelView
 from chiron.sim.setup import Setup

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.registry import make_policy
 from effort import examples
 from live_plane_factory import PROFILE

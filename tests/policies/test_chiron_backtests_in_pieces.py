@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from chiron.policies.chiron import decide_fleet, prepare
-from chiron.policies.chiron_load import STEPS_AT_ONCE, ModelMemory
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import decide_fleet, prepare
+from chiron.policies.chiron.load import STEPS_AT_ONCE, ModelMemory
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Backtest, Headroom, Question, Rule, advanced, answer
 from policy_factory import arrival, fleet, fleet_of, model
 

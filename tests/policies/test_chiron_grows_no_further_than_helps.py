@@ -8,11 +8,11 @@ from math import inf
 import numpy as np
 import pytest
 
-from chiron.policies.chiron import decide_fleet
-from chiron.policies.chiron_load import first_memory
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import decide_fleet
+from chiron.policies.chiron.load import first_memory
+from chiron.policies.chiron.load_history import presumed
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom
-from chiron.policies.load_history import presumed
 from chiron.policies.views import GroupView
 from policy_factory import CHAT, arrival, fleet, group, instance, model
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from chiron.core.kept import Kept
-from chiron.policies.chiron import decide_fleet, prepare
-from chiron.policies.chiron_load import (
+from chiron.policies.chiron.global_loop import decide_fleet, prepare
+from chiron.policies.chiron.load import (
     ModelMemory,
     backtested,
     begun,
@@ -19,10 +19,8 @@ from chiron.policies.chiron_load import (
     recurring_to,
     restored_load,
 )
-from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Question, missed
-from chiron.policies.load_history import remembered, worth
-from chiron.policies.long_history import (
+from chiron.policies.chiron.load_history import remembered, worth
+from chiron.policies.chiron.long_history import (
     MINUTES_MAX,
     QUARTERS_MAX,
     LongHistory,
@@ -34,7 +32,9 @@ from chiron.policies.long_history import (
     recurrences,
     resumed,
 )
-from chiron.policies.recurrence import Look, Record, Recurrence, aged, looked
+from chiron.policies.chiron.recurrence import Look, Record, Recurrence, aged, looked
+from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.headroom import CONSTANT, Floats, Headroom, Question, missed
 from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, model
 
 HOUR_S, DAY_S = 3600, 86_400

@@ -8,9 +8,10 @@ from math import inf
 import numpy as np
 import pytest
 
-from chiron.policies.chiron import decide_fleet
-from chiron.policies.chiron_load import first_memory
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import decide_fleet
+from chiron.policies.chiron.load import first_memory
+from chiron.policies.chiron.load_history import presumed
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import (
     CONSTANT,
     Backtest,
@@ -23,7 +24,6 @@ from chiron.policies.headroom import (
     followed,
     periods,
 )
-from chiron.policies.load_history import presumed
 from policy_factory import fleet, instance, model
 
 RULES = (CONSTANT, *(Rule(window_s=w, settle_s=s) for w in (15, 60, 600) for s in (60, 300, 1800)))

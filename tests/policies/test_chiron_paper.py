@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiron.core.types import Role
-from chiron.policies.chiron_paper import (
+from chiron.policies.chiron.paper import (
     ChironPaperSettings,
     LocalState,
     decide_batch_size,

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiron.policies.capacity import capacity, work_s
-from chiron.policies.chiron import decide_fleet, share_gpus
-from chiron.policies.chiron_load import first_memory
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import decide_fleet, share_gpus
+from chiron.policies.chiron.load import first_memory
+from chiron.policies.chiron.load_history import presumed
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed
-from chiron.policies.load_history import presumed
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from effort import examples
 from policy_factory import CHAT, JOBS, arrival, fleet, group, instance, mix, model

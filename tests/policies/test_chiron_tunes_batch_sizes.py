@@ -10,8 +10,8 @@ import pytest
 
 from chiron.core.types import InstanceKind, ModelSpec, RequestClass
 from chiron.engines.profile_store import load_profile
-from chiron.policies.chiron_local import decide_batch_size, itl_target_s
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.local_loop import decide_batch_size, itl_target_s
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.views import StepTimes
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup

@@ -7,7 +7,7 @@ import pytest
 from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.policy import Policy, PolicyEntry
 from chiron.policies.registry import POLICIES
-from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.rivals.scalers.static import StaticSettings
 from chiron.policies.views import InstanceView
 from scenario_factory import everything, example_setup, run
 

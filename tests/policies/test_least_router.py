@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass
-from chiron.policies.least_router import LeastRouter
+from chiron.policies.routers.least import LeastRouter
 
 KIND = InstanceKind(name="a", gpu="a100", gpus=1, price_per_gpu_hour=2.0, kv_capacity_tokens=16_000, max_num_seqs=256)
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=5.0)

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 
 from chiron.core.types import Request
-from chiron.policies.leveled import LeveledComposer
+from chiron.policies.composers.leveled import LeveledComposer
 from chiron.policies.views import StepView
 from policy_factory import CHAT
 

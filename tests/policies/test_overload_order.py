@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chiron.core.types import Request, RequestClass
-from chiron.policies.overload import OverloadOrder, OverloadSettings
 from chiron.policies.policy import Estimates
+from chiron.policies.queues.overload import OverloadOrder, OverloadSettings
 from chiron.policies.views import StepTimes
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=5.0)

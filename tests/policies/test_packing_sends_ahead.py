@@ -6,7 +6,7 @@ import pytest
 
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, InstanceKind, Request, RequestClass, Role
-from chiron.policies.packing import PackingRouter, PackingSettings
+from chiron.policies.routers.packing import PackingRouter, PackingSettings
 
 KIND = InstanceKind(name="a", gpu="a100", gpus=1, price_per_gpu_hour=2.0, kv_capacity_tokens=400_000, max_num_seqs=256)
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=0.1, itl_s=0.05)

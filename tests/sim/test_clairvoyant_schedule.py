@@ -13,7 +13,7 @@ from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
 from chiron.core.types import Role
-from chiron.policies.scheduled import ScheduledSettings, decide_fleet, scheduled
+from chiron.policies.chiron.scheduled import ScheduledSettings, decide_fleet, scheduled
 from chiron.sim.clairvoyant import CELLS_MAX, Problem, Schedule, best_schedule, problem_of
 from chiron.sim.clairvoyant import found as schedule_found
 from chiron.sim.run import simulate

@@ -17,7 +17,7 @@ from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
 from chiron.core.compiled import build
 from chiron.core.types import Request
-from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.rivals.scalers.static import StaticSettings
 from chiron.sim.bound import bound
 from chiron.sim.run import Simulation, simulate
 from chiron.sim.setup import Setup

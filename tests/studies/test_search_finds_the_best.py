@@ -13,7 +13,7 @@ from chiron.config.policies import PolicyChoice
 from chiron.config.scenario import parse_scenario
 from chiron.policies.ranges import tunables, value_of, with_values
 from chiron.policies.registry import POLICIES
-from chiron.policies.rivals.llumnix import LlumnixSettings
+from chiron.policies.rivals.schedulers.llumnix import LlumnixSettings
 from chiron.policies.starts import STARTS
 from chiron.sim.setup import Setup
 from chiron.studies.calibration import Calibration

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import pytest
 
 from chiron.config.read import read_record
-from chiron.policies.packing_settings import PackingSettings
 from chiron.policies.ranges import AnyOf, Between, tunables, value_of, with_defaults, with_values
 from chiron.policies.registry import POLICIES
+from chiron.policies.routers.packing_settings import PackingSettings
 from chiron.studies.search import PRIMES, halton
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chiron.studies.trial import code_digest
+from chiron.studies.trial import _of_others, code_digest
 
 PACKAGE = Path(str(resources.files("chiron")))
 
@@ -25,6 +25,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def digests(root: Path) -> dict[str, str]:
+    _of_others.cache_clear()
     return {name: code_digest.__wrapped__(*name.split("+"), package=root) for name in POLICIES}
 
 
@@ -39,9 +40,11 @@ def before(copy: Path) -> dict[str, str]:
         ("rivals/newcomer.py", ()),
         ("registry.py", ()),
         ("rivals/tuned.py", ()),
-        ("rivals/keda.py", ("keda-hpa", "keda-hpa-tuned")),
-        ("rivals/hpa.py", ("keda-hpa", "keda-hpa-tuned", "chiron+stage-hpa")),
-        ("rivals/each_model.py", ("keda-hpa", "keda-hpa-tuned", "llumnix", "chiron+stage-hpa")),
+        ("rivals/scalers/keda.py", ("keda-hpa", "keda-hpa-tuned")),
+        ("rivals/scalers/hpa.py", ("keda-hpa", "keda-hpa-tuned", "chiron+stage-hpa")),
+        ("rivals/scalers/each_model.py", ("keda-hpa", "keda-hpa-tuned", "llumnix", "chiron+stage-hpa")),
+        ("chiron/load.py", ("chiron", "chiron+stage-hpa", "chiron+stage-petals")),
+        ("headroom.py", POLICIES),
         ("size.py", POLICIES),
     ],
 )
@@ -50,10 +53,19 @@ def test_a_change_counts_for_those_who_run_it(
 ) -> None:
     path = copy / "policies" / changed
     had = path.read_bytes() if path.exists() else None
-    path.write_bytes((had or b"") + b"# Changed.\n")
+    path.write_bytes((had or b"") + b"CHANGED = True\n")
     after = digests(copy)
     if had is None:
         path.unlink()
     else:
         path.write_bytes(had)
     assert tuple(name for name in POLICIES if after[name] != before[name]) == computed_anew
+
+
+def test_what_only_tells_a_reader_something_does_not_count(copy: Path, before: dict[str, str]) -> None:
+    path = copy / "policies" / "size.py"
+    had = path.read_bytes()
+    path.write_bytes(had.replace(b'"""', b'"""Said otherwise. ', 1) + b"# A comment.\n")
+    after = digests(copy)
+    path.write_bytes(had)
+    assert after == before

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from chiron.config.read import ConfigError, keys_of, named_tables, read_record, suggest
+from chiron.policies.chiron.scheduled import CLAIRVOYANT
 from chiron.policies.registry import POLICIES
-from chiron.policies.scheduled import CLAIRVOYANT
 from chiron.policies.stages.registry import STAGE_POLICIES
 
 

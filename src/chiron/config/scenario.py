@@ -28,8 +28,8 @@ from chiron.config.sections import (
 )
 from chiron.core.types import RequestClass
 from chiron.fleet.model import ColdStart, Failures
+from chiron.policies.chiron.scheduled import CLAIRVOYANT, ScheduledSettings
 from chiron.policies.registry import POLICIES
-from chiron.policies.scheduled import CLAIRVOYANT, ScheduledSettings
 
 DEFAULT_POLICIES = ("chiron", "chiron-paper", "llumnix", "hpa-queue", "hpa-kv", "static")
 """What runs when neither the file nor the caller names policies."""

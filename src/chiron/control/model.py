@@ -17,9 +17,9 @@ from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.kept import Kept
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
-from chiron.policies.deadline_groups import batch_due_s
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
+from chiron.policies.queues.deadline_groups import batch_due_s
 from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
 
 DUE_SPAN_S: Final = 60.0

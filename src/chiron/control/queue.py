@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from math import inf
 
 from chiron.core.types import Request
-from chiron.policies.deadline_groups import batch_due_s
 from chiron.policies.policy import BatchOrder, Order
+from chiron.policies.queues.deadline_groups import batch_due_s
 from chiron.policies.views import GroupView
 
 

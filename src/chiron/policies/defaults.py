@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from chiron.core.types import Instance
-from chiron.policies.least_router import LeastRouter
-from chiron.policies.order import KeyOrder
 from chiron.policies.policy import BatchOrder, Estimates, Order, Router
+from chiron.policies.queues.order import KeyOrder
+from chiron.policies.routers.least import LeastRouter
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 
 

@@ -6,39 +6,39 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from chiron.policies.chiron import make_chiron
-from chiron.policies.chiron_paper import ChironPaperSettings, make_chiron_paper
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.global_loop import make_chiron
+from chiron.policies.chiron.paper import ChironPaperSettings, make_chiron_paper
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.policy import Policy, PolicyEntry
-from chiron.policies.rivals.accelgen import AccelGenSettings, make_accelgen
-from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
-from chiron.policies.rivals.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
-from chiron.policies.rivals.alise import AliseSettings, make_alise
-from chiron.policies.rivals.autellix import AutellixSettings, make_autellix
-from chiron.policies.rivals.autothrottle import AutothrottleSettings, make_autothrottle
-from chiron.policies.rivals.dynamo import DynamoSettings, make_dynamo
-from chiron.policies.rivals.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
-from chiron.policies.rivals.dynamollm import DynamoLlmSettings, make_dynamollm
-from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
-from chiron.policies.rivals.forecast_lstm import LstmSettings, make_forecast_lstm
-from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings, make_hpa
-from chiron.policies.rivals.jitserve import JitServeSettings, TempoSettings, make_jitserve
-from chiron.policies.rivals.keda import KedaSettings, make_keda
-from chiron.policies.rivals.knative import KnativeSettings, make_knative
-from chiron.policies.rivals.llmd import LlmdSloSettings, make_llmd_slo
-from chiron.policies.rivals.llumnix import LlumnixSettings, make_llumnix
-from chiron.policies.rivals.niyama import NiyamaSettings, make_niyama
-from chiron.policies.rivals.polyserve import PolyServeSettings, make_polyserve
-from chiron.policies.rivals.qlm import QlmSettings, make_qlm
-from chiron.policies.rivals.ray_serve import RayServeSettings, make_ray_serve
-from chiron.policies.rivals.sageserve import SageServeSettings, make_sageserve
-from chiron.policies.rivals.sarathi import SarathiSettings, make_sarathi
-from chiron.policies.rivals.skyserve import SkyServeSettings, make_skyserve
-from chiron.policies.rivals.slos_serve import SlosServeSettings, make_slos_serve
-from chiron.policies.rivals.static import StaticSettings, make_static
+from chiron.policies.rivals.scalers.aibrix import AibrixKpaSettings, AibrixSettings, make_aibrix, make_aibrix_kpa
+from chiron.policies.rivals.scalers.aibrix_optimizer import AibrixOptimizerSettings, make_aibrix_optimizer
+from chiron.policies.rivals.scalers.autothrottle import AutothrottleSettings, make_autothrottle
+from chiron.policies.rivals.scalers.dynamo import DynamoSettings, make_dynamo
+from chiron.policies.rivals.scalers.dynamo_batch import DynamoBatchSettings, make_dynamo_batch
+from chiron.policies.rivals.scalers.dynamollm import DynamoLlmSettings, make_dynamollm
+from chiron.policies.rivals.scalers.forecast import ForecastHoltWintersSettings, ForecastSettings, make_forecast
+from chiron.policies.rivals.scalers.forecast_lstm import LstmSettings, make_forecast_lstm
+from chiron.policies.rivals.scalers.hpa import HpaKvSettings, HpaSettings, make_hpa
+from chiron.policies.rivals.scalers.keda import KedaSettings, make_keda
+from chiron.policies.rivals.scalers.knative import KnativeSettings, make_knative
+from chiron.policies.rivals.scalers.llmd import LlmdSloSettings, make_llmd_slo
+from chiron.policies.rivals.scalers.ray_serve import RayServeSettings, make_ray_serve
+from chiron.policies.rivals.scalers.sageserve import SageServeSettings, make_sageserve
+from chiron.policies.rivals.scalers.skyserve import SkyServeSettings, make_skyserve
+from chiron.policies.rivals.scalers.static import StaticSettings, make_static
+from chiron.policies.rivals.scalers.wva import WvaSettings, WvaTokensSettings, make_wva
+from chiron.policies.rivals.scalers.wva_queueing import WvaQueueingSettings, make_wva_queueing
+from chiron.policies.rivals.schedulers.accelgen import AccelGenSettings, make_accelgen
+from chiron.policies.rivals.schedulers.alise import AliseSettings, make_alise
+from chiron.policies.rivals.schedulers.autellix import AutellixSettings, make_autellix
+from chiron.policies.rivals.schedulers.jitserve import JitServeSettings, TempoSettings, make_jitserve
+from chiron.policies.rivals.schedulers.llumnix import LlumnixSettings, make_llumnix
+from chiron.policies.rivals.schedulers.niyama import NiyamaSettings, make_niyama
+from chiron.policies.rivals.schedulers.polyserve import PolyServeSettings, make_polyserve
+from chiron.policies.rivals.schedulers.qlm import QlmSettings, make_qlm
+from chiron.policies.rivals.schedulers.sarathi import SarathiSettings, make_sarathi
+from chiron.policies.rivals.schedulers.slos_serve import SlosServeSettings, make_slos_serve
 from chiron.policies.rivals.tuned_settings import TUNED_SETTINGS
-from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings, make_wva
-from chiron.policies.rivals.wva_queueing import WvaQueueingSettings, make_wva_queueing
 
 _AS_PUBLISHED: dict[str, PolicyEntry] = {
     "chiron": PolicyEntry(

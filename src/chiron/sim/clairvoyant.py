@@ -23,7 +23,7 @@ import numpy.typing as npt
 from chiron.core.types import InstanceKind, ModelSpec
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart
-from chiron.policies.scheduled import ScheduledSettings
+from chiron.policies.chiron.scheduled import ScheduledSettings
 from chiron.sim.bound_work import request_work_s
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result

@@ -17,10 +17,10 @@ from chiron.control.learned import Learned
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Request
 from chiron.fleet.model import FleetModel
-from chiron.policies.chiron_settings import ChironSettings
+from chiron.policies.chiron.scheduled import CLAIRVOYANT, make_scheduled
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.policy import ComposeHook, Composer, Policy
 from chiron.policies.registry import make_policy
-from chiron.policies.scheduled import CLAIRVOYANT, make_scheduled
 from chiron.policies.stages.registry import with_stages
 from chiron.runtime.assembly import Assembly
 from chiron.runtime.modelled import ModelledEngines, ModelScraper

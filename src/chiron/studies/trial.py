@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ast import Import, ImportFrom, parse, walk
+from ast import AST, Constant, Expr, Import, ImportFrom, Pass, dump, iter_fields, parse, walk
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
@@ -27,7 +27,8 @@ NOT_IN_KEY = ("scenario", "scenario_text", "label", "workload")
 BOUNDS = ("gpu_hours_bound", "gpu_hours_bound_full", "cost_bound")
 CODE = ("core", "control", "engines", "fleet", "policies", "runtime", "sim", "telemetry", "workload")
 """Packages that a simulation runs."""
-RIVALS = "policies/rivals"
+OWN = ("policies/chiron", "policies/rivals")
+"""Folders whose files count only for the policies that run them."""
 LISTS = ("policies/registry.py", "policies/starts.py")
 """Files that say which policies there are, and what tunings begin from."""
 TUNED = "tuned_settings.py"
@@ -96,35 +97,52 @@ def _key(setup: Setup, with_bound: bool) -> str:
 @cache
 def code_digest(policy: str, stage_policy: str = "", package: Path | None = None) -> str:
     """Of the source that simulates this policy, with this one below it: what was computed by another version is
-    computed anew. Another rival's own files are not among it, so that a new rival leaves what is known of the others
-    as it is."""
+    computed anew. Another policy's own files are not among it, so that a new rival, or a change of ours, leaves what is
+    known of the others as it is; nor is what only tells a reader something."""
     root = package or Path(str(resources.files("chiron")))
     digest = sha256(_of_others(root))
     if policy in POLICIES:
         digest.update(POLICIES[policy].make.__qualname__.encode())
-    for path in _rivals_of(policy, stage_policy, root):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+    for path in _own_of(policy, stage_policy, root):
+        digest.update(_of_file(path))
     return digest.hexdigest()
 
 
+@cache
 def _of_others(root: Path) -> bytes:
-    """Of all that simulates but rivals, and what lists them."""
+    """Of all that simulates but policies' own files, and what lists them."""
     digest = sha256()
     for package in CODE:
         for path in sorted((root / package).rglob("*.py")):
-            if root / RIVALS not in path.parents and path not in [root / name for name in LISTS]:
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
+            if not _is_own(path, root) and path not in [root / name for name in LISTS]:
+                digest.update(_of_file(path))
     return digest.digest()
 
 
-def _rivals_of(policy: str, stage_policy: str, root: Path) -> list[Path]:
-    """The rivals' files that this policy runs: that of its maker, those of its settings, and what these import. A stage
-    policy is no rival, and may import one."""
+def _of_file(path: Path) -> bytes:
+    """Without comments and docstrings."""
+    tree = parse(path.read_bytes())
+    for node in walk(tree):
+        for name, value in iter_fields(node):
+            if isinstance(value, list) and any(map(_only_tells, value)):
+                setattr(node, name, [each for each in value if not _only_tells(each)] or [Pass()])
+    return sha256(f"{path.name} {dump(tree)}".encode()).digest()
+
+
+def _only_tells(node: AST) -> bool:
+    return isinstance(node, Expr) and isinstance(node.value, Constant) and isinstance(node.value.value, str)
+
+
+def _is_own(path: Path, root: Path) -> bool:
+    return any(root / folder in path.parents for folder in OWN)
+
+
+def _own_of(policy: str, stage_policy: str, root: Path) -> list[Path]:
+    """Policies' own files that this one runs: that of its maker, those of its settings, and what these import. A stage
+    policy is not among them, and may import one."""
     entry = POLICIES.get(policy)
     if entry is None:
-        return sorted((root / RIVALS).rglob("*.py"))
+        return sorted(path for folder in OWN for path in (root / folder).rglob("*.py"))
     modules = [entry.make.__module__, *(kind.__module__ for kind in entry.settings.__mro__)]
     wanted = [path for module in modules for path in _file_of(module, root)]
     if stage_policy:
@@ -141,10 +159,10 @@ def _rivals_of(policy: str, stage_policy: str, root: Path) -> list[Path]:
 
 
 def _file_of(module: str, root: Path) -> list[Path]:
-    """None if it is no rival's. What a tuning found is in the settings themselves."""
+    """None if it is no policy's own. What a tuning found is in the settings themselves."""
     place = root.joinpath(*module.split(".")[1:])
     found = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
-    return [path for path in found if root / RIVALS in path.parents and path.name != TUNED]
+    return [path for path in found if _is_own(path, root) and path.name != TUNED]
 
 
 def _imported(path: Path) -> Iterator[str]:

@@ -22,15 +22,15 @@ from chiron.core.clock import VirtualClock
 from chiron.core.types import InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
 from chiron.fleet.model import ColdStart, Failures
-from chiron.policies.chiron_settings import ChironSettings
-from chiron.policies.deadline_groups import DeadlineGroups
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.instances import label_by_rank, take_back_fullest
-from chiron.policies.least_router import LeastRouter
-from chiron.policies.overload import OverloadOrder, OverloadSettings
-from chiron.policies.packing import PackingRouter, PackingSettings
 from chiron.policies.policy import Estimates, Order, Policy, PolicyEntry, Refusal, Router
+from chiron.policies.queues.deadline_groups import DeadlineGroups
+from chiron.policies.queues.overload import OverloadOrder, OverloadSettings
 from chiron.policies.registry import POLICIES
-from chiron.policies.rivals.static import StaticSettings
+from chiron.policies.rivals.scalers.static import StaticSettings
+from chiron.policies.routers.least import LeastRouter
+from chiron.policies.routers.packing import PackingRouter, PackingSettings
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup

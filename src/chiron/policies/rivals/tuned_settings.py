@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from chiron.policies.chiron_paper import ChironPaperSettings
+from chiron.policies.chiron.paper import ChironPaperSettings
 from chiron.policies.ranges import with_defaults
-from chiron.policies.rivals.aibrix import AibrixKpaSettings, AibrixSettings
-from chiron.policies.rivals.dynamo import DynamoSettings
-from chiron.policies.rivals.forecast import ForecastHoltWintersSettings, ForecastSettings
-from chiron.policies.rivals.hpa import HpaKvSettings, HpaSettings
-from chiron.policies.rivals.keda import KedaSettings
-from chiron.policies.rivals.knative import KnativeSettings
-from chiron.policies.rivals.llmd import LlmdSloSettings
-from chiron.policies.rivals.llumnix import LlumnixSettings
-from chiron.policies.rivals.niyama import NiyamaSettings
-from chiron.policies.rivals.polyserve import PolyServeSettings
-from chiron.policies.rivals.qlm import QlmSettings
-from chiron.policies.rivals.ray_serve import RayServeSettings
-from chiron.policies.rivals.sageserve import SageServeSettings
-from chiron.policies.rivals.sarathi import SarathiSettings
-from chiron.policies.rivals.skyserve import SkyServeSettings
+from chiron.policies.rivals.scalers.aibrix import AibrixKpaSettings, AibrixSettings
+from chiron.policies.rivals.scalers.dynamo import DynamoSettings
+from chiron.policies.rivals.scalers.forecast import ForecastHoltWintersSettings, ForecastSettings
+from chiron.policies.rivals.scalers.hpa import HpaKvSettings, HpaSettings
+from chiron.policies.rivals.scalers.keda import KedaSettings
+from chiron.policies.rivals.scalers.knative import KnativeSettings
+from chiron.policies.rivals.scalers.llmd import LlmdSloSettings
+from chiron.policies.rivals.scalers.ray_serve import RayServeSettings
+from chiron.policies.rivals.scalers.sageserve import SageServeSettings
+from chiron.policies.rivals.scalers.skyserve import SkyServeSettings
+from chiron.policies.rivals.scalers.wva import WvaSettings, WvaTokensSettings
+from chiron.policies.rivals.scalers.wva_queueing import WvaQueueingSettings
+from chiron.policies.rivals.schedulers.llumnix import LlumnixSettings
+from chiron.policies.rivals.schedulers.niyama import NiyamaSettings
+from chiron.policies.rivals.schedulers.polyserve import PolyServeSettings
+from chiron.policies.rivals.schedulers.qlm import QlmSettings
+from chiron.policies.rivals.schedulers.sarathi import SarathiSettings
 from chiron.policies.rivals.tuned import TUNED
-from chiron.policies.rivals.wva import WvaSettings, WvaTokensSettings
-from chiron.policies.rivals.wva_queueing import WvaQueueingSettings
 
 ChironPaperTuned = with_defaults(ChironPaperSettings, "ChironPaperTuned", __name__, TUNED.get("chiron-paper", {}))
 LlumnixTuned = with_defaults(LlumnixSettings, "LlumnixTuned", __name__, TUNED.get("llumnix", {}))

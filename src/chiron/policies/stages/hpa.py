@@ -1,9 +1,9 @@
 """``stage-hpa``: a Kubernetes HorizontalPodAutoscaler on each stage, as arXiv 2507.18007 has it.
 
-The algorithm is that of ``policies.rivals.hpa`` (``autoscaling/v2`` with its default behaviour), with a memory of its
-own for each stage and no word between them. The metric is the share of the time that a stage's replicas work, or the
-sequences that wait for it. The paper gives no thresholds, metrics or bounds: those here are Kubernetes' defaults, and
-a target of 0.7, which is ours.
+The algorithm is that of ``policies.rivals.scalers.hpa`` (``autoscaling/v2`` with its default behaviour), with a memory
+of its own for each stage and no word between them. The metric is the share of the time that a stage's replicas work, or
+the sequences that wait for it. The paper gives no thresholds, metrics or bounds: those here are Kubernetes' defaults,
+and a target of 0.7, which is ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-from chiron.policies.rivals.hpa import HpaBehaviour, Memory, desired_pods, follow_within, require_above_0
+from chiron.policies.rivals.scalers.hpa import HpaBehaviour, Memory, desired_pods, follow_within, require_above_0
 from chiron.policies.views import PipelineView, StagePlan, StageView
 
 

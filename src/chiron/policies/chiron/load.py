@@ -1,0 +1,545 @@
+"""``chiron``, global loop: interactive load, its history, and the fleet that it needs."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, floor, inf, sqrt
+from typing import Any
+
+import numpy as np
+
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
+from chiron.policies.capacity import Capacity, capacity, decode_s, prefill_s
+from chiron.policies.chiron.load_history import LoadHistory, presumed, remembered, worth
+from chiron.policies.chiron.local_loop import itl_target_s
+from chiron.policies.chiron.long_history import (
+    MINUTE_S,
+    MINUTES_MAX,
+    QUARTER,
+    QUARTERS_MAX,
+    LongHistory,
+    Minutes,
+    all_minutes,
+    foretold,
+    foretold_now,
+    nothing_before,
+    recurrences,
+    resumed,
+)
+from chiron.policies.chiron.recurrence import (
+    LOOK_S,
+    PERIOD_MAX_S,
+    RECORDS_MAX,
+    Look,
+    Record,
+    Recurrence,
+    aged,
+    looked,
+    tried,
+)
+from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.headroom import (
+    CONSTANT,
+    Backtest,
+    Floats,
+    Headroom,
+    Question,
+    Rule,
+    advanced,
+    answer,
+    followed,
+    missed,
+    window_mean,
+)
+from chiron.policies.policy import LOAD_AGE_MAX_S
+from chiron.policies.views import ClassMix, ModelView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelMemory:
+    """What the global loop remembers of one model."""
+
+    history: LoadHistory
+    """Of interactive requests."""
+    headroom: Headroom
+    backtest_s: float
+    """Time of the last backtest."""
+    backtest: Backtest | None = None
+    """The one under way."""
+    long: LongHistory = field(default_factory=lambda: nothing_before(0))
+    """What ``history`` no longer knows."""
+    recurrence: Recurrence = field(default_factory=Recurrence)
+    """Periods of more than half an hour."""
+    looks: tuple[tuple[int, Backtest], ...] = ()
+    """Backtests under way that tell what each period would save; the first is of none."""
+    look_s: float = -inf
+    """Time of the last ones."""
+    wanted: tuple[tuple[float, int], ...] = ()
+    """(time, instances wanted) over the hold time."""
+    last_change_s: float = -inf
+    last_direction: int = 0
+    extra: int = 0
+    """Instances added for batch deadlines."""
+    pressure: float = 1.0
+    """Grows while SLOs are missed, and decays after."""
+    spare_trust: float = 0.0
+    """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
+    batch_work_s: float = 0.0
+    """Queued batch work at the last tick, and the spare capacity and batch instances that then stood against it."""
+    batch_spare: float = 0.0
+    batch_own: float = 0.0
+    batch_apart: float = 0.0
+    """Instances without interactive work that queued batch work would fill until it is due; 0 where it runs about as
+    well beside interactive requests."""
+    risk_until_s: float = -inf
+    """Deadline of the last request group that was at risk: until it is done or due, batch work goes before interactive
+    requests that are lost."""
+    apart_missed_s: float = -inf
+    """When interactive requests last missed their ITL SLO so often that none is kept free for batch work."""
+
+    @property
+    def load(self) -> Floats:
+        """Instances' worth of interactive work that arrived in each second remembered."""
+        return self.history.load
+
+    @property
+    def counts(self) -> Floats:
+        """Interactive requests by class and second, shape (classes, seconds)."""
+        return self.history.counts
+
+
+def _interactive(model: ModelView) -> list[ClassMix]:
+    return [m for m in model.mixes if m.cls.interactive]
+
+
+def interactive_capacity(settings: ChironSettings, model: ModelView, memory: ModelMemory) -> Capacity:
+    """One instance's capacity for the interactive mix of the last two minutes."""
+    mixes = _interactive(model)
+    rates = memory.counts[:, -120:].sum(axis=1).tolist() if memory.counts.shape[1] else [0.0] * len(mixes)
+    weighted = [(rate + 1e-6, mix) for rate, mix in zip(rates, mixes, strict=True)]
+    slo_s = min(
+        (m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=min((m.cls.itl_s for m in mixes), default=inf)
+    )
+    return capacity(
+        model.step_times,
+        weighted,
+        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed, model.step_times.fixed_s),
+        kv_capacity_tokens=model.kv_capacity_tokens,
+        max_num_seqs=model.max_num_seqs,
+    )
+
+
+_TREND_BIN_S = 10
+
+
+def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
+    """Before anything is known, the fleet that was found is taken as right for its load: none for none, where a model
+    may have no instance and nobody has asked for it."""
+    seconds = settings.prior_s
+    found = model.count("ready", "starting")
+    instances = found if model.min_instances == 0 and not model.arrivals else max(1, found)
+    rule = Rule(window_s=60, settle_s=600)
+    return ModelMemory(
+        history=presumed(
+            floor(now_s) - seconds, np.full(seconds, settings.prior_load * instances), len(_interactive(model))
+        ),
+        headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
+        backtest_s=now_s,
+        long=nothing_before(seconds),
+        look_s=now_s,
+    )
+
+
+def begun(settings: ChironSettings, memory: ModelMemory | None, model: ModelView, now_s: float) -> ModelMemory:
+    """What is known of a model at a tick; of the last hour it may be nothing."""
+    if memory is not None and memory.history.seconds:
+        return memory
+    first = first_memory(settings, model, now_s)
+    if memory is None:
+        return first
+    return replace(first, long=replace(memory.long, known_s=first.long.known_s), recurrence=memory.recurrence)
+
+
+_LOAD_MAX = 1e6
+"""Instances' worth, or requests, in a second: what is more is not believed."""
+
+
+def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[str, Any]:
+    """As plain data: 11 bytes for each second of the last hour and 11 more for each class, and 46 kB for two weeks."""
+    rule, steady = memory.headroom.rule, memory.headroom.steady
+    names = [cls.name for cls in classes if cls.interactive]
+    return {
+        **({"load": _packed(memory.load)} if memory.history.seconds else {}),
+        "counts": {name: _packed(row) for name, row in zip(names, memory.counts, strict=True)},
+        "window_s": rule.window_s,
+        "settle_s": rule.settle_s,
+        "period_s": rule.period_s,
+        "span_s": rule.span_s,
+        "h": memory.headroom.h,
+        **({"steady": steady} if steady < inf else {}),
+        "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
+        "pressure": memory.pressure,
+        "spare_trust": memory.spare_trust,
+        **_learned_long(memory),
+    }
+
+
+def _learned_long(memory: ModelMemory) -> dict[str, Any]:
+    """What left the last hour, and what periods there are in it."""
+    long = memory.long
+    parts = {"quarters": long.quarters, "minutes": long.minutes, "seconds": long.seconds}
+    return {
+        "long": {**{name: _packed(part, "<f4") for name, part in parts.items() if part.size}, "known_s": long.known_s},
+        "records": [
+            [r.period_s, r.without, r.within, r.looks, r.missed, r.requests] for r in memory.recurrence.records
+        ],
+        "recurs_s": memory.recurrence.period_s,
+    }
+
+
+def restored_load(
+    settings: ChironSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float, age_s: float
+) -> ModelMemory | None:
+    """The memory that this makes; None: it tells of no load, and all begins anew. Too old, its last hour is none of
+    this one's."""
+    # Who was stopped before the first tick knows of no last hour, but what it was told of the weeks before.
+    nothing_recent = "load" not in kept and "long" in kept
+    load = np.zeros(0) if nothing_recent else _unpacked(settings, kept, "load")
+    if load is None:
+        return None
+    names = [cls.name for cls in classes if cls.interactive]
+    headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
+    slack_s = max(0.5, settings.slack_share * min((cls.ttft_s for cls in classes if cls.interactive), default=1.0))
+    before = _restored_long(kept)
+    before = replace(before, known_s=min(before.known_s, len(load)))  # Of no more than is there.
+    long = resumed(before, load, age_s, slack_s)
+    recurrence = _restored_recurrence(kept)
+    if nothing_recent or age_s > LOAD_AGE_MAX_S:
+        nothing = remembered(floor(now_s), np.zeros(0), np.zeros((len(names), 0)))
+        long = replace(long, known_s=0)
+        return ModelMemory(history=nothing, headroom=headroom, backtest_s=now_s, long=long, recurrence=recurrence)
+    none = np.zeros(len(load))
+    told = kept.part("counts")
+    rows = [_unpacked(settings, told, name) if name in told else None for name in names]
+    counts = np.array([row if row is not None and len(row) == len(load) else none for row in rows])
+    rule, h = _restored_rule(settings, kept), kept.number("h", 0.01, 1e4)
+    if rule is not None and h is not None:
+        steady = kept.number("steady", 1.0, _LOAD_MAX) if "steady" in kept else None
+        headroom = Headroom(rule=rule, h=h, instances=1.0, steady=inf if steady is None else steady)
+    return ModelMemory(
+        history=remembered(floor(now_s) - len(load), load, counts.reshape(len(names), len(load))),
+        headroom=headroom,
+        backtest_s=now_s - (kept.number("backtest_ago_s", 0.0, 1e6) or 0.0),
+        pressure=kept.number("pressure", 1.0, 1.25) or 1.0,
+        spare_trust=kept.number("spare_trust", 0.0, 1.0) or 0.0,
+        long=long,
+        recurrence=recurrence,
+        look_s=now_s,
+    )
+
+
+def _restored_long(kept: Kept) -> LongHistory:
+    """Whatever of it is sound; a part that is not is missing with all that is older."""
+    told = kept.part("long") if "long" in kept else Kept({}, "long", [])
+    known_s = (told.whole("known_s", 0, 10**6) or 0) if "known_s" in told else 0
+    parts = {"seconds": MINUTE_S, "minutes": 2 * MINUTES_MAX, "quarters": 2 * QUARTERS_MAX}
+    empty = nothing_before(known_s)
+    found: dict[str, Floats] = {"seconds": empty.seconds, "minutes": empty.minutes, "quarters": empty.quarters}
+    for name, most in parts.items():
+        values = _floats(told, name, "<f4", most) if name in told else None
+        if name in told and values is None:
+            break
+        if values is not None and name != "seconds" and len(values) % 2:
+            told.drop("it is of an odd length", name)
+            break
+        if values is not None:
+            found[name] = values if name == "seconds" else values.reshape(2, -1)
+    return LongHistory(quarters=found["quarters"], minutes=found["minutes"], seconds=found["seconds"], known_s=known_s)
+
+
+def _restored_recurrence(kept: Kept) -> Recurrence:
+    if "records" not in kept:
+        return Recurrence()
+    rows = kept.rows("records", 0.0, 1e12, width=6, most=RECORDS_MAX)
+    records = tuple(
+        Record(period_s=round(r[0]), without=r[1], within=r[2], looks=round(r[3]), missed=r[4], requests=r[5])
+        for r in rows or ()
+    )
+    period_s = kept.whole("recurs_s", 0, PERIOD_MAX_S) or 0
+    return Recurrence(
+        records=records, period_s=period_s if any(record.period_s == period_s for record in records) else 0
+    )
+
+
+def _restored_rule(settings: ChironSettings, kept: Kept) -> Rule | None:
+    window_s, settle_s = kept.whole("window_s", 0, 86400), kept.whole("settle_s", 0, 86400)
+    if window_s is None or settle_s is None:
+        return None
+    period_s = (kept.whole("period_s", 0, 86400) or 0) if "period_s" in kept else 0
+    span_s = (kept.whole("span_s", 1, 3600) or 0) if period_s else 0
+    rule = Rule(window_s=window_s, settle_s=settle_s, period_s=period_s if span_s else 0, span_s=span_s)
+    if rule != CONSTANT and window_s == 0:
+        kept.drop("a rule without a window", "window_s")
+        return None
+    return rule
+
+
+def _packed(values: Floats, kind: str = "<f8") -> str:
+    return b64encode(values.astype(kind).tobytes()).decode()
+
+
+def _unpacked(settings: ChironSettings, kept: Kept, name: str) -> Floats | None:
+    """Up to ``memory_s`` figures, the newest, all of them sound."""
+    values = _floats(kept, name, "<f8", 86400)
+    return None if values is None else values[-settings.memory_s :]
+
+
+def _floats(kept: Kept, name: str, kind: str, most: int) -> Floats | None:
+    text = kept.text(name, 12 * most)
+    if not text:
+        return None
+    try:
+        values = np.frombuffer(b64decode(text, validate=True), dtype=kind).astype(np.float64)
+    except ValueError as error:  # Not base64, or no whole number of figures.
+        kept.drop(str(error), name)
+        return None
+    # A figure that is no number fails both comparisons.
+    if not 0 < len(values) <= most or not ((values >= 0.0) & (values <= _LOAD_MAX)).all():
+        kept.drop(f"not all of it are numbers in 0..{_LOAD_MAX:g}", name)
+        return None
+    return values
+
+
+def remember(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, rate: float) -> ModelMemory:
+    """Append the seconds since the last tick, and take back what arrived before and never ran."""
+    history = memory.history
+    mixes = _interactive(model)
+    seconds = floor(now_s) - round(history.began_s) - history.seconds
+    worths = worth(model.step_times, [m.output_tokens for m in mixes], rate)
+    history = history.after(seconds, worths, model.arrivals, [m.cls.name for m in mixes])
+    left = history.load[: max(0, history.seconds - settings.memory_s)]
+    long = memory.long.after(left, _slack_s(settings, model)) if len(left) else memory.long
+    return replace(memory, history=history.last(settings.memory_s), long=long)
+
+
+def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float) -> ModelMemory:
+    """Choose the rule anew, once there is something to learn from: asked at one tick, adopted at the next at which the
+    computation is over. If nothing has been done about it by then, nobody prepares, and it is done at once."""
+    backtest = memory.backtest
+    if backtest is not None:
+        if backtest.steps and not backtest.done:
+            return memory
+        return replace(_adopted(settings, memory, answer(backtest)), backtest=None)
+    if memory.looks:
+        if any(look.steps for _, look in memory.looks) and not all(look.done for _, look in memory.looks):
+            return memory
+        return replace(memory, looks=(), recurrence=_judged(settings, memory, model.max_instances))
+    if not _asks(settings, memory, now_s):
+        return memory
+    question = Question(
+        load=memory.load,
+        counts=memory.counts,
+        slack_s=tuple(_slacks_s(settings, model)),
+        rules=(CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)),
+        cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
+        tick_s=settings.tick_s,
+        miss_max=settings.miss_max,
+        floor=model.min_instances,
+        ceiling=model.max_instances,
+        current=memory.headroom.rule,
+        periods=settings.look_back,
+    )
+    period_s = memory.recurrence.period_s
+    if period_s:
+        minutes = _minutes(settings, memory, model)
+        question = replace(question, foretold=_foretold(settings, memory, model, minutes, period_s))
+    memory = replace(memory, backtest=Backtest(question=question), backtest_s=now_s)
+    if settings.look_back and now_s - memory.look_s >= LOOK_S:
+        known = aged(memory.recurrence, now_s - memory.look_s)
+        memory = replace(memory, look_s=now_s, recurrence=known, looks=_looks(settings, memory, model, question))
+    return memory
+
+
+def _minutes(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> Minutes:
+    return all_minutes(memory.long, memory.load, _slack_s(settings, model))
+
+
+def _lead_s(settings: ChironSettings, model: ModelView) -> float:
+    return model.cold_start_s + settings.tick_s
+
+
+def _foretold(
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, minutes: Minutes, period_s: int
+) -> Floats:
+    return foretold(minutes, period_s, _lead_s(settings, model), len(memory.load))
+
+
+def _looks(
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, question: Question
+) -> tuple[tuple[int, Backtest], ...]:
+    """What is to be computed to judge the periods; nothing if there are none."""
+    minutes = _minutes(settings, memory, model)
+    exact = len(minutes.means) - memory.long.quarters.shape[1] * QUARTER
+    periods = tried(recurrences(minutes, exact), memory.recurrence)
+    plain = replace(question, periods=False, current=None, foretold=None)
+    told = {period: _foretold(settings, memory, model, minutes, period) for period in periods}
+    # Only where a period says anything of the last hour can it make a difference.
+    asked = [(0, plain), *((p, replace(plain, foretold=f)) for p, f in told.items() if f.any())]
+    return tuple((p, Backtest(question=q)) for p, q in asked) if len(asked) > 1 else ()
+
+
+def _judged(settings: ChironSettings, memory: ModelMemory, most: int) -> Recurrence:
+    """No headroom that was tried being enough counts as the largest fleet."""
+    found: dict[int, Look] = {}
+    before = {record.period_s: record.found for record in memory.recurrence.records}
+    for period_s, backtest in memory.looks:
+        headroom, earlier = answer(backtest), before.get(period_s)
+        late, requests = missed(backtest.question, earlier, round(LOOK_S)) if earlier is not None else (0.0, 0.0)
+        cost = min(headroom.instances, float(most))
+        found[period_s] = Look(found=headroom, instances=cost, missed=late, requests=requests)
+    return looked(memory.recurrence, found, settings.miss_max)
+
+
+def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Instances that the period in force foretells for when one asked for now is up; 0: there is none."""
+    period_s = memory.recurrence.period_s
+    if not period_s:
+        return 0.0
+    slack_s = _slack_s(settings, model)
+    return foretold_now(memory.long, memory.load, slack_s, period_s, _lead_s(settings, model))
+
+
+STEPS_AT_ONCE = 2
+"""Of a backtest, in one call between ticks: a few tenths of a millisecond."""
+
+
+def prepared(memories: Mapping[str, ModelMemory]) -> dict[str, ModelMemory] | None:
+    """The backtests that are under way, a few steps on; None: there is nothing left to do."""
+    for name, memory in memories.items():
+        if memory.backtest is not None and not memory.backtest.done:
+            return {**memories, name: replace(memory, backtest=advanced(memory.backtest, STEPS_AT_ONCE))}
+    for name, memory in memories.items():
+        for number, (period_s, look) in enumerate(memory.looks):
+            if not look.done:
+                looks = list(memory.looks)
+                looks[number] = period_s, advanced(look, STEPS_AT_ONCE)
+                return {**memories, name: replace(memory, looks=tuple(looks))}
+    return None
+
+
+def _seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
+    """How much of the history is traffic that was seen."""
+    seconds = memory.load.shape[0]
+    return seconds - settings.prior_s if seconds < settings.memory_s else inf
+
+
+def _asks(settings: ChironSettings, memory: ModelMemory, now_s: float) -> bool:
+    """Whether it is time for a backtest."""
+    due = now_s - memory.backtest_s >= settings.backtest_s
+    learned = _seen_s(settings, memory) >= settings.learning_s
+    return settings.adapt_headroom and learned and due and bool(memory.counts.any())
+
+
+def _adopted(settings: ChironSettings, memory: ModelMemory, headroom: Headroom) -> ModelMemory:
+    # An hour shows rare bursts that ten minutes do not.
+    unseen = 1.0 - min(1.0, _seen_s(settings, memory) / settings.memory_s)
+    margin = 1.0 + settings.margin + settings.margin_unseen * unseen
+    h = headroom.h * margin
+    if headroom.rule == CONSTANT:
+        h = float(round(h))  # Whole instances already: rounding a small margin up would double a fleet of one.
+    return replace(memory, headroom=replace(headroom, h=h))
+
+
+def _slacks_s(settings: ChironSettings, model: ModelView) -> list[float]:
+    """How long the requests of each interactive class can wait."""
+    times = model.step_times
+    return [
+        max(0.5, settings.slack_share * (m.cls.ttft_s - prefill_s(times, m.input_tokens, m.input_square)))
+        for m in _interactive(model)
+    ]
+
+
+def _slack_s(settings: ChironSettings, model: ModelView) -> float:
+    """Of the class that can wait least."""
+    return min(_slacks_s(settings, model), default=1.0)
+
+
+def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Load by the time that an instance planned now is needed, if the last minute and a half goes on: as far as its
+    slope stands out of noise, and one cold start ahead, less the time that requests can wait. Capped, because a burst
+    rises as steeply as a wave and is over before an instance is up."""
+    bins = settings.trend_s // _TREND_BIN_S
+    if not settings.follow_trend or memory.load.shape[0] < settings.trend_s:
+        return 0.0
+    means = memory.load[-bins * _TREND_BIN_S :].reshape(bins, _TREND_BIN_S).mean(axis=1)
+    t = (np.arange(bins) - (bins - 1) / 2.0) * _TREND_BIN_S
+    spread = float((t**2).sum())
+    slope = float((t * means).sum()) / spread
+    residual = float(((means - means.mean() - slope * t) ** 2).sum()) / (bins - 2)
+    certain = slope - 1.5 * sqrt(residual / spread)
+    if certain <= 0.0:
+        return 0.0
+    arrived = [bool(row.any()) for row in memory.counts]
+    slacks = [s for s, seen in zip(_slacks_s(settings, model), arrived, strict=True) if seen]
+    reach_s = model.cold_start_s + settings.tick_s - min(slacks, default=0.0)
+    ahead = float(means[-2:].mean()) + certain * max(0.0, reach_s)
+    busiest = followed(memory.load, Rule(window_s=60, settle_s=settings.memory_s), settings.tick_s)
+    return float(min(ahead, settings.trend_cap * busiest))
+
+
+def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, serving: Capacity) -> float:
+    """Instances that a queue asks for: what carries the load that comes now, and clears the queue by the time a new
+    instance is up. 0 while no request waits.
+
+    "Now" is as long as a start takes: a burst that has lasted so long is worth one, as who knows nothing of the end
+    of a thing should buy once renting has cost as much (ski rental). At most a minute.
+    """
+    if model.waiting_interactive == 0:
+        return 0.0
+    window_s = int(min(max(model.cold_start_s, settings.tick_s), 60.0))
+    spike = _spike(settings, memory, model)
+    outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
+    context = model.waiting_input_tokens / model.waiting_interactive
+    work = prefill_s(model.step_times, model.waiting_input_tokens, model.waiting_input_square)
+    work += model.waiting_interactive * decode_s(model.step_times, context, sum(outputs) / len(outputs))
+    queued = work / serving.work_rate / (settings.tick_s + model.cold_start_s)
+    return max(window_mean(memory.load, window_s) + queued, spike)
+
+
+_SPIKE_S = 10
+_SPIKE_OVER = 1.3
+_SPIKE_MOST = 3.0
+
+
+def _spike(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """Instances for a spike that nothing announced, 0 if there is none. What the last ten seconds brought is as little
+    to go by as it is to wait for: by the time that an instance planned now is up, the queue would be longer than
+    requests can bear, several times over. At most thrice the busiest minute of the last ten, because ten seconds of
+    bursty traffic show anything."""
+    now = window_mean(memory.load, _SPIKE_S)
+    ready = max(1, model.count("ready"))
+    if not settings.surge_slack:
+        return 0.0
+    slack_s = min(_slacks_s(settings, model), default=0.0)
+    if (now - ready) * (model.cold_start_s + settings.tick_s) <= settings.surge_slack * slack_s * ready:
+        return 0.0
+    busiest = followed(memory.load[:-_SPIKE_S], Rule(window_s=60, settle_s=600), settings.tick_s)
+    return _SPIKE_OVER * min(now, _SPIKE_MOST * busiest)
+
+
+def pressure(before: float, model: ModelView) -> float:
+    """Missed SLOs raise the headroom; met ones let it decay."""
+    ended = model.attained + model.missed
+    if ended == 0:
+        return before
+    if model.missed > 0.01 * ended:
+        return min(1.25, before + 0.01)
+    return max(1.0, before - 0.002)
+
+
+def whole(instances: float) -> int:
+    """Whole instances, forgiving a twentieth of one."""
+    return max(0, ceil(instances - 0.05))

@@ -1,0 +1,1 @@
+"""Rivals that decide how many instances there are."""

@@ -1,0 +1,1 @@
+"""Rivals that decide who is served next, where, and in which step."""

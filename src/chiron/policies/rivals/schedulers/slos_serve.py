@@ -1,0 +1,462 @@
+"""``slos-serve``: SLOs-Serve (2025): a fleet that admits what it can serve in time, and the rest as best effort.
+
+Each engine keeps to those whose prompt it has admitted. With new requests it plans again: prompts in order of the time
+at which their first token is due, d, and between two of those as many tokens as steps leave that are no longer than
+the tightest ITL SLO of those who decode by then::
+
+    budget = steps in d_i - d_(i-1) * (tokens of a step - those who decode), whole ones and the rest of the time
+    admit i : carried + budget >= tokens of the prompt, and KV for its end; carried on is what is left of it
+    else    : carried on is carried + budget
+    most    : over who is admitted, by how many of each ITL SLO, as many requests as possible
+
+A step is as long as the tightest ITL SLO of those admitted that decode allows, admitted prompts in it by d, then best
+effort: what was not admitted, and batch work. That gives way with place and KV, and is computed again.
+
+A request goes to the instance with the fewest; if its plan has no room for it, to the next ones, up to ``hops_max``;
+if none has, to the first, as best effort. Source: arXiv 2504.08784, notes about it, and the reproduction in
+UIUC-MLSys/JITServe. What is filled in is in docs/policies.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from math import floor, inf, isfinite
+from typing import Annotated, Final, NamedTuple
+
+from chiron.core.types import Instance, Placement, Request
+from chiron.policies.checks import above, at_least
+from chiron.policies.composers.decoding import Decoding, tokens_left
+from chiron.policies.composers.prompt_queue import PromptQueue
+from chiron.policies.policy import Estimates, Policy, Preempter
+from chiron.policies.ranges import Between
+from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.size import placed
+from chiron.policies.views import StepView
+
+NEW_MAX: Final = 16
+"""Requests that are planned at once; what comes with more of them waits for the next step."""
+ADMITTED, DECLINED, BATCH = 0.0, 1.0, 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlosServeSettings:
+    hops_max: Annotated[int, Between(0, 8)] = 3
+    """Further instances that are asked."""
+    caps_carry: bool = False
+    """True: no more than a step's tokens are carried on, as the reproduction has it."""
+    instances: Annotated[int, Between(1, 256, log=True)] = 0
+    """Instances of each model; 0: the initial fleet stays."""
+    max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
+    """Static max batch size: vLLM's default."""
+
+    def __post_init__(self) -> None:
+        above(0, self, "max_num_seqs")
+        at_least(0, self, "hops_max", "instances")
+
+
+class Prompt(NamedTuple):
+    """To be planned."""
+
+    due_s: float
+    """Its first token."""
+    tokens: int
+    """Of it that are left."""
+    itl_s: float
+    kv_tokens: float
+    """At its end."""
+    new: bool
+
+
+class Steps(NamedTuple):
+    """What an engine's steps hold."""
+
+    within: Callable[[float], tuple[float, float]]
+    """Tokens of the largest that is no longer than this, and how long it takes."""
+    decodes: Mapping[float, int]
+    """How many decode, by ITL SLO."""
+    kv_tokens: float
+    """For new ones."""
+
+
+class _State(NamedTuple):
+    carried: float
+    kv_tokens: float
+    late: int
+    """Prompts that were admitted before and would be late."""
+    admitted: tuple[int, ...]
+    """New ones, by their place among the prompts."""
+
+
+def plan(settings: SlosServeSettings, now_s: float, prompts: Sequence[Prompt], steps: Steps) -> set[int]:
+    """Which of the new prompts are admitted, by their place; prompts are in order of ``due_s``."""
+    states: dict[tuple[float, ...], _State] = {(): _State(0.0, steps.kv_tokens, 0, ())}
+    passed_s, before = 0.0, tuple(steps.decodes)
+    count = sum(steps.decodes.values())
+    for place, prompt in enumerate(prompts):
+        gap = (passed_s, max(passed_s, prompt.due_s - now_s))
+        passed_s = gap[1]
+        found: dict[tuple[float, ...], _State] = {}
+        for tiers, state in states.items():
+            for tier, after in _after(
+                settings, prompt, place, state, gap, (*before, *tiers), count + len(tiers), steps
+            ):
+                key = tiers if tier is None else tuple(sorted((*tiers, tier)))
+                if key not in found or _better(after, found[key]):
+                    found[key] = after
+        if not prompt.new:
+            before, count = (*before, prompt.itl_s), count + 1
+        states = found
+    least_late = states[()].late
+    kept = [state for state in states.values() if state.late <= least_late]
+    return set(max(kept, key=lambda state: (len(state.admitted), state.carried)).admitted)
+
+
+def _better(one: _State, other: _State) -> bool:
+    return (-one.late, one.carried) > (-other.late, other.carried)
+
+
+def _after(
+    settings: SlosServeSettings, prompt: Prompt, place: int, state: _State, gap: tuple[float, float],
+    tiers: tuple[float, ...], decoding: int, steps: Steps,
+) -> Iterable[tuple[float | None, _State]]:  # fmt: skip
+    """The states to which this prompt leads: it is declined, or it is admitted (with its ITL SLO)."""
+    pace_s = min(tiers, default=inf)
+    each = max(0.0, steps.within(pace_s)[0] - decoding)
+    total = state.carried
+    if each and gap[0] < gap[1]:
+        # Counted from now on: of a step in which a prompt is due, the rest is there for the next one.
+        total += _held(steps, pace_s, decoding, gap[1]) - _held(steps, pace_s, decoding, gap[0])
+    left = total - prompt.tokens
+    cap = each if settings.caps_carry else inf
+    if not prompt.new:  # Of what is late nothing is left for others until it is done.
+        yield None, state._replace(carried=min(cap, left), late=state.late + (left < 0))
+        return
+    yield None, state._replace(carried=min(cap, total))
+    able = steps.within(prompt.itl_s)[0] > decoding
+    if left >= 0 and state.kv_tokens >= prompt.kv_tokens and able:
+        admitted = (*state.admitted, place)
+        yield prompt.itl_s, _State(min(cap, left), state.kv_tokens - prompt.kv_tokens, state.late, admitted)
+
+
+def _held(steps: Steps, pace_s: float, decoding: int, passed_s: float) -> float:
+    """Tokens of prompts in so much time: in whole steps, and in a shorter one in the rest."""
+    if not isfinite(passed_s):
+        return inf
+    tokens, takes_s = steps.within(pace_s)
+    whole = floor(passed_s / takes_s)
+    rest = steps.within(passed_s - whole * takes_s)[0]
+    return whole * (tokens - decoding) + max(0.0, rest - decoding)
+
+
+def largest(step_s: Callable[[int], float], most: int, within_s: float) -> int:
+    """Tokens of prompt of the largest step that is no longer."""
+    if step_s(most) <= within_s:
+        return most
+    low, high = 0, most  # Too long at ``high``; at ``low`` not, or nothing is short enough.
+    while high - low > 1:
+        middle = (low + high) // 2
+        if step_s(middle) <= within_s:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+# -- the composer --------------------------------------------------------------------------------------------------
+
+
+class _Prompt:
+    __slots__ = ("begun", "left", "request", "tier", "total")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tier = DECLINED if request.interactive else BATCH
+        self.begun = False
+        self.total = self.left = 0
+
+    @property
+    def due_s(self) -> float:
+        return self.request.arrival_s + self.request.ttft_slo_s
+
+    @property
+    def key(self) -> tuple[float, float]:
+        return self.tier, self.due_s if self.tier == ADMITTED else self.request.arrival_s
+
+
+class SlosServe:
+    """The composer, and who preempts for it."""
+
+    swaps = False
+
+    def __init__(self, settings: SlosServeSettings, estimates: Estimates) -> None:
+        self.preempter: Preempter | None = self
+        self._settings = settings
+        self._estimates = estimates
+        self._queue = PromptQueue()
+        self._prompts: dict[int, _Prompt] = {}
+        """Everybody inside."""
+        self._pending: dict[int, _Prompt] = {}
+        """Of these, admitted ones whose prompt is not done."""
+        self._new: dict[int, _Prompt] = {}
+        self._decoding, self._best_effort = Decoding(), Decoding()
+        self._booked_tokens = 0.0
+        """KV of those admitted, at their end."""
+        self._booked: dict[int, float] = {}
+
+    # -- prompts ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, tokens: int, begun: bool) -> None:
+        prompt = self._prompts.get(request.id)
+        if prompt is None:
+            prompt = self._prompts[request.id] = _Prompt(request)
+            if request.interactive:
+                self._new[request.id] = prompt
+        prompt.left, prompt.begun = tokens, begun
+        if not begun:
+            prompt.total = tokens
+        if prompt.tier == ADMITTED:
+            self._pending[request.id] = prompt
+        self._queue.add(request, prompt.key, begun)
+
+    def forget(self, request: Request) -> None:
+        self._prompts.pop(request.id, None)
+        self._new.pop(request.id, None)
+        self._pending.pop(request.id, None)
+        self._booked_tokens -= self._booked.pop(request.id, 0.0)
+        if not self._booked:
+            self._booked_tokens = 0.0  # Sums of floats leave dust behind.
+        self._queue.remove(request)
+
+    def head(self, now_s: float, begun: bool) -> Request | None:
+        return self._queue.head(begun)
+
+    def remove_head(self, request: Request) -> None:
+        self._queue.remove(request)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def tokens(self, view: StepView) -> int:
+        self._decide(view)
+        return self._within(view, self._decoding.tightest_s())
+
+    def _within(self, view: StepView, within_s: float) -> int:
+        return largest(lambda tokens: view.step_s(tokens, 0), max(0, view.tokens_max), within_s)
+
+    def _decide(self, view: StepView) -> None:
+        if not self._new:
+            return
+        new = list(self._new.values())[:NEW_MAX]
+        prompts = sorted([*self._pending.values(), *new], key=lambda p: (p.due_s, p.request.id))
+        planned = [self._planned(each) for each in prompts]
+        admitted = plan(self._settings, view.now_s, planned, self._steps(view))
+        for place, prompt in enumerate(prompts):
+            request = prompt.request
+            if request.id not in self._new:
+                continue
+            del self._new[request.id]
+            if place in admitted:
+                prompt.tier = ADMITTED
+                self._pending[request.id] = prompt
+                self._booked[request.id] = planned[place].kv_tokens
+                self._booked_tokens += planned[place].kv_tokens
+                self._queue.add(request, prompt.key, prompt.begun)
+
+    def _planned(self, prompt: _Prompt) -> Prompt:
+        request = prompt.request
+        answer = tokens_left(self._estimates, request, prompt.total - request.input_tokens)
+        return Prompt(prompt.due_s, prompt.left, request.itl_slo_s, prompt.total + answer, request.id in self._new)
+
+    def _steps(self, view: StepView) -> Steps:
+        found: dict[float, tuple[float, float]] = {}
+
+        def within(within_s: float) -> tuple[float, float]:
+            if within_s not in found:
+                tokens = self._within(view, within_s)
+                fits = tokens > 0 and view.step_s(tokens, 0) <= within_s
+                found[within_s] = (tokens + view.decoding if fits else 0.0, view.step_s(tokens, 0))
+            return found[within_s]
+
+        decodes = dict(self._decoding.paces())
+        decodes[inf] = decodes.get(inf, 0) + view.decoding - self._decoding.count()
+        return Steps(within, decodes, view.kv_capacity_tokens - self._booked_tokens)
+
+    def planned(self, tokens: int, step_s: float) -> None:
+        """What is predicted is exact."""
+
+    def began(self, request: Request, generated: int, step: int, now_s: float) -> None:
+        self._pending.pop(request.id, None)
+        self._new.pop(request.id, None)
+        self._of(request).began(request, generated, step, now_s)
+
+    def left(self, request: Request) -> None:
+        self._of(request).left(request)
+
+    def _of(self, request: Request) -> Decoding:
+        prompt = self._prompts.get(request.id)
+        return self._decoding if prompt is not None and prompt.tier == ADMITTED else self._best_effort
+
+    # -- who gives way ---------------------------------------------------------------------------------------------
+
+    def steps_left(self, step: int) -> int:
+        return 1
+
+    def gives_way(self, view: StepView) -> Sequence[Request]:
+        self._decide(view)
+        first = self._queue.head(False)
+        if first is None or self._prompts[first.id].tier != ADMITTED or self._prompts[first.id].begun:
+            return ()
+        places = 1 - view.places_free
+        tokens = self._prompts[first.id].total - (view.kv_free_tokens - view.decoding)
+        leaving: list[Request] = []
+        for decodes in reversed(self._best_effort):
+            if places <= 0 and tokens <= 0:
+                break
+            if decodes.step < view.step:  # Whoever has just begun has its token first.
+                leaving.append(decodes.request)
+                places -= 1
+                tokens -= decodes.held_tokens(view.step) + 1
+        return leaving if places <= 0 and tokens <= 0 else ()
+
+    def victim(self) -> Request | None:
+        return next((decodes.request for decodes in reversed(self._best_effort)), None)
+
+
+def compose(settings: SlosServeSettings, estimates: Estimates) -> SlosServe:
+    return SlosServe(settings, estimates)
+
+
+# -- placement -----------------------------------------------------------------------------------------------------
+
+
+def _in_places(counts: Mapping[float, int], places: int) -> dict[float, int]:
+    """Who decodes, of those that an instance has by ITL SLO: no more than there are places, batch work last."""
+    found: dict[float, int] = {}
+    for pace_s in sorted(counts):
+        count = min(counts[pace_s], places)
+        if count > 0:
+            found[pace_s] = count
+            places -= count
+    return found
+
+
+class _Note:
+    __slots__ = ("open", "pending", "version")
+
+    def __init__(self) -> None:
+        self.open = True
+        self.version = 0
+        self.pending: dict[int, Request] = {}
+        """Requests that its plan had room for and that had no first token when it was last looked at."""
+
+
+class NextReplica:
+    """The router: the instance with the fewest requests whose plan has room, of the first few; else the first."""
+
+    def __init__(self, settings: SlosServeSettings, estimates: Estimates) -> None:
+        self.room_tokens = 0
+        self._settings = settings
+        self._estimates = estimates
+        self._heap: list[tuple[int, int, int, Instance]] = []
+        self._heap_max = 64
+        self._itl_s: dict[str, float] = {}
+        """Of each class that came."""
+
+    def add(self, instance: Instance) -> None:
+        if instance.index is None:
+            instance.index = _Note()
+        instance.index.open = True
+        self.changed(instance)
+
+    def remove(self, instance: Instance) -> None:
+        instance.index.open = False
+        instance.index.version += 1
+
+    def changed(self, instance: Instance) -> None:
+        note: _Note = instance.index
+        if note.open:
+            note.version += 1
+            heappush(self._heap, (len(instance.requests), instance.id, note.version, instance))
+            if len(self._heap) > self._heap_max:
+                self._heap = [entry for entry in self._heap if entry[2] == entry[3].index.version]
+                heapify(self._heap)
+                self._heap_max = 64 + 2 * len(self._heap)
+
+    def place(self, request: Request, waited_s: float) -> Placement | None:
+        self._itl_s[request.class_name] = request.itl_slo_s if request.interactive else inf
+        asked: list[tuple[int, int, int, Instance]] = []
+        too_small: list[tuple[int, int, int, Instance]] = []
+        chosen: Instance | None = None
+        while self._heap and chosen is None and len(asked) <= self._settings.hops_max:
+            entry = heappop(self._heap)
+            instance = entry[3]
+            if not instance.index.open or instance.index.version != entry[2]:
+                continue
+            if request.input_tokens >= instance.kv_capacity_tokens:
+                too_small.append(entry)  # Never asked, else nobody who could hold it might be.
+            else:
+                asked.append(entry)
+                if not request.interactive or self._has_room(instance, request, request.arrival_s + waited_s):
+                    chosen = instance
+        for entry in (*asked, *too_small):
+            heappush(self._heap, entry)
+        if chosen is not None and request.interactive:
+            chosen.index.pending[request.id] = request
+        if chosen is None and asked:
+            chosen = asked[0][3]
+        return None if chosen is None else placed(self._estimates, request, chosen)
+
+    def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
+        return ()
+
+    def _has_room(self, instance: Instance, request: Request, now_s: float) -> bool:
+        pending = instance.index.pending
+        for each in list(pending.values()):
+            if each.first_token_s >= 0.0 or each.instance is not instance or each.outcome is not None:
+                del pending[each.id]
+        prompts = [self._prompt(each, new=each is request) for each in (*pending.values(), request)]
+        prompts.sort()
+        return bool(plan(self._settings, now_s, prompts, self._steps(instance)))
+
+    def _prompt(self, request: Request, *, new: bool) -> Prompt:
+        kv_tokens = request.input_tokens + self._estimates.expected_output[request.class_name]
+        return Prompt(request.arrival_s + request.ttft_slo_s, request.input_tokens, request.itl_slo_s, kv_tokens, new)
+
+    def _steps(self, instance: Instance) -> Steps:
+        """As the step times that were learned have it."""
+        times, pending = self._estimates.step_times, instance.index.pending
+        decodes: dict[float, int] = {}
+        for name, count in instance.class_counts.items():
+            pace_s = self._itl_s.get(name, inf)
+            decodes[pace_s] = decodes.get(pace_s, 0) + count
+        for each in pending.values():
+            decodes[each.itl_slo_s] = decodes.get(each.itl_slo_s, 0) - 1
+        decodes = _in_places(decodes, instance.max_batch_size)
+        count = sum(decodes.values())
+        sample = instance.sample
+        context = sample.kv_used_tokens if sample is not None else 0
+        base_s = times.fixed_s + times.per_sequence_s * count + times.per_context_token_s * context
+        most = float(instance.kind.max_num_batched_tokens)
+
+        def within(within_s: float) -> tuple[float, float]:
+            tokens = min(most - count, (within_s - base_s) / times.per_prefill_token_s)
+            if tokens <= 0:
+                return 0.0, base_s
+            return tokens + count, base_s + tokens * times.per_prefill_token_s
+
+        # Batch work gives way.
+        taken_tokens = instance.running_interactive * self._estimates.usual.need_tokens
+        return Steps(within, decodes, instance.kv_capacity_tokens - taken_tokens)
+
+
+def make_slos_serve(settings: SlosServeSettings) -> Policy:
+    return Policy(
+        name="slos-serve",
+        settings=settings,
+        place=NextReplica,
+        fleet=decide_fleet,
+        fleet_period_s=30.0,
+        compose=compose,
+        initial_max_batch_size=settings.max_num_seqs,
+    )
