@@ -58,6 +58,14 @@ def test_it_waits_where_it_would_be_late_or_is_better_off_elsewhere(backlog_s: f
     assert goes_to(fleet(backlog_s)[0], tokens) is None
 
 
+def test_it_waits_where_both_together_are_more_than_those_that_decode_can_bear() -> None:
+    router, (tight,) = fleet(PROMPT_S)
+    tight.prefill_limit_s = 1.9 * PROMPT_S
+    assert goes_to(router) is None
+    tight.prefill_limit_s = 2.1 * PROMPT_S
+    assert goes_to(router) == 1
+
+
 def test_it_needs_a_place_there_and_batch_instances_and_batch_prompts_are_left_alone() -> None:
     router, (full,) = fleet(PROMPT_S)
     running = Request(2, "m", CHAT, 0.0, 500)

@@ -298,13 +298,14 @@ class PackingRouter:
     def _choose_ahead(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """For a prompt that only a prompt in prefill keeps waiting. That its prefill is over is heard of after the
         step's end, when the next step has begun, and what is sent then waits for that to end too, beside batch work as
-        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step."""
+        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step. Both
+        together are no more prefill than the requests that decode can bear."""
         chosen: Instance | None = None
         least_s = min(_AHEAD * cost_s, _AHEAD_SHARE * request.ttft_slo_s - cost_s)
         for instance in self._by_rank[:_AHEAD_MAX]:
             backlog_s = instance.prefill_backlog_s
             if (
-                backlog_s <= least_s
+                backlog_s <= min(least_s, instance.prefill_limit_s - cost_s)
                 and instance.heard_late
                 and instance.role != "batch"
                 and (chosen is None or backlog_s < least_s)
