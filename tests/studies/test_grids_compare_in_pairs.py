@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,48 @@ def test_a_run_that_fails_costs_its_seed_and_is_told() -> None:
     nothing = cells(Ruled(lambda setup: ValueError("no")))[0.5, "static"]
     assert nothing.gpu_hours is None
     assert len(nothing.failed) == 3
+
+
+def test_a_policy_that_is_far_off_in_its_first_two_seeds_runs_no_third_whichever_it_is() -> None:
+    def worst(policy: str, load: float, shares: Sequence[float]) -> list[int]:
+        def told(setup: Setup) -> dict[str, Any]:
+            mine = (setup.policy, len(setup.workload) > 90) == (policy, load == 1.0)
+            return figures(shares[setup.seed - 1] if mine else 0.95, 1.0)
+
+        executor = Ruled(told)
+        made = grid(SCENARIO, replace(ASKED, early=True), Runner(executor, Journal(None)))
+        (cell,) = [each for each in made if (each.load, each.policy) == (load, policy)]
+        others = [list(each.runs) for each in made if each is not cell]
+        assert others == [[1, 2, 3]] * 3
+        assert len(executor.names) == 9 + len(cell.runs)
+        return list(cell.runs)
+
+    for policy in ASKED.policies:
+        assert worst(policy, 0.5, [0.93, 0.93, 1.0]) == [1, 2]
+        assert worst(policy, 1.0, [0.93, 0.945, 0.5]) == [1, 2, 3], "only one of them is more than five points off"
+    assert worst("static", 1.0, [0.5, 0.5, 1.0]) == [1, 2]
+
+
+def test_without_early_stop_every_seed_runs_however_bad() -> None:
+    made = cells(Ruled(lambda setup: figures(0.1, 1.0)))
+    assert [list(cell.runs) for cell in made.values()] == [[1, 2, 3]] * 4
+
+
+def test_the_bound_is_known_for_every_seed_when_the_first_policy_is_out_early() -> None:
+    def told(setup: Setup) -> dict[str, Any]:
+        return figures(0.1 if setup.policy == "static" else 1.0, 1.0)
+
+    executor = Ruled(told)
+    made = grid(SCENARIO, replace(ASKED, early=True), Runner(executor, Journal(None)))
+    assert {cell.policy: list(cell.runs) for cell in made if cell.load == 1.0} == {
+        "static": [1, 2],
+        "hpa-queue": [1, 2, 3],
+    }
+    assert [name for name in executor.with_bound if "load 1," in name] == [
+        "static at load 1, seed 1",
+        "static at load 1, seed 2",
+        "hpa-queue at load 1, seed 3",
+    ]
 
 
 def test_a_grid_that_was_killed_goes_on(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ less spread than the figures have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import Scenario
-from chiron.studies.objective import worst_class
+from chiron.sim.setup import Setup
+from chiron.studies.objective import TARGET, worst_class
 from chiron.studies.runner import Runner
 from chiron.studies.statistics import Estimate, estimate
 from chiron.studies.trial import Outcome, Summary, trial
@@ -21,6 +23,10 @@ from chiron.studies.trial import Outcome, Summary, trial
 CELLS_MAX = 20_000
 LOADS_MAX = 100
 SEEDS_MAX = 1000
+JUDGED_AFTER = 2
+"""Seeds after which a policy may be out of the question (``Asked.early``)."""
+HOPELESS = TARGET - 0.05
+"""Attainment of the worst class below which, in each of those seeds, it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,9 @@ class Asked:
     """The policy that the others are compared with."""
     bound_each: bool = False
     """Also the lower bound of each run, for what it delivered; else only that of the workload."""
+    early: bool = False
+    """A policy that is out of the question at a load after its first seeds runs no more of them there: whichever policy
+    it is, by ``hopeless``."""
 
     def __post_init__(self) -> None:
         if self.baseline not in self.policies:
@@ -52,7 +61,7 @@ class Cell:
     load: float
     policy: str
     runs: Mapping[int, Summary]
-    """By seed."""
+    """By seed; fewer than were asked for where some failed, or where the policy was out of the question early."""
     failed: Mapping[int, str] = field(default_factory=dict)
     attainment: Mapping[str, Estimate] = field(default_factory=dict)
     """By class."""
@@ -62,61 +71,81 @@ class Cell:
     """None: every run failed."""
     cost: Estimate | None = None
     bound: float | None = None
-    """Mean over seeds of the GPU-hours that every SLO needs at least."""
+    """Mean over its seeds of the GPU-hours that every SLO needs at least."""
     gpu_hours_over_baseline: Estimate | None = None
     """Mean over seeds of the difference as a share of the baseline's; None for the baseline."""
     attainment_over_baseline: Estimate | None = None
     """Likewise of the worst class's, in points."""
 
 
+Place = tuple[float, str, int]
+"""Load, policy, seed."""
+
+
 def grid(scenario: Scenario, asked: Asked, runner: Runner) -> list[Cell]:
     """Every cell, load by load; policies in the order in which they are asked for."""
-    runner.total = asked.cells
-    cells: list[Cell] = []
+    made = dict(_setups(scenario, asked))
+    first = [place for place in made if not asked.early or place[2] in asked.seeds[:JUDGED_AFTER]]
+    runner.total = len(made)
+    outcomes = _run(made, first, asked, runner)
+    out = {
+        (load, policy)
+        for load in asked.loads
+        for policy in asked.policies
+        if asked.early and hopeless(list(_runs(outcomes, load, policy).values()))
+    }
+    more = [place for place in made if place not in outcomes and place[:2] not in out]
+    runner.total = len(first) + len(more)
+    outcomes |= _run(made, more, asked, runner)
+    return [_cell(asked, load, policy, outcomes) for load in asked.loads for policy in asked.policies]
+
+
+def hopeless(runs: Sequence[Summary]) -> bool:
+    """Whether the first seeds say enough: the worst class is more than five points below the target in each."""
+    return len(runs) == JUDGED_AFTER and all(worst_class(summary) < HOPELESS for summary in runs)
+
+
+def _setups(scenario: Scenario, asked: Asked) -> Iterator[tuple[Place, Setup]]:
     for load in asked.loads:
         scaled = scenario.with_overrides(f"scale={scenario.scale * load!r}")
-        made = setups(scaled, policies=asked.policies, seeds=asked.seeds)
-        # All policies of a seed have one workload, and so one bound.
-        ended = runner.run(
-            [
-                trial(
-                    setup,
-                    name=f"{setup.label} at load {load:g}, seed {setup.seed}",
-                    with_bound=asked.bound_each or setup.label == asked.policies[0],
-                )
-                for setup in made
-            ]
+        for setup in setups(scaled, policies=asked.policies, seeds=asked.seeds):
+            yield (load, setup.label, setup.seed), setup
+
+
+def _run(made: Mapping[Place, Setup], places: Sequence[Place], asked: Asked, runner: Runner) -> dict[Place, Outcome]:
+    """All policies have one workload at a load and seed, and so one bound: the first that runs there has it."""
+    with_bound = {(load, seed): policy for load, policy, seed in reversed(places)}
+    trials = [
+        trial(
+            made[load, policy, seed],
+            name=f"{policy} at load {load:g}, seed {seed}",
+            with_bound=asked.bound_each or with_bound[load, seed] == policy,
         )
-        outcomes: dict[tuple[str, int], Outcome] = {
-            (setup.label, setup.seed): outcome for setup, outcome in zip(made, ended, strict=True)
-        }
-        base = _runs(outcomes, asked.baseline)
-        bounds = [run["gpu_hours_bound_full"] for run in _runs(outcomes, asked.policies[0]).values()]
-        cells += [
-            replace(
-                _cell(load, policy, outcomes, None if policy == asked.baseline else base),
-                bound=sum(bounds) / len(bounds) if bounds else None,
-            )
-            for policy in asked.policies
-        ]
-    return cells
+        for load, policy, seed in places
+    ]
+    return dict(zip(places, runner.run(trials), strict=True))
 
 
-def _runs(outcomes: Mapping[tuple[str, int], Outcome], policy: str) -> dict[int, Summary]:
+def _runs(outcomes: Mapping[Place, Outcome], load: float, policy: str) -> dict[int, Summary]:
     return {
         seed: outcome.summary
-        for (name, seed), outcome in outcomes.items()
-        if name == policy and outcome.summary is not None
+        for (at, name, seed), outcome in outcomes.items()
+        if (at, name) == (load, policy) and outcome.summary is not None
     }
 
 
-def _cell(
-    load: float, policy: str, outcomes: Mapping[tuple[str, int], Outcome], base: Mapping[int, Summary] | None
-) -> Cell:
-    runs = _runs(outcomes, policy)
-    failed = {seed: outcome.error for (name, seed), outcome in outcomes.items() if name == policy and outcome.error}
+def _cell(asked: Asked, load: float, policy: str, outcomes: Mapping[Place, Outcome]) -> Cell:
+    runs = _runs(outcomes, load, policy)
+    base = None if policy == asked.baseline else _runs(outcomes, load, asked.baseline)
+    failed = {
+        seed: outcome.error
+        for (at, name, seed), outcome in outcomes.items()
+        if (at, name) == (load, policy) and outcome.error
+    }
     if not runs:
         return Cell(load=load, policy=policy, runs={}, failed=failed)
+    bounds = _bounds(outcomes, load)
+    known = [bounds[seed] for seed in runs if seed in bounds]
     summaries = list(runs.values())
     classes = list(dict.fromkeys(name for summary in summaries for name in summary["attainment"]))
     return Cell(
@@ -131,9 +160,19 @@ def _cell(
         worst=min(worst_class(summary) for summary in summaries),
         gpu_hours=estimate([summary["gpu_hours"] for summary in summaries], least=0.0),
         cost=_cost(summaries),
+        bound=fmean(known) if known else None,
         gpu_hours_over_baseline=_paired(runs, base, lambda mine, theirs: mine["gpu_hours"] / theirs["gpu_hours"] - 1.0),
         attainment_over_baseline=_paired(runs, base, lambda mine, theirs: worst_class(mine) - worst_class(theirs)),
     )
+
+
+def _bounds(outcomes: Mapping[Place, Outcome], load: float) -> dict[int, float]:
+    """By seed, where a run that had it did not fail."""
+    return {
+        seed: float(outcome.summary["gpu_hours_bound_full"])
+        for (at, _, seed), outcome in outcomes.items()
+        if at == load and outcome.summary is not None and outcome.summary["gpu_hours_bound_full"] is not None
+    }
 
 
 def _cost(summaries: Sequence[Summary]) -> Estimate | None:

@@ -42,10 +42,13 @@ class Ruled:
         self._rule = rule
         self._order = order
         self.names: list[str] = []
+        self.with_bound: list[str] = []
+        """Those of ``names`` that were to have the lower bound."""
 
     def run(self, trials: Iterable[Trial]) -> Generator[tuple[int, Outcome], None, None]:
         for number, each in list(enumerate(trials))[:: self._order]:
             self.names.append(each.name)
+            self.with_bound += [each.name] * each.with_bound
             found = self._rule(each.setup)
             yield number, Outcome(error=str(found)) if isinstance(found, Exception) else Outcome(summary=found)
 

@@ -119,8 +119,9 @@ def headings_of(cells: Sequence[Cell], asked: Asked) -> list[str]:
 
 def row_of(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     bound = cell.gpu_hours.mean / cell.bound if cell.gpu_hours is not None and cell.bound else None
+    most = max(len(each.runs) for each in cells)
     return [
-        cell.policy,
+        cell.policy if len(cell.runs) == most else f"{cell.policy} ({counted(len(cell.runs), 'seed')})",
         *(half(cell.attainment.get(name), percent, lambda width: f"{100 * width:.2f}") for name in classes_of(cells)),
         percent(cell.worst) if cell.runs else "failed",
         half(cell.gpu_hours, amount, amount),
