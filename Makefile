@@ -137,10 +137,10 @@ RIVALS = $(BIN)/python -c 'from chiron.policies.registry import POLICIES as p; \
 CALIBRATION ?= api-8b waves-8b api-70b long-70b shared-h100 rush-8b
 TRIALS ?= 20
 
-tune: $(VENV)/.demo ## Tune every policy fairly, on traffic that is not published (an hour; resumable)
-	@mkdir -p $(OUT)
-	@$(BIN)/chiron tune $(PUBLISHED) $(CALIBRATION:%=--calibrate bench/calibration/%.toml) $$($(RIVALS)) \
-		--trials $(TRIALS) --out $(OUT)/tuned.toml
+tune: $(VENV)/.demo $(COMPILED)/.built ## Tune every policy fairly, on traffic that is not published (resumable)
+	@mkdir -p $(OUT) && rm -f $(OUT)/tuned.toml
+	@$(RUN) tune $(PUBLISHED) $(CALIBRATION:%=--calibrate bench/calibration/%.toml) $$($(RIVALS)) \
+		--trials $(TRIALS) --out $(OUT)/tuned.toml || [ $$? -eq 2 ]
 	@cp $(OUT)/tuned.toml src/chiron/data/tuned.toml
 	@$(BIN)/python tools/write_tuned.py
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import log
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from chiron.studies.calibration import Calibration
 from chiron.studies.journal import Journal
 from chiron.studies.objective import FAILED, score
 from chiron.studies.runner import Runner
-from chiron.studies.search import halton
+from chiron.studies.search import best_of, halton
 from chiron.studies.tune import Budget, Tuned, starts_of, tune, workloads
 from study_factory import TRACED, Ruled, figures
 
@@ -177,6 +178,49 @@ def test_what_gives_a_workload_up_that_the_published_settings_serve_is_not_chose
     found = tune("llumnix", LLUMNIX, both, Budget(trials=8), Runner(Ruled(uneven), Journal(None)))
     assert len(found.candidates) == 8
     assert found.values["scale_up_blocks"] == published
+
+
+@pytest.mark.parametrize("draw", range(12))
+def test_a_race_stops_only_candidates_that_could_not_have_become_the_best(draw: int) -> None:
+    """Against all of them on all workloads."""
+    on = workloads([Calibration(scenario=SCENARIO, part="judged")], [1, 2, 3, 4])
+
+    def drawn(setup: Setup) -> dict[str, Any]:
+        own = setup.settings
+        random = Random(f"{draw} {setup.seed} {own.scale_up_blocks} {own.max_num_seqs}")
+        return figures(min(1.0, random.uniform(0.9 + 0.01 * draw, 1.02)), random.uniform(1.0, 3.0))
+
+    executor = Ruled(drawn)
+    runner = Runner(executor, Journal(None))
+    runner.total = 4 * 20
+    found = tune("llumnix", LLUMNIX, on, Budget(trials=20), runner)
+    whole = []
+    for each in found.candidates:
+        settings = with_values(LlumnixSettings(), each.values)
+        summaries = [drawn(replace(setup, policy="llumnix", settings=settings)) for setup in on.setups]
+        whole.append(replace(each, score=score(summaries, on.bounds, 0.99)))
+    published = whole[0].score
+    assert published is not None
+    ranked = [replace(each, score=each.score.against(published.shortfalls)) for each in whole if each.score is not None]
+    assert found.best == best_of(ranked)
+    kept = [each for each in found.candidates if each.score is not None and not each.score.stopped]
+    assert all(each in ranked for each in kept)
+    assert found.stopped == 20 - len(kept) > 0
+    assert len(executor.names) == runner.total < 4 * 20
+
+
+def test_a_candidate_that_fails_on_one_workload_runs_on_no_more() -> None:
+    on = workloads([Calibration(scenario=SCENARIO, part="judged")], list(range(1, 13)))
+
+    def broken(setup: Setup) -> dict[str, Any] | Exception:
+        return rule(setup) if setup.settings.max_num_seqs == 256 else ValueError("no")
+
+    executor = Ruled(broken)
+    found = tune("llumnix", LLUMNIX, on, Budget(trials=8), Runner(executor, Journal(None)))
+    failed = [each for each in found.candidates if each.values["max_num_seqs"] != 256]
+    assert failed
+    assert all(each.score is FAILED for each in failed)
+    assert sum(f"candidate {failed[-1].number + 1}," in name for name in executor.names) == 1
 
 
 def test_halton_mirrors_digits() -> None:

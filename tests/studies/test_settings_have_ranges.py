@@ -10,6 +10,7 @@ import pytest
 from chiron.config.read import read_record
 from chiron.policies.ranges import AnyOf, Between, tunables, value_of, with_defaults, with_values
 from chiron.policies.registry import POLICIES
+from chiron.policies.rivals.tuned_settings import TUNABLE
 from chiron.policies.routers.packing_settings import PackingSettings
 from chiron.studies.search import PRIMES, halton
 
@@ -110,3 +111,9 @@ def test_tuned_defaults_are_those_given_also_in_nested_tables() -> None:
     assert (tuned().count, tuned().target, tuned().inner.share) == (8, 4.0, 0.5)
     assert read_record(tuned, {"count": 2}, "x").target == 4.0
     assert not tunables(PackingSettings)
+
+
+def test_what_a_tuning_finds_for_a_rival_is_never_left_out() -> None:
+    """``chiron`` keeps its defaults; ``static`` is what a fixed fleet is without any choice."""
+    with_ranges = {name for name, entry in POLICIES.items() if tunables(entry.settings) and not name.endswith("-tuned")}
+    assert set(TUNABLE) == with_ranges - {"chiron", "static"}

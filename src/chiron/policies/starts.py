@@ -25,6 +25,7 @@ STARTS: Mapping[str, tuple[Mapping[str, float | int | bool], ...]] = {
         {"target": 0.1},
         {"target": 0.1, "max_num_seqs": 512},
         {"target": 0.2278, "stabilise_down_s": 786.9, "max_num_seqs": 211},
+        {"target": 0.09254, "stabilise_down_s": 786.9, "max_num_seqs": 211},
     ),
     "hpa-kv": (
         {"target": 0.02},

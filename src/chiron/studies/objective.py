@@ -30,6 +30,9 @@ class Score:
     """Of each run, what the worst class lacks to the target; empty: a run failed."""
     worse: bool = False
     """Whether a run lacks more than it does with the published settings, by more than a step."""
+    stopped: bool = False
+    """Whether it was stopped before its last run because it could not become the best any more: figures are of the runs
+    that it had."""
     cost: float
     """Mean over runs of GPU-hours over the workload's lower bound."""
     attainment: float
@@ -51,11 +54,30 @@ class Score:
     def rank(self) -> Rank:
         """The least is the best. The worst run comes before the mean: settings that give one workload up to serve
         the others well would be found out on the next one."""
-        return self.worse, _steps(self.worst_shortfall), _steps(self.shortfall), self.cost, -self.attainment
+        return (
+            self.worse or self.stopped,
+            _steps(self.worst_shortfall),
+            _steps(self.shortfall),
+            self.cost,
+            -self.attainment,
+        )
 
-    def against(self, published: Score) -> Score:
-        """The same score, which knows whether it gives up what the published settings have."""
-        pairs = zip(self.shortfalls, published.shortfalls, strict=False)
+    def best_possible(self, runs: int) -> Rank:
+        """The best rank that it can still get when the first of so many runs gave this score: nothing lacks and nothing
+        costs anything in the others."""
+        share = len(self.shortfalls) / runs
+        return (
+            self.worse,
+            _steps(self.worst_shortfall),
+            _steps(self.shortfall * share),
+            self.cost * share,
+            -self.attainment,
+        )
+
+    def against(self, published: Sequence[float]) -> Score:
+        """The same score, which knows whether it gives up what the published settings have: their shortfalls in the
+        same runs."""
+        pairs = zip(self.shortfalls, published, strict=False)
         return replace(self, worse=any(lacks > had + STEP for lacks, had in pairs))
 
 

@@ -80,13 +80,19 @@ def _policy_table(tuned: Tuned) -> list[str]:
 def _search_table(tuned: Tuned, calibration: Sequence[Calibration], budget: Budget) -> list[str]:
     label = _toml(tuned.label)
     best = tuned.best
-    lines = [f"[search.{label}]", f"seed = {budget.seed}", f"trials = {len(tuned.candidates)}"]
+    lines = [
+        f"[search.{label}]",
+        f"seed = {budget.seed}",
+        f"trials = {len(tuned.candidates)}",
+        f"stopped = {tuned.stopped}",
+    ]
     lines += [f"target = {budget.target!r}", f"best = {best.number + 1}"]
     lines += [f"calibration = {_toml([each.in_words for each in calibration])}"]
     lines += [f"ranges = {_toml([f'{each.name}: {each.range}' for each in tuned.space])}"]
     lines += [f"starts = {_toml([_in_words(values) for values in tuned.starts])}"]
     for candidate in ranking(tuned)[:TOP]:
-        assert candidate.score is not None
+        if candidate.score is None or candidate.score.stopped:
+            continue
         lines += ["", f"[[search.{label}.top]]", f"trial = {candidate.number + 1}"]
         lines += [
             f"shortfall = {_toml(round(candidate.score.shortfall, 6))}",

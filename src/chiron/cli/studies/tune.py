@@ -107,26 +107,31 @@ def tune(
     typer.echo(f"tuned on {listed([each.in_words for each in sources])} ({count})", err=True)
     found: list[Tuned] = []
     journal = out.with_name(f"{out.name}.trials.jsonl")
+    about = {"command": shlex.join(["chiron", *sys.argv[1:]]), "version": version("chiron-serving")}
+    lost: list[Tuned] = []
     try:
         with running(where, journal, "tune") as runner:
             runner.total = expected_trials(on, len(labels), budget)
             for label, choice in choices.items():
-                found.append(tune_policy(label, choice, on, budget, runner))
+                tuned = tune_policy(label, choice, on, budget, runner)
+                if tuned.best.score is None or not tuned.best.score.gpu_hours < float("inf"):
+                    lost.append(tuned)
+                    continue
+                found.append(tuned)
+                write_whole(out, settings_text(found, sources, seed, budget, **about))
     except KeyboardInterrupt:
         typer.echo(f"stopped: what is done is in {journal}; the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    if failed := [
-        tuned for tuned in found if tuned.best.score is None or not tuned.best.score.gpu_hours < float("inf")
-    ]:
-        raise ConfigError(f"--policy {failed[0].label}: every candidate failed: {'; '.join(failed[0].errors[:3])}")
-    about = {"command": shlex.join(["chiron", *sys.argv[1:]]), "version": version("chiron-serving")}
-    write_whole(out, settings_text(found, sources, seed, budget, **about))
     if figures is not None:
         write_charts({f"tune-{tuned.label}": trials_chart(tuned, target) for tuned in found}, figures)
     console = results_console(stderr=False)
     for tuned in found:
         _print(console, tuned)
-    console.print(f"settings: {out}", highlight=False, soft_wrap=True)
+    if found:
+        console.print(f"settings: {out}", highlight=False, soft_wrap=True)
+    if lost:
+        words = [f"--policy {each.label}: every candidate failed: {'; '.join(each.errors[:3])}" for each in lost]
+        raise ConfigError("; ".join(words))
 
 
 def _sources(
@@ -156,7 +161,7 @@ def _print(console: Console, tuned: Tuned) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for setting in tuned.space:
         table.add_column(setting.name, justify="right")
-    ranked = ranking(tuned)
+    ranked = [each for each in ranking(tuned) if each.score is not None and not each.score.stopped]
     shown = ranked[:TOP] + [each for each in ranked[TOP:] if each.number == 0]
     for each in shown:
         assert each.score is not None
@@ -164,6 +169,9 @@ def _print(console: Console, tuned: Tuned) -> None:
         figures = (percent(each.score.attainment), f"{each.score.cost:.2f}x", amount(each.score.gpu_hours))
         table.add_row(name, *figures, *(str(value) for value in each.values.values()))
     console.print(table)
+    if tuned.stopped:
+        words = f"{tuned.stopped} of {len(tuned.candidates)} trials could not become the best and were stopped."
+        console.print(words, highlight=False, soft_wrap=True)
     best = tuned.best
     assert best.score is not None
     if best.score.shortfall > 0:
@@ -186,7 +194,11 @@ def trials_chart(tuned: Tuned, target: float) -> Chart:
     }
     series = []
     for number, (name, group) in enumerate(groups.items()):
-        scores = [each.score for each in group if each.score is not None and each.score.shortfall < float("inf")]
+        scores = [
+            each.score
+            for each in group
+            if each.score is not None and each.score.shortfall < float("inf") and not each.score.stopped
+        ]
         series.append(
             Series(
                 name=name,
