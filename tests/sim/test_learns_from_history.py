@@ -10,7 +10,7 @@ import pytest
 from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
-from chiron.sim.run import simulate
+from chiron.sim.run import Simulation, _lived_through, simulate
 from chiron.sim.setup import Setup
 from chiron.telemetry.run_data import FleetPoint
 
@@ -97,3 +97,14 @@ def test_a_policy_that_learns_no_load_runs_as_well() -> None:
 def test_a_history_is_read_as_strictly_as_the_rest(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         setup(SCENARIO + text)
+
+
+def test_each_instance_of_autothrottle_goes_on_where_one_of_the_history_was() -> None:
+    made = setup(SCENARIO.replace("max_instances = 8", "max_instances = 8\ninitial = 2") + HISTORY, "autothrottle")
+    assert made.history is not None
+    learned = _lived_through(made, made.history, step_mode=False)
+    simulation = Simulation(made)
+    simulation.plane.restore(learned, 0.0)
+    simulation.run()
+    towers = [instance.local.tower for instance in simulation.plane.instances.values()]
+    assert [len(tower.tries) for tower in towers] == [12, 12], "twelve minutes of the history"

@@ -62,7 +62,9 @@ class Autoscaler:
     def learned(self) -> Mapping[str, Any]:
         """What the fleet hook knows of each model, as plain data."""
         learned = self._policy.learned
-        return learned(self._policy.settings, self.fleet_state, self._classes()) if learned is not None else {}
+        if learned is None:
+            return {}
+        return learned(self._policy.settings, self.fleet_state, self._classes(), self._clock.now_s)
 
     def restore(self, kept: Mapping[str, Kept], age_s: float) -> None:
         """The same of an earlier run, ``age_s`` ago."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from chiron.control.actuators import Actuators
 from chiron.control.eviction import Evictor
 from chiron.control.model import ModelState, local_view
 from chiron.core.clock import VirtualClock
+from chiron.core.kept import Kept
 from chiron.core.ports import Journal
 from chiron.core.types import Decision, Instance, Sample
 from chiron.policies.policy import Policy
@@ -27,6 +29,10 @@ class BatchSizes:
         self._journal = journal
         self._hook = policy.batch_size
         self._settings = policy.settings
+        self._learned_hook = policy.learned_sizes
+        self._restore_hook = policy.restore_sizes
+        self._kept: dict[str, list[Kept]] = {}
+        """By model: what earlier instances knew, for those to come."""
         self._actuators = actuators
         self._evictor = evictor
 
@@ -65,10 +71,26 @@ class BatchSizes:
             if instance.state == "ready":
                 self.retune(models[instance.model], instance)
 
+    def learned(self, state: ModelState) -> dict[str, Any]:
+        """What the hook knows of each instance of a model, in the order of their ids, as plain data."""
+        if self._learned_hook is None:
+            return {}
+        known = [state.instances[id].local for id in sorted(state.instances)]
+        return {
+            str(place): self._learned_hook(self._settings, each, self._clock.now_s) for place, each in enumerate(known)
+        }
+
+    def restore(self, model: str, kept: Kept) -> None:
+        """The same of an earlier run: for the first so many instances that there will be."""
+        if self._restore_hook is not None:
+            self._kept[model] = [part for _, part in kept.parts()][::-1]
+
     def retune(self, state: ModelState, instance: Instance) -> None:
         """Ask for this instance's max batch size."""
         if self._hook is None:
             return
+        if instance.local is None and self._restore_hook is not None and self._kept.get(instance.model):
+            instance.local = self._restore_hook(self._settings, self._kept[instance.model].pop(), self._clock.now_s)
         view = local_view(state, instance, self._clock.now_s)
         decision, instance.local = self._hook(self._settings, instance.local, view)
         if decision is None:

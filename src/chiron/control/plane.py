@@ -149,15 +149,19 @@ class ControlPlane:
             return [f"it is {age_s:.0f} s old; at most {AGE_MAX_S:.0f} s are allowed"]
         models = Kept(learned.models, "models", notes)
         fleet: dict[str, Kept] = {}
+        sizes: dict[str, Kept] = {}
         for name, state in self.models.items():
             if name in models:
                 kept = models.part(name)
                 state.restore(kept)
                 fleet[name] = kept.part("fleet")
+                sizes[name] = kept.part("sizes")
         if learned.policy != self.policy.name:
             notes.append(f"the load as policy {learned.policy!r} saw it is of no use to {self.policy.name!r}")
         else:
             self._autoscaler.restore(fleet, max(0.0, age_s))
+            for name, kept in sizes.items():
+                self._sizes.restore(name, kept)
             if age_s > LOAD_AGE_MAX_S:
                 notes.append(
                     f"the last hour's load is {age_s:.0f} s old and is not planned with (at most "
@@ -229,6 +233,10 @@ class ControlPlane:
         """What the next run should know; ``wall_s`` is the Unix time now."""
         fleet = self._autoscaler.learned()
         models = {name: {**state.learned(), "fleet": fleet.get(name, {})} for name, state in self.models.items()}
+        for name, state in self.models.items():
+            sizes = self._sizes.learned(state)
+            if sizes:
+                models[name]["sizes"] = sizes
         return Learned(policy=self.policy.name, wall_s=wall_s, models=models)
 
     # -- what is read ------------------------------------------------------------------------------------------

@@ -237,8 +237,12 @@ BatchSizeHook = Callable[[Any, PolicyState, LocalView], tuple[LocalDecision | No
 ClassesOf = Mapping[str, Sequence[RequestClass]]
 """Of each model, in the order of ``ModelView.mixes``."""
 LOAD_AGE_MAX_S: Final = 3600.0
-LearnedHook = Callable[[Any, PolicyState, ClassesOf], Mapping[str, Mapping[str, Any]]]
+PAST_MAX_S: Final = 14 * 86_400
+"""No policy keeps more of the past for the next run."""
+LearnedHook = Callable[[Any, PolicyState, ClassesOf, float], Mapping[str, Mapping[str, Any]]]
 RestoreHook = Callable[[Any, Mapping[str, Kept], ClassesOf, float, float], PolicyState]
+LearnedSizesHook = Callable[[Any, PolicyState, float], Mapping[str, Any]]
+RestoreSizesHook = Callable[[Any, Kept, float], PolicyState]
 PrepareHook = Callable[[Any, PolicyState], PolicyState | None]
 FleetHook = Callable[[Any, PolicyState, FleetView], tuple[FleetPlan, PolicyState]]
 TakeBackHook = Callable[[Any, Sequence[InstanceView]], int]
@@ -277,11 +281,15 @@ class Policy:
     """Works on the fleet hook's state between two ticks, less than a millisecond a call; None when nothing is left to
     do. What it changes is when something is computed, never what comes out."""
     learned: LearnedHook | None = None
-    """What the fleet hook's state knows of each model that the next run should know: plain data by model, of bounded
-    size. None: nothing."""
+    """What the fleet hook's state knows of each model that the next run should know, at this time: plain data by
+    model, of bounded size. None: nothing."""
     restore: RestoreHook | None = None
     """Makes the fleet hook's first state from that, which may be damaged, from the time, and from how long ago that
     was: load of more than ``LOAD_AGE_MAX_S`` ago says nothing of the next minutes."""
+    learned_sizes: LearnedSizesHook | None = None
+    """Likewise what the state of ``batch_size`` knows of one instance. None: nothing."""
+    restore_sizes: RestoreSizesHook | None = None
+    """Makes the first state of an instance from that of an earlier run's; None: it is of no use."""
     take_back: TakeBackHook | None = None
     """Which of the draining instances (by id) comes back before a new one is started; None: none does."""
     label: LabelHook | None = None

@@ -72,7 +72,9 @@ def prepare(settings: ChironSettings, state: State | None) -> State | None:
     return prepared(state) if state else None
 
 
-def learned(settings: ChironSettings, state: State | None, classes: ClassesOf) -> dict[str, dict[str, Any]]:
+def learned(
+    settings: ChironSettings, state: State | None, classes: ClassesOf, now_s: float
+) -> dict[str, dict[str, Any]]:
     """The load of the last hour and of two weeks, and what was made of it."""
     return {name: learned_load(memory, classes[name]) for name, memory in (state or {}).items()}
 

@@ -18,6 +18,7 @@ No source gives the whole; every gap is a setting here, with its reason in docs/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil, inf, isnan, sqrt
 from typing import Annotated, Any, Literal
@@ -25,11 +26,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from chiron.core.kept import Kept
 from chiron.core.types import Role
 from chiron.policies.capacity import capacity
 from chiron.policies.checks import above, at_least
 from chiron.policies.instances import take_back_fullest
-from chiron.policies.policy import Estimates, Policy
+from chiron.policies.policy import LOAD_AGE_MAX_S, PAST_MAX_S, ClassesOf, Estimates, Policy
 from chiron.policies.queues.deadline_groups import DeadlineGroups
 from chiron.policies.ranges import Between
 from chiron.policies.routers.packing import PackingRouter
@@ -191,8 +193,8 @@ def throughput_backpressure(settings: ChironPaperSettings, state: LocalState, vi
 class Memory:
     """What the global loop remembers of one model."""
 
-    kept: int
-    """Instances of the pool that does not grow, as found."""
+    kept: int | None
+    """Instances of the pool that does not grow, as found; None: they have not been counted yet."""
     wanted: tuple[tuple[float, int], ...] = ()
     """(time, interactive and mixed instances wanted) over ``shrink_after_s``."""
     arrivals: npt.NDArray[np.float64]
@@ -208,7 +210,7 @@ def decide_fleet(settings: ChironPaperSettings, state: State | None, view: Fleet
     plans: dict[str, ModelPlan] = {}
     memories: State = {}
     for model in view.models:
-        memory = state.get(model.name) or _first_memory(settings, model)
+        memory = state.get(model.name) or Memory(kept=None, arrivals=np.zeros(0))
         plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view)
     return plans, memories
 
@@ -218,6 +220,7 @@ def _decide_model(
 ) -> tuple[ModelPlan, Memory]:
     now_s = view.now_s
     memory = _remember(settings, memory, model, view)
+    kept = _kept(settings, model) if memory.kept is None else memory.kept
     serving = [i for i in model.instances if i.state in ("ready", "starting") and i.role != "batch"]
     busy = sum(1 for i in serving if i.dispatched_interactive > 0)
     theta = _theta(settings, memory, model)
@@ -229,7 +232,7 @@ def _decide_model(
     window = (*(w for w in history if w[0] > now_s - settings.shrink_after_s), (now_s, wanted))
     # Up at once; down to the most that was wanted lately.
     count = max(wanted, min(current, max(n for _, n in window)))
-    interactive, mixed = _split(settings, memory.kept, count)
+    interactive, mixed = _split(settings, kept, count)
     batch, bbp = _batch_instances(settings, model, now_s)
     counts: dict[Role, int] = {"interactive": interactive, "mixed": mixed, "batch": batch}
     plan = ModelPlan(
@@ -240,12 +243,11 @@ def _decide_model(
         ibp_target=theta,
         bbp=float(bbp),
     )
-    return plan, replace(memory, wanted=window)
+    return plan, replace(memory, kept=kept, wanted=window)
 
 
-def _first_memory(settings: ChironPaperSettings, model: ModelView) -> Memory:
-    kept = model.planned["interactive" if settings.grow == "mixed" else "mixed"]
-    return Memory(kept=kept, arrivals=np.zeros(0))
+def _kept(settings: ChironPaperSettings, model: ModelView) -> int:
+    return model.planned["interactive" if settings.grow == "mixed" else "mixed"]
 
 
 def _split(settings: ChironPaperSettings, kept: int, count: int) -> tuple[int, int]:
@@ -293,6 +295,31 @@ def spike_ratio(arrivals: npt.NDArray[np.float64], window: int, quantile: float)
     before, after = counts[:-window], counts[window:]
     ratios = after[before > 0] / before[before > 0]
     return max(1.0, float(np.quantile(ratios, quantile))) if len(ratios) else 1.0
+
+
+def _told(settings: ChironPaperSettings, state: State | None, classes: ClassesOf, now_s: float) -> dict[str, Any]:
+    """Arrivals by the second, from which Theta follows; of two weeks at the most."""
+    if not settings.theta_from_history:
+        return {}
+    return {name: {"arrivals": memory.arrivals[-PAST_MAX_S:].tolist()} for name, memory in (state or {}).items()}
+
+
+def _read(
+    settings: ChironPaperSettings, kept: Mapping[str, Kept], classes: ClassesOf, now_s: float, age_s: float
+) -> State:
+    """They go on as if no time had passed."""
+    if not settings.theta_from_history or age_s > LOAD_AGE_MAX_S:
+        return {}
+    found = {
+        name: part.numbers("arrivals", 0.0, 1e9, least=0, most=PAST_MAX_S)
+        for name, part in kept.items()
+        if "arrivals" in part
+    }
+    return {
+        name: Memory(kept=None, arrivals=np.array(arrivals[-settings.history_s :], dtype=np.float64))
+        for name, arrivals in found.items()
+        if arrivals is not None
+    }
 
 
 # -- batch ---------------------------------------------------------------------------------------------------------
@@ -377,6 +404,8 @@ def make_chiron_paper(settings: ChironPaperSettings) -> Policy:
         place=router,
         batch_size=decide_batch_size,
         fleet=decide_fleet,
+        learned=_told,
+        restore=_read,
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.initial_max_batch_size,
         initial_roles=initial_roles,

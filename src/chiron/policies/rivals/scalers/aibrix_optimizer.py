@@ -23,17 +23,23 @@ Requests go to the instance with the fewest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, floor, inf, log2
-from typing import Annotated
+from typing import Annotated, Any
 
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.capacity import capacity, work_s
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.each_model import each_model, mixed_plan, within_bounds
+from chiron.policies.rivals.scalers.past import MOST, pairs, read_by, told_by
 from chiron.policies.views import ArrivalView, ClassMix, FleetPlan, FleetView, ModelPlan, ModelView
 
+MOST_CAME = 100_000
+"""Entries of a window that are kept for the next run."""
 Pattern = tuple[str, float]
 """Class, and log2 of its prompts in tenths."""
 
@@ -223,11 +229,56 @@ def pods_of(settings: AibrixOptimizerSettings, mean: float, pods: int) -> int:
     return min(max(ceil(wanted), floor(pods / settings.rate_down)), ceil(settings.rate_up * pods))
 
 
+def _told(settings: AibrixOptimizerSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    """The window, by class, and what the optimizer said."""
+    came: dict[str, list[list[float]]] = {}
+    for each in memory.came:
+        ago_s = floor(now_s) - each.second
+        row = [ago_s, each.pattern[1], each.requests, each.input_tokens, each.input_square]
+        came.setdefault(each.pattern[0], []).append(row)
+    return {
+        "begun_ago_s": now_s - (now_s if memory.begun_s is None else memory.begun_s),
+        "came": came,
+        "replicas": [[now_s - at_s, count] for at_s, count in memory.replicas],
+        **({"panic_ago_s": now_s - memory.panic_s, "panic_pods": memory.panic_pods} if memory.panic_s > -inf else {}),
+    }
+
+
+def _read(
+    settings: AibrixOptimizerSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float
+) -> Memory | None:
+    if "begun_ago_s" not in kept:
+        return None
+    told = kept.part("came")
+    came = [
+        Came(
+            second=floor(now_s) - round(ago_s),
+            pattern=(cls.name, length),
+            requests=round(requests),
+            input_tokens=tokens,
+            input_square=square,
+        )
+        for cls in classes
+        if cls.name in told
+        for ago_s, length, requests, tokens, square in told.rows(cls.name, -1.0, MOST, width=5, most=MOST_CAME) or ()
+    ]
+    panic_ago_s = kept.number("panic_ago_s", 0.0, settings.stable_window_s) if "panic_ago_s" in kept else None
+    return Memory(
+        begun_s=now_s - (kept.number("begun_ago_s", 0.0, MOST) or 0.0),
+        came=tuple(came),
+        replicas=tuple((now_s - ago_s, round(count)) for ago_s, count in pairs(kept, "replicas", MOST_CAME)),
+        panic_s=-inf if panic_ago_s is None else now_s - panic_ago_s,
+        panic_pods=0 if panic_ago_s is None else kept.whole("panic_pods", 0, 10**6) or 0,
+    )
+
+
 def make_aibrix_optimizer(settings: AibrixOptimizerSettings) -> Policy:
     return Policy(
         name="aibrix-optimizer",
         settings=settings,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=read_by(_read),
         fleet_period_s=settings.interval_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -26,11 +26,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil, inf, isnan
 from statistics import median, pstdev
-from typing import Annotated
+from typing import Annotated, Any
 
+from chiron.core.kept import Kept
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
+from chiron.policies.rivals.scalers.past import MOST
 from chiron.policies.rivals.scalers.ray_serve import mixed
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, ModelPlan
 
@@ -252,6 +254,46 @@ def _output_tokens(view: LocalView) -> float:
     return max(1.0, sum(n * view.mixes[name].output_tokens for name, n in counts.items()) / number) if number else 1.0
 
 
+# -- what the next run should know -------------------------------------------------------------------------------
+
+
+def _told(settings: AutothrottleSettings, memory: Memory | None, now_s: float) -> dict[str, Any]:
+    """What each target has cost, and where the Captain is. The minute under way is not among it."""
+    if memory is None:
+        return {}
+    tower, captain = memory.tower, memory.captain
+    return {
+        "target": tower.target,
+        "decisions": tower.decisions,
+        "tries": [[each.target, each.rate, each.cost] for each in tower.tries],
+        "size": captain.size,
+        "margin": captain.margin,
+        "usage": list(captain.usage),
+    }
+
+
+def _read(settings: AutothrottleSettings, kept: Kept, now_s: float) -> Memory | None:
+    if "tries" not in kept:
+        return None
+    rows = kept.rows("tries", 0.0, MOST, width=3, most=MOST_TRIES) or []
+    tries = tuple(Try(target=int(t), rate=round(rate), cost=cost) for t, rate, cost in rows if t < len(LADDER))
+    size = kept.number("size", 1.0, float(settings.max_num_seqs)) or float(settings.max_num_seqs)
+    captain = Captain(
+        size=size,
+        last_size=size,
+        margin=kept.number("margin", 0.0, MOST) or 0.0,
+        usage=tuple(kept.numbers("usage", 0.0, MOST, least=0, most=settings.usage_periods) or ()),
+    )
+    target = kept.whole("target", 0, len(LADDER) - 1)
+    tower = Tower(
+        target=Tower().target if target is None else target,
+        since_s=now_s,
+        decisions=kept.whole("decisions", 0, 10**9) or 0,
+        tries=tries,
+    )
+    return Memory(captain=captain, tower=tower)
+
+
 # -- the fleet -----------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +311,8 @@ def make_autothrottle(settings: AutothrottleSettings) -> Policy:
         name="autothrottle",
         settings=settings,
         batch_size=decide_batch_size,
+        learned_sizes=_told,
+        restore_sizes=_read,
         fleet=decide_fleet,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,

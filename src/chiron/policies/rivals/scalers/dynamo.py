@@ -24,14 +24,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Annotated
+from typing import Annotated, Any
 
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.capacity import capacity, prefill_s, work_s
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.scalers.each_model import each_model, mixed_plan, within_bounds
 from chiron.policies.rivals.scalers.forecasters import Fitted, KalmanNoise, Method, arima, holt_winters, kalman, needs
+from chiron.policies.rivals.scalers.past import MOST, fitted_of, of_fitted, of_period, read_by, series, told_by
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
 MOST_VALUES = 500
@@ -244,6 +247,45 @@ def _itl_s(model: ModelView, one: InstanceView, factor: float) -> float:
     return times.fixed_s + times.per_sequence_s * sequences + times.per_context_token_s * context
 
 
+def told(settings: DynamoSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    """The series, what was fitted to them, the interval under way, and what the last decision asked for."""
+    since = memory.since
+    return {
+        "interval_s": settings.interval_s,
+        "requests": list(memory.requests),
+        "inputs": list(memory.inputs),
+        "outputs": list(memory.outputs),
+        "fitted": {str(place): of_fitted(fitted) for place, fitted in enumerate(memory.fitted)},
+        "since": [since.requests, since.input_tokens, since.input_square],
+        "next_in_s": max(0.0, memory.next_s - now_s),
+        "floor": memory.floor,
+    }
+
+
+def read(settings: DynamoSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float) -> Memory | None:
+    """None: there is nothing of this interval, and a first one begins."""
+    if not of_period(kept, "interval_s", settings.interval_s):
+        return None
+    requests, inputs, outputs = (series(kept, name, MOST_VALUES) for name in ("requests", "inputs", "outputs"))
+    if not len(requests) == len(inputs) == len(outputs):
+        kept.drop("its three series are not of one length", "requests")
+        return None
+    next_in_s = kept.number("next_in_s", 0.0, settings.interval_s)
+    since = kept.numbers("since", 0.0, MOST, least=3, most=3)
+    if next_in_s is None or since is None:
+        next_in_s, since = settings.interval_s, [0.0, 0.0, 0.0]
+    fitted = kept.part("fitted")
+    return Memory(
+        since=Interval(requests=since[0], input_tokens=since[1], input_square=since[2]),
+        next_s=now_s + next_in_s,
+        requests=requests,
+        inputs=inputs,
+        outputs=outputs,
+        fitted=tuple(fitted_of(fitted.part(str(place))) for place in range(3)),
+        floor=kept.whole("floor", 0, 10**6) or 0,
+    )
+
+
 def make_dynamo(settings: DynamoSettings) -> Policy:
     """Raises ImportError where the forecaster's library is not installed."""
     needs(settings.predictor)
@@ -251,6 +293,8 @@ def make_dynamo(settings: DynamoSettings) -> Policy:
         name="dynamo-planner",
         settings=settings,
         fleet=decide_fleet,
+        learned=told_by(told),
+        restore=read_by(read),
         fleet_period_s=settings.load_interval_s if settings.load else settings.interval_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -23,10 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, inf, isfinite
+from math import ceil, floor, inf, isfinite
 from typing import Any
 
-from chiron.core.types import Instance, Placement, Request
+from chiron.core.kept import Kept
+from chiron.core.types import Instance, Placement, Request, RequestClass
 from chiron.policies.capacity import arrivals_s, capacity, decode_s, prefill_s, work_s
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
@@ -36,12 +37,15 @@ from chiron.policies.rivals.scalers import dynamo
 from chiron.policies.rivals.scalers.dynamo import DynamoSettings
 from chiron.policies.rivals.scalers.each_model import each_model, mixed_plan, within_bounds
 from chiron.policies.rivals.scalers.forecasters import needs
+from chiron.policies.rivals.scalers.past import pairs, read_by, told_by
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.size import KV_FILL, kv_tokens
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView, StepTimes
 
 FOLLOWS = 0.01
 """Weight of a request in the mean of what requests cost a step."""
+MOST_ONLINE = 100_000
+"""Entries of the window that are kept for the next run: one for each class and second."""
 DUST = 1e-9
 """Sums of floats are not taken for a replica more."""
 
@@ -277,6 +281,19 @@ def order_batch(settings: DynamoBatchSettings, estimates: Estimates) -> KeyOrder
     return KeyOrder(batch_due_s)
 
 
+def _told(settings: DynamoBatchSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    online = [[floor(now_s) - second, work] for second, work in memory.online]
+    return {**dynamo.told(settings, memory.planner, now_s), "online": online}
+
+
+def _read(settings: DynamoBatchSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float) -> Memory | None:
+    planner = dynamo.read(settings, kept, classes, now_s)
+    if planner is None:
+        return None
+    online = tuple((floor(now_s) - round(ago_s), work) for ago_s, work in pairs(kept, "online", MOST_ONLINE))
+    return Memory(planner=planner, online=online)
+
+
 def make_dynamo_batch(settings: DynamoBatchSettings) -> Policy:
     """Raises ImportError where the forecaster's library is not installed."""
     needs(settings.predictor)
@@ -290,6 +307,8 @@ def make_dynamo_batch(settings: DynamoBatchSettings) -> Policy:
         order_batch=order_batch,
         place=place,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=read_by(_read),
         fleet_period_s=min(settings.batch_interval_s, settings.load_interval_s),
         initial_max_batch_size=settings.max_num_seqs,
     )

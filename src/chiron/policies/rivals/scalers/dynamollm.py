@@ -6,31 +6,34 @@ one, as do requests while every instance of theirs is full. Once an epoch of hal
 
     instances = ceil(sum over classes of requests: load expected / load that one instance serves within its SLOs)
 
-The load expected is that of the busiest minute of the last epoch. The paper has no batch requests: their work counts as
+The load expected is that of the busiest minute of the last epoch, or of the same epoch in earlier weeks. The paper
+has no batch requests: their work counts as
 if it had come evenly over an epoch, as long as the plan holds, or over the time that its class has until its deadline,
 if that is less; else a job that comes at once would ask for everything (ours, in its favour).
 
 Sources: the paper (arXiv 2408.00741), by its abstract and notes; no code is public. Left out are two of its three knobs
 and two of its three levels: how many GPUs an instance is spread over, every 5 minutes, and their frequency, every 5 s.
 They save energy, not GPU-hours, and neither is in the simulator. Its load predictor is a template made of earlier
-weeks: only the scenario ``weeks`` has some, where it would count, and no load is handed on from a history to this
-policy. Answers' types are predicted by a proxy model there, and are those of the request's class here, by the mean of
-its answers.
+weeks: where the epoch of one or two weeks ago is known (after that long, or from a history), the load expected is the
+mean of theirs. Answers' types are predicted by a proxy model there, and are those of the request's class here, by the
+mean of its answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, floor, inf
 from typing import Annotated, Any
 
+from chiron.core.kept import Kept
 from chiron.core.types import Instance, Placement, Request, RequestClass
 from chiron.policies.capacity import capacity, decode_s, prefill_s
 from chiron.policies.checks import above, at_least
-from chiron.policies.policy import Estimates, Policy
+from chiron.policies.policy import LOAD_AGE_MAX_S, PAST_MAX_S, ClassesOf, Estimates, Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.each_model import each_model, held, mixed_plan, scraped, within_bounds
+from chiron.policies.rivals.scalers.past import MOST, pairs, told_by
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.size import prompt_tokens
 from chiron.policies.views import ClassMix, FleetPlan, FleetView, ModelPlan, ModelView
@@ -45,6 +48,8 @@ SHARES_EVERY = 256
 FOLLOWS = 0.002
 """Weight of a request in the shares of work: they are those of about the last 500."""
 MINUTE_S = 60
+MOST_EPOCHS = 16_384
+"""That are remembered: two weeks of the shortest, and some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +57,9 @@ class DynamoLlmSettings:
     epoch_s: Annotated[float, Between(120.0, 1800.0, log=True)] = 1800.0
     """Between two decisions of the cluster manager (the paper, by notes)."""
     first_s: float = 300.0
-    """The first one. Ours: the paper begins with a prediction from earlier weeks."""
+    """The first one, without a history. Ours: the paper begins with a prediction from earlier weeks."""
+    week_s: float = 604_800.0
+    """After which the load is expected to come back (the paper, by notes)."""
     tick_s: float = 60.0
     """How often the load is counted. Ours."""
     utilisation: Annotated[float, Between(0.3, 1.0)] = 0.8
@@ -64,7 +71,7 @@ class DynamoLlmSettings:
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "epoch_s", "tick_s", "utilisation", "stale_s")
+        above(0, self, "epoch_s", "week_s", "tick_s", "utilisation", "stale_s")
         at_least(0, self, "first_s")
         at_least(1, self, "max_num_seqs")
         if not self.tick_s <= self.epoch_s:
@@ -85,6 +92,12 @@ class Memory:
     """(minute, instances that its interactive requests would have kept busy) of the epoch, the last one under way."""
     batch_s: float = 0.0
     """For how long batch requests of the epoch would have kept one busy, more where they are due within one."""
+    epochs: tuple[tuple[float, float], ...] = ()
+    """(when it began, its busiest minute) of those of the last two weeks."""
+    expected: float = 0.0
+    """Instances' worth of load that the plan in force is for."""
+    adopts: bool = False
+    """It is that of an earlier run, and is to be planned for now."""
 
 
 State = dict[str, Memory]
@@ -102,7 +115,8 @@ def _decide_model(
     if memory.begun_s is None:
         begun = Memory(begun_s=now_s, next_s=now_s + settings.first_s)
         return mixed_plan(within_bounds(model, current), "first_epoch"), begun
-    span_s = now_s - memory.begun_s
+    began_s = memory.begun_s
+    span_s = now_s - began_s
     oldest = (now_s - settings.epoch_s) // MINUTE_S
     minutes = {minute: busy for minute, busy in memory.minutes if minute >= oldest}
     batch_s = memory.batch_s
@@ -111,17 +125,43 @@ def _decide_model(
         minutes[minute] = minutes.get(minute, 0.0) + (busy_s / MINUTE_S if cls.interactive else 0.0)
         batch_s += 0.0 if cls.interactive else busy_s * max(1.0, settings.epoch_s / cls.deadline_s)
     memory = replace(memory, minutes=tuple(sorted(minutes.items())), batch_s=batch_s)
+    if memory.adopts and now_s < memory.next_s - 1e-6:
+        memory = replace(memory, adopts=False)
+        return _planned(settings, model, current, memory.expected, {}), memory
     if now_s < memory.next_s - 1e-6:
         return mixed_plan(within_bounds(model, current), "within_epoch"), memory
     if scraped(model, settings.stale_s) is None:
         return held(model), memory
-    memory = replace(memory, begun_s=now_s, next_s=now_s + settings.epoch_s, minutes=(), batch_s=0.0)
-    if not minutes:
+    busiest, batch = max(minutes.values(), default=0.0), batch_s / max(span_s, settings.epoch_s)
+    oldest_s = now_s - 2.0 * settings.week_s - settings.epoch_s
+    epochs = (*(each for each in memory.epochs if each[0] >= oldest_s), (began_s, busiest))[-MOST_EPOCHS:]
+    template = expected(settings, epochs, now_s)
+    memory = Memory(begun_s=now_s, next_s=now_s + settings.epoch_s, epochs=epochs)
+    if template is not None:
+        busiest = template
+    elif not minutes:
         return mixed_plan(within_bounds(model, model.min_instances), "no_load"), memory
-    busiest, batch = max(minutes.values()), batch_s / max(span_s, settings.epoch_s)
-    count = within_bounds(model, ceil((busiest + batch) / settings.utilisation - 1e-9))
+    memory = replace(memory, expected=busiest + batch)
+    return _planned(settings, model, current, memory.expected, {"busiest": busiest, "batch": batch}), memory
+
+
+def _planned(
+    settings: DynamoLlmSettings, model: ModelView, current: int, expects: float, numbers: Mapping[str, float]
+) -> ModelPlan:
+    count = within_bounds(model, ceil(expects / settings.utilisation - 1e-9))
     reason = "load_above" if count > current else "load_below" if count < current else "steady"
-    return mixed_plan(count, reason, {"busiest": busiest, "batch": batch}), memory
+    return mixed_plan(count, reason, numbers)
+
+
+def expected(settings: DynamoLlmSettings, epochs: Sequence[tuple[float, float]], now_s: float) -> float | None:
+    """The mean over the weeks that are known of the epoch that began nearest to now; None: of no week it is."""
+    found = []
+    for weeks in (1, 2):
+        then_s = now_s - weeks * settings.week_s
+        near = min(epochs, key=lambda each: abs(each[0] - then_s), default=None)
+        if near is not None and abs(near[0] - then_s) <= settings.epoch_s / 2.0:
+            found.append(near[1])
+    return sum(found) / len(found) if found else None
 
 
 def load(settings: DynamoLlmSettings, model: ModelView) -> list[tuple[int, RequestClass, float]]:
@@ -154,6 +194,57 @@ def _work_rate(settings: DynamoLlmSettings, model: ModelView, mix: ClassMix, itl
         max_num_seqs=min(model.max_num_seqs, settings.max_num_seqs),
     )
     return max(1e-9, carried.work_rate)
+
+
+# -- what the next run should know -------------------------------------------------------------------------------
+
+
+def _told(settings: DynamoLlmSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    """The epochs of two weeks and the one under way. The minute under way is a whole one once half of it is over."""
+    if memory.begun_s is None:
+        return {}
+    this, over_s = floor(now_s / MINUTE_S), now_s % MINUTE_S
+    whole = MINUTE_S / over_s if over_s > MINUTE_S / 2 else 0.0
+    minutes = [[this - minute + (whole > 0.0), busy] for minute, busy in memory.minutes if minute < this]
+    minutes += [[1, whole * busy] for minute, busy in memory.minutes if minute >= this and whole]
+    return {
+        "begun_ago_s": now_s - memory.begun_s,
+        "next_in_s": max(0.0, memory.next_s - now_s),
+        "minutes": minutes,
+        "batch_s": memory.batch_s,
+        "epochs": [[now_s - at_s, busy] for at_s, busy in memory.epochs],
+        "expected": memory.expected,
+    }
+
+
+def _restored(
+    settings: DynamoLlmSettings, kept: Mapping[str, Kept], classes: ClassesOf, now_s: float, age_s: float
+) -> State:
+    found = {name: _read(settings, part, now_s, age_s) for name, part in kept.items()}
+    return {name: memory for name, memory in found.items() if memory is not None}
+
+
+def _read(settings: DynamoLlmSettings, kept: Kept, now_s: float, age_s: float) -> Memory | None:
+    """Epochs keep their time of the week. The one under way goes on as if no time had passed; of too long ago, a
+    first one begins."""
+    if "begun_ago_s" not in kept:
+        return None
+    told = pairs(kept, "epochs", MOST_EPOCHS)
+    epochs = tuple((now_s - age_s - ago_s, busy) for ago_s, busy in told if age_s + ago_s <= PAST_MAX_S)
+    begun_ago_s, next_in_s = kept.number("begun_ago_s", 0.0, MOST), kept.number("next_in_s", 0.0, settings.epoch_s)
+    expects = kept.number("expected", 0.0, MOST)
+    if age_s > LOAD_AGE_MAX_S or begun_ago_s is None or next_in_s is None or expects is None:
+        return Memory(begun_s=now_s, next_s=now_s + settings.first_s, epochs=epochs)
+    this = floor(now_s / MINUTE_S)
+    return Memory(
+        begun_s=now_s - begun_ago_s,
+        next_s=now_s + next_in_s,
+        minutes=tuple(sorted((this - round(ago), busy) for ago, busy in pairs(kept, "minutes", MOST_EPOCHS))),
+        batch_s=kept.number("batch_s", 0.0, MOST) or 0.0,
+        epochs=epochs,
+        expected=expects,
+        adopts=expects > 0.0,
+    )
 
 
 # -- pools ---------------------------------------------------------------------------------------------------------
@@ -260,6 +351,8 @@ def make_dynamollm(settings: DynamoLlmSettings) -> Policy:
         settings=settings,
         place=place,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=_restored,
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

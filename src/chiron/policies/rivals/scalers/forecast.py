@@ -14,16 +14,19 @@ It is fitted on the past only. Papers that forecast load for serving publish for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Annotated, Any, Literal, Protocol
 
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.capacity import arrivals_s, capacity
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.each_model import each_model, mixed_plan, within_bounds
 from chiron.policies.rivals.scalers.forecasters import arima, holt_winters, needs
+from chiron.policies.rivals.scalers.past import fitted_of, of_fitted, of_period, read_by, series, told_by
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 MOST_VALUES = 1440
@@ -135,6 +138,26 @@ def _work_in_a_period(settings: FleetRule, model: ModelView) -> float:
     return max(1e-9, carried.work_rate * settings.period_s * settings.utilisation)
 
 
+def told_series(settings: FleetRule, memory: Memory, fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """The series, and what was fitted to it, for the next run."""
+    return {"period_s": settings.period_s, "series": list(memory.series), "fitted": fitted}
+
+
+def read_series(settings: FleetRule, kept: Kept, fitted: Callable[[Kept], Any]) -> Memory | None:
+    """None: there is none of this period, and a first period begins."""
+    if not of_period(kept, "period_s", settings.period_s):
+        return None
+    return Memory(series=series(kept, "series", MOST_VALUES), fitted=fitted(kept.part("fitted")))
+
+
+def _told(settings: ForecastSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    return told_series(settings, memory, of_fitted(memory.fitted))
+
+
+def _read(settings: ForecastSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float) -> Memory | None:
+    return read_series(settings, kept, fitted_of)
+
+
 def make_forecast(settings: ForecastSettings) -> Policy:
     """Raises ImportError where the forecaster's library is not installed."""
     needs(settings.method)
@@ -142,6 +165,8 @@ def make_forecast(settings: ForecastSettings) -> Policy:
         name=f"forecast-{settings.method}",
         settings=settings,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=read_by(_read),
         fleet_period_s=settings.period_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -19,12 +19,15 @@ from dataclasses import dataclass, replace
 from math import ceil, isfinite
 from typing import Annotated, Any
 
+from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.each_model import each_model
-from chiron.policies.rivals.scalers.forecast import Memory, State, follow
+from chiron.policies.rivals.scalers.forecast import Memory, State, follow, read_series, told_series
 from chiron.policies.rivals.scalers.forecasters import FEWEST, needs
+from chiron.policies.rivals.scalers.past import MOST, read_by, told_by
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan, ModelView
 
 
@@ -160,6 +163,35 @@ def _decide_model(
     return follow(settings, forecast, memory, model)
 
 
+def _told(settings: LstmSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    network: Network | None = memory.fitted
+    if network is None:
+        return told_series(settings, memory, {})
+    told = {"weights": list(network.weights), "least": network.least, "most": network.most, "age": network.age}
+    return told_series(settings, memory, told)
+
+
+def _read(settings: LstmSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float) -> Memory | None:
+    def network(kept: Kept) -> Network | None:
+        if "weights" not in kept:
+            return None
+        size = weights_of(settings)
+        weights = kept.numbers("weights", -MOST, MOST, least=size, most=size)
+        least, most = kept.number("least", 0.0, MOST), kept.number("most", 0.0, MOST)
+        age = kept.whole("age", 0, 10**9)
+        if weights is None or least is None or most is None or age is None or not least < most:
+            return None
+        return Network(weights=tuple(weights), least=least, most=most, age=age)
+
+    return read_series(settings, kept, network)
+
+
+def weights_of(settings: LstmSettings) -> int:
+    """How many weights a network has: four gates with two biases each, and a linear layer."""
+    hidden = settings.hidden
+    return 4 * hidden * (1 + hidden + 2) + settings.ahead * (hidden + 1)
+
+
 def make_forecast_lstm(settings: LstmSettings) -> Policy:
     """Raises ImportError where torch is not installed."""
     needs("lstm")
@@ -167,6 +199,8 @@ def make_forecast_lstm(settings: LstmSettings) -> Policy:
         name="forecast-lstm",
         settings=settings,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=read_by(_read),
         fleet_period_s=settings.period_s,
         initial_max_batch_size=settings.max_num_seqs,
     )

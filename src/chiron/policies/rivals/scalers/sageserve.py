@@ -26,10 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil, floor, inf
 from typing import Annotated, Any
 
-from chiron.core.types import Instance, Placement, Request
+from chiron.core.kept import Kept
+from chiron.core.types import Instance, Placement, Request, RequestClass
 from chiron.policies.capacity import capacity
 from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
@@ -38,6 +39,7 @@ from chiron.policies.queues.order import KeyOrder
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.each_model import each_model, held, mixed_plan, scraped, within_bounds
 from chiron.policies.rivals.scalers.forecasters import FEWEST, Fitted, arima, needs
+from chiron.policies.rivals.scalers.past import fitted_of, of_fitted, pairs, read_by, series, told_by
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.views import FleetPlan, FleetView, InstanceView, ModelPlan, ModelView
 
@@ -51,8 +53,8 @@ class SageServeSettings:
     plan_s: Annotated[float, Between(1800.0, 3600.0, log=True)] = 3600.0
     """Between two plans (the code, as all that follow where nothing else is said)."""
     first_s: float = 600.0
-    """Of the first one. Ours: the code begins with a forecast from earlier weeks; until then memory that interactive
-    requests use adds instances, and none leaves."""
+    """Of the first one. Ours: the code begins with a forecast from earlier weeks, as after a history; until then
+    memory that interactive requests use adds instances, and none leaves."""
     ahead_from_s: float = 1200.0
     """The part of the forecast that a plan is for begins so far ahead, and ends ``plan_s`` ahead."""
     batch_share: float = 0.1
@@ -108,6 +110,8 @@ class Memory:
     """Minutes that there were when ARIMA's order was chosen."""
     changes: int | None = None
     """Instances that the plan still has to add, or to take away if negative; None: there is no plan yet."""
+    has_past: bool = False
+    """Of an earlier run: its first decision is a plan."""
 
 
 State = dict[str, Memory]
@@ -127,7 +131,8 @@ def _decide_model(
     if fresh is None:
         return held(model), memory
     at_once = 0
-    if now_s >= settings.first_s and now_s - memory.planned_s >= settings.plan_s and len(memory.minutes) >= FEWEST:
+    begun = memory.has_past or now_s >= settings.first_s
+    if begun and now_s - memory.planned_s >= settings.plan_s and len(memory.minutes) >= FEWEST:
         memory = _planned(settings, memory, model, current, now_s)
         if memory.changes is not None and not settings.down_waits:
             at_once = min(0, memory.changes)
@@ -257,6 +262,39 @@ def tokens_per_minute(settings: SageServeSettings, model: ModelView) -> float:
     return max(1e-9, per_s * MINUTE_S * settings.utilisation)
 
 
+def _told(settings: SageServeSettings, memory: Memory, now_s: float) -> dict[str, Any]:
+    """The minutes so far, and ARIMA's order. The one under way is one of them once more than half of it is over."""
+    minutes, batch_minutes = memory.minutes, memory.batch_minutes
+    if memory.minute >= 0:
+        over_s = now_s - MINUTE_S * memory.minute
+        idle = (0.0,) * (int(over_s // MINUTE_S) - 1)
+        if over_s > MINUTE_S / 2:
+            whole = max(1.0, MINUTE_S / over_s)
+            minutes = (*minutes, whole * memory.tokens, *idle)[-MOST_MINUTES:]
+            batch_minutes = (*batch_minutes, whole * memory.batch_tokens, *idle)[-60:]
+    return {
+        "minutes": list(minutes),
+        "batch_minutes": list(batch_minutes),
+        "last_minute": [[floor(now_s) - second, tokens] for second, tokens in memory.last_minute],
+        "fitted": of_fitted(memory.fitted),
+        "chosen_from": memory.chosen_from,
+    }
+
+
+def _read(settings: SageServeSettings, kept: Kept, classes: Sequence[RequestClass], now_s: float) -> Memory | None:
+    if "minutes" not in kept:
+        return None
+    last = pairs(kept, "last_minute", MOST_MINUTES)
+    return Memory(
+        minutes=series(kept, "minutes", MOST_MINUTES),
+        batch_minutes=series(kept, "batch_minutes", 60),
+        last_minute=tuple((floor(now_s) - round(ago_s), tokens) for ago_s, tokens in last),
+        fitted=fitted_of(kept.part("fitted")),
+        chosen_from=kept.whole("chosen_from", 0, MOST_MINUTES) or 0,
+        has_past=True,
+    )
+
+
 # -- batch work, and placement -------------------------------------------------------------------------------------
 
 
@@ -320,6 +358,8 @@ def make_sageserve(settings: SageServeSettings) -> Policy:
         order_batch=order_batch,
         place=place,
         fleet=decide_fleet,
+        learned=told_by(_told),
+        restore=read_by(_read),
         fleet_period_s=settings.tick_s,
         initial_max_batch_size=settings.max_num_seqs,
     )
