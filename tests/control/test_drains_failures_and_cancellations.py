@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from chiron.control.dispatcher import AVOID_ALONE_S, RETRIES_MAX
+from chiron.control.eviction import REDONE_MAX
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
@@ -16,6 +17,7 @@ from chiron.fleet.model import ColdStart, Failures, FleetModel
 from chiron.policies.chiron.global_loop import make_chiron
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.policy import Policy
+from chiron.policies.size import prefill_s
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from scenario_factory import CLASSES, PROFILE, TICK_S, kind_of
 
@@ -402,6 +404,29 @@ def test_for_prefill_that_waits_batch_work_leaves_and_comes_back_once_nobody_wai
     assert len(instance.batch) == 8, "the pause is for places, not for steps"
     stage.until(60.0)
     assert set(outcomes(nights)) == {"finished"}
+
+
+def test_what_made_way_for_prefill_stays_away_in_proportion_to_what_it_has_to_prefill_again() -> None:
+    stage = Stage(profile=replace(ROOMY, max_num_seqs=16))
+    for n in range(8):
+        stage.send(n, 4000, NIGHT, tokens_in=1000)
+    stage.until(30.0)
+    (instance,) = stage.plane.instances.values()
+    assert len(instance.batch) == 8
+    learner = stage.plane.models["m0"].learner
+    redone_s = sum(prefill_s(learner, r.input_tokens + r.tokens_done) for r in instance.batch.values())
+    instance.prefill_limit_s = 1e-6
+    for n in range(2):
+        stage.send(10 + n, 10, tokens_in=640)
+    stage.until(30.15)
+    stage.send(13, 10)
+    assert not instance.batch
+    away_s = redone_s / REDONE_MAX
+    assert away_s > 2.0, "the chats are over by then"
+    stage.until(30.0 + away_s)
+    assert (instance.running_interactive, len(instance.batch)) == (0, 0)
+    stage.until(32.0 + away_s + 8 * 3000 / 32 * TICK_S)
+    assert len(instance.batch) == 8
 
 
 def test_a_cancelled_request_frees_its_place_and_is_no_eviction() -> None:

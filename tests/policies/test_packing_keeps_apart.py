@@ -156,3 +156,18 @@ def test_a_refusal_looks_at_few_of_many_instances() -> None:
     assert place(router, job(2000)) is None
     assert place(router, job(200)) is not None
     assert len(looked) <= 4
+
+
+def test_before_the_first_interactive_request_batch_prefill_is_bounded_by_the_ttft_that_is_configured() -> None:
+    router, (one,) = fleet("mixed", step_s=inf, limit_s=inf)
+    router._estimates.ttft_min_s = inf
+    run(one, cls=JOBS, prefill_s=0.24 * CHAT.ttft_s)
+    changed(router, one)
+    assert place(router, job(100)) is one
+    run(one, cls=JOBS, prefill_s=0.02 * CHAT.ttft_s)
+    changed(router, one)
+    assert place(router, job(100)) is None, "the first one to come waits for the step that is under way"
+    alone, (own,) = fleet("batch", step_s=inf, limit_s=inf)
+    run(own, cls=JOBS, prefill_s=0.26 * CHAT.ttft_s)
+    changed(alone, own)
+    assert place(alone, job(100)) is own, "an instance for batch work alone takes its two seconds"

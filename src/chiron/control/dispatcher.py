@@ -164,8 +164,7 @@ class Dispatcher:
                     continue
                 placement = state.router.place(request, waited_s)
                 if placement is None:
-                    for victim in state.router.relieve(request, waited_s):
-                        self._evictor.evict(state, victim)
+                    self._evictor.relieve(state, state.router.relieve(request, waited_s))
                     break
                 waiting.remove_head(request, now_s)
                 self._dispatch(state, request, placement)

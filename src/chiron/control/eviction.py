@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from chiron.control.booking import leave
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, Placement, Request
-from chiron.policies.size import within
+from chiron.policies.size import prefill_s, within
 
+REDONE_MAX: Final = 0.2
+"""Share of an instance's time that prefill may take which is done again because batch work made way for prefill. Ours:
+of the co-serving test's shares the one with the shortest TTFT whose batch ends no later than without it."""
 ANSWER_MAX_S: Final = 60.0
 """For so long an engine may take to let go of a request. What is not answered by then is not there any more: a
 message was lost, and an instance that drains would wait for it for ever."""
@@ -56,6 +60,22 @@ class Evictor:
             self.evict(state, victim)
             if not had_room:
                 self._pause(instance)
+
+    def relieve(self, state: ModelState, victims: Sequence[Request]) -> None:
+        """Evict batch work of one instance that makes way for prefill. It stays away for long enough that what it has
+        to prefill again is a small share of the time; or it would come back as soon as nobody waits, leave once more
+        in the next moment of need, and cost the instance one prefill after another."""
+        redone_s = 0.0
+        for victim in victims:
+            if not victim.prefill_cost_s:
+                redone_s += prefill_s(state.learner, victim.input_tokens + victim.tokens_done)
+        for victim in victims:
+            instance = victim.instance
+            self.evict(state, victim)
+            if redone_s and instance is not None:
+                until_s = self._clock.now_s + redone_s / REDONE_MAX
+                instance.eviction_pause_until_s = max(instance.eviction_pause_until_s, until_s)
+                instance.eviction_left = len(instance.batch)
 
     def trim(self, state: ModelState, instance: Instance) -> None:
         """Evict batch work, last come first, beyond the max batch size."""

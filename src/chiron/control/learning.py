@@ -190,6 +190,7 @@ class Learner(Estimates):
         super().__init__(
             _step_times(PRIOR), max((c.ttft_s for c in classes if c.interactive and c.ttft_s != inf), default=inf)
         )
+        self.ttft_told_s = min((c.ttft_s for c in classes if c.interactive), default=inf)
         self.mixes = {c.name: Mix(c) for c in classes}
         self.expected_output = {c.name: PRIOR_OUTPUT_TOKENS for c in classes}
         self.mix_views = {c.name: self.mixes[c.name].view() for c in classes}

@@ -69,6 +69,8 @@ class Estimates:
         self.prefill_square_s = step_times.per_prefill_square_s
         self.ttft_min_s = inf
         """Tightest configured TTFT among the interactive classes that ran; inf before the first."""
+        self.ttft_told_s = inf
+        """Tightest one among the configured interactive classes, whether any of them ran or not; inf: there is none."""
         self.ttft_max_s = ttft_max_s
         """Loosest finite one among the configured interactive classes; inf if there is none."""
         self.itl_missed = 0.0

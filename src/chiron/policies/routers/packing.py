@@ -177,9 +177,9 @@ class PackingRouter:
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
         """Interactive work queues for want of prefill, not of slots: batch work beside it slows every step, so it makes
-        way on one instance after another. It may come back as soon as nobody waits: what was wanted was a few steps,
-        not its places. Where ITL SLOs keep it small it slows steps by little, so there what decodes, its prefill paid
-        for, stays until that was not enough."""
+        way on one instance after another. What was wanted was a few steps, not its places: it may come back once nobody
+        waits and its prefill is worth it again (``Evictor.relieve``). Where ITL SLOs keep it small it slows steps by
+        little, so there what decodes, its prefill paid for, stays until that was not enough."""
         after_s = self._relieve_after * request.ttft_slo_s
         if not (self._evicts and waited_s > after_s):
             return ()
@@ -471,6 +471,9 @@ class PackingRouter:
             return True
         if own:
             return backlog_s < self._prefill_batch_s
+        if self._keeps_apart and self._estimates.ttft_min_s == inf:
+            # No interactive request has run yet: the first one waits for the step that is under way when it comes.
+            return backlog_s < min(self._prefill_batch_s, self._prefill_share * self._estimates.ttft_told_s)
         return backlog_s < min(
             self._prefill_batch_s,
             self._prefill_share_batch * self._estimates.ttft_min_s,
