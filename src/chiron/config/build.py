@@ -109,9 +109,10 @@ def setups(
 
 
 def _predicted(workload: Workload, settings: object, seed: int) -> Workload:
-    """With what the policy's length predictor says, if it has one."""
+    """With what the policy's length predictor says, if it has one and asks it."""
     error = getattr(settings, "length_error", None)
-    return workload if error is None else with_predictions(workload, error, seed=seed)
+    asks = getattr(settings, "predicts", True)
+    return with_predictions(workload, error, seed=seed) if asks and error is not None else workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,9 +78,10 @@ class Decoding:
 
 
 def tokens_left(estimates: Estimates, request: Request, made: int, factor: float = 1.0) -> float:
-    """Tokens that its answer is still expected to have, at ``factor`` times the mean of its class."""
+    """Tokens that its answer is still expected to have, at ``factor`` times what was predicted, or the mean of its
+    class where nobody predicted it."""
     most = request.max_output_tokens
-    expected = factor * estimates.expected_output[request.class_name]
+    expected = factor * (request.predicted_tokens or estimates.expected_output[request.class_name])
     if most is not None:
         expected = min(expected, most)
     return max(expected - made, 1.0 if most is not None and made >= most else LENGTH_STEP_TOKENS)

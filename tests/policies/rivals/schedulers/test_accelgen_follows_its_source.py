@@ -122,3 +122,12 @@ def test_the_largest_slack_gives_way_to_what_must_run() -> None:
     assert gives(composer(must), step=60) == (), "whoever has just begun has its token first"
     assert composer(must).victim() is jobs
     assert made(settings=replace(DEFAULT, preempts=False)).preempter is None
+
+
+def test_the_slack_of_batch_work_follows_from_the_predicted_length_of_its_answer() -> None:
+    short, long, unknown = (request(id, 100, cls=JOBS) for id in (1, 2, 3))
+    short.predicted_tokens, long.predicted_tokens = 60, 6000
+    composer = made(short, long, unknown)
+    slacks = {prompt.request.id: prompt.slack_s(0.0) for prompt in composer._prompts.values()}
+    assert slacks[2] < slacks[3] < slacks[1]
+    assert composer._prompts[2].steps == pytest.approx(6000 + 100)

@@ -178,3 +178,64 @@ def test_a_step_holds_512_tokens() -> None:
     composer = compose(JIT, Learner((CHAT, JOBS)))
     assert composer.tokens(view(0, 0.0, decoding=12, free=4)) == 500
     assert composer.tokens(view(0, 0.0, decoding=600, free=4)) == 0
+
+
+def slow(settings: JitServeSettings) -> JitServe:
+    """Two requests with an ITL SLO of 200 ms decode in steps of 300 ms, and one waits."""
+    composer = compose(settings, Learner((CHAT, JOBS)))
+    composer.tokens(view(0, 0.0, decoding=1, free=3))
+    for id in (1, 2):
+        composer.began(request(id, 10), 1, 0, 0.0)
+    composer.tokens(view(50, 15.0, decoding=2, free=2))
+    composer.add(request(9, 100), 100, False)
+    return composer
+
+
+@pytest.mark.parametrize(
+    ("settings", "places", "expected"),
+    [
+        pytest.param(JIT, 6, True, id="six less three are more than two"),
+        pytest.param(JIT, 5, False, id="five less three are taken"),
+        pytest.param(replace(JIT, swaps_max=2), 5, True, id="as many fewer as may give way at once"),
+        pytest.param(replace(JIT, itl_guard=False), 5, True, id="without the guard"),
+    ],
+)
+def test_while_steps_are_longer_than_the_tightest_itl_slo_there_are_fewer_places(
+    settings: JitServeSettings, places: int, expected: bool
+) -> None:
+    composer = slow(settings)
+    composer.tokens(view(51, 15.3, decoding=2, free=places - 2, places=places))
+    assert (composer.head(15.3, False) is not None) == expected
+    composer = slow(settings)
+    composer.gives_way(view(100, 30.0, decoding=2, free=places - 2, places=places))
+    assert bool(composer._favoured) == expected
+
+
+def test_one_place_is_always_left_and_a_prompt_under_way_goes_on() -> None:
+    composer = compose(JIT, Learner((CHAT, JOBS)))
+    composer.began(request(1, 10), 1, 0, 0.0)
+    composer.add(request(9, 4000), 3000, True)
+    composer._unit_s = 9.0
+    composer.tokens(view(1, 0.1, decoding=1, free=0, places=2))
+    assert composer.head(0.1, False).id == 9  # type: ignore[union-attr]
+    composer.left(request(1, 10))
+    composer.forget(request(9, 4000))
+    composer.add(request(10, 100), 100, False)
+    composer.tokens(view(2, 0.2, decoding=0, free=1, places=1))
+    assert composer.head(0.2, False).id == 10  # type: ignore[union-attr]
+
+
+def test_a_predicted_answer_counts_at_its_95_percent_quantile_and_others_at_twice_the_mean() -> None:
+    composer = compose(JIT, Learner((CHAT, JOBS)))
+    known, unknown = request(1, 500, cls=JOBS), request(2, 500, cls=JOBS)
+    known.predicted_tokens = 100
+    mean = Learner((CHAT, JOBS)).expected_output["jobs"]
+    exact = compose(replace(JIT, length_error=0.0), Learner((CHAT, JOBS)))
+    for made, left in (
+        (composer._density(known, 0, 0.0), 100 * 2.2761),
+        (exact._density(known, 0, 0.0), 100.0),
+        (composer._density(unknown, 0, 0.0), 2.0 * mean),
+    ):
+        takes_s = 0.02 * left
+        share = bandwidth(known, 500 * composer._estimates.prefill_token_s, takes_s, left, 0.0)
+        assert made == pytest.approx((500 + 8 * left) / takes_s * share, rel=0.02)

@@ -245,3 +245,15 @@ def test_an_instance_that_is_too_small_is_not_one_of_those_asked() -> None:
     for cls in (CHAT, JOBS):
         placements = [router.place(request(7, tokens, cls=cls), 0.0) for tokens in (50_000, 9_999, 250_000)]
         assert [placement and placement.instance.id for placement in placements] == [4, 1, None]
+
+
+def test_a_plan_takes_the_kv_of_the_predicted_answer() -> None:
+    composer = compose(DEFAULT, Learner((CHAT, JOBS)))
+    known, unknown = Request(1, "m", CHAT, 0.0, 100), Request(2, "m", CHAT, 0.0, 100)
+    known.predicted_tokens = 7000
+    for each in (known, unknown):
+        composer.add(each, 100, False)
+    planned = {id: composer._planned(prompt).kv_tokens for id, prompt in composer._prompts.items()}
+    assert planned == {1: 7100, 2: 100 + Learner((CHAT, JOBS)).expected_output["chat"]}
+    router = NextReplica(DEFAULT, Learner((CHAT, JOBS)))
+    assert router._prompt(known, new=True).kv_tokens == 7100

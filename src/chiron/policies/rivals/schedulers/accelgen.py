@@ -32,7 +32,7 @@ from chiron.core.types import Request
 from chiron.policies.checks import above, at_least
 from chiron.policies.composers.decoding import Decodes, Decoding, tokens_left
 from chiron.policies.policy import Estimates, Policy, Preempter
-from chiron.policies.ranges import Between
+from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.scalers.static import decide_fleet
 from chiron.policies.views import StepView
 
@@ -50,6 +50,10 @@ class AccelGenSettings:
     """Those with the largest slack give way to prompts that must run."""
     exclusive: bool = True
     """One long prompt at a time."""
+    predicts: Annotated[bool, AnyOf((True, False))] = True
+    """Answers have predicted lengths; False: the mean of their class."""
+    length_error: float = 0.5
+    """Standard deviation of log(predicted / true). Ours: the paper's predictor is not in the public notes."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
@@ -57,7 +61,7 @@ class AccelGenSettings:
 
     def __post_init__(self) -> None:
         above(0, self, "saturating_tokens", "window_s", "max_num_seqs")
-        at_least(0, self, "instances")
+        at_least(0, self, "instances", "length_error")
 
 
 def step_tokens(settings: AccelGenSettings, saturated_s: float, slo_s: float) -> float:

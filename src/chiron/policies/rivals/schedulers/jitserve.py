@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp, inf
 from typing import Annotated, Final, NamedTuple
 
 from chiron.core.types import Request
@@ -30,7 +31,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.decoding import Decoding, tokens_left
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
-from chiron.policies.ranges import Between
+from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.scalers.static import decide_fleet
 from chiron.policies.size import prefill_s
 from chiron.policies.views import StepView
@@ -39,6 +40,8 @@ UNIT_S: Final = 0.02
 """A step before the first."""
 UNITS: Final = 10
 """Frames over which the mean goes."""
+QUANTILE_SD: Final = 1.645
+"""Of a normal distribution: 95 % are less than so many standard deviations above its mean."""
 RATIO_MIN: Final = 1e-6
 FALLEN: Final = 0.98
 """A prompt whose density has fallen is found when it is first; it keeps its place if it is still so much of that."""
@@ -63,7 +66,14 @@ class JitServeSettings:
     swaps_max: int = 3
     """That give way at one choice: the artifact's default."""
     length_factor: Annotated[float, Between(1.0, 4.0)] = 2.0
-    """Answers count as so many times the mean length of their class: for the predictor's 95 % quantile."""
+    """Answers whose length nobody predicts count as so many times the mean length of their class."""
+    predicts: Annotated[bool, AnyOf((True, False))] = True
+    """Answers have predicted lengths; False: the mean of their class."""
+    length_error: float = 0.5
+    """Standard deviation of log(predicted / true), of whose 95 % quantile the length is. Ours: the published forest is
+    of one model's answers to one set of prompts."""
+    itl_guard: Annotated[bool, AnyOf((True, False))] = True
+    """While steps take longer than the tightest ITL SLO, there are ``swaps_max`` places fewer."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
     max_num_seqs: Annotated[int, Between(16, 512, log=True)] = 64
@@ -81,7 +91,7 @@ class JitServeSettings:
             "swaps_max",
             "max_num_seqs",
         )
-        at_least(0, self, "instances")
+        at_least(0, self, "instances", "length_error")
         if not 0 < self.kept_share <= 1:
             raise ValueError(f"kept_share is {self.kept_share}; it must be above 0 and at most 1")
 
@@ -196,6 +206,10 @@ class JitServe:
         self._since = (0, 0.0)
         """The step, and the time, since which the next one of these is measured."""
         self._now_s = 0.0
+        self._quantile_factor = exp(QUANTILE_SD * settings.length_error)
+        self._room = inf
+        """Places that are left to prompts of which nothing is done, in the step that is being composed; inf: as
+        many as the engine has."""
 
     # -- prompts ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +235,8 @@ class JitServe:
 
     def _density(self, request: Request, made: int, now_s: float) -> float:
         settings = self._settings
-        left = tokens_left(self._estimates, request, made, settings.length_factor)
+        factor = self._quantile_factor if request.predicted_tokens else settings.length_factor
+        left = tokens_left(self._estimates, request, made, factor)
         served_s, remain_s = now_s - request.arrival_s, self._unit_s * left
         density = gain(settings, request, made, left, self._unit_s, served_s) / remain_s
         if not settings.margin:
@@ -238,7 +253,7 @@ class JitServe:
         self._let_in.discard(request.id)
 
     def head(self, now_s: float, begun: bool) -> Request | None:
-        while (request := self._queue.head(begun)) is not None:
+        while (request := self._queue.head(begun or self._room <= 0)) is not None:
             prompt = self._prompts[request.id]
             before, prompt.density = prompt.density, self._density(request, prompt.made, now_s)
             if prompt.density >= FALLEN * before:
@@ -249,16 +264,26 @@ class JitServe:
     def remove_head(self, request: Request) -> None:
         self._queue.remove(request)
         self._let_in.add(request.id)
+        self._room -= not self._prompts[request.id].begun
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def tokens(self, view: StepView) -> int:
         self._now_s = view.now_s
         self._measure(view)
+        guarded = self._guarded(view)
+        self._room = view.places_free - guarded if guarded else inf
         return max(0, min(view.tokens_max, self._settings.chunk_tokens - view.decoding))
 
     def planned(self, tokens: int, step_s: float) -> None:
         """How long steps take is measured, frame by frame."""
+
+    def _guarded(self, view: StepView) -> int:
+        """Places that are not given now: steps take longer than who decodes with the tightest ITL SLO can bear."""
+        settings = self._settings
+        if not settings.itl_guard or self._unit_s <= self._decoding.tightest_s():
+            return 0
+        return max(0, min(settings.swaps_max, view.places - 1))
 
     def _measure(self, view: StepView) -> None:
         steps = view.step - self._since[0]
@@ -287,7 +312,9 @@ class JitServe:
         self._now_s = view.now_s
         self._measure(view)
         self._compute_some_again(view.now_s)
-        places = view.places - self._begun - sum(not self._prompts[id].begun for id in self._let_in)
+        guarded = self._guarded(view)
+        self._room = inf  # Whoever waits is looked at, whatever is free.
+        places = view.places - guarded - self._begun - sum(not self._prompts[id].begun for id in self._let_in)
         decoding = [
             Candidate(
                 self._density(each.request, each.made(view.step), view.now_s), each.request,
@@ -303,7 +330,7 @@ class JitServe:
         able = {each.request.id for each in self._decoding if each.step < view.step}
         leaving = [each for each in decoding if each.request.id not in staying and each.request.id in able]
         coming = [each for each in has_place if not each.decodes]
-        comes, given = self._swapped(coming, leaving, view.places_free, view.kv_free_tokens - view.decoding)
+        comes, given = self._swapped(coming, leaving, view.places_free - guarded, view.kv_free_tokens - view.decoding)
         self._favour(comes)
         return given
 

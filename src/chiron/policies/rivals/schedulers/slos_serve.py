@@ -30,7 +30,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.decoding import Decoding, tokens_left
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
-from chiron.policies.ranges import Between
+from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.scalers.static import decide_fleet
 from chiron.policies.size import placed
 from chiron.policies.views import StepView
@@ -46,6 +46,10 @@ class SlosServeSettings:
     """Further instances that are asked."""
     caps_carry: bool = False
     """True: no more than a step's tokens are carried on, as the reproduction has it."""
+    predicts: Annotated[bool, AnyOf((True, False))] = True
+    """Answers have predicted lengths; False: the mean of their class."""
+    length_error: float = 0.0
+    """Standard deviation of log(predicted / true). The paper, by notes, and the reproduction know the length."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
     """Instances of each model; 0: the initial fleet stays."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
@@ -53,7 +57,7 @@ class SlosServeSettings:
 
     def __post_init__(self) -> None:
         above(0, self, "max_num_seqs")
-        at_least(0, self, "hops_max", "instances")
+        at_least(0, self, "hops_max", "instances", "length_error")
 
 
 class Prompt(NamedTuple):
@@ -420,7 +424,8 @@ class NextReplica:
         return bool(plan(self._settings, now_s, prompts, self._steps(instance)))
 
     def _prompt(self, request: Request, *, new: bool) -> Prompt:
-        kv_tokens = request.input_tokens + self._estimates.expected_output[request.class_name]
+        answer = request.predicted_tokens or self._estimates.expected_output[request.class_name]
+        kv_tokens = request.input_tokens + answer
         return Prompt(request.arrival_s + request.ttft_slo_s, request.input_tokens, request.itl_slo_s, kv_tokens, new)
 
     def _steps(self, instance: Instance) -> Steps:
