@@ -12,7 +12,7 @@ from chiron.gateway.port.messages import TURNS_FROM, VERSION
 from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.keys import Key, hash_secret
-from outliving_site import parts, whole_stream
+from outliving_site import STEP_S, parts, whole_stream
 from virtual_loop import run_virtual
 
 
@@ -74,6 +74,49 @@ def test_a_request_whose_second_call_begins_without_a_connection_counts_once() -
             assert parts(site.clients[number])[0] == status
         tally = brain.gateway.desk.cascades.tallies["c", "chat"]
         assert tally.answered_first + tally.answered_then <= tally.requests == 2
+        await site.close()
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize(
+    ("dies_s", "away_s", "another"),
+    [
+        pytest.param(0.2, 0.5, True, id="shown while there is none"),
+        pytest.param(0.6, 0.2, True, id="shown before, over afterwards"),
+        pytest.param(0.2, 2.0, True, id="shown and over while there is none"),
+        pytest.param(0.6, 2.0, True, id="shown before, over while there is none"),
+        pytest.param(0.2, 0.5, False, id="shown while the connection is lost"),
+        pytest.param(0.6, 0.2, False, id="shown before the connection is lost"),
+    ],
+)
+def test_a_first_answer_that_will_do_counts_whenever_its_brain_is_gone(
+    dies_s: float, away_s: float, another: bool
+) -> None:
+    """Its client can read it from the third of eight tokens on, 0.4 s after it asked."""
+
+    async def main() -> None:
+        site = CascadeSite(after_tokens=3, logprob=-0.1)
+        brain = await site.lead()
+        await asyncio.sleep(1.0)
+        site.ask(1, 8, model="c")
+        await asyncio.sleep(dies_s)
+        if another:
+            site.kill()
+        else:
+            site.door.cut("brain")
+        await asyncio.sleep(away_s)
+        if another:
+            brain = await site.lead()
+        else:
+            site.door.listen("brain", brain.accept)
+        await asyncio.sleep(4.0)
+        status, body = parts(site.clients[1])
+        assert (status, body.count(b'"text"'), body.endswith(b"data: [DONE]\n\n")) == (200, 8, True)
+        tally = brain.gateway.desk.cascades.tallies["c", "chat"]
+        assert (tally.requests, tally.answered_first, dict(tally.escalated)) == (1, 1, {})
+        assert tally.ttft.sum == pytest.approx(3 * STEP_S, abs=0.05)
+        assert brain.gateway.plane.open_requests == 0
         await site.close()
 
     run_virtual(main())

@@ -15,13 +15,24 @@ from real_path import served
 class CascadeSite(OutlivingSite):
     """Its engines say no log-probabilities: the second model, here the same, is always asked."""
 
-    def __init__(self, *, first_wait_s: float | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        first_wait_s: float | None = None,
+        after_tokens: int = 0,
+        logprob: float | None = None,
+        **settings: Any,
+    ) -> None:
+        """``logprob``: of each token, if they say it after all."""
         self._first_wait_s = first_wait_s
+        self._after_tokens = after_tokens
         super().__init__(**settings)
+        for engine in self.engines:
+            engine.logprob = logprob
 
     def models(self) -> Models:
         made = served("c", {"chat": CHAT})
-        rule = CascadeRule(after_tokens=0)
+        rule = CascadeRule(after_tokens=self._after_tokens)
         asked = CascadeSettings(first="m0", then="m0", rule=rule, first_wait_s=self._first_wait_s)
         made.settings = replace(made.settings, cascade=asked)
         return Models(super().models().by_name, {"c": made})

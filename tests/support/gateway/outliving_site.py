@@ -41,9 +41,11 @@ SSE = ((b"content-type", b"text/event-stream"),)
 STREAMED = b"data: [DONE]\n\n"
 
 
-def chunk(number: int, token: int, tokens: int) -> bytes:
+def chunk(number: int, token: int, tokens: int, logprob: float | None = None) -> bytes:
     finish = "length" if token == tokens - 1 else None
-    choice = {"index": 0, "text": f"{number}.{token} ", "finish_reason": finish}
+    choice: dict[str, Any] = {"index": 0, "text": f"{number}.{token} ", "finish_reason": finish}
+    if logprob is not None:
+        choice["logprobs"] = {"tokens": [str(token)], "token_logprobs": [logprob]}
     return b"data: " + json.dumps({"id": f"c{number}", "choices": [choice]}).encode() + b"\n\n"
 
 
@@ -72,6 +74,8 @@ class SteppingEngine:
         """Requests, by number."""
         self.most = 0
         self.seen: list[int] = []
+        self.logprob: float | None = None
+        """Of each token; None: it tells none."""
         self.server = HttpServer(self._handle, ServerLimits(), None, None)
 
     def _handle(self, incoming: Incoming) -> None:
@@ -92,7 +96,7 @@ class SteppingEngine:
             if not token:
                 incoming.start(200, SSE)
             if token < tokens:
-                incoming.write(chunk(number, token, tokens))
+                incoming.write(chunk(number, token, tokens, self.logprob))
                 loop.call_later(STEP_S, step, token + 1)
                 return
             incoming.write(STREAMED)

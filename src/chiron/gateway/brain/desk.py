@@ -186,11 +186,11 @@ class Desk:
                 self.cascades.ended(call.turn, request)
         call.ended(request)
 
-    def shown(self, call: ClientCall) -> None:
-        """What was held back of its answer goes to its client from now on: it will do."""
+    def shown(self, call: ClientCall, ago_s: float = 0.0) -> None:
+        """What was held back of its answer goes to its client, since so long ago: it will do."""
         request = self.open.get(call.number)
         if request is not None and call.turn is not None:
-            self.cascades.shown(call.turn, request, self._clock.elapsed_s())
+            self.cascades.shown(call.turn, request, self._clock.elapsed_s() - ago_s)
 
     def charge(self, call: ClientCall, tokens: int) -> None:
         """Its key pays for output."""

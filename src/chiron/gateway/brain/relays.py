@@ -448,7 +448,7 @@ class RelayLink:
     def _shown(self, said: m.Shown) -> None:
         call = self.calls.get(said.number)
         if call is not None:
-            self._relays.desk.shown(call)
+            self._relays.desk.shown(call, said.ago)
 
     def _first_token(self, said: m.FirstToken) -> None:
         run = self._run(said.run)

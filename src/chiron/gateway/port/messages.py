@@ -286,9 +286,12 @@ class Turn(Message, tag=19, frozen=True):
 
 
 class Shown(Message, tag=20, frozen=True):
-    """What was held back of this request's answer goes to its client from now on: it will do."""
+    """What was held back of this request's answer goes to its client: it will do. Told again after its ``Running`` or
+    ``Waits``."""
 
     number: Number
+    ago: Age = 0.0
+    """Since when."""
 
 
 # -- down: from the brain --------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ class Held:
         "placed",
         "request",
         "run",
+        "shown_s",
         "tokens_before",
         "uncounted",
     )
@@ -43,6 +44,8 @@ class Held:
         """How the latest ended."""
         self.left = False
         """Its client has left."""
+        self.shown_s = -1.0
+        """When a cascade's first answer was found to do."""
         self.losses = 0
         """Placements that were lost."""
         self.uncounted = False
@@ -89,6 +92,15 @@ class Held:
     def waits(self, now_s: float) -> m.Waits:
         assert self.arrive is not None
         return m.Waits(self.arrive, _age_s(now_s, self.request.arrival_s), self.losses)
+
+    def turn(self) -> m.Turn | None:
+        """What it is to a cascade; None: it is not of one."""
+        call = self.request.payload
+        return None if self.arrive is None or call.turn is None else m.Turn(call.number, *call.turn)
+
+    def shown(self, now_s: float) -> m.Shown | None:
+        """Since when its client can read it; None: it is no cascade's first answer that will do, or not yet."""
+        return m.Shown(self.request.id, _age_s(now_s, self.shown_s)) if self.shown_s >= 0.0 else None
 
 
 def _age_s(now_s: float, then_s: float) -> float:

@@ -304,14 +304,17 @@ class Uplink:
             self.clock.post(lambda: self._hold(held))
 
     def shown(self, call: FirstCall) -> None:
+        held = self.held.get(call.number)
+        if held is None:
+            return
+        held.shown_s = self.clock.elapsed_s()
         if self.wire.up and self.wire.version >= m.TURNS_FROM:
             self.wire.post(m.Shown(call.number))
 
     def _tell_turn(self, held: Held) -> None:
         """What a request is to a cascade, before the brain is told of it."""
-        call = held.request.payload
-        if held.arrive is not None and call.turn is not None and self.wire.version >= m.TURNS_FROM:
-            self.wire.send(m.Turn(call.number, *call.turn))
+        if (turn := held.turn()) is not None and self.wire.version >= m.TURNS_FROM:
+            self.wire.send(turn)
 
     def left(self, call: RelayCall | FlexCall | FirstCall) -> None:
         held = self.held.get(call.number)
@@ -581,7 +584,8 @@ class Uplink:
             return
         if alone and counted and held.last is not None:
             left = (m.Left(held.request.id, held.last.seen),) if held.left else ()
-            self.alone.keep((held.running(now_s), *left, held.last))
+            told = (held.turn(), held.running(now_s), held.shown(now_s), *left, held.last)
+            self.alone.keep(tuple(message for message in told if message is not None))
         self.alone.no_longer_waits(held)
         self._end_here(held, outcome, None)
         if alone:
@@ -630,13 +634,16 @@ class Uplink:
             wire.send(known)
         for messages in alone.untold:
             for message in messages:
-                wire.send(message)
+                if wire.version >= m.TURNS_FROM or not isinstance(message, m.Turn | m.Shown):
+                    wire.send(message)
         self._telling = len(alone.untold)
         for held in self.held.values():
             if held.uncounted:
                 continue
             self._tell_turn(held)
             wire.send(held.running(now_s) if held.run is not None else held.waits(now_s))
+            if (shown := held.shown(now_s)) is not None and wire.version >= m.TURNS_FROM:
+                wire.send(shown)
         wire.send(m.Told(alone.placements, alone.expired, alone.forgotten))
         alone.placements = alone.expired = alone.forgotten = 0
         alone.over()
