@@ -25,7 +25,7 @@ SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned st
 # What each part of chiron buys: the same policy with one part off.
 ABLATED ?= azure mooncake servegen-m-small
 ABLATIONS ?= no-batch-size-tuning:tune_batch_size=false no-prefill-limit:limit_prefill=false no-eviction:evict=false \
-	no-relegation:overload.relegate=false no-look-ahead:look_ahead=false no-trend:follow_trend=false no-backtest:adapt_headroom=false \
+	no-relegation:overload.relegate=false no-look-ahead:look_ahead=false no-backtest:adapt_headroom=false \
 	no-batch-plan:plan_batch=false
 DYNAMO_PYTHON ?=
 

@@ -245,7 +245,8 @@ def test_what_is_missed_is_that_of_the_last_seconds_with_an_earlier_headroom() -
     least = Headroom(rule=CONSTANT, h=2.0, instances=2.0)
     late, requests = missed(question, least, 600)
     assert requests == 600
-    assert 250 < late <= 300
+    # Nine arrive where two are served: but for what may wait, seven of nine are late in its three minutes.
+    assert late == pytest.approx((180 - SLACK_S * 2 / 7) * 7 / 9, abs=1.0)
     told = replace(question, foretold=np.where(load > 8.0, 9.0, 0.0))
     assert missed(told, least, 600) == (0.0, 600.0)
 
@@ -334,7 +335,7 @@ def test_stopped_again_before_the_first_tick_the_time_away_is_counted_each_time(
 @pytest.mark.slow
 def test_an_hourly_surge_is_met_by_a_fleet_that_is_small_between() -> None:
     """Six hours, tick by tick, with what the policy has learned by itself; once forgetful, once not."""
-    ours = ChironSettings(tick_s=10.0, backtest_s=600.0, follow_trend=False)
+    ours = ChironSettings(tick_s=10.0, backtest_s=600.0)
     surges = [h * HOUR_S + 1900 for h in range(6)]
     load = peaks(6 * HOUR_S, surges, lasts_s=120)
     # As many requests as make about one instance's worth of work.

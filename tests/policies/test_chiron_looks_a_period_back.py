@@ -128,7 +128,7 @@ def test_it_is_cut_into_steps_like_the_rest() -> None:
 
 
 def test_a_fleet_is_there_before_the_surge_and_small_between() -> None:
-    ours = ChironSettings(follow_trend=False)
+    ours = ChironSettings()
     load = surges(3600 + 2 * PERIOD_S)
     live = model([instance(id=i) for i in range(4)])
 

@@ -240,7 +240,7 @@ def growth_in_a_burst(cold_start_s: float, waiting: int) -> int:
             now_s=now_s,
             since_s=5.0,
         )
-        plan, state = decide_fleet(ChironSettings(prior_s=60, follow_trend=False), state, view)
+        plan, state = decide_fleet(ChironSettings(prior_s=60), state, view)
         planned = sum(plan["llama"].counts.values())
     return planned
 
@@ -268,7 +268,7 @@ def planned_in_a_spike(spike: int, *, seconds: int = 10, waiting: int = 400, sla
             now_s=now_s,
             since_s=5.0,
         )
-        plan, state = decide_fleet(ChironSettings(prior_s=60, follow_trend=False, surge_slack=slack), state, view)
+        plan, state = decide_fleet(ChironSettings(prior_s=60, surge_slack=slack), state, view)
         planned = sum(plan["llama"].counts.values())
         count = planned if tick < 120 else count
     return planned

@@ -6,10 +6,10 @@ SLOs have been met with the fewest instance-seconds?
 
 A rule is (window, settle, h): the fleet at time t is ``h`` times the largest ``window``-mean of the load seen between
 ``t - cold_start - settle`` and ``t - cold_start``: what was asked for arrives one cold start later, and shrinks only
-once it has stayed small. Against that fleet the load is run as a fluid queue; a request misses when its wait exceeds
-its class's slack. For each (window, settle) the least h that keeps every class's misses within the target is found;
-the cheapest rule wins. 1/h is the paper's Theta. Bursty traffic ends up with long windows, trending traffic with
-short ones.
+once it has stayed small. Against that fleet the load is run as a fluid queue in which late requests make way for the
+others (``policies.queues.overload``): as much is late as exceeds what its class can wait for. For each (window,
+settle) the least h that keeps every class's misses within the target is found; the cheapest rule wins. 1/h is the
+paper's Theta. Bursty traffic ends up with long windows, trending traffic with short ones.
 
 One more rule, ``CONSTANT``, is the least fixed fleet that would have done: for bursts without memory nothing that
 follows the load is cheaper.
@@ -237,7 +237,7 @@ def _advanced(backtest: Backtest) -> Backtest:
     else:
         middle = (search.low + search.high) // 2 if search.possible else search.high
         since = slice(search.begin, None)
-        enough = meets_slos(
+        enough = late_makes_way(
             question.load[since],
             question.counts[:, since],
             question.slack_s,
@@ -386,9 +386,8 @@ def _planned(question: Question, basis: Floats, h: float) -> Floats:
 def missed(question: Question, headroom: Headroom, last_s: int) -> tuple[float, float]:
     """(requests that would have missed, requests) in the last seconds, with a headroom that was found before them."""
     fleet = _planned(question, _began(question, headroom.rule, 0).basis, headroom.h)[-last_s:]
-    wait_s = _wait_s(question.load[-last_s:], fleet)
-    counts = question.counts[:, -last_s:]
-    late = sum(float(row[wait_s > slack_s].sum()) for row, slack_s in zip(counts, question.slack_s, strict=True))
+    load, counts = question.load[-last_s:], question.counts[:, -last_s:]
+    late = sum(late_requests(load, row, slack_s, fleet) for row, slack_s in zip(counts, question.slack_s, strict=True))
     return late, float(counts.sum())
 
 
@@ -401,10 +400,44 @@ def _wait_s(load: Floats, fleet: Floats) -> Floats:
 
 
 def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
-    """Whether no class misses more of its requests than that."""
+    """Whether no class misses more of its requests than that, served in order of arrival."""
     wait_s = _wait_s(load, fleet)
     for requests, slack in zip(counts, slack_s, strict=True):
         total = requests.sum()
         if total > 0 and requests[wait_s > slack].sum() > miss_max * total:
             return False
     return True
+
+
+def late_makes_way(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
+    """Whether no class misses more of its requests than that, where late ones make way."""
+    wait_s = _wait_s(load, fleet)
+    for requests, slack in zip(counts, slack_s, strict=True):
+        allowed = miss_max * float(requests.sum())
+        # In order of arrival no fewer are late.
+        in_order = float(requests[wait_s > slack].sum())
+        if in_order > allowed and late_requests(load, requests, slack, fleet, allowed) > allowed:
+            return False
+    return True
+
+
+def late_requests(load: Floats, requests: Floats, slack_s: float, fleet: Floats, enough: float = inf) -> float:
+    """How many would wait for longer than they can bear, where those that do make way for the others: the queue is
+    never longer than can be borne, and what finds it so long is late. Counted no further than ``enough``."""
+    waits = _wait_s(load, fleet) > 0.0
+    # Where none waits though all wait their turn, none does here.
+    waits[1:] |= waits[:-1]
+    late = backlog = 0.0
+    seconds = zip(load[waits].tolist(), fleet[waits].tolist(), requests[waits].tolist(), strict=True)
+    for arrives, serves, count in seconds:
+        backlog += arrives - serves
+        if backlog <= 0.0:
+            backlog = 0.0
+            continue
+        over = min(backlog - slack_s * serves, arrives)
+        if over > 0.0:
+            backlog -= over
+            late += count * over / arrives
+            if late > enough:
+                break
+    return late

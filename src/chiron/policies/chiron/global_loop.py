@@ -30,7 +30,6 @@ from chiron.policies.chiron.load import (
     ModelMemory,
     backtested,
     begun,
-    growing_to,
     interactive_capacity,
     learned_load,
     prepared,
@@ -38,6 +37,7 @@ from chiron.policies.chiron.load import (
     recurring_to,
     remember,
     restored_load,
+    seen_s,
     surging_to,
     whole,
 )
@@ -216,12 +216,11 @@ def _decide_model(
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
-    growing = growing_to(settings, memory, model)
     following = level * headroom
     if settings.over_steady:
         following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
     recurring = recurring_to(settings, memory, model)
-    needed = max(following, growing, settings.floor_over_load * recent, surging, recurring)
+    needed = max(following, settings.floor_over_load * recent, surging, recurring)
     # However small the load, somebody has to serve it.
     present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
@@ -229,7 +228,9 @@ def _decide_model(
     interactive = max(interactive, whole(recurring), model.min_instances)
     extra, bbp, batch_numbers, memory = batch_extra(settings, memory, model, serving, now_s, interactive)
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
-    total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra)
+    # What the rule says has settled already; the rest may pass.
+    passing = wanted if extra else min(whole(max(settings.floor_over_load * recent, surging)), wanted)
+    total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra, passing)
     batch = max(min(extra, max(0, total - min(interactive, total))), instances_apart(settings, memory, total, now_s))
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
@@ -237,7 +238,6 @@ def _decide_model(
         "load": recent,
         "level": level,
         "headroom": memory.headroom.h,
-        "growing": growing,
         "pressure": memory.pressure,
         "window_s": float(memory.headroom.rule.window_s),
         "settle_s": float(memory.headroom.rule.settle_s),
@@ -274,12 +274,12 @@ def _without_requests(wanted: int, model: ModelView, memory: ModelMemory) -> int
 
 
 def _settle(
-    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, wanted: int, extra: int
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float, wanted: int, extra: int, passing: int
 ) -> tuple[int, str, ModelMemory]:
     """Turn what is wanted now into the plan, never back within the hold. A shrinking fleet goes no lower than the
-    most that was wanted meanwhile."""
+    most that was wanted meanwhile for what may pass (``passing``): a queue, the last minute's load, batch work."""
     current = sum(model.planned.values())
-    window = (*(w for w in memory.wanted if w[0] > now_s - settings.hold_s), (now_s, wanted))
+    window = (*(w for w in memory.wanted if w[0] > now_s - settings.hold_s), (now_s, passing))
     memory = replace(memory, wanted=window)
     held = now_s - memory.last_change_s < settings.hold_s
     if wanted > current:
@@ -287,9 +287,9 @@ def _settle(
             return current, "hold_after_down", memory
         reason = "batch_deadlines" if extra and wanted - extra <= current else "interactive_load"
         return wanted, reason, replace(memory, last_change_s=now_s, last_direction=1)
-    peak = max(count for _, count in window)
+    peak = max(wanted, *(count for _, count in window))
     if peak < current:
-        settled = now_s - window[0][0] >= settings.hold_s - 1.5 * settings.tick_s
+        settled = seen_s(settings, memory) >= settings.hold_s - 1.5 * settings.tick_s
         if not settled or (memory.last_direction > 0 and held):
             return current, "hold_before_down", memory
         if _stale(settings, model):

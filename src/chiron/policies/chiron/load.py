@@ -5,7 +5,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, floor, inf, sqrt
+from math import ceil, floor, inf
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class ModelMemory:
     look_s: float = -inf
     """Time of the last ones."""
     wanted: tuple[tuple[float, int], ...] = ()
-    """(time, instances wanted) over the hold time."""
+    """(time, instances wanted for what may pass) over the hold time."""
     last_change_s: float = -inf
     last_direction: int = 0
     extra: int = 0
@@ -130,9 +130,6 @@ def interactive_capacity(settings: ChironSettings, model: ModelView, memory: Mod
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )
-
-
-_TREND_BIN_S = 10
 
 
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
@@ -413,7 +410,7 @@ def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView
 
 
 STEPS_AT_ONCE = 2
-"""Of a backtest, in one call between ticks: a few tenths of a millisecond."""
+"""Of a backtest, in one call between ticks: less than a millisecond."""
 
 
 def prepared(memories: Mapping[str, ModelMemory]) -> dict[str, ModelMemory] | None:
@@ -430,7 +427,7 @@ def prepared(memories: Mapping[str, ModelMemory]) -> dict[str, ModelMemory] | No
     return None
 
 
-def _seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
+def seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
     """How much of the history is traffic that was seen."""
     seconds = memory.load.shape[0]
     return seconds - settings.prior_s if seconds < settings.memory_s else inf
@@ -439,13 +436,13 @@ def _seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
 def _asks(settings: ChironSettings, memory: ModelMemory, now_s: float) -> bool:
     """Whether it is time for a backtest."""
     due = now_s - memory.backtest_s >= settings.backtest_s
-    learned = _seen_s(settings, memory) >= settings.learning_s
+    learned = seen_s(settings, memory) >= settings.learning_s
     return settings.adapt_headroom and learned and due and bool(memory.counts.any())
 
 
 def _adopted(settings: ChironSettings, memory: ModelMemory, headroom: Headroom) -> ModelMemory:
     # An hour shows rare bursts that ten minutes do not.
-    unseen = 1.0 - min(1.0, _seen_s(settings, memory) / settings.memory_s)
+    unseen = 1.0 - min(1.0, seen_s(settings, memory) / settings.memory_s)
     margin = 1.0 + settings.margin + settings.margin_unseen * unseen
     h = headroom.h * margin
     if headroom.rule == CONSTANT:
@@ -465,29 +462,6 @@ def _slacks_s(settings: ChironSettings, model: ModelView) -> list[float]:
 def _slack_s(settings: ChironSettings, model: ModelView) -> float:
     """Of the class that can wait least."""
     return min(_slacks_s(settings, model), default=1.0)
-
-
-def growing_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
-    """Load by the time that an instance planned now is needed, if the last minute and a half goes on: as far as its
-    slope stands out of noise, and one cold start ahead, less the time that requests can wait. Capped, because a burst
-    rises as steeply as a wave and is over before an instance is up."""
-    bins = settings.trend_s // _TREND_BIN_S
-    if not settings.follow_trend or memory.load.shape[0] < settings.trend_s:
-        return 0.0
-    means = memory.load[-bins * _TREND_BIN_S :].reshape(bins, _TREND_BIN_S).mean(axis=1)
-    t = (np.arange(bins) - (bins - 1) / 2.0) * _TREND_BIN_S
-    spread = float((t**2).sum())
-    slope = float((t * means).sum()) / spread
-    residual = float(((means - means.mean() - slope * t) ** 2).sum()) / (bins - 2)
-    certain = slope - 1.5 * sqrt(residual / spread)
-    if certain <= 0.0:
-        return 0.0
-    arrived = [bool(row.any()) for row in memory.counts]
-    slacks = [s for s, seen in zip(_slacks_s(settings, model), arrived, strict=True) if seen]
-    reach_s = model.cold_start_s + settings.tick_s - min(slacks, default=0.0)
-    ahead = float(means[-2:].mean()) + certain * max(0.0, reach_s)
-    busiest = followed(memory.load, Rule(window_s=60, settle_s=settings.memory_s), settings.tick_s)
-    return float(min(ahead, settings.trend_cap * busiest))
 
 
 def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, serving: Capacity) -> float:

@@ -67,12 +67,6 @@ class ChironSettings:
     """Added to the headroom that the past would have needed."""
     margin_unseen: float = 0.15
     """More of it while less than ``memory_s`` has been seen."""
-    follow_trend: bool = True
-    """A load that grows steadily is planned for as it will be one cold start from now."""
-    trend_s: int = 90
-    """Window of that trend."""
-    trend_cap: float = 1.5
-    """At most this many times the busiest minute of the last hour."""
     over_steady: float = 1.3
     """A fleet that follows the load is at most this many times the least that, held for the last hour, would have done;
     0: any number."""

@@ -1,0 +1,62 @@
+"""In a backtest late requests make way, as in the queue: one overload does not make all late that follows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chiron.policies.headroom import Floats, late_makes_way, late_requests, meets_slos
+from effort import examples
+
+
+def overload(load: float, lasts_s: int, *, after_s: int = 0) -> Floats:
+    return np.concatenate((np.full(lasts_s, load), np.full(after_s, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("load", "slack_s", "late_s"),
+    [
+        (overload(2.0, 100), 2.0, 0.0),
+        # Four arrive and two are served: after two seconds the queue is as long as can be borne, then half are late.
+        (overload(4.0, 100), 2.0, 49.0),
+        (overload(4.0, 100), 5.0, 47.5),
+        # What comes after it is served: the queue was never longer than two seconds.
+        (overload(4.0, 100, after_s=500), 2.0, 49.0),
+        (overload(4.0, 2), 2.0, 0.0),
+    ],
+    ids=["no overload", "half is late", "patient", "over", "short"],
+)
+def test_what_cannot_be_served_in_time_is_late_and_no_more(load: Floats, slack_s: float, late_s: float) -> None:
+    fleet = np.full(len(load), 2.0)
+    assert late_requests(load, np.full(len(load), 3.0), slack_s, fleet) == pytest.approx(3.0 * late_s)
+
+
+def test_in_order_of_arrival_one_overload_makes_many_late_that_need_not_be() -> None:
+    load, fleet = overload(4.0, 100, after_s=500), np.full(600, 2.0)
+    counts = load[None, :]
+    assert not meets_slos(load, counts, [2.0], fleet, 0.25)
+    assert late_makes_way(load, counts, [2.0], fleet, 0.25)
+    assert not late_makes_way(load, counts, [2.0], fleet, 0.2), "196 of 900"
+
+
+def test_it_is_counted_no_further_than_asked() -> None:
+    load, fleet = overload(4.0, 100), np.full(100, 2.0)
+    assert 10.0 < late_requests(load, load, 2.0, fleet, 10.0) < 20.0
+
+
+@settings(max_examples=examples(60))
+@given(
+    st.lists(st.tuples(st.floats(0, 9), st.integers(1, 6)), min_size=1, max_size=40),
+    st.floats(0.5, 8),
+)
+def test_never_more_than_all_and_never_more_than_in_order_of_arrival(
+    seconds: list[tuple[float, int]], slack_s: float
+) -> None:
+    load = np.array([each for each, _ in seconds])
+    fleet = np.array([float(count) for _, count in seconds])
+    late = late_requests(load, np.ones(len(load)), slack_s, fleet)
+    assert 0.0 <= late <= len(load)
+    if late > 0.0:
+        assert not meets_slos(load, np.ones((1, len(load))), [slack_s], fleet, (late - 1e-9) / len(load))
