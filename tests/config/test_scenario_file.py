@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib import resources
 from math import inf
 from pathlib import Path
 
@@ -66,6 +68,8 @@ def test_durations_classes_and_models_are_read() -> None:
         ("seeds=[1, 1]", r"seeds: \(1, 1\): each seed once"),
         ("scale=0", r"scale: 0\.0: must be above 0"),
         ("gpus.a100=0", r"gpus\.a100: 0: must be 1 or more"),
+        ("sleepers.host_memory_gb=-1", r"sleepers: host_memory_gb is -1\.0; it must be 0 or more"),
+        ("cold_start.peer_gb_per_s=0", r"cold_start: peer_gb_per_s is 0\.0; it must be above 0"),
     ],
 )
 def test_a_mistake_is_refused_with_its_path(change: str, message: str) -> None:
@@ -214,3 +218,13 @@ def test_every_packaged_scenario_makes_runs(name: str) -> None:
     made = setups(scenario, seeds=scenario.seeds[:1])
     assert [setup.label for setup in made] == list(scenario.labels)
     assert len(made[0].workload) > 1000
+
+
+def test_what_sleeps_has_a_known_size(tmp_path: Path) -> None:
+    profile = json.loads(resources.files("chiron").joinpath("data/profiles/llama-3.1-8b/a100/tp1.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps({**profile, "model": "own", "name": "own"}))
+    sleeping = ("sleepers.host_memory_gb=64", f'models.llama.instances.0.profile="{tmp_path}/own.json"')
+    message = r"sleepers\.sleeper_gb: not given, and how large the weights of 'own' \(models\.llama\) are is not known"
+    with pytest.raises(ConfigError, match=message):
+        setups(small(*sleeping))
+    assert setups(small(*sleeping, "sleepers.sleeper_gb=20"))[0].sleep.sleeper_gb == 20

@@ -113,7 +113,7 @@ def test_every_decision_and_placement_is_made_again(run: tuple[list[Line], Learn
     assert done.placements > 200
     kinds = {line["k"] for line in log if line["event"] == "in"}
     assert {"start", "begin", "submit", "first_token", "finished", "evicted", "lost", "refused", "sampled"} <= kinds
-    assert {"avoid", "instance_ready", "instance_failed"} <= kinds
+    assert {"avoid", "instance_ready_from", "instance_failed"} <= kinds
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def setups(
             label=label,
             seed=seed,
             cold_start=scenario.cold_start,
+            sleep=scenario.sleepers,
             failures=scenario.failures,
             scrape_period_s=scenario.telemetry.scrape_period_s,
             scrape_delay_s=scenario.telemetry.scrape_delay_s,
@@ -142,6 +143,7 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
         for name, section in scenario.served.items()
     }
     profiles = _by_kind(fleet)
+    _check_sleepers(scenario, fleet)
     # In the workload's order, so that its model numbers count in both.
     names = sorted(fleet, key=lambda name: workload.models.index(name) if name in workload.models else len(fleet))
     specs = tuple(_spec(name, scenario.models[name], fleet[name]) for name in names)
@@ -154,6 +156,17 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
         stages={made.kind.name: made.stages for made in as_stages.values()},
         initial=initial,
     )
+
+
+def _check_sleepers(scenario: Scenario, fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> None:
+    """Whoever sleeps has a size."""
+    for name, kinds in fleet.items():
+        for kind, _ in kinds:
+            if scenario.sleepers.host_memory_gb > 0 and not scenario.sleepers.gb(kind):
+                raise ConfigError(
+                    f"sleepers.sleeper_gb: not given, and how large the weights of {kind.name!r} (models.{name}) are "
+                    "is not known; give what one sleeper takes, in GB"
+                )
 
 
 def _pipelines(scenario: Scenario, workload: Workload, name: str, section: ModelSection) -> Pipelines:

@@ -27,7 +27,7 @@ from chiron.config.sections import (
     Telemetry,
 )
 from chiron.core.types import RequestClass
-from chiron.fleet.model import ColdStart, Failures
+from chiron.fleet.model import ColdStart, Failures, Sleep
 from chiron.policies.chiron.scheduled import CLAIRVOYANT, ScheduledSettings
 from chiron.policies.registry import POLICIES
 
@@ -65,6 +65,8 @@ class Scenario:
     gpus: Mapping[str, int] = field(default_factory=dict)
     """GPUs of each type that exist; a type not named is unlimited."""
     cold_start: ColdStart = field(default_factory=ColdStart)
+    sleepers: Sleep = field(default_factory=Sleep)
+    """Host memory in which instances can sleep."""
     failures: Failures = field(default_factory=Failures)
     telemetry: Telemetry = field(default_factory=Telemetry)
     workload: tuple[StreamSection, ...] = ()

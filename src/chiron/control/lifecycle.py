@@ -1,7 +1,8 @@
 """Instances from start to end: created, drained, taken back, re-labelled, within bounds and GPU limits.
 
 States: ``starting`` -> ``ready`` -> ``draining`` -> ``gone``; a start that is no longer wanted, and a failure, go
-straight to ``gone``; a draining instance may be taken back.
+straight to ``gone``; a draining instance may be taken back. What becomes of one that has drained is the fleet's affair:
+it is stopped, or it sleeps, and some later start is its waking. One that falls asleep holds its GPUs until it does.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from chiron.control.eviction import Evictor
 from chiron.control.gpus import Gpus
 from chiron.control.model import ModelState, instance_view
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Engine, Fleet, Journal
+from chiron.core.ports import Engine, Fleet, Journal, Sleepers
 from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
 from chiron.policies.policy import Policy
 from chiron.policies.views import ModelPlan
@@ -36,7 +37,9 @@ class Lifecycle:
         actuators: Actuators,
         evictor: Evictor,
         sizes: BatchSizes,
+        sleepers: Sleepers | None,
     ) -> None:
+        """``sleepers``: the fleet, if its instances can sleep."""
         self.instances: dict[int, Instance] = {}
         """Every instance that is not gone."""
         self._clock = clock
@@ -47,11 +50,14 @@ class Lifecycle:
         self._actuators = actuators
         self._evictor = evictor
         self._sizes = sizes
+        self._sleepers = sleepers
         self.unsettled = False
         """Not all that runs is known: nothing is created or drained, and no plan is adopted."""
         self._next_instance = 1
         self._numbers: set[int] = set()
         """Given while not all is known, also to instances that are gone: a second one of a number is another one."""
+        self._falling_asleep: set[int] = set()
+        """Told to sleep; the fleet has not said yet that they do."""
         self._most: dict[str, int] = {}
         """How many instances of a kind there can be now, by name, where it is less than usual."""
 
@@ -117,6 +123,7 @@ class Lifecycle:
         if self.unsettled:
             return
         state.batch_at_risk = plan.batch_at_risk
+        self._allow_asleep(state, plan.asleep)
         spec = state.spec
         counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ROLES}
         excess = sum(counts.values()) - spec.max_instances
@@ -264,7 +271,7 @@ class Lifecycle:
         instance.drain_started_s = started_s = self._clock.now_s
         self._announce("draining", instance)
         if not instance.requests and not instance.evicting:
-            self._remove(state, instance)
+            self._drained(state, instance)
             return
 
         def hurry() -> None:
@@ -309,8 +316,39 @@ class Lifecycle:
 
     def remove_if_empty(self, state: ModelState, instance: Instance) -> None:
         """Something has left an instance that drains."""
-        if not instance.requests and not instance.evicting:
+        if not instance.requests and not instance.evicting and instance.id not in self._falling_asleep:
+            self._drained(state, instance)
+
+    def _drained(self, state: ModelState, instance: Instance) -> None:
+        if self._sleepers is None or instance.leaving or not self._may_sleep(state):
             self._remove(state, instance)
+            return
+        self._falling_asleep.add(instance.id)
+        instance.leaving = True
+        self._sleepers.sleep(instance)
+
+    # -- sleepers ----------------------------------------------------------------------------------------------
+
+    def _may_sleep(self, state: ModelState) -> bool:
+        falling = sum(1 for number in state.instances if number in self._falling_asleep)
+        return sum(state.asleep.values()) + falling < state.asleep_most
+
+    def _allow_asleep(self, state: ModelState, most: int) -> None:
+        state.asleep_most = left = max(0, most)
+        if self._sleepers is not None and sum(state.asleep.values()) > most:
+            for kind, count in list(state.asleep.items()):
+                if count > left:
+                    self._sleepers.keep_asleep(kind, left)
+                left -= min(left, count)
+
+    def asleep(self, state: ModelState, instance: Instance) -> None:
+        """It has left its GPUs, to sleep or because it was stopped."""
+        self._forget(state, instance)
+        self._announce("gone", instance)
+
+    def kinds_asleep(self, states: Iterable[ModelState], asleep: Mapping[str, int]) -> None:
+        for state in states:
+            state.asleep = {kind.name: asleep[kind.name] for kind in state.spec.kinds if asleep.get(kind.name)}
 
     def _remove(self, state: ModelState, instance: Instance) -> None:
         self._forget(state, instance)
@@ -320,6 +358,7 @@ class Lifecycle:
     def _forget(self, state: ModelState, instance: Instance) -> None:
         assert not instance.requests, "an instance is drained before it is removed"
         instance.state = "gone"
+        self._falling_asleep.discard(instance.id)
         del self.instances[instance.id]
         del state.instances[instance.id]
         self._gpus.give_back(instance)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, WaitingQueue
 from chiron.core.kept import Kept
-from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role
+from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, StartSource
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
 from chiron.policies.queues.deadline_groups import batch_due_s
@@ -24,6 +24,7 @@ from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalVie
 
 DUE_SPAN_S: Final = 60.0
 """Batch requests that are due within as long count as due together."""
+SOURCES: Final[tuple[StartSource, ...]] = ("node", "disk", "peer", "memory")
 COLD_START_PRIOR_S = 60.0
 """Look-ahead before the first start has been timed; the paper's upper end."""
 
@@ -79,6 +80,13 @@ class ModelState:
         self._itl_missed = {c.name: 0.0 for c in classes}
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
+        self.start_s: dict[StartSource, float] = {}
+        """What starts from each source took, where the fleet tells sources."""
+        self._starts_seen: dict[StartSource, int] = {}
+        self.asleep: dict[str, int] = {}
+        """Sleepers by name of their kind."""
+        self.asleep_most = 0
+        """How many there may be, by the last plan."""
         self._arrivals: dict[tuple[str, int], _Arrivals] = {}
         """By class and second, not yet seen by a fleet tick. Of a second that a tick has seen: what is taken back."""
         self._arriving = {c.name: _Arrivals(c, -1) for c in classes}
@@ -174,6 +182,7 @@ class ModelState:
             "itl_missed": dict(self._itl_missed),
             "cold_start_s": self.cold_start_s,
             "cold_starts_seen": self.cold_starts_seen,
+            "starts": {source: [self._starts_seen[source], took_s] for source, took_s in self.start_s.items()},
             "batch_size_hint": self.batch_size_hint,
         }
 
@@ -189,6 +198,11 @@ class ModelState:
         took_s = kept.number("cold_start_s", 0.0, 86400.0)
         if seen and took_s is not None:
             self.cold_starts_seen, self.cold_start_s = seen, took_s
+        starts = kept.part("starts")
+        for source in SOURCES:
+            pair = starts.numbers(source, 0.0, 1e9, least=2, most=2) if source in starts else None
+            if pair is not None and pair[0] >= 1.0 and pair[1] <= 86400.0:
+                self._starts_seen[source], self.start_s[source] = int(pair[0]), pair[1]
         most = max(kind.max_num_seqs for kind in self.spec.kinds)
         self.batch_size_hint = kept.whole("batch_size_hint", 0, most) or 0
 
@@ -196,6 +210,13 @@ class ModelState:
         """Learn the cold start from the time that this one took, without what it waited before."""
         took_s = instance.ready_s - instance.began_s
         if took_s <= 0.0:
+            return
+        source = instance.source
+        if source:
+            self._starts_seen[source] = seen = self._starts_seen.get(source, 0) + 1
+            before_s = self.start_s.get(source, took_s)
+            self.start_s[source] = before_s + (took_s - before_s) / min(seen, 5)
+        if source == "memory":
             return
         self.cold_starts_seen += 1
         weight = 1.0 / min(self.cold_starts_seen, 5)
@@ -266,6 +287,8 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         step_times=state.learner.step_times,
         cold_start_s=state.cold_start_s,
         cold_starts_seen=state.cold_starts_seen,
+        start_s=dict(state.start_s),
+        asleep=sum(state.asleep.values()),
     )
     if not peek:
         state.end_interval(now_s)

@@ -33,7 +33,7 @@ from chiron.control.stages import StageLoop
 from chiron.control.takeover import SETTLE_S, Takeover
 from chiron.core.clock import VirtualClock
 from chiron.core.kept import Kept
-from chiron.core.ports import Ends, Engine, Fleet, Journal
+from chiron.core.ports import Ends, Engine, Fleet, Journal, Sleepers
 from chiron.core.stages import PipelineSample
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, Sample
 from chiron.policies.policy import LOAD_AGE_MAX_S, Policy
@@ -42,7 +42,8 @@ from chiron.policies.views import PolicyState
 
 class ControlPlane:
     """Implements the ports that the world speaks to: ``Completions``, ``BatchAnnouncements``, ``Queues``,
-    ``RemoteEngineEvents``, ``Samples``, ``StageSamples``, ``FleetEvents``, and ``snapshot.Readers``."""
+    ``RemoteEngineEvents``, ``Samples``, ``StageSamples``, ``FleetEvents``, ``SleeperEvents``, and
+    ``snapshot.Readers``."""
 
     def __init__(
         self,
@@ -57,9 +58,10 @@ class ControlPlane:
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
         actuators: Actuators | None = None,
+        sleepers: Sleepers | None = None,
     ) -> None:
         """``ends``: who waits for requests; in a simulation nobody. ``actuators``: what becomes of decisions; by
-        default they are carried out."""
+        default they are carried out. ``sleepers``: the fleet, if its instances can sleep."""
         limits = {gpu: float(count) for gpu, count in (gpus_max or {}).items()}
         gpus = Gpus(limits)
         actuators = actuators or DirectActuators()
@@ -79,6 +81,7 @@ class ControlPlane:
             actuators=actuators,
             evictor=self._evictor,
             sizes=self._sizes,
+            sleepers=sleepers,
         )
         self._dispatcher = Dispatcher(
             clock=clock,
@@ -388,6 +391,15 @@ class ControlPlane:
     def kinds_found(self, found: Mapping[str, int]) -> None:
         """How many instances run that nobody has asked for, by name of their kind."""
         self._lifecycle.take_over(self.models.values(), found)
+
+    def instance_asleep(self, instance: Instance) -> None:
+        """Its GPUs are free."""
+        if self._knows(instance):
+            self._lifecycle.asleep(self.models[instance.model], instance)
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        """How many sleepers of each kind there are now, by name."""
+        self._lifecycle.kinds_asleep(self.models.values(), asleep)
 
     def instance_leaving(self, instance: Instance) -> None:
         """It is drained, and another one takes its place."""

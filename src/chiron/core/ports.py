@@ -28,6 +28,8 @@ __all__ = [
     "RemoteEngineEvents",
     "RemoteFleetEvents",
     "Samples",
+    "SleeperEvents",
+    "Sleepers",
     "StageSamples",
     "StagedEngine",
 ]
@@ -43,6 +45,18 @@ class Fleet(Protocol):
 
     def remove(self, instance: Instance) -> None:
         """Stop an instance at once; it is drained already."""
+
+
+class Sleepers(Protocol):
+    """A fleet whose instances can sleep: the process lives, its weights wait in host memory, and its GPUs are free for
+    others. A sleeper is no instance any more; the next ``Fleet.create`` of its kind wakes it."""
+
+    def sleep(self, instance: Instance) -> None:
+        """Put a drained instance to sleep, or stop it where there is no room for a sleeper. Answered by
+        ``instance_asleep``, or by ``instance_failed``."""
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        """Stop sleepers of a kind, by its name, beyond so many."""
 
 
 class StagedEngine(Protocol):
@@ -169,6 +183,16 @@ class FleetEvents(Protocol):
 
     def instance_failed(self, instance: Instance) -> None:
         """It is gone with all it held, or its start failed."""
+
+
+class SleeperEvents(Protocol):
+    """What a fleet whose instances can sleep tells besides."""
+
+    def instance_asleep(self, instance: Instance) -> None:
+        """Its GPUs are free. Whether it sleeps or was stopped, ``kinds_asleep`` has said."""
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        """How many sleepers of each kind there are now, by name; none of a kind that is not named."""
 
 
 class RemoteFleetEvents(Protocol):

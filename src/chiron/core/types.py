@@ -21,6 +21,10 @@ from chiron.core.specs import StageKind as StageKind
 
 Role = Literal["interactive", "mixed", "batch"]
 State = Literal["starting", "ready", "draining", "gone"]
+StartSource = Literal["", "node", "disk", "peer", "memory"]
+"""Where an instance's start took its weights from. ``node``: from storage, on a node that had to come up or had nothing
+of them. ``disk``: from the node itself, which ran this model lately. ``peer``: from an instance of the same kind that
+was ready. ``memory``: a sleeper woke, whose process and weights were still in host memory. Empty: not known."""
 Outcome = Literal["finished", "rejected", "failed", "cancelled", "shed"]
 """``rejected``: something is wrong with the request itself. ``failed``: an engine failed. ``cancelled``: its client
 cancelled it. ``shed``: Chiron refused it because it could not be served in time, or cut it off after too long a
@@ -242,6 +246,7 @@ class Instance:
         "running_interactive",
         "sample",
         "sequences",
+        "source",
         "state",
     )
 
@@ -295,6 +300,8 @@ class Instance:
         self.created_s = created_s
         self.began_s = created_s
         """When its start began; later than ``created_s`` if it had to wait for its turn or for a device."""
+        self.source: StartSource = ""
+        """Told by the fleet by the time that it is ready."""
         self.ready_s = -1.0
         self.drain_started_s = -1.0
         self.leaving = False

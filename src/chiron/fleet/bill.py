@@ -20,6 +20,10 @@ class Bill:
         self.instances_peak = 0
         self.cold_starts = 0
         self.warm_starts = 0
+        self.wakes = 0
+        """Starts that woke a sleeper."""
+        self.memory_gb_seconds = 0.0
+        """Of host memory, by sleepers."""
 
     def open(self, instance: Instance) -> None:
         self.instances += 1
@@ -42,7 +46,14 @@ class Bill:
         self.gpu_seconds[model] = self.gpu_seconds.get(model, 0.0) + gpu_seconds
         self.cost[model] = self.cost.get(model, 0.0) + gpu_seconds / 3600.0 * price_per_gpu_hour
 
-    def count_start(self, *, warm: bool) -> None:
+    def count_start(self, *, warm: bool, wakes: bool = False) -> None:
         """A start that is billed, of an instance or a replica."""
-        self.warm_starts += warm
-        self.cold_starts += not warm
+        self.wakes += wakes
+        self.warm_starts += warm and not wakes
+        self.cold_starts += not warm and not wakes
+
+    def count_memory(self, model: str, gb: float, price_per_gb_hour: float, seconds: float) -> None:
+        """Of a sleeper."""
+        self.memory_gb_seconds += gb * seconds
+        if price_per_gb_hour:
+            self.cost[model] = self.cost.get(model, 0.0) + gb * seconds / 3600.0 * price_per_gb_hour

@@ -1,7 +1,8 @@
 """A fleet under virtual time: node start, model load (cold, warm), failures, and the bill.
 
-A start on a node that lately served the same kind is warm: no node start, a shorter load. Billing runs from the
-start of the model load until the instance is removed. Every random draw comes from a generator named by seed and
+A start on a node that lately served the same kind is warm: no node start, a shorter load. If a sleeper of the kind is
+there, it wakes instead; if an instance of the kind is ready, it may hand over its weights. Billing runs from the start
+of the model load until the instance is removed, or asleep. Every random draw comes from a generator named by seed and
 instance, so one policy's extra start does not shift another's luck.
 """
 
@@ -14,10 +15,12 @@ from random import Random
 from typing import Protocol, cast
 
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Engine, FleetEvents
-from chiron.core.types import Instance
+from chiron.core.ports import Engine, FleetEvents, SleeperEvents
+from chiron.core.types import Instance, StartSource
 from chiron.fleet.bill import Bill as Bill
 from chiron.fleet.replicas import ReplicaFleet
+from chiron.fleet.sleepers_model import Sleep as Sleep
+from chiron.fleet.sleepers_model import SleepersModel
 from chiron.fleet.starts_model import ColdStart as ColdStart
 from chiron.fleet.starts_model import Nodes
 
@@ -53,7 +56,7 @@ class StagedEngine(ModelledEngine, Protocol):
 
 
 class FleetModel:
-    """Implements the ``Fleet`` port."""
+    """Implements the ports ``Fleet`` and ``Sleepers``."""
 
     def __init__(
         self,
@@ -64,11 +67,14 @@ class FleetModel:
         seed: int,
         make_engine: Callable[[Instance], ModelledEngine],
         notice_s: float = 0.0,
+        sleep: Sleep | None = None,
     ) -> None:
         """``notice_s``: how long it takes to notice that an instance has died, unless somebody suspects it."""
         self.bill = Bill()
         self.listener: FleetEvents | None = None
         """Set once the control plane exists; it needs a fleet to be made."""
+        self.sleep_listener: SleeperEvents | None = None
+        """Likewise, where instances can sleep."""
         self.engines: dict[int, ModelledEngine] = {}
         """Engines of ready and draining instances, by instance id."""
         self._clock = clock
@@ -88,6 +94,8 @@ class FleetModel:
             failed=self._replica_failed,
         )
         """Of the stages of instances that are pipelines."""
+        self._sleep = sleep or Sleep()
+        self._asleep = SleepersModel(clock, self._sleep, self.bill)
         self._up: dict[int, list[list[int]]] = {}
         """Replicas of each stage of a pipeline that has no engine yet."""
         self._notice_s = notice_s
@@ -107,16 +115,22 @@ class FleetModel:
             self._create_pipeline(instance)
             return
         cold, draw = self._cold_start, self._random(instance)
-        warm = self._nodes.take(instance.kind.name)
+        wakes = self._asleep.take(instance.kind.name)
+        if wakes:
+            self._tell_asleep()
+        warm = wakes or self._nodes.take(instance.kind.name)
         wait_s = 0.0 if warm else cold.node_start_s
-        load_s = cold.load_s(warm=warm, weight_bytes=instance.kind.weight_bytes)
         spread = 1.0 + cold.jitter * (2.0 * draw.random() - 1.0)
         fails = draw.random() < self._failures.start_failure
 
+        load_s = 0.0
+
         def loading() -> None:
+            nonlocal load_s
             if instance.state == "starting":
+                instance.source, load_s = self._source(instance, warm=warm, wakes=wakes)
                 self._bill_from_now(instance)
-                self.bill.count_start(warm=warm)
+                self.bill.count_start(warm=warm, wakes=wakes)
                 self._clock.call_later(load_s * spread, loaded)
 
         def loaded() -> None:
@@ -150,6 +164,24 @@ class FleetModel:
         if self._stop_billing(instance):
             self._nodes.release(instance.kind.name)
 
+    def sleep(self, instance: Instance) -> None:
+        """What is dead, noticed or not, does not sleep."""
+        self._unnoticed.pop(instance.id, None)
+        self.engines.pop(instance.id, None)
+
+        def asleep() -> None:
+            if self._stop_billing(instance) and not self._asleep.add(instance):
+                self._nodes.release(instance.kind.name)
+            self._tell_asleep()
+            assert self.sleep_listener is not None
+            self.sleep_listener.instance_asleep(instance)
+
+        self._clock.call_later(self._sleep.fall_asleep_s if instance.id in self._billed_from else 0.0, asleep)
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        self._asleep.keep(kind, most)
+        self._tell_asleep()
+
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it."""
         if instance.id in self._unnoticed:
@@ -166,6 +198,7 @@ class FleetModel:
         for instance_id in list(self._billed_from):
             self._stop_billing(self._billed[instance_id])
         self.replicas.close()
+        self._asleep.close()
 
     def take_replicas(self, instance: Instance) -> list[list[int]]:
         """Numbers of a pipeline's replicas, stage by stage, for its engine: from then on it starts and stops them."""
@@ -200,6 +233,20 @@ class FleetModel:
         engine = self.engines.get(instance.id)
         if engine is not None:  # Else the pipeline is still starting: it has lost nothing yet.
             cast(StagedEngine, engine).replica_failed(number)
+
+    def _source(self, instance: Instance, *, warm: bool, wakes: bool) -> tuple[StartSource, float]:
+        """Where its weights come from now, and what loading them takes."""
+        if wakes:
+            return "memory", self._sleep.waking_s(instance.kind)
+        others = (engine.instance for engine in self.engines.values())
+        peer = isfinite(self._cold_start.peer_load_s) and any(
+            other.kind.name == instance.kind.name and other.state == "ready" for other in others
+        )
+        return self._cold_start.fastest(warm=warm, peer=peer, weight_bytes=instance.kind.weight_bytes)
+
+    def _tell_asleep(self) -> None:
+        assert self.sleep_listener is not None
+        self.sleep_listener.kinds_asleep(self._asleep.counts())
 
     def _heard_by(self) -> FleetEvents:
         assert self.listener is not None

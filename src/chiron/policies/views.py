@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import inf, nan
 from typing import Any, NamedTuple
 
-from chiron.core.types import PipelineKind, RequestClass, Role, StageKind, State
+from chiron.core.types import PipelineKind, RequestClass, Role, StageKind, StartSource, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +133,12 @@ class ModelView:
     """Share of recent interactive requests that missed their ITL SLO."""
     step_times: StepTimes
     cold_start_s: float
-    """From the plan to ready: measured, or the prior before the first start."""
+    """From the plan to ready: measured, or the prior before the first start. Sleepers that woke do not count."""
     cold_starts_seen: int
+    start_s: Mapping[StartSource, float] = field(default_factory=dict)
+    """The same by source, of those by which instances have started."""
+    asleep: int = 0
+    """Sleepers: the next starts wake them, if there are GPUs for them."""
 
     def count(self, *states: State, role: Role | None = None) -> int:
         return sum(1 for i in self.instances if i.state in states and (role is None or i.role == role))
@@ -165,6 +169,9 @@ class ModelPlan:
     batch_at_risk: bool = False
     """Batch work will miss its deadline unless it goes before requests that are lost anyway (``Order.only_lost``). They
     evict none of it either."""
+    asleep: int = 0
+    """How many sleepers there may be: instances that the plan has no use for go to sleep up to this number, where the
+    fleet can do that and has the host memory; others are stopped."""
 
 
 FleetPlan = Mapping[str, ModelPlan]

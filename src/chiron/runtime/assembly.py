@@ -13,7 +13,7 @@ from chiron.control.actuators import Actuators
 from chiron.control.autoscaler import Observer
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
-from chiron.core.ports import Ends, Engine, Fleet, FleetEvents, Journal
+from chiron.core.ports import Ends, Engine, Fleet, FleetEvents, Journal, Sleepers
 from chiron.core.types import Instance, ModelSpec, RequestClass
 from chiron.policies.policy import Policy
 
@@ -50,6 +50,7 @@ class Assembly:
         gpus_max: Mapping[str, int] | None = None,
         observer: Observer | None = None,
         actuators: Actuators | None = None,
+        sleepers: Sleepers | None = None,
     ) -> None:
         """As ``ControlPlane``, which it makes."""
         self.clock = clock
@@ -66,6 +67,7 @@ class Assembly:
             gpus_max=gpus_max,
             observer=observer,
             actuators=actuators,
+            sleepers=sleepers,
         )
         fleet.listener = self.plane
 

@@ -91,9 +91,12 @@ ARGUMENTS: dict[str, Any] = {
     "stages_sampled": tuple[_Id, list[_Stage], _Pipeline],
     "capacity_told": tuple[_Id, _Count],
     "instance_ready": tuple[_Id, _Time],
+    "instance_ready_from": tuple[_Id, _Time, Literal["node", "disk", "peer", "memory"]],
     "instance_failed": tuple[_Id, list[_Told]],
     "kinds_limited": tuple[dict[_Text, _Count]],
     "kinds_found": tuple[dict[_Text, _Count]],
+    "instance_asleep": tuple[_Id],
+    "kinds_asleep": tuple[dict[_Text, _Count]],
     "instance_leaving": tuple[_Id],
 }
 """Of each kind of input, in order."""

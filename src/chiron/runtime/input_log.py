@@ -33,6 +33,7 @@ from chiron.core.ports import (
     RemoteEngineEvents,
     RemoteFleetEvents,
     Samples,
+    SleeperEvents,
     StageSamples,
 )
 from chiron.core.stages import PipelineSample, StageSample
@@ -60,6 +61,7 @@ class Inputs(
     FleetEvents,
     RemoteFleetEvents,
     FleetLimits,
+    SleeperEvents,
     Protocol,
 ):
     """Everything that the world tells a control plane."""
@@ -169,9 +171,10 @@ def described(
     gpus_max: Mapping[str, int] | None,
     *,
     advise: bool = False,
+    sleeps: bool = False,
 ) -> dict[str, Any]:
     """What a replay needs to make the same control plane; for the first line of each file. As text, because JSON
-    proper has no infinity."""
+    proper has no infinity. ``sleeps``: instances of its fleet can sleep."""
     setup = {
         "version": VERSION,
         "policy": policy.name,
@@ -181,6 +184,7 @@ def described(
         "classes": [asdict(cls) for cls in classes],
         "gpus_max": dict(gpus_max) if gpus_max is not None else None,
         "advise": advise,
+        **({"sleeps": True} if sleeps else {}),
     }
     return {"replay": json.dumps(setup)}
 
@@ -384,7 +388,10 @@ class RecordedInputs:
     # -- fleets ------------------------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, engine: Engine) -> None:
-        self._take("instance_ready", instance.id, instance.began_s)
+        if instance.source:
+            self._take("instance_ready_from", instance.id, instance.began_s, instance.source)
+        else:
+            self._take("instance_ready", instance.id, instance.began_s)
         with self._point.at_it():
             self.plane.instance_ready(instance, engine)
 
@@ -406,6 +413,16 @@ class RecordedInputs:
             self._take("kinds_found", dict(found))
         with self._point.at_it():
             self.plane.kinds_found(found)
+
+    def instance_asleep(self, instance: Instance) -> None:
+        self._take("instance_asleep", instance.id)
+        with self._point.at_it():
+            self.plane.instance_asleep(instance)
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        self._take("kinds_asleep", dict(asleep))
+        with self._point.at_it():
+            self.plane.kinds_asleep(asleep)
 
     def instance_leaving(self, instance: Instance) -> None:
         self._take("instance_leaving", instance.id)

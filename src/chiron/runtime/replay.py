@@ -19,7 +19,7 @@ import orjson
 from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.learned import Learned, LearnedError, from_bytes
 from chiron.core.stages import PipelineSample, StageSample
-from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Role, Sample
+from chiron.core.types import Decision, Engine, Instance, ModelSpec, Request, RequestClass, Role, Sample, StartSource
 from chiron.policies.advise import advising
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES
@@ -146,6 +146,7 @@ class _Replay:
             policy=advising(policy) if setup["advise"] else policy,
             gpus_max=gpus_max,
             actuators=NullActuators() if setup["advise"] else DirectActuators(),
+            sleepers=self if setup.get("sleeps") else None,
         )
         self.plane = self._assembly.plane
 
@@ -347,6 +348,10 @@ class _Replay:
         instance.began_s = began_s
         self.plane.instance_ready(instance, self._attach(instance))
 
+    def _in_instance_ready_from(self, number: int, began_s: float, source: StartSource) -> None:
+        self._instances[number].source = source
+        self._in_instance_ready(number, began_s)
+
     def _in_instance_failed(self, number: int, held: list[list[Any]]) -> None:
         for each in held:
             self._told(*each)
@@ -357,6 +362,12 @@ class _Replay:
 
     def _in_kinds_found(self, found: Mapping[str, int]) -> None:
         self.plane.kinds_found(found)
+
+    def _in_instance_asleep(self, number: int) -> None:
+        self.plane.instance_asleep(self._instances[number])
+
+    def _in_kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        self.plane.kinds_asleep(asleep)
 
     def _in_instance_leaving(self, number: int) -> None:
         self.plane.instance_leaving(self._instances[number])
@@ -373,6 +384,12 @@ class _Replay:
 
     def remove(self, instance: Instance) -> None:
         """It may still be told of."""
+
+    def sleep(self, instance: Instance) -> None:
+        """Answered by the log."""
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        """Likewise."""
 
     def start(self, request: Request) -> None:
         """It is in the log as ``dispatch``. (A far end that cannot be reached may say so at once.)"""

@@ -132,6 +132,7 @@ class Simulation:
             seed=setup.seed,
             make_engine=engines.make,
             notice_s=0.0 if setup.wire is None else setup.wire.notice_s,
+            sleep=setup.sleep,
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
@@ -161,8 +162,10 @@ class Simulation:
             ends=self.programs or self.cascades,
             gpus_max=setup.gpus_max,
             observer=self.recorder.observe,
+            sleepers=self.fleet if setup.sleep.host_memory_gb > 0 else None,
         )
         self.plane = engines.listener = engines.samples = self._assembly.plane
+        self.fleet.sleep_listener = self.plane
         self._scraper = ModelScraper(
             clock=self.clock,
             plane=self.plane,

@@ -10,7 +10,7 @@ from typing import Any
 from chiron.core.types import ModelSpec
 from chiron.engines.profile import Profile
 from chiron.engines.remote import Wire
-from chiron.fleet.model import ColdStart, Failures
+from chiron.fleet.model import ColdStart, Failures, Sleep
 from chiron.workload.types import Workload
 
 
@@ -43,6 +43,7 @@ class Setup:
     """What results call it, so that one policy can run with several settings; empty: the policy's name."""
     seed: int = 0
     cold_start: ColdStart = field(default_factory=ColdStart)
+    sleep: Sleep = field(default_factory=Sleep)
     failures: Failures = field(default_factory=Failures)
     scrape_period_s: float = 1.0
     scrape_delay_s: float = 0.2

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from chiron.core.clock import VirtualClock
 from chiron.core.types import InstanceKind, ModelSpec, Request, RequestClass
 from chiron.engines.profile import Profile
-from chiron.fleet.model import ColdStart, Failures
+from chiron.fleet.model import ColdStart, Failures, Sleep
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.policy import Estimates, Order, Policy, PolicyEntry, Refusal, Router
@@ -143,6 +143,7 @@ class WildSettings:
     tick_s: float = 2.0
     drain_timeout_s: float = 3.0
     group_span_s: float = 10.0
+    sleeps: bool = False
 
 
 def make_wild(settings: WildSettings) -> Policy:
@@ -202,7 +203,8 @@ def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[F
             counts = {"interactive": draw.randint(0, 1), "mixed": draw.randint(0, 2), "batch": draw.randint(0, 1)}
         seen = {f"kv_{i.id}": float(i.kv_used_tokens) for i in model.instances}
         risk = Random(f"{settings.seed}:risk:{model.name}:{view.now_s}").random() < 0.5
-        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen, batch_at_risk=risk)
+        asleep = draw.randint(0, 3) if settings.sleeps else 0
+        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen, batch_at_risk=risk, asleep=asleep)
     return plans, None
 
 
@@ -383,6 +385,7 @@ wild_settings = st.builds(
     caps=st.booleans(),
     tick_s=st.sampled_from((1.0, 2.5)),
     drain_timeout_s=st.sampled_from((0.5, 3.0)),
+    sleeps=st.booleans(),
 )
 
 
@@ -421,7 +424,11 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
             model_load_s=draw(st.sampled_from((1.0, 2.7))),
             warm_load_s=draw(st.sampled_from((0.5, 1.0))),
             warm_for_s=10.0,
+            peer_load_s=draw(st.sampled_from((inf, 0.3))),
             jitter=draw(st.sampled_from((0.0, 0.2))),
+        ),
+        sleep=Sleep(
+            host_memory_gb=draw(st.sampled_from((0.0, 20.0, 60.0))), sleeper_gb=10.0, fall_asleep_s=0.4, wake_s=0.2
         ),
         failures=Failures(
             mtbf_s=draw(st.sampled_from((inf, inf, 15.0))),
