@@ -19,8 +19,9 @@ TORCH ?= 2.13.0
 
 PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid two-models
 SEEDS ?= 1 2
-# Policies in the published tables (empty: all there are), and those in the figures: more than seven cannot be told apart.
-POLICIES ?=
+# Policies on whole traces: ours, the paper's, and the best of each kind of rival; all of them run at three loads. And
+# those in the figures: more than seven cannot be told apart.
+POLICIES ?= chiron chiron-paper chiron-paper-tuned llumnix-tuned ray-serve-tuned keda-hpa hpa-kv-tuned niyama accelgen static
 SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned static
 # What each part of chiron buys: the same policy with one part off.
 ABLATED ?= azure mooncake servegen-m-small
@@ -37,7 +38,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures loads sensitivity co-serving evaluation docs-staged paper lock clean
+.PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures figures-page loads loads-page sensitivity co-serving evaluation docs-staged paper lock clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -121,15 +122,18 @@ $(COMPILED)/.built: $(SOURCES) setup.py pyproject.toml | $(VENV)/.dev
 COMPILED_PYTHON = PYTHONPATH=$(abspath $(COMPILED)/src) $(BIN)/python
 RUN = $(COMPILED_PYTHON) -m chiron
 TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.ablation.json)
+GRIDS = $(PUBLISHED:%=$(OUT)/loads/%.json)
+# Some runs that failed are told, and cost the page their figures only.
+TOLD = || [ $$? -eq 1 -a -s $@ ]
 LOADS ?= 0.4,1,3
 LOAD_SEEDS ?= 1..5
-# At three loads and five seeds: the best of each kind, in both of their forms. All policies would take four times as long.
-LOAD_POLICIES ?= chiron clairvoyant chiron-paper chiron-paper-tuned ray-serve ray-serve-tuned llumnix llumnix-tuned \
-	keda-hpa keda-hpa-tuned llm-d-slo hpa-queue-tuned sageserve niyama static
+# At three loads and five seeds: all of them (empty). Who is far off in the first two seeds runs no third.
+LOAD_POLICIES ?=
+REASONS := bench/loads/reasons.toml
 COMMA := ,
 SEEDS_LISTED = $(subst $() $(),$(COMMA),$(strip $(SEEDS)))
-EVERY = $(if $(POLICIES),$(POLICIES:%=-p %),$$($(BIN)/python -c \
-	'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))'))
+ALL = $$($(BIN)/python -c 'from chiron.policies.registry import POLICIES; print(*(f"-p {name}" for name in POLICIES))')
+LOADED = $(if $(LOAD_POLICIES),$(LOAD_POLICIES:%=-p %),-p chiron -p clairvoyant $(ALL))
 
 # Every policy gets as many trials; chiron's own defaults stand, whatever is found.
 RIVALS = $(BIN)/python -c 'from chiron.policies.registry import POLICIES as p; \
@@ -144,18 +148,25 @@ tune: $(VENV)/.demo $(COMPILED)/.built ## Tune every policy fairly, on traffic t
 	@cp $(OUT)/tuned.toml src/chiron/data/tuned.toml
 	@$(BIN)/python tools/write_tuned.py
 
-figures: $(VENV)/.demo $(COMPILED)/.built $(TABLES) $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## Run what is published; write docs/results.md and docs/figures (an hour; resumable)
+figures: $(TABLES) ## Whole traces, ours and the best rivals; writes docs/results.md and docs/figures (resumable)
+	@$(MAKE) --no-print-directory figures-page
+
+# From the tables that are there.
+figures-page: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md
 	@mkdir -p docs/figures
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
-	@$(BIN)/python tools/results_table.py --figures figures $(TABLES) > $(OUT)/published/results.md
+	@$(BIN)/python tools/results_table.py --figures figures $(wildcard $(TABLES)) > $(OUT)/published/results.md
 	@cp $(OUT)/published/overload.svg docs/figures/
 	@cat $(OUT)/published/overload.md >> $(OUT)/published/results.md
 	@cp $(OUT)/published/results.md docs/results.md
 	@echo "docs/results.md and docs/figures are up to date"
 
-loads: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/loads/%.json) ## The best policies of each kind at three loads; writes docs/loads.md (half an hour; resumable)
-	@$(BIN)/python tools/loads_page.py --figure docs/figures/loads.svg $(PUBLISHED:%=$(OUT)/loads/%.json) > $(OUT)/loads/loads.md
+loads: $(GRIDS) ## Every policy at three loads, five seeds; writes docs/loads.md (resumable)
+	@$(MAKE) --no-print-directory loads-page
+
+loads-page: $(VENV)/.demo
+	@$(BIN)/python tools/loads_page.py --figure docs/figures/loads.svg --reasons $(REASONS) $(wildcard $(GRIDS)) > $(OUT)/loads/loads.md
 	@cp $(OUT)/loads/loads.md docs/loads.md
 	@echo "docs/loads.md is up to date"
 
@@ -167,34 +178,38 @@ co-serving: $(VENV)/.dev ## llm-d's public co-serving test in shape, simulated a
 	@$(BIN)/python bench/co_serving.py
 	@$(BIN)/python bench/co_serving.py --live
 
-evaluation: figures loads sensitivity paper ## Every table and figure of the simulations anew (90 minutes on two idle cores; resumable)
+# Its parts, each with its estimate: minutes on two idle cores.
+EVALUATION ?= $(GRIDS:%=%=10) loads-page=0 $(TABLES:%=%=2) figures-page=2 sensitivity=10 paper=13
+
+evaluation: $(VENV)/.demo $(COMPILED)/.built ## Every table and figure of the simulations anew (90 minutes on two idle cores; resumable)
+	@$(BIN)/python tools/evaluation.py --make "$(MAKE)" $(EVALUATION)
 
 FORCE:
 
 $(OUT)/loads/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
-	@mkdir -p $(@D)
-	@$(RUN) compare bench/loads/$*.toml $(LOAD_POLICIES:%=-p %) --loads $(LOADS) --seeds $(LOAD_SEEDS) --baseline chiron \
-		--out $(@D)/$* --json $@ > $(@D)/$*.txt
+	@mkdir -p $(@D) && rm -f $@
+	@$(RUN) compare bench/loads/$*.toml $(LOADED) --loads $(LOADS) --seeds $(LOAD_SEEDS) --baseline chiron \
+		--early-stop --out $(@D)/$* --json $@ > $(@D)/$*.txt $(TOLD)
 
 $(OUT)/published/%.ablation.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
-	@mkdir -p $(@D)
+	@mkdir -p $(@D) && rm -f $@
 	@$(RUN) compare $* -p chiron --seeds $(SEEDS_LISTED) --bound-each --out $(@D)/$*.ablation --json $@ \
 		$(foreach a,$(ABLATIONS),-p $(firstword $(subst :, ,$a)) \
 		--set policies.$(firstword $(subst :, ,$a)).policy=chiron \
-		--set policies.$(firstword $(subst :, ,$a)).$(lastword $(subst :, ,$a))) > $(@D)/$*.ablation.txt
+		--set policies.$(firstword $(subst :, ,$a)).$(lastword $(subst :, ,$a))) > $(@D)/$*.ablation.txt $(TOLD)
 
 $(OUT)/published/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
-	@mkdir -p $(@D)
-	@$(RUN) compare $* $(EVERY) --seeds $(SEEDS_LISTED) --bound-each --out $(@D)/$* --json $@ > $(@D)/$*.txt
+	@mkdir -p $(@D) && rm -f $@
+	@$(RUN) compare $* $(POLICIES:%=-p %) --seeds $(SEEDS_LISTED) --bound-each --out $(@D)/$* --json $@ > $(@D)/$*.txt $(TOLD)
 
-$(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo
+$(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo $(COMPILED)/.built
 	@mkdir -p $(@D)
-	@$(BIN)/chiron compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$*
+	@$(RUN) compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$*
 	@cp $(OUT)/published/$*/overview.svg $@
 
-$(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo
+$(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo $(COMPILED)/.built
 	@mkdir -p $(@D)
-	@$(BIN)/python bench/overload.py --figure $(@D)/overload.svg > $@
+	@$(COMPILED_PYTHON) bench/overload.py --policies $(POLICIES) --figure $(@D)/overload.svg > $@
 
 docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (minutes)
 	@$(BIN)/python bench/staged.py --out docs/staged.md

@@ -160,14 +160,21 @@ class TwoChoices:
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         ready = self._ready
+        count = len(ready)
+        limit, prompt = self._settings.max_ongoing, prompt_tokens(request)
         draw = mixed(request.id ^ (int(waited_s / BACK_OFF_S) << 32))
-        for _ in range(TRIES if ready else 0):
+        for number in range(TRIES if ready else 0):
             draw = mixed(draw)
-            first = draw % len(ready)
-            second = (first + 1 + (draw >> 32) % max(1, len(ready) - 1)) % len(ready)
-            chosen = min(ready[first], ready[second], key=lambda instance: (len(instance.requests), instance.id))
-            if len(chosen.requests) < self._settings.max_ongoing and prompt_tokens(request) < chosen.kv_capacity_tokens:
+            first = draw % count
+            chosen, other = ready[first], ready[(first + 1 + (draw >> 32) % max(1, count - 1)) % count]
+            ongoing, its = len(chosen.requests), len(other.requests)
+            if its < ongoing or (its == ongoing and other.id < chosen.id):
+                chosen, ongoing = other, its
+            if ongoing < limit and prompt < chosen.kv_capacity_tokens:
                 return placed(self._estimates, request, chosen)
+            # Further draws would find the same.
+            if number == 0 and not any(len(instance.requests) < limit for instance in ready):
+                return None
         return None
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
