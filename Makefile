@@ -41,7 +41,7 @@ SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
 .PHONY: help demo demo-staged compare test test-slow test-kubernetes kubernetes-programs test-compiled test-all lint format bench bench-live bench-http tune figures figures-page loads loads-page sensitivity co-serving evaluation docs-staged paper lock clean
 
 help: ## This list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-11s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 # As in `make demo DEMO='--duration 60s --engine emulated'`; `chiron demo --help` lists them.
 DEMO ?=
@@ -151,8 +151,7 @@ tune: $(VENV)/.demo $(COMPILED)/.built ## Tune every policy fairly, on traffic t
 figures: $(TABLES) ## Whole traces, ours and the best rivals; writes docs/results.md and docs/figures (resumable)
 	@$(MAKE) --no-print-directory figures-page
 
-# From the tables that are there.
-figures-page: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md
+figures-page: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/published/%.svg) $(OUT)/published/overload.md ## The same from the tables that are there
 	@mkdir -p docs/figures
 	@cp $(PUBLISHED:%=$(OUT)/published/%.svg) docs/figures/
 	@cp $(OUT)/published/$(firstword $(PUBLISHED)).svg docs/figures/overview.svg
@@ -165,7 +164,7 @@ figures-page: $(VENV)/.demo $(COMPILED)/.built $(PUBLISHED:%=$(OUT)/published/%.
 loads: $(GRIDS) ## Every policy at three loads, five seeds; writes docs/loads.md (resumable)
 	@$(MAKE) --no-print-directory loads-page
 
-loads-page: $(VENV)/.demo
+loads-page: $(VENV)/.demo ## The same from the runs that are there
 	@$(BIN)/python tools/loads_page.py --figure docs/figures/loads.svg --reasons $(REASONS) $(wildcard $(GRIDS)) > $(OUT)/loads/loads.md
 	@cp $(OUT)/loads/loads.md docs/loads.md
 	@echo "docs/loads.md is up to date"

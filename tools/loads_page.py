@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -129,8 +129,9 @@ def table(found: Mapping[str, Mapping[float, Point]], loads: Sequence[float]) ->
     return markdown(["policy", *head, "runs"], rows)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = ("policy",)) -> str:
+    """``words``: columns that are not figures."""
+    lines = [head, ["---" if column in words else "---:" for column in head], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -285,7 +286,8 @@ def rivals_section(grids: Sequence[Cell], reasons: Reasons) -> str:
     ]
     if everyone:
         rows = [row for place in where for row in _rows([e for e in everyone if (e.trace, e.load) == place], reasons)]
-        lines.append(markdown(["trace", "load", "rival", "in SLO: rival, `chiron`", "GPU-hours", "why"], rows, left=3))
+        head = ["trace", "load", "rival", "in SLO: rival, `chiron`", "GPU-hours", "why"]
+        lines.append(markdown(head, rows, words=("trace", "rival", "why")))
     return "\n\n".join(lines)
 
 
