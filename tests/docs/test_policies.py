@@ -48,6 +48,7 @@ def section(heading: str) -> str:
         ("autellix", "`autellix`"),
         ("autothrottle", "`autothrottle`"),
         ("alise-like", "`alise-like`"),
+        ("ooco-like", "`ooco-like`"),
         ("accelgen", "`accelgen`"),
         ("jitserve", "`jitserve`"),
         ("slos-serve", "`slos-serve`"),

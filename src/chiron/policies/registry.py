@@ -34,6 +34,7 @@ from chiron.policies.rivals.schedulers.autellix import AutellixSettings, make_au
 from chiron.policies.rivals.schedulers.jitserve import JitServeSettings, TempoSettings, make_jitserve
 from chiron.policies.rivals.schedulers.llumnix import LlumnixSettings, make_llumnix
 from chiron.policies.rivals.schedulers.niyama import NiyamaSettings, make_niyama
+from chiron.policies.rivals.schedulers.ooco import OocoSettings, make_ooco
 from chiron.policies.rivals.schedulers.polyserve import PolyServeSettings, make_polyserve
 from chiron.policies.rivals.schedulers.qlm import QlmSettings, make_qlm
 from chiron.policies.rivals.schedulers.sarathi import SarathiSettings, make_sarathi
@@ -190,6 +191,11 @@ _AS_PUBLISHED: dict[str, PolicyEntry] = {
         settings=AliseSettings,
         make=make_alise,
         about="after ALISE (2024): a fixed fleet, least time left first, by true lengths with an error (only here)",
+    ),
+    "ooco-like": PolicyEntry(
+        settings=OocoSettings,
+        make=make_ooco,
+        about="after OOCO (2025): a fixed fleet in a latency-strict and a relaxed pool, with batch work in either",
     ),
     "accelgen": PolicyEntry(
         settings=AccelGenSettings,
