@@ -213,8 +213,9 @@ $(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo $(COM
 docs-staged: $(VENV)/.demo ## Staging in simulation: where it saves and costs; writes docs/staged.md (minutes)
 	@$(BIN)/python bench/staged.py --out docs/staged.md
 
-paper: $(VENV)/.demo $(COMPILED)/.built ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour)
-	@$(COMPILED_PYTHON) bench/paper.py --out docs/paper.md
+paper: $(VENV)/.demo $(COMPILED)/.built ## The paper's claims, run again in simulation; writes docs/paper.md (a quarter of an hour; resumable)
+	@mkdir -p $(OUT)
+	@$(COMPILED_PYTHON) bench/paper.py --journal $(OUT)/paper.trials.jsonl --out docs/paper.md
 
 lock: ## Pin the newest versions of everything, in both lock files
 	@rm -rf $(OUT)/lock && mkdir -p $(OUT) && $(PYTHON) -m venv $(OUT)/lock

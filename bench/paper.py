@@ -15,9 +15,12 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from inspect import getsource
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from chiron.config.scenario import parse_scenario
 from chiron.engines.profile import Profile
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
+from chiron.studies.journal import Journal
+from chiron.studies.trial import code_digest
 from chiron.workload.load import load_lengths
 
 POLICIES = ("chiron-paper", "llumnix", "llumnix-tuned", "chiron")
@@ -111,24 +116,48 @@ def _slower(setup: Setup, factor: float) -> Setup:
     return replace(setup, profiles={name: scaled(profile) for name, profile in setup.profiles.items()})
 
 
-class Bench:
-    """Runs trials on all cores; equal trials once."""
+def key_of(trial: Trial) -> str:
+    """Of all that its figures depend on, the code too."""
+    code = [code_digest(trial.policy), *map(getsource, (run, _slower))]
+    return sha256(" ".join([*code, repr(trial)]).encode()).hexdigest()[:32]
 
-    def __init__(self, seeds: Sequence[int], jobs: int) -> None:
+
+def restored(kept: Mapping[str, Any]) -> Figures:
+    """From the journal, whose tuples are lists."""
+    pairs = tuple((float(time_s), int(size)) for time_s, size in kept["batch_sizes"])
+    return Figures(
+        summary=kept["summary"], met=kept["met"], batch_sizes=pairs, waits_s=tuple(map(float, kept["waits_s"]))
+    )
+
+
+class Bench:
+    """Runs trials on all cores; equal trials once, and never again what the journal has."""
+
+    def __init__(self, seeds: Sequence[int], jobs: int, journal: Path | None = None) -> None:
         self.seeds = seeds
         self._pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+        self._journal = Journal(journal)
         self._done: dict[Trial, Figures] = {}
-        self.runs = 0
+
+    @property
+    def runs(self) -> int:
+        return len(self._done)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
     def figures(self, trials: Iterable[Trial]) -> dict[Trial, Figures]:
         wanted = list(dict.fromkeys(trials))
-        missing = [trial for trial in wanted if trial not in self._done]
+        missing = []
+        for trial in wanted:
+            known = self._journal.get(key_of(trial))
+            if known is not None:
+                self._done[trial] = restored(known)
+            elif trial not in self._done:
+                missing.append(trial)
         for number, (trial, found) in enumerate(zip(missing, self._pool.map(run, missing), strict=True), 1):
+            self._journal.add(key_of(trial), f"{trial.policy}, seed {trial.seed}", asdict(found))
             self._done[trial] = found
-            self.runs += 1
             print(f"\r  {number}/{len(missing)} runs", end="", file=sys.stderr, flush=True)
         if missing:
             print(file=sys.stderr)
@@ -738,6 +767,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"of these claims, by comma: {', '.join(CLAIMS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--journal", type=Path, help="what has been simulated; default: nothing is kept")
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name] or list(CLAIMS)
     unknown = [name for name in names if name not in CLAIMS]
@@ -746,16 +776,24 @@ def main() -> int:
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}; it must be 1 or more")
-    bench = Bench(range(1, arguments.seeds + 1), arguments.jobs)
-    sections = []
+    bench = Bench(range(1, arguments.seeds + 1), arguments.jobs, arguments.journal)
+    sections, failed = [], []
     try:
-        for name in names:
-            print(name, file=sys.stderr)
+        for number, name in enumerate(names, 1):
+            print(f"{name}, claim {number} of {len(names)}", file=sys.stderr)
             began = time.monotonic()
-            sections.append(CLAIMS[name](bench))
+            try:
+                sections.append(CLAIMS[name](bench))
+            except Exception as error:  # What is known of the other claims is not lost with it.
+                traceback.print_exc()
+                failed.append(f"{name}: {type(error).__name__}: {error}")
+                continue
             print(f"  {time.monotonic() - began:.0f} s: {sections[-1].verdict}", file=sys.stderr)
     finally:
         bench.close()
+    if failed:
+        print("\n".join(["no page is written, because of:", *failed]), file=sys.stderr)
+        return 1
     text = page(sections, seeds=arguments.seeds, runs=bench.runs)
     if arguments.json:
         tables = {each.title: {"head": each.head, "rows": each.rows, "verdict": each.verdict} for each in sections}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench" / "paper.py"
 sys.path.insert(0, str(BENCH.parent))
 
-from paper import CLAIMS, Section, page, settles_s, spread  # noqa: E402
+from chiron.studies.journal import Journal  # noqa: E402
+from paper import CLAIMS, Bench, Figures, Section, Trial, key_of, page, settles_s, spread  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,26 @@ def test_the_page_has_each_verdict_in_its_first_table() -> None:
     assert "| [A claim, checked](#a-claim-checked) | partly |" in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text
     assert "means over 2 seeds" in text
+
+
+def test_what_is_in_the_journal_is_not_run_again(tmp_path: Path) -> None:
+    """The text is no scenario: a run would fail."""
+    trial = Trial(text="[", policy="chiron-paper", seed=2)
+    found = Figures(
+        summary={"gpu_hours": 1.5, "attainment_all": 1.0},
+        met={"chat": 0.25},
+        batch_sizes=((0.0, 64), (1.5, 80)),
+        waits_s=(0.5, float("inf")),
+    )
+    journal = tmp_path / "paper.trials.jsonl"
+    Journal(journal).add(key_of(trial), "known", asdict(found))
+    bench = Bench([2], 1, journal)
+    assert bench.figures([trial]) == {trial: found}
+    assert bench.runs == 1
+    bench.close()
+    other = replace(trial, step_time=1.15)
+    assert key_of(other) != key_of(trial)
+    assert key_of(replace(trial, policy="llumnix")) != key_of(trial)
 
 
 def test_an_unknown_claim_is_refused_with_those_that_there_are() -> None:
