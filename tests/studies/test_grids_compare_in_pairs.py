@@ -12,12 +12,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from chiron.cli import app
+from chiron.config.build import setups
 from chiron.config.read import ConfigError
 from chiron.config.scenario import parse_scenario
 from chiron.sim.setup import Setup
 from chiron.studies.grid import Asked, Cell, as_json, grid, loads_of, seeds_of
 from chiron.studies.journal import Journal
-from chiron.studies.runner import Runner
+from chiron.studies.runner import Progress, Runner
 from chiron.studies.statistics import estimate
 from study_factory import GENERATED, Ruled, figures
 
@@ -132,6 +133,21 @@ def test_the_bound_is_known_for_every_seed_when_the_first_policy_is_out_early() 
         "static at load 1, seed 2",
         "hpa-queue at load 1, seed 3",
     ]
+
+
+def test_the_time_that_is_left_goes_by_requests_not_by_runs() -> None:
+    told: list[Progress] = []
+    grid(SCENARIO, ASKED, Runner(Ruled(rule), Journal(None), told.append))
+    light, heavy = (
+        sum(
+            len(setup.workload) for setup in setups(SCENARIO.with_overrides(f"scale={load}"), ASKED.policies, [1, 2, 3])
+        )
+        for load in ASKED.loads
+    )
+    assert [(each.done, each.total) for each in told] == [(number, 12) for number in range(1, 13)]
+    assert told[5].left_s(60.0) == pytest.approx(60.0 * heavy / light)
+    assert heavy > 1.5 * light
+    assert told[-1].left_s(60.0) == 0.0
 
 
 def test_a_grid_that_was_killed_goes_on(tmp_path: Path) -> None:

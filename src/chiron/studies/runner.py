@@ -19,13 +19,16 @@ class Progress:
     total: int
     """Trials, as far as they are known."""
     simulated: int
-    """Of those done: not taken from the journal."""
+    """Requests of the trials that were simulated, not taken from the journal."""
+    left: float
+    """Requests of those that are not, as far as they are known; of the others as many as of a trial on average."""
     ended: str
     """The trial that ended last."""
 
     def left_s(self, elapsed_s: float) -> float | None:
-        """Time to the end at the pace so far; None before there is one."""
-        return elapsed_s / self.simulated * (self.total - self.done) if self.simulated else None
+        """Time to the end at the pace so far, by requests: a trial at three times the load takes three times as long.
+        None before there is a pace."""
+        return elapsed_s * self.left / self.simulated if self.simulated else None
 
 
 class Runner:
@@ -40,7 +43,10 @@ class Runner:
         self.total = 0
         """Trials that the study will have at least; ``run`` raises it."""
         self._done = 0
-        self._simulated = 0
+        self._simulated: list[int] = []
+        """Requests of each trial that was simulated."""
+        self._waiting: dict[int, int] = {}
+        """Requests of each trial of the present call that has not ended, by its number."""
 
     def run(self, trials: Sequence[Trial]) -> list[Outcome]:
         """The outcome of each. What simulates them is ended if the caller is stopped meanwhile."""
@@ -54,9 +60,10 @@ class Runner:
             else:
                 first.setdefault(each.key, number)
         self.total = max(self.total, self._done + len(trials))
+        numbers = list(first.values())
+        self._waiting = {number: len(trials[number].setup.workload) for number in numbers}
         for number in sorted(outcomes):
             self._tell(trials[number])
-        numbers = list(first.values())
         for number, outcome in self._simulate([trials[i] for i in numbers], numbers):
             for other, each in enumerate(trials):
                 if each.key == trials[number].key:
@@ -70,7 +77,7 @@ class Runner:
                 each = trials[place]
                 if outcome.summary is not None:
                     self._journal.add(each.key, each.name, outcome.summary)
-                self._simulated += 1
+                self._simulated.append(self._waiting.pop(numbers[place]))
                 yield numbers[place], outcome
 
     def _tell(self, each: Trial) -> None:
@@ -80,7 +87,14 @@ class Runner:
                 Progress(
                     done=self._done,
                     total=self.total,
-                    simulated=self._simulated,
+                    simulated=sum(self._simulated),
+                    left=self._left(),
                     ended=each.name,
                 )
             )
+
+    def _left(self) -> float:
+        """Requests of the trials that are to be simulated still."""
+        later = max(0, self.total - self._done - len(self._waiting))
+        mean = sum(self._simulated) / len(self._simulated) if self._simulated else 0.0
+        return sum(self._waiting.values()) + later * mean

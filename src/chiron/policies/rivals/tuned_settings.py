@@ -32,6 +32,7 @@ from chiron.policies.rivals.schedulers.autellix import AutellixSettings
 from chiron.policies.rivals.schedulers.jitserve import JitServeSettings, TempoSettings
 from chiron.policies.rivals.schedulers.llumnix import LlumnixSettings
 from chiron.policies.rivals.schedulers.niyama import NiyamaSettings
+from chiron.policies.rivals.schedulers.ooco import OocoSettings
 from chiron.policies.rivals.schedulers.polyserve import PolyServeSettings
 from chiron.policies.rivals.schedulers.qlm import QlmSettings
 from chiron.policies.rivals.schedulers.sarathi import SarathiSettings
@@ -75,6 +76,7 @@ AccelGenTuned = with_defaults(AccelGenSettings, "AccelGenTuned", __name__, TUNED
 JitServeTuned = with_defaults(JitServeSettings, "JitServeTuned", __name__, TUNED.get("jitserve", {}))
 TempoTuned = with_defaults(TempoSettings, "TempoTuned", __name__, TUNED.get("tempo", {}))
 SlosServeTuned = with_defaults(SlosServeSettings, "SlosServeTuned", __name__, TUNED.get("slos-serve", {}))
+OocoTuned = with_defaults(OocoSettings, "OocoTuned", __name__, TUNED.get("ooco-like", {}))
 
 TUNABLE: dict[str, type[Any]] = {
     "chiron-paper": ChironPaperTuned,
@@ -110,6 +112,7 @@ TUNABLE: dict[str, type[Any]] = {
     "jitserve": JitServeTuned,
     "tempo": TempoTuned,
     "slos-serve": SlosServeTuned,
+    "ooco-like": OocoTuned,
 }
 """By policy: every rival that has settings with a range."""
 
