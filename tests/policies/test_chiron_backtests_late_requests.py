@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chiron.policies.chiron.global_loop import decide_fleet
+from chiron.policies.chiron.load import late_max
+from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import Floats, late_makes_way, late_requests, meets_slos
 from effort import examples
+from policy_factory import arrival, fleet, fleet_of, model
 
 
 def overload(load: float, lasts_s: int, *, after_s: int = 0) -> Floats:
@@ -60,3 +64,21 @@ def test_never_more_than_all_and_never_more_than_in_order_of_arrival(
     assert 0.0 <= late <= len(load)
     if late > 0.0:
         assert not meets_slos(load, np.ones((1, len(load))), [slack_s], fleet, (late - 1e-9) / len(load))
+
+
+@pytest.mark.parametrize(("itl_missed", "late"), [(0.0, 0.008), (0.005, 0.003), (0.05, 0.002)])
+def test_what_misses_its_itl_leaves_less_that_may_wait_too_long(itl_missed: float, late: float) -> None:
+    ours = ChironSettings(miss_max=0.008, learning_s=5.0)
+    view = model(fleet_of(3), arrivals=(arrival(997, 50),), itl_missed=itl_missed)
+    _, state = decide_fleet(ours, {}, fleet(view, now_s=1000.0, since_s=5.0))
+    _, state = decide_fleet(ours, state, fleet(view, now_s=1060.0, since_s=60.0))
+    backtest = state["llama"].backtest
+    assert backtest is not None
+    assert backtest.question.miss_max == pytest.approx(late)
+
+
+def test_a_few_requests_that_miss_their_itl_are_no_reason_yet() -> None:
+    ours = ChironSettings(miss_max=0.008)
+    _, state = decide_fleet(ours, {}, fleet(model(fleet_of(3)), now_s=1000.0, since_s=5.0))
+    _, state = decide_fleet(ours, state, fleet(model(fleet_of(3), itl_missed=0.012), now_s=1005.0, since_s=5.0))
+    assert late_max(ours, state["llama"]) == pytest.approx(0.0079)

@@ -434,8 +434,10 @@ def late_requests(load: Floats, requests: Floats, slack_s: float, fleet: Floats,
         if backlog <= 0.0:
             backlog = 0.0
             continue
-        over = min(backlog - slack_s * serves, arrives)
-        if over > 0.0:
+        over = backlog - slack_s * serves
+        if over > 0.0 and arrives > 0.0:
+            if over > arrives:
+                over = arrives
             backlog -= over
             late += count * over / arrives
             if late > enough:

@@ -40,6 +40,7 @@ from chiron.policies.chiron.load import (
     seen_s,
     surging_to,
     whole,
+    with_itl_missed,
 )
 from chiron.policies.chiron.local_loop import decide_batch_size
 from chiron.policies.chiron.settings import ChironSettings
@@ -210,6 +211,7 @@ def _decide_model(
     serving = interactive_capacity(settings, model, memory)
     rate = serving.work_rate * settings.utilisation
     memory = remember(settings, memory, model, now_s, rate)
+    memory = with_itl_missed(settings, memory, model)
     memory = backtested(settings, memory, model, now_s)
     memory = replace(memory, pressure=pressure(memory.pressure, model))
     level = followed(memory.load, memory.headroom.rule, settings.tick_s, model.cold_start_s)

@@ -85,6 +85,8 @@ class ModelMemory:
     """Instances added for batch deadlines."""
     pressure: float = 1.0
     """Grows while SLOs are missed, and decays after."""
+    itl_missed: float | None = None
+    """Share of requests that missed their ITL SLO over the last minutes; None: nothing is known yet."""
     spare_trust: float = 0.0
     """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
     batch_work_s: float = 0.0
@@ -343,7 +345,7 @@ def backtested(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
         rules=(CONSTANT, *(Rule(window_s=w, settle_s=s) for w in settings.windows_s for s in settings.settles_s)),
         cold_start_s=model.cold_start_s if settings.look_ahead else 0.0,
         tick_s=settings.tick_s,
-        miss_max=settings.miss_max,
+        miss_max=late_max(settings, memory),
         floor=model.min_instances,
         ceiling=model.max_instances,
         current=memory.headroom.rule,
@@ -409,6 +411,8 @@ def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView
     return foretold_now(memory.long, memory.load, slack_s, period_s, _lead_s(settings, model))
 
 
+ITL_MISSED_S = 600.0
+"""Over which the share of missed ITL SLOs is averaged."""
 STEPS_AT_ONCE = 2
 """Of a backtest, in one call between ticks: less than a millisecond."""
 
@@ -502,6 +506,18 @@ def _spike(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> f
         return 0.0
     busiest = followed(memory.load[:-_SPIKE_S], Rule(window_s=60, settle_s=600), settings.tick_s)
     return _SPIKE_OVER * min(now, _SPIKE_MOST * busiest)
+
+
+def late_max(settings: ChironSettings, memory: ModelMemory) -> float:
+    """Share of the requests that may wait for too long: what those leave that miss their ITL SLO anyway."""
+    return max(settings.miss_max / 4.0, settings.miss_max - (memory.itl_missed or 0.0))
+
+
+def with_itl_missed(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> ModelMemory:
+    """The model's own share is one of some hundred requests, which is no more than a few that missed."""
+    before = model.itl_missed if memory.itl_missed is None else memory.itl_missed
+    weight = min(1.0, settings.tick_s / ITL_MISSED_S)
+    return replace(memory, itl_missed=before + weight * (model.itl_missed - before))
 
 
 def pressure(before: float, model: ModelView) -> float:
