@@ -6,8 +6,9 @@ import gc
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
+from hypothesis.internal.conjecture import providers
 
-from effort import examples
+from effort import all_examples, examples
 
 settings.register_profile(
     "chiron",
@@ -18,6 +19,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("chiron")
+if not all_examples():
+    # Numbers and words in the source of whatever happens to be imported: other examples with each other selection of
+    # tests, and 3 s in every process to find them. With all examples they are tried too.
+    assert hasattr(providers, "_get_local_constants")
+    providers._get_local_constants = lambda: providers._local_constants
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,5 +5,9 @@ from __future__ import annotations
 import os
 
 
+def all_examples() -> bool:
+    return os.environ.get("CHIRON_TEST_EXAMPLES") == "all"
+
+
 def examples(full: int) -> int:
-    return full if os.environ.get("CHIRON_TEST_EXAMPLES") == "all" else max(1, full // 10)
+    return full if all_examples() else max(1, full // 10)
