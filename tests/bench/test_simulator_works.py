@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from bench_files import bench_file
+
 BENCH = Path(__file__).parents[2] / "bench" / "simulator.py"
 
 
@@ -36,8 +38,12 @@ def test_the_bench_finishes_every_request(tmp_path: Path) -> None:
         (["--compiled", "/no/such/place"], "no compiled build"),
     ],
 )
-def test_bad_options_are_refused_before_anything_runs(options: list[str], why: str) -> None:
-    done = subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert why in done.stderr
-    assert done.stdout == ""
+def test_bad_options_are_refused_before_anything_runs(
+    options: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_file("simulator").main(options)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert why in said.err
+    assert said.out == ""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+import results_table
 from chiron.cli import app
 from scenario_text import SMALL
 
-TOOL = Path(__file__).parents[2] / "tools" / "results_table.py"
-
 
 def page(*arguments: str | Path) -> str:
-    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, check=True)
-    return done.stdout
+    """What the tool prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [results_table.__file__, *map(str, arguments)])
+        results_table.main()
+    return printed.getvalue()
 
 
 def run(policy: str, seed: int, chat: float, gpu_hours: float, bound: float = 2.0) -> dict[str, Any]:
@@ -104,14 +107,15 @@ def test_an_ablation_is_compared_with_the_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '[{"seed": 1}]'])
-def test_a_file_of_something_else_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "odd.json"
     file.write_text(content)
-    done = subprocess.run([sys.executable, str(TOOL), str(file)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "odd.json" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        page(file)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "odd.json" in said
 
 
 def test_it_reads_what_compare_writes(tmp_path: Path) -> None:
