@@ -26,8 +26,11 @@ WHOLE = "chiron"
 
 INTRODUCTION = (
     "# Results",
-    "Every figure on this page was written by `make figures`, which runs the packaged scenarios (`chiron scenarios`) "
-    "and then `tools/results_table.py`.",
+    "Whole packaged traces (`chiron scenarios`), for ours and the best of each kind of rival. Every policy, on parts "
+    "of these traces at three loads, is in [loads.md](loads.md). Every figure here was written by `make figures`.",
+)
+LEGEND = (
+    "## How to read it",
     "- **in SLO**: share of all requests of a class that finished with TTFT, mean ITL and deadline met. Rejected and "
     "unfinished ones count as missed.\n"
     "- **GPU-hours**: billed from the start of each model load until the instance is gone.\n"
@@ -111,6 +114,7 @@ def page(paths: Sequence[Path], pictures: str | None) -> str:
     parts = [*INTRODUCTION]
     if len(comparisons) > 1:
         parts += ["## GPU-hours at a glance", glance(comparisons)]
+    parts += LEGEND
     for scenario, policies in comparisons.items():
         seeds = sorted({run["seed"] for p in policies for run in p.runs})
         requests = fmean(run["requests"] for p in policies for run in p.runs)
