@@ -204,7 +204,7 @@ def test_a_policy_that_decides_otherwise_is_found(log: list[Line]) -> None:
             lambda log: [{**log[0], "replay": log[0]["replay"].replace('"chiron"', '"chirno"', 1)}],
             "'chirno' is unknown",
         ),
-        (lambda log: [{**log[0], "replay": log[0]["replay"].replace('"version": 2', '"version": 9')}], "version 9"),
+        (lambda log: [{**log[0], "replay": log[0]["replay"].replace('"version": 3', '"version": 9')}], "version 9"),
     ],
     ids=["no head", "rotated", "lines lost", "another policy", "another version"],
 )

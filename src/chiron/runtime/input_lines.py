@@ -67,6 +67,7 @@ ARGUMENTS: dict[str, Any] = {
         _Count,
         _Count,
         _Count,
+        _Text,
         _Id,
         _Count,
         _Count,
@@ -74,7 +75,9 @@ ARGUMENTS: dict[str, Any] = {
         _Time,
     ],
     "told_all": tuple[()],
-    "submit": tuple[_Id, _Text, _Class, _Time, _Count, _Far, _Count | None, bool, bool, _Text, _Count, _Count, _Count],
+    "submit": tuple[
+        _Id, _Text, _Class, _Time, _Count, _Far, _Count | None, bool, bool, _Text, _Count, _Count, _Count, _Text
+    ],
     "cancel": tuple[_Id],
     "cut_off": tuple[_Id],
     "announce_batch": tuple[_Text, _Far, _Text, _Change, _Change, _Square],

@@ -43,7 +43,7 @@ from chiron.policies.policy import Policy
 from chiron.policies.stages.registry import STAGE_POLICIES
 from chiron.telemetry.event_log import decision_line
 
-VERSION = 2
+VERSION = 3
 SAMPLE_FIELDS = tuple(Sample.__annotations__)
 STAGE_FIELDS = tuple(StageSample.__annotations__)
 PIPELINE_FIELDS = tuple(name for name in PipelineSample.__annotations__ if name != "stages")
@@ -447,6 +447,7 @@ def _described(request: Request) -> tuple[object, ...]:
         request.sequences,
         request.tokens_done,
         request.retries,
+        request.program,
     )
 
 

@@ -271,6 +271,7 @@ class _Replay:
         sequences: int,
         tokens_done: int,
         retries: int,
+        program: str,
     ) -> Request:
         request = self._requests.get(number)
         if request is None:
@@ -279,6 +280,7 @@ class _Replay:
             )
             request.pinned, request.flex, request.tenant = pinned, flex, tenant
             request.sequences, request.tokens_done, request.retries = sequences, tokens_done, retries
+            request.program = program
             self._requests[number] = request
         return request
 

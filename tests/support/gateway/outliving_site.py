@@ -371,6 +371,7 @@ class OutlivingSite:
         padding: int = 0,
         secret: str = "none",
         model: str = "m0",
+        headers: Sequence[str] = (),
     ) -> Client:
         """A client's request; its answer has so many chunks."""
         client = self.clients[number] = Client()
@@ -382,7 +383,9 @@ class OutlivingSite:
             "user": "x" * padding,
         }
         self.door.connect(f"relay-{relay}", lambda: client)
-        client.transport.write(completion(content, f"x-chiron-class: {cls}", f"authorization: Bearer {secret}"))
+        client.transport.write(
+            completion(content, f"x-chiron-class: {cls}", f"authorization: Bearer {secret}", *headers)
+        )
         return client
 
     async def close(self) -> None:

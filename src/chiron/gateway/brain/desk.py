@@ -40,6 +40,8 @@ class ClientCall(Protocol):
     """Id of its request, once there is one."""
     request_id: str
     key_name: str
+    program: str
+    """The program of this key whose call it is; empty: it is of none."""
     sequences: int
     wait_max_s: float
     """How long the client wants it to wait for an instance."""
@@ -156,6 +158,7 @@ class Desk:
         request = Request(call.number, model, cls, arrival_s, input_tokens, call)
         request.pinned, request.flex = cls.interactive, not cls.interactive
         request.tenant, request.sequences = key.name, places(call.sequences)
+        request.program = call.program
         self.open[request.id] = request
         self._shares.add(call.peers, 1)
         return request

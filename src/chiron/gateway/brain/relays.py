@@ -73,6 +73,7 @@ class FarCall:
         "number",
         "paid_tokens",
         "peers",
+        "program",
         "prompt_bytes",
         "prompt_tokens",
         "refusal",
@@ -91,6 +92,7 @@ class FarCall:
         self.number = 0
         self.request_id = said.request_id
         self.key_name = said.key
+        self.program = said.program
         self.peers: Sequence[str] = said.peers
         self.sequences = said.sequences
         self.streams = said.streams

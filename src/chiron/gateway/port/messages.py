@@ -14,7 +14,7 @@ told as ages, because clocks of two machines differ.
 Structs are arrays on the wire. A change of any of them is a new ``VERSION``; ``VERSION_MIN`` is the lowest that is
 still spoken. Both ends speak the lower one of theirs (``Wire.version``): what is new is added at the end, with a
 default, and what an older one cannot read is not sent to it. Version 3: ``Hello.gateway``.
-Version 4: ``Turn`` and ``Shown``.
+Version 4: ``Turn`` and ``Shown``. Version 5: ``Arrive.program``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-VERSION = 4
+VERSION = 5
 VERSION_MIN = 2
 TURNS_FROM = 4
 """The version from which cascades' turns are told."""
@@ -101,6 +101,8 @@ class Arrive(Message, tag=1, frozen=True):
     collected: bool
     """Its answer is put together at the relay, so that it can be gone on with elsewhere."""
     wait_max_s: Seconds = inf
+    program: Name = ""
+    """Whose call it is; empty: of none."""
 
 
 class Left(Message, tag=2, frozen=True):

@@ -3,6 +3,9 @@
 Class of a request, first match wins: header ``x-chiron-class`` (a class by name), ``service_tier: "flex"`` (the
 model's batch class), SLO headers ``x-slo-ttft-ms`` and ``x-slo-tpot-ms`` (the model's interactive class whose ITL is
 nearest below what is requested, with the requested values as its SLOs), else the model's default class.
+
+Header ``x-chiron-program`` names the program (an agent, a chat) whose call it is, among those of its key: 1 to 128
+characters of ASCII that can be seen.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from chiron.net.server import Incoming
 
 _RATIO_WEIGHT = 0.02
 _SLO_MIN_MS, _SLO_MAX_MS = 0.001, 3_600_000.0
+PROGRAM_MAX_BYTES = 128
 
 
 @dataclass(slots=True)
@@ -67,6 +71,8 @@ class Admitted(NamedTuple):
     cls: RequestClass
     input_tokens: int
     stream: bool
+    program: str
+    """Empty: it is of none."""
 
 
 class Models:
@@ -135,7 +141,7 @@ def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None
         body = read_body(incoming.body, is_chat(incoming.path))
     fields = body.shape.fields
     served = models.find(fields.get("model"), key)
-    cls = _class_of(incoming, fields, served)
+    cls, program = _said(incoming, fields, served)
     if key.classes:
         key.permit(cls=cls.name)
     stream = fields.get("stream")
@@ -145,7 +151,8 @@ def admit(incoming: Incoming, key: Key, models: Models, body: Body | None = None
     if options is not None and not isinstance(options, dict):
         raise invalid(f"stream_options: {shown(options)} must be an object", param="stream_options")
     check_fits(served, body.shape, is_chat(incoming.path))
-    return Admitted(body=body, model=served, cls=cls, input_tokens=served.tokens_of(body.shape), stream=bool(stream))
+    tokens = served.tokens_of(body.shape)
+    return Admitted(body=body, model=served, cls=cls, input_tokens=tokens, stream=bool(stream), program=program)
 
 
 def check_fits(served: ServedModel, shape: Shape, chat: bool) -> None:
@@ -165,9 +172,10 @@ def is_chat(path: str) -> bool:
     return path.endswith("/chat/completions")
 
 
-def _class_of(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel) -> RequestClass:
-    settings, classes = served.settings, served.classes
+def _said(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel) -> tuple[RequestClass, str]:
+    """Its class, and its program."""
     named = ttft = tpot = None
+    program = ""
     for name, value in incoming.headers:
         if name[:2] != b"x-":
             continue
@@ -177,6 +185,24 @@ def _class_of(incoming: Incoming, fields: Mapping[str, Any], served: ServedModel
             ttft = _milliseconds("x-slo-ttft-ms", value)
         elif name == b"x-slo-tpot-ms":
             tpot = _milliseconds("x-slo-tpot-ms", value)
+        elif name == b"x-chiron-program":
+            program = program_of(value)
+    return _class_of(fields, served, named, ttft, tpot), program
+
+
+def program_of(value: bytes) -> str:
+    """Raises ApiError for what is no name of a program."""
+    if not 0 < len(value) <= PROGRAM_MAX_BYTES or not value.isascii() or any(not 33 <= each <= 126 for each in value):
+        said = value[:40].decode("latin-1") + ("..." if len(value) > 40 else "")
+        allowed = f"1 to {PROGRAM_MAX_BYTES} visible ASCII characters, without spaces"
+        raise invalid(f"x-chiron-program: {said!r} ({len(value)} bytes) is no name of a program; allowed: {allowed}")
+    return value.decode("ascii")
+
+
+def _class_of(
+    fields: Mapping[str, Any], served: ServedModel, named: str | None, ttft: float | None, tpot: float | None
+) -> RequestClass:
+    settings, classes = served.settings, served.classes
     if named is not None:
         cls = classes.get(named)
         if cls is None:

@@ -66,6 +66,7 @@ class RelayCall:
         "number",
         "output_max",
         "path",
+        "program",
         "prompt_bytes",
         "prompt_tokens",
         "refusal",
@@ -122,6 +123,8 @@ class RelayCall:
         self._done = False
         self.wait_max_s = inf
         """How long the client wants it to wait for an instance."""
+        self.program = ""
+        """Whose call it is; empty: of none."""
         incoming.body = b""
         incoming.on_pause = self._pause
         incoming.on_resume = self._resume
@@ -430,6 +433,7 @@ class FlexCall(CollectedCall):
         self.responded = responded
         self.turn: Turn | None = None
         self.wait_max_s = inf
+        self.program = ""
         self._reminded_s = -inf
         self._wants_stream = stream
         self._wants_usage = (

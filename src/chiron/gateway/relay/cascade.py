@@ -184,6 +184,7 @@ class FirstCall:
         self.error: UpstreamFailure | None = None
         self.refusal: ApiError | None = None
         self.wait_max_s = inf
+        self.program = whole.program
         self.turn: Turn | None = None
         self._whole = whole
         self._body = body
@@ -467,6 +468,7 @@ class Cascaded:
         self._name = admitted.model.settings.name
         self._settings = settings
         self._cls = admitted.cls
+        self.program = admitted.program
         self._body = admitted.body
         self._wants = wanted(admitted.body, is_chat(incoming.path), admitted.stream)
         self._desk = desk
@@ -543,6 +545,7 @@ class Cascaded:
             key_name=self.key.name,
             responded=self.responded,
         )
+        call.program = self.program
         call.turn = Turn(self._name, reason, before_s, counted, self._cls.ttft_s, self._wants.stream)
         if self._wait_s is not None:
             call.wait_max_s = max(0.0, self._wait_s - before_s)

@@ -156,6 +156,7 @@ class Front:
         )
         if (wait_s := _wait_s(incoming)) is not None:
             call.wait_max_s = wait_s
+        call.program = admitted.program
         incoming.on_close = lambda: desk.left(call)
         desk.arrive(call, admitted.model.settings.name, cls, key, admitted.input_tokens)
 

@@ -292,6 +292,7 @@ class Uplink:
             prompt_bytes=call.prompt_bytes,
             collected=isinstance(call, FlexCall),
             wait_max_s=call.wait_max_s,
+            program=call.program,
         )
         held = Held(Request(number, model, cls, self.clock.elapsed_s(), input_tokens, call), message)
         if self.wire.up:

@@ -32,7 +32,7 @@ from chiron.core.types import Instance, Placement, Request
 from chiron.policies.checks import above, at_least
 from chiron.policies.composers.leveled import LeveledComposer
 from chiron.policies.policy import Estimates, Policy
-from chiron.policies.ranges import Between
+from chiron.policies.ranges import AnyOf, Between
 from chiron.policies.rivals.scalers.static import decide_fleet
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.size import placed, prompt_tokens
@@ -56,6 +56,8 @@ class AutellixSettings:
     """Steps between two decisions about who gives way."""
     preempts: bool = True
     """False: calls that decode go on until they end."""
+    queues: Annotated[bool, AnyOf((True, False))] = True
+    """False: engines serve calls in their own order, and programs are only kept where they are: what runs live, too."""
     locality_tokens: int = 2048
     """Prompts up to this go anywhere (the paper's)."""
     instances: Annotated[int, Between(1, 256, log=True)] = 0
@@ -266,7 +268,7 @@ def make_autellix(settings: AutellixSettings) -> Policy:
         name="autellix",
         settings=settings,
         place=place,
-        compose=compose,
+        compose=compose if settings.queues else None,
         ended=ended,
         fleet=decide_fleet,
         fleet_period_s=30.0,
