@@ -44,9 +44,9 @@ generate = { kind = "poisson", rate = 2, duration = "40s", lengths = { input = {
 """
 
 
-def setup_with(*overrides: str, **changes: Any) -> Setup:
+def setup_with(*overrides: str, policy: str = "static", **changes: Any) -> Setup:
     scenario = parse_scenario(SCENARIO, directory=Path()).with_overrides(*overrides)
-    (made,) = setups(scenario, policies=["static"])
+    (made,) = setups(scenario, policies=[policy])
     return replace(made, **changes)
 
 
@@ -170,6 +170,48 @@ def test_a_first_call_that_fails_is_answered_by_the_second_model() -> None:
     assert 0 < refused < len(result.requests.arrival_s) == shares(setup)["small"]
     assert {result.models[i] for i in result.requests.model} == {"large"}
     assert (result.requests.outcome == 0).all()
+
+
+@pytest.mark.parametrize("escalated", [0, 0.4, 1])
+def test_a_first_call_waits_for_an_instance_as_long_as_a_gateway_lets_it(escalated: float) -> None:
+    """The small model takes one request at a time, of a second or so, and two come each second."""
+    setup = setup_with(
+        f"models.chat.cascade.escalated={escalated}",
+        "models.chat.cascade.first_wait=1.5s",
+        "models.small.instances.0.max_num_seqs=1",
+        "models.small.max_instances=1",
+        "workload.0.generate.lengths={ input = 100, output = 200 }",
+        "models.chat.cascade.after_tokens=0",
+        "duration=20s",
+        policy="chiron",
+    )
+    simulation, result, events = run(setup)
+    table, raw = result.requests, simulation.recorder.table()
+    assert (table.outcome == 0).all()
+    by_large = np.array([result.models[i] == "large" for i in table.model])
+    assert by_large.sum() > 5
+    assert by_large.all() == (escalated == 1)
+    waited_s = np.where(raw.dispatch_s >= 0, raw.dispatch_s - setup.workload.arrival_s, 0.0)
+    cascades = setup.workload.cascades
+    assert cascades is not None
+    first = ~cascades.waits & ~np.isin(np.arange(len(raw.model)), list(simulation.cascades._asked_again))  # type: ignore[union-attr]
+    assert waited_s[first].max() <= 1.5
+    assert '"outcome":"cancelled"' in events
+    seen_s = (table.first_token_s - table.arrival_s)[by_large]
+    assert (seen_s > 0).all()
+    if escalated == 0:
+        assert (seen_s >= 1.5).all(), "they waited for the small model first"
+        assert seen_s.max() < 1.5 + 1.0
+
+
+def test_without_an_instance_in_time_the_second_model_answers_within_the_ttft() -> None:
+    cold = "models.small.initial=0"
+    setup = setup_with("models.chat.cascade.escalated=0.4", cold, "models.small.min_instances=0", "duration=10s")
+    result = run(setup)[1]
+    assert {result.models[i] for i in result.requests.model} == {"large"}
+    assert result.requests.attained(result.classes).all()
+    for_ever = replace(setup, workload=setup_with("duration=10s", "models.chat.cascade.first_wait=1h").workload)
+    assert not run(for_ever)[1].requests.attained(for_ever.workload.classes).all()
 
 
 def test_the_past_passes_other_requests_on() -> None:

@@ -153,6 +153,9 @@ class CascadeSection:
     """Share of the requests for which it is: a number, or one that grows with the prompt."""
     after_tokens: int = 16
     """Tokens of the first model's answer after which that is known; 0: the whole answer."""
+    first_wait_s: float | None = None
+    """For so long a request waits for an instance of the first model, before the second one is asked; None: half of the
+    TTFT of its class, as in a gateway."""
 
     def __post_init__(self) -> None:
         fine = isinstance(self.escalated, ByLength) or 0 <= self.escalated <= 1
@@ -162,7 +165,9 @@ class CascadeSection:
     def shape(self) -> CascadeShape:
         """Raises ValueError."""
         rule = CascadeRule(after_tokens=self.after_tokens)
-        return CascadeShape(first=self.first, then=self.then, escalated=self.escalated, rule=rule)
+        return CascadeShape(
+            first=self.first, then=self.then, escalated=self.escalated, rule=rule, first_wait_s=self.first_wait_s
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -151,6 +151,7 @@ class Simulation:
                 clock=self.clock,
                 make=partial(_call, setup),
                 submit=lambda request: self.plane.submit(request),
+                cancel=lambda request: self.plane.cancel(request),
             )
         self._assembly = Assembly(
             clock=self.clock,
@@ -193,10 +194,12 @@ class Simulation:
                 break
             run_until(request.arrival_s)
             submit(request)
+            if self.cascades is not None:
+                self.cascades.asked(request)
             if request.id >= report_at:
                 report_at = request.id + 1 + total // 200
                 if progress is not None:
-                    progress(self.recorder.ended_count / total)
+                    progress(min(1.0, self.recorder.ended_count / total))
         next_report_s = clock.now_s
         while plane.open_requests or (calls is not None and calls.coming):
             due_s = clock.next_s()
@@ -206,7 +209,7 @@ class Simulation:
             clock.step()
             if progress is not None and clock.now_s > next_report_s:
                 next_report_s = clock.now_s + 10.0
-                progress(self.recorder.ended_count / total)
+                progress(min(1.0, self.recorder.ended_count / total))
         self.fleet.close()
         if progress is not None:
             progress(1.0)

@@ -63,6 +63,10 @@ class _Part:
     start_s: Floats | None = None
     """Of calls of a cascade, when the client's request comes."""
     shown_tokens: int | Ints = 0
+    other: str = ""
+    """Of first calls: the model that is asked where they get no answer."""
+    wait_s: float = inf
+    """Of first calls: for an instance."""
     follows: Ints | None = None
     """Of second calls: their first ones, by their places in the part before this one."""
 
@@ -112,7 +116,7 @@ def build_workload(
         tenant=_labels(parts, [tenants.index(part.tenant) for part in parts])[order] if len(tenants) > 1 else None,
         tenants=tenants,
         programs=_programs(parts, order) if any(part.calls is not None for part in parts) else None,
-        cascades=_cascades(parts, order) if any(part.start_s is not None for part in parts) else None,
+        cascades=_cascades(parts, order, models) if any(part.start_s is not None for part in parts) else None,
     )
 
 
@@ -143,6 +147,8 @@ def _of_cascade(stream: Stream, cascade: CascadeShape, rng: np.random.Generator)
         tenant=stream.tenant,
         start_s=trace.arrival_s,
         shown_tokens=judged,
+        other=cascade.then,
+        wait_s=cls.ttft_s / 2 if cascade.first_wait_s is None else cascade.first_wait_s,
     )
     start_s = trace.arrival_s[passed_on]
     then = _Part(
@@ -159,7 +165,7 @@ def _of_cascade(stream: Stream, cascade: CascadeShape, rng: np.random.Generator)
     return [first, then]
 
 
-def _cascades(parts: Sequence[_Part], order: Ints) -> Cascades:
+def _cascades(parts: Sequence[_Part], order: Ints, models: tuple[str, ...]) -> Cascades:
     """Of all parts together, their rows in this order."""
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
@@ -171,7 +177,14 @@ def _cascades(parts: Sequence[_Part], order: Ints) -> Cascades:
         before, rows = rows, rows + len(part.arrival_s)
     start_s = [part.arrival_s if part.start_s is None else part.start_s for part in parts]
     shown = [np.broadcast_to(part.shown_tokens, len(part.arrival_s)) for part in parts]
-    return Cascades(then=then, start_s=np.concatenate(start_s)[order], shown_tokens=np.concatenate(shown)[order])
+    wait_s = [np.full(len(part.arrival_s), part.wait_s) for part in parts]
+    return Cascades(
+        then=then,
+        start_s=np.concatenate(start_s)[order],
+        shown_tokens=np.concatenate(shown)[order],
+        other=_labels(parts, [models.index(part.other) if part.other else -1 for part in parts])[order],
+        wait_s=np.concatenate(wait_s)[order],
+    )
 
 
 def _of_job(job: BatchJob, rng: np.random.Generator) -> _Part:

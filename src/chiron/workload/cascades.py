@@ -45,6 +45,13 @@ class CascadeShape:
     escalated: float | ByLength
     """Share of the requests for which the large one is asked."""
     rule: CascadeRule
+    first_wait_s: float | None = None
+    """For so long a request waits for an instance of the small one; then the large one is asked. None: half of the
+    TTFT SLO, as a gateway has it."""
+
+    def __post_init__(self) -> None:
+        wait_s = self.first_wait_s
+        require(wait_s is None or wait_s > 0, "first_wait", wait_s, "above 0")
 
     def passed_on(self, input_tokens: Ints, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which requests are. With one seed, those of a smaller share are among those of a larger one."""

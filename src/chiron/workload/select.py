@@ -47,6 +47,8 @@ def _cascades(cascades: Cascades, rows: slice | npt.NDArray[np.bool_], earlier_s
         then=place[cascades.then[rows]],
         start_s=cascades.start_s[rows] - earlier_s,
         shown_tokens=cascades.shown_tokens[rows],
+        other=cascades.other[rows],
+        wait_s=cascades.wait_s[rows],
     )
 
 

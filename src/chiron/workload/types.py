@@ -76,6 +76,10 @@ class Cascades:
     """When the client's request comes; of a row that is none of a cascade, its arrival."""
     shown_tokens: Ints
     """Tokens after which the client can read an answer of the first model; 0: from the first one on."""
+    other: Ints
+    """Of a first call, index of the model that is asked if it gets no answer; -1: it is none."""
+    wait_s: Floats
+    """For so long a first call waits for an instance, before that model is asked; inf: for ever."""
 
     @property
     def answers(self) -> Ints:
