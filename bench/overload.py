@@ -43,14 +43,16 @@ def measure(policies: list[str], seeds: list[int]) -> dict[str, list[tuple[float
     """By policy: (offered, goodput) for each scale, means over seeds."""
     found: dict[str, list[tuple[float, float]]] = {}
     for scale in SCALES:
-        runs = [(name, name, []) for name in policies]
-        runs += [("chiron, refusing", "chiron", [REFUSING])] if "chiron" in policies else []
-        for label, policy, extra in runs:
-            print(f"{scale:g}x {label}", file=sys.stderr)
-            results = chiron.compare(SCENARIO, [policy], seeds, overrides=[f"scale={scale}", *extra])
-            points = [goodput(result) for result in results]
-            mean = tuple(sum(values) / len(points) for values in zip(*points, strict=True))
-            found.setdefault(label, []).append(mean)  # type: ignore[arg-type]
+        print(f"{scale:g}x", file=sys.stderr)
+        runs = [(policies, {name: name for name in policies}, [])]
+        if "chiron" in policies:
+            runs.append((["chiron"], {"chiron": "chiron, refusing"}, [REFUSING]))
+        for names, labels, extra in runs:
+            results = chiron.compare(SCENARIO, names, seeds, overrides=[f"scale={scale}", *extra])
+            for number, name in enumerate(names):
+                points = [goodput(result) for result in results[number * len(seeds) :][: len(seeds)]]
+                mean = tuple(sum(values) / len(points) for values in zip(*points, strict=True))
+                found.setdefault(labels[name], []).append(mean)  # type: ignore[arg-type]
     return found
 
 

@@ -228,7 +228,7 @@ def measure(groups: Sequence[Group], seeds: Sequence[int], runner: Runner) -> di
 
 
 def section(group: Group, found: Mapping[tuple[str, str, str], Sequence[Outcome]]) -> str:
-    lines = [f"## {group.title}", "", group.about, ""]
+    lines = [f"## {group.title}", "", f"{group.about} {verdict(group, found)}", ""]
     lines += ["| | " + " | ".join(f"`{name}`" for name in group.policies) + " |"]
     lines += ["| --- |" + " ---: |" * len(group.policies)]
     for case in group.cases:
@@ -238,6 +238,29 @@ def section(group: Group, found: Mapping[tuple[str, str, str], Sequence[Outcome]
     return "\n".join(lines)
 
 
+def verdict(group: Group, found: Mapping[tuple[str, str, str], Sequence[Outcome]]) -> str:
+    """In how many rows ours keeps every class, and who of those that do is cheaper."""
+    ours, *rivals = group.policies
+    kept, beaten = 0, []
+    for case in group.cases:
+        runs = {name: found[group.title, case.name, name] for name in group.policies}
+        hours = _hours(runs[ours]) if keeps(runs[ours]) else None
+        kept += hours is not None
+        for name in rivals:
+            theirs = _hours(runs[name])
+            if keeps(runs[name]) and theirs is not None and (hours is None or theirs < hours):
+                beaten.append(f"`{name}` at {case.name}")
+    words = f"`{ours}` keeps 99 % of every class in {kept} of {len(group.cases)} rows"
+    if not beaten:
+        return f"{words}, and no other that does so needs fewer GPU-hours."
+    return f"{words}; with fewer GPU-hours, or where it does not: {', '.join(beaten)}."
+
+
+def keeps(outcomes: Sequence[Outcome]) -> bool:
+    summaries = _summaries(outcomes)
+    return summaries is not None and all(worst_class(summary) >= TARGET for summary in summaries)
+
+
 def cell(outcomes: Sequence[Outcome], base: float | None) -> str:
     summaries = _summaries(outcomes)
     hours = _hours(outcomes)
@@ -245,7 +268,7 @@ def cell(outcomes: Sequence[Outcome], base: float | None) -> str:
         return "failed"
     shares = [worst_class(summary) for summary in summaries]
     words = f"{int(1e3 * fmean(shares) + 1e-6) / 10:.1f}%"
-    if min(shares) >= TARGET:
+    if keeps(outcomes):
         words = f"**{words}**"
     return words if not base else f"{words}, {hours / base:.2f}x"
 

@@ -41,6 +41,22 @@ def test_a_cell_is_bold_where_every_seed_keeps_every_class(bench: ModuleType) ->
     assert bench.cell([run(1.0, 6.0), Outcome(error="broke")], 3.5) == "failed"
 
 
+def test_each_table_says_where_ours_keeps_its_slos_and_who_is_cheaper(bench: ModuleType) -> None:
+    def run(chat: float, hours: float) -> list[Outcome]:
+        return [Outcome(summary={"attainment": {"chat": chat}, "gpu_hours": hours})]
+
+    group = bench.Group(title="T", about="A.", cases=(bench.Case(name="x"), bench.Case(name="y")), policies=("a", "b"))
+    found = {("T", "x", "a"): run(1.0, 4.0), ("T", "x", "b"): run(0.98, 1.0)}
+    found |= {("T", "y", "a"): run(1.0, 4.0), ("T", "y", "b"): run(1.0, 4.0)}
+    alone = "`a` keeps 99 % of every class in 2 of 2 rows, and no other that does so needs fewer GPU-hours."
+    assert bench.verdict(group, found) == alone
+    assert f"A. {alone}" in bench.section(group, found)
+    found |= {("T", "x", "a"): run(0.98, 4.0), ("T", "x", "b"): run(1.0, 9.0), ("T", "y", "b"): run(1.0, 3.9)}
+    assert bench.verdict(group, found).endswith(
+        "1 of 2 rows; with fewer GPU-hours, or where it does not: `b` at x, `b` at y."
+    )
+
+
 def test_slower_engines_are_slower_in_every_part_of_a_step(bench: ModuleType) -> None:
     case = bench.Case(name="x", overrides=("workload.0.generate.duration=20", "batch_job=[]"), step_time=1.15)
     group = bench.GROUPS["steps"]
