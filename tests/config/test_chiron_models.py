@@ -22,6 +22,7 @@ from chiron.fleet.kubernetes.source import KubernetesSource
 from chiron.gateway.chiron_models.objects import ModelResource, Reading
 from chiron.gateway.chiron_models.status import FIELDS
 from kubernetes_site import CRD
+from yaml_loader import LOADER
 
 KIND = {"engine": "vllm", "deployment": "a"}
 FILE = """
@@ -232,7 +233,7 @@ def test_one_that_was_changed_to_what_cannot_be_stays_as_it_was() -> None:
 
 
 def test_the_definition_has_the_fields_that_are_read_and_explains_each() -> None:
-    definition = yaml.safe_load(CRD.read_text())
+    definition = yaml.load(CRD.read_text(), LOADER)
     schema = definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     spec, status = (schema["properties"][key]["properties"] for key in ("spec", "status"))
     assert set(spec) == {*MODEL_KEYS, *OTHER_KEYS}

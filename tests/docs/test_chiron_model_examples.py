@@ -13,6 +13,7 @@ import yaml
 from chiron.config.chiron_models import ResourceReader
 from chiron.gateway.chiron_models.objects import read_resource
 from kubernetes_site import CRD
+from yaml_loader import LOADER
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLES = [
@@ -20,7 +21,7 @@ EXAMPLES = [
     for page in sorted(DOCS.glob("*.md"))
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
     if "kind: ChironModel" in block
-    for item in yaml.safe_load_all(block)
+    for item in yaml.load_all(block, LOADER)
 ]
 
 
@@ -39,7 +40,7 @@ def test_there_are_some() -> None:
 
 @pytest.mark.parametrize("item", EXAMPLES)
 def test_it_is_accepted(item: dict[str, Any]) -> None:
-    schema = yaml.safe_load(CRD.read_text())["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema = yaml.load(CRD.read_text(), LOADER)["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     jsonschema.validate({"spec": item["spec"]}, strict(schema))
     head = {"uid": "u", "resourceVersion": "1", **item["metadata"]}
     reading = ResourceReader("[kubernetes]\n", directory=DOCS).read([read_resource({**item, "metadata": head})])

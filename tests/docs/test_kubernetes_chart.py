@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from chiron.config.serve import ServeConfig, parse_serve
 from chiron.engines.staged import head, stage
 from chiron.fleet.kubernetes.source import KubernetesSource
 from render_manifests import CHART, DEPLOY, plain, render
+from yaml_loader import LOADER
 
 helm_python = pytest.importorskip("helm_python")
 
@@ -78,7 +80,7 @@ SEVERAL: Values = {
 
 
 def objects(values: Values) -> list[dict[str, Any]]:
-    return [item for text in render(values).values() for item in yaml.safe_load_all(text) if item]
+    return [item for text in render(values).values() for item in yaml.load_all(text, LOADER) if item]
 
 
 def one(values: Values, kind: str) -> dict[str, Any]:
@@ -449,9 +451,7 @@ def test_the_monitor_sends_the_admin_key_and_the_dashboard_is_the_one_that_ships
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
     assert endpoint["authorization"] == {"credentials": {"name": "chiron-admin", "key": "token"}}
     (shown,) = [item for item in objects(EVERYTHING) if item["metadata"]["name"] == "chiron-dashboards"]
-    assert yaml.safe_load(shown["data"]["chiron.json"]) == yaml.safe_load(
-        (DEPLOY / "grafana-dashboard.json").read_text()
-    )
+    assert json.loads(shown["data"]["chiron.json"]) == json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import chiron
 from chiron.config.serve import parse_serve
 from chiron.fleet.kubernetes.source import KubernetesSource
 from kubernetes_site import PROGRAMS, cluster
+from yaml_loader import LOADER
 
 DIRECTORY = Path(chiron.__file__).parent / "data" / "deploy" / "kubernetes"
 
 
 def documents(name: str) -> list[dict[str, object]]:
-    return list(yaml.safe_load_all((DIRECTORY / name).read_text()))
+    return list(yaml.load_all((DIRECTORY / name).read_text(), LOADER))
 
 
 @pytest.mark.parametrize("version", ["1.28", "1.34", "1.37"])

@@ -28,6 +28,7 @@ from chiron.net.clock import LiveClock
 from fleet_factory import Heard, an_instance, quick_settings, until
 from kubernetes_site import DEPLOYMENTS, PODS, PORT, PROGRAMS, Cluster, cluster, every_cluster, workload
 from real_kubernetes import kubeconfig
+from yaml_loader import LOADER
 
 KIND = "engine"
 START_MAX_S = 0.3
@@ -953,7 +954,7 @@ def test_the_role_that_ships_allows_what_chiron_does_and_nothing_else(tmp_path: 
     async def run() -> None:
         async with cluster("real", tmp_path) as here:
             text = (Path(chiron.__file__).parent / "data/deploy/kubernetes/chiron.yaml").read_text()
-            by_kind = {item["kind"]: item for item in yaml.safe_load_all(text)}
+            by_kind = {item["kind"]: item for item in yaml.load_all(text, LOADER)}
             rbac = "/apis/rbac.authorization.k8s.io/v1/namespaces/default"
             binding = by_kind["RoleBinding"]
             binding["subjects"] = [{"kind": "User", "name": "chiron", "apiGroup": "rbac.authorization.k8s.io"}]

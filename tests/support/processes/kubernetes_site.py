@@ -22,6 +22,7 @@ from chiron.fleet.kubernetes.testing.controllers import Controllers
 from chiron.fleet.kubernetes.testing.kubelet import Container, Kubelet, Run
 from chiron.net.server import HttpServer, Incoming, serve
 from real_kubernetes import ControlPlane, control_plane, kubeconfig
+from yaml_loader import LOADER
 
 PORT = 8000
 PODS = "/api/v1/namespaces/default/pods"
@@ -121,7 +122,7 @@ class Cluster:
         """ChironModels can be made from now on: of what is in memory they are a part."""
         if self.plane is None:
             return
-        definition = yaml.safe_load(CRD.read_text())
+        definition = yaml.load(CRD.read_text(), LOADER)
         await self.client.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", definition)
 
         async def there() -> bool:
