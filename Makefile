@@ -1,6 +1,6 @@
 # Needs Python 3.11 or later with venv, and make. Everything else comes from the pinned lock files.
 
-# Hundreds of short processes run here: each would compile all it imports again.
+# Hundreds of short processes run here: each would compile all it imports again, and those that begin together do.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv
@@ -63,8 +63,8 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-slow: $(VENV)/.dev ## The slow tests, and the laws with all their examples; what loads the whole machine one at a time (ten minutes)
-	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "(slow or examples) and not alone"
+test-slow: $(VENV)/.dev ## The slow tests, and the laws with all their examples; what measures the whole machine one at a time (25 minutes)
+	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 3 -m "(slow or examples) and not alone"
 	@$(BIN)/python -m pytest -m "slow and alone"
 
 # A real kube-apiserver and its controllers, built from Debian's source once and kept.
@@ -81,7 +81,7 @@ $(KUBERNETES)/etcd:
 	@nice -n 19 tools/build_kubernetes.sh $(KUBERNETES) > $(KUBERNETES).log 2>&1 || { tail -20 $(KUBERNETES).log; exit 1; }
 
 test-all: $(VENV)/.dev ## Every test
-	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 2 -m "not alone"
+	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 3 -m "not alone"
 	@$(BIN)/python -m pytest -m alone
 
 test-compiled: $(VENV)/.dev $(COMPILED)/.built ## The tests of the simulator and the gateway, with the compiled build
@@ -242,6 +242,7 @@ $(VENV)/.demo: requirements.lock pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.demo
 	@echo "Installing the tools for development (once) ..."
 	@$(INSTALL) -r requirements-dev.lock
+	@$(BIN)/python -m compileall -q src
 	@$(INSTALL) --no-deps torch==$(TORCH)+cpu 2> /dev/null || \
 		$(INSTALL) --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2> /dev/null || \
 		echo "torch $(TORCH) for CPUs could not be installed; the tests of the staged engine are skipped"

@@ -282,7 +282,6 @@ def test_a_short_demo_runs_to_its_verdict_and_leaves_what_it_promises(tmp_path: 
     assert told.exit_code == 0, told.output
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_ends_a_demo_with_what_was_measured_and_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -296,7 +295,6 @@ def test_ctrl_c_ends_a_demo_with_what_was_measured_and_leaves_nothing_running(tm
     eventually(lambda: not of_demo(out))
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_while_it_starts_a_demo_leaves_nothing_running(tmp_path: Path, number: int) -> None:
@@ -310,7 +308,6 @@ def test_killed_while_it_starts_a_demo_leaves_nothing_running(tmp_path: Path, nu
     assert "Traceback" not in text
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_demo_leaves_nothing_running(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -149,7 +149,6 @@ def test_it_goes_with_no_engine_of_the_other_demo(tmp_path: Path) -> None:
     assert "does not go with --staged" in done.output + str(done.exception)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_short_demo_runs_to_its_verdict_and_its_report(tmp_path: Path) -> None:
     pytest.importorskip("torch")

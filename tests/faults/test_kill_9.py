@@ -242,7 +242,6 @@ def test_a_few_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     storm(tmp_path, 1, ["supervisor", "everything"], (0.2, 0.6), 40)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_thirty_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     plan = ["gateway"] * 10 + ["engine"] * 10 + ["supervisor"] * 4 + ["everything"] * 8
