@@ -51,6 +51,7 @@ COMPILED = (
     "net/shares.py",
     "policies/capacity.py",
     "policies/chiron/local_loop.py",
+    "policies/chiron/token_budget.py",
     "policies/queues/deadline_groups.py",
     "policies/routers/gated.py",
     "policies/routers/least.py",

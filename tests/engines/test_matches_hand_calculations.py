@@ -245,3 +245,39 @@ def test_a_step_that_takes_no_time_or_more_than_an_hour_is_refused_by_name() -> 
     for milliseconds in (1e-5, 4e6):
         with pytest.raises(ValueError, match=r"profile 'small': a step must take between"):
             StepTable(replace(PROFILE, h_ms=milliseconds))
+
+
+def test_another_token_budget_holds_from_the_next_step_with_prefill_on() -> None:
+    clock, engine, ear = bench()
+    engine.start(request(1, 70, 1))  # A step of 32 tokens is under way.
+    engine.set_max_num_batched_tokens(8)
+    clock.run_until(10.0)
+    assert ear.heard[0] == (6, "first", 1), "38 more tokens in chunks of 8"
+    engine.set_max_num_batched_tokens(1000)
+    engine.start(request(2, 70, 1))
+    clock.run_until(20.0)
+    assert engine.steps == 6 + 3, "the profile's budget of 32 bounds it"
+
+
+def test_an_engine_starts_with_the_token_budget_of_its_instance() -> None:
+    clock, ear = VirtualClock(), Ear(VirtualClock())
+    instance = Instance(1, "m0", kind_of(PROFILE), "mixed", 0.0)
+    instance.max_num_batched_tokens = 16
+    engine = EngineModel(clock=clock, instance=instance, profile=PROFILE, times=StepTable(PROFILE), listener=ear)
+    engine.start(request(1, 64, 1))
+    clock.run_until(10.0)
+    assert engine.steps == 4
+
+
+def test_a_raised_token_budget_lets_a_prompt_go_on_beside_decoding_that_took_all_of_the_one_before() -> None:
+    clock, engine, ear = bench()
+    for number in range(4):
+        engine.start(request(number, 4, 40))
+    clock.run_until(5.5 * TICK_S)
+    engine.set_max_num_batched_tokens(4)
+    engine.start(request(9, 20, 1))
+    clock.run_until(20.5 * TICK_S)
+    assert (20, "first", 9) not in ear.heard
+    engine.set_max_num_batched_tokens(32)
+    clock.run_until(25 * TICK_S)
+    assert (22, "first", 9) in ear.heard

@@ -429,6 +429,7 @@ def _kind(profile: Profile, instance: InstanceSection) -> InstanceKind:
         kv_capacity_tokens=profile.kv_capacity_tokens,
         max_num_seqs=profile.max_num_seqs,
         max_num_batched_tokens=profile.max_num_batched_tokens,
+        live_token_budget=instance.live_token_budget,
         max_instances=instance.max_instances,
         weight_bytes=_weight_bytes(profile),
     )

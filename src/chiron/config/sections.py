@@ -50,6 +50,8 @@ class InstanceSection:
     """Most sequences that the engine runs at once; default: the profile's, as for the next four."""
     max_num_batched_tokens: int | None = None
     """Token budget of one step."""
+    live_token_budget: bool = False
+    """The engine takes a smaller one while it runs; else only as it starts."""
     kv_capacity_tokens: int | None = None
     step_overhead_s: float | None = None
     """CPU time per step that the GPU waits for."""

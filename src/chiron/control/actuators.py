@@ -7,10 +7,10 @@ down as always; the fleet stays as it was started, and engines and batch sizes s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from chiron.control.model import ModelState
-from chiron.core.ports import StagedEngine
+from chiron.core.ports import StagedEngine, TokenBudgetEngine
 from chiron.core.types import Instance, Role
 from chiron.policies.views import LocalDecision
 
@@ -26,6 +26,9 @@ class Actuators(Protocol):
     def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
         """A decision of the local loop. Returns the max batch size before and after."""
 
+    def token_budget(self, instance: Instance, tokens: int) -> tuple[int, int]:
+        """Another token budget for an engine that takes it while it runs. Returns the one before and the one after."""
+
     def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
         """A plan of the stage loop for one pipeline."""
 
@@ -40,6 +43,8 @@ class DirectActuators:
     def begin(self, instance: Instance) -> None:
         assert instance.engine is not None
         instance.engine.set_max_batch_size(instance.max_batch_size)
+        if instance.max_num_batched_tokens != instance.kind.max_num_batched_tokens and instance.kind.live_token_budget:
+            cast(TokenBudgetEngine, instance.engine).set_max_num_batched_tokens(instance.max_num_batched_tokens)
 
     def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:
         if decision.prefill_limit_s != instance.prefill_limit_s:
@@ -58,6 +63,13 @@ class DirectActuators:
             state.router.changed(instance)
         return before, size
 
+    def token_budget(self, instance: Instance, tokens: int) -> tuple[int, int]:
+        before, after = instance.max_num_batched_tokens, _budget_within(instance, tokens)
+        if after != before:
+            instance.max_num_batched_tokens = after
+            cast(TokenBudgetEngine, instance.engine).set_max_num_batched_tokens(after)
+        return before, after
+
     def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
         engine.scale(replicas)
 
@@ -68,6 +80,8 @@ class NullActuators:
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
         """Max batch size last reported of an instance."""
+        self._budgets: dict[int, int] = {}
+        """Likewise its token budget."""
 
     def plan(self, state: ModelState, counts: dict[Role, int]) -> Mapping[Role, int] | None:
         before, state.advised = state.advised or None, counts
@@ -81,9 +95,18 @@ class NullActuators:
         self._sizes[instance.id] = size
         return before, size
 
+    def token_budget(self, instance: Instance, tokens: int) -> tuple[int, int]:
+        before = self._budgets.get(instance.id, instance.max_num_batched_tokens)
+        after = self._budgets[instance.id] = _budget_within(instance, tokens)
+        return before, after
+
     def stages(self, engine: StagedEngine, replicas: Sequence[int]) -> None:
         """It keeps the replicas it has."""
 
 
 def _within(instance: Instance, decision: LocalDecision) -> int:
     return max(1, min(decision.max_batch_size, instance.kind.max_num_seqs))
+
+
+def _budget_within(instance: Instance, tokens: int) -> int:
+    return max(1, min(tokens, instance.kind.max_num_batched_tokens))

@@ -13,7 +13,7 @@ from chiron.core.kept import Kept
 from chiron.core.ports import Journal
 from chiron.core.types import Decision, Instance, Sample
 from chiron.policies.policy import Policy
-from chiron.policies.views import LocalDecision
+from chiron.policies.views import LocalDecision, TokenBudget
 
 LEARN_PER_SCRAPE = 8
 """Instances whose scrape is learned from, per model and round: more say little new and cost time."""
@@ -98,8 +98,23 @@ class BatchSizes:
         before, size = self._actuators.batch_size(state, instance, decision)
         if size != before:
             self._tell(instance, before, size, decision)
+        if decision.token_budget is not None and instance.kind.live_token_budget:
+            self._set_token_budget(instance, decision.token_budget)
         if decision.evicts and instance.running_interactive:
             self._evictor.trim(state, instance)
+
+    def _set_token_budget(self, instance: Instance, budget: TokenBudget) -> None:
+        before, after = self._actuators.token_budget(instance, budget.max_num_batched_tokens)
+        if after != before:
+            decision = Decision(
+                kind="token_budget",
+                subject=f"{instance.model}#{instance.id}",
+                before=before,
+                after=after,
+                reason=budget.reason,
+                numbers=budget.numbers,
+            )
+            self._journal.decided(self._clock.now_s, decision)
 
     def _tell(self, instance: Instance, before: int, size: int, decision: LocalDecision) -> None:
         self._journal.decided(

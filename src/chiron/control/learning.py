@@ -69,6 +69,8 @@ _TIME_MAX_S: Final = 1e5
 _SUM_MAX: Final = 1e6
 _FEW = 0.02
 """Share of requests that may be shorter than ``output_low``: a request whose ITL SLO is a mean is at least so long."""
+_TAIL = 0.05
+"""Share of prompts that ``input_tail`` tells of, the longest."""
 _FEW_SEEN = 500
 """Finished requests before anything is said of the shortest of them: as many as the share of missed ITL SLOs remembers,
 so that packing starts no sooner than its misses would be noticed."""
@@ -77,7 +79,17 @@ so that packing starts no sooner than its misses would be noticed."""
 class Mix:
     """Running means of one class's lengths."""
 
-    __slots__ = ("cls", "counts", "finished", "input_mean", "input_square", "output_mean", "output_square", "seen")
+    __slots__ = (
+        "cls",
+        "counts",
+        "finished",
+        "input_counts",
+        "input_mean",
+        "input_square",
+        "output_mean",
+        "output_square",
+        "seen",
+    )
 
     def __init__(self, cls: RequestClass) -> None:
         self.cls = cls
@@ -89,12 +101,17 @@ class Mix:
         self.output_square = 2 * PRIOR_OUTPUT_TOKENS**2
         self.counts = [0.0] * 32
         """Outputs of 0, 1, 2-3, 4-7 ... tokens; all are halved when they reach twice the memory."""
+        self.input_counts = [0.0] * 128
+        """Prompts, in quarters of such spans, likewise."""
 
     def ran(self, input_tokens: int) -> None:
         self.seen += 1
         weight = 1.0 / (self.seen if self.seen < _MEMORY else _MEMORY)
         self.input_mean += weight * (input_tokens - self.input_mean)
         self.input_square += weight * (input_tokens * input_tokens - self.input_square)
+        self.input_counts[_quarter(input_tokens)] += 1.0
+        if self.seen % _MEMORY == 0:
+            self.input_counts = [0.5 * count for count in self.input_counts]
 
     def made(self, output_tokens: int) -> None:
         self.finished += 1
@@ -115,6 +132,7 @@ class Mix:
             "output_mean": self.output_mean,
             "output_square": self.output_square,
             "counts": list(self.counts),
+            "input_counts": list(self.input_counts),
         }
 
     def restore(self, kept: Kept) -> bool:
@@ -123,12 +141,32 @@ class Mix:
         means = [kept.number(name, 0.0, _TOKENS_MAX) for name in ("input_mean", "output_mean")]
         squares = [kept.number(name, 0.0, _TOKENS_MAX**2) for name in ("input_square", "output_square")]
         counts = kept.numbers("counts", 0.0, _COUNT_MAX, least=32, most=32)
+        # Those who kept it before they counted prompts have none.
+        input_counts = kept.numbers("input_counts", 0.0, _COUNT_MAX, least=128, most=128)
         if seen is None or finished is None or counts is None or None in means or None in squares:
             return False
         self.seen, self.finished, self.counts = seen, finished, counts
+        self.input_counts = input_counts or [0.0] * 128
         self.input_mean, self.output_mean = (mean or 0.0 for mean in means)
         self.input_square, self.output_square = (square or 0.0 for square in squares)
         return True
+
+    def input_tail(self) -> tuple[tuple[float, float], ...]:
+        """(tokens, share of prompts that are about so long) of the longest, longest first; empty until enough have been
+        seen."""
+        total = sum(self.input_counts)
+        if total < _FEW_SEEN:
+            return ()
+        tail: list[tuple[float, float]] = []
+        above = 0.0
+        for index in range(len(self.input_counts) - 1, -1, -1):
+            count = self.input_counts[index]
+            if count >= 0.5:
+                above += count
+                if above > _TAIL * total:
+                    break
+                tail.append((_quarter_middle(index), count / total))
+        return tuple(tail)
 
     def output_low(self) -> int:
         """Tokens that all but a few of the outputs have: a power of two. 1 until enough have been seen."""
@@ -151,8 +189,20 @@ class Mix:
             output_tokens=self.output_mean,
             output_sd=variance**0.5 if variance > 0 else 0.0,
             output_low=self.output_low(),
+            input_tail=self.input_tail(),
             finished=self.finished,
         )
+
+
+def _quarter(tokens: int) -> int:
+    """Index of the span that holds this length: four of them from each power of two to the next."""
+    bits = min(tokens.bit_length(), 31)
+    return 4 * bits + ((tokens >> (bits - 3)) & 3 if bits >= 3 else 0)
+
+
+def _quarter_middle(index: int) -> float:
+    bits, quarter = divmod(index, 4)
+    return (4.5 + quarter) * (1 << bits - 3) if bits >= 3 else 0.75 * (1 << bits)
 
 
 class Lead:

@@ -20,7 +20,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal, Sleepers
 from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
 from chiron.policies.policy import Policy
-from chiron.policies.views import ModelPlan
+from chiron.policies.views import ModelPlan, TokenBudget
 
 
 class Lifecycle:
@@ -124,6 +124,7 @@ class Lifecycle:
             return
         state.batch_at_risk = plan.batch_at_risk
         self._allow_asleep(state, plan.asleep)
+        self._set_token_budget(state, plan)
         spec = state.spec
         counts: dict[Role, int] = {role: max(0, plan.counts.get(role, 0)) for role in ROLES}
         excess = sum(counts.values()) - spec.max_instances
@@ -150,6 +151,23 @@ class Lifecycle:
                 ),
             )
 
+    def _set_token_budget(self, state: ModelState, plan: ModelPlan) -> None:
+        """That of instances to come."""
+        whole = state.spec.kinds[0].max_num_batched_tokens
+        wanted = plan.token_budget or TokenBudget(max_num_batched_tokens=whole, reason="step_within_itl_slo")
+        before = whole if state.token_budget is None else state.token_budget.max_num_batched_tokens
+        state.token_budget = plan.token_budget
+        if wanted.max_num_batched_tokens != before:
+            decision = Decision(
+                kind="token_budget",
+                subject=state.spec.name,
+                before=before,
+                after=wanted.max_num_batched_tokens,
+                reason=wanted.reason,
+                numbers=wanted.numbers,
+            )
+            self._journal.decided(self._clock.now_s, decision)
+
     def reconcile(self, state: ModelState) -> None:
         """Start and drain instances until the fleet is the plan."""
         if self.unsettled:
@@ -170,8 +188,17 @@ class Lifecycle:
             if not self._take_back(state, role) and not self._create(state, role):
                 break
         if len(live) > count:
-            # First those that still start, then the emptiest; the newest of equals.
-            live.sort(key=lambda i: (i.state != "starting", i.running_interactive, len(i.requests), -i.rank))
+            # First those that still start, then those with another token budget than new ones have, then the emptiest;
+            # the newest of equals.
+            live.sort(
+                key=lambda i: (
+                    i.state != "starting",
+                    i.kind.live_token_budget or i.max_num_batched_tokens == _token_budget(state, i.kind),
+                    i.running_interactive,
+                    len(i.requests),
+                    -i.rank,
+                )
+            )
             for instance in live[: len(live) - count]:
                 # While successors still start, the model keeps the instances that its bounds require.
                 ready = sum(1 for i in state.instances.values() if i.state == "ready")
@@ -247,6 +274,7 @@ class Lifecycle:
         self._next_instance += 1
         limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
         instance.max_batch_size = min(limit, kind.max_num_seqs)
+        instance.max_num_batched_tokens = _token_budget(state, kind)
         self.instances[instance.id] = instance
         if self.unsettled:
             self._numbers.add(instance.id)
@@ -369,3 +397,9 @@ class Lifecycle:
 
 def _count(state: ModelState, kind: InstanceKind) -> int:
     return sum(1 for i in state.instances.values() if i.kind is kind)
+
+
+def _token_budget(state: ModelState, kind: InstanceKind) -> int:
+    """That an instance of this kind has at its start."""
+    most = kind.max_num_batched_tokens
+    return most if state.token_budget is None else max(1, min(state.token_budget.max_num_batched_tokens, most))

@@ -20,7 +20,7 @@ from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, 
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
 from chiron.policies.queues.deadline_groups import batch_due_s
-from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView
+from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalView, ModelView, TokenBudget
 
 DUE_SPAN_S: Final = 60.0
 """Batch requests that are due within as long count as due together."""
@@ -70,6 +70,8 @@ class ModelState:
         """The last plan, while plans are only journalled."""
         self.batch_size_hint = 0
         """Max batch size last set anywhere: where a new instance starts."""
+        self.token_budget: TokenBudget | None = None
+        """By the last plan: what new instances are started with; None: what their kind has."""
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
         self.arrived_interactive = 0
         """All interactive ones that arrived, less those that turned out not to run: for the stage loop."""
@@ -271,6 +273,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         price_per_hour=kind.gpus * kind.price_per_gpu_hour,
         kv_capacity_tokens=kind.kv_capacity_tokens,
         max_num_seqs=kind.max_num_seqs,
+        max_num_batched_tokens=kind.max_num_batched_tokens,
         planned=dict(state.planned),
         instances=tuple(instance_view(i, now_s) for i in state.instances.values()),
         arrivals=arrivals,
@@ -328,7 +331,8 @@ def local_view(state: ModelState, instance: Instance, now_s: float) -> LocalView
         role=instance.role,
         max_batch_size=instance.max_batch_size,
         max_num_seqs=instance.kind.max_num_seqs,
-        max_num_batched_tokens=instance.kind.max_num_batched_tokens,
+        max_num_batched_tokens=instance.max_num_batched_tokens,
+        token_budget_max=instance.kind.max_num_batched_tokens,
         prefill_limit_s=instance.prefill_limit_s,
         batch_limit=instance.batch_limit,
         batch_waits=state.batch.count > 0 or bool(state.batch.announced),

@@ -32,6 +32,7 @@ __all__ = [
     "Sleepers",
     "StageSamples",
     "StagedEngine",
+    "TokenBudgetEngine",
 ]
 
 # -- what the control plane asks -------------------------------------------------------------------------------------
@@ -65,6 +66,13 @@ class StagedEngine(Protocol):
     def scale(self, replicas: Sequence[int]) -> None:
         """How many replicas each stage is to have from now on, first stage first. New ones are used once they are up;
         those that go take no new sequence, and end when they have none."""
+
+
+class TokenBudgetEngine(Protocol):
+    """What an engine of a kind with a ``live_token_budget`` can be asked besides."""
+
+    def set_max_num_batched_tokens(self, max_num_batched_tokens: int) -> None:
+        """Tokens of each step that begins from now on: one of each sequence that decodes, the rest prefill."""
 
 
 class Ends(Protocol):

@@ -129,7 +129,9 @@ class InstanceKind:
     max_num_seqs: int
     """The most sequences the engine can ever run at once; a max batch size never exceeds it."""
     max_num_batched_tokens: int = 2048
-    """The engine's token budget of one step."""
+    """The engine's token budget of one step, and the most that it can ever be."""
+    live_token_budget: bool = False
+    """The engine takes another budget while it runs; else only as it starts."""
     max_instances: int = 1_000_000
     weight_bytes: int = 0
     """What an instance loads before it is ready."""

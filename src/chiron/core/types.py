@@ -230,6 +230,7 @@ class Instance:
         "leaving",
         "local",
         "max_batch_size",
+        "max_num_batched_tokens",
         "model",
         "prefill_backlog_s",
         "prefill_batch_s",
@@ -260,6 +261,8 @@ class Instance:
         """Of all these requests together: what the max batch size bounds."""
         self.batch_sequences = 0
         self.max_batch_size = kind.max_num_seqs
+        self.max_num_batched_tokens = kind.max_num_batched_tokens
+        """Token budget of its steps: as it is started, and from then on where the engine can change it."""
         self.kv_capacity_tokens = kind.kv_capacity_tokens
         self.kv_reserved_tokens = 0
         self.prefill_backlog_s = 0.0
@@ -343,7 +346,7 @@ class Placement:
 class Decision:
     """What was decided, why, and the numbers behind it. ``reason`` is one of a few constants."""
 
-    kind: Literal["fleet", "batch_size", "role", "migrate", "reject", "stage"]
+    kind: Literal["fleet", "batch_size", "role", "migrate", "reject", "stage", "token_budget"]
     subject: str
     """Model of a fleet decision, instance of a local one; of a stage its name and its instance."""
     before: int | float  # Compiled, a mere float would turn 1 into 1.0, and the event log would differ.

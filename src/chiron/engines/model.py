@@ -109,6 +109,7 @@ class EngineModel:
         "_steps_done",
         "_steps_end",
         "_times",
+        "_token_budget",
         "_waiting",
         "_waiting_tokens",
         "batch",
@@ -148,6 +149,7 @@ class EngineModel:
         self._clock = clock
         self.instance = instance
         self._times = times
+        self._token_budget = min(instance.max_num_batched_tokens, times.token_budget)
         self._listener = listener
         self.kv_capacity_tokens = instance.kv_capacity_tokens
         self.kv_seconds_per_token = kv_seconds_per_token
@@ -224,6 +226,13 @@ class EngineModel:
         self.max_batch_size = min(max_batch_size, self._max_num_seqs)
         if self._waiting:
             self._wake()
+
+    def set_max_num_batched_tokens(self, max_num_batched_tokens: int) -> None:
+        """From the next step with prefill on; the profile's budget bounds it."""
+        raised = max_num_batched_tokens > self._token_budget
+        self._token_budget = min(max_num_batched_tokens, self._times.token_budget)
+        if raised and self._prefilling:
+            self._cut()  # Decoding alone may have taken all of the budget.
 
     # -- driver side -------------------------------------------------------------------------------------------
 
@@ -627,7 +636,7 @@ class EngineModel:
     def _plan_prefill(self) -> bool:
         """Start a step with prefill chunks; False if decoding takes the whole token budget."""
         batch = self.batch
-        budget = self._times.token_budget - batch
+        budget = self._token_budget - batch
         if budget <= 0:
             return False
         total = attention = 0
@@ -656,7 +665,7 @@ class EngineModel:
         """``_admit`` and ``_plan_prefill`` in a policy's order. A prompt's KV is taken with its first chunk, so that
         one that comes later may have it first; one that finds no room does not hold up those that have begun."""
         batch, now_s = self.batch, self._clock.now_s
-        most = self._times.token_budget - batch
+        most = self._token_budget - batch
         if most <= 0:
             return False
         budget = composer.tokens(self._view())
@@ -688,7 +697,7 @@ class EngineModel:
             now_s=self._clock.now_s,
             step=self.step,
             decoding=self.batch,
-            tokens_max=self._times.token_budget - self.batch,
+            tokens_max=self._token_budget - self.batch,
             kv_free_tokens=self.kv_capacity_tokens - self.kv_used_tokens,
             step_s=self._step_s,
             kv_capacity_tokens=self.kv_capacity_tokens,

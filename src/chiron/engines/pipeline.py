@@ -617,7 +617,7 @@ class PipelineModel(EngineModel):
     def _plan_prefill(self) -> bool:
         """Start a round with chunks of prompts: as many tokens as fill a pass of each stage, of each replica."""
         widest = max(len(stage.replicas) for stage in self._stages)
-        budget = self._times.token_budget * max(widest, len(self._stages)) - self.batch
+        budget = self._token_budget * max(widest, len(self._stages)) - self.batch
         if budget <= 0:
             return False
         total = 0

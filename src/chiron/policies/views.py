@@ -41,6 +41,9 @@ class ClassMix:
     finished: int
     output_low: int = 1
     """Output tokens that all but a few requests have; 1 until that is known."""
+    input_tail: tuple[tuple[float, float], ...] = ()
+    """(tokens, share of prompts that are about so long) of the longest twentieth at most, longest first; empty until
+    that is known."""
 
 
 class InstanceView(NamedTuple):
@@ -112,6 +115,8 @@ class ModelView:
     """Of one instance of the preferred kind."""
     kv_capacity_tokens: int
     max_num_seqs: int
+    max_num_batched_tokens: int
+    """The most that the token budget of the preferred kind's steps can be."""
     planned: Mapping[Role, int]
     """The plan in force."""
     instances: tuple[InstanceView, ...]
@@ -157,6 +162,16 @@ class FleetView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBudget:
+    """How many tokens one step of an engine may take."""
+
+    max_num_batched_tokens: int
+    """At most as many as its kind has."""
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlan:
     """How many instances of each role one model should have, and why."""
 
@@ -166,6 +181,8 @@ class ModelPlan:
     ibp: float = nan
     ibp_target: float = nan
     bbp: float = nan
+    token_budget: TokenBudget | None = None
+    """That instances are started with from now on; None: that of their kind."""
     batch_at_risk: bool = False
     """Batch work will miss its deadline unless it goes before requests that are lost anyway (``Order.only_lost``). They
     evict none of it either."""
@@ -185,6 +202,9 @@ class LocalView(NamedTuple):
     max_batch_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    """Token budget of its engine's steps now."""
+    token_budget_max: int
+    """The most that it can be."""
     prefill_limit_s: float
     """The limit in force; inf: none."""
     batch_limit: int | None
@@ -244,6 +264,8 @@ class LocalDecision:
     """Share of the time that prefill may take there."""
     batch_limit: int | None = None
     """Requests on the instance up to which batch work is added; None: as the max batch size."""
+    token_budget: TokenBudget | None = None
+    """Of its engine, where that can be changed while it runs (``InstanceKind.live_token_budget``); None: as it is."""
     evicts: bool = False
     """Beside interactive requests, batch work beyond the max batch size is evicted; else it may end where it runs."""
     numbers: Mapping[str, float] = field(default_factory=dict)

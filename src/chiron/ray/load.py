@@ -129,6 +129,7 @@ def _model(
         price_per_hour=profile.tp * profile.price_per_gpu_hour,
         kv_capacity_tokens=profile.kv_capacity_tokens,
         max_num_seqs=profile.max_num_seqs,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
         planned={"interactive": 0, "mixed": load.target, "batch": 0},
         instances=_instances(workload, profile, load),
         arrivals=tuple(

@@ -12,6 +12,9 @@ REASONS = {
     "load_fell": "fewer instances have been enough for a while now",
     "itl_below_slo": "ITL leaves room below its SLO",
     "itl_above_slo": "ITL would exceed its SLO at that size",
+    "step_above_itl_slo": "beside long prompts a step of the whole budget takes longer than the ITL SLO",
+    "step_within_itl_slo": "a longer step is within the ITL SLO again",
+    "long_prompts_in_time": "with a smaller one, long prompts would miss their TTFT",
     "no_itl_slo": "nothing that runs there has an ITL SLO",
 }
 """Sentences for reasons that need one. All others read well enough as they are logged."""
@@ -20,6 +23,7 @@ BRIEF = {
     "interactive_load": "interactive load needs this many",
     "batch_deadlines": "batch work would miss its deadlines",
     "load_fell": "fewer have been enough for a while",
+    "step_above_itl_slo": "full steps are longer than the ITL SLO",
 }
 """Those of them that are long for a line of a screen."""
 
@@ -27,6 +31,7 @@ KINDS = {
     "fleet": "fleet",
     "role": "roles",
     "batch_size": "max batch size",
+    "token_budget": "token budget",
     "reject": "refused",
     "migrate": "moved",
     "stage": "stage",
@@ -72,6 +77,9 @@ def tell(
         known = itl_s is not None and slo_s is not None and itl_s == itl_s and slo_s == slo_s
         measured = f" ({_ms(itl_s)} of {_ms(slo_s)} ms)" if known else ""
         return f"{subject}: max batch size {change}: {why}{measured}"
+    if kind == "token_budget":
+        where = "token budget of a step" if "#" in subject else "token budget of instances to come"
+        return f"{subject}: {where} {change}: {why}"
     if kind == "stage":
         return f"{subject}: {change} replicas: {why}"
     if kind == "reject":

@@ -251,9 +251,9 @@ def sentence(d: DecisionPoint) -> str:
 
 def importance(decision: DecisionPoint) -> tuple[int, int]:
     """Least first: what changed the fleet, then the rarer kinds, then batch sizes; what changed nothing last."""
-    rank = {"fleet": 0, "role": 1, "stage": 1, "reject": 2, "migrate": 3, "batch_size": 4}
+    rank = {"fleet": 0, "role": 1, "stage": 1, "reject": 2, "migrate": 3, "token_budget": 4, "batch_size": 5}
     return int(decision.before == decision.after and decision.kind in ("fleet", "batch_size")), rank.get(
-        decision.kind, 5
+        decision.kind, 6
     )
 
 

@@ -70,8 +70,8 @@ def model(instances: Iterable[InstanceView], **changes: Any) -> ModelView:
             planned[one.role] += 1
     given: dict[str, Any] = {
         "name": "llama", "min_instances": 1, "max_instances": 50, "gpu": "A100", "gpus_per_instance": 1,
-        "price_per_hour": 2.0, "kv_capacity_tokens": 16_000, "max_num_seqs": 1024, "planned": planned,
-        "instances": instances, "arrivals": (), "mixes": (mix(CHAT), mix(JOBS)),
+        "price_per_hour": 2.0, "kv_capacity_tokens": 16_000, "max_num_seqs": 1024, "max_num_batched_tokens": 8192,
+        "planned": planned, "instances": instances, "arrivals": (), "mixes": (mix(CHAT), mix(JOBS)),
         "waiting_interactive": 0, "waiting_input_tokens": 0.0,
         "waiting_input_square": 0.0, "oldest_wait_s": 0.0, "groups": (), "running_batch": 0, "attained": 0,
         "missed": 0, "itl_missed": 0.0, "step_times": TIMES, "cold_start_s": 60.0, "cold_starts_seen": 1,
@@ -87,6 +87,7 @@ def local(**changes: Any) -> LocalView:
     """An instance that decodes at its cap, well within an ITL SLO of 0.2 s."""
     given: dict[str, Any] = {
         "now_s": 1000.0, "role": "mixed", "max_batch_size": 64, "max_num_seqs": 4096, "max_num_batched_tokens": 8192,
+        "token_budget_max": 8192,
         "prefill_limit_s": inf, "batch_limit": None, "batch_waits": False, "itl_missed": 0.0, "dispatched": 64,
         "at_cap": True, "itl_slo_s": 0.2, "itl_s": 0.05,
         "decode_batch": 60.0, "throughput": 1200.0, "class_counts": {"chat": 64}, "mixes": {"chat": mix(CHAT)},

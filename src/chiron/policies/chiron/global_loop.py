@@ -44,6 +44,7 @@ from chiron.policies.chiron.load import (
 )
 from chiron.policies.chiron.local_loop import decide_batch_size
 from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.chiron.start_budget import start_budget
 from chiron.policies.headroom import CONSTANT, followed, window_mean
 from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.policy import ClassesOf, Estimates, Order, Policy, Refusal
@@ -214,6 +215,7 @@ def _decide_model(
     memory = with_itl_missed(settings, memory, model)
     memory = backtested(settings, memory, model, now_s)
     memory = replace(memory, pressure=pressure(memory.pressure, model))
+    memory = start_budget(settings, model, memory, serving, now_s)
     level = followed(memory.load, memory.headroom.rule, settings.tick_s, model.cold_start_s)
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
@@ -259,6 +261,7 @@ def _decide_model(
         ibp=recent / live,
         ibp_target=1.0 / headroom,
         bbp=float(bbp),
+        token_budget=memory.token_budget,
         batch_at_risk=batch_at_risk(memory, model, now_s),
     )
     return plan, memory

@@ -55,7 +55,7 @@ from chiron.policies.headroom import (
     window_mean,
 )
 from chiron.policies.policy import LOAD_AGE_MAX_S
-from chiron.policies.views import ClassMix, ModelView
+from chiron.policies.views import ClassMix, ModelView, TokenBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,6 +83,10 @@ class ModelMemory:
     last_direction: int = 0
     extra: int = 0
     """Instances added for batch deadlines."""
+    token_budget: TokenBudget | None = None
+    """That instances are started with; None: their kind's."""
+    budget_kept_s: float = -inf
+    """When it was last no smaller than it had to be."""
     pressure: float = 1.0
     """Grows while SLOs are missed, and decays after."""
     itl_missed: float | None = None
@@ -119,19 +123,27 @@ def _interactive(model: ModelView) -> list[ClassMix]:
 
 def interactive_capacity(settings: ChironSettings, model: ModelView, memory: ModelMemory) -> Capacity:
     """One instance's capacity for the interactive mix of the last two minutes."""
-    mixes = _interactive(model)
-    rates = memory.counts[:, -120:].sum(axis=1).tolist() if memory.counts.shape[1] else [0.0] * len(mixes)
-    weighted = [(rate + 1e-6, mix) for rate, mix in zip(rates, mixes, strict=True)]
-    slo_s = min(
-        (m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=min((m.cls.itl_s for m in mixes), default=inf)
-    )
+    weighted = weighted_mixes(model, memory)
     return capacity(
         model.step_times,
         weighted,
-        itl_target_s=itl_target_s(settings, slo_s, model.itl_missed, model.step_times.fixed_s),
+        itl_target_s=itl_target_s(settings, tightest_itl_s(weighted), model.itl_missed, model.step_times.fixed_s),
         kv_capacity_tokens=model.kv_capacity_tokens,
         max_num_seqs=model.max_num_seqs,
     )
+
+
+def weighted_mixes(model: ModelView, memory: ModelMemory) -> list[tuple[float, ClassMix]]:
+    """The interactive classes by how many of their requests came in the last two minutes."""
+    mixes = _interactive(model)
+    rates = memory.counts[:, -120:].sum(axis=1).tolist() if memory.counts.shape[1] else [0.0] * len(mixes)
+    return [(rate + 1e-6, mix) for rate, mix in zip(rates, mixes, strict=True)]
+
+
+def tightest_itl_s(weighted: Sequence[tuple[float, ClassMix]]) -> float:
+    """The tightest of those that come at all."""
+    every = min((m.cls.itl_s for _, m in weighted), default=inf)
+    return min((m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=every)
 
 
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:

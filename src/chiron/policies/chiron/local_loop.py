@@ -13,7 +13,8 @@ from typing import Final
 
 from chiron.policies.capacity import work_s
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.views import LocalDecision, LocalView
+from chiron.policies.chiron.token_budget import Decoding, token_budget
+from chiron.policies.views import LocalDecision, LocalView, TokenBudget
 
 LEAST_TARGET: Final = 2.0
 """Of what a step takes without any work; the step to aim at is no shorter where the SLO allows that."""
@@ -26,6 +27,8 @@ class LocalState:
     interactive_s: float = 0.0
     """Work that interactive requests bring to a step beside batch work: a mean over some five scrapes, because the SLO
     is a mean over a request's tokens."""
+    budget_kept_s: float = -inf
+    """When the token budget was last no smaller than it had to be: it is raised only after some time without."""
 
 
 def decide_batch_size(
@@ -36,8 +39,15 @@ def decide_batch_size(
     slo_s = view.itl_slo_s
     before = view.max_batch_size
     if not isfinite(slo_s):
-        if (view.at_cap and before < view.max_num_seqs) or isfinite(view.prefill_limit_s):
-            return LocalDecision(max_batch_size=view.max_num_seqs, reason="no_itl_slo", evicts=settings.evict), state
+        whole = view.max_num_batched_tokens == view.token_budget_max
+        if (view.at_cap and before < view.max_num_seqs) or isfinite(view.prefill_limit_s) or not whole:
+            decision = LocalDecision(
+                max_batch_size=view.max_num_seqs,
+                token_budget=TokenBudget(max_num_batched_tokens=view.token_budget_max, reason="no_itl_slo"),
+                reason="no_itl_slo",
+                evicts=settings.evict,
+            )
+            return decision, state
         return None, state
     counts = view.class_counts or {name: 1 for name, mix in view.mixes.items() if mix.cls.interactive}
     running = sum(counts.values())
@@ -60,7 +70,18 @@ def decide_batch_size(
     limit_s = limits.mean_s
     left_s = target_s / correction - times.fixed_s
     interactive = {name: count for name, count in counts.items() if view.mixes[name].cls.interactive}
-    state = LocalState(correction=correction, interactive_s=_followed(state.interactive_s, interactive, slopes))
+    budget = _token_budget(settings, view, target_s, min(max(left_s / slope, 1.0), float(view.max_num_seqs)), context)
+    tokens, kept_s = budget.max_num_batched_tokens, state.budget_kept_s
+    if tokens <= view.max_num_batched_tokens:
+        kept_s = view.now_s
+    same = tokens == view.max_num_batched_tokens or (
+        tokens > view.max_num_batched_tokens and view.now_s - kept_s < settings.hold_s
+    )
+    state = LocalState(
+        correction=correction,
+        interactive_s=_followed(state.interactive_s, interactive, slopes),
+        budget_kept_s=kept_s,
+    )
     size = int(left_s / slope)
     batch_limit = None
     if 0 < sum(interactive.values()) < running and limits.step_s < inf:
@@ -69,7 +90,7 @@ def decide_batch_size(
     reason = "itl_below_slo" if size > before else "itl_above_slo"
     if abs(size - before) <= 0.05 * before or (size > before and not view.at_cap and view.dispatched < 0.8 * before):
         size, reason = before, "steady"
-        if _near(limit_s, view.prefill_limit_s) and _near(batch_limit, view.batch_limit):
+        if same and _near(limit_s, view.prefill_limit_s) and _near(batch_limit, view.batch_limit):
             return None, state
     numbers = {
         "itl_s": view.itl_s,
@@ -86,11 +107,32 @@ def decide_batch_size(
         prefill_step_s=limits.step_s,
         prefill_share=limits.share,
         batch_limit=batch_limit,
+        token_budget=None if same else budget,
         evicts=settings.evict,
         reason=reason,
         numbers=numbers,
     )
     return decision, state
+
+
+def _token_budget(
+    settings: ChironSettings, view: LocalView, target_s: float, sequences: float, context: float
+) -> TokenBudget:
+    """Beside as many sequences as meet the target."""
+    times = view.step_times
+    if not settings.limit_chunk:
+        return TokenBudget(max_num_batched_tokens=view.max_num_batched_tokens, reason="off")
+    return token_budget(
+        times,
+        view.mixes.values(),
+        most=view.token_budget_max,
+        present=view.max_num_batched_tokens,
+        decoding=Decoding(sequences, sequences * (times.per_sequence_s + times.per_context_token_s * context)),
+        target_s=target_s,
+        slo_s=view.itl_slo_s,
+        missed=view.itl_missed,
+        missed_max=settings.itl_missed_max,
+    )
 
 
 def _near(wanted: float | None, present: float | None) -> bool:

@@ -24,6 +24,9 @@ class ChironSettings:
     """Off: ``initial_max_batch_size`` for ever, as a static engine flag."""
     limit_prefill: bool = True
     """Bound the longest step by the prefill in flight where the ITL SLO is tighter than the engine's token budget."""
+    limit_chunk: bool = True
+    """Where short answers miss their ITL SLO because a step full of a long prompt's prefill is longer, engines get
+    a smaller token budget: at once where they take it, else with the next start."""
     itl_missed_max: float = 0.003
     """Share of requests that may miss the ITL SLO before the aim is lowered."""
     itl_gain: float = 10.0
