@@ -100,6 +100,7 @@ def setups(
             scrape_period_s=scenario.telemetry.scrape_period_s,
             scrape_delay_s=scenario.telemetry.scrape_delay_s,
             kv_transfer_gb_per_s=scenario.kv_transfer_gb_per_s,
+            prefix_cache=scenario.prefix_cache,
             horizon_s=scenario.horizon_s - begins_s,
             grace_s=scenario.grace_s,
         )

@@ -60,6 +60,8 @@ class Scenario:
     """Without a horizon: stop this long after the last arrival or deadline."""
     kv_transfer_gb_per_s: float = 20.0
     """Host link of an instance: saves and restores the KV of evicted requests."""
+    prefix_cache: bool = False
+    """Engines keep what the next prompts of programs begin with; a prompt costs prefill only for the rest."""
     classes: Mapping[str, RequestClass]
     models: Mapping[str, ModelSection]
     gpus: Mapping[str, int] = field(default_factory=dict)
@@ -107,6 +109,9 @@ class Scenario:
                 fine = path.startswith(("workload", "history")) and self.classes[cls].interactive
                 _require(fine, f"{path}.model", model, "a cascade is asked by interactive requests of streams only")
         self._check_cascades()
+        if self.prefix_cache:
+            for name, section in self.models.items():
+                _require(section.stages is None, f"models.{name}.stages", "given", "not beside prefix_cache = true")
         for i, job in enumerate(self.batch_job):
             finite = job.deadline_s is not None or self.classes[job.class_].deadline_s < inf
             _require(finite, f"batch_job[{i}].deadline", "none", f"set it here or in classes.{job.class_}")

@@ -49,6 +49,7 @@ class Request:
         "epoch",
         "evict_asked_s",
         "evictions",
+        "extends",
         "finish_s",
         "first_token_s",
         "flex",
@@ -159,6 +160,8 @@ class Request:
         self.program = ""
         """The program (an agent, a chat) that makes this call, by a name of its own; empty: it is a request of its own.
         Not changed after ``submit``."""
+        self.extends = False
+        """The next prompt of its program begins with its own and the whole of its answer: for engine models."""
         self.predicted_tokens = 0
         """Of its answer, by a predictor that a policy has; 0: nobody has predicted it."""
         self.turn: Any = None

@@ -29,6 +29,7 @@ from math import inf, sqrt
 from chiron.core.clock import VirtualClock, engine_key
 from chiron.core.ports import EngineEvents
 from chiron.core.types import Instance, Request, Sample
+from chiron.engines.prefix_cache import PrefixCache
 from chiron.engines.profile import Profile
 from chiron.policies.policy import Composer, Preempter
 from chiron.policies.views import StepView
@@ -97,6 +98,7 @@ class EngineModel:
         "_mixed_s",
         "_preempter",
         "_prefilling",
+        "_prefixes",
         "_ready",
         "_rel_s",
         "_restoring",
@@ -124,6 +126,7 @@ class EngineModel:
         "max_batch_size",
         "preemptions",
         "prefill_tokens",
+        "prefix_tokens",
         "request_overhead_s",
         "step",
         "steps",
@@ -141,10 +144,11 @@ class EngineModel:
         step_mode: bool = False,
         stepped: Callable[[Iterable[int]], None] | None = None,
         composer: Composer | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """``stepped``, in step mode, hears at the end of each step which requests (by id) decoded a token in it, before
         the listener hears what else the step brought. ``composer``: of this engine alone; None: first come, first
-        served."""
+        served. ``prefixes``: of programs, in this engine alone; None: every prompt is prefilled whole."""
         assert stepped is None or step_mode, "a segment of steps has one end"
         self._clock = clock
         self.instance = instance
@@ -159,6 +163,7 @@ class EngineModel:
         self._step_mode = step_mode
         self._stepped = stepped
         self._composer = composer
+        self._prefixes = prefixes
         self._preempter: Preempter | None = None if composer is None else composer.preempter
         self._key = engine_key(instance.id)
         self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
@@ -196,6 +201,8 @@ class EngineModel:
         self.busy_s = 0.0
         self.decode_tokens = 0
         self.prefill_tokens = 0
+        self.prefix_tokens = 0
+        """Of prompts that needed no prefill."""
         self.context_tokens = 0.0
         self.preemptions = 0
 
@@ -276,6 +283,8 @@ class EngineModel:
         self._evicting.clear()
         self._chunks.clear()
         self._ready.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
         self.batch = self.context_sum = self.kv_used_tokens = self._restoring = self._held_tokens = 0
         self._mixed_s = 0.0
         self._due_s = inf
@@ -421,6 +430,8 @@ class EngineModel:
             if self._composer is not None:
                 self._composer.forget(request)
             request.tokens_done = request.payload
+            if self._prefixes is not None:
+                self._keep_prefix(request, answered=True)
             listener.finished(request)
         while self._evicting:  # Whoever hears of one may ask for another.
             self._evict_marked()
@@ -439,6 +450,8 @@ class EngineModel:
             self._prefilling.remove(sequence)
             sequence.generated += 1
             request = sequence.request
+            if self._prefixes is not None:
+                self._keep_prefix(request, answered=sequence.generated >= request.payload)
             if sequence.generated >= request.payload:
                 self.kv_used_tokens -= sequence.prompt
                 del self._sequences[request.id]
@@ -468,6 +481,8 @@ class EngineModel:
 
     def _leave_decoding(self, sequence: EngineSequence) -> int:
         """Take it out; its context (tokens of KV that it held) is returned."""
+        if self._prefixes is not None:  # There is most KV in use now: what it took is gone.
+            self._prefixes.fit(self.kv_capacity_tokens - self.kv_used_tokens)
         steps = self.step - sequence.join_step
         context = sequence.context + steps
         sequence.generated += steps
@@ -631,7 +646,27 @@ class EngineModel:
         else:
             sequence.phase = PREFILL
             self._prefilling.append(sequence)
+            if self._prefixes is not None:
+                self._find_prefix(self._prefixes, sequence)
         return True
+
+    def _find_prefix(self, prefixes: PrefixCache, sequence: EngineSequence) -> None:
+        request = sequence.request
+        room_tokens = self.kv_capacity_tokens - self.kv_used_tokens
+        prefixes.fit(room_tokens + sequence.prompt)  # As it was until now.
+        if request.program:
+            sequence.prefilled = prefixes.found((request.tenant, request.program), request.input_tokens)
+            self.prefix_tokens += sequence.prefilled
+        prefixes.fit(room_tokens)
+
+    def _keep_prefix(self, request: Request, *, answered: bool) -> None:
+        """Of what its program's next prompt begins with."""
+        prefixes = self._prefixes
+        if prefixes is None or not request.program:
+            return
+        tokens = request.input_tokens + (int(request.payload) if answered and request.extends else 0)
+        prefixes.keep((request.tenant, request.program), tokens)
+        prefixes.fit(self.kv_capacity_tokens - self.kv_used_tokens)
 
     def _plan_prefill(self) -> bool:
         """Start a step with prefill chunks; False if decoding takes the whole token budget."""

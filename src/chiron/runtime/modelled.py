@@ -11,6 +11,7 @@ from chiron.core.ports import RemoteEngineEvents, Samples, StageSamples
 from chiron.core.types import Instance, Sample
 from chiron.engines.model import EngineModel, StepTable
 from chiron.engines.pipeline import PipelineModel, StageTimes
+from chiron.engines.prefix_cache import PrefixCache
 from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
 from chiron.fleet.model import FleetModel
@@ -38,13 +39,17 @@ class ModelledEngines:
         stages: Mapping[str, Sequence[Profile]] | None = None,
         wire: Wire | None = None,
         step_mode: bool = False,
+        prefix_cache: bool = False,
         compose: Callable[[str], Composer] | None = None,
         route: Callable[[Sequence[ReplicaView], int, int], int] | None = None,
     ) -> None:
         """``profiles`` by kind of instance; ``stages`` likewise, of those that are pipelines. ``wire``: between the
         control plane and every engine, as a gateway has it; None: they call each other directly, and only then
         ``step_mode`` may be off or on. ``compose`` makes the composer of an engine of a model, of a policy that has
-        such a hook; ``route`` chooses replicas of stages, likewise."""
+        such a hook; ``route`` chooses replicas of stages, likewise. ``prefix_cache``: engines keep what programs'
+        next prompts begin with."""
+        if prefix_cache and (stages or wire is not None):
+            raise ValueError("prefixes are kept by whole instances without a wire only")
         if stages and wire is not None:
             raise ValueError("pipelines of stages are simulated without a wire only")
         if compose is not None and (stages or wire is not None):
@@ -61,6 +66,7 @@ class ModelledEngines:
         self._faults = {request: iter(faults) for request, faults in wire.faults.items()} if wire is not None else {}
         self._step_mode = step_mode
         self._compose = compose
+        self._prefix_cache = prefix_cache
         self._route = route
 
     def make(self, instance: Instance) -> EngineModel | RemoteEngine:
@@ -79,6 +85,7 @@ class ModelledEngines:
                 kv_seconds_per_token=kv_seconds_per_token,
                 step_mode=self._step_mode,
                 composer=self._compose(instance.model) if self._compose is not None else None,
+                prefixes=PrefixCache() if self._prefix_cache else None,
             )
         else:
             engine = RemoteEngine(

@@ -121,6 +121,7 @@ class Simulation:
             kv_transfer_gb_per_s=setup.kv_transfer_gb_per_s,
             wire=setup.wire,
             step_mode=step_mode,
+            prefix_cache=setup.prefix_cache,
             compose=None if compose is None else partial(self._composer, compose),
             route=None if self.policy.route is None else partial(self.policy.route, self.policy.stages_settings),
         )
@@ -136,13 +137,16 @@ class Simulation:
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
+        self._extends = (
+            setup.workload.programs.extends.tolist() if setup.prefix_cache and setup.workload.programs else []
+        )
         self.programs: ProgramCalls | None = None
         if setup.workload.programs is not None:
             self.programs = ProgramCalls(
                 setup.workload,
                 clock=self.clock,
                 make=partial(_call, setup),
-                submit=lambda request: self.plane.submit(request),
+                submit=self._submit,
             )
         self.cascades: CascadeCalls | None = None
         if setup.workload.cascades is not None:
@@ -177,6 +181,11 @@ class Simulation:
             stages=self.plane if setup.stages else None,
         )
 
+    def _submit(self, request: Request) -> None:
+        if self._extends:
+            request.extends = self._extends[request.id]
+        self.plane.submit(request)
+
     def _composer(self, compose: ComposeHook, model: str) -> Composer:
         return compose(self.policy.settings, self.plane.models[model].learner)
 
@@ -185,7 +194,7 @@ class Simulation:
         setup, clock, plane = self.setup, self.clock, self.plane
         self._assembly.begin(setup.initial, attach=self.fleet.attach_running, loops=(self._scraper, self.fleet))
         end_s = self._end_s()
-        submit, run_until = plane.submit, clock.run_until
+        submit, run_until = self._submit if self._extends else plane.submit, clock.run_until
         total = max(1, len(setup.workload))
         report_at = 0
         calls = self.programs or self.cascades
@@ -225,7 +234,9 @@ class Simulation:
         if self.cascades is not None:
             table = self.cascades.table(table)
         end_s = self.clock.now_s
-        delivered, full = self._bounds(table, end_s) if with_bound else (None, None)
+        # The bounds know of no prefix that needs no prefill.
+        bounded = with_bound and not setup.prefix_cache
+        delivered, full = self._bounds(table, end_s) if bounded else (None, None)
         label = setup.label or setup.policy
         summary = summarise(
             policy=label,

@@ -50,6 +50,8 @@ class Setup:
     """Between an engine's state and the control plane's knowledge of it."""
     kv_transfer_gb_per_s: float = 20.0
     """Host link of an instance: saves and restores the KV of evicted requests."""
+    prefix_cache: bool = False
+    """Engines keep, in KV that nobody uses, what the next prompts of programs begin with."""
     wire: Wire | None = None
     """None: engines hear and are heard at once. Otherwise they are as a gateway has them (``engines.remote``): messages
     take time, what a client sees as it comes is not moved, an eviction is a connection that closes, and a scrape asks

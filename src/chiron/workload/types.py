@@ -65,6 +65,15 @@ class Programs:
     def __len__(self) -> int:
         return len(self.start_s)
 
+    @property
+    def extends(self) -> npt.NDArray[np.bool_]:
+        """Rows whose answer the next prompt of their program begins with, after their own prompt: those that are the
+        only one that others wait for. Of several at once, one answer follows another."""
+        counts = np.diff(self.parents_from)
+        found = np.zeros(len(self.of), dtype=np.bool_)
+        found[self.parents[np.repeat(counts == 1, counts)]] = True
+        return found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Cascades:
