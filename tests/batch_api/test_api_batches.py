@@ -12,12 +12,13 @@ import pytest
 
 from chiron.gateway.settings import BatchSettings
 from gateway_site import ApiSite, jsonl, line, two_keys
+from official_client import official_client
 
 ENDPOINT = "/v1/chat/completions"
 
 
 def client(site: ApiSite, key: str = "sk-any") -> openai.OpenAI:
-    return openai.OpenAI(base_url=site.url + "/v1", api_key=key, max_retries=0, timeout=60)
+    return official_client(site.url, key)
 
 
 @pytest.fixture

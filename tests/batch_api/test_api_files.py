@@ -15,6 +15,7 @@ import pytest
 from chiron.gateway.api.state import ApiLimits
 from chiron.gateway.settings import BatchSettings
 from gateway_site import ApiSite, two_keys
+from official_client import official_client
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def site(tmp_path: Path) -> Iterator[ApiSite]:
 
 
 def client(site: ApiSite, key: str = "sk-any") -> openai.OpenAI:
-    return openai.OpenAI(base_url=site.url + "/v1", api_key=key, max_retries=0, timeout=60)
+    return official_client(site.url, key)
 
 
 def form(*parts: tuple[str, bytes]) -> bytes:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 
 from chiron.engines.serve.toy import toy_model
 from engine_process import EngineProcess, Stream, connected, limits, metrics, until
+from official_client import official_client
 
 pytestmark = pytest.mark.slow
 """Two engines and their model take ten seconds of a core."""
@@ -73,7 +74,7 @@ def url(request: pytest.FixtureRequest, engines: dict[str, EngineProcess]) -> st
 
 @pytest.fixture
 def api(url: str) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with official_client(url) as client:
         yield client
 
 
@@ -250,7 +251,7 @@ def test_what_no_engine_can_do_is_a_400_that_names_it(api: Any, fields: dict[str
 def test_what_the_embedded_engine_lacks_is_a_400_that_names_it(
     engines: dict[str, EngineProcess], path: str, fields: dict[str, Any], param: str
 ) -> None:
-    with openai.OpenAI(base_url=engines["openvino"].url + "/v1", api_key="none", max_retries=0) as api:
+    with official_client(engines["openvino"].url) as api:
         prompt = {"messages": SAY} if "chat" in path else {"prompt": "a"}
         with pytest.raises(openai.BadRequestError) as caught:
             api.post(path, body={"model": "m", **prompt, **fields}, cast_to=object)
@@ -265,12 +266,12 @@ def test_a_tool_with_a_thousand_properties_is_called_or_refused(engines: dict[st
         "required": [tool(name="f", parameters={**many, "required": names})],
         "optional": [tool(name="f", parameters=many)],
     }
-    with openai.OpenAI(base_url=engines["emulated"].url + "/v1", api_key="none", max_retries=0) as api:
+    with official_client(engines["emulated"].url) as api:
         for name, each in tools.items():
             choice = api.chat.completions.create(**asked, tools=each).choices[0]
             found = json.loads(choice.message.tool_calls[0].function.arguments)
             assert (len(found) == 1000) == (name == "required")
-    with openai.OpenAI(base_url=engines["openvino"].url + "/v1", api_key="none", max_retries=0) as api:
+    with official_client(engines["openvino"].url) as api:
         cut = api.chat.completions.create(**asked, tools=tools["required"], max_tokens=30).choices[0]
         assert cut.finish_reason == "length"
         assert cut.message.tool_calls[0].function.arguments.startswith('{"p0":')
@@ -279,7 +280,7 @@ def test_a_tool_with_a_thousand_properties_is_called_or_refused(engines: dict[st
 
 
 def test_the_emulated_engine_makes_up_alternatives_and_tools_by_itself(engines: dict[str, EngineProcess]) -> None:
-    with openai.OpenAI(base_url=engines["emulated"].url + "/v1", api_key="none", max_retries=0) as api:
+    with official_client(engines["emulated"].url) as api:
         found = api.chat.completions.create(model="m", messages=SAY, logprobs=True, top_logprobs=3, max_tokens=5)
         for each in found.choices[0].logprobs.content:
             assert each.top_logprobs[0].token == each.token

@@ -10,6 +10,7 @@ import pytest
 
 from edge_site import SECRETS, edge_site
 from fault_site import FaultSite
+from official_client import official_client
 
 openai = pytest.importorskip("openai")
 
@@ -30,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
 
 
 def client(site: FaultSite, key: str = "all", **options: Any) -> Any:
-    return openai.OpenAI(base_url=site.url + "/v1", api_key=SECRETS.get(key, key), max_retries=0, timeout=60, **options)
+    return official_client(site.url, SECRETS.get(key, key), **options)
 
 
 @pytest.fixture

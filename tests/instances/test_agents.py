@@ -12,6 +12,7 @@ import pytest
 
 from edge_site import SECRETS, ask, edge_site, text
 from fault_site import FaultSite, wait_for
+from official_client import official_client
 
 openai = pytest.importorskip("openai")
 
@@ -46,7 +47,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultSite]:
 
 @pytest.fixture
 def api(site: FaultSite) -> Iterator[Any]:
-    with openai.OpenAI(base_url=site.url + "/v1", api_key=SECRETS["all"], max_retries=0, timeout=60) as found:
+    with official_client(site.url, SECRETS["all"]) as found:
         yield found
 
 
@@ -183,7 +184,7 @@ def test_an_answer_that_was_evicted_is_whole_in_the_end(tmp_path: Any, asked: di
     one_place = config.replace("max_instances = 1\n", "max_instances = 1\nmax_num_seqs = 1\n")
     with (
         FaultSite(tmp_path, one_place) as site,
-        openai.OpenAI(base_url=site.url + "/v1", api_key="none", max_retries=0, timeout=60) as api,
+        official_client(site.url) as api,
     ):
         fields: dict[str, Any] = {"model": "big", "messages": SAY, "extra_body": {"ignore_eos": True}, **asked}
         alone = api.chat.completions.create(**fields)

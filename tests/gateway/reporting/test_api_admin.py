@@ -12,6 +12,7 @@ import pytest
 
 from chiron.gateway.api.app import api_routes
 from gateway_site import ApiSite, two_keys
+from official_client import official_client
 
 ADMINS = (("/chiron/status", "GET"), ("/chiron/drain", "POST"), ("/chiron/undrain", "POST"), ("/metrics", "GET"))
 
@@ -35,7 +36,7 @@ def ask(site: ApiSite, path: str, method: str = "GET", key: str = "") -> tuple[i
 
 
 def test_models_by_name_by_alias_and_with_slashes(site: ApiSite) -> None:
-    with openai.OpenAI(base_url=site.url + "/v1", api_key="x", max_retries=0) as api:
+    with official_client(site.url, "x") as api:
         assert [model.id for model in api.models.list()] == ["chat-only", "m", "alias", "org/n"]
         assert api.models.retrieve("org/n").id == "org/n"
         assert api.models.retrieve("alias").id == "alias"
@@ -48,7 +49,7 @@ def test_models_by_name_by_alias_and_with_slashes(site: ApiSite) -> None:
 def test_a_key_sees_the_models_it_may_use(tmp_path: Path) -> None:
     with (
         ApiSite(tmp_path, keys=two_keys()) as site,
-        openai.OpenAI(base_url=site.url + "/v1", api_key="sk-a", max_retries=0) as api,
+        official_client(site.url, "sk-a") as api,
     ):
         assert [model.id for model in api.models.list()] == ["m", "alias"]
         with pytest.raises(openai.PermissionDeniedError):
