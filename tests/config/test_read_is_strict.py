@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from chiron.config.read import ConfigError, read_record, read_value
+from chiron.config.read import ConfigError, read_record, read_value, suggest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +128,10 @@ def test_a_duration_beside_a_field_of_its_short_name_keeps_its_suffix() -> None:
 def test_true_is_not_the_choice_one() -> None:
     with pytest.raises(ConfigError):
         read_value(Literal[1, 2], True, "p")
+
+
+def test_an_unknown_word_is_answered_with_those_that_share_a_part_of_it() -> None:
+    words = ["chiron", "hpa-queue", "keda-hpa", "llm-d-slo"]
+    assert suggest("kubernetes-hpa", words).startswith("did you mean 'hpa-queue' or 'keda-hpa'? allowed: chiron, ")
+    assert suggest("chirn", words).startswith("did you mean 'chiron'? ")
+    assert suggest("vllm", words).startswith("allowed: ")

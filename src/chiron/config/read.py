@@ -17,7 +17,7 @@ library reads loosely (unknown keys pass) unless they carry its marks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -38,9 +38,15 @@ class ConfigError(InputError):
 def suggest(word: str, allowed: Iterable[str]) -> str:
     """``did you mean 'theta'? allowed: ...``, for an error about an unknown word."""
     words = list(allowed)
-    close = get_close_matches(word, words, n=2, cutoff=0.6)
+    close = get_close_matches(word, words, n=2, cutoff=0.6) or _with_a_part_of(word, words)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"{hint}allowed: {', '.join(words) if words else 'nothing'}"
+
+
+def _with_a_part_of(word: str, words: Sequence[str]) -> list[str]:
+    """The first ones with a part of the unknown word, as ``keda-hpa`` has of ``kubernetes-hpa``."""
+    parts = set(word.lower().split("-"))
+    return [each for each in words if parts & set(each.split("-"))][:2]
 
 
 def fields_by_key(kind: Any) -> dict[str, Field[Any]]:

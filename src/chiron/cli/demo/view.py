@@ -13,6 +13,7 @@ from rich.text import Text
 from chiron.cli.demo.stage_watch import StageWatch
 from chiron.cli.top.view import one_line, screen, tell
 from chiron.telemetry.decision_text import show_moment
+from chiron.telemetry.format import counted
 
 PERIOD_S = 0.5
 PLAIN_PERIOD_S = 5.0
@@ -68,7 +69,7 @@ def captions(
     """The lines above the gateway's screen, cut to ``width``."""
     now_s = min(max(0.0, elapsed_s), total_s)
     state = "stopping" if stopping else "the last requests end" if elapsed_s > total_s else "ctrl-C ends it"
-    head = f"demo {show_moment(now_s)} of {show_moment(total_s)} · {evictions:,} evictions · {state}"
+    head = f"demo {show_moment(now_s)} of {show_moment(total_s)} · {counted(evictions, 'eviction')} · {state}"
     lines = [Text(head, style="bold yellow")]
     lines += [Text(line, style="yellow") for line in caption]
     for line in lines:
@@ -89,4 +90,4 @@ def news(status: Status, since_s: float) -> list[str]:
 def plain(status: Status) -> str:
     """The status in a line, with the max batch sizes of what runs."""
     sizes = [str(i["max_batch_size"]) for m in status["models"] for i in m["instances"] if i["state"] == "ready"]
-    return f"{one_line(status)}; max batch sizes {' '.join(sizes) or '-'}; {status['evictions']:,} evictions"
+    return f"{one_line(status)}; max batch sizes {' '.join(sizes) or '-'}; {counted(status['evictions'], 'eviction')}"

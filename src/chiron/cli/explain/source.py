@@ -13,6 +13,7 @@ from typing import Any
 
 from chiron.cli.explain.moment import RunClock
 from chiron.telemetry.event_log import read_event_log
+from chiron.telemetry.format import counted
 from chiron.telemetry.run_data import DecisionPoint, FleetPoint
 from chiron.telemetry.store import load_result
 from chiron.telemetry.verdict import seed_of
@@ -74,7 +75,7 @@ def _tell_point(point: FleetPoint, clock: RunClock) -> Iterator[str]:
     yield (
         f"Fleet as decided upon at {clock.show(point.t_s)}: "
         f"{_roles(point.ready)}, {point.starting} starting, {point.draining} draining; "
-        f"{point.gpus} GPUs billed, {point.planned} instances planned."
+        f"{counted(point.gpus, 'GPU')} billed, {counted(point.planned, 'instance')} planned."
     )
     yield (
         f"Work: {point.running_interactive:,} interactive and {point.running_batch:,} batch requests running, "

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from chiron.telemetry.decision_text import show_moment
 from chiron.telemetry.decision_text import tell as in_words
-from chiron.telemetry.format import percent
+from chiron.telemetry.format import counted, percent
 
 Status = Mapping[str, Any]
 
@@ -133,7 +133,7 @@ def _header(status: Status) -> Text:
     if status["advise"]:
         text.append(" (advises only)", style="bold yellow")
     text.append(f" · up {show_moment(status['now_s'])} · {status['url']}")
-    text.append(f" · {status['open_requests']:,} open · {status['evictions']:,} evictions")
+    text.append(f" · {status['open_requests']:,} open · {counted(status['evictions'], 'eviction')}")
     if (leader := status.get("leader")) is not None:
         _tell_leader(text, leader, len(status["relays"]))
     for cascade in status.get("cascades", ()):
