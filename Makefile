@@ -1,6 +1,7 @@
 # Needs Python 3.11 or later with venv, and make. Everything else comes from the pinned lock files.
 
-# Hundreds of short processes run here: each would compile all it imports again, and those that begin together do.
+# Hundreds of short processes run here: each would compile all it imports again. Those that begin together would too,
+# and find what is Unicode, so that is done once where the tools are installed.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV ?= .venv
@@ -243,6 +244,7 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.demo
 	@echo "Installing the tools for development (once) ..."
 	@$(INSTALL) -r requirements-dev.lock
 	@$(BIN)/python -m compileall -q src
+	@$(BIN)/python -c 'from hypothesis.strategies import text; text().validate()'
 	@$(INSTALL) --no-deps torch==$(TORCH)+cpu 2> /dev/null || \
 		$(INSTALL) --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) 2> /dev/null || \
 		echo "torch $(TORCH) for CPUs could not be installed; the tests of the staged engine are skipped"

@@ -6,6 +6,7 @@ import json
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from math import inf, nan, sin
 from random import Random
 from typing import Any
@@ -32,6 +33,7 @@ MISTAKE_MAX = 1
 after: what runs at that moment and what is held are not carried over."""
 
 
+@cache
 def rows(start_s: float, end_s: float) -> list[tuple[float, int, int, int, int]]:
     """Chat that swells and bursts, as from ``start_s`` on."""
     draw, at_s, found = Random(TRACE_SEED), 0.0, []

@@ -118,7 +118,7 @@ def test_the_schema_notices_a_missing_key(key: str) -> None:
     summary = summary_of(requests(FOUR))
     del summary[key]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(summary, schema())
+        jsonschema.Draft202012Validator(schema()).validate(summary)
     with pytest.raises(SummaryError, match=key):
         check_summary(summary)
 
