@@ -62,7 +62,7 @@ compare: $(VENV)/.demo ## Compare policies on real traffic, simulated: table, ve
 	@echo "Report: $(OUT)/report.html    Figures: $(OUT)/figures    Numbers: $(OUT)/results.json"
 
 test: $(VENV)/.dev ## The tests, without the slow ones (three minutes)
-	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow"
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.dev ## The slow tests, and the laws with all their examples; what measures the whole machine one at a time (25 minutes)
 	@CHIRON_TEST_EXAMPLES=all $(BIN)/python -m pytest -n 3 -m "(slow or examples) and not alone"

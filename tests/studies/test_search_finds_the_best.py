@@ -180,7 +180,7 @@ def test_what_gives_a_workload_up_that_the_published_settings_serve_is_not_chose
     assert found.values["scale_up_blocks"] == published
 
 
-@pytest.mark.parametrize("draw", range(12))
+@pytest.mark.parametrize("draw", [pytest.param(n, marks=pytest.mark.slow if n % 4 else ()) for n in range(12)])
 def test_a_race_stops_only_candidates_that_could_not_have_become_the_best(draw: int) -> None:
     """Against all of them on all workloads."""
     on = workloads([Calibration(scenario=SCENARIO, part="judged")], [1, 2, 3, 4])
