@@ -67,6 +67,36 @@ def test_one_that_never_says_hello_is_given_up() -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize(("stops", "told"), [(True, 0), (False, 1)])
+def test_one_that_leaves_is_told_of_unless_its_gateway_stops(
+    stops: bool, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may hear of the stop before the brain does."""
+
+    async def main() -> None:
+        clock = LiveClock(asyncio.get_running_loop())
+        workers, keys = Workers(clock=clock, count=1), KeyRing()
+        workers.relays = Relays(
+            clock=clock,
+            desk=lone_desk(clock, keys),
+            models=Models({}),
+            keys=keys,
+            engines={},
+            responded=lambda status, count: None,
+            left=workers.left,
+        )
+        link = workers.relays.link("relay 1")
+        link.pid = 7
+        workers.left(link, "its connection was lost")
+        await asyncio.sleep(0.1)
+        if stops:
+            await workers.stop(0.0)
+        await asyncio.sleep(1.0)
+
+    run_virtual(main())
+    assert caplog.text.count("has left: ") == told
+
+
 SAYS_HELLO = """
 import socket, sys
 import msgspec

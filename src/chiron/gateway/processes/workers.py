@@ -24,6 +24,8 @@ START_MAX_S = 60.0
 """For so long a relay may take to listen."""
 STOP_S = 5.0
 """Beyond the grace period."""
+LEFT_TELL_S = 0.5
+"""A relay that has left is logged after so long: in a gateway that stops, relays may hear of it before the brain."""
 LINKS_MAX = 1024
 """Connections of relays, at a time."""
 
@@ -94,6 +96,10 @@ class Workers:
         self._own.discard(link)
         self._news.set()
         if not self._stopping and link.pid:
+            asyncio.get_running_loop().call_later(LEFT_TELL_S, self._tell_left, link, why)
+
+    def _tell_left(self, link: RelayLink, why: str) -> None:
+        if not self._stopping:
             log.error("%s (process %d) has left: %s", link.name, link.pid, why)
 
     @property
