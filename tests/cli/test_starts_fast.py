@@ -12,7 +12,7 @@ from chiron.cli import COMMANDS, app
 HEAVY = "numpy scipy plotly matplotlib pandas chiron.sim chiron.gateway.service"
 
 
-LIGHT = ["--version", "batch --help", "top --help", "key --help", "serve --help"]
+LIGHT = ["--version", "--help", "batch --help", "top --help", "key --help", "serve --help"]
 PROGRAM = f"""
 import sys
 from chiron.cli import app
@@ -34,3 +34,5 @@ def test_every_command_is_where_it_is_said_to_be_and_has_a_help() -> None:
     for name in group.list_commands(None):  # type: ignore[attr-defined]
         command = group.get_command(None, name)  # type: ignore[attr-defined]
         assert (command.name, bool(command.help)) == (name, True)
+        if name in COMMANDS:
+            assert " ".join(command.help.split("\n\n")[0].split()) == COMMANDS[name][1], "as the list of commands says"
