@@ -38,6 +38,7 @@ from chiron.policies.chiron.load import (
     remember,
     restored_load,
     seen_s,
+    start_s,
     surging_to,
     whole,
     with_itl_missed,
@@ -209,6 +210,7 @@ def _growth(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, mode
 def _decide_model(
     settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float
 ) -> tuple[ModelPlan, ModelMemory]:
+    model = replace(model, cold_start_s=start_s(settings, memory, model))
     serving = interactive_capacity(settings, model, memory)
     rate = serving.work_rate * settings.utilisation
     memory = remember(settings, memory, model, now_s, rate)
@@ -263,6 +265,7 @@ def _decide_model(
         bbp=float(bbp),
         token_budget=memory.token_budget,
         batch_at_risk=batch_at_risk(memory, model, now_s),
+        asleep=model.max_instances if settings.sleepers else 0,
     )
     return plan, memory
 

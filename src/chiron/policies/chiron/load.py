@@ -146,6 +146,24 @@ def tightest_itl_s(weighted: Sequence[tuple[float, ClassMix]]) -> float:
     return min((m.cls.itl_s for rate, m in weighted if rate >= 1.0), default=every)
 
 
+_REACH = 1.3
+"""Times the busiest minute of the last hour: where awake and sleeping instances are as many, no cold start is due."""
+
+
+def start_s(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
+    """What the next starts will take, as measured by source: a wake while the sleepers will do, else what weights from
+    an instance that is ready take, else a cold start."""
+    measured = model.start_s
+    awake = model.count("ready", "starting")
+    if settings.sleepers and model.asleep and "memory" in measured:
+        busiest = followed(memory.load, Rule(window_s=60, settle_s=settings.memory_s), settings.tick_s)
+        if awake + model.asleep >= _REACH * busiest:
+            return measured["memory"]
+    if "peer" in measured:
+        return measured["peer"] if model.count("ready") else measured.get("node", model.cold_start_s)
+    return model.cold_start_s
+
+
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
     """Before anything is known, the fleet that was found is taken as right for its load: none for none, where a model
     may have no instance and nobody has asked for it."""

@@ -85,6 +85,9 @@ class ChironSettings:
     """Off: ``headroom_prior`` over the 60 s mean, for ever."""
     keep_last_s: float = 300.0
     """The last instance stays this long after the last interactive request (with ``min_instances = 0``)."""
+    sleepers: bool = True
+    """Instances that are not needed sleep instead of being stopped, where the fleet can do that; off: they are
+    stopped."""
     stale_s: float = 30.0
     """The fleet does not shrink while no engine has been scraped for this long."""
     hold_s: float = 60.0
