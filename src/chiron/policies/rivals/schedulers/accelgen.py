@@ -174,16 +174,14 @@ class AccelGen:
             self._places -= 1
 
     def head(self, now_s: float, begun: bool) -> Request | None:
-        prompts = sorted(
-            self._begun.values() if begun else self._candidates(), key=lambda p: (p.slack_s(now_s), p.number)
-        )
-        if not prompts:
+        ranked = [(p.slack_s(now_s), p.number, p) for p in (self._begun.values() if begun else self._candidates())]
+        if not ranked:
             return None
-        first = prompts[0]
-        if begun or first.slack_s(now_s) < self._step_s:
+        least_s, _, first = min(ranked)
+        if begun or least_s < self._step_s:
             return first.request
-        latest_s = first.slack_s(now_s) + self._settings.window_s
-        near = [p for p in prompts if p.slack_s(now_s) <= latest_s and self._fits(p)]
+        latest_s = least_s + self._settings.window_s
+        near = [p for slack_s, _, p in ranked if slack_s <= latest_s and self._fits(p)]
         if near:
             return min(near, key=lambda p: (self._distance(p), p.number)).request
         if self._begun:
