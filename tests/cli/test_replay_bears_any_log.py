@@ -81,7 +81,7 @@ HOSTILE: dict[str, tuple[Callable[[Line], Line | None], str]] = {
     "a kind that is a list": (at("submit", "k", ["submit"]), "Expected `str`, got `array` - at `$.k`"),
     "a kind of 16 MiB": (at("submit", "k", "k" * 2**24), "kkk... is unknown"),
     "no arguments": (at("submit", "a", None), "Expected `array`, got `null` - at `$.a`"),
-    "too few arguments": (arguments("submit", lambda a: a[:-1]), "Expected `array` of length 13"),
+    "too few arguments": (arguments("submit", lambda a: a[:-1]), "Expected `array` of length 14"),
     "too many arguments": (arguments("finished", lambda a: [*a, 1]), "Expected `array` of length 5"),
     "an argument nested deep": (at("submit", 1, json.loads("[" * 300 + "]" * 300)), "Expected `str`, got `array`"),
     "a tenant of 16 MiB": (at("submit", 9, "x" * 2**24), "All of them are those of the log"),
@@ -252,10 +252,14 @@ def test_whatever_a_gateway_writes_is_taken() -> None:
         inputs.stages_sampled(instance, replace(sample, stages=()))
     inputs.capacity_told(instance, 0)
     inputs.instance_ready(instance, Told())
+    instance.source = "memory"
+    inputs.instance_ready(instance, Told())
     inputs.instance_failed(instance)
+    inputs.instance_asleep(instance)
     inputs.instance_leaving(instance)
     inputs.kinds_limited({"small": 0})
     inputs.kinds_found({"small": 3})
+    inputs.kinds_asleep({"small": 0})
 
     assert {line["k"] for line in lines} == set(ARGUMENTS)
     for line in lines:
