@@ -617,7 +617,10 @@ class PipelineModel(EngineModel):
     def _plan_prefill(self) -> bool:
         """Start a round with chunks of prompts: as many tokens as fill a pass of each stage, of each replica."""
         widest = max(len(stage.replicas) for stage in self._stages)
-        budget = self._token_budget * max(widest, len(self._stages)) - self.batch
+        # The table's budget is that of a whole round; the instance's is of a pass of one stage.
+        whole = self.instance.kind.max_num_batched_tokens
+        share = self._times.token_budget * min(self._token_budget, whole) // whole
+        budget = share * max(widest, len(self._stages)) - self.batch
         if budget <= 0:
             return False
         total = 0
