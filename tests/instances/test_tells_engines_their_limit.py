@@ -28,8 +28,8 @@ def test_a_limit_that_the_engine_did_not_take_is_sent_again(tmp_path: Path) -> N
                 _, told = await ready(service)
                 service.clock.post(lambda: told.set_max_batch_size(7))
                 await until(lambda: heard.count(7) == 2, "it was sent again", 10.0)
-                await until(lambda: told._limit_call is None, "it was taken", 10.0)
-                assert told._limit_sent == 7
+                await until(lambda: told.limit.call is None, "it was taken", 10.0)
+                assert told.limit.sent == 7
         finally:
             await upstream.close(0.0)
 

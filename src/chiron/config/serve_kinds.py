@@ -86,6 +86,7 @@ def _instance_kind(section: ServeInstanceSection, row: EngineRow, model: str, pr
         max_num_seqs=seqs,
         max_num_batched_tokens=section.max_num_batched_tokens
         or (profile.max_num_batched_tokens if profile else row.max_num_batched_tokens),
+        live_token_budget=row.token_budget is not None,
         max_instances=section.max_instances or UNBOUNDED,
     )
 

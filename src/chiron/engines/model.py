@@ -241,6 +241,10 @@ class EngineModel:
         if raised and self._prefilling:
             self._cut()  # Decoding alone may have taken all of the budget.
 
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self._token_budget
+
     # -- driver side -------------------------------------------------------------------------------------------
 
     def sample(self) -> Sample:

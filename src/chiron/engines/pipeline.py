@@ -617,10 +617,10 @@ class PipelineModel(EngineModel):
     def _plan_prefill(self) -> bool:
         """Start a round with chunks of prompts: as many tokens as fill a pass of each stage, of each replica."""
         widest = max(len(stage.replicas) for stage in self._stages)
-        # The table's budget is that of a whole round; the instance's is of a pass of one stage.
-        whole = self.instance.kind.max_num_batched_tokens
-        share = self._times.token_budget * min(self._token_budget, whole) // whole
-        budget = share * max(widest, len(self._stages)) - self.batch
+        # The table's budget is not that of the kind, which is of a pass of one stage: it shrinks in proportion.
+        instance = self.instance
+        most = self._times.token_budget * instance.max_num_batched_tokens // instance.kind.max_num_batched_tokens
+        budget = most * max(widest, len(self._stages)) - self.batch
         if budget <= 0:
             return False
         total = 0

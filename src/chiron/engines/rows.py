@@ -37,7 +37,7 @@ Word = str | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitRequest:
-    """The request that sets the max batch size inside an engine, live."""
+    """The request that sets the max batch size inside an engine, live; or the token budget of its steps."""
 
     path: str
     method: str = "PUT"
@@ -85,6 +85,8 @@ class EngineRow:
     limit: LimitRequest | None = None
     """Sets the max batch size inside the engine, live. None when the engine has no such thing; a 404 from vLLM means
     that its plugin is not installed. The gate in front of the engine holds either way."""
+    token_budget: LimitRequest | None = None
+    """Sets the token budget of its steps, live, to no more than it was started with."""
     resumes: bool = False
     """Accepts ``resume_token_ids``: goes on with an answer that was interrupted."""
     stages_path: str = ""
@@ -232,6 +234,7 @@ _TOY = (
 # What engine processes that we ship have in common.
 _SERVES = ("--port", "0", "--max-num-seqs", "{max_num_seqs}", "--served-model-name", "{model}")
 _LIMIT = LimitRequest(path="/chiron/limits")
+_TOKEN_BUDGET = LimitRequest(path="/chiron/limits", body='{"max_num_batched_tokens": LIMIT}')
 
 _ROWS = (
     EngineRow(
@@ -316,6 +319,7 @@ _ROWS = (
         name="emulated",
         metrics=_OURS,
         limit=_LIMIT,
+        token_budget=_TOKEN_BUDGET,
         resumes=True,
         uses_gpus=False,
         max_instances=50,
@@ -333,6 +337,7 @@ _ROWS = (
         name="staged",
         metrics=_OURS,
         limit=_LIMIT,
+        token_budget=_TOKEN_BUDGET,
         stages_path="/chiron/stages",
         resumes=True,
         gpu="cpu",

@@ -82,6 +82,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     add("--fleet", type=whole(1, _FLEET_MAX), default=1, help="instances in this process, each on its own port")
     add("--start-delay", type=real(0.0, 3600.0), default=0.0, help="seconds before it listens: a cold start")
     add("--max-num-seqs", type=whole(1), help="sequences at once; default: the profile's")
+    add("--max-num-batched-tokens", type=whole(1), help="token budget of a step; default: the profile's")
     add("--kv-capacity-tokens", type=whole(1), help="default: the profile's")
     add("--max-model-len", type=whole(2), default=131_072, help="tokens of prompt and answer")
     add("--queue-max", type=whole(0), default=1024, help="requests that may wait inside; beyond: 429")
@@ -99,6 +100,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
         profile = replace(
             profile,
             max_num_seqs=options.max_num_seqs or profile.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens or profile.max_num_batched_tokens,
             kv_capacity_tokens=options.kv_capacity_tokens or profile.kv_capacity_tokens,
         )
         StepTable(at_speed(profile, options.speedup))

@@ -179,6 +179,10 @@ class EmulatedEngine:
     def set_limit(self, limit: int) -> None:
         self._clock.post(lambda: self.model.set_max_batch_size(limit))
 
+    def set_token_budget(self, tokens: int) -> None:
+        """Of steps with prefill, from the next one on; the profile's bounds it."""
+        self._clock.post(lambda: self.model.set_max_num_batched_tokens(tokens))
+
     def sample(self) -> Sample:
         """What a scrape reads now."""
         samples: list[Sample] = []
@@ -192,6 +196,7 @@ class EmulatedEngine:
             "running": sample.running,
             "waiting": sample.waiting,
             "max_num_seqs": self.profile.max_num_seqs,
+            "max_num_batched_tokens": self.model.max_num_batched_tokens,
             "kv_capacity_tokens": self.profile.kv_capacity_tokens,
             "kv_used_tokens": sample.kv_used_tokens,
         }

@@ -13,10 +13,10 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from chiron.engines.serve.answer import Answer, CallPiece, Part, TokenLogprob, error_event, joined, models_body
-from chiron.engines.serve.openai import FinishReason, GenerationRequest, Usage, parse_limit, parse_request
+from chiron.engines.serve.openai import FinishReason, GenerationRequest, Usage, parse_limits, parse_request
 from chiron.engines.serve.request_error import RequestError
 from chiron.net.limits import ServerLimits
 from chiron.net.server import HttpServer, Incoming, serve
@@ -39,6 +39,13 @@ class ServedEngine(Protocol):
     def limits(self) -> dict[str, int]: ...
 
     def metrics_text(self) -> str: ...
+
+
+@runtime_checkable
+class TakesTokenBudget(Protocol):
+    """An engine that takes another token budget while it runs."""
+
+    def set_token_budget(self, tokens: int) -> None: ...
 
 
 class HasHandle(Protocol):
@@ -91,7 +98,15 @@ class EngineServer:
         incoming.respond(200, models_body(self._names, created_s=self._created_s, about=self._about))
 
     def _set_limit(self, incoming: Incoming) -> None:
-        self._engine.set_limit(parse_limit(incoming.body))
+        limit, tokens = parse_limits(incoming.body)
+        if tokens is not None:
+            if not isinstance(self._engine, TakesTokenBudget):
+                raise RequestError(
+                    "max_num_batched_tokens cannot be changed here while the engine runs; start it anew."
+                )
+            self._engine.set_token_budget(tokens)
+        if limit is not None:
+            self._engine.set_limit(limit)
         self._limits(incoming)
 
     def _limits(self, incoming: Incoming) -> None:

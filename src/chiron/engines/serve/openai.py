@@ -180,11 +180,20 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def parse_limit(body: bytes) -> int:
     """The max batch size in ``{"limit": n}``, sequences, at least 1. Raises RequestError."""
-    fields = _Fields(parse_object(body))
-    limit = fields.integer("limit", 1)
+    limit = parse_limits(body)[0]
     if limit is None:
-        raise fields.error("limit", "a whole number of at least 1")
+        raise RequestError("limit is missing; it must be a whole number of at least 1.", param="limit")
     return limit
+
+
+def parse_limits(body: bytes) -> tuple[int | None, int | None]:
+    """Max batch size (sequences) and token budget of a step in ``{"limit": n, "max_num_batched_tokens": n}``, each at
+    least 1, of which one may be missing. Raises RequestError."""
+    fields = _Fields(parse_object(body))
+    limit, tokens = fields.integer("limit", 1), fields.integer("max_num_batched_tokens", 1)
+    if limit is None and tokens is None:
+        raise fields.error("limit", "a whole number of at least 1")
+    return limit, tokens
 
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {

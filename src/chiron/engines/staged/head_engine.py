@@ -216,12 +216,17 @@ class HeadEngine:
         self.limit = min(limit, self.settings.max_num_seqs)
         self.admit()
 
+    def set_token_budget(self, tokens: int) -> None:
+        """Of prompts' chunks, from the next step on; what it was started with bounds it."""
+        self.pipeline.set_token_budget(tokens)
+
     def limits(self) -> dict[str, int]:
         return {
             "limit": self.limit,
             "running": len(self._running),
             "waiting": len(self._waiting),
             "max_num_seqs": self.settings.max_num_seqs,
+            "max_num_batched_tokens": self.pipeline.token_budget,
             "kv_capacity_tokens": self._kv()[0],
             "kv_used_tokens": self._kv()[1],
         }

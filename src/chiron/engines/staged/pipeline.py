@@ -132,6 +132,8 @@ class Pipeline(ReplicaEvents):
         self._groups: list[Group] = []
         self._hello = hello
         self._settings = settings
+        self.token_budget = settings.max_num_batched_tokens
+        """Of prompts' chunks in one step, now."""
         self._call_later = call_later
         self._time_s = time_s
         self._absent_since_s: list[float | None] = [time_s()] * len(self.stages)
@@ -447,7 +449,11 @@ class Pipeline(ReplicaEvents):
 
     def _budget(self, share: int) -> int:
         """Tokens of chunks in one step: with one of each sequence besides, a step is not too long for any replica."""
-        return max(1, min(self._settings.max_num_batched_tokens, self._tokens_max() - share))
+        return max(1, min(self.token_budget, self._tokens_max() - share))
+
+    def set_token_budget(self, tokens: int) -> None:
+        """Tokens of chunks in one step from now on, at most those that it was made with."""
+        self.token_budget = max(1, min(tokens, self._settings.max_num_batched_tokens))
 
     def _step_max(self) -> int:
         return min((r.limit for replicas in self.replicas for r in replicas if r.up), default=1)

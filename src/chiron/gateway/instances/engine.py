@@ -21,6 +21,7 @@ from chiron.engines.losses import Losses
 from chiron.engines.unseen import presumed_first_token_s, presumed_prefill_s
 from chiron.gateway.instances.engine_limit import OwnLimit
 from chiron.gateway.instances.observer import Begun, EngineObserver
+from chiron.gateway.instances.setting import EngineSetting
 from chiron.gateway.relay.upstream import EngineAddress, Placement, UpstreamFailure, blames_client
 from chiron.net.client import Call, Header, NetError, Origin
 from chiron.net.clock import LiveClock
@@ -107,10 +108,8 @@ class InstanceEngine:
         self._numbers = numbers or itertools.count(1).__next__
         self._suspect = suspect
         self._losses = Losses()
-        self._limit = 0
-        self._limit_sent = 0
-        self._limit_call: Call | None = None
-        self._limit_request = address.row.limit
+        self.limit = EngineSetting(self.origin, address.lines, address.row.limit)
+        self.token_budget = EngineSetting(self.origin, address.lines, address.row.token_budget)
         self._replicas: tuple[int, ...] = ()
         self._replicas_heard = True
         self._replicas_call: Call | None = None
@@ -149,9 +148,11 @@ class InstanceEngine:
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
         """The gate in front of the engine holds in any case; engines that can are told, one message at a time."""
-        self._limit = max_batch_size
-        if self._limit_request is not None and self._limit_call is None and not self.closed:
-            self._send_limit()
+        self.limit.set(max_batch_size)
+
+    def set_max_num_batched_tokens(self, max_num_batched_tokens: int) -> None:
+        """Of an engine that takes it while it runs (``TokenBudgetEngine``)."""
+        self.token_budget.set(max_num_batched_tokens)
 
     def scale(self, replicas: Sequence[int]) -> None:
         """Of an engine that is a pipeline (``StagedEngine``): told now, and again by ``watch`` until it has heard."""
@@ -252,8 +253,8 @@ class InstanceEngine:
 
     def watch(self) -> None:
         """Now and then, posted: a limit that did not get through is sent again."""
-        if self._limit_request is not None and self._limit_call is None and self._limit_sent != self._limit:
-            self._send_limit()
+        self.limit.again()
+        self.token_budget.again()
         if not self._replicas_heard and self._replicas_call is None and not self.closed:
             self._send_replicas()
 
@@ -267,9 +268,10 @@ class InstanceEngine:
             if placed.request.outcome is None:
                 placed.request.tokens_done = kept
         self.runs.clear()
-        for call in (self._limit_call, self._replicas_call):
-            if call is not None:
-                call.cancel()
+        self.limit.close()
+        self.token_budget.close()
+        if self._replicas_call is not None:
+            self._replicas_call.cancel()
 
     def retire(self) -> None:
         """Close its connections too."""
@@ -342,13 +344,6 @@ class InstanceEngine:
         failure.at_s = self.clock.elapsed_s()
         placed.request.payload.error = failure
 
-    def _send_limit(self) -> None:
-        assert self._limit_request is not None
-        method, path = self._limit_request.method.encode(), self._limit_request.path.encode()
-        body, answer = self._limit_request.message(self._limit), _LimitAnswer(self)
-        self._limit_sent = self._limit
-        self._limit_call = self.origin.send(method, path, (), body, answer, lines=self.address.lines)
-
     def _send_replicas(self) -> None:
         body = b'{"counts": [%b]}' % b", ".join(b"%d" % count for count in self._replicas)
         answer, path = _StagesAnswer(self, self._replicas), self.row.stages_path.encode()
@@ -358,21 +353,13 @@ class InstanceEngine:
         self._replicas_call = None
         self._replicas_heard = status == 200 and replicas == self._replicas
 
-    def limit_answered(self, status: int) -> None:
-        self._limit_call = None
-        if status in (404, 405):
-            self._limit_request = None  # This engine has no such thing; the gate is enough.
-        elif status != 200:
-            self._limit_sent = 0
-        elif self._limit != self._limit_sent and not self.closed:
-            self._send_limit()
 
+class _StagesAnswer:
+    """Receiver of the answer to new numbers of replicas."""
 
-class _LimitAnswer:
-    """Receiver of the answer to a new limit."""
-
-    def __init__(self, engine: InstanceEngine) -> None:
+    def __init__(self, engine: InstanceEngine, replicas: tuple[int, ...]) -> None:
         self._engine = engine
+        self._replicas = replicas
         self._status = 0
 
     def on_head(self, status: int, headers: list[Header]) -> None:
@@ -380,20 +367,6 @@ class _LimitAnswer:
 
     def on_data(self, data: bytes) -> None:
         pass
-
-    def on_end(self) -> None:
-        self._engine.limit_answered(self._status)
-
-    def on_error(self, error: NetError) -> None:
-        self._engine.limit_answered(0)
-
-
-class _StagesAnswer(_LimitAnswer):
-    """Receiver of the answer to new numbers of replicas."""
-
-    def __init__(self, engine: InstanceEngine, replicas: tuple[int, ...]) -> None:
-        super().__init__(engine)
-        self._replicas = replicas
 
     def on_end(self) -> None:
         self._engine.replicas_answered(self._status, self._replicas)
