@@ -126,7 +126,7 @@ TABLES = $(PUBLISHED:%=$(OUT)/published/%.json) $(ABLATED:%=$(OUT)/published/%.a
 GRIDS = $(PUBLISHED:%=$(OUT)/loads/%.json)
 # Some runs that failed are told, and cost the page their figures only.
 TOLD = || [ $$? -eq 1 -a -s $@ ]
-LOADS ?= 0.4,1,3
+LOADS ?= 0.4,1,2
 LOAD_SEEDS ?= 1..5
 # At three loads and five seeds: all of them (empty). Who is far off in the first two seeds runs no third.
 LOAD_POLICIES ?=

@@ -26,6 +26,8 @@ CLAIRVOYANT = "clairvoyant"
 SHOWN = ("chiron", "clairvoyant", "chiron-paper", "chiron-paper-tuned", "llumnix-tuned", "ray-serve-tuned", "static")
 """Named in the figure, if they ran: more cannot be told apart. The others are grey."""
 OURS = "chiron"
+ROOM = 1.5
+"""GPUs there are, over those that a fixed fleet needs at load 1."""
 LEVEL = 0.01
 """GPU-hours that differ by less than this share are the same."""
 BETTER, WORSE = 0.005, 0.001
@@ -37,8 +39,8 @@ INTRODUCTION = """# Every policy at three loads
 Every figure on this page was written by `make loads`: {policies} policies, as published and `-tuned`
 ([fair tuning](policies.md#fair-tuning)), on {scenarios} cut traces ({names}; files in
 [bench/loads](../bench/loads)) at {loads} times their rate, seeds {seeds}: {runs:,} runs. At load 1 work and GPUs match,
-at {least:g} most of the fleet can rest, and at {most:g} there are not enough GPUs for everything: what counts there is
-who is still served. [How to read it](#how-to-read-it) is below."""
+at {least:g} most of the fleet can rest, and at {most:g} a fixed fleet would need {over:.0%} more GPUs than there are:
+what counts there is who is still served. [How to read it](#how-to-read-it) is below."""
 DETAILS = """## How to read it
 
 Each file is a window of a packaged scenario with a batch job in proportion, on one and a half times the instances that
@@ -365,6 +367,7 @@ def page(grids: Sequence[Cell], figure: str, reasons: Reasons) -> str:
         runs=sum(len(cell["runs"]) for grid in grids for cell in grid["cells"]),
         least=min(loads),
         most=max(loads),
+        over=max(loads) / ROOM - 1.0,
     )
     picture = f"![Attainment against GPU-hours at each load, interactive above and batch below]({figure})"
     parts = [introduction, verdict(found, loads), picture, table(found, loads), rivals_section(grids, reasons)]
