@@ -16,11 +16,14 @@ PROMPT_S = 0.03
 
 
 def fleet(
-    *backlogs_s: float, late: bool = True, role: Role = "mixed", ahead: bool = True
+    *backlogs_s: float, late: bool = True, role: Role = "mixed", ahead: bool = True, missed: float = 0.0
 ) -> tuple[PackingRouter, list[Instance]]:
     learner = Learner((CHAT, JOBS))
     learner.ttft_min_s = CHAT.ttft_s
-    router = PackingRouter(PackingSettings(), learner, evicts=True, keeps_apart=True, sends_ahead=ahead)
+    learner.itl_missed = missed
+    router = PackingRouter(
+        PackingSettings(), learner, evicts=True, keeps_apart=True, spreads_long=0.003, sends_ahead=ahead
+    )
     instances = [Instance(n, "m", KIND, role, 0.0) for n in range(1, len(backlogs_s) + 1)]
     for instance, backlog_s in zip(instances, backlogs_s, strict=True):
         instance.state = "ready"
@@ -58,12 +61,11 @@ def test_it_waits_where_it_would_be_late_or_is_better_off_elsewhere(backlog_s: f
     assert goes_to(fleet(backlog_s)[0], tokens) is None
 
 
-def test_it_waits_where_both_together_are_more_than_those_that_decode_can_bear() -> None:
-    router, (tight,) = fleet(PROMPT_S)
-    tight.prefill_limit_s = 1.9 * PROMPT_S
-    assert goes_to(router) is None
-    tight.prefill_limit_s = 2.1 * PROMPT_S
-    assert goes_to(router) == 1
+def test_while_itl_slos_are_missed_it_waits_where_both_together_are_more_than_those_that_decode_can_bear() -> None:
+    for missed, limit_s, placed in ((0.01, 1.9, None), (0.01, 2.1, 1), (0.002, 1.9, 1)):
+        router, (tight,) = fleet(PROMPT_S, missed=missed)
+        tight.prefill_limit_s = limit_s * PROMPT_S
+        assert goes_to(router) == placed
 
 
 def test_it_needs_a_place_there_and_batch_instances_and_batch_prompts_are_left_alone() -> None:

@@ -73,7 +73,8 @@ class PackingRouter:
     that gives them none at once. ``passes_long``: shorter batch requests pass one whose prompt is too long.
     ``spreads_long``: share of missed ITL SLOs from which on an interactive prompt that takes longer than its ITL SLO
     goes where the fewest requests are young, instead of where packing would have it. ``sends_ahead``: an interactive
-    prompt goes behind another one of its length where the end of that is heard of late."""
+    prompt goes behind another one of its length where the end of that is heard of late; with that share of missed ITL
+    SLOs only if those that decode can bear both."""
 
     def __init__(
         self,
@@ -298,15 +299,16 @@ class PackingRouter:
     def _choose_ahead(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """For a prompt that only a prompt in prefill keeps waiting. That its prefill is over is heard of after the
         step's end, when the next step has begun, and what is sent then waits for that to end too, beside batch work as
-        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step. Both
-        together are no more prefill than the requests that decode can bear."""
+        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step. While
+        requests miss their ITL SLO, both together are no more prefill than those that decode can bear."""
         chosen: Instance | None = None
         least_s = min(_AHEAD * cost_s, _AHEAD_SHARE * request.ttft_slo_s - cost_s)
         for instance in self._by_rank[:_AHEAD_MAX]:
             backlog_s = instance.prefill_backlog_s
             if (
-                backlog_s <= min(least_s, instance.prefill_limit_s - cost_s)
+                backlog_s <= least_s
                 and instance.heard_late
+                and not (backlog_s + cost_s > instance.prefill_limit_s and self._spreads())
                 and instance.role != "batch"
                 and (chosen is None or backlog_s < least_s)
                 and fits(instance, request, need)
