@@ -212,7 +212,7 @@ $(OUT)/published/%.json: FORCE | $(VENV)/.demo $(COMPILED)/.built
 
 $(OUT)/published/%.svg: $(SOURCES) | $(VENV)/.demo $(COMPILED)/.built
 	@mkdir -p $(@D)
-	@$(RUN) compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$*
+	@$(RUN) compare $* $(SHOWN:%=-p %) -s $(firstword $(SEEDS)) --figures $(OUT)/published/$* > $(OUT)/published/$*.figures.txt
 	@cp $(OUT)/published/$*/overview.svg $@
 
 $(OUT)/published/overload.md: bench/overload.py $(SOURCES) | $(VENV)/.demo $(COMPILED)/.built
