@@ -1,0 +1,50 @@
+"""Whoever sleeps, wakes or falls asleep: no more GPUs than exist are in use, no more host memory than there is, and the
+control plane knows how many sleep."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+
+from chiron.fleet.model import Sleep
+from chiron.sim.run import Simulation
+from chiron.sim.setup import Setup
+from effort import examples
+from scenario_factory import WildSettings, run, setup_of, setups
+
+law = settings(max_examples=examples(30))
+SLEEP = Sleep(host_memory_gb=30.0, sleeper_gb=10.0, fall_asleep_s=4.0, wake_s=0.2)
+
+
+def limits(simulation: Simulation) -> None:
+    setup, fleet = simulation.setup, simulation.fleet
+    if setup.gpus_max:
+        assert fleet.bill.gpus <= sum(setup.gpus_max.values())
+    asleep = {name: count for state in simulation.plane.models.values() for name, count in state.asleep.items()}
+    assert 10.0 * sum(asleep.values()) <= setup.sleep.host_memory_gb
+    assert all(asleep.values())
+
+
+@given(setups("wild"))
+@law
+def test_no_more_is_in_use_than_there_is(setup: Setup) -> None:
+    run(replace(setup, sleep=SLEEP, settings=replace(setup.settings, sleeps=True)), watch=limits)
+
+
+def test_in_one_story_instances_sleep_and_wake() -> None:
+    rows = [(0.5 * n, 10, 20, 0, 0) for n in range(120)]
+    sleeping = setup_of(
+        rows,
+        policy="wild",
+        settings=WildSettings(sleeps=True, seed=3),
+        sleep=SLEEP,
+        gpus_max={"g": 3},
+        horizon_s=120.0,
+    )
+    done = run(sleeping, watch=limits)
+    bill = done.simulation.fleet.bill
+    assert bill.wakes > 1
+    assert bill.memory_gb_seconds > 10.0
+    assert done.result.summary["finished"] > 0
+    assert run(replace(sleeping, sleep=Sleep())).simulation.fleet.bill.wakes == 0
