@@ -22,7 +22,7 @@ LEAST: Final = 128
 """Tokens that are left for prefill; with fewer, what a step takes besides is most of it."""
 LONG_SHARE: Final = 0.005
 """Share of prompts that may be longer than the one whose steps are looked at."""
-TTFT_SHARE: Final = 0.75
+TTFT_SHARE: Final = 0.7
 """Of TTFT, what the prefill of a prompt that is in time may take."""
 BACK: Final = 0.85
 """A budget is doubled again once a full step of that would take this share of the aim."""
