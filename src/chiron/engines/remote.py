@@ -78,9 +78,11 @@ class RemoteEngine:
         look at the instance."""
         self.instance = instance
         instance.heard_late = True
+        inner = Instance(instance.id, instance.model, instance.kind, "mixed", 0.0)
+        inner.max_num_batched_tokens = instance.max_num_batched_tokens
         self.model = EngineModel(
             clock=clock,
-            instance=Instance(instance.id, instance.model, instance.kind, "mixed", 0.0),
+            instance=inner,
             profile=profile,
             times=times,
             listener=self,
@@ -103,8 +105,8 @@ class RemoteEngine:
         self._saved = SavedKv(SAVED_TOKENS_MAX)
         self._losses = Losses()
         self._pool = _Pool(clock)
-        self._limit = self._limit_sent = 0
-        self._limit_under_way = False
+        self._limit = _Setting(self, self.model.set_max_batch_size)
+        self._token_budget = _Setting(self, self.model.set_max_num_batched_tokens)
 
     @property
     def preemptions(self) -> int:
@@ -131,9 +133,10 @@ class RemoteEngine:
         self._clock.call_at(self._clock.now_s, lambda: self._listener.evicted(request))
 
     def set_max_batch_size(self, max_batch_size: int) -> None:
-        self._limit = max_batch_size
-        if not self._limit_under_way:
-            self._send_limit()
+        self._limit.set(max_batch_size)
+
+    def set_max_num_batched_tokens(self, max_num_batched_tokens: int) -> None:
+        self._token_budget.set(max_num_batched_tokens)
 
     # -- driver side ---------------------------------------------------------------------------------------------
 
@@ -180,21 +183,18 @@ class RemoteEngine:
         key = _LAST + (self.instance.id << 24) + self._refusals
         self._clock.push(self._clock.now_s, key, lambda: self._lose(run, CUT, connect=True))
 
-    def _send_limit(self) -> None:
-        self._limit_sent, self._limit_under_way = self._limit, True
-        limit = self._limit
+    def tell(self, told: Callback, answered: Callback) -> None:
+        """A message that is no request, over a connection of its own."""
         connection, _ = self._pool.take()
 
         def arrive() -> None:
             if not self._dead:
-                self.model.set_max_batch_size(limit)
-                self._carry(answered)
+                told()
+                self._carry(back)
 
-        def answered() -> None:
+        def back() -> None:
             self._pool.give(connection)
-            self._limit_under_way = False
-            if self._limit != self._limit_sent:
-                self._send_limit()
+            answered()
 
         self._carry(arrive)
 
@@ -340,6 +340,31 @@ class RemoteEngine:
 
     def refused(self, inner: Request, reason: str) -> None:
         raise AssertionError("what is too long is refused when it arrives")
+
+
+class _Setting:
+    """A number that the engine is told, one message at a time; the next says what holds then."""
+
+    def __init__(self, engine: RemoteEngine, tell: Callable[[int], None]) -> None:
+        self._engine = engine
+        self._tell = tell
+        self._wanted = 0
+        self._under_way = False
+
+    def set(self, value: int) -> None:
+        self._wanted = value
+        if not self._under_way:
+            self._send()
+
+    def _send(self) -> None:
+        sent, self._under_way = self._wanted, True
+
+        def answered() -> None:
+            self._under_way = False
+            if self._wanted != sent:
+                self._send()
+
+        self._engine.tell(lambda: self._tell(sent), answered)
 
 
 class _Run:

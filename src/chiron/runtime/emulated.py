@@ -131,6 +131,7 @@ class EmulatedFleet:
             times=self._times[kind],
             settings=self._settings,
         )
+        engine.model.set_max_num_batched_tokens(instance.max_num_batched_tokens)
         front = EngineServer(engine, [instance.model], {"max_model_len": engine.model_len_max})
 
         def handle(incoming: Incoming) -> None:

@@ -403,6 +403,9 @@ class _Replay:
     def set_max_batch_size(self, max_batch_size: int) -> None:
         """It is in the log as a decision."""
 
+    def set_max_num_batched_tokens(self, max_num_batched_tokens: int) -> None:
+        """Likewise."""
+
     def scale(self, replicas: Sequence[int]) -> None:
         """So is this."""
 

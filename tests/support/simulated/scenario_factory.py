@@ -31,7 +31,7 @@ from chiron.policies.registry import POLICIES
 from chiron.policies.rivals.scalers.static import StaticSettings
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.routers.packing import PackingRouter, PackingSettings
-from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan
+from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, Migration, ModelPlan, TokenBudget
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from chiron.telemetry.result import Result
@@ -144,6 +144,7 @@ class WildSettings:
     drain_timeout_s: float = 3.0
     group_span_s: float = 10.0
     sleeps: bool = False
+    budgets: bool = False
 
 
 def make_wild(settings: WildSettings) -> Policy:
@@ -204,8 +205,18 @@ def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[F
         seen = {f"kv_{i.id}": float(i.kv_used_tokens) for i in model.instances}
         risk = Random(f"{settings.seed}:risk:{model.name}:{view.now_s}").random() < 0.5
         asleep = draw.randint(0, 3) if settings.sleeps else 0
-        plans[model.name] = ModelPlan(counts=counts, reason="wild", numbers=seen, batch_at_risk=risk, asleep=asleep)
+        budget = _wild_budget(settings, f"{model.name}:{view.now_s}", model.max_num_batched_tokens)
+        plans[model.name] = ModelPlan(
+            counts=counts, reason="wild", numbers=seen, batch_at_risk=risk, asleep=asleep, token_budget=budget
+        )
     return plans, None
+
+
+def _wild_budget(settings: WildSettings, what: str, most: int) -> TokenBudget | None:
+    draw = Random(f"{settings.seed}:budget:{what}")
+    if not settings.budgets or draw.random() < 0.3:
+        return None
+    return TokenBudget(max_num_batched_tokens=draw.choice((1, 3, most // 2, most, 2 * most)), reason="wild")
 
 
 def _wild_cap(settings: WildSettings, state: None, view: LocalView) -> tuple[LocalDecision | None, None]:
@@ -221,6 +232,7 @@ def _wild_cap(settings: WildSettings, state: None, view: LocalView) -> tuple[Loc
         prefill_step_s=step_s,
         prefill_share=draw.choice((1.0, 0.1)),
         batch_limit=draw.choice((None, 0, 2)),
+        token_budget=_wild_budget(settings, f"{view.now_s}:{view.dispatched}", view.token_budget_max),
         evicts=settings.evicts,
         reason="wild",
         numbers=seen,
@@ -386,6 +398,7 @@ wild_settings = st.builds(
     tick_s=st.sampled_from((1.0, 2.5)),
     drain_timeout_s=st.sampled_from((0.5, 3.0)),
     sleeps=st.booleans(),
+    budgets=st.booleans(),
 )
 
 
@@ -399,7 +412,14 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
         for index in range(draw(st.sampled_from((1, 1, 2)))):
             profile = draw(profiles(name=f"{name}-{index}"))
             made[profile.name] = profile
-            kinds.append(kind_of(profile, max_instances=draw(st.sampled_from((2, 1_000_000)))))
+            kinds.append(
+                kind_of(
+                    profile,
+                    max_instances=draw(st.sampled_from((2, 1_000_000))),
+                    max_num_batched_tokens=profile.max_num_batched_tokens,
+                    live_token_budget=draw(st.booleans()),
+                )
+            )
         least = draw(st.integers(0, 1))
         specs.append(ModelSpec(name=name, kinds=tuple(kinds), min_instances=least, max_instances=3))
     chosen = policy or draw(st.sampled_from(("wild", "wild", "wild", *ALL_CODE)))
