@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import sha256
 from inspect import getsource
 from multiprocessing import get_context
@@ -33,7 +34,7 @@ from chiron.engines.profile import Profile
 from chiron.sim.run import simulate
 from chiron.sim.setup import Setup
 from chiron.studies.journal import Journal
-from chiron.studies.trial import code_digest
+from chiron.studies.trial import trial as simulation
 from chiron.workload.load import load_lengths
 
 POLICIES = ("chiron-paper", "llumnix", "llumnix-tuned", "chiron")
@@ -87,12 +88,14 @@ class Figures:
         return float(self.summary["gpu_hours"])
 
 
-def run(trial: Trial) -> Figures:
+def setup_of(trial: Trial) -> Setup:
     scenario = parse_scenario(trial.text, directory=Path())
     (setup,) = setups(scenario, policies=[trial.policy], seeds=[trial.seed])
-    if trial.step_time != 1.0:
-        setup = _slower(setup, trial.step_time)
-    result = simulate(setup, with_bound=False)
+    return setup if trial.step_time == 1.0 else _slower(setup, trial.step_time)
+
+
+def run(trial: Trial) -> Figures:
+    result = simulate(setup_of(trial), with_bound=False)
     table = result.requests
     judged = table.judged(result.classes, now_s=float(result.summary["sim_s"]))
     attained = table.attained(result.classes)
@@ -116,10 +119,12 @@ def _slower(setup: Setup, factor: float) -> Setup:
     return replace(setup, profiles={name: scaled(profile) for name, profile in setup.profiles.items()})
 
 
+@cache
 def key_of(trial: Trial) -> str:
-    """Of all that its figures depend on, the code too."""
-    code = [code_digest(trial.policy), *map(getsource, (run, _slower))]
-    return sha256(" ".join([*code, repr(trial)]).encode()).hexdigest()[:32]
+    """Of all that its figures depend on: what it simulates, with profiles, requests and what tunings found, the code
+    that does, and what is kept of it."""
+    known = [simulation(setup_of(trial)).key, getsource(run)]
+    return sha256(" ".join(known).encode()).hexdigest()[:32]
 
 
 def restored(kept: Mapping[str, Any]) -> Figures:

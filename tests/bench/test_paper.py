@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 BENCH = Path(__file__).parents[2] / "bench" / "paper.py"
 sys.path.insert(0, str(BENCH.parent))
 
+import paper  # noqa: E402
 from chiron.studies.journal import Journal  # noqa: E402
 from paper import CLAIMS, Bench, Figures, Section, Trial, key_of, main, page, settles_s, spread  # noqa: E402
 
@@ -50,11 +53,26 @@ def test_the_page_has_each_verdict_in_its_first_table() -> None:
     assert "means over 2 seeds" in text
 
 
+TEXT = """
+duration = "20s"
+[classes.chat]
+kind = "interactive"
+ttft = "2s"
+itl = "200ms"
+[models.m]
+instances = [{ profile = "PROFILE" }]
+[[workload]]
+model = "m"
+class = "chat"
+generate = { kind = "poisson", rate = 1, duration = "20s", lengths = "sharegpt-300" }
+"""
+
+
 def test_what_is_in_the_journal_is_not_run_again(tmp_path: Path) -> None:
-    """The text is no scenario: a run would fail."""
-    trial = Trial(text="[", policy="chiron-paper", seed=2)
+    """The figures are none that a run has."""
+    trial = Trial(text=TEXT.replace("PROFILE", paper.PROFILES[paper.EIGHT]), policy="chiron-paper", seed=2)
     found = Figures(
-        summary={"gpu_hours": 1.5, "attainment_all": 1.0},
+        summary={"gpu_hours": -1.5, "attainment_all": 1.0},
         met={"chat": 0.25},
         batch_sizes=((0.0, 64), (1.5, 80)),
         waits_s=(0.5, float("inf")),
@@ -65,9 +83,21 @@ def test_what_is_in_the_journal_is_not_run_again(tmp_path: Path) -> None:
     assert bench.figures([trial]) == {trial: found}
     assert bench.runs == 1
     bench.close()
-    other = replace(trial, step_time=1.15)
-    assert key_of(other) != key_of(trial)
-    assert key_of(replace(trial, policy="llumnix")) != key_of(trial)
+    others = [replace(trial, step_time=1.15), replace(trial, policy="llumnix"), replace(trial, seed=3)]
+    assert len({key_of(each) for each in (trial, *others)}) == 4
+
+
+def test_what_a_trial_reads_from_files_counts_with_it(tmp_path: Path) -> None:
+    """As profiles and what tunings found: neither is in its text."""
+    profile = json.loads(resources.files("chiron").joinpath("data/profiles/llama-3.1-8b/a100/tp1.json").read_text())
+    path = tmp_path / "own.json"
+    trial = Trial(text=TEXT.replace("PROFILE", str(path)), policy="static", seed=1)
+    keys = []
+    for h_ms in (profile["h_ms"], profile["h_ms"], 2 * profile["h_ms"]):
+        path.write_text(json.dumps({**profile, "h_ms": h_ms}))
+        key_of.cache_clear()
+        keys.append(key_of(trial))
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_an_unknown_claim_is_refused_with_those_that_there_are(
