@@ -78,7 +78,7 @@ def idle_while_waiting(simulation: Simulation) -> None:
         for instance in state.instances.values():
             if len(state.waiting):
                 # Prompts that fit on larger kinds only wait for one.
-                if any(request.input_tokens >= instance.kv_capacity_tokens for request in state.waiting):
+                if all(request.input_tokens >= instance.kv_capacity_tokens for request in state.waiting):
                     continue
                 assert not eligible(instance, interactive=True), "an interactive request waits beside an empty instance"
             elif state.batch.count:
