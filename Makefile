@@ -35,7 +35,7 @@ DYNAMO_PYTHON ?=
 COMPILED := $(OUT)/compiled
 SIMULATING := tests/laws tests/sim tests/control tests/policies tests/fleet tests/engines tests/gateway tests/net tests/bench
 
-SOURCES := $(shell find src/chiron -name '*.py' -o -name '*.toml' 2>/dev/null)
+SOURCES := $(shell find src/chiron -type f ! -path "*/__pycache__/*" 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -179,7 +179,7 @@ co-serving: $(VENV)/.dev ## llm-d's public co-serving test in shape, simulated a
 	@$(BIN)/python bench/co_serving.py --live
 
 # Its parts, each with its estimate, minutes on two idle cores: from what runs cost in the compiled build, for the policies
-# there are (35 published, 34 tuned, clairvoyant). Another choice of traces takes its own.
+# there are (36 published, 34 tuned, clairvoyant). Another choice of traces takes its own.
 MINUTES = $(OUT)/loads/azure.json=10 $(OUT)/loads/mooncake.json=4 $(OUT)/loads/servegen-m-small.json=13 \
 	$(OUT)/loads/servegen-m-mid.json=8 $(OUT)/loads/two-models.json=10 \
 	$(OUT)/published/azure.json=3 $(OUT)/published/mooncake.json=1 $(OUT)/published/servegen-m-small.json=4 \
