@@ -113,6 +113,18 @@ def test_every_engine_that_chiron_ships_starts_from_one_line() -> None:
     assert emulated.kinds[0].kv_capacity_known
 
 
+def test_token_budgets_of_starts_reach_commands_that_name_them() -> None:
+    named = 'args = ["--max-num-batched-tokens", "{max_num_batched_tokens}"]'
+    for config, starts in (
+        (one("openvino"), True),
+        (one("vllm", 'model_path = "org/name"', named), True),
+        (one("vllm", 'model_path = "org/name"'), False),
+    ):
+        assert ("{max_num_batched_tokens}" in process(config).command) == starts
+        assert config.models[0].kinds[0].kind.start_token_budget == starts
+    assert not one("vllm", 'endpoints = ["http://127.0.0.1:1"]').models[0].kinds[0].kind.start_token_budget
+
+
 def test_vllm_is_started_from_a_model_path_and_takes_gpus() -> None:
     kind = process(one("vllm", 'model_path = "org/name"', "gpus = 2", 'args = ["--dtype", "bfloat16"]'))
     assert kind.command[:3] == ("vllm", "serve", "org/name")

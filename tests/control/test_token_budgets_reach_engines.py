@@ -22,10 +22,10 @@ class World:
 
     wants_events = False
 
-    def __init__(self, *, live: bool = False, advise: bool = False) -> None:
+    def __init__(self, *, live: bool = False, starts: bool = True, advise: bool = False) -> None:
         kind = InstanceKind(
             name="k", gpu="g", gpus=1, price_per_gpu_hour=1.0, kv_capacity_tokens=2000, max_num_seqs=2,
-            max_num_batched_tokens=2048, live_token_budget=live,
+            max_num_batched_tokens=2048, live_token_budget=live, start_token_budget=starts,
         )  # fmt: skip
         self.instances = 2
         self.plan: TokenBudget | None = None
@@ -117,6 +117,14 @@ def test_instances_to_come_start_with_the_budget_of_the_plan_and_those_that_run_
     assert [each["after"] for each in world.budgets()] == [512, 2048]
 
 
+def test_what_cannot_be_started_with_another_budget_keeps_its_own() -> None:
+    world = World(starts=False)
+    world.plan, world.instances = SMALL, 3
+    world.ticks(2)
+    assert [i.max_num_batched_tokens for i in world.created] == [2048] * 3
+    assert world.budgets() == [], "nothing is decided that nobody carries out"
+
+
 def test_those_with_another_budget_than_new_ones_have_are_drained_first() -> None:
     world = World()
     world.plan, world.instances = SMALL, 3
@@ -131,6 +139,7 @@ def test_those_with_another_budget_than_new_ones_have_are_drained_first() -> Non
 def test_an_engine_that_takes_a_budget_while_it_runs_is_told_it(live: bool, told: list[int]) -> None:
     world = World(live=live)
     world.local = SMALL
+    world.told.clear()
     first = world.created[0]
     world.scrape(first)
     assert world.told == told
@@ -145,6 +154,7 @@ def test_a_budget_beyond_the_kinds_own_is_cut_to_it() -> None:
     world = World(live=True)
     world.local = world.plan = TokenBudget(max_num_batched_tokens=9999, reason="why")
     world.instances = 3
+    world.told.clear()
     world.scrape(world.created[0])
     world.ticks()
     assert world.told == []
@@ -155,8 +165,14 @@ def test_a_new_one_that_takes_it_live_is_told_when_it_is_ready() -> None:
     world = World(live=True)
     world.plan, world.instances = SMALL, 3
     world.ticks()
+    world.told.clear()
     world.plane.instance_ready(world.created[2], world)
     assert world.told == [512]
+
+
+def test_one_that_takes_it_live_is_told_its_own_too_as_another_brain_may_have_set_less() -> None:
+    world = World(live=True)
+    assert world.told == [2048, 2048]
 
 
 def test_advice_touches_nothing() -> None:

@@ -55,6 +55,21 @@ def test_an_instance_becomes_ready_answers_and_is_gone_when_removed(tmp_path: Pa
     asyncio.run(story())
 
 
+def test_a_command_gets_the_token_budget_of_its_instance(tmp_path: Path) -> None:
+    async def story() -> None:
+        kinds = {"stub": stub_kind("--answer", "/told", "{max_num_batched_tokens}")}
+        async with local_fleet(tmp_path, kinds) as (fleet, heard):
+            instance = an_instance(1)
+            instance.max_num_batched_tokens = 512
+            fleet.create(instance)
+            await until(lambda: heard.ready == [1], "ready")
+            origin = Origin(heard.urls[1])
+            assert (await origin.fetch("GET", "/told")).body == b"512"
+            await origin.close()
+
+    asyncio.run(story())
+
+
 def test_a_crash_is_noticed_at_once_and_says_why(tmp_path: Path) -> None:
     async def story() -> None:
         # No health check comes before the test gives up: it is the exit that is noticed.

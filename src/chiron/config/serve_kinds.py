@@ -17,6 +17,7 @@ from chiron.core.types import InstanceKind
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
 from chiron.engines.rows import ENGINES, EngineRow
+from chiron.fleet.process.fleet import TOKEN_BUDGET, ProcessSource
 from chiron.fleet.union import Source
 from chiron.gateway.settings import KindSettings
 
@@ -56,6 +57,8 @@ def kind_settings(section: ServeInstanceSection, model: str, path: str, director
     api_key = read_secret(section.api_key_file, f"{path}.api_key_file", directory)
     given = Given(section=section, row=row, kind=kind, model=model, path=path, directory=directory, api_key=api_key)
     source = read_source(given)
+    starts_with_it = isinstance(source, ProcessSource) and any(TOKEN_BUDGET in word for word in source.command)
+    kind = replace(kind, start_token_budget=starts_with_it)
     divided = section.started and row.context_per_seq > 0
     return construct(
         KindSettings,

@@ -20,7 +20,7 @@ from chiron.core.types import InstanceKind
 from chiron.engines.rows import ENGINES, EngineRow, Word
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.kubernetes.source import WORKLOADS, KubernetesSource
-from chiron.fleet.process.fleet import ProcessSource
+from chiron.fleet.process.fleet import TOKEN_BUDGET, ProcessSource
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.union import Source
 
@@ -190,7 +190,7 @@ def read_secret(file: str, path: str, directory: Path) -> str:
 
 
 def _command(given: Given) -> tuple[str, ...]:
-    """The engine's own command line, or the user's; ``{port}`` stays for the fleet."""
+    """The engine's own command line, or the user's. For the fleet stay ``{port}`` and a process's token budget."""
     section, row, path = given.section, given.row, given.path
     command: tuple[Word, ...] = section.command or row.command
     if not command:
@@ -222,7 +222,7 @@ def _values(given: Given) -> Mapping[str, str]:
         "model": section.served_model_name or given.model,
         "model_path": _model_path(section, directory) or default,
         "max_num_seqs": str(kind.max_num_seqs),
-        "max_num_batched_tokens": str(kind.max_num_batched_tokens),
+        "max_num_batched_tokens": TOKEN_BUDGET if section.source == "process" else str(kind.max_num_batched_tokens),
         "kv_capacity_tokens": str(kind.kv_capacity_tokens) if section.kv_capacity_tokens or section.profile else "",
         "context_per_seq": str(max(1, kind.kv_capacity_tokens // kind.max_num_seqs)),
         "threads": str(section.threads or ""),

@@ -43,7 +43,7 @@ class DirectActuators:
     def begin(self, instance: Instance) -> None:
         assert instance.engine is not None
         instance.engine.set_max_batch_size(instance.max_batch_size)
-        if instance.max_num_batched_tokens != instance.kind.max_num_batched_tokens and instance.kind.live_token_budget:
+        if instance.kind.live_token_budget:  # Always: another brain may have set a smaller one.
             cast(TokenBudgetEngine, instance.engine).set_max_num_batched_tokens(instance.max_num_batched_tokens)
 
     def batch_size(self, state: ModelState, instance: Instance, decision: LocalDecision) -> tuple[int, int]:

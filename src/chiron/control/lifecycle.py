@@ -153,6 +153,8 @@ class Lifecycle:
 
     def _set_token_budget(self, state: ModelState, plan: ModelPlan) -> None:
         """That of instances to come."""
+        if not any(map(_takes_budget, state.spec.kinds)):
+            return
         whole = state.spec.kinds[0].max_num_batched_tokens
         wanted = plan.token_budget or TokenBudget(max_num_batched_tokens=whole, reason="step_within_itl_slo")
         before = whole if state.token_budget is None else state.token_budget.max_num_batched_tokens
@@ -402,4 +404,10 @@ def _count(state: ModelState, kind: InstanceKind) -> int:
 def _token_budget(state: ModelState, kind: InstanceKind) -> int:
     """That an instance of this kind has at its start."""
     most = kind.max_num_batched_tokens
-    return most if state.token_budget is None else max(1, min(state.token_budget.max_num_batched_tokens, most))
+    if state.token_budget is None or not _takes_budget(kind):
+        return most
+    return max(1, min(state.token_budget.max_num_batched_tokens, most))
+
+
+def _takes_budget(kind: InstanceKind) -> bool:
+    return kind.start_token_budget or kind.live_token_budget

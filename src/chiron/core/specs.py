@@ -131,7 +131,9 @@ class InstanceKind:
     max_num_batched_tokens: int = 2048
     """The engine's token budget of one step, and the most that it can ever be."""
     live_token_budget: bool = False
-    """The engine takes another budget while it runs; else only as it starts."""
+    """The engine takes another budget while it runs; else at most as it starts."""
+    start_token_budget: bool = True
+    """Whoever starts it can start it with a smaller one."""
     max_instances: int = 1_000_000
     weight_bytes: int = 0
     """What an instance loads before it is ready."""

@@ -29,6 +29,8 @@ from chiron.fleet.starts import StartDelayedError, Starts
 
 log = logging.getLogger("chiron.fleet")
 
+TOKEN_BUDGET = "{max_num_batched_tokens}"
+"""In a command: the token budget of its steps that the instance is to have."""
 _CLOSE_MARGIN_S = 5.0
 """Beyond the longest stop timeout, before ``close`` falls back on killing by mark."""
 
@@ -38,7 +40,8 @@ class ProcessSource:
     """How an instance of a kind is started."""
 
     command: tuple[str, ...]
-    """``{port}`` in any argument becomes a free port; without it the process prints ``chiron-engine ready port=N``."""
+    """``{port}`` in any argument becomes a free port; without it the process prints ``chiron-engine ready port=N``.
+    ``{max_num_batched_tokens}`` becomes the instance's token budget."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Added to the environment of this process; not shown, it may hold secrets."""
     health_path: str = "/health"
@@ -198,7 +201,10 @@ class ProcessFleet:
         prune_logs(self._directory, self._settings.logs_kept, self._logs)
         async with self._spawning:
             process = await EngineProcess.start(
-                [argument.replace("{port}", str(port)) for argument in source.command],
+                [
+                    argument.replace("{port}", str(port)).replace(TOKEN_BUDGET, str(instance.max_num_batched_tokens))
+                    for argument in source.command
+                ],
                 env=env,
                 stop_timeout_s=source.stop_timeout_s,
                 log=path,
