@@ -64,6 +64,13 @@ def test_a_prefill_of_seconds_is_not_taken_for_fast_steps() -> None:
     assert engine.share("steps", 0) == pytest.approx(1.0, abs=0.03)
 
 
+def test_steps_of_a_prefill_are_those_of_the_budget_that_the_instance_has(instance: Instance) -> None:
+    observer = EngineObserver(instance, 0.0)
+    instance.max_num_batched_tokens = 256
+    observer.entered(0.0)
+    assert observer.first_token(1.0, 2560, entered_s=0.0, prefilled=2560).steps == 10
+
+
 def test_answers_in_one_piece_are_not_taken_for_long_steps() -> None:
     engine = ObservedEngine(profile())
     for i in range(40):

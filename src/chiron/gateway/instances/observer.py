@@ -140,7 +140,7 @@ class EngineObserver:
         self._advance(now_s)
         steps, busy_s = 0, 0.0
         if not self.decoding:  # Beside others its prefill shares their steps.
-            steps = ceil(prefilled / self._instance.kind.max_num_batched_tokens)
+            steps = ceil(prefilled / self._instance.max_num_batched_tokens)
             busy_s = max(0.0, now_s - max(entered_s, self._idle_since_s))
         self._pending_steps += steps
         self._pending_prefill += prefilled
