@@ -34,7 +34,7 @@ from chiron.policies.chiron.long_history import (
 )
 from chiron.policies.chiron.recurrence import Look, Record, Recurrence, aged, looked
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Question, missed
+from chiron.policies.headroom import CONSTANT, Backtest, Floats, Headroom, Question, missed
 from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, model
 
 HOUR_S, DAY_S = 3600, 86_400
@@ -228,6 +228,23 @@ def test_a_period_that_lets_requests_miss_is_not_adopted_unless_having_none_does
     assert judged([look(4.0, missed=20.0)] * 20, [look(10.0, missed=25.0)] * 20)[-1] == HOUR_S
 
 
+def test_a_period_may_let_no_more_wait_too_long_than_those_leave_that_miss_their_itl() -> None:
+    ours, live, now_s = ChironSettings(miss_max=0.008), model(fleet_of(3)), 20.0 * DAY_S
+    load = np.ones(HOUR_S)
+    question = Question(
+        load=load, counts=load[None, :], slack_s=(SLACK_S,), rules=(CONSTANT,), cold_start_s=60.0, tick_s=5.0,
+        miss_max=0.008, floor=1, ceiling=50, current=None,
+    )  # fmt: skip
+    record = Record(period_s=DAY_S, without=90.0, within=40.0, looks=12, missed=30.0, requests=5000.0)
+    memory = replace(
+        first_memory(ours, live, now_s),
+        recurrence=Recurrence(records=(record, Record(period_s=0)), period_s=DAY_S),
+        looks=tuple((period_s, Backtest(question=question)) for period_s in (0, DAY_S)),
+    )
+    assert backtested(ours, memory, live, now_s).recurrence.period_s == DAY_S
+    assert backtested(ours, replace(memory, itl_missed=0.005), live, now_s).recurrence.period_s == 0
+
+
 def test_records_are_bounded_and_having_none_is_always_among_them() -> None:
     known = Recurrence()
     for period in range(100):
@@ -363,3 +380,34 @@ def test_an_hourly_surge_is_met_by_a_fleet_that_is_small_between() -> None:
     for begins in at:
         assert knows[begins - 7] >= 0.9 * knows[begins : begins + 12].max(), "a start ahead"
     assert knows.mean() < 0.8 * forgets.mean()
+
+
+@pytest.mark.parametrize(("away_s", "count", "reason"), [(0.0, 1, "load_fell"), (1800.0, 10, "hold_before_down")])
+def test_who_was_away_sees_for_a_while_what_comes_before_the_fleet_shrinks(
+    away_s: float, count: int, reason: str
+) -> None:
+    ours = ChironSettings()
+    memory = replace(
+        first_memory(ours, model(fleet_of(1)), 2.0 * DAY_S),
+        history=remembered(2.0 * DAY_S - HOUR_S, np.full(HOUR_S, 0.5), np.ones((1, HOUR_S))),
+    )
+    again = restored_load(ours, Kept(learned_load(memory, (CHAT,)), "m", []), (CHAT,), 0.0, away_s)
+    assert again is not None
+    live = model(fleet_of(10))
+    plans, state = decide_fleet(ours, {"llama": again}, fleet(live, now_s=5.0))
+    assert (plans["llama"].counts["mixed"], plans["llama"].reason) == (count, reason)
+    plans, _ = decide_fleet(ours, state, fleet(live, now_s=5.0 + ours.hold_s, since_s=ours.hold_s))
+    assert plans["llama"].counts["mixed"] == 1
+
+
+def test_what_misses_its_itl_is_known_after_a_restart_as_it_was() -> None:
+    ours = ChironSettings()
+    memory = replace(
+        first_memory(ours, model(fleet_of(1)), 2.0 * DAY_S),
+        history=remembered(2.0 * DAY_S - HOUR_S, np.ones(HOUR_S), np.ones((1, HOUR_S))),
+    )
+    for share in (None, 0.001):
+        told = learned_load(replace(memory, itl_missed=share), (CHAT,))
+        again = restored_load(ours, Kept(json.loads(json.dumps(told)), "m", []), (CHAT,), 0.0, 0.0)
+        assert again is not None
+        assert again.itl_missed == share

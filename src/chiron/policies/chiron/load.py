@@ -211,6 +211,7 @@ def learned_load(memory: ModelMemory, classes: Sequence[RequestClass]) -> dict[s
         **({"steady": steady} if steady < inf else {}),
         "backtest_ago_s": max(0.0, memory.history.began_s + memory.history.seconds - memory.backtest_s),
         "pressure": memory.pressure,
+        **({} if memory.itl_missed is None else {"itl_missed": memory.itl_missed}),
         "spare_trust": memory.spare_trust,
         **_learned_long(memory),
     }
@@ -258,11 +259,16 @@ def restored_load(
     if rule is not None and h is not None:
         steady = kept.number("steady", 1.0, _LOAD_MAX) if "steady" in kept else None
         headroom = Headroom(rule=rule, h=h, instances=1.0, steady=inf if steady is None else steady)
+    away = age_s > settings.hold_s
     return ModelMemory(
         history=remembered(floor(now_s) - len(load), load, counts.reshape(len(names), len(load))),
         headroom=headroom,
         backtest_s=now_s - (kept.number("backtest_ago_s", 0.0, 1e6) or 0.0),
+        # Who was away for so long sees what comes before a fleet shrinks.
+        last_change_s=now_s if away else -inf,
+        last_direction=1 if away else 0,
         pressure=kept.number("pressure", 1.0, 1.25) or 1.0,
+        itl_missed=kept.number("itl_missed", 0.0, 1.0) if "itl_missed" in kept else None,
         spare_trust=kept.number("spare_trust", 0.0, 1.0) or 0.0,
         long=long,
         recurrence=recurrence,
@@ -429,7 +435,7 @@ def _judged(settings: ChironSettings, memory: ModelMemory, most: int) -> Recurre
         late, requests = missed(backtest.question, earlier, round(LOOK_S)) if earlier is not None else (0.0, 0.0)
         cost = min(headroom.instances, float(most))
         found[period_s] = Look(found=headroom, instances=cost, missed=late, requests=requests)
-    return looked(memory.recurrence, found, settings.miss_max)
+    return looked(memory.recurrence, found, late_max(settings, memory))
 
 
 def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> float:
