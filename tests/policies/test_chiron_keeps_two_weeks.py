@@ -15,11 +15,10 @@ from chiron.policies.chiron.load import (
     backtested,
     begun,
     first_memory,
-    learned_load,
     recurring_to,
-    restored_load,
 )
 from chiron.policies.chiron.load_history import remembered, worth
+from chiron.policies.chiron.load_kept import learned_load, restored_load
 from chiron.policies.chiron.long_history import (
     MINUTES_MAX,
     QUARTERS_MAX,

@@ -31,18 +31,17 @@ from chiron.policies.chiron.load import (
     backtested,
     begun,
     interactive_capacity,
-    learned_load,
     prepared,
     pressure,
     recurring_to,
     remember,
-    restored_load,
     seen_s,
     start_s,
     surging_to,
     whole,
     with_itl_missed,
 )
+from chiron.policies.chiron.load_kept import learned_load, restored_load
 from chiron.policies.chiron.local_loop import decide_batch_size
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.chiron.start_budget import start_budget
