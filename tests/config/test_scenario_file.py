@@ -228,3 +228,11 @@ def test_what_sleeps_has_a_known_size(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         setups(small(*sleeping))
     assert setups(small(*sleeping, "sleepers.sleeper_gb=20"))[0].sleep.sleeper_gb == 20
+
+
+def test_sleepers_of_two_models_are_told_apart() -> None:
+    other = 'models.other.instances=[{ profile = "llama-3.1-8b/a100/tp1" }]'
+    assert len(setups(small(other))[0].models) == 2
+    message = r"models\.other\.instances\[0\]: the name 'llama-3\.1-8b/a100/tp1' is one of models\.llama too"
+    with pytest.raises(ConfigError, match=message):
+        setups(small(other, "sleepers.host_memory_gb=64"))

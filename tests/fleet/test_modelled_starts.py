@@ -56,9 +56,9 @@ class World:
     def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
         self.asleep = dict(asleep)
 
-    def ask(self, kind: InstanceKind = KIND) -> Instance:
+    def ask(self, kind: InstanceKind = KIND, model: str = "m") -> Instance:
         self.next += 1
-        instance = Instance(self.next, "m", kind, "mixed", self.clock.now_s)
+        instance = Instance(self.next, model, kind, "mixed", self.clock.now_s)
         self.fleet.create(instance)
         return instance
 
@@ -68,8 +68,8 @@ class World:
         self.clock.run_until(self.clock.now_s + 1000.0)
         return instance.source, instance.ready_s - instance.created_s
 
-    def up(self, kind: InstanceKind = KIND) -> Instance:
-        instance = self.ask(kind)
+    def up(self, kind: InstanceKind = KIND, model: str = "m") -> Instance:
+        instance = self.ask(kind, model)
         self.clock.run_until(self.clock.now_s + 80.0)
         assert instance.state == "ready"
         return instance
@@ -109,6 +109,7 @@ def test_a_ready_instance_hands_its_weights_over_where_that_is_faster(
 def test_an_instance_of_another_kind_or_one_that_is_gone_when_loading_begins_is_no_peer() -> None:
     world = World(PEERS)
     world.up(replace(KIND, name="other"))
+    world.up(model="another of the same profile")
     assert world.start() == ("node", 60.0)
     world = World(replace(PEERS, warm_for_s=0.0))
     first, second = world.up(), world.ask()
@@ -151,6 +152,16 @@ def test_memory_holds_so_many_and_is_shared_by_kinds() -> None:
     assert [world.start()[0] for _ in range(2)] == ["memory", "node"]
     world.fleet.keep_asleep("a", 0)
     assert not world.asleep
+
+
+def test_nobody_is_stopped_for_one_that_finds_no_room_all_the_same() -> None:
+    world = World(replace(COLD, weights_gb_per_s=2.0), replace(SLEEP, host_memory_gb=40.0))
+    large = replace(KIND, name="large", weight_bytes=35_000_000_000)
+    up = [world.up() for _ in range(3)] + [world.up(large)]
+    for instance in up:
+        world.fleet.sleep(instance)
+        world.clock.run_until(world.clock.now_s + 5.0)
+    assert dict(world.asleep) == {"k": 3}
 
 
 @pytest.mark.parametrize(

@@ -160,10 +160,18 @@ def _served(scenario: Scenario, workload: Workload, *, stages: bool) -> _Served:
 
 
 def _check_sleepers(scenario: Scenario, fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> None:
-    """Whoever sleeps has a size."""
+    """Whoever sleeps has a size, and a name by which it is told from other models' sleepers."""
+    if not scenario.sleepers.host_memory_gb > 0:
+        return
+    models: dict[str, str] = {}
     for name, kinds in fleet.items():
-        for kind, _ in kinds:
-            if scenario.sleepers.host_memory_gb > 0 and not scenario.sleepers.gb(kind):
+        for i, (kind, _) in enumerate(kinds):
+            if models.setdefault(kind.name, name) != name:
+                raise ConfigError(
+                    f"models.{name}.instances[{i}]: the name {kind.name!r} is one of models.{models[kind.name]} too, "
+                    "and sleepers are told apart by it; give this one a name of its own"
+                )
+            if not scenario.sleepers.gb(kind):
                 raise ConfigError(
                     f"sleepers.sleeper_gb: not given, and how large the weights of {kind.name!r} (models.{name}) are "
                     "is not known; give what one sleeper takes, in GB"

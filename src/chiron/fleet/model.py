@@ -240,7 +240,8 @@ class FleetModel:
             return "memory", self._sleep.waking_s(instance.kind)
         others = (engine.instance for engine in self.engines.values())
         peer = isfinite(self._cold_start.peer_load_s) and any(
-            other.kind.name == instance.kind.name and other.state == "ready" for other in others
+            other.kind.name == instance.kind.name and other.model == instance.model and other.state == "ready"
+            for other in others
         )
         return self._cold_start.fastest(warm=warm, peer=peer, weight_bytes=instance.kind.weight_bytes)
 

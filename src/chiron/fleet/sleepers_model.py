@@ -87,12 +87,17 @@ class SleepersModel:
         needed_gb = self._sleep.gb(kind)
         if kind.pipeline is not None or needed_gb > self._sleep.host_memory_gb:
             return False
-        while self.gb + needed_gb > self._sleep.host_memory_gb * (1.0 + 1e-9):
-            counts = self.counts()
+        counts, used_gb, gone = dict(self.counts()), self.gb, []
+        sizes_gb = {each.kind.name: self._sleep.gb(each.kind) for each in self._asleep}
+        while used_gb + needed_gb > self._sleep.host_memory_gb * (1.0 + 1e-9):
             most = max(counts, key=lambda name: (counts[name], name))
             if counts[most] <= counts.get(kind.name, 0) + 1:
                 return False
-            self.take(most)
+            gone.append(most)
+            counts[most] -= 1
+            used_gb -= sizes_gb[most]
+        for name in gone:
+            self.take(name)
         self._asleep.append(_Sleeper(kind, instance.model, self._clock.now_s))
         return True
 
