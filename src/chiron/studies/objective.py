@@ -65,14 +65,10 @@ class Score:
     def best_possible(self, runs: int) -> Rank:
         """The best rank that it can still get when the first of so many runs gave this score: nothing lacks and nothing
         costs anything in the others."""
-        share = len(self.shortfalls) / runs
-        return (
-            self.worse,
-            _steps(self.worst_shortfall),
-            _steps(self.shortfall * share),
-            self.cost * share,
-            -self.attainment,
-        )
+        others = runs - len(self.shortfalls)
+        # As zeros, and not by a share: rounded otherwise, a mean at the end of a step would be one more.
+        whole = replace(self, shortfalls=self.shortfalls + (0.0,) * others, stopped=False)
+        return replace(whole, cost=self.cost * len(self.shortfalls) / runs).rank
 
     def against(self, published: Sequence[float]) -> Score:
         """The same score, which knows whether it gives up what the published settings have: their shortfalls in the
