@@ -38,9 +38,8 @@ INTRODUCTION = """# Every policy at three loads
 
 Every figure on this page was written by `make loads`: {policies} policies, as published and `-tuned`
 ([fair tuning](policies.md#fair-tuning)), on {scenarios} cut traces ({names}; files in
-[bench/loads](../bench/loads)) at {loads} times their rate, seeds {seeds}: {runs:,} runs. At load 1 work and GPUs match,
-at {least:g} most of the fleet can rest, and at {most:g} a fixed fleet would need {over:.0%} more GPUs than there are:
-what counts there is who is still served. [How to read it](#how-to-read-it) is below."""
+[bench/loads](../bench/loads)) at {loads} times their rate, seeds {seeds}: {runs:,} runs. {means}
+[How to read it](#how-to-read-it) is below."""
 DETAILS = """## How to read it
 
 Each file is a window of a packaged scenario with a batch job in proportion, on one and a half times the instances that
@@ -153,6 +152,9 @@ def verdict(found: Mapping[str, Mapping[float, Point]], loads: Sequence[float]) 
     lines = []
     for load in loads:
         at = {name: each[load] for name, each in found.items() if load in each and name != CLAIRVOYANT}
+        if not at:
+            lines.append(f"- Load {load:g}: no policy has all its runs.")
+            continue
         most = max(one.kept for one in at.values())
         ranked = sorted((name for name in at if at[name].kept == most), key=lambda name: at[name].over_bound)
         served = max(at, key=lambda name: (at[name].interactive, at[name].batch))
@@ -172,7 +174,9 @@ def draw(found: Mapping[str, Mapping[float, Point]], loads: Sequence[float], pat
     matplotlib.rcParams["svg.hashsalt"] = "chiron"
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(2, len(loads), figsize=(4 * len(loads), 6), sharey="row", layout="constrained")
+    figure, grid = pyplot.subplots(
+        2, len(loads), figsize=(4 * len(loads), 6), sharey="row", layout="constrained", squeeze=False
+    )
     colours = {name: f"C{place}" for place, name in enumerate(SHOWN)}
     for column, load in enumerate(loads):
         for row, what in enumerate(("interactive", "batch")):
@@ -259,19 +263,36 @@ Reasons = Mapping[tuple[str, float, str], str]
 
 def reasons_of(text: str, grids: Sequence[Cell]) -> dict[tuple[str, float, str], str]:
     """Raises PageError, which names the entry, the key and what is allowed."""
-    found: dict[tuple[str, float, str], str] = {}
+    read = tomllib.loads(text)
+    if unknown := sorted(read.keys() - {"reason"}):
+        raise PageError(f"{unknown[0]}: unknown; allowed is reason")
+    entries = read.get("reason", [])
+    if not isinstance(entries, list):
+        raise PageError(f"reason: {entries!r}; must be tables, [[reason]]")
     traces = [grid["scenario"] for grid in grids]
     allowed = {"trace": traces, "load": grids[0]["loads"], "policy": grids[0]["policies"]}
-    for number, entry in enumerate(tomllib.loads(text).get("reason", [])):
-        if unknown := sorted(entry.keys() - {*allowed, "why"}):
-            raise PageError(f"reason[{number}].{unknown[0]}: unknown; allowed are {', '.join(allowed)} and why")
-        if missing := [key for key in ("trace", "load", "why") if key not in entry]:
-            raise PageError(f"reason[{number}].{missing[0]}: missing")
-        for key, values in allowed.items():
-            if key in entry and entry[key] not in values:
-                raise PageError(f"reason[{number}].{key}: {entry[key]!r}; must be one of {', '.join(map(str, values))}")
-        found[entry["trace"], float(entry["load"]), entry.get("policy", "")] = " ".join(entry["why"].split())
+    found: dict[tuple[str, float, str], str] = {}
+    for number, entry in enumerate(entries):
+        trace, load, policy, why = _reason(f"reason[{number}]", entry, allowed)
+        if (trace, load, policy) in found:
+            raise PageError(f"reason[{number}]: a second one of {trace}, load {load:g}, {policy or 'any rival'}")
+        found[trace, load, policy] = why
     return found
+
+
+def _reason(place: str, entry: Any, allowed: Mapping[str, Sequence[Any]]) -> tuple[str, float, str, str]:
+    if not isinstance(entry, dict):
+        raise PageError(f"{place}: {entry!r}; must be a table, [[reason]]")
+    if unknown := sorted(entry.keys() - {*allowed, "why"}):
+        raise PageError(f"{place}.{unknown[0]}: unknown; allowed are {', '.join(allowed)} and why")
+    if missing := [key for key in ("trace", "load", "why") if key not in entry]:
+        raise PageError(f"{place}.{missing[0]}: missing")
+    for key, values in allowed.items():
+        if key in entry and (isinstance(entry[key], bool) or entry[key] not in values):
+            raise PageError(f"{place}.{key}: {entry[key]!r}; must be one of {', '.join(map(str, values))}")
+    if not isinstance(entry["why"], str) or not entry["why"].strip():
+        raise PageError(f"{place}.why: {entry['why']!r}; must be a sentence")
+    return entry["trace"], float(entry["load"]), entry.get("policy", ""), " ".join(entry["why"].split())
 
 
 def rivals_section(grids: Sequence[Cell], reasons: Reasons) -> str:
@@ -362,16 +383,25 @@ def page(grids: Sequence[Cell], figure: str, reasons: Reasons) -> str:
         policies=len(grids[0]["policies"]),
         scenarios=len(grids),
         names=", ".join(f"`{grid['scenario']}`" for grid in grids),
-        loads=", ".join(f"{load:g}" for load in loads[:-1]) + f" and {loads[-1]:g}",
+        loads=" and ".join(part for part in (", ".join(f"{load:g}" for load in loads[:-1]), f"{loads[-1]:g}") if part),
         seeds=f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}",
         runs=sum(len(cell["runs"]) for grid in grids for cell in grid["cells"]),
-        least=min(loads),
-        most=max(loads),
-        over=max(loads) / ROOM - 1.0,
+        means=_means(min(loads), max(loads)),
     )
     picture = f"![Attainment against GPU-hours at each load, interactive above and batch below]({figure})"
     parts = [introduction, verdict(found, loads), picture, table(found, loads), rivals_section(grids, reasons)]
     return "\n\n".join(part for part in [*parts, DETAILS, by_trace(grids, list(found)), failures(grids)] if part) + "\n"
+
+
+def _means(least: float, most: float) -> str:
+    """What the lightest and the heaviest load are."""
+    words = ["At load 1 work and GPUs match"]
+    if least < 1.0:
+        words.append(f"at {least:g} most of the fleet can rest")
+    if most > ROOM:
+        over = f"a fixed fleet would need {most / ROOM - 1.0:.0%} more GPUs than there are"
+        words.append(f"and at {most:g} {over}: what counts there is who is still served")
+    return ",\n".join(words) + "."
 
 
 def main() -> None:

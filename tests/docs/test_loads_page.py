@@ -167,3 +167,39 @@ def test_runs_that_failed_are_listed(tool: ModuleType) -> None:
     assert "Runs that failed" not in tool.page(made, "x.svg", {})
     made[1]["cells"][0]["failed"] = {"1": "broke"}
     assert "- `costly` on b at load 0.4, seed 1: broke" in tool.page(made, "x.svg", {})
+
+
+def test_one_load_makes_a_page_and_a_figure(tool: ModuleType, tmp_path: Path) -> None:
+    made = [grid("a", cell("chiron", 1.0, 1.0, 1.0, 4.0)) | {"loads": [1.0]}]
+    text = tool.page(made, "x.svg", {})
+    assert "at 1 times their rate" in text
+    assert "more GPUs than there are" not in text, "there are enough"
+    tool.draw(tool.points(made), [1.0], tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text().startswith("<?xml")
+
+
+def test_a_load_at_which_every_run_failed_is_told(tool: ModuleType) -> None:
+    failed = [cell("chiron", load, 1.0, 1.0, 4.0, runs={}, failed={"1": "no"}) for load in (1.0, 2.0)]
+    text = tool.page([grid("a", cell("chiron", 0.4, 1.0, 1.0, 4.0), *failed)], "x.svg", {})
+    assert "- Load 1: no policy has all its runs." in text
+    assert "- `chiron` on a at load 2, seed 1: no" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("reason = 5", r"reason: 5; must be tables, \[\[reason\]\]"),
+        ("reason = [3]", r"reason\[0\]: 3; must be a table, \[\[reason\]\]"),
+        ("reasons = []", "reasons: unknown; allowed is reason"),
+        ('[[reason]]\ntrace = "a"\nload = 1\nwhy = 5', r"reason\[0\].why: 5; must be a sentence"),
+        ('[[reason]]\ntrace = "a"\nload = 1\nwhy = " "', r"reason\[0\].why: ' '; must be a sentence"),
+        ('[[reason]]\ntrace = "a"\nload = true\nwhy = "x"', r"reason\[0\].load: True; must be one of 0.4, 1.0, 2.0"),
+        (
+            '[[reason]]\ntrace = "a"\nload = 1\nwhy = "x"\n[[reason]]\ntrace = "a"\nload = 1.0\nwhy = "y"',
+            r"reason\[1\]: a second one of a, load 1",
+        ),
+    ],
+)
+def test_a_reason_that_is_none_is_refused_by_its_place(tool: ModuleType, text: str, message: str) -> None:
+    with pytest.raises(tool.PageError, match=message):
+        tool.reasons_of(text, grids())
