@@ -84,6 +84,11 @@ def test_long_prompts_keep_their_ttft() -> None:
     assert budget(chat(ttft_s=2.9), slo_s=0.07) == (512, "step_above_itl_slo")
 
 
+def test_nothing_changes_while_lengths_are_not_known() -> None:
+    assert budget(chat(ttft_s=2.3, tail=()), slo_s=0.07) == (2048, "lengths_not_known")
+    assert budget(chat(ttft_s=2.3, tail=()), slo_s=0.07, present=512) == (512, "lengths_not_known")
+
+
 def test_prompts_that_are_late_in_any_case_and_a_few_others_do_not_count() -> None:
     hopeless = ((90_000.0, 0.002), (20_000.0, 0.01))
     assert late(TIMES, 2048, BESIDE, chat(ttft_s=5.0, tail=hopeless)) == 0.002

@@ -70,7 +70,7 @@ _SUM_MAX: Final = 1e6
 _FEW = 0.02
 """Share of requests that may be shorter than ``output_low``: a request whose ITL SLO is a mean is at least so long."""
 _TAIL = 0.05
-"""Share of prompts that ``input_tail`` tells of, the longest."""
+"""Share of prompts that ``input_tail`` tells of at least, the longest."""
 _FEW_SEEN = 500
 """Finished requests before anything is said of the shortest of them: as many as the share of missed ITL SLOs remembers,
 so that packing starts no sooner than its misses would be noticed."""
@@ -163,9 +163,9 @@ class Mix:
             count = self.input_counts[index]
             if count >= 0.5:
                 above += count
+                tail.append((_quarter_middle(index), count / total))
                 if above > _TAIL * total:
                     break
-                tail.append((_quarter_middle(index), count / total))
         return tuple(tail)
 
     def output_low(self) -> int:

@@ -14,6 +14,7 @@ REASONS = {
     "itl_above_slo": "ITL would exceed its SLO at that size",
     "step_above_itl_slo": "beside long prompts a step of the whole budget takes longer than the ITL SLO",
     "step_within_itl_slo": "a longer step is within the ITL SLO again",
+    "lengths_not_known": "too few prompts have been seen to say",
     "long_prompts_in_time": "with a smaller one, long prompts would miss their TTFT",
     "no_itl_slo": "nothing that runs there has an ITL SLO",
 }

@@ -92,7 +92,9 @@ def token_budget(
     prompt = max(map(long_prompt, interactive), default=0.0)
     whole_s = full_step_s(times, most, decoding, prompt)
     chosen, reason = most, "step_within_itl_slo"
-    if isfinite(slo_s) and whole_s > slo_s and (present < most or missed > missed_max):
+    if isfinite(slo_s) and not interactive:
+        chosen, reason = present, "lengths_not_known"
+    elif isfinite(slo_s) and whole_s > slo_s and (present < most or missed > missed_max):
         before = [late(times, most, decoding, mix) for mix in interactive]
         while chosen // 2 >= LEAST + decoding.sequences:
             if full_step_s(times, chosen, decoding, prompt) <= (BACK if chosen > present else 1.0) * target_s:
