@@ -154,6 +154,14 @@ def test_memory_holds_so_many_and_is_shared_by_kinds() -> None:
     assert not world.asleep
 
 
+def test_what_can_never_sleep_does_not_fall_asleep_first() -> None:
+    world = World(COLD, replace(SLEEP, host_memory_gb=9.0))
+    instance = world.up()
+    world.fleet.sleep(instance)
+    world.clock.run_until(world.clock.now_s)
+    assert (world.left, world.fleet.bill.gpus) == ([instance.id], 0)
+
+
 def test_nobody_is_stopped_for_one_that_finds_no_room_all_the_same() -> None:
     world = World(replace(COLD, weights_gb_per_s=2.0), replace(SLEEP, host_memory_gb=40.0))
     large = replace(KIND, name="large", weight_bytes=35_000_000_000)

@@ -165,7 +165,7 @@ class FleetModel:
             self._nodes.release(instance.kind.name)
 
     def sleep(self, instance: Instance) -> None:
-        """What is dead, noticed or not, does not sleep."""
+        """What is dead, noticed or not, does not sleep, nor what is too large: it is gone at once."""
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
 
@@ -176,7 +176,8 @@ class FleetModel:
             assert self.sleep_listener is not None
             self.sleep_listener.instance_asleep(instance)
 
-        self._clock.call_later(self._sleep.fall_asleep_s if instance.id in self._billed_from else 0.0, asleep)
+        falls = instance.id in self._billed_from and self._sleep.holds(instance.kind)
+        self._clock.call_later(self._sleep.fall_asleep_s if falls else 0.0, asleep)
 
     def keep_asleep(self, kind: str, most: int) -> None:
         self._asleep.keep(kind, most)

@@ -47,6 +47,10 @@ class Sleep:
         """What a sleeper of this kind takes. 0: not known."""
         return self.sleeper_gb if self.sleeper_gb is not None else kind.weight_bytes / 1e9
 
+    def holds(self, kind: InstanceKind) -> bool:
+        """Whether an instance of this kind can sleep at all."""
+        return kind.pipeline is None and self.gb(kind) <= self.host_memory_gb
+
     def waking_s(self, kind: InstanceKind) -> float:
         return self.wake_s + kind.weight_bytes / (self.wake_gb_per_s * 1e9)
 
@@ -85,7 +89,7 @@ class SleepersModel:
         give way."""
         kind = instance.kind
         needed_gb = self._sleep.gb(kind)
-        if kind.pipeline is not None or needed_gb > self._sleep.host_memory_gb:
+        if not self._sleep.holds(kind):
             return False
         counts, used_gb, gone = dict(self.counts()), self.gb, []
         sizes_gb = {each.kind.name: self._sleep.gb(each.kind) for each in self._asleep}
