@@ -48,6 +48,7 @@ class Stage:
         self.over: list[Request] = []
         self.wants_events = True
         self.plan: Mapping[Role, int] = {"mixed": ready}
+        self.batch_at_risk = False
         self.profile = profile
         self.transfer_s = transfer_s
         self.fleet = FleetModel(
@@ -79,7 +80,7 @@ class Stage:
         self.plane.begin()
 
     def decide(self, settings: Any, state: Any, view: FleetView) -> tuple[FleetPlan, Any]:
-        return {"m0": ModelPlan(counts=self.plan, reason="dictated")}, state
+        return {"m0": ModelPlan(counts=self.plan, reason="dictated", batch_at_risk=self.batch_at_risk)}, state
 
     def engine_of(self, instance: Instance) -> EngineModel:
         return EngineModel(
@@ -406,10 +407,13 @@ def test_for_prefill_that_waits_batch_work_leaves_and_comes_back_once_nobody_wai
     assert set(outcomes(nights)) == {"finished"}
 
 
-def test_what_made_way_for_prefill_stays_away_in_proportion_to_what_it_has_to_prefill_again() -> None:
+def relieved(*, at_risk: bool) -> tuple[Stage, float]:
+    """Eight nights, evicted at 30 s for the prefill of chats that take less than two seconds, and for how long they
+    are to stay away."""
     stage = Stage(profile=replace(ROOMY, max_num_seqs=16))
     for n in range(8):
-        stage.send(n, 4000, NIGHT, tokens_in=1000)
+        stage.send(n, 4000, NIGHT, tokens_in=5000)
+    stage.batch_at_risk = at_risk
     stage.until(30.0)
     (instance,) = stage.plane.instances.values()
     assert len(instance.batch) == 8
@@ -422,11 +426,37 @@ def test_what_made_way_for_prefill_stays_away_in_proportion_to_what_it_has_to_pr
     stage.send(13, 10)
     assert not instance.batch
     away_s = redone_s / REDONE_MAX
-    assert away_s > 2.0, "the chats are over by then"
+    assert away_s > 10.0
+    return stage, away_s
+
+
+def running(stage: Stage) -> tuple[int, int]:
+    (instance,) = stage.plane.instances.values()
+    return instance.running_interactive, len(instance.batch)
+
+
+def test_what_made_way_for_prefill_stays_away_in_proportion_to_what_it_has_to_prefill_again() -> None:
+    stage, away_s = relieved(at_risk=False)
     stage.until(30.0 + away_s)
-    assert (instance.running_interactive, len(instance.batch)) == (0, 0)
-    stage.until(32.0 + away_s + 8 * 3000 / 32 * TICK_S)
-    assert len(instance.batch) == 8
+    assert running(stage) == (0, 0)
+    stage.until(32.0 + away_s + 8 * 8000 / 32 * TICK_S)
+    assert running(stage) == (0, 8)
+
+
+def test_what_is_at_risk_comes_back_as_soon_as_nobody_waits() -> None:
+    stage, _ = relieved(at_risk=True)
+    stage.until(32.0)
+    assert running(stage)[1] > 0
+
+
+def test_what_is_found_at_risk_stays_away_no_longer_than_from_a_place_that_a_burst_took() -> None:
+    stage, away_s = relieved(at_risk=False)
+    stage.batch_at_risk = True
+    stage.until(34.0)
+    assert running(stage) == (0, 0)
+    stage.until(37.5)
+    assert running(stage)[1] > 0
+    assert away_s > 7.5
 
 
 def test_a_cancelled_request_frees_its_place_and_is_no_eviction() -> None:

@@ -64,7 +64,8 @@ class Evictor:
     def relieve(self, state: ModelState, victims: Sequence[Request]) -> None:
         """Evict batch work of one instance that makes way for prefill. It stays away for long enough that what it has
         to prefill again is a small share of the time; or it would come back as soon as nobody waits, leave once more
-        in the next moment of need, and cost the instance one prefill after another."""
+        in the next moment of need, and cost the instance one prefill after another. Work that is at risk has no time
+        for that."""
         redone_s = 0.0
         for victim in victims:
             if not victim.prefill_cost_s:
@@ -72,7 +73,7 @@ class Evictor:
         for victim in victims:
             instance = victim.instance
             self.evict(state, victim)
-            if redone_s and instance is not None:
+            if redone_s and instance is not None and not state.batch_at_risk:
                 until_s = self._clock.now_s + redone_s / REDONE_MAX
                 instance.eviction_pause_until_s = max(instance.eviction_pause_until_s, until_s)
                 instance.eviction_left = len(instance.batch)
@@ -89,7 +90,10 @@ class Evictor:
         instance.eviction_left = len(instance.batch)
 
     def end_pause(self, state: ModelState, instance: Instance) -> None:
-        """Let batch work grow again once the pause is over."""
+        """Let batch work grow again once the pause is over; soon, where some is at risk."""
+        if state.batch_at_risk:
+            soon_s = self._clock.now_s + self._pause_s
+            instance.eviction_pause_until_s = min(instance.eviction_pause_until_s, soon_s)
         if 0.0 <= instance.eviction_pause_until_s <= self._clock.now_s:
             instance.eviction_pause_until_s = -1.0
             if instance.state == "ready":
