@@ -178,8 +178,9 @@ def compare(
 ) -> None:
     """Run several policies (the scenario's, or those given) on the same requests; print a table and a verdict.
 
-    With `--loads`, `--baseline`, `--out` or `--ray` it is a grid of loads, policies and seeds, with confidence
-    intervals and differences from a baseline on the same requests. Stopped and started again it goes on from `--out`.
+    With `--loads`, `--baseline`, `--out`, `--early-stop` or `--ray` it is a grid of loads, policies and seeds, with
+    confidence intervals and differences from a baseline on the same requests. Stopped and started again it goes on from
+    `--out`.
 
     Examples:
 
