@@ -12,7 +12,7 @@ from chiron.config.scenario import parse_scenario
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request
 from chiron.policies.composers.leveled import LeveledComposer
-from chiron.policies.rivals.schedulers.autellix import AutellixSettings, LocalityRouter, ProcessTable
+from chiron.policies.rivals.schedulers.autellix import PROGRAMS_MAX, AutellixSettings, LocalityRouter, ProcessTable
 from chiron.sim.run import simulate
 from chiron.telemetry.result import Result
 from policy_factory import CHAT
@@ -128,6 +128,20 @@ def test_programs_of_two_keys_are_not_the_same_by_name() -> None:
     other = call(2, arrival_s=50.0)
     other.tenant = "someone"
     assert table.program(other).service_s == 0.0
+
+
+def test_a_key_that_names_ever_new_programs_makes_nobody_elses_forgotten() -> None:
+    table = ProcessTable(AutellixSettings())
+    served(table, call(1), 0.0, 50.0)
+    flood = call(2)
+    flood.tenant = "someone"
+    for number in range(PROGRAMS_MAX + 10):
+        flood.program = f"{number}"
+        table.program(flood).service_s = 1.0
+    assert table.program(call(3)).service_s == 50.0
+    assert table.program(flood).service_s == 1.0
+    flood.program = "0"
+    assert table.program(flood).service_s == 0.0, "forgotten: it was heard of longest ago"
 
 
 def test_long_prompts_go_to_the_engine_of_their_program_and_short_ones_to_the_emptiest() -> None:

@@ -38,7 +38,8 @@ from chiron.policies.routers.least import LeastRouter
 from chiron.policies.size import placed, prompt_tokens
 
 PROGRAMS_MAX: Final = 100_000
-"""Programs that are remembered; who was heard of longest ago is forgotten first. None says that it has ended."""
+"""Programs that are remembered. None says that it has ended: the key that has most of them then forgets the one that
+was heard of longest ago."""
 _DUST_S: Final = 1e-6
 """That sums of times leave behind."""
 
@@ -129,18 +130,25 @@ class ProcessTable:
 
     def __init__(self, settings: AutellixSettings) -> None:
         self._settings = settings
-        self._programs: dict[tuple[str, str], Program] = {}
+        self._programs: dict[str, dict[str, Program]] = {}
+        """By tenant and name."""
+        self._count = 0
         self._calls: dict[int, _Call] = {}
 
     def program(self, request: Request) -> Program:
         """A new one of a request that has none."""
         if not request.program:
             return Program()
-        key = (request.tenant, request.program)
-        found = self._programs.pop(key, None) or Program()
-        self._programs[key] = found
-        if len(self._programs) > PROGRAMS_MAX:
-            del self._programs[next(iter(self._programs))]
+        own = self._programs.setdefault(request.tenant, {})
+        found = own.pop(request.program, None)
+        if found is None:
+            found = Program()
+            self._count += 1
+        own[request.program] = found
+        if self._count > PROGRAMS_MAX:
+            most = max(self._programs.values(), key=len)
+            del most[next(iter(most))]
+            self._count -= 1
         return found
 
     def ended(self, request: Request, now_s: float) -> None:
