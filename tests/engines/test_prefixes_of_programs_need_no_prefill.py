@@ -23,7 +23,7 @@ from chiron.sim.setup import Setup
 from chiron.workload.types import Programs
 from scenario_factory import PROFILE, kind_of, setup_of
 
-ONE, TWO, THREE = ("", "1"), ("", "2"), ("", "3")
+ONE, TWO, THREE = ("", "1", 0), ("", "2", 0), ("", "3", 0)
 
 
 def test_whole_blocks_are_found_and_never_the_last_token() -> None:
@@ -31,7 +31,7 @@ def test_whole_blocks_are_found_and_never_the_last_token() -> None:
     assert cache.found(ONE, 100) == 0
     cache.keep(ONE, 100)
     assert [cache.found(ONE, tokens) for tokens in (200, 100, 96, 97, 10, 1)] == [96, 96, 80, 96, 0, 0]
-    assert cache.found(("other key", "1"), 200) == 0, "a program is of its key"
+    assert cache.found(("other key", "1", 0), 200) == 0, "a program is of its key"
     cache.keep(ONE, 50)
     assert cache.found(ONE, 200) == 96, "it grows"
     assert cache.tokens == 100
@@ -55,9 +55,9 @@ def test_who_was_heard_of_longest_ago_loses_its_last_blocks_first() -> None:
 def test_no_more_programs_are_remembered_than_there_may_be() -> None:
     cache = PrefixCache()
     for number in range(PROGRAMS_MAX + 1):
-        cache.keep(("", str(number)), 16)
+        cache.keep(("", str(number), 0), 16)
     assert cache.tokens == 16 * PROGRAMS_MAX
-    assert cache.found(("", "0"), 100) == 0
+    assert cache.found(("", "0", 0), 100) == 0
 
 
 SLOW = replace(
@@ -129,6 +129,16 @@ def test_of_several_answers_at_once_none_is_surely_at_the_beginning() -> None:
     times, simulation = ran(chain(fork, parents=[[], [], [0, 1]]))
     assert times[2] == 10.0 + (480 - 320)
     assert engine(simulation).prefix_tokens == 304 + 320, "the second one found all but a block of the first one's"
+
+
+def test_a_conversation_that_is_cut_begins_with_nothing_that_was_there() -> None:
+    """Both calls of the second step begin alike, and so does what comes after them, until that is too long again."""
+    rows: list[Row] = [(0.0, 320, 17, 0, 0), (0.0, 320, 5, 0, 0), (0.0, 320, 5, 0, 0), (0.0, 320, 5, 0, 0)]
+    times, simulation = ran(chain(rows, parents=[[], [0], [0], [1, 2]]))
+    assert (times[1], times[3]) == (330.0, 330.0)
+    assert engine(simulation).prefix_tokens == 304, "of the second one that begins alike"
+    longer: list[Row] = [rows[0], rows[0], (0.0, 400, 5, 0, 0)]
+    assert ran(chain(longer, parents=[[], [0], [1]]))[0][2] == 10.0 + 400 - 336, "what was cut goes on"
 
 
 def test_another_program_shares_nothing() -> None:

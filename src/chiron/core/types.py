@@ -44,6 +44,7 @@ class Request:
         "class_name",
         "cls",
         "counted",
+        "cuts",
         "deadline_s",
         "dispatch_s",
         "epoch",
@@ -162,6 +163,8 @@ class Request:
         Not changed after ``submit``."""
         self.extends = False
         """The next prompt of its program begins with its own and the whole of its answer: for engine models."""
+        self.cuts = 0
+        """How often its program's conversation has been cut by then, likewise."""
         self.predicted_tokens = 0
         """Of its answer, by a predictor that a policy has; 0: nobody has predicted it."""
         self.turn: Any = None

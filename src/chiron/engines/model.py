@@ -659,7 +659,7 @@ class EngineModel:
         room_tokens = self.kv_capacity_tokens - self.kv_used_tokens
         prefixes.fit(room_tokens + sequence.prompt)  # As it was until now.
         if request.program:
-            sequence.prefilled = prefixes.found((request.tenant, request.program), request.input_tokens)
+            sequence.prefilled = prefixes.found((request.tenant, request.program, request.cuts), request.input_tokens)
             self.prefix_tokens += sequence.prefilled
         prefixes.fit(room_tokens)
 
@@ -669,7 +669,7 @@ class EngineModel:
         if prefixes is None or not request.program:
             return
         tokens = request.input_tokens + (int(request.payload) if answered and request.extends else 0)
-        prefixes.keep((request.tenant, request.program), tokens)
+        prefixes.keep((request.tenant, request.program, request.cuts), tokens)
         prefixes.fit(self.kv_capacity_tokens - self.kv_used_tokens)
 
     def _plan_prefill(self) -> bool:

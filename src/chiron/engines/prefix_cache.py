@@ -2,8 +2,8 @@
 
 As in vLLM and SGLang, it lies in KV that no sequence uses, and gives way to sequences at once: whose program was heard
 of longest ago loses its last blocks first. Each prompt of a program begins with the one before it, so a program has one
-prefix, which grows. It is held beside the KV of the sequences that share it, where those engines hold it once: an
-engine that is full has less of it here.
+prefix, which grows, until its conversation is cut: what it began with is gone then. It is held beside the KV of the
+sequences that share it, where those engines hold it once: an engine that is full has less of it here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ BLOCK_TOKENS: Final = 16
 """vLLM's default. Whole blocks are found again."""
 PROGRAMS_MAX: Final = 10_000
 
-Name = tuple[str, str]
-"""Tenant, and program."""
+Name = tuple[str, str, int]
+"""Tenant, program, and how often it has been cut."""
 
 
 class PrefixCache:

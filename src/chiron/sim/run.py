@@ -137,9 +137,13 @@ class Simulation:
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
-        self._extends = (
-            setup.workload.programs.extends.tolist() if setup.prefix_cache and setup.workload.programs else []
-        )
+        self._extends: list[bool] = []
+        self._cuts: list[int] = []
+        if setup.prefix_cache and setup.workload.programs is not None:
+            self._extends = setup.workload.programs.extends.tolist()
+            self._cuts = setup.workload.programs.cuts(
+                setup.workload.input_tokens.tolist(), setup.workload.output_tokens.tolist()
+            )
         self.programs: ProgramCalls | None = None
         if setup.workload.programs is not None:
             self.programs = ProgramCalls(
@@ -183,7 +187,7 @@ class Simulation:
 
     def _submit(self, request: Request) -> None:
         if self._extends:
-            request.extends = self._extends[request.id]
+            request.extends, request.cuts = self._extends[request.id], self._cuts[request.id]
         self.plane.submit(request)
 
     def _composer(self, compose: ComposeHook, model: str) -> Composer:

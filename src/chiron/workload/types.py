@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,18 @@ class Programs:
         counts = np.diff(self.parents_from)
         found = np.zeros(len(self.of), dtype=np.bool_)
         found[self.parents[np.repeat(counts == 1, counts)]] = True
+        return found
+
+    def cuts(self, input_tokens: Sequence[int], output_tokens: Sequence[int]) -> list[int]:
+        """By row, how often its program's conversation has been cut by then: a prompt does not hold all of the one
+        before and its answers, so that it begins otherwise."""
+        parents, begins = self.parents.tolist(), self.parents_from.tolist()
+        found = [0] * len(self.of)
+        for row in range(len(found)):
+            before = parents[begins[row] : begins[row + 1]]
+            if before:
+                whole = input_tokens[before[0]] + sum(output_tokens[each] for each in before)
+                found[row] = found[before[0]] + (input_tokens[row] < whole)
         return found
 
 
