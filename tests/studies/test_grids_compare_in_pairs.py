@@ -20,6 +20,7 @@ from chiron.studies.grid import Asked, Cell, as_json, grid, loads_of, seeds_of
 from chiron.studies.journal import Journal
 from chiron.studies.runner import Progress, Runner
 from chiron.studies.statistics import estimate
+from chiron.studies.trial import trial
 from study_factory import GENERATED, Ruled, figures
 
 SCENARIO = parse_scenario(GENERATED, directory=Path())
@@ -148,6 +149,16 @@ def test_the_time_that_is_left_goes_by_requests_not_by_runs() -> None:
     assert told[5].left_s(60.0) == pytest.approx(60.0 * heavy / light)
     assert heavy > 1.5 * light
     assert told[-1].left_s(60.0) == 0.0
+
+
+def test_of_trials_that_are_not_known_yet_each_counts_as_the_mean() -> None:
+    told: list[Progress] = []
+    runner = Runner(Ruled(rule), Journal(None), told.append)
+    runner.total = 6
+    made = setups(SCENARIO, ["static"], [1, 2])
+    runner.run([trial(setup) for setup in made])
+    requests = sum(len(setup.workload) for setup in made)
+    assert (told[-1].simulated, told[-1].left) == (requests, 4 * requests / 2)
 
 
 def test_a_grid_that_was_killed_goes_on(tmp_path: Path) -> None:
