@@ -45,7 +45,7 @@ async def read_all(directory: Path) -> dict[tuple[str, int], tuple[bool, str]]:
     return found
 
 
-@pytest.mark.parametrize(("kills", "batches"), [(4, 2), pytest.param(60, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "batches"), [(4, 4), pytest.param(60, 20, marks=pytest.mark.slow)])
 def test_each_item_ends_with_one_result(kills: int, batches: int, tmp_path: Path) -> None:
     random = Random(f"store:kill:{kills}")
     directory, acknowledged = tmp_path / "data", tmp_path / "acknowledged"

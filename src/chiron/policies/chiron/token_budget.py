@@ -20,6 +20,9 @@ from chiron.policies.views import ClassMix, StepTimes, TokenBudget
 
 LEAST: Final = 128
 """Tokens that are left for prefill; with fewer, what a step takes besides is most of it."""
+PART: Final = 4
+"""A budget is no smaller than the engine's own over this: prompts of all lengths wait longer behind a long one, which
+nothing here counts."""
 LONG_SHARE: Final = 0.005
 """Share of prompts that may be longer than the one whose steps are looked at."""
 TTFT_SHARE: Final = 0.7
@@ -96,7 +99,7 @@ def token_budget(
         chosen, reason = present, "lengths_not_known"
     elif isfinite(slo_s) and whole_s > slo_s and (present < most or missed > missed_max):
         before = [late(times, most, decoding, mix) for mix in interactive]
-        while chosen // 2 >= LEAST + decoding.sequences:
+        while chosen // 2 >= max(LEAST + decoding.sequences, most / PART):
             if full_step_s(times, chosen, decoding, prompt) <= (BACK if chosen > present else 1.0) * target_s:
                 break
             half = chosen // 2
