@@ -46,5 +46,7 @@ def test_in_one_story_instances_sleep_and_wake() -> None:
     bill = done.simulation.fleet.bill
     assert bill.wakes > 1
     assert bill.memory_gb_seconds > 10.0
-    assert done.result.summary["finished"] > 0
+    summary = done.result.summary
+    assert summary["finished"] > 0
+    assert (summary["wakes"], summary["sleepers_gb"]) == (bill.wakes, bill.memory_gb_seconds / summary["sim_s"])
     assert run(replace(sleeping, sleep=Sleep())).simulation.fleet.bill.wakes == 0

@@ -265,6 +265,8 @@ class Simulation:
             preemptions=sum(engine.preemptions for engine in self.engines),
             cold_starts=bill.cold_starts,
             warm_starts=bill.warm_starts,
+            wakes=bill.wakes,
+            sleeper_gb_seconds=bill.memory_gb_seconds,
         )
         return Result(
             policy=label,

@@ -40,7 +40,10 @@ ROWS: dict[str, Any] = {
 PLAIN = tuple(f.name for f in fields(Result) if f.name not in ROWS and f.name != "requests")
 LATER = {"began", "programs"}
 """Fields that results saved before they existed lack."""
-OLDER = {"shed": 0, "cold_starts": None, "warm_starts": None, "throughput_tokens_per_s": None, "programs": None}
+OLDER = {
+    "shed": 0,
+    **dict.fromkeys(("cold_starts", "warm_starts", "wakes", "sleepers_gb", "throughput_tokens_per_s", "programs")),
+}
 """Figures that summaries saved before they existed lack: nothing was shed, the others are not known."""
 COLUMNS = tuple(f.name for f in fields(RequestTable))
 DTYPES = {

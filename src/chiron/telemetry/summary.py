@@ -65,6 +65,8 @@ def summarise(
     judged_at_s: float | None = None,
     cold_starts: int | None = None,
     warm_starts: int | None = None,
+    wakes: int | None = None,
+    sleeper_gb_seconds: float | None = None,
     programs: Sequence[ProgramPoint] = (),
     lost: LostCalls | None = None,
 ) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def summarise(
         "instances_peak": whole(instances_peak),
         "cold_starts": whole(cold_starts),
         "warm_starts": whole(warm_starts),
+        "wakes": whole(wakes),
+        "sleepers_gb": None if sleeper_gb_seconds is None else ratio(sleeper_gb_seconds, sim_s),
         "throughput_rps": ratio(outcomes["finished"], sim_s),
         "throughput_tokens_per_s": ratio(requests.output_tokens[finished].sum(), sim_s),
         "tokens_per_gpu_s": ratio(requests.output_tokens[finished].sum(), gpu_seconds),
