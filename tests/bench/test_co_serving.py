@@ -62,9 +62,10 @@ def test_live_runs_say_for_how_long_the_machine_stood_still(bench: ModuleType) -
 
 @pytest.mark.slow
 def test_chiron_keeps_them_in_a_burst_behind_a_wire(bench: ModuleType) -> None:
-    """What is sent when a prompt's end is heard of comes too late for the next step."""
+    """What is sent when a prompt's end is heard of comes too late for the next step. The p99 of one cycle is that of
+    some fifteen requests, so in the mean of three seeds: 1.38, 1.28 and 1.22 times that of alone."""
     scenario = load_scenario(bench.SCENARIO, bench.shape(1))
-    rows = bench.table(*bench.simulated(scenario, ["chiron"], [1], network_s=0.001))
+    rows = bench.table(*bench.simulated(scenario, ["chiron"], [1, 2, 3], network_s=0.001))
     assert "`chiron`: keeps the bounds" in rows
 
 
