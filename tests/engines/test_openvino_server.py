@@ -354,15 +354,29 @@ def test_with_kv_short_and_clients_leaving_every_answer_is_whole_and_right(engin
             assert stream.status in (0, 200), stream.status
             stream.call.cancel()
 
+    async def others(origin: Origin, seed: int, answer: list[int]) -> int:
+        """Tokens that another engine does not choose after those before them."""
+        known = found = 0
+        while known < len(answer):
+            resume = {"resume_token_ids": answer[:known]} if known else {}
+            rest = (await start(origin, seed, 60, length=60 + 10 * seed, **resume).end()).token_ids
+            assert len(rest) == len(answer) - known
+            differ = [place for place, (mine, its) in enumerate(zip(answer[known:], rest, strict=True)) if mine != its]
+            if not differ:
+                break
+            known, found = known + differ[0] + 1, found + 1
+        return found
+
     async def check() -> None:
-        async with connected(engine.url) as origin:
-            streams = [start(origin, seed, 60, length=60 + 10 * seed) for seed in range(14)]
-            expected = [(await stream.end()).token_ids for stream in streams]
         async with connected(small.url) as origin:
             answers = await asyncio.gather(*(in_parts(origin, seed) for seed in range(14)))
             found = await metrics(origin)
-        assert answers == expected
         assert found["vllm:kv_cache_usage_perc"] == 0.0
+        assert [len(answer) for answer in answers] == [60] * 14
+        async with connected(engine.url) as origin:
+            differ = [await others(origin, seed, answer) for seed, answer in enumerate(answers)]
+        # A sum over other requests beside it may round otherwise on some processors, and two tokens be equally likely.
+        assert sum(differ) <= 2, differ
 
     try:
         asyncio.run(check())

@@ -76,10 +76,10 @@ def eligible(instance: Instance, *, interactive: bool) -> bool:
 def idle_while_waiting(simulation: Simulation) -> None:
     for state in simulation.plane.models.values():
         for instance in state.instances.values():
+            # One that fits on a larger kind only waits for it, and so do those behind it.
+            if any(r.input_tokens >= instance.kv_capacity_tokens for r in (*state.waiting, *state.batch)):
+                continue
             if len(state.waiting):
-                # Prompts that fit on larger kinds only wait for one.
-                if all(request.input_tokens >= instance.kv_capacity_tokens for request in state.waiting):
-                    continue
                 assert not eligible(instance, interactive=True), "an interactive request waits beside an empty instance"
             elif state.batch.count:
                 assert not eligible(instance, interactive=False), "a batch request waits beside an empty instance"
