@@ -135,14 +135,20 @@ def test_every_rival_was_tuned_with_the_same_budget_on_nothing_that_is_published
         check_apart(tuned_on, windows(load_scenario(name), "judged"), name)
 
 
+def tuned_alone(text: str, name: str) -> str:
+    """What ``chiron tune`` would have written had it tuned this policy only."""
+    parts = re.split(r"^(?=\[policies\.|\[\[first|\[\[calibration)", text, flags=re.MULTILINE)
+    (mine,) = (part for part in parts if part.startswith(f'[policies."{name}"]'))
+    mine = re.sub(r"^(command|objective) = .*\n", "", mine, flags=re.MULTILINE)
+    return "".join([parts[0], mine, *(part for part in parts[1:] if not part.startswith("[policies."))])
+
+
 def test_a_few_policies_that_were_tuned_anew_take_the_place_of_what_was_there() -> None:
     text = write_tuned.FOUND.read_text(encoding="utf-8")
     before = tomllib.loads(text)
     other = re.sub(r"^command = .*", 'command = "chiron tune -p skyserve"', text, flags=re.MULTILINE)
     other = re.sub(r"^(target_qps|settings.target_qps) = .*", r"\1 = 7.5", other, flags=re.MULTILINE)
-    start, end = (other.index(header) for header in ('[policies."hpa-queue"]', '[policies."skyserve"]'))
-    other = other[:start] + other[end:]
-    after = tomllib.loads(write_tuned.taken_over(text, other))
+    after = tomllib.loads(write_tuned.taken_over(text, tuned_alone(other, "skyserve")))
     assert after["policies"].pop("skyserve")["target_qps"] == 7.5
     assert after["search"].pop("skyserve")["command"] == "chiron tune -p skyserve"
     del before["policies"]["skyserve"], before["search"]["skyserve"]
@@ -154,11 +160,10 @@ def test_what_was_tuned_later_keeps_its_own_objective_and_adds_what_it_has_seen(
     before = tomllib.loads(text)
     other = re.sub("^objective = .*", 'objective = "less"', text, flags=re.MULTILINE, count=1)
     other = re.sub("^digest = .*", 'digest = "0"', other, flags=re.MULTILINE)
-    other = other[: other.index("[policies.")] + other[other.index('[policies."skyserve"]') :]
-    other = other.replace('"skyserve"', '"qlm"')
+    other = tuned_alone(other, "skyserve").replace('"skyserve"', '"static"')
     after = tomllib.loads(write_tuned.taken_over(text, other))
-    assert after["policies"]["qlm"] == before["policies"]["skyserve"]
-    assert after["search"]["qlm"]["objective"] == "less"
+    assert after["policies"]["static"] == before["policies"]["skyserve"]
+    assert after["search"]["static"]["objective"] == "less"
     assert after["objective"] == before["objective"]
     assert after["calibration"][: len(before["calibration"])] == before["calibration"]
     assert {each["digest"] for each in after["calibration"][len(before["calibration"]) :]} == {"0"}
