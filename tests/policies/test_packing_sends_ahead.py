@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from chiron.control.learning import Learner
@@ -59,6 +61,11 @@ def test_it_goes_where_nothing_waits_before_it_goes_behind_another_and_then_behi
 )
 def test_it_waits_where_it_would_be_late_or_is_better_off_elsewhere(backlog_s: float, tokens: int) -> None:
     assert goes_to(fleet(backlog_s)[0], tokens) is None
+
+
+def test_it_waits_where_a_prefill_is_little_of_its_ttft() -> None:
+    for ttft_s, placed in ((9 * PROMPT_S, 1), (11 * PROMPT_S, None), (8.0, None)):
+        assert goes_to(fleet(PROMPT_S)[0], cls=replace(CHAT, ttft_s=ttft_s)) == placed
 
 
 def test_while_itl_slos_are_missed_it_waits_where_both_together_are_more_than_those_that_decode_can_bear() -> None:

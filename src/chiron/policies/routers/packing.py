@@ -173,7 +173,9 @@ class PackingRouter:
             instance = self._choose_victim(request, need, cost_s, waited=waited)
             if instance is not None:
                 return Placement(instance, cost_s, int(need), self._victims_for(instance, request, cost_s, int(need)))
-        instance = self._choose_ahead(request, need, cost_s) if self._sends_ahead else None
+        instance = None
+        if self._sends_ahead and cost_s > self._relieve_after * request.ttft_slo_s:
+            instance = self._choose_ahead(request, need, cost_s)
         return None if instance is None else Placement(instance, cost_s, int(need))
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
@@ -299,7 +301,8 @@ class PackingRouter:
     def _choose_ahead(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """For a prompt that only a prompt in prefill keeps waiting. That its prefill is over is heard of after the
         step's end, when the next step has begun, and what is sent then waits for that to end too, beside batch work as
-        long as for a prefill. So one goes ahead of the news, behind the shortest, and is there for the next step. While
+        long as for a prefill. Where that is enough of its TTFT for batch work to make way for it, one goes ahead of the
+        news, behind the shortest, and is there for the next step; elsewhere it would cost ITL for nothing. While
         requests miss their ITL SLO, both together are no more prefill than those that decode can bear."""
         chosen: Instance | None = None
         least_s = min(_AHEAD * cost_s, _AHEAD_SHARE * request.ttft_slo_s - cost_s)
