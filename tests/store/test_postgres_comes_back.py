@@ -218,6 +218,16 @@ def test_a_batch_comes_to_its_end_wherever_connections_are_cut(
     asyncio.run(run())
 
 
+async def end_connections(by: PostgresStore) -> None:
+    """All but its own."""
+    await by._change(
+        lambda db: db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name LIKE 'chiron %' AND pid != pg_backend_pid()"
+        ).fetchall()
+    )
+
+
 @pytest.mark.slow
 def test_connections_that_the_server_ends_are_made_anew(postgres_place: Place) -> None:
     site = postgres_place()
@@ -226,12 +236,7 @@ def test_connections_that_the_server_ends_are_made_anew(postgres_place: Place) -
     async def run() -> None:
         async with site.gateway() as store, site.gateway("other") as other:
             batch = await start(site, store, 5)
-            await other._change(
-                lambda db: db.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE application_name LIKE 'chiron %' AND pid != pg_backend_pid()"
-                ).fetchall()
-            )
+            await end_connections(other)
             assert await store.get_batch(batch.id, None) == batch, "a reader asks again"
             async with asyncio.timeout(60):
                 while True:
@@ -243,6 +248,26 @@ def test_connections_that_the_server_ends_are_made_anew(postgres_place: Place) -
             assert indices(leased) == [0, 1, 2, 3, 4]
             await store.finish([result(item) for item in leased], site.now_s)
             assert (await store.get_batch(batch.id, None)).status == "completed"
+
+    asyncio.run(run())
+
+
+def test_a_file_is_read_over_connections_that_the_server_has_ended(postgres_place: Place) -> None:
+    """Each reader finds it out by itself, whatever it is asked first."""
+    site = postgres_place()
+    site.settings = replace(site.settings, lease_s=600.0)
+
+    async def run() -> None:
+        async with site.gateway() as store, site.gateway("other") as other:
+            batch = await start(site, store, 2)
+            await store.finish([result(item) for item in await store.lease(MODEL, 2)], site.now_s)
+            done = await store.get_batch(batch.id, None)
+            readers = site.settings.connections_max
+            await asyncio.gather(*(store.get_batch(batch.id, None) for _ in range(8 * readers)))
+            whole = await content(store, done.output_file_id)
+            await end_connections(other)
+            for _ in range(readers):
+                assert await content(store, done.output_file_id) == whole
 
     asyncio.run(run())
 

@@ -286,7 +286,7 @@ class PostgresStore:
                 db.close()
                 now.connections.remove(db)
                 self._of_thread.db = None
-                if last or begin != "BEGIN READ ONLY":
+                if last or begin not in (_READ, _SNAPSHOT):
                     now.writer.look()
                     raise StoreUnavailable(f"{where(self.settings)}: {error}") from error
         raise AssertionError
