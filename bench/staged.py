@@ -282,7 +282,7 @@ ended, what engines reported a second ago.
   by least delay, as Petals has it. Nothing grows, and all hops take the same time, so that each stage's first replica
   is filled before its second; Petals' own clients measure their round trips and seldom tie. Spread evenly
   (`max_throughput`), its median ITL under the first load below is less than half
-  ([policies.md](policies.md#stage-policies-stage-hpa-stage-balance-stage-petals)).
+  ([policies/stages.md](policies/stages.md)).
 
 `chiron compare staged` prints such a table, and `--report` draws the replicas of each stage.
 

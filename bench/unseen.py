@@ -258,9 +258,9 @@ def page(command: str, rows: Sequence[tuple[str, Ran, Ran]]) -> str:
         "",
         "Numbers below 100 are looked at while rules are changed; one from there on judges, once.",
         "",
-        "**clairvoyant** knows the future and pays whole instances and cold starts ([policies.md]"
-        "(policies.md#clairvoyant)): an estimate from above, so somebody might find a better schedule, also where it "
-        "keeps no 99 % of a class.",
+        "**clairvoyant** knows the future and pays whole instances and cold starts ([policies/chiron.md]"
+        "(policies/chiron.md#clairvoyant)): an estimate from above, so somebody might find a better schedule, also "
+        "where it keeps no 99 % of a class.",
         "",
         "Without batch work, GPU-hours above the lower bound are split: **starts** is what whole instances and their"
         " starts cost for a fluid whose future is known; **rest** what the clairvoyant row takes more, because routers,"

@@ -58,14 +58,32 @@ def commands(text: str, program: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_relative_link_resolves(page: Path) -> None:
+def test_every_relative_link_and_anchor_resolves(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     missing = []
     for target in targets:
-        where = target.partition("#")[0]
-        if where and "://" not in where and not (page.parent / where).exists():
+        where, _, anchor = target.partition("#")
+        if "://" in where:
+            continue
+        there = page.parent / where if where else page
+        if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
             missing.append(target)
     assert missing == []
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them: the second of the same name ends in -1."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        said = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+        name = re.sub(r"[^\w -]", "", said).replace(" ", "-")
+        number = 0
+        while (numbered := f"{name}-{number}" if number else name) in found:
+            number += 1
+        found.add(numbered)
+    return found
 
 
 @cache

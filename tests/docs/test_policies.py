@@ -1,4 +1,4 @@
-"""The tables of docs/policies.md against the settings that exist."""
+"""docs/policies.md and the pages below it against the policies and settings that exist."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import pytest
 from chiron.config.build import settings_of
 from chiron.policies.registry import POLICIES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "policies.md").read_text(encoding="utf-8")
+BELOW = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "policies").glob("*.md")))
 
 
 def section(heading: str) -> str:
-    parts = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    parts = re.split(r"^## ", BELOW, flags=re.MULTILINE)
     (found,) = [part for part in parts if part.startswith(heading)]
     return found
 
@@ -87,5 +89,31 @@ def test_tempo_differs_from_jitserve_as_said() -> None:
     assert "`tempo` has `groups = false` and `margin = false`" in section("`jitserve`")
 
 
-def test_every_policy_is_named() -> None:
-    assert [name for name in POLICIES if f"`{name}`" not in PAGE] == []
+def rows() -> dict[str, tuple[str, str]]:
+    """Policies of the table: where the name leads, and the last column."""
+    found = {}
+    for row in re.findall(r"^\| \[`.*$", PAGE, flags=re.MULTILINE):
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        found |= {name: (link, cells[-1]) for name, link in re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", cells[0])}
+    return found
+
+
+def test_the_table_has_every_policy_and_says_which_are_tuned() -> None:
+    tuned = {name.removesuffix("-tuned") for name in POLICIES if name.endswith("-tuned")}
+    plain = {name for name in POLICIES if not name.endswith("-tuned")}
+    assert {name: last for name, (_, last) in rows().items()} == {
+        name: "yes" if name in tuned else "no" for name in plain
+    }
+
+
+@pytest.mark.parametrize("policy", sorted(rows()))
+def test_the_name_in_the_table_leads_to_the_page_that_has_it(policy: str) -> None:
+    page, _, anchor = rows()[policy][0].partition("#")
+    heading = next(
+        part for part in re.split(r"^## ", (DOCS / page).read_text(), flags=re.MULTILINE) if slug(part) == anchor
+    )
+    assert f"`{policy}`" in heading
+
+
+def slug(section: str) -> str:
+    return re.sub(r"[^\w -]", "", section.partition("\n")[0].lower()).replace(" ", "-")

@@ -22,7 +22,7 @@ from typing import Final, Literal
 Test = Literal["logprob", "margin", "entropy"]
 THRESHOLDS: Final[Mapping[str, float]] = MappingProxyType({"logprob": -0.5, "margin": 0.3, "entropy": -1.0})
 """Our choices, as no public figure gives one: a typical token of 60 % probability; 0.3 apart; a nat of entropy. To be
-set by the share of requests that is to be passed on, and by own answers (docs/policies.md, "Cascades")."""
+set by the share of requests that is to be passed on, and by own answers (docs/policies/cascades.md)."""
 TOP: Final[Mapping[str, int]] = MappingProxyType({"logprob": 0, "margin": 3, "entropy": 20})
 """Likeliest tokens that engines are asked for; 20 is the most that OpenAI's API has, and vLLM's usual limit. One more
 than the margin needs: vLLM's chat has the chosen token first, in place of the last of the likeliest."""

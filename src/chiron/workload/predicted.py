@@ -1,7 +1,7 @@
 """What a length predictor says of each request, for policies that have one.
 
 A predictor reads the text of a prompt, which no trace has. In its place stands the true length with an error: a policy
-that is given these knows more than others do, and docs/policies.md says which are.
+that is given these knows more than others do, and docs/policies/schedulers.md says which are.
 """
 
 from __future__ import annotations

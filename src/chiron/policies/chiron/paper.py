@@ -13,7 +13,7 @@ Global, batch: the waiting time of each request group, W = (n mu + z sigma sqrt(
 deadline; BBP = groups that would be late; batch instances are added until BBP = 0 and all go when no batch request
 waits.
 
-No source gives the whole; every gap is a setting here, with its reason in docs/policies.md.
+No source gives the whole; every gap is a setting here, with its reason in docs/policies/chiron.md.
 """
 
 from __future__ import annotations

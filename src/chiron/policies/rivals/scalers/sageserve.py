@@ -19,7 +19,7 @@ Nothing starts while another does. Batch work waits in front, earliest deadline 
 most 0.6. Requests go to the instance with the fewest tokens that are pending.
 
 Source: shashwatj07/SageServe, arbiter.py (GlobalArbiterARIMAChecking), global_arbiter.py, long_term_allocation.py,
-simulator.py (feed_async) and configs/config.yaml. What is filled in is in docs/policies.md.
+simulator.py (feed_async) and configs/config.yaml. What is filled in is in docs/policies/scalers.md.
 """
 
 from __future__ import annotations

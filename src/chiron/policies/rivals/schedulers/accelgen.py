@@ -17,7 +17,7 @@ A step is then composed so::
              such prompt begins
 
 Sequences that decode all get their token. Source: arXiv 2503.13737, and notes about it. It schedules one engine;
-requests go to the one with the fewest outstanding. What is filled in is in docs/policies.md.
+requests go to the one with the fewest outstanding. What is filled in is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

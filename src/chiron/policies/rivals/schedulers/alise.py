@@ -10,7 +10,8 @@ Shortest remaining time first, by predicted lengths, in levels::
     swap      : a better level takes places back from a worse one; who would wait longest leaves first, and its KV goes
                 to host memory
 
-Source: arXiv 2410.23537, of which no constants and no code are public. What is filled in is in docs/policies.md.
+Source: arXiv 2410.23537, of which no constants and no code are public. What is filled in is in
+docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

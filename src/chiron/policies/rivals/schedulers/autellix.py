@@ -17,7 +17,7 @@ queue serve it for a quantum at a time::
 A request without a program is a program of one call: it starts in the first queue and sinks.
 
 Sources: arXiv 2502.13965; 2,048 tokens are its own, boundaries, quanta and beta are not published. What is filled in
-is in docs/policies.md.
+is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

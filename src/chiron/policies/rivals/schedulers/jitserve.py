@@ -15,7 +15,7 @@ most. Whoever decodes gives way only to one that brings more in a frame than the
 frames, prompts go by density where a place is free.
 
 Source: UIUC-MLSys/JITServe, jitserve/scheduler/policy.py and slo_scheduler.py, and its changed vLLM's config.py; arXiv
-2504.20068. What is filled in is in docs/policies.md.
+2504.20068. What is filled in is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

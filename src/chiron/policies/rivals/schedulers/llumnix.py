@@ -14,7 +14,7 @@ Every 10 s: F_up < 10 adds the fewest empty instances that mend it; else F_down 
 migration and comes back first if load returns meanwhile. It knows no SLO: batch requests are dispatched as they come.
 
 Sources: the artifact (branch osdi24ae) for rules and settings; where v0.x has the same it is said. What follows from
-the control plane here rather than from Llumnix is in docs/policies.md.
+the control plane here rather than from Llumnix is in docs/policies/scalers.md.
 """
 
 from __future__ import annotations

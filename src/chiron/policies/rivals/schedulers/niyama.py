@@ -14,7 +14,7 @@ The prefill speed is a slow mean of what steps have done. Sequences that decode 
 
 Source: microsoft/sarathi-serve, branch niyama_asplos2026, sarathi/core/scheduler/deadline_scheduler.py and
 sarathi/core/datatypes/sequence.py. It schedules one replica; requests go to the one with the fewest outstanding. What
-is filled in is in docs/policies.md.
+is filled in is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

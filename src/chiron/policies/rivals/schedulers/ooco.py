@@ -11,7 +11,7 @@ The latency-strict pool is for interactive requests, the latency-relaxed one for
     preemption  : besides, at each scrape: where steps have been longer than the tightest ITL SLO, batch work leaves in
                   proportion
 
-Source: its abstract; no constants and no code are public. What is filled in is in docs/policies.md.
+Source: its abstract; no constants and no code are public. What is filled in is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ sequences whose contexts end at S tokens::
 because a step has room for prefill as far as the ITL SLO leaves some (dynamic chunking, as each engine does it here by
 the slack of what it decodes). Batch work is best effort: it fills what is left, and makes way for others.
 
-Source: the paper's abstract and public notes; no code is published. What is filled in is in docs/policies.md.
+Source: the paper's abstract and public notes; no code is published. What is filled in is in
+docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

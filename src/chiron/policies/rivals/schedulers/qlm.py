@@ -10,7 +10,7 @@ and that of the groups that hold the places before it counts, too: batch work th
 would then be late, batch work that runs is evicted for it, its KV kept in host memory.
 
 Sources: arXiv 2407.00047 by public notes, and QLM-project/QLM: qlm/queue, qlm/scheduler and qlm/config.yaml. What is
-filled in, and what one model with equal engines leaves out, is in docs/policies.md.
+filled in, and what one model with equal engines leaves out, is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ effort: what was not admitted, and batch work. That gives way with place and KV,
 
 A request goes to the instance with the fewest; if its plan has no room for it, to the next ones, up to ``hops_max``;
 if none has, to the first, as best effort. Source: arXiv 2504.08784, notes about it, and the reproduction in
-UIUC-MLSys/JITServe. What is filled in is in docs/policies.md.
+UIUC-MLSys/JITServe. What is filled in is in docs/policies/schedulers.md.
 """
 
 from __future__ import annotations
