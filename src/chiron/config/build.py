@@ -24,9 +24,8 @@ from chiron.config.sections import (
     StreamSection,
 )
 from chiron.core.types import InstanceKind, ModelSpec
-from chiron.engines.layers import layer_profile_names, load_layer_profile
+from chiron.engines.layers import layer_profile_names, load_layer_profile, weight_bytes
 from chiron.engines.profile import Profile, ProfileError
-from chiron.engines.profile_hardware import MODEL_SHAPES
 from chiron.engines.profile_store import load_profile
 from chiron.policies.registry import POLICIES
 from chiron.sim.initial import initial_instances
@@ -440,16 +439,8 @@ def _kind(profile: Profile, instance: InstanceSection) -> InstanceKind:
         max_num_batched_tokens=profile.max_num_batched_tokens,
         live_token_budget=instance.live_token_budget,
         max_instances=instance.max_instances,
-        weight_bytes=_weight_bytes(profile),
+        weight_bytes=weight_bytes(profile),
     )
-
-
-def _weight_bytes(profile: Profile) -> int:
-    """Of a model that is known; 0 else, and then only ``model_load`` counts."""
-    if profile.name in layer_profile_names():
-        layered = load_layer_profile(profile.name)
-        return layered.weight_bytes(0, layered.layers - 1)
-    return MODEL_SHAPES[profile.model].weight_bytes if profile.model in MODEL_SHAPES else 0
 
 
 def _by_kind(fleet: Mapping[str, list[tuple[InstanceKind, Profile]]]) -> dict[str, Profile]:

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from chiron.engines.profile import Profile, ProfileError
-from chiron.engines.profile_hardware import GIB, GPU_MEMORY_BYTES, MEMORY_FRACTION, RUNTIME_BYTES_PER_GPU
+from chiron.engines.profile_hardware import (
+    GIB,
+    GPU_MEMORY_BYTES,
+    MEMORY_FRACTION,
+    MODEL_SHAPES,
+    RUNTIME_BYTES_PER_GPU,
+)
 
 LAYERS = Path(str(files("chiron"))) / "data" / "layers"
 
@@ -167,6 +173,14 @@ def load_layer_profile(name_or_path: str | Path) -> LayerProfile:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ProfileError(f"profile by layer {path}: cannot be read: {error}") from None
     return _checked(data, str(path))
+
+
+def weight_bytes(profile: Profile) -> int:
+    """Of a whole model whose size is known; 0 else."""
+    if profile.name in layer_profile_names():
+        layered = load_layer_profile(profile.name)
+        return layered.weight_bytes(0, layered.layers - 1)
+    return MODEL_SHAPES[profile.model].weight_bytes if profile.model in MODEL_SHAPES else 0
 
 
 def _checked(data: Any, where: str) -> LayerProfile:

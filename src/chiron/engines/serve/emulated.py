@@ -4,7 +4,8 @@
 
 Steps take as long as the profile says, batches, KV and preemption are those of the simulator's engine, sockets and
 tokens are real; the text is filler. ``--fleet N`` serves N instances, each on a port of its own, from one process.
-``--start-delay S`` is a cold start: nobody is answered before S seconds are over. Text prompts are counted at four
+``--start-delay S`` is a cold start: nobody is answered before S seconds are over. With ``--enable-sleep-mode`` it can
+sleep and wake as vLLM does (``sleep_mode``). Text prompts are counted at four
 bytes a token, lists of token ids exactly.
 """
 
@@ -24,6 +25,7 @@ from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSetting
 from chiron.engines.serve.filler import LengthSettings
 from chiron.engines.serve.http import EngineServer, serve_until_stopped
 from chiron.engines.serve.options import real, whole
+from chiron.engines.serve.sleep_mode import SleepTimes, copy_s
 from chiron.net.clock import LiveClock
 from chiron.net.loop import run_on_loop
 
@@ -56,6 +58,7 @@ async def run(options: argparse.Namespace, profile: Profile) -> None:
             times=times,
             settings=settings,
             speedup=options.speedup,
+            sleep_times=_sleep_times(options, profile) if options.enable_sleep_mode else None,
         )
         about = {
             "max_model_len": engine.model_len_max,
@@ -65,10 +68,20 @@ async def run(options: argparse.Namespace, profile: Profile) -> None:
                 "note": "timing is emulated, text is filler",
             },
         }
-        servers.append(EngineServer(engine, names, about))
+        routes = engine.sleep_mode.routes if engine.sleep_mode is not None else None
+        servers.append(EngineServer(engine, names, about, routes))
     log.info("emulates %d x %s at %g times its speed; the text is filler", options.fleet, profile.name, options.speedup)
     await serve_until_stopped(*servers, host=options.host, port=options.port, failed=asyncio.Event())
     clock.stop()
+
+
+def _sleep_times(options: argparse.Namespace, profile: Profile) -> SleepTimes:
+    copied_s = copy_s(profile) / options.speedup
+    return SleepTimes(
+        sleep_s=copied_s if options.sleep_s is None else options.sleep_s,
+        wake_s=copied_s if options.wake_s is None else options.wake_s,
+        reload_s=options.start_delay,
+    )
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile]:
@@ -81,6 +94,9 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, Profile
     add("--port", type=whole(0, 65_535), default=0, help="0: a free one; with --fleet the first of N")
     add("--fleet", type=whole(1, _FLEET_MAX), default=1, help="instances in this process, each on its own port")
     add("--start-delay", type=real(0.0, 3600.0), default=0.0, help="seconds before it listens: a cold start")
+    add("--enable-sleep-mode", action="store_true", help="it can sleep: POST /sleep and /wake_up, as vLLM has them")
+    add("--sleep-s", type=real(0.0, 3600.0), help="to fall asleep; default: the profile's weights at 20 GB/s a GPU")
+    add("--wake-s", type=real(0.0, 3600.0), help="to wake up; default: the same")
     add("--max-num-seqs", type=whole(1), help="sequences at once; default: the profile's")
     add("--max-num-batched-tokens", type=whole(1), help="token budget of a step; default: the profile's")
     add("--kv-capacity-tokens", type=whole(1), help="default: the profile's")

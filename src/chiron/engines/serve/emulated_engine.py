@@ -34,6 +34,7 @@ from chiron.engines.serve.openai import GenerationRequest
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError
 from chiron.engines.serve.schema import SchemaError
+from chiron.engines.serve.sleep_mode import SleepMode, SleepTimes
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming
 
@@ -90,9 +91,10 @@ class EmulatedEngine:
         times: StepTable,
         settings: EmulatedSettings,
         speedup: float = 1.0,
+        sleep_times: SleepTimes | None = None,
     ) -> None:
         """``name`` is for metrics. ``profile`` and ``times`` are at their speed already; ``speedup`` is for
-        copies to host memory."""
+        copies to host memory. ``sleep_times``: it can sleep, and calls take so long."""
         self._clock = clock
         self.profile = profile
         self.settings = settings
@@ -108,6 +110,9 @@ class EmulatedEngine:
             step_mode=True,
             stepped=self._stepped,
         )
+        self.sleep_mode: SleepMode | None = None
+        if sleep_times is not None:
+            self.sleep_mode = SleepMode(clock=clock, times=sleep_times, drop=self._drop)
         self.totals = Totals()
         self.late_s = 0.0
         """By how much the machine was behind at the ends of steps, added up: an emulation that it cannot keep up with
@@ -123,6 +128,8 @@ class EmulatedEngine:
 
     def submit(self, request: GenerationRequest, incoming: Incoming) -> None:
         """Answer a request, now or step by step. Raises RequestError."""
+        if self.sleep_mode is not None:
+            self.sleep_mode.check_awake()
         prompts = request.prompts or ("",)
         lengths = [prompt_tokens(request, prompt) for prompt in prompts]
         outputs = [
@@ -233,6 +240,11 @@ class EmulatedEngine:
         self.model.fail()
         for stream in streams:
             stream.choice.abort()
+
+    def _drop(self) -> None:
+        """Answers break off, and no KV is left, here or in host memory."""
+        self.fail()
+        self._saved = SavedKv(self.settings.kv_saved_tokens_max)
 
     # -- interrupted requests ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -57,18 +57,26 @@ class HasHandle(Protocol):
 class EngineServer:
     """Routes of one engine."""
 
-    def __init__(self, engine: ServedEngine, names: Sequence[str], about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: ServedEngine,
+        names: Sequence[str],
+        about: dict[str, Any],
+        routes: Mapping[str, Mapping[bytes, Callable[[Incoming], None]]] | None = None,
+    ) -> None:
+        """``routes``: further ones of this engine, by path and method."""
         self._engine = engine
         self._names = tuple(names)
         self._about = about
         self._created_s = int(time.time())
-        self._routes: dict[str, dict[bytes, Callable[[Incoming], None]]] = {
+        self._routes: dict[str, Mapping[bytes, Callable[[Incoming], None]]] = {
             "/health": {b"GET": self._health},
             "/v1/models": {b"GET": self._models},
             "/v1/chat/completions": {b"POST": partial(self._generate, chat=True)},
             "/v1/completions": {b"POST": partial(self._generate, chat=False)},
             "/metrics": {b"GET": self._metrics},
             "/chiron/limits": {b"GET": self._limits, b"PUT": self._set_limit},
+            **(routes or {}),
         }
 
     def handle(self, incoming: Incoming) -> None:
