@@ -1,4 +1,4 @@
-"""The serve config: one TOML file, of which three lines are enough. docs/serve.md explains each key.
+"""The serve config: one TOML file, of which three lines are enough. docs/config.md explains each key.
 
 ``load_serve`` reads it into ``gateway.settings.ServeConfig``. Unknown keys, wrong types and values out of range are a
 ``ConfigError`` that names file, path, value and what is allowed; secrets are never in it.

@@ -202,7 +202,7 @@ def store_checks(config: ServeConfig) -> Iterator[Check]:
     try:
         seen = look(settings)
     except StoreError as error:
-        yield check("store", str(error), FAIL, "see [store] in docs/serve.md; batches are not served without it")
+        yield check("store", str(error), FAIL, "see [store] in docs/config.md; batches are not served without it")
         return
     found = f"{seen.at}: PostgreSQL {seen.server}, {'TLS' if seen.encrypted else 'not encrypted'}"
     yield check("store", f"{found}, {seen.round_trip_s * 1e3:.1f} ms per round trip, {seen.size_bytes / 1e9:.1f} GB")

@@ -93,7 +93,7 @@ def _checks(path: Path | None, assignments: list[str], port: int | None) -> Iter
         yield check("config", "none given; `chiron init` writes one")
         return
     if config is None:
-        hint = "correct the config; docs/serve.md explains each key" if trouble else "install the packages above first"
+        hint = "correct the config; docs/config.md explains each key" if trouble else "install the packages above first"
         yield check("config", trouble or f"{path} was not read", FAIL, hint)
         return
     names = ", ".join(model.name for model in (*config.models, *config.cascades)) or "no models of its own"

@@ -1,4 +1,4 @@
-"""docs/serve.md names every key of the serve config, and no key that does not exist; its examples load."""
+"""docs/config.md names every key of the serve config, and no key that does not exist; its examples load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from chiron.gateway.settings import (
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings
 
-PAGE = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "config.md").read_text(encoding="utf-8")
 SECTIONS = {
     "": ServeFile,
     "models": ServeModelSection,
