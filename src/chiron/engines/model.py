@@ -21,7 +21,7 @@ that sums and products of them are exact in floats up to 24 days. A segment's st
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from math import inf, sqrt
@@ -168,7 +168,8 @@ class EngineModel:
         self._key = engine_key(instance.id)
         self._fire: Callable[[], None] = self._on_due if stepped is None else self._on_due_told
         self._sequences: dict[int, EngineSequence] = {}
-        self._waiting: deque[EngineSequence] = deque()
+        self._waiting: OrderedDict[EngineSequence, None] = OrderedDict()
+        """In order of arrival; a composer lets them in in its own, so any of them has to go at once."""
         self._waiting_tokens = 0
         self._prefilling: deque[EngineSequence] = deque()
         self._restoring = 0
@@ -262,7 +263,7 @@ class EngineModel:
             running=batch + len(self._prefilling) + self._restoring,
             waiting=len(self._waiting),
             waiting_tokens=self._waiting_tokens,
-            head_tokens=self._waiting[0].prompt if self._waiting else 0,
+            head_tokens=next(iter(self._waiting)).prompt if self._waiting else 0,
             kv_used_tokens=self.kv_used_tokens + batch * since,
             steps=self.steps + since,
             busy_s=self.busy_s + elapsed,
@@ -298,7 +299,7 @@ class EngineModel:
     def _enqueue(self, sequence: EngineSequence) -> None:
         if self._sequences.get(sequence.request.id) is not sequence:
             return  # Evicted, or the engine died, before the request overhead was over.
-        self._waiting.append(sequence)
+        self._waiting[sequence] = None
         self._waiting_tokens += sequence.prompt
         if self._composer is not None:
             self._composer.add(sequence.request, sequence.prompt, False)
@@ -323,7 +324,7 @@ class EngineModel:
             return
         if self._composer is not None:
             self._cut()  # Who is next is known when it is asked.
-        elif self.kv_used_tokens + self._waiting[0].prompt + self.batch <= self.kv_capacity_tokens:
+        elif self.kv_used_tokens + next(iter(self._waiting)).prompt + self.batch <= self.kv_capacity_tokens:
             self._cut()
 
     def _cut(self) -> None:
@@ -523,7 +524,7 @@ class EngineModel:
                 saved = sequence.context
             else:
                 if sequence in self._waiting:  # Else its request overhead is not over.
-                    self._waiting.remove(sequence)
+                    del self._waiting[sequence]
                     self._waiting_tokens -= sequence.prompt
                 saved = request.kv_saved_tokens
             if self._composer is not None:
@@ -630,7 +631,7 @@ class EngineModel:
 
     def _admit(self) -> None:
         """Move waiting sequences in while a slot and KV for the whole prompt are free."""
-        while self._waiting and self._let_in(self._waiting[0]):
+        while self._waiting and self._let_in(next(iter(self._waiting))):
             pass
 
     def _let_in(self, sequence: EngineSequence) -> bool:
@@ -642,7 +643,7 @@ class EngineModel:
         need = restore or sequence.prompt
         if self.kv_used_tokens + need + self.batch > self.kv_capacity_tokens:
             return False
-        self._waiting.remove(sequence)
+        del self._waiting[sequence]
         self._waiting_tokens -= sequence.prompt
         self.kv_used_tokens += need
         if restore:
@@ -788,10 +789,15 @@ class EngineModel:
 
     def _wait_again(self, sequence: EngineSequence) -> None:
         self.preemptions += 1
+        self._queue_again(sequence)
+        if self._composer is not None:
+            self._composer.add(sequence.request, sequence.prompt, False)
+
+    def _queue_again(self, sequence: EngineSequence) -> None:
+        """Before all others, without its KV."""
         sequence.phase = WAITING
         sequence.prefilled = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated
-        self._waiting.appendleft(sequence)
+        self._waiting[sequence] = None
+        self._waiting.move_to_end(sequence, last=False)
         self._waiting_tokens += sequence.prompt
-        if self._composer is not None:
-            self._composer.add(sequence.request, sequence.prompt, False)

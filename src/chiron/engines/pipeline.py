@@ -43,7 +43,6 @@ from chiron.engines.model import (
     RESTORING,
     ROUND,
     SEGMENT_STEPS_MAX,
-    WAITING,
     EngineModel,
     EngineSequence,
     StepTable,
@@ -594,14 +593,14 @@ class PipelineModel(EngineModel):
     def _admit(self) -> None:
         waiting, prefilling = self._waiting, self._prefilling
         while waiting and self.batch + len(prefilling) + self._restoring < self.max_batch_size:
-            sequence = waiting[0]
+            sequence = next(iter(waiting))
             request = sequence.request
             restore = request.kv_saved_tokens if request.kv_saved_on == self.instance.id else 0
             need = restore or sequence.prompt
             path = self._choose(need, request)
             if path is None:
                 return
-            waiting.popleft()
+            del waiting[sequence]
             self._waiting_tokens -= sequence.prompt
             self.kv_used_tokens += need
             self._claims[request.id] = _Claim(path, need)
@@ -687,13 +686,6 @@ class PipelineModel(EngineModel):
                 self._leave_decoding(sequence)
             self._queue_again(sequence)
         return bool(lost)
-
-    def _queue_again(self, sequence: EngineSequence) -> None:
-        sequence.phase = WAITING
-        sequence.prefilled = 0
-        sequence.prompt = sequence.request.input_tokens + sequence.generated
-        self._waiting.appendleft(sequence)
-        self._waiting_tokens += sequence.prompt
 
     # -- what the stages have done -----------------------------------------------------------------------------
 
