@@ -10,7 +10,7 @@ import pytest
 
 from chiron.store.port import StoredFile
 from chiron.store.settings import StoreSettings
-from store_contract import lines_of, upload
+from store_calls import lines_of, upload
 from store_sites import sqlite_site
 
 

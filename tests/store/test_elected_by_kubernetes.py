@@ -15,7 +15,7 @@ from chiron.gateway.settings import GatewaysSettings
 from chiron.store.lease import LEADER, Leads
 from chiron.store.port import StoreError
 from kubernetes_site import Cluster, cluster, every_cluster
-from store_contract import start
+from store_calls import start
 from store_sites import PostgresSite
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from chiron.store.port import BatchStore, Conflict, StoreDamaged, StoreError, StoreLocked
-from store_contract import LIMITS, MODEL, Site, check, content, keys, line_of, lines_of, result, start, submit, upload
+from store_calls import LIMITS, MODEL, Site, check, content, keys, line_of, lines_of, result, start, submit, upload
 from store_sites import PostgresSite, sqlite_site
 
 Place = Callable[[], PostgresSite]

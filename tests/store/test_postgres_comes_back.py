@@ -18,7 +18,7 @@ import pytest
 from chiron.store.port import Ended, StoreUnavailable
 from cutting_proxy import CuttingProxy, When
 from postgres_server import Server, postgres_server, why_not
-from store_contract import LIMITS, MODEL, check, content, create, indices, keys, lines_of, result, start, submit, upload
+from store_calls import LIMITS, MODEL, check, content, create, indices, keys, lines_of, result, start, submit, upload
 from store_sites import PostgresSite, end_lease, postgres_site
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pytest
 
 from chiron.store.port import StoreFull
 from postgres_server import PASSWORD, USER, Server, as_user, postgres_server, why_not
-from store_contract import MODEL, content, indices, keys, result, start, upload
+from store_calls import MODEL, content, indices, keys, result, start, upload
 from store_sites import PostgresSite, postgres_site
 
 DISK_BYTES = 160 << 20

@@ -13,7 +13,7 @@ from zlib import crc32
 import pytest
 
 from chiron.store.port import StoreError
-from store_contract import MODEL, content, indices, result, start
+from store_calls import MODEL, content, indices, result, start
 from store_sites import PostgresSite
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 
 from chiron.store.port import StoreCorrupt, StoreDamaged, StoreError, StoreFull, StoreUnavailable
 from postgres_server import Server, postgres_server, why_not
-from store_contract import LIMITS, MODEL, check, content, lines_of, result, start, submit, upload
+from store_calls import LIMITS, MODEL, check, content, lines_of, result, start, submit, upload
 from store_sites import PostgresSite, postgres_site
 
 Place = Callable[[], PostgresSite]

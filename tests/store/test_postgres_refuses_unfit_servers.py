@@ -20,7 +20,7 @@ from fault_site import wait_for
 from ports import free_port
 from posing_proxy import Pose, PosingProxy
 from postgres_server import PASSWORD, USER, Server, as_user
-from store_contract import MODEL, result, start
+from store_calls import MODEL, result, start
 from store_sites import PostgresSite
 
 Place = Callable[[], PostgresSite]

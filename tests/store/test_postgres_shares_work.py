@@ -17,7 +17,7 @@ pytest.importorskip("psycopg")
 
 from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
 from chiron.store.postgres.store import NAME, PostgresStore
-from store_contract import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
+from store_calls import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
 from store_sites import PostgresSite, end_lease
 
 Place = Callable[[], PostgresSite]

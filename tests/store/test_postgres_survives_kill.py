@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 
-from store_contract import content
+from store_calls import content
 from store_sites import PostgresSite
 from store_worker import ITEMS
 

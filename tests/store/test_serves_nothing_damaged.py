@@ -12,7 +12,7 @@ import pytest
 
 from chiron.store.port import Batch, BatchStore, StoreDamaged
 from chiron.store.settings import StoreSettings
-from store_contract import LIMITS, MODEL, check, content, line_of, lines, lines_of, result, start, submit, upload
+from store_calls import LIMITS, MODEL, check, content, line_of, lines, lines_of, result, start, submit, upload
 from store_sites import sqlite_site
 
 MEBIBYTE = 1 << 20

@@ -18,7 +18,7 @@ from chiron.store.port import ItemSpec, LineError
 from chiron.store.sqlite.database import open_for_reading
 from chiron.store.sqlite.items import lease
 from chiron.store.sqlite.leases import Leases
-from store_contract import LIMITS, MODEL, check, line_of, result, start, submit
+from store_calls import LIMITS, MODEL, check, line_of, result, start, submit
 from store_job import whole_job
 from store_sites import sqlite_site
 

@@ -16,7 +16,7 @@ import pytest
 
 from chiron.store.port import StoreFull
 from chiron.store.settings import StoreSettings
-from store_contract import (
+from store_calls import (
     LIMITS,
     MODEL,
     Site,

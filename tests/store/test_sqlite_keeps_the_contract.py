@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from store_contract import CASES, Case
+from store_calls import Case
+from store_contract import CASES
 from store_sites import sqlite_site
 
 

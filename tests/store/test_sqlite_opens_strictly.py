@@ -18,7 +18,7 @@ from chiron.store.port import StoreCorrupt, StoredFile, StoreError, StoreLocked
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite.database import connect_to, read_meta
 from chiron.store.sqlite.store import SqliteStore
-from store_contract import LIMITS, Site, check, lines_of, start, submit, upload
+from store_calls import LIMITS, Site, check, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
 HOLD = """

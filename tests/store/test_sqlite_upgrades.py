@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from chiron.store.port import ENDED
-from store_contract import LIMITS, MODEL, Site, check, content, lines, result, upload
+from store_calls import LIMITS, MODEL, Site, check, content, lines, result, upload
 from store_sites import sqlite_site
 
 DATA = Path(__file__).parents[1] / "data"

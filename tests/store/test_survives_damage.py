@@ -29,7 +29,7 @@ from chiron.store.sqlite.database import PAGE_BYTES
 from chiron.store.sqlite.pages import Pages
 from chiron.store.sqlite.store import SqliteStore
 from chiron.store.sqlite.wal import FRAME_BYTES, HEADER_BYTES, Frame, Log, read_log
-from store_contract import LIMITS, MODEL, check, keys, line_of, lines_of, start, submit, upload
+from store_calls import LIMITS, MODEL, check, keys, line_of, lines_of, start, submit, upload
 from store_sites import sqlite_site
 
 DATABASE, LOG = "batch.sqlite3", "batch.sqlite3-wal"

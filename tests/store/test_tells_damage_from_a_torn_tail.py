@@ -13,7 +13,7 @@ import pytest
 from chiron.store.sqlite.acknowledged import Acknowledged, read_acknowledged
 from chiron.store.sqlite.store import SqliteStore
 from chiron.store.sqlite.wal import FRAME_BYTES, HEADER_BYTES, read_log
-from store_contract import start, upload
+from store_calls import start, upload
 from store_sites import sqlite_site
 
 LOG = "batch.sqlite3-wal"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from chiron.store.port import BatchStore, Ended
-from store_contract import LIMITS, MODEL, check, line_of
+from store_calls import LIMITS, MODEL, check, line_of
 from store_sites import sqlite_site
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chiron.store.port import BatchStore
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite.store import SqliteStore
-from store_contract import Site
+from store_calls import Site
 
 if TYPE_CHECKING:
     from chiron.store.postgres.settings import PostgresSettings

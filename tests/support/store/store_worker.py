@@ -23,7 +23,7 @@ from typing import TextIO
 from chiron.store.port import ENDED, BatchStore, Conflict, Ended
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite.store import SqliteStore
-from store_contract import LIMITS, MODEL, check, keys, lines_of
+from store_calls import LIMITS, MODEL, check, keys, lines_of
 
 ITEMS = 1200
 
