@@ -28,6 +28,8 @@ COMPILED = (
     "engines/model.py",
     "engines/pipeline.py",
     "gateway/brain/desk.py",
+    "gateway/brain/hearing.py",
+    "gateway/brain/relay_link.py",
     "gateway/brain/relays.py",
     "gateway/instances/engine.py",
     "gateway/instances/observer.py",

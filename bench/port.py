@@ -28,7 +28,7 @@ from chiron.core.compiled import build
 from chiron.core.types import Instance, InstanceKind, RequestClass
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.port import FleetReport
-from chiron.gateway.brain.relays import RelayLink
+from chiron.gateway.brain.relay_link import RelayLink
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.port import messages as m

@@ -16,7 +16,8 @@ from chiron.control.takeover import SETTLE_S
 from chiron.core.ports import Journal, StageSamples
 from chiron.core.types import ROLES, Instance, ModelSpec, Request, RequestClass
 from chiron.gateway.brain.desk import Desk
-from chiron.gateway.brain.relays import RelayLink, Relays
+from chiron.gateway.brain.relay_link import RelayLink
+from chiron.gateway.brain.relays import Relays
 from chiron.gateway.instances.engine import InstanceEngine
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.instances.scraper import Scraper

@@ -9,7 +9,8 @@ import pytest
 
 from chiron.core.types import Request, RequestClass
 from chiron.gateway.batch.call import BatchCall
-from chiron.gateway.brain.relays import ITEM_MAX_BYTES, ITEMS_MAX_BYTES, Relays
+from chiron.gateway.brain.relay_link import ITEM_MAX_BYTES, ITEMS_MAX_BYTES
+from chiron.gateway.brain.relays import Relays
 from chiron.gateway.instances.engine import Placed
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.admission import Models

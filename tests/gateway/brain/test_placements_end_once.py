@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from chiron.core.types import Decision, Instance, ModelSpec, Request, RequestClass
 from chiron.fleet.model import ColdStart
-from chiron.gateway.brain.relays import QUIET_MAX, RelayLink
+from chiron.gateway.brain.relay_link import RelayLink
+from chiron.gateway.brain.relays import QUIET_MAX
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
 from chiron.net.memory import MemoryNetwork

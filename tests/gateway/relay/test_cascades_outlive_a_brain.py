@@ -46,7 +46,7 @@ def test_another_brain_goes_on_with_either_call(dies_s: float) -> None:
         known = 2 if dies_s < 1.0 else 1  # It has heard of the first request's first call, too.
         assert (tally.requests, dict(tally.escalated), tally.answered_then) == (known, {"unjudged": known}, known)
         assert tally.share == 1.0
-        assert not any(link._turns for link in brain.relays.links)
+        assert not any(link.hears.__self__._turns for link in brain.relays.links)
         await site.close()
 
     run_virtual(main())
@@ -147,7 +147,7 @@ def test_nothing_is_kept_of_a_call_for_a_model_that_the_brain_serves_no_more() -
         await asyncio.sleep(1.0)
         assert parts(site.clients[1])[0] == 404
         (link,) = brain.relays.links
-        assert not link._turns
+        assert not link.hears.__self__._turns  # type: ignore[attr-defined]
         await site.close()
 
     run_virtual(main())

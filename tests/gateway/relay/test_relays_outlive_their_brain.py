@@ -13,7 +13,7 @@ import pytest
 from chiron.core.types import Request
 from chiron.gateway.batch.call import BatchCall
 from chiron.gateway.brain.desk import AGAIN_MAX
-from chiron.gateway.brain.relays import ADOPTED_MAX
+from chiron.gateway.brain.hearing import ADOPTED_MAX
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.front import WAIT_MAX_S

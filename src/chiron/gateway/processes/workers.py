@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from chiron.gateway.brain.relays import RelayLink, Relays
+from chiron.gateway.brain.relay_link import RelayLink
+from chiron.gateway.brain.relays import Relays
 from chiron.gateway.port.messages import Stop
 from chiron.net.clock import LiveClock
 
