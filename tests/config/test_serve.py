@@ -25,8 +25,8 @@ from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import hash_secret
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.settings import BatchSettings, LimitSettings, ServeConfig, ServerSettings, TelemetrySettings
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.store.settings import StoreSettings

@@ -19,8 +19,8 @@ from chiron.engines.rows import ENGINES, EngineRow
 from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.settings import FleetSettings
 from chiron.fleet.starts import BackoffSettings
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import Key
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.settings import (
     BatchSettings,
     KubernetesModelsSettings,

@@ -24,8 +24,8 @@ from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.settings import FleetSettings
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.keys import ADMIN, Key
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.settings import (
     BatchSettings,
     GatewaysSettings,

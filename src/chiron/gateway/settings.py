@@ -24,8 +24,8 @@ from chiron.policies.cascade import CascadeRule
 if TYPE_CHECKING:
     from chiron.fleet.settings import FleetSettings
     from chiron.fleet.union import Source
-    from chiron.gateway.relay.joining import StaySettings
     from chiron.gateway.relay.keys import Key
+    from chiron.gateway.relay.uplink.joining import StaySettings
     from chiron.store.postgres.settings import PostgresSettings
     from chiron.store.settings import StoreSettings
 

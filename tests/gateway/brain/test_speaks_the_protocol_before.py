@@ -15,7 +15,7 @@ from msgspec import inspect
 import protocol_2
 from chiron.gateway.port import messages
 from chiron.gateway.port.wire import Seldom, Wire
-from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.uplink.joining import StaySettings
 from outliving_site import OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
 

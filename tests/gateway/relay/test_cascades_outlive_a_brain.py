@@ -9,9 +9,9 @@ import pytest
 
 from cascade_outliving import CascadeSite
 from chiron.gateway.port.messages import TURNS_FROM, VERSION
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.keys import Key, hash_secret
+from chiron.gateway.relay.uplink.joining import StaySettings
 from outliving_site import STEP_S, parts, whole_stream
 from virtual_loop import run_virtual
 

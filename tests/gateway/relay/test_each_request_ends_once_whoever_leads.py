@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.uplink.joining import StaySettings
 from outliving_site import OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
 

@@ -7,7 +7,7 @@ import asyncio
 from chiron.gateway.brain.relays import REJOIN_S
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import Wire
-from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.uplink.joining import StaySettings
 from outliving_site import OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
 

@@ -17,7 +17,7 @@ from chiron.gateway.brain.hearing import ADOPTED_MAX
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.front import WAIT_MAX_S
-from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.runtime.replay import replay
 from chiron.store.port import Item
 from outliving_site import NIGHT, STEP_S, Brain, OutlivingSite, parts, whole_stream

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from chiron.gateway.relay.alone import UNABLE_S
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.keys import Key, hash_secret
+from chiron.gateway.relay.uplink.alone import UNABLE_S
+from chiron.gateway.relay.uplink.joining import StaySettings
 from outliving_site import STEP_S, OutlivingSite, parts, whole_stream
 from virtual_loop import run_virtual
 

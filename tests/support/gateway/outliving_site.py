@@ -23,9 +23,9 @@ from chiron.gateway.gateway import BEFORE_S, Gateway
 from chiron.gateway.instances.engines import Engines
 from chiron.gateway.port.wire import Wire
 from chiron.gateway.relay.admission import Models
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.relay import Relay
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.settings import KindSettings, LimitSettings
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork

@@ -20,10 +20,10 @@ from chiron.core.backoff import doubled_s
 from chiron.gateway.port import messages as m
 from chiron.gateway.processes.kept import KeeperLink
 from chiron.gateway.processes.start import RelayStart
-from chiron.gateway.relay.joining import StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
 from chiron.gateway.relay.passing import Passing
 from chiron.gateway.relay.relay import Relay
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.reporting.metrics import LoopLag
 from chiron.gateway.serving import collect_rarely, models_of, served_models, server_limits, tls_context
 from chiron.gateway.settings import ServeConfig

@@ -9,9 +9,9 @@ from chiron.gateway.port.wire import RIDE_S
 from chiron.gateway.relay.admission import Models, ServedModel
 from chiron.gateway.relay.cross_site import CrossSiteGuard
 from chiron.gateway.relay.front import Front
-from chiron.gateway.relay.joining import Connect, StaySettings
 from chiron.gateway.relay.key_ring import KeyRing
-from chiron.gateway.relay.uplink import Uplink
+from chiron.gateway.relay.uplink.joining import Connect, StaySettings
+from chiron.gateway.relay.uplink.uplink import Uplink
 from chiron.gateway.relay.upstream import address_of
 from chiron.gateway.settings import KindSettings, LimitSettings
 from chiron.net.clock import LiveClock

@@ -17,8 +17,8 @@ from chiron.core.types import Outcome
 from chiron.gateway.port import messages as m
 from chiron.gateway.relay.body import places
 from chiron.gateway.relay.errors import ApiError, unavailable
-from chiron.gateway.relay.held import Held
-from chiron.gateway.relay.joining import StaySettings
+from chiron.gateway.relay.uplink.held import Held
+from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.relay.upstream import Upstream
 
 AVOID_S = 5.0

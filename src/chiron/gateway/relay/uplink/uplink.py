@@ -29,14 +29,14 @@ from chiron.engines.claims import usage_details
 from chiron.gateway.port import messages as m
 from chiron.gateway.port.wire import RIDE_S, ProtocolError, Seldom, Wire
 from chiron.gateway.relay.admission import Models, is_chat
-from chiron.gateway.relay.alone import Alone
 from chiron.gateway.relay.body import read_body
 from chiron.gateway.relay.calls import CollectedCall, FlexCall, ItemCall, RelayCall
 from chiron.gateway.relay.cascade import FirstCall
 from chiron.gateway.relay.errors import ApiError, timed_out, unavailable
-from chiron.gateway.relay.held import Held
-from chiron.gateway.relay.joining import Connect, Joining, StaySettings
 from chiron.gateway.relay.keys import Key
+from chiron.gateway.relay.uplink.alone import Alone
+from chiron.gateway.relay.uplink.held import Held
+from chiron.gateway.relay.uplink.joining import Connect, Joining, StaySettings
 from chiron.gateway.relay.upstream import EngineAddress, Placement, Run, Upstream, UpstreamFailure
 from chiron.net.client import Origin
 from chiron.net.clock import LiveClock
