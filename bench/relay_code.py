@@ -89,7 +89,7 @@ async def measure(clients: int, rounds: int) -> tuple[list[list[float]], list[li
     server = HttpServer(
         front.handle, server_limits(config, 1), lambda _: None, lambda each: not front.takes(each), front.screen
     )
-    origin = uplink.upstreams[1].origin
+    origin = uplink.instances.upstreams[1].origin
     ends, engines = [], []
     for _ in range(clients):
         connection, wire = server.accept(), Nowhere()

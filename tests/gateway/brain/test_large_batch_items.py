@@ -16,7 +16,7 @@ from chiron.gateway.port import messages as m
 from chiron.gateway.relay.admission import Models
 from chiron.gateway.relay.body import Body, read_body
 from chiron.gateway.relay.key_ring import KeyRing
-from chiron.gateway.relay.uplink.uplink import RelayedItem
+from chiron.gateway.relay.uplink.item import RelayedItem
 from chiron.net.client import Call, Origin
 from chiron.net.clock import LiveClock
 from chiron.store.port import Item

@@ -107,7 +107,7 @@ class Trial:
             uplink = relay.uplink
             assert (uplink.held, uplink.runs, uplink.alone.waiting) == ({}, {}, {})
             assert not uplink.alone.untold
-            assert [upstream.sequences for upstream in uplink.upstreams.values()] == [0, 0]
+            assert [upstream.sequences for upstream in uplink.instances.upstreams.values()] == [0, 0]
         assert all(engine.running.total() == 0 for engine in site.engines)
 
     def _answer(self, number: int) -> bool:

@@ -69,7 +69,7 @@ def test_a_relay_that_does_not_come_back_is_forgotten_soon() -> None:
         await asyncio.sleep(1.0)
         site.ask(1, 100)
         await asyncio.sleep(0.5)
-        site.relays[0].uplink.close()
+        site.relays[0].uplink.link.close()
         site.relays[0].uplink.wire.abort()
         await asyncio.sleep(REJOIN_S / 2)
         assert brain.gateway.plane.open_requests == 1

@@ -81,7 +81,7 @@ def test_a_brain_waits_for_the_relays_that_the_one_before_it_spoke_with_and_for_
         await asyncio.sleep(1.0)
         assert not second.gateway.plane.settling
         site.kill()
-        site.relays[0].uplink.close()  # Its machine is gone.
+        site.relays[0].uplink.link.close()  # Its machine is gone.
         await asyncio.sleep(0.1)
         third = await site.lead(settle_s=5.0, awaited=known)
         await asyncio.sleep(1.0)
@@ -254,7 +254,7 @@ def test_what_runs_where_the_next_brain_knows_nothing_goes_on_uncounted() -> Non
         plane = brain.gateway.plane
         assert plane.open_requests == 4
         assert {i.sequences for i in plane.instances.values() if i.state == "ready"} == {2}
-        assert lost not in [upstream.address.url for upstream in site.relays[0].uplink.upstreams.values()]
+        assert lost not in [upstream.address.url for upstream in site.relays[0].uplink.instances.upstreams.values()]
         await asyncio.sleep(10.0)
         assert [parts(client) for client in site.clients.values()] == [
             (200, whole_stream(number, 30)) for number in site.clients
@@ -339,7 +339,7 @@ def test_a_brain_counts_no_more_of_what_is_said_to_run_than_can_be() -> None:
         said = held.running(site.relays[0].uplink.clock.now_s)
         for number in range(100, 200):
             request = msgspec.structs.replace(said.request, number=number)
-            site.relays[0].uplink.send(msgspec.structs.replace(said, request=request, run=m.OWN_FROM + number))
+            site.relays[0].uplink.link.send(msgspec.structs.replace(said, request=request, run=m.OWN_FROM + number))
         await asyncio.sleep(0.5)
         (instance,) = brain.gateway.plane.instances.values()
         assert len(instance.requests) == brain.gateway.plane.open_requests == ADOPTED_MAX * site.slots

@@ -318,7 +318,7 @@ class OutlivingSite:
             server = HttpServer(relay.front.handle, ServerLimits(), None, None)
             self._servers.append(server)
             self.door.listen(f"relay-{number}", server.accept)
-            relay.uplink.begin()
+            relay.uplink.link.begin()
 
     def models(self) -> Models:
         return Models({"m0": served("m0", {"chat": CHAT, "night": NIGHT}, "night")})
@@ -390,7 +390,7 @@ class OutlivingSite:
 
     async def close(self) -> None:
         for relay in self.relays:
-            relay.uplink.close()
+            relay.uplink.link.close()
             relay.uplink.clock.stop()
         for server in self._servers:
             await server.close(0)

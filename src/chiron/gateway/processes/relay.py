@@ -83,7 +83,7 @@ class RelayServer:
     async def join(self) -> None:
         """Speak with the brain, once it is there."""
         if self._stays:
-            self.relay.uplink.begin()
+            self.relay.uplink.link.begin()
             return
         tries = 0
         while not self.over.is_set():
@@ -147,7 +147,7 @@ class RelayServer:
     async def _close(self, grace_s: float) -> None:
         if self._server is not None:
             await self._server.close(grace_s)
-        self.relay.uplink.close()
+        self.relay.uplink.link.close()
         self.relay.uplink.wire.close("the relay stops")
         self.over.set()
 
@@ -158,12 +158,12 @@ class RelayServer:
 
     async def close(self) -> None:
         """Cut off whatever there is."""
-        self.relay.uplink.close()
+        self.relay.uplink.link.close()
         self._lag.close()
         self.clock.stop()
         if self._server is not None:
             await self._server.close(0)
-        for upstream in self.relay.uplink.upstreams.values():
+        for upstream in self.relay.uplink.instances.upstreams.values():
             for run in list(upstream.runs.values()):
                 run.drop()  # Nobody waits for it, so that its engine was not lost.
             await upstream.origin.close()

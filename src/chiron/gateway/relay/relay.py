@@ -44,7 +44,7 @@ class Relay:
         """``closed`` hears why the brain is gone, ``ready`` that all it knows is known here, ``stop`` that it is to
         end, with a grace period (s).
 
-        With ``connect`` the relay outlives its brain, as ``stay`` says: ``uplink.begin()`` has it find one, and
+        With ``connect`` the relay outlives its brain, as ``stay`` says: ``uplink.link.begin()`` has it find one, and
         another one whenever that is gone. ``ready`` is then called for the first only, and ``closed`` never.
         Without it ``uplink.wire`` is the protocol of the one connection that there is. ``models_change``: another brain
         may have models that are not known here yet; a request for such a one waits for it a while."""
@@ -91,7 +91,7 @@ class Relay:
             now = self._kinds.get(kind)
             return now is None or address_of(now, model, "") != address_of(known[kind], model, "")
 
-        self.uplink.readdress(changed)
+        self.uplink.instances.readdress(changed)
 
     def _drain(self, on: bool) -> None:
         self.front.draining = on
