@@ -27,6 +27,7 @@ COMPILED = (
     "engines/claims.py",
     "engines/model.py",
     "engines/pipeline.py",
+    "engines/pipeline_rounds.py",
     "gateway/brain/desk.py",
     "gateway/brain/hearing.py",
     "gateway/brain/relay_link.py",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, PipelineKind, Request, StageKind
 from chiron.engines.model import EngineModel
-from chiron.engines.pipeline import PipelineModel, StageTimes
+from chiron.engines.pipeline import PipelineModel
+from chiron.engines.pipeline_rounds import StageTimes
 from chiron.engines.profile import Profile
 from effort import examples
 from engine_bench import Bench, check_books, play
@@ -373,6 +374,6 @@ def test_a_round_takes_what_a_line_run_message_by_message_takes(seed: int) -> No
     replicas = [draw.choice((1, 1, 2, 3)) for _ in stage_ms]
     hop_s = draw.choice((0.0, 0.002, 0.02))
     engine, round_s = run_line(stage_ms, 24, replicas=replicas, hop_s=hop_s)
-    micro_batches = engine._choose_micro_batches(24, [0.0] * len(replicas), replicas)
+    micro_batches = engine._rounds.choose_micro_batches(24, [0.0] * len(replicas), replicas)
     expected_s = message_by_message([ms / 1000 for ms in stage_ms], replicas, micro_batches, hop_s)
     assert round_s == pytest.approx(expected_s, rel=0.01)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop
-from math import ceil, inf, nan
+from math import ceil, inf
 from typing import Protocol
 
 from chiron.core.clock import VirtualClock
@@ -41,12 +41,11 @@ from chiron.core.types import Instance, Request
 from chiron.engines.model import (
     PREFILL,
     RESTORING,
-    ROUND,
     SEGMENT_STEPS_MAX,
     EngineModel,
     EngineSequence,
-    StepTable,
 )
+from chiron.engines.pipeline_rounds import Replica, Rounds, Stage, StageTimes
 from chiron.engines.profile import Profile
 from chiron.policies.views import ReplicaView
 
@@ -61,86 +60,15 @@ class ReplicaSource(Protocol):
         """Give it back, or give up its start."""
 
 
-class StageTimes:
-    """One stage's coefficients, ready for use; shared by all pipelines of a kind."""
-
-    __slots__ = ("kv_capacity_tokens", "max_num_seqs", "profile", "table")
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.table = StepTable(profile)
-        self.kv_capacity_tokens = profile.kv_capacity_tokens
-        self.max_num_seqs = profile.max_num_seqs
-
-    def base_s(self, tokens: int) -> float:
-        base = self.table.base
-        return base[tokens] if tokens < len(base) else self.profile.base_s(tokens)
-
-
-class _Replica:
-    """What one replica of a stage holds."""
-
-    __slots__ = ("attention", "batch", "context", "dead", "draining", "kv", "number", "sequences", "stage", "tokens")
-
-    def __init__(self, stage: int, number: int) -> None:
-        self.stage = stage
-        self.number = number
-        self.draining = False
-        self.dead = False
-        """With the KV on it: it goes as one that drains, and its sequences begin again from their tokens."""
-        self.sequences = 0
-        """All that have a place here."""
-        self.batch = 0
-        """Those that decode."""
-        self.context = 0
-        """Their contexts, less ``batch`` for each step of the engine: constant while nobody joins or leaves."""
-        self.kv = 0
-        """Tokens of KV of all others."""
-        self.tokens = 0
-        """Prompt tokens here in the round that is planned, and their attention work."""
-        self.attention = 0
-
-
 class _Claim:
     """A sequence's place on one replica of each stage."""
 
     __slots__ = ("kv", "path")
 
-    def __init__(self, path: tuple[_Replica, ...], kv: int) -> None:
+    def __init__(self, path: tuple[Replica, ...], kv: int) -> None:
         self.path = path
         self.kv = kv
         """Tokens that it holds there while it does not decode."""
-
-
-class _Stage:
-    """The replicas of one stage, and what they have done."""
-
-    __slots__ = (
-        "busiest_s",
-        "busy_s",
-        "charge_growth_s",
-        "charge_s",
-        "passes",
-        "replicas",
-        "round_passes",
-        "start_s",
-        "starting",
-        "waiting",
-    )
-
-    def __init__(self) -> None:
-        self.replicas: list[_Replica] = []
-        self.starting: list[int] = []
-        self.start_s = nan
-        self.busy_s = 0.0
-        self.passes = 0
-        self.charge_s = 0.0
-        """Work of all its replicas in the first step of the segment, or in the round with prompts."""
-        self.charge_growth_s = 0.0
-        self.round_passes = 0
-        self.busiest_s = 0.0
-        """Of these, on its busiest replica."""
-        self.waiting = 0.0
 
 
 class PipelineModel(EngineModel):
@@ -153,7 +81,7 @@ class PipelineModel(EngineModel):
         "_kind",
         "_left",
         "_rebase_at",
-        "_round_tokens",
+        "_rounds",
         "_route",
         "_source",
         "_stage_times",
@@ -196,14 +124,14 @@ class PipelineModel(EngineModel):
         self._route = route
         self._capacity_told = capacity_told
         self._claims: dict[int, _Claim] = {}
-        self._left: tuple[_Replica, ...] = ()
+        self._left: tuple[Replica, ...] = ()
         """Path of the sequence that stopped decoding last."""
         self._rebase_at = 0
-        self._round_tokens = 0
         self._tokens_done = 0
-        self._stages = [_Stage() for _ in stages]
+        self._stages = [Stage() for _ in stages]
+        self._rounds = Rounds(kind, self._stage_times, self._stages)
         for number, numbers in enumerate(replicas):
-            self._stages[number].replicas = [_Replica(number, each) for each in numbers]
+            self._stages[number].replicas = [Replica(number, each) for each in numbers]
         self._recount()
 
     # -- the StagedEngine port ---------------------------------------------------------------------------------
@@ -262,12 +190,12 @@ class PipelineModel(EngineModel):
             context_tokens=float(context),
         )
 
-    def _sample_stage(self, stage: _Stage, done: int, since: int) -> StageSample:
+    def _sample_stage(self, stage: Stage, done: int, since: int) -> StageSample:
         busy_s, passes, tokens = stage.busy_s, stage.passes, self._tokens_done
         if since > 0:
             busy_s += self._charge(stage, done)
             passes += since * stage.round_passes
-            tokens += since * self._round_tokens
+            tokens += since * self._rounds.tokens
         ready = [each for each in stage.replicas if not each.draining]
         used = max((self._kv_used(each) + each.batch * since for each in ready), default=0)
         return StageSample(
@@ -288,7 +216,7 @@ class PipelineModel(EngineModel):
         def up(replica: int, took_s: float) -> None:
             stage.starting.remove(replica)
             stage.start_s = took_s
-            stage.replicas.append(_Replica(number, replica))
+            stage.replicas.append(Replica(number, replica))
             self._recount()
             self.tell_capacity()
             if self._waiting:
@@ -344,17 +272,17 @@ class PipelineModel(EngineModel):
             for replica in stage.replicas:
                 replica.sequences = replica.batch = replica.context = replica.kv = 0
 
-    def _kv_used(self, replica: _Replica) -> int:
+    def _kv_used(self, replica: Replica) -> int:
         return replica.kv + replica.context + replica.batch * self.step
 
-    def _choose(self, need: int, request: Request) -> tuple[_Replica, ...] | None:
+    def _choose(self, need: int, request: Request) -> tuple[Replica, ...] | None:
         """The replica of each stage with fewest sequences and room for this one, or the one that the policy routes it
         to; None: some stage has none."""
         if self._route is not None:
             return self._routed(need, request)
         path = []
         for stage, times in zip(self._stages, self._stage_times, strict=True):
-            best: _Replica | None = None
+            best: Replica | None = None
             for replica in stage.replicas:
                 if replica.draining or replica.sequences >= times.max_num_seqs:
                     continue
@@ -367,7 +295,7 @@ class PipelineModel(EngineModel):
             path.append(best)
         return tuple(path)
 
-    def _routed(self, need: int, request: Request) -> tuple[_Replica, ...] | None:
+    def _routed(self, need: int, request: Request) -> tuple[Replica, ...] | None:
         route, path = self._route, []
         assert route is not None
         for number, (stage, times) in enumerate(zip(self._stages, self._stage_times, strict=True)):
@@ -514,81 +442,14 @@ class PipelineModel(EngineModel):
         self._base_s, self._growth_s, self._rebase_at = base_s, growth_s, until
 
     def _candidates(self) -> list[tuple[float, float]]:
-        """All that a round may wait for: seconds of the next, and how much longer each further one takes."""
-        batch, context = self.batch, self.context_sum
+        """All that a round may wait for, as ``Rounds.candidates`` has it."""
         prompt = attention = 0
         for sequence, tokens in self._chunks:
             prompt += tokens
             attention += tokens * (2 * sequence.prefilled + tokens)
-        tokens = batch + prompt
-        used = [sum(1 for each in stage.replicas if each.batch or each.tokens) for stage in self._stages]
-        kind, stages, last = self._kind, self._stage_times, len(self._stages) - 1
-        attention_s = [times.table.c * context + times.table.q * attention for times in stages]
-        micro_batches = self._choose_micro_batches(tokens, attention_s, used)
-        each = ceil(tokens / micro_batches)
-        way_s = way_growth_s = 0.0
-        found: list[tuple[float, float]] = []
-        self._round_tokens = tokens
-        for number, stage in enumerate(self._stages):
-            times = stages[number]
-            table = times.table
-            c, q = table.c, table.q
-            way_s += times.base_s(each) + (c * context / micro_batches + q * attention / micro_batches)
-            way_growth_s += c * batch / micro_batches
-            most = ceil(micro_batches / used[number])
-            stage.charge_s = stage.charge_growth_s = stage.busiest_s = 0.0
-            stage.round_passes = 0
-            for replica in stage.replicas:
-                here = replica.batch + replica.tokens
-                if not here:
-                    continue
-                passes = min(most, here)
-                own = replica.context + replica.batch * self.step
-                busy_s = times.base_s(ceil(here / passes)) * passes + (c * own + q * replica.attention)
-                work = ((busy_s + ROUND) - ROUND, (c * replica.batch + ROUND) - ROUND)
-                stage.charge_s += work[0]
-                stage.charge_growth_s += work[1]
-                stage.busiest_s = max(stage.busiest_s, work[0])
-                stage.round_passes += passes
-                found.append(work)
-                if number < last and kind.token_bytes:
-                    found.append(((here * kind.token_bytes / kind.hop_bytes_per_s + ROUND) - ROUND, 0.0))
-        if last:
-            way_s += (last + 1) * kind.hop_s + last * (each * kind.token_bytes / kind.hop_bytes_per_s)
-        found.append(((way_s + ROUND) - ROUND, (way_growth_s + ROUND) - ROUND))
-        self._note_waiting(way_s)
-        return found
-
-    def _note_waiting(self, way_s: float) -> None:
-        """Who is not on the way waits for the busiest stage: by Little's law its share of the round."""
-        busiest_s = max(stage.busiest_s for stage in self._stages)
-        for stage in self._stages:
-            queued = stage.busiest_s == busiest_s > way_s
-            stage.waiting = self.batch * (1.0 - way_s / busiest_s) if queued else 0.0
-
-    def _choose_micro_batches(self, tokens: int, attention_s: Sequence[float], used: Sequence[int]) -> int:
-        """Those with which a round is shortest if all were spread evenly; the fewest of equals. ``attention_s``: of all
-        sequences, by stage."""
-        kind, widest, last = self._kind, max(used), len(used) - 1
-        chosen, shortest_s = widest, inf
-        for count in range(widest, self._micro_batches_max(widest) + 1, widest):
-            if count > max(widest, tokens):
-                break
-            each = ceil(tokens / count)
-            transfer_s = each * kind.token_bytes / kind.hop_bytes_per_s if last else 0.0
-            way_s = (last + 1) * kind.hop_s + last * transfer_s if last else 0.0
-            busiest_s = 0.0
-            for times, whole_s, replicas in zip(self._stage_times, attention_s, used, strict=True):
-                pass_s = times.base_s(each) + whole_s / count
-                way_s += pass_s
-                busiest_s = max(busiest_s, ceil(count / replicas) * max(pass_s, transfer_s))
-            if max(way_s, busiest_s) < shortest_s:
-                chosen, shortest_s = count, max(way_s, busiest_s)
-        return chosen
-
-    def _micro_batches_max(self, widest: int) -> int:
-        stages = len(self._stages)
-        return max(widest, self._kind.micro_batches_max or (2 * stages * widest if stages > 1 else 1))
+        return self._rounds.candidates(
+            batch=self.batch, context=self.context_sum, prompt=prompt, attention=attention, step=self.step
+        )
 
     def _admit(self) -> None:
         waiting, prefilling = self._waiting, self._prefilling
@@ -642,7 +503,7 @@ class PipelineModel(EngineModel):
         self._clock.push(self._due_s, self._key, self._fire)
         return True
 
-    def _overfull(self) -> _Replica | None:
+    def _overfull(self) -> Replica | None:
         """A replica whose decoding sequences would run out of KV."""
         for stage, times in zip(self._stages, self._stage_times, strict=True):
             for replica in stage.replicas:
@@ -650,7 +511,7 @@ class PipelineModel(EngineModel):
                     return replica
         return None
 
-    def _preempt_on(self, replica: _Replica) -> bool:
+    def _preempt_on(self, replica: Replica) -> bool:
         """Recompute preemption of the sequence that was admitted last there; False: it is alone."""
         prefilling = [s for s in self._prefilling if replica in self._claims[s.request.id].path]
         if replica.batch + len(prefilling) < 2:
@@ -695,10 +556,10 @@ class PipelineModel(EngineModel):
             for stage in self._stages:
                 stage.busy_s += stage.charge_s if self._mixed_s > 0.0 else self._charge(stage, self._steps_end)
                 stage.passes += rounds * stage.round_passes
-            self._tokens_done += rounds * self._round_tokens
+            self._tokens_done += rounds * self._rounds.tokens
         super()._on_due()
 
-    def _charge(self, stage: _Stage, end: int) -> float:
+    def _charge(self, stage: Stage, end: int) -> float:
         """Work of the segment's steps from those that are done to ``end``."""
         done = self._steps_done
         return (end - done) * stage.charge_s + stage.charge_growth_s * (end * (end - 1) // 2 - done * (done - 1) // 2)

@@ -10,7 +10,8 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import RemoteEngineEvents, Samples, StageSamples
 from chiron.core.types import Instance, Sample
 from chiron.engines.model import EngineModel, StepTable
-from chiron.engines.pipeline import PipelineModel, StageTimes
+from chiron.engines.pipeline import PipelineModel
+from chiron.engines.pipeline_rounds import StageTimes
 from chiron.engines.prefix_cache import PrefixCache
 from chiron.engines.profile import Profile
 from chiron.engines.remote import RemoteEngine, Wire
