@@ -65,6 +65,7 @@ COMPILED = (
     "policies/queues/order.py",
     "policies/queues/overload.py",
     "policies/routers/packing.py",
+    "policies/routers/packing_pools.py",
     "policies/policy.py",
     "policies/size.py",
     "policies/routers/stale_entries.py",

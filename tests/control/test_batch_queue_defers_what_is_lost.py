@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from chiron.control.queue import BatchQueue
+from chiron.control.queue import BatchQueue, Sizes
 from chiron.core.types import Request, RequestClass
 from chiron.policies.queues.deadline_groups import DeadlineGroups
 
@@ -17,14 +17,14 @@ def item(number: int, deadline_s: float, tokens: int = 100) -> Request:
 
 def drained(queue: BatchQueue, now_s: float) -> list[int]:
     order = []
-    while (head := queue.head(now_s)) is not None:
+    while (head := queue.head(now_s, 1)) is not None:
         queue.remove_head(head, now_s)
         order.append(head.id)
     return order
 
 
 def queue_of(*items: Request, defers_late: bool = True) -> BatchQueue:
-    queue = BatchQueue(DeadlineGroups(10.0, (lambda name: 5.0) if defers_late else None), 10.0)
+    queue = BatchQueue(lambda: DeadlineGroups(10.0, (lambda name: 5.0) if defers_late else None), 10.0, Sizes([1000]))
     for one in items:
         queue.add(one, 0.0)
     return queue
@@ -48,9 +48,9 @@ def test_a_shorter_prompt_is_found_in_any_of_the_next_groups_and_nothing_is_lost
     long = [item(n, 50.0, 5000) for n in range(3)]
     short = item(7, 90.0, 200)
     queue = queue_of(*long, short)
-    assert queue.head(0.0) is long[0]
-    assert queue.shorter(0.0, 4096) is short
-    assert queue.shorter(0.0, 100) is None
+    assert queue.head(0.0, 1) is long[0]
+    assert queue.shorter(0.0, 4096, 1) is short
+    assert queue.shorter(0.0, 100, 1) is None
     queue.remove_head(short, 0.0)
     assert queue.count == 3
     assert drained(queue, 0.0) == [0, 1, 2]
@@ -59,7 +59,7 @@ def test_a_shorter_prompt_is_found_in_any_of_the_next_groups_and_nothing_is_lost
 def test_one_that_ended_while_it_was_late_or_queued_is_counted_no_more() -> None:
     late, ended, last = item(1, 10.0), item(2, 200.0), item(3, 200.0)
     queue = queue_of(late, ended, last)
-    assert queue.head(100.0) is ended
+    assert queue.head(100.0, 1) is ended
     for one in (late, ended):
         one.outcome = "cancelled"
         queue.forget(one)

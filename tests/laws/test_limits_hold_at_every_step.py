@@ -9,10 +9,11 @@ from hypothesis import given, settings
 
 from chiron.core.types import Instance
 from chiron.engines.model import EngineModel
+from chiron.policies.size import prompt_tokens
 from chiron.sim.run import Simulation
 from chiron.sim.setup import Setup
 from effort import examples
-from scenario_factory import PROFILE, run, setup_of, setups
+from scenario_factory import PROFILE, in_two_sizes, run, setup_of, setups
 
 law = settings(
     max_examples=examples(80),
@@ -76,13 +77,13 @@ def eligible(instance: Instance, *, interactive: bool) -> bool:
 def idle_while_waiting(simulation: Simulation) -> None:
     for state in simulation.plane.models.values():
         for instance in state.instances.values():
-            # One that fits on a larger kind only waits for it, and so do those behind it.
-            if any(r.input_tokens >= instance.kv_capacity_tokens for r in (*state.waiting, *state.batch)):
-                continue
-            if len(state.waiting):
-                assert not eligible(instance, interactive=True), "an interactive request waits beside an empty instance"
-            elif state.batch.count:
-                assert not eligible(instance, interactive=False), "a batch request waits beside an empty instance"
+            # One that fits on a larger kind only waits for it, and nobody else does.
+            for request in state.waiting:
+                if prompt_tokens(request) < instance.kv_capacity_tokens:
+                    assert not eligible(instance, interactive=True), f"{request.id} waits beside an empty instance"
+            for request in state.batch:
+                if prompt_tokens(request) < instance.kv_capacity_tokens:
+                    assert not eligible(instance, interactive=False), f"{request.id} waits beside an empty instance"
     for engine in engines(simulation):
         sample = engine.sample()
         if sample.waiting:
@@ -92,6 +93,12 @@ def idle_while_waiting(simulation: Simulation) -> None:
 @given(setups("chiron"))
 @law
 def test_nothing_waits_beside_an_empty_instance_under_chiron(setup: Setup) -> None:
+    run(setup, watch=idle_while_waiting)
+
+
+@given(setups("chiron").map(in_two_sizes))
+@law
+def test_nothing_waits_beside_an_empty_instance_of_two_sizes_under_chiron(setup: Setup) -> None:
     run(setup, watch=idle_while_waiting)
 
 

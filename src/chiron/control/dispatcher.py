@@ -19,7 +19,7 @@ from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Journal
-from chiron.core.types import Decision, Instance, Outcome, Placement, Request
+from chiron.core.types import KV_ANY, Decision, Instance, InstanceKind, Outcome, Placement, Request
 from chiron.policies.policy import Policy
 from chiron.policies.size import placed
 
@@ -93,7 +93,7 @@ class Dispatcher:
     def shed_lost(self, state: ModelState) -> bool:
         """End a waiting request that is late already, by its policy, to make room for one that can still be served in
         time. False: there is none."""
-        request = state.waiting.order.lost() if state.waiting.count else None
+        request = state.waiting.lost()
         if request is None:
             return False
         self._end(state, request, "shed")
@@ -102,6 +102,7 @@ class Dispatcher:
 
     def capacity_known(self, state: ModelState) -> None:
         """What waits and fits none of the model's instances would wait for ever."""
+        state.sizes.told([_capacity(state, kind) for kind in state.spec.kinds])
         for request in [*state.waiting, *state.batch]:
             if request.outcome is None and request.input_tokens + request.tokens_done >= state.kv_capacity_tokens:
                 self.called_off(state, request, "rejected")
@@ -110,7 +111,7 @@ class Dispatcher:
         """Whether the policy does not take it; then it has ended."""
         if self._admit is None:
             return False
-        refusal = self._admit(self._settings, state.waiting.order, request, self._clock.now_s)
+        refusal = self._admit(self._settings, state.waiting.order_of(request), request, self._clock.now_s)
         if refusal is None:
             return False
         request.refused_because = refusal.reason
@@ -123,8 +124,8 @@ class Dispatcher:
         if not request.interactive and state.holds_batch:
             state.batch.add(request, self._clock.now_s)
             if not state.waiting.count:
-                self._release_batch(state)
-            elif state.batch_at_risk:
+                self._release_batch(state, state.sizes.count)
+            elif state.batch_at_risk or state.sizes.count > 1:
                 self.pump(state)
         elif state.waiting.count:
             state.waiting.add(request, self._clock.now_s)
@@ -152,35 +153,57 @@ class Dispatcher:
     # -- dispatch ----------------------------------------------------------------------------------------------
 
     def pump(self, state: ModelState) -> None:
-        """Dispatch what waits, while there is room."""
+        """Dispatch what waits, while there is room. Behind a prompt that only larger instances have room for, smaller
+        instances take those that fit there."""
         waiting = state.waiting
+        below = state.sizes.count
         if waiting.count:
             now_s = self._clock.now_s
-            while (request := waiting.head(now_s)) is not None:
+            while (request := waiting.head(now_s, below)) is not None:
                 waited_s = now_s - request.arrival_s
-                if state.batch_at_risk and waiting.order.only_lost():
-                    if not self._dispatch_lost(state, request, waited_s):
-                        break
+                if state.batch_at_risk and waiting.only_lost():
+                    if not self._dispatch_lost(state, request, waited_s, below):
+                        below = request.tier
                     continue
-                placement = state.router.place(request, waited_s)
+                placement = self._place(state, request, waited_s, below)
                 if placement is None:
-                    self._evictor.relieve(state, state.router.relieve(request, waited_s))
-                    break
+                    self._relieve(state, request, waited_s, below)
+                    below = request.tier
+                    continue
                 waiting.remove_head(request, now_s)
                 self._dispatch(state, request, placement)
-        if state.batch.count and not waiting.count:
-            self._release_batch(state)
+        if state.batch.count and below:
+            self._release_batch(state, below)
 
-    def _dispatch_lost(self, state: ModelState, request: Request, waited_s: float) -> bool:
+    def _place(self, state: ModelState, request: Request, waited_s: float, below: int) -> Placement | None:
+        """Where it runs now. Instances that have room for a request of tier ``below`` are kept for one."""
+        router = state.router
+        if below == state.sizes.count:
+            return router.place(request, waited_s)
+        request.kv_most_tokens = most = state.sizes.most(below)
+        placement = router.place(request, waited_s)
+        request.kv_most_tokens = KV_ANY
+        if placement is not None and placement.instance.kv_capacity_tokens > most:
+            return None  # A router that does not ask what ``fits``.
+        return placement
+
+    def _relieve(self, state: ModelState, request: Request, waited_s: float, below: int) -> None:
+        if below < state.sizes.count:
+            request.kv_most_tokens = state.sizes.most(below)
+        victims = state.router.relieve(request, waited_s)
+        request.kv_most_tokens = KV_ANY
+        self._evictor.relieve(state, victims)
+
+    def _dispatch_lost(self, state: ModelState, request: Request, waited_s: float, below: int) -> bool:
         """The turn of a request that is lost, while batch work is at risk: that goes first, and is not evicted. What
         waits for room then gets it, but for an empty instance and a turn in ``LOST_TURN``. False: it goes on waiting.
         """
         batch = state.batch
         if batch.count:
             before = batch.count
-            self._release_batch(state)
+            self._release_batch(state, below)
             state.passed_lost += before - batch.count
-        placement = state.router.place(request, waited_s)
+        placement = self._place(state, request, waited_s, below)
         if placement is None or placement.evict:
             return False
         if batch.count and placement.instance.requests and state.passed_lost < LOST_TURN:
@@ -190,22 +213,28 @@ class Dispatcher:
         self._dispatch(state, request, placement)
         return True
 
-    def _release_batch(self, state: ModelState) -> None:
-        """While there is room. A prompt that is too long is passed by shorter ones, each time by half as long ones."""
+    def _release_batch(self, state: ModelState, below: int) -> None:
+        """While there is room on instances too small for a request of tier ``below``. A prompt that is too long is
+        passed by shorter ones, each time by half as long ones; on instances that it can never fit, by all that do."""
         batch, router, now_s = state.batch, state.router, self._clock.now_s
-        room_tokens = 0
-        request = batch.head(now_s)
+        room_tokens = refused = 0
+        request = batch.head(now_s, below)
         while request is not None:
-            placement = router.place(request, 0.0)
+            placement = self._place(state, request, 0.0, below)
             if placement is not None:
                 batch.remove_head(request, now_s)
                 self._dispatch(state, request, placement)
             else:
+                refused = request.tier
                 bits = router.room_tokens.bit_length()
                 if not bits or (room_tokens and bits >= room_tokens.bit_length()):
-                    return
-                room_tokens = router.room_tokens
-            request = batch.shorter(now_s, room_tokens) if room_tokens else batch.head(now_s)
+                    below, room_tokens = refused, 0
+                else:
+                    room_tokens = router.room_tokens
+            request = batch.shorter(now_s, room_tokens, below) if room_tokens else batch.head(now_s, below)
+            if request is None and room_tokens:
+                below, room_tokens = refused, 0
+                request = batch.head(now_s, below)
 
     def resumed(self, state: ModelState, request: Request, instance: Instance) -> None:
         """It runs there already: booked, and not started. It is no arrival of this control plane, and no load."""
@@ -323,7 +352,7 @@ class Dispatcher:
             self.lost(state, request)
             return
         if not request.ran:
-            state.waiting.order.never_ran(request)
+            state.waiting.never_ran(request)
         request.instance = None
         request.instance_saved = instance if request.kv_saved_tokens else None
         destination, request.migrating_to = request.migrating_to, None
@@ -355,7 +384,7 @@ class Dispatcher:
         if instance is None:
             return
         if not request.ran:
-            state.waiting.order.never_ran(request)
+            state.waiting.never_ran(request)
         if request.outcome is None:
             self._journal.decided(
                 self._clock.now_s,
@@ -372,7 +401,7 @@ class Dispatcher:
             request.migrating_to = None
             request.kv_saved_tokens = 0
             if not request.ran:
-                state.waiting.order.never_ran(request)
+                state.waiting.never_ran(request)
             if request.outcome is not None:
                 continue
             request.retries += 1
@@ -402,3 +431,9 @@ class Dispatcher:
             self._lifecycle.remove_if_empty(state, instance)
         if state.waiting.count or state.batch.count:
             self.pump(state)
+
+
+def _capacity(state: ModelState, kind: InstanceKind) -> int:
+    """KV tokens that the largest instance of this kind has room for; as configured while there is none."""
+    told = (instance.kv_capacity_tokens for instance in state.instances.values() if instance.kind is kind)
+    return max(told, default=kind.kv_capacity_tokens)

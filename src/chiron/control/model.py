@@ -14,7 +14,7 @@ from math import inf, nan
 from typing import Any, Final
 
 from chiron.control.learning import Learner
-from chiron.control.queue import BatchQueue, WaitingQueue
+from chiron.control.queue import BatchQueue, Sizes, WaitingQueue
 from chiron.core.kept import Kept
 from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, StartSource
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
@@ -57,9 +57,11 @@ class ModelState:
         self.learner = Learner(classes)
         settings = policy.settings
         self.router = (policy.place or least_outstanding)(settings, self.learner)
-        self.waiting = WaitingQueue((policy.order or earliest_first_token)(settings, self.learner))
+        order, order_batch = policy.order or earliest_first_token, policy.order_batch or arrival_order
+        self.sizes = Sizes([kind.kv_capacity_tokens for kind in spec.kinds])
+        self.waiting = WaitingQueue(lambda: order(settings, self.learner), self.sizes)
         self.holds_batch = policy.order_batch is not None
-        self.batch = BatchQueue((policy.order_batch or arrival_order)(settings, self.learner), policy.group_span_s)
+        self.batch = BatchQueue(lambda: order_batch(settings, self.learner), policy.group_span_s, self.sizes)
         self.batch_at_risk = False
         """By the last plan: batch work goes before requests that are lost."""
         self.passed_lost = 0
@@ -281,7 +283,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         waiting_interactive=len(state.waiting),
         waiting_input_tokens=float(state.waiting.input_tokens),
         waiting_input_square=state.waiting.input_square,
-        oldest_wait_s=max(0.0, now_s - state.waiting.order.oldest_arrival_s()),
+        oldest_wait_s=max(0.0, now_s - state.waiting.oldest_arrival_s()),
         groups=state.batch.views(state.learner.expected_output),
         running_batch=sum(len(i.batch) for i in state.instances.values()),
         attained=state.attained,

@@ -1,22 +1,59 @@
 """Queues of one model: requests that found no room, and batch requests that are held back. Policies order both; here
-they are counted."""
+they are counted.
+
+A model's kinds may differ in how many KV tokens an instance has room for. Then there is an order for each size, of the
+requests whose prompts need an instance of that size at the least: what waits for a larger instance is not in the way of
+what fits on a smaller one, and those that fit everywhere do not take the larger ones from it. Among the first of each
+order whoever is due first has its turn. Where all kinds are of one size there is one order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 
 from chiron.core.types import Request
 from chiron.policies.policy import BatchOrder, Order
 from chiron.policies.queues.deadline_groups import batch_due_s
+from chiron.policies.queues.order import first_token_due_s
+from chiron.policies.size import prompt_tokens
 from chiron.policies.views import GroupView
+
+
+class Sizes:
+    """KV capacities in which a model's kinds differ, ascending. A tier is the number of those that are too small."""
+
+    def __init__(self, capacities: Sequence[int]) -> None:
+        self._capacities: list[int] = []
+        self.count = 0
+        """The most that there have been: a queue has so many orders."""
+        self.told(capacities)
+
+    def told(self, capacities: Sequence[int]) -> None:
+        """They are known better. What waits keeps its tier."""
+        self._capacities = sorted(set(capacities))
+        self.count = max(self.count, len(self._capacities))
+
+    def tier(self, request: Request) -> int:
+        """Of a prompt that no instance has room for: as if the largest had."""
+        if self.count == 1:
+            return 0
+        return min(bisect_right(self._capacities, prompt_tokens(request)), len(self._capacities) - 1)
+
+    def most(self, below: int) -> int:
+        """KV capacity of the largest kind that is too small for a request of tier ``below``."""
+        return self._capacities[min(below, len(self._capacities)) - 1]
 
 
 class WaitingQueue:
     """Requests that found no room: counted here, ordered by the policy's ``Order``."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, make: Callable[[], Order], sizes: Sizes) -> None:
+        """``make`` is called once for each size."""
+        self._make = make
+        self._sizes = sizes
+        self._orders = [make()]
         self.count = 0
         self.interactive = 0
         self.flex = 0
@@ -28,25 +65,58 @@ class WaitingQueue:
         return self.count
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self.order)
+        for order in self._orders:
+            yield from order
 
     def add(self, request: Request, now_s: float) -> None:
-        self.order.add(request, now_s)
+        self.order_of(request).add(request, now_s)
         self._count(request, 1)
+
+    def order_of(self, request: Request) -> Order:
+        """Where it would wait, from now on."""
+        request.tier = self._sizes.tier(request)
+        while len(self._orders) <= request.tier:
+            self._orders.append(self._make())
+        return self._orders[request.tier]
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
-        self.order.forget(request)
+        self._orders[request.tier].forget(request)
         self._count(request, -1)
 
-    def head(self, now_s: float) -> Request | None:
-        """Whose turn it is; stays queued until ``remove_head``."""
-        return self.order.head(now_s) if self.count else None
+    def head(self, now_s: float, below: int) -> Request | None:
+        """Whose turn it is, of those in tiers under ``below``; stays queued until ``remove_head``."""
+        if not self.count:
+            return None
+        orders = self._orders
+        if len(orders) == 1:
+            return orders[0].head(now_s) if below else None
+        heads = [head for order in orders[:below] if (head := order.head(now_s)) is not None]
+        return min(heads, key=_first_due, default=None)
 
     def remove_head(self, request: Request, now_s: float) -> None:
         """Take out what ``head`` returned."""
-        self.order.remove_head(request, now_s)
+        self._orders[request.tier].remove_head(request, now_s)
         self._count(request, -1)
+
+    def never_ran(self, request: Request) -> None:
+        """It had its turn, and was refused, lost or taken back before its first token."""
+        self._orders[request.tier].never_ran(request)
+
+    def only_lost(self) -> bool:
+        """Nobody who waits can be served in time any more. Called after ``head``."""
+        return all(order.only_lost() for order in self._orders)
+
+    def lost(self) -> Request | None:
+        """One that cannot be served in time any more; None: there is none, or the order does not care."""
+        if not self.count:
+            return None
+        found = [request for order in self._orders if (request := order.lost()) is not None]
+        return min(found, key=_first_due, default=None)
+
+    def oldest_arrival_s(self) -> float:
+        """inf when no request waits."""
+        return min(order.oldest_arrival_s() for order in self._orders)
 
     def _count(self, request: Request, sign: int) -> None:
         self.count += sign
@@ -54,6 +124,10 @@ class WaitingQueue:
         self.flex += sign * request.flex
         self.input_tokens += sign * request.input_tokens
         self.input_square += sign * float(request.input_tokens) ** 2
+
+
+def _first_due(request: Request) -> tuple[float, int]:
+    return first_token_due_s(request), request.id
 
 
 class _Sums:
@@ -74,8 +148,11 @@ class BatchQueue:
     """Batch requests that are held back: in the order of the policy's ``BatchOrder``, and as sums by request group, for
     planners. A group is those whose deadlines share a span."""
 
-    def __init__(self, order: BatchOrder, group_span_s: float) -> None:
-        self._order = order
+    def __init__(self, make: Callable[[], BatchOrder], group_span_s: float, sizes: Sizes) -> None:
+        """``make`` is called once for each size."""
+        self._make = make
+        self._sizes = sizes
+        self._orders = [make()]
         self._span_s = group_span_s
         self._groups: dict[int, _Sums] = {}
         self._announced: dict[int, _Sums] = {}
@@ -87,10 +164,14 @@ class BatchQueue:
         return self.count
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._order)
+        for order in self._orders:
+            yield from order
 
     def add(self, request: Request, now_s: float) -> None:
-        self._order.add(request, now_s)
+        request.tier = self._sizes.tier(request)
+        while len(self._orders) <= request.tier:
+            self._orders.append(self._make())
+        self._orders[request.tier].add(request, now_s)
         self._count(request, 1)
 
     def announce(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
@@ -119,20 +200,28 @@ class BatchQueue:
 
     def forget(self, request: Request) -> None:
         """It ended while it was queued: counted no more, dropped when it surfaces."""
-        self._order.forget(request)
+        self._orders[request.tier].forget(request)
         self._count(request, -1)
 
-    def head(self, now_s: float) -> Request | None:
-        """Whose turn it is; stays queued until ``remove_head``."""
-        return self._order.head(now_s)
+    def head(self, now_s: float, below: int) -> Request | None:
+        """Whose turn it is, of those in tiers under ``below``; stays queued until ``remove_head``."""
+        orders = self._orders
+        if len(orders) == 1:
+            return orders[0].head(now_s) if below else None
+        heads = [head for order in orders[:below] if (head := order.head(now_s)) is not None]
+        return min(heads, key=_batch_due, default=None)
 
-    def shorter(self, now_s: float, tokens: int) -> Request | None:
+    def shorter(self, now_s: float, tokens: int, below: int) -> Request | None:
         """Likewise, among those that may pass one whose prompt is too long: theirs are shorter than ``tokens``."""
-        return self._order.shorter(now_s, tokens)
+        orders = self._orders
+        if len(orders) == 1:
+            return orders[0].shorter(now_s, tokens) if below else None
+        heads = [head for order in orders[:below] if (head := order.shorter(now_s, tokens)) is not None]
+        return min(heads, key=_batch_due, default=None)
 
     def remove_head(self, request: Request, now_s: float) -> None:
         """Take out what ``head`` or ``shorter`` returned."""
-        self._order.remove_head(request, now_s)
+        self._orders[request.tier].remove_head(request, now_s)
         self._count(request, -1)
 
     def views(self, expected_output: Mapping[str, float], limit: int = 64) -> tuple[GroupView, ...]:
@@ -167,6 +256,10 @@ class BatchQueue:
         group.class_counts[name] = group.class_counts.get(name, 0) + sign
         if not group.count:
             del self._groups[key]
+
+
+def _batch_due(request: Request) -> tuple[float, int]:
+    return batch_due_s(request), request.id
 
 
 def _view(groups: list[_Sums], expected_output: Mapping[str, float]) -> GroupView:

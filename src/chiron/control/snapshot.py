@@ -105,7 +105,7 @@ class Readers(Protocol):
 
 
 def model_snapshot(state: ModelState, now_s: float) -> ModelSnapshot:
-    oldest_s = state.waiting.order.oldest_arrival_s()
+    oldest_s = state.waiting.oldest_arrival_s()
     return ModelSnapshot(
         spec=state.spec,
         classes=dict(state.classes),
@@ -117,9 +117,7 @@ def model_snapshot(state: ModelState, now_s: float) -> ModelSnapshot:
         running=_running(state),
         queue=QueueSnapshot(
             interactive=len(state.waiting),
-            oldest_wait_s=max(0.0, now_s - oldest_s)
-            if (oldest_s := state.waiting.order.oldest_arrival_s()) < inf
-            else inf,
+            oldest_wait_s=max(0.0, now_s - oldest_s) if (oldest_s := state.waiting.oldest_arrival_s()) < inf else inf,
             batch=state.batch.count,
             batch_announced=state.batch.announced,
             groups=state.batch.views(state.learner.expected_output, GROUPS_MAX),

@@ -31,6 +31,8 @@ cancelled it. ``shed``: Chiron refused it because it could not be served in time
 time."""
 
 ROLES: tuple[Role, ...] = ("interactive", "mixed", "batch")
+KV_ANY = 1 << 60
+"""No instance has room for so many tokens."""
 
 
 class Request:
@@ -60,6 +62,7 @@ class Request:
         "instance_saved",
         "interactive",
         "itl_slo_s",
+        "kv_most_tokens",
         "kv_saved_on",
         "kv_saved_tokens",
         "max_output_tokens",
@@ -79,6 +82,7 @@ class Request:
         "sequences",
         "submitted",
         "tenant",
+        "tier",
         "tokens_done",
         "ttft_slo_s",
         "turn",
@@ -134,6 +138,9 @@ class Request:
         self.sequences = 1
         """Places that it takes on an instance: one for each choice of its answer, up to a limit. Not changed after
         ``submit``."""
+        self.kv_most_tokens = KV_ANY
+        """Only instances with room for at most so many KV tokens take it now: larger ones are kept for a longer prompt
+        that waits ahead of it."""
         self.kv_saved_tokens = 0
         """Tokens whose KV an eviction saved in host memory; 0 means a resume prefills them again."""
         self.retries = 0
@@ -167,6 +174,8 @@ class Request:
         """How often its program's conversation has been cut by then, likewise."""
         self.predicted_tokens = 0
         """Of its answer, by a predictor that a policy has; 0: nobody has predicted it."""
+        self.tier = 0
+        """How many sizes of its model's kinds are too small for it, as of when it was last queued."""
         self.turn: Any = None
         """The order's own note about the turn that it had."""
         self.retry_after_s = 0.0

@@ -29,9 +29,16 @@ def within(instance: Instance, sequences: int, kv_tokens: float) -> bool:
     return sequences <= instance.max_batch_size and kv_tokens <= KV_FILL * instance.kv_capacity_tokens
 
 
+def may_hold(instance: Instance, request: Request) -> bool:
+    """Whether its prompt fits there while nothing else runs, and the instance is not kept for a longer one."""
+    return prompt_tokens(request) < instance.kv_capacity_tokens <= request.kv_most_tokens
+
+
 def fits(instance: Instance, request: Request, kv_tokens: float) -> bool:
     """Whether it may be there too. One that is larger than all that may be booked, or asks for more choices than the
     max batch size, runs alone, if its prompt fits."""
+    if instance.kv_capacity_tokens > request.kv_most_tokens:
+        return False
     if within(instance, instance.sequences + request.sequences, instance.kv_reserved_tokens + kv_tokens):
         return True
     return not instance.requests and prompt_tokens(request) < instance.kv_capacity_tokens

@@ -462,6 +462,25 @@ def setups(draw: st.DrawFn, policy: str | None = None) -> Setup:
     )
 
 
+def in_two_sizes(setup: Setup) -> Setup:
+    """The same with two kinds of each model: one instance that is too small for longer prompts, then larger ones."""
+    specs, profiles = [], {}
+    for spec in setup.models:
+        kinds = []
+        for name, capacity in (("small", 32), ("large", 350)):
+            profile = replace(
+                setup.profiles[spec.kinds[0].name], name=f"{spec.name}-{name}", kv_capacity_tokens=capacity
+            )
+            profiles[profile.name] = profile
+            kinds.append(
+                replace(
+                    spec.kinds[0], name=profile.name, kv_capacity_tokens=capacity, max_instances=2 - (name == "small")
+                )
+            )
+        specs.append(replace(spec, kinds=tuple(kinds)))
+    return replace(setup, models=tuple(specs), profiles=profiles)
+
+
 def example_setup(policy: str) -> Setup:
     """One fixed scenario of 150 requests with pressure, failures and cold starts."""
     random = Random("example")

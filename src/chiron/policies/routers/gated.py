@@ -8,7 +8,7 @@ from heapq import heappop, heappush
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
 from chiron.policies.routers.stale_entries import Changes, Entry, closed, current, opened
-from chiron.policies.size import fits, kv_tokens, placed, prompt_tokens, within
+from chiron.policies.size import fits, kv_tokens, may_hold, placed, within
 
 VICTIMS_MAX = 8
 """Instances that are looked at for batch work that could make way."""
@@ -79,7 +79,7 @@ class GatedRouter:
                 chosen = instance
             else:
                 heappop(self._open)
-                if not instance.requests:  # Idle, and too small for this one: nothing will leave it.
+                if not may_hold(instance, request):  # Whatever leaves it.
                     small.append(entry)
                 elif within(instance, instance.sequences + 1, instance.kv_reserved_tokens + 1):
                     self._aside.append(entry)
@@ -110,7 +110,7 @@ class GatedRouter:
 
 def _leaving(instance: Instance, request: Request, need: int) -> tuple[Request, ...]:
     """The batch requests that must leave it; none if that is not enough."""
-    if prompt_tokens(request) >= instance.kv_capacity_tokens:
+    if not may_hold(instance, request):
         return ()
     sequences, reserved = instance.sequences + request.sequences, instance.kv_reserved_tokens + need
     evict: list[Request] = []

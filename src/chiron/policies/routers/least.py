@@ -49,7 +49,7 @@ class LeastRouter:
             changes: Changes = instance.index
             if heap[0][2] != changes.last:
                 heappop(heap)
-            elif request.input_tokens >= instance.kv_capacity_tokens:
+            elif not request.input_tokens < instance.kv_capacity_tokens <= request.kv_most_tokens:
                 too_small.append(heappop(heap))
             else:
                 chosen = instance

@@ -4,7 +4,9 @@ Interactive requests go to the first instance, in order of rank, that has room: 
 mixed, then batch. Batch requests fill instances in the opposite order, so that the two meet as late as possible and
 the instances between them stay empty and can be scaled down. A heap per direction holds the instances that may have
 room; an entry is checked when it surfaces. One that has no room for a request of common size leaves the heap until
-its load changes, so a dispatch costs O(log instances), amortised over load changes.
+its load changes, so a dispatch costs O(log instances), amortised over load changes. Each kind of instance has heaps of
+its own, of which those with the lowest first entry come first: a long prompt does not look at instances of a kind that
+is too small for it.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from typing import Final
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
+from chiron.policies.routers.packing_pools import Note, Passed, Pool, Pools, lowest, lowest_short
 from chiron.policies.routers.packing_settings import PackingSettings as PackingSettings
-from chiron.policies.size import fits, kv_limit, kv_tokens, prefill_left_s, prefill_s, within
+from chiron.policies.size import fits, kv_limit, kv_tokens, prefill_left_s, prefill_s, prompt_tokens, within
 
 _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
@@ -51,18 +54,6 @@ _RANK_BITS: Final = 28
 _RANK: Final = (1 << _RANK_BITS) - 1
 """An entry of a heap is one number, an instance's place by role and rank. Numbers are compared more quickly than
 tuples, and to look at one touches less memory."""
-
-
-class _Note:
-    __slots__ = ("in_batch", "in_interactive", "in_victims", "open", "short_s")
-
-    def __init__(self) -> None:
-        self.open = True
-        self.in_interactive = False
-        self.in_batch = False
-        self.in_victims = False
-        self.short_s = 0.0
-        """Prefill of the longest batch prompt that it would take, once it has refused a longer one."""
 
 
 class PackingRouter:
@@ -109,54 +100,52 @@ class PackingRouter:
         """ITL SLOs bound the prefill in flight on instances that serve interactive requests."""
         self._at: dict[int, Instance] = {}
         """Likewise, by rank."""
-        self._interactive: list[int] = []
-        self._batch: list[int] = []
-        """Negative: the last of them comes first."""
-        self._batch_short: list[tuple[float, int, Instance]] = []
-        """Instances that have refused a long prompt and may take a shorter one, the longest first; back in ``_batch``
-        when they change."""
-        self._short_max = 64
-        self._victims: list[int] = []
+        self._pools = Pools()
 
     # -- the Router port ---------------------------------------------------------------------------------------
 
     def add(self, instance: Instance) -> None:
-        instance.index = _Note()
+        instance.index = Note(self._pools.of(instance))
         assert instance.rank <= _RANK
         insort(self._by_rank, instance, key=lambda other: other.rank)
         self._at[instance.rank] = instance
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
-        if instance.index.open:
+        note: Note = instance.index
+        if note.open:
             self._by_rank.remove(instance)
             del self._at[instance.rank]
-        instance.index.open = False
+        note.open = False
+        note.measured(0)
 
     def changed(self, instance: Instance) -> None:
-        note: _Note = instance.index
+        note: Note = instance.index
         if not note.open:
             return
+        if note.kv_tokens != instance.kv_capacity_tokens:
+            note.measured(instance.kv_capacity_tokens)
         note.short_s = 0.0
         if instance.role != "batch":
             self._tight = self._keeps_apart and instance.prefill_step_s < inf
         if not note.in_interactive and self._room_interactive(instance):
             note.in_interactive = True
-            heappush(self._interactive, _entry(instance))
+            heappush(note.pool.interactive, _entry(instance))
         if not note.in_batch and self._room_batch(instance):
             note.in_batch = True
-            heappush(self._batch, -_entry(instance))
+            heappush(note.pool.batch, -_entry(instance))
         if instance.batch and not note.in_victims:
             note.in_victims = True
-            heappush(self._victims, _entry(instance))
+            heappush(note.pool.victims, _entry(instance))
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         estimates = self._estimates
         tokens = request.input_tokens + request.tokens_done
         cost_s = prefill_s(estimates, tokens)
         need = kv_tokens(estimates, request)
+        pools = self._pools.for_prompt(request, tokens)
         if not request.interactive:
-            instance = self._choose_batch(request, tokens, need, cost_s)
+            instance = self._choose_batch(pools, request, tokens, need, cost_s)
             if instance is None:
                 return None
             saved = request.kv_saved_tokens and request.kv_saved_on == instance.id
@@ -166,11 +155,11 @@ class PackingRouter:
             if instance is not None:
                 return Placement(instance, cost_s, int(need))
         waited = waited_s > self._relieve_after * request.ttft_slo_s
-        instance = self._choose_interactive(request, tokens, need, cost_s, everywhere=waited or not self._tight)
+        instance = self._choose_interactive(pools, request, tokens, need, cost_s, everywhere=waited or not self._tight)
         if instance is not None:
             return Placement(instance, cost_s, int(need))
         if self._evicts:
-            instance = self._choose_victim(request, need, cost_s, waited=waited)
+            instance = self._choose_victim(pools, request, need, cost_s, waited=waited)
             if instance is not None:
                 return Placement(instance, cost_s, int(need), self._victims_for(instance, request, cost_s, int(need)))
         instance = None
@@ -186,7 +175,7 @@ class PackingRouter:
         after_s = self._relieve_after * request.ttft_slo_s
         if not (self._evicts and waited_s > after_s):
             return ()
-        instance = self._first_with_batch()
+        instance = self._first_with_batch(self._pools.for_prompt(request, prompt_tokens(request)))
         if instance is None:
             return ()
         decoding = instance.prefill_step_s == inf or waited_s > 3.0 * self._relieve_after * request.ttft_slo_s
@@ -194,12 +183,14 @@ class PackingRouter:
 
     # -- eviction ----------------------------------------------------------------------------------------------
 
-    def _choose_victim(self, request: Request, need: float, cost_s: float, *, waited: bool) -> Instance | None:
+    def _choose_victim(
+        self, pools: list[Pool], request: Request, need: float, cost_s: float, *, waited: bool
+    ) -> Instance | None:
         """An instance where evicting batch work makes room for this interactive request."""
-        passed: list[int] = []
+        passed: list[Passed] = []
         chosen: Instance | None = None
-        heap = self._victims
-        while heap and len(passed) < _PROBES_MAX:
+        heaps = [pool.victims for pool in pools]
+        while (heap := lowest(heaps)) and len(passed) < _PROBES_MAX:
             instance = self._at.get(heap[0] & _RANK)
             if instance is None or not instance.batch:
                 heappop(heap)
@@ -215,8 +206,8 @@ class PackingRouter:
             ):
                 chosen = instance
                 break
-            passed.append(heappop(heap))
-        for entry in passed:
+            passed.append((heap, heappop(heap)))
+        for heap, entry in passed:
             heappush(heap, entry)
         return chosen
 
@@ -240,10 +231,10 @@ class PackingRouter:
                 batch_s = prefill_left_s(batch_s, victim.prefill_cost_s)
         return tuple(evict)
 
-    def _first_with_batch(self) -> Instance | None:
+    def _first_with_batch(self, pools: list[Pool]) -> Instance | None:
         """The first instance, in order of rank, that runs batch work."""
-        heap = self._victims
-        while heap:
+        heaps = [pool.victims for pool in pools]
+        while heap := lowest(heaps):
             instance = self._at.get(heap[0] & _RANK)
             if instance is not None and instance.batch:
                 return instance
@@ -255,13 +246,13 @@ class PackingRouter:
     # -- interactive -------------------------------------------------------------------------------------------
 
     def _choose_interactive(
-        self, request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
+        self, pools: list[Pool], request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
     ) -> Instance | None:
         usual = request.sequences == 1 and self._is_usual(cost_s, need)
-        heap = self._interactive
-        passed: list[int] | None = None
+        heaps = [pool.interactive for pool in pools]
+        passed: list[Passed] | None = None
         chosen: Instance | None = None
-        while heap:
+        while heap := lowest(heaps):
             order = heap[0] >> _RANK_BITS
             instance = self._at.get(heap[0] & _RANK)
             if instance is None:
@@ -275,7 +266,7 @@ class PackingRouter:
                 continue
             if order == _ROLE_ORDER["batch"] and not everywhere and instance.requests:
                 passed = [] if passed is None else passed
-                passed.append(heappop(heap))
+                passed.append((heap, heappop(heap)))
                 if len(passed) >= _PROBES_MAX:
                     break
                 continue
@@ -290,11 +281,11 @@ class PackingRouter:
                 continue
             if passed is None:
                 passed = []
-            passed.append(entry)
+            passed.append((heap, entry))
             if len(passed) >= _PROBES_MAX:
                 break
         if passed is not None:
-            for entry in passed:
+            for heap, entry in passed:
                 heappush(heap, entry)
         return chosen
 
@@ -363,7 +354,7 @@ class PackingRouter:
         return backlog_s <= 1e-9 or backlog_s <= max(limit_s - cost_s, 0.3 * limit_s)
 
     def _room_interactive(self, instance: Instance) -> bool:
-        note: _Note = instance.index
+        note: Note = instance.index
         if (
             not note.open
             or instance.sequences >= instance.max_batch_size
@@ -378,17 +369,19 @@ class PackingRouter:
 
     # -- batch -------------------------------------------------------------------------------------------------
 
-    def _choose_batch(self, request: Request, tokens: int, need: float, cost_s: float) -> Instance | None:
+    def _choose_batch(
+        self, pools: list[Pool], request: Request, tokens: int, need: float, cost_s: float
+    ) -> Instance | None:
         if request.kv_saved_tokens:
             home = self._home(request)
             if home is not None:
                 return home
         usual = request.sequences == 1 and need <= _USUAL * self._estimates.usual_batch.need_tokens
         self.room_tokens = 0
-        heap = self._batch
-        passed: list[int] = []
+        heaps = [pool.batch for pool in pools]
+        passed: list[Passed] = []
         chosen: Instance | None = None
-        while heap and len(passed) < _PROBES_MAX:
+        while (heap := lowest(heaps)) and len(passed) < _PROBES_MAX:
             order = -heap[0] >> _RANK_BITS
             instance = self._at.get(-heap[0] & _RANK)
             if instance is None:
@@ -412,30 +405,31 @@ class PackingRouter:
             if usual and tokens < instance.kv_capacity_tokens:
                 instance.index.in_batch = False
             else:
-                passed.append(entry)
-        for entry in passed:
+                passed.append((heap, entry))
+        for heap, entry in passed:
             heappush(heap, entry)
-        return chosen or self._choose_short(request, need, cost_s)
+        return chosen or self._choose_short(pools, request, need, cost_s)
 
     def _refuse(self, instance: Instance) -> None:
         """Remember, until the instance changes, how long a prompt it would take."""
         room_s = self._batch_prefill_room_s(instance)
         if room_s <= 0.0:
             return
-        instance.index.short_s = room_s
-        heap = self._batch_short
+        note: Note = instance.index
+        note.short_s = room_s
+        pool = note.pool
+        heap = pool.short
         heappush(heap, (-room_s, -instance.rank, instance))
-        if len(heap) > self._short_max:
+        if len(heap) > pool.short_max:
             heap[:] = [entry for entry in heap if -entry[0] == entry[2].index.short_s]
             heapify(heap)
-            self._short_max = 64 + 2 * len(heap)
+            pool.short_max = 64 + 2 * len(heap)
 
-    def _choose_short(self, request: Request, need: float, cost_s: float) -> Instance | None:
+    def _choose_short(self, pools: list[Pool], request: Request, need: float, cost_s: float) -> Instance | None:
         """Among those that have refused a longer prompt; the one that takes the longest comes first."""
-        heap = self._batch_short
-        while heap:
+        while heap := lowest_short(pools):
             room_s, _, instance = heap[0]
-            note: _Note = instance.index
+            note: Note = instance.index
             if not note.open or -room_s != note.short_s or not self._room_batch(instance):
                 heappop(heap)
                 continue
@@ -452,12 +446,12 @@ class PackingRouter:
     def _home(self, request: Request) -> Instance | None:
         """The instance that holds the request's saved KV, if it has room."""
         home = request.instance_saved
-        if home is not None and home.id == request.kv_saved_on and home.state == "ready" and self._room_batch(home):
-            return home
-        return None
+        if home is None or home.id != request.kv_saved_on or home.kv_capacity_tokens > request.kv_most_tokens:
+            return None
+        return home if home.state == "ready" and self._room_batch(home) else None
 
     def _room_batch(self, instance: Instance) -> bool:
-        note: _Note = instance.index
+        note: Note = instance.index
         if not note.open or instance.role == "interactive":
             return False
         if instance.eviction_pause_until_s >= 0.0 and len(instance.batch) >= instance.eviction_left:

@@ -9,7 +9,7 @@ import pytest
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request, RequestClass
 from chiron.policies.policy import Policy
-from chiron.policies.rivals.schedulers.qlm import QlmSettings, make_qlm, tokens_per_s, waiting_s
+from chiron.policies.rivals.schedulers.qlm import GroupOrder, Groups, QlmSettings, make_qlm, tokens_per_s, waiting_s
 from chiron.policies.size import prefill_s
 from chiron.policies.views import StepTimes
 from policy_factory import CHAT, JOBS
@@ -77,7 +77,8 @@ def request(id: int, cls: RequestClass = CHAT, arrival_s: float = 0.0, tokens: i
 
 
 def test_groups_go_by_deadline_and_inside_in_the_order_of_their_arrival() -> None:
-    order = Model().order
+    groups = Groups(QlmSettings().group_span_s)
+    order = GroupOrder(groups)
     came = [
         request(1, JOBS, 0.0),  # Due at 3,600 s.
         request(2, SLOW, 30.0),  # At 90 s: the same 100 s as the next one.
@@ -87,16 +88,16 @@ def test_groups_go_by_deadline_and_inside_in_the_order_of_their_arrival() -> Non
     ]
     for each in came:
         order.add(each, each.arrival_s)
-    assert [order.group_size(each) for each in came] == [1, 2, 1, 1, 2]  # type: ignore[attr-defined]
+    assert [groups.size(each) for each in came] == [1, 2, 1, 1, 2]
     order.forget(came[4])
     came[4].outcome = "cancelled"
-    assert order.group_size(came[1]) == 1  # type: ignore[attr-defined]
+    assert groups.size(came[1]) == 1
     served = []
     while (head := order.head(100.0)) is not None:
         served.append(head.id)
         order.remove_head(head, 100.0)
     assert served == [2, 3, 4, 1]
-    assert order.group_size(came[0]) == 0  # type: ignore[attr-defined]
+    assert groups.size(came[0]) == 0
 
 
 def test_the_engine_with_the_fewest_pulls_while_it_has_a_place() -> None:

@@ -71,51 +71,61 @@ def due_s(request: Request) -> float:
     return due if isfinite(due) else DUE_LAST_S
 
 
-class GroupOrder:
-    """Groups by deadline, and how many requests each has."""
+class Groups:
+    """How many requests of one model wait in each group."""
 
     def __init__(self, span_s: float) -> None:
         self._span_s = span_s
-        self._order = KeyOrder(self._key)
         self._waiting: dict[tuple[str, float], int] = {}
         self.batch: dict[str, int] = {}
         """Batch requests that wait, by class."""
 
-    def _key(self, request: Request) -> float:
+    def key(self, request: Request) -> float:
         return due_s(request) // self._span_s
 
     def _group(self, request: Request) -> tuple[str, float]:
-        return request.class_name, self._key(request)
+        return request.class_name, self.key(request)
 
-    def group_size(self, request: Request) -> int:
+    def size(self, request: Request) -> int:
         """Requests that wait in its group."""
         return self._waiting.get(self._group(request), 0)
 
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self._order)
-
-    def add(self, request: Request, now_s: float) -> None:
+    def join(self, request: Request) -> None:
         group = self._group(request)
         self._waiting[group] = self._waiting.get(group, 0) + 1
         if not request.interactive:
             self.batch[request.class_name] = self.batch.get(request.class_name, 0) + 1
-        self._order.add(request, now_s)
 
-    def forget(self, request: Request) -> None:
-        self._leave(request)
-        self._order.forget(request)
-
-    def remove_head(self, request: Request, now_s: float) -> None:
-        self._leave(request)
-        self._order.remove_head(request, now_s)
-
-    def _leave(self, request: Request) -> None:
+    def leave(self, request: Request) -> None:
         group = self._group(request)
         self._waiting[group] -= 1
         if not request.interactive:
             self.batch[request.class_name] -= 1
         if not self._waiting[group]:
             del self._waiting[group]
+
+
+class GroupOrder:
+    """Groups by deadline, counted."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._order = KeyOrder(groups.key)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._order)
+
+    def add(self, request: Request, now_s: float) -> None:
+        self._groups.join(request)
+        self._order.add(request, now_s)
+
+    def forget(self, request: Request) -> None:
+        self._groups.leave(request)
+        self._order.forget(request)
+
+    def remove_head(self, request: Request, now_s: float) -> None:
+        self._groups.leave(request)
+        self._order.remove_head(request, now_s)
 
     def head(self, now_s: float) -> Request | None:
         return self._order.head(now_s)
@@ -137,11 +147,11 @@ class GroupOrder:
 class PullRouter:
     """Engines pull from the groups; batch work makes way for a group that would be late."""
 
-    def __init__(self, settings: QlmSettings, estimates: Estimates, order: GroupOrder) -> None:
+    def __init__(self, settings: QlmSettings, estimates: Estimates, groups: Groups) -> None:
         self.room_tokens = 0
         self._settings = settings
         self._estimates = estimates
-        self._order = order
+        self._groups = groups
         self._engines = GatedRouter(estimates)
         self._batch = 0
         self._counted: dict[int, int] = {}
@@ -183,11 +193,11 @@ class PullRouter:
             min(self._settings.max_num_seqs, instance.max_batch_size),
             instance.kv_capacity_tokens,
         )
-        requests = max(1, self._order.group_size(request))
+        requests = max(1, self._groups.size(request))
         wait_s = waiting_s(requests, expected[request.class_name], speed)
         running = sum(expected[victim.class_name] for victim in made.evict) / max(1, len(made.evict))
         wait_s += waiting_s(self._batch, running, speed)
-        wait_s += sum(waiting_s(count, expected[name], speed) for name, count in self._order.batch.items())
+        wait_s += sum(waiting_s(count, expected[name], speed) for name, count in self._groups.batch.items())
         own_s = prefill_s(self._estimates, prompt_tokens(request))
         return waited_s + wait_s + own_s > request.ttft_slo_s
 
@@ -196,14 +206,14 @@ class PullRouter:
 
 
 def make_qlm(settings: QlmSettings) -> Policy:
-    orders: dict[int, tuple[Estimates, GroupOrder]] = {}
+    groups: dict[int, tuple[Estimates, Groups]] = {}
 
-    def of(estimates: Estimates) -> GroupOrder:
-        """One order for each model, which its router shares."""
-        return orders.setdefault(id(estimates), (estimates, GroupOrder(settings.group_span_s)))[1]
+    def of(estimates: Estimates) -> Groups:
+        """Of each model: its orders and its router share them."""
+        return groups.setdefault(id(estimates), (estimates, Groups(settings.group_span_s)))[1]
 
     def order(_: Any, estimates: Estimates) -> GroupOrder:
-        return of(estimates)
+        return GroupOrder(of(estimates))
 
     def place(_: Any, estimates: Estimates) -> PullRouter:
         return PullRouter(settings, estimates, of(estimates))

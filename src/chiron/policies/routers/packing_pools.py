@@ -1,0 +1,106 @@
+"""Heaps of the packing router, for each kind of instance by itself.
+
+A prompt that only a larger kind has room for does not look at the instances of a smaller one, however many have room;
+nor does one that may go to smaller ones only look at the larger.
+"""
+
+from __future__ import annotations
+
+from chiron.core.types import Instance, Request
+
+Passed = tuple[list[int], int]
+"""A heap, and an entry that was taken off it and goes back."""
+
+
+class Pool:
+    """The instances of one kind, by their places in the packing order."""
+
+    __slots__ = ("batch", "capacities", "interactive", "kv_tokens", "short", "short_max", "victims")
+
+    def __init__(self) -> None:
+        self.capacities: dict[int, int] = {}
+        """How many of those that take work have so large a KV cache."""
+        self.kv_tokens = 0
+        """The largest of these; 0: none takes work."""
+        self.interactive: list[int] = []
+        """Those that may have room for interactive requests."""
+        self.batch: list[int] = []
+        """Those that may have room for batch requests. Negative: the last of them comes first."""
+        self.short: list[tuple[float, int, Instance]] = []
+        """Those that have refused a long batch prompt and may take a shorter one, the longest first; back in ``batch``
+        when they change."""
+        self.short_max = 64
+        self.victims: list[int] = []
+        """Those that run batch work."""
+
+
+class Note:
+    """The router's note about an instance (``Instance.index``)."""
+
+    __slots__ = ("in_batch", "in_interactive", "in_victims", "kv_tokens", "open", "pool", "short_s")
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.kv_tokens = 0
+        """Its KV capacity, as its pool counts it; 0: it takes no work."""
+        self.open = True
+        self.in_interactive = False
+        self.in_batch = False
+        self.in_victims = False
+        self.short_s = 0.0
+        """Prefill of the longest batch prompt that it would take, once it has refused a longer one."""
+
+    def measured(self, kv_tokens: int) -> None:
+        """It has so large a KV cache, as far as is known now; 0: it takes no work any more."""
+        counts = self.pool.capacities
+        if self.kv_tokens:
+            counts[self.kv_tokens] -= 1
+            if not counts[self.kv_tokens]:
+                del counts[self.kv_tokens]
+        if kv_tokens:
+            counts[kv_tokens] = counts.get(kv_tokens, 0) + 1
+        self.kv_tokens = kv_tokens
+        self.pool.kv_tokens = max(counts, default=0)
+
+
+class Pools:
+    """One for each kind."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, Pool] = {}
+        self._all: list[Pool] = []
+
+    def of(self, instance: Instance) -> Pool:
+        pool = self._by_kind.get(instance.kind.name)
+        if pool is None:
+            pool = self._by_kind[instance.kind.name] = Pool()
+            self._all.append(pool)
+        return pool
+
+    def for_prompt(self, request: Request, tokens: int) -> list[Pool]:
+        """Those that may have an instance with room for so long a prompt, and are not kept for longer ones."""
+        pools = self._all
+        if len(pools) == 1:
+            return pools
+        most = request.kv_most_tokens
+        return [pool for pool in pools if tokens < pool.kv_tokens <= most]
+
+
+def lowest(heaps: list[list[int]]) -> list[int]:
+    """The heap whose first entry is the lowest; an empty one if all are."""
+    if len(heaps) == 1:
+        return heaps[0]
+    found: list[int] = []
+    for heap in heaps:
+        if heap and (not found or heap[0] < found[0]):
+            found = heap
+    return found
+
+
+def lowest_short(pools: list[Pool]) -> list[tuple[float, int, Instance]]:
+    """Likewise, of those that may take a shorter prompt."""
+    found: list[tuple[float, int, Instance]] = []
+    for pool in pools:
+        if pool.short and (not found or pool.short[0] < found[0]):
+            found = pool.short
+    return found

@@ -1,0 +1,171 @@
+"""Where kinds differ in KV capacity, a prompt that waits for a larger one is passed by those that fit a smaller one."""
+
+from __future__ import annotations
+
+import pytest
+
+from chiron.control.plane import ControlPlane
+from chiron.core.clock import VirtualClock
+from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass
+from chiron.policies.registry import make_policy
+
+CHAT = RequestClass(name="chat", kind="interactive", ttft_s=60.0)
+NIGHT = RequestClass(name="night", kind="batch", deadline_s=3600.0)
+SHORT, LONG = 100, 1500
+gated = pytest.mark.parametrize("policy", ["chiron", "chiron-paper", "qlm"])
+
+
+def kind(name: str, kv_capacity_tokens: int, most: int) -> InstanceKind:
+    return InstanceKind(
+        name=name,
+        gpu="g",
+        gpus=1,
+        price_per_gpu_hour=1.0,
+        kv_capacity_tokens=kv_capacity_tokens,
+        max_num_seqs=1,
+        max_instances=most,
+    )
+
+
+class World:
+    """Fleet, engines and journal in one. One request runs on an instance at a time."""
+
+    wants_events = False
+
+    def __init__(self, policy: str, small: int, large: int = 1) -> None:
+        self.clock = VirtualClock()
+        self.started: list[tuple[int, str]] = []
+        self.asked: list[Instance] = []
+        self.running: dict[int, Request] = {}
+        self.plane = ControlPlane(
+            clock=self.clock,
+            fleet=self,
+            journal=self,
+            models=[
+                ModelSpec(
+                    name="m",
+                    kinds=(kind("small", 1000, small), kind("large", 2000, large)),
+                    min_instances=small + large,
+                    max_instances=small + large,
+                )
+            ],
+            classes=[CHAT, NIGHT],
+            policy=make_policy(policy, None),
+        )
+        self.plane.request_initial("m", small + large)
+        for instance in list(self.plane.instances.values()):
+            self.plane.instance_ready(instance, self)
+
+    def arrive(self, number: int, tokens: int, cls: RequestClass = CHAT) -> None:
+        self.plane.submit(Request(number, "m", cls, self.clock.now_s, tokens))
+
+    def finish(self, number: int) -> None:
+        request = self.running.pop(number)
+        self.plane.first_token(request)
+        self.plane.finished(request)
+
+    def start(self, request: Request) -> None:
+        assert request.instance is not None
+        self.running[request.id] = request
+        self.started.append((request.id, request.instance.kind.name))
+
+    def create(self, instance: Instance) -> None: ...
+    def remove(self, instance: Instance) -> None: ...
+    def evict(self, request: Request) -> None: ...
+    def set_max_batch_size(self, max_batch_size: int) -> None: ...
+    def decided(self, now_s: float, decision: Decision) -> None: ...
+    def ended(self, request: Request) -> None: ...
+    def event(self, now_s: float, name: str, request: Request | None, instance: Instance | None) -> None: ...
+
+
+@gated
+def test_those_behind_it_go_to_a_small_instance_and_leave_it_the_large_one(policy: str) -> None:
+    world = World(policy, small=1)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG)
+    world.arrive(3, SHORT)
+    world.arrive(4, SHORT)
+    assert world.started == [(1, "large"), (3, "small")]
+    world.finish(1)
+    assert world.started[2:] == [(2, "large")], "the short one behind it did not take its place"
+    world.finish(3)
+    world.finish(2)
+    assert world.started[3:] == [(4, "small")]
+
+
+@gated
+def test_with_no_long_prompt_in_the_queue_short_ones_go_anywhere_in_their_order(policy: str) -> None:
+    world = World(policy, small=1)
+    for number in range(1, 6):
+        world.arrive(number, SHORT)
+    assert [number for number, _ in world.started] == [1, 2]
+    for number in range(1, 6):
+        world.finish(number)
+    assert [number for number, _ in world.started] == [1, 2, 3, 4, 5]
+    assert {name for _, name in world.started} == {"small", "large"}
+
+
+@gated
+def test_a_long_prompt_that_came_later_does_not_pass_a_short_one(policy: str) -> None:
+    world = World(policy, small=1)
+    world.arrive(1, SHORT)
+    world.arrive(2, LONG)
+    world.clock.run_until(1.0)
+    world.arrive(3, SHORT)
+    world.clock.run_until(2.0)
+    world.arrive(4, LONG)
+    world.finish(2)
+    assert world.started == [(1, "small"), (2, "large"), (3, "large")]
+    world.finish(3)
+    assert world.started[3:] == [(4, "large")]
+
+
+def test_batch_work_passes_an_interactive_prompt_and_a_longer_batch_prompt() -> None:
+    world = World("chiron", small=1)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG)
+    world.arrive(3, LONG, NIGHT)
+    world.arrive(4, SHORT, NIGHT)
+    assert world.started == [(1, "large"), (4, "small")]
+    world.finish(1)
+    world.finish(4)
+    assert world.started[2:] == [(2, "large")]
+    world.finish(2)
+    assert world.started[3:] == [(3, "large")]
+
+
+def test_a_long_prompt_finds_the_large_instance_behind_any_number_of_small_ones() -> None:
+    world = World("chiron", small=20)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG, NIGHT)
+    assert world.started == [(1, "large")]
+    world.finish(1)
+    assert world.started == [(1, "large"), (2, "large")]
+
+
+def test_what_engines_tell_of_their_kv_counts_from_then_on() -> None:
+    world = World("chiron", small=1)
+    small, large = world.plane.instances.values()
+    world.plane.capacity_told(small, 2000)
+    world.plane.capacity_told(large, 1000)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG)
+    world.arrive(3, SHORT)
+    assert world.started == [(1, "small"), (3, "large")]
+    world.finish(3)
+    world.arrive(4, SHORT)
+    world.finish(1)
+    assert world.started[2:] == [(4, "large"), (2, "small")]
+
+
+def test_one_that_ended_in_the_queue_is_in_nobodys_way_and_all_are_counted() -> None:
+    world = World("chiron", small=1)
+    for number, tokens in enumerate((LONG, LONG, LONG, SHORT, SHORT), start=1):
+        world.arrive(number, tokens)
+    waiting = world.plane.models["m"].waiting
+    assert (len(waiting), sorted(request.id for request in waiting)) == (3, [2, 3, 5])
+    world.plane.cancel(next(request for request in waiting if request.id == 2))
+    world.finish(1)
+    assert world.started == [(1, "large"), (4, "small"), (3, "large")]
+    assert [request.id for request in waiting] == [5]
+    assert waiting.oldest_arrival_s() == 0.0
