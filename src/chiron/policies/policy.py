@@ -107,7 +107,8 @@ class Router(Protocol):
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         """Where to run it now, and which batch work makes way for it there; None: nowhere yet, keep it queued.
-        ``waited_s``: since it arrived; 0 for one that is not queued."""
+        ``waited_s``: since it arrived; 0 for one that is not queued. An instance with a larger KV cache than
+        ``request.kv_most_tokens`` is kept for a longer prompt that waits: to name one is to name none."""
 
     def relieve(self, request: Request, waited_s: float) -> Sequence[Request]:
         """This one is the next, and was refused a place: batch requests that are to be evicted nevertheless, so that it
@@ -264,10 +265,11 @@ class Policy:
     admit: AdmitHook | None = None
     """Asked about each arrival, with the order of the requests that wait and the time; None: everybody is taken."""
     order: OrderHook | None = None
-    """Makes the order of one model's waiting requests; None: earliest TTFT deadline first."""
+    """Makes the order of one model's waiting requests, and one more for each size of its kinds, where they differ in KV
+    capacity; None: earliest TTFT deadline first."""
     order_batch: BatchOrderHook | None = None
-    """Makes the order of one model's batch requests, which are held in the global queue until the router has room and
-    nobody else waits; None: they wait among the others."""
+    """Likewise of its batch requests, which are held in the global queue until the router has room and nobody else
+    waits for that; None: they wait among the others."""
     place: PlaceHook | None = None
     """Makes the router of one model; None: least outstanding requests first."""
     compose: ComposeHook | None = None
