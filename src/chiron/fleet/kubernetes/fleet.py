@@ -15,9 +15,10 @@ from chiron.core.types import Instance
 from chiron.fleet.health import HealthTarget, Probe
 from chiron.fleet.kubernetes.access import find_access
 from chiron.fleet.kubernetes.client import Client
+from chiron.fleet.kubernetes.holds import Hold, StartFailedError
 from chiron.fleet.kubernetes.pods import FOR_CLIENTS, Pod, read_address
 from chiron.fleet.kubernetes.source import KubernetesSource
-from chiron.fleet.kubernetes.workload import Hold, StartFailedError, Workload
+from chiron.fleet.kubernetes.workload import Workload
 from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, KindReport, Trouble
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts

@@ -28,7 +28,9 @@ from typing import Any
 from chiron.core.backoff import doubled_s
 from chiron.fleet.kubernetes.client import ApiError, Client, KubernetesError
 from chiron.fleet.kubernetes.events import Involved, WorkloadEvents
+from chiron.fleet.kubernetes.holds import Hold, Loss, StartFailedError
 from chiron.fleet.kubernetes.pods import DELETION_COST, UID, Cause, Pod, read_pod, words
+from chiron.fleet.kubernetes.replicas import Replicas
 from chiron.fleet.kubernetes.source import CONSENT, CONSENTS, KubernetesSource
 from chiron.fleet.kubernetes.watch import Watch, WatchSettings
 from chiron.fleet.records import InstanceNotFoundError
@@ -51,53 +53,6 @@ CLAIMS_MAX = 4096
 """Instances of another gateway that are looked for at a time."""
 REPLACE_PAUSE_S = 60.0
 """Between two pods that are deleted because they do not answer: an error of ours must not empty a fleet."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """A pod that an instance had has ended."""
-
-    reason: str
-    taken: bool
-    """It was deleted; otherwise its engine ended."""
-
-
-class Hold:
-    """One instance's claim to a replica."""
-
-    __slots__ = ("_left", "address", "check_now", "ended", "leaving", "lost", "pod", "since_s", "without")
-
-    def __init__(self, now_s: float, check_now: asyncio.Event, left: Callable[[str], None], address: str) -> None:
-        self.address = address
-        """Of the pod that it had under another gateway; empty: any pod will do."""
-        self.since_s = now_s
-        """Since when it has waited for a pod."""
-        self.check_now = check_now
-        """Set when the cluster doubts its pod."""
-        self._left = left
-        self.leaving = False
-        """Its pod is about to go, and the instance has been told."""
-        self.without = False
-        """The replica that it had counts as nobody's already, while it still drains."""
-        self.pod: asyncio.Future[Pod] = asyncio.get_running_loop().create_future()
-        """Set when it gets one; an error if its pod cannot start."""
-        self.lost: asyncio.Future[Loss] = asyncio.get_running_loop().create_future()
-        """Set when that pod has ended."""
-        self.ended = False
-
-    def leave(self, reason: str) -> None:
-        """Its pod is about to be deleted, not by its instance."""
-        if not self.leaving:
-            self.leaving = True
-            self._left(reason)
-
-
-class StartFailedError(Exception):
-    """The pod of an instance cannot start."""
-
-    def __init__(self, cause: Cause) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,10 +121,7 @@ class Workload:
         """Pods marked to go, by uid."""
         self._condemned: set[str] = set()
         """Pods that have failed a start, by uid."""
-        self._replicas: int | None = None
-        """As last read or written by Chiron."""
-        self._attempted: int | None = None
-        """What a write said whose answer never came."""
+        self._replicas = Replicas(advise=advise, follows=self._follows, yield_s=source.yield_s)
         self._making_way = False
         """Pods are being marked, and the number is not lowered yet."""
         self._allowed: bool | None = None if source.opt_in else True
@@ -178,17 +130,11 @@ class Workload:
         """All pods are known."""
         self._known_s = inf
         """Since when."""
-        self._fewest = 0
-        self._surplus = 0
-        self._found = 0
-        self._most: int | None = None
-        self._most_until_s = 0.0
         self._replaced_s = -REPLACE_PAUSE_S
         self._dirty = asyncio.Event()
         self._woken = False
         self._trouble: dict[str, str] = {}
         """What is wrong, by topic."""
-        self._foreign = ""
         self._refused: Cause | None = None
         self._controller: Cause | None = None
         self._told: dict[str, str] = {}
@@ -200,7 +146,7 @@ class Workload:
     @property
     def spare(self) -> int:
         """Replicas that no instance has claimed."""
-        return self._surplus if self._allowed else 0
+        return self._replicas.surplus if self._allowed else 0
 
     def may_claim(self, address: str) -> bool:
         """Whether the pod at this address, if there is one, may be somebody's who claims it."""
@@ -211,9 +157,9 @@ class Workload:
     def hold(self, check_now: asyncio.Event, left: Callable[[str], None], address: str = "") -> Hold:
         """Another instance wants a pod: that at ``address``, where there is one."""
         hold = Hold(asyncio.get_running_loop().time(), check_now, left, address)
-        self._take()
+        self._replicas.take()
         self._waiting.append(hold)
-        self._fewest = max(self._fewest, self._own())
+        self._replicas.fewest = max(self._replicas.fewest, self._own())
         self._wake()
         return hold
 
@@ -224,7 +170,7 @@ class Workload:
         hold.pod, hold.lost, hold.leaving = loop.create_future(), loop.create_future(), False
         if hold.without:
             hold.without = False
-            self._take()
+            self._replicas.take()
         self._waiting.insert(0, hold)
         self._wake()
 
@@ -259,16 +205,18 @@ class Workload:
         now_s = asyncio.get_running_loop().time()
         limit_s = self._source.start_timeout_s
         overdue = sum(1 for hold in self._waiting if now_s - hold.since_s > limit_s)
-        notes = [f"{self.name}: {text}" for text in (*self._trouble.values(), self._foreign, self._behind()) if text]
+        notes = [
+            f"{self.name}: {text}" for text in (*self._trouble.values(), self._replicas.foreign, self._behind()) if text
+        ]
         unready = [pod for pod in self._pods.values() if pod.cause is not None and not pod.ready and not pod.deleting]
         notes += [f"pod {pod.name}: {pod.cause}" for pod in sorted(unready, key=_age)]
         return WorkloadState(
             holds=len(self._waiting) + len(self._bound),
-            found=0 if not self._allowed else self._surplus if self._advise else self._found,
-            fewest=self._fewest if self._follows else 0,
+            found=0 if not self._allowed else self._replicas.surplus if self._advise else self._replicas.found,
+            fewest=self._replicas.fewest if self._follows else 0,
             known=self._known(),
             overdue=overdue,
-            most=self._most,
+            most=self._replicas.most,
             cause=self._why_waiting() if self._waiting else None,
             notes=tuple(notes[:NOTES_MAX]),
         )
@@ -331,7 +279,7 @@ class Workload:
     async def _keep_scaled(self) -> None:
         failures = 0
         while True:
-            until_s = self._most_until_s if self._most is not None else None
+            until_s = self._replicas.most_until_s if self._replicas.most is not None else None
             now_s = asyncio.get_running_loop().time()
             await heard(self._dirty, 3600.0 if until_s is None else until_s - now_s)
             self._dirty.clear()
@@ -341,7 +289,7 @@ class Workload:
                 failures = 0
                 self._assign()
                 # What has to wait is asked again when something happens: at once would be a loop without a pause.
-                if written and self._replicas != self._wanted():
+                if written and self._replicas.number != self._wanted():
                     self._dirty.set()
             except KubernetesError as error:
                 self._refusal(error)
@@ -363,20 +311,20 @@ class Workload:
                 or self._wanted() == replicas
                 or (self._follows and self._wanted() > replicas)
             ):
-                self._fewest = self._wanted()
+                self._replicas.fewest = self._wanted()
                 return False
             self._making_way = True
             try:
                 wanted = await self._make_way(replicas, self._wanted())
-                self._fewest = max(wanted, self._own())
+                self._replicas.fewest = max(wanted, self._own())
                 if wanted == replicas or self._follows:
                     return False  # Its scaler lowers the number, when it likes, and finds marks.
-                self._attempted = wanted
+                self._replicas.attempted = wanted
                 await self._client.put(path, {**scale, "spec": {**_table(scale, "spec"), "replicas": wanted}})
-                self._replicas = wanted
+                self._replicas.number = wanted
             except ApiError as error:
                 if error.status < 500:  # Otherwise it may have been done.
-                    self._attempted = None
+                    self._replicas.attempted = None
                 if error.status != CONFLICT:
                     raise
                 continue  # Somebody else has changed it since: what does it say now?
@@ -399,71 +347,29 @@ class Workload:
         self._events.tell(self._about, reason, f"{text}: {why}" if why else text)
 
     def _wanted(self) -> int:
-        now_s = asyncio.get_running_loop().time()
-        if self._most is not None and now_s >= self._most_until_s:
-            self._most, self._foreign = None, ""
-        own = self._own()
-        wanted = own + (self._found if self._follows else self._surplus)
         claims = sum(1 for hold in self._waiting if hold.address)
-        if claims and self._replicas is not None:  # There may be no such pod: none is started for them.
-            wanted = max(wanted - claims, min(wanted, self._replicas))
-        return wanted if self._most is None else min(wanted, self._most)
+        return self._replicas.wanted(self._own(), claims, asyncio.get_running_loop().time())
 
     def _own(self) -> int:
         """Replicas that instances have, or wait for."""
         return len(self._waiting) + sum(not hold.without for hold in self._bound.values())
-
-    def _take(self) -> None:
-        """A replica that nobody has, if there is one, for an instance."""
-        if self._surplus:
-            self._surplus -= 1
-            self._found = max(0, self._found - 1)
-
-    def _give_back(self) -> None:
-        """The replica that an instance had, or was said to have, is to be taken over by another one."""
-        if self._replicas is not None and self._own() + self._surplus < self._replicas:
-            self._surplus += 1
-            self._found = min(self._found + 1, self._surplus)
 
     def _leave_without(self, hold: Hold, reason: str) -> None:
         """Its replica stays."""
         hold.leave(reason)
         if not hold.without:
             hold.without = True
-            self._give_back()
+            self._replicas.give_back(self._own())
 
-    def _observe(self, replicas: int) -> None:
-        """A number that Chiron did not write is somebody else's."""
-        before, self._replicas = self._replicas, replicas
-        attempted, self._attempted = self._attempted, None
-        own = self._own()
-        if self._advise or self._follows:
-            self._surplus = max(0, replicas - own)
-            self._found = min(self._found, self._surplus)
-        if before is None:
-            self._surplus = self._found = max(0, replicas - own)
-            self._fewest = max(replicas, own)
-            if self._surplus and not self._advise:
-                log.info("%s: it has %d replicas, which are taken over", self.name, replicas)
-        elif replicas == attempted or self._advise or self._follows:
-            pass
-        elif replicas > before:
-            self._surplus = max(self._surplus, replicas - own)
-            self._most = None
-            self._others(before, replicas)
-        elif replicas < before:
-            self._surplus = min(self._surplus, max(0, replicas - own))
-            self._found = min(self._found, self._surplus)
-            # Also those whose pods go already: it may be for this that they do.
-            if replicas < len(self._waiting) + len(self._bound) + self._surplus:
-                self._most = replicas
-                self._most_until_s = asyncio.get_running_loop().time() + self._source.yield_s
-            self._others(before, replicas)
-
-    def _others(self, before: int, replicas: int) -> None:
-        self._foreign = f"somebody else has scaled it from {before} to {replicas} replicas"
-        self._note(self._foreign)
-        self._events.tell(self._about, "ScaledByOthers", self._foreign, warning=True)
+    def _observe(self, number: int) -> None:
+        replicas = self._replicas
+        first, holds = replicas.number is None, len(self._waiting) + len(self._bound)
+        others = replicas.observe(number, own=self._own(), holds=holds, now_s=asyncio.get_running_loop().time())
+        if first and replicas.surplus and not self._advise:
+            log.info("%s: it has %d replicas, which are taken over", self.name, number)
+        if others:
+            self._note(replicas.foreign)
+            self._events.tell(self._about, "ScaledByOthers", replicas.foreign, warning=True)
 
     async def _make_way(self, replicas: int, wanted: int) -> int:
         """Name those that go. Returns how few replicas there can be now."""
@@ -579,7 +485,7 @@ class Workload:
                 self._controller = Cause(name="no_pod", words=words(each.get("message") or each.get("reason")))
         self._troubled("controller", str(self._controller or ""))
         spec = item.get("spec")
-        if isinstance(spec, Mapping) and spec.get("replicas") != self._replicas:
+        if isinstance(spec, Mapping) and spec.get("replicas") != self._replicas.number:
             self._dirty.set()
 
     def _workload_gone(self, uid: str) -> None:
@@ -592,8 +498,8 @@ class Workload:
             for hold in self._bound.values():
                 hold.leave(f"{self.name} has lost its label {CONSENT}={CONSENTS}")
                 hold.without = True  # The replica is its owner's.
-        if self._allowed is False and allowed and self._replicas is not None:
-            self._surplus = self._found = max(0, self._replicas - self._own())
+        if self._allowed is False and allowed:
+            self._replicas.find_all(self._own())
         changed, self._allowed = self._allowed is not allowed, allowed
         self._troubled("consent", "" if allowed else self._no_consent())
         if changed:
@@ -620,13 +526,13 @@ class Workload:
     def _look(self) -> None:
         self._woken = False
         self._assign()
-        if self._replicas != self._wanted():
+        if self._replicas.number != self._wanted():
             self._dirty.set()
 
     def _assign(self) -> None:
         """Ready pods to the instances that wait."""
         active = self._active()
-        if not self._making_way and self._replicas is not None and len(active) <= self._replicas:
+        if not self._making_way and self._replicas.number is not None and len(active) <= self._replicas.number:
             self._doomed.clear()  # Those who are left stay.
         for hold in [each for each in self._waiting if each.address]:
             self._find(hold)
@@ -664,7 +570,7 @@ class Workload:
             hold.ended = True
             why = f"has no pod at {hold.address} any more" if self._allowed else f"cannot be used: {self._no_consent()}"
             _fail(hold.pod, InstanceNotFoundError(f"{self.name} {why}"))
-            self._give_back()
+            self._replicas.give_back(self._own())
 
     def _pairs(self) -> list[tuple[Hold, Pod]]:
         """Instances that wait, each with the pod that it waits for if all goes as planned."""
@@ -685,9 +591,9 @@ class Workload:
     def _behind(self) -> str:
         """What its scaler has not done yet; empty: nothing."""
         own = self._own()
-        if not self._follows or self._replicas is None or self._replicas >= own:
+        if not self._follows or self._replicas.number is None or self._replicas.number >= own:
             return ""
-        return f"whoever scales it has it at {self._replicas} replicas; {own} are planned"
+        return f"whoever scales it has it at {self._replicas.number} replicas; {own} are planned"
 
     def _active(self) -> list[Pod]:
         return [pod for pod in self._pods.values() if not pod.deleting and not pod.over]
