@@ -29,6 +29,7 @@ class World:
         )  # fmt: skip
         self.instances = 2
         self.plan: TokenBudget | None = None
+        self.over_budget = 0
         self.local: TokenBudget | None = None
         self.told: list[int] = []
         self.decisions: list[Decision] = []
@@ -52,6 +53,7 @@ class World:
         self.plane.begin()
 
     def _fleet(self, settings: object, state: None, view: FleetView) -> tuple[FleetPlan, None]:
+        self.over_budget = view.models[0].over_budget
         counts = {"interactive": 0, "mixed": self.instances, "batch": 0}
         return {"m": ModelPlan(counts=counts, reason="r", token_budget=self.plan)}, None  # type: ignore[arg-type]
 
@@ -133,6 +135,23 @@ def test_those_with_another_budget_than_new_ones_have_are_drained_first() -> Non
     world.instances = 2
     world.ticks()
     assert [i.id for i in world.removed] == [2], "not the newest one"
+
+
+@pytest.mark.parametrize(
+    ("world", "over"),
+    [(World(), 2), (World(live=True), 0), (World(starts=False), 0)],
+    ids=["started with it", "told live", "has its own"],
+)
+def test_a_policy_sees_how_many_keep_a_larger_budget_than_new_ones_get(world: World, over: int) -> None:
+    world.plan = SMALL
+    world.ticks(1)
+    assert world.over_budget == 0, "the plan is not in force yet"
+    world.instances = 3
+    world.ticks(2)
+    assert world.over_budget == over, "the third is none of them"
+    world.plan = None
+    world.ticks(2)
+    assert world.over_budget == 0, "a smaller one is not larger"
 
 
 @pytest.mark.parametrize(("live", "told"), [(True, [512]), (False, [])])

@@ -15,7 +15,7 @@ from chiron.control.batch_size import BatchSizes
 from chiron.control.booking import leave
 from chiron.control.eviction import Evictor
 from chiron.control.gpus import Gpus
-from chiron.control.model import ModelState, instance_view
+from chiron.control.model import ModelState, first_budget, instance_view, takes_budget
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal, Sleepers
 from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
@@ -153,7 +153,7 @@ class Lifecycle:
 
     def _set_token_budget(self, state: ModelState, plan: ModelPlan) -> None:
         """That of instances to come."""
-        if not any(map(_takes_budget, state.spec.kinds)):
+        if not any(map(takes_budget, state.spec.kinds)):
             return
         whole = state.spec.kinds[0].max_num_batched_tokens
         wanted = plan.token_budget or TokenBudget(max_num_batched_tokens=whole, reason="step_within_itl_slo")
@@ -195,7 +195,7 @@ class Lifecycle:
             live.sort(
                 key=lambda i: (
                     i.state != "starting",
-                    i.kind.live_token_budget or i.max_num_batched_tokens == _token_budget(state, i.kind),
+                    i.kind.live_token_budget or i.max_num_batched_tokens == first_budget(state, i.kind),
                     i.running_interactive,
                     len(i.requests),
                     -i.rank,
@@ -276,7 +276,7 @@ class Lifecycle:
         self._next_instance += 1
         limit = state.batch_size_hint or self._policy.initial_max_batch_size or kind.max_num_seqs
         instance.max_batch_size = min(limit, kind.max_num_seqs)
-        instance.max_num_batched_tokens = _token_budget(state, kind)
+        instance.max_num_batched_tokens = first_budget(state, kind)
         self.instances[instance.id] = instance
         if self.unsettled:
             self._numbers.add(instance.id)
@@ -399,15 +399,3 @@ class Lifecycle:
 
 def _count(state: ModelState, kind: InstanceKind) -> int:
     return sum(1 for i in state.instances.values() if i.kind is kind)
-
-
-def _token_budget(state: ModelState, kind: InstanceKind) -> int:
-    """That an instance of this kind has at its start."""
-    most = kind.max_num_batched_tokens
-    if state.token_budget is None or not _takes_budget(kind):
-        return most
-    return max(1, min(state.token_budget.max_num_batched_tokens, most))
-
-
-def _takes_budget(kind: InstanceKind) -> bool:
-    return kind.start_token_budget or kind.live_token_budget

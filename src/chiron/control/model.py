@@ -16,7 +16,7 @@ from typing import Any, Final
 from chiron.control.learning import Learner
 from chiron.control.queue import BatchQueue, Sizes, WaitingQueue
 from chiron.core.kept import Kept
-from chiron.core.types import Instance, ModelSpec, Request, RequestClass, Role, StartSource
+from chiron.core.types import Instance, InstanceKind, ModelSpec, Request, RequestClass, Role, StartSource
 from chiron.policies.defaults import arrival_order, earliest_first_token, least_outstanding
 from chiron.policies.policy import Policy
 from chiron.policies.queues.deadline_groups import batch_due_s
@@ -253,6 +253,31 @@ def instance_view(instance: Instance, now_s: float) -> InstanceView:
     )
 
 
+def takes_budget(kind: InstanceKind) -> bool:
+    """Whether its engine can be given a token budget at all."""
+    return kind.start_token_budget or kind.live_token_budget
+
+
+def first_budget(state: ModelState, kind: InstanceKind) -> int:
+    """Token budget that an instance of this kind has at its start."""
+    most = kind.max_num_batched_tokens
+    if state.token_budget is None or not takes_budget(kind):
+        return most
+    return max(1, min(state.token_budget.max_num_batched_tokens, most))
+
+
+def _over_budget(state: ModelState) -> int:
+    if state.token_budget is None:
+        return 0
+    return sum(
+        1
+        for i in state.instances.values()
+        if i.state in ("starting", "ready")
+        and not i.kind.live_token_budget
+        and i.max_num_batched_tokens > first_budget(state, i.kind)
+    )
+
+
 def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
     """A snapshot; unless it only peeks, it ends the interval over which arrivals and outcomes are counted."""
     spec, kind = state.spec, state.spec.kinds[0]
@@ -294,6 +319,7 @@ def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:
         cold_starts_seen=state.cold_starts_seen,
         start_s=dict(state.start_s),
         asleep=sum(state.asleep.values()),
+        over_budget=_over_budget(state),
     )
     if not peek:
         state.end_interval(now_s)

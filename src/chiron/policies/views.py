@@ -144,6 +144,8 @@ class ModelView:
     """The same by source, of those by which instances have started."""
     asleep: int = 0
     """Sleepers: the next starts wake them, if there are GPUs for them."""
+    over_budget: int = 0
+    """Instances that start or are ready with a larger token budget than new ones get, and keep it while they run."""
 
     def count(self, *states: State, role: Role | None = None) -> int:
         return sum(1 for i in self.instances if i.state in states and (role is None or i.role == role))

@@ -10,6 +10,7 @@ REASONS = {
     "interactive_load": "current and forecast interactive load needs this many instances",
     "batch_deadlines": "queued batch work would miss its deadlines on the spare capacity of the interactive fleet",
     "load_fell": "fewer instances have been enough for a while now",
+    "smaller_token_budget": "instances whose steps are too long for the ITL SLO beside long prompts are to be replaced",
     "itl_below_slo": "ITL leaves room below its SLO",
     "itl_above_slo": "ITL would exceed its SLO at that size",
     "step_above_itl_slo": "beside long prompts a step of the whole budget takes longer than the ITL SLO",
@@ -24,6 +25,7 @@ BRIEF = {
     "interactive_load": "interactive load needs this many",
     "batch_deadlines": "batch work would miss its deadlines",
     "load_fell": "fewer have been enough for a while",
+    "smaller_token_budget": "instances with too long steps are replaced",
     "step_above_itl_slo": "full steps are longer than the ITL SLO",
 }
 """Those of them that are long for a line of a screen."""

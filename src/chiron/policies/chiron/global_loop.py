@@ -44,7 +44,7 @@ from chiron.policies.chiron.load import (
 from chiron.policies.chiron.load_kept import learned_load, restored_load
 from chiron.policies.chiron.local_loop import decide_batch_size
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.chiron.start_budget import start_budget
+from chiron.policies.chiron.start_budget import replacements, start_budget
 from chiron.policies.headroom import CONSTANT, followed, window_mean
 from chiron.policies.instances import label_by_rank, take_back_fullest
 from chiron.policies.policy import ClassesOf, Estimates, Order, Policy, Refusal
@@ -65,7 +65,7 @@ def decide_fleet(settings: ChironSettings, state: State | None, view: FleetView)
     for model in view.models:
         memory = begun(settings, state.get(model.name), model, view.now_s - view.since_s)
         before[model.name] = memory
-        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view.now_s)
+        plans[model.name], memories[model.name] = _decide_model(settings, memory, model, view)
     return share_gpus(settings, plans, before, memories, view)
 
 
@@ -207,8 +207,9 @@ def _growth(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, mode
 
 
 def _decide_model(
-    settings: ChironSettings, memory: ModelMemory, model: ModelView, now_s: float
+    settings: ChironSettings, memory: ModelMemory, model: ModelView, view: FleetView
 ) -> tuple[ModelPlan, ModelMemory]:
+    now_s = view.now_s
     model = replace(model, cold_start_s=start_s(settings, memory, model))
     serving = interactive_capacity(settings, model, memory)
     rate = serving.work_rate * settings.utilisation
@@ -235,7 +236,10 @@ def _decide_model(
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     # What the rule says has settled already; the rest may pass.
     passing = wanted if extra else min(whole(max(settings.floor_over_load * recent, surging)), wanted)
-    total, reason, memory = _settle(settings, memory, model, now_s, wanted, extra, passing)
+    renewed = min(replacements(settings, model, memory, wanted), _room(model, view, wanted))
+    total, reason, memory = _settle(settings, memory, model, now_s, wanted + renewed, extra, passing)
+    if 0 < total - sum(model.planned.values()) <= renewed:
+        reason = "smaller_token_budget"
     batch = max(min(extra, max(0, total - min(interactive, total))), instances_apart(settings, memory, total, now_s))
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
@@ -267,6 +271,14 @@ def _decide_model(
         asleep=model.max_instances if settings.sleepers else 0,
     )
     return plan, memory
+
+
+def _room(model: ModelView, view: FleetView, wanted: int) -> int:
+    """Instances that may come besides those wanted: within the model's bounds, and on GPUs that no plan has."""
+    planned = sum(sum(m.planned.values()) * m.gpus_per_instance for m in view.models if m.gpu == model.gpu)
+    free = (view.gpus_max.get(model.gpu, inf) - planned) / model.gpus_per_instance
+    present = sum(model.planned.values())
+    return max(0, int(min(model.max_instances, present + free)) - wanted)
 
 
 def _without_requests(wanted: int, model: ModelView, memory: ModelMemory) -> int:
