@@ -17,7 +17,6 @@ from chiron.policies.views import FleetView
 from policy_factory import arrival, instance, model
 
 SETTINGS = ChironSettings()
-LEARNED = ChironSettings(learning_s=0.0)
 TICK_S = 5.0
 START_S = 30.0
 
@@ -36,8 +35,8 @@ START_S = 30.0
 )
 def test_a_quarter_at_a_time_while_requests_miss(wanted: int, ready: int, over: int, missed: float, more: int) -> None:
     view = model([instance(id=i) for i in range(ready)], over_budget=over)
-    memory = replace(first_memory(LEARNED, view, 0.0), itl_missed=missed)
-    assert replacements(LEARNED, view, memory, wanted) == more
+    memory = replace(first_memory(SETTINGS, view, 0.0), itl_missed_lasting=missed)
+    assert replacements(SETTINGS, view, memory, wanted) == more
 
 
 class Fleet:
@@ -89,8 +88,6 @@ class Fleet:
 
 def test_one_after_another_is_replaced_and_then_the_fleet_rests() -> None:
     world = Fleet()
-    world.ticks(round(SETTINGS.learning_s / TICK_S) - 1)
-    assert world.changes() == [], "nothing is known yet"
     world.ticks(200)
     assert world.large == [False] * 4
     assert [count for _, count, _ in world.changes()] == [5, 4] * 4
@@ -101,7 +98,7 @@ def test_one_after_another_is_replaced_and_then_the_fleet_rests() -> None:
 
 def test_it_begins_once_slos_have_been_missed_for_minutes_and_ends_once_they_are_met() -> None:
     world = Fleet()
-    world.ticks(120, missed=0.0)
+    world.ticks(20, missed=0.0)
     world.ticks(30, missed=0.01)
     assert world.changes() == [], "that may pass"
     world.ticks(20, missed=0.01)
@@ -116,5 +113,5 @@ def test_it_begins_once_slos_have_been_missed_for_minutes_and_ends_once_they_are
 @pytest.mark.parametrize("bounds", [{"most": 4}, {"gpus": 4.0}], ids=["max_instances", "GPUs"])
 def test_nothing_is_replaced_without_room_for_one_more(bounds: Mapping[str, int]) -> None:
     world = Fleet(**bounds)
-    world.ticks(150)
+    world.ticks(100)
     assert world.changes() == []

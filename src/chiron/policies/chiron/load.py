@@ -79,6 +79,8 @@ class ModelMemory:
     """Grows while SLOs are missed, and decays after."""
     itl_missed: float | None = None
     """Share of requests that missed their ITL SLO over the last minutes; None: nothing is known yet."""
+    itl_missed_lasting: float = 0.0
+    """The same, from none at the start: it takes minutes of misses to raise it."""
     spare_trust: float = 0.0
     """Batch work released to spare capacity over that capacity, as measured; 0: not yet."""
     batch_work_s: float = 0.0
@@ -385,7 +387,8 @@ def with_itl_missed(settings: ChironSettings, memory: ModelMemory, model: ModelV
     """The model's own share is one of some hundred requests, which is no more than a few that missed."""
     before = model.itl_missed if memory.itl_missed is None else memory.itl_missed
     weight = min(1.0, settings.tick_s / ITL_MISSED_S)
-    return replace(memory, itl_missed=before + weight * (model.itl_missed - before))
+    lasting = memory.itl_missed_lasting + weight * (model.itl_missed - memory.itl_missed_lasting)
+    return replace(memory, itl_missed=before + weight * (model.itl_missed - before), itl_missed_lasting=lasting)
 
 
 def pressure(before: float, model: ModelView) -> float:

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Final
 
 from chiron.policies.capacity import Capacity, decode_s
-from chiron.policies.chiron.load import ModelMemory, seen_s, tightest_itl_s, weighted_mixes
+from chiron.policies.chiron.load import ModelMemory, tightest_itl_s, weighted_mixes
 from chiron.policies.chiron.local_loop import itl_target_s
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.chiron.token_budget import Decoding, token_budget
@@ -22,9 +22,9 @@ def replacements(settings: ChironSettings, model: ModelView, memory: ModelMemory
     """Instances beyond the ``wanted`` ones, to take the place of as many whose token budget is too large. Without them
     a fleet that need not be resized goes on as it is, and more instances do not make its steps shorter. They are asked
     for until they are ready; the fleet then shrinks by those that it has longest to be rid of (``control.lifecycle``).
-    A start has to be worth it: only where requests have missed their ITL SLO for minutes, the first few apart, in which
-    step times are still being learned."""
-    if (memory.itl_missed or 0.0) <= settings.itl_missed_max or seen_s(settings, memory) < settings.learning_s:
+    A start has to be worth it: only once so many requests have missed their ITL SLO that it shows in a mean over ten
+    minutes which began with none."""
+    if memory.itl_missed_lasting <= settings.itl_missed_max:
         return 0
     more = min(model.over_budget, ceil(SURGE * wanted))
     return more if model.count("ready") < wanted + more else 0
