@@ -101,11 +101,16 @@ class PackingRouter:
         self._at: dict[int, Instance] = {}
         """Likewise, by rank."""
         self._pools = Pools()
+        self._by_kind: dict[str, Pool] = {}
 
     # -- the Router port ---------------------------------------------------------------------------------------
 
     def add(self, instance: Instance) -> None:
-        instance.index = Note(self._pools.of(instance))
+        pool = self._by_kind.get(instance.kind.name)
+        if pool is None:
+            pool = self._by_kind[instance.kind.name] = Pool()
+            self._pools.add(pool)
+        instance.index = Note(pool)
         assert instance.rank <= _RANK
         insort(self._by_rank, instance, key=lambda other: other.rank)
         self._at[instance.rank] = instance
@@ -184,12 +189,12 @@ class PackingRouter:
     # -- eviction ----------------------------------------------------------------------------------------------
 
     def _choose_victim(
-        self, pools: list[Pool], request: Request, need: float, cost_s: float, *, waited: bool
+        self, pools: Pools, request: Request, need: float, cost_s: float, *, waited: bool
     ) -> Instance | None:
         """An instance where evicting batch work makes room for this interactive request."""
         passed: list[Passed] = []
         chosen: Instance | None = None
-        heaps = [pool.victims for pool in pools]
+        heaps = pools.victims
         while (heap := lowest(heaps)) and len(passed) < _PROBES_MAX:
             instance = self._at.get(heap[0] & _RANK)
             if instance is None or not instance.batch:
@@ -231,9 +236,9 @@ class PackingRouter:
                 batch_s = prefill_left_s(batch_s, victim.prefill_cost_s)
         return tuple(evict)
 
-    def _first_with_batch(self, pools: list[Pool]) -> Instance | None:
+    def _first_with_batch(self, pools: Pools) -> Instance | None:
         """The first instance, in order of rank, that runs batch work."""
-        heaps = [pool.victims for pool in pools]
+        heaps = pools.victims
         while heap := lowest(heaps):
             instance = self._at.get(heap[0] & _RANK)
             if instance is not None and instance.batch:
@@ -246,10 +251,10 @@ class PackingRouter:
     # -- interactive -------------------------------------------------------------------------------------------
 
     def _choose_interactive(
-        self, pools: list[Pool], request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
+        self, pools: Pools, request: Request, tokens: int, need: float, cost_s: float, *, everywhere: bool
     ) -> Instance | None:
         usual = request.sequences == 1 and self._is_usual(cost_s, need)
-        heaps = [pool.interactive for pool in pools]
+        heaps = pools.interactive
         passed: list[Passed] | None = None
         chosen: Instance | None = None
         while heap := lowest(heaps):
@@ -369,16 +374,14 @@ class PackingRouter:
 
     # -- batch -------------------------------------------------------------------------------------------------
 
-    def _choose_batch(
-        self, pools: list[Pool], request: Request, tokens: int, need: float, cost_s: float
-    ) -> Instance | None:
+    def _choose_batch(self, pools: Pools, request: Request, tokens: int, need: float, cost_s: float) -> Instance | None:
         if request.kv_saved_tokens:
             home = self._home(request)
             if home is not None:
                 return home
         usual = request.sequences == 1 and need <= _USUAL * self._estimates.usual_batch.need_tokens
         self.room_tokens = 0
-        heaps = [pool.batch for pool in pools]
+        heaps = pools.batch
         passed: list[Passed] = []
         chosen: Instance | None = None
         while (heap := lowest(heaps)) and len(passed) < _PROBES_MAX:
@@ -425,9 +428,9 @@ class PackingRouter:
             heapify(heap)
             pool.short_max = 64 + 2 * len(heap)
 
-    def _choose_short(self, pools: list[Pool], request: Request, need: float, cost_s: float) -> Instance | None:
+    def _choose_short(self, pools: Pools, request: Request, need: float, cost_s: float) -> Instance | None:
         """Among those that have refused a longer prompt; the one that takes the longest comes first."""
-        while heap := lowest_short(pools):
+        while heap := lowest_short(pools.short):
             room_s, _, instance = heap[0]
             note: Note = instance.index
             if not note.open or -room_s != note.short_s or not self._room_batch(instance):

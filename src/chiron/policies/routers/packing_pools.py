@@ -64,26 +64,34 @@ class Note:
 
 
 class Pools:
-    """One for each kind."""
+    """Of some kinds, one for each: their heaps, in the same order everywhere."""
+
+    __slots__ = ("all", "batch", "interactive", "short", "victims")
 
     def __init__(self) -> None:
-        self._by_kind: dict[str, Pool] = {}
-        self._all: list[Pool] = []
+        self.all: list[Pool] = []
+        self.interactive: list[list[int]] = []
+        self.batch: list[list[int]] = []
+        self.short: list[list[tuple[float, int, Instance]]] = []
+        self.victims: list[list[int]] = []
 
-    def of(self, instance: Instance) -> Pool:
-        pool = self._by_kind.get(instance.kind.name)
-        if pool is None:
-            pool = self._by_kind[instance.kind.name] = Pool()
-            self._all.append(pool)
-        return pool
+    def add(self, pool: Pool) -> None:
+        self.all.append(pool)
+        self.interactive.append(pool.interactive)
+        self.batch.append(pool.batch)
+        self.short.append(pool.short)
+        self.victims.append(pool.victims)
 
-    def for_prompt(self, request: Request, tokens: int) -> list[Pool]:
+    def for_prompt(self, request: Request, tokens: int) -> Pools:
         """Those that may have an instance with room for so long a prompt, and are not kept for longer ones."""
-        pools = self._all
-        if len(pools) == 1:
-            return pools
+        if len(self.all) == 1:
+            return self
         most = request.kv_most_tokens
-        return [pool for pool in pools if tokens < pool.kv_tokens <= most]
+        found = Pools()
+        for pool in self.all:
+            if tokens < pool.kv_tokens <= most:
+                found.add(pool)
+        return found
 
 
 def lowest(heaps: list[list[int]]) -> list[int]:
@@ -97,10 +105,10 @@ def lowest(heaps: list[list[int]]) -> list[int]:
     return found
 
 
-def lowest_short(pools: list[Pool]) -> list[tuple[float, int, Instance]]:
+def lowest_short(heaps: list[list[tuple[float, int, Instance]]]) -> list[tuple[float, int, Instance]]:
     """Likewise, of those that may take a shorter prompt."""
     found: list[tuple[float, int, Instance]] = []
-    for pool in pools:
-        if pool.short and (not found or pool.short[0] < found[0]):
-            found = pool.short
+    for heap in heaps:
+        if heap and (not found or heap[0] < found[0]):
+            found = heap
     return found
