@@ -90,7 +90,8 @@ def test_it_holds_its_gpus_until_it_sleeps_and_the_next_start_is_any_other() -> 
     assert world.tick() == [], "its GPU is not free, and it is told once"
     world.plane.kinds_asleep({"a": 1})
     world.plane.instance_asleep(world.made[0])
-    assert world.tick() == ["+b"]
+    assert world.asked == ["+b"], "at once, and not at the next tick"
+    assert world.tick() == []
     assert (world.views["a"].asleep, world.views["b"].asleep) == (1, 0)
     assert [view.id for view in world.views["a"].instances] == [1]
 
@@ -116,6 +117,49 @@ def test_one_that_dies_while_it_falls_asleep_is_gone() -> None:
     world.plane.instance_asleep(world.made[0])
     assert world.plane.refused_events == 1
     assert world.tick(b=(1, 0)) == ["+b"]
+
+
+def woken(source: StartSource, *, load_s: float, asleep: int = 1) -> World:
+    """The only instance has fallen asleep, another start is under way, and after a second it is not wanted."""
+    world = World(ready=1)
+    world.plane.models["a"].start_s.update({"memory": 4.0, "disk": load_s})
+    world.tick(a=(0, 1))
+    world.plane.kinds_asleep({"a": 1})
+    world.plane.instance_asleep(world.made[0])
+    assert world.tick(a=(1, 1)) == ["+a"]
+    world.made[-1].source = source
+    world.plane.kinds_asleep({})
+    world.asked = world.tick(a=(0, asleep))
+    return world
+
+
+@pytest.mark.parametrize(
+    ("source", "load_s", "asleep", "asked"),
+    [
+        ("memory", 11.0, 1, ["za"]),  # 3 s of the wake, 4 to fall asleep and 4 to wake once more.
+        ("memory", 10.9, 1, ["-a"]),
+        ("memory", 60.0, 0, ["-a"]),
+        ("disk", 60.0, 1, ["-a"]),
+        ("", 60.0, 1, ["-a"]),
+    ],
+)
+def test_a_wake_that_is_not_wanted_any_more_sleeps_again_where_that_is_cheaper(
+    source: StartSource, load_s: float, asleep: int, asked: list[str]
+) -> None:
+    assert woken(source, load_s=load_s, asleep=asleep).asked == asked
+
+
+def test_one_that_sleeps_again_holds_its_gpus_until_then_and_is_no_start_any_more() -> None:
+    world = woken("memory", load_s=60.0)
+    (instance,) = world.plane.instances.values()
+    assert world.tick(a=(1, 1), b=(1, 0)) == ["+a"], "one of two GPUs is free"
+    world.asked.clear()
+    world.plane.instance_ready(instance, world)
+    assert instance.state == "draining"
+    world.plane.kinds_asleep({"a": 1})
+    world.plane.instance_asleep(instance)
+    assert world.asked == ["+b"]
+    assert instance.id not in world.plane.instances
 
 
 def state() -> ModelState:

@@ -138,6 +138,37 @@ def test_a_sleeper_wakes_before_all_else_and_is_billed_for_memory_alone() -> Non
     assert not world.asleep
 
 
+def test_one_that_goes_back_to_sleep_while_it_wakes_is_billed_until_it_sleeps() -> None:
+    world = World(COLD)
+    instance = world.up()
+    world.fleet.sleep(instance)
+    world.clock.run_until(100.0)
+    assert world.asleep == {"k": 1}
+    again = world.ask()
+    assert (again.source, world.asleep) == ("memory", {})
+    world.clock.run_until(101.0)
+    again.state = "draining"
+    world.fleet.sleep(again)
+    gpu_s = world.fleet.bill.gpu_seconds["m"]
+    world.clock.run_until(105.4)
+    assert (world.left, world.asleep, world.fleet.bill.gpus) == ([instance.id], {}, 2)
+    world.clock.run_until(105.6)  # 1.5 s to wake and 4 s to fall asleep.
+    assert (world.left, world.asleep, world.fleet.bill.gpus) == ([instance.id, again.id], {"k": 1}, 0)
+    assert world.fleet.bill.gpu_seconds["m"] - gpu_s == pytest.approx(2 * 5.5)
+
+
+def test_a_wake_that_would_have_failed_does_not_sleep_again() -> None:
+    world = World(COLD)
+    world.fleet.sleep(world.up())
+    world.clock.run_until(100.0)
+    world.fleet._failures = replace(world.fleet._failures, start_failure=1.0)
+    again = world.ask()
+    again.state = "draining"
+    world.fleet.sleep(again)
+    world.clock.run_until(200.0)
+    assert (world.left[-1], world.asleep, world.fleet.bill.gpus) == (again.id, {}, 0)
+
+
 def test_memory_holds_so_many_and_is_shared_by_kinds() -> None:
     """Room for two. The third of a kind is stopped, one of another kind takes a place of the first's, and
     another one not the last."""

@@ -2,7 +2,8 @@
 
 States: ``starting`` -> ``ready`` -> ``draining`` -> ``gone``; a start that is no longer wanted, and a failure, go
 straight to ``gone``; a draining instance may be taken back. What becomes of one that has drained is the fleet's affair:
-it is stopped, or it sleeps, and some later start is its waking. One that falls asleep holds its GPUs until it does.
+it is stopped, or it sleeps, and some later start is its waking. One that falls asleep holds its GPUs until it does. A
+start that is waking a sleeper and is no longer wanted may go back to sleep.
 """
 
 from __future__ import annotations
@@ -294,7 +295,10 @@ class Lifecycle:
 
     def _drain(self, state: ModelState, instance: Instance) -> None:
         if instance.state == "starting":
-            self._remove(state, instance)
+            if self._sleeps_again(state, instance):
+                self._fall_asleep(instance)
+            else:
+                self._remove(state, instance)
             return
         state.router.remove(instance)
         instance.state = "draining"
@@ -353,7 +357,12 @@ class Lifecycle:
         if self._sleepers is None or instance.leaving or not self._may_sleep(state):
             self._remove(state, instance)
             return
+        self._fall_asleep(instance)
+
+    def _fall_asleep(self, instance: Instance) -> None:
+        assert self._sleepers is not None
         self._falling_asleep.add(instance.id)
+        instance.state = "draining"
         instance.leaving = True
         self._sleepers.sleep(instance)
 
@@ -363,6 +372,18 @@ class Lifecycle:
         falling = sum(1 for number in state.instances if number in self._falling_asleep)
         return sum(state.asleep.values()) + falling < state.asleep_most
 
+    def _sleeps_again(self, state: ModelState, instance: Instance) -> bool:
+        """Whether one that is waking, and not wanted any more, sleeps again. A wake is not stopped half-way: its GPUs
+        are billed for the rest of it, for falling asleep (taken to be as long as a wake), and for the next wake. Those
+        of one that is stopped are billed for the next load instead. The less is chosen. To keep it up until it may be
+        wanted would be billed for all of that time."""
+        if self._sleepers is None or instance.source != "memory" or not self._may_sleep(state):
+            return False
+        wake_s = state.start_s.get("memory", 0.0)
+        load_s = min((s for source, s in state.start_s.items() if source != "memory"), default=state.cold_start_s)
+        rest_s = max(0.0, wake_s - (self._clock.now_s - instance.began_s))
+        return rest_s + 2.0 * wake_s <= load_s
+
     def _allow_asleep(self, state: ModelState, most: int) -> None:
         state.asleep_most = left = max(0, most)
         if self._sleepers is not None and sum(state.asleep.values()) > most:
@@ -371,10 +392,13 @@ class Lifecycle:
                     self._sleepers.keep_asleep(kind, left)
                 left -= min(left, count)
 
-    def asleep(self, state: ModelState, instance: Instance) -> None:
-        """It has left its GPUs, to sleep or because it was stopped."""
+    def asleep(self, states: Iterable[ModelState], state: ModelState, instance: Instance) -> None:
+        """It has left its GPUs, to sleep or because it was stopped: for whoever of ``states``, which is all of them,
+        has waited for GPUs since the last tick."""
         self._forget(state, instance)
         self._announce("gone", instance)
+        for each in states:
+            self.reconcile(each)
 
     def kinds_asleep(self, states: Iterable[ModelState], asleep: Mapping[str, int]) -> None:
         for state in states:

@@ -395,7 +395,7 @@ class ControlPlane:
     def instance_asleep(self, instance: Instance) -> None:
         """Its GPUs are free."""
         if self._knows(instance):
-            self._lifecycle.asleep(self.models[instance.model], instance)
+            self._lifecycle.asleep(self.models.values(), self.models[instance.model], instance)
 
     def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
         """How many sleepers of each kind there are now, by name."""

@@ -53,8 +53,9 @@ class Sleepers(Protocol):
     others. A sleeper is no instance any more; the next ``Fleet.create`` of its kind wakes it."""
 
     def sleep(self, instance: Instance) -> None:
-        """Put a drained instance to sleep, or stop it where there is no room for a sleeper. Answered by
-        ``instance_asleep``, or by ``instance_failed``."""
+        """Put a drained instance to sleep, or stop it where there is no room for a sleeper. Likewise one that is still
+        waking, of a fleet that has said so by its ``source``: once it is awake. Answered by ``instance_asleep``, or by
+        ``instance_failed``."""
 
     def keep_asleep(self, kind: str, most: int) -> None:
         """Stop sleepers of a kind, by its name, beyond so many."""

@@ -96,6 +96,8 @@ class FleetModel:
         """Of the stages of instances that are pipelines."""
         self._sleep = sleep or Sleep()
         self._asleep = SleepersModel(clock, self._sleep, self.bill)
+        self._waking: dict[int, tuple[float, bool]] = {}
+        """Starts that wake a sleeper, by instance id: until when, and whether they fail then."""
         self._up: dict[int, list[list[int]]] = {}
         """Replicas of each stage of a pipeline that has no engine yet."""
         self._notice_s = notice_s
@@ -131,9 +133,12 @@ class FleetModel:
                 instance.source, load_s = self._source(instance, warm=warm, wakes=wakes)
                 self._bill_from_now(instance)
                 self.bill.count_start(warm=warm, wakes=wakes)
+                if wakes:
+                    self._waking[instance.id] = self._clock.now_s + load_s * spread, fails
                 self._clock.call_later(load_s * spread, loaded)
 
         def loaded() -> None:
+            self._waking.pop(instance.id, None)
             if instance.state != "starting":
                 return
             self.bill.loading_gpu_seconds += load_s * spread * instance.kind.gpus
@@ -159,25 +164,29 @@ class FleetModel:
         return self._attach(instance)
 
     def remove(self, instance: Instance) -> None:
+        self._waking.pop(instance.id, None)
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
         if self._stop_billing(instance):
             self._nodes.release(instance.kind.name)
 
     def sleep(self, instance: Instance) -> None:
-        """What is dead, noticed or not, does not sleep, nor what is too large: it is gone at once."""
+        """What is dead, noticed or not, does not sleep, nor what is too large: it is gone at once. One that is waking
+        sleeps again once it is awake, unless that fails."""
+        awake_s, fails = self._waking.pop(instance.id, (self._clock.now_s, False))
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
 
         def asleep() -> None:
-            if self._stop_billing(instance) and not self._asleep.add(instance):
+            if self._stop_billing(instance) and (fails or not self._asleep.add(instance)):
                 self._nodes.release(instance.kind.name)
             self._tell_asleep()
             assert self.sleep_listener is not None
             self.sleep_listener.instance_asleep(instance)
 
         falls = instance.id in self._billed_from and self._sleep.holds(instance.kind)
-        self._clock.call_later(self._sleep.fall_asleep_s if falls else 0.0, asleep)
+        fall_s = self._sleep.fall_asleep_s if falls and not fails else 0.0
+        self._clock.call_later(awake_s - self._clock.now_s + fall_s, asleep)
 
     def keep_asleep(self, kind: str, most: int) -> None:
         self._asleep.keep(kind, most)
