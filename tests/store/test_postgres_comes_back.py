@@ -91,7 +91,7 @@ def test_what_was_leased_just_before_the_server_went_is_leased_again(
         async with site.gateway() as store, other_site.gateway("other") as other:
             await start(site, store, 6)
             await store.pending()  # So all that was asked before is committed.
-            owed = store._opened.owed
+            owed = store._threads.opened.owed
             proxy.cut("answered", down=True)
             with pytest.raises(StoreUnavailable):
                 await store.lease(MODEL, 4)
@@ -220,7 +220,7 @@ def test_a_batch_comes_to_its_end_wherever_connections_are_cut(
 
 async def end_connections(by: PostgresStore) -> None:
     """All but its own."""
-    await by._change(
+    await by._threads.change(
         lambda db: db.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE application_name LIKE 'chiron %' AND pid != pg_backend_pid()"

@@ -118,7 +118,7 @@ def test_one_that_is_stopped_in_the_middle_of_a_commit_holds_up_nobody(postgres_
             inside.set()
             wakes.wait(60)
 
-        writing = asyncio.wrap_future(old._opened.writer.submit(stopped))
+        writing = asyncio.wrap_future(old._threads.opened.writer.submit(stopped))
         await asyncio.to_thread(inside.wait, 60)
         new = await lead(site, "b")
         async with asyncio.timeout(60):

@@ -35,7 +35,7 @@ async def serves(site: PostgresSite) -> None:
         while leased := await store.lease(MODEL, 10):
             await store.finish([result(item) for item in leased], site.now_s)
         assert (await store.get_batch(batch.id, None)).completed == 30
-        settings = await store._read(
+        settings = await store._threads.read(
             lambda db: db.execute(
                 "SELECT current_setting('statement_timeout') AS statement, current_setting('enable_seqscan') AS scans,"
                 " current_setting('idle_in_transaction_session_timeout') AS idle"

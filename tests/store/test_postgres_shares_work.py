@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("psycopg")
 
 from chiron.store.port import Conflict, ItemSpec, LineError, StoreError
-from chiron.store.postgres.store import NAME, PostgresStore
+from chiron.store.postgres.names import NAME
+from chiron.store.postgres.store import PostgresStore
 from store_calls import LIMITS, MODEL, check, content, indices, keys, lines_of, result, start, submit
 from store_sites import PostgresSite, end_lease
 
@@ -73,7 +74,7 @@ def test_what_a_dead_gateway_leased_is_leased_by_the_other(postgres_place: Place
             await lives.finish([result(item, text="lives") for item in again], site.now_s)
             for _ in range(3):
                 await lives.expire(site.now_s)  # Chores are run beside it.
-            left = await lives._read(lambda db: db.execute("SELECT count(*) AS n FROM blocks").fetchone()["n"])
+            left = await lives._threads.read(lambda db: db.execute("SELECT count(*) AS n FROM blocks").fetchone()["n"])
             assert left == 1, "what the dead gateway uploaded by half is gone; the batch's input is there"
             # It was only slow: its results come too late, and count for nothing.
             await dead.finish([result(item, text="dead") for item in leased], site.now_s)

@@ -72,7 +72,7 @@ def postgres_site(server: Server, schema: str, directory: Path, **settings: Any)
 async def end_lease(store: PostgresStore, name: str, left: str = "0") -> None:
     """As if nothing had been heard of a gateway for longer than its lease; ``left``: or as if the server's clock had
     been set back by so much."""
-    ended = await store._change(
+    ended = await store._threads.change(
         lambda db: (
             db.execute(
                 "UPDATE holders SET until = clock_timestamp() + CAST(? AS INTERVAL) WHERE name = ?", (left, name)

@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import re
-import socket
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from io import RawIOBase
 from math import inf
 from pathlib import Path
-from threading import Event, Thread, local
-from typing import Any, Final, Literal, TypeVar
-from uuid import uuid4
-
-import psycopg
+from typing import Any, Literal, TypeVar
 
 from chiron.store.damage import Damage
-from chiron.store.directory import disk_error, hold
 from chiron.store.jobs import batches, lists
 from chiron.store.jobs.database import Database, Operation, Transaction
-from chiron.store.jobs.downloads import WholeFiles, read_lines
+from chiron.store.jobs.downloads import read_lines
 from chiron.store.jobs.items import Leased
 from chiron.store.jobs.rows import FAILED, OK, write_row
 from chiron.store.jobs.validation import Validation
@@ -45,63 +35,24 @@ from chiron.store.port import (
     InputLimits,
     Item,
     PendingWork,
-    StoreClosed,
-    StoreCorrupt,
     StoreDamaged,
     StoredFile,
     StoreError,
-    StoreUnavailable,
     Swept,
 )
 from chiron.store.postgres import leases
-from chiron.store.postgres.connection import Connection, connect, is_lost, patience_of, store_error, where
-from chiron.store.postgres.content import (
-    BlockStream,
-    BlockUpload,
-    read_block,
-    read_bodies,
-    require_room,
-    take_upload,
-)
+from chiron.store.postgres.connection import where
+from chiron.store.postgres.content import BlockStream, BlockUpload, read_block, read_bodies, require_room, take_upload
 from chiron.store.postgres.learned import read_learned
 from chiron.store.postgres.schema import read_meta
 from chiron.store.postgres.settings import PostgresSettings
-from chiron.store.postgres.writer import CHANNEL, Writer
+from chiron.store.postgres.threads import READ, Opened, Threads
 from chiron.store.sums import Row
 from chiron.store.trusted_clock import ClockMarks
 
 T = TypeVar("T")
 
 log = logging.getLogger("chiron.store")
-
-LISTEN_AGAIN_S: Final = 5.0
-COMMIT_WAIT_S: Final = 3.0
-"""For so long the answer of a commit is waited for while the server is away."""
-LOOK_S: Final = 0.5
-_READ: Final = "BEGIN READ ONLY"
-_SNAPSHOT: Final = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-NAME: Final = "gateway-name"
-_NAME_FORM: Final = re.compile(r"[A-Za-z0-9._-]{13,80}")
-
-
-@dataclass(slots=True)
-class _Opened:
-    """What exists while the store is open."""
-
-    held: int | None
-    """The lock of the directory."""
-    writer: Writer
-    readers: ThreadPoolExecutor
-    validator: ThreadPoolExecutor
-    places: asyncio.Semaphore
-    whole: WholeFiles
-    listener: Thread
-    end: Event = field(default_factory=Event)
-    connections: list[Connection] = field(default_factory=list)
-    uploads: set[BlockUpload] = field(default_factory=set)
-    validating: set[str] = field(default_factory=set)
-    owed: deque[tuple[str, int]] = field(default_factory=deque)
-    """Items that are leased for nobody, because the server was away when they were to be given back."""
 
 
 class PostgresStore:
@@ -121,190 +72,49 @@ class PostgresStore:
         sees to it that no two gateways have the same. ``leads``: one of several gateways, of which only the leader
         has the store open; all have one name."""
         self.settings = settings
-        self.directory = directory
-        self._given_name = name if leads is None else f"leader:{leads.name}"
-        self._leads = leads
-        self._patience = patience_of(settings)
         self.damage = Damage(directory, wall)
         self._wall = wall
-        self._of_thread = local()
-        self._now: _Opened | None = None
-        self._news: Callable[[], None] = lambda: None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self.unavailable = ""
-        """Why it is not open although it is wanted, or cannot be used for now."""
+        self._threads = Threads(directory, settings=settings, name=name, leads=leads, damage=self.damage)
 
     async def open(self) -> None:
-        if self._now is not None:
-            raise Conflict(f"{where(self.settings)}: open already")
-        self._loop = asyncio.get_running_loop()
-        held, writer = await asyncio.to_thread(self._open)
-        end = Event()
-        listener = Thread(target=self._listen, args=(end,), name="store-listener", daemon=True)
-        self._of_thread = local()
-        self._now = _Opened(
-            held=held,
-            writer=writer,
-            readers=ThreadPoolExecutor(self.settings.connections_max, thread_name_prefix="store-reader"),
-            validator=ThreadPoolExecutor(1, thread_name_prefix="store-validator"),
-            places=asyncio.Semaphore(self.settings.operations_max),
-            whole=WholeFiles(self.settings.check_first_bytes_max),
-            listener=listener,
-            end=end,
-        )
-        self.unavailable = ""
-        listener.start()
-
-    def _open(self) -> tuple[int | None, Writer]:
-        given = self._given_name
-        if given is not None:
-            return None, Writer(
-                self.settings, given, self._tell, lambda: _unique_name(given), self._leads, self._patience
-            )
-        held = hold(self.directory)
-        try:
-            name = _name_of(self.directory)
-            return held, Writer(
-                self.settings, name, self._tell, lambda: _new_name(self.directory), patience=self._patience
-            )
-        except BaseException:
-            os.close(held)
-            raise
+        await self._threads.open()
 
     async def close(self) -> None:
-        if self._now is not None:
-            for upload in list(self._now.uploads):
-                try:
-                    await upload.abort()
-                except StoreError as error:
-                    log.debug("an upload is forgotten later: %s", error)
-        now, self._now = self._now, None
-        if now is not None:
-            await asyncio.to_thread(_close, now)
+        for upload in self._threads.uploads:
+            try:
+                await upload.abort()
+            except StoreError as error:
+                log.debug("an upload is forgotten later: %s", error)
+        await self._threads.close()
+
+    @property
+    def unavailable(self) -> str:
+        """Why it is not open although it is wanted, or cannot be used for now."""
+        return self._threads.unavailable
+
+    @unavailable.setter
+    def unavailable(self, why: str) -> None:
+        self._threads.unavailable = why
 
     def hurry(self, within_s: float) -> None:
-        self._patience.until_s = time.monotonic() + within_s
+        self._threads.patience.until_s = time.monotonic() + within_s
 
     def on_news(self, tell: Callable[[], None]) -> None:
-        self._news = tell
+        self._threads.news = tell
 
     def report(self) -> Mapping[str, Any]:
         return {
             "kind": "postgresql",
             "at": where(self.settings),
-            "unavailable": self.unavailable,
+            "unavailable": self._threads.unavailable,
             "damage": self.damage.notes,
         }
-
-    def _tell(self, why: str) -> None:
-        self.unavailable = why
-
-    @property
-    def _opened(self) -> _Opened:
-        if self.unavailable:
-            raise StoreUnavailable(self.unavailable)
-        if self._now is None:
-            raise StoreClosed(f"{where(self.settings)}: the store is not open")
-        return self._now
-
-    # Threads.
-
-    def _listen(self, end: Event) -> None:
-        """On a thread of its own: other gateways say when there is work. Without it work is found by looking."""
-        while not end.is_set():
-            try:
-                db = connect(self.settings, "listener", self._patience)
-                try:
-                    db.execute(f"LISTEN {CHANNEL}")
-                    while not end.is_set():
-                        for told in db.raw.notifies(timeout=0.5, stop_after=1):
-                            if told.payload == self.settings.schema and self._loop is not None:
-                                self._loop.call_soon_threadsafe(self._news)
-                finally:
-                    db.close()
-            except (StoreError, psycopg.Error, RuntimeError) as error:
-                log.debug("not listening for news: %s", error)
-                end.wait(LISTEN_AGAIN_S)
-
-    async def _write(self, operation: Operation[T]) -> T:
-        """Run it on the writer's thread; answered after its commit. Being cancelled does not undo it.
-        Whoever asked does not wait for a server that went away in the middle of the commit."""
-        now = self._opened
-        async with now.places:
-            with self._noting_damage():
-                asked = asyncio.wrap_future(now.writer.submit(operation))
-                asked.add_done_callback(_look_at)
-                away_s = 0.0
-                while not (await asyncio.wait((asked,), timeout=LOOK_S))[0]:
-                    away_s = away_s + LOOK_S if self.unavailable else 0.0
-                    if away_s >= COMMIT_WAIT_S:
-                        raise StoreUnavailable(f"{self.unavailable}; whether it was done meanwhile is not known")
-                return asked.result()
-
-    @contextmanager
-    def _noting_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except (StoreDamaged, StoreCorrupt) as error:
-            self.damage.note(str(error))
-            raise
-
-    async def _read(self, query: Callable[[Database], T], begin: str = _READ) -> T:
-        """Run a query on a reader's thread, in a transaction."""
-        now = self._opened
-        with self._noting_damage():
-            return await asyncio.get_running_loop().run_in_executor(now.readers, lambda: self._query(now, query, begin))
-
-    async def _change(self, query: Callable[[Database], T]) -> T:
-        """The same for what no other operation minds."""
-        return await self._read(query, "BEGIN")
-
-    async def _snapshot(self, query: Callable[[Database], T]) -> T:
-        """The same for several statements that must see the same."""
-        return await self._read(query, _SNAPSHOT)
-
-    def _query(self, now: _Opened, query: Callable[[Database], T], begin: str) -> T:
-        for last in (False, True):
-            db: Connection | None = getattr(self._of_thread, "db", None)
-            try:
-                if db is None:
-                    db = self._of_thread.db = self._connect_reader(now)
-                    last = True
-                db.execute(begin)
-                try:
-                    found = query(db)
-                    db.execute("COMMIT")
-                    return found
-                except BaseException:
-                    if not is_lost(db.raw):
-                        db.execute("ROLLBACK")
-                    raise
-            except psycopg.Error as error:
-                if db is None or not is_lost(db.raw):
-                    raise store_error(error, self.settings) from error
-                # The server may have restarted since: once more with a new connection, if that changes nothing.
-                db.close()
-                now.connections.remove(db)
-                self._of_thread.db = None
-                if last or begin not in (_READ, _SNAPSHOT):
-                    now.writer.look()
-                    raise StoreUnavailable(f"{where(self.settings)}: {error}") from error
-        raise AssertionError
-
-    def _connect_reader(self, now: _Opened) -> Connection:
-        try:
-            db = connect(self.settings, "reader", self._patience)
-        except StoreUnavailable:
-            now.writer.look()
-            raise
-        now.connections.append(db)
-        return db
 
     # Files.
 
     async def begin_file(self, purpose: str, filename: str, owner: str, bytes_max: int) -> BlockUpload:
-        now = self._opened
-        await self._read(lambda db: require_room(db, self.settings.database_bytes_max))
+        now = self._threads.opened
+        await self._threads.read(lambda db: require_room(db, self.settings.database_bytes_max))
         most = min(bytes_max, self.settings.file_bytes_max)
         limit = f"larger than {most} bytes"
         if most < bytes_max:
@@ -319,7 +129,7 @@ class PostgresStore:
                 take_upload(transaction, file)
                 batches.insert_file(transaction.db, file, block_sums=block_sums)
 
-            await self._write(known)
+            await self._threads.write(known)
             return file
 
         upload = BlockUpload(
@@ -334,7 +144,7 @@ class PostgresStore:
             bytes_max=most,
             limit=limit,
             holder=now.writer.holder.no,
-            run=self._change,
+            run=self._threads.change,
             insert=insert,
             on_end=now.uploads.discard,
         )
@@ -346,7 +156,7 @@ class PostgresStore:
         return None if expires_after_s is None else min(expires_after_s, self.settings.retention_s)
 
     async def get_file(self, file_id: str, owner: str | None) -> StoredFile:
-        return await self._read(lambda db: batches.read_file_row(batches.find_file(db, file_id, owner)))
+        return await self._threads.read(lambda db: batches.read_file_row(batches.find_file(db, file_id, owner)))
 
     async def list_files(
         self,
@@ -356,13 +166,13 @@ class PostgresStore:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> list[StoredFile]:
-        return await self._read(lambda db: lists.list_files(db, owner, after, limit, order, purpose))
+        return await self._threads.read(lambda db: lists.list_files(db, owner, after, limit, order, purpose))
 
     async def delete_file(self, file_id: str, owner: str | None) -> None:
-        await self._write(lambda transaction: batches.delete_file(transaction, file_id, owner))
+        await self._threads.write(lambda transaction: batches.delete_file(transaction, file_id, owner))
 
     async def read_file(self, file_id: str, owner: str | None) -> AsyncIterator[bytes]:
-        row = await self._read(lambda db: batches.find_file(db, file_id, owner))
+        row = await self._threads.read(lambda db: batches.find_file(db, file_id, owner))
         if row["batch_id"] is not None:
             blocks = self._read_lines(row["batch_id"], row["state"], owner)
         else:
@@ -371,10 +181,10 @@ class PostgresStore:
             yield block
 
     async def _read_upload(self, row: Row) -> AsyncIterator[bytes]:
-        if self._opened.whole.is_unchecked(row["id"], row["bytes"]):
+        if self._threads.opened.whole.is_unchecked(row["id"], row["bytes"]):
             async for _ in self._blocks(row):
                 pass
-            self._opened.whole.add(row["id"])
+            self._threads.opened.whole.add(row["id"])
         async for block in self._blocks(row):
             yield block
 
@@ -392,7 +202,7 @@ class PostgresStore:
                     message = f"file {row['id']!r} is damaged: {error.strerror}"
                     raise StoreDamaged(message) from error
 
-            block = await self._read(query)
+            block = await self._threads.read(query)
             if not block:
                 return
             yield block
@@ -403,7 +213,9 @@ class PostgresStore:
             yield block
 
     def _read_lines(self, batch_id: str, state: int, owner: str | None) -> AsyncIterator[bytes]:
-        return read_lines(self._snapshot, self._opened.whole, batch_id, state, owner, self.settings.block_bytes)
+        return read_lines(
+            self._threads.snapshot, self._threads.opened.whole, batch_id, state, owner, self.settings.block_bytes
+        )
 
     # Batches.
 
@@ -419,8 +231,8 @@ class PostgresStore:
         now_s: float,
         output_expires_after_s: float | None = None,
     ) -> Batch:
-        await self._read(lambda db: require_room(db, self.settings.database_bytes_max))
-        return await self._write(
+        await self._threads.read(lambda db: require_room(db, self.settings.database_bytes_max))
+        return await self._threads.write(
             lambda transaction: batches.create_batch(
                 transaction,
                 owner=owner,
@@ -435,9 +247,9 @@ class PostgresStore:
         )
 
     async def validate(self, batch_id: str, check: Check, limits: InputLimits) -> Batch:
-        now = self._opened
+        now = self._threads.opened
         batch = await self.get_batch(batch_id, None)
-        incomplete = await self._read(lambda db: batches.find_batch(db, batch_id)["incomplete"])
+        incomplete = await self._threads.read(lambda db: batches.find_batch(db, batch_id)["incomplete"])
         if batch.status != "validating" and not incomplete:
             return batch
         if batch_id in now.validating:
@@ -447,14 +259,14 @@ class PostgresStore:
             # On the validator's thread, which would wait for the answer anyway.
             answer: Future[Any] = Future()
             answer.set_result(
-                now.readers.submit(lambda: self._query(now, lambda db: _ask(db, operation), _READ)).result()
+                now.readers.submit(lambda: self._threads.query(now, lambda db: _ask(db, operation), READ)).result()
             )
             return answer
 
         def open_input(file: Row) -> RawIOBase:
             def read(number: int) -> bytes:
                 return now.readers.submit(
-                    lambda: self._query(now, lambda db: read_block(db, file, number), _READ)
+                    lambda: self._threads.query(now, lambda db: read_block(db, file, number), READ)
                 ).result()
 
             return BlockStream(read)
@@ -470,7 +282,9 @@ class PostgresStore:
         now.validating.add(batch_id)
         holder = now.writer.holder
         try:
-            if not await self._write(lambda transaction: leases.begin_validation(transaction, holder, batch_id)):
+            if not await self._threads.write(
+                lambda transaction: leases.begin_validation(transaction, holder, batch_id)
+            ):
                 raise Conflict(f"batch {batch_id!r} is being validated by another gateway")
         except BaseException:
             now.validating.discard(batch_id)
@@ -483,23 +297,25 @@ class PostgresStore:
         return await self.get_batch(batch_id, None)
 
     async def unvalidated(self) -> list[Batch]:
-        holder = self._opened.writer.holder
+        holder = self._threads.opened.writer.holder
 
         def query(db: Database) -> list[Batch]:
             others = leases.validated_by_others(db, holder)
             return [batch for batch in lists.unvalidated(db) if batch.id not in others]
 
-        return await self._read(query)
+        return await self._threads.read(query)
 
     async def get_batch(self, batch_id: str, owner: str | None) -> Batch:
-        return await self._read(lambda db: batches.read_batch(batches.find_batch(db, batch_id, owner)))
+        return await self._threads.read(lambda db: batches.read_batch(batches.find_batch(db, batch_id, owner)))
 
     async def list_batches(self, owner: str | None, after: str | None = None, limit: int = 20) -> list[Batch]:
-        return await self._read(lambda db: lists.list_batches(db, owner, after, limit))
+        return await self._threads.read(lambda db: lists.list_batches(db, owner, after, limit))
 
     async def cancel_batch(self, batch_id: str, now_s: float, owner: str | None = None) -> Batch:
-        holder = self._opened.writer.holder
-        return await self._write(lambda transaction: batches.cancel_batch(transaction, holder, batch_id, now_s, owner))
+        holder = self._threads.opened.writer.holder
+        return await self._threads.write(
+            lambda transaction: batches.cancel_batch(transaction, holder, batch_id, now_s, owner)
+        )
 
     # Items.
 
@@ -511,7 +327,7 @@ class PostgresStore:
         bytes_max: int | None = None,
         besides: Collection[str] = (),
     ) -> list[Item]:
-        now = self._opened
+        now = self._threads.opened
         if limit <= 0 or bytes_max == 0:
             return []
         async with now.places:
@@ -531,9 +347,9 @@ class PostgresStore:
                 alone=True,
             )
             try:
-                with self._noting_damage():
+                with self._threads.noting_damage():
                     leased = await asyncio.shield(asyncio.wrap_future(future))
-                found, lost = await self._read(lambda db: read_bodies(db, leased))
+                found, lost = await self._threads.read(lambda db: read_bodies(db, leased))
                 for batch_id in lost:
                     await self._lose_input(now, batch_id)
             except BaseException:
@@ -542,7 +358,7 @@ class PostgresStore:
                 raise
             return found
 
-    async def _lose_input(self, now: _Opened, batch_id: str) -> None:
+    async def _lose_input(self, now: Opened, batch_id: str) -> None:
         now_s = self._wall()
         # A part of a lease, which has its place already: to wait for another could be for ever.
         lost = now.writer.submit(
@@ -550,15 +366,15 @@ class PostgresStore:
         )
         await asyncio.shield(asyncio.wrap_future(lost))
 
-    def _give_back_leased(self, now: _Opened, done: Future[list[Leased]]) -> None:
+    def _give_back_leased(self, now: Opened, done: Future[list[Leased]]) -> None:
         if not done.cancelled() and done.exception() is None:
             self._give_back(now, [(item.batch_id, item.index) for item in done.result()])
 
-    def _give_back_owed(self, now: _Opened) -> None:
+    def _give_back_owed(self, now: Opened) -> None:
         if keys := [now.owed.popleft() for _ in range(len(now.owed))]:
             self._give_back(now, keys)
 
-    def _give_back(self, now: _Opened, keys: list[tuple[str, int]]) -> None:
+    def _give_back(self, now: Opened, keys: list[tuple[str, int]]) -> None:
         """Now, or as soon as the server is there."""
 
         def given(done: Future[None]) -> None:
@@ -569,17 +385,17 @@ class PostgresStore:
         released.add_done_callback(given)
 
     async def finish(self, ended: Sequence[Ended], now_s: float) -> None:
-        now = self._opened
+        now = self._threads.opened
         async with now.places:
-            with self._noting_damage():
+            with self._threads.noting_damage():
                 await asyncio.shield(asyncio.wrap_future(now.writer.finish(ended, now_s)))
 
     async def release(self, items: Sequence[tuple[str, int]], failed_attempt: bool) -> None:
-        holder = self._opened.writer.holder
-        await self._write(lambda transaction: leases.release(transaction, holder, items, failed_attempt))
+        holder = self._threads.opened.writer.holder
+        await self._threads.write(lambda transaction: leases.release(transaction, holder, items, failed_attempt))
 
     async def pending(self) -> list[PendingWork]:
-        now = self._opened
+        now = self._threads.opened
         async with now.places:
             asked = now.writer.submit(lambda transaction: leases.pending(transaction.db), reads=True)
             return await asyncio.shield(asyncio.wrap_future(asked))
@@ -592,7 +408,7 @@ class PostgresStore:
             marks = ClockMarks(seen_s=row["seen_s"], trusted_s=row["trusted_s"], doubt_s=row["doubt_s"])
             return batches.clock_marks(db, marks)
 
-        return await self._read(query)
+        return await self._threads.read(query)
 
     async def keep_clock_marks(self, marks: ClockMarks) -> None:
         def keep(transaction: Transaction) -> None:
@@ -601,10 +417,10 @@ class PostgresStore:
             told = {"seen_s": marks.seen_s, "trusted_s": marks.trusted_s, "doubt_s": marks.doubt_s}
             write_row(transaction.db, "meta", values | told)
 
-        await self._write(keep)
+        await self._threads.write(keep)
 
     async def expire(self, now_s: float) -> list[str]:
-        now = self._opened
+        now = self._threads.opened
         holder = now.writer.holder
         self._give_back_owed(now)
 
@@ -615,10 +431,10 @@ class PostgresStore:
             batches.expire_files(transaction, now_s)
             return late
 
-        return await self._write(run)
+        return await self._threads.write(run)
 
     async def sweep(self, now_s: float) -> Swept:
-        count, files = await self._write(
+        count, files = await self._threads.write(
             lambda transaction: batches.sweep(transaction, now_s - self.settings.retention_s)
         )
         return Swept(batches=count, files=len(files))
@@ -627,7 +443,7 @@ class PostgresStore:
 
     async def save_learned(self, name: str, data: bytes) -> None:
         check_learned(name, data)
-        await self._write(
+        await self._threads.write(
             lambda transaction: transaction.db.insert_rows(
                 "learned", ("name", "data", "sum"), [(name, data, learned_sum(name, data))], True
             )
@@ -636,58 +452,10 @@ class PostgresStore:
     async def load_learned(self, name: str) -> bytes | None:
         check_learned(name)
 
-        return await self._read(lambda db: read_learned(db, name))
-
-
-def _name_of(directory: Path) -> str:
-    """The name of the gateway that has this directory, the same at each start: so its next process knows at once that
-    the last one is over. Raises StoreError."""
-    path = directory / NAME
-    try:
-        known = path.read_text().strip()
-    except FileNotFoundError:
-        known = ""
-    except OSError as error:
-        raise disk_error(error, path) from error
-    return known if _NAME_FORM.fullmatch(known) else _new_name(directory)
-
-
-def _new_name(directory: Path) -> str:
-    """It is that of the directory from now on."""
-    name, path = _unique_name(socket.gethostname()), directory / NAME
-    try:
-        part = path.with_name(f"{NAME}.part")
-        part.write_text(f"{name}\n")
-        part.rename(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
-    return name
-
-
-def _unique_name(like: str) -> str:
-    return f"{like[:60]}-{uuid4().hex[:12]}"
+        return await self._threads.read(lambda db: read_learned(db, name))
 
 
 def _ask(db: Database, operation: Operation[T]) -> T:
     from chiron.store.jobs.database import Meta
 
     return operation(Transaction(db, Meta()))
-
-
-def _look_at(asked: asyncio.Future[Any]) -> None:
-    """Nobody may be there any more to hear of its error."""
-    if not asked.cancelled():
-        asked.exception()
-
-
-def _close(now: _Opened) -> None:
-    now.end.set()
-    now.writer.close()
-    # A validation under way ends at its next block.
-    now.validator.shutdown(wait=True, cancel_futures=True)
-    now.readers.shutdown(wait=True)  # Uploads are written there too, and whoever does hears how it ended.
-    for connection in now.connections:
-        connection.close()
-    now.listener.join()
-    if now.held is not None:
-        os.close(now.held)
