@@ -36,9 +36,11 @@ class Up:
 class World:
     """A fleet, and what it tells."""
 
-    def __init__(self, cold: ColdStart, sleep: Sleep = SLEEP) -> None:
+    def __init__(self, cold: ColdStart, sleep: Sleep = SLEEP, gpus_max: Mapping[str, int] | None = None) -> None:
         self.clock = VirtualClock()
-        self.fleet = FleetModel(clock=self.clock, cold_start=cold, seed=0, make_engine=Up, sleep=sleep)
+        self.fleet = FleetModel(
+            clock=self.clock, cold_start=cold, seed=0, make_engine=Up, sleep=sleep, gpus_max=gpus_max
+        )
         self.fleet.listener = self.fleet.sleep_listener = self
         self.asleep: Mapping[str, int] = {}
         self.left: list[int] = []
@@ -169,6 +171,54 @@ def test_a_wake_that_would_have_failed_does_not_sleep_again() -> None:
     assert (world.left[-1], world.asleep, world.fleet.bill.gpus) == (again.id, {}, 0)
 
 
+ON_NODES = replace(SLEEP, gpus_per_node=4, host_memory_gb=10.0)
+
+
+def test_a_sleeper_wakes_on_its_node_alone() -> None:
+    world = World(COLD, ON_NODES, {"g": 8})
+    up = [world.up() for _ in range(4)]
+    for instance in (up[0], up[2]):  # One on each of the two nodes.
+        world.fleet.sleep(instance)
+        world.clock.run_until(world.clock.now_s + 5.0)
+    assert world.asleep == {"k": 2}
+    one, other = (world.up(replace(KIND, name="small", gpus=1)) for _ in range(2))
+    assert world.fleet.places is not None
+    assert world.fleet.places.held() == {("g", 0): 4, ("g", 1): 2}, "they are packed"
+    assert world.ask().source == "memory"
+    world.fleet.remove(up[3])
+    assert world.ask().source == "disk", "GPUs are free on the other node"
+    assert world.asleep == {"k": 1}
+    world.fleet.remove(one)
+    world.fleet.remove(other)
+    assert world.ask().source == "memory"
+
+
+def test_each_node_has_memory_of_its_own_and_who_is_spread_over_two_does_not_sleep() -> None:
+    world = World(COLD, ON_NODES, {"g": 8})
+    on_one = [world.up() for _ in range(2)]
+    for instance in on_one:
+        world.fleet.sleep(instance)
+        world.clock.run_until(world.clock.now_s + 5.0)
+    assert world.asleep == {"k": 1}, "the node has memory for one"
+    smalls = [world.up(replace(KIND, name="small", gpus=3)) for _ in range(2)]
+    spread = world.up()
+    left = len(world.left)
+    world.fleet.sleep(spread)
+    world.clock.run_until(world.clock.now_s)
+    assert (len(world.left), world.asleep) == (left + 1, {"k": 1}), "at once"
+    world.fleet.remove(smalls[0])
+    assert world.fleet.places is not None
+    assert world.fleet.places.held() == {("g", 1): 3}
+
+
+def test_of_gpus_without_a_limit_there_is_another_node() -> None:
+    world = World(COLD, ON_NODES)
+    for gpus in (3, 2, 6):
+        world.up(replace(KIND, name=str(gpus), gpus=gpus))
+    assert world.fleet.places is not None
+    assert sorted(world.fleet.places.held().values()) == [3, 4, 4]
+
+
 def test_memory_holds_so_many_and_is_shared_by_kinds() -> None:
     """Room for two. The third of a kind is stopped, one of another kind takes a place of the first's, and
     another one not the last."""
@@ -205,7 +255,13 @@ def test_nobody_is_stopped_for_one_that_finds_no_room_all_the_same() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("host_memory_gb", -1.0), ("wake_gb_per_s", 0.0), ("sleeper_gb", 0.0), ("fall_asleep_s", -1.0)],
+    [
+        ("host_memory_gb", -1.0),
+        ("wake_gb_per_s", 0.0),
+        ("sleeper_gb", 0.0),
+        ("gpus_per_node", -1),
+        ("fall_asleep_s", -1.0),
+    ],
 )
 def test_what_makes_no_sense_is_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}; it must be"):

@@ -8,7 +8,7 @@ instance, so one policy's extra start does not shift another's luck.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from random import Random
@@ -18,6 +18,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, FleetEvents, SleeperEvents
 from chiron.core.types import Instance, StartSource
 from chiron.fleet.bill import Bill as Bill
+from chiron.fleet.places_model import Places
 from chiron.fleet.replicas import ReplicaFleet
 from chiron.fleet.sleepers_model import Sleep as Sleep
 from chiron.fleet.sleepers_model import SleepersModel
@@ -68,8 +69,10 @@ class FleetModel:
         make_engine: Callable[[Instance], ModelledEngine],
         notice_s: float = 0.0,
         sleep: Sleep | None = None,
+        gpus_max: Mapping[str, int] | None = None,
     ) -> None:
-        """``notice_s``: how long it takes to notice that an instance has died, unless somebody suspects it."""
+        """``notice_s``: how long it takes to notice that an instance has died, unless somebody suspects it.
+        ``gpus_max``: how many GPUs of each type there are; of a type not named, as many as wanted."""
         self.bill = Bill()
         self.listener: FleetEvents | None = None
         """Set once the control plane exists; it needs a fleet to be made."""
@@ -95,7 +98,11 @@ class FleetModel:
         )
         """Of the stages of instances that are pipelines."""
         self._sleep = sleep or Sleep()
-        self._asleep = SleepersModel(clock, self._sleep, self.bill)
+        self.sleepers = SleepersModel(clock, self._sleep, self.bill)
+        self.places: Places | None = None
+        """Where nodes have a size."""
+        if self._sleep.gpus_per_node:
+            self.places = Places(self._sleep.gpus_per_node, gpus_max or {})
         self._waking: dict[int, tuple[float, bool]] = {}
         """Starts that wake a sleeper, by instance id: until when, and whether they fail then."""
         self._up: dict[int, list[list[int]]] = {}
@@ -117,7 +124,10 @@ class FleetModel:
             self._create_pipeline(instance)
             return
         cold, draw = self._cold_start, self._random(instance)
-        wakes = self._asleep.take(instance.kind.name)
+        sleeper = self.sleepers.wake(instance.kind, self.places)
+        wakes = sleeper is not None
+        if self.places is not None:
+            self.places.take(instance, None if sleeper is None else sleeper.node)
         if wakes:
             self._tell_asleep()
         warm = wakes or self._nodes.take(instance.kind.name)
@@ -144,6 +154,7 @@ class FleetModel:
             self.bill.loading_gpu_seconds += load_s * spread * instance.kind.gpus
             if fails:
                 self._stop_billing(instance)
+                self._leave(instance)
                 self._heard_by().instance_failed(instance)
             else:
                 self._heard_by().instance_ready(instance, self._attach(instance))
@@ -161,12 +172,15 @@ class FleetModel:
                 [self.replicas.attach_running(instance, number) for _ in range(stage.initial_replicas)]
                 for number, stage in enumerate(instance.kind.pipeline.stages)
             ]
+        elif self.places is not None:
+            self.places.take(instance)
         return self._attach(instance)
 
     def remove(self, instance: Instance) -> None:
         self._waking.pop(instance.id, None)
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
+        self._leave(instance)
         if self._stop_billing(instance):
             self._nodes.release(instance.kind.name)
 
@@ -176,20 +190,23 @@ class FleetModel:
         awake_s, fails = self._waking.pop(instance.id, (self._clock.now_s, False))
         self._unnoticed.pop(instance.id, None)
         self.engines.pop(instance.id, None)
+        node = None if self.places is None else self.places.node(instance)
+        spread = self.places is not None and node is None
 
         def asleep() -> None:
-            if self._stop_billing(instance) and (fails or not self._asleep.add(instance)):
+            if self._stop_billing(instance) and (fails or spread or not self.sleepers.add(instance, node)):
                 self._nodes.release(instance.kind.name)
+            self._leave(instance)
             self._tell_asleep()
             assert self.sleep_listener is not None
             self.sleep_listener.instance_asleep(instance)
 
-        falls = instance.id in self._billed_from and self._sleep.holds(instance.kind)
-        fall_s = self._sleep.fall_asleep_s if falls and not fails else 0.0
+        falls = instance.id in self._billed_from and self._sleep.holds(instance.kind) and not (spread or fails)
+        fall_s = self._sleep.fall_asleep_s if falls else 0.0
         self._clock.call_later(awake_s - self._clock.now_s + fall_s, asleep)
 
     def keep_asleep(self, kind: str, most: int) -> None:
-        self._asleep.keep(kind, most)
+        self.sleepers.keep(kind, most)
         self._tell_asleep()
 
     def suspect(self, instance: Instance) -> None:
@@ -208,7 +225,7 @@ class FleetModel:
         for instance_id in list(self._billed_from):
             self._stop_billing(self._billed[instance_id])
         self.replicas.close()
-        self._asleep.close()
+        self.sleepers.close()
 
     def take_replicas(self, instance: Instance) -> list[list[int]]:
         """Numbers of a pipeline's replicas, stage by stage, for its engine: from then on it starts and stops them."""
@@ -255,9 +272,13 @@ class FleetModel:
         )
         return self._cold_start.fastest(warm=warm, peer=peer, weight_bytes=instance.kind.weight_bytes)
 
+    def _leave(self, instance: Instance) -> None:
+        if self.places is not None:
+            self.places.leave(instance)
+
     def _tell_asleep(self) -> None:
         assert self.sleep_listener is not None
-        self.sleep_listener.kinds_asleep(self._asleep.counts())
+        self.sleep_listener.kinds_asleep(self.sleepers.counts())
 
     def _heard_by(self) -> FleetEvents:
         assert self.listener is not None
@@ -288,6 +309,7 @@ class FleetModel:
 
     def _notice(self, instance: Instance) -> None:
         if self._unnoticed.pop(instance.id, None) is not None:
+            self._leave(instance)
             self._heard_by().instance_failed(instance)
 
     def _bill_from_now(self, instance: Instance) -> None:

@@ -1,19 +1,21 @@
 """Sleepers of a modelled fleet: instances that left their GPUs and kept process and weights in host memory.
 
-One pool of host memory stands for that of all nodes, and a sleeper wakes on any free GPUs of its type. Engines of today
-are bound to the GPUs on which they fell asleep, which the model leaves out: what it shows needs a copy of each model
-wherever it may have to wake.
+Where nodes have a size, each has host memory of its own, and a sleeper wakes on the node where it fell asleep, if GPUs
+are free there. Engines of today are bound even to the very GPUs, which the model leaves out. Without, one pool of host
+memory stands for that of all nodes, and a sleeper wakes on any free GPUs of its type: what that shows needs a copy of
+each model wherever it may have to wake.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind
 from chiron.fleet.bill import Bill
+from chiron.fleet.places_model import Node, Places
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +23,11 @@ class Sleep:
     """Whether instances can sleep, and what that takes."""
 
     host_memory_gb: float = 0.0
-    """Host memory for sleepers, of all nodes together, in GB (1e9 bytes). 0: no instance sleeps."""
+    """Host memory for sleepers, of all nodes together, in GB (1e9 bytes); of each node where they have a size. 0: no
+    instance sleeps."""
+    gpus_per_node: int = 0
+    """Size of a node: a sleeper takes memory of the node where it fell asleep, and wakes only there. 0: all nodes are
+    one."""
     sleeper_gb: float | None = None
     """What one sleeper takes of it; None: its weights."""
     fall_asleep_s: float = 5.0
@@ -35,6 +41,8 @@ class Sleep:
     """Of the host memory that sleepers take."""
 
     def __post_init__(self) -> None:
+        if self.gpus_per_node < 0:
+            raise ValueError(f"gpus_per_node is {self.gpus_per_node}; it must be 0 or more")
         for name in ("host_memory_gb", "fall_asleep_s", "wake_s", "price_per_gb_hour"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more, and finite")
@@ -49,17 +57,20 @@ class Sleep:
 
     def holds(self, kind: InstanceKind) -> bool:
         """Whether an instance of this kind can sleep at all."""
-        return kind.pipeline is None and self.gb(kind) <= self.host_memory_gb
+        on_a_node = not self.gpus_per_node or kind.gpus <= self.gpus_per_node
+        return kind.pipeline is None and on_a_node and self.gb(kind) <= self.host_memory_gb
 
     def waking_s(self, kind: InstanceKind) -> float:
         return self.wake_s + kind.weight_bytes / (self.wake_gb_per_s * 1e9)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sleeper:
+class Sleeper:
     kind: InstanceKind
     model: str
     since_s: float
+    node: Node | None
+    """None: all nodes are one."""
 
 
 class SleepersModel:
@@ -69,30 +80,30 @@ class SleepersModel:
         self._clock = clock
         self._sleep = sleep
         self._bill = bill
-        self._asleep: list[_Sleeper] = []
+        self._asleep: list[Sleeper] = []
         """Earliest first."""
 
-    @property
-    def gb(self) -> float:
-        """In use."""
-        return sum(self._sleep.gb(each.kind) for each in self._asleep)
+    def gb(self) -> Mapping[Node | None, float]:
+        """In use, by node."""
+        used: dict[Node | None, float] = {}
+        for each in self._asleep:
+            used[each.node] = used.get(each.node, 0.0) + self._sleep.gb(each.kind)
+        return used
 
     def counts(self) -> Mapping[str, int]:
         """By name of the kind."""
-        counts: dict[str, int] = {}
-        for each in self._asleep:
-            counts[each.kind.name] = counts.get(each.kind.name, 0) + 1
-        return counts
+        return _counts(self._asleep)
 
-    def add(self, instance: Instance) -> bool:
-        """This instance sleeps from now on. False: there is no memory for it. Kinds that have more asleep than its own
-        give way."""
+    def add(self, instance: Instance, node: Node | None = None) -> bool:
+        """This instance sleeps from now on. False: there is no memory for it on its node. Kinds that have more asleep
+        there than its own give way."""
         kind = instance.kind
         needed_gb = self._sleep.gb(kind)
         if not self._sleep.holds(kind):
             return False
-        counts, used_gb, gone = dict(self.counts()), self.gb, []
-        sizes_gb = {each.kind.name: self._sleep.gb(each.kind) for each in self._asleep}
+        there = [each for each in self._asleep if each.node == node]
+        counts, used_gb, gone = _counts(there), sum(self._sleep.gb(each.kind) for each in there), []
+        sizes_gb = {each.kind.name: self._sleep.gb(each.kind) for each in there}
         while used_gb + needed_gb > self._sleep.host_memory_gb * (1.0 + 1e-9):
             most = max(counts, key=lambda name: (counts[name], name))
             if counts[most] <= counts.get(kind.name, 0) + 1:
@@ -101,26 +112,39 @@ class SleepersModel:
             counts[most] -= 1
             used_gb -= sizes_gb[most]
         for name in gone:
-            self.take(name)
-        self._asleep.append(_Sleeper(kind, instance.model, self._clock.now_s))
+            self._take(name, lambda each: each.node == node)
+        self._asleep.append(Sleeper(kind, instance.model, self._clock.now_s, node))
         return True
 
-    def take(self, kind: str) -> bool:
-        """The latest of a kind sleeps no longer: it wakes, or is stopped. False: there is none."""
+    def wake(self, kind: InstanceKind, places: Places | None) -> Sleeper | None:
+        """The latest of a kind that can wake now sleeps no longer. None: none can."""
+        return self._take(
+            kind.name, lambda each: places is None or each.node is None or places.free(each.node) >= kind.gpus
+        )
+
+    def _take(self, kind: str, able: Callable[[Sleeper], bool]) -> Sleeper | None:
         for number in range(len(self._asleep) - 1, -1, -1):
             each = self._asleep[number]
-            if each.kind.name == kind:
+            if each.kind.name == kind and able(each):
                 del self._asleep[number]
                 gb, seconds = self._sleep.gb(each.kind), self._clock.now_s - each.since_s
                 self._bill.count_memory(each.model, gb, self._sleep.price_per_gb_hour, seconds)
-                return True
-        return False
+                return each
+        return None
 
     def keep(self, kind: str, most: int) -> None:
+        """The latest are stopped beyond so many."""
         while self.counts().get(kind, 0) > most:
-            self.take(kind)
+            self._take(kind, lambda each: True)
 
     def close(self) -> None:
         """End every bill that is still open, at now."""
         for kind in self.counts():
             self.keep(kind, 0)
+
+
+def _counts(asleep: Sequence[Sleeper]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for each in asleep:
+        counts[each.kind.name] = counts.get(each.kind.name, 0) + 1
+    return counts

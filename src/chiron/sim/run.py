@@ -134,6 +134,7 @@ class Simulation:
             make_engine=engines.make,
             notice_s=0.0 if setup.wire is None else setup.wire.notice_s,
             sleep=setup.sleep,
+            gpus_max=setup.gpus_max,
         )
         engines.suspect = self.fleet.suspect
         engines.fleet = self.fleet
