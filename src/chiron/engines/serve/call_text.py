@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chiron.engines.serve.answer import CallPiece
-from chiron.engines.serve.grammar import call_opening
+from chiron.engines.serve.schemas.grammar import call_opening
 
 
 class CallText:

@@ -16,8 +16,8 @@ from math import log
 from random import Random
 
 from chiron.engines.serve.answer import CallPiece, TokenLogprob
-from chiron.engines.serve.made_up import make_up
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
+from chiron.engines.serve.schemas.made_up import make_up
 from chiron.engines.serve.vocabulary import WORDS
 
 _SPACED = tuple(f" {word}" for word in WORDS)

@@ -19,11 +19,11 @@ from typing import Any
 from chiron.engines.model import StepTable
 from chiron.engines.profile import Profile, ProfileError
 from chiron.engines.profile_store import load_profile
-from chiron.engines.serve.grammar import Bounds
 from chiron.engines.serve.http import EngineServer, serve_until_stopped
 from chiron.engines.serve.openvino_engine import EngineSettings, OpenVinoEngine
 from chiron.engines.serve.openvino_model import Model, ModelError, ModelSettings
 from chiron.engines.serve.options import whole
+from chiron.engines.serve.schemas.grammar import Bounds
 from chiron.engines.serve.toy import NAME as TOY_NAME
 from chiron.engines.serve.toy import toy_model
 from chiron.net.loop import run_on_loop

@@ -30,7 +30,6 @@ from chiron.engines.model import StepTable
 from chiron.engines.serve.answer import TokenLogprob
 from chiron.engines.serve.call_text import CallText
 from chiron.engines.serve.exposition import Histogram, Totals, exposition
-from chiron.engines.serve.grammar import Bounds, call_grammar, json_grammar
 from chiron.engines.serve.http import Reply
 from chiron.engines.serve.openai import FinishReason, GenerationRequest
 from chiron.engines.serve.openvino_batch import Batch
@@ -38,7 +37,8 @@ from chiron.engines.serve.openvino_model import BLOCK_TOKENS, Model
 from chiron.engines.serve.openvino_sequence import Sequence
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError
-from chiron.engines.serve.schema import SchemaError
+from chiron.engines.serve.schemas.grammar import Bounds, call_grammar, json_grammar
+from chiron.engines.serve.schemas.schema import SchemaError
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
 

@@ -13,8 +13,8 @@ from decimal import Decimal
 from math import ceil, floor
 from random import Random
 
-from chiron.engines.serve.pattern import Chain, Chars, Either, Pattern, Repeat
-from chiron.engines.serve.schema import (
+from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat
+from chiron.engines.serve.schemas.schema import (
     Anything,
     Array,
     Flag,

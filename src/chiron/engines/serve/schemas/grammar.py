@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 
-from chiron.engines.serve.pattern import Chain, Chars, Either, Pattern, Repeat, length
-from chiron.engines.serve.schema import (
+from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat, length
+from chiron.engines.serve.schemas.schema import (
     Anything,
     Array,
     Flag,

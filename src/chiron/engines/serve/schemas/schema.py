@@ -20,8 +20,8 @@ from math import isfinite
 from typing import Any
 from urllib.parse import unquote
 
-from chiron.engines.serve.formats import FORMATS
-from chiron.engines.serve.pattern import Pattern, PatternError, read_pattern, within
+from chiron.engines.serve.schemas.formats import FORMATS
+from chiron.engines.serve.schemas.pattern import Pattern, PatternError, read_pattern, within
 
 NODES_MAX = 10_000
 """Schemas within the schemas of one request, values of ``enum`` included."""

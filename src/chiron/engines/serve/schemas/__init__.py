@@ -1,0 +1,1 @@
+"""JSON of a schema: read, turned into grammars, made up."""
