@@ -18,8 +18,9 @@ from jsonschema import Draft202012Validator
 from chiron.engines.serve.schemas.formats import FORMATS
 from chiron.engines.serve.schemas.grammar import Bounds, call_grammar, json_grammar
 from chiron.engines.serve.schemas.made_up import make_up
+from chiron.engines.serve.schemas.nodes import SchemaError
 from chiron.engines.serve.schemas.pattern import PatternError, read_pattern
-from chiron.engines.serve.schemas.schema import SchemaError, read_schema
+from chiron.engines.serve.schemas.schema import read_schema
 from effort import examples
 
 NAMES = [f"p{i}" for i in range(1000)]

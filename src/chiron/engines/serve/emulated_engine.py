@@ -33,7 +33,7 @@ from chiron.engines.serve.http import Choice, Reply
 from chiron.engines.serve.openai import GenerationRequest
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError
-from chiron.engines.serve.schemas.schema import SchemaError
+from chiron.engines.serve.schemas.nodes import SchemaError
 from chiron.engines.serve.sleep_mode import SleepMode, SleepTimes
 from chiron.net.clock import LiveClock
 from chiron.net.server import Incoming

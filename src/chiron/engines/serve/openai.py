@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chiron.engines.serve.request_error import RequestError, shown
-from chiron.engines.serve.schemas.schema import ANY_OBJECT, VALUES_MAX, Allowance, Schema, SchemaError, read_schema
+from chiron.engines.serve.schemas.measure import VALUES_MAX
+from chiron.engines.serve.schemas.nodes import Schema, SchemaError
+from chiron.engines.serve.schemas.schema import ANY_OBJECT, Allowance, read_schema
 from chiron.engines.serve.tools import NO_TOOLS, ToolCall, Tools, read_calls, read_tools
 
 FinishReason = Literal["stop", "length", "tool_calls"]

@@ -38,7 +38,7 @@ from chiron.engines.serve.openvino_sequence import Sequence
 from chiron.engines.serve.refusals import check_queue, tokens_allowed
 from chiron.engines.serve.request_error import RequestError
 from chiron.engines.serve.schemas.grammar import Bounds, call_grammar, json_grammar
-from chiron.engines.serve.schemas.schema import SchemaError
+from chiron.engines.serve.schemas.nodes import SchemaError
 from chiron.engines.serve.text import TextStream
 from chiron.net.server import Incoming
 

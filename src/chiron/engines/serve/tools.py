@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from chiron.engines.serve.request_error import RequestError, shown
-from chiron.engines.serve.schemas.schema import Allowance, Schema, SchemaError, read_schema
+from chiron.engines.serve.schemas.nodes import Schema, SchemaError
+from chiron.engines.serve.schemas.schema import Allowance, read_schema
 
 TOOLS_MAX = 128
 """Tools in one request, as in OpenAI's API."""

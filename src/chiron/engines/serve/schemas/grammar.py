@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 
-from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat, length
-from chiron.engines.serve.schemas.schema import (
+from chiron.engines.serve.schemas.nodes import (
     Anything,
     Array,
     Flag,
@@ -30,6 +29,7 @@ from chiron.engines.serve.schemas.schema import (
     Text,
     Union,
 )
+from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat, length
 
 SIZE_MAX = 64_000
 """Characters of a grammar. Compiling one takes some microseconds for each, and nothing else runs meanwhile."""

@@ -13,8 +13,7 @@ from decimal import Decimal
 from math import ceil, floor
 from random import Random
 
-from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat
-from chiron.engines.serve.schemas.schema import (
+from chiron.engines.serve.schemas.nodes import (
     Anything,
     Array,
     Flag,
@@ -28,6 +27,7 @@ from chiron.engines.serve.schemas.schema import (
     Union,
     flattest,
 )
+from chiron.engines.serve.schemas.pattern import Chain, Chars, Either, Pattern, Repeat
 from chiron.engines.serve.vocabulary import WORDS
 
 _VALUES = 100

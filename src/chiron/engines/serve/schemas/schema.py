@@ -14,35 +14,52 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Any
 from urllib.parse import unquote
 
 from chiron.engines.serve.schemas.formats import FORMATS
-from chiron.engines.serve.schemas.pattern import Pattern, PatternError, read_pattern, within
+from chiron.engines.serve.schemas.measure import VALUES_MAX, measure
+from chiron.engines.serve.schemas.nodes import (
+    DEPTH_MAX,
+    Anything,
+    Array,
+    Flag,
+    Literal,
+    Node,
+    Number,
+    Object,
+    Property,
+    Ref,
+    Schema,
+    SchemaError,
+    Text,
+    Union,
+    cut_short,
+    error_at,
+)
+from chiron.engines.serve.schemas.pattern import PatternError, read_pattern, within
 
 NODES_MAX = 10_000
 """Schemas within the schemas of one request, values of ``enum`` included."""
-DEPTH_MAX = 64
-"""Levels of a schema, and of the least value that fits one."""
-VALUES_MAX = 10_000
-"""Values within the least value that fits."""
+
 LENGTH_MAX = 10_000
 """``minLength``, in characters."""
+
 BOUND_MAX = 10**15
 """Of numbers, either way: whatever reads JSON keeps whole numbers exact up to there."""
-_ENDLESS = 1 << 30
-"""Height of what only fits inside itself."""
-_WHERE_CHARS_MAX = 200
+
 _REFUSED = tuple(
     "not if then else contains minContains maxContains patternProperties propertyNames minProperties maxProperties "  # noqa: SIM905
     "dependentRequired dependentSchemas dependencies unevaluatedItems unevaluatedProperties additionalItems "
     "$dynamicRef $recursiveRef".split()
 )
 """Keywords that restrict values in ways that are not kept here."""
+
 _TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
+
 _HINTS = {
     "object": ("properties", "required", "additionalProperties"),
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
@@ -50,111 +67,6 @@ _HINTS = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
 """Where no type is said, keywords of one type say which."""
-
-
-class SchemaError(Exception):
-    """A schema that is not understood, or that no value fits. The message names the place."""
-
-
-@dataclass(frozen=True, slots=True)
-class Anything:
-    """Any JSON value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Literal:
-    """One of some values, as compact JSON."""
-
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """true or false."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A string; lengths in characters."""
-
-    least: int = 0
-    most: int | None = None
-    pattern: Pattern | None = None
-    """Every text that matches it keeps the lengths too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    whole: bool
-    least: float | int | None = None
-    most: float | int | None = None
-    open_least: bool = False
-    """``least`` itself is not allowed."""
-    open_most: bool = False
-    multiple: float | int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Array:
-    items: Node
-    least: int = 0
-    most: int | None = None
-    prefix: tuple[Node, ...] = ()
-    unique: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Property:
-    name: str
-    node: Node
-    required: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Object:
-    properties: tuple[Property, ...] = ()
-    extra: Node | None = None
-    """What other properties hold; None: there are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Union:
-    options: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """Another part of the schema, by its JSON pointer."""
-
-    pointer: str
-
-
-Node = Anything | Literal | Flag | Text | Number | Array | Object | Union | Ref
-
-
-@dataclass(frozen=True, slots=True)
-class Schema:
-    root: Node
-    parts: dict[str, Node] = field(default_factory=dict)
-    """What ``Ref`` refers to."""
-    heights: dict[str, int] = field(default_factory=dict)
-    """Levels of the flattest value that is known of each part."""
-    node_heights: dict[int, int] = field(default_factory=dict)
-    """The same of each node, by ``id``."""
-    least_values: int = 1
-    """Values within the flattest value."""
-
-    def height(self, node: Node) -> int:
-        """Whoever goes on to what is flattest comes to an end: a reference counts as a level."""
-        if isinstance(node, Ref):
-            return self.heights.get(node.pointer, _ENDLESS) + 1
-        return self.node_heights.get(id(node), _ENDLESS)
-
-    def resolve(self, node: Node) -> Node:
-        """What stands behind references."""
-        while isinstance(node, Ref):
-            node = self.parts[node.pointer]
-        return node
 
 
 class Allowance:
@@ -175,10 +87,7 @@ def read_schema(given: Any, where: str, allowance: Allowance | None = None) -> S
     root = reader.node(given, where, 0)
     parts = reader.referred()
     schema = Schema(root, parts)
-    return replace(schema, least_values=_measure(schema, where))
-
-
-# -- reading -----------------------------------------------------------------------------------------------------
+    return replace(schema, least_values=measure(schema, where))
 
 
 class _Reader:
@@ -202,14 +111,14 @@ class _Reader:
     def node(self, given: Any, where: str, depth: int) -> Node:
         self._allowance.take(where)
         if depth > DEPTH_MAX:
-            raise _error(where, f"nested deeper than {DEPTH_MAX} levels")
+            raise error_at(where, f"nested deeper than {DEPTH_MAX} levels")
         if given is True:
             return Anything()
         if not isinstance(given, dict):
-            raise _error(where, f"it is {_shown(given)}; a schema is an object or true")
+            raise error_at(where, f"it is {_shown(given)}; a schema is an object or true")
         for keyword in _REFUSED:
             if keyword in given:
-                raise _error(where, f"{keyword!r} cannot be enforced by this engine; leave it out")
+                raise error_at(where, f"{keyword!r} cannot be enforced by this engine; leave it out")
         for keyword, read in (("$ref", self._ref), ("allOf", self._all_of), ("anyOf", self._any), ("oneOf", self._one)):
             if keyword in given:
                 return read(_alone(keyword, given, where), f"{where}.{keyword}", depth)
@@ -225,7 +134,7 @@ class _Reader:
 
     def _ref(self, given: Any, where: str, depth: int) -> Node:
         if not isinstance(given, str) or not (given == "#" or given.startswith("#/")):
-            raise _error(where, f"it is {_shown(given)}; only references within the schema ('#/...') are followed")
+            raise error_at(where, f"it is {_shown(given)}; only references within the schema ('#/...') are followed")
         pointer = given[1:]
         if pointer not in self._referred:
             self._find(pointer)
@@ -242,17 +151,17 @@ class _Reader:
             elif isinstance(found, list) and name.isascii() and name.isdigit() and int(name[:9]) < len(found):
                 found = found[int(name[:9])]
             else:
-                raise _error(self._where, f"'#{_cut(pointer)}' refers to nothing")
+                raise error_at(self._where, f"'#{cut_short(pointer)}' refers to nothing")
         return found
 
     def _all_of(self, given: Any, where: str, depth: int) -> Node:
         if not isinstance(given, list) or len(given) != 1:
-            raise _error(where, "only a list of one schema can be kept by this engine")
+            raise error_at(where, "only a list of one schema can be kept by this engine")
         return self.node(given[0], f"{where}[0]", depth + 1)
 
     def _any(self, given: Any, where: str, depth: int) -> Node:
         if not isinstance(given, list) or not given:
-            raise _error(where, "it must be a list of schemas that is not empty")
+            raise error_at(where, "it must be a list of schemas that is not empty")
         return Union(tuple(self.node(option, f"{where}[{i}]", depth + 1) for i, option in enumerate(given)))
 
     def _one(self, given: Any, where: str, depth: int) -> Node:
@@ -260,7 +169,7 @@ class _Reader:
         assert isinstance(union, Union)
         marks = [_marks(self._follow(option)) for option in given]
         if any(not mark for mark in marks) or not _apart(marks):
-            raise _error(
+            raise error_at(
                 where, "a value might fit two of them, which oneOf forbids; use anyOf, or tell them apart by a const"
             )
         return union
@@ -275,7 +184,7 @@ class _Reader:
     def _literal(self, given: dict[str, Any], where: str) -> Node:
         values = [given["const"]] if "const" in given else given["enum"]
         if not isinstance(values, list) or not values:
-            raise _error(f"{where}.enum", "it must be a list of values that is not empty")
+            raise error_at(f"{where}.enum", "it must be a list of values that is not empty")
         if "const" in given and "enum" in given:
             values = [value for value in values if _among(value, given["enum"])]
         self._allowance.take(where, len(values))
@@ -284,10 +193,12 @@ class _Reader:
             types = [*types, "null"]
         fitting = [value for value in values if not types or any(_is_a(value, type) for type in types)]
         if not fitting:
-            raise _error(where, "none of the values is of the type")
+            raise error_at(where, "none of the values is of the type")
         beside = sorted(name for hints in _HINTS.values() for name in hints if name in given)
         if beside:
-            raise _error(where, f"{beside[0]!r} beside {'const' if 'const' in given else 'enum'!r} cannot be enforced")
+            raise error_at(
+                where, f"{beside[0]!r} beside {'const' if 'const' in given else 'enum'!r} cannot be enforced"
+            )
         return Literal(tuple(_json(value, where) for value in fitting))
 
     def _typed(self, type: str, given: dict[str, Any], where: str, depth: int) -> Node:
@@ -308,9 +219,9 @@ class _Reader:
     def _object(self, given: dict[str, Any], where: str, depth: int) -> Object:
         properties, required = given.get("properties", {}), given.get("required", [])
         if not isinstance(properties, dict):
-            raise _error(f"{where}.properties", f"it is {_shown(properties)}; it must be an object")
+            raise error_at(f"{where}.properties", f"it is {_shown(properties)}; it must be an object")
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise _error(f"{where}.required", f"it is {_shown(required)}; it must be a list of names")
+            raise error_at(f"{where}.required", f"it is {_shown(required)}; it must be a list of names")
         more = given.get("additionalProperties", True)
         extra = None if more is False else self.node(more, f"{where}.additionalProperties", depth + 1)
         wanted = dict.fromkeys(required)
@@ -322,7 +233,9 @@ class _Reader:
         for name in wanted:
             if name not in properties:
                 if extra is None:
-                    raise _error(f"{where}.required", f"{_cut(name)!r} is required, and not among the properties")
+                    raise error_at(
+                        f"{where}.required", f"{cut_short(name)!r} is required, and not among the properties"
+                    )
                 self._allowance.take(where)
                 _json(name, where)
                 found.append(Property(name, extra, True))
@@ -331,7 +244,7 @@ class _Reader:
     def _array(self, given: dict[str, Any], where: str, depth: int) -> Array:
         prefix = given.get("prefixItems", [])
         if not isinstance(prefix, list):
-            raise _error(f"{where}.prefixItems", f"it is {_shown(prefix)}; it must be a list of schemas")
+            raise error_at(f"{where}.prefixItems", f"it is {_shown(prefix)}; it must be a list of schemas")
         first = tuple(self.node(item, f"{where}.prefixItems[{i}]", depth + 1) for i, item in enumerate(prefix))
         least = _count(given, "minItems", where, VALUES_MAX) or 0
         most = _count(given, "maxItems", where)
@@ -342,7 +255,7 @@ class _Reader:
         _ordered(least, most, "Items", where)
         unique = given.get("uniqueItems", False)
         if not isinstance(unique, bool):
-            raise _error(f"{where}.uniqueItems", f"it is {_shown(unique)}; it must be true or false")
+            raise error_at(f"{where}.uniqueItems", f"it is {_shown(unique)}; it must be true or false")
         return Array(self.node(items, f"{where}.items", depth + 1), least, most, first, unique)
 
 
@@ -358,7 +271,7 @@ def _alone(keyword: str, given: dict[str, Any], where: str) -> Any:
         if all(isinstance(o, dict) and "$ref" not in o and o.get("type", said) == said for o in value):
             return [{"type": said, **option} for option in value]
     if beside:
-        raise _error(where, f"{beside[0]!r} beside {keyword!r} cannot be enforced by this engine")
+        raise error_at(where, f"{beside[0]!r} beside {keyword!r} cannot be enforced by this engine")
     return value
 
 
@@ -368,7 +281,7 @@ def _types(given: dict[str, Any], where: str) -> list[str]:
         return [type for type, hints in _HINTS.items() if any(hint in given for hint in hints)][:1]
     types = [said] if isinstance(said, str) else said
     if not isinstance(types, list) or not types or not all(isinstance(t, str) and t in _TYPES for t in types):
-        raise _error(f"{where}.type", f"it is {_shown(said)}; it must be of {', '.join(_TYPES)}")
+        raise error_at(f"{where}.type", f"it is {_shown(said)}; it must be of {', '.join(_TYPES)}")
     return types
 
 
@@ -379,19 +292,19 @@ def _text(given: dict[str, Any], where: str) -> Text:
     written, format = given.get("pattern"), given.get("format")
     known = FORMATS.get(format) if isinstance(format, str) else None
     if written is not None and known is not None:
-        raise _error(where, f"'pattern' beside the format {format!r} cannot be enforced by this engine")
+        raise error_at(where, f"'pattern' beside the format {format!r} cannot be enforced by this engine")
     if written is None and known is None:
         return Text(least, most)
     if not isinstance(written, str | None):
-        raise _error(f"{where}.pattern", f"it is {_shown(written)}; it must be a string")
+        raise error_at(f"{where}.pattern", f"it is {_shown(written)}; it must be a string")
     try:
         pattern = read_pattern(known or written or "")
     except PatternError as error:
-        raise _error(f"{where}.pattern", f"{_shown(written)}: {error}") from None
+        raise error_at(f"{where}.pattern", f"{_shown(written)}: {error}") from None
     kept = within(pattern, least, most)
     if kept is None:
         what = "format" if written is None else "pattern"
-        raise _error(where, f"no text is known that keeps {what!r} and {least} to {most} characters at once")
+        raise error_at(where, f"no text is known that keeps {what!r} and {least} to {most} characters at once")
     return Text(least, most, kept)
 
 
@@ -406,13 +319,13 @@ def _number(given: dict[str, Any], where: str, *, whole: bool) -> Number:
         most, open_most = under, True
     multiple = _bound(given, "multipleOf", where)
     if multiple is not None and multiple <= 0:
-        raise _error(f"{where}.multipleOf", f"it is {_shown(multiple)}; it must be above 0")
+        raise error_at(f"{where}.multipleOf", f"it is {_shown(multiple)}; it must be above 0")
     if whole:
         least, open_least = (None, False) if least is None else (_whole_from(least, open_least), False)
         most, open_most = (None, False) if most is None else (-_whole_from(-most, open_most), False)
     number = Number(whole, least, most, open_least, open_most, multiple)
     if least is not None and most is not None and (least > most or (least == most and (open_least or open_most))):
-        raise _error(where, "no number is within its bounds")
+        raise error_at(where, "no number is within its bounds")
     return number
 
 
@@ -427,9 +340,9 @@ def _bound(given: dict[str, Any], name: str, where: str) -> float | int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _error(f"{where}.{name}", f"it is {_shown(value)}; it must be a number")
+        raise error_at(f"{where}.{name}", f"it is {_shown(value)}; it must be a number")
     if not abs(value) <= BOUND_MAX or not isfinite(value):
-        raise _error(f"{where}.{name}", f"it must be from -{BOUND_MAX:.0e} to {BOUND_MAX:.0e}")
+        raise error_at(f"{where}.{name}", f"it must be from -{BOUND_MAX:.0e} to {BOUND_MAX:.0e}")
     return int(value) if value == int(value) else value
 
 
@@ -443,13 +356,13 @@ def _count(given: dict[str, Any], name: str, where: str, most: int | None = None
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0 or (most is not None and value > most):
         bounds = "at least 0" if most is None else f"from 0 to {most}"
-        raise _error(f"{where}.{name}", f"it is {_shown(value)}; it must be a whole number {bounds}")
+        raise error_at(f"{where}.{name}", f"it is {_shown(value)}; it must be a whole number {bounds}")
     return value
 
 
 def _ordered(least: int, most: int | None, what: str, where: str) -> None:
     if most is not None and least > most:
-        raise _error(where, f"'min{what}' {least} is above 'max{what}' {most}")
+        raise error_at(where, f"'min{what}' {least} is above 'max{what}' {most}")
 
 
 def _marks(given: Any) -> dict[str, frozenset[str]]:
@@ -506,17 +419,8 @@ def _json(value: Any, where: str) -> str:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         text.encode()
     except ValueError:
-        raise _error(where, "it holds half a surrogate pair, or a number that JSON has not") from None
+        raise error_at(where, "it holds half a surrogate pair, or a number that JSON has not") from None
     return text
-
-
-def _error(where: str, what: str) -> SchemaError:
-    return SchemaError(f"{_cut(where)}: {what}.")
-
-
-def _cut(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= _WHERE_CHARS_MAX else text[: _WHERE_CHARS_MAX - 3] + "..."
 
 
 def _shown(value: Any) -> str:
@@ -524,117 +428,6 @@ def _shown(value: Any) -> str:
         return f"a list of {len(value)}" if isinstance(value, list) else f"an object of {len(value)} fields"
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-# -- measuring ---------------------------------------------------------------------------------------------------
-
-
-def _measure(schema: Schema, where: str) -> int:
-    """Find the flattest value of each node, and how many values the root's has; raise SchemaError if there is none, or
-    if it is too large."""
-    users: dict[str, set[str]] = {}
-    for pointer, node in schema.parts.items():
-        for used in _refs(node):
-            users.setdefault(used, set()).add(pointer)
-    heights = schema.heights
-    waiting = deque(schema.parts)
-    # Each part is set once, by the flattest of what is known then, and only then are those that use it looked at again.
-    while waiting:
-        pointer = waiting.popleft()
-        if pointer in heights:
-            continue
-        height = _height(schema.parts[pointer], heights, {})
-        if height is not None:
-            heights[pointer] = height
-            waiting.extend(user for user in users.get(pointer, ()) if user not in heights)
-    for node in schema.parts.values():
-        _height(node, heights, schema.node_heights)
-    height = _height(schema.root, heights, schema.node_heights)
-    if height is None:
-        raise _error(where, "no finite value fits it, as it needs itself within itself")
-    if height > DEPTH_MAX:
-        raise _error(where, f"the flattest value that fits it has {height} levels; at most {DEPTH_MAX} are allowed")
-    values = _values(schema, schema.root, {})
-    if values > VALUES_MAX:
-        raise _error(where, f"the least value that fits it has more than {VALUES_MAX} values in it")
-    return values
-
-
-def _children(node: Node) -> Iterator[Node]:
-    match node:
-        case Array():
-            yield from node.prefix
-            yield node.items
-        case Object():
-            yield from (property.node for property in node.properties)
-            if node.extra is not None:
-                yield node.extra
-        case Union():
-            yield from node.options
-
-
-def _refs(node: Node) -> Iterator[str]:
-    if isinstance(node, Ref):
-        yield node.pointer
-    for child in _children(node):
-        yield from _refs(child)
-
-
-def _height(node: Node, heights: dict[str, int], seen: dict[int, int]) -> int | None:
-    """Levels of the flattest value; None: it is not known that there is one. Notes those of all nodes in ``seen``."""
-    if isinstance(node, Ref):
-        return heights[node.pointer] + 1 if node.pointer in heights else None
-    found: int | None
-    inner = [(child, _height(child, heights, seen)) for child in _children(node)]
-    match node:
-        case Union():
-            known = [height for _, height in inner if height is not None]
-            found = min(known) if known else None
-        case Array() | Object():
-            needed = {id(child) for child in required(node)}
-            levels = [height for child, height in inner if id(child) in needed]
-            found = None if any(height is None for height in levels) else 1 + max((h or 0 for h in levels), default=0)
-        case _:
-            found = 1
-    if found is not None:
-        seen[id(node)] = found
-    return found
-
-
-def required(node: Array | Object) -> list[Node]:
-    """What a value must hold at least."""
-    if isinstance(node, Object):
-        return [property.node for property in node.properties if property.required]
-    first = list(node.prefix[: node.least])
-    return first + [node.items] * (node.least - len(first))
-
-
-def _values(schema: Schema, node: Node, known: dict[int, int]) -> int:
-    """Values within the flattest value, itself included; counted no further than somewhat above the limit."""
-    node = schema.resolve(node)
-    count = known.get(id(node))
-    if count is not None:
-        return count
-    match node:
-        case Union():
-            count = _values(schema, flattest(schema, node), known)
-        case Array():
-            first = node.prefix[: node.least]
-            count = 1 + sum(_values(schema, child, known) for child in first)
-            if node.least > len(first):
-                count += (node.least - len(first)) * _values(schema, node.items, known)
-        case Object():
-            count = 1 + sum(_values(schema, child, known) for child in required(node))
-        case Text():
-            count = 1 + node.least // 20
-        case _:
-            count = 1
-    known[id(node)] = count = min(count, VALUES_MAX + 1)
-    return count
-
-
-def flattest(schema: Schema, union: Union) -> Node:
-    return min(union.options, key=schema.height)
 
 
 ANY_OBJECT = read_schema({"type": "object"}, "")
