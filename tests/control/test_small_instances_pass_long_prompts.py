@@ -35,7 +35,7 @@ class World:
     def __init__(self, policy: str, small: int, large: int = 1) -> None:
         self.clock = VirtualClock()
         self.started: list[tuple[int, str]] = []
-        self.asked: list[Instance] = []
+        self.evicted: list[Request] = []
         self.running: dict[int, Request] = {}
         self.plane = ControlPlane(
             clock=self.clock,
@@ -71,7 +71,9 @@ class World:
 
     def create(self, instance: Instance) -> None: ...
     def remove(self, instance: Instance) -> None: ...
-    def evict(self, request: Request) -> None: ...
+    def evict(self, request: Request) -> None:
+        self.evicted.append(request)
+
     def set_max_batch_size(self, max_batch_size: int) -> None: ...
     def decided(self, now_s: float, decision: Decision) -> None: ...
     def ended(self, request: Request) -> None: ...
@@ -141,6 +143,17 @@ def test_a_long_prompt_finds_the_large_instance_behind_any_number_of_small_ones(
     assert world.started == [(1, "large")]
     world.finish(1)
     assert world.started == [(1, "large"), (2, "large")]
+
+
+def test_long_batch_work_that_makes_way_before_it_began_is_held_again() -> None:
+    world = World("chiron", small=1)
+    world.arrive(1, LONG, NIGHT)
+    world.arrive(2, LONG)
+    world.arrive(3, SHORT)
+    assert [request.id for request in world.evicted] == [1]
+    world.plane.evicted(world.evicted[0])
+    assert world.started == [(1, "large"), (2, "large"), (3, "small")]
+    assert [request.id for request in world.plane.models["m"].batch] == [1]
 
 
 def test_what_engines_tell_of_their_kv_counts_from_then_on() -> None:

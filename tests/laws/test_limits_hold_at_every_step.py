@@ -47,7 +47,7 @@ def test_no_engine_step_exceeds_the_max_batch_size_or_the_kv_cache(setup: Setup)
     run(setup, step_mode=True, watch=LimitWatch())
 
 
-@given(setups())
+@given(setups() | setups("wild").map(in_two_sizes))
 @law
 def test_control_counts_what_the_engines_hold(setup: Setup) -> None:
     def watch(simulation: Simulation) -> None:

@@ -100,8 +100,10 @@ class WaitingQueue:
         self._count(request, -1)
 
     def never_ran(self, request: Request) -> None:
-        """It had its turn, and was refused, lost or taken back before its first token."""
-        self._orders[request.tier].never_ran(request)
+        """It had its turn, and was refused, lost or taken back before its first token. Batch work that was held has had
+        none here."""
+        if request.tier < len(self._orders):
+            self._orders[request.tier].never_ran(request)
 
     def only_lost(self) -> bool:
         """Nobody who waits can be served in time any more. Called after ``head``."""
