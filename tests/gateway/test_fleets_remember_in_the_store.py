@@ -73,8 +73,8 @@ def test_gateways_of_one_database_share_it(
         config = parse_serve(f"{head}[server]\ndata = '{tmp_path}'\n{MODEL}", directory=tmp_path)
         service = Service(config)
         if not shared:  # There is no server.
-            await service._open_store()
-            assert service._store_opened.is_set(), "from now on it can be asked"
+            await service.opening.open_store()
+            assert service.opening._opened.is_set(), "from now on it can be asked"
         await service.engines.close()
         await service.store.close()
         service.clock.stop()

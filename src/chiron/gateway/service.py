@@ -19,6 +19,7 @@ from chiron.core.types import Decision, Instance
 from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.union import UnionFleet
 from chiron.gateway.api import ApiLimits, ApiState, make_app
+from chiron.gateway.batch.opening import StoreOpening
 from chiron.gateway.batch.runner import BatchRunner
 from chiron.gateway.brain.input_file import InputFile
 from chiron.gateway.brain.learned import LearnedKeeper
@@ -36,6 +37,7 @@ from chiron.gateway.reporting.event_writer import EventLogSettings, EventWriter,
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.live_result import LiveRecorder
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
+from chiron.gateway.reporting.readiness import Readiness
 from chiron.gateway.reporting.status import LeaderReport, RelayReport, StatusSources, status
 from chiron.gateway.serving import collect_rarely, models_of, server_limits, tls_context
 from chiron.gateway.settings import ModelSettings, ServeConfig
@@ -47,7 +49,6 @@ from chiron.policies.stages.registry import with_stages
 from chiron.runtime.input_log import MarkedLiveClock, Point, RecordedOutputs, described
 from chiron.store.directory import make_directory
 from chiron.store.make import make_store
-from chiron.store.port import Batch, StoreError, StoreFull, StoreUnavailable
 from chiron.store.postgres.settings import PostgresSettings
 from chiron.telemetry.advice import log_facts
 from chiron.telemetry.decision_text import words
@@ -63,12 +64,6 @@ FILES_LOOK_S = 1.0
 """Between two looks at how many file descriptors are open."""
 JOURNAL_PERIOD_S = 0.25
 """Longest that the event log may be behind while nothing happens."""
-BATCHES_PERIOD_S = 1.0
-"""Between two looks at the store for the status page."""
-OPEN_WAIT_S = 10.0
-"""For so long a start waits for the store; it then goes on without it."""
-OPEN_AGAIN_MIN_S, OPEN_AGAIN_MAX_S = 1.0, 30.0
-"""Between two tries to open a store that has no room."""
 RESULT = "result.chiron"
 """File in the data directory that a run leaves behind, for ``chiron explain`` and reports."""
 FILES_SHORT = 0.85
@@ -107,7 +102,6 @@ class Service:
         self.journal = LiveJournal(recorder=self.recorder)
         kinds = [kind for model in config.models for kind in model.kinds]
         opened, shared = asyncio.Event(), isinstance(config.store, PostgresSettings)
-        self._store_opened = opened
         self.engines = Engines(
             clock=self.clock,
             kinds=kinds,
@@ -186,33 +180,24 @@ class Service:
         self._stopping = False
         self._files_warned_s = -FILES_WARN_S
         self._lag = LoopLag(loop)
-        self._batches: list[Batch] = []
-        self._batch_look: asyncio.Task[None] | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._starting_batches: asyncio.Task[None] | None = None
-        self._store_tried = asyncio.Event()
-        """Set once the store could not be opened for want of room."""
+        self.opening = StoreOpening(self.store, self.runner, clock=self.clock, data=config.data, opened=opened)
+        self._ready = Readiness(
+            config.models,
+            clock=self.clock,
+            front=self.front,
+            models=self.models,
+            outages=self.outages,
+            plane=self.plane,
+        )
         self.metrics = Metrics(self.plane, self.journal, self.around)
         self._server: HttpServer | None = None
         self._brain = brain
         self._workers: Workers | None = None
 
     async def start(self) -> str:
-        """Open the store, ask for the first instances, listen. Returns the URL that clients use.
-
-        A store that has no room, or that takes long to open because it is mended or brought up to date, holds up
-        batches only: it is opened beside everything else, and tried again until there is room."""
+        """Open the store, ask for the first instances, listen. Returns the URL that clients use."""
         config = self.config
-        self._opening = asyncio.get_running_loop().create_task(self._open_store())
-        tried = asyncio.ensure_future(self._store_tried.wait())
-        await asyncio.wait((self._opening, tried), timeout=OPEN_WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-        tried.cancel()
-        if self._opening.done():
-            await self._opening
-        elif not self.store.unavailable:
-            self.store.unavailable = f"{config.data}: the store is being opened; it may be repaired or upgraded"
-            log.warning("%s", self.store.unavailable)
-        if self._opening.done():
+        if await self.opening.begin():
             await self.learned.read()
         port = await self._listen()
         # Not before data directory and port are ours: it puts aside the log that another gateway may be writing.
@@ -229,10 +214,7 @@ class Service:
             self.clock.post(self._begin)
         else:
             await self._open_to_relays(self._brain)
-        if self._opening.done():
-            await self._start_runner()
-        else:
-            self._starting_batches = asyncio.get_running_loop().create_task(self._start_batches(self._opening))
+        await self.opening.start_runner()
         collect_rarely()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return self.url
@@ -282,45 +264,6 @@ class Service:
         )
         return brain.relays.port
 
-    async def _open_store(self) -> None:
-        """Raises StoreError at the first try for anything but a lack of room, or a server that is away."""
-        delay_s = OPEN_AGAIN_MIN_S
-        while True:
-            try:
-                await self.store.open()
-                self._store_opened.set()
-                return
-            except StoreError as error:
-                if not isinstance(error, StoreFull | StoreUnavailable) and not self._store_tried.is_set():
-                    raise
-                if str(error) != self.store.unavailable:
-                    log.error("batches and files are not served: %s; retrying", error)
-                self.store.unavailable = str(error)
-                self._store_tried.set()
-            await asyncio.sleep(delay_s)
-            delay_s = min(OPEN_AGAIN_MAX_S, 2.0 * delay_s)
-
-    async def _start_runner(self) -> None:
-        """The server of a store may go just when it is open."""
-        delay_s = OPEN_AGAIN_MIN_S
-        while True:
-            try:
-                return await self.runner.start()
-            except StoreUnavailable as error:
-                log.warning("batches are not run: %s; retrying", error)
-            await asyncio.sleep(delay_s)
-            delay_s = min(OPEN_AGAIN_MAX_S, 2.0 * delay_s)
-
-    async def _start_batches(self, opening: asyncio.Task[None]) -> None:
-        try:
-            await opening
-            await self._start_runner()
-        except Exception:
-            log.exception("batches and files are not served until a restart")
-            self.store.unavailable = self.store.unavailable or "the store could not be opened; see the log"
-        else:
-            log.info("batches and files are served")
-
     async def stop(self, grace_s: float | None = None) -> None:
         """Take no more, let running requests end for up to ``grace_s`` (default: the config's), then stop it all."""
         self._drain(True)
@@ -350,11 +293,7 @@ class Service:
         if self.gateway.relays is not None:
             self.gateway.relays.close()
         self._lag.close()
-        for task in (self._starting_batches, self._opening):
-            if task is not None:
-                task.cancel()
-        if self._batch_look is not None:
-            self._batch_look.cancel()
+        self.opening.close()
         if self._server is not None:  # Else nothing was served, and the directory may be another's.
             await self.learned.close()
         await self.engines.close(hands_over=hands_over)
@@ -383,7 +322,7 @@ class Service:
             instance_urls=self.engines.urls(),
             fleet=self.engines.report(),
             gpus_max=self.config.gpus,
-            batches=self._batches,
+            batches=self.opening.batches,
             batch_in_flight=self.runner.in_flight(),
             outages={model: outage.reason for model, outage in self.outages.now.items()},
             loop_lag_s=self._lag.worst_s,
@@ -484,7 +423,7 @@ class Service:
             self.gateway.take_over(settle_s=self._brain.settle_s, awaited=self._brain.awaited)
         self.gateway.begin(initial)
         self.clock.call_later(FILES_LOOK_S, self._watch_files)
-        self.clock.call_later(0.0, self._look_at_batches)
+        self.clock.call_later(0.0, self.opening.look)
         self._settle_journal()
 
     def _settle_journal(self) -> None:
@@ -508,19 +447,6 @@ class Service:
                 opened,
                 most,
             )
-
-    def _look_at_batches(self) -> None:
-        self.clock.call_later(BATCHES_PERIOD_S, self._look_at_batches)
-        if self._batch_look is None or self._batch_look.done():
-            self._batch_look = asyncio.get_running_loop().create_task(self._read_batches())
-
-    async def _read_batches(self) -> None:
-        try:
-            self._batches = await self.store.list_batches(None, limit=100)
-        except StoreUnavailable:
-            self._batches = []  # It was told why.
-        except StoreError as error:
-            log.warning("the status page shows no batches: %s", error)
 
     def _instance_failed(self, instance: Instance, reason: str) -> None:
         facts = {"instance": instance.id, "model": instance.model, "kind": instance.kind.name, "reason": reason}
@@ -578,8 +504,8 @@ class Service:
             work=self.runner,
             wall_s=self._wall_s,
             started_s=self.clock.wall_origin_s,
-            ready=self._not_ready,
-            model_ready=self._model_ready,
+            ready=self._ready.gateway,
+            model_ready=self._ready.model,
             retry_after_s=self.config.limits.retry_after_s,
             status=self.status,
             desired=self.desired,
@@ -589,33 +515,6 @@ class Service:
             batch=self.config.batch,
             limits=ApiLimits(peer_share=self.config.limits.peer_share),
         )
-
-    def _not_ready(self) -> str:
-        """Why a load balancer should send nobody here; models that scale to zero are no reason."""
-        if self.front.draining:
-            return "draining"
-        lacking = [self._lack(model.name) for model in self.config.models if model.min_instances]
-        return "; ".join(filter(None, lacking))
-
-    def _model_ready(self, model: str) -> tuple[bool, str]:
-        """Whether it is worth sending requests for this model here, and how it stands with it in words."""
-        if self.front.draining:
-            return False, "draining"
-        served = self.models.named(model)
-        if served is not None and served.settings.cascade is not None:
-            return self._model_ready(served.settings.cascade.then)  # It answers whatever the other does.
-        why = self._lack(model)
-        if why and (self.models.by_name[model].settings.min_instances or model in self.outages.now):
-            return False, why
-        return True, "ready" if not why else "scaled to zero: the first request starts an instance"
-
-    def _lack(self, model: str) -> str:
-        """Why no instance of a model is ready; "" if one is."""
-        if self.plane.is_served(model):
-            return ""
-        outage = self.outages.now.get(model)
-        held = f"no instance is ready of {model}: {self.outages.why_held(model, self.clock.elapsed_s())}"
-        return outage.reason if outage is not None else held
 
     def _render_metrics(self) -> bytes:
         page: list[bytes] = []
