@@ -10,9 +10,18 @@ import pytest
 
 from chiron.policies.chiron.local_loop import LocalState, decide_batch_size
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.chiron.token_budget import Decoding, first_token_s, full_step_s, late, long_prompt, token_budget
+from chiron.policies.chiron.token_budget import (
+    Decoding,
+    first_token_s,
+    full_step_s,
+    gain,
+    late,
+    long_prompt,
+    short_answer_s,
+    token_budget,
+)
 from chiron.policies.views import ClassMix, StepTimes
-from policy_factory import CHAT, local, mix
+from policy_factory import CHAT, JOBS, local, mix
 
 TIMES = StepTimes(
     fixed_s=0.01,
@@ -82,6 +91,18 @@ def test_long_prompts_keep_their_ttft() -> None:
     assert budget(chat(ttft_s=2.3), slo_s=0.07) == (2048, "long_prompts_in_time")
     assert budget(chat(ttft_s=2.5), slo_s=0.07) == (1024, "step_above_itl_slo")
     assert budget(chat(ttft_s=2.9), slo_s=0.07) == (512, "step_above_itl_slo")
+
+
+def test_an_answer_beside_a_long_prompt_has_its_full_steps_while_the_prompt_or_the_answer_lasts() -> None:
+    assert short_answer_s(TIMES, 2048, BESIDE, 20_000, 6) == pytest.approx(0.15836)
+    assert short_answer_s(TIMES, 2048, BESIDE, 20_000, 21) == pytest.approx((10 * 0.15836 + 10 * 0.015) / 20)
+    assert short_answer_s(TIMES, 1024, BESIDE, 20_000, 1) == pytest.approx(0.08668), "one that has no second token"
+
+
+@pytest.mark.parametrize(("answer", "gained"), [(6, 1 - 0.08668 / 0.15836), (60, 0.0)])
+def test_smaller_steps_gain_nothing_for_answers_that_outlast_the_prefill(answer: int, gained: float) -> None:
+    mixes = [replace(chat(), output_low=answer), mix(JOBS, input_tail=((20_000.0, 0.01),))]
+    assert gain(TIMES, mixes, most=2048, tokens=1024, decoding=BESIDE) == pytest.approx(gained, abs=1e-3)
 
 
 def test_nothing_changes_while_lengths_are_not_known() -> None:

@@ -9,15 +9,26 @@ from math import inf
 
 import pytest
 
+from chiron.policies.capacity import Capacity
 from chiron.policies.chiron.global_loop import State, decide_fleet
 from chiron.policies.chiron.load import first_memory
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.chiron.start_budget import replacements
-from chiron.policies.views import FleetView
-from policy_factory import arrival, instance, model
+from chiron.policies.views import ClassMix, FleetView, TokenBudget
+from policy_factory import CHAT, arrival, instance, mix, model
 
 SETTINGS = ChironSettings()
 TICK_S = 5.0
+SMALL = TokenBudget(max_num_batched_tokens=512, reason="step_above_itl_slo")
+ENGINE = {"max_num_batched_tokens": 2048}
+
+
+def chat(answer: int = 8) -> ClassMix:
+    """Tight, short answers, and a prompt in a hundred of 20,000 tokens: 15 full steps, of 0.2 s at the whole budget."""
+    tight = replace(CHAT, ttft_s=10.0, itl_s=0.05)
+    return mix(tight, output_tokens=40.0, output_low=answer, input_tail=((20_000.0, 0.01),))
+
+
 START_S = 30.0
 
 
@@ -34,9 +45,18 @@ START_S = 30.0
     ids=["none to replace", "few miss", "one", "a quarter, rounded up", "what is left", "those are ready"],
 )
 def test_a_quarter_at_a_time_while_requests_miss(wanted: int, ready: int, over: int, missed: float, more: int) -> None:
-    view = model([instance(id=i) for i in range(ready)], over_budget=over)
-    memory = replace(first_memory(SETTINGS, view, 0.0), itl_missed_lasting=missed)
-    assert replacements(SETTINGS, view, memory, wanted) == more
+    assert asked(wanted, ready, over, missed) == more
+
+
+@pytest.mark.parametrize(("answer", "more"), [(1, 1), (8, 1), (40, 0), (400, 0)])
+def test_only_where_short_answers_gain_much(answer: int, more: int) -> None:
+    assert asked(4, 4, 4, 0.01, answer) == more
+
+
+def asked(wanted: int, ready: int, over: int, missed: float, answer: int = 8) -> int:
+    view = model([instance(id=i) for i in range(ready)], over_budget=over, mixes=(chat(answer),), **ENGINE)
+    memory = replace(first_memory(SETTINGS, view, 0.0), itl_missed_lasting=missed, token_budget=SMALL)
+    return replacements(SETTINGS, view, memory, Capacity(batch_size=10.0, step_s=0.05, work_rate=0.8), wanted)
 
 
 class Fleet:
@@ -69,6 +89,8 @@ class Fleet:
             over_budget=sum(self.large),
             itl_missed=missed,
             cold_start_s=START_S,
+            mixes=(chat(),),
+            **ENGINE,
         )
         view = FleetView(now_s=self.now_s, since_s=TICK_S, models=(view,), gpus_max={"A100": self.gpus})
         plans, self.state = decide_fleet(SETTINGS, self.state, view)

@@ -236,7 +236,7 @@ def _decide_model(
     wanted = min(max(interactive + extra, model.min_instances), model.max_instances)
     # What the rule says has settled already; the rest may pass.
     passing = wanted if extra else min(whole(max(settings.floor_over_load * recent, surging)), wanted)
-    renewed = min(replacements(settings, model, memory, wanted), _room(model, view, wanted))
+    renewed = min(replacements(settings, model, memory, serving, wanted), _room(model, view, wanted))
     total, reason, memory = _settle(settings, memory, model, now_s, wanted + renewed, extra, passing)
     if 0 < total - sum(model.planned.values()) <= renewed:
         reason = "smaller_token_budget"

@@ -55,6 +55,29 @@ def first_token_s(times: StepTimes, tokens: int, decoding: Decoding, prompt: flo
     return work_s + ceil(prompt / chunk) * (times.fixed_s + decoding.step_s)
 
 
+def short_answer_s(times: StepTimes, tokens: int, decoding: Decoding, prompt: float, answer: int) -> float:
+    """Mean step of an answer of so many tokens beside which that prompt's prefill begins, seconds."""
+    chunk = tokens - decoding.sequences
+    gaps = max(1, answer - 1)
+    beside = min(gaps, ceil(prompt / chunk)) if chunk >= 1.0 else gaps
+    full_s = full_step_s(times, tokens, decoding, prompt)
+    return (beside * full_s + (gaps - beside) * (times.fixed_s + decoding.step_s)) / gaps
+
+
+def gain(times: StepTimes, mixes: Iterable[ClassMix], *, most: int, tokens: int, decoding: Decoding) -> float:
+    """By what share of itself the budget ``tokens``, in place of ``most``, shortens the mean step of short answers
+    beside a long prompt, in the class in which it does the most. An answer that outlasts the prompt's prefill waits for
+    all of it, in however many steps."""
+    interactive = [mix for mix in mixes if mix.cls.interactive and mix.input_tail]
+    prompt = max(map(long_prompt, interactive), default=0.0)
+    found = 0.0
+    for mix in interactive:
+        if isfinite(mix.cls.itl_s):
+            whole_s = short_answer_s(times, most, decoding, prompt, mix.output_low)
+            found = max(found, 1.0 - short_answer_s(times, tokens, decoding, prompt, mix.output_low) / whole_s)
+    return found
+
+
 def long_prompt(mix: ClassMix) -> float:
     """Tokens of a prompt that few exceed; 0 if that is not known."""
     above = 0.0
