@@ -17,7 +17,7 @@ from chiron.config.serve_sections import ServeInstanceSection, ServeModelSection
 from chiron.core.types import RequestClass
 from chiron.engines.rows import ENGINES, EngineRow
 from chiron.fleet.health import HealthSettings, RecoverySettings
-from chiron.fleet.settings import FleetSettings
+from chiron.fleet.settings import FleetSettings, SleeperSettings
 from chiron.fleet.starts import BackoffSettings
 from chiron.gateway.relay.keys import Key
 from chiron.gateway.relay.uplink.joining import StaySettings
@@ -49,6 +49,7 @@ SECTIONS = {
     "kubernetes": KubernetesModelsSettings,
     "telemetry": TelemetrySettings,
     "fleet": FleetSettings,
+    "sleepers": SleeperSettings,
     "fleet.health": HealthSettings,
     "fleet.backoff": BackoffSettings,
     "fleet.recovery": RecoverySettings,

@@ -9,7 +9,8 @@ from random import Random
 
 import pytest
 
-from fleet_factory import an_instance, kill, local_fleet, quick_settings, stub_kind
+from chiron.fleet.settings import SleeperSettings
+from fleet_factory import an_instance, kill, local_fleet, quick_settings, sleeping_kind, stub_kind
 
 uvloop = pytest.importorskip("uvloop")
 
@@ -23,16 +24,16 @@ def test_creating_removing_suspecting_and_killing_at_random(tmp_path: Path, loop
         "short-lived": stub_kind("--life", "0.3"),
         "broken": stub_kind("--exit-code", "1"),
         "stubborn": stub_kind("--ignore-sigterm", stop_timeout_s=0.2),
+        "sleepy": sleeping_kind(stop_timeout_s=0.5, gpus=1),
+        "sleepless": sleeping_kind("--unknown", "/sleep?level=1", stop_timeout_s=0.5, gpus=1),
     }
 
     async def story() -> None:
         draws = Random("fleet chaos")
         live = {}
-        created = 0
-        async with local_fleet(tmp_path / "logs", kinds, quick_settings(start_wait_s=1.0), devices=("0", "1", "2")) as (
-            fleet,
-            heard,
-        ):
+        created = slept = 0
+        settings, room = quick_settings(start_wait_s=1.0), SleeperSettings(host_memory_gb=20.0)
+        async with local_fleet(tmp_path / "logs", kinds, settings, ("0", "1", "2"), room) as (fleet, heard):
             end_s = time.monotonic() + 12.0
             # For longer where the machine stalls: some are to have come, and some to have failed.
             while (now_s := time.monotonic()) < end_s or not (created > 30 and heard.ready and heard.failed):
@@ -43,10 +44,13 @@ def test_creating_removing_suspecting_and_killing_at_random(tmp_path: Path, loop
                     created += 1
                     live[created] = an_instance(created, draws.choice(list(kinds)))
                     fleet.create(live[created])
-                elif draw < 0.7 and live:
+                elif draw < 0.6 and live:
                     fleet.remove(live.pop(draws.choice(list(live))))
-                elif draw < 0.8 and fleet._processes:
-                    process, _ = draws.choice(list(fleet._processes.values()))
+                elif draw < 0.75 and (up := [n for n, each in live.items() if each.state == "ready"]):
+                    slept += 1
+                    fleet.sleep(live.pop(draws.choice(up)))
+                elif draw < 0.85 and fleet._engines:
+                    process = draws.choice([*fleet._engines.values(), *fleet._sleepers._asleep]).process
                     kill(draws.choice([process.supervisor_pid, process.pid or process.supervisor_pid]))
                 elif live:
                     fleet.suspect(draws.choice(list(live.values())))
@@ -54,9 +58,14 @@ def test_creating_removing_suspecting_and_killing_at_random(tmp_path: Path, loop
         assert created > 30
         assert len(heard.ready) == len(set(heard.ready)) > 0
         assert len(heard.failed) == len(set(heard.failed)) > 0
+        assert 0 < len(heard.asleep) == len(set(heard.asleep)) <= slept
+        assert not set(heard.asleep) & set(heard.failed)
+        sleepy = fleet.report().kinds["sleepy"].sleep
+        assert sleepy is not None
+        assert sleepy.wakes > 0
         assert fleet.devices.free == 3
         assert not fleet._ports
-        assert not fleet._processes
+        assert not fleet._engines
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     with asyncio.Runner(loop_factory=loop) as runner:

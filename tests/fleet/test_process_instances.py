@@ -234,7 +234,7 @@ def test_instances_are_stopped_side_by_side(tmp_path: Path) -> None:
             for instance in instances:
                 fleet.create(instance)
             await until(lambda: len(heard.ready) == 4, "all ready")
-            engines = [process.pid for process, _ in fleet._processes.values()]
+            engines = [engine.process.pid for engine in fleet._engines.values()]
             logs = [fleet.log_path(instance) for instance in instances]
             closing = asyncio.create_task(fleet.close())
             try:

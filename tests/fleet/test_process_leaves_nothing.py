@@ -21,24 +21,30 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from fleet_factory import an_instance, local_fleet, stub_kind
+from chiron.fleet.settings import SleeperSettings
+from fleet_factory import an_instance, local_fleet, sleeping_kind
 
 async def main():
     directory = Path(sys.argv[2])
-    kind = stub_kind("--grandchild", str(directory / "grandchild"), *sys.argv[3:], stop_timeout_s=0.5)
-    async with local_fleet(directory / "logs", {"stub": kind}) as (fleet, heard):
+    kind = sleeping_kind("--grandchild", str(directory / "grandchild"), *sys.argv[4:], stop_timeout_s=0.5)
+    room = SleeperSettings(host_memory_gb=10.0)
+    async with local_fleet(directory / "logs", {"stub": kind}, sleepers=room) as (fleet, heard):
         fleet.create(an_instance(1))
         while not (heard.ready and fleet.report().usage):
             await asyncio.sleep(0.01)
-        supervisor = fleet._processes[1][0].supervisor_pid
-        print(fleet.report().usage[1].pid, supervisor, flush=True)
+        engine, supervisor = fleet.report().usage[1].pid, fleet._engines[1].process.supervisor_pid
+        if sys.argv[3] == "asleep":
+            heard.clock.post(lambda: fleet.sleep(an_instance(1)))
+            while not heard.sleepers:
+                await asyncio.sleep(0.01)
+        print(engine, supervisor, flush=True)
         await asyncio.sleep(60)
 
 asyncio.run(main())
 """
 
 
-def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str], int, int, int]:
+def start_parent(directory: Path, *switches: str, state: str = "awake") -> tuple[subprocess.Popen[str], int, int, int]:
     """A gateway in small; also the process ids of its engine, the engine's child, and the supervisor."""
     parent = subprocess.Popen(
         [
@@ -47,6 +53,7 @@ def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str]
             PARENT,
             str(Path(__file__).parents[1] / "support" / "processes"),
             str(directory),
+            state,
             *switches,
         ],
         stdout=subprocess.PIPE,
@@ -58,9 +65,12 @@ def start_parent(directory: Path, *switches: str) -> tuple[subprocess.Popen[str]
     return parent, engine, pid_in(directory / "grandchild"), supervisor
 
 
-@pytest.mark.parametrize("switches", [("--grandchild-session",), ("--ignore-sigterm",)])
-def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switches: tuple[str, ...]) -> None:
-    parent, *others = start_parent(tmp_path, *switches)
+@pytest.mark.parametrize(
+    ("switch", "state"),
+    [("--grandchild-session", "awake"), ("--ignore-sigterm", "awake"), ("--ignore-sigterm", "asleep")],
+)
+def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switch: str, state: str) -> None:
+    parent, *others = start_parent(tmp_path, switch, state=state)
     assert all(alive(pid) for pid in others)
     parent.kill()
     parent.wait()
@@ -88,7 +98,7 @@ def test_kill_9_of_the_supervisor_fails_the_instance_and_ends_engine_and_grandch
             fleet.create(an_instance(1))
             await until(lambda: heard.ready and fleet.report().usage, "ready")
             engine = fleet.report().usage[1].pid
-            kill(fleet._processes[1][0].supervisor_pid)
+            kill(fleet._engines[1].process.supervisor_pid)
             await until(lambda: heard.failed == [1], "failed")
             assert "its supervisor was killed" in heard.reasons[1]
             await until(lambda: not alive(engine) and not alive(pid_in(child)), "all are gone")

@@ -18,7 +18,7 @@ import pytest
 from chiron.control import scrapes
 from chiron.core.types import ModelSpec
 from chiron.engines.remote import CUT, Wire
-from chiron.fleet.model import Failures
+from chiron.fleet.model import Failures, Sleep
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.queues.overload import OverloadSettings
 from chiron.policies.registry import POLICIES
@@ -197,6 +197,26 @@ def test_decides_the_same_with_any_number_of_relays(relays: int) -> None:
         else:
             received = b"".join(client.received)
             assert b"error" in received or not received.startswith(b"HTTP/1.1 200 ")
+
+
+def test_decides_the_same_while_instances_sleep_and_wake() -> None:
+    """Two bursts: what the first one needed sleeps meanwhile, and there is room for three."""
+    draw, at_s, rows = Random(11), 0.0, []
+    while at_s < 46.0:
+        at_s += draw.expovariate(16.0 if 5.0 < at_s < 10.0 or 40.0 < at_s < 45.0 else 1.0)
+        rows.append((at_s, draw.randint(20, 120), draw.randint(2, 25), 0, draw.choice((CHAT, CHAT, AGENT))))
+    setup = replace(
+        scenario("chiron", fails=False, rows=rows),
+        settings=ChironSettings(hold_s=5.0, memory_s=60, prior_s=10),
+        sleep=Sleep(host_memory_gb=30.0, sleeper_gb=10.0, fall_asleep_s=1.0, wake_s=0.5),
+    )
+    simulation, real = both(setup)
+
+    check_equal(simulation, real)
+    assert simulation.fleet.bill.wakes > 0
+    known = [{**state.asleep, **state.start_s} for state in real.plane.models.values()]
+    assert known == [{**state.asleep, **state.start_s} for state in simulation.plane.models.values()]
+    assert known[0]["memory"] == 0.5, "it looks ahead by what a wake takes"
 
 
 def test_decides_the_same_when_a_round_of_scrapes_is_taken_in_slices() -> None:

@@ -23,7 +23,7 @@ from chiron.core.types import RequestClass
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.process.fleet import ProcessSource
 from chiron.fleet.ray.source import RaySource
-from chiron.fleet.settings import FleetSettings
+from chiron.fleet.settings import FleetSettings, SleeperSettings
 from chiron.gateway.relay.keys import ADMIN, Key
 from chiron.gateway.relay.uplink.joining import StaySettings
 from chiron.gateway.settings import (
@@ -75,6 +75,8 @@ class ServeFile:
     relays: StaySettings = field(default_factory=StaySettings)
     """What relays do while there is no brain; with ``server.workers`` above 1 or ``[gateways]``."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
+    sleepers: SleeperSettings = field(default_factory=SleeperSettings)
+    """Host memory in which engines that Chiron starts can sleep; models say with ``sleeper_gb`` that theirs do."""
     kubernetes: KubernetesModelsSettings | None = None
     """Models are read from the ChironModel resources of a namespace, too. Without the table there are those of the
     file only."""
@@ -202,6 +204,23 @@ def _check_gateways(gateways: GatewaysSettings | None, file: ServeFile, models: 
                 )
 
 
+def _check_sleepers(sleepers: SleeperSettings, models: Sequence[ModelSettings]) -> None:
+    """Each that may sleep has room, and the room is for somebody."""
+    sources = {kind.kind.name: kind.source for model in models for kind in model.kinds}
+    sleep = {name: each.sleep for name, each in sources.items() if isinstance(each, ProcessSource) and each.sleep}
+    for name, each in sleep.items():
+        if each.gb > sleepers.host_memory_gb:
+            raise ConfigError(
+                f"sleeper_gb of {name!r}: {each.gb:g}; it must be at most sleepers.host_memory_gb "
+                f"({sleepers.host_memory_gb:g})"
+            )
+    if sleepers.host_memory_gb > 0 and not sleep:
+        raise ConfigError(
+            f"sleepers.host_memory_gb: {sleepers.host_memory_gb:g}; no model says what a sleeper takes of it "
+            "(sleeper_gb), so none sleeps: add that, or remove [sleepers]"
+        )
+
+
 def _check_followed(file: ServeFile, models: Sequence[ModelSettings]) -> None:
     """Each change of a ChironModel is taken up by another brain, and processes end with the one that started them."""
     if file.kubernetes is None:
@@ -297,6 +316,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "(`chiron key` makes one), or set server.open_without_keys = true if everybody may use the models"
         )
     _check_no_loop(models, server)
+    _check_sleepers(file.sleepers, models)
     _check_gateways(file.gateways, file, models)
     _check_followed(file, models)
     choice = check_can_be_made(_choose_policy(file, policy), "policy", live=True)
@@ -319,6 +339,7 @@ def _combine(file: ServeFile, text: str, directory: Path, policy: str | None) ->
             "relays": file.relays,
             "kubernetes": _resolve_kubernetes(file.kubernetes, directory),
             "fleet": file.fleet,
+            "sleepers": file.sleepers,
             "devices": file.devices,
             "gpus": file.gpus,
             "classes": file.classes,

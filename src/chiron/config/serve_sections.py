@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from chiron.config.read import ConfigError, join, keys_of, read_record, suggest
@@ -15,7 +16,7 @@ _DEVICE = re.compile(r"[a-z]{2,20}(:\d{1,3})?")
 SourceName = Literal["process", "endpoints", "kubernetes", "ray"]
 
 _KEYS_OF: Mapping[SourceName, tuple[str, ...]] = {
-    "process": ("command", "model_path", "args", "env", "threads", "pace", "stages", "stages_plan"),
+    "process": ("command", "model_path", "args", "env", "threads", "pace", "stages", "stages_plan", "sleeper_gb"),
     "endpoints": ("endpoints", "api_key_file"),
     "kubernetes": ("kubernetes", "api_key_file"),
     "ray": ("ray", "command", "model_path", "args", "env", "threads", "pace"),
@@ -168,6 +169,9 @@ class ServeInstanceSection:
     """Added to the command of an engine that Chiron starts."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment of its process."""
+    sleeper_gb: float | None = None
+    """Instances of this kind may sleep instead of being stopped, and this is what one takes then of
+    ``sleepers.host_memory_gb``: its weights, and what its process keeps besides. GB (1e9 bytes)."""
     threads: int | None = None
     """Inference threads of a process on CPUs; default: the engine's own choice."""
     max_num_seqs: int | None = None
@@ -219,6 +223,11 @@ class ServeInstanceSection:
         for key in ("start_timeout", "stop_timeout"):
             require(getattr(self, f"{key}_s") > 0, key, getattr(self, f"{key}_s"), "above 0")
         require(self.log_bytes_max >= 1, "log_bytes_max", self.log_bytes_max, "1 or more")
+        gb = self.sleeper_gb
+        require(gb is None or 0 < gb < inf, "sleeper_gb", gb, "above 0, and finite")
+        if gb is not None and ENGINES[self.engine].sleep is None:
+            owners = " or ".join(repr(row.name) for row in ENGINES.values() if row.sleep is not None)
+            raise ValueError(f"sleeper_gb is {gb}; it belongs to engine = {owners}")
         price = self.price_per_gpu_hour
         require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
         if self.endpoints and self.command:

@@ -17,10 +17,11 @@ from chiron.config.read import ConfigError, construct
 from chiron.config.serve_sections import ServeInstanceSection, SourceName
 from chiron.config.serve_stages import stages_argument
 from chiron.core.types import InstanceKind
-from chiron.engines.rows import ENGINES, EngineRow, Word
+from chiron.engines.rows import ENGINES, EngineRow, SleepRoutes, Word
 from chiron.fleet.endpoints import EndpointsSource
 from chiron.fleet.kubernetes.source import WORKLOADS, KubernetesSource
 from chiron.fleet.process.fleet import TOKEN_BUDGET, ProcessSource
+from chiron.fleet.process.sleepers import SleepSource
 from chiron.fleet.ray.source import RaySource
 from chiron.fleet.union import Source
 
@@ -43,9 +44,14 @@ class Given:
 
 def _process(given: Given) -> ProcessSource:
     section, row, kind = given.section, given.row, given.kind
+    routes = row.sleep if section.sleeper_gb is not None else None
+    command = _command(given)
+    if routes is not None and not section.command:
+        command = (*command, *routes.args)
     values = {
-        "command": _command(given),
-        "env": dict(section.env),
+        "command": command,
+        "env": {**(routes.env if routes is not None else {}), **section.env},
+        "sleep": _sleep(given, routes),
         "health_path": row.health_path,
         "start_timeout_s": section.start_timeout_s,
         "stop_timeout_s": section.stop_timeout_s,
@@ -53,6 +59,18 @@ def _process(given: Given) -> ProcessSource:
         "log_bytes_max": section.log_bytes_max,
     }
     return construct(ProcessSource, given.path, values)
+
+
+def _sleep(given: Given, routes: SleepRoutes | None) -> SleepSource | None:
+    if routes is None:
+        return None
+    values = {
+        "gb": given.section.sleeper_gb,
+        "sleep_path": routes.sleep,
+        "wake_path": routes.wake,
+        "asleep_path": routes.asleep,
+    }
+    return construct(SleepSource, given.path, values)
 
 
 def _endpoints(given: Given) -> EndpointsSource:

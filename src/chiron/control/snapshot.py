@@ -12,7 +12,7 @@ from math import inf
 from typing import Protocol
 
 from chiron.control.model import ModelState, instance_view
-from chiron.core.types import Instance, InstanceKind, ModelSpec, RequestClass, Role, State
+from chiron.core.types import Instance, InstanceKind, ModelSpec, RequestClass, Role, StartSource, State
 from chiron.policies.views import GroupView
 
 GROUPS_MAX = 16
@@ -69,6 +69,8 @@ class ModelSnapshot:
     """The last plan that was reported and not carried out; empty where plans are carried out."""
     cold_start_s: float
     cold_starts_seen: int
+    start_s: Mapping[StartSource, float]
+    """What starts from each source took, where the fleet tells sources."""
     instances: tuple[InstanceSnapshot, ...]
     running: Mapping[str, int]
     """Requests dispatched and not ended, by class."""
@@ -113,6 +115,7 @@ def model_snapshot(state: ModelState, now_s: float) -> ModelSnapshot:
         advised=dict(state.advised),
         cold_start_s=state.cold_start_s,
         cold_starts_seen=state.cold_starts_seen,
+        start_s=dict(state.start_s),
         instances=tuple(_instance(state, instance, now_s) for instance in state.instances.values()),
         running=_running(state),
         queue=QueueSnapshot(

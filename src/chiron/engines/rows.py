@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 METRICS = frozenset(
@@ -55,6 +55,22 @@ class LimitRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SleepRoutes:
+    """How an engine is put to sleep, its weights in host memory, and woken."""
+
+    sleep: str
+    """``POST``; answered with 200 once it sleeps."""
+    wake: str
+    """``POST``; answered with 200 once it is awake."""
+    asleep: str
+    """``GET``; answers ``{"is_sleeping": true}`` or false."""
+    args: tuple[str, ...]
+    """What its command needs for that."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """What its environment needs for that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRow:
     """What is particular about one kind of engine."""
 
@@ -87,6 +103,8 @@ class EngineRow:
     that its plugin is not installed. The gate in front of the engine holds either way."""
     token_budget: LimitRequest | None = None
     """Sets the token budget of its steps, live, to no more than it was started with."""
+    sleep: SleepRoutes | None = None
+    """None: it cannot sleep, or not so that its weights come back by themselves."""
     resumes: bool = False
     """Accepts ``resume_token_ids``: goes on with an answer that was interrupted."""
     stages_path: str = ""
@@ -236,11 +254,21 @@ _SERVES = ("--port", "0", "--max-num-seqs", "{max_num_seqs}", "--served-model-na
 _LIMIT = LimitRequest(path="/chiron/limits")
 _TOKEN_BUDGET = LimitRequest(path="/chiron/limits", body='{"max_num_batched_tokens": LIMIT}')
 
+# vLLM's, whose routes are there in its development mode only.
+_SLEEP = SleepRoutes(
+    sleep="/sleep?level=1",
+    wake="/wake_up",
+    asleep="/is_sleeping",
+    args=("--enable-sleep-mode",),
+    env={"VLLM_SERVER_DEV_MODE": "1"},
+)
+
 _ROWS = (
     EngineRow(
         name="vllm",
         metrics=_VLLM,
         limit=_LIMIT,
+        sleep=_SLEEP,
         command=(
             *("vllm", "serve", "{model_path}", "--host", "127.0.0.1", "--port", "{port}"),
             *("--served-model-name", "{model}", "--max-num-seqs", "{max_num_seqs}"),
@@ -320,6 +348,7 @@ _ROWS = (
         metrics=_OURS,
         limit=_LIMIT,
         token_budget=_TOKEN_BUDGET,
+        sleep=replace(_SLEEP, env={}),
         resumes=True,
         uses_gpus=False,
         max_instances=50,

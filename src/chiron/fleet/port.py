@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from chiron.core.types import Instance
-from chiron.fleet.settings import FleetSettings
+from chiron.fleet.settings import FleetSettings, SleeperSettings
 from chiron.fleet.starts import StartStatus
 from chiron.net.clock import LiveClock
 
@@ -37,6 +37,27 @@ class LiveFleetEvents(Protocol):
     def instance_leaving(self, instance: Instance, reason: str) -> None:
         """One that is ready will be taken away soon by somebody else: nothing new should begin there. It may be told
         twice; ``instance_failed`` follows unless it is removed before."""
+
+    def instance_asleep(self, instance: Instance) -> None:
+        """One that was to sleep has left its GPUs, whether it sleeps or was stopped."""
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        """How many sleepers of each kind there are now, by name; none of a kind that is not named."""
+
+
+@runtime_checkable
+class LiveSleepers(Protocol):
+    """A fleet with instances that can sleep, besides."""
+
+    sleeping_kinds: frozenset[str]
+    """Names of the kinds whose instances can."""
+
+    def sleep(self, instance: Instance) -> None:
+        """Put a drained instance to sleep, or stop it where that cannot be. Answered later by ``instance_asleep``, or
+        by ``instance_failed``; nothing more is heard of it then. A later ``create`` of its kind may wake it."""
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        """Stop sleepers of a kind, by its name, beyond so many."""
 
 
 class Memory(Protocol):
@@ -62,6 +83,7 @@ class FleetEnvironment:
     memory: Memory | None = None
     """For the same, where the next start may be another gateway's; None: it cannot be."""
     settings: FleetSettings = field(default_factory=FleetSettings)
+    sleepers: SleeperSettings = field(default_factory=SleeperSettings)
     owner: Callable[[], str] = lambda: ""
     """Whose instances these are, the same for a gateway and for those that replace it: what one of them has left behind
     is the next one's. Empty: not known."""
@@ -103,6 +125,26 @@ class EndpointStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SleepStatus:
+    """How one kind of instance sleeps and wakes. Totals are since the fleet was made."""
+
+    asleep: int
+    """Now."""
+    memory_gb: float
+    """Host memory that those take, as configured."""
+    wakes: int
+    """Starts that woke a sleeper."""
+    failed_sleeps: int
+    """Engines that were to sleep and did not: they were stopped."""
+    failed_wakes: int
+    """Sleepers that were to wake and did not: they were stopped, and another engine was started."""
+    lost: int
+    """Sleepers that died, or woke unasked."""
+    reason: str
+    """Of the last that went wrong; empty if none did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KindReport:
     """How one kind of instance is doing."""
 
@@ -120,6 +162,8 @@ class KindReport:
     """What an operator should know now."""
     starts: StartStatus | None = None
     """Of kinds whose instances are started."""
+    sleep: SleepStatus | None = None
+    """Of kinds whose instances can sleep."""
     endpoints: Mapping[str, EndpointStatus] = field(default_factory=dict)
     """By URL, of kinds whose instances run already."""
 

@@ -106,6 +106,16 @@ class InstanceRecords:
 
         self._clock.post(tell)
 
+    def ended(self, record: InstanceRecord, tell: Callable[[], None]) -> None:
+        """What it held has been given back as it was asked for: ``tell``, unless it was removed meanwhile."""
+
+        def told() -> None:
+            if self._is_held(record):
+                del self._records[record.instance.id]
+                tell()
+
+        self._clock.post(told)
+
     async def close(self, timeout_s: float) -> None:
         """End all, side by side."""
         self.closed = True

@@ -1,11 +1,32 @@
-"""How live fleets watch, start and keep instances: the table ``[fleet]`` of the serve config."""
+"""How live fleets watch, start and keep instances: the tables ``[fleet]`` and ``[sleepers]`` of the serve config."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from chiron.fleet.health import HealthSettings, RecoverySettings
 from chiron.fleet.starts import BackoffSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SleeperSettings:
+    """Engine processes that sleep in host memory instead of being stopped: the table ``[sleepers]``."""
+
+    host_memory_gb: float = 0.0
+    """Host memory for all sleepers of this machine together, in GB (1e9 bytes). 0: none sleeps."""
+    fall_asleep_timeout_s: float = 60.0
+    """For an engine to copy its weights to host memory and to say that it sleeps; it is stopped after that."""
+    wake_timeout_s: float = 30.0
+    """For a sleeper to be ready again; it is stopped after that, and another engine is started."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.host_memory_gb < inf:
+            raise ValueError(f"host_memory_gb is {self.host_memory_gb}; it must be 0 or more, and finite")
+        for key in ("fall_asleep_timeout", "wake_timeout"):
+            value = getattr(self, f"{key}_s")
+            if not 0.0 < value < inf:
+                raise ValueError(f"{key} is {value}; it must be above 0, and finite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from math import inf
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Instance, InstanceKind
 from chiron.fleet.bill import Bill
+from chiron.fleet.host_memory import giving_way
 from chiron.fleet.places_model import Node, Places
 
 
@@ -102,15 +103,16 @@ class SleepersModel:
         if not self._sleep.holds(kind):
             return False
         there = [each for each in self._asleep if each.node == node]
-        counts, used_gb, gone = _counts(there), sum(self._sleep.gb(each.kind) for each in there), []
-        sizes_gb = {each.kind.name: self._sleep.gb(each.kind) for each in there}
-        while used_gb + needed_gb > self._sleep.host_memory_gb * (1.0 + 1e-9):
-            most = max(counts, key=lambda name: (counts[name], name))
-            if counts[most] <= counts.get(kind.name, 0) + 1:
-                return False
-            gone.append(most)
-            counts[most] -= 1
-            used_gb -= sizes_gb[most]
+        gone = giving_way(
+            kind.name,
+            needed_gb,
+            counts=_counts(there),
+            sizes_gb={each.kind.name: self._sleep.gb(each.kind) for each in there},
+            used_gb=sum(self._sleep.gb(each.kind) for each in there),
+            memory_gb=self._sleep.host_memory_gb,
+        )
+        if gone is None:
+            return False
         for name in gone:
             self._take(name, lambda each: each.node == node)
         self._asleep.append(Sleeper(kind, instance.model, self._clock.now_s, node))

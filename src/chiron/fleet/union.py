@@ -15,7 +15,7 @@ from chiron.core.types import Instance
 from chiron.fleet.endpoints import EndpointsFleet, EndpointsSource
 from chiron.fleet.kubernetes.fleet import KubernetesFleet
 from chiron.fleet.kubernetes.source import KubernetesSource
-from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet
+from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, InstanceUsage, KindReport, LiveFleet, LiveSleepers
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
 from chiron.fleet.ray.fleet import RayFleet
 from chiron.fleet.ray.source import RaySource
@@ -34,24 +34,41 @@ LASTING: frozenset[type[Any]] = frozenset({RaySource})
 
 
 class UnionFleet:
-    """Implements ``LiveFleet``: each kind of instance is left to the fleet of its source."""
+    """Implements ``LiveFleet`` and ``LiveSleepers``: each kind of instance is left to the fleet of its source."""
 
     def __init__(self, sources: Mapping[str, Source], environment: FleetEnvironment) -> None:
         """``sources`` by InstanceKind.name. Raises ValueError or OSError for what cannot work."""
         self._fleets: list[LiveFleet] = []
         self._by_kind: dict[str, LiveFleet] = {}
+        self._environment = environment
         for member, make in MEMBERS.items():
             own = {name: source for name, source in sources.items() if type(source) is member}
             if own or member in LASTING:
                 fleet = make(own, environment)
                 self._fleets.append(fleet)
                 self._by_kind.update(dict.fromkeys(own, fleet))
+        self.sleeping_kinds = frozenset(
+            kind for fleet in self._fleets if isinstance(fleet, LiveSleepers) for kind in fleet.sleeping_kinds
+        )
 
     def create(self, instance: Instance) -> None:
         self._by_kind[instance.kind.name].create(instance)
 
     def remove(self, instance: Instance) -> None:
         self._by_kind[instance.kind.name].remove(instance)
+
+    def sleep(self, instance: Instance) -> None:
+        fleet, environment = self._by_kind[instance.kind.name], self._environment
+        if instance.kind.name in self.sleeping_kinds and isinstance(fleet, LiveSleepers):
+            fleet.sleep(instance)
+            return
+        fleet.remove(instance)
+        environment.clock.call_later(0.0, lambda: environment.events.instance_asleep(instance))
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        fleet = self._by_kind[kind]
+        if isinstance(fleet, LiveSleepers):
+            fleet.keep_asleep(kind, most)
 
     def suspect(self, instance: Instance) -> None:
         self._by_kind[instance.kind.name].suspect(instance)

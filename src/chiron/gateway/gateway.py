@@ -127,6 +127,7 @@ class Gateway:
             gpus_max=gpus_max,
             observer=observer,
             actuators=NullActuators() if advise else DirectActuators(),
+            sleepers=engines if engines.sleeps and not advise else None,
         )
         self.plane = self._assembly.plane
         self.inputs: Inputs = self.plane
@@ -135,7 +136,7 @@ class Gateway:
         if recording is not None:
             recording.plane = self.plane
             self.inputs = recording
-        engines.events = engines.leaving = engines.listener = self.inputs
+        engines.events = engines.leaving = engines.listener = engines.sleep_listener = self.inputs
         self.scraper = Scraper(
             clock=clock,
             samples=self.inputs,

@@ -115,6 +115,7 @@ class Service:
                     directory=config.data,
                     memory=FleetMemory(opened, lambda: self.store) if shared else None,
                     settings=config.fleet,
+                    sleepers=config.sleepers,
                     devices=tuple(config.devices),
                     owner=lambda: owner_of(config),
                     settle_s=brain.settle_s if brain is not None else 0.0,
@@ -129,7 +130,8 @@ class Service:
         policy = make_policy(config.policy, config.policy_settings)
         if config.stage_policy:
             policy = with_stages(policy, config.stage_policy, config.stage_settings)
-        self._facts = described(policy, specs, classes, config.gpus, advise=advise)
+        sleeps = self.engines.sleeps and not advise
+        self._facts = described(policy, specs, classes, config.gpus, advise=advise, sleeps=sleeps)
         journal: Journal = _TellsOperator(self.journal, advise=advise)
         if self._input_file is not None:
             journal = RecordedOutputs(journal, self._input_file.write)

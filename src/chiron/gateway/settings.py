@@ -22,7 +22,7 @@ from chiron.net.shares import LOOPBACK
 from chiron.policies.cascade import CascadeRule
 
 if TYPE_CHECKING:
-    from chiron.fleet.settings import FleetSettings
+    from chiron.fleet.settings import FleetSettings, SleeperSettings
     from chiron.fleet.union import Source
     from chiron.gateway.relay.keys import Key
     from chiron.gateway.relay.uplink.joining import StaySettings
@@ -407,6 +407,7 @@ class ServeConfig:
     telemetry: TelemetrySettings
     store: StoreSettings | PostgresSettings
     fleet: FleetSettings
+    sleepers: SleeperSettings
     devices: tuple[str, ...]
     """GPU numbers that are handed out to processes, each to one at a time; empty: it hands out none."""
     gpus: Mapping[str, int]

@@ -1,6 +1,6 @@
 """A fleet of emulated engines in this process: their own servers, reached over connections in memory.
 
-Starts, failures and the bill are the simulator's (``fleet.model``); each instance that is up is what
+Starts, sleepers, failures and the bill are the simulator's (``fleet.model``); each instance that is up is what
 ``python -m chiron.engines.serve.emulated`` runs, with its HTTP, its steps and its metrics page. Only sockets and
 processes are missing, so that all of it can run under virtual time. An answer is as long as its request says
 (``max_tokens`` with ``ignore_eos``), or drawn from the request.
@@ -17,7 +17,7 @@ from chiron.engines.model import StepTable
 from chiron.engines.profile import Profile
 from chiron.engines.serve.emulated_engine import EmulatedEngine, EmulatedSettings
 from chiron.engines.serve.http import EngineServer
-from chiron.fleet.model import ColdStart, Failures, FleetModel
+from chiron.fleet.model import ColdStart, Failures, FleetModel, Sleep
 from chiron.fleet.port import Claim, FleetReport, LiveFleetEvents
 from chiron.net.clock import LiveClock
 from chiron.net.memory import MemoryNetwork
@@ -40,7 +40,7 @@ def wire(clock: LiveClock, network_s: float) -> MemoryNetwork:
 
 
 class EmulatedFleet:
-    """Implements ``LiveFleet``; addresses are of its ``network``."""
+    """Implements ``LiveFleet`` and ``LiveSleepers``; addresses are of its ``network``."""
 
     def __init__(
         self,
@@ -55,8 +55,9 @@ class EmulatedFleet:
         settings: EmulatedSettings | None = None,
         fault: Fault = lambda incoming: False,
         notice_s: float = 0.0,
+        sleep: Sleep | None = None,
     ) -> None:
-        """``profiles`` by kind of instance; ``notice_s`` as ``FleetModel`` has it."""
+        """``profiles`` by kind of instance; ``notice_s`` and ``sleep`` as ``FleetModel`` has them."""
         self.network = network
         self.model = FleetModel(
             clock=clock,
@@ -65,8 +66,12 @@ class EmulatedFleet:
             seed=seed,
             make_engine=self._start,
             notice_s=notice_s,
+            sleep=sleep,
         )
         self.model.listener = self
+        self.model.sleep_listener = events
+        sleeps = sleep is not None and sleep.host_memory_gb > 0
+        self.sleeping_kinds = frozenset(profiles) if sleeps else frozenset()
         self._clock = clock
         self._events = events
         self._profiles = profiles
@@ -84,6 +89,13 @@ class EmulatedFleet:
     def remove(self, instance: Instance) -> None:
         self.model.remove(instance)
         self._stop(instance)
+
+    def sleep(self, instance: Instance) -> None:
+        self.model.sleep(instance)
+        self._stop(instance)
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        self.model.keep_asleep(kind, most)
 
     def suspect(self, instance: Instance) -> None:
         self.model.suspect(instance)

@@ -68,6 +68,7 @@ def model(
         advised={} if advised is None else {"mixed": advised},
         cold_start_s=1.0,
         cold_starts_seen=0,
+        start_s={},
         instances=(*instances, *(instance(99 + i, kinds[-1], "draining") for i in range(draining))),
         running={},
         queue=QueueSnapshot(interactive=0, oldest_wait_s=inf, batch=0, batch_announced=0, groups=()),

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from chiron.core.types import Request
-from chiron.fleet.port import FleetReport, InstanceUsage
+from chiron.fleet.port import FleetReport, InstanceUsage, KindReport, SleepStatus
 from chiron.gateway.reporting.journal import LiveJournal
 from chiron.gateway.reporting.metrics import LoopLag, Metrics
 from chiron.gateway.reporting.status import BATCHES_SHOWN, LeaderReport, StatusSources, status
@@ -330,3 +330,20 @@ def test_which_gateway_leads_is_shown_with_what_relays_did_without_it(
     assert value("relay_expired_requests_total") == 1
     assert status(live.plane.snapshot(), live.journal, around)["leader"] == asdict(LEADER)
     assert status(live.plane.snapshot(), live.journal, StatusSources())["leader"] is None
+
+
+def test_sleepers_are_counted_by_kind(live: LivePlane, around: StatusSources) -> None:
+    (kind,) = live.plane.models[MODEL].spec.kinds
+    sleep = SleepStatus(
+        asleep=2, memory_gb=40.0, wakes=7, failed_sleeps=1, failed_wakes=3, lost=4, reason="it did not wake within 30 s"
+    )
+    told = replace(around, fleet=FleetReport(kinds={kind.name: KindReport(sleep=sleep)}))
+    page = Metrics(live.plane, live.journal, lambda: told).render().decode()
+    labels = f'kind="{kind.name}",model="{MODEL}"'
+    assert f"chiron_instances_asleep{{{labels}}} 2.0" in page
+    assert f"chiron_sleepers_memory_bytes{{{labels}}} 4e+10" in page
+    assert f"chiron_instance_wakes_total{{{labels}}} 7.0" in page
+    for what, count in (("sleep", 1), ("wake", 3), ("lost", 4)):
+        assert f'chiron_sleep_failures_total{{{labels},what="{what}"}} {count}.0' in page
+    (model,) = [each for each in status(live.plane.snapshot(), live.journal, told)["models"] if each["name"] == MODEL]
+    assert model["sleepers"] == [{"kind": kind.name, **asdict(sleep)}]

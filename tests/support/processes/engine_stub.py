@@ -64,6 +64,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sick", help="answer 503 while this file exists")
     parser.add_argument("--deaf", help="accept but do not answer while this file exists")
     parser.add_argument("--unknown", default="", help="answer 404 on this path")
+    parser.add_argument("--sleeps", action="store_true", help="speak vLLM's sleep mode")
+    parser.add_argument("--insomnia", help="say the opposite of whether it sleeps while this file exists")
     parser.add_argument("--answer", nargs=2, action="append", default=[], metavar=("PATH", "BODY"))
     parser.add_argument("--heard", help="write the method, path and body of requests that have one to this file")
     parser.add_argument("--authorization", default="", help="answer 401 without this header")
@@ -93,7 +95,7 @@ def answer(connection: socket.socket, options: argparse.Namespace) -> None:
             if options.heard and (body := body_of(connection, head)):
                 with open(options.heard, "a") as file:
                     file.write(f"{method} {path} {body}\n")
-            said = dict(options.answer).get(path, "{}")
+            said = dict(options.answer).get(path, sleep_mode(method, path, options) or "{}")
             status = "200 OK"
             if options.sick and os.path.exists(options.sick):
                 status = "503 Sick"
@@ -105,6 +107,15 @@ def answer(connection: socket.socket, options: argparse.Namespace) -> None:
             connection.sendall((head + said).encode())
         except OSError:
             return
+
+
+def sleep_mode(method: str, path: str, options: argparse.Namespace) -> str:
+    if method == "POST" and options.sleeps:
+        options.asleep = path.startswith("/sleep") or (getattr(options, "asleep", False) and path != "/wake_up")
+    if path != "/is_sleeping" or not options.sleeps:
+        return ""
+    lies = bool(options.insomnia) and os.path.exists(options.insomnia)
+    return '{"is_sleeping": true}' if getattr(options, "asleep", False) != lies else '{"is_sleeping": false}'
 
 
 def body_of(connection: socket.socket, text: str) -> str:

@@ -7,7 +7,8 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,8 @@ from chiron.core.types import Instance, InstanceKind
 from chiron.fleet.health import HealthSettings
 from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.process.fleet import ProcessFleet, ProcessSource
-from chiron.fleet.settings import FleetSettings
+from chiron.fleet.process.sleepers import SleepSource
+from chiron.fleet.settings import FleetSettings, SleeperSettings
 from chiron.fleet.starts import BackoffSettings, StartStatus
 from chiron.net.clock import LiveClock
 
@@ -45,6 +47,13 @@ def stub_kind(*switches: str, port: str | None = "{port}", **values: object) -> 
     return ProcessSource(command=(*STUB, *ports, *switches), **{"stop_timeout_s": 2.0, **values})  # type: ignore[arg-type]
 
 
+SLEEP = SleepSource(gb=10.0, sleep_path="/sleep?level=1", wake_path="/wake_up", asleep_path="/is_sleeping")
+
+
+def sleeping_kind(*switches: str, gb: float = SLEEP.gb, **values: object) -> ProcessSource:
+    return stub_kind("--sleeps", *switches, sleep=replace(SLEEP, gb=gb), **values)
+
+
 def an_instance(number: int, kind: str = "stub", model: str = "org/model") -> Instance:
     shape = InstanceKind(name=kind, gpu="none", gpus=1, price_per_gpu_hour=1.0, kv_capacity_tokens=1000, max_num_seqs=8)
     return Instance(number, model, shape, "mixed", 0.0)
@@ -57,6 +66,8 @@ class Heard:
         self.ready: list[int] = []
         self.failed: list[int] = []
         self.leaving: list[int] = []
+        self.asleep: list[int] = []
+        self.sleepers: dict[str, int] = {}
         self.urls: dict[int, str] = {}
         self.reasons: dict[int, str] = {}
         self.clock = clock
@@ -71,6 +82,15 @@ class Heard:
         assert self.clock._posting
         self.leaving.append(instance.id)
         self.reasons[instance.id] = reason
+
+    def instance_asleep(self, instance: Instance) -> None:
+        assert self.clock._posting
+        instance.state = "gone"
+        self.asleep.append(instance.id)
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        assert self.clock._posting
+        self.sleepers = dict(asleep)
 
     def instance_failed(self, instance: Instance, reason: str) -> None:
         assert self.clock._posting
@@ -91,11 +111,17 @@ async def local_fleet(
     kinds: dict[str, ProcessSource],
     settings: FleetSettings | None = None,
     devices: tuple[str, ...] = (),
+    sleepers: SleeperSettings | None = None,
 ) -> AsyncIterator[tuple[ProcessFleet, Heard]]:
     clock = LiveClock(asyncio.get_running_loop())
     heard = Heard(clock)
     environment = FleetEnvironment(
-        clock=clock, events=heard, log_directory=directory, settings=settings or quick_settings(), devices=devices
+        clock=clock,
+        events=heard,
+        log_directory=directory,
+        settings=settings or quick_settings(),
+        devices=devices,
+        sleepers=sleepers or SleeperSettings(),
     )
     fleet = ProcessFleet(kinds, environment)
     try:

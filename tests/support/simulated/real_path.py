@@ -18,7 +18,7 @@ from chiron.engines.profile import Profile
 from chiron.engines.remote import CUT
 from chiron.engines.serve.emulated_engine import EmulatedSettings
 from chiron.fleet.endpoints import EndpointsSource
-from chiron.fleet.model import ColdStart, Failures
+from chiron.fleet.model import ColdStart, Failures, Sleep
 from chiron.fleet.port import LiveFleetEvents
 from chiron.gateway.gateway import Gateway
 from chiron.gateway.instances.engines import Engines
@@ -124,6 +124,7 @@ class Site:
         batch_class: str = "",
         relays: int = 0,
         record: Write | None = None,
+        sleep: Sleep | None = None,
     ) -> None:
         """``relays``: through so many of them, each at the other end of a connection, in turn; 0: all in one.
         ``record`` gets the lines of an input log."""
@@ -159,6 +160,7 @@ class Site:
                 settings=EmulatedSettings(kv_transfer_gb_per_s=kv_transfer_gb_per_s),
                 fault=fault,
                 notice_s=notice_s,
+                sleep=sleep,
             )
 
         self.engines = Engines(
@@ -259,6 +261,7 @@ async def run_real(
         scrape_period_s=setup.scrape_period_s,
         relays=relays,
         record=record,
+        sleep=setup.sleep,
     )
     site.begin(setup.initial)
     clients = [Client() for _ in range(len(workload))]

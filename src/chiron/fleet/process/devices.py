@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+_Wait = tuple[int, asyncio.Future[tuple[str, ...]], Callable[[Sequence[str]], Sequence[str]]]
 
 
 class Devices:
@@ -15,16 +17,19 @@ class Devices:
             raise ValueError(f"devices are {list(names)}; each may be named once")
         self.names = tuple(names)
         self._free = list(names)
-        self._waiting: deque[tuple[int, asyncio.Future[tuple[str, ...]]]] = deque()
+        self._waiting: deque[_Wait] = deque()
 
     @property
     def free(self) -> int:
         return len(self._free)
 
-    async def take(self, count: int, timeout_s: float) -> tuple[str, ...] | None:
-        """``count`` devices, or None if that many did not become free within ``timeout_s`` seconds."""
+    async def take(
+        self, count: int, timeout_s: float, prefer: Callable[[Sequence[str]], Sequence[str]] = tuple
+    ) -> tuple[str, ...] | None:
+        """``count`` devices, or None if that many did not become free within ``timeout_s`` seconds. ``prefer`` orders
+        those that are free, the best first, in the moment in which some are handed out."""
         place: asyncio.Future[tuple[str, ...]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, place))
+        self._waiting.append((count, place, prefer))
         self._serve()
         try:
             await asyncio.wait((place,), timeout=timeout_s)
@@ -47,7 +52,8 @@ class Devices:
     def _serve(self) -> None:
         waiting = self._waiting
         while waiting and (waiting[0][1].cancelled() or waiting[0][0] <= len(self._free)):
-            count, place = waiting.popleft()
+            count, place, prefer = waiting.popleft()
             if not place.cancelled():
-                place.set_result(tuple(self._free[:count]))
-                del self._free[:count]
+                taken = tuple(prefer(self._free)[:count])
+                self._free = [name for name in self._free if name not in taken]
+                place.set_result(taken)

@@ -2,7 +2,8 @@
 
 An instance starts when its kind may be tried (``starts``), its GPUs are free (``devices``) and its engine, run by a
 supervisor, answers; it has failed when its process ends or stops answering. The fleet never restarts an instance: the
-control plane is told that it failed and asks for another one, so that it alone decides how many there are.
+control plane is told that it failed and asks for another one, so that it alone decides how many there are. An engine
+may outlive its instance: it sleeps (``sleepers``), and wakes as that of another one.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,6 +25,7 @@ from chiron.fleet.port import Claim, FleetEnvironment, FleetReport, InstanceUsag
 from chiron.fleet.process import orphans
 from chiron.fleet.process.devices import Devices
 from chiron.fleet.process.engine_process import EngineExitedError, EngineProcess, tail
+from chiron.fleet.process.sleepers import HostedEngine, ProcessSleepers, SleepSource
 from chiron.fleet.process.usage import CpuTimes, cpu_share, sample_below
 from chiron.fleet.records import InstanceFailedError, InstanceRecord, InstanceRecords, starts_report
 from chiron.fleet.starts import StartDelayedError, Starts
@@ -54,6 +57,8 @@ class ProcessSource:
     """Devices that one instance gets to itself, if the fleet has any to hand out."""
     log_bytes_max: int = 8 * 1024 * 1024
     """Size at which an instance's log is rotated, once: it takes at most twice that."""
+    sleep: SleepSource | None = None
+    """None: instances are stopped, and never sleep."""
     standing: ClassVar[int] = 0
     instances_max: ClassVar[int | None] = None
     summary: ClassVar[str] = "started here"
@@ -69,7 +74,7 @@ class ProcessSource:
 
 
 class ProcessFleet:
-    """Implements ``LiveFleet``."""
+    """Implements ``LiveFleet`` and ``LiveSleepers``."""
 
     def __init__(self, sources: Mapping[str, ProcessSource], environment: FleetEnvironment) -> None:
         """``sources`` by InstanceKind.name. Raises ValueError or OSError for what cannot work."""
@@ -85,12 +90,21 @@ class ProcessFleet:
         self._owner = orphans.owner_mark()
         self._records = InstanceRecords(clock=environment.clock, events=environment.events, serve=self._serve)
         self._starts = {name: Starts(self._settings.backoff) for name in sources}
-        self._processes: dict[int, tuple[EngineProcess, str]] = {}
-        """Running ones and the names of their kinds, by instance id."""
+        self._events = environment.events
+        self._clock = environment.clock
+        self._sleepers = ProcessSleepers(
+            {name: source.sleep for name, source in sources.items() if source.sleep is not None},
+            environment.sleepers,
+            self._settings.health,
+            self._tell_asleep,
+        )
+        self.sleeping_kinds = self._sleepers.kinds
+        self._engines: dict[int, HostedEngine] = {}
+        """Those of instances, by instance id."""
         self._logs: set[Path] = set()
-        """Of running instances."""
+        """Of running engines."""
         self._ports: set[int] = set()
-        """Given to running instances; one of them may not have bound its own yet."""
+        """Given to running engines; one of them may not have bound its own yet."""
         self._spawning = asyncio.Lock()
         """Making a process holds up the loop for milliseconds; several must not do so in a row."""
         self._cpu: dict[int, tuple[float, CpuTimes]] = {}
@@ -110,6 +124,15 @@ class ProcessFleet:
         """At any time, also while it starts; harmless twice."""
         self._records.end(instance)
 
+    def sleep(self, instance: Instance) -> None:
+        """Answered by ``instance_asleep`` or ``instance_failed``, later."""
+        engine = self._engines.get(instance.id)
+        if engine is not None:  # Else it has failed, and that is about to be told.
+            engine.to_sleep.set()
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        self._sleepers.keep(kind, most)
+
     def suspect(self, instance: Instance) -> None:
         """Somebody could not reach it: check now, and fail it if it does not answer."""
         self._records.suspect(instance)
@@ -119,19 +142,28 @@ class ProcessFleet:
 
     def report(self) -> FleetReport:
         return FleetReport(
-            kinds={name: starts_report(starts.status()) for name, starts in self._starts.items()},
-            usage={instance: usage for instance, usage in self._usage.items() if instance in self._processes},
+            kinds={
+                name: replace(starts_report(starts.status()), sleep=self._sleepers.status(name))
+                for name, starts in self._starts.items()
+            },
+            usage={instance: usage for instance, usage in self._usage.items() if instance in self._engines},
         )
 
     def log_path(self, instance: Instance) -> Path:
-        """Its output, standard and error; what was rotated is beside it, with ``.1``."""
+        """Its output, standard and error; what was rotated is beside it, with ``.1``. One that woke goes on writing
+        where it began."""
+        engine = self._engines.get(instance.id)
+        return engine.log if engine is not None else self._new_log(instance)
+
+    def _new_log(self, instance: Instance) -> Path:
         model = re.sub(r"[^A-Za-z0-9._-]+", "_", instance.model)
         return self._directory / f"{model}-{instance.id}.log"
 
     async def close(self, *, hands_over: bool = False) -> None:
         """Stop everything, side by side; nothing is left when this returns, whoever follows."""
         longest_s = max((source.stop_timeout_s for source in self._sources.values()), default=0.0)
-        await self._records.close(longest_s + _CLOSE_MARGIN_S)
+        await asyncio.gather(self._records.close(longest_s + _CLOSE_MARGIN_S), self._sleepers.close())
+        await self._sleepers.close()  # What fell asleep just then.
         if self._sampling is not None:
             self._sampling.cancel()
             await asyncio.wait((self._sampling,))
@@ -166,21 +198,24 @@ class ProcessFleet:
     async def _run(
         self, record: InstanceRecord, source: ProcessSource, devices: tuple[str, ...], starts: Starts
     ) -> None:
-        port = self._free_port(record) if any("{port}" in argument for argument in source.command) else None
-        process = await self._start(record, source, port, devices)
-        url = await process.unless_exited(self._until_ready(record, process, source, port))
-        self._records.ready(record, url)
+        engine = await self._woken(record, source, devices) or await self._started(record, source, devices)
+        self._records.ready(record, engine.url)
         starts.succeeded(record)
         stable_after_s = self._settings.backoff.stable_after_s
         lasted = asyncio.get_running_loop().call_later(stable_after_s, starts.lasted)
         record.resources.callback(lasted.cancel)
-        await process.unless_exited(self._watch(record, source, url))
+        await engine.process.unless_exited(self._watch(record, source, engine))
+        await self._fall_asleep(record, engine)
 
     async def _take_devices(self, record: InstanceRecord, source: ProcessSource) -> tuple[str, ...]:
         if not self.devices.names or not source.gpus:
             return ()
         wait_s = self._settings.backoff.start_wait_s
-        devices = await self.devices.take(source.gpus, wait_s)
+
+        def prefer(free: Sequence[str]) -> Sequence[str]:
+            return self._sleepers.preferred(record.instance.kind.name, source.gpus, free)
+
+        devices = await self.devices.take(source.gpus, wait_s, prefer)
         if devices is None:
             raise InstanceFailedError(
                 f"{source.gpus} of {len(self.devices.names)} devices did not become free within {wait_s:g} s"
@@ -188,33 +223,94 @@ class ProcessFleet:
         record.resources.callback(self.devices.give, devices)
         return devices
 
-    async def _start(
-        self, record: InstanceRecord, source: ProcessSource, port: int | None, devices: tuple[str, ...]
-    ) -> EngineProcess:
+    async def _woken(
+        self, record: InstanceRecord, source: ProcessSource, devices: tuple[str, ...]
+    ) -> HostedEngine | None:
+        """The engine of a sleeper that could wake there and did."""
         instance = record.instance
+        engine = self._sleepers.claim(instance.kind.name, _command(source, instance), devices)
+        if engine is None:
+            return None
+        self._host(record, engine)
+        why = await self._sleepers.wake(engine, source.health_path, record.check_now)
+        if not why:
+            instance.source = "memory"
+            return engine
+        log.warning("instance %d of %s starts anew, its sleeper did not wake: %s", instance.id, instance.model, why)
+        await engine.resources.aclose()
+        self._forget(instance.id)
+        record.began_s = asyncio.get_running_loop().time()
+        return None
+
+    async def _started(self, record: InstanceRecord, source: ProcessSource, devices: tuple[str, ...]) -> HostedEngine:
+        """An engine whose process has been started and answers."""
+        async with AsyncExitStack() as resources:
+            given = any("{port}" in argument for argument in source.command)
+            port = self._free_port(resources) if given else None
+            engine = await self._start(record.instance, source, port, devices, resources)
+        self._host(record, engine)
+        engine.url = await engine.process.unless_exited(self._until_ready(record, engine.process, source, port))
+        return engine
+
+    async def _start(
+        self,
+        instance: Instance,
+        source: ProcessSource,
+        port: int | None,
+        devices: tuple[str, ...],
+        resources: AsyncExitStack,
+    ) -> HostedEngine:
+        """``resources`` hold its port; they become the engine's."""
         env = {**os.environ, **source.env}
         if devices:
             env["CUDA_VISIBLE_DEVICES"] = env["HIP_VISIBLE_DEVICES"] = ",".join(devices)
-        path = self.log_path(instance)
+        path = self._new_log(instance)
         self._logs.add(path)
-        record.resources.callback(self._logs.discard, path)
+        resources.callback(self._logs.discard, path)
         prune_logs(self._directory, self._settings.logs_kept, self._logs)
+        command = _command(source, instance)
         async with self._spawning:
             process = await EngineProcess.start(
-                [
-                    argument.replace("{port}", str(port)).replace(TOKEN_BUDGET, str(instance.max_num_batched_tokens))
-                    for argument in source.command
-                ],
+                [argument.replace("{port}", str(port)) for argument in command],
                 env=env,
                 stop_timeout_s=source.stop_timeout_s,
                 log=path,
                 log_bytes_max=source.log_bytes_max,
                 mark=f"{self._owner}/{id(self):x}.{instance.id}",
             )
-            record.resources.push_async_callback(process.stop)
-        self._processes[instance.id] = process, instance.kind.name
-        record.resources.callback(self._forget, instance.id)
-        return process
+            resources.push_async_callback(process.stop)
+            return HostedEngine(
+                kind=instance.kind.name,
+                process=process,
+                command=command,
+                devices=devices,
+                log=path,
+                resources=resources.pop_all(),
+            )
+
+    def _host(self, record: InstanceRecord, engine: HostedEngine) -> None:
+        """It is this instance's now, and ends with it unless it sleeps."""
+        record.resources.push_async_callback(engine.end_unless_asleep)
+        self._engines[record.instance.id] = engine
+        record.resources.callback(self._forget, record.instance.id)
+
+    async def _fall_asleep(self, record: InstanceRecord, engine: HostedEngine) -> None:
+        """It has drained, and nobody needs it now."""
+        instance = record.instance
+        why = await self._sleepers.put(engine)
+        if why:
+            log.info("instance %d of %s is stopped and does not sleep: %s", instance.id, instance.model, why)
+        await record.resources.aclose()
+        self._records.ended(record, lambda: self._events.instance_asleep(instance))
+
+    def _tell_asleep(self) -> None:
+        """Not at once: who is told may just have asked for it."""
+
+        def tell() -> None:
+            if not self._records.closed:
+                self._events.kinds_asleep(self._sleepers.counts())
+
+        asyncio.get_running_loop().call_soon(self._clock.post, tell)
 
     async def _until_ready(
         self, record: InstanceRecord, process: EngineProcess, source: ProcessSource, port: int | None
@@ -237,15 +333,25 @@ class ProcessFleet:
             if probe is not None:
                 await probe.close()
 
-    async def _watch(self, record: InstanceRecord, source: ProcessSource, url: str) -> None:
-        probe = Probe(HealthTarget(url=url, path=source.health_path), self._settings.health)
+    async def _watch(self, record: InstanceRecord, source: ProcessSource, engine: HostedEngine) -> None:
+        """Until it is to sleep."""
+        probe = Probe(HealthTarget(url=engine.url, path=source.health_path), self._settings.health)
+        failing = asyncio.ensure_future(probe.until_failed(record.check_now))
+        leaving = asyncio.ensure_future(engine.to_sleep.wait())
         try:
-            await probe.until_failed(record.check_now)
+            await asyncio.wait((failing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if not failing.done():
+                engine.to_sleep.clear()
+                return
+            failing.result()
         finally:
+            failing.cancel()
+            leaving.cancel()
+            await asyncio.gather(failing, leaving, return_exceptions=True)
             await probe.close()
         raise InstanceFailedError(f"it stopped answering: {probe.reason}")
 
-    def _free_port(self, record: InstanceRecord) -> int:
+    def _free_port(self, resources: AsyncExitStack) -> int:
         """Free now. If another program takes it before the engine, this start fails, and the next gets another."""
         while True:
             with socket.socket() as probe:
@@ -253,11 +359,11 @@ class ProcessFleet:
                 port = int(probe.getsockname()[1])
             if port not in self._ports:
                 self._ports.add(port)
-                record.resources.callback(self._ports.discard, port)
+                resources.callback(self._ports.discard, port)
                 return port
 
     def _forget(self, instance_id: int) -> None:
-        del self._processes[instance_id]
+        self._engines.pop(instance_id, None)
         self._usage.pop(instance_id, None)
         self._cpu.pop(instance_id, None)
 
@@ -266,23 +372,29 @@ class ProcessFleet:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._settings.usage_period_s)
-            roots = {instance: process.supervisor_pid for instance, (process, _) in self._processes.items()}
+            roots = {instance: engine.process.supervisor_pid for instance, engine in self._engines.items()}
             if not roots:
                 continue
             trees = await asyncio.to_thread(sample_below, roots)
             now_s = loop.time()
             for instance, tree in trees.items():
-                process, kind = self._processes.get(instance, (None, ""))
-                if process is None or process.pid is None:
+                engine = self._engines.get(instance)
+                if engine is None or engine.process.pid is None:
                     continue
                 before_s, before = self._cpu.get(instance, (now_s, tree.cpu_s))
                 self._cpu[instance] = now_s, tree.cpu_s
                 self._usage[instance] = InstanceUsage(
                     cpu_share=cpu_share(before, tree.cpu_s, now_s - before_s),
                     rss_bytes=tree.rss_bytes,
-                    pid=process.pid,
-                    restarts=self._starts[kind].failures_total,
+                    pid=engine.process.pid,
+                    restarts=self._starts[engine.kind].failures_total,
                 )
+
+
+def _command(source: ProcessSource, instance: Instance) -> tuple[str, ...]:
+    """The instance's, but for its port."""
+    budget = str(instance.max_num_batched_tokens)
+    return tuple(argument.replace(TOKEN_BUDGET, budget) for argument in source.command)
 
 
 def prune_logs(directory: Path, kept: int, in_use: set[Path]) -> None:

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from chiron.core.ports import FleetEvents, RemoteEngineEvents, RemoteFleetEvents
+from chiron.core.ports import FleetEvents, RemoteEngineEvents, RemoteFleetEvents, SleeperEvents
 from chiron.core.types import Instance, Request
-from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents
+from chiron.fleet.port import FleetReport, LiveFleet, LiveFleetEvents, LiveSleepers
 from chiron.gateway.instances.engine import Carrier, InstanceEngine, Placed
 from chiron.gateway.relay.admission import ServedModel
 from chiron.gateway.relay.context_limit import UNTOLD, longest
@@ -32,7 +32,8 @@ class Elsewhere(Protocol):
 
 
 class Engines:
-    """Implements the ``Fleet`` port towards the control plane, and hears of instances from the fleet."""
+    """Implements the ports ``Fleet`` and ``Sleepers`` towards the control plane, and hears of instances from the
+    fleet."""
 
     def __init__(
         self,
@@ -52,6 +53,8 @@ class Engines:
         self.events: RemoteEngineEvents | None = None
         self.leaving: RemoteFleetEvents | None = None
         """Set with ``events``: who hears of instances that are taken away."""
+        self.sleep_listener: SleeperEvents | None = None
+        """Set with ``events``, where instances can sleep."""
         self.relays: Elsewhere | None = None
         """Set where there are any."""
         self.live: dict[int, InstanceEngine] = {}
@@ -75,6 +78,22 @@ class Engines:
         self._close(instance)
         self.fleet.remove(instance)
 
+    # -- the Sleepers port -------------------------------------------------------------------------------------
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there are instances that can."""
+        return isinstance(self.fleet, LiveSleepers) and bool(self.fleet.sleeping_kinds)
+
+    def sleep(self, instance: Instance) -> None:
+        assert isinstance(self.fleet, LiveSleepers)
+        self._close(instance)
+        self.fleet.sleep(instance)
+
+    def keep_asleep(self, kind: str, most: int) -> None:
+        assert isinstance(self.fleet, LiveSleepers)
+        self.fleet.keep_asleep(kind, most)
+
     # -- what the fleet tells ----------------------------------------------------------------------------------
 
     def instance_ready(self, instance: Instance, url: str) -> None:
@@ -90,6 +109,14 @@ class Engines:
         self._close(instance)
         self._failed(instance, reason)
         self._listener().instance_failed(instance)
+
+    def instance_asleep(self, instance: Instance) -> None:
+        if self.sleep_listener is not None:
+            self.sleep_listener.instance_asleep(instance)
+
+    def kinds_asleep(self, asleep: Mapping[str, int]) -> None:
+        if self.sleep_listener is not None:
+            self.sleep_listener.kinds_asleep(asleep)
 
     # -- the rest ----------------------------------------------------------------------------------------------
 

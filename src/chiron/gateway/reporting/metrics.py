@@ -241,6 +241,39 @@ class _Collector(Collector):
                     failures.add_metric((model, kind.name), starts.failures_total)
                     looping.add_metric((model, kind.name), starts.state == "crash-looping")
         yield from (failures, looping)
+        yield from self._sleepers(around, plane)
+
+    def _sleepers(self, around: StatusSources, plane: PlaneSnapshot) -> Iterator[Metric]:
+        """Of kinds that can sleep."""
+        labels = ("model", "kind")
+        asleep = GaugeMetricFamily("chiron_instances_asleep", "Engines that sleep in host memory.", labels=labels)
+        memory = GaugeMetricFamily(
+            "chiron_sleepers_memory_bytes", "Host memory that they take, by sleeper_gb.", labels=labels
+        )
+        wakes = CounterMetricFamily("chiron_instance_wakes", "Starts that woke one of them.", labels=labels)
+        failures = CounterMetricFamily(
+            "chiron_sleep_failures",
+            "Engines that did not sleep or wake as they should and were stopped; lost: while they slept.",
+            labels=(*labels, "what"),
+        )
+        took = GaugeMetricFamily("chiron_wake_seconds", "Measured time that a wake takes.", labels=("model",))
+        for state in plane.models:
+            model = state.spec.name
+            kinds = [(kind.name, around.fleet.kinds.get(kind.name)) for kind in state.spec.kinds]
+            for kind, sleep in [(kind, each.sleep) for kind, each in kinds if each is not None and each.sleep]:
+                assert sleep is not None
+                asleep.add_metric((model, kind), sleep.asleep)
+                memory.add_metric((model, kind), sleep.memory_gb * 1e9)
+                wakes.add_metric((model, kind), sleep.wakes)
+                for what, count in (
+                    ("sleep", sleep.failed_sleeps),
+                    ("wake", sleep.failed_wakes),
+                    ("lost", sleep.lost),
+                ):
+                    failures.add_metric((model, kind, what), count)
+            if "memory" in state.start_s:
+                took.add_metric((model,), state.start_s["memory"])
+        yield from (asleep, memory, wakes, failures, took)
 
     def _bills(self, now_s: float) -> Iterator[Metric]:
         labels = ("model", "gpu")

@@ -163,6 +163,7 @@ def _model(model: ModelSnapshot, journal: LiveJournal, around: StatusSources, no
         "cold_start_s": model.cold_start_s if model.cold_starts_seen else None,
         "instances": [_instance(instance, around) for instance in model.instances],
         "starts": [_start(name, kind.starts) for name, kind in kinds.items() if kind.starts is not None],
+        "sleepers": [{"kind": name, **asdict(kind.sleep)} for name, kind in kinds.items() if kind.sleep is not None],
         "endpoints": [
             {"kind": name, "url": url, "state": health.state, "reason": health.reason}
             for name, kind in kinds.items()
