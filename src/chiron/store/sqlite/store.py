@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,20 +20,9 @@ from threading import local
 from typing import Any, Literal, TypeVar
 
 from chiron.store.damage import Damage
-from chiron.store.directory import (
-    DATABASE,
-    FILES,
-    disk_error,
-    file_path,
-    lock,
-    make_private,
-    remove_files,
-    remove_parts,
-    sync_directory,
-    unknown_files,
-)
+from chiron.store.directory import DATABASE, disk_error, file_path, lock, remove_files
 from chiron.store.jobs import batches, lists
-from chiron.store.jobs.database import Database, Operation, Transaction, meta_of
+from chiron.store.jobs.database import Database, Operation, Transaction
 from chiron.store.jobs.downloads import WholeFiles, read_lines
 from chiron.store.jobs.items import Leased
 from chiron.store.jobs.items import finish as finish_items
@@ -53,30 +41,18 @@ from chiron.store.port import (
     StoreCorrupt,
     StoreDamaged,
     StoredFile,
-    StoreError,
-    StoreFull,
     StoreUnavailable,
     Swept,
 )
 from chiron.store.settings import StoreSettings
 from chiron.store.sqlite import items
-from chiron.store.sqlite.acknowledged import Acknowledged
 from chiron.store.sqlite.content import CheckedFile, check_content
-from chiron.store.sqlite.database import (
-    SQLITE_ERRORS,
-    Connection,
-    damaged,
-    open_for_reading,
-    open_for_writing,
-    read_meta,
-    store_error,
-)
-from chiron.store.sqlite.inspect import database_damage, is_older, is_ours, log_damage, missing_commits
+from chiron.store.sqlite.database import SQLITE_ERRORS, Connection, open_for_reading, store_error
 from chiron.store.sqlite.learned import load_learned, save_learned
 from chiron.store.sqlite.leases import Leases
 from chiron.store.sqlite.lost import LostFound
-from chiron.store.sqlite.mend import finish, mend
 from chiron.store.sqlite.moved import require_not_moved
+from chiron.store.sqlite.opening import Opening
 from chiron.store.sqlite.upload import FileUpload
 from chiron.store.sqlite.writer import Writer
 from chiron.store.sums import Row
@@ -85,14 +61,6 @@ from chiron.store.trusted_clock import ClockMarks
 T = TypeVar("T")
 
 log = logging.getLogger("chiron.store")
-
-NAMES_SHOWN = 5
-"""Files named in one line of the log."""
-
-
-def names(paths: Sequence[Path]) -> str:
-    more = len(paths) - NAMES_SHOWN
-    return ", ".join(path.name for path in paths[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(slots=True)
@@ -140,23 +108,8 @@ class SqliteStore:
         held = lock(self.directory)
         try:
             require_not_moved(self.directory)
-            db = self._open_whole()
-            try:
-                uploads = db.execute("SELECT id FROM files WHERE batch_id IS NULL").fetchall()
-                sync_directory(self.directory)
-                remove_parts(self.directory)
-                removals = [row["id"] for row in db.execute("SELECT id FROM removals").fetchall()]
-                remove_files(self.directory, removals)
-                db.execute("DELETE FROM removals")
-                meta = meta_of(read_meta(db))
-                acknowledged = Acknowledged(self.directory)
-                acknowledged.write(meta.commits, durably=True)
-                self._put_aside_unknown({row["id"] for row in uploads})
-                for complaint in make_private(self.directory):
-                    log.warning("%s; change its owner or its mode", complaint)
-            except BaseException:
-                db.close()
-                raise
+            opening = Opening(self.directory, self.settings, lost=self.lost, damage=self.damage)
+            db, meta, acknowledged = opening.database()
         except SQLITE_ERRORS as error:
             os.close(held)
             raise store_error(error, self._path) from error
@@ -175,75 +128,6 @@ class SqliteStore:
             places=asyncio.Semaphore(self.settings.operations_max),
             whole=WholeFiles(self.settings.check_first_bytes_max),
         )
-
-    def _open_whole(self) -> Connection:
-        """The database, mended if it is damaged and can be."""
-        try:
-            finish(self.directory, self.lost)
-            why = log_damage(self.directory)
-            if why and is_older(self._path):
-                why = self._leave_to_sqlite(why)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
-        refusal: StoreError = damaged(self._path, why)
-        if not why:
-            try:
-                db = open_for_writing(self.directory, self.settings)
-            except StoreFull:
-                raise
-            except StoreError as error:
-                refusal, why = error, str(error)
-            else:
-                why = self._damage_of(db)
-                if not why:
-                    return db
-                db.close()
-                refusal = damaged(self._path, why)
-        if not is_ours(self._path):
-            raise refusal
-        mend(self.directory, self.lost, lambda what: self.damage.note(what, "start"), why)
-        db = open_for_writing(self.directory, self.settings)
-        if why := database_damage(db, full=True):
-            db.close()
-            raise damaged(self._path, f"it was repaired, and still: {why}")
-        return db
-
-    def _leave_to_sqlite(self, why: str) -> str:
-        """The log of a store from before rows had sums: what comes behind the damage cannot be told from what was torn,
-        so it is kept and told of."""
-        path = self._path.with_name(f"{DATABASE}-wal")
-        if not self.lost.room_for(1, path.stat().st_size):
-            return f"{why}; there is no room to keep it: {self.lost.limit()}"
-        place = self.lost.folder("damaged")
-        shutil.copy2(path, place)
-        sync_directory(place)
-        self.damage.note(f"{why}; what was committed after the damage is lost, but for the copy in {place}", "start")
-        return ""
-
-    def _damage_of(self, db: Connection) -> str:
-        small = self._path.stat().st_size <= self.settings.check_bytes_max
-        if why := database_damage(db, full=small or self.damage.is_undealt()):
-            return why
-        if words := missing_commits(self.directory, read_meta(db)["commits"]):
-            self.damage.note(words, "start")
-        elif self.damage.is_undealt():
-            self.damage.note("what was met is gone: everything in the database was looked at and is whole", "start")
-        return ""
-
-    def _put_aside_unknown(self, known: set[str]) -> None:
-        aside = self.lost.put(unknown_files(self.directory, known))
-        if aside.moved:
-            count, shown = len(aside.moved), names(aside.moved)
-            log.warning("%d files that no row names are moved to %s: %s", count, self.lost.path, shown)
-        if aside.left:
-            log.error(
-                "%d files that no row names stay in %s: there is no room for them in lost+found (%s); nothing of it is "
-                "deleted, look through both and remove what you do not need: %s",
-                len(aside.left),
-                self.directory / FILES,
-                self.lost.limit(),
-                names(aside.left),
-            )
 
     def hurry(self, within_s: float) -> None:
         """There is no server."""
