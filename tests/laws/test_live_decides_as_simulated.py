@@ -202,8 +202,8 @@ def test_decides_the_same_with_any_number_of_relays(relays: int) -> None:
 def test_decides_the_same_while_instances_sleep_and_wake() -> None:
     """Two bursts: what the first one needed sleeps meanwhile, and there is room for three."""
     draw, at_s, rows = Random(11), 0.0, []
-    while at_s < 46.0:
-        at_s += draw.expovariate(16.0 if 5.0 < at_s < 10.0 or 40.0 < at_s < 45.0 else 1.0)
+    while at_s < 80.0:
+        at_s += draw.expovariate(16.0 if 10.0 < at_s < 20.0 or 60.0 < at_s < 70.0 else 1.0)
         rows.append((at_s, draw.randint(20, 120), draw.randint(2, 25), 0, draw.choice((CHAT, CHAT, AGENT))))
     setup = replace(
         scenario("chiron", fails=False, rows=rows),
