@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from chiron.policies.chiron.global_loop import decide_fleet
 from chiron.policies.chiron.load import late_max
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import Floats, late_makes_way, late_requests, meets_slos
+from chiron.policies.headroom import CONSTANT, Floats, Rule, choose_headroom, late_makes_way, late_requests, meets_slos
 from effort import examples
 from policy_factory import arrival, fleet, fleet_of, model
 
@@ -41,8 +41,34 @@ def test_in_order_of_arrival_one_overload_makes_many_late_that_need_not_be() -> 
     load, fleet = overload(4.0, 100, after_s=500), np.full(600, 2.0)
     counts = load[None, :]
     assert not meets_slos(load, counts, [2.0], fleet, 0.25)
-    assert late_makes_way(load, counts, [2.0], fleet, 0.25)
-    assert not late_makes_way(load, counts, [2.0], fleet, 0.2), "196 of 900"
+    assert late_makes_way(load, counts, [2.0], fleet, [225.0])
+    assert not late_makes_way(load, counts, [2.0], fleet, [180.0]), "196 of 900"
+
+
+@pytest.mark.parametrize("ceiling", [100, 8])
+def test_what_the_largest_fleet_would_have_missed_asks_for_no_headroom(ceiling: int) -> None:
+    """Of 3,600 s with four instances' worth of load one minute has 40: a fleet of a hundred could have served it, and
+    that of eight is no reason to keep all eight."""
+    load = np.full(3600, 4.0)
+    load[600:660] = 40.0
+    rules = [CONSTANT, Rule(window_s=60, settle_s=300)]
+    found = choose_headroom(
+        load, load[None, :], [2.0], rules,
+        cold_start_s=30.0, tick_s=5.0, miss_max=0.008, floor=1, ceiling=ceiling,
+    )  # fmt: skip
+    if ceiling == 100:
+        assert found.instances > 30.0
+    else:
+        assert found.instances < 6.0
+
+
+def test_there_is_always_a_fleet_that_does() -> None:
+    load = np.full(600, 40.0)
+    found = choose_headroom(
+        load, load[None, :], [2.0], [CONSTANT],
+        cold_start_s=30.0, tick_s=5.0, miss_max=0.008, floor=1, ceiling=8,
+    )  # fmt: skip
+    assert (found.h, found.instances) == (8.0, 8.0)
 
 
 def test_it_is_counted_no_further_than_asked() -> None:

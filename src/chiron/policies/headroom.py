@@ -8,8 +8,9 @@ A rule is (window, settle, h): the fleet at time t is ``h`` times the largest ``
 ``t - cold_start - settle`` and ``t - cold_start``: what was asked for arrives one cold start later, and shrinks only
 once it has stayed small. Against that fleet the load is run as a fluid queue in which late requests make way for the
 others (``policies.queues.overload``): as much is late as exceeds what its class can wait for. For each (window,
-settle) the least h that keeps every class's misses within the target is found; the cheapest rule wins. 1/h is the
-paper's Theta. Bursty traffic ends up with long windows, trending traffic with short ones.
+settle) the least h that keeps every class's misses within the target is found; the cheapest rule wins. What the largest
+fleet there may be would have let be late as well does not count. 1/h is the paper's Theta. Bursty traffic ends up with
+long windows, trending traffic with short ones.
 
 One more rule, ``CONSTANT``, is the least fixed fleet that would have done: for bursts without memory nothing that
 follows the load is cheaper.
@@ -150,6 +151,8 @@ class _Search:
     basis: Floats
     low: int
     high: int
+    allowed: tuple[float, ...]
+    """Requests of each class that may be late."""
     begin: int = 0
     """Second of the history from which on it counts."""
     possible: bool = False
@@ -242,7 +245,7 @@ def _advanced(backtest: Backtest) -> Backtest:
             question.counts[:, since],
             question.slack_s,
             _fleet(question, search, middle)[since],
-            question.miss_max,
+            search.allowed,
         )
         if search.possible or enough:
             low, high = (search.low, middle) if enough else (middle + 1, search.high)
@@ -310,7 +313,20 @@ def _began(question: Question, rule: Rule, begin: int) -> _Search:
     else:
         grid = _GRID
         basis = _basis(question.load, rule, question.cold_start_s, max(1, round(question.tick_s)))
-    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1, begin=begin)
+    allowed = _allowed(question, begin)
+    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1, allowed=allowed, begin=begin)
+
+
+def _allowed(question: Question, begin: int) -> tuple[float, ...]:
+    """``miss_max`` of each class beyond what the largest fleet would have let be late: what no rule could have served
+    in time asks for none, or it would ask for the largest fleet until it is forgotten."""
+    load = question.load[begin:]
+    fleet = np.full(len(load), float(max(question.ceiling, 1)))
+    waits = bool((_wait_s(load, fleet) > min(question.slack_s, default=inf)).any())
+    return tuple(
+        question.miss_max * float(row.sum()) + (late_requests(load, row, slack_s, fleet) if waits else 0.0)
+        for row, slack_s in zip(question.counts[:, begin:], question.slack_s, strict=True)
+    )
 
 
 def window_mean(load: Floats, window_s: int) -> float:
@@ -409,14 +425,15 @@ def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Fl
     return True
 
 
-def late_makes_way(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
-    """Whether no class misses more of its requests than that, where late ones make way."""
+def late_makes_way(
+    load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, allowed: Sequence[float]
+) -> bool:
+    """Whether no class misses more requests than it is allowed to, where late ones make way."""
     wait_s = _wait_s(load, fleet)
-    for requests, slack in zip(counts, slack_s, strict=True):
-        allowed = miss_max * float(requests.sum())
+    for requests, slack, most in zip(counts, slack_s, allowed, strict=True):
         # In order of arrival no fewer are late.
         in_order = float(requests[wait_s > slack].sum())
-        if in_order > allowed and late_requests(load, requests, slack, fleet, allowed) > allowed:
+        if in_order > most and late_requests(load, requests, slack, fleet, most) > most:
             return False
     return True
 
