@@ -202,12 +202,12 @@ def test_decides_the_same_with_any_number_of_relays(relays: int) -> None:
 def test_decides_the_same_while_instances_sleep_and_wake() -> None:
     """Two bursts: what the first one needed sleeps meanwhile, and there is room for three."""
     draw, at_s, rows = Random(11), 0.0, []
-    while at_s < 80.0:
-        at_s += draw.expovariate(16.0 if 10.0 < at_s < 20.0 or 60.0 < at_s < 70.0 else 1.0)
+    while at_s < 44.0:
+        at_s += draw.expovariate(24.0 if 5.0 < at_s < 9.0 or at_s > 40.0 else 1.0)
         rows.append((at_s, draw.randint(20, 120), draw.randint(2, 25), 0, draw.choice((CHAT, CHAT, AGENT))))
     setup = replace(
         scenario("chiron", fails=False, rows=rows),
-        settings=ChironSettings(hold_s=5.0, memory_s=60, prior_s=10),
+        settings=ChironSettings(hold_s=5.0, memory_s=30, prior_s=10),
         sleep=Sleep(host_memory_gb=30.0, sleeper_gb=10.0, fall_asleep_s=1.0, wake_s=0.5),
     )
     simulation, real = both(setup)
