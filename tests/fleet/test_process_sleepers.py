@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from child_processes import children
+from chiron.fleet.port import FleetEnvironment
 from chiron.fleet.process.fleet import ProcessFleet
 from chiron.fleet.settings import SleeperSettings
+from chiron.fleet.union import UnionFleet
 from chiron.net.client import Origin
+from chiron.net.clock import LiveClock
 from fleet_factory import (
     QUICK_HEALTH,
     Heard,
@@ -22,6 +25,7 @@ from fleet_factory import (
     local_fleet,
     quick_settings,
     sleeping_kind,
+    stub_kind,
     until,
 )
 
@@ -43,7 +47,7 @@ async def ready(fleet: ProcessFleet, heard: Heard, number: int, kind: str = "stu
     return await pid_of(fleet, number)
 
 
-async def asleep(fleet: ProcessFleet, heard: Heard, number: int, kind: str = "stub") -> None:
+async def asleep(fleet: ProcessFleet | UnionFleet, heard: Heard, number: int, kind: str = "stub") -> None:
     heard.clock.post(lambda: fleet.sleep(an_instance(number, kind)))
     assert number not in heard.asleep, "a port's calls do not answer at once"
     await until(lambda: number in heard.asleep, f"{number} has left its GPUs")
@@ -304,5 +308,29 @@ def test_a_sleeper_that_was_started_with_another_token_budget_is_not_woken(tmp_p
             assert other.source == ""
             await until(lambda: not alive(first), "nobody would wake it")
             assert heard.sleepers == {}
+
+    asyncio.run(story())
+
+
+def test_beside_kinds_that_sleep_others_are_stopped_as_ever(tmp_path: Path) -> None:
+    async def story() -> None:
+        clock = LiveClock(asyncio.get_running_loop())
+        heard = Heard(clock)
+        environment = FleetEnvironment(clock=clock, events=heard, log_directory=tmp_path, sleepers=ROOM)
+        fleet = UnionFleet({"sleepy": sleeping_kind(), "plain": stub_kind()}, environment)
+        assert fleet.sleeping_kinds == {"sleepy"}
+        for number, kind in ((1, "sleepy"), (2, "plain")):
+            instance = an_instance(number, kind)
+            clock.post(lambda instance=instance: fleet.create(instance))  # type: ignore[misc]
+        await until(lambda: sorted(heard.ready) == [1, 2], "both are ready")
+        for number, kind in ((1, "sleepy"), (2, "plain")):
+            await asleep(fleet, heard, number, kind)
+        await until(lambda: len(children()) == 1, "only one lives")
+        assert heard.sleepers == {"sleepy": 1}
+        clock.post(lambda: fleet.keep_asleep("plain", 0))
+        clock.post(lambda: fleet.keep_asleep("sleepy", 0))
+        await until(lambda: not children() and heard.sleepers == {}, "that is gone, too")
+        await fleet.close()
+        clock.stop()
 
     asyncio.run(story())
