@@ -67,7 +67,11 @@ def start_parent(directory: Path, *switches: str, state: str = "awake") -> tuple
 
 @pytest.mark.parametrize(
     ("switch", "state"),
-    [("--grandchild-session", "awake"), ("--ignore-sigterm", "awake"), ("--ignore-sigterm", "asleep")],
+    [
+        ("--grandchild-session", "awake"),
+        ("--ignore-sigterm", "awake"),
+        pytest.param("--ignore-sigterm", "asleep", marks=pytest.mark.slow),
+    ],
 )
 def test_kill_9_of_the_gateway_ends_engine_and_grandchild(tmp_path: Path, switch: str, state: str) -> None:
     parent, *others = start_parent(tmp_path, switch, state=state)

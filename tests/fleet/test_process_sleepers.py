@@ -34,6 +34,11 @@ SHORT = SleeperSettings(host_memory_gb=100.0, fall_asleep_timeout_s=0.3, wake_ti
 """For engines that hang."""
 
 
+def first_quick(first: str, *others: str) -> list[object]:
+    """The first one in every run, the others in slow ones."""
+    return [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others if each != first)]
+
+
 async def pid_of(fleet: ProcessFleet, number: int) -> int:
     await until(lambda: number in fleet.report().usage, "its process is known")
     return fleet.report().usage[number].pid
@@ -96,7 +101,7 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("how", REFUSALS)
+@pytest.mark.parametrize("how", first_quick("it says that it is awake", *REFUSALS))
 def test_one_that_does_not_fall_asleep_is_stopped_and_its_kind_is_left_alone(how: str, tmp_path: Path) -> None:
     async def story() -> None:
         switches, why = REFUSALS[how]
@@ -125,7 +130,7 @@ def test_one_that_does_not_fall_asleep_is_stopped_and_its_kind_is_left_alone(how
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("how", ["it hangs", "it says that it sleeps", "it is killed"])
+@pytest.mark.parametrize("how", first_quick("it hangs", "it says that it sleeps", "it is killed"))
 def test_one_that_does_not_wake_is_stopped_and_another_is_started(how: str, tmp_path: Path) -> None:
     async def story() -> None:
         deaf, liar = tmp_path / "deaf", tmp_path / "liar"
@@ -159,7 +164,7 @@ def test_one_that_does_not_wake_is_stopped_and_another_is_started(how: str, tmp_
     asyncio.run(story())
 
 
-@pytest.mark.parametrize("how", ["it is killed", "somebody wakes it", "it hangs"])
+@pytest.mark.parametrize("how", first_quick("it is killed", "somebody wakes it", "it hangs"))
 def test_a_sleeper_that_is_of_no_use_any_more_is_stopped(how: str, tmp_path: Path) -> None:
     async def story() -> None:
         deaf = tmp_path / "deaf"
@@ -213,6 +218,7 @@ def test_sleepers_keep_to_the_host_memory_and_kinds_with_more_of_them_give_way(t
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_several_that_fall_asleep_at_once_keep_to_the_host_memory(tmp_path: Path) -> None:
     async def story() -> None:
         room = SleeperSettings(host_memory_gb=25.0)
@@ -232,6 +238,7 @@ def test_several_that_fall_asleep_at_once_keep_to_the_host_memory(tmp_path: Path
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_while_it_falls_asleep_is_told_of_once(tmp_path: Path) -> None:
     async def story() -> None:
         deaf = tmp_path / "deaf"
@@ -295,6 +302,7 @@ def test_a_start_goes_where_its_sleeper_is_and_others_stay_away_from_there(tmp_p
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_a_sleeper_that_was_started_with_another_token_budget_is_not_woken(tmp_path: Path) -> None:
     async def story() -> None:
         kinds = {"stub": sleeping_kind("--answer", "/told", "{max_num_batched_tokens}")}
@@ -312,6 +320,7 @@ def test_a_sleeper_that_was_started_with_another_token_budget_is_not_woken(tmp_p
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_beside_kinds_that_sleep_others_are_stopped_as_ever(tmp_path: Path) -> None:
     async def story() -> None:
         clock = LiveClock(asyncio.get_running_loop())
