@@ -93,13 +93,13 @@ def test_token_ids_that_are_echoed_become_text_once_and_many_of_them_in_a_thread
     async def main() -> None:
         async with staged_site(tiny(), ("0-3",)) as site:
             made: list[tuple[int, bool]] = []
-            text = site.engine._text
+            text = site.engine._prompts._text
 
             def counting(tokens: Sequence[int]) -> str:
                 made.append((len(tokens), threading.current_thread() is threading.main_thread()))
                 return text(tokens)
 
-            monkeypatch.setattr(site.engine, "_text", counting)
+            monkeypatch.setattr(site.engine._prompts, "_text", counting)
             for length, on_the_loop in ((100, True), (101, False)):
                 prompt = (PROMPT * length)[:length]
                 asked = {"model": "tiny", "prompt": prompt, "n": 8, "echo": True, "max_tokens": 1, "seed": 0}

@@ -18,7 +18,8 @@ need_torch()
 from chiron.engines.staged import service  # noqa: E402
 from chiron.engines.staged.head_engine import HeadSettings  # noqa: E402
 from chiron.engines.staged.messages import Ping  # noqa: E402
-from chiron.engines.staged.pipeline import PipelineSettings, StageTimes, micro_batches  # noqa: E402
+from chiron.engines.staged.micro_batches import StageTimes, micro_batches  # noqa: E402
+from chiron.engines.staged.pipeline import PipelineSettings  # noqa: E402
 from chiron.engines.staged.sequence import Sequence  # noqa: E402
 from chiron.engines.staged.service import Pace  # noqa: E402
 from chiron.engines.staged.stage import StageHttp  # noqa: E402

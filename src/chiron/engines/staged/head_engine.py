@@ -8,7 +8,6 @@ torch nor weights.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import time
@@ -28,6 +27,7 @@ from chiron.engines.serve.request_error import RequestError
 from chiron.engines.serve.text import TextStream
 from chiron.engines.staged.architecture import Architecture
 from chiron.engines.staged.pipeline import Pipeline
+from chiron.engines.staged.prompts import PromptReader, letters
 from chiron.engines.staged.sampling import Drawn, Sampling, draw
 from chiron.engines.staged.sequence import Sequence
 from chiron.engines.staged.tokenizer import ModelTokenizer
@@ -39,9 +39,6 @@ _TICK_S = 0.25
 _DRAIN_LOOK_S = 0.02
 LETTERS_AT_ONCE = 16 << 10
 """A longer prompt takes longer to tokenise than the loop may be held up: some ten milliseconds."""
-_LETTERS_PER_TOKEN = 16
-"""Text of a prompt has fewer, nearly always. Of one that has more, and so would not fit the context, only as much is
-tokenised at first as shows that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +120,7 @@ class HeadEngine:
         self.preemptions = 0
         self.draining = False
         """It is to end: what it has is answered, and nothing new taken."""
+        self._prompts = PromptReader(tokenizer, vocabulary=architecture.vocabulary, len_max=settings.model_len_max)
         self._eos = frozenset((*architecture.eos_ids, *tokenizer.eos_ids))
         self._tokeniser = ThreadPoolExecutor(1, thread_name_prefix="tokeniser")
         self._tokenising: set[asyncio.Task[None]] = set()
@@ -170,8 +168,8 @@ class HeadEngine:
         if why := self.pipeline.broken():
             raise broken(why)
         self._check_queue()
-        if _letters(request) <= LETTERS_AT_ONCE:
-            self._accept(request, incoming, *self._read(request))
+        if letters(request) <= LETTERS_AT_ONCE:
+            self._accept(request, incoming, *self._prompts.read(request))
             return
         task = asyncio.get_running_loop().create_task(self._accept_later(request, incoming))
         self._tokenising.add(task)
@@ -180,7 +178,9 @@ class HeadEngine:
     async def _accept_later(self, request: GenerationRequest, incoming: Incoming) -> None:
         """A long prompt is tokenised in a thread: what runs goes on meanwhile."""
         try:
-            prompts, echoes = await asyncio.get_running_loop().run_in_executor(self._tokeniser, self._read, request)
+            prompts, echoes = await asyncio.get_running_loop().run_in_executor(
+                self._tokeniser, self._prompts.read, request
+            )
             if not incoming.closed:
                 self._accept(request, incoming, prompts, echoes)
         except RequestError as error:
@@ -198,7 +198,7 @@ class HeadEngine:
             tokens_allowed(request, prompt_tokens=len(prompt), context_max=self.settings.model_len_max)
             for prompt in prompts
         ]
-        self._check_tokens("resume_token_ids", request.resume_token_ids)
+        self._prompts.check_tokens("resume_token_ids", request.resume_token_ids)
         generations = self._generations(request, incoming, prompts, allowed, echoes)
         if self._ended_before(generations[0]):
             return
@@ -341,60 +341,6 @@ class HeadEngine:
         for generation in found:
             generation.siblings = found
         return found
-
-    def _read(self, request: GenerationRequest) -> tuple[list[list[int]], list[str]]:
-        """Prompts as tokens, and as the text to echo if that is asked: made once for all choices of a prompt."""
-        prompts = self._prompts(request)
-        if not request.echo or request.resume_token_ids:
-            return prompts, []
-        return prompts, [given if isinstance(given, str) else self._text(given) for given in request.prompts]
-
-    def _prompts(self, request: GenerationRequest) -> list[list[int]]:
-        if not request.chat:
-            return [self._prompt(prompt) for prompt in request.prompts]
-        if not self.tokenizer.chats:
-            raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
-        try:
-            text = self.tokenizer.chat(request.messages, request.tools.offered if request.tools.mode != "none" else ())
-        except ValueError as error:
-            log.warning("%d messages do not go through the model's chat template: %s", len(request.messages), error)
-            raise RequestError("messages do not fit this model's chat template.", param="messages") from None
-        return [self._encoded(text, "messages")]
-
-    def _prompt(self, prompt: str | tuple[int, ...]) -> list[int]:
-        if isinstance(prompt, str):
-            return self._encoded(prompt, "prompt")
-        self._check_tokens("prompt", prompt)
-        return list(prompt)
-
-    def _encoded(self, text: str, where: str) -> list[int]:
-        self._refuse_endless(text, where)
-        # A chat template writes the begin token itself.
-        tokens = self.tokenizer.encode(text, special=where == "prompt")
-        if not tokens:
-            raise RequestError(f"{where} is empty; it must hold at least one token.", param=where)
-        return tokens
-
-    def _refuse_endless(self, text: str, where: str) -> None:
-        """Minutes of tokenising, while other long prompts wait, for a prompt that cannot fit."""
-        most = self.settings.model_len_max
-        begin = text[: _LETTERS_PER_TOKEN * most]
-        if len(begin) < len(text) and len(self.tokenizer.encode(begin, special=False)) > 2 * most:
-            raise RequestError(
-                f"This model's maximum context length is {most} tokens; the request's {where} of {len(text)} "
-                "characters has more.",
-                code="context_length_exceeded",
-                param=where,
-            )
-
-    def _check_tokens(self, field: str, tokens: SequenceOf[int]) -> None:
-        largest, allowed = max(tokens, default=0), self.architecture.vocabulary - 1
-        if largest > allowed:
-            raise RequestError(f"{field} holds token {largest}; this model's are 0 to {allowed}.", param=field)
-
-    def _text(self, tokens: SequenceOf[int]) -> str:
-        stream = TextStream(self.tokenizer.vocabulary)
-        return stream.feed(tokens) + stream.flush()
 
     def _ended_before(self, generation: Generation) -> bool:
         """A request that is resumed, whose answer was complete."""
@@ -571,18 +517,6 @@ def _refuse(request: GenerationRequest) -> None:
             raise RequestError(
                 f"{field}: this engine does not implement it.", param=field, code="unsupported_parameter"
             )
-
-
-def _letters(request: GenerationRequest) -> int:
-    """Of all that has to be tokenised, and token ids that have to become text again."""
-    if request.chat:
-        calls = [call for message in request.messages for call in message.calls]
-        return (
-            sum(len(message.content or "") for message in request.messages)
-            + sum(len(call.name) + len(call.arguments) for call in calls)
-            + sum(len(json.dumps(tool.definition)) for tool in request.tools.offered)
-        )
-    return sum(len(prompt) for prompt in request.prompts if request.echo or isinstance(prompt, str))
 
 
 def broken(why: str) -> RequestError:

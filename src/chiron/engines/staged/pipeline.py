@@ -3,15 +3,7 @@
 Each replica has an outbox. What comes out of one stage lies in the outbox of the replica of the next one that the
 sequence goes through, and is sent when less than two calls are under way there: one that is computed and one that
 waits, so that no replica pauses for the head. The first stage takes sequences as their turn comes, and starts at most
-M micro-batches, each of at most 1/M of the sequences.
-
-M is what makes a round, in which each sequence gets a token, shortest: with b sequences in each micro-batch, a step of
-stage k takes ``a_k + c_k b``, by a line through what was measured, and a round ::
-
-    max(sum over stages of (a_k + c_k b + hop), max over stages of ceil(M / replicas_k) (a_k + c_k b))
-
-More micro-batches keep more stages busy; fewer pay the fixed part of a step less often. Where sequences are more than
-a stage takes in one step, M is at least what that needs.
+M micro-batches (``staged.micro_batches``), each of at most 1/M of the sequences.
 """
 
 from __future__ import annotations
@@ -27,6 +19,7 @@ from typing import Any
 
 from chiron.engines.staged.handover import BYTES_PER_S, Handover, part_tokens, replay_s
 from chiron.engines.staged.messages import HeadHello, Result
+from chiron.engines.staged.micro_batches import StageTimes, micro_batches
 from chiron.engines.staged.replica import Call, LinkSettings, Replica, ReplicaEvents, read_address
 from chiron.engines.staged.sequence import Group, Piece, Sequence
 from chiron.engines.staged.split import StageRange
@@ -58,16 +51,6 @@ class PipelineSettings:
     link: LinkSettings = field(default_factory=LinkSettings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageTimes:
-    """Of one stage, for choosing M."""
-
-    fixed_s: float
-    sequence_s: float
-    hop_s: float
-    replicas: int
-
-
 @dataclass(slots=True, kw_only=True)
 class StageSums:
     """Of all replicas that a stage has had, since the start."""
@@ -75,28 +58,6 @@ class StageSums:
     busy_s: float = 0.0
     calls: int = 0
     tokens: int = 0
-
-
-def micro_batches(stages: SequenceOf[StageTimes], sequences: int, step_max: int) -> int:
-    """How many make a round shortest; of equals the fewest."""
-    if sequences < 1 or not stages:
-        return 1
-    widest = max(stage.replicas for stage in stages)
-    least = ceil(sequences / max(1, step_max))
-    best, best_s = least, None
-    most = max(least, min(sequences, 2 * len(stages) + 2 * widest))
-    # A micro-batch goes one way through the stage with most replicas: in multiples of those all of them have work.
-    counts = [count for count in range(least, most + 1) if count % widest == 0] or range(least, most + 1)
-    for count in counts:
-        each = ceil(sequences / count)
-        steps = [stage.fixed_s + stage.sequence_s * each for stage in stages]
-        way_s = sum(steps) + sum(stage.hop_s for stage in stages)
-        busy_s = max(step * ceil(count / stage.replicas) for step, stage in zip(steps, stages, strict=True))
-        round_s = max(way_s, busy_s)
-        # Noise in what is measured must not change it all the time.
-        if best_s is None or round_s < 0.98 * best_s:
-            best, best_s = count, round_s
-    return best
 
 
 class Pipeline(ReplicaEvents):
