@@ -156,6 +156,15 @@ def test_long_batch_work_that_makes_way_before_it_began_is_held_again() -> None:
     assert [request.id for request in world.plane.models["m"].batch] == [1]
 
 
+def test_batch_work_makes_no_way_where_the_prompt_that_waits_cannot_go() -> None:
+    world = World("chiron", small=1, large=0)
+    world.arrive(1, LONG)
+    world.clock.run_until(30.0)
+    world.arrive(2, SHORT, NIGHT)
+    world.arrive(3, LONG)
+    assert (world.started, world.evicted) == ([(2, "small")], [])
+
+
 def test_what_engines_tell_of_their_kv_counts_from_then_on() -> None:
     world = World("chiron", small=1)
     small, large = world.plane.instances.values()

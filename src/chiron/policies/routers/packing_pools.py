@@ -84,7 +84,7 @@ class Pools:
 
     def for_prompt(self, request: Request, tokens: int) -> Pools:
         """Those that may have an instance with room for so long a prompt, and are not kept for longer ones."""
-        if len(self.all) == 1:
+        if len(self.all) == 1 and tokens < self.all[0].kv_tokens:
             return self
         most = request.kv_most_tokens
         found = Pools()
