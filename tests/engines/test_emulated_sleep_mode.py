@@ -28,7 +28,7 @@ class Client:
         self._origin = origin
 
     async def ask(self, method: str, path: str, content: object = None) -> tuple[int, dict[str, object]]:
-        body = b"" if content is None else json.dumps(content).encode()
+        body = b"" if content is None else content if isinstance(content, bytes) else json.dumps(content).encode()
         answer = await self._origin.fetch(method, path, body=body, timeout_s=60.0)
         return answer.status, json.loads(answer.body or b"{}")
 
@@ -146,6 +146,14 @@ def test_what_it_does_not_know_is_refused(path: str, says: str) -> None:
             status, said = await client.ask("POST", path)
             assert status == 400
             assert says in said["error"]["message"]  # type: ignore[index]
+
+    asyncio.run(story())
+
+
+def test_a_body_that_is_nested_too_deep_is_refused() -> None:
+    async def story() -> None:
+        async with engine(SleepTimes(sleep_s=0.0, wake_s=0.0)) as client:
+            assert (await client.ask("POST", "/collective_rpc", b"[" * 100_000))[0] == 400
 
     asyncio.run(story())
 

@@ -107,7 +107,7 @@ class SleepMode:
     def _reload(self, incoming: Incoming) -> None:
         try:
             method = json.loads(incoming.body)["method"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             method = None
         if method != "reload_weights":
             raise RequestError(f"method is {method!r}; it must be reload_weights.", param="method")
