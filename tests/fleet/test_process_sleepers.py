@@ -4,14 +4,19 @@ then as it is without sleepers."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from child_processes import children
 from chiron.fleet.port import FleetEnvironment
+from chiron.fleet.process.engine_process import EngineExitedError, EngineProcess
 from chiron.fleet.process.fleet import ProcessFleet
+from chiron.fleet.process.sleepers import HostedEngine, ProcessSleepers
 from chiron.fleet.settings import SleeperSettings
 from chiron.fleet.union import UnionFleet
 from chiron.net.client import Origin
@@ -97,6 +102,7 @@ REFUSALS = {
     "it has no such route": (("--unknown", "/sleep?level=1"), "answers with status 404"),
     "it says that it is awake": (("--answer", "/is_sleeping", '{"is_sleeping": false}'), "says that it is awake"),
     "it talks nonsense": (("--answer", "/is_sleeping", "[]"), "does not say whether it sleeps"),
+    "it talks deep nonsense": (("--answer", "/is_sleeping", "[" * 50_000), "does not say whether it sleeps"),
     "it hangs": (("--deaf", "DEAF"), "did not sleep within 0.3 s"),
 }
 
@@ -238,8 +244,38 @@ def test_several_that_fall_asleep_at_once_keep_to_the_host_memory(tmp_path: Path
     asyncio.run(story())
 
 
+class Dead:
+    """Stands for an ``EngineProcess``."""
+
+    async def unless_exited(self, work: Coroutine[Any, Any, None]) -> None:
+        work.close()
+        raise EngineExitedError("it was killed by SIGKILL")
+
+
+def test_to_die_of_falling_asleep_is_a_failure_to_sleep() -> None:
+    async def story() -> None:
+        source = sleeping_kind().sleep
+        assert source is not None
+        sleepers = ProcessSleepers({"stub": source}, ROOM, QUICK_HEALTH, lambda: None)
+        engine = HostedEngine(
+            kind="stub",
+            process=cast(EngineProcess, Dead()),
+            command=(),
+            devices=(),
+            log=Path("x"),
+            resources=AsyncExitStack(),
+        )
+        assert await sleepers.put(engine) == "it was killed by SIGKILL"
+        status = sleepers.status("stub")
+        assert status is not None
+        assert (status.failed_sleeps, status.asleep) == (1, 0)
+        assert "sleeps no more" in await sleepers.put(engine)
+
+    asyncio.run(story())
+
+
 @pytest.mark.slow
-def test_an_engine_that_dies_while_it_falls_asleep_is_told_of_once(tmp_path: Path) -> None:
+def test_an_engine_that_dies_of_falling_asleep_is_not_asked_again_and_no_failed_start(tmp_path: Path) -> None:
     async def story() -> None:
         deaf = tmp_path / "deaf"
         kinds = {"stub": sleeping_kind("--deaf", str(deaf))}
@@ -249,11 +285,75 @@ def test_an_engine_that_dies_while_it_falls_asleep_is_told_of_once(tmp_path: Pat
             heard.clock.post(lambda: fleet.sleep(an_instance(1)))
             await asyncio.sleep(0.1)
             kill(first)
-            # Its connection may be seen to end before its process.
-            await until(lambda: heard.failed + heard.asleep == [1], "it is gone")
+            await until(lambda: heard.failed + heard.asleep, "it is gone")
             await asyncio.sleep(0.1)
-            assert heard.failed + heard.asleep == [1]
+            assert (heard.failed, heard.asleep) == ([], [1])
             assert not heard.sleepers
+            report = fleet.report().kinds["stub"]
+            assert report.sleep is not None
+            assert report.starts is not None
+            assert (report.sleep.failed_sleeps, report.starts.failures_total) == (1, 0)
+
+    asyncio.run(story())
+
+
+STUBBORN = ("--ignore-sigterm",)
+"""Takes as long as its stop timeout to end."""
+
+
+def test_gpus_are_not_handed_out_before_a_sleeper_that_did_not_wake_has_ended(tmp_path: Path) -> None:
+    async def story() -> None:
+        liar = tmp_path / "liar"
+        kind = sleeping_kind("--insomnia", str(liar), *STUBBORN, gpus=1, stop_timeout_s=0.5)
+        calm = replace(quick_settings(), health=replace(QUICK_HEALTH, health_period_s=600.0))
+        async with local_fleet(tmp_path / "logs", {"stub": kind}, calm, ("0",), ROOM) as (fleet, heard):
+            first = await ready(fleet, heard, 1)
+            await asleep(fleet, heard, 1)
+            liar.touch()
+            heard.clock.post(lambda: fleet.create(an_instance(2)))
+            await until(lambda: fleet.report().kinds["stub"].sleep.failed_wakes, "it is stopped")  # type: ignore[union-attr]
+            await asyncio.sleep(0.05)
+            heard.clock.post(lambda: fleet.remove(an_instance(2)))
+            await until(lambda: fleet.devices.free, "the GPU is free")
+            assert not alive(first)
+
+    asyncio.run(story())
+
+
+def test_an_engine_falls_asleep_once_those_have_ended_whose_host_memory_it_needs(tmp_path: Path) -> None:
+    async def story() -> None:
+        kinds = {"old": sleeping_kind(*STUBBORN, stop_timeout_s=0.5), "new": sleeping_kind()}
+        room = SleeperSettings(host_memory_gb=15.0)
+        async with local_fleet(tmp_path, kinds, sleepers=room) as (fleet, heard):
+            first = await ready(fleet, heard, 1, "old")
+            await ready(fleet, heard, 2, "new")
+            await asleep(fleet, heard, 1, "old")
+            heard.clock.post(lambda: fleet.keep_asleep("old", 0))
+            await asleep(fleet, heard, 2, "new")
+            assert not alive(first)
+            await until(lambda: heard.sleepers == {"new": 1}, "it sleeps")
+
+    asyncio.run(story())
+
+
+@pytest.mark.slow
+def test_sleepers_leave_gpus_on_which_another_engine_fails_to_start_again_and_again(tmp_path: Path) -> None:
+    async def story() -> None:
+        kinds = {"a": sleeping_kind(gpus=1), "b": stub_kind("--exit-code", "1", gpus=1)}
+        async with local_fleet(tmp_path, kinds, devices=("0", "1"), sleepers=ROOM) as (fleet, heard):
+            for number in (1, 2):
+                await ready(fleet, heard, number, "a")
+            for number in (1, 2):
+                await asleep(fleet, heard, number, "a")
+            heard.clock.post(lambda: fleet.create(an_instance(3, "b")))
+            await until(lambda: heard.failed == [3], "it fails")
+            assert heard.sleepers == {"a": 2}, "once may be chance"
+            heard.clock.post(lambda: fleet.create(an_instance(4, "b")))
+            await until(lambda: heard.sleepers == {"a": 1}, "the one on its GPU is stopped")
+            status = fleet.report().kinds["a"].sleep
+            assert status is not None
+            assert (status.asleep, status.lost) == (1, 1)
+            assert "'b'" in status.reason
 
     asyncio.run(story())
 

@@ -36,6 +36,8 @@ TOKEN_BUDGET = "{max_num_batched_tokens}"
 """In a command: the token budget of its steps that the instance is to have."""
 _CLOSE_MARGIN_S = 5.0
 """Beyond the longest stop timeout, before ``close`` falls back on killing by mark."""
+_LEAVE_STARTS = 2
+"""Failures in a row of a kind after which sleepers leave the GPUs on which it cannot start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +190,8 @@ class ProcessFleet:
             lines = tail(path, self._settings.reason_lines)
             reason = f"{error}; last lines of {path}:\n{lines}" if lines else str(error)
             starts.failed(began_s=record.began_s, ready_s=record.ready_s, reason=reason)
+            if record.ready_s is None and starts.failures >= _LEAVE_STARTS:
+                self._sleepers.leave(devices, record.instance.kind.name)
             if (how := starts.status()).state != "ok":
                 kind_name, wait_s = record.instance.kind.name, how.next_start_in_s
                 log.warning(
@@ -237,7 +241,7 @@ class ProcessFleet:
             instance.source = "memory"
             return engine
         log.warning("instance %d of %s starts anew, its sleeper did not wake: %s", instance.id, instance.model, why)
-        await engine.resources.aclose()
+        await engine.end()
         self._forget(instance.id)
         record.began_s = asyncio.get_running_loop().time()
         return None
@@ -300,6 +304,7 @@ class ProcessFleet:
         why = await self._sleepers.put(engine)
         if why:
             log.info("instance %d of %s is stopped and does not sleep: %s", instance.id, instance.model, why)
+        await engine.end_unless_asleep()  # First: what it holds is given back after it, also if this is cancelled.
         await record.resources.aclose()
         self._records.ended(record, lambda: self._events.instance_asleep(instance))
 

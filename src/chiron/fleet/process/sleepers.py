@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +70,18 @@ class HostedEngine:
     asleep: bool = False
     """It is nobody's instance."""
     to_sleep: asyncio.Event = field(default_factory=asyncio.Event)
+    ending: asyncio.Task[None] | None = None
+
+    async def end(self) -> None:
+        """Returns when nothing of it is left. Who waits for that may be cancelled; the end goes on, and whoever calls
+        next waits for the same."""
+        if self.ending is None:
+            self.ending = asyncio.get_running_loop().create_task(self.resources.aclose())
+        await asyncio.shield(self.ending)
 
     async def end_unless_asleep(self) -> None:
         if not self.asleep:
-            await self.resources.aclose()
+            await self.end()
 
 
 class SleepError(Exception):
@@ -112,7 +120,8 @@ class ProcessSleepers:
         self._falling: list[HostedEngine] = []
         """Their host memory is taken already."""
         self._watches: dict[HostedEngine, asyncio.Task[None]] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._ending: dict[asyncio.Task[None], HostedEngine] = {}
+        """Sleepers no longer; their host memory is taken until they have ended."""
         self._tallies = {name: _Tally() for name in sources}
 
     @property
@@ -145,25 +154,26 @@ class ProcessSleepers:
     # -- falling asleep ------------------------------------------------------------------------------------------
 
     async def put(self, engine: HostedEngine) -> str:
-        """Empty: it sleeps. Else why it does not, and it should be stopped. Raises EngineExitedError if it died."""
+        """Empty: it sleeps. Else why it does not; it is to be stopped, if that has not been done."""
         if engine.kind not in self.kinds:
             return "engines of its kind cannot sleep"
         tally = self._tallies[engine.kind]
         if (rests_s := tally.rests_until_s - _now_s()) > 0.0:
             return f"its kind sleeps no more for {rests_s:.0f} s: {tally.reason}"
+        most_gb = self._settings.host_memory_gb
         gone = self._give_way(engine.kind)
         if gone is None:
-            return f"there is no room for it in {self._settings.host_memory_gb:g} GB of host memory"
+            return f"there is no room for it in {most_gb:g} GB of host memory"
         self._falling.append(engine)
         try:
-            if gone:
-                await asyncio.wait([self._stop(each) for each in gone])
-            async with asyncio.timeout(self._settings.fall_asleep_timeout_s):
-                await engine.process.unless_exited(self._fall_asleep(engine))
-        except TimeoutError:
-            return self._failed(engine, f"it did not sleep within {self._settings.fall_asleep_timeout_s:g} s", "sleep")
-        except SleepError as error:
-            return self._failed(engine, str(error), "sleep")
+            for each in gone:
+                self._stop(each)
+            if self._ending and self._used_gb((*self._asleep, *self._falling, *self._ending.values())) > most_gb:
+                await asyncio.wait(self._ending)
+            why = await self._try_to_sleep(engine)
+            if why:
+                await engine.end()
+                return why
         finally:
             self._falling.remove(engine)
         engine.asleep = True
@@ -174,18 +184,32 @@ class ProcessSleepers:
 
     def _give_way(self, kind: str) -> list[HostedEngine] | None:
         """Sleepers that are to be stopped so that another one of this kind has room. None: it has none."""
-        used_gb = sum(self._sources[each.kind].gb for each in (*self._asleep, *self._falling))
         names = giving_way(
             kind,
             self._sources[kind].gb,
             counts=self.counts(),
             sizes_gb={name: each.gb for name, each in self._sources.items()},
-            used_gb=used_gb,
+            used_gb=self._used_gb((*self._asleep, *self._falling)),
             memory_gb=self._settings.host_memory_gb,
         )
         if names is None:
             return None
         return [each for name in set(names) for each in self._latest(name)[: names.count(name)]]
+
+    def _used_gb(self, engines: Iterable[HostedEngine]) -> float:
+        return sum(self._sources[each.kind].gb for each in engines)
+
+    async def _try_to_sleep(self, engine: HostedEngine) -> str:
+        """Empty: it sleeps. Else why not."""
+        timeout_s = self._settings.fall_asleep_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await engine.process.unless_exited(self._fall_asleep(engine))
+        except TimeoutError:
+            return self._failed(engine, f"it did not sleep within {timeout_s:g} s", "sleep")
+        except (SleepError, EngineExitedError) as error:
+            return self._failed(engine, str(error), "sleep")
+        return ""
 
     async def _fall_asleep(self, engine: HostedEngine) -> None:
         path = self._sources[engine.kind].sleep_path
@@ -199,6 +223,9 @@ class ProcessSleepers:
             why = await engine.process.unless_exited(self._until_awake(engine))
         except EngineExitedError as error:
             why = str(error)
+        self._lose(engine, why)
+
+    def _lose(self, engine: HostedEngine, why: str) -> None:
         log.warning("a sleeper of %s is stopped: %s", engine.kind, why)
         tally = self._tallies[engine.kind]
         tally.lost += 1
@@ -272,6 +299,11 @@ class ProcessSleepers:
         for engine in self._latest(kind)[: max(0, self.counts().get(kind, 0) - most)]:
             self._stop(engine)
 
+    def leave(self, devices: Sequence[str], kind: str) -> None:
+        """Stop those on these GPUs: engines of ``kind`` fail to start there, and sleepers keep some of the memory."""
+        for engine in [each for each in self._asleep if not set(each.devices).isdisjoint(devices)]:
+            self._lose(engine, f"engines of {kind!r} fail to start on its GPUs")
+
     async def close(self) -> None:
         """Stop all, side by side; those that fall asleep are still their instances'."""
         for engine in list(self._asleep):
@@ -279,12 +311,11 @@ class ProcessSleepers:
         if self._ending:
             await asyncio.wait(self._ending)
 
-    def _stop(self, engine: HostedEngine) -> asyncio.Task[None]:
+    def _stop(self, engine: HostedEngine) -> None:
         self._forget(engine)
-        task = asyncio.get_running_loop().create_task(engine.resources.aclose())
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
-        return task
+        task = asyncio.get_running_loop().create_task(engine.end())
+        self._ending[task] = engine
+        task.add_done_callback(self._ending.pop)
 
     def _forget(self, engine: HostedEngine) -> None:
         self._asleep.remove(engine)
@@ -313,7 +344,7 @@ class ProcessSleepers:
         body = await self._ask(engine, "GET", path, self._health.health_timeout_s)
         try:
             said = json.loads(body)["is_sleeping"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             said = None
         if not isinstance(said, bool):
             raise SleepError(f"GET {path} does not say whether it sleeps")
