@@ -10,29 +10,30 @@ from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Reque
 from chiron.policies.registry import make_policy
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=60.0)
+RUSH = RequestClass(name="rush", kind="interactive", ttft_s=1.0)
 NIGHT = RequestClass(name="night", kind="batch", deadline_s=3600.0)
 SHORT, LONG = 100, 1500
 gated = pytest.mark.parametrize("policy", ["chiron", "chiron-paper", "qlm"])
 
 
-def kind(name: str, kv_capacity_tokens: int, most: int) -> InstanceKind:
+def kind(name: str, kv_capacity_tokens: int, most: int, seqs: int) -> InstanceKind:
     return InstanceKind(
         name=name,
         gpu="g",
         gpus=1,
         price_per_gpu_hour=1.0,
         kv_capacity_tokens=kv_capacity_tokens,
-        max_num_seqs=1,
+        max_num_seqs=seqs,
         max_instances=most,
     )
 
 
 class World:
-    """Fleet, engines and journal in one. One request runs on an instance at a time."""
+    """Fleet, engines and journal in one. One request runs on an instance at a time, or ``seqs``."""
 
     wants_events = False
 
-    def __init__(self, policy: str, small: int, large: int = 1) -> None:
+    def __init__(self, policy: str, small: int, large: int = 1, seqs: int = 1) -> None:
         self.clock = VirtualClock()
         self.started: list[tuple[int, str]] = []
         self.evicted: list[Request] = []
@@ -44,12 +45,12 @@ class World:
             models=[
                 ModelSpec(
                     name="m",
-                    kinds=(kind("small", 1000, small), kind("large", 2000, large)),
+                    kinds=(kind("small", 1000, small, seqs), kind("large", 2000, large, seqs)),
                     min_instances=small + large,
                     max_instances=small + large,
                 )
             ],
-            classes=[CHAT, NIGHT],
+            classes=[CHAT, RUSH, NIGHT],
             policy=make_policy(policy, None),
         )
         self.plane.request_initial("m", small + large)
@@ -191,3 +192,114 @@ def test_one_that_ended_in_the_queue_is_in_nobodys_way_and_all_are_counted() -> 
     assert world.started == [(1, "large"), (4, "small"), (3, "large")]
     assert [request.id for request in waiting] == [5]
     assert waiting.oldest_arrival_s() == 0.0
+
+
+def test_one_for_which_nothing_is_kept_any_more_goes_there_at_once() -> None:
+    world = World("chiron", small=0, seqs=2)
+    world.plane.capacity_told(next(iter(world.plane.instances.values())), 8000)
+    for number in range(100):  # Now it is known that they are of common size.
+        world.arrive(number, SHORT)
+        world.finish(number)
+    for number, tokens in ((100, 5000), (101, 5000), (102, SHORT)):
+        world.arrive(number, tokens)
+    assert [number for number, _ in world.started[100:]] == [100]
+    world.plane.cancel(next(request for request in world.plane.models["m"].waiting if request.id == 101))
+    assert [number for number, _ in world.started[100:]] == [100, 102]
+
+
+def test_an_instance_that_is_smaller_than_others_of_its_kind_counts_as_it_is() -> None:
+    world = World("chiron", small=0, large=2)
+    less, _ = world.plane.instances.values()
+    world.plane.capacity_told(less, 1000)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG)
+    world.clock.run_until(30.0)
+    world.arrive(3, SHORT, NIGHT)
+    world.arrive(4, LONG)
+    assert [number for number, _ in world.started] == [1, 3]
+    assert world.evicted == [], "what runs there is in no long prompt's way"
+
+
+def test_a_kind_without_an_instance_is_as_large_as_it_is_configured() -> None:
+    world = World("chiron", small=1, large=0)
+    world.plane.capacity_told(next(iter(world.plane.instances.values())), 900)
+    world.arrive(1, LONG)
+    assert [request.id for request in world.plane.models["m"].waiting] == [1]
+    assert world.plane.kv_capacity_tokens("m") == 2000
+
+
+def test_a_new_instance_counts_with_what_it_has_and_not_with_what_the_last_one_had() -> None:
+    world = World("chiron", small=1)
+    small, _ = world.plane.instances.values()
+    world.plane.capacity_told(small, 400)
+    world.plane.instance_failed(small)
+    world.plane.instance_ready(next(i for i in world.plane.instances.values() if i.state == "starting"), world)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG)
+    world.arrive(3, 500)
+    assert world.started == [(1, "large"), (3, "small")]
+
+
+def test_a_larger_instance_that_is_gone_counts_no_more() -> None:
+    world = World("chiron", small=2)
+    more, _, _ = world.plane.instances.values()
+    world.plane.capacity_told(more, 2000)
+    world.plane.instance_failed(more)
+    for number, tokens in ((1, LONG), (2, LONG), (3, SHORT)):
+        world.arrive(number, tokens)
+    assert world.started == [(1, "large"), (3, "small")]
+
+
+@gated
+def test_what_waits_while_capacities_are_told_has_its_place_by_what_was_told(policy: str) -> None:
+    world = World(policy, small=1)
+    small, _ = world.plane.instances.values()
+    world.plane.capacity_told(small, 2000)
+    for number, tokens in ((1, LONG), (2, LONG), (3, LONG), (4, SHORT), (5, SHORT)):
+        world.arrive(number, tokens)
+    world.plane.capacity_told(small, 1000)
+    world.finish(next(number for number, name in world.started if name == "small"))
+    assert world.started[2:] == [(4, "small")], "three does not fit there any more"
+    assert len(world.plane.models["m"].waiting) == 2
+
+
+def test_batch_work_that_is_held_while_capacities_are_told_has_its_place_by_what_was_told() -> None:
+    world = World("chiron", small=1)
+    small, _ = world.plane.instances.values()
+    world.plane.capacity_told(small, 2000)
+    for number, tokens in ((1, LONG), (2, LONG), (3, LONG), (4, SHORT)):
+        world.arrive(number, tokens, NIGHT)
+    world.plane.capacity_told(small, 1000)
+    world.finish(next(number for number, name in world.started if name == "small"))
+    assert world.started[2:] == [(4, "small")]
+
+
+def with_a_lost_short_prompt() -> World:
+    """Both instances are taken; a short prompt waits that cannot be in time any more."""
+    world = World("chiron", small=1)
+    world.arrive(1, LONG)
+    world.arrive(2, SHORT)
+    world.arrive(3, SHORT, RUSH)
+    world.clock.run_until(10.0)
+    return world
+
+
+def test_long_prompts_that_may_be_in_time_go_before_short_ones_that_are_lost_but_for_a_turn_in_forty() -> None:
+    world = with_a_lost_short_prompt()
+    longs = range(4, 50)
+    for number in longs:
+        world.arrive(number, LONG)
+    for number in [1, *longs]:
+        if world.started[-1][0] == 3:
+            break
+        world.finish(number)
+    assert world.started[2:] == [*((number, "large") for number in longs[:40]), (3, "large")]
+
+
+def test_batch_work_at_risk_goes_before_what_is_lost_where_a_long_prompt_waits_for_another_instance() -> None:
+    world = with_a_lost_short_prompt()
+    world.plane.models["m"].batch_at_risk = True
+    world.arrive(4, LONG)
+    world.arrive(5, SHORT, NIGHT)
+    world.finish(2)
+    assert world.started[2:] == [(5, "small")]

@@ -19,7 +19,7 @@ from chiron.control.lifecycle import Lifecycle
 from chiron.control.model import ModelState
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Journal
-from chiron.core.types import KV_ANY, Decision, Instance, InstanceKind, Outcome, Placement, Request
+from chiron.core.types import KV_ANY, Decision, Instance, Outcome, Placement, Request
 from chiron.policies.policy import Policy
 from chiron.policies.size import placed
 
@@ -102,7 +102,7 @@ class Dispatcher:
 
     def capacity_known(self, state: ModelState) -> None:
         """What waits and fits none of the model's instances would wait for ever."""
-        state.sizes.told([_capacity(state, kind) for kind in state.spec.kinds])
+        state.measure_kinds()
         for request in [*state.waiting, *state.batch]:
             if request.outcome is None and request.input_tokens + request.tokens_done >= state.kv_capacity_tokens:
                 self.called_off(state, request, "rejected")
@@ -161,7 +161,7 @@ class Dispatcher:
             now_s = self._clock.now_s
             while (request := waiting.head(now_s, below)) is not None:
                 waited_s = now_s - request.arrival_s
-                if state.batch_at_risk and waiting.only_lost():
+                if state.batch_at_risk and waiting.only_lost(below):
                     if not self._dispatch_lost(state, request, waited_s, below):
                         below = request.tier
                     continue
@@ -431,9 +431,3 @@ class Dispatcher:
             self._lifecycle.remove_if_empty(state, instance)
         if state.waiting.count or state.batch.count:
             self.pump(state)
-
-
-def _capacity(state: ModelState, kind: InstanceKind) -> int:
-    """KV tokens that the largest instance of this kind has room for; as configured while there is none."""
-    told = (instance.kv_capacity_tokens for instance in state.instances.values() if instance.kind is kind)
-    return max(told, default=kind.kv_capacity_tokens)

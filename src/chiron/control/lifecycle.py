@@ -415,6 +415,8 @@ class Lifecycle:
         self._falling_asleep.discard(instance.id)
         del self.instances[instance.id]
         del state.instances[instance.id]
+        if len(state.spec.kinds) > 1:
+            state.measure_kinds()
         self._gpus.give_back(instance)
 
     def _announce(self, name: str, instance: Instance) -> None:

@@ -96,6 +96,16 @@ class ModelState:
         self._arriving = {c.name: _Arrivals(c, -1) for c in classes}
         """The latest of each class."""
 
+    def measure_kinds(self) -> None:
+        """KV capacities of the kinds, each that of its largest instance; as configured while there is none."""
+        capacities = [self._capacity(kind) for kind in self.spec.kinds]
+        self.sizes.told(capacities)
+        self.kv_capacity_tokens = max(capacities)
+
+    def _capacity(self, kind: InstanceKind) -> int:
+        told = (instance.kv_capacity_tokens for instance in self.instances.values() if instance.kind is kind)
+        return max(told, default=kind.kv_capacity_tokens)
+
     def clients_waiting(self, *, interactive: bool) -> int:
         """Requests without an instance whose clients wait, interactive or flex. Items of jobs are not among them."""
         return self.waiting.interactive if interactive else self.waiting.flex + self.batch.flex

@@ -367,7 +367,6 @@ class ControlPlane:
             return
         state = self.models[instance.model]
         instance.kv_capacity_tokens = kv_capacity_tokens
-        state.kv_capacity_tokens = max(i.kv_capacity_tokens for i in state.instances.values())
         if instance.state == "ready":
             state.router.changed(instance)
         self._dispatcher.capacity_known(state)
@@ -382,6 +381,8 @@ class ControlPlane:
             self._lifecycle.ready(state, instance, engine)
         else:
             self._takeover.found(state, instance)
+        if len(state.spec.kinds) > 1:
+            state.measure_kinds()
         self._dispatcher.pump(state)
 
     def kinds_limited(self, most: Mapping[str, int]) -> None:

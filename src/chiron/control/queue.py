@@ -4,7 +4,8 @@ they are counted.
 A model's kinds may differ in how many KV tokens an instance has room for. Then there is an order for each size, of the
 requests whose prompts need an instance of that size at the least: what waits for a larger instance is not in the way of
 what fits on a smaller one, and those that fit everywhere do not take the larger ones from it. Among the first of each
-order whoever is due first has its turn. Where all kinds are of one size there is one order.
+order whoever is due first has its turn; an order in which nobody can be served in time any more comes after the others,
+but for a turn in ``LATE_TURN``. Where all kinds are of one size there is one order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
+from typing import Final
 
 from chiron.core.types import Request
 from chiron.policies.policy import BatchOrder, Order
@@ -19,6 +21,9 @@ from chiron.policies.queues.deadline_groups import batch_due_s
 from chiron.policies.queues.order import first_token_due_s
 from chiron.policies.size import prompt_tokens
 from chiron.policies.views import GroupView
+
+LATE_TURN: Final = 40
+"""Turns of requests that may be on time, before one of another size that is lost has its turn."""
 
 
 class Sizes:
@@ -31,7 +36,7 @@ class Sizes:
         self.told(capacities)
 
     def told(self, capacities: Sequence[int]) -> None:
-        """They are known better. What waits keeps its tier."""
+        """They are known better. A request that waits changes its tier when it would be the next of its order."""
         self._capacities = sorted(set(capacities))
         self.count = max(self.count, len(self._capacities))
 
@@ -54,6 +59,8 @@ class WaitingQueue:
         self._make = make
         self._sizes = sizes
         self._orders = [make()]
+        self._passed_lost = 0
+        """Turns since one of an order in which all are lost."""
         self.count = 0
         self.interactive = 0
         self.flex = 0
@@ -89,14 +96,31 @@ class WaitingQueue:
         if not self.count:
             return None
         orders = self._orders
-        if len(orders) == 1:
+        if self._sizes.count == 1:
             return orders[0].head(now_s) if below else None
-        heads = [head for order in orders[:below] if (head := order.head(now_s)) is not None]
+        heads = self._heads(now_s, below)
+        if len(heads) > 1 and self._passed_lost < LATE_TURN:
+            heads = [head for head in heads if not orders[head.tier].only_lost()] or heads
         return min(heads, key=_first_due, default=None)
+
+    def _heads(self, now_s: float, below: int) -> list[Request]:
+        """Of each order, once each is of its order's size."""
+        while True:
+            heads = [head for order in self._orders[:below] if (head := order.head(now_s)) is not None]
+            moves = next((head for head in heads if self._sizes.tier(head) != head.tier), None)
+            if moves is None:
+                return heads
+            before = self._orders[moves.tier]
+            before.remove_head(moves, now_s)
+            before.never_ran(moves)
+            self.order_of(moves).add(moves, now_s)
 
     def remove_head(self, request: Request, now_s: float) -> None:
         """Take out what ``head`` returned."""
-        self._orders[request.tier].remove_head(request, now_s)
+        order = self._orders[request.tier]
+        if len(self._orders) > 1:
+            self._passed_lost = 0 if order.only_lost() else self._passed_lost + 1
+        order.remove_head(request, now_s)
         self._count(request, -1)
 
     def never_ran(self, request: Request) -> None:
@@ -105,9 +129,9 @@ class WaitingQueue:
         if request.tier < len(self._orders):
             self._orders[request.tier].never_ran(request)
 
-    def only_lost(self) -> bool:
-        """Nobody who waits can be served in time any more. Called after ``head``."""
-        return all(order.only_lost() for order in self._orders)
+    def only_lost(self, below: int) -> bool:
+        """Nobody who waits in tiers under ``below`` can be served in time any more. Called after ``head``."""
+        return all(order.only_lost() for order in self._orders[:below])
 
     def lost(self) -> Request | None:
         """One that cannot be served in time any more; None: there is none, or the order does not care."""
@@ -170,11 +194,14 @@ class BatchQueue:
             yield from order
 
     def add(self, request: Request, now_s: float) -> None:
+        self._order_of(request).add(request, now_s)
+        self._count(request, 1)
+
+    def _order_of(self, request: Request) -> BatchOrder:
         request.tier = self._sizes.tier(request)
         while len(self._orders) <= request.tier:
             self._orders.append(self._make())
-        self._orders[request.tier].add(request, now_s)
-        self._count(request, 1)
+        return self._orders[request.tier]
 
     def announce(self, deadline_s: float, name: str, requests: int, input_tokens: int, input_square: float) -> None:
         """Count work of class ``name`` that waits elsewhere, to be added later; negative figures take it off again.
@@ -207,11 +234,15 @@ class BatchQueue:
 
     def head(self, now_s: float, below: int) -> Request | None:
         """Whose turn it is, of those in tiers under ``below``; stays queued until ``remove_head``."""
-        orders = self._orders
-        if len(orders) == 1:
-            return orders[0].head(now_s) if below else None
-        heads = [head for order in orders[:below] if (head := order.head(now_s)) is not None]
-        return min(heads, key=_batch_due, default=None)
+        if self._sizes.count == 1:
+            return self._orders[0].head(now_s) if below else None
+        while True:
+            heads = [head for order in self._orders[:below] if (head := order.head(now_s)) is not None]
+            moves = next((head for head in heads if self._sizes.tier(head) != head.tier), None)
+            if moves is None:
+                return min(heads, key=_batch_due, default=None)
+            self._orders[moves.tier].remove_head(moves, now_s)
+            self._order_of(moves).add(moves, now_s)
 
     def shorter(self, now_s: float, tokens: int, below: int) -> Request | None:
         """Likewise, among those that may pass one whose prompt is too long: theirs are shorter than ``tokens``."""

@@ -21,7 +21,7 @@ from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
 from chiron.policies.routers.packing_pools import Note, Passed, Pool, Pools, lowest, lowest_short
 from chiron.policies.routers.packing_settings import PackingSettings as PackingSettings
-from chiron.policies.size import fits, kv_limit, kv_tokens, prefill_left_s, prefill_s, prompt_tokens, within
+from chiron.policies.size import fits, kv_limit, kv_tokens, may_hold, prefill_left_s, prefill_s, prompt_tokens, within
 
 _PROBES_MAX = 8
 """Instances with room in general that an unusually large request may pass over."""
@@ -180,7 +180,7 @@ class PackingRouter:
         after_s = self._relieve_after * request.ttft_slo_s
         if not (self._evicts and waited_s > after_s):
             return ()
-        instance = self._first_with_batch(self._pools.for_prompt(request, prompt_tokens(request)))
+        instance = self._first_with_batch(self._pools.for_prompt(request, prompt_tokens(request)), request)
         if instance is None:
             return ()
         decoding = instance.prefill_step_s == inf or waited_s > 3.0 * self._relieve_after * request.ttft_slo_s
@@ -208,6 +208,7 @@ class PackingRouter:
                 and instance.sequences - instance.batch_sequences + request.sequences <= instance.max_batch_size
                 and self._prefill_fits(instance, request, cost_s, stays_s)
                 and _kv_without_batch(instance) + need <= kv_limit(instance)
+                and instance.kv_capacity_tokens <= request.kv_most_tokens
             ):
                 chosen = instance
                 break
@@ -236,17 +237,25 @@ class PackingRouter:
                 batch_s = prefill_left_s(batch_s, victim.prefill_cost_s)
         return tuple(evict)
 
-    def _first_with_batch(self, pools: Pools) -> Instance | None:
-        """The first instance, in order of rank, that runs batch work."""
+    def _first_with_batch(self, pools: Pools, request: Request) -> Instance | None:
+        """The first instance, in order of rank, that runs batch work and may hold the request."""
+        passed: list[Passed] = []
+        chosen: Instance | None = None
         heaps = pools.victims
-        while heap := lowest(heaps):
+        while (heap := lowest(heaps)) and len(passed) < _PROBES_MAX:
             instance = self._at.get(heap[0] & _RANK)
-            if instance is not None and instance.batch:
-                return instance
-            heappop(heap)
-            if instance is not None:
-                instance.index.in_victims = False
-        return None
+            if instance is None or not instance.batch:
+                heappop(heap)
+                if instance is not None:
+                    instance.index.in_victims = False
+            elif may_hold(instance, request):
+                chosen = instance
+                break
+            else:
+                passed.append((heap, heappop(heap)))
+        for heap, entry in passed:
+            heappush(heap, entry)
+        return chosen
 
     # -- interactive -------------------------------------------------------------------------------------------
 
@@ -281,7 +290,7 @@ class PackingRouter:
                 chosen = instance
                 break
             entry = heappop(heap)
-            if usual and tokens < instance.kv_capacity_tokens:
+            if usual and tokens < instance.kv_capacity_tokens <= request.kv_most_tokens:
                 instance.index.in_interactive = False
                 continue
             if passed is None:
@@ -405,7 +414,7 @@ class PackingRouter:
                 self._refuse(instance)
                 continue
             entry = heappop(heap)
-            if usual and tokens < instance.kv_capacity_tokens:
+            if usual and tokens < instance.kv_capacity_tokens <= request.kv_most_tokens:
                 instance.index.in_batch = False
             else:
                 passed.append((heap, entry))

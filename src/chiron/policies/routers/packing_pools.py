@@ -84,12 +84,12 @@ class Pools:
 
     def for_prompt(self, request: Request, tokens: int) -> Pools:
         """Those that may have an instance with room for so long a prompt, and are not kept for longer ones."""
-        if len(self.all) == 1 and tokens < self.all[0].kv_tokens:
-            return self
         most = request.kv_most_tokens
+        if len(self.all) == 1 and tokens < self.all[0].kv_tokens <= most:
+            return self
         found = Pools()
         for pool in self.all:
-            if tokens < pool.kv_tokens <= most:
+            if any(tokens < kv_tokens <= most for kv_tokens in pool.capacities):
                 found.add(pool)
         return found
 
