@@ -336,6 +336,25 @@ def test_an_engine_falls_asleep_once_those_have_ended_whose_host_memory_it_needs
     asyncio.run(story())
 
 
+def test_a_kind_whose_engine_fails_soon_after_it_woke_sleeps_no_more_for_a_while(tmp_path: Path) -> None:
+    async def story() -> None:
+        calm = replace(quick_settings(stable_after_s=600.0), health=replace(QUICK_HEALTH, health_period_s=600.0))
+        async with local_fleet(tmp_path, {"stub": sleeping_kind()}, calm, sleepers=ROOM) as (fleet, heard):
+            await ready(fleet, heard, 1)
+            await asleep(fleet, heard, 1)
+            kill(await ready(fleet, heard, 2))
+            await until(lambda: heard.failed == [2], "it is told of")
+            status = fleet.report().kinds["stub"].sleep
+            assert status is not None
+            assert (status.wakes, status.failed_wakes) == (1, 1)
+            assert "soon after it woke" in status.reason
+            await ready(fleet, heard, 3)
+            await asleep(fleet, heard, 3)
+            assert not heard.sleepers, "it was not even asked"
+
+    asyncio.run(story())
+
+
 @pytest.mark.slow
 def test_sleepers_leave_gpus_on_which_another_engine_fails_to_start_again_and_again(tmp_path: Path) -> None:
     async def story() -> None:

@@ -205,10 +205,21 @@ class ProcessFleet:
         engine = await self._woken(record, source, devices) or await self._started(record, source, devices)
         self._records.ready(record, engine.url)
         starts.succeeded(record)
-        stable_after_s = self._settings.backoff.stable_after_s
-        lasted = asyncio.get_running_loop().call_later(stable_after_s, starts.lasted)
-        record.resources.callback(lasted.cancel)
-        await engine.process.unless_exited(self._watch(record, source, engine))
+        woke = record.instance.source == "memory"
+
+        def lasted() -> None:
+            starts.lasted()
+            if woke:
+                self._sleepers.lasted(engine.kind)
+
+        timer = asyncio.get_running_loop().call_later(self._settings.backoff.stable_after_s, lasted)
+        record.resources.callback(timer.cancel)
+        try:
+            await engine.process.unless_exited(self._watch(record, source, engine))
+        except (EngineExitedError, InstanceFailedError) as error:
+            if woke and asyncio.get_running_loop().time() < timer.when():
+                self._sleepers.failed_awake(engine.kind, str(error))
+            raise
         await self._fall_asleep(record, engine)
 
     async def _take_devices(self, record: InstanceRecord, source: ProcessSource) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class _Tally:
     lost: int = 0
     reason: str = ""
     in_a_row: int = 0
-    """Failures since the last wake."""
+    """Failures since the last one that woke and lasted."""
     rests_until_s: float = 0.0
 
 
@@ -206,9 +206,9 @@ class ProcessSleepers:
             async with asyncio.timeout(timeout_s):
                 await engine.process.unless_exited(self._fall_asleep(engine))
         except TimeoutError:
-            return self._failed(engine, f"it did not sleep within {timeout_s:g} s", "sleep")
+            return self._failed(engine.kind, f"it did not sleep within {timeout_s:g} s", "sleep")
         except (SleepError, EngineExitedError) as error:
-            return self._failed(engine, str(error), "sleep")
+            return self._failed(engine.kind, str(error), "sleep")
         return ""
 
     async def _fall_asleep(self, engine: HostedEngine) -> None:
@@ -273,13 +273,19 @@ class ProcessSleepers:
             async with asyncio.timeout(timeout_s):
                 await engine.process.unless_exited(self._wake_up(engine, health_path, check_now))
         except TimeoutError:
-            return self._failed(engine, f"it did not wake within {timeout_s:g} s", "wake")
+            return self._failed(engine.kind, f"it did not wake within {timeout_s:g} s", "wake")
         except (SleepError, EngineExitedError) as error:
-            return self._failed(engine, str(error), "wake")
-        tally = self._tallies[engine.kind]
-        tally.wakes += 1
-        tally.in_a_row = 0
+            return self._failed(engine.kind, str(error), "wake")
+        self._tallies[engine.kind].wakes += 1
         return ""
+
+    def lasted(self, kind: str) -> None:
+        """One that woke has been up for long enough to prove that its kind sleeps well."""
+        self._tallies[kind].in_a_row = 0
+
+    def failed_awake(self, kind: str, why: str) -> None:
+        """One that woke is dead before it has lasted."""
+        self._failed(kind, f"soon after it woke: {why}", "wake")
 
     async def _wake_up(self, engine: HostedEngine, health_path: str, check_now: asyncio.Event) -> None:
         path = self._sources[engine.kind].wake_path
@@ -330,8 +336,8 @@ class ProcessSleepers:
         """Sleepers of a kind, the latest first."""
         return [each for each in reversed(self._asleep) if each.kind == kind]
 
-    def _failed(self, engine: HostedEngine, why: str, what: str) -> str:
-        tally = self._tallies[engine.kind]
+    def _failed(self, kind: str, why: str, what: str) -> str:
+        tally = self._tallies[kind]
         tally.reason = why
         tally.failed_sleeps += what == "sleep"
         tally.failed_wakes += what == "wake"
