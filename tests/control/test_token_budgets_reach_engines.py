@@ -10,6 +10,7 @@ from chiron.control.actuators import DirectActuators, NullActuators
 from chiron.control.plane import ControlPlane
 from chiron.core.clock import VirtualClock
 from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Request, RequestClass, Sample
+from chiron.policies.instances import take_back_fullest
 from chiron.policies.policy import Policy
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, ModelPlan, TokenBudget
 
@@ -28,6 +29,7 @@ class World:
             max_num_batched_tokens=2048, live_token_budget=live, start_token_budget=starts,
         )  # fmt: skip
         self.instances = 2
+        self.renews = 0
         self.plan: TokenBudget | None = None
         self.over_budget = 0
         self.local: TokenBudget | None = None
@@ -43,7 +45,12 @@ class World:
             models=[ModelSpec(name="m", kinds=(kind,), min_instances=1, max_instances=5)],
             classes=[CHAT],
             policy=Policy(
-                name="p", settings=None, fleet=self._fleet, fleet_period_s=TICK_S, batch_size=self._batch_size
+                name="p",
+                settings=None,
+                fleet=self._fleet,
+                fleet_period_s=TICK_S,
+                batch_size=self._batch_size,
+                take_back=take_back_fullest,
             ),
             actuators=NullActuators() if advise else DirectActuators(),
         )
@@ -55,7 +62,7 @@ class World:
     def _fleet(self, settings: object, state: None, view: FleetView) -> tuple[FleetPlan, None]:
         self.over_budget = view.models[0].over_budget
         counts = {"interactive": 0, "mixed": self.instances, "batch": 0}
-        return {"m": ModelPlan(counts=counts, reason="r", token_budget=self.plan)}, None  # type: ignore[arg-type]
+        return {"m": ModelPlan(counts=counts, reason="r", token_budget=self.plan, renews=self.renews)}, None  # type: ignore[arg-type]
 
     def _batch_size(self, settings: object, state: None, view: LocalView) -> tuple[LocalDecision | None, None]:
         return LocalDecision(max_batch_size=view.max_batch_size, reason="r", token_budget=self.local), None
@@ -135,6 +142,20 @@ def test_those_with_another_budget_than_new_ones_have_are_drained_first() -> Non
     world.instances = 2
     world.ticks()
     assert [i.id for i in world.removed] == [2], "not the newest one"
+
+
+@pytest.mark.parametrize(("renews", "taken_back"), [(0, True), (1, False)])
+def test_what_drains_to_be_replaced_is_not_taken_back_as_its_own_successor(renews: int, taken_back: bool) -> None:
+    world = World()
+    for number in range(4):
+        world.plane.submit(Request(number, "m", CHAT, 0.0, 10))
+    world.plan, world.instances = SMALL, 1
+    world.ticks()
+    assert [i.state for i in world.created] == ["ready", "draining"]
+    world.instances, world.renews = 2, renews
+    world.ticks()
+    assert (world.created[1].state == "ready") is taken_back
+    assert [i.max_num_batched_tokens for i in world.created[2:]] == [512] * (not taken_back)
 
 
 @pytest.mark.parametrize(

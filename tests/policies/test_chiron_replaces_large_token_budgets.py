@@ -69,6 +69,7 @@ class Fleet:
         self.state: State | None = None
         self.now_s = 0.0
         self.plans: list[tuple[float, int, str]] = [(-inf, 4, "")]
+        self.renews: set[tuple[int, int]] = set()
 
     def ticks(self, count: int, *, missed: float = 0.01) -> None:
         for _ in range(count):
@@ -96,6 +97,7 @@ class Fleet:
         plans, self.state = decide_fleet(SETTINGS, self.state, view)
         plan = plans["llama"]
         self.plans.append((self.now_s, sum(plan.counts.values()), plan.reason))
+        self.renews.add((sum(plan.counts.values()), plan.renews))
         return sum(plan.counts.values())
 
     def _follow(self, planned: int) -> None:
@@ -114,6 +116,8 @@ def test_one_after_another_is_replaced_and_then_the_fleet_rests() -> None:
     assert world.large == [False] * 4
     assert [count for _, count, _ in world.changes()] == [5, 4] * 4
     assert {reason for _, count, reason in world.changes() if count == 5} == {"smaller_token_budget"}
+    assert (5, 1) in world.renews, "the control plane knows what the fifth is for"
+    assert (4, 0) in world.renews
     times = [time for time, _, _ in world.changes()]
     assert min(b - a for a, b in pairwise(times)) >= SETTINGS.hold_s, "no plan is reversed within the hold"
 

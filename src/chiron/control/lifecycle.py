@@ -16,7 +16,7 @@ from chiron.control.batch_size import BatchSizes
 from chiron.control.booking import leave
 from chiron.control.eviction import Evictor
 from chiron.control.gpus import Gpus
-from chiron.control.model import ModelState, first_budget, instance_view, takes_budget
+from chiron.control.model import ModelState, first_budget, instance_view, over_budget, takes_budget
 from chiron.core.clock import VirtualClock
 from chiron.core.ports import Engine, Fleet, Journal, Sleepers
 from chiron.core.types import ROLES, Decision, Instance, InstanceKind, Request, Role
@@ -124,6 +124,7 @@ class Lifecycle:
         if self.unsettled:
             return
         state.batch_at_risk = plan.batch_at_risk
+        state.renews = plan.renews
         self._allow_asleep(state, plan.asleep)
         self._set_token_budget(state, plan)
         spec = state.spec
@@ -221,7 +222,7 @@ class Lifecycle:
     def _take_back(self, state: ModelState, role: Role) -> bool:
         policy, now_s = self._policy, self._clock.now_s
         able = [i for i in state.instances.values() if not i.leaving and i.avoided_until_s < inf]
-        draining = [i for i in able if i.state == "draining"]
+        draining = [i for i in able if i.state == "draining" and not (state.renews and over_budget(state, i))]
         if policy.take_back is None or not draining:
             return False
         instance = self.instances[policy.take_back(policy.settings, [instance_view(i, now_s) for i in draining])]

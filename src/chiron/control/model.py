@@ -74,6 +74,8 @@ class ModelState:
         """Max batch size last set anywhere: where a new instance starts."""
         self.token_budget: TokenBudget | None = None
         """By the last plan: what new instances are started with; None: what their kind has."""
+        self.renews = 0
+        """Likewise: instances that take the place of those with a larger one."""
         self.kv_capacity_tokens = max(kind.kv_capacity_tokens for kind in spec.kinds)
         self.arrived_interactive = 0
         """All interactive ones that arrived, less those that turned out not to run: for the stage loop."""
@@ -276,16 +278,16 @@ def first_budget(state: ModelState, kind: InstanceKind) -> int:
     return max(1, min(state.token_budget.max_num_batched_tokens, most))
 
 
+def over_budget(state: ModelState, instance: Instance) -> bool:
+    """Whether it keeps a larger token budget than new ones get."""
+    kind = instance.kind
+    return not kind.live_token_budget and instance.max_num_batched_tokens > first_budget(state, kind)
+
+
 def _over_budget(state: ModelState) -> int:
     if state.token_budget is None:
         return 0
-    return sum(
-        1
-        for i in state.instances.values()
-        if i.state in ("starting", "ready")
-        and not i.kind.live_token_budget
-        and i.max_num_batched_tokens > first_budget(state, i.kind)
-    )
+    return sum(1 for i in state.instances.values() if i.state in ("starting", "ready") and over_budget(state, i))
 
 
 def model_view(state: ModelState, now_s: float, *, peek: bool) -> ModelView:

@@ -188,6 +188,9 @@ class ModelPlan:
     batch_at_risk: bool = False
     """Batch work will miss its deadline unless it goes before requests that are lost anyway (``Order.only_lost``). They
     evict none of it either."""
+    renews: int = 0
+    """Of those counted, how many are to take the place of instances that keep a larger token budget. Until they have,
+    none that drains with one is taken back."""
     asleep: int = 0
     """How many sleepers there may be: instances that the plan has no use for go to sleep up to this number, where the
     fleet can do that and has the host memory; others are stopped."""

@@ -268,6 +268,7 @@ def _decide_model(
         bbp=float(bbp),
         token_budget=memory.token_budget,
         batch_at_risk=batch_at_risk(memory, model, now_s),
+        renews=renewed,
         asleep=model.max_instances if settings.sleepers else 0,
     )
     return plan, memory
