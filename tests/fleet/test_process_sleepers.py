@@ -336,6 +336,27 @@ def test_an_engine_falls_asleep_once_those_have_ended_whose_host_memory_it_needs
     asyncio.run(story())
 
 
+@pytest.mark.slow
+def test_an_engine_falls_asleep_once_those_are_awake_or_gone_whose_host_memory_it_needs(tmp_path: Path) -> None:
+    async def story() -> None:
+        deaf = tmp_path / "deaf"
+        kinds = {"old": sleeping_kind("--deaf", str(deaf)), "new": sleeping_kind()}
+        room = SleeperSettings(host_memory_gb=15.0, wake_timeout_s=0.5)
+        async with local_fleet(tmp_path / "logs", kinds, sleepers=room) as (fleet, heard):
+            first = await ready(fleet, heard, 1, "old")
+            await ready(fleet, heard, 2, "new")
+            await asleep(fleet, heard, 1, "old")
+            deaf.touch()
+            heard.clock.post(lambda: fleet.create(an_instance(3, "old")))
+            await until(lambda: heard.sleepers == {}, "it wakes")
+            await asleep(fleet, heard, 2, "new")
+            assert not alive(first)
+            deaf.unlink()
+            await until(lambda: heard.sleepers == {"new": 1}, "it sleeps")
+
+    asyncio.run(story())
+
+
 def test_a_kind_whose_engine_fails_soon_after_it_woke_sleeps_no_more_for_a_while(tmp_path: Path) -> None:
     async def story() -> None:
         calm = replace(quick_settings(stable_after_s=600.0), health=replace(QUICK_HEALTH, health_period_s=600.0))

@@ -252,7 +252,6 @@ class ProcessFleet:
             instance.source = "memory"
             return engine
         log.warning("instance %d of %s starts anew, its sleeper did not wake: %s", instance.id, instance.model, why)
-        await engine.end()
         self._forget(instance.id)
         record.began_s = asyncio.get_running_loop().time()
         return None

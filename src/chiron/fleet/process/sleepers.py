@@ -120,8 +120,8 @@ class ProcessSleepers:
         self._falling: list[HostedEngine] = []
         """Their host memory is taken already."""
         self._watches: dict[HostedEngine, asyncio.Task[None]] = {}
-        self._ending: dict[asyncio.Task[None], HostedEngine] = {}
-        """Sleepers no longer; their host memory is taken until they have ended."""
+        self._leaving: dict[asyncio.Future[None], HostedEngine] = {}
+        """Sleepers no longer, that end or wake; their host memory is taken until that is done."""
         self._tallies = {name: _Tally() for name in sources}
 
     @property
@@ -154,7 +154,8 @@ class ProcessSleepers:
     # -- falling asleep ------------------------------------------------------------------------------------------
 
     async def put(self, engine: HostedEngine) -> str:
-        """Empty: it sleeps. Else why it does not; it is to be stopped, if that has not been done."""
+        """Empty: it sleeps. Else why it does not; it is to be stopped, if that has not been done. Waits for others to
+        end or wake where their host memory is needed."""
         if engine.kind not in self.kinds:
             return "engines of its kind cannot sleep"
         tally = self._tallies[engine.kind]
@@ -168,8 +169,8 @@ class ProcessSleepers:
         try:
             for each in gone:
                 self._stop(each)
-            if self._ending and self._used_gb((*self._asleep, *self._falling, *self._ending.values())) > most_gb:
-                await asyncio.wait(self._ending)
+            if self._leaving and self._used_gb((*self._asleep, *self._falling, *self._leaving.values())) > most_gb:
+                await asyncio.wait(self._leaving)
             why = await self._try_to_sleep(engine)
             if why:
                 await engine.end()
@@ -267,7 +268,22 @@ class ProcessSleepers:
         return None
 
     async def wake(self, engine: HostedEngine, health_path: str, check_now: asyncio.Event) -> str:
-        """Empty: one that was claimed is awake and answers. Else why not, and it should be stopped."""
+        """Empty: one that was claimed is awake and answers. Else why not; it has been stopped."""
+        done = asyncio.get_running_loop().create_future()
+        self._leaving[done] = engine
+        try:
+            why = await self._try_to_wake(engine, health_path, check_now)
+            if why:
+                await engine.end()
+                return why
+        finally:
+            del self._leaving[done]
+            done.set_result(None)
+        self._tallies[engine.kind].wakes += 1
+        return ""
+
+    async def _try_to_wake(self, engine: HostedEngine, health_path: str, check_now: asyncio.Event) -> str:
+        """Empty: it is awake and answers. Else why not."""
         timeout_s = self._settings.wake_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -276,7 +292,6 @@ class ProcessSleepers:
             return self._failed(engine.kind, f"it did not wake within {timeout_s:g} s", "wake")
         except (SleepError, EngineExitedError) as error:
             return self._failed(engine.kind, str(error), "wake")
-        self._tallies[engine.kind].wakes += 1
         return ""
 
     def lasted(self, kind: str) -> None:
@@ -314,14 +329,14 @@ class ProcessSleepers:
         """Stop all, side by side; those that fall asleep are still their instances'."""
         for engine in list(self._asleep):
             self._stop(engine)
-        if self._ending:
-            await asyncio.wait(self._ending)
+        if self._leaving:
+            await asyncio.wait(self._leaving)
 
     def _stop(self, engine: HostedEngine) -> None:
         self._forget(engine)
         task = asyncio.get_running_loop().create_task(engine.end())
-        self._ending[task] = engine
-        task.add_done_callback(self._ending.pop)
+        self._leaving[task] = engine
+        task.add_done_callback(self._leaving.pop)
 
     def _forget(self, engine: HostedEngine) -> None:
         self._asleep.remove(engine)
