@@ -158,6 +158,7 @@ MODEL: dict[str, Any] = {"engine": '"vllm"', "model_path": '"org/m"', "sleeper_g
             "host_memory_gb = 64",
             "engines that Chiron starts",
         ),
+        ({"ray": '{ address = "auto" }'}, "host_memory_gb = 64", "as processes on this machine"),
         ({"sleeper_gb": None}, "host_memory_gb = 64", "no model says what a sleeper takes of it (sleeper_gb)"),
         ({}, "host_memory_gb = -1", "host_memory_gb is -1.0; it must be 0 or more"),
         ({}, 'host_memory_gb = 64\nwake_timeout = "0s"', "wake_timeout is 0.0; it must be above 0"),

@@ -249,7 +249,8 @@ class ServeInstanceSection:
                 if key in _KEYS_OF[self.source]:
                     continue
                 if getattr(self, key):
-                    raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {_OWNERS[source]}")
+                    here = " as processes on this machine" if source == "process" and self.source == "ray" else ""
+                    raise ValueError(f"{key} is {getattr(self, key)!r}; it belongs to {_OWNERS[source]}{here}")
 
     @property
     def source(self) -> SourceName:
