@@ -11,6 +11,7 @@ from chiron.policies.registry import make_policy
 
 CHAT = RequestClass(name="chat", kind="interactive", ttft_s=60.0)
 RUSH = RequestClass(name="rush", kind="interactive", ttft_s=1.0)
+HASTY = RequestClass(name="hasty", kind="batch", deadline_s=5.0)
 NIGHT = RequestClass(name="night", kind="batch", deadline_s=3600.0)
 SHORT, LONG = 100, 1500
 gated = pytest.mark.parametrize("policy", ["chiron", "chiron-paper", "qlm"])
@@ -50,7 +51,7 @@ class World:
                     max_instances=small + large,
                 )
             ],
-            classes=[CHAT, RUSH, NIGHT],
+            classes=[CHAT, RUSH, HASTY, NIGHT],
             policy=make_policy(policy, None),
         )
         self.plane.request_initial("m", small + large)
@@ -303,3 +304,18 @@ def test_batch_work_at_risk_goes_before_what_is_lost_where_a_long_prompt_waits_f
     world.arrive(5, SHORT, NIGHT)
     world.finish(2)
     assert world.started[2:] == [(5, "small")]
+
+
+def test_long_batch_work_that_may_be_done_in_time_goes_before_short_work_that_is_lost() -> None:
+    world = World("chiron", small=1)
+    world.arrive(1, LONG, NIGHT)
+    world.arrive(2, SHORT, NIGHT)
+    world.arrive(3, SHORT, HASTY)
+    world.clock.run_until(10.0)
+    for number in range(4, 50):
+        world.arrive(number, LONG, NIGHT)
+    for number in [1, *range(4, 50)]:
+        if world.started[-1][0] == 3:
+            break
+        world.finish(number)
+    assert world.started[2:] == [*((number, "large") for number in range(4, 42)), (3, "large")]

@@ -23,7 +23,7 @@ from chiron.policies.size import prompt_tokens
 from chiron.policies.views import GroupView
 
 LATE_TURN: Final = 40
-"""Turns of requests that may be on time, before one of another size that is lost has its turn."""
+"""Turns of requests that may be in time, before one of another size that is lost has its turn."""
 
 
 class Sizes:
@@ -182,6 +182,8 @@ class BatchQueue:
         self._span_s = group_span_s
         self._groups: dict[int, _Sums] = {}
         self._announced: dict[int, _Sums] = {}
+        self._passed_lost = 0
+        """Turns since one of an order in which all are lost."""
         self.count = 0
         self.flex = 0
         """Of those counted; the rest are items of jobs."""
@@ -240,9 +242,12 @@ class BatchQueue:
             heads = [head for order in self._orders[:below] if (head := order.head(now_s)) is not None]
             moves = next((head for head in heads if self._sizes.tier(head) != head.tier), None)
             if moves is None:
-                return min(heads, key=_batch_due, default=None)
+                break
             self._orders[moves.tier].remove_head(moves, now_s)
             self._order_of(moves).add(moves, now_s)
+        if len(heads) > 1 and self._passed_lost < LATE_TURN:
+            heads = [head for head in heads if not self._orders[head.tier].only_lost()] or heads
+        return min(heads, key=_batch_due, default=None)
 
     def shorter(self, now_s: float, tokens: int, below: int) -> Request | None:
         """Likewise, among those that may pass one whose prompt is too long: theirs are shorter than ``tokens``."""
@@ -254,7 +259,10 @@ class BatchQueue:
 
     def remove_head(self, request: Request, now_s: float) -> None:
         """Take out what ``head`` or ``shorter`` returned."""
-        self._orders[request.tier].remove_head(request, now_s)
+        order = self._orders[request.tier]
+        if len(self._orders) > 1:
+            self._passed_lost = 0 if order.only_lost() else self._passed_lost + 1
+        order.remove_head(request, now_s)
         self._count(request, -1)
 
     def views(self, expected_output: Mapping[str, float], limit: int = 64) -> tuple[GroupView, ...]:

@@ -169,6 +169,9 @@ class BatchOrder(Protocol):
     def remove_head(self, request: Request, now_s: float) -> None:
         """What ``head`` or ``shorter`` returned is dispatched."""
 
+    def only_lost(self) -> bool:
+        """Nobody who is held can be done by its deadline any more. Called after ``head``."""
+
 
 class Preempter(Protocol):
     """Takes places and KV back from sequences that decode, for prompts that wait. They wait again, behind or before

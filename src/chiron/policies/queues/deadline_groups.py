@@ -122,6 +122,9 @@ class DeadlineGroups:
             self._late.popleft()
             self._turn = 0
 
+    def only_lost(self) -> bool:
+        return not self._groups
+
     def _key(self, request: Request) -> int:
         return int(batch_due_s(request) // self._span_s)
 
