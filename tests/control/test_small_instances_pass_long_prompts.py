@@ -251,6 +251,22 @@ def test_a_larger_instance_that_is_gone_counts_no_more() -> None:
     assert world.started == [(1, "large"), (3, "small")]
 
 
+@pytest.mark.parametrize("cls", [CHAT, NIGHT], ids=["interactive", "batch"])
+def test_a_prompt_for_which_no_instance_is_large_enough_any_more_is_rejected(cls: RequestClass) -> None:
+    world = World("chiron", small=1, large=2)
+    _, more, less = world.plane.instances.values()
+    state = world.plane.models["m"]
+    world.plane.capacity_told(less, 900)
+    world.arrive(1, LONG)
+    world.arrive(2, LONG, cls)
+    (waits,) = (*state.waiting, *state.batch)
+    state.planned = {**state.planned, "mixed": 2}
+    world.plane.cancel(world.running.pop(1))
+    world.plane.instance_failed(more)
+    assert (waits.outcome, world.plane.open_requests) == ("rejected", 0)
+    assert not state.waiting.count + state.batch.count
+
+
 @gated
 def test_what_waits_while_capacities_are_told_has_its_place_by_what_was_told(policy: str) -> None:
     world = World(policy, small=1)

@@ -21,7 +21,7 @@ from chiron.core.clock import VirtualClock
 from chiron.core.ports import Ends, Journal
 from chiron.core.types import KV_ANY, Decision, Instance, Outcome, Placement, Request
 from chiron.policies.policy import Policy
-from chiron.policies.size import placed
+from chiron.policies.size import placed, prompt_tokens
 
 RETRIES_MAX = 3
 """Engine failures that a request survives before it fails itself."""
@@ -167,6 +167,11 @@ class Dispatcher:
                     continue
                 placement = self._place(state, request, waited_s, below)
                 if placement is None:
+                    if _fits_nowhere(state, request):
+                        waiting.remove_head(request, now_s)
+                        waiting.never_ran(request)
+                        self._end(state, request, "rejected")
+                        continue
                     self._relieve(state, request, waited_s, below)
                     below = request.tier
                     continue
@@ -224,6 +229,9 @@ class Dispatcher:
             if placement is not None:
                 batch.remove_head(request, now_s)
                 self._dispatch(state, request, placement)
+            elif _fits_nowhere(state, request):
+                batch.remove_head(request, now_s)
+                self._end(state, request, "rejected")
             else:
                 refused = request.tier
                 bits = router.room_tokens.bit_length()
@@ -431,3 +439,10 @@ class Dispatcher:
             self._lifecycle.remove_if_empty(state, instance)
         if state.waiting.count or state.batch.count:
             self.pump(state)
+
+
+def _fits_nowhere(state: ModelState, request: Request) -> bool:
+    """All instances that had room for its prompt are gone: it would keep the largest that are left for ever."""
+    if state.sizes.count == 1 or request.kv_saved_tokens:
+        return False
+    return prompt_tokens(request) >= state.kv_capacity_tokens
