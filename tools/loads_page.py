@@ -43,7 +43,9 @@ Every figure on this page was written by `make loads`: {policies} policies, as p
 DETAILS = """## How to read it
 
 Each file is a window of a packaged scenario with a batch job in proportion, on one and a half times the instances that
-its interactive requests need as a fixed fleet (what `initial = "auto"` counts, by no policy).
+its interactive requests need as a fixed fleet (what `initial = "auto"` counts, by no policy). Every policy starts with
+that fleet. A window is six to twelve minutes without a past: who learns from the load has learned little by its end,
+and a fleet that starts at the right size need not move. Whole traces are in [results.md](results.md).
 
 - **interactive**, **batch**: share within its SLO, of the worst class of that kind; the mean over seeds, then traces.
 - **over bound**: GPU-hours over the least with which any scheduler could keep every SLO ([bound.md](bound.md)), the
