@@ -1,4 +1,4 @@
-"""How tight the lower bound is: the table of docs/bound.md. Run: python docs/bound_tightness.py (about a minute)."""
+"""How tight the lower bound is: the table of docs/bound.md. Run: python tools/bound_tightness.py (about a minute)."""
 
 from __future__ import annotations
 
