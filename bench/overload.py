@@ -19,7 +19,7 @@ from chiron.policies.registry import POLICIES
 
 SCENARIO = "overload"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
-SHOWN = ("chiron", "chiron, refusing", "chiron-paper-tuned", "llumnix-tuned", "hpa-queue-tuned", "static")
+SHOWN = ("chiron", "chiron, refusing", "chiron-paper-tuned", "llumnix-tuned", "niyama", "static")
 """In the figure: more lines cannot be told apart."""
 REFUSING = "policies.chiron.overload.refuse=true"
 
