@@ -99,6 +99,10 @@ lengths = { input = { p50 = 6000, p99 = 40000 }, output = { p50 = 500, p99 = 250
 """
 
 
+CAPTURED = f"models.m.instances.0.captured_sizes={[1, 2, 4, *range(8, 257, 8), *range(272, 513, 16)]}"
+ADMISSION = 'models.m.instances.0.admission="3.85ms"'
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """A row: what is changed."""
@@ -162,6 +166,18 @@ GROUPS: Mapping[str, Group] = {
         title="Step times",
         about="All step times of the engines times a factor: what if profiles are wrong by so much?",
         cases=tuple(Case(name=f"x {factor:g}", step_time=factor) for factor in (0.85, 1.0, 1.15)),
+    ),
+    "engine": Group(
+        title="How a step's time grows",
+        about="Steps as the packaged profiles have them, smooth in the number of tokens; padded to vLLM's default "
+        "sizes of captured graphs (1, 2, 4, every 8 to 256, every 16 to 512), a staircase; with 3.85 ms a prompt in "
+        "the step in which its prefill begins, as measured in public (vLLM 0.26, one RTX 5090, 2026); and with both.",
+        cases=(
+            Case(name="smooth"),
+            Case(name="staircase", overrides=(CAPTURED,)),
+            Case(name="admissions", overrides=(ADMISSION,)),
+            Case(name="both", overrides=(CAPTURED, ADMISSION)),
+        ),
     ),
     "telemetry": Group(
         title="Age of what is known",

@@ -181,12 +181,15 @@ def test_an_instance_kind_carries_what_the_scenario_changes_of_its_profile() -> 
     setup = setups(
         small(
             "models.llama.instances=[{profile='llama-3.1-8b/a100/tp1', name='mine', price_per_gpu_hour=9, "
-            "max_num_seqs=64, step_overhead='2ms', kv_capacity_tokens=50000}]"
+            "max_num_seqs=64, step_overhead='2ms', kv_capacity_tokens=50000, "
+            "admission='3ms', captured_sizes=[8, 16]}]"
         )
     )[0]
     (kind,) = setup.models[0].kinds
     assert (kind.name, kind.price_per_gpu_hour, kind.max_num_seqs, kind.kv_capacity_tokens) == ("mine", 9, 64, 50000)
     assert setup.profiles["mine"].step_overhead_ms == 2.0
+    assert setup.profiles["mine"].admission_ms == 3.0
+    assert setup.profiles["mine"].captured_sizes == (8, 16)
 
 
 def test_one_name_for_two_kinds_of_instance_is_refused() -> None:

@@ -76,6 +76,26 @@ def test_a_step_grows_with_context_as_the_profile_says() -> None:
     assert engine.busy_s == 4 / 64 + (16 + 17 + 18) / 1024
 
 
+def test_a_step_takes_as_long_as_one_of_the_next_captured_size() -> None:
+    """One tick, and one more a token: a prompt of 3 and each decode are padded to 4, one of 8 is above all sizes."""
+    padded = replace(PROFILE, f_ms_per_token=1000 / 64, captured_sizes=(4, 6))
+    clock, engine, ear = bench(padded)
+    engine.start(request(1, 3, 2))
+    clock.run_until(1.0)
+    engine.start(request(2, 8, 1))
+    clock.run_until(10.0)
+    assert ear.heard == [(5, "first", 1), (10, "done", 1), (64 + 9, "first", 2), (64 + 9, "done", 2)]
+
+
+def test_each_prompt_adds_its_admission_to_the_step_in_which_it_begins() -> None:
+    clock, engine, ear = bench(replace(PROFILE, admission_ms=2000 / 64))
+    for number in (1, 2, 3):
+        engine.start(request(number, 20, 1))
+    clock.run_until(10.0)
+    # 1 begins alone: 1 + 2 ticks. 2 and 12 tokens of 3 begin together: 1 + 4. What is left of 3 has begun: 1.
+    assert ear.heard[::2] == [(3, "first", 1), (8, "first", 2), (9, "first", 3)]
+
+
 def test_an_arrival_waits_for_the_step_under_way_and_no_longer() -> None:
     clock, engine, ear = bench()
     engine.start(request(1, 8, 100))

@@ -38,7 +38,7 @@ def test_every_packaged_profile_loads_under_its_own_name() -> None:
 
 
 def test_a_saved_profile_reads_back_equal(tmp_path: Path) -> None:
-    profile = replace(load_profile(A100), name="mine", step_overhead_ms=1.25, max_num_batched_tokens=8192)
+    profile = replace(load_profile(A100), name="mine", step_overhead_ms=1.25, captured_sizes=(1, 8))
     save_profile(profile, tmp_path / "mine.json")
     assert load_profile(tmp_path / "mine.json") == profile
     assert load_profile(str(tmp_path / "mine.json")) == profile
@@ -61,6 +61,10 @@ def test_keys_with_defaults_may_be_left_out(tmp_path: Path) -> None:
         ({"c_ms_per_context_token": -1e-5}, ["c_ms_per_context_token is -1e-05", "at least 0"]),
         ({"h_ms": float("nan")}, ["h_ms is nan", "finite"]),
         ({"name": 7}, ["name is 7", "a string"]),
+        ({"captured_sizes": 8}, ["captured_sizes is 8", "a list of whole numbers"]),
+        ({"captured_sizes": [1, "8"]}, ['captured_sizes is [1, "8"]', "a list of whole numbers"]),
+        ({"captured_sizes": [8, 8]}, ["captured_sizes is [8, 8]", "ascend"]),
+        ({"captured_sizes": [0, 8]}, ["captured_sizes is [0, 8]", "at least 1"]),
         ({"h_ms": 0, "w0_ms": 0, "f_ms_per_token": 0}, ["a step must take some time"]),
     ],
 )

@@ -425,6 +425,10 @@ def _adapted(profile: Profile, instance: InstanceSection) -> Profile:
         changes["step_overhead_ms"] = instance.step_overhead_s * 1000
     if instance.request_overhead_s is not None:
         changes["request_overhead_ms"] = instance.request_overhead_s * 1000
+    if instance.captured_sizes:
+        changes["captured_sizes"] = instance.captured_sizes
+    if instance.admission_s is not None:
+        changes["admission_ms"] = instance.admission_s * 1000
     return replace(profile, **changes)  # type: ignore[arg-type]
 
 

@@ -57,6 +57,10 @@ class InstanceSection:
     """CPU time per step that the GPU waits for."""
     request_overhead_s: float | None = None
     """Per request, before its prefill can start."""
+    captured_sizes: tuple[int, ...] = ()
+    """Tokens of a step for which the engine has captured graphs, ascending; empty: the profile's."""
+    admission_s: float | None = None
+    """What each prompt adds to the step in which its prefill begins; default: the profile's."""
 
     def __post_init__(self) -> None:
         for key in ("max_instances", "max_num_seqs", "max_num_batched_tokens", "kv_capacity_tokens"):

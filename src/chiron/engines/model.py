@@ -42,7 +42,7 @@ SEGMENT_STEPS_MAX = 4096
 class StepTable:
     """A profile's coefficients, ready for use; shared by all instances of a kind."""
 
-    __slots__ = ("base", "c", "q", "token_budget")
+    __slots__ = ("admission_s", "base", "c", "q", "token_budget")
 
     def __init__(self, profile: Profile) -> None:
         self.token_budget = profile.max_num_batched_tokens
@@ -50,6 +50,7 @@ class StepTable:
         self.base = [profile.base_s(tokens) for tokens in range(largest + 1)]
         self.c = profile.c_ms_per_context_token / 1000.0
         self.q = profile.q_ms_per_token_squared / 1000.0
+        self.admission_s = profile.admission_ms / 1000.0
         if not 1e-7 < self.base[1] <= self.base[-1] < 3600.0:
             raise ValueError(f"profile {profile.name!r}: a step must take between 1e-7 s and an hour")
 
@@ -57,7 +58,18 @@ class StepTable:
 class EngineSequence:
     """A request inside this engine."""
 
-    __slots__ = ("context", "evict", "finish_step", "generated", "join_step", "phase", "prefilled", "prompt", "request")
+    __slots__ = (
+        "cached",
+        "context",
+        "evict",
+        "finish_step",
+        "generated",
+        "join_step",
+        "phase",
+        "prefilled",
+        "prompt",
+        "request",
+    )
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -65,6 +77,8 @@ class EngineSequence:
         self.prompt = request.input_tokens + request.tokens_done
         """Tokens to prefill: on a resume without KV, those generated before count as prompt."""
         self.prefilled = 0
+        self.cached = 0
+        """Tokens of the prompt whose KV was there when it was let in."""
         self.context = 0
         """Tokens in KV when it joined decoding."""
         self.join_step = 0
@@ -661,6 +675,7 @@ class EngineModel:
         prefixes.fit(room_tokens + sequence.prompt)  # As it was until now.
         if request.program:
             sequence.prefilled = prefixes.found((request.tenant, request.program, request.cuts), request.input_tokens)
+            sequence.cached = sequence.prefilled
             self.prefix_tokens += sequence.prefilled
         prefixes.fit(room_tokens)
 
@@ -691,7 +706,7 @@ class EngineModel:
             chunks.append((sequence, tokens))
             if total >= budget:
                 break
-        self._start_mixed(self._mixed_duration(total, attention))
+        self._start_mixed(self._mixed_duration(total, attention) + self._admission_s())
         return True
 
     def _places_free(self) -> int:
@@ -728,7 +743,7 @@ class EngineModel:
             chunks.append((sequence, tokens))
         if total == 0:
             return False
-        self._start_mixed(self._mixed_duration(total, attention))
+        self._start_mixed(self._mixed_duration(total, attention) + self._admission_s())
         composer.planned(total, self._mixed_s)
         return True
 
@@ -753,6 +768,14 @@ class EngineModel:
         times = self._times
         step_s = times.base[self.batch + tokens] + (times.c * self.context_sum + times.q * attention)
         return (step_s + ROUND) - ROUND
+
+    def _admission_s(self) -> float:
+        """What the prompts that begin in this step add to it."""
+        each_s = self._times.admission_s
+        if each_s == 0.0:
+            return 0.0
+        begun = sum(1 for sequence, _ in self._chunks if sequence.prefilled == sequence.cached)
+        return (begun * each_s + ROUND) - ROUND
 
     def _start_mixed(self, step_s: float) -> None:
         self._mixed_s = step_s
@@ -796,7 +819,7 @@ class EngineModel:
     def _queue_again(self, sequence: EngineSequence) -> None:
         """Before all others, without its KV."""
         sequence.phase = WAITING
-        sequence.prefilled = 0
+        sequence.prefilled = sequence.cached = 0
         sequence.prompt = sequence.request.input_tokens + sequence.generated
         self._waiting[sequence] = None
         self._waiting.move_to_end(sequence, last=False)

@@ -10,10 +10,15 @@ work of those tokens, (o+n)^2 - o^2 for a chunk of n tokens at offset o. ``w0`` 
 grid its error is 3-6 % on average and 10-22 % at worst, the linear form's 4-7 % and 19-33 % (``chiron profile list``).
 
 For a fixed B a decode-only step is linear in S, so k steps still have a closed form: the simulator's fast-forward.
+
+Two refinements that no packaged profile has, as measurements have them for single GPUs only: engines that replay
+captured graphs pad a step to a captured size (``captured_sizes``), and a prompt that is let in costs its first step
+something (``admission_ms``). docs/sensitivity.md shows what they change.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from math import isfinite
 
@@ -50,6 +55,11 @@ class Profile:
     """CPU time per step that the GPU waits for."""
     request_overhead_ms: float = 0.0
     """Per request, before its prefill can start (tokenizer, HTTP)."""
+    captured_sizes: tuple[int, ...] = ()
+    """Tokens of a step (n + B) for which the engine has captured graphs, ascending: a step takes the ``base_s`` of the
+    next one, and above the largest its own. Empty: each size its own."""
+    admission_ms: float = 0.0
+    """What each prompt adds to the step in which its prefill begins."""
     price_per_gpu_hour: float = 0.0
     source: str = ""
     mape: float = 0.0
@@ -67,6 +77,11 @@ class Profile:
                 raise ProfileError(
                     f"profile {self.name!r}: {name} is {value!r}; it must be finite and at least {least}"
                 )
+        sizes = self.captured_sizes
+        if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+            raise ProfileError(
+                f"profile {self.name!r}: captured_sizes is {list(sizes)}; they must be at least 1, and ascend"
+            )
         if not self.base_s(1) > 0:
             raise ProfileError(
                 f"profile {self.name!r}: h_ms, w0_ms and f_ms_per_token are all 0; a step must take some time"
@@ -74,13 +89,17 @@ class Profile:
 
     def base_s(self, tokens: int) -> float:
         """Seconds of a step that handles this many tokens (n + B), before attention."""
+        place = bisect_left(self.captured_sizes, tokens)
+        if place < len(self.captured_sizes):
+            tokens = self.captured_sizes[place]
         knee = (self.w0_ms**4 + (self.f_ms_per_token * tokens) ** 4) ** 0.25
         return float(self.h_ms + self.step_overhead_ms + knee) / 1000.0
 
     def step_s(
         self, *, decoding: int, context_tokens: float, prefill_tokens: int = 0, prefill_offset: int = 0
     ) -> float:
-        """Seconds of one step (plain floats; the engine model quantises these coefficients to be exact)."""
+        """Seconds of one step (plain floats; the engine model quantises these coefficients to be exact), admissions
+        apart."""
         attention = (prefill_offset + prefill_tokens) ** 2 - prefill_offset**2
         return (
             self.base_s(prefill_tokens + decoding)
@@ -101,6 +120,7 @@ _LEAST = {
     "q_ms_per_token_squared": 0,
     "step_overhead_ms": 0,
     "request_overhead_ms": 0,
+    "admission_ms": 0,
     "price_per_gpu_hour": 0,
     "mape": 0,
     "max_error": 0,

@@ -19,11 +19,13 @@ from chiron.engines.profile import Profile, ProfileError
 
 PACKAGED = Path(str(files("chiron"))) / "data" / "profiles"
 
-# Annotations are text (``from __future__ import annotations``) and only these three occur.
+_NUMBERS = "tuple[int, ...]"
+# Annotations are text (``from __future__ import annotations``) and only these occur.
 _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "str": ("a string", (str,)),
     "int": ("a whole number", (int,)),
     "float": ("a number", (int, float)),
+    _NUMBERS: ("a list of whole numbers", (list,)),
 }
 
 
@@ -74,6 +76,8 @@ def parse_profile(text: str, where: str) -> Profile:
     for field in fields(Profile):
         if field.name in data:
             _check_type(field.name, data[field.name], str(field.type), where)
+        if field.name in data and field.type == _NUMBERS:
+            data[field.name] = tuple(data[field.name])
     try:
         return Profile(**data)
     except ProfileError as error:
@@ -112,5 +116,6 @@ def _check_keys(data: dict[str, Any], where: str) -> None:
 def _check_type(key: str, value: Any, annotation: str, where: str) -> None:
     expected, types = _TYPES[annotation]
     # JSON's true is Python's 1; as a number of GPUs it is a mistake.
-    if isinstance(value, bool) or not isinstance(value, types):
+    inside = value if annotation == _NUMBERS and isinstance(value, list) else ()
+    if isinstance(value, bool) or not isinstance(value, types) or any(type(each) is not int for each in inside):
         raise ProfileError(f"profile file {where}: {key} is {json.dumps(value)}; expected {expected}")

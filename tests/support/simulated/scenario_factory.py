@@ -354,6 +354,8 @@ def profiles(draw: st.DrawFn, name: str = "small") -> Profile:
         max_num_batched_tokens=draw(st.sampled_from((4, 16, 64))),
         request_overhead_ms=draw(st.sampled_from((0.0, 0.0, 1000 / 64, 7.0))),
         step_overhead_ms=draw(st.sampled_from((0.0, 1.0))),
+        captured_sizes=draw(st.sampled_from(((), (), (2, 5, 16)))),
+        admission_ms=draw(st.sampled_from((0.0, 0.0, 2.3))),
         price_per_gpu_hour=1.5,
     )
 

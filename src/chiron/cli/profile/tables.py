@@ -40,7 +40,9 @@ def facts(profile: Profile) -> Table:
         "instance": f"{profile.tp} x {profile.gpu}, {profile.engine}",
         "KV capacity": f"{profile.kv_capacity_tokens:,} tokens of {profile.kv_bytes_per_token:,} bytes",
         "limits": f"max_num_seqs {profile.max_num_seqs:,}, max_num_batched_tokens {profile.max_num_batched_tokens:,}",
-        "overheads": f"{profile.step_overhead_ms:g} ms per step, {profile.request_overhead_ms:g} ms per request",
+        "overheads": f"{profile.step_overhead_ms:g} ms per step, {profile.request_overhead_ms:g} ms per request, "
+        f"{profile.admission_ms:g} ms of a step per prompt",
+        "captured": ", ".join(map(str, profile.captured_sizes)) or "no sizes: each takes a time of its own",
         "price": f"{profile.price_per_gpu_hour:.2f} $ per GPU-hour",
         "step": "h + (w0^4 + (f*(n + B))^4)^(1/4) + c*S + q*A    B decodes, S their contexts, n prefill tokens,"
         " A = (offset + n)^2 - offset^2",

@@ -75,6 +75,7 @@ _TIMES = (
     "q_ms_per_token_squared",
     "step_overhead_ms",
     "request_overhead_ms",
+    "admission_ms",
 )
 
 
