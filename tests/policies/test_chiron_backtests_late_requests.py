@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from chiron.policies.chiron.global_loop import decide_fleet
 from chiron.policies.chiron.load import late_max
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Rule, choose_headroom, late_makes_way, late_requests, meets_slos
+from chiron.policies.fluid_queue import Floats, late_makes_way, late_requests, meets_slos
+from chiron.policies.headroom import CONSTANT, Rule, choose_headroom
 from effort import examples
 from policy_factory import arrival, fleet, fleet_of, model
 

@@ -33,7 +33,8 @@ from chiron.policies.chiron.long_history import (
 )
 from chiron.policies.chiron.recurrence import Look, Record, Recurrence, aged, looked
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Backtest, Floats, Headroom, Question, missed
+from chiron.policies.fluid_queue import Floats
+from chiron.policies.headroom import CONSTANT, Backtest, Headroom, Question, missed
 from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, model
 
 HOUR_S, DAY_S = 3600, 86_400

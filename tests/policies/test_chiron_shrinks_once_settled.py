@@ -10,7 +10,8 @@ from chiron.policies.chiron.global_loop import decide_fleet
 from chiron.policies.chiron.load import ModelMemory, first_memory
 from chiron.policies.chiron.load_history import remembered
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import Floats, Headroom, Rule
+from chiron.policies.fluid_queue import Floats
+from chiron.policies.headroom import Headroom, Rule
 from policy_factory import fleet, fleet_of, model
 
 NOW_S = 10_000.0

@@ -20,9 +20,10 @@ peak), rules are tried that also look one such period back: at the load from a l
 moment. They can say nothing of the first period, so they and the best of the plain rules are run over what is left of
 it, and have to save a tenth there: a period that is none is found in any noise.
 
-All that takes some 10 ms, and no request should have to wait for it: a ``Backtest`` is the computation as a value, as
-far as it has come, and ``advanced`` takes it a few steps on, each of them one run of the load or one rule's basis. What
-comes out does not depend on how it was cut.
+All that takes some milliseconds, and no request should have to wait for it: a ``Backtest`` is the computation as a
+value, as far as it has come, and ``advanced`` takes it a few steps on, each of them one run of the load or one rule's
+basis. What comes out does not depend on how it was cut. Only the cheapest rules count, so of most it is enough to know
+that what they could cost beside those does not suffice.
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from chiron.policies.fluid_queue import Floats, late_makes_way, late_requests, wait_s
 
-_GRID = 0.25 * 1.06 ** np.arange(0, 72)
+_GRID: Floats = 0.25 * 1.06 ** np.arange(0, 72, dtype=np.float64)
 """Headrooms tried: a quarter (of a short window's peak) to about 15, in steps of 6 %."""
 
 
@@ -142,21 +142,36 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Plan:
+    """What a rule plans with, over the history."""
+
+    basis: Floats
+    """What it multiplies, for the fleet of each ``tick``; the last ends with the history."""
+    tick: int
+    """Seconds."""
+    least: Floats | None
+    """Instances of each second that are there whatever the rule, shape (T,); None: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Search:
     """For the least headroom of one rule that suffices: it is above ``low``'s and at most ``high``'s of the grid.
     Misses fall as it grows."""
 
     rule: Rule
     grid: Floats
-    basis: Floats
+    plan: _Plan
     low: int
     high: int
+    """At first the largest that could count; -1: none could."""
     allowed: tuple[float, ...]
     """Requests of each class that may be late."""
     begin: int = 0
     """Second of the history from which on it counts."""
     possible: bool = False
-    """The largest of the grid is enough."""
+    """``high`` is enough."""
+    stride: int = 0
+    """The next to be tried is so far below ``high``; 0: half way to ``low``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,12 +188,14 @@ class Backtest:
 
     question: Question
     found: tuple[Headroom, ...] = ()
-    """Of the first rules."""
+    """Of the first rules; what does not count has cost inf."""
     trials: tuple[_Trial, ...] | None = None
     """Of periods, and of plain rules beside them; None: not looked for yet."""
     tried: tuple[Headroom, ...] = ()
     """Of the first of these."""
     search: _Search | None = None
+    allowed: tuple[int, tuple[float, ...]] | None = None
+    """Those of the last search, and the second from which on it counted."""
     steps: int = 0
     """That it has taken so far."""
 
@@ -224,37 +241,58 @@ def _recurring(backtest: Backtest) -> Headroom | None:
 
 
 def _advanced(backtest: Backtest) -> Backtest:
-    question, search = backtest.question, backtest.search
-    backtest = replace(backtest, steps=backtest.steps + 1)
+    question, search, steps = backtest.question, backtest.search, backtest.steps + 1
     plain = len(backtest.found) < len(question.rules)
-    if search is None and plain:
-        return replace(backtest, search=_began(question, question.rules[len(backtest.found)], 0))
+    if search is None and not plain and backtest.trials is None:
+        return replace(backtest, trials=_trials(question, backtest.found), steps=steps)
     if search is None:
-        if backtest.trials is None:
-            return replace(backtest, trials=_trials(question, backtest.found))
-        trial = backtest.trials[len(backtest.tried)]
-        return replace(backtest, search=_began(question, trial.rule, trial.begin))
-    if search.possible and search.low >= search.high:
+        search = _began(backtest)
+        return replace(backtest, search=search, allowed=(search.begin, search.allowed), steps=steps)
+    if search.high >= 0 and not (search.possible and search.low >= search.high):
+        at = _next(search)
+        if _suffices(question, search, at):
+            stride = 2 * search.stride if search.possible else search.stride
+            search = replace(search, high=at, possible=True, stride=stride)
+            return replace(backtest, search=search, steps=steps)
+        if search.possible:
+            return replace(backtest, search=replace(search, low=at + 1, stride=0), steps=steps)
+    h, cost = float(search.grid[-1]), inf
+    if search.possible:
         h = float(search.grid[search.high])
-        cost = float(_fleet(question, search, search.high)[search.begin :].mean())
-    else:
-        middle = (search.low + search.high) // 2 if search.possible else search.high
-        since = slice(search.begin, None)
-        enough = late_makes_way(
-            question.load[since],
-            question.counts[:, since],
-            question.slack_s,
-            _fleet(question, search, middle)[since],
-            search.allowed,
-        )
-        if search.possible or enough:
-            low, high = (search.low, middle) if enough else (middle + 1, search.high)
-            return replace(backtest, search=replace(search, low=low, high=high, possible=True))
-        h, cost = float(search.grid[-1]), inf
+        cost = _cost(question, search.plan, h, search.begin)
     found = Headroom(rule=search.rule, h=h, instances=cost)
     if plain:
-        return replace(backtest, found=(*backtest.found, found), search=None)
-    return replace(backtest, tried=(*backtest.tried, found), search=None)
+        return replace(backtest, found=(*backtest.found, found), search=None, steps=steps)
+    return replace(backtest, tried=(*backtest.tried, found), search=None, steps=steps)
+
+
+def _next(search: _Search) -> int:
+    """Of the grid: the first to be tried is ``high`` itself."""
+    if not search.possible:
+        return search.high
+    below = search.high - search.stride
+    return below if search.stride and below > search.low else (search.low + search.high) // 2
+
+
+def _suffices(question: Question, search: _Search, at: int) -> bool:
+    """Whether no class misses more than it may, with this headroom of the grid."""
+    since = slice(search.begin, None)
+    fleet = _fleet(question, search.plan, float(search.grid[at]))[since]
+    if len(fleet) and fleet.min() >= max(question.ceiling, 1):
+        return True  # What the largest fleet misses is allowed.
+    return late_makes_way(question.load[since], question.counts[:, since], question.slack_s, fleet, search.allowed)
+
+
+def _cost(question: Question, plan: _Plan, h: float, begin: int) -> float:
+    """Mean instances from that second on."""
+    if plan.least is not None:
+        return float(_fleet(question, plan, h)[begin:].mean())
+    # Of the first tick it is a part.
+    seconds = len(question.load) - begin
+    ticks, part = divmod(seconds, plan.tick)
+    whole = _whole(question, plan, h)
+    total = plan.tick * float(whole[len(whole) - ticks :].sum())
+    return (total + part * float(whole[-ticks - 1] if part else 0.0)) / seconds
 
 
 def _trials(question: Question, found: Sequence[Headroom]) -> tuple[_Trial, ...]:
@@ -306,15 +344,54 @@ def periods(load: Floats, cold_start_s: float) -> tuple[int, ...]:
     return tuple(_BIN_S * k for k in found)
 
 
-def _began(question: Question, rule: Rule, begin: int) -> _Search:
+def _began(backtest: Backtest) -> _Search:
+    """The next rule's."""
+    question, known = backtest.question, backtest.allowed
+    if len(backtest.found) < len(question.rules):
+        trial = _Trial(rule=question.rules[len(backtest.found)], begin=0)
+        most = _most(question, backtest.found, trial.rule)
+    else:
+        assert backtest.trials is not None
+        trial = backtest.trials[len(backtest.tried)]
+        most = _most_beside(backtest, trial)
+    rule, begin = trial.rule, trial.begin
+    grid = _GRID
     if rule == CONSTANT:
         grid = np.arange(max(question.floor, 1), max(question.ceiling, 1) + 1, dtype=float)
-        basis = np.ones(len(question.load))
-    else:
-        grid = _GRID
-        basis = _basis(question.load, rule, question.cold_start_s, max(1, round(question.tick_s)))
-    allowed = _allowed(question, begin)
-    return _Search(rule=rule, grid=grid, basis=basis, low=0, high=len(grid) - 1, allowed=allowed, begin=begin)
+    allowed = known[1] if known is not None and known[0] == begin else _allowed(question, begin)
+    plan = _plan(question, rule)
+    high, stride = len(grid) - 1, 0
+    if most < inf:
+        # What counts is seldom much cheaper than what would just count.
+        high, stride = _affordable(question, plan, grid, begin, most), 1
+    return _Search(rule=rule, grid=grid, plan=plan, low=0, high=high, allowed=allowed, begin=begin, stride=stride)
+
+
+def _affordable(question: Question, plan: _Plan, grid: Floats, begin: int, most: float) -> int:
+    """The last of the grid that costs no more than that; -1: none."""
+    low, high = -1, len(grid) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _cost(question, plan, float(grid[middle]), begin) <= most:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _most(question: Question, found: Sequence[Headroom], rule: Rule) -> float:
+    """That a plain rule may cost to count: as much as the last of the cheapest, beside which periods are tried. The one
+    in force and the fixed fleet always do."""
+    costs = sorted(f.instances for f in found)
+    least = _BESIDE if question.periods else 1
+    return inf if rule in (CONSTANT, question.current) or len(costs) < least else costs[least - 1]
+
+
+def _most_beside(backtest: Backtest, trial: _Trial) -> float:
+    """The same of a trial: as much as the cheapest plain rule, less what a period has to save beside it."""
+    tried = zip(backtest.trials or (), backtest.tried, strict=False)
+    plain = min((f.instances for t, f in tried if t.begin == trial.begin and not t.rule.period_s), default=inf)
+    return (1.0 - _PERIOD_WORTH / 2.0) * plain if trial.rule.period_s else plain
 
 
 def _allowed(question: Question, begin: int) -> tuple[float, ...]:
@@ -322,7 +399,7 @@ def _allowed(question: Question, begin: int) -> tuple[float, ...]:
     in time asks for none, or it would ask for the largest fleet until it is forgotten."""
     load = question.load[begin:]
     fleet = np.full(len(load), float(max(question.ceiling, 1)))
-    waits = bool((_wait_s(load, fleet) > min(question.slack_s, default=inf)).any())
+    waits = bool((load > fleet).any()) and bool((wait_s(load, fleet) > min(question.slack_s, default=inf)).any())
     return tuple(
         question.miss_max * float(row.sum()) + (late_requests(load, row, slack_s, fleet) if waits else 0.0)
         for row, slack_s in zip(question.counts[:, begin:], question.slack_s, strict=True)
@@ -354,18 +431,27 @@ def followed(load: Floats, rule: Rule, tick_s: float, ahead_s: float = 0.0) -> f
     return max(recent, float(_means(load[first:last], rule.span_s, tick)[rule.span_s // tick :].max()))
 
 
+def _plan(question: Question, rule: Rule) -> _Plan:
+    """Not yet multiplied."""
+    load, tick = question.load, max(1, round(question.tick_s))
+    least = None
+    if question.foretold is not None:
+        least = np.minimum(np.ceil(question.foretold - 0.05), max(question.ceiling, 1))
+    if rule == CONSTANT:
+        return _Plan(basis=np.ones(1), tick=max(1, len(load)), least=least)
+    return _Plan(basis=_basis(load, rule, question.cold_start_s, tick), tick=tick, least=least)
+
+
 def _basis(load: Floats, rule: Rule, cold_start_s: float, tick: int) -> Floats:
-    """The largest window mean that the fleet of each second was planned with, shape (T,)."""
+    """The largest window mean that the fleet of each tick was planned with."""
     means = _means(load, rule.window_s, tick)
     lag = max(1, ceil(cold_start_s / tick) + 1)
-    span = lag + max(1, rule.settle_s // tick)
-    padded = np.concatenate((np.full(span, means[0]), means))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, span - lag + 1)
-    peaks = windows.max(axis=1)[: len(means)]
+    settle = max(1, rule.settle_s // tick)
+    padded = np.concatenate((np.full(lag + settle, means[0]), means))
+    peaks = _largest(padded, settle + 1)[: len(means)]
     if rule.period_s:
         peaks = np.maximum(peaks, _period_ago(load, rule, tick))
-    basis: Floats = np.repeat(peaks, tick)[-len(load) :]
-    return basis
+    return peaks
 
 
 def _period_ago(load: Floats, rule: Rule, tick: int) -> Floats:
@@ -374,8 +460,17 @@ def _period_ago(load: Floats, rule: Rule, tick: int) -> Floats:
     means = _means(load, rule.span_s, tick)
     span, back = max(1, rule.span_s // tick), rule.period_s // tick
     padded = np.concatenate((np.zeros(back + span), means))
-    ago: Floats = np.lib.stride_tricks.sliding_window_view(padded, 3 * span + 1).max(axis=1)[: len(means)]
-    return ago
+    return _largest(padded, 3 * span + 1)[: len(means)]
+
+
+def _largest(values: Floats, width: int) -> Floats:
+    """The largest of each ``width`` in a row, from those of half as many."""
+    known = 1
+    while 2 * known <= width:
+        values = np.maximum(values[:-known], values[known:])
+        known *= 2
+    rest = width - known
+    return np.maximum(values[:-rest], values[rest:]) if rest else values
 
 
 def _means(load: Floats, window_s: int, tick: int) -> Floats:
@@ -387,76 +482,21 @@ def _means(load: Floats, window_s: int, tick: int) -> Floats:
     return means
 
 
-def _fleet(question: Question, search: _Search, at: int) -> Floats:
-    """With this headroom of the grid."""
-    return _planned(question, search.basis, float(search.grid[at]))
+def _fleet(question: Question, plan: _Plan, h: float) -> Floats:
+    """Instances in each second, shape (T,)."""
+    fleet: Floats = np.repeat(_whole(question, plan, h), plan.tick)[-len(question.load) :]
+    return fleet if plan.least is None else np.maximum(fleet, plan.least)
 
 
-def _planned(question: Question, basis: Floats, h: float) -> Floats:
-    fleet: Floats = np.clip(np.ceil(basis * h - 0.05), max(question.floor, 1), max(question.ceiling, 1))
-    if question.foretold is not None:
-        fleet = np.maximum(fleet, np.minimum(np.ceil(question.foretold - 0.05), max(question.ceiling, 1)))
-    return fleet
+def _whole(question: Question, plan: _Plan, h: float) -> Floats:
+    """Instances in each tick, by the rule."""
+    fleet: Floats = np.maximum(np.ceil(plan.basis * h - 0.05), max(question.floor, 1))
+    return np.minimum(fleet, max(question.ceiling, 1), out=fleet)
 
 
 def missed(question: Question, headroom: Headroom, last_s: int) -> tuple[float, float]:
     """(requests that would have missed, requests) in the last seconds, with a headroom that was found before them."""
-    fleet = _planned(question, _began(question, headroom.rule, 0).basis, headroom.h)[-last_s:]
+    fleet = _fleet(question, _plan(question, headroom.rule), headroom.h)[-last_s:]
     load, counts = question.load[-last_s:], question.counts[:, -last_s:]
     late = sum(late_requests(load, row, slack_s, fleet) for row, slack_s in zip(counts, question.slack_s, strict=True))
     return late, float(counts.sum())
-
-
-def _wait_s(load: Floats, fleet: Floats) -> Floats:
-    """Run the load as a fluid queue through the fleet: backlog by the reflection of its net input."""
-    net = np.cumsum(load - fleet)
-    backlog = net - np.minimum(np.minimum.accumulate(net), 0.0)
-    wait_s: Floats = backlog / fleet
-    return wait_s
-
-
-def meets_slos(load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, miss_max: float) -> bool:
-    """Whether no class misses more of its requests than that, served in order of arrival."""
-    wait_s = _wait_s(load, fleet)
-    for requests, slack in zip(counts, slack_s, strict=True):
-        total = requests.sum()
-        if total > 0 and requests[wait_s > slack].sum() > miss_max * total:
-            return False
-    return True
-
-
-def late_makes_way(
-    load: Floats, counts: Floats, slack_s: Sequence[float], fleet: Floats, allowed: Sequence[float]
-) -> bool:
-    """Whether no class misses more requests than it is allowed to, where late ones make way."""
-    wait_s = _wait_s(load, fleet)
-    for requests, slack, most in zip(counts, slack_s, allowed, strict=True):
-        # In order of arrival no fewer are late.
-        in_order = float(requests[wait_s > slack].sum())
-        if in_order > most and late_requests(load, requests, slack, fleet, most) > most:
-            return False
-    return True
-
-
-def late_requests(load: Floats, requests: Floats, slack_s: float, fleet: Floats, enough: float = inf) -> float:
-    """How many would wait for longer than they can bear, where those that do make way for the others: the queue is
-    never longer than can be borne, and what finds it so long is late. Counted no further than ``enough``."""
-    waits = _wait_s(load, fleet) > 0.0
-    # Where none waits though all wait their turn, none does here.
-    waits[1:] |= waits[:-1]
-    late = backlog = 0.0
-    seconds = zip(load[waits].tolist(), fleet[waits].tolist(), requests[waits].tolist(), strict=True)
-    for arrives, serves, count in seconds:
-        backlog += arrives - serves
-        if backlog <= 0.0:
-            backlog = 0.0
-            continue
-        over = backlog - slack_s * serves
-        if over > 0.0 and arrives > 0.0:
-            if over > arrives:
-                over = arrives
-            backlog -= over
-            late += count * over / arrives
-            if late > enough:
-                break
-    return late

@@ -13,7 +13,7 @@ import numpy as np
 
 from chiron.core.types import ModelSpec
 from chiron.engines.profile import Profile
-from chiron.policies.headroom import meets_slos
+from chiron.policies.fluid_queue import meets_slos
 from chiron.sim.bound_work import request_work_s
 from chiron.workload.types import Workload
 

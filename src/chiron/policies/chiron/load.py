@@ -30,10 +30,10 @@ from chiron.policies.chiron.recurrence import (
     tried,
 )
 from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.fluid_queue import Floats
 from chiron.policies.headroom import (
     CONSTANT,
     Backtest,
-    Floats,
     Headroom,
     Question,
     Rule,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chiron.policies.headroom import Floats
+from chiron.policies.fluid_queue import Floats
 from chiron.policies.views import ArrivalView, StepTimes
 
 

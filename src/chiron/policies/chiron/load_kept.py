@@ -24,7 +24,8 @@ from chiron.policies.chiron.long_history import (
 )
 from chiron.policies.chiron.recurrence import PERIOD_MAX_S, RECORDS_MAX, Record, Recurrence
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Floats, Headroom, Rule
+from chiron.policies.fluid_queue import Floats
+from chiron.policies.headroom import CONSTANT, Headroom, Rule
 from chiron.policies.policy import LOAD_AGE_MAX_S
 
 _LOAD_MAX = 1e6

@@ -17,7 +17,7 @@ from math import ceil, floor
 
 import numpy as np
 
-from chiron.policies.headroom import Floats
+from chiron.policies.fluid_queue import Floats
 
 MINUTE_S = 60
 QUARTER = 15
