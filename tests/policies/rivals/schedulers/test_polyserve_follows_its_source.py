@@ -9,7 +9,7 @@ import pytest
 from chiron.control.learning import Learner
 from chiron.core.types import Instance, Request, RequestClass
 from chiron.policies.policy import Policy
-from chiron.policies.rivals.schedulers.polyserve import Load, PolyServeSettings, compose, keeps, make_polyserve, step_s
+from chiron.policies.rivals.schedulers.polyserve import PolyServeSettings, compose, keeps, make_polyserve, step_s
 from chiron.policies.views import StepTimes
 from policy_factory import JOBS
 from scenario_factory import PROFILE, kind_of
@@ -86,21 +86,21 @@ def request(id: int, cls: RequestClass) -> Request:
 
 
 @pytest.mark.parametrize(
-    ("load", "itl_s", "left_s", "kept"),
+    ("sequences", "prefill_s", "itl_s", "left_s", "kept"),
     [
-        pytest.param(Load(sequences=9, kv_tokens=0, prefill_s=0.0), 0.02, 1.0, True, id="10 + 9 ms"),
-        pytest.param(Load(sequences=10, kv_tokens=0, prefill_s=0.0), 0.02, 1.0, False, id="10 + 10 ms"),
+        pytest.param(9, 0.0, 0.02, 1.0, True, id="10 + 9 ms"),
+        pytest.param(10, 0.0, 0.02, 1.0, False, id="10 + 10 ms"),
         # Steps of 20 ms leave three fifths of 50 ms for prefill: 0.6 s of it in the next second.
-        pytest.param(Load(sequences=10, kv_tokens=0, prefill_s=0.59), 0.05, 1.0, True, id="prefill in time"),
-        pytest.param(Load(sequences=10, kv_tokens=0, prefill_s=0.61), 0.05, 1.0, False, id="prefill too late"),
-        pytest.param(Load(sequences=63, kv_tokens=0, prefill_s=1.0), float("inf"), 1.0, True, id="no ITL SLO"),
+        pytest.param(10, 0.59, 0.05, 1.0, True, id="prefill in time"),
+        pytest.param(10, 0.61, 0.05, 1.0, False, id="prefill too late"),
+        pytest.param(63, 1.0, float("inf"), 1.0, True, id="no ITL SLO"),
     ],
 )
-def test_a_server_keeps_both_slos_by_prediction(load: Load, itl_s: float, left_s: float, kept: bool) -> None:
-    learner = Learner((CHAT,))
-    learner.step_times = TIMES
-    assert step_s(learner, load) == pytest.approx(0.01 + 0.001 * load.sequences)
-    assert keeps(learner, load, itl_s, left_s) is kept
+def test_a_server_keeps_both_slos_by_prediction(
+    sequences: int, prefill_s: float, itl_s: float, left_s: float, kept: bool
+) -> None:
+    assert step_s(TIMES, sequences, 0.0) == pytest.approx(0.01 + 0.001 * sequences)
+    assert keeps(TIMES, sequences, 0.0, prefill_s, itl_s, left_s) is kept
 
 
 def test_the_most_loaded_server_that_keeps_the_slo_gets_it() -> None:
@@ -154,7 +154,22 @@ def test_batch_work_fills_what_is_left_and_makes_way() -> None:
     model.run(two, JOBS, 64)
     assert model.place(JOBS) is None
     assert model.place(CHAT) == (2, 26), "one and the 38 that are left are 39"
+    one.index = two.index = None
     assert Model(one, two, evicts=False).place(CHAT) is None
+
+
+def test_whoever_found_no_room_is_asked_again_when_a_server_changed_or_it_is_late() -> None:
+    only = instance(1)
+    model = Model(only)
+    model.run(only, CHAT, 5, prefill_s=1.0)
+    waits = request(1, CHAT)
+    assert model.router.place(waits, 0.0) is None
+    assert model.router.place(waits, 1.0) is None
+    assert model.router.place(waits, 5.0) is not None, "late whatever happens: the ITL alone counts"
+    assert model.router.place(waits, 1.0) is None
+    only.prefill_backlog_s = 0.0
+    model.router.changed(only)
+    assert model.router.place(waits, 1.0) is not None
 
 
 def test_batch_work_makes_no_way_for_a_tighter_bin_beside_interactive_requests() -> None:

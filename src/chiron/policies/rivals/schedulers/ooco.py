@@ -27,7 +27,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.queues.deadline_groups import DeadlineGroups
 from chiron.policies.ranges import AnyOf, Between
-from chiron.policies.rivals.schedulers.polyserve import Load, keeps, step_s
+from chiron.policies.rivals.schedulers.polyserve import keeps, step_s
 from chiron.policies.routers.stale_entries import Changes, Entry, closed, current, opened
 from chiron.policies.size import KV_FILL, fits, kv_tokens, placed, prefill_s, prompt_tokens
 from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, ModelPlan
@@ -102,7 +102,7 @@ class Pools:
             return
         changes.last += 1
         pool: Pool = "relaxed" if instance.role == "batch" else "strict"
-        step = step_s(self._estimates, _load(instance, 0, 0.0, 0.0))
+        step = step_s(self._estimates.step_times, instance.sequences, float(instance.kv_reserved_tokens))
         heappush(self._by_step[pool], (step, instance.id, changes.last, instance))
         heappush(self._by_use[pool], (self._use(instance, 0, 0.0), instance.id, changes.last, instance))
         if instance.batch:
@@ -121,8 +121,9 @@ class Pools:
     def _use(self, instance: Instance, sequences: int, need: float) -> float:
         """How much of its bottleneck is used, with so much more."""
         itl_s = self._settings.margin * self._tightest_s(instance)
-        time = step_s(self._estimates, _load(instance, sequences, need, 0.0)) / itl_s if isfinite(itl_s) else 0.0
-        kv = (instance.kv_reserved_tokens + need) / (KV_FILL * instance.kv_capacity_tokens)
+        times, reserved = self._estimates.step_times, instance.kv_reserved_tokens
+        time = step_s(times, instance.sequences + sequences, reserved + need) / itl_s if isfinite(itl_s) else 0.0
+        kv = (reserved + need) / (KV_FILL * instance.kv_capacity_tokens)
         places = (instance.sequences + sequences) / instance.max_batch_size
         return max(time, kv, places)
 
@@ -162,7 +163,9 @@ class Pools:
         """Whether it keeps the tightest ITL there and this one, and prefills what waits within the time that is left,
         with so many sequences, so much KV and so much prefill more."""
         itl_s = self._settings.margin * min(itl_s, self._tightest_s(instance))
-        return keeps(self._estimates, _load(instance, *more), itl_s, left_s)
+        sequences, need, cost_s = more
+        reserved, waits_s = instance.kv_reserved_tokens + need, instance.prefill_backlog_s + cost_s
+        return keeps(self._estimates.step_times, instance.sequences + sequences, reserved, waits_s, itl_s, left_s)
 
     def _make_way(self, pool: Pool, request: Request, need: float, cost_s: float, left_s: float) -> Placement | None:
         for instance in _first(self._by_batch[pool]):
@@ -224,15 +227,6 @@ def _first(heap: list[Entry]) -> Iterator[Instance]:
     finally:
         for entry in passed:
             heappush(heap, entry)
-
-
-def _load(instance: Instance, sequences: int, need: float, cost_s: float) -> Load:
-    """With another of so many sequences, so much KV and so much prefill."""
-    return Load(
-        sequences=instance.sequences + sequences,
-        kv_tokens=instance.kv_reserved_tokens + need,
-        prefill_s=instance.prefill_backlog_s + cost_s,
-    )
 
 
 # -- preemption ----------------------------------------------------------------------------------------------------

@@ -19,11 +19,11 @@ docs/policies/schedulers.md.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from math import inf, isfinite
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from chiron.core.types import Instance, Placement, Request
 from chiron.policies.checks import above, at_least
@@ -33,8 +33,9 @@ from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.static import decide_fleet
 from chiron.policies.rivals.schedulers.niyama import Niyama, NiyamaSettings
 from chiron.policies.size import fits, kv_tokens, placed, prefill_s, prompt_tokens
+from chiron.policies.views import StepTimes
 
-_Entry = tuple[float, int, int, Instance]
+_Entry = tuple[float, int, Instance]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,37 +64,28 @@ class PolyServeSettings:
             raise ValueError(f"margin is {self.margin}; it must be above 0 and at most 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Of a server: what decides whether a request may join."""
-
-    sequences: int
-    kv_tokens: float
-    prefill_s: float
-    """That waits."""
-
-
-def step_s(estimates: Estimates, load: Load) -> float:
+def step_s(times: StepTimes, sequences: int, kv_tokens: float) -> float:
     """A step that decodes all, at their expected ends."""
-    times = estimates.step_times
-    return times.fixed_s + times.per_sequence_s * load.sequences + times.per_context_token_s * load.kv_tokens
+    return times.fixed_s + times.per_sequence_s * sequences + times.per_context_token_s * kv_tokens
 
 
-def keeps(estimates: Estimates, load: Load, itl_s: float, ttft_left_s: float) -> bool:
-    """Whether a server with this load, the new request included, keeps a bin's ITL and the request's TTFT."""
-    step = step_s(estimates, load)
+def keeps(
+    times: StepTimes, sequences: int, kv_tokens: float, prefill_s: float, itl_s: float, ttft_left_s: float
+) -> bool:
+    """Whether a server with this load, the new request included, keeps a bin's ITL and the request's TTFT.
+    ``prefill_s``: what waits there."""
+    step = step_s(times, sequences, kv_tokens)
     if step >= itl_s:
         return False  # Nothing would be left for prefill.
     share = 1.0 - step / itl_s if isfinite(itl_s) else 1.0
-    return load.prefill_s <= ttft_left_s * share
+    return prefill_s <= ttft_left_s * share
 
 
 class _Note:
-    __slots__ = ("bin_s", "counted_s", "drains_for_s", "open", "version")
+    __slots__ = ("batch_entry", "bin_s", "counted_s", "drains_for_s", "entries", "entry", "open", "without_batch")
 
     def __init__(self) -> None:
         self.open = True
-        self.version = 0
         self.bin_s = 0.0
         """ITL SLO of its bin; 0: it is idle and has none. One that has batch work only joins a tighter bin when an
         interactive request needs it."""
@@ -101,11 +93,36 @@ class _Note:
         """The bin that counts it among its servers; 0: none."""
         self.drains_for_s = inf
         """Below inf: it takes nothing until it is idle, for a bin without servers."""
+        self.entry: _Entry | None = None
+        """In ``entries``, those of its bin or the idle ones."""
+        self.entries: list[_Entry] = []
+        self.batch_entry: _Entry | None = None
+        self.without_batch: _WithoutBatch | None = None
+        """As of its last change, once it has been asked for."""
+
+
+class _WithoutBatch(NamedTuple):
+    """What a server would have if all batch work left it."""
+
+    sequences: int
+    kv_tokens: float
+    prefill_s: tuple[float, ...]
+    """What it no longer had of that, last come first."""
+
+
+class _Known(NamedTuple):
+    """Where a request would be placed, and of what that is a function while no server changes."""
+
+    request: Request
+    found: Placement | None
+    times: StepTimes
+    asked: tuple[float, ...]
+    left_s: float
 
 
 class MostLoaded:
-    """The router. O(log n) a change, amortised; a server that could not even take the smallest request is not asked
-    again before its load changes."""
+    """The router. A bin is a sorted list, O(log n) a change but for moving pointers; a server that could not even take
+    the smallest request is not asked again before its load changes, nor is anybody for a request that found no room."""
 
     def __init__(self, settings: PolyServeSettings, estimates: Estimates) -> None:
         self.room_tokens = 0
@@ -119,7 +136,8 @@ class MostLoaded:
         """By ITL SLO: how many the bin has."""
         self._draining: dict[float, Instance] = {}
         """By ITL SLO of the bin that it is for."""
-        self._size_max = 64
+        self._known: dict[int, _Known] = {}
+        """By request, since the last change."""
 
     def add(self, instance: Instance) -> None:
         if instance.index is None:
@@ -128,10 +146,11 @@ class MostLoaded:
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
-        instance.index.open = False
-        instance.index.version += 1
-        instance.index.drains_for_s = inf
-        self._count(instance.index, 0.0)
+        note: _Note = instance.index
+        note.open = False
+        note.drains_for_s = inf
+        self._take_out(note)
+        self._count(note, 0.0)
 
     def _count(self, note: _Note, bin_s: float) -> None:
         if note.counted_s != bin_s:
@@ -144,29 +163,34 @@ class MostLoaded:
         note: _Note = instance.index
         if not note.open:
             return
-        note.version += 1
+        self._take_out(note)
         if not instance.requests:
             note.bin_s, note.drains_for_s = 0.0, inf
-            heappush(self._idle, (0.0, instance.id, note.version, instance))
+            self._put(note, self._idle, (0.0, instance.id, instance))
         else:
             if note.bin_s == 0.0:
                 note.bin_s = min(request.itl_slo_s for request in instance.requests.values())
             if note.drains_for_s == inf:
-                key = -step_s(self._estimates, _load(instance, 0, 0.0, 0.0))
-                heappush(self._bins.setdefault(note.bin_s, []), (key, instance.id, note.version, instance))
+                load_s = step_s(self._estimates.step_times, instance.sequences, float(instance.kv_reserved_tokens))
+                self._put(note, self._bins.setdefault(note.bin_s, []), (-load_s, instance.id, instance))
             if instance.batch:
-                heappush(self._batch, (-instance.batch_sequences, instance.id, note.version, instance))
+                note.batch_entry = (-instance.batch_sequences, instance.id, instance)
+                insort(self._batch, note.batch_entry)
         self._count(note, note.bin_s)
-        self._shrink()
 
-    def _shrink(self) -> None:
-        """Entries that are over are dropped when they are most of all."""
-        heaps = [self._idle, self._batch, *self._bins.values()]
-        if sum(map(len, heaps)) > self._size_max:
-            for heap in heaps:
-                heap[:] = [entry for entry in heap if _is_current(entry)]
-                heapify(heap)
-            self._size_max = 64 + 2 * sum(map(len, heaps))
+    def _put(self, note: _Note, entries: list[_Entry], entry: _Entry) -> None:
+        note.entry, note.entries = entry, entries
+        insort(entries, entry)
+
+    def _take_out(self, note: _Note) -> None:
+        self._known.clear()
+        note.without_batch = None
+        if note.entry is not None:
+            del note.entries[bisect_left(note.entries, note.entry)]
+            note.entry = None
+        if note.batch_entry is not None:
+            del self._batch[bisect_left(self._batch, note.batch_entry)]
+            note.batch_entry = None
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
@@ -176,6 +200,7 @@ class MostLoaded:
             note: _Note = found.instance.index
             note.bin_s = min(note.bin_s, request.itl_slo_s)  # Of one that was idle it is 0 until the request is there.
             note.drains_for_s = inf
+            self._known.clear()
         else:
             self.refused(request)
         return found
@@ -183,19 +208,35 @@ class MostLoaded:
     def find(self, request: Request, waited_s: float) -> Placement | None:
         """Where it would be placed; nothing is changed."""
         estimates = self._estimates
-        need, cost_s = kv_tokens(estimates, request), prefill_s(estimates, prompt_tokens(request))
+        tokens = prompt_tokens(request)
+        need, cost_s = kv_tokens(estimates, request), prefill_s(estimates, tokens)
         left_s = request.ttft_slo_s - waited_s
         if left_s < cost_s:
             left_s = inf  # It is late whatever happens; its ITL is not.
+        times, asked = estimates.step_times, (tokens, need, cost_s, request.kv_most_tokens)
+        known = self._known.get(request.id)
+        if (
+            known is not None
+            and known.request is request
+            and known.times is times
+            and known.asked == asked
+            and (left_s == known.left_s or (known.found is None and left_s < known.left_s))
+        ):
+            return known.found  # What found no room finds none with less time.
+        found = self._found(request, need, cost_s, left_s)
+        self._known[request.id] = _Known(request, found, times, asked, left_s)
+        return found
+
+    def _found(self, request: Request, need: float, cost_s: float, left_s: float) -> Placement | None:
         own_s = request.itl_slo_s
         tighter = sorted((bin_s for bin_s in self._bins if bin_s < own_s), reverse=True)
         for bin_s in (own_s, *tighter):
             found = self._most_loaded(bin_s, request, need, cost_s, left_s)
             if found is not None:
-                return placed(estimates, request, found)
-        found = self._idle_one(request, need)
-        if found is not None:
-            return placed(estimates, request, found)
+                return placed(self._estimates, request, found)
+        for _, _, instance in self._idle:  # An idle server takes any request that its KV can hold.
+            if fits(instance, request, int(need)):
+                return placed(self._estimates, request, instance)
         if request.interactive:
             return self._make_way(request, need, cost_s, left_s)
         return None
@@ -206,89 +247,83 @@ class MostLoaded:
     def _most_loaded(
         self, bin_s: float, request: Request, need: float, cost_s: float, left_s: float
     ) -> Instance | None:
-        heap = self._bins.get(bin_s)
-        if not heap:
-            return None
-        itl_s = bin_s * self._settings.margin
-        passed: list[_Entry] = []
+        times, itl_s, entries = self._estimates.step_times, bin_s * self._settings.margin, self._bins.get(bin_s, ())
+        full: list[Instance] = []
         found: Instance | None = None
-        while heap and found is None:
-            entry = heap[0]
-            instance = entry[3]
-            if not _is_current(entry):
-                heappop(heap)
-            elif fits(instance, request, int(need)) and keeps(
-                self._estimates, _load(instance, request.sequences, need, cost_s), itl_s, left_s
+        for _, _, instance in entries:
+            sequences, reserved, waits_s = instance.sequences, instance.kv_reserved_tokens, instance.prefill_backlog_s
+            if fits(instance, request, int(need)) and keeps(
+                times, sequences + request.sequences, reserved + need, waits_s + cost_s, itl_s, left_s
             ):
                 found = instance
-            else:
-                heappop(heap)
-                if instance.sequences < instance.max_batch_size and keeps(
-                    self._estimates, _load(instance, 1, 1.0, 0.0), itl_s, inf
-                ):
-                    passed.append(entry)
-        for entry in passed:
-            heappush(heap, entry)
-        return found
-
-    def _idle_one(self, request: Request, need: float) -> Instance | None:
-        """An idle server takes any request that its KV can hold."""
-        small: list[_Entry] = []
-        found: Instance | None = None
-        while self._idle and found is None:
-            entry = self._idle[0]
-            if not _is_current(entry):
-                heappop(self._idle)
-            elif fits(entry[3], request, int(need)):
-                found = entry[3]
-            else:
-                small.append(heappop(self._idle))
-        for entry in small:
-            heappush(self._idle, entry)
+                break
+            if sequences >= instance.max_batch_size or not keeps(
+                times, sequences + 1, reserved + 1.0, waits_s, itl_s, inf
+            ):
+                full.append(instance)
+        for instance in full:
+            note: _Note = instance.index
+            assert note.entry is not None
+            del note.entries[bisect_left(note.entries, note.entry)]
+            note.entry = None
         return found
 
     def _make_way(self, request: Request, need: float, cost_s: float, left_s: float) -> Placement | None:
-        passed: list[_Entry] = []
-        made: Placement | None = None
-        while self._batch and made is None and len(passed) < self._settings.victims:
-            entry = heappop(self._batch)
-            if _is_current(entry):
-                passed.append(entry)
-                evict = self._leaving(entry[3], request, need, cost_s, left_s)
-                if evict is not None:
-                    made = placed(self._estimates, request, entry[3])
-                    made.evict = evict
-        for entry in passed:
-            heappush(self._batch, entry)
-        return made
+        for _, _, instance in self._batch[: self._settings.victims]:
+            evict = self._leaving(instance, request, need, cost_s, left_s)
+            if evict is not None:
+                made = placed(self._estimates, request, instance)
+                made.evict = evict
+                return made
+        return None
 
     def _leaving(
         self, instance: Instance, request: Request, need: float, cost_s: float, left_s: float
     ) -> tuple[Request, ...] | None:
         """Batch work, last come first, until the request may join; it may be none. None: that is not enough."""
-        bin_s: float = instance.index.bin_s
-        if prompt_tokens(request) >= instance.kv_capacity_tokens or instance.index.drains_for_s < request.itl_slo_s:
+        note: _Note = instance.index
+        bin_s = note.bin_s
+        if prompt_tokens(request) >= instance.kv_capacity_tokens or note.drains_for_s < request.itl_slo_s:
             return None
         if bin_s > request.itl_slo_s:
             if instance.running_interactive:
                 return None  # Of a looser bin: never the reverse.
             bin_s = request.itl_slo_s
-        sequences, reserved = instance.sequences, float(instance.kv_reserved_tokens)
-        prefill = instance.prefill_backlog_s + cost_s
-        load = Load(sequences=sequences + request.sequences, kv_tokens=reserved + need, prefill_s=prefill)
-        fits_beside = bin_s < instance.index.bin_s and fits(instance, request, int(need))
-        if fits_beside and self._may_join(instance, load, bin_s, left_s):
+        sequences, reserved = instance.sequences + request.sequences, float(instance.kv_reserved_tokens)
+        waits_s, itl_s = instance.prefill_backlog_s + cost_s, bin_s * self._settings.margin
+        fits_beside = bin_s < note.bin_s and fits(instance, request, int(need))
+        if fits_beside and self._may_join(instance, sequences, reserved + need, waits_s, itl_s, left_s):
             return ()
+        if not self._settings.evicts or not self._enough(instance, request, need, waits_s, itl_s, left_s):
+            return None
         evict: list[Request] = []
-        for victim in reversed(instance.batch.values()) if self._settings.evicts else ():
+        for victim in reversed(instance.batch.values()):
             sequences -= victim.sequences
             reserved -= victim.reserved_tokens
-            prefill -= victim.prefill_cost_s
+            waits_s -= victim.prefill_cost_s
             evict.append(victim)
-            load = Load(sequences=sequences + request.sequences, kv_tokens=reserved + need, prefill_s=prefill)
-            if self._may_join(instance, load, bin_s, left_s):
+            if self._may_join(instance, sequences, reserved + need, waits_s, itl_s, left_s):
                 return tuple(evict)
         return None
+
+    def _enough(
+        self, instance: Instance, request: Request, need: float, waits_s: float, itl_s: float, left_s: float
+    ) -> bool:
+        """Whether the request may join once all batch work has left. The less there is the better for it, so if not,
+        there is no need to look at who leaves."""
+        note: _Note = instance.index
+        without = note.without_batch
+        if without is None:
+            batch = instance.batch.values()
+            without = note.without_batch = _WithoutBatch(
+                instance.sequences - sum(victim.sequences for victim in batch),
+                float(instance.kv_reserved_tokens - sum(victim.reserved_tokens for victim in batch)),
+                tuple(victim.prefill_cost_s for victim in reversed(batch) if victim.prefill_cost_s),
+            )
+        for cost_s in without.prefill_s:  # In the order of ``_leaving``, for the same sum.
+            waits_s -= cost_s
+        sequences = without.sequences + request.sequences
+        return self._may_join(instance, sequences, without.kv_tokens + need, waits_s, itl_s, left_s)
 
     def refused(self, request: Request) -> None:
         """If no bin that may serve an interactive request has a server: the emptiest of a looser bin takes nothing more
@@ -299,33 +334,21 @@ class MostLoaded:
         before = self._draining.get(itl_s)
         if before is not None and before.index.open and before.index.drains_for_s == itl_s:
             return
-        looser = [entry for heap in self._bins.values() for entry in heap if _is_current(entry)]
-        if looser:
-            instance = max(looser)[3]  # Keys are negative loads.
+        emptiest = [entries[-1] for entries in self._bins.values() if entries]
+        if emptiest:
+            instance = max(emptiest)[2]  # Keys are negative loads.
             instance.index.drains_for_s = itl_s
             self._draining[itl_s] = instance
             self.changed(instance)
 
-    def _may_join(self, instance: Instance, load: Load, bin_s: float, left_s: float) -> bool:
+    def _may_join(
+        self, instance: Instance, sequences: int, kv_tokens: float, waits_s: float, itl_s: float, left_s: float
+    ) -> bool:
         return (
-            load.sequences <= instance.max_batch_size
-            and load.kv_tokens <= instance.kv_capacity_tokens
-            and keeps(self._estimates, load, bin_s * self._settings.margin, left_s)
+            sequences <= instance.max_batch_size
+            and kv_tokens <= instance.kv_capacity_tokens
+            and keeps(self._estimates.step_times, sequences, kv_tokens, waits_s, itl_s, left_s)
         )
-
-
-def _is_current(entry: _Entry) -> bool:
-    note: _Note = entry[3].index
-    return note.open and entry[2] == note.version
-
-
-def _load(instance: Instance, sequences: int, need: float, cost_s: float) -> Load:
-    """With another of so many sequences, so much KV and so much prefill."""
-    return Load(
-        sequences=instance.sequences + sequences,
-        kv_tokens=instance.kv_reserved_tokens + need,
-        prefill_s=instance.prefill_backlog_s + cost_s,
-    )
 
 
 class BinOrder:
