@@ -66,6 +66,7 @@ COMPILED = (
     "policies/queues/overload.py",
     "policies/routers/packing.py",
     "policies/routers/packing_pools.py",
+    "policies/routers/packing_spread.py",
     "policies/policy.py",
     "policies/size.py",
     "policies/routers/stale_entries.py",

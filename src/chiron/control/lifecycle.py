@@ -125,6 +125,7 @@ class Lifecycle:
             return
         state.batch_at_risk = plan.batch_at_risk
         state.renews = plan.renews
+        state.learner.spread_over = plan.spread_over
         self._allow_asleep(state, plan.asleep)
         self._set_token_budget(state, plan)
         spec = state.spec

@@ -188,6 +188,9 @@ class ModelPlan:
     batch_at_risk: bool = False
     """Batch work will miss its deadline unless it goes before requests that are lost anyway (``Order.only_lost``). They
     evict none of it either."""
+    spread_over: int = 0
+    """Over how many instances, the first by rank, interactive requests are spread by load, because those stay anyway;
+    0: requests are packed. For a router that can do both."""
     renews: int = 0
     """Of those counted, how many are to take the place of instances that keep a larger token budget. Until they have,
     none that drains with one is taken back."""

@@ -207,7 +207,13 @@ def _wild_fleet(settings: WildSettings, state: None, view: FleetView) -> tuple[F
         asleep = draw.randint(0, 3) if settings.sleeps else 0
         budget = _wild_budget(settings, f"{model.name}:{view.now_s}", model.max_num_batched_tokens)
         plans[model.name] = ModelPlan(
-            counts=counts, reason="wild", numbers=seen, batch_at_risk=risk, asleep=asleep, token_budget=budget
+            counts=counts,
+            reason="wild",
+            numbers=seen,
+            batch_at_risk=risk,
+            spread_over=Random(f"{settings.seed}:spread:{model.name}:{view.now_s}").choice((0, 0, 1, 2, 5)),
+            asleep=asleep,
+            token_budget=budget,
         )
     return plans, None
 

@@ -222,9 +222,7 @@ def _decide_model(
     recent = window_mean(memory.load, 60)
     headroom = memory.headroom.h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
-    following = level * headroom
-    if settings.over_steady:
-        following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
+    following = _following(settings, memory, level)
     recurring = recurring_to(settings, memory, model)
     needed = max(following, settings.floor_over_load * recent, surging, recurring)
     # However small the load, somebody has to serve it.
@@ -243,6 +241,7 @@ def _decide_model(
     batch = max(min(extra, max(0, total - min(interactive, total))), instances_apart(settings, memory, total, now_s))
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
+    spread_over = _spread_over(settings, memory, model, max(surging, recurring), total - batch)
     numbers = {
         "load": recent,
         "level": level,
@@ -256,12 +255,14 @@ def _decide_model(
         "work_rate": rate,
         "cold_start_s": model.cold_start_s,
         "wanted": float(wanted),
+        "spread_over": float(spread_over),
         **({"recurring": recurring, "recurs_s": float(memory.recurrence.period_s)} if recurring else {}),
         **batch_numbers,
     }
     plan = ModelPlan(
         counts=counts,
         reason=reason,
+        spread_over=spread_over,
         numbers=numbers,
         ibp=recent / live,
         ibp_target=1.0 / headroom,
@@ -272,6 +273,28 @@ def _decide_model(
         asleep=model.max_instances if settings.sleepers else 0,
     )
     return plan, memory
+
+
+def _following(settings: ChironSettings, memory: ModelMemory, level: float) -> float:
+    """Instances that the rule wants at this level of the load."""
+    following = level * (memory.headroom.h * memory.pressure)
+    if settings.over_steady:
+        following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
+    return following
+
+
+def _spread_over(settings: ChironSettings, memory: ModelMemory, model: ModelView, asked: float, mixed: int) -> int:
+    """Of the ``mixed`` ones, those that stay for the next ``hold_s`` even if the load grows no more: packed on fewer,
+    requests would be slower, and nobody would gain. What is soon to be stopped is left to become empty. Batch work that
+    waits does gain: it gets more done where no interactive prompts are in its way."""
+    if not settings.spread or model.groups:
+        return 0
+    rule = memory.headroom.rule
+    later = replace(rule, settle_s=max(0, rule.settle_s - int(settings.hold_s)))
+    level = followed(memory.load, later, settings.tick_s, model.cold_start_s)
+    least = settings.floor_over_load * window_mean(memory.load, 60)
+    staying = max(_following(settings, memory, level), least, asked)
+    return min(max(whole(staying), model.min_instances, 1), mixed)
 
 
 def _room(model: ModelView, view: FleetView, wanted: int) -> int:

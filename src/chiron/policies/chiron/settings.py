@@ -35,6 +35,9 @@ class ChironSettings:
     spread_long: bool = True
     """While more than ``itl_missed_max`` of the requests miss their ITL SLO, prompts that take longer than it go where
     the fewest requests are young, instead of where packing would have them."""
+    spread: bool = True
+    """While no batch work waits for room, interactive requests are spread over the instances that stay anyway; off:
+    they are packed on as few as keep the SLOs."""
     packing: PackingSettings = PackingSettings()
     evict: bool = True
     """Interactive requests may evict batch work."""

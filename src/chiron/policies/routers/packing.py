@@ -7,6 +7,8 @@ room; an entry is checked when it surfaces. One that has no room for a request o
 its load changes, so a dispatch costs O(log instances), amortised over load changes. Each kind of instance has heaps of
 its own, of which those with the lowest first entry come first: a long prompt does not look at instances of a kind that
 is too small for it.
+
+While the last plan says that instances stay anyway, requests are spread over those first (``packing_spread``).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from chiron.core.types import Instance, Placement, Request
 from chiron.policies.policy import Estimates
 from chiron.policies.routers.packing_pools import Note, Passed, Pool, Pools, lowest, lowest_short
 from chiron.policies.routers.packing_settings import PackingSettings as PackingSettings
+from chiron.policies.routers.packing_spread import LeastLoaded
 from chiron.policies.size import fits, kv_limit, kv_tokens, may_hold, prefill_left_s, prefill_s, prompt_tokens, within
 
 _PROBES_MAX = 8
@@ -101,6 +104,7 @@ class PackingRouter:
         self._at: dict[int, Instance] = {}
         """Likewise, by rank."""
         self._pools = Pools()
+        self._least = LeastLoaded(estimates)
         self._by_kind: dict[str, Pool] = {}
 
     # -- the Router port ---------------------------------------------------------------------------------------
@@ -114,6 +118,7 @@ class PackingRouter:
         assert instance.rank <= _RANK
         insort(self._by_rank, instance, key=lambda other: other.rank)
         self._at[instance.rank] = instance
+        self._least.count = -1
         self.changed(instance)
 
     def remove(self, instance: Instance) -> None:
@@ -121,6 +126,7 @@ class PackingRouter:
         if note.open:
             self._by_rank.remove(instance)
             del self._at[instance.rank]
+            self._least.count = -1
         note.open = False
         note.measured(0)
 
@@ -142,6 +148,8 @@ class PackingRouter:
         if instance.batch and not note.in_victims:
             note.in_victims = True
             heappush(note.pool.victims, _entry(instance))
+        if self._least.count:
+            self._least.changed(instance)
 
     def place(self, request: Request, waited_s: float) -> Placement | None:
         estimates = self._estimates
@@ -157,6 +165,10 @@ class PackingRouter:
             return Placement(instance, 0.0 if saved else cost_s, int(need))
         if self._spreads_long < inf and cost_s > request.itl_slo_s and self._spreads():
             instance = self._choose_spread(request, need, cost_s, request.arrival_s + waited_s)
+            if instance is not None:
+                return Placement(instance, cost_s, int(need))
+        if estimates.spread_over or self._least.count:
+            instance = self._choose_least(request, need, cost_s)
             if instance is not None:
                 return Placement(instance, cost_s, int(need))
         waited = waited_s > self._relieve_after * request.ttft_slo_s
@@ -302,6 +314,21 @@ class PackingRouter:
             for heap, entry in passed:
                 heappush(heap, entry)
         return chosen
+
+    def _choose_least(self, request: Request, need: float, cost_s: float) -> Instance | None:
+        """The least loaded of those that requests are spread over. If that has no room for it, packing finds one."""
+        least = self._least
+        if least.count != self._estimates.spread_over:
+            least.begin(self._by_rank, self._estimates.spread_over)
+        instance = least.first()
+        if (
+            instance is not None
+            and self._room_interactive(instance)
+            and fits(instance, request, need)
+            and self._prefill_fits(instance, request, cost_s, instance.prefill_backlog_s)
+        ):
+            return instance
+        return None
 
     def _choose_ahead(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """For a prompt that only a prompt in prefill keeps waiting. That its prefill is over is heard of after the

@@ -37,7 +37,7 @@ class Pool:
 class Note:
     """The router's note about an instance (``Instance.index``)."""
 
-    __slots__ = ("in_batch", "in_interactive", "in_victims", "kv_tokens", "open", "pool", "short_s")
+    __slots__ = ("in_batch", "in_interactive", "in_victims", "kv_tokens", "last", "open", "pool", "short_s")
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -47,6 +47,8 @@ class Note:
         self.in_interactive = False
         self.in_batch = False
         self.in_victims = False
+        self.last = 0
+        """Number of its last change, of those that ``LeastLoaded`` was told of."""
         self.short_s = 0.0
         """Prefill of the longest batch prompt that it would take, once it has refused a longer one."""
 
