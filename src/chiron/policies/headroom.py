@@ -28,6 +28,7 @@ that what they could cost beside those does not suffice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
@@ -173,6 +174,10 @@ class _Search:
     stride: int = 0
     """The next to be tried is so far below ``high``; 0: half way to ``low``."""
 
+    @property
+    def over(self) -> bool:
+        return self.low > self.high or (self.possible and self.low == self.high)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trial:
@@ -206,16 +211,16 @@ class Backtest:
 
 def advanced(backtest: Backtest, steps: int) -> Backtest:
     """So many steps on, or done."""
-    while steps > 0 and not backtest.done:
-        backtest = _advanced(backtest)
-        steps -= 1
+    last = backtest.steps + steps
+    while backtest.steps < last and not backtest.done:
+        backtest = _advanced(backtest, last)
     return backtest
 
 
 def answer(backtest: Backtest) -> Headroom:
     """What comes out; what is left to compute is computed."""
     while not backtest.done:
-        backtest = _advanced(backtest)
+        backtest = _advanced(backtest, sys.maxsize)
     question, found = backtest.question, backtest.found
     best = min(found, key=lambda f: f.instances)
     # A change of rule moves the fleet: it must be worth it.
@@ -240,7 +245,8 @@ def _recurring(backtest: Backtest) -> Headroom | None:
     return None if best is None else replace(best, h=_PERIOD_MARGIN * best.h)
 
 
-def _advanced(backtest: Backtest) -> Backtest:
+def _advanced(backtest: Backtest, last: int) -> Backtest:
+    """By a step, or, within a search, to the last."""
     question, search, steps = backtest.question, backtest.search, backtest.steps + 1
     plain = len(backtest.found) < len(question.rules)
     if search is None and not plain and backtest.trials is None:
@@ -248,14 +254,9 @@ def _advanced(backtest: Backtest) -> Backtest:
     if search is None:
         search = _began(backtest)
         return replace(backtest, search=search, allowed=(search.begin, search.allowed), steps=steps)
-    if search.high >= 0 and not (search.possible and search.low >= search.high):
-        at = _next(search)
-        if _suffices(question, search, at):
-            stride = 2 * search.stride if search.possible else search.stride
-            search = replace(search, high=at, possible=True, stride=stride)
-            return replace(backtest, search=search, steps=steps)
-        if search.possible:
-            return replace(backtest, search=replace(search, low=at + 1, stride=0), steps=steps)
+    if not search.over:
+        search, steps = _searched(question, search, backtest.steps, last)
+        return replace(backtest, search=search, steps=steps)
     h, cost = float(search.grid[-1]), inf
     if search.possible:
         h = float(search.grid[search.high])
@@ -266,12 +267,20 @@ def _advanced(backtest: Backtest) -> Backtest:
     return replace(backtest, tried=(*backtest.tried, found), search=None, steps=steps)
 
 
-def _next(search: _Search) -> int:
-    """Of the grid: the first to be tried is ``high`` itself."""
-    if not search.possible:
-        return search.high
-    below = search.high - search.stride
-    return below if search.stride and below > search.low else (search.low + search.high) // 2
+def _searched(question: Question, search: _Search, steps: int, last: int) -> tuple[_Search, int]:
+    """To its end, or until so many steps have been taken."""
+    low, high, possible, stride = search.low, search.high, search.possible, search.stride
+    while steps < last and low <= high and not (possible and low == high):
+        at = high
+        if possible:
+            at = high - stride if stride and high - stride > low else (low + high) // 2
+        steps += 1
+        if _suffices(question, search, at):
+            stride = 2 * stride if possible else stride
+            high, possible = at, True
+        else:
+            low, stride = at + 1, 0
+    return replace(search, low=low, high=high, possible=possible, stride=stride), steps
 
 
 def _suffices(question: Question, search: _Search, at: int) -> bool:

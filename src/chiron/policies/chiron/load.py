@@ -283,7 +283,7 @@ def recurring_to(settings: ChironSettings, memory: ModelMemory, model: ModelView
 
 ITL_MISSED_S = 600.0
 """Over which the share of missed ITL SLOs is averaged."""
-STEPS_AT_ONCE = 2
+STEPS_AT_ONCE = 5
 """Of a backtest, in one call between ticks: less than a millisecond."""
 
 
