@@ -1,11 +1,16 @@
 """How long one call holds the control plane, and with it every request that arrives meanwhile.
 
     python bench/plane_stalls.py [--instances 1000] [--requests 21000] [--check]
+    python bench/plane_stalls.py --ages
 
 A control plane over stand-in engines that do nothing: rounds of scrapes as they are taken (in slices) and in one go,
 backtests in pieces and in one go, fleet ticks, placements, and full garbage collections with many open requests, with
 ``gc.freeze`` and without. The median and the longest of several rounds each, in milliseconds of one thread's CPU time:
 what other work on the machine takes is not in them. ``--check`` fails if a slice or a piece takes a millisecond.
+
+``--ages``: what the global loop of ``chiron`` takes after an hour, a day and two weeks, on average over half an hour of
+ticks: the tick itself, and what is computed between two of them (a backtest each minute; every ten minutes one more for
+each period that is tried).
 """
 
 from __future__ import annotations
@@ -16,9 +21,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from random import Random
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from chiron.control import scrapes
 from chiron.control.plane import ControlPlane
@@ -27,6 +35,7 @@ from chiron.core.types import Decision, Instance, InstanceKind, ModelSpec, Reque
 from chiron.gateway.instances.observer import EngineObserver
 from chiron.policies.chiron.global_loop import make_chiron
 from chiron.policies.chiron.load import STEPS_AT_ONCE
+from chiron.policies.chiron.long_history import LongHistory, nothing_before
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import Backtest, advanced, answer
 
@@ -199,6 +208,55 @@ def backtest_of(plane: ControlPlane) -> Backtest | None:
     return state["m"].backtest if state else None
 
 
+AGES_S = {"an hour": 3600, "a day": 86_400, "two weeks": 14 * 86_400}
+AGED_TICKS = 360
+TICK_S = int(ChironSettings().tick_s)
+
+
+def of_age(seconds: int) -> tuple[float, float, int]:
+    """(milliseconds of a tick, of what is prepared between two, periods tried), on average."""
+    plane, clock = plane_of(20)
+    plane.begin()
+    draw, number = Random(3), 0
+    ticks, prepared, periods = [], [], 0
+    for second in range(3600 + TICK_S * AGED_TICKS):
+        if second == 3600:
+            plane.fleet_state["m"] = replace(plane.fleet_state["m"], long=long_history(seconds))
+        for _ in range(draw.choice((1, 1, 1, 6)) if second % 900 < 300 else 1):
+            request = Request(number, "m", CHAT, clock.now_s, 3000)
+            plane.submit(request)
+            if request.instance is not None:
+                plane.first_token(request)
+                request.tokens_done = 200
+                plane.finished(request)
+            number += 1
+        took = clock.run(second + 1.0)
+        if second >= 3600:
+            ticks += took[:1] if second % TICK_S == TICK_S - 1 else []
+            prepared += took[1:] if second % TICK_S == TICK_S - 1 else took
+            periods = max(periods, len(plane.fleet_state["m"].looks) - 1)
+    return sum(ticks) / AGED_TICKS, sum(prepared) / AGED_TICKS, periods
+
+
+def long_history(seconds: int) -> LongHistory:
+    """Days and nights, with a surge in each quarter of an hour, until an hour ago."""
+    long = nothing_before(0)
+    for begin_s in range(0, seconds - 3600, 3600):
+        at_s = np.arange(begin_s, begin_s + 3600)
+        load = 3.0 + 2.0 * np.sin(2.0 * np.pi * at_s / 86_400) + np.where(at_s % 900 < 300, 2.0, 0.0)
+        long = long.after(load, 2.0)
+    return long
+
+
+def show_ages() -> None:
+    print("CPU ms of the global loop, on average over half an hour of ticks\n")
+    print(f"{'known for':12s} {'a tick':>8s} {'between':>8s} {'periods':>8s} {'of a core':>10s}")
+    for name, seconds in AGES_S.items():
+        tick_ms, between_ms, periods = of_age(seconds)
+        share = (tick_ms + between_ms) / (1000.0 * TICK_S)
+        print(f"{name:12s} {tick_ms:8.2f} {between_ms:8.2f} {periods:8d} {share:10.2%}")
+
+
 @contextmanager
 def frozen(*, freeze: bool) -> Iterator[None]:
     gc.collect()
@@ -234,7 +292,11 @@ def main() -> int:
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=21_000)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--ages", action="store_true", help="only what the global loop takes, by age")
     options = parser.parse_args()
+    if options.ages:
+        show_ages()
+        return 0
     print(f"{options.instances} instances, {options.requests} open requests; CPU ms of one call\n")
     print(f"{'':52s} {'median':>8s} {'longest':>8s} {'calls':>6s}")
     whole, _ = rounds(options.instances, options.requests, 10**9)
