@@ -19,7 +19,7 @@ UIUC-MLSys/JITServe. What is filled in is in docs/policies/schedulers.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import floor, inf, isfinite
@@ -94,64 +94,73 @@ class _State(NamedTuple):
 
 
 def plan(settings: SlosServeSettings, now_s: float, prompts: Sequence[Prompt], steps: Steps) -> set[int]:
-    """Which of the new prompts are admitted, by their place; prompts are in order of ``due_s``."""
+    """Which of the new prompts are admitted, by their place; prompts are in order of ``due_s``. Of the states with the
+    same ITL SLOs admitted, sorted, the best is kept."""
     states: dict[tuple[float, ...], _State] = {(): _State(0.0, steps.kv_tokens, 0, ())}
-    passed_s, before = 0.0, tuple(steps.decodes)
+    passed_s, pace_s = 0.0, min(steps.decodes, default=inf)
     count = sum(steps.decodes.values())
+    held = _Held(steps.within)
     for place, prompt in enumerate(prompts):
-        gap = (passed_s, max(passed_s, prompt.due_s - now_s))
-        passed_s = gap[1]
+        began_s, passed_s = passed_s, max(passed_s, prompt.due_s - now_s)
+        new, tokens, able_tokens = prompt.new, prompt.tokens, steps.within(prompt.itl_s)[0] if prompt.new else 0.0
         found: dict[tuple[float, ...], _State] = {}
         for tiers, state in states.items():
-            for tier, after in _after(
-                settings, prompt, place, state, gap, (*before, *tiers), count + len(tiers), steps
-            ):
-                key = tiers if tier is None else tuple(sorted((*tiers, tier)))
-                if key not in found or _better(after, found[key]):
-                    found[key] = after
-        if not prompt.new:
-            before, count = (*before, prompt.itl_s), count + 1
+            tightest_s = min(pace_s, tiers[0]) if tiers else pace_s
+            decoding = count + len(tiers)
+            each = max(0.0, held.step(tightest_s)[0] - decoding)
+            total = state.carried
+            if each and began_s < passed_s:
+                # Counted from now on: of a step in which a prompt is due, the rest is there for the next one.
+                total += held.tokens(tightest_s, decoding, passed_s) - held.tokens(tightest_s, decoding, began_s)
+            left = total - tokens
+            cap = each if settings.caps_carry else inf
+            if not new:  # Of what is late nothing is left for others until it is done.
+                late = state.late + (left < 0)
+                _keep(found, tiers, _State(min(cap, left), state.kv_tokens, late, state.admitted))
+                continue
+            _keep(found, tiers, _State(min(cap, total), state.kv_tokens, state.late, state.admitted))
+            if left >= 0 and state.kv_tokens >= prompt.kv_tokens and able_tokens > decoding:
+                kv_tokens, admitted = state.kv_tokens - prompt.kv_tokens, (*state.admitted, place)
+                with_it = tuple(sorted((*tiers, prompt.itl_s)))
+                _keep(found, with_it, _State(min(cap, left), kv_tokens, state.late, admitted))
+        if not new:
+            pace_s, count = min(pace_s, prompt.itl_s), count + 1
         states = found
     least_late = states[()].late
     kept = [state for state in states.values() if state.late <= least_late]
     return set(max(kept, key=lambda state: (len(state.admitted), state.carried)).admitted)
 
 
-def _better(one: _State, other: _State) -> bool:
-    return (-one.late, one.carried) > (-other.late, other.carried)
+def _keep(found: dict[tuple[float, ...], _State], tiers: tuple[float, ...], state: _State) -> None:
+    other = found.get(tiers)
+    if other is None or (-state.late, state.carried) > (-other.late, other.carried):
+        found[tiers] = state
 
 
-def _after(
-    settings: SlosServeSettings, prompt: Prompt, place: int, state: _State, gap: tuple[float, float],
-    tiers: tuple[float, ...], decoding: int, steps: Steps,
-) -> Iterable[tuple[float | None, _State]]:  # fmt: skip
-    """The states to which this prompt leads: it is declined, or it is admitted (with its ITL SLO)."""
-    pace_s = min(tiers, default=inf)
-    each = max(0.0, steps.within(pace_s)[0] - decoding)
-    total = state.carried
-    if each and gap[0] < gap[1]:
-        # Counted from now on: of a step in which a prompt is due, the rest is there for the next one.
-        total += _held(steps, pace_s, decoding, gap[1]) - _held(steps, pace_s, decoding, gap[0])
-    left = total - prompt.tokens
-    cap = each if settings.caps_carry else inf
-    if not prompt.new:  # Of what is late nothing is left for others until it is done.
-        yield None, state._replace(carried=min(cap, left), late=state.late + (left < 0))
-        return
-    yield None, state._replace(carried=min(cap, total))
-    able = steps.within(prompt.itl_s)[0] > decoding
-    if left >= 0 and state.kv_tokens >= prompt.kv_tokens and able:
-        admitted = (*state.admitted, place)
-        yield prompt.itl_s, _State(min(cap, left), state.kv_tokens - prompt.kv_tokens, state.late, admitted)
+class _Held:
+    """Tokens of prompts in so much time: in whole steps of a pace, and in a shorter one in the rest. What does not
+    depend on how many decode is computed once."""
 
+    def __init__(self, within: Callable[[float], tuple[float, float]]) -> None:
+        self._within = within
+        self._steps: dict[float, tuple[float, float]] = {}
+        self._parts: dict[tuple[float, float], tuple[int, float]] = {}
 
-def _held(steps: Steps, pace_s: float, decoding: int, passed_s: float) -> float:
-    """Tokens of prompts in so much time: in whole steps, and in a shorter one in the rest."""
-    if not isfinite(passed_s):
-        return inf
-    tokens, takes_s = steps.within(pace_s)
-    whole = floor(passed_s / takes_s)
-    rest = steps.within(passed_s - whole * takes_s)[0]
-    return whole * (tokens - decoding) + max(0.0, rest - decoding)
+    def step(self, pace_s: float) -> tuple[float, float]:
+        found = self._steps.get(pace_s)
+        if found is None:
+            found = self._steps[pace_s] = self._within(pace_s)
+        return found
+
+    def tokens(self, pace_s: float, decoding: int, passed_s: float) -> float:
+        if not isfinite(passed_s):
+            return inf
+        tokens, takes_s = self.step(pace_s)
+        parts = self._parts.get((pace_s, passed_s))
+        if parts is None:
+            whole = floor(passed_s / takes_s)
+            parts = self._parts[pace_s, passed_s] = (whole, self._within(passed_s - whole * takes_s)[0])
+        return parts[0] * (tokens - decoding) + max(0.0, parts[1] - decoding)
 
 
 def largest(step_s: Callable[[int], float], most: int, within_s: float) -> int:
