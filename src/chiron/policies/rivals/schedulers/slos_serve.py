@@ -84,67 +84,67 @@ class Steps(NamedTuple):
     """For new ones."""
 
 
-class _State(NamedTuple):
-    carried: float
-    kv_tokens: float
-    late: int
-    """Prompts that were admitted before and would be late."""
-    admitted: tuple[int, ...]
-    """New ones, by their place among the prompts."""
+_State = tuple[float, float, int, tuple[int, ...]]
+"""Tokens that are carried on, KV tokens that are left, how many prompts that were admitted before would be late, and
+the new ones that are admitted, by their place among the prompts."""
 
 
 def plan(settings: SlosServeSettings, now_s: float, prompts: Sequence[Prompt], steps: Steps) -> set[int]:
     """Which of the new prompts are admitted, by their place; prompts are in order of ``due_s``. Of the states with the
     same ITL SLOs admitted, sorted, the best is kept."""
-    states: dict[tuple[float, ...], _State] = {(): _State(0.0, steps.kv_tokens, 0, ())}
+    states: dict[tuple[float, ...], _State] = {(): (0.0, steps.kv_tokens, 0, ())}
     passed_s, pace_s = 0.0, min(steps.decodes, default=inf)
     count = sum(steps.decodes.values())
     held = _Held(steps.within)
-    for place, prompt in enumerate(prompts):
-        began_s, passed_s = passed_s, max(passed_s, prompt.due_s - now_s)
-        new, tokens, able_tokens = prompt.new, prompt.tokens, steps.within(prompt.itl_s)[0] if prompt.new else 0.0
+    for place, (due_s, tokens, itl_s, need, new) in enumerate(prompts):
+        began_s, passed_s = passed_s, max(passed_s, due_s - now_s)
+        able_tokens = steps.within(itl_s)[0] if new else 0.0
         found: dict[tuple[float, ...], _State] = {}
-        for tiers, state in states.items():
+        seen_s, of_step, begin, end = -1.0, 0.0, _NOTHING, _NOTHING
+        for tiers, (carried, kv_tokens, late, admitted) in states.items():
             tightest_s = min(pace_s, tiers[0]) if tiers else pace_s
+            if tightest_s != seen_s:  # Of most states it is the same.
+                seen_s, of_step = tightest_s, held.step(tightest_s)[0]
+                begin, end = held.parts(tightest_s, began_s), held.parts(tightest_s, passed_s)
             decoding = count + len(tiers)
-            each = max(0.0, held.step(tightest_s)[0] - decoding)
-            total = state.carried
-            if each and began_s < passed_s:
+            each = of_step - decoding
+            if each > 0.0 and began_s < passed_s:
                 # Counted from now on: of a step in which a prompt is due, the rest is there for the next one.
-                total += held.tokens(tightest_s, decoding, passed_s) - held.tokens(tightest_s, decoding, began_s)
-            left = total - tokens
-            cap = each if settings.caps_carry else inf
+                before = begin[0] * each + max(0.0, begin[1] - decoding)
+                carried += end[0] * each + max(0.0, end[1] - decoding) - before
+            left = carried - tokens
+            cap = max(0.0, each) if settings.caps_carry else inf
             if not new:  # Of what is late nothing is left for others until it is done.
-                late = state.late + (left < 0)
-                _keep(found, tiers, _State(min(cap, left), state.kv_tokens, late, state.admitted))
+                found[tiers] = (min(cap, left), kv_tokens, late + (left < 0), admitted)
                 continue
-            _keep(found, tiers, _State(min(cap, total), state.kv_tokens, state.late, state.admitted))
-            if left >= 0 and state.kv_tokens >= prompt.kv_tokens and able_tokens > decoding:
-                kv_tokens, admitted = state.kv_tokens - prompt.kv_tokens, (*state.admitted, place)
-                with_it = tuple(sorted((*tiers, prompt.itl_s)))
-                _keep(found, with_it, _State(min(cap, left), kv_tokens, state.late, admitted))
+            _keep(found, tiers, (min(cap, carried), kv_tokens, late, admitted))
+            if left >= 0 and kv_tokens >= need and able_tokens > decoding:
+                with_it = tuple(sorted((*tiers, itl_s)))
+                _keep(found, with_it, (min(cap, left), kv_tokens - need, late, (*admitted, place)))
         if not new:
-            pace_s, count = min(pace_s, prompt.itl_s), count + 1
+            pace_s, count = min(pace_s, itl_s), count + 1
         states = found
-    least_late = states[()].late
-    kept = [state for state in states.values() if state.late <= least_late]
-    return set(max(kept, key=lambda state: (len(state.admitted), state.carried)).admitted)
+    least_late = states[()][2]
+    kept = [state for state in states.values() if state[2] <= least_late]
+    return set(max(kept, key=lambda state: (len(state[3]), state[0]))[3])
 
 
 def _keep(found: dict[tuple[float, ...], _State], tiers: tuple[float, ...], state: _State) -> None:
     other = found.get(tiers)
-    if other is None or (-state.late, state.carried) > (-other.late, other.carried):
+    if other is None or (-state[2], state[0]) > (-other[2], other[0]):
         found[tiers] = state
 
 
+_NOTHING: Final = (0.0, 0.0)
+
+
 class _Held:
-    """Tokens of prompts in so much time: in whole steps of a pace, and in a shorter one in the rest. What does not
-    depend on how many decode is computed once."""
+    """What a pace's steps hold in so much time, each computed once."""
 
     def __init__(self, within: Callable[[float], tuple[float, float]]) -> None:
         self._within = within
         self._steps: dict[float, tuple[float, float]] = {}
-        self._parts: dict[tuple[float, float], tuple[int, float]] = {}
+        self._parts: dict[tuple[float, float], tuple[float, float]] = {}
 
     def step(self, pace_s: float) -> tuple[float, float]:
         found = self._steps.get(pace_s)
@@ -152,15 +152,18 @@ class _Held:
             found = self._steps[pace_s] = self._within(pace_s)
         return found
 
-    def tokens(self, pace_s: float, decoding: int, passed_s: float) -> float:
-        if not isfinite(passed_s):
-            return inf
-        tokens, takes_s = self.step(pace_s)
-        parts = self._parts.get((pace_s, passed_s))
-        if parts is None:
-            whole = floor(passed_s / takes_s)
-            parts = self._parts[pace_s, passed_s] = (whole, self._within(passed_s - whole * takes_s)[0])
-        return parts[0] * (tokens - decoding) + max(0.0, parts[1] - decoding)
+    def parts(self, pace_s: float, passed_s: float) -> tuple[float, float]:
+        """Whole steps, and the tokens of a shorter one in the rest."""
+        found = self._parts.get((pace_s, passed_s))
+        if found is None:
+            if isfinite(passed_s):
+                takes_s = self.step(pace_s)[1]
+                whole = floor(passed_s / takes_s)
+                found = float(whole), self._within(passed_s - whole * takes_s)[0]
+            else:
+                found = inf, 0.0
+            self._parts[pace_s, passed_s] = found
+        return found
 
 
 def largest(step_s: Callable[[int], float], most: int, within_s: float) -> int:
