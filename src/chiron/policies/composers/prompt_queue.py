@@ -47,11 +47,15 @@ class PromptQueue:
         """``begun``: of those only of which a part is done."""
         first = self._first(self._begun)
         other = None if begun else self._first(self._fresh)
-        if first is None or (other is not None and other[:2] < first[:2]):
+        if first is None or (other is not None and other < first):  # Numbers are different: requests are not compared.
             first = other
         return None if first is None else first[2]
 
     def _first(self, heap: list[_Entry]) -> _Entry | None:
-        while heap and self._current.get(heap[0][2].id) != heap[0][1]:
+        current = self._current
+        while heap:
+            entry = heap[0]
+            if current.get(entry[2].id) == entry[1]:
+                return entry
             heappop(heap)
-        return heap[0] if heap else None
+        return None
