@@ -30,6 +30,7 @@ from chiron.policies.chiron.load import (
     ModelMemory,
     backtested,
     begun,
+    headroom_now,
     interactive_capacity,
     prepared,
     pressure,
@@ -220,7 +221,8 @@ def _decide_model(
     memory = start_budget(settings, model, memory, serving, now_s)
     level = followed(memory.load, memory.headroom.rule, settings.tick_s, model.cold_start_s)
     recent = window_mean(memory.load, 60)
-    headroom = memory.headroom.h * memory.pressure
+    h = headroom_now(settings, memory)
+    headroom = h * memory.pressure
     surging = surging_to(settings, memory, model, serving)
     following = _following(settings, memory, level)
     recurring = recurring_to(settings, memory, model)
@@ -245,7 +247,7 @@ def _decide_model(
     numbers = {
         "load": recent,
         "level": level,
-        "headroom": memory.headroom.h,
+        "headroom": h,
         "pressure": memory.pressure,
         "window_s": float(memory.headroom.rule.window_s),
         "settle_s": float(memory.headroom.rule.settle_s),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, floor, inf
+from math import ceil, floor, inf, sqrt
 
 import numpy as np
 
@@ -154,18 +154,21 @@ def start_s(settings: ChironSettings, memory: ModelMemory, model: ModelView) -> 
     return model.cold_start_s
 
 
+FIRST_RULE = Rule(window_s=60, settle_s=600)
+"""In force until there was a backtest."""
+
+
 def first_memory(settings: ChironSettings, model: ModelView, now_s: float) -> ModelMemory:
     """Before anything is known, the fleet that was found is taken as right for its load: none for none, where a model
     may have no instance and nobody has asked for it."""
     seconds = settings.prior_s
     found = model.count("ready", "starting")
     instances = found if model.min_instances == 0 and not model.arrivals else max(1, found)
-    rule = Rule(window_s=60, settle_s=600)
     return ModelMemory(
         history=presumed(
             floor(now_s) - seconds, np.full(seconds, settings.prior_load * instances), len(_interactive(model))
         ),
-        headroom=Headroom(rule=rule, h=settings.headroom_prior, instances=float(instances)),
+        headroom=Headroom(rule=FIRST_RULE, h=settings.headroom_prior, instances=float(instances)),
         backtest_s=now_s,
         long=nothing_before(seconds),
         look_s=now_s,
@@ -305,6 +308,18 @@ def seen_s(settings: ChironSettings, memory: ModelMemory) -> float:
     """How much of the history is traffic that was seen."""
     seconds = memory.load.shape[0]
     return seconds - settings.prior_s if seconds < settings.memory_s else inf
+
+
+def headroom_now(settings: ChironSettings, memory: ModelMemory) -> float:
+    """What the rule in force is multiplied by. Before the first backtest it falls from ``headroom_prior``: of ``n``
+    stretches that are alike the next is the busiest with a chance of one in ``n`` + 1."""
+    headroom = memory.headroom
+    known = not settings.adapt_headroom or headroom.rule != FIRST_RULE or headroom.h != settings.headroom_prior
+    if known or settings.prior_steady_s <= 0.0:
+        return headroom.h
+    came = np.flatnonzero(memory.counts.any(axis=0))
+    seen = memory.history.seconds - int(came[0]) if len(came) else 0
+    return 1.0 + (headroom.h - 1.0) / sqrt(max(1.0, seen / settings.prior_steady_s))
 
 
 def _asks(settings: ChironSettings, memory: ModelMemory, now_s: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from chiron.core.kept import Kept
 from chiron.core.types import RequestClass
-from chiron.policies.chiron.load import ModelMemory
+from chiron.policies.chiron.load import FIRST_RULE, ModelMemory
 from chiron.policies.chiron.load_history import remembered
 from chiron.policies.chiron.long_history import (
     MINUTE_S,
@@ -77,7 +77,7 @@ def restored_load(
     if load is None:
         return None
     names = [cls.name for cls in classes if cls.interactive]
-    headroom = Headroom(rule=Rule(window_s=60, settle_s=600), h=settings.headroom_prior, instances=1.0)
+    headroom = Headroom(rule=FIRST_RULE, h=settings.headroom_prior, instances=1.0)
     slack_s = max(0.5, settings.slack_share * min((cls.ttft_s for cls in classes if cls.interactive), default=1.0))
     before = _restored_long(kept)
     before = replace(before, known_s=min(before.known_s, len(load)))  # Of no more than is there.

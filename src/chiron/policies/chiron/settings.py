@@ -67,7 +67,10 @@ class ChironSettings:
     """Load per instance that the fleet found at the start is taken to have carried for ``prior_s`` before."""
     prior_s: int = 600
     headroom_prior: float = 1.5
-    """Headroom over the busiest of the last ten minutes until ``learning_s`` of traffic has been seen."""
+    """Headroom over the busiest minute so far, of the last ten, until there was a backtest."""
+    prior_steady_s: float = 120.0
+    """Once requests have come for longer than this, what that headroom has above one falls with the root of the time
+    since the first: the longer the busiest minute has stood, the less the next one exceeds it. 0: it stays."""
     learning_s: float = 600.0
     """Traffic to be seen before the first backtest, seconds."""
     margin: float = 0.0
@@ -127,6 +130,7 @@ class ChironSettings:
             "learning_s",
             "prior_s",
             "prior_load",
+            "prior_steady_s",
             "margin",
             "margin_unseen",
             "itl_gain",
