@@ -279,7 +279,7 @@ def _decide_model(
 
 def _following(settings: ChironSettings, memory: ModelMemory, level: float) -> float:
     """Instances that the rule wants at this level of the load."""
-    following = level * (memory.headroom.h * memory.pressure)
+    following = level * (headroom_now(settings, memory) * memory.pressure)
     if settings.over_steady:
         following = min(following, settings.over_steady * memory.headroom.steady * memory.pressure)
     return following
