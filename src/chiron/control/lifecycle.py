@@ -8,6 +8,7 @@ start that is waking a sleeper and is no longer wanted may go back to sleep.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
@@ -67,15 +68,24 @@ class Lifecycle:
     def adopt(self, state: ModelState, count: int, attach: Callable[[Instance], Engine]) -> None:
         """Take over ``count`` running instances at the start; ``attach`` gives each its engine."""
         self._plan_initial(state, count)
+        self._adopt_planned(state, count, attach)
+        if len(state.instances) < min(count, sum(state.planned.values())):
+            raise ValueError(f"model {state.spec.name!r}: the GPU limits do not allow {count} initial instances")
+
+    def adopt_rest(self, state: ModelState, attach: Callable[[Instance], Engine]) -> None:
+        """Of a policy that starts with more than was asked for: what there is room for once every model has its own."""
+        self._adopt_planned(state, state.spec.max_instances, attach)
+        up = Counter(instance.role for instance in state.instances.values())
+        state.planned = {role: up[role] for role in ROLES}
+
+    def _adopt_planned(self, state: ModelState, most: int, attach: Callable[[Instance], Engine]) -> None:
+        """As far as there is room, and no more than ``most`` in all."""
         for role, number in state.planned.items():
-            for _ in range(number):
-                kind = self._free_kind(state)
-                if kind is None:
-                    raise ValueError(
-                        f"model {state.spec.name!r}: the GPU limits do not allow {count} initial instances"
-                    )
+            up = sum(instance.role == role for instance in state.instances.values())
+            while up < number and len(state.instances) < most and (kind := self._free_kind(state)) is not None:
                 instance = self._new_instance(state, kind, role, up=True)
                 self.ready(state, instance, attach(instance))
+                up += 1
 
     def adopt_one(
         self,

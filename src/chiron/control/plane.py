@@ -134,6 +134,10 @@ class ControlPlane:
         """Take over ``count`` running instances of ``model``; ``attach`` gives each its engine."""
         self._lifecycle.adopt(self.models[model], count, attach)
 
+    def adopt_rest(self, model: str, attach: Callable[[Instance], Engine]) -> None:
+        """Once every model has its own: what the policy starts with beyond it, as far as there is room."""
+        self._lifecycle.adopt_rest(self.models[model], attach)
+
     def request_initial(self, model: str, count: int) -> None:
         """Ask the fleet for the first ``count`` instances of ``model``; they become ready when they do. While this one
         takes over, those that are missing in the end."""

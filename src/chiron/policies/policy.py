@@ -323,7 +323,7 @@ class Policy:
     initial_max_batch_size: int | None = None
     """None: what the engine can at most."""
     initial_roles: Callable[[Any, int], Mapping[str, int]] | None = None
-    """How an initial fleet of n splits into roles; None: all mixed."""
+    """How an initial fleet of n splits into roles, or what the policy starts with in its place; None: all mixed."""
     eviction_pause_s: float = 5.0
     """For this long after an eviction for a place, batch work on the instance may be replaced as it ends, and not grow.
     Shorter keeps a little more batch work where evicted work resumes, and loses more where it starts again."""

@@ -80,6 +80,9 @@ class Assembly:
                 self.plane.adopt(model.name, count, attach)
             else:
                 self.plane.request_initial(model.name, count)
+        if attach is not None:
+            for model in self.models:
+                self.plane.adopt_rest(model.name, attach)
         self.plane.begin()
         for loop in loops:
             loop.begin()

@@ -34,7 +34,8 @@ from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
 from chiron.policies.rivals.scalers.past import MOST
 from chiron.policies.rivals.scalers.ray_serve import mixed
-from chiron.policies.views import FleetPlan, FleetView, LocalDecision, LocalView, ModelPlan
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
+from chiron.policies.views import LocalDecision, LocalView
 
 LADDER = (0.0, 0.02, 0.04, 0.06, 0.1, 0.15, 0.2, 0.25, 0.3)
 """Targets: shares of periods that may throttle."""
@@ -59,13 +60,15 @@ class AutothrottleSettings:
     """A Tower's decisions that try the least tried. Ours: each target once; the published one trains for hours."""
     rate_step_per_s: float = 1.0
     """Rates of requests within it are alike. Ours, for an instance; 20 in the published code, for an application."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Largest max batch size, and the first: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "period_s", "tower_s", "rate_step_per_s")
+        above(0, self, "fleet_factor", "period_s", "tower_s", "rate_step_per_s")
         at_least(0, self, "margin", "warm_up", "instances")
         at_least(1, self, "periods", "usage_periods", "max_num_seqs")
         if not 0 <= self.explore <= 1:
@@ -294,18 +297,6 @@ def _read(settings: AutothrottleSettings, kept: Kept, now_s: float) -> Memory | 
     return Memory(captain=captain, tower=tower)
 
 
-# -- the fleet -----------------------------------------------------------------------------------------------------
-
-
-def decide_fleet(settings: AutothrottleSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
-    """It stays."""
-    plans = {}
-    for model in view.models:
-        count = settings.instances or max(sum(model.planned.values()), model.min_instances)
-        plans[model.name] = ModelPlan(counts={"mixed": count}, reason="static")
-    return plans, None
-
-
 def make_autothrottle(settings: AutothrottleSettings) -> Policy:
     return Policy(
         name="autothrottle",
@@ -314,6 +305,7 @@ def make_autothrottle(settings: AutothrottleSettings) -> Policy:
         learned_sizes=_told,
         restore_sizes=_read,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from math import ceil
+from typing import Annotated, Protocol
 
 from chiron.policies.policy import Policy
 from chiron.policies.ranges import Between
@@ -18,7 +19,26 @@ class StaticSettings:
     """Static max batch size: vLLM's default."""
 
 
-def decide_fleet(settings: StaticSettings, state: None, view: FleetView) -> tuple[FleetPlan, None]:
+class Fixed(Protocol):
+    """Settings of a rival that schedules on a fleet that somebody else has sized."""
+
+    @property
+    def instances(self) -> int: ...
+
+    @property
+    def fleet_factor(self) -> float: ...
+
+
+def initial_count(settings: Fixed, count: int) -> int:
+    """The initial fleet times ``fleet_factor``, rounded up but for what is dust of floats."""
+    return count if settings.instances else ceil(settings.fleet_factor * count - 1e-9)
+
+
+def initial_roles(settings: Fixed, count: int) -> dict[str, int]:
+    return {"mixed": initial_count(settings, count)}
+
+
+def decide_fleet(settings: StaticSettings | Fixed, state: None, view: FleetView) -> tuple[FleetPlan, None]:
     plans = {}
     for model in view.models:
         count = settings.instances or max(sum(model.planned.values()), model.min_instances)

@@ -25,7 +25,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.leveled import LeveledComposer
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.size import prefill_s
 
 _DUST: Final = 1e-9
@@ -46,13 +46,15 @@ class AliseSettings:
     """Sequences in the step of which a token's time is reckoned."""
     every_steps: int = 8
     """Steps between two decisions about who gives way."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "base_s", "levels", "aging_s", "decode_batch", "every_steps", "max_num_seqs")
+        above(0, self, "fleet_factor", "base_s", "levels", "aging_s", "decode_batch", "every_steps", "max_num_seqs")
         at_least(0, self, "length_error", "instances")
 
 
@@ -140,6 +142,7 @@ def make_alise(settings: AliseSettings) -> Policy:
         compose=compose,
         ended=ended,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
     )

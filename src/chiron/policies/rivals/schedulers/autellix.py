@@ -33,7 +33,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.leveled import LeveledComposer
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.ranges import AnyOf, Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.routers.least import LeastRouter
 from chiron.policies.size import placed, prompt_tokens
 
@@ -61,13 +61,15 @@ class AutellixSettings:
     """False: engines serve calls in their own order, and programs are only kept where they are: what runs live, too."""
     locality_tokens: int = 2048
     """Prompts up to this go anywhere (the paper's)."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "beta", "every_steps", "max_num_seqs")
+        above(0, self, "fleet_factor", "beta", "every_steps", "max_num_seqs")
         at_least(0, self, "locality_tokens", "instances")
         bounds = self.boundaries_s
         if list(bounds) != sorted(set(bounds)) or any(not 0 < bound < inf for bound in bounds):
@@ -279,6 +281,7 @@ def make_autellix(settings: AutellixSettings) -> Policy:
         compose=compose if settings.queues else None,
         ended=ended,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
     )

@@ -32,7 +32,7 @@ from chiron.policies.composers.decoding import Decoding, tokens_left
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.ranges import AnyOf, Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.size import prefill_s
 from chiron.policies.views import StepView
 
@@ -74,8 +74,10 @@ class JitServeSettings:
     of one model's answers to one set of prompts."""
     itl_guard: Annotated[bool, AnyOf((True, False))] = True
     """While steps take longer than the tightest ITL SLO, there are ``swaps_max`` places fewer."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(16, 512, log=True)] = 64
     """Static max batch size: what is chosen from. The artifact's benchmarks have 32."""
 
@@ -83,6 +85,7 @@ class JitServeSettings:
         above(
             0,
             self,
+            "fleet_factor",
             "frame_steps",
             "penalty",
             "chunk_tokens",
@@ -406,6 +409,7 @@ def make_jitserve(settings: JitServeSettings) -> Policy:
         name="jitserve" if settings.groups else "tempo",
         settings=settings,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         compose=compose,
         initial_max_batch_size=settings.max_num_seqs,

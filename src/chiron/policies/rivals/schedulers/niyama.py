@@ -29,7 +29,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.ranges import Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.views import StepView
 
 STEP_TOKENS: Final[tuple[int, ...]] = (128, *range(256, 2049, 256), 2552)
@@ -63,13 +63,15 @@ class NiyamaSettings:
     early_credit: bool = False
     """True, as published: a first token that is early gives the later ones the time. Ours: deadlines of later tokens
     count from the first one, because the SLO that all are judged by is the mean ITL from there on."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 1024, log=True)] = 1000
     """Static max batch size. The artifact's scheduler has none that binds; its scripts have this for the others."""
 
     def __post_init__(self) -> None:
-        above(0, self, "batch_pace_s", "caution", "prefill_tokens_per_s", "max_num_seqs")
+        above(0, self, "fleet_factor", "batch_pace_s", "caution", "prefill_tokens_per_s", "max_num_seqs")
         at_least(0, self, "weight_s", "batch_output_tokens", "instances")
         if not 0 <= self.prefill_memory < 1:
             raise ValueError(f"prefill_memory is {self.prefill_memory}; it must lie in 0..1, 1 excluded")
@@ -222,6 +224,7 @@ def make_niyama(settings: NiyamaSettings) -> Policy:
         name="niyama",
         settings=settings,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         compose=compose,
         initial_max_batch_size=settings.max_num_seqs,

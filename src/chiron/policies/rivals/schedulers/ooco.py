@@ -27,6 +27,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.queues.deadline_groups import DeadlineGroups
 from chiron.policies.ranges import AnyOf, Between
+from chiron.policies.rivals.scalers.static import initial_count
 from chiron.policies.rivals.schedulers.polyserve import keeps, step_s
 from chiron.policies.routers.stale_entries import Changes, Entry, closed, current, opened
 from chiron.policies.size import KV_FILL, fits, kv_tokens, placed, prefill_s, prompt_tokens
@@ -50,13 +51,15 @@ class OocoSettings:
     """Share of the ITL SLO that a predicted step may take."""
     prefill_share: Annotated[float, Between(0.02, 1.0, log=True)] = 0.1
     """Share of the tightest TTFT SLO within which waiting prompts must be done where batch work is added."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Largest max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "strict_share", "margin", "prefill_share", "max_num_seqs")
+        above(0, self, "fleet_factor", "strict_share", "margin", "prefill_share", "max_num_seqs")
         at_least(0, self, "instances")
         for name in ("strict_share", "margin"):
             if getattr(self, name) > 1:
@@ -254,6 +257,7 @@ def decide_batch_size(settings: OocoSettings, state: None, view: LocalView) -> t
 
 
 def initial_roles(settings: OocoSettings, count: int) -> dict[str, int]:
+    count = initial_count(settings, count)
     strict = strict_of(settings, count)
     return {"interactive": strict, "mixed": 0, "batch": count - strict}
 

@@ -30,7 +30,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.policy import Estimates, Policy
 from chiron.policies.queues.order import KeyOrder, first_token_due_s
 from chiron.policies.ranges import Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.rivals.schedulers.niyama import Niyama, NiyamaSettings
 from chiron.policies.size import fits, kv_tokens, placed, prefill_s, prompt_tokens
 from chiron.policies.views import StepTimes
@@ -52,13 +52,15 @@ class PolyServeSettings:
     """With ``chunks``, prompts that would be late wait behind the others in an engine, as Niyama's."""
     caution: Annotated[float, Between(1.0, 1.5)] = 1.0
     """With ``chunks``, predicted times of steps count as so many times as long."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "margin", "max_num_seqs", "victims", "caution")
+        above(0, self, "fleet_factor", "margin", "max_num_seqs", "victims", "caution")
         at_least(0, self, "instances")
         if self.margin > 1:
             raise ValueError(f"margin is {self.margin}; it must be above 0 and at most 1")
@@ -422,6 +424,7 @@ def make_polyserve(settings: PolyServeSettings) -> Policy:
         place=place,
         compose=compose if settings.chunks else None,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
     )

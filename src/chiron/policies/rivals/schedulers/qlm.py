@@ -26,7 +26,7 @@ from chiron.policies.policy import Estimates, Policy
 from chiron.policies.queues.deadline_groups import batch_due_s
 from chiron.policies.queues.order import KeyOrder, first_token_due_s
 from chiron.policies.ranges import Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.routers.gated import GatedRouter
 from chiron.policies.size import KV_FILL, prefill_s, prompt_tokens
 
@@ -40,13 +40,15 @@ class QlmSettings:
     """Deadlines within as long are one group's (QLM's config.yaml: slo_granularity)."""
     evicts: bool = True
     """Batch work makes way for a group that would be late (its paper)."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default. QLM's config.yaml has 10, for a demonstration."""
 
     def __post_init__(self) -> None:
-        above(0, self, "group_span_s", "max_num_seqs")
+        above(0, self, "fleet_factor", "group_span_s", "max_num_seqs")
         at_least(0, self, "instances")
 
 
@@ -224,6 +226,7 @@ def make_qlm(settings: QlmSettings) -> Policy:
         order=order,
         place=place,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         initial_max_batch_size=settings.max_num_seqs,
     )

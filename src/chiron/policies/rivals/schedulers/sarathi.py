@@ -17,7 +17,7 @@ from chiron.policies.checks import above, at_least
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.ranges import Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.views import StepView
 
 
@@ -25,13 +25,15 @@ from chiron.policies.views import StepView
 class SarathiSettings:
     chunk_tokens: Annotated[int, Between(128, 2048, log=True)] = 512
     """Of a step in all; Sarathi-Serve's default. No more than the engine's own limit counts."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 128
     """Static max batch size: Sarathi-Serve's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "chunk_tokens", "max_num_seqs")
+        above(0, self, "fleet_factor", "chunk_tokens", "max_num_seqs")
         at_least(0, self, "instances")
 
 
@@ -85,6 +87,7 @@ def make_sarathi(settings: SarathiSettings) -> Policy:
         name="sarathi",
         settings=settings,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         compose=compose,
         initial_max_batch_size=settings.max_num_seqs,

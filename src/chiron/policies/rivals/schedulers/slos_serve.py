@@ -31,7 +31,7 @@ from chiron.policies.composers.decoding import Decoding, tokens_left
 from chiron.policies.composers.prompt_queue import PromptQueue
 from chiron.policies.policy import Estimates, Policy, Preempter
 from chiron.policies.ranges import AnyOf, Between
-from chiron.policies.rivals.scalers.static import decide_fleet
+from chiron.policies.rivals.scalers.static import decide_fleet, initial_roles
 from chiron.policies.size import placed
 from chiron.policies.views import StepView
 
@@ -50,13 +50,15 @@ class SlosServeSettings:
     """Answers have predicted lengths; False: the mean of their class."""
     length_error: float = 0.0
     """Standard deviation of log(predicted / true). The paper, by notes, and the reproduction know the length."""
-    instances: Annotated[int, Between(1, 256, log=True)] = 0
-    """Instances of each model; 0: the initial fleet stays."""
+    instances: int = 0
+    """Instances of each model; 0: the fleet stays that there is at the start."""
+    fleet_factor: Annotated[float, Between(0.5, 4.0, log=True)] = 1.0
+    """That one is the initial fleet, so many times as large, rounded up."""
     max_num_seqs: Annotated[int, Between(32, 512, log=True)] = 256
     """Static max batch size: vLLM's default."""
 
     def __post_init__(self) -> None:
-        above(0, self, "max_num_seqs")
+        above(0, self, "fleet_factor", "max_num_seqs")
         at_least(0, self, "hops_max", "instances", "length_error")
 
 
@@ -473,6 +475,7 @@ def make_slos_serve(settings: SlosServeSettings) -> Policy:
         settings=settings,
         place=NextReplica,
         fleet=decide_fleet,
+        initial_roles=initial_roles,
         fleet_period_s=30.0,
         compose=compose,
         initial_max_batch_size=settings.max_num_seqs,
