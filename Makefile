@@ -22,7 +22,7 @@ PUBLISHED ?= azure mooncake servegen-m-small servegen-m-mid two-models
 SEEDS ?= 1 2
 # Policies on whole traces: ours, the paper's, and the best of each kind of rival; all of them run at three loads. And
 # those in the figures: more than seven cannot be told apart.
-POLICIES ?= chiron chiron-paper chiron-paper-tuned llumnix-tuned ray-serve-tuned keda-hpa hpa-kv-tuned niyama accelgen static
+POLICIES ?= chiron chiron-paper chiron-paper-tuned llumnix-tuned ray-serve-tuned keda-hpa hpa-kv-tuned niyama niyama-tuned accelgen static
 SHOWN ?= chiron chiron-paper-tuned llumnix-tuned hpa-queue-tuned hpa-kv-tuned static
 # What each part of chiron buys: the same policy with one part off.
 ABLATED ?= azure mooncake servegen-m-small
