@@ -1,4 +1,4 @@
-"""The headroom of ``chiron`` before its first backtest: the longer traffic has been seen, the less of it."""
+"""The headroom of ``chiron`` before its first backtest; with ``prior_steady_s``, less the longer traffic was seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.headroom import Headroom, Rule
 from policy_factory import arrival, fleet, instance, model
 
-OURS = ChironSettings()
+OURS = ChironSettings(prior_steady_s=120.0)
 
 
 def after(seconds: int, *, idle_s: int = 0, ours: ChironSettings = OURS) -> ModelMemory:
@@ -36,7 +36,9 @@ def test_time_without_requests_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"prior_steady_s": 0.0}, {"adapt_headroom": False}], ids=["it stays", "never adapted"]
+    "changes",
+    [{"prior_steady_s": ChironSettings().prior_steady_s}, {"adapt_headroom": False}],
+    ids=["default", "fixed"],
 )
 def test_stays_where_that_is_asked_for(changes: dict[str, float]) -> None:
     ours = replace(OURS, **changes)
