@@ -192,6 +192,19 @@ def test_an_instance_kind_carries_what_the_scenario_changes_of_its_profile() -> 
     assert setup.profiles["mine"].captured_sizes == (8, 16)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("admission=-1.0", r"instances\[0\]\.admission: duration -1.0 must be finite and not negative"),
+        ("captured_sizes=[8, 4]", r"captured_sizes is \[8, 4\]; it must be 1 or more, and ascend"),
+        ("captured_sizes=[0, 4]", r"captured_sizes is \[0, 4\]; it must be 1 or more, and ascend"),
+    ],
+)
+def test_times_and_sizes_of_steps_are_checked_where_they_are_set(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(f"models.llama.instances=[{{profile='llama-3.1-8b/a100/tp1', {change}}}]")
+
+
 def test_one_name_for_two_kinds_of_instance_is_refused() -> None:
     twice = "models.llama.instances=[{profile='llama-3.1-8b/a100/tp1'}, {profile='llama-3.1-8b/a100/tp1'}]"
     with pytest.raises(ConfigError, match=r"instances\[0\]: the name .* give this one a name of its own"):

@@ -17,6 +17,7 @@ from chiron.core.types import Decision, Instance, ModelSpec, Request, Role
 from chiron.engines.model import EngineModel, StepTable
 from chiron.policies.chiron.global_loop import make_chiron
 from chiron.policies.chiron.settings import ChironSettings
+from chiron.policies.rivals.schedulers.niyama import NiyamaSettings, make_niyama
 from chiron.policies.views import FleetPlan, FleetView, ModelPlan
 from scenario_factory import CLASSES, PROFILE, kind_of
 
@@ -469,3 +470,32 @@ def test_what_is_told_is_booked_as_it_runs_there() -> None:
     assert (fresh.dispatch_s, fresh.ran) == (1.0, False)
     assert instance.prefill_backlog_s == fresh.prefill_cost_s > 0.0
     assert (instance.sequences, set(instance.requests)) == (2, {first, 500})
+
+
+@pytest.mark.parametrize(
+    ("factor", "initial", "up", "wanted"),
+    [(0.5, 4, 2, 2), (0.5, 4, 0, 2), (2.0, 2, 1, 4), (2.0, 2, 4, 4), (1.0, 3, 1, 3)],
+)
+def test_a_policy_s_own_first_fleet_is_asked_for_once(factor: float, initial: int, up: int, wanted: int) -> None:
+    """Some of it runs already: only the rest is missing, however the policy sizes it."""
+    clock, leader = VirtualClock(), World().leader
+    assert leader is not None
+    plane = ControlPlane(
+        clock=clock,
+        fleet=leader,
+        journal=leader,
+        ends=EndsOf(leader),
+        models=(ModelSpec(name="m0", kinds=(kind_of(ROOMY),), min_instances=1, max_instances=8),),
+        classes=CLASSES,
+        policy=make_niyama(NiyamaSettings(fleet_factor=factor)),
+    )
+    plane.take_over(1.0)
+    for number in range(1, up + 1):
+        plane.adopt_instance(
+            "m0", ROOMY.name, "mixed", number=number, max_batch_size=SLOTS, attach=lambda instance: leader, found=True
+        )
+    plane.request_initial("m0", initial)
+    plane.begin()
+    clock.run_until(2.0)
+    assert sum(plane.models["m0"].planned.values()) == wanted
+    assert len(plane.instances) == wanted

@@ -92,6 +92,14 @@ def test_batch_work_goes_to_the_last_as_ever() -> None:
     assert runs(router, 2, cls=JOBS) == [3, 3]
 
 
+def test_batch_instances_are_left_alone_where_the_plan_became_smaller() -> None:
+    router, _ = fleet(2, over=3)
+    batch = instance(3)
+    batch.role = "batch"
+    router.add(batch)
+    assert runs(router, 8) == [1, 2, 1, 2, 1, 2, 1, 2]
+
+
 def test_changes_leave_no_trail() -> None:
     router, (one, two) = fleet(2, over=2)
     runs(router, 1)

@@ -68,6 +68,9 @@ class InstanceSection:
             require(value is None or value >= 1, key, value, "1 or more")
         price = self.price_per_gpu_hour
         require(price is None or price >= 0, "price_per_gpu_hour", price, "0 or more")
+        sizes = self.captured_sizes
+        ascend = min(sizes, default=1) >= 1 and list(sizes) == sorted(set(sizes))
+        require(ascend, "captured_sizes", list(sizes), "1 or more, and ascend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,9 +117,15 @@ class Lifecycle:
     def request_missing(self, state: ModelState, count: int) -> None:
         """The same, where some have been taken over."""
         policy = self._policy
-        missing = max(0, count - sum(state.planned.values()))
-        split = policy.initial_roles(policy.settings, missing) if policy.initial_roles else {"mixed": missing}
-        state.planned = {role: state.planned.get(role, 0) + split.get(role, 0) for role in ROLES}
+        # Of the whole start: the policy may start with more or fewer than ``count``.
+        split = policy.initial_roles(policy.settings, count) if policy.initial_roles else {"mixed": count}
+        missing = max(0, sum(split.values()) - sum(state.planned.values()))
+        planned = {role: state.planned.get(role, 0) for role in ROLES}
+        for role in ROLES:
+            more = min(missing, max(0, split.get(role, 0) - planned[role]))
+            planned[role] += more
+            missing -= more
+        state.planned = planned
         self.reconcile(state)
 
     def _plan_initial(self, state: ModelState, count: int) -> None:

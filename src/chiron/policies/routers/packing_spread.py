@@ -28,11 +28,14 @@ class LeastLoaded:
         self._heap_max = 64
 
     def begin(self, by_rank: Sequence[Instance], count: int) -> None:
-        """Spread over the first ``count`` of these from now on."""
+        """Spread over the first ``count`` of these from now on. Those of batch work come last and are left alone,
+        though GPUs or bounds made the plan smaller than it was."""
         self.count = count
         self._heap = []
         self._rank_max = -1
         for instance in by_rank[:count]:
+            if instance.role == "batch":
+                break
             self._rank_max = instance.rank
             self.changed(instance)
 
