@@ -23,7 +23,16 @@ TARGET = 0.99
 BATCH = "batch"
 """The class of batch work in these scenarios; the others are interactive."""
 CLAIRVOYANT = "clairvoyant"
-SHOWN = ("chiron", "clairvoyant", "chiron-paper", "chiron-paper-tuned", "llumnix-tuned", "ray-serve-tuned", "static")
+SHOWN = (
+    "chiron",
+    "clairvoyant",
+    "niyama",
+    "niyama-tuned",
+    "chiron-paper",
+    "ray-serve-tuned",
+    "llumnix-tuned",
+    "static",
+)
 """Named in the figure, if they ran: more cannot be told apart. The others are grey."""
 OURS = "chiron"
 ROOM = 1.5
