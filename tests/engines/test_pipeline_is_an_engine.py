@@ -160,6 +160,7 @@ def check_replicas(engine: PipelineModel) -> None:
 def test_with_one_stage_and_free_hops_it_is_the_engine_to_the_bit(
     profile: Profile, seed: int, transfer_s: float
 ) -> None:
+    profile = replace(profile, admission_ms=0.0)  # Profiles by layer have none.
     alone, _ = play(profile, seed=seed, kv_seconds_per_token=transfer_s)
     pipeline, _ = play(
         profile,

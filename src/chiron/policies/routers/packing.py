@@ -318,7 +318,7 @@ class PackingRouter:
     def _choose_least(self, request: Request, need: float, cost_s: float) -> Instance | None:
         """The least loaded of those that requests are spread over. If that has no room for it, packing finds one."""
         least = self._least
-        if least.count != self._estimates.spread_over:
+        if least.count != self._estimates.spread_over or least.stale():
             least.begin(self._by_rank, self._estimates.spread_over)
         instance = least.first()
         if (
