@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf, nan
+
 import pytest
 
 from chiron.control.learning import Learner
@@ -98,6 +101,14 @@ def test_batch_instances_are_left_alone_where_the_plan_became_smaller() -> None:
     batch.role = "batch"
     router.add(batch)
     assert runs(router, 8) == [1, 2, 1, 2, 1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("each_s", [inf, nan, 1e300, -1.0])
+def test_whatever_was_learned_of_steps_requests_are_spread(each_s: float) -> None:
+    router, _ = fleet(3, over=3)
+    estimates = router._estimates
+    estimates.step_times = replace(estimates.step_times, per_sequence_s=each_s, per_context_token_s=each_s)
+    assert runs(router, 6) == [1, 2, 3, 1, 2, 3]
 
 
 def test_changes_leave_no_trail() -> None:

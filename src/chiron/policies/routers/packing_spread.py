@@ -14,6 +14,8 @@ from chiron.policies.routers.stale_entries import Entry, current
 
 _LEAST_S: Final = 0.01
 """Work of a mean request, until sizes are known."""
+_MOST_S: Final = 3600.0
+"""Likewise, whatever engines said of their steps."""
 _PER_OCTAVE: Final = 3
 """That work is known in steps of a third of an octave, so that it seldom changes; all loads are looked at anew then."""
 _DIGITS: Final = 9
@@ -81,5 +83,5 @@ class LeastLoaded:
         prefill_s = usual.input_tokens * estimates.prefill_token_s + usual.input_square * estimates.prefill_square_s
         output = usual.need_tokens - usual.input_tokens
         decode_s = output * (times.per_sequence_s + times.per_context_token_s * usual.need_tokens)
-        work_s = max(prefill_s + decode_s, _LEAST_S)
+        work_s = min(max(_LEAST_S, prefill_s + decode_s), _MOST_S)  # In this order NaN is the least.
         return float(2.0 ** (round(log2(work_s) * _PER_OCTAVE) / _PER_OCTAVE))
