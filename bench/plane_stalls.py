@@ -167,6 +167,16 @@ def made(instances: int, slice_size: int) -> list[float]:
     return took
 
 
+def answered(plane: ControlPlane, number: int, now_s: float, input_tokens: int) -> None:
+    """A request that is answered at once, with 200 tokens, unless it has to wait."""
+    request = Request(number, "m", CHAT, now_s, input_tokens)
+    plane.submit(request)
+    if request.instance is not None:
+        plane.first_token(request)
+        request.tokens_done = 200
+        plane.finished(request)
+
+
 def backtests(instances: int) -> tuple[list[float], list[float], list[float]]:
     """Milliseconds of each fleet tick without a backtest, of each piece of one, and of one in one go."""
     plane, clock = plane_of(instances)
@@ -176,12 +186,7 @@ def backtests(instances: int) -> tuple[list[float], list[float], list[float]]:
     number = 0
     for second in range(1500):
         for _ in range(draw.choice((1, 1, 1, 6))):
-            request = Request(number, "m", CHAT, clock.now_s, 400)
-            plane.submit(request)
-            if request.instance is not None:
-                plane.first_token(request)
-                request.tokens_done = 200
-                plane.finished(request)
+            answered(plane, number, clock.now_s, 400)
             number += 1
         known = backtest_of(plane)
         took = clock.run(second + 1.0)
@@ -223,12 +228,7 @@ def of_age(seconds: int) -> tuple[float, float, int]:
         if second == 3600:
             plane.fleet_state["m"] = replace(plane.fleet_state["m"], long=long_history(seconds))
         for _ in range(draw.choice((1, 1, 1, 6)) if second % 900 < 300 else 1):
-            request = Request(number, "m", CHAT, clock.now_s, 3000)
-            plane.submit(request)
-            if request.instance is not None:
-                plane.first_token(request)
-                request.tokens_done = 200
-                plane.finished(request)
+            answered(plane, number, clock.now_s, 3000)
             number += 1
         took = clock.run(second + 1.0)
         if second >= 3600:
