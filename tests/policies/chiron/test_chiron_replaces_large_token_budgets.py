@@ -127,7 +127,7 @@ def test_it_begins_once_slos_have_been_missed_for_minutes_and_ends_once_they_are
     world.ticks(20, missed=0.0)
     world.ticks(30, missed=0.01)
     assert world.changes() == [], "that may pass"
-    world.ticks(20, missed=0.01)
+    world.ticks(15, missed=0.01)
     assert [count for _, count, _ in world.changes()] == [5]
     world.ticks(80, missed=0.0)
     left = sum(world.large)

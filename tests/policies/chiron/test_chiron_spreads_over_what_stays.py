@@ -49,7 +49,7 @@ def test_over_all_while_none_is_to_go() -> None:
 
 
 def test_those_that_will_go_soon_are_left_alone_before_they_go() -> None:
-    plan = planned(peaked(ago_s=290))
+    plan = planned(peaked(ago_s=320))
     assert (sum(plan.counts.values()), plan.spread_over) == (4, 2)
 
 

@@ -96,7 +96,7 @@ class ChironSettings:
     stopped."""
     stale_s: float = 30.0
     """The fleet does not shrink while no engine has been scraped for this long."""
-    hold_s: float = 60.0
+    hold_s: float = 30.0
     """Least time between changes in opposite directions."""
     # Batch.
     spare_trust: float = 0.6
