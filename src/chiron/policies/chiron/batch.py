@@ -22,7 +22,8 @@ def batch_extra(
 ) -> tuple[int, int, dict[str, float], ModelMemory]:
     """(instances to add for batch deadlines, BBP, numbers, memory)."""
     if not model.groups:
-        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0, batch_apart=0.0)
+        risk_until_s = memory.risk_until_s if model.running_batch else -inf
+        return 0, 0, {}, replace(memory, extra=0, batch_work_s=0.0, batch_apart=0.0, risk_until_s=risk_until_s)
     mixes = [m for m in model.mixes if not m.cls.interactive]
     seen = [m for m in mixes if m.finished] or mixes
     own = capacity(
@@ -43,7 +44,7 @@ def batch_extra(
     present += max(0, ready - interactive) * own.work_rate
     duration_s = max((m.output_tokens + 2.0 * m.output_sd) * own.step_s for m in seen)
     ahead, demand, helped, bbp, need = 0.0, -inf, 0.0, 0, 0.0
-    in_time, risk_until_s = 0.0, memory.risk_until_s
+    in_time, risk_until_s = 0.0, memory.risk_until_s if model.running_batch else -inf
     shortest_s = max(m.output_tokens * own.step_s for m in seen)
     for group, group_work in zip(model.groups, work, strict=True):
         ahead += group_work
@@ -52,7 +53,8 @@ def batch_extra(
         bbp += ahead > present * usable_s
         if left_s > shortest_s:
             in_time += group_work
-            if in_time > max(present, settings.risk_share * ready * own.work_rate) * usable_s:
+            # Before any instance is ready, nothing says what the fleet will do.
+            if ready and in_time > max(present, settings.risk_share * ready * own.work_rate) * usable_s:
                 risk_until_s = max(risk_until_s, group.deadline_s)
         need = max(need, ahead / own.work_rate / usable_s)
         overdue = ahead - trust * spare * usable_s
@@ -96,7 +98,7 @@ def instances_apart(settings: ChironSettings, memory: ModelMemory, total: int, n
 def _batch_instances(
     settings: ChironSettings, running: int, demand: float, helped: float, work: float, cold_start_s: float
 ) -> int:
-    """Whole instances for a demand: none until one would be well used, then until it is done.
+    """Whole instances for a demand: none until one would be well used, then until hardly any of it queues.
 
     The demand divides by the time left, so the last of the work asks for any number of instances. More than would do
     all of it in the time that one takes to start are none that help: they would be ready when it is over. But what is
