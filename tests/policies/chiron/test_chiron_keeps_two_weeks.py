@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from chiron.core.kept import Kept
+from chiron.core.types import RequestClass
 from chiron.policies.chiron.global_loop import decide_fleet, prepare
 from chiron.policies.chiron.load import (
     ModelMemory,
@@ -16,6 +17,7 @@ from chiron.policies.chiron.load import (
     begun,
     first_memory,
     recurring_to,
+    remember,
 )
 from chiron.policies.chiron.load_history import remembered, worth
 from chiron.policies.chiron.load_kept import learned_load, restored_load
@@ -35,7 +37,7 @@ from chiron.policies.chiron.recurrence import Look, Record, Recurrence, aged, lo
 from chiron.policies.chiron.settings import ChironSettings
 from chiron.policies.fluid_queue import Floats
 from chiron.policies.headroom import CONSTANT, Backtest, Headroom, Question, missed
-from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, model
+from policy_factory import CHAT, TIMES, arrival, fleet, fleet_of, mix, model
 
 HOUR_S, DAY_S = 3600, 86_400
 SLACK_S = 4.0
@@ -304,6 +306,28 @@ def test_two_weeks_and_the_period_in_force_outlive_a_restart(away_s: float) -> N
         again = replace(again, history=history, long=again.long.after(left, SLACK_S))
         ahead.append(recurring_to(ours, again, live))
     assert [each > 8.0 for each in ahead] == [False, False, False, True]
+
+
+def test_a_class_that_may_wait_for_ever_has_its_weeks_kept_and_its_surges_foretold() -> None:
+    ours, patient = ChironSettings(), RequestClass(name="patient", kind="interactive", itl_s=0.2)
+    live = model(fleet_of(3), mixes=(mix(patient),))
+    record = Record(period_s=DAY_S, without=90.0, within=40.0, looks=12)
+    load = peaks(2 * DAY_S, [DAY_S + 1800])
+    memory = replace(
+        first_memory(ours, live, 2.0 * DAY_S),
+        history=remembered(0.0, load, np.ones((1, len(load)))),
+        long=nothing_before(0),
+        recurrence=Recurrence(records=(record,), period_s=DAY_S),
+    )
+    memory = remember(ours, memory, live, 2.0 * DAY_S, 1.0)
+
+    notes: list[str] = []
+    again = restored_load(ours, Kept(learned_load(memory, (patient,)), "m", notes), (patient,), 0.0, 1800.0)
+
+    assert notes == []
+    assert again is not None
+    assert again.long.minutes.shape[1] > MINUTES_MAX - 15
+    assert recurring_to(ours, again, live) > 8.0
 
 
 @pytest.mark.parametrize("min_instances", [0, 1])

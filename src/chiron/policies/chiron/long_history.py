@@ -94,7 +94,7 @@ def by_minute(load: Floats, slack_s: float) -> Floats:
     """(mean, need) of each minute of whole minutes, shape (2, minutes)."""
     rows = load.reshape(-1, MINUTE_S)
     sums = np.concatenate((np.zeros((len(rows), 1)), np.cumsum(rows, axis=1)), axis=1)
-    needs = [(sums[:, n:] - sums[:, :-n]).max(axis=1) / (n + slack_s * (n < _LONG_S)) for n in _STRETCHES_S]
+    needs = [(sums[:, n:] - sums[:, :-n]).max(axis=1) / (n + (slack_s if n < _LONG_S else 0.0)) for n in _STRETCHES_S]
     return np.stack((rows.mean(axis=1), np.max(needs, axis=0)))
 
 
