@@ -42,16 +42,18 @@ def test_a_fleet_shrinks_when_a_peak_is_as_old_as_its_rule_waits() -> None:
 
 
 def test_a_queue_is_a_reason_to_stay_for_the_hold() -> None:
-    queue = {"waiting_interactive": 4000, "waiting_input_tokens": 2e6, "waiting_input_square": 1.6e9}
+    queue = {"waiting_interactive": 1100, "waiting_input_tokens": 5.5e5, "waiting_input_square": 4.4e8}
     asked, state = decide_fleet(
         OURS,
         {"llama": knowing(np.ones(3600))},
         fleet(model(fleet_of(4), **queue), now_s=NOW_S + 5.0, since_s=5.0),
     )
-    assert asked["llama"].numbers["wanted"] >= 4
-    plan, _ = decide_fleet(OURS, state, fleet(model(fleet_of(4)), now_s=NOW_S + 10.0, since_s=5.0))
+    assert asked["llama"].numbers["wanted"] == 4
+    assert state["llama"].last_direction == 0, "no change, which would be a reason of its own to stay"
+    plan, after = decide_fleet(OURS, state, fleet(model(fleet_of(4)), now_s=NOW_S + 10.0, since_s=5.0))
     assert plan["llama"].numbers["wanted"] == 2
     assert sum(plan["llama"].counts.values()) == 4
+    assert after["llama"].last_direction == 0
 
 
 def test_an_hour_that_is_remembered_need_not_be_waited_for_again() -> None:
