@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import inf
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -295,6 +296,30 @@ def test_a_backlog_alone_adds_nothing_but_a_deadline_does() -> None:
     batch, bbp = planned(1100.0)
     assert batch > 0
     assert bbp == 1.0
+
+
+@pytest.mark.parametrize(
+    ("present", "refused_by", "added"),
+    [
+        (1, {}, 6),
+        (1, {"gpus_max": {"A100": 3.0}}, 2),
+        (1, {"gpus_max": {"A100": 1.0}}, 0),
+        (1, {"max_instances": 4}, 3),
+        (1, {"last_direction": -1, "last_change_s": 995.0}, 0),
+        (3, {"last_direction": -1, "last_change_s": 995.0}, 2),
+    ],
+)
+def test_only_what_came_for_batch_is_remembered_as_there(present: int, refused_by: dict[str, Any], added: int) -> None:
+    """What was refused is no reason to start as many for what is left of the work later."""
+    ours = ChironSettings()
+    bounds = {name: value for name, value in refused_by.items() if name == "max_instances"}
+    queued = group(deadline_s=1200.0, requests=4000)
+    one = model([instance(id=i) for i in range(present)], groups=(queued,), **bounds)
+    recent = {name: value for name, value in refused_by.items() if name.startswith("last")}
+    memory = replace(first_memory(ours, one, 0.0), **recent)
+    view = replace(fleet(one, now_s=1000.0, since_s=5.0), gpus_max=refused_by.get("gpus_max", {}))
+    plan, after = decide_fleet(ours, {one.name: memory}, view)
+    assert (plan[one.name].counts["batch"], after[one.name].extra) == (added, added)
 
 
 def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:

@@ -124,6 +124,8 @@ def share_gpus(
         plans.update(_fair_plans(settings, plans, before, models, interactive, limit, view.now_s))
         for m in models:
             count, memory = _total(plans[m.name]), before[m.name]
+            added = max(0, count - interactive[m.name])
+            memories[m.name] = replace(memories[m.name], extra=min(memories[m.name].extra, added))
             if count < present[m.name] <= wanted[m.name]:
                 memories[m.name] = replace(memories[m.name], last_change_s=view.now_s, last_direction=-1)
             elif count == present[m.name] < wanted[m.name]:
@@ -240,7 +242,8 @@ def _decide_model(
     total, reason, memory = _settle(settings, memory, model, now_s, wanted + renewed, extra, passing)
     if 0 < total - sum(model.planned.values()) <= renewed:
         reason = "smaller_token_budget"
-    batch = max(min(extra, max(0, total - min(interactive, total))), instances_apart(settings, memory, total, now_s))
+    memory = replace(memory, extra=min(extra, max(0, total - interactive)))
+    batch = max(memory.extra, instances_apart(settings, memory, total, now_s))
     counts: dict[Role, int] = {"interactive": 0, "mixed": total - batch, "batch": batch}
     live = max(1, model.count("ready", "starting"))
     spread_over = _spread_over(settings, memory, model, max(surging, recurring), total - batch)
