@@ -334,7 +334,8 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
             "a": ModelPlan(counts={"interactive": 0, **a}, reason="interactive_load"),
             "b": ModelPlan(counts={"interactive": 0, **b}, reason="interactive_load"),
         }
-        return share_gpus(ours, plans, memories, memories, view)
+        after = {name: replace(memories[name], extra=plan.counts["batch"]) for name, plan in plans.items()}
+        return share_gpus(ours, plans, memories, after, view)
 
     plans, _ = shared({"mixed": 4, "batch": 4}, {"mixed": 6, "batch": 0})
     assert plans["a"].counts == {"interactive": 0, "mixed": 4, "batch": 0}
@@ -347,6 +348,31 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
     assert plans["b"].counts["mixed"] == 8
     assert after["a"].last_direction == -1, "and it is remembered as a change"
     assert JOBS.kind == "batch"
+
+
+@pytest.mark.parametrize(
+    ("mixed", "batch", "added", "left"),
+    [
+        (4, 0, 0, (4, 0)),
+        (2, 2, 0, (2, 2)),  # Kept apart.
+        (2, 2, 2, (2, 0)),  # Added for batch work.
+        (1, 3, 2, (1, 1)),  # One kept apart.
+    ],
+)
+def test_instances_kept_apart_for_batch_work_are_a_share_like_any_other(
+    mixed: int, batch: int, added: int, left: tuple[int, int]
+) -> None:
+    ours = ChironSettings()
+    one, two = model([instance(id=i) for i in range(4)], name="a"), model([], name="b")
+    view = replace(fleet(one, two), gpus_max={"A100": 8.0})
+    before = {m.name: first_memory(ours, m, 0.0) for m in (one, two)}
+    plans = {
+        "a": ModelPlan(counts={"interactive": 0, "mixed": mixed, "batch": batch}, reason="steady"),
+        "b": ModelPlan(counts={"interactive": 0, "mixed": 8, "batch": 0}, reason="interactive_load"),
+    }
+    shared, _ = share_gpus(ours, plans, before, {**before, "a": replace(before["a"], extra=added)}, view)
+    assert (shared["a"].counts["mixed"], shared["a"].counts["batch"]) == left
+    assert shared["b"].counts["mixed"] == 8 - sum(left)
 
 
 @pytest.mark.parametrize(

@@ -106,20 +106,22 @@ def share_gpus(
     for gpu, limit in view.gpus_max.items():
         models = [m for m in view.models if m.gpu == gpu]
         wanted = {m.name: _total(plans[m.name]) for m in models}
-        interactive = {m.name: plans[m.name].counts["mixed"] for m in models}
+        # Instances kept apart for batch work are there for interactive requests: only those added for it are not.
+        interactive = {m.name: wanted[m.name] - memories[m.name].extra for m in models}
         present = {m.name: sum(m.planned.values()) for m in models}
         excess = sum(wanted[m.name] * m.gpus_per_instance for m in models) - limit
         for stage in (_batch_growth, _idle_batch, _growth):
             while excess > 0:
-                able = [m for m in models if stage(settings, plans[m.name], before[m.name], m, view.now_s)]
+                able = [
+                    m
+                    for m in models
+                    if stage(settings, _total(plans[m.name]), interactive[m.name], before[m.name], m, view.now_s)
+                ]
                 if not able:
                     break
                 # The one that keeps the largest share of what it wanted gives next.
                 model = max(able, key=lambda m: _total(plans[m.name]) / wanted[m.name])
-                plan = plans[model.name]
-                role: Role = "batch" if plan.counts["batch"] > 0 else "mixed"
-                counts = {**plan.counts, role: plan.counts[role] - 1}
-                plans[model.name] = replace(plan, counts=counts, reason="gpu_limit")
+                plans[model.name] = _with_total(plans[model.name], _total(plans[model.name]) - 1, "gpu_limit")
                 excess -= model.gpus_per_instance
         plans.update(_fair_plans(settings, plans, before, models, interactive, limit, view.now_s))
         for m in models:
@@ -148,7 +150,8 @@ def _fair_plans(
     ``wanted`` is for interactive work; batch instances have given way already."""
     shares = max_min_shares({m.name: wanted[m.name] * m.gpus_per_instance for m in models}, limit)
     fair = {m.name: shares[m.name] / m.gpus_per_instance for m in models}
-    counts = {m.name: plans[m.name].counts["mixed"] for m in models}
+    present = {m.name: min(_total(plans[m.name]), wanted[m.name]) for m in models}
+    counts = dict(present)
     free = limit - sum(_total(plans[m.name]) * m.gpus_per_instance for m in models)
 
     def lacks(model: ModelView) -> bool:
@@ -170,9 +173,9 @@ def _fair_plans(
         counts[needy.name] += 1
         free -= needy.gpus_per_instance
     return {
-        name: replace(plans[name], counts={**plans[name].counts, "mixed": count}, reason="gpu_share")
+        name: _with_total(plans[name], _total(plans[name]) + count - present[name], "gpu_share")
         for name, count in counts.items()
-        if count != plans[name].counts["mixed"]
+        if count != present[name]
     }
 
 
@@ -194,19 +197,34 @@ def _total(plan: ModelPlan) -> int:
     return sum(plan.counts.values())
 
 
+def _with_total(plan: ModelPlan, total: int, reason: str) -> ModelPlan:
+    """Batch instances go first; what comes is for interactive work."""
+    change = total - _total(plan)
+    of_batch = min(0, max(change, -plan.counts["batch"]))
+    counts: dict[Role, int] = {
+        **plan.counts,
+        "mixed": plan.counts["mixed"] + change - of_batch,
+        "batch": plan.counts["batch"] + of_batch,
+    }
+    return replace(plan, counts=counts, reason=reason)
+
+
 def _batch_growth(
-    settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float
+    settings: ChironSettings, total: int, interactive: int, memory: ModelMemory, model: ModelView, now_s: float
 ) -> bool:
-    return plan.counts["batch"] > 0 and _total(plan) > sum(model.planned.values())
+    return total > max(interactive, sum(model.planned.values()))
 
 
-def _idle_batch(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float) -> bool:
-    free = _may_shrink(settings, memory, now_s)
-    return plan.counts["batch"] > 0 and free and _total(plan) > model.min_instances
+def _idle_batch(
+    settings: ChironSettings, total: int, interactive: int, memory: ModelMemory, model: ModelView, now_s: float
+) -> bool:
+    return total > max(interactive, model.min_instances) and _may_shrink(settings, memory, now_s)
 
 
-def _growth(settings: ChironSettings, plan: ModelPlan, memory: ModelMemory, model: ModelView, now_s: float) -> bool:
-    return _total(plan) > sum(model.planned.values())
+def _growth(
+    settings: ChironSettings, total: int, interactive: int, memory: ModelMemory, model: ModelView, now_s: float
+) -> bool:
+    return total > sum(model.planned.values())
 
 
 def _decide_model(
