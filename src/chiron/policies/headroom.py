@@ -416,8 +416,8 @@ def _allowed(question: Question, begin: int) -> tuple[float, ...]:
 
 
 def window_mean(load: Floats, window_s: int) -> float:
-    """Mean of the last ``window_s`` seconds."""
-    part = load[-window_s:]
+    """Mean of the last ``window_s`` seconds; 0 of none."""
+    part = load[max(0, len(load) - window_s) :]
     return float(part.mean()) if len(part) else 0.0
 
 

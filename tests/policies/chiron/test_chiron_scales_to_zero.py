@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from chiron.policies.policy import Policy
 from chiron.policies.registry import POLICIES, make_policy
 from policy_factory import arrival, fleet, fleet_of, model
@@ -12,8 +14,8 @@ from policy_factory import arrival, fleet, fleet_of, model
 class Planner:
     """Ticks of one policy over a fleet that becomes what was planned."""
 
-    def __init__(self) -> None:
-        self.policy: Policy = make_policy("chiron", POLICIES["chiron"].settings())
+    def __init__(self, **settings: float) -> None:
+        self.policy: Policy = make_policy("chiron", POLICIES["chiron"].settings(**settings))
         self.state: Any = None
         self.now_s = 5.0
 
@@ -46,3 +48,13 @@ def test_a_request_before_the_first_tick_starts_one() -> None:
 def test_what_runs_already_is_kept_until_it_is_known_to_be_idle() -> None:
     planner = Planner()
     assert planner.tick(2) == 2
+
+
+@pytest.mark.parametrize("keep_last_s", [0.0, 0.5, 1.0, 10.0, 300.0])
+def test_the_last_one_is_kept_for_as_long_as_was_said(keep_last_s: float) -> None:
+    planner = Planner(keep_last_s=keep_last_s)
+    for _ in range(200):
+        assert planner.tick(1, arrivals=(arrival(int(planner.now_s) - 1, 1),)) == 1
+    last_s = planner.now_s - 5.0
+    while planner.tick(1):
+        assert planner.now_s - last_s <= keep_last_s + 5.0

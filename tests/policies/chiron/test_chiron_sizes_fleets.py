@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from chiron.policies.capacity import capacity, work_s
 from chiron.policies.chiron.global_loop import decide_fleet, share_gpus
-from chiron.policies.chiron.load import first_memory
+from chiron.policies.chiron.load import first_memory, interactive_capacity, surging_to
 from chiron.policies.chiron.load_history import presumed
 from chiron.policies.chiron.settings import ChironSettings
-from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed
+from chiron.policies.headroom import CONSTANT, Headroom, Rule, choose_headroom, followed, window_mean
 from chiron.policies.views import ArrivalView, ModelPlan, StepTimes
 from effort import examples
 from policy_factory import CHAT, JOBS, arrival, fleet, group, instance, mix, model
@@ -87,6 +87,11 @@ def test_a_ramp_is_followed_rather_than_covered_for_ever() -> None:
     found = choose(load, CONSTANT, Rule(window_s=60, settle_s=60))
     assert found.rule != CONSTANT
     assert found.instances < 20.0
+
+
+@pytest.mark.parametrize(("window_s", "mean"), [(0, 0.0), (1, 3.0), (2, 2.0), (3, 1.5), (100, 1.5)])
+def test_a_mean_is_of_the_last_seconds_and_of_none_it_is_nothing(window_s: int, mean: float) -> None:
+    assert window_mean(np.array([0.5, 1.0, 3.0]), window_s) == mean
 
 
 def test_what_is_followed_now_is_the_largest_window_mean_of_the_settling_time() -> None:
@@ -250,6 +255,22 @@ def test_a_burst_that_queues_and_has_lasted_as_long_as_a_start_is_met_at_once() 
     assert growth_in_a_burst(5.0, waiting=0) == growth_in_a_burst(60.0, waiting=0), "who has room waits for the mean"
     assert growth_in_a_burst(5.0, waiting=400) > 1.5 * growth_in_a_burst(5.0, waiting=0)
     assert growth_in_a_burst(60.0, waiting=400) < growth_in_a_burst(5.0, waiting=400), "over before a start is"
+
+
+@pytest.mark.parametrize("cold_start_s", [0.1, 0.9, 1.0, 2.0])
+def test_a_queue_asks_for_what_comes_now_however_short_starts_and_ticks_are(cold_start_s: float) -> None:
+    ours = ChironSettings(tick_s=0.5)
+    queued = model(
+        [instance()],
+        cold_start_s=cold_start_s,
+        waiting_interactive=1,
+        waiting_input_tokens=1.0,
+        waiting_input_square=1.0,
+    )
+    load = np.concatenate((np.full(3000, 9.0), np.full(600, 0.5)))
+    memory = replace(first_memory(ours, queued, 0.0), history=presumed(0.0, load, 1))
+    serving = interactive_capacity(ours, queued, memory)
+    assert surging_to(ours, memory, queued, serving) < 1.5
 
 
 def planned_in_a_spike(spike: int, *, seconds: int = 10, waiting: int = 400, slack: float = 2.0) -> int:

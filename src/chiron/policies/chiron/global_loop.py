@@ -248,7 +248,7 @@ def _decide_model(
     recurring = recurring_to(settings, memory, model)
     needed = max(following, settings.floor_over_load * recent, surging, recurring)
     # However small the load, somebody has to serve it.
-    present = model.waiting_interactive > 0 or window_mean(memory.load, int(settings.keep_last_s)) > 0.0
+    present = model.waiting_interactive > 0 or window_mean(memory.load, max(1, int(settings.keep_last_s))) > 0.0
     interactive = max(whole(needed), 1) if present else _without_requests(whole(needed), model, memory)
     # What is foretold is asked for before its first request.
     interactive = max(interactive, whole(recurring), model.min_instances)

@@ -362,7 +362,7 @@ def surging_to(settings: ChironSettings, memory: ModelMemory, model: ModelView, 
     """
     if model.waiting_interactive == 0:
         return 0.0
-    window_s = int(min(max(model.cold_start_s, settings.tick_s), 60.0))
+    window_s = max(1, int(min(max(model.cold_start_s, settings.tick_s), 60.0)))
     spike = _spike(settings, memory, model)
     outputs = [m.output_tokens for m in model.mixes if m.cls.interactive]
     context = model.waiting_input_tokens / model.waiting_interactive

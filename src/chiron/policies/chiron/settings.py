@@ -90,7 +90,8 @@ class ChironSettings:
     adapt_headroom: bool = True
     """Off: ``headroom_prior`` over the 60 s mean, for ever."""
     keep_last_s: float = 300.0
-    """The last instance stays this long after the last interactive request (with ``min_instances = 0``)."""
+    """The last instance stays this long after the last interactive request (with ``min_instances = 0``); at least a
+    second."""
     sleepers: bool = True
     """Instances that are not needed sleep instead of being stopped, where the fleet can do that; off: they are
     stopped."""
