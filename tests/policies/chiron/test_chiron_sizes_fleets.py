@@ -378,6 +378,7 @@ def test_models_that_share_gpus_give_up_batch_first_and_shrink_nobody() -> None:
         (2, 2, 0, (2, 2)),  # Kept apart.
         (2, 2, 2, (2, 0)),  # Added for batch work.
         (1, 3, 2, (1, 1)),  # One kept apart.
+        (4, 0, 2, (4, 0)),  # Wanted for batch work, beyond the most that there may be.
     ],
 )
 def test_instances_kept_apart_for_batch_work_are_a_share_like_any_other(

@@ -107,7 +107,8 @@ def share_gpus(
         models = [m for m in view.models if m.gpu == gpu]
         wanted = {m.name: _total(plans[m.name]) for m in models}
         # Instances kept apart for batch work are there for interactive requests: only those added for it are not.
-        interactive = {m.name: wanted[m.name] - memories[m.name].extra for m in models}
+        added = {m.name: min(memories[m.name].extra, plans[m.name].counts["batch"]) for m in models}
+        interactive = {name: wanted[name] - count for name, count in added.items()}
         present = {m.name: sum(m.planned.values()) for m in models}
         excess = sum(wanted[m.name] * m.gpus_per_instance for m in models) - limit
         for stage in (_batch_growth, _idle_batch, _growth):
@@ -126,8 +127,8 @@ def share_gpus(
         plans.update(_fair_plans(settings, plans, before, models, interactive, limit, view.now_s))
         for m in models:
             count, memory = _total(plans[m.name]), before[m.name]
-            added = max(0, count - interactive[m.name])
-            memories[m.name] = replace(memories[m.name], extra=min(memories[m.name].extra, added))
+            left = min(added[m.name], max(0, count - interactive[m.name]))
+            memories[m.name] = replace(memories[m.name], extra=left)
             if count < present[m.name] <= wanted[m.name]:
                 memories[m.name] = replace(memories[m.name], last_change_s=view.now_s, last_direction=-1)
             elif count == present[m.name] < wanted[m.name]:
