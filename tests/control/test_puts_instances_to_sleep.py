@@ -179,7 +179,7 @@ def test_each_source_is_learned_and_a_wake_is_no_cold_start() -> None:
     assert learned.start_s == pytest.approx({"node": 50.0, "memory": 2.5, "peer": 8.0})
     assert (learned.cold_starts_seen, learned.cold_start_s) == (3, pytest.approx(36.0))
     again = state()
-    again.restore(Kept(learned.learned(), "models.a", []))
+    again.restore(Kept(learned.learned(0.0), "models.a", []), 0.0)
     assert again.start_s == learned.start_s
     started(again, "peer", 12.0)
     assert again.start_s["peer"] == pytest.approx(10.0)
@@ -188,7 +188,7 @@ def test_each_source_is_learned_and_a_wake_is_no_cold_start() -> None:
 @pytest.mark.parametrize("pair", [[1], [0, 5.0], [1, -3.0], [1, 1e9], "x", [True, 5.0]])
 def test_what_was_kept_of_sources_and_is_unsound_is_left_out(pair: object) -> None:
     again = state()
-    again.restore(Kept({"starts": {"node": pair, "disk": [2, 7.0]}}, "models.a", []))
+    again.restore(Kept({"starts": {"node": pair, "disk": [2, 7.0]}}, "models.a", []), 0.0)
     assert again.start_s == {"disk": 7.0}
 
 

@@ -24,6 +24,9 @@ from chiron.policies.views import ArrivalView, FleetView, InstanceView, LocalVie
 
 DUE_SPAN_S: Final = 60.0
 """Batch requests that are due within as long count as due together."""
+ITL_MISSED_KEPT_S: Final = 600.0
+"""What a class missed of its ITL SLO counts for so long after its last request: a class that was only tried would
+shrink batches for ever."""
 SOURCES: Final[tuple[StartSource, ...]] = ("node", "disk", "peer", "memory")
 COLD_START_PRIOR_S = 60.0
 """Look-ahead before the first start has been timed; the paper's upper end."""
@@ -84,6 +87,8 @@ class ModelState:
         self.attained = 0
         self.missed = 0
         self._itl_missed = {c.name: 0.0 for c in classes}
+        self._itl_seen_s = {c.name: -inf for c in classes}
+        """When a request of the class last finished."""
         self.cold_start_s = COLD_START_PRIOR_S
         self.cold_starts_seen = 0
         self.start_s: dict[StartSource, float] = {}
@@ -115,7 +120,7 @@ class ModelState:
     @property
     def itl_missed(self) -> float:
         """Share of finished interactive requests that missed their ITL SLO: an exponential mean over some 500, of the
-        class where it is largest."""
+        class where it is largest, among those that finished any lately."""
         return self.learner.itl_missed
 
     def arrived(self, request: Request) -> None:
@@ -154,6 +159,14 @@ class ModelState:
         """What has been seen is not seen again. The second under way has not been."""
         self._arrivals = {key: a for key, a in self._arrivals.items() if a.second >= int(now_s)}
         self.attained = self.missed = 0
+        self.learner.itl_missed = self._most_itl_missed(now_s)
+
+    def _most_itl_missed(self, now_s: float) -> float:
+        most = 0.0
+        for name, missed in self._itl_missed.items():
+            if missed > most and now_s - self._itl_seen_s[name] <= ITL_MISSED_KEPT_S:
+                most = missed
+        return most
 
     def _bin(self, name: str, second: int) -> _Arrivals:
         found = self._arrivals.get((name, second))
@@ -180,36 +193,39 @@ class ModelState:
         tokens = request.tokens_done
         slow = tokens > 1 and request.finish_s - request.first_token_s > request.itl_slo_s * (tokens - 1)
         missed = self._itl_missed[name]
-        self._itl_missed[name] = missed = missed + 0.002 * (slow - missed)
-        for other in self._itl_missed.values():
-            if other > missed:
-                missed = other
-        self.learner.itl_missed = missed
+        self._itl_missed[name] = missed + 0.002 * (slow - missed)
+        self._itl_seen_s[name] = request.finish_s
+        self.learner.itl_missed = self._most_itl_missed(request.finish_s)
         late = request.first_token_s - request.arrival_s > request.ttft_slo_s or request.finish_s > request.deadline_s
         if slow or late:
             self.missed += 1
         else:
             self.attained += 1
 
-    def learned(self) -> dict[str, Any]:
+    def learned(self, now_s: float) -> dict[str, Any]:
         """As plain data."""
         return {
             "learner": self.learner.learned(),
-            "itl_missed": dict(self._itl_missed),
+            "itl_missed": {
+                name: missed
+                for name, missed in self._itl_missed.items()
+                if now_s - self._itl_seen_s[name] <= ITL_MISSED_KEPT_S
+            },
             "cold_start_s": self.cold_start_s,
             "cold_starts_seen": self.cold_starts_seen,
             "starts": {source: [self._starts_seen[source], took_s] for source, took_s in self.start_s.items()},
             "batch_size_hint": self.batch_size_hint,
         }
 
-    def restore(self, kept: Kept) -> None:
+    def restore(self, kept: Kept, now_s: float) -> None:
         """What an earlier run has learned, as far as it is sound."""
         self.learner.restore(kept.part("learner"))
         missed = kept.part("itl_missed")
         for name in self._itl_missed:
             if name in missed:
                 self._itl_missed[name] = missed.number(name, 0.0, 1.0) or 0.0
-        self.learner.itl_missed = max(self._itl_missed.values())
+                self._itl_seen_s[name] = now_s
+        self.learner.itl_missed = self._most_itl_missed(now_s)
         seen = kept.whole("cold_starts_seen", 0, 1_000_000_000)
         took_s = kept.number("cold_start_s", 0.0, 86400.0)
         if seen and took_s is not None:

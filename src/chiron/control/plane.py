@@ -160,7 +160,7 @@ class ControlPlane:
         for name, state in self.models.items():
             if name in models:
                 kept = models.part(name)
-                state.restore(kept)
+                state.restore(kept, self.clock.now_s)
                 fleet[name] = kept.part("fleet")
                 sizes[name] = kept.part("sizes")
         if learned.policy != self.policy.name:
@@ -239,7 +239,8 @@ class ControlPlane:
     def learned(self, wall_s: float) -> Learned:
         """What the next run should know; ``wall_s`` is the Unix time now."""
         fleet = self._autoscaler.learned()
-        models = {name: {**state.learned(), "fleet": fleet.get(name, {})} for name, state in self.models.items()}
+        now_s = self.clock.now_s
+        models = {name: {**state.learned(now_s), "fleet": fleet.get(name, {})} for name, state in self.models.items()}
         for name, state in self.models.items():
             sizes = self._sizes.learned(state)
             if sizes:

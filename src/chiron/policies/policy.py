@@ -74,7 +74,8 @@ class Estimates:
         self.ttft_max_s = ttft_max_s
         """Loosest finite one among the configured interactive classes; inf if there is none."""
         self.itl_missed = 0.0
-        """Share of recent interactive requests that missed their ITL SLO, in the class where it is largest."""
+        """Share of recent interactive requests that missed their ITL SLO, in that class of those that still come where
+        it is largest."""
         self.spread_over = 0
         """By the last plan (``ModelPlan.spread_over``)."""
         self.usual = UsualSize()
