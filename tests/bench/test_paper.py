@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -45,12 +47,52 @@ def test_the_page_has_each_verdict_in_its_first_table() -> None:
         setting="t",
         head=("a", "b"),
         rows=[("1", "2")],
-        verdict="partly: because",
+        verdict="partly: some of it",
+        why="there is no more.",
     )
     text = page([section], seeds=2, runs=4)
     assert "| [A claim, checked](#a-claim-checked) | partly |" in text
     assert "| a | b |\n| --- | --- |\n| 1 | 2 |" in text
     assert "means over 2 seeds" in text
+    assert "**Verdict**: partly: some of it\n\n**Why**: there is no more.\n" in text
+    assert "**Why**" not in page([replace(section, verdict="holds: all of it")], seeds=2, runs=4)
+    with pytest.raises(AssertionError, match="A claim, checked: a claim that does not hold as it is needs its why"):
+        replace(section, why="")
+
+
+class Known:
+    """In place of a bench: the same figures for whatever is asked."""
+
+    seeds = (1,)
+
+    def __init__(self, **summary: float) -> None:
+        spans = {"mean": 0.1, "p90": 4.0, "p99": 5.5}
+        counts = {"requests": 1000, "gpus_peak": 50, "instances_peak": 50, "scaling_actions": 9, "reversals": 1}
+        self._figures = Figures(
+            summary={"gpu_hours": 20.0, "sim_s": 3600.0, "attainment_all": 0.9, **counts, **summary}
+            | {"ttft_s": {"chat": spans}, "itl_s": {"chat": spans}},
+            met={"chat": 0.995, "batch": 1.0},
+            batch_sizes=((0.0, 64), (599.0, 20)),
+            waits_s=(),
+        )
+
+    def figures(self, trials: Iterable[Trial]) -> dict[Trial, Figures]:
+        waits = {trial: (*range(trial.seed, trial.seed + 9), 12.0) for trial in trials}
+        return {
+            trial: replace(self._figures, waits_s=(*waits_s, trial.seed + 12.0)) for trial, waits_s in waits.items()
+        }
+
+    def over_seeds(self, texts: Mapping[Any, tuple[str, str]], step_time: float = 1.0) -> dict[Any, list[Figures]]:
+        return {key: [self._figures] for key in texts}
+
+
+def test_each_claim_that_does_not_hold_says_why_by_its_own_figures() -> None:
+    sections = {name: claim(cast(Bench, Known())) for name, claim in CLAIMS.items()}
+    short = [section for section in sections.values() if not section.holds]
+    assert page(list(sections.values()), seeds=1, runs=1).count("**Why**: ") == len(short) > 4
+    assert "20 of 50 GPUs in the mean" in sections["gpu-hours"].why
+    assert "has 20 of the 50 GPUs of its peak (8B) and 20 of the 50 GPUs" in sections["ablation"].why
+    assert "within 5.5 s" in sections["gpu-hours"].why
 
 
 TEXT = """
